@@ -1,0 +1,229 @@
+"""The index file of a Megatron indexed dataset: read, check and write it with numpy alone.
+
+A dataset is two files. `PREFIX.bin` holds the token ids back to back; `PREFIX.idx` says how to cut them:
+
+    offset  size        content (little endian)
+    0       9           "MMIDIDX\\0\\0"
+    9       8           version, 1
+    17      1           dtype code of the tokens (8: uint16, 4: int32, ...)
+    18      8           S, the number of sequences
+    26      8           D, the number of document indices (documents + 1)
+    34      4 * S       int32 length of each sequence, in tokens
+    ..      8 * S       int64 byte offset of each sequence in the .bin
+    ..      8 * D       int64 index of each document's first sequence; the last one is S
+
+Same layout as `megatron.core.datasets.indexed_dataset`, which the tests compare with. Everything here is memory
+mapped or written in chunks, so memory does not grow with the dataset. The optional mode column of multimodal
+datasets is not read.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer]
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER_BYTES = 34
+_CHUNK = 1 << 22
+DTYPE_CODES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+
+
+@dataclass(frozen=True)
+class Index:
+    """A memory-mapped index: how the `.bin` beside it is cut into sequences and documents."""
+
+    prefix: str
+    """Path of the dataset without `.bin` or `.idx`."""
+
+    dtype: np.dtype
+    """Type of one token in the `.bin`."""
+
+    lengths: IntArray
+    """int32 [S], tokens of each sequence."""
+
+    pointers: IntArray
+    """int64 [S], byte offset of each sequence."""
+
+    document_indices: IntArray
+    """int64 [documents + 1], first sequence of each document, then S."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.lengths)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, empty ones included."""
+        return len(self.document_indices) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, from the end of the last sequence (the sequences lie back to back)."""
+        if self.num_sequences == 0:
+            return 0
+        return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+
+    def tokens(self) -> IntArray:
+        """The whole `.bin` as one memory-mapped array [tokens] of `dtype`."""
+        if self.num_tokens == 0:  # an empty file cannot be mapped
+            return np.zeros(0, dtype=self.dtype)
+        return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+
+    def document_starts(self, begin: int, end: int) -> npt.NDArray[np.int64]:
+        """Token offsets where documents `begin` .. `end - 1` start, int64 [end - begin].
+
+        Document `num_documents` may be asked for too: it starts where the tokens end.
+        """
+        first = np.asarray(self.document_indices[begin:end])
+        starts = np.full(len(first), self.num_tokens, dtype=np.int64)
+        inside = first < self.num_sequences
+        starts[inside] = self.pointers[first[inside]] // self.dtype.itemsize
+        return starts
+
+
+def bin_path(prefix: str) -> str:
+    """Path of the token file of a dataset."""
+    return f"{prefix}.bin"
+
+
+def idx_path(prefix: str) -> str:
+    """Path of the index file of a dataset."""
+    return f"{prefix}.idx"
+
+
+def optimal_dtype(vocab_size: int | None) -> type[np.generic]:
+    """The token type mcore chooses: uint16 below 65,500 entries, int32 otherwise or when not known."""
+    return np.uint16 if vocab_size is not None and vocab_size < 65500 else np.int32
+
+
+def open_index(prefix: str) -> Index:
+    """Map `PREFIX.idx` and check what can be checked in constant time.
+
+    Raises:
+        FileNotFoundError: the `.idx` or the `.bin` is missing.
+        ValueError: the header is not an index's, or a file's size contradicts the header (a truncated file).
+    """
+    idx, binary = idx_path(prefix), bin_path(prefix)
+    for path in (idx, binary):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"data file not found: {path}")
+    dtype, sequences, documents = _read_header(idx)
+    expected = _HEADER_BYTES + 12 * sequences + 8 * documents
+    actual = os.path.getsize(idx)
+    if actual not in (expected, expected + sequences):  # multimodal datasets append one byte a sequence
+        raise ValueError(f"{idx} is {actual} bytes, but its header asks for {expected}: truncated or corrupt")
+    index = _map_arrays(prefix, dtype, sequences, documents)
+    if documents < 1 or int(index.document_indices[-1]) != sequences:
+        raise ValueError(f"{idx}: the last document must end at sequence {sequences}: corrupt index")
+    size, wanted = os.path.getsize(binary), index.num_tokens * dtype.itemsize
+    if size != wanted:
+        raise ValueError(f"{binary} is {size} bytes, but {idx} describes {wanted}: truncated or corrupt")
+    return index
+
+
+def _read_header(path: str) -> tuple[np.dtype, int, int]:
+    """(dtype, sequences, document indices) of an index file."""
+    with open(path, "rb") as stream:
+        header = stream.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
+        raise ValueError(f"{path} is not an indexed dataset's index file")
+    version, code, sequences, documents = struct.unpack("<QBQQ", header[9:])
+    if version != 1 or code not in DTYPE_CODES:
+        raise ValueError(f"{path}: unknown index version {version} or token type code {code}")
+    return np.dtype(DTYPE_CODES[code]), sequences, documents
+
+
+def _map_arrays(prefix: str, dtype: np.dtype, sequences: int, documents: int) -> Index:
+    """The three columns of an index file of known size."""
+    raw = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
+    a = _HEADER_BYTES
+    b, c = a + 4 * sequences, a + 12 * sequences
+    return Index(
+        prefix=prefix,
+        dtype=dtype,
+        lengths=raw[a:b].view(np.int32),
+        pointers=raw[b:c].view(np.int64),
+        document_indices=raw[c : c + 8 * documents].view(np.int64),
+    )
+
+
+def check_contiguous(index: Index) -> None:
+    """Check every pointer and document index; one streaming pass over the index file.
+
+    Raises:
+        ValueError: a length is negative, a sequence does not start where the one before it ended, or the
+            document indices decrease.
+    """
+    expected = 0
+    for begin, end in chunks(index.num_sequences):
+        lengths = index.lengths[begin:end].astype(np.int64)
+        ends = expected + np.cumsum(lengths) * index.dtype.itemsize
+        wrong = (lengths < 0) | (index.pointers[begin:end] != ends - lengths * index.dtype.itemsize)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise ValueError(
+                f"{idx_path(index.prefix)}: sequence {begin + at} has length {lengths[at]} and pointer "
+                f"{index.pointers[begin + at]}, not back to back with the one before it"
+            )
+        expected = int(ends[-1])
+    previous = 0
+    for begin, end in chunks(len(index.document_indices)):
+        part = index.document_indices[begin:end]
+        steps = np.diff(part, prepend=previous)
+        if (steps < 0).any() or (begin == 0 and part[0] != 0):
+            raise ValueError(f"{idx_path(index.prefix)}: document indices must start at 0 and never decrease")
+        previous = int(part[-1])
+
+
+def chunks(total: int, size: int = _CHUNK) -> Iterator[tuple[int, int]]:
+    """Cut `range(total)` into (begin, end) pieces of at most `size`."""
+    for begin in range(0, total, size):
+        yield begin, min(begin + size, total)
+
+
+def write_index(path: str | Path, dtype: npt.DTypeLike, lengths: IntArray, document_indices: IntArray) -> None:
+    """Write an index file, byte for byte as mcore's `IndexedDatasetBuilder` does, then flush it to disk.
+
+    Args:
+        path: the file to write; callers pass a temporary name and rename it (see `manifest.write_atomically`).
+        dtype: type of one token.
+        lengths: [S] tokens of each sequence, any integer type; may be memory mapped.
+        document_indices: [documents + 1] first sequence of each document, then S.
+    """
+    token = np.dtype(dtype)
+    code = next(code for code, known in DTYPE_CODES.items() if np.dtype(known) == token)
+    with open(path, "wb") as stream:
+        stream.write(_MAGIC + struct.pack("<QBQQ", 1, code, len(lengths), len(document_indices)))
+        _write_column(stream, lengths, "<i4")
+        pointer = 0
+        for begin, end in chunks(len(lengths)):
+            sizes = lengths[begin:end].astype(np.int64) * token.itemsize
+            ends = pointer + np.cumsum(sizes)
+            stream.write((ends - sizes).astype("<i8").tobytes())
+            pointer = int(ends[-1])
+        _write_column(stream, document_indices, "<i8")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_column(stream: BinaryIO, values: IntArray, dtype: str) -> None:
+    """One column of the index, converted and written in chunks."""
+    for begin, end in chunks(len(values)):
+        stream.write(values[begin:end].astype(dtype).tobytes())

@@ -1,0 +1,152 @@
+"""The manifest beside a dataset, `PREFIX.json`: what made it, from what, with which tokenizer, and its checksums.
+
+`check_dataset` is the cheap check every training run makes at start-up: constant time, whatever the size. A full
+verification, checksums included, is `tools/data.py verify`. A dataset without a manifest (one made by Megatron-LM)
+passes every check that needs none. It does not record the time, so equal inputs give equal manifests.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.data.indexed import Index, bin_path, idx_path, open_index
+
+FORMAT = "megatron_ext.dataset/1"
+_READ_BYTES = 1 << 22
+
+
+def manifest_path(prefix: str) -> str:
+    """Path of a dataset's manifest."""
+    return f"{prefix}.json"
+
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the same directory; rename it to `path` on success, remove it on any failure.
+
+    The directory is made when missing. A killed process leaves at most a file ending in `.tmp`.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tool_version() -> str:
+    """Version of the installed package, or "unknown" when it runs from a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("megatron-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write_manifest(
+    prefix: str,
+    *,
+    tool: str,
+    tokenizer: dict[str, Any] | None,
+    inputs: list[str],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write `PREFIX.json` for the finished `PREFIX.bin` and `PREFIX.idx`, by rename.
+
+    Args:
+        prefix: path of the dataset without `.bin` or `.idx`.
+        tool: name of the command that made it.
+        tokenizer: what made the ids; its key `fingerprint` is what `check_dataset` compares. None if not known.
+        inputs: the files the data was made from, in order; "-" is standard input.
+        extra: more top-level keys, for example the per-layer strategy.
+
+    Raises:
+        ValueError: `extra` would replace a key of the manifest, or the two files contradict each other.
+    """
+    index = open_index(prefix)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "tool": tool,
+        "tool_version": tool_version(),
+        "tokenizer": tokenizer,
+        "inputs": [
+            {"path": path, "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for path in inputs
+        ],
+        "counts": {
+            "documents": index.num_documents,
+            "sequences": index.num_sequences,
+            "tokens": index.num_tokens,
+        },
+        "dtype": index.dtype.name,
+        "sizes": {"bin": os.path.getsize(bin_path(prefix)), "idx": os.path.getsize(idx_path(prefix))},
+        "checksums": {"bin": sha256_of(bin_path(prefix)), "idx": sha256_of(idx_path(prefix))},
+    }
+    clash = sorted(manifest.keys() & (extra or {}).keys())
+    if clash:
+        raise ValueError(f"extra manifest keys {clash} would replace the manifest's own")
+    manifest.update(extra or {})
+    with write_atomically(manifest_path(prefix)) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+    """The manifest of a dataset, or None when there is none.
+
+    Raises:
+        ValueError: the file is not a manifest.
+    """
+    path = manifest_path(prefix)
+    if not os.path.isfile(path):
+        return None
+    try:
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a dataset manifest (format {FORMAT})")
+    return manifest
+
+
+def check_dataset(prefix: str, tokenizer_fingerprint: str | None = None) -> Index:
+    """Refuse a dataset whose files contradict each other or that another tokenizer made; constant time.
+
+    Args:
+        prefix: path of the dataset without `.bin` or `.idx`.
+        tokenizer_fingerprint: the run's tokenizer; compared when the manifest names one.
+
+    Returns:
+        The opened index.
+
+    Raises:
+        FileNotFoundError: `.bin` or `.idx` is missing.
+        ValueError: a size contradicts the index or the manifest, or the tokenizer is another.
+    """
+    index = open_index(prefix)
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return index
+    for name, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
+        recorded, actual = manifest["sizes"][name], os.path.getsize(path)
+        if recorded != actual:
+            raise ValueError(f"{path} is {actual} bytes, but {manifest_path(prefix)} recorded {recorded}")
+    made_with = (manifest.get("tokenizer") or {}).get("fingerprint")
+    if tokenizer_fingerprint is not None and made_with not in (None, tokenizer_fingerprint):
+        raise ValueError(
+            f"{prefix} was made with the tokenizer {made_with}, but this run's is {tokenizer_fingerprint}"
+        )
+    return index
