@@ -225,5 +225,4 @@ def write_index(path: str | Path, dtype: npt.DTypeLike, lengths: IntArray, docum
 
 def _write_column(stream: BinaryIO, values: IntArray, dtype: str) -> None:
     """One column of the index, converted and written in chunks."""
-    for begin, end in chunks(len(values)):
-        stream.write(values[begin:end].astype(dtype).tobytes())
+    stream.writelines(values[begin:end].astype(dtype).tobytes() for begin, end in chunks(len(values)))
