@@ -1,0 +1,78 @@
+"""Small helpers to declare and check configuration fields.
+
+A field's flag follows from its name (`num_layers` -> `--num-layers`); nothing here lists flags. `flag()` adds other
+spellings of the same field, and the `check_*` functions raise the one-line `ValueError` that a user sees.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A boolean whose name is already a negation (`--no-load-optim`), so that it gets no `--no-` twin."""
+
+
+def flag_name(field_name: str) -> str:
+    """Returns the command-line flag of a dataclass field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def flag(*, aliases: Sequence[str] = (), metavar: str | None = None) -> Any:
+    """Annotates a field with how it appears on the command line; use it inside `Annotated[...]`.
+
+    Args:
+        aliases: other names of the same flag, with `-` or `_`, such as `--learning_rate`.
+        metavar: what `--help` prints for the value.
+    """
+    spellings = tuple("--" + alias.lstrip("-").replace("_", "-") for alias in aliases)
+    return tyro.conf.arg(aliases=spellings or None, metavar=metavar)
+
+
+def check_at_least(config: Any, minimum: float, *names: str) -> None:
+    """Raises `ValueError` for the first named field whose value is set and lies below `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{flag_name(name)} {value}: must be at least {minimum}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises `ValueError` for the first named field whose value is set and is not above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{flag_name(name)} {value}: must be above 0")
+
+
+def check_fraction(config: Any, *names: str, closed: bool = False) -> None:
+    """Raises `ValueError` for the first named field whose value is set and lies outside [0, 1) ([0, 1] if closed)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not (0 <= value <= 1 if closed else 0 <= value < 1):
+            raise ValueError(f"{flag_name(name)} {value}: must lie in [0, 1{']' if closed else ')'}")
+
+
+def check_choices(config: Any) -> None:
+    """Raises `ValueError` for the first field typed `Literal[...]` whose value is none of the choices.
+
+    The command line checks this itself; a config made in Python or from a checkpoint's JSON gets it from here.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        choices = _literal_values(hints[field.name])
+        value = getattr(config, field.name)
+        if choices and value is not None and value not in choices:
+            raise ValueError(
+                f"{flag_name(field.name)} {value}: must be one of {', '.join(map(str, choices))}"
+            )
+
+
+def _literal_values(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    return tuple(value for arg in typing.get_args(hint) for value in _literal_values(arg))

@@ -1,0 +1,157 @@
+"""The base model: sizes, positions, norm, activation, dropout and initialisation.
+
+Names and defaults are Megatron's, but for the three that say otherwise: rotary positions and RMSNorm are the defaults,
+and `--num-query-groups` alone turns on grouped-query attention. What a family adds to a layer is the family's config.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from megatron_ext.config.flags import (
+    Switch,
+    check_at_least,
+    check_choices,
+    check_fraction,
+    check_positive,
+    flag,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and numerics of the base GPT model."""
+
+    num_layers: int
+    """Number of transformer layers."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+
+    num_attention_heads: int
+    """Number of attention heads."""
+
+    seq_length: Annotated[int, flag(aliases=("--max_length",))]
+    """Tokens in a training sequence."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the MLP. Without it 4 * hidden size; with --swiglu two thirds of that, rounded down to a multiple of 64."""
+
+    num_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention). Without it every head has its own."""
+
+    group_query_attention: bool = False
+    """Megatron's switch for grouped-query attention; asks for --num-query-groups, which alone is enough here."""
+
+    kv_channels: int | None = None
+    """Width of one attention head. Without it hidden size / heads."""
+
+    max_position_embeddings: int | None = None
+    """Longest position the model is built for. Without it the sequence length."""
+
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    """How positions enter the model."""
+
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+
+    rotary_percent: float = 1.0
+    """Part of a head's width that is rotated, in (0, 1]."""
+
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Norm before attention and MLP, and at the end."""
+
+    norm_epsilon: float = 1e-5
+    """Epsilon of the norms."""
+
+    swiglu: bool = False
+    """Gated MLP with SiLU instead of GELU."""
+
+    disable_bias_linear: Switch = False
+    """No bias in the linear layers."""
+
+    add_qkv_bias: bool = False
+    """A bias in the query/key/value projection although --disable-bias-linear is on."""
+
+    qk_layernorm: bool = False
+    """Norm on queries and keys, head by head."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """An output layer of its own instead of the word embedding's transpose."""
+
+    hidden_dropout: float = 0.1
+    """Dropout on the residual branches and the embedding."""
+
+    attention_dropout: float = 0.1
+    """Dropout on the attention probabilities."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+    attention_backend: Literal["sdpa", "local", "te"] = "sdpa"
+    """Core attention: torch's scaled_dot_product_attention, mcore's local one, or Transformer Engine's."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linear layers: mcore's own or Transformer Engine's; auto takes what is installed."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(
+            self, 1, "num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size"
+        )
+        check_at_least(
+            self, 1, "num_query_groups", "kv_channels", "rotary_base", "make_vocab_size_divisible_by"
+        )
+        check_positive(self, "norm_epsilon", "rotary_percent", "init_method_std")
+        check_fraction(self, "hidden_dropout", "attention_dropout")
+        check_fraction(self, "rotary_percent", closed=True)
+        self._check_heads()
+        if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
+            raise ValueError(
+                f"--max-position-embeddings {self.max_position_embeddings}: less than --seq-length {self.seq_length}"
+            )
+        if self.attention_backend == "te" and self.transformer_impl == "local":
+            raise ValueError(
+                "--attention-backend te: needs Transformer Engine, but --transformer-impl is local"
+            )
+
+    def _check_heads(self) -> None:
+        heads = self.num_attention_heads
+        if self.kv_channels is None and self.hidden_size % heads:
+            raise ValueError(
+                f"--num-attention-heads {heads}: does not divide --hidden-size {self.hidden_size}"
+            )
+        if self.group_query_attention and self.num_query_groups is None:
+            raise ValueError("--group-query-attention: needs --num-query-groups")
+        if self.num_query_groups is not None and heads % self.num_query_groups:
+            raise ValueError(
+                f"--num-query-groups {self.num_query_groups}: does not divide --num-attention-heads {heads}"
+            )
+
+    @property
+    def resolved_ffn_hidden_size(self) -> int:
+        """Width of the MLP, the default applied (Megatron's rule for SwiGLU included)."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.swiglu:
+            return int(4 * self.hidden_size * 2 / 3 / 64) * 64
+        return 4 * self.hidden_size
+
+    @property
+    def resolved_num_query_groups(self) -> int:
+        """Number of key/value heads, the default applied."""
+        return self.num_query_groups if self.num_query_groups is not None else self.num_attention_heads
+
+    @property
+    def resolved_kv_channels(self) -> int:
+        """Width of one head, the default applied."""
+        return (
+            self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
+        )
+
+    @property
+    def resolved_max_position_embeddings(self) -> int:
+        """Longest position, the default applied."""
+        return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length

@@ -1,0 +1,52 @@
+"""Which tokenizer turns text into ids. Building it is `megatron_ext.data.tokenizers`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.config.flags import check_at_least, check_choices, flag_name
+
+TokenizerType = Literal[
+    "GPT2BPETokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+]
+
+_NEEDS = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "Llama2Tokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
+    "NullTokenizer": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer and its files."""
+
+    tokenizer_type: TokenizerType = "GPT2BPETokenizer"
+    """Kind of tokenizer."""
+
+    tokenizer_model: str | None = None
+    """Its file or local directory (Hugging Face, SentencePiece, Llama 2, tiktoken)."""
+
+    vocab_file: str | None = None
+    """GPT-2 BPE's vocab.json."""
+
+    merge_file: str | None = None
+    """GPT-2 BPE's merges.txt."""
+
+    vocab_size: int | None = None
+    """Number of ids: needed by NullTokenizer, a lower bound for the others."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "vocab_size")
+        for name in _NEEDS.get(self.tokenizer_type, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"--tokenizer-type {self.tokenizer_type}: needs {flag_name(name)}")
