@@ -1,0 +1,52 @@
+"""Tokenizers: `build_tokenizer` makes the one that a `TokenizerConfig` describes.
+
+All types share the interface of `base.Tokenizer`, which is also what mcore's datasets ask of a tokenizer. Libraries are
+imported when their type is built, so that a tool starts quickly.
+"""
+
+from typing import TypeVar
+
+from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.data.tokenizers.base import Tokenizer
+
+__all__ = ["Tokenizer", "build_tokenizer"]
+
+_Value = TypeVar("_Value", str, int)
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Builds the tokenizer of a configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: one line that names the flag and the file.
+    """
+    kind = config.tokenizer_type
+    if kind == "GPT2BPETokenizer":
+        from megatron_ext.data.tokenizers.bpe import GPT2BPETokenizer
+
+        return GPT2BPETokenizer(_given(config.vocab_file), _given(config.merge_file))
+    if kind == "HuggingFaceTokenizer":
+        from megatron_ext.data.tokenizers.bpe import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(_given(config.tokenizer_model))
+    if kind in ("SentencePieceTokenizer", "Llama2Tokenizer"):
+        from megatron_ext.data.tokenizers import sentencepiece
+
+        if kind == "Llama2Tokenizer":
+            return sentencepiece.Llama2Tokenizer(_given(config.tokenizer_model))
+        return sentencepiece.SentencePieceTokenizer(_given(config.tokenizer_model))
+    if kind == "TikTokenizer":
+        from megatron_ext.data.tokenizers.tiktoken import TikTokenizer
+
+        return TikTokenizer(_given(config.tokenizer_model), config.vocab_size)
+    from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer, NullTokenizer
+
+    if kind == "ByteLevelTokenizer":
+        return ByteLevelTokenizer()
+    return NullTokenizer(_given(config.vocab_size))
+
+
+def _given(value: _Value | None) -> _Value:
+    """Asserts what `TokenizerConfig` has checked: the type's own flags are present."""
+    assert value is not None
+    return value

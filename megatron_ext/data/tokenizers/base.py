@@ -1,0 +1,91 @@
+"""What every tokenizer offers to the tools and to mcore's datasets.
+
+The names are mcore's own (`tokenize`, `detokenize`, `vocab`, `inv_vocab`, `vocab_size`, `eod`, `unique_identifiers`), so an
+instance can be handed to `GPTDatasetConfig(tokenizer=...)`. mcore's classes are not the base: importing them loads torch
+(seconds in every worker process) and they encode one text at a time. The tests compare the ids with theirs.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from functools import cached_property
+
+PROBE_TEXTS = (
+    "The quick brown fox didn't jump over 13 lazy dogs; it's 3.14159 o'clock, isn't it?",
+    "def f(x: int) -> str:\n    return {'a': [x ** 2, 0xFF]}  # comment\n\n\tclass A:\r\n        pass\n",
+    "  leading and trailing spaces \t\t tabs \n\n\n newlines    ",
+    "Größe naïve café Ωμέγα Привет мир 漢字かな 한국어 عربي עברית e\u0301 \u00a0\u200b\ufeff 🙂👩‍👩‍👧 𝔘𝔫𝔦",
+    "UPPER lower MiXeD snake_case camelCase http://example.org/?q=1&r=2 a@b.c <b>&amp;</b> $#@!%^*()[]{}|\\/~`",
+    "<|endoftext|>between<|endoftext|> </s><s> <unk> <pad> [MASK] <|im_end|>",
+)
+"""Texts whose ids stand for a tokenizer's behaviour (merges, splitting, normalisation, special tokens in text)."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included; every id is below it.
+        eod: id of the end-of-document token.
+    """
+
+    vocab_size: int
+    eod: int
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a text. No token is added; a special token spelled out in the text becomes its id."""
+
+    @abstractmethod
+    def detokenize(self, ids: list[int]) -> str:
+        """Returns the text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+
+    @cached_property
+    @abstractmethod
+    def vocab(self) -> dict[str, int]:
+        """Token as the vocabulary spells it (for byte-level BPE in GPT-2's byte alphabet) -> id."""
+
+    @cached_property
+    def inv_vocab(self) -> dict[int, str]:
+        """Id -> token, the inverse of `vocab`."""
+        return {token_id: token for token, token_id in self.vocab.items()}
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text; equal to `tokenize` on each."""
+        return [self.tokenize(text) for text in texts]
+
+    def gigatoken_source(self) -> str | bytes | None:
+        """Returns what `gigatoken` can load this tokenizer from (a tokenizer.json), None where it cannot."""
+        return None
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        probes = list(PROBE_TEXTS) if self._takes_any_text else ["0 1"]
+        ids = [self.tokenize(text) for text in probes]
+        content = [sorted(self.vocab.items(), key=lambda item: (item[1], item[0])), self.eod, self.vocab_size, ids]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+    _takes_any_text = True
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 (hex) of the vocabulary, the eod id and the ids of `PROBE_TEXTS`.
+
+        It depends on what the tokenizer does, not on its file's path, format or type, so the same vocabulary as
+        vocab.json + merges.txt and as tokenizer.json has one fingerprint.
+        """
+        return self._fingerprint
+
+    @property
+    def unique_identifiers(self) -> "OrderedDict[str, str]":
+        """What mcore puts into the hash that names a cached sample index."""
+        return OrderedDict({"class": type(self).__name__, "fingerprint": self.fingerprint()})
+
+    def describe(self) -> dict[str, object]:
+        """Returns what a dataset's manifest records about its tokenizer."""
+        return {
+            "class": type(self).__name__,
+            "vocab_size": self.vocab_size,
+            "eod": self.eod,
+            "fingerprint": self.fingerprint(),
+        }

@@ -1,0 +1,170 @@
+"""Tokenizers on Hugging Face's `tokenizers` library: GPT-2's byte-level BPE, and any local tokenizer.json.
+
+`GPT2BPETokenizer` reads vocab.json and merges.txt; mcore's class of that name downloads GPT-2's configuration first, which
+a machine without the internet cannot do. `HuggingFaceTokenizer` reads a tokenizer.json, or a directory that holds one (or
+files that `transformers` can convert); it never downloads.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from megatron_ext.data.tokenizers.base import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+EOD_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+"""Tried in this order where no configuration file names the end-of-sequence token."""
+
+
+class LibraryTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer` behind our interface.
+
+    Args:
+        backend: the library's object; its padding and truncation are switched off.
+        eod_token: the end-of-document token, which must be in the vocabulary.
+        source: what to name in an error message.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eod_token: str, source: str) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        eod = backend.token_to_id(eod_token)
+        if eod is None:
+            raise ValueError(f"{source}: the vocabulary has no {eod_token}, which ends a document")
+        self.eod = eod
+        # An added token may have an id past the count (a vocabulary with gaps), so the largest id decides.
+        self.vocab_size = max(backend.get_vocab_size(), max(backend.get_vocab().values()) + 1)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text, through the library's batch interface without character offsets."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Returns the text of ids."""
+        text: str = self.backend.decode(list(map(int, ids)), skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        return dict(self.backend.get_vocab())
+
+    def gigatoken_source(self) -> str:
+        """Returns the tokenizer.json."""
+        text: str = self.backend.to_str()
+        return text
+
+
+class GPT2BPETokenizer(LibraryTokenizer):
+    """GPT-2's byte-level BPE from its two files.
+
+    Args:
+        vocab_file: vocab.json, token -> id; must hold `<|endoftext|>`.
+        merge_file: merges.txt.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or not of its format.
+    """
+
+    def __init__(self, vocab_file: str, merge_file: str) -> None:
+        require_file("--vocab-file", vocab_file)
+        require_file("--merge-file", merge_file)
+        vocab = _read_vocab(vocab_file)
+        merges = _read_merges(merge_file, vocab)
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        if END_OF_TEXT in vocab:
+            backend.add_special_tokens([END_OF_TEXT])
+        super().__init__(backend, END_OF_TEXT, f"--vocab-file {vocab_file}")
+
+
+class HuggingFaceTokenizer(LibraryTokenizer):
+    """A tokenizer.json, or a local directory as `save_pretrained` writes it.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or nothing that can be read as a tokenizer.
+    """
+
+    def __init__(self, tokenizer_model: str) -> None:
+        path = Path(tokenizer_model)
+        source = f"--tokenizer-model {tokenizer_model}"
+        if not path.exists():
+            raise FileNotFoundError(f"{source}: no such file or directory (a name on a hub is not looked up)")
+        file = path / "tokenizer.json" if path.is_dir() else path
+        backend = _read_tokenizer_json(file, source) if file.is_file() else _convert_directory(path, source)
+        eod_token = _configured_eos(path if path.is_dir() else path.parent) or _first_known_eod(backend)
+        if eod_token is None:
+            raise ValueError(f"{source}: no end-of-document token; looked for {', '.join(EOD_CANDIDATES)}")
+        super().__init__(backend, eod_token, source)
+
+
+def require_file(flag: str, path: str) -> None:
+    """Raises `FileNotFoundError` naming the flag where `path` is not a file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+
+
+def _read_vocab(path: str) -> dict[str, int]:
+    try:
+        vocab = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--vocab-file {path}: not a JSON vocabulary ({error})") from None
+    if not isinstance(vocab, dict) or not all(isinstance(value, int) for value in vocab.values()):
+        raise ValueError(f"--vocab-file {path}: expected a JSON object of token -> id")
+    return vocab
+
+
+def _read_merges(path: str, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
+            raise ValueError(f"--merge-file {path}: line {number} is not a pair of tokens of the vocabulary: {line!r}")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _read_tokenizer_json(file: Path, source: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{source}: {file.name} cannot be read as a tokenizer ({error})") from None
+
+
+def _convert_directory(path: Path, source: str) -> tokenizers.Tokenizer:
+    """Lets `transformers` convert a directory without a tokenizer.json, from local files only."""
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
+    except Exception as error:  # whatever transformers raises, the user sees one line
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{source}: no tokenizer.json, and transformers cannot convert it ({reason})") from None
+
+
+def _configured_eos(directory: Path) -> str | None:
+    """Returns `eos_token` of tokenizer_config.json or special_tokens_map.json, None where neither names one."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).is_file():
+            token = json.loads((directory / name).read_text(encoding="utf-8")).get("eos_token")
+            if isinstance(token, dict):
+                token = token.get("content")
+            if token:
+                return str(token)
+    return None
+
+
+def _first_known_eod(backend: tokenizers.Tokenizer) -> str | None:
+    return next((token for token in EOD_CANDIDATES if backend.token_to_id(token) is not None), None)

@@ -1,0 +1,82 @@
+"""`SentencePieceTokenizer` and `Llama2Tokenizer`: a SentencePiece model file.
+
+Both encode as mcore's class does: no token is added before or after the text. Llama 2's model differs in its file only.
+"""
+
+from functools import cached_property
+
+import sentencepiece
+
+from megatron_ext.data.tokenizers.base import Tokenizer
+from megatron_ext.data.tokenizers.bpe import EOD_CANDIDATES, require_file
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model.
+
+    Args:
+        tokenizer_model: the .model file; its end-of-sentence piece ends a document.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not a model, or no end-of-document piece.
+    """
+
+    def __init__(self, tokenizer_model: str) -> None:
+        require_file("--tokenizer-model", tokenizer_model)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer_model)
+        except (RuntimeError, OSError):
+            raise ValueError(f"--tokenizer-model {tokenizer_model}: not a SentencePiece model") from None
+        self._path = tokenizer_model
+        self.vocab_size = self._processor.get_piece_size()
+        self.eod = self._find_eod()
+
+    def _find_eod(self) -> int:
+        eos: int = self._processor.eos_id()
+        if eos >= 0:
+            return eos
+        for piece in EOD_CANDIDATES:
+            piece_id: int = self._processor.piece_to_id(piece)
+            if piece_id != self._processor.unk_id():
+                return piece_id
+        raise ValueError(f"--tokenizer-model {self._path}: no end-of-sentence piece, which ends a document")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text, in this thread."""
+        ids: list[list[int]] = self._processor.encode(texts, num_threads=1)
+        return ids
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Returns the text of ids; control pieces are silent."""
+        text: str = self._processor.decode(list(map(int, ids)))
+        return text
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Piece -> id."""
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+
+    def gigatoken_source(self) -> bytes | str | None:
+        """Returns the model converted to a tokenizer.json; None for what the conversion does not support."""
+        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+        with open(self._path, "rb") as file:
+            try:
+                return sentencepiece_to_tokenizer_json(file.read())
+            except ValueError:
+                return None
+
+    def __getstate__(self) -> str:
+        return self._path
+
+    def __setstate__(self, path: str) -> None:
+        SentencePieceTokenizer.__init__(self, path)
+
+
+class Llama2Tokenizer(SentencePieceTokenizer):
+    """Llama 2's SentencePiece model."""

@@ -1,0 +1,94 @@
+"""`TikTokenizer`: a byte-pair rank file in the JSON form that mcore reads, encoded by `tiktoken`.
+
+The file is a list of `{"rank", "token_bytes" (base64), "token_str"}` in rank order, the 256 bytes first. Ids follow mcore's
+layout: `NUM_SPECIAL_TOKENS` special tokens first (named ones, then `<SPECIAL_i>`), then the ranks. OpenAI's own `.tiktoken`
+files carry neither the pattern nor the special tokens and are not read.
+"""
+
+import base64
+import json
+from functools import cached_property
+from pathlib import Path
+
+from megatron_ext.data.tokenizers.base import Tokenizer
+from megatron_ext.data.tokenizers.bpe import require_file
+
+NUM_SPECIAL_TOKENS = 1000
+DEFAULT_VOCAB_SIZE = 2**17
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""mcore's default (`v2`): words by case, single digits, punctuation, white space."""
+
+
+class TikTokenizer(Tokenizer):
+    """A `tiktoken.Encoding` with mcore's layout of ids.
+
+    Args:
+        tokenizer_model: the JSON rank file.
+        vocab_size: number of ids, special tokens included; ranks beyond it are cut. None: 131072, or what the file holds.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not of that form, or fewer ranks than `vocab_size` asks for.
+    """
+
+    def __init__(self, tokenizer_model: str, vocab_size: int | None = None) -> None:
+        try:
+            import tiktoken
+        except ModuleNotFoundError:
+            raise ValueError("--tokenizer-type TikTokenizer: the package tiktoken is not installed") from None
+        require_file("--tokenizer-model", tokenizer_model)
+        tokens = _read_ranks(tokenizer_model)
+        self.vocab_size = vocab_size or min(DEFAULT_VOCAB_SIZE, len(tokens) + NUM_SPECIAL_TOKENS)
+        available = len(tokens) + NUM_SPECIAL_TOKENS
+        if not 256 + NUM_SPECIAL_TOKENS <= self.vocab_size <= available:
+            raise ValueError(
+                f"--vocab-size {self.vocab_size}: must lie between {256 + NUM_SPECIAL_TOKENS} and {available}, "
+                f"which {tokenizer_model} offers with its special tokens"
+            )
+        fill = tuple(f"<SPECIAL_{i}>" for i in range(len(SPECIAL_TOKENS), NUM_SPECIAL_TOKENS))
+        self._special = {token: i for i, token in enumerate(SPECIAL_TOKENS + fill)}
+        self._tokens = tokens[: self.vocab_size - NUM_SPECIAL_TOKENS]
+        self.eod = self._special["</s>"]
+        ranks = {token: i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
+        name = Path(tokenizer_model).stem
+        self._encoding = tiktoken.Encoding(
+            name=name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self._special
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
+        return self._encoding.encode(text, allowed_special="all")
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Returns the text of ids."""
+        return self._encoding.decode(list(map(int, ids)))
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Token -> id; a token that is not UTF-8 by itself is spelled in bytes, `<0xE6><0xBC>`."""
+        spelled = {_spell(token): i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
+        return {**spelled, **self._special}
+
+
+def _read_ranks(path: str) -> list[bytes]:
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        ranks = [entry["rank"] for entry in entries]
+        tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f'--tokenizer-model {path}: expected a JSON list of {{"rank", "token_bytes"}}') from None
+    in_order = ranks == list(range(len(ranks))) and len(set(tokens)) == len(tokens)
+    if not in_order or tokens[:256] != [bytes([i]) for i in range(256)]:
+        raise ValueError(f"--tokenizer-model {path}: ranks must count from 0, the 256 bytes first, without repetition")
+    return tokens
+
+
+def _spell(token: bytes) -> str:
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in token)
