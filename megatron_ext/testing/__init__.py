@@ -1,0 +1,1 @@
+"""Helpers for tests: several processes on gloo, tiny configurations, reference implementations."""

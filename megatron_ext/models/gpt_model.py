@@ -1,0 +1,76 @@
+"""megatron-core's GPTModel with side inputs: what families need beside token ids, on every pipeline stage.
+
+    stage in    hidden states and travelling streams (the first stage starts them from the word embedding)
+    stage       family modules turn side inputs and travelling streams into the streams of this stage's layers
+    stage out   hidden states joined with the travelling streams; the last stage returns logits or losses
+
+Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence parallel), losses [b, s], logits [b, s, V/t].
+Without streams the forward pass is megatron-core's own, to the bit.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel as EngineGPTModel
+
+from megatron_ext.models.extension import StageInfo, StageModule
+from megatron_ext.models.side_channel import SideChannel
+
+WORD_EMBEDDING = "word_embedding"
+"""Name of the travelling stream that holds the word embedding as the first layer gets it, [s, b, h]."""
+
+
+class GPTModel(EngineGPTModel):
+    """megatron-core's model, one pipeline chunk of it, with the families' stage modules."""
+
+    def __init__(self, *args: Any, channel: SideChannel, stage: StageInfo, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.channel = channel
+        self.stage = stage
+        self.stage_module_names: list[str] = []
+        self._received: dict[str, torch.Tensor] = {}
+
+    def add_stage_module(self, name: str, module: StageModule) -> None:
+        """Registers a family's module under its own attribute, so that its parameters are named `{name}.*`."""
+        setattr(self, name, module)
+        self.stage_module_names.append(name)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Takes [s, b, h + widths] from the stage before and splits it."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if tensor is not None:
+            tensor, self._received = self.channel.split(tensor)
+        super().set_input_tensor(tensor)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        side_inputs: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One stage.
+
+        Args:
+            input_ids: [b, s].
+            position_ids: [b, s].
+            attention_mask: [b, 1, s, s], True where forbidden, or None for plain causal attention.
+            side_inputs: the families' batch fields by name.
+            **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
+
+        Returns:
+            Losses [b, s] or logits on the last stage, else what `SideChannel.join` gives.
+        """
+        travelling, self._received = self._received, {}
+        if self.pre_process and (self.stage_module_names or self.channel.pipeline_width):
+            embedding = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            kwargs["decoder_input"] = embedding
+            travelling = {WORD_EMBEDDING: embedding}
+        streams = dict(travelling)
+        for name in self.stage_module_names:
+            streams |= getattr(self, name)(side_inputs or {}, travelling)
+        if self.channel.reaches_layers:
+            kwargs["extra_block_kwargs"] = {"context": self.channel.pack(streams)}
+        output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
+        return output if self.post_process else self.channel.join(output, streams)

@@ -1,0 +1,86 @@
+"""The one transformer layer of all families: megatron-core's, with three more slots.
+
+    x      <- before_layer(x, side)
+    x      <- x + Attention(LN1(x))
+    x      <- x + MLP(LN2(x))                    or   feed_forward(layer, x, attention output, side)
+    output <- after_mlp(x, side)
+
+A slot that is `IdentityOp` is not called and costs nothing; with all three empty the layer is megatron-core's own code
+path. The slots know nothing of families: a family puts a module into one through the layer's spec.
+Shapes: hidden states [s, b, h] ([s/t, b, h] under sequence parallel).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_ext.models.side_channel import SideChannel
+
+SLOTS = ("before_layer", "feed_forward", "after_mlp")
+
+
+@dataclass
+class ExtendedLayerSubmodules(TransformerLayerSubmodules):
+    """megatron-core's submodules and the slots. A slot module is built with `config=`, `layer_number=`, `pg_collection=`."""
+
+    before_layer: ModuleSpec | type = IdentityOp
+    """`forward(hidden_states, side) -> hidden_states`, before the attention's norm."""
+
+    feed_forward: ModuleSpec | type = IdentityOp
+    """`forward(layer, hidden_states, attention_output, side) -> hidden_states`: takes the place of everything after the
+    attention, with the layer's input, the attention's output and the layer's own norm and MLP in its reach."""
+
+    after_mlp: ModuleSpec | type = IdentityOp
+    """`forward(hidden_states, side) -> hidden_states`, on the layer's output."""
+
+
+class ExtendedTransformerLayer(TransformerLayer):
+    """megatron-core's layer with the slots of `ExtendedLayerSubmodules`."""
+
+    def __init__(self, *args: Any, submodules: ExtendedLayerSubmodules, channel: SideChannel, **kwargs: Any) -> None:
+        super().__init__(*args, submodules=submodules, **kwargs)
+        self.channel = channel
+        for slot in SLOTS:
+            module = build_module(
+                getattr(submodules, slot),
+                config=self.config,
+                layer_number=self.layer_number,
+                pg_collection=self.pg_collection,
+            )
+            setattr(self, slot, module)
+
+    def forward(
+        self, hidden_states: torch.Tensor, context: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One layer.
+
+        Args:
+            hidden_states: [s, b, h].
+            context: the packed side streams, see `side_channel`.
+            **kwargs: what megatron-core's block passes on (mask, rotary embedding, KV cache, ...).
+
+        Returns:
+            The output [s, b, h] and the side streams for the next layer.
+        """
+        side = self.channel.open(context, hidden_states)
+        if not isinstance(self.before_layer, IdentityOp):
+            hidden_states = self.before_layer(hidden_states, side)
+        if isinstance(self.feed_forward, IdentityOp):
+            hidden_states, _ = super().forward(hidden_states=hidden_states, **kwargs)
+        else:
+            attention_output = self.attend(hidden_states, **kwargs)
+            hidden_states = self.feed_forward(self, hidden_states, attention_output, side)
+        if not isinstance(self.after_mlp, IdentityOp):
+            hidden_states = self.after_mlp(hidden_states, side)
+        return hidden_states, side.packed
+
+    def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`Attention(LN1(x))` after the output projection, bias and dropout included, residual not: [s, b, h]."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("context_mask", "padding_mask")}
+        output = self.self_attention(self.input_layernorm(hidden_states), **kwargs)
+        zero = torch.zeros_like(hidden_states)
+        return self.self_attn_bda(self.training, self.config.bias_dropout_fusion)(output, zero, self.hidden_dropout)

@@ -1,0 +1,76 @@
+"""Losses that belong to a layer, wherever its pipeline stage is.
+
+megatron-core calls the loss function on the last stage only. A loss of an inner layer is therefore attached to that
+layer's output: the output passes unchanged, and in the backward pass the loss receives its own gradient,
+
+    d(total)/d(loss) = loss scale / number of micro-batches,
+
+as the output loss does (the pattern of the engine's auxiliary losses). The values are collected on the stage that owns
+the layer; `LayerLosses.collect` brings the means of all stages to every rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(loss)
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grads[0], torch.full_like(loss, LayerLosses.scale)
+
+
+class LayerLosses:
+    """Collects the attached losses of one step; one per process, as the engine's own loss trackers are."""
+
+    scale: float = 1.0
+    """Gradient given to every attached loss: loss scale / number of micro-batches. Set by the training step."""
+
+    evaluating: bool = False
+    """True while the loop evaluates: there the only pass has no gradients."""
+
+    _sums: dict[str, torch.Tensor] = {}
+    _counts: dict[str, int] = {}
+
+    @classmethod
+    def attach(cls, hidden_states: torch.Tensor, loss: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns `hidden_states` unchanged; its backward pass also runs `loss`'s.
+
+        Args:
+            hidden_states: the layer's output [s, b, h].
+            loss: scalar, the mean over this micro-batch.
+            name: what the value is logged under, for example `mlp_direct_loss/layer_3`.
+        """
+        # Recomputation runs a layer twice in training, first without gradients: count the pass that has them.
+        if torch.is_grad_enabled() or cls.evaluating:
+            cls._sums[name] = cls._sums.get(name, torch.zeros((), device=loss.device)) + loss.detach().float()
+            cls._counts[name] = cls._counts.get(name, 0) + 1
+        return _Attach.apply(hidden_states, loss)
+
+    @classmethod
+    def collect(cls) -> dict[str, float]:
+        """Means over micro-batches and data-parallel ranks of the losses of all stages, by name; then forgets them.
+
+        Collective over the pipeline and data-parallel groups: every rank calls it.
+        """
+        local = {name: float(total) / cls._counts[name] for name, total in cls._sums.items()}
+        cls._sums, cls._counts = {}, {}
+        group = parallel_state.get_pipeline_model_parallel_group()
+        stages: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(stages, local, group=group)
+        merged = {name: value for stage in stages for name, value in stage.items()}
+        if not merged:
+            return {}
+        names = sorted(merged)
+        values = torch.tensor([merged[name] for name in names], device=torch.cuda.current_device())
+        data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(values, group=data_parallel)
+        return dict(zip(names, (values / dist.get_world_size(data_parallel)).tolist(), strict=True))

@@ -1,0 +1,113 @@
+"""Named tensors that travel beside the hidden states: through the layers of a stage, and from stage to stage.
+
+A family declares `SideStream`s; their widths add up. Two ways of travel:
+
+* to the layers: the engine hands one extra tensor, `context`, to every layer and treats it as a real input of activation
+  recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat, one after the
+  other. This module is the only place that knows about the borrowed name.
+* to the next stage: streams with `travels=True` are concatenated to the hidden states along the last dimension, so that
+  the pipeline schedule sends one tensor, [s, b, h + widths].
+
+Shapes: under sequence parallel `s` of the hidden states is the local part; a stream with `full_sequence=True` has all rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideStream:
+    """One named tensor [s, b, width] beside the hidden states."""
+
+    name: str
+    """Unique over all families of a run."""
+
+    width: int
+    """Size of the last dimension on this rank."""
+
+    full_sequence: bool = False
+    """True: all rows of the sequence are present on every rank, under sequence parallel too."""
+
+    to_layers: bool = True
+    """True: the layers of a stage can read it."""
+
+    travels: bool = False
+    """True: it is sent to the next pipeline stage."""
+
+
+class SideChannel:
+    """The layout of all streams of a run, and the two ways of travel."""
+
+    def __init__(self, streams: list[SideStream], sequence_parallel_size: int = 1) -> None:
+        names = [stream.name for stream in streams]
+        if len(set(names)) != len(names):
+            raise ValueError(f"side streams must have different names, got {names}")
+        if any(stream.travels and stream.full_sequence for stream in streams):
+            raise ValueError("a side stream that travels between stages has the hidden states' rows, not the full sequence")
+        self._to_layers = [stream for stream in streams if stream.to_layers]
+        self._travelling = [stream for stream in streams if stream.travels]
+        self._sequence_parallel_size = sequence_parallel_size
+
+    @property
+    def pipeline_width(self) -> int:
+        """How much wider than the hidden states the tensor between two stages is."""
+        return sum(stream.width for stream in self._travelling)
+
+    @property
+    def reaches_layers(self) -> bool:
+        """True if any stream is to be packed for the layers."""
+        return bool(self._to_layers)
+
+    def join(self, hidden_states: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[s, b, h] and the travelling streams -> [s, b, h + pipeline_width], what a stage sends."""
+        if not self._travelling:
+            return hidden_states
+        return torch.cat([hidden_states, *(values[stream.name] for stream in self._travelling)], dim=-1)
+
+    def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Undoes `join`: what a stage receives -> hidden states and the travelling streams by name."""
+        if not self._travelling:
+            return joined, {}
+        sizes = [joined.size(-1) - self.pipeline_width, *(stream.width for stream in self._travelling)]
+        hidden_states, *values = joined.split(sizes, dim=-1)
+        return hidden_states.contiguous(), {s.name: v for s, v in zip(self._travelling, values, strict=True)}
+
+    def pack(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The streams for the layers -> one flat tensor. A value may have any shape with its stream's element count."""
+        flat = [values[stream.name].reshape(-1) for stream in self._to_layers]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "SideView":
+        """What a slot of a layer reads from and writes to; `hidden_states` [s, b, h] tells the row counts."""
+        rows, batch = hidden_states.shape[:2]
+        return SideView(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
+
+
+class SideView:
+    """The streams as one layer sees them."""
+
+    def __init__(
+        self, streams: list[SideStream], packed: torch.Tensor | None, rows: int, batch: int, sequence_parallel_size: int
+    ) -> None:
+        self.packed = packed
+        """The flat tensor; a `write` replaces it."""
+        self._places: dict[str, tuple[int, int, int, int]] = {}
+        start = 0
+        for stream in streams:
+            stream_rows = rows * sequence_parallel_size if stream.full_sequence else rows
+            self._places[stream.name] = (start, stream_rows, batch, stream.width)
+            start += stream_rows * batch * stream.width
+
+    def read(self, name: str) -> torch.Tensor:
+        """The stream as [s, b, width] (a view; contiguous, so that its owner may view it differently)."""
+        assert self.packed is not None, f"no side stream was packed, and '{name}' was asked for"
+        start, *shape = self._places[name]
+        return self.packed.narrow(0, start, shape[0] * shape[1] * shape[2]).view(shape)
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Replaces the stream for the slots and layers that follow."""
+        assert self.packed is not None, f"no side stream was packed, and '{name}' was written"
+        start, *shape = self._places[name]
+        end = start + shape[0] * shape[1] * shape[2]
+        self.packed = torch.cat([self.packed[:start], value.reshape(-1), self.packed[end:]])

@@ -1,0 +1,93 @@
+"""The layer spec: which module fills which slot of a layer.
+
+Attention and linear layers come from megatron-core (its own, or Transformer Engine's on a GPU that has it); norm and core
+attention are ours by default. The MLP's norm is a module of its own in every variant, because families read its output.
+"""
+
+import importlib.util
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.models.attention import SDPAttention
+from megatron_ext.models.layer import ExtendedLayerSubmodules, ExtendedTransformerLayer
+from megatron_ext.models.norm import Norm
+from megatron_ext.models.side_channel import SideChannel
+from megatron_ext.platform.distributed import use_cuda
+
+
+def layer_spec(model: ModelConfig, channel: SideChannel, slots: dict[str, ModuleSpec]) -> ModuleSpec:
+    """Spec of one layer.
+
+    Args:
+        model: the base model; chooses attention, norm and linear implementations.
+        channel: layout of the side streams.
+        slots: slot name -> module, from the families.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and not installed.
+    """
+    backend = _backend(model)
+    norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
+    attention = SelfAttentionSubmodules(
+        linear_qkv=backend.column_parallel_linear(),
+        core_attention=_core_attention(model),
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=norm if model.qk_layernorm else IdentityOp,
+        k_layernorm=norm if model.qk_layernorm else IdentityOp,
+    )
+    mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+    submodules = ExtendedLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(module=MLP, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+        **slots,
+    )
+    return ModuleSpec(module=ExtendedTransformerLayer, params={"channel": channel}, submodules=submodules)
+
+
+def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
+    """Spec of one stage: its layers and, on the last stage, the final norm."""
+    norm = _backend(model).layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _uses_te(model: ModelConfig) -> bool:
+    if model.transformer_impl == "auto":
+        return use_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    return model.transformer_impl == "transformer_engine"
+
+
+def _backend(model: ModelConfig) -> BackendSpecProvider:
+    if not _uses_te(model):
+        return LocalSpecProvider()
+    _require_te(f"--transformer-impl {model.transformer_impl}")
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def _core_attention(model: ModelConfig) -> type:
+    if model.attention_backend == "te":
+        _require_te("--attention-backend te")
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+    return SDPAttention if model.attention_backend == "sdpa" else LocalSpecProvider().core_attention()
+
+
+def _require_te(asked_by: str) -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(f"{asked_by}: Transformer Engine is not installed (pip install 'megatron-ext[te]')")

@@ -1,0 +1,75 @@
+"""From our configuration to megatron-core's `TransformerConfig`.
+
+The only place where the two vocabularies meet. What a family adds is not in here.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.platform.distributed import use_cuda
+
+
+def build_transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, variable_shapes: bool = False
+) -> TransformerConfig:
+    """megatron-core's configuration of the base model and its cut.
+
+    Args:
+        model: the base model.
+        parallel: the cut.
+        bf16: parameters and activations in bfloat16 (the optimizer keeps fp32 copies), else fp32.
+        variable_shapes: pipeline stages tell each other the tensor's shape. Needed by the interleaved schedule when
+            side streams make the tensor wider than the hidden size.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    pipeline = parallel.pipeline_model_parallel_size
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.resolved_ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.resolved_num_query_groups,
+        kv_channels=model.resolved_kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        attention_softmax_in_fp32=True,
+        init_method_std=model.init_method_std,
+        # Every parameter is drawn once more by `init.initialize_parameters`; the engine's own draw would be wasted.
+        perform_initialization=False,
+        use_cpu_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(model.num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=list(parallel.recompute_modules) if parallel.recompute_granularity == "selective" else None,
+        # `True` sends forward and backward tensors in one batch; with interleaving that gave wrong gradients on gloo.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=pipeline > 1,
+        variable_seq_lengths=variable_shapes,
+        moe_token_dispatcher_type="alltoall",
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=use_cuda(),
+        masked_softmax_fusion=False,
+        cuda_graph_scope=[],
+    )
+    # Not a field: the engine then sums, over stages, the gradients of parameters marked `pipeline_parallel`.
+    config.has_cond_embedder = True  # type: ignore[attr-defined]
+    return config

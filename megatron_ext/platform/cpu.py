@@ -1,0 +1,156 @@
+"""Runs megatron-core on a machine without a GPU by giving `torch.cuda` a CPU meaning.
+
+megatron-core calls CUDA unconditionally in some hundred places. `install` replaces those entry points, once and
+explicitly, with what they mean on a CPU: the current device is `cpu`, a stream does nothing, the random state is the
+CPU's, `device="cuda"` in a factory call is `device="cpu"`. `torch.cuda.is_available()` keeps saying False, so other
+libraries still see the truth.
+
+It does not emulate a GPU: nothing here makes asynchronous work asynchronous, and CUDA-only kernels stay missing.
+"""
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor")
+_FACTORIES += ("zeros", "zeros_like", "eye", "randint", "randperm", "triu_indices")
+_installed = False
+
+
+class CpuStream:
+    """Stands for `torch.cuda.Stream`: work on a CPU is finished when the call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = _CPU
+
+    def __enter__(self) -> "CpuStream":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
+    def wait_stream(self, _: Any) -> None:
+        """The other stream has nothing pending either."""
+
+    wait_event = wait_stream
+
+    def record_event(self, event: "CpuEvent | None" = None) -> "CpuEvent":
+        """An event that has already happened."""
+        return event or CpuEvent()
+
+
+class CpuEvent:
+    """Stands for `torch.cuda.Event`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = _CPU
+
+    def record(self, *_: Any) -> None:
+        """The event happens at once."""
+
+    wait = synchronize = record
+
+    def query(self) -> bool:
+        """True: it has happened."""
+        return True
+
+
+def install() -> None:
+    """Gives `torch.cuda` its CPU meaning. Call once, before a model is built, and only where no CUDA device is present.
+
+    Raises:
+        RuntimeError: a CUDA device is present; there the real `torch.cuda` must be used.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU adapter must not be installed on a machine with a CUDA device")
+    if _installed:
+        return
+    _installed = True
+    _patch_device_calls()
+    _patch_random_state()
+    _patch_factories()
+    _patch_type_names()
+
+
+def _patch_device_calls() -> None:
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.Event = CpuStream, CpuEvent
+    cuda.current_device = lambda: _CPU
+    cuda.current_stream = cuda.default_stream = lambda *_: CpuStream()
+    cuda.stream = lambda stream: CpuStream()
+    for name in ("synchronize", "set_device", "empty_cache", "ipc_collect", "reset_peak_memory_stats"):
+        setattr(cuda, name, lambda *_, **__: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda *_, **__: 0)
+    tensor_class: Any = torch.Tensor
+    module_class: Any = torch.nn.Module
+    tensor_class.cuda = lambda self, *_, **__: self
+    module_class.cuda = lambda self, *_, **__: self
+
+
+def _patch_random_state() -> None:
+    from megatron.core.tensor_parallel import random as engine_random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    engine: Any = engine_random
+    cuda: Any = torch.cuda
+    engine._get_cuda_rng_state, engine._set_cuda_rng_state = get_state, set_state
+    for module in (cuda, cuda.random):
+        module.get_rng_state, module.set_rng_state = get_state, set_state
+        # Not `torch.manual_seed`, which itself calls `torch.cuda.manual_seed_all`.
+        module.manual_seed = torch.default_generator.manual_seed
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _patch_factories() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor_class: Any = torch.Tensor
+    move = tensor_class.to
+
+    @functools.wraps(move)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], str | torch.device) and str(args[0]).startswith("cuda"):
+            args = (_CPU, *args[1:])
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return move(self, *args, **kwargs)
+
+    tensor_class.to = to
+
+
+def _patch_type_names() -> None:
+    """The engine's optimizers tell precisions apart by the name `torch.cuda.*Tensor`."""
+    tensor_class: Any = torch.Tensor
+    type_of = tensor_class.type
+
+    @functools.wraps(type_of)
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return type_of(self).replace("torch.", "torch.cuda.", 1)
+        return type_of(self, dtype, *args, **kwargs)
+
+    tensor_class.type = type_name

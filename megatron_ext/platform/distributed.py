@@ -1,0 +1,104 @@
+"""Starts and ends a run: the device, the process group, megatron-core's parallel state and its random streams.
+
+The same call serves a laptop (CPU, gloo, one process or several under `torchrun`) and a cluster (CUDA, NCCL). It reads
+what `torchrun` puts into the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it, the run
+is a single process.
+"""
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.config.parallel import ParallelConfig
+
+with warnings.catch_warnings():
+    # The engine warns six times at import that Apex and Transformer Engine are missing; on a CPU neither could run.
+    warnings.simplefilter("ignore")
+    import megatron.core.distributed
+    import megatron.core.models.gpt
+    import megatron.core.optimizer  # noqa: F401
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_ext.platform import cpu
+
+
+def use_cuda() -> bool:
+    """True where a CUDA device is present."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda() else torch.device("cpu")
+
+
+def world_size() -> int:
+    """Number of processes of the run as `torchrun` tells, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank as `torchrun` tells, 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Joins the process group and sets up the parallel state and the random streams.
+
+    Args:
+        parallel: how the run is cut.
+        seed: base of every random stream; those of tensor-parallel ranks and pipeline stages are derived from it.
+
+    Raises:
+        ValueError: the backend cannot serve this machine.
+    """
+    backend = _backend(parallel.distributed_backend)
+    if use_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        cpu.install()
+    if not dist.is_initialized():
+        _join(backend, timedelta(minutes=parallel.distributed_timeout_minutes))
+    set_parallel_state(parallel, seed)
+
+
+def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
+    """Sets megatron-core's parallel state and random streams; the process group must exist."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        # On NCCL the distributed optimizer's checkpoints gather over gloo; on gloo these are the same groups again.
+        create_gloo_process_groups=True,
+    )
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leaves the process group; safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _backend(requested: str) -> str:
+    if requested == "nccl" and not use_cuda():
+        raise ValueError("--distributed-backend nccl needs a CUDA device, and this machine has none: use gloo or auto")
+    if requested == "auto":
+        return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"
+    return requested
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

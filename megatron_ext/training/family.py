@@ -1,0 +1,63 @@
+"""What a family hands the training system, beyond its part of the model.
+
+`training` knows families only through this interface and never asks which one it has. Every method has a default that
+does nothing, so that a family states just what it needs; several families may take part in one run.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from megatron_ext.models.extension import Extension
+from megatron_ext.models.gpt_model import GPTModel
+
+Batch = dict[str, torch.Tensor]
+"""One micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, families' own fields."""
+
+
+class Family:
+    """A family's part in a run. Subclasses override what they need."""
+
+    name: str
+    """Short name, also the extension's."""
+
+    statistics_interval: int | None = None
+    """Steps between two calls of `statistics`; None for never."""
+
+    def extension(self) -> Extension:
+        """The family's contribution to the model."""
+        raise TypeError(f"{type(self).__name__} must say what it adds to the model")
+
+    def configuration(self) -> dict[str, Any]:
+        """What a checkpoint must know to rebuild the family, as JSON values; see `Checkpointer`."""
+        return {}
+
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        """Called once after the model is built and before it is wrapped: freeze parameters here."""
+
+    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The family's inputs to the model on every pipeline stage, from a micro-batch on this rank's device."""
+        return {}
+
+    def parameter_overrides(self) -> dict[ParamKey, ParamGroupOverride]:
+        """Learning-rate and weight-decay overrides for the family's parameters, in the engine's terms."""
+        return {}
+
+    def begin_statistics(self, chunks: list[GPTModel]) -> None:
+        """Called before a step whose statistics are wanted: modules start to record."""
+
+    def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
+        """Called after that step's backward, before the optimizer: TensorBoard tag -> value, complete on rank 0.
+
+        Collective: every rank calls it; a layer counts once, norms are global over tensor and pipeline ranks.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to save beyond the model, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
