@@ -112,6 +112,12 @@ class ModelConfig:
             raise ValueError(
                 f"--max-position-embeddings {self.max_position_embeddings}: less than --seq-length {self.seq_length}"
             )
+        rotated = int(self.resolved_kv_channels * self.rotary_percent)
+        if self.position_embedding_type == "rope" and rotated % 2:
+            raise ValueError(
+                f"--rotary-percent {self.rotary_percent}: rotates {rotated} of a head's {self.resolved_kv_channels} "
+                "channels, the number must be even"
+            )
         if self.attention_backend == "te" and self.transformer_impl == "local":
             raise ValueError(
                 "--attention-backend te: needs Transformer Engine, but --transformer-impl is local"

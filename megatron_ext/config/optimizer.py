@@ -117,8 +117,12 @@ class OptimizerSettings:
                 raise ValueError(
                     "--start-weight-decay, --end-weight-decay: need --weight-decay-incr-style linear or cosine"
                 )
-        elif None in ends:
+        elif self.start_weight_decay is None or self.end_weight_decay is None:
             raise ValueError(
                 f"--weight-decay-incr-style {self.weight_decay_incr_style}: "
                 "needs both --start-weight-decay and --end-weight-decay"
+            )
+        elif self.end_weight_decay < self.start_weight_decay:
+            raise ValueError(
+                f"--end-weight-decay {self.end_weight_decay}: below --start-weight-decay {self.start_weight_decay}"
             )

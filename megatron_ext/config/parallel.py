@@ -119,7 +119,8 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
-        """Returns the number of virtual stages on each pipeline stage, None without interleaving."""
+        """Returns the number of virtual stages on each pipeline stage, None without interleaving (as for one)."""
         if self.num_layers_per_virtual_pipeline_stage is None:
             return None
-        return num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage
+        stages = num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage
+        return stages if stages > 1 else None

@@ -1,18 +1,65 @@
-"""Reads a configuration file: a flat mapping, sections by concern name, or both."""
+"""Reads a configuration file into command-line arguments.
 
-from collections.abc import Container, Iterator
+The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by concern name, or both. As its values
+become arguments, they go through the same checks as what a user types.
+"""
+
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_ext.config.fields import Concerns, Flag, did_you_mean, with_dashes
 
-def read_yaml(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str, Any]]:
-    """Yields `(section or None, key, value)` for every value of the file.
+
+def yaml_arguments(path: str, concerns: Concerns, flags: Sequence[Flag], given: Container[str]) -> list[str]:
+    """Returns the file's values as arguments, without those that the command line gives itself.
+
+    Args:
+        path: the YAML file.
+        concerns: the dataclasses by section name.
+        flags: their flags.
+        given: names of the flags on the command line, which win.
 
     Raises:
-        ValueError: if the file is missing, not YAML or not a mapping, naming it.
+        ValueError: if the file is missing, is not a mapping of flags, or holds an unknown or repeated key.
     """
+    flag_of = {name: flag for flag in flags for name in flag.names}
+    arguments: list[str] = []
+    seen: set[str] = set()
+    for section, key, value in _read(path, concerns):
+        flag = flag_of.get(with_dashes(key))
+        if flag is None or section not in (None, flag.concern):
+            known = [
+                name[2:].replace("-", "_")
+                for name, flag in flag_of.items()
+                if section in (None, flag.concern)
+            ]
+            where = f" in section {section}" if section is not None else ""
+            raise ValueError(f"{path}: unknown key {key}{where}{did_you_mean(key.replace('-', '_'), known)}")
+        if flag.name in seen:
+            raise ValueError(f"{path}: {key} is given twice")
+        seen.add(flag.name)
+        if flag.name not in given and value is not None:
+            arguments += _as_arguments(path, flag, key, value)
+    return arguments
+
+
+def _as_arguments(path: str, flag: Flag, key: str, value: Any) -> list[str]:
+    if flag.is_switch:
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {key} {value}: is neither true nor false")
+        return [flag.name] if value else list(flag.negations[:1])
+    if isinstance(value, list) and flag.takes_many:
+        return [flag.name, *map(str, value)]
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"{path}: {key} {value}: must be a single value, it is a {type(value).__name__}")
+    return [f"{flag.name}={value}"]
+
+
+def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str, Any]]:
+    """Yields (section or None, key, value)."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -22,7 +69,7 @@ def read_yaml(path: str, sections: Container[str]) -> Iterator[tuple[str | None,
     if content is None:
         return
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must be a mapping, it is a {type(content).__name__}")
+        raise ValueError(f"--config {path}: must be a mapping of flags, it is a {type(content).__name__}")
     for key, value in content.items():
         if key in sections and isinstance(value, dict):
             yield from ((key, str(inner), inner_value) for inner, inner_value in value.items())
