@@ -22,7 +22,15 @@ from typing import TextIO
 
 from megatron_ext.data.manifest import write_atomically
 
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+}
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,20 @@ def standard_library_documents() -> list[Document]:
     """All documents of this interpreter: topics, then docstrings, then sources, each sorted by origin."""
     documents = _topics()
     modules = list(_modules(Path(sysconfig.get_paths()["stdlib"])))
-    documents += [Document("docstrings", origin, text) for origin, source in modules if (text := _docstrings(source))]
+    documents += [
+        Document("docstrings", origin, text) for origin, source in modules if (text := _docstrings(source))
+    ]
     documents += [Document("sources", origin, source) for origin, source in modules]
     return list(_without_duplicates(documents))
 
 
 def write_corpus(
-    train: str, held_out: str, *, max_bytes: int | None = None, held_out_fraction: float = 0.05, repeat: int = 1
+    train: str,
+    held_out: str,
+    *,
+    max_bytes: int | None = None,
+    held_out_fraction: float = 0.05,
+    repeat: int = 1,
 ) -> tuple[CorpusCounts, CorpusCounts]:
     """Write the corpus as JSON lines `{"text": ...}`, both files by rename.
 
@@ -92,7 +107,9 @@ def write_corpus(
     for document in documents:
         sides[_is_held_out(document.origin, held_out_fraction)].append(document.text)
     if not sides[0] or not sides[1]:
-        raise ValueError(f"--max-bytes {max_bytes} leaves {len(sides[0])} training, {len(sides[1])} held-out documents")
+        raise ValueError(
+            f"--max-bytes {max_bytes} leaves {len(sides[0])} training, {len(sides[1])} held-out documents"
+        )
     with write_atomically(train) as train_path, write_atomically(held_out) as held_out_path:
         with train_path.open("w", encoding="utf-8") as stream:
             for _ in range(repeat):

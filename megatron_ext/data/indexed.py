@@ -198,7 +198,9 @@ def chunks(total: int, size: int = _CHUNK) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + size, total)
 
 
-def write_index(path: str | Path, dtype: npt.DTypeLike, lengths: IntArray, document_indices: IntArray) -> None:
+def write_index(
+    path: str | Path, dtype: npt.DTypeLike, lengths: IntArray, document_indices: IntArray
+) -> None:
     """Write an index file, byte for byte as mcore's `IndexedDatasetBuilder` does, then flush it to disk.
 
     Args:

@@ -85,7 +85,8 @@ def write_manifest(
         "tool_version": tool_version(),
         "tokenizer": tokenizer,
         "inputs": [
-            {"path": path, "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for path in inputs
+            {"path": path, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
+            for path in inputs
         ],
         "counts": {
             "documents": index.num_documents,

@@ -1,0 +1,29 @@
+"""A progress bar for the tools that pass over token ids: on a terminal only, with tokens/s and the time left."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """Tokens a second, in millions."""
+
+    def render(self, task: Task) -> Text:
+        """The rate once it is known."""
+        return Text(f"{task.speed / 1e6:.1f}M tokens/s" if task.speed else "")
+
+
+@contextmanager
+def token_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that advances the bar by a number of tokens; it does nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda tokens: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda tokens: bar.advance(task, tokens)

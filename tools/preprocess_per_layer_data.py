@@ -1,0 +1,194 @@
+"""Build the per-layer vocabulary, the token-to-per-layer table and the aligned per-layer dataset.
+
+Reads the tokenized data that tools/preprocess_data.py made (OUTPUT_PREFIX_KEY_document); no text is tokenized again.
+Writes PER_LAYER_OUTPUT_PREFIX_KEY_document.bin/.idx/.json, the vocabulary, and the table beside it. A vocabulary file
+that exists is used as it is: that is how a held-out set gets the training set's vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.data.console import token_progress
+from megatron_ext.data.indexed import Index, bin_path, idx_path
+from megatron_ext.data.manifest import check_dataset, read_manifest, sha256_of, write_manifest
+from megatron_ext.data.per_layer_ids import count_tokens, write_aligned
+from megatron_ext.data.per_layer_vocab import (
+    Strategy,
+    TableArray,
+    build_table,
+    build_vocabulary,
+    load_vocabulary,
+    save_table,
+    save_vocabulary,
+    table_path,
+    token_forms,
+)
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerDataConfig:
+    """What to read and what to write."""
+
+    input: tuple[str, ...] = ()
+    """The text the tokenized data was made from; recorded in the manifest, not read."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of the JSON lines, as given to tools/preprocess_data.py."""
+
+    output_prefix: str
+    """Prefix of the tokenized data, as given to tools/preprocess_data.py."""
+
+    per_layer_output_prefix: str
+    """Prefix of the per-layer data to write."""
+
+    per_layer_vocab_file: str | None = None
+    """Per-layer vocabulary (JSON): written when missing, else used. Strategy identity needs none."""
+
+    per_layer_vocab_size: int = 10000
+    """Entries of the per-layer vocabulary, special tokens included."""
+
+    per_layer_strategy: Strategy = "syntax_focus"
+    """How a token id becomes a per-layer id."""
+
+    seed: int = 1234
+    """What strategy random_subset draws with."""
+
+    def __post_init__(self) -> None:
+        if self.per_layer_strategy != "identity" and self.per_layer_vocab_file is None:
+            raise ValueError(f"--per-layer-strategy {self.per_layer_strategy} needs --per-layer-vocab-file")
+        if self.per_layer_output_prefix == self.output_prefix:
+            raise ValueError(
+                f"--per-layer-output-prefix {self.output_prefix} would overwrite --output-prefix"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyConfig(TokenizerConfig):
+    """The main tokenizer and its files."""
+
+    def __post_init__(self) -> None:
+        """Find merges.txt beside vocab.json where only the latter is given, as document 003 does."""
+        if self.tokenizer_type == "GPT2BPETokenizer" and self.vocab_file and self.merge_file is None:
+            beside = self.vocab_file.removesuffix("vocab.json") + "merges.txt"
+            if self.vocab_file.endswith("vocab.json") and Path(beside).is_file():
+                object.__setattr__(self, "merge_file", beside)
+        super().__post_init__()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags, make the vocabulary and the table, write one aligned dataset for each key."""
+    configs = parse(
+        {"per_layer_data": PerLayerDataConfig, "tokenizer": VocabularyConfig},
+        argv,
+        prog="tools/preprocess_per_layer_data.py",
+        description=str(__doc__),
+        example="python tools/preprocess_per_layer_data.py --input train.jsonl --output-prefix data/train"
+        " --per-layer-output-prefix data/train_per_layer --vocab-file data/vocab.json --merge-file data/merges.txt"
+        " --per-layer-vocab-file data/per_layer_vocab.json --per-layer-vocab-size 5000",
+    )
+    config: PerLayerDataConfig = configs["per_layer_data"]
+    sources = {key: f"{config.output_prefix}_{key}_document" for key in config.json_keys}
+    for source in sources.values():
+        _require_tokenized(source, config)
+    tokenizer = build_tokenizer(configs["tokenizer"])
+    indices = {key: check_dataset(source, tokenizer.fingerprint()) for key, source in sources.items()}
+    table, vocab_size = _make_table(config, tokenizer, list(indices.values()))
+    for key, index in indices.items():
+        _write(config, key, index, table, tokenizer, vocab_size)
+
+
+def _require_tokenized(source: str, config: PerLayerDataConfig) -> None:
+    """Raise, with the command that makes it, when the tokenized data is missing."""
+    if Path(bin_path(source)).is_file() and Path(idx_path(source)).is_file():
+        return
+    keys = f" --json-keys {' '.join(config.json_keys)}" if config.json_keys != ("text",) else ""
+    raise FileNotFoundError(
+        f"tokenized data not found: {bin_path(source)} and .idx; make it with: python tools/preprocess_data.py"
+        f" --input {' '.join(config.input) or 'FILE'}{keys} --output-prefix {config.output_prefix} --append-eod ..."
+    )
+
+
+def _make_table(
+    config: PerLayerDataConfig, tokenizer: Tokenizer, indices: list[Index]
+) -> tuple[TableArray, int]:
+    """The table [V] and the number of per-layer ids; writes vocabulary and table unless the strategy is identity."""
+    size, path, strategy = config.per_layer_vocab_size, config.per_layer_vocab_file, config.per_layer_strategy
+    if strategy == "identity":
+        return np.arange(tokenizer.vocab_size, dtype=np.int32), tokenizer.vocab_size
+    assert path is not None
+    forms = token_forms(tokenizer)
+    if Path(path).exists():
+        vocabulary = load_vocabulary(path)
+        if len(vocabulary) > size:
+            raise ValueError(f"{path} has {len(vocabulary)} entries, more than --per-layer-vocab-size {size}")
+        print(f"{path}: used as it is, {len(vocabulary):,} entries")
+    else:
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        with token_progress("counting", sum(index.num_tokens for index in indices)) as progress:
+            for index in indices:
+                counts += count_tokens(index, tokenizer.vocab_size, progress)
+        vocabulary = build_vocabulary(forms, counts, size)
+        save_vocabulary(path, vocabulary)
+        print(f"{path}: made from {counts.sum():,} tokens, {len(vocabulary):,} entries")
+    table = build_table(strategy, forms, vocabulary, seed=config.seed)
+    save_table(path, strategy, table, tokenizer_fingerprint=tokenizer.fingerprint(), seed=config.seed)
+    used = len(np.unique(table))
+    print(f"{table_path(path, strategy)}: {len(table):,} token ids -> {used:,} per-layer ids")
+    return table, len(vocabulary)
+
+
+def _write(
+    config: PerLayerDataConfig,
+    key: str,
+    index: Index,
+    table: TableArray,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+) -> None:
+    """Write the aligned dataset of one key, and its manifest."""
+    output = f"{config.per_layer_output_prefix}_{key}_document"
+    begin = time.perf_counter()
+    with token_progress("per-layer ids", index.num_tokens) as progress:
+        write_aligned(
+            index,
+            output,
+            table,
+            config.per_layer_strategy,
+            eod=tokenizer.eod,
+            per_layer_vocab_size=vocab_size,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - begin
+    source_manifest = read_manifest(index.prefix) or {}
+    per_layer: dict[str, Any] = {
+        "strategy": config.per_layer_strategy,
+        "vocab_size": vocab_size,
+        "source": index.prefix,
+        "source_checksum": source_manifest.get("checksums", {}).get("bin"),
+    }
+    if config.per_layer_strategy != "identity" and config.per_layer_vocab_file is not None:
+        per_layer["vocab_file"] = config.per_layer_vocab_file
+        per_layer["vocab_checksum"] = sha256_of(config.per_layer_vocab_file)
+    write_manifest(
+        output,
+        tool="preprocess_per_layer_data",
+        tokenizer=tokenizer.describe(),
+        inputs=list(config.input),
+        extra={"per_layer": per_layer},
+    )
+    print(
+        f"{output}.bin/.idx: {index.num_documents:,} documents, {index.num_tokens:,} per-layer ids"
+        f" ({index.num_tokens / max(seconds, 1e-9) / 1e6:.0f} million tokens/s)"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
