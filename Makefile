@@ -1,0 +1,55 @@
+# make install     .venv with the package and all that the tests and the quickstart need; skipped if up to date
+# make quickstart  raw text to a trained per-layer GPT, about six minutes on two CPU cores
+# make test        lint, types and all tests
+# make check       lint and types only
+# make bench       every benchmark, one table each
+# make format      rewrite the sources as `make lint` wants them
+#
+# PYTHON chooses the interpreter that .venv is made from (3.10 to 3.13): make install PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := test,dev,data,hf
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check lint types format bench
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+install: $(STAMP)
+
+# The stamp is written last, so that an interrupted install is taken up again.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.10 to 3.13" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "error: no venv for $(PYTHON); on Debian: apt-get install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+quickstart: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
+
+# One target after the other, whatever -j says: pytest's summary line comes last.
+test: install
+	@$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest -q
+
+check: lint types
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
