@@ -61,6 +61,7 @@ def build_model(
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
     channel = SideChannel(_merged_streams(config, extensions), sequence_parallel_size)
     virtual = config.virtual_pipeline_model_parallel_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
     config.variable_seq_lengths = virtual is not None and channel.pipeline_width > 0
     vocab = padded_vocab_size(vocab_size, model, parallel.tensor_model_parallel_size)
     chunks = []

@@ -43,9 +43,12 @@ def build_transformer_config(
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         attention_softmax_in_fp32=True,
+        # `init.initialize_parameters` draws every parameter. The engine's own initialisation must still run: it also
+        # marks which parameters are sharded, and without the marks the gradient norm forgets ranks 1 and up.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         init_method_std=model.init_method_std,
-        # Every parameter is drawn once more by `init.initialize_parameters`; the engine's own draw would be wasted.
-        perform_initialization=False,
         use_cpu_initialization=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -73,3 +76,7 @@ def build_transformer_config(
     # Not a field: the engine then sums, over stages, the gradients of parameters marked `pipeline_parallel`.
     config.has_cond_embedder = True  # type: ignore[attr-defined]
     return config
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -6,7 +6,6 @@ is a single process.
 """
 
 import os
-import warnings
 from datetime import timedelta
 
 import torch
@@ -14,14 +13,8 @@ import torch.distributed as dist
 
 from megatron_ext.config.parallel import ParallelConfig
 
-with warnings.catch_warnings():
-    # The engine warns six times at import that Apex and Transformer Engine are missing; on a CPU neither could run.
-    warnings.simplefilter("ignore")
-    import megatron.core.distributed
-    import megatron.core.models.gpt
-    import megatron.core.optimizer  # noqa: F401
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_ext.platform import cpu
 
@@ -57,6 +50,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         ValueError: the backend cannot serve this machine.
     """
     backend = _backend(parallel.distributed_backend)
+    # One queue keeps communication ahead of the computation that overlaps it; the engine warns without it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if use_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
