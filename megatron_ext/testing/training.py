@@ -69,8 +69,8 @@ class TrainingTrace:
     """This rank's gradients of the first step: name, global shape, offset, values."""
 
 
-def synthetic_batches(sequence_length: int, micro_batch_size: int = 1) -> Iterator[Batch]:
-    """Endless micro-batches of this data-parallel rank; tokens follow a rule that a model can learn."""
+def synthetic_batches(sequence_length: int) -> Iterator[Batch]:
+    """Endless micro-batches of one sequence for this data-parallel rank; tokens follow a rule that a model can learn."""
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
     step = 0
@@ -78,9 +78,7 @@ def synthetic_batches(sequence_length: int, micro_batch_size: int = 1) -> Iterat
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH_SIZE, sequence_length + 1), generator=generator)
         tokens[:, 1::2] = (tokens[:, 0:-1:2] * 7 + 3) % VOCAB_SIZE
-        share = tokens[rank * micro_batch_size :: size * micro_batch_size] if micro_batch_size == 1 else None
-        assert share is not None, "tests train with micro-batches of one sequence"
-        for sample in share.split(1):
+        for sample in tokens[rank::size].split(1):
             yield {
                 "tokens": sample[:, :-1].contiguous(),
                 "labels": sample[:, 1:].contiguous(),
@@ -116,14 +114,13 @@ def train_tiny(
     settings = OptimizerSettings(lr=1e-2, weight_decay=0.1, lr_decay_style="constant")
     optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
-    micro_batches = GLOBAL_BATCH_SIZE // parallel_state.get_data_parallel_world_size()
     stepper = Stepper(
-        wrapped, families, sequence_length=model.seq_length, micro_batch_size=1, num_microbatches=micro_batches
+        wrapped, families, optimizer, scheduler, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1, clip_grad=1.0
     )
     batches = synthetic_batches(model.seq_length)
     trace = TrainingTrace()
     for iteration in range(1, steps + 1):
-        result = stepper.train(batches, optimizer, scheduler, iteration, clip_grad=1.0)
+        result = stepper.train(batches, iteration)
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
         if iteration == 1 and not parallel.use_distributed_optimizer:
