@@ -37,7 +37,7 @@ class LoggingConfig:
     """Log tokens a second and the part of the device's peak in use (MFU)."""
 
     log_memory: bool = False
-    """Log the peak memory of every interval."""
+    """Write memory in use and its peak to TensorBoard; the progress line always shows the peak."""
 
     log_validation_ppl: bool = True
     """Log the validation perplexity beside the loss."""

@@ -1,0 +1,120 @@
+"""The peak rate of this process's device, against which model FLOPs utilization (MFU) is counted.
+
+    MFU = model FLOPs per second / peak FLOPs per second
+
+On a known NVIDIA GPU the peak is the vendor's figure for dense matrix products (no sparsity) in the precision used. Any
+other device, a CPU among them, is measured: the best rate of a few large matrix products, as fast as torch makes them
+with this process's threads. A measured peak is what the machine gives, not what it could give in theory.
+"""
+
+import functools
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+_MEASURE_SECONDS = 0.15
+_CPU_SIZES = (512, 1024)
+_CUDA_SIZES = (2048, 8192)
+
+_TFLOPS: dict[tuple[str, ...], tuple[float, float, float]] = {
+    # words of the device's name: bf16, tf32, fp32
+    ("B200",): (2250.0, 1125.0, 75.0),
+    ("GH200",): (989.4, 494.7, 66.9),
+    ("H200",): (989.4, 494.7, 66.9),
+    ("H100", "PCIe"): (756.0, 378.0, 51.2),
+    ("H100", "NVL"): (835.0, 417.5, 60.0),
+    ("H100",): (989.4, 494.7, 66.9),
+    ("H800",): (989.4, 494.7, 66.9),
+    ("H20",): (148.0, 74.0, 44.0),
+    ("A100",): (312.0, 156.0, 19.5),
+    ("A800",): (312.0, 156.0, 19.5),
+    ("A40",): (149.7, 74.8, 37.4),
+    ("A30",): (165.0, 82.0, 10.3),
+    ("A10",): (125.0, 62.5, 31.2),
+    ("L40S",): (362.0, 183.0, 91.6),
+    ("L40",): (181.0, 90.5, 90.5),
+    ("L4",): (121.0, 60.0, 30.3),
+}
+
+
+@dataclass(frozen=True)
+class DevicePeak:
+    """A device's peak rate and where the figure comes from."""
+
+    flops_per_second: float
+    """Of one device, or of one process on a CPU."""
+
+    source: str
+    """In words, for the user."""
+
+
+def device_peak(bf16: bool, tflops: float | None = None) -> DevicePeak:
+    """The peak of this process's device.
+
+    Where nothing is known this measures for about a fifth of a second, once a process. On a CPU that several processes
+    share they should measure at the same time, so that each finds its share.
+
+    Args:
+        bf16: matrix products in bfloat16, else in fp32 (or TF32 where torch is allowed to use it).
+        tflops: the user's own figure, in TFLOP/s; taken as it is.
+    """
+    if tflops is not None:
+        return DevicePeak(tflops * 1e12, "given")
+    precision = "bf16" if bf16 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        known = known_tflops(name, precision)
+        if known is not None:
+            return DevicePeak(known * 1e12, f"{name}, {precision}")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return DevicePeak(measured_flops(dtype), f"measured matrix product, {'bf16' if bf16 else 'fp32'}")
+
+
+def known_tflops(device_name: str, precision: str) -> float | None:
+    """The vendor's dense TFLOP/s of an NVIDIA GPU, None for one that the table does not hold.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it, for example `NVIDIA A100-SXM4-80GB`.
+        precision: `bf16`, `tf32` or `fp32`.
+    """
+    words = set(re.split(r"[\s\-]+", device_name))
+    column = ("bf16", "tf32", "fp32").index(precision)
+    for key, figures in _TFLOPS.items():
+        if words.issuperset(key):
+            return figures[column]
+    return None
+
+
+@functools.cache
+def measured_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of the best of a few square matrix products on this process's device; measured once a process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small, large = _CUDA_SIZES if device.type == "cuda" else _CPU_SIZES
+    rate = _best_rate(small, dtype, device, _MEASURE_SECONDS / 4)
+    # A bfloat16 product without hardware for it is slow; the large one is tried only where it fits into the time.
+    if 3 * 2.0 * large**3 / rate < _MEASURE_SECONDS:
+        rate = max(rate, _best_rate(large, dtype, device, _MEASURE_SECONDS * 3 / 4))
+    return rate
+
+
+def _best_rate(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """FLOP/s of the fastest [size, size] product within the time; at least one is measured."""
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    result = left @ right  # the first call also pays for threads, buffers and kernels
+    _synchronize(device)
+    fastest, deadline = float("inf"), time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        torch.mm(left, right, out=result)
+        _synchronize(device)
+        end = time.perf_counter()
+        fastest = min(fastest, end - start)
+        if end > deadline:
+            return 2.0 * size**3 / fastest
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

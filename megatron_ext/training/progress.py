@@ -1,0 +1,93 @@
+"""How a run's progress is shown: a live bar on a terminal, plain lines elsewhere.
+
+A plain line comes once a log interval and can be read by `grep`, `cut` or a spreadsheet: fields are separated by ` | `.
+The bar shows the same fields, moves with every step and leaves no trace of the steps above it.
+"""
+
+from datetime import timedelta
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+Fields = dict[str, str]
+"""Name -> value as text, in the order in which they are shown."""
+
+
+class PlainProgress:
+    """One line a log interval."""
+
+    def __init__(self, stream: TextIO, total_iterations: int) -> None:
+        self._stream = stream
+        self._total = total_iterations
+
+    def update(self, iteration: int, fields: Fields, interval_ends: bool) -> None:
+        """Shows the state after a step."""
+        if interval_ends:
+            width = len(str(self._total))
+            shown = [
+                f"step {iteration:{width}d}/{self._total}",
+                *(f"{name} {text}" for name, text in fields.items()),
+            ]
+            self.note(" | ".join(shown))
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is pending."""
+
+
+class LiveProgress:
+    """A bar at the bottom of a terminal; notes scroll above it."""
+
+    def __init__(self, console: Console, total_iterations: int, iteration: int) -> None:
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[state]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=total_iterations, completed=iteration, state="")
+        self._progress.start()
+
+    def update(self, iteration: int, fields: Fields, interval_ends: bool) -> None:
+        """Moves the bar."""
+        state = "  ".join(f"[dim]{name}[/dim] {text}" for name, text in fields.items())
+        self._progress.update(self._task, completed=iteration, state=state)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and gives the terminal back."""
+        self._progress.stop()
+
+
+def open_progress(stream: TextIO, total_iterations: int, iteration: int) -> PlainProgress | LiveProgress:
+    """A live bar if `stream` is a terminal, else plain lines."""
+    console = Console(file=stream)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveProgress(console, total_iterations, iteration)
+    return PlainProgress(stream, total_iterations)
+
+
+def compact(number: float) -> str:
+    """1234567 -> `1.23M`: three digits and the unit's letter."""
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def gibibytes(size: float) -> str:
+    """Bytes -> `1.50 GiB`."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def clock(seconds: float) -> str:
+    """Seconds -> `1:02:03`, with days in front if there are any."""
+    return str(timedelta(seconds=round(seconds)))
