@@ -1,9 +1,9 @@
-"""The index file of a Megatron indexed dataset: read, check and write it with numpy alone.
+r"""The index file of a Megatron indexed dataset: read, check and write it with numpy alone.
 
 A dataset is two files. `PREFIX.bin` holds the token ids back to back; `PREFIX.idx` says how to cut them:
 
     offset  size        content (little endian)
-    0       9           "MMIDIDX\\0\\0"
+    0       9           "MMIDIDX\0\0"
     9       8           version, 1
     17      1           dtype code of the tokens (8: uint16, 4: int32, ...)
     18      8           S, the number of sequences
@@ -85,6 +85,12 @@ class Index:
         if self.num_tokens == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+
+    def sequence_start(self, sequence: int) -> int:
+        """Token offset where a sequence starts; sequence S starts where the tokens end."""
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        return int(self.pointers[sequence]) // self.dtype.itemsize
 
     def document_starts(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Token offsets where documents `begin` .. `end - 1` start, int64 [end - begin].

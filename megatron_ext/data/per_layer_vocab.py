@@ -76,9 +76,9 @@ FUNCTION_WORDS = _words(
 """English function words: articles, pronouns, prepositions, conjunctions, auxiliaries, particles."""
 
 CODE_KEYWORDS = _words(
-    """assert async await bool break case catch char class const continue def default del delete elif enum except extends
-    false finally float fn func function global goto import int interface lambda let long match mut namespace new nil
-    none nonlocal null package pass private protected public raise return self short static str string struct super
+    """assert async await bool break case catch char class const continue def default del delete elif enum except
+    extends false finally float fn func global goto import int interface lambda let long match mut namespace new nil
+    none nonlocal null package pass private protected public raise return self short static str struct super
     switch template this throw true try typedef typeof union unsigned var void volatile yield"""
 )
 """Keywords and builtin type names common to Python, the C family, JavaScript, Go and Rust."""

@@ -1,0 +1,97 @@
+"""Whether a per-layer dataset belongs to a main one: same documents, same sequence lengths, made from these tokens."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.indexed import IntArray, bin_path, chunks, idx_path, open_index
+from megatron_ext.data.manifest import check_dataset, read_manifest
+
+_REMEDY = "make it with: python tools/preprocess_per_layer_data.py"
+
+
+def require_per_layer_files(prefix: str, per_layer_prefix: str) -> None:
+    """Raise, with the command that makes it, when the aligned data of `prefix` is missing.
+
+    Raises:
+        FileNotFoundError: `.bin` or `.idx` is missing.
+    """
+    for path in (bin_path(per_layer_prefix), idx_path(per_layer_prefix)):
+        if not Path(path).is_file():
+            main, aligned = _tool_prefix(prefix), _tool_prefix(per_layer_prefix)
+            raise FileNotFoundError(
+                f"Per-layer data file not found: {path}; {_REMEDY} --output-prefix {main}"
+                f" --per-layer-output-prefix {aligned} --per-layer-vocab-file FILE --per-layer-strategy STRATEGY ..."
+            )
+
+
+def check_aligned(
+    prefix: str, per_layer_prefix: str, *, strategy: str | None = None, vocab_size: int | None = None
+) -> None:
+    """Compare a per-layer dataset with its main one; streams over both index files, reads no token.
+
+    Args:
+        prefix: the main dataset.
+        per_layer_prefix: the aligned one.
+        strategy: the run's `--per-layer-strategy`; compared where the manifest names one.
+        vocab_size: the run's `--per-layer-vocab-size`; the manifest's must not be larger.
+
+    Raises:
+        FileNotFoundError, ValueError: what differs, with both values.
+    """
+    main, aligned = open_index(prefix), check_dataset(per_layer_prefix)
+    pairs = (
+        ("documents", main.num_documents, aligned.num_documents),
+        ("sequences", main.num_sequences, aligned.num_sequences),
+        ("tokens", main.num_tokens, aligned.num_tokens),
+    )
+    for name, ours, theirs in pairs:
+        if ours != theirs:
+            raise _mismatch(prefix, per_layer_prefix, f"{ours} and {theirs} {name}")
+    for name, a, b in (
+        ("the length of sequence", main.lengths, aligned.lengths),
+        ("the first sequence of document", main.document_indices, aligned.document_indices),
+    ):
+        at = _first_difference(a, b)
+        if at is not None:
+            raise _mismatch(prefix, per_layer_prefix, f"{name} {at} is {a[at]} and {b[at]}")
+    _check_manifests(prefix, per_layer_prefix, strategy, vocab_size)
+
+
+def _check_manifests(
+    prefix: str, per_layer_prefix: str, strategy: str | None, vocab_size: int | None
+) -> None:
+    """What the two manifests say of each other, where both are there."""
+    per_layer = (read_manifest(per_layer_prefix) or {}).get("per_layer", {})
+    made_from = per_layer.get("source_checksum")
+    checksum = (read_manifest(prefix) or {}).get("checksums", {}).get("bin")
+    if None not in (made_from, checksum) and made_from != checksum:
+        raise _mismatch(prefix, per_layer_prefix, "the main data was made again after the per-layer data")
+    made_with = per_layer.get("strategy")
+    if strategy is not None and made_with not in (None, strategy):
+        raise ValueError(f"--per-layer-strategy {strategy}, but {per_layer_prefix} was made with {made_with}")
+    entries = per_layer.get("vocab_size")
+    if vocab_size is not None and entries is not None and entries > vocab_size:
+        raise ValueError(
+            f"--per-layer-vocab-size {vocab_size} is too small: {per_layer_prefix} has {entries} ids"
+        )
+
+
+def _mismatch(prefix: str, per_layer_prefix: str, what: str) -> ValueError:
+    """The error of two datasets that do not belong together."""
+    return ValueError(f"{per_layer_prefix} is not aligned with {prefix}: {what}; {_REMEDY} ...")
+
+
+def _first_difference(a: IntArray, b: IntArray) -> int | None:
+    """Where two equally long arrays differ first."""
+    for begin, end in chunks(len(a)):
+        differs = a[begin:end] != b[begin:end]
+        if differs.any():
+            return begin + int(np.argmax(differs))
+    return None
+
+
+def _tool_prefix(prefix: str) -> str:
+    """The prefix the tool was given: without `_KEY_document`."""
+    head, _, last = prefix.rpartition("_")
+    return head.rpartition("_")[0] if last == "document" and "_" in head else prefix
