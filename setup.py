@@ -1,4 +1,4 @@
-"""Package metadata, dependencies and extras; tool settings are in pyproject.toml, the versions CI runs in constraints.txt."""
+"""Package metadata, dependencies and extras. Tool settings: pyproject.toml; versions that CI runs: constraints.txt."""
 
 from pathlib import Path
 
@@ -36,6 +36,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    package_data={"megatron_ext": ["py.typed"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     classifiers=[

@@ -131,7 +131,8 @@ def _one_line_errors() -> Iterator[None]:
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"  # else the message would be wrapped, and cut within a long word
     try:
-        with contextlib.redirect_stderr(framed):
+        # Standard output too: tyro looks at it to choose colours and the frame's characters.
+        with contextlib.redirect_stderr(framed), contextlib.redirect_stdout(framed):
             yield
     except SystemExit:
         raise ValueError(_unframed(framed.getvalue())) from None
@@ -142,10 +143,11 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _unframed(framed: str) -> str:
+    """Returns the text between the first rule, which is below the title, and the next."""
     message: list[str] = []
-    for line in framed.splitlines()[1:]:
-        text = line.strip("│| ")
-        if not text.strip("─╰╯-+"):
+    for line in framed.splitlines()[2:]:
+        text = line.strip(" |")
+        if not text.strip("-"):
             break
         message.append(text)
-    return " ".join(message).removeprefix("Error parsing ")
+    return " ".join(message).removeprefix("Error parsing ") or " ".join(framed.split())

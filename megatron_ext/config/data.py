@@ -1,7 +1,7 @@
 """Which indexed datasets a run reads, and how documents become samples.
 
-Paths are prefixes as Megatron writes them (`corpus_text_document`, without `.bin` or `.idx`). Whether the files exist and
-agree with each other is checked by `megatron_ext.data`.
+Paths are prefixes as Megatron writes them (`corpus_text_document`, without `.bin` or `.idx`). Whether the files exist
+and agree with each other is checked by `megatron_ext.data`.
 """
 
 from dataclasses import dataclass

@@ -34,7 +34,7 @@ class ModelConfig:
     """Tokens in a training sequence."""
 
     ffn_hidden_size: int | None = None
-    """Width of the MLP. Without it 4 * hidden size; with --swiglu two thirds of that, rounded down to a multiple of 64."""
+    """Width of the MLP. Without it 4 * hidden size; with --swiglu two thirds of that, down to a multiple of 64."""
 
     num_query_groups: int | None = None
     """Number of key/value heads (grouped-query attention). Without it every head has its own."""

@@ -88,7 +88,8 @@ class ParallelConfig:
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:
                 raise ValueError(
-                    "--recompute-granularity full: needs --recompute-method (uniform or block) and --recompute-num-layers"
+                    "--recompute-granularity full: needs --recompute-method (uniform or block) "
+                    "and --recompute-num-layers"
                 )
         elif self.recompute_method is not None or self.recompute_num_layers is not None:
             name = "--recompute-method" if self.recompute_method is not None else "--recompute-num-layers"

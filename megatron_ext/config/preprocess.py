@@ -64,7 +64,7 @@ class PreprocessConfig:
     """Leave out documents without a token (under every key); by default they keep their place in the index."""
 
     encoder: Literal["auto", "gigatoken", "reference"] = "auto"
-    """Who tokenizes: gigatoken where its ids equal the reference's on a sample of the input, or the reference itself."""
+    """Who tokenizes: gigatoken where its ids equal the reference's on a sample of the input, or the reference."""
 
     resume: bool = False
     """Go on from the finished pieces of a run that was killed."""

@@ -1,0 +1,176 @@
+"""The configuration dataclasses: documented, frozen, and each refusing values that cannot work."""
+
+import ast
+import dataclasses
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.data import DataConfig
+from megatron_ext.config.logging import LoggingConfig
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.training import TrainingConfig
+
+MINIMAL: dict[type[Any], dict[str, Any]] = {
+    ModelConfig: {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32},
+    ParallelConfig: {},
+    TrainingConfig: {"train_iters": 10},
+    OptimizerSettings: {"lr": 1e-3},
+    CheckpointConfig: {},
+    LoggingConfig: {},
+    DataConfig: {},
+    TokenizerConfig: {"tokenizer_type": "ByteLevelTokenizer"},
+}
+
+
+def make(config_type: type[Any], **changes: Any) -> Any:
+    return config_type(**{**MINIMAL[config_type], **changes})
+
+
+def undocumented_fields(config_type: type[Any]) -> list[str]:
+    """Names of the fields that no string literal follows in the class's source."""
+    body = ast.parse(inspect.getsource(config_type)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return [
+        ast.unparse(statement.target)
+        for statement, after in zip(body.body, [*body.body[1:], None], strict=True)
+        if isinstance(statement, ast.AnnAssign)
+        and not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant))
+    ]
+
+
+@pytest.mark.parametrize("config_type", MINIMAL)
+def test_every_field_is_documented(config_type: type[Any]) -> None:
+    assert undocumented_fields(config_type) == []
+
+
+@pytest.mark.parametrize("config_type", MINIMAL)
+def test_a_config_is_frozen_and_keyword_only(config_type: type[Any]) -> None:
+    config = make(config_type)
+    first = dataclasses.fields(config)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, first, 1)
+    with pytest.raises(TypeError):
+        config_type(1)
+
+
+# (config, changed fields, what the message must hold)
+BAD = [
+    (ModelConfig, {"num_layers": 0}, ["--num-layers 0"]),
+    (ModelConfig, {"num_attention_heads": 5}, ["--num-attention-heads 5", "--hidden-size 64"]),
+    (ModelConfig, {"num_query_groups": 3}, ["--num-query-groups 3", "--num-attention-heads 4"]),
+    (ModelConfig, {"group_query_attention": True}, ["--group-query-attention", "--num-query-groups"]),
+    (ModelConfig, {"max_position_embeddings": 16}, ["--max-position-embeddings 16", "--seq-length 32"]),
+    (ModelConfig, {"position_embedding_type": "rotary"}, ["--position-embedding-type rotary", "rope"]),
+    (ModelConfig, {"hidden_dropout": 1.0}, ["--hidden-dropout 1.0"]),
+    (ModelConfig, {"rotary_percent": 1.5}, ["--rotary-percent 1.5"]),
+    (ModelConfig, {"kv_channels": 15}, ["--rotary-percent", "15"]),
+    (ModelConfig, {"attention_backend": "te", "transformer_impl": "local"}, ["--attention-backend te"]),
+    (ParallelConfig, {"tensor_model_parallel_size": 0}, ["--tensor-model-parallel-size 0"]),
+    (
+        ParallelConfig,
+        {"num_layers_per_virtual_pipeline_stage": 2},
+        ["--num-layers-per-virtual-pipeline-stage 2"],
+    ),
+    (
+        ParallelConfig,
+        {"overlap_param_gather": True},
+        ["--overlap-param-gather", "--use-distributed-optimizer"],
+    ),
+    (
+        ParallelConfig,
+        {"recompute_granularity": "full"},
+        ["--recompute-granularity full", "--recompute-method"],
+    ),
+    (
+        ParallelConfig,
+        {"recompute_method": "block"},
+        ["--recompute-method block", "--recompute-granularity full"],
+    ),
+    (ParallelConfig, {"recompute_modules": ("moe",)}, ["--recompute-modules moe", "core_attn"]),
+    (TrainingConfig, {"train_iters": None}, ["--train-iters", "--train-samples", "neither"]),
+    (TrainingConfig, {"train_samples": 7}, ["--train-iters", "--train-samples", "10", "7"]),
+    (
+        TrainingConfig,
+        {"global_batch_size": 8, "gradient_accumulation_steps": 2},
+        ["--gradient-accumulation-steps 2"],
+    ),
+    (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
+    (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
+    (OptimizerSettings, {"min_lr": 1.0}, ["--min-lr 1.0", "--lr 0.001"]),
+    (OptimizerSettings, {"lr_decay_style": "WSD"}, ["--lr-decay-style WSD", "--lr-wsd-decay-iters"]),
+    (OptimizerSettings, {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 3}, ["--lr-warmup-fraction 0.1"]),
+    (OptimizerSettings, {"weight_decay_incr_style": "linear"}, ["--weight-decay-incr-style linear"]),
+    (OptimizerSettings, {"adam_beta2": 1.0}, ["--adam-beta2 1.0"]),
+    (CheckpointConfig, {"save_interval": 5}, ["--save-interval 5", "--save"]),
+    (CheckpointConfig, {"finetune": True}, ["--finetune", "--load"]),
+    (LoggingConfig, {"wandb_exp_name": "x"}, ["--wandb-exp-name x", "--wandb-project"]),
+    (LoggingConfig, {"log_interval": 0}, ["--log-interval 0"]),
+    (DataConfig, {"data_path": ("0.3", "a", "0.7")}, ["--data-path 0.3 a 0.7"]),
+    (DataConfig, {"data_path": ("0.3", "a", "b", "c")}, ["--data-path 0.3 a b c", "'b'"]),
+    (DataConfig, {"data_path": ("a",), "train_data_path": ("b",)}, ["--data-path", "--train-data-path"]),
+    (DataConfig, {"split": "1,2,x"}, ["--split 1,2,x"]),
+    (DataConfig, {"split": "1,1,1,1"}, ["--split 1,1,1,1"]),
+    (
+        TokenizerConfig,
+        {"tokenizer_type": "GPT2BPETokenizer"},
+        ["--tokenizer-type GPT2BPETokenizer", "--vocab-file"],
+    ),
+    (
+        TokenizerConfig,
+        {"tokenizer_type": "NullTokenizer"},
+        ["--tokenizer-type NullTokenizer", "--vocab-size"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("config_type", "changes", "words"), BAD)
+def test_a_bad_value_is_refused_with_the_flag_and_its_value(
+    config_type: type[Any], changes: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is what is checked
+        make(config_type, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_the_mlp_width_follows_megatrons_rule() -> None:
+    assert make(ModelConfig, hidden_size=1024).resolved_ffn_hidden_size == 4096
+    # Llama 7B's hidden size; Megatron's arguments.py gives 10922 // 64 * 64.
+    assert make(ModelConfig, hidden_size=4096, swiglu=True).resolved_ffn_hidden_size == 10880
+    assert make(ModelConfig, ffn_hidden_size=100, swiglu=True).resolved_ffn_hidden_size == 100
+
+
+def test_defaults_that_depend_on_other_fields_are_resolved() -> None:
+    config = make(ModelConfig)
+    assert config.resolved_kv_channels == 16
+    assert config.resolved_num_query_groups == 4
+    assert config.resolved_max_position_embeddings == 32
+
+
+def test_the_global_batch_size_follows_from_what_is_given() -> None:
+    assert make(TrainingConfig, micro_batch_size=2).resolved_global_batch_size(3) == 6
+    accumulated = make(TrainingConfig, micro_batch_size=2, gradient_accumulation_steps=4)
+    assert accumulated.resolved_global_batch_size(3) == 24
+    assert make(TrainingConfig, global_batch_size=12, micro_batch_size=2).resolved_global_batch_size(3) == 12
+    with pytest.raises(ValueError, match="--global-batch-size 7: not divisible by --micro-batch-size 2"):
+        make(TrainingConfig, global_batch_size=7, micro_batch_size=2).resolved_global_batch_size(1)
+
+
+def test_importing_the_configuration_imports_neither_torch_nor_megatron() -> None:
+    code = (
+        "import importlib, pkgutil, sys, megatron_ext.config as c\n"
+        "for m in pkgutil.iter_modules(c.__path__): importlib.import_module('megatron_ext.config.' + m.name)\n"
+        "assert not {'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

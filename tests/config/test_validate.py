@@ -1,0 +1,130 @@
+"""Checks over several configurations: what cannot run is refused before any process starts to wait for another."""
+
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.config.validate import validate
+
+
+def check(world_size: int = 1, **changes: Any) -> None:
+    """Validates a small run; each change goes to the config that has the field."""
+    values: dict[type[Any], dict[str, Any]] = {
+        ModelConfig: {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32},
+        ParallelConfig: {},
+        TrainingConfig: {"train_iters": 10},
+        OptimizerSettings: {"lr": 1e-3},
+    }
+    for name, value in changes.items():
+        owner = next(config_type for config_type in values if name in config_type.__dataclass_fields__)
+        values[owner][name] = value
+    model, parallel, training, optimizer = (config_type(**kwargs) for config_type, kwargs in values.items())
+    validate(model, parallel, training, optimizer, world_size=world_size)
+
+
+TP, PP, VP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+)
+
+BAD: list[tuple[int, dict[str, Any], str]] = [
+    (3, {TP: 2}, "world size 3: not divisible by --tensor-model-parallel-size 2"),
+    (3, {TP: 3}, "--num-attention-heads 4: not divisible by --tensor-model-parallel-size 3"),
+    (
+        2,
+        {TP: 2, "ffn_hidden_size": 101},
+        "--ffn-hidden-size 101: not divisible by --tensor-model-parallel-size 2",
+    ),
+    (
+        4,
+        {TP: 4, "num_attention_heads": 12, "kv_channels": 16, "num_query_groups": 3},
+        "--num-query-groups 3: ",
+    ),
+    (2, {TP: 2, "sequence_parallel": True, "seq_length": 33}, "--seq-length 33: --sequence-parallel needs"),
+    (3, {PP: 3}, "--num-layers 4: not divisible by --pipeline-model-parallel-size 3"),
+    (
+        2,
+        {PP: 2, VP: 2, "num_layers": 6},
+        "--num-layers-per-virtual-pipeline-stage 2: does not divide the 3 layers",
+    ),
+    (2, {PP: 2, VP: 1, "global_batch_size": 3}, "--global-batch-size 3: makes 3 micro-batches a step"),
+    (
+        2,
+        {"global_batch_size": 3},
+        "--global-batch-size 3: not divisible by --micro-batch-size 1 x data-parallel size 2",
+    ),
+    (2, {"context_parallel_size": 2}, "--context-parallel-size 2: needs CUDA"),
+    (
+        2,
+        {PP: 2, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+        "--recompute-num-layers 3: a pipeline stage has only 2 layers",
+    ),
+    (1, {"lr_warmup_iters": 10}, "--lr-warmup-iters 10: must be less than the 10 iters"),
+    (1, {"lr_decay_samples": 10}, "--lr-decay-samples 10: the run's length is given by --train-iters"),
+    (
+        1,
+        {"train_iters": None, "train_samples": 9, "lr_warmup_iters": 2},
+        "--lr-warmup-iters 2: the run's length",
+    ),
+    (
+        1,
+        {"train_iters": None, "train_samples": 9, "global_batch_size": 10},
+        "--train-samples 9: less than one global",
+    ),
+    (1, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "--lr-wsd-decay-iters 11: more than the 10"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "changes", "message"), BAD)
+def test_what_cannot_run_is_refused(
+    world_size: int, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ext.config.validate._has_cuda", lambda: False)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is what is checked
+        check(world_size, **changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {}),
+        (8, {TP: 2, PP: 2, VP: 1, "sequence_parallel": True, "global_batch_size": 8}),
+        (4, {TP: 4, "num_query_groups": 2}),  # a group is shared by two processes, as in megatron-core
+        (
+            1,
+            {"sequence_parallel": True, "seq_length": 33},
+        ),  # without tensor parallelism there is nothing to split
+        (
+            2,
+            {
+                PP: 2,
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 2,
+            },
+        ),
+        (1, {"train_iters": None, "train_samples": 50, "lr_warmup_samples": 5, "lr_decay_samples": 40}),
+    ],
+)
+def test_what_can_run_passes(world_size: int, changes: dict[str, Any]) -> None:
+    check(world_size, **changes)
+
+
+def test_the_number_of_processes_is_read_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
+    with pytest.raises(ValueError, match="world size 3"):
+        validate(model, ParallelConfig(tensor_model_parallel_size=2))
+
+
+def test_virtual_stages_are_counted_and_a_single_one_is_no_interleaving() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
+    assert parallel.virtual_pipeline_size(8) == 2
+    assert parallel.virtual_pipeline_size(4) is None
