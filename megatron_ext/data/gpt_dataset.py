@@ -31,6 +31,7 @@ with warnings.catch_warnings():
     warnings.simplefilter(
         "ignore"
     )  # the engine warns that Apex and Transformer Engine are missing; data needs neither
+    from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -106,6 +107,11 @@ class _Builder(BlendedMegatronDatasetBuilder):
         cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
         """Rank 0 builds and writes the cache, then the others read it."""
+        if cls is BlendedDataset and not dist.is_initialized():
+            # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
+            uncached = copy.copy(args[-1])
+            uncached.path_to_cache = None
+            args = (*args[:-1], uncached)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         dataset = _together(lambda: cls(*args) if is_first else None)
         return _together(lambda: dataset if is_first else cls(*args))
