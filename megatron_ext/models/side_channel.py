@@ -2,8 +2,8 @@
 
 A family declares `SideStream`s; their widths add up. Two ways of travel:
 
-* to the layers: the engine hands one extra tensor, `context`, to every layer and treats it as a real input of activation
-  recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat, one after the
+* to the layers: the engine hands one extra tensor, `context`, to every layer and treats it as a real input of
+  activation recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat, one after the
   other. This module is the only place that knows about the borrowed name.
 * to the next stage: streams with `travels=True` are concatenated to the hidden states along the last dimension, so that
   the pipeline schedule sends one tensor, [s, b, h + widths].
@@ -12,6 +12,7 @@ Shapes: under sequence parallel `s` of the hidden states is the local part; a st
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -84,6 +85,31 @@ class SideChannel:
         return SideView(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 
 
+class _Read(torch.autograd.Function):
+    """packed -> (packed[start : start + size], packed). The second output is what the next reader takes.
+
+    A slice's own backward would make a zero-filled tensor of full size for every reader. Here the gradient comes back
+    along the chain of readers, and each adds its part in place; nothing else sees that buffer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.place = start, size
+        ctx.total = packed.numel()
+        ctx.set_materialize_grads(False)
+        return packed.narrow(0, start, size), packed.view_as(packed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        grad, later = grads
+        if grad is None:
+            return later, None, None
+        if later is None:
+            later = grad.new_zeros(ctx.total)
+        later.narrow(0, *ctx.place).add_(grad)
+        return later, None, None
+
+
 class SideView:
     """The streams as one layer sees them."""
 
@@ -101,9 +127,19 @@ class SideView:
 
     def read(self, name: str) -> torch.Tensor:
         """The stream as [s, b, width] (a view; contiguous, so that its owner may view it differently)."""
+        return self.read_part(name, 0, 1)
+
+    def read_part(self, name: str, part: int, parts: int) -> torch.Tensor:
+        """Part `part` of a stream packed as [parts, s, b, width / parts]: a view [s, b, width / parts].
+
+        How a stream that has something for every layer of a stage gives a layer its own. The gradient of the packed
+        tensor is one buffer that every reader adds its part to, not a full one for each.
+        """
         assert self.packed is not None, f"no side stream was packed, and '{name}' was asked for"
-        start, *shape = self._places[name]
-        return self.packed.narrow(0, start, shape[0] * shape[1] * shape[2]).view(shape)
+        start, rows, batch, width = self._places[name]
+        size = rows * batch * width // parts
+        value, self.packed = _Read.apply(self.packed, start + part * size, size)
+        return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:
         """Replaces the stream for the slots and layers that follow."""

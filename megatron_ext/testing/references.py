@@ -1,0 +1,83 @@
+"""Reference implementations for tests: plain, whole tensors, in float64, straight from the formulas. Slow on purpose.
+
+Per-layer embedding (mathematics.md, section 1). Shapes: e [n, h], ids [n], tables L x [Vp, p], and so on.
+"""
+
+import math
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def reference_rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    return values / torch.sqrt((values * values).mean(-1, keepdim=True) + eps) * weight
+
+
+def reference_activation(values: Tensor, name: str) -> Tensor:
+    """relu, gelu (by erf), gelu_tanh, silu or swish, written out."""
+    if name == "relu":
+        return torch.where(values > 0, values, torch.zeros_like(values))
+    if name == "gelu":
+        return 0.5 * values * (1 + torch.erf(values / math.sqrt(2)))
+    if name == "gelu_tanh":
+        return 0.5 * values * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)))
+    return values / (1 + torch.exp(-values))
+
+
+def reference_per_layer_vector(
+    embedding: Tensor,
+    ids: Tensor | None,
+    table: Tensor,
+    context_weight: Tensor,
+    norm_weight: Tensor,
+    combination_weight: Tensor | None,
+    *,
+    method: str,
+    embed_scale: float,
+    eps: float,
+) -> Tensor:
+    """The vector `c` of one layer, [n, p].
+
+    Args:
+        embedding: [n, h], the word embedding.
+        ids: [n] per-layer ids, or None: then c is the projected word embedding.
+        table: [Vp, p].
+        context_weight: [p, h].
+        norm_weight: [p].
+        combination_weight: [p, 2p] for `concat` and `gated`.
+        method: `scaled_add`, `concat` or `gated`.
+        embed_scale: factor on the table's rows beside sqrt(p).
+        eps: of the norm.
+    """
+    hidden, width = embedding.size(1), table.size(1)
+    context = reference_rms_norm(embedding @ context_weight.T * hidden**-0.5, norm_weight, eps)
+    if ids is None:
+        return context
+    token = table[ids] * math.sqrt(width) * embed_scale
+    if method == "scaled_add":
+        return (context + token) / math.sqrt(2)
+    assert combination_weight is not None
+    mixed = torch.cat([context, token], dim=1) @ combination_weight.T
+    if method == "concat":
+        return mixed
+    gate = 1 / (1 + torch.exp(-mixed))
+    return gate * token + (1 - gate) * context
+
+
+def reference_per_layer_block(
+    hidden_states: Tensor,
+    vector: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    post_norm_weight: Tensor,
+    *,
+    activation: str,
+    eps: float,
+    layer_scalar: float = 1.0,
+) -> Tensor:
+    """The block of one layer without dropout: [n, h] and c [n, p] -> [n, h]."""
+    activated = reference_activation(hidden_states @ gate_weight.T, activation)
+    update = (activated * vector) @ projection_weight.T
+    return (hidden_states + reference_rms_norm(update, post_norm_weight, eps)) * layer_scalar
