@@ -6,7 +6,7 @@ The loop calls, on every rank alike (only rank 0's arguments matter; nothing her
     reporter.statistics(iteration, {tag: value})        what families measured
     reporter.validation(iteration, {"lm loss": 2.3}, consumed_samples=...)
     reporter.note("saved step 100 to ...")
-    reporter.close()                                    or use it as a context manager, which also ends it after an error
+    reporter.close()                                    or use it as a context manager, to end it after errors too
 
 TensorBoard's tags are Megatron-LM's: `lm loss`, `learning-rate`, `grad-norm`, `params-norm`, `batch-size`,
 `iteration-time`, `throughput` (TFLOP/s a device), `mem-allocated-bytes`, ..., `lm loss validation`,
@@ -36,7 +36,7 @@ _LARGEST_EXPONENT = 20.0
 
 
 class Reporter:
-    """Progress, TensorBoard and W&B of one run. Build it on every rank: all of them measure an unknown device's peak."""
+    """Progress, TensorBoard and W&B of one run. Build it on every rank: all measure an unknown device's peak."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Reporter:
         self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
         self._progress = open_progress(stream or sys.stdout, total_iterations, iteration)
         if self._peak is not None:
-            rate = f"{compact(self._peak.flops_per_second)}FLOP/s a process ({self._peak.source})"
+            rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s a process ({self._peak.source})"
             self.note(f"MFU counts against {rate}")
 
     def __enter__(self) -> "Reporter":
@@ -120,7 +120,7 @@ class Reporter:
 
         Args:
             iteration: steps done so far.
-            losses: mean losses by name; the perplexity of each is added.
+            losses: mean losses by name; the perplexity is added, but not for a layer's own loss (a name with `/`).
             consumed_samples: sequences used in training so far.
             split: `validation` or `test`; part of the tags.
         """
@@ -128,12 +128,13 @@ class Reporter:
             return
         shown = []
         for name, loss in losses.items():
-            perplexity = math.exp(min(_LARGEST_EXPONENT, loss))
             self._scalar(f"{name} {split}", loss, iteration, consumed_samples)
+            if "/" in name:
+                continue
+            perplexity = math.exp(min(_LARGEST_EXPONENT, loss))
+            shown.append(f"{name} {loss:.6f} | ppl {perplexity:.4f}")
             if self._logging.log_validation_ppl:
                 self._scalar(f"{name} {split} ppl", perplexity, iteration, consumed_samples)
-            if "/" not in name:
-                shown.append(f"{name} {loss:.6f} | ppl {perplexity:.4f}")
         self.note(" | ".join([f"{split} at step {iteration}", *shown]))
         self._flush()
 

@@ -1,8 +1,8 @@
 """TensorBoard's event files, so written that a killed run loses little and a resumed one overwrites its own past.
 
 Curves over steps lie in the given directory, curves over consumed samples (Megatron's `... vs samples`) in its folder
-`by_samples`, which TensorBoard shows as a run of its own. They must be apart: a resumed run tells TensorBoard from which
-step on the older values are void, and that holds for all curves of a folder, whatever their unit.
+`by_samples`, which TensorBoard shows as a run of its own. They must be apart: a resumed run tells TensorBoard from
+which step on the older values are void, and that holds for all curves of a folder, whatever their unit.
 """
 
 from pathlib import Path
