@@ -58,7 +58,9 @@ class SDPAttention(torch.nn.Module):
         Returns:
             [s_q, b, n * d].
         """
-        assert attention_bias is None and packed_seq_params is None, "SDPAttention takes neither bias nor packed sequences"
+        assert attention_bias is None and packed_seq_params is None, (
+            "SDPAttention takes neither bias nor packed sequences"
+        )
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask, causal = self._mask(query, key, attention_mask, attn_mask_type or self.attn_mask_type)
         dropout = self.dropout if self.training else 0.0

@@ -88,7 +88,9 @@ def _build_chunk(
 ) -> GPTModel:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stage = _stage_info(config, vp_stage)
-    layers = [layer_spec(model, channel, _slots(config, extensions, number)) for number in stage.layer_numbers]
+    layers = [
+        layer_spec(model, channel, _slots(config, extensions, number)) for number in stage.layer_numbers
+    ]
     chunk = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(model, layers),
@@ -112,12 +114,16 @@ def _build_chunk(
     return chunk.to(torch.device(torch.cuda.current_device()))
 
 
-def _slots(config: TransformerConfig, extensions: list[Extension], layer_number: int) -> dict[str, ModuleSpec]:
+def _slots(
+    config: TransformerConfig, extensions: list[Extension], layer_number: int
+) -> dict[str, ModuleSpec]:
     slots: dict[str, ModuleSpec] = {}
     for extension in extensions:
         for slot, spec in extension.slots(config, layer_number).items():
             if slot in slots:
-                raise ValueError(f"layer {layer_number}: '{extension.name}' wants the slot '{slot}', which is taken")
+                raise ValueError(
+                    f"layer {layer_number}: '{extension.name}' wants the slot '{slot}', which is taken"
+                )
             slots[slot] = spec
     return slots
 

@@ -60,6 +60,13 @@ def _draw(shard: ShardedTensor, seed: int, std: float) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
     device = shard.data.device
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    full = torch.empty(shard.global_shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
-    local = full[tuple(slice(start, start + size) for start, size in zip(shard.global_offset, shard.local_shape, strict=True))]
+    full = torch.empty(shard.global_shape, dtype=torch.float32, device=device).normal_(
+        0.0, std, generator=generator
+    )
+    local = full[
+        tuple(
+            slice(start, start + size)
+            for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
+        )
+    ]
     return local.view(shard.data.shape)

@@ -41,7 +41,9 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
 class ExtendedTransformerLayer(TransformerLayer):
     """megatron-core's layer with the slots of `ExtendedLayerSubmodules`."""
 
-    def __init__(self, *args: Any, submodules: ExtendedLayerSubmodules, channel: SideChannel, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, submodules: ExtendedLayerSubmodules, channel: SideChannel, **kwargs: Any
+    ) -> None:
         super().__init__(*args, submodules=submodules, **kwargs)
         self.channel = channel
         for slot in SLOTS:
@@ -80,7 +82,11 @@ class ExtendedTransformerLayer(TransformerLayer):
 
     def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`Attention(LN1(x))` after the output projection, bias and dropout included, residual not: [s, b, h]."""
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("context_mask", "padding_mask")}
+        kwargs = {
+            name: value for name, value in kwargs.items() if name not in ("context_mask", "padding_mask")
+        }
         output = self.self_attention(self.input_layernorm(hidden_states), **kwargs)
         zero = torch.zeros_like(hidden_states)
-        return self.self_attn_bda(self.training, self.config.bias_dropout_fusion)(output, zero, self.hidden_dropout)
+        return self.self_attn_bda(self.training, self.config.bias_dropout_fusion)(
+            output, zero, self.hidden_dropout
+        )

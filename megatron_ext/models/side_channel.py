@@ -45,7 +45,9 @@ class SideChannel:
         if len(set(names)) != len(names):
             raise ValueError(f"side streams must have different names, got {names}")
         if any(stream.travels and stream.full_sequence for stream in streams):
-            raise ValueError("a side stream that travels between stages has the hidden states' rows, not the full sequence")
+            raise ValueError(
+                "a side stream that travels between stages has the hidden states' rows, not the full sequence"
+            )
         self._to_layers = [stream for stream in streams if stream.to_layers]
         self._travelling = [stream for stream in streams if stream.travels]
         self._sequence_parallel_size = sequence_parallel_size
@@ -114,7 +116,12 @@ class SideView:
     """The streams as one layer sees them."""
 
     def __init__(
-        self, streams: list[SideStream], packed: torch.Tensor | None, rows: int, batch: int, sequence_parallel_size: int
+        self,
+        streams: list[SideStream],
+        packed: torch.Tensor | None,
+        rows: int,
+        batch: int,
+        sequence_parallel_size: int,
     ) -> None:
         self.packed = packed
         """The flat tensor; a `write` replaces it."""

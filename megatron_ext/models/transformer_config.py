@@ -61,7 +61,9 @@ def build_transformer_config(
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
-        recompute_modules=list(parallel.recompute_modules) if parallel.recompute_granularity == "selective" else None,
+        recompute_modules=list(parallel.recompute_modules)
+        if parallel.recompute_granularity == "selective"
+        else None,
         # `True` sends forward and backward tensors in one batch; with interleaving that gave wrong gradients on gloo.
         batch_p2p_comm=False,
         overlap_p2p_comm=False,

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor")
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+)
 _FACTORIES += ("zeros", "zeros_like", "eye", "randint", "randperm", "triu_indices")
 _installed = False
 

@@ -10,12 +10,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from megatron_ext.config.parallel import ParallelConfig
-
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.platform import cpu
 
 
@@ -86,7 +84,9 @@ def shutdown() -> None:
 
 def _backend(requested: str) -> str:
     if requested == "nccl" and not use_cuda():
-        raise ValueError("--distributed-backend nccl needs a CUDA device, and this machine has none: use gloo or auto")
+        raise ValueError(
+            "--distributed-backend nccl needs a CUDA device, and this machine has none: use gloo or auto"
+        )
     if requested == "auto":
         return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"
     return requested

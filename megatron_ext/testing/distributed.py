@@ -19,7 +19,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["megatron_ext.testing.preload"])
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
+) -> list[Any]:
     """Calls `function(*args)` in `world_size` processes that share one torch.distributed environment.
 
     The processes find RANK, WORLD_SIZE, LOCAL_RANK in their environment and an initialised gloo process group.
@@ -38,7 +40,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     results: Any = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _context.Process(target=_run_rank, args=(function, rank, world_size, folder, args, results), daemon=False)
+            _context.Process(
+                target=_run_rank, args=(function, rank, world_size, folder, args, results), daemon=False
+            )
             for rank in range(world_size)
         ]
         for process in processes:

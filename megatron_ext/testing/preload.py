@@ -1,6 +1,3 @@
 """What the fork server imports once, so that each test process starts at once. Starts no threads and no process group."""
 
-import megatron.core.models.gpt
-import megatron.core.optimizer
-
 import megatron_ext.platform.distributed  # noqa: F401

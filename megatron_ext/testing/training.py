@@ -43,7 +43,9 @@ CUTS: dict[str, ParallelConfig] = {
     "TP1": ParallelConfig(),
     "TP2": ParallelConfig(tensor_model_parallel_size=2),
     "PP2": ParallelConfig(pipeline_model_parallel_size=2),
-    "PP2 interleaved": ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+    "PP2 interleaved": ParallelConfig(
+        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+    ),
     "TP2xPP2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
     "DP2": ParallelConfig(),
     "DP2 distributed optimizer": ParallelConfig(use_distributed_optimizer=True),
@@ -65,7 +67,9 @@ class TrainingTrace:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    first_gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = field(default_factory=list)
+    first_gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = field(
+        default_factory=list
+    )
     """This rank's gradients of the first step: name, global shape, offset, values."""
 
 
@@ -115,7 +119,13 @@ def train_tiny(
     optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
-        wrapped, families, optimizer, scheduler, global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1, clip_grad=1.0
+        wrapped,
+        families,
+        optimizer,
+        scheduler,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        micro_batch_size=1,
+        clip_grad=1.0,
     )
     batches = synthetic_batches(model.seq_length)
     trace = TrainingTrace()
@@ -140,9 +150,15 @@ def local_gradients(
                 gradient = getattr(parameter, "main_grad", None)
                 if gradient is None:
                     continue
-                pieces = gradient.split([s.data.shape[0] for s in shards], dim=0) if len(shards) > 1 else [gradient]
+                pieces = (
+                    gradient.split([s.data.shape[0] for s in shards], dim=0)
+                    if len(shards) > 1
+                    else [gradient]
+                )
                 for shard, piece in zip(shards, pieces, strict=True):
-                    found.append((shard.key, shard.global_shape, shard.global_offset, piece.detach().clone() * undo))
+                    found.append(
+                        (shard.key, shard.global_shape, shard.global_offset, piece.detach().clone() * undo)
+                    )
     return found
 
 

@@ -10,6 +10,8 @@ import torch
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
 
@@ -33,6 +35,14 @@ class Family:
     def configuration(self) -> dict[str, Any]:
         """What a checkpoint must know to rebuild the family, as JSON values; see `Checkpointer`."""
         return {}
+
+    def dataset_options(self) -> dict[str, Any]:
+        """Keyword arguments for `data.gpt_dataset.build_datasets`: the family's data files beside the main ones."""
+        return {}
+
+    def cost(self, model: ModelConfig) -> ModelCost | None:
+        """Parameters and FLOPs the family adds to `model`."""
+        return None
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Called once after the model is built and before it is wrapped: freeze parameters here."""

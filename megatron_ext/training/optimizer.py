@@ -5,7 +5,11 @@ copy of the weights; bf16 runs keep fp32 main weights and reduce gradients in fp
 """
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -23,7 +27,9 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.family import Family
 
 
-def wrap_model(chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool) -> list[DistributedDataParallel]:
+def wrap_model(
+    chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool
+) -> list[DistributedDataParallel]:
     """Puts the chunks into bf16 (where asked) and megatron-core's data-parallel wrapper.
 
     Args:
@@ -104,7 +110,10 @@ def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
 
 
 def build_scheduler(
-    settings: OptimizerSettings, training: TrainingConfig, optimizer: MegatronOptimizer, global_batch_size: int
+    settings: OptimizerSettings,
+    training: TrainingConfig,
+    optimizer: MegatronOptimizer,
+    global_batch_size: int,
 ) -> OptimizerParamScheduler:
     """The schedule of learning rate and weight decay, counted in samples.
 
@@ -117,7 +126,9 @@ def build_scheduler(
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)
     if warmup >= decay:
-        raise ValueError(f"--lr-warmup-iters: the warm-up ({warmup} samples) must be shorter than the decay ({decay} samples)")
+        raise ValueError(
+            f"--lr-warmup-iters: the warm-up ({warmup} samples) must be shorter than the decay ({decay} samples)"
+        )
     start = settings.weight_decay if settings.start_weight_decay is None else settings.start_weight_decay
     end = settings.weight_decay if settings.end_weight_decay is None else settings.end_weight_decay
     return OptimizerParamScheduler(
@@ -134,7 +145,9 @@ def build_scheduler(
         wd_incr_style=settings.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=settings.override_opt_param_scheduler,
-        wsd_decay_steps=_samples(settings.lr_wsd_decay_iters, settings.lr_wsd_decay_samples, global_batch_size),
+        wsd_decay_steps=_samples(
+            settings.lr_wsd_decay_iters, settings.lr_wsd_decay_samples, global_batch_size
+        ),
         lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )
 

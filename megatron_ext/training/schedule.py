@@ -39,7 +39,9 @@ def run_microbatches(
         The loss function's second value for each micro-batch on the last stage, an empty list on the others.
     """
     device = torch.device(torch.cuda.current_device())
-    moved = [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
+    moved = [
+        {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
+    ]
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, families, loss_function),

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.layer_loss import LayerLosses
@@ -37,6 +39,9 @@ class StepResult:
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
 
+    params_norm: float | None
+    """Global L2 norm of the parameters before the update, where it is asked for."""
+
     skipped: bool
     """Loss or gradient was not finite; nothing was changed."""
 
@@ -57,6 +62,7 @@ class Stepper:
         global_batch_size: int,
         micro_batch_size: int,
         clip_grad: float,
+        log_params_norm: bool = False,
     ) -> None:
         """Args:
         chunks: the wrapped model chunks of this rank.
@@ -66,6 +72,7 @@ class Stepper:
         global_batch_size: sequences in a step.
         micro_batch_size: sequences in a micro-batch.
         clip_grad: largest gradient norm, 0 for none.
+        log_params_norm: compute the parameters' norm in every step.
         """
         self.chunks = chunks
         self.models: list[GPTModel] = unwrap_model(chunks)
@@ -74,6 +81,7 @@ class Stepper:
         self.scheduler = scheduler
         self.global_batch_size = global_batch_size
         self.clip_grad = clip_grad
+        self.log_params_norm = log_params_norm
         copies = parallel_state.get_data_parallel_world_size()
         self.num_microbatches = global_batch_size // (micro_batch_size * copies)
 
@@ -94,9 +102,15 @@ class Stepper:
         LayerLosses.scale = 1.0 / self.num_microbatches
         loss, layer_losses = self._run(batches, forward_only=False)
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
+        params_norm = parameters_norm(self.models) if self.log_params_norm else None
         grad_norm, skipped = self._update(loss)
         return StepResult(
-            loss=loss, layer_losses=layer_losses, grad_norm=grad_norm, skipped=skipped, statistics=statistics
+            loss=loss,
+            layer_losses=layer_losses,
+            grad_norm=grad_norm,
+            params_norm=params_norm,
+            skipped=skipped,
+            statistics=statistics,
         )
 
     def evaluate(self, batches: Iterator[Batch], num_steps: int) -> tuple[float, dict[str, float]]:
@@ -136,6 +150,17 @@ def masked_mean(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, dict[
     mask = batch["loss_mask"].reshape(-1).float()
     loss = (losses.reshape(-1).float() * mask).sum() / mask.sum().clamp(min=1.0)
     return loss, {"lm loss": loss.detach().clone()}
+
+
+def parameters_norm(models: list[GPTModel]) -> float:
+    """Global L2 norm of all parameters; what is replicated over tensor ranks or stages counts once. Collective."""
+    squares = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    for model in models:
+        for parameter in model.parameters():
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+                squares += parameter.detach().double().square().sum()
+    dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
+    return math.sqrt(float(squares))
 
 
 def _mean_loss(outputs: list[dict[str, torch.Tensor]]) -> float:

@@ -1,0 +1,179 @@
+"""Autoregressive generation with a KV cache, at any tensor x pipeline cut.
+
+    p(next) = softmax(logits / temperature), restricted to the top_k most likely tokens and to the smallest set of them
+    whose probabilities reach top_p; temperature 0 takes the most likely token (greedy).
+
+Prompts of different lengths share a batch: the shortest is read at once, the others' further tokens are read one by one
+beside the first generated ones. Every rank takes part and gets the same tokens. No beam search, no batching over time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.family import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate after each prompt."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is all."""
+
+    top_p: float = 0.0
+    """Only the most likely tokens that together have this probability; 0 is all."""
+
+    seed: int = 1234
+    """Seed of the choice."""
+
+    stop_token: int | None = None
+    """A prompt's generation ends with this token."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"--top-k {self.top_k}: must be 0 (all) or more")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p}: must lie in [0, 1]")
+
+
+@torch.no_grad()
+def generate(
+    model: GPTModel, families: list[Family], prompts: list[list[int]], sampling: Sampling, vocab_size: int
+) -> list[list[int]]:
+    """Continues the prompts.
+
+    Args:
+        model: this rank's only chunk, unwrapped, without sequence parallel.
+        families: asked for the model's side inputs.
+        prompts: token ids, at least one each.
+        sampling: how tokens are chosen.
+        vocab_size: of the tokenizer; padded rows are never chosen.
+
+    Returns:
+        The new tokens of each prompt, on every rank; a stop token is left out.
+
+    Raises:
+        ValueError: a prompt is empty or too long for the model's positions.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    total = max(lengths) + sampling.max_new_tokens
+    if min(lengths) == 0:
+        raise ValueError("a prompt has no tokens; give at least one")
+    if total > model.max_sequence_length and model.position_embedding_type == "learned_absolute":
+        raise ValueError(
+            f"--max-new-tokens {sampling.max_new_tokens}: with a prompt of {max(lengths)} tokens exceeds the model's "
+            f"{model.max_sequence_length} positions"
+        )
+    model.eval()
+    tokens = _padded(prompts, total)
+    context = StaticInferenceContext(len(prompts), total)
+    generator = torch.Generator(device=tokens.device).manual_seed(sampling.seed)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
+    start, end = 0, min(lengths)
+    while end < total and not bool(finished.all()):
+        logits = _forward(model, families, tokens, start, end, context)
+        chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
+        in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
+        tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
+        finished |= ~in_prompt & (
+            tokens[:, end] == (-1 if sampling.stop_token is None else sampling.stop_token)
+        )
+        finished |= torch.tensor(
+            [end + 1 >= n + sampling.max_new_tokens for n in lengths], device=tokens.device
+        )
+        start, end = end, end + 1
+    return [_new_tokens(row, length, sampling) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """Next tokens [b] from logits [b, V]; see the formula at the top of this file."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k:
+        smallest = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if sampling.top_p:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        # A token stays if those before it have not reached top_p: the most likely one always does.
+        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long, device=torch.cuda.current_device())
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    return tokens
+
+
+def _forward(
+    model: GPTModel,
+    families: list[Family],
+    tokens: torch.Tensor,
+    start: int,
+    end: int,
+    context: StaticInferenceContext,
+) -> torch.Tensor | None:
+    """Logits [b, V] after position `end - 1` on the last stage, None on the others."""
+    inputs = tokens[:, start:end]
+    positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
+    batch = {"tokens": inputs, "position_ids": positions}
+    side_inputs: dict[str, torch.Tensor] = {}
+    for family in families:
+        side_inputs |= family.side_inputs(batch)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if not model.pre_process:
+        width = model.config.hidden_size + model.channel.pipeline_width
+        received = torch.empty(
+            end - start, len(tokens), width, dtype=model.config.params_dtype, device=tokens.device
+        )
+        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+        model.set_input_tensor(received)
+    output = model(
+        inputs,
+        positions,
+        None,
+        side_inputs=side_inputs,
+        inference_context=context,
+        runtime_gather_output=True,
+    )
+    context.increment_sequence_len_offset(end - start)
+    if model.post_process:
+        return output[:, -1]
+    dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+    return None
+
+
+def _share_from_last_stage(
+    logits: torch.Tensor | None, sampling: Sampling, generator: torch.Generator, vocab_size: int, batch: int
+) -> torch.Tensor:
+    """The chosen tokens [b] on every rank. Tensor ranks choose alike: same logits, same generator."""
+    chosen = torch.empty(batch, dtype=torch.long, device=torch.cuda.current_device())
+    if logits is not None:
+        chosen = choose(logits[:, :vocab_size], sampling, generator)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(chosen, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return chosen
+
+
+def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:
+    new = row[length : length + sampling.max_new_tokens]
+    return new[: new.index(sampling.stop_token)] if sampling.stop_token in new else new

@@ -1,0 +1,134 @@
+"""Perplexity of a model on an indexed dataset.
+
+    perplexity = exp( sum of -log p(token | tokens before it in its window) / number of tokens )
+
+The dataset is read as one stream of tokens in windows of the sequence length; each window's first token is the last one
+of the window before it, so that every token but the very first is predicted exactly once. Free-running, no dropout.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.schedule import run_microbatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """The result of an evaluation."""
+
+    loss: float
+    """Mean negative log-likelihood a token, in nats."""
+
+    tokens: int
+    """Tokens predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+def evaluate_perplexity(
+    chunks: list[Any],
+    families: list[Family],
+    prefix: str,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+) -> Perplexity:
+    """Measures the perplexity on every rank's share of the windows; all ranks get the result.
+
+    Args:
+        chunks: this rank's model chunks.
+        families: asked for the model's side inputs.
+        prefix: indexed dataset without `.bin` and `.idx`; it exists and is whole.
+        sequence_length: tokens of a window.
+        micro_batch_size: windows at a time.
+        max_tokens: at most so many tokens, from the dataset's beginning.
+
+    Raises:
+        ValueError: the dataset has fewer than two tokens.
+    """
+    dataset = IndexedDataset(prefix)
+    total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
+    total = total if max_tokens is None else min(total, max_tokens + 1)
+    if total < 2:
+        raise ValueError(f"{prefix}: has {total} tokens, at least 2 are needed")
+    for chunk in chunks:
+        chunk.eval()
+    windows = _windows(dataset, total, sequence_length)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    batches = _micro_batches(windows, sequence_length, micro_batch_size)
+    with torch.no_grad():
+        # The interleaved schedule wants the number of micro-batches to be a multiple of the stages.
+        while step := list(islice(batches, stages)):
+            while len(step) < stages:
+                step.append({**step[0], "loss_mask": torch.zeros_like(step[0]["loss_mask"])})
+            for output in run_microbatches(chunks, families, step, _masked_sum, forward_only=True):
+                sums += torch.stack([output["sum"], output["count"]])
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return Perplexity(loss=float(sums[0] / sums[1]), tokens=int(sums[1]))
+
+
+def _windows(dataset: IndexedDataset, total: int, length: int) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """The stream's windows of `length + 1` tokens, overlapping by one; the last may be shorter."""
+    buffer: list[np.ndarray[Any, np.dtype[Any]]] = []
+    held = taken = 0
+    for sequence in range(len(dataset.sequence_lengths)):
+        if taken >= total:
+            break
+        tokens = dataset[sequence][: total - taken]
+        taken += len(tokens)
+        buffer.append(tokens)
+        held += len(tokens)
+        if held <= length:
+            continue
+        stream = np.concatenate(buffer)
+        count = (held - 1) // length
+        for window in range(count):
+            yield stream[window * length : window * length + length + 1]
+        buffer = [stream[count * length :]]
+        held = len(buffer[0])
+    if held > 1:
+        yield np.concatenate(buffer)
+
+
+def _micro_batches(
+    windows: Iterator[np.ndarray[Any, np.dtype[Any]]], length: int, micro_batch_size: int
+) -> Iterator[Batch]:
+    """This data-parallel rank's micro-batches; every rank makes equally many, padded ones count nothing."""
+    rank = parallel_state.get_data_parallel_rank()
+    copies = parallel_state.get_data_parallel_world_size()
+    while group := list(islice(windows, micro_batch_size * copies)):
+        mine = group[rank * micro_batch_size : (rank + 1) * micro_batch_size]
+        tokens = torch.zeros(micro_batch_size, length, dtype=torch.long)
+        labels, mask = torch.zeros_like(tokens), torch.zeros(micro_batch_size, length)
+        for row, window in enumerate(mine):
+            values = torch.from_numpy(window.astype(np.int64))
+            size = len(values) - 1
+            tokens[row, :size], labels[row, :size], mask[row, :size] = values[:-1], values[1:], 1.0
+        yield {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": mask,
+            "position_ids": torch.arange(length).expand(micro_batch_size, length),
+        }
+
+
+def _masked_sum(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    mask = batch["loss_mask"].double()
+    total = (losses.double() * mask).sum()
+    return total.float(), {"sum": total, "count": mask.sum()}

@@ -1,0 +1,187 @@
+"""The training loop: steps, evaluations, checkpoints, and every way a run may end.
+
+The loop knows no family and no model. Everything it calls is collective, and every decision rests on values that all
+ranks share (losses and norms are reduced, clocks and signals are agreed on), so that all ranks leave together.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.training.checkpoint import Checkpointer, Progress
+from megatron_ext.training.family import Batch
+from megatron_ext.training.metrics import StepMetrics
+from megatron_ext.training.reporting import Reporter
+from megatron_ext.training.signals import EXIT_DIVERGED, EXIT_OK, StopSignals
+from megatron_ext.training.step import Stepper, StepResult
+
+Batches = Callable[[int], Iterator[Batch]]
+"""Consumed samples -> endless micro-batches from there on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the loop gets its batches."""
+
+    train: Batches
+    """Training batches."""
+
+    valid: Batches | None
+    """Validation batches; every evaluation takes the same ones, so that its values can be compared."""
+
+    test: Batches | None
+    """Test batches, evaluated once after the last step."""
+
+
+class Loop:
+    """One run from its first step to its end."""
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        checkpoint: CheckpointConfig,
+        stepper: Stepper,
+        checkpointer: Checkpointer,
+        reporter: Reporter,
+        data: Data,
+        *,
+        sequence_length: int,
+    ) -> None:
+        self.training = training
+        self.checkpoint = checkpoint
+        self.stepper = stepper
+        self.checkpointer = checkpointer
+        self.reporter = reporter
+        self.data = data
+        self.sequence_length = sequence_length
+        self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
+
+    def run(self, progress: Progress) -> int:
+        """Trains from `progress` to the end.
+
+        Returns:
+            The process's exit code; see `signals`.
+        """
+        started = time.monotonic()
+        saved_at = progress.iteration
+        not_finite_in_a_row = 0
+        with StopSignals() as signals:
+            batches = self.data.train(progress.consumed_samples)
+            while progress.iteration < self.total_iterations:
+                progress, skipped = self._step(progress, batches)
+                not_finite_in_a_row = not_finite_in_a_row + 1 if skipped else 0
+                if not_finite_in_a_row >= self.training.max_consecutive_nan_steps:
+                    self.reporter.note(
+                        f"stopped at step {progress.iteration}: loss or gradient norm not finite in "
+                        f"{not_finite_in_a_row} steps in a row; no checkpoint was written of them"
+                    )
+                    return EXIT_DIVERGED
+                if self._is_due(progress.iteration, self.training.eval_interval):
+                    self._evaluate(progress)
+                reason, code = self._reason_to_stop(progress, started, signals)
+                # A step that was skipped left the model as it was; the next good one saves.
+                due = self._is_due(progress.iteration, self.checkpoint.save_interval) or reason is not None
+                if due and not skipped:
+                    saved_at = self._save(progress)
+                if reason is not None:
+                    self.reporter.note(f"stopped after step {progress.iteration}: {reason}")
+                    return code
+            if saved_at != progress.iteration:
+                self._save(progress)
+        self._evaluate_at_end(progress)
+        return EXIT_OK
+
+    def evaluate_only(self, progress: Progress) -> int:
+        """Evaluates the loaded model on validation and test data (`--skip-train`); returns the exit code."""
+        self._evaluate_at_end(progress)
+        return EXIT_OK
+
+    def _step(self, progress: Progress, batches: Iterator[Batch]) -> tuple[Progress, bool]:
+        iteration = progress.iteration + 1
+        # Read before the step: the schedule moves at its end.
+        learning_rate = get_canonical_lr_for_logging(self.stepper.optimizer.param_groups) or 0.0
+        started = time.perf_counter()
+        result = self.stepper.train(batches, iteration)
+        seconds = time.perf_counter() - started
+        progress = replace(
+            progress,
+            iteration=iteration,
+            consumed_samples=progress.consumed_samples + self.stepper.global_batch_size,
+            skipped_steps=progress.skipped_steps + int(result.skipped),
+        )
+        self.reporter.step(iteration, self._metrics(result, progress, learning_rate, seconds))
+        if result.statistics:
+            self.reporter.statistics(iteration, result.statistics)
+        return progress, result.skipped
+
+    def _metrics(
+        self, result: StepResult, progress: Progress, learning_rate: float, seconds: float
+    ) -> StepMetrics:
+        return StepMetrics(
+            losses={"lm loss": result.loss, **result.layer_losses},
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            batch_size=self.stepper.global_batch_size,
+            tokens=self.stepper.global_batch_size * self.sequence_length,
+            consumed_samples=progress.consumed_samples,
+            seconds=seconds,
+            skipped=result.skipped,
+            params_norm=result.params_norm,
+        )
+
+    def _reason_to_stop(
+        self, progress: Progress, started: float, signals: StopSignals
+    ) -> tuple[str | None, int]:
+        """Why to leave after this step (None to go on) and the exit code; the same on every rank."""
+        limit = self.training.exit_duration_in_mins
+        expired = limit is not None and time.monotonic() - started > 60 * limit
+        event = signals.agree(expired)
+        if event.signal is not None:
+            return f"received {event.signal.name}", event.exit_code
+        if event.expired:
+            return f"--exit-duration-in-mins {limit} is over", EXIT_OK
+        interval = self.training.exit_interval
+        if interval is not None and progress.iteration % interval == 0:
+            return f"--exit-interval {interval}", EXIT_OK
+        return None, EXIT_OK
+
+    def _save(self, progress: Progress) -> int:
+        if self.checkpoint.save is not None:
+            started = time.perf_counter()
+            path = self.checkpointer.save(progress)
+            self.reporter.note(
+                f"saved step {progress.iteration} to {path} in {time.perf_counter() - started:.1f} s"
+            )
+        return progress.iteration
+
+    def _evaluate(self, progress: Progress) -> None:
+        if self.data.valid is not None and self.training.eval_iters > 0:
+            self._report(progress, self.data.valid, "validation")
+
+    def _evaluate_at_end(self, progress: Progress) -> None:
+        if self.training.eval_iters == 0:
+            return
+        evaluated = (
+            self._is_due(progress.iteration, self.training.eval_interval) and not self.training.skip_train
+        )
+        if self.data.valid is not None and not evaluated:
+            self._report(progress, self.data.valid, "validation")
+        if self.data.test is not None:
+            self._report(progress, self.data.test, "test")
+
+    def _report(self, progress: Progress, batches: Batches, split: str) -> None:
+        loss, layer_losses = self.stepper.evaluate(batches(0), self.training.eval_iters)
+        self.reporter.validation(
+            progress.iteration,
+            {"lm loss": loss, **layer_losses},
+            consumed_samples=progress.consumed_samples,
+            split=split,
+        )
+
+    @staticmethod
+    def _is_due(iteration: int, interval: int | None) -> bool:
+        return interval is not None and iteration % interval == 0

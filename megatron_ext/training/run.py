@@ -1,0 +1,202 @@
+"""A whole pretraining run: from configurations and families to an exit code.
+
+    check -> tokenizer -> process group -> families -> model -> optimizer -> checkpoint -> data -> loop
+
+What a user may have got wrong is checked before the process group starts, where it can be known by then.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core import parallel_state
+
+from megatron_ext.config.data import DataConfig
+from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.config.validate import validate
+from megatron_ext.data.gpt_dataset import Dataset, build_datasets
+from megatron_ext.data.manifest import check_dataset
+from megatron_ext.data.samplers import build_data_iterator
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.models.accounting import model_cost
+from megatron_ext.models.build import build_model
+from megatron_ext.platform import distributed
+from megatron_ext.training.checkpoint import Checkpointer, Progress, check_writable
+from megatron_ext.training.dry_run import print_dry_run
+from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.loop import Data, Loop
+from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.reporting import Reporter
+from megatron_ext.training.signals import EXIT_OK
+from megatron_ext.training.step import Stepper
+
+MakeFamilies = Callable[[dict[str, Any], Tokenizer], list[Family]]
+"""Makes the families of a run from its configurations and tokenizer."""
+
+
+def pretrain(configs: dict[str, Any], make_families: MakeFamilies) -> int:
+    """Runs pretraining.
+
+    Args:
+        configs: an instance for every name in `config.concerns.TRAINING`, and the families' own configurations.
+        make_families: called once.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    validate(model, parallel, training, configs["optimizer"])
+    if training.dry_run:
+        print_dry_run(configs, make_families)
+        return EXIT_OK
+    tokenizer = build_tokenizer(configs["tokenizer"])
+    _check_files(configs, tokenizer)
+    families = make_families(configs, tokenizer)
+    random.seed(training.seed)
+    np.random.seed(training.seed)
+    distributed.initialize(parallel, training.seed)
+    try:
+        return _train(configs, tokenizer, families)
+    finally:
+        distributed.shutdown()
+
+
+def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
+    data: DataConfig = configs["data"]
+    paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
+    prefixes = [prefix for path in paths for prefix in path or () if not _is_weight(prefix)]
+    if not prefixes:
+        raise ValueError("--data-path: missing (or --train-data-path)")
+    for prefix in prefixes:
+        check_dataset(prefix, tokenizer.fingerprint())
+    if configs["checkpoint"].save is not None and distributed.rank() == 0:
+        check_writable(Path(configs["checkpoint"].save))
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]) -> int:
+    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    global_batch_size = training.resolved_global_batch_size(parallel_state.get_data_parallel_world_size())
+    chunks = build_model(
+        model,
+        parallel,
+        vocab_size=tokenizer.vocab_size,
+        seed=training.seed,
+        bf16=training.bf16,
+        extensions=[family.extension() for family in families],
+    )
+    for family in families:
+        family.prepare_model(chunks)
+    wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
+    optimizer = build_optimizer(configs["optimizer"], parallel, wrapped, families, bf16=training.bf16)
+    scheduler = build_scheduler(configs["optimizer"], training, optimizer, global_batch_size)
+    stepper = Stepper(
+        wrapped,
+        families,
+        optimizer,
+        scheduler,
+        global_batch_size=global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        clip_grad=configs["optimizer"].clip_grad,
+        log_params_norm=configs["logging"].log_params_norm,
+    )
+    checkpointer = Checkpointer(
+        configs["checkpoint"],
+        chunks=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        run_config=run_configuration(configs, tokenizer, families),
+        families=families,
+    )
+    progress = checkpointer.load() or Progress()
+    data = _build_data(configs, tokenizer, families, global_batch_size)
+    cost = model_cost(model, tokenizer.vocab_size)
+    costs = [cost, *(c for family in families if (c := family.cost(model)) is not None)]
+    with Reporter(
+        configs["logging"],
+        total_iterations=training.resolved_train_iters(global_batch_size),
+        flops_per_token=3 * sum(cost.forward_flops_per_token for cost in costs),
+        bf16=training.bf16,
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_samples,
+        configuration=configs,
+    ) as reporter:
+        loop = Loop(
+            training,
+            configs["checkpoint"],
+            stepper,
+            checkpointer,
+            reporter,
+            data,
+            sequence_length=model.seq_length,
+        )
+        return loop.evaluate_only(progress) if training.skip_train else loop.run(progress)
+
+
+def run_configuration(
+    configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]
+) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it: all configurations, the vocabulary, the families."""
+    return {
+        "configs": configs_to_dict(configs),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "families": {family.name: family.configuration() for family in families},
+    }
+
+
+def _build_data(
+    configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family], global_batch_size: int
+) -> Data:
+    training: TrainingConfig = configs["training"]
+    options: dict[str, Any] = {}
+    for family in families:
+        options |= family.dataset_options()
+    evaluated = training.eval_iters * global_batch_size
+    train, valid, test = build_datasets(
+        configs["data"],
+        seq_length=configs["model"].seq_length,
+        seed=training.seed,
+        num_samples=(
+            training.resolved_train_iters(global_batch_size) * global_batch_size,
+            evaluated,
+            evaluated,
+        ),
+        tokenizer=tokenizer,
+        **options,
+    )
+    if train is None:
+        raise ValueError(f"--split {configs['data'].split}: leaves no training data")
+    batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers)
+    return Data(
+        train=partial(batches, train),
+        valid=partial(batches, valid) if valid is not None else None,
+        test=partial(batches, test) if test is not None else None,
+    )
+
+
+def _batches(
+    micro_batch_size: int, num_workers: int, dataset: Dataset, consumed_samples: int
+) -> Iterator[Batch]:
+    return build_data_iterator(
+        dataset,
+        consumed_samples=consumed_samples,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        num_workers=num_workers,
+    )

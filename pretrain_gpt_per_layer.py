@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Pretrains a GPT with per-layer embeddings: one process on a laptop, many under `torchrun`.
+
+torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --use-per-layer-embedding --num-layers 4 ...
+"""
+
+from typing import Any
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.concerns import TRAINING
+from megatron_ext.per_layer.config import PerLayerConfig
+
+EXAMPLE = (
+    "torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --tensor-model-parallel-size 2 --num-layers 4 "
+    "--hidden-size 256 --num-attention-heads 4 --seq-length 256 --use-per-layer-embedding --per-layer-hidden-size 32 "
+    "--micro-batch-size 4 --train-iters 200 --lr 1e-3 --data-path corpus_text_document "
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json"
+)
+
+
+def main() -> int:
+    """Parses the command line and trains; returns the exit code."""
+    configs = parse(
+        {**TRAINING, "per_layer": PerLayerConfig},
+        prog="pretrain_gpt_per_layer.py",
+        description="Pretrain a GPT with per-layer embeddings (PLE).",
+        example=EXAMPLE,
+    )
+    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    from megatron_ext.training.run import pretrain
+
+    return pretrain(configs, _families)
+
+
+def _families(configs: dict[str, Any], tokenizer: Any) -> list[Any]:
+    from megatron_ext.per_layer.family import PerLayerFamily
+
+    config: PerLayerConfig = configs["per_layer"]
+    return [PerLayerFamily.from_config(config, tokenizer)] if config.use_per_layer_embedding else []
+
+
+if __name__ == "__main__":
+    run_main(main)
