@@ -16,10 +16,11 @@ ALLOWED = {
     "models": {"config", "platform"},
     "data": {"config", "platform"},
     "training": {"models", "data", "config", "platform"},
-    **{family: {"training", "models", "data", "config", "platform"} for family in FAMILIES},
+    "inference": {"training", "models", "data", "config", "platform"},
+    **{family: {"inference", "training", "models", "data", "config", "platform"} for family in FAMILIES},
     "interop": {"training", "models", "data", "config", "platform"},
     # Tools of the tests: may build anything, and nothing but tests may import them.
-    "testing": {*FAMILIES, "interop", "training", "models", "data", "config", "platform"},
+    "testing": {*FAMILIES, "interop", "inference", "training", "models", "data", "config", "platform"},
 }
 
 SOURCES = sorted(ROOT.joinpath(PACKAGE).rglob("*.py"))
