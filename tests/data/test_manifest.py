@@ -1,0 +1,73 @@
+"""Manifests, and the checks a training run makes at start-up."""
+
+import hashlib
+import json
+
+import pytest
+
+from megatron_ext.data.manifest import check_dataset, read_manifest, write_manifest
+from megatron_ext.testing.datasets import write_dataset
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    write_dataset(str(tmp_path / "d"), [[[1, 2, 3]], [], [[4], [5, 6]]])
+    return str(tmp_path / "d")
+
+
+def test_manifest_records_counts_sizes_and_checksums(prefix, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("abc")
+    write_manifest(
+        prefix, tool="t", tokenizer={"fingerprint": "f"}, inputs=[str(source), "-"], extra={"more": 1}
+    )
+    manifest = json.loads((tmp_path / "d.json").read_text())
+    assert manifest["counts"] == {"documents": 3, "sequences": 3, "tokens": 6}
+    assert manifest["dtype"] == "uint16"
+    assert manifest["inputs"] == [{"path": str(source), "bytes": 3}, {"path": "-", "bytes": None}]
+    assert manifest["more"] == 1
+    for name in ("bin", "idx"):
+        content = (tmp_path / f"d.{name}").read_bytes()
+        assert manifest["sizes"][name] == len(content)
+        assert manifest["checksums"][name] == hashlib.sha256(content).hexdigest()
+    assert manifest == read_manifest(prefix)
+
+
+def test_equal_data_gives_an_equal_manifest(prefix, tmp_path):
+    write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
+    first = (tmp_path / "d.json").read_bytes()
+    write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
+    assert (tmp_path / "d.json").read_bytes() == first
+
+
+def test_dataset_without_a_manifest_passes(prefix):
+    assert check_dataset(prefix, "any").num_tokens == 6
+
+
+def test_another_tokenizer_is_refused_and_the_same_passes(prefix):
+    write_manifest(prefix, tool="t", tokenizer={"fingerprint": "made"}, inputs=[])
+    check_dataset(prefix, "made")
+    check_dataset(prefix, None)
+    with pytest.raises(ValueError, match="was made with the tokenizer made, but this run's is other"):
+        check_dataset(prefix, "other")
+
+
+def test_files_replaced_under_a_manifest_are_refused(prefix):
+    write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
+    write_dataset(prefix, [[[1, 2]]])
+    with pytest.raises(ValueError, match=r"d\.bin is 4 bytes, but .*d\.json recorded 12"):
+        check_dataset(prefix)
+
+
+def test_something_else_under_the_manifests_name_is_refused(prefix, tmp_path):
+    (tmp_path / "d.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        check_dataset(prefix)
+    (tmp_path / "d.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a dataset manifest"):
+        check_dataset(prefix)
+
+
+def test_extra_keys_cannot_replace_the_manifests_own(prefix):
+    with pytest.raises(ValueError, match="counts"):
+        write_manifest(prefix, tool="t", tokenizer=None, inputs=[], extra={"counts": {}})
