@@ -1,0 +1,235 @@
+"""Joins the shards of a run, in order, into the files of the datasets.
+
+Shards are appended as they become complete and then removed, so that the disk holds the tokens once. After every append
+`state.json` records how long each file is; a run that was killed is taken up by cutting the files back to that. The index is
+kept on disk too (lengths and document ends, see `indexed.py`), so memory does not grow with the dataset.
+
+With partitions P above 1 document i goes to part i mod P, and the parts follow each other at the end.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.data.indexed import chunks, write_index
+from megatron_ext.data.readers import Source
+from megatron_ext.data.shards import ShardInfo, remove_shard, shard_path
+
+_COPY_UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)
+
+
+@dataclass
+class State:
+    """What has been appended so far.
+
+    Attributes:
+        next_shard: the first shard that has not been appended.
+        totals: sums over the shards appended.
+        source_index, source_lines: the source of the last one, and its lines so far.
+        sizes: bytes of each file of the working directory.
+    """
+
+    next_shard: int = 0
+    totals: ShardInfo = field(default_factory=ShardInfo)
+    source_index: int = 0
+    source_lines: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def load_state(directory: Path, num_keys: int) -> State:
+    """Returns the state of a working directory; a new one where nothing was appended."""
+    path = directory / "state.json"
+    if not path.is_file():
+        return State(totals=ShardInfo(tokens=[0] * num_keys, empty=[0] * num_keys))
+    content = json.loads(path.read_text())
+    return State(**{**content, "totals": ShardInfo(**content["totals"])})
+
+
+class Assembly:
+    """The growing datasets in a working directory.
+
+    Args:
+        directory: the working directory.
+        num_keys: datasets.
+        partitions: parts of each.
+        sources: the inputs, for the report of rejected lines.
+
+    Raises:
+        ValueError: a file is shorter than the state of a killed run recorded.
+    """
+
+    REJECTED = "rejected.jsonl"
+    QUARANTINED = "quarantined.jsonl"
+
+    def __init__(self, directory: Path, num_keys: int, partitions: int, sources: list[Source]) -> None:
+        self._directory = directory
+        self._num_keys, self._partitions = num_keys, partitions
+        self._sources = sources
+        self.state = load_state(directory, num_keys)
+        self._cut_back()
+
+    def _cut_back(self) -> None:
+        """Gives every file the length that the state records."""
+        for name in self._names():
+            path = self._directory / name
+            recorded = self.state.sizes.setdefault(name, 0)
+            if path.exists() and path.stat().st_size < recorded or not path.exists() and recorded:
+                raise ValueError(f"--resume: {path} is shorter than recorded; remove {self._directory} and start anew")
+            with open(path, "ab") as file:
+                file.truncate(recorded)
+
+    def _names(self) -> list[str]:
+        parts = [(k, p) for k in range(self._num_keys) for p in range(self._partitions)]
+        columns = [f"out-{k}-{p}.{column}" for k, p in parts for column in ("bin", "lengths", "documents")]
+        return [*columns, self.REJECTED, self.QUARANTINED]
+
+    def append(self, info: ShardInfo, source_index: int) -> None:
+        """Appends shard number `state.next_shard` and removes it."""
+        state, index = self.state, self.state.next_shard
+        for key in range(self._num_keys):
+            self._append_tokens(index, key)
+        if source_index != state.source_index:
+            state.source_index, state.source_lines = source_index, 0
+        self._append_rejects(index, info)
+        state.source_lines += info.lines
+        for name in ("documents", "skipped_empty", "lines", "blank", "rejected", "text_bytes", "input_bytes"):
+            setattr(state.totals, name, getattr(state.totals, name) + getattr(info, name))
+        for key in range(self._num_keys):
+            state.totals.tokens[key] += info.tokens[key]
+            state.totals.empty[key] += info.empty[key]
+        state.next_shard += 1
+        temporary = self._directory / "state.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(state)))
+        os.replace(temporary, self._directory / "state.json")
+        remove_shard(str(self._directory), index)
+
+    def _append_tokens(self, index: int, key: int) -> None:
+        bin_file = shard_path(str(self._directory), index, f"{key}.bin")
+        lengths = np.fromfile(shard_path(str(self._directory), index, f"{key}.lengths"), dtype="<i4")
+        if self._partitions == 1:
+            with self._appending(f"out-{key}-0.bin") as out, open(bin_file, "rb") as shard:
+                copy_bytes(shard, out)
+            self._append_columns(f"out-{key}-0", lengths)
+            return
+        total = int(lengths.sum())
+        tokens = np.fromfile(bin_file, dtype=np.uint8).reshape(total, -1) if total else np.zeros((0, 1), np.uint8)
+        part_of_document = (self.state.totals.documents + np.arange(len(lengths))) % self._partitions
+        part_of_token = np.repeat(part_of_document, lengths)
+        for part in range(self._partitions):
+            with self._appending(f"out-{key}-{part}.bin") as out:
+                out.write(tokens[part_of_token == part].tobytes())
+            self._append_columns(f"out-{key}-{part}", lengths[part_of_document == part])
+
+    def _append_columns(self, name: str, lengths: npt.NDArray[np.integer]) -> None:
+        """Adds document lengths: one sequence for each that is not empty, one document end for each."""
+        sequences = self.state.sizes[f"{name}.lengths"] // 4
+        with self._appending(f"{name}.lengths") as out:
+            out.write(lengths[lengths > 0].astype("<i4").tobytes())
+        with self._appending(f"{name}.documents") as out:
+            out.write((sequences + np.cumsum(lengths > 0)).astype("<i8").tobytes())
+
+    def _append_rejects(self, index: int, info: ShardInfo) -> None:
+        if "rejects" in info.files:
+            path = self._sources[self.state.source_index].path
+            lines = open(shard_path(str(self._directory), index, "rejects"), "rb")
+            with self._appending(self.REJECTED) as out, lines:
+                for line, offset, reason in map(json.loads, lines):
+                    place = {"file": path, "line": self.state.source_lines + line + 1, "byte_offset": offset}
+                    out.write(json.dumps({**place, "reason": reason}).encode() + b"\n")
+        if "raw" in info.files:
+            raw = open(shard_path(str(self._directory), index, "raw"), "rb")
+            with self._appending(self.QUARANTINED) as out, raw:
+                copy_bytes(raw, out)
+
+    def _appending(self, name: str) -> "_Appending":
+        return _Appending(self._directory / name, self.state.sizes)
+
+    def finish(self, dtype: str) -> list[tuple[Path, Path]]:
+        """Writes the indices; returns the `.bin` and `.idx` of each key, complete and on disk."""
+        return [self._finish_key(key, dtype) for key in range(self._num_keys)]
+
+    def _finish_key(self, key: int, dtype: str) -> tuple[Path, Path]:
+        names = [f"out-{key}-{part}" for part in range(self._partitions)]
+        first = self._directory / f"{names[0]}.bin"
+        final = self._directory / f"final-{key}.bin"
+        lengths, documents = self._directory / f"final-{key}.lengths", self._directory / f"final-{key}.documents"
+        if self._partitions == 1:
+            final = first
+        else:
+            self._join([self._directory / f"{name}.bin" for name in names], final)
+        self._join([self._directory / f"{name}.lengths" for name in names], lengths)
+        sequences = 0
+        with open(documents, "wb") as out:
+            out.write(bytes(8))
+            for name in names:
+                ends = _map(self._directory / f"{name}.documents", "<i8")
+                for begin, end in chunks(len(ends)):
+                    out.write((ends[begin:end] + sequences).tobytes())
+                sequences += self.state.sizes[f"{name}.lengths"] // 4
+        with open(final, "rb") as file:
+            os.fsync(file.fileno())
+        index = self._directory / f"final-{key}.idx"
+        write_index(index, np.dtype(dtype), _map(lengths, "<i4"), _map(documents, "<i8"))
+        return final, index
+
+    @staticmethod
+    def _join(parts: list[Path], target: Path) -> None:
+        with open(target, "wb") as out:
+            for part in parts:
+                with open(part, "rb") as file:
+                    copy_bytes(file, out)
+
+
+class _Appending:
+    """Opens a file to append to it, and records its size when closed."""
+
+    def __init__(self, path: Path, sizes: dict[str, int]) -> None:
+        self._path, self._sizes = path, sizes
+
+    def __enter__(self) -> BinaryIO:
+        # Not mode "ab": copy_file_range refuses a descriptor that appends.
+        self._file: BinaryIO = open(self._path, "r+b")  # noqa: SIM115 - closed in __exit__
+        self._file.seek(0, os.SEEK_END)
+        return self._file
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.seek(0, os.SEEK_END)
+        size = self._file.tell()
+        self._file.close()
+        self._sizes[self._path.name] = size
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO) -> None:
+    """Copies the rest of one file to another, inside the kernel where it can."""
+    target.flush()
+    remaining = os.fstat(source.fileno()).st_size - source.tell()
+    position = source.tell()
+    try:
+        while remaining > 0 and hasattr(os, "copy_file_range"):
+            copied = os.copy_file_range(source.fileno(), target.fileno(), remaining)
+            if copied == 0:
+                break
+            remaining -= copied
+            position += copied
+    except OSError as error:
+        if error.errno not in _COPY_UNSUPPORTED:
+            raise
+    if remaining > 0:
+        source.seek(position)
+        target.seek(0, os.SEEK_END)
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _map(path: Path, dtype: str) -> npt.NDArray[np.integer]:
+    """Maps a file of numbers; an empty file cannot be mapped."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

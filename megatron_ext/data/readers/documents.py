@@ -1,0 +1,294 @@
+"""Parses a chunk into documents, and sets aside every line that is not one, with its place and the reason."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.data.readers.lines import LINES, LONG, scan_lines
+from megatron_ext.data.readers.sources import MAX_CHUNK_BYTES, Chunk, expand_inputs, plan_chunks
+
+_BOM = b"\xef\xbb\xbf"
+_PARQUET_ROWS = 256
+_decode_json = json.JSONDecoder().decode
+
+
+@dataclass
+class Reject:
+    """A line that is not a document.
+
+    Attributes:
+        line: counted from 0 within the chunk (a row of a parquet file).
+        offset: first byte in the unpacked source, None for parquet.
+        reason: in words.
+        raw: the line as it was read, for the quarantine; None where it was handed over in pieces.
+    """
+
+    line: int
+    offset: int | None
+    reason: str
+    raw: bytes | None
+
+
+@dataclass
+class Batch:
+    """Documents that lie next to each other.
+
+    Attributes:
+        texts: for every key the documents' texts, in order; the lists have one length.
+        places: for every document the line it stood on, counted as in `Reject`.
+        rejects: lines among them that are no documents.
+        lines: lines read, all kinds.
+        blank: lines of white space alone, which are neither documents nor errors.
+        text_bytes: bytes read.
+    """
+
+    texts: list[list[str]]
+    places: list[int] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    lines: int = 0
+    blank: int = 0
+    text_bytes: int = 0
+
+
+class _NotADocument(ValueError):
+    """The reason why a line is rejected."""
+
+
+def read_chunk(
+    chunk: Chunk,
+    keys: tuple[str, ...],
+    max_line_bytes: int,
+    on_long_line: Callable[[bytes], None] | None = None,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """Yields the documents of a chunk, about a megabyte at a time.
+
+    Args:
+        chunk: what to read.
+        keys: keys of a JSON line, columns of a parquet file; their number alone matters for plain text.
+        max_line_bytes: a longer line is rejected.
+        on_long_line: gets the pieces of a line too long to hold, after the batch that rejects it.
+        limit: stop after this many documents.
+    """
+    for batch in _read(chunk, keys, max_line_bytes, on_long_line):
+        if limit is not None:
+            _cut(batch, limit)
+            limit -= len(batch.texts[0])
+        yield batch
+        if limit == 0:
+            return
+
+
+def iter_documents(config: InputConfig) -> Iterator[tuple[str, ...]]:
+    """Yields the documents of `--input` one after the other in this process, a text for each key.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or a line is no document; names file and byte.
+    """
+    sources = expand_inputs(config)
+    left = config.max_documents
+    for chunk in plan_chunks(sources, MAX_CHUNK_BYTES, config.max_line_bytes):
+        for batch in read_chunk(chunk, config.json_keys, config.max_line_bytes, limit=left):
+            if batch.rejects:
+                reject = batch.rejects[0]
+                place = f"row {reject.line + 1} of {chunk}" if reject.offset is None else f"byte {reject.offset}"
+                raise ValueError(f"{chunk.source.path}: {place}: {reject.reason}")
+            yield from zip(*batch.texts, strict=True)
+            if left is not None:
+                left -= len(batch.texts[0])
+        if left == 0:
+            return
+
+
+def _read(
+    chunk: Chunk, keys: tuple[str, ...], max_line_bytes: int, on_long_line: Callable[[bytes], None] | None
+) -> Iterator[Batch]:
+    if chunk.long_line:
+        reject = _too_long(0, chunk.start, max_line_bytes)
+        yield Batch([[] for _ in keys], rejects=[reject], lines=1, text_bytes=chunk.end - chunk.start)
+    elif chunk.source.format == "parquet":
+        yield from _read_row_group(chunk, keys, max_line_bytes)
+    elif chunk.source.format == "whole_text":
+        yield _read_whole_file(chunk, max_line_bytes, on_long_line)
+    elif chunk.data is not None:
+        yield _parse_lines(chunk, keys, chunk.start, chunk.data, 0, max_line_bytes)
+    else:
+        yield from _read_range(chunk, keys, max_line_bytes, on_long_line)
+
+
+def _cut(batch: Batch, limit: int) -> None:
+    """Shortens a batch to its first documents, and forgets what was rejected after them."""
+    if len(batch.texts[0]) > limit:
+        last = batch.places[limit - 1]
+        batch.rejects = [reject for reject in batch.rejects if reject.line < last]
+        batch.texts = [texts[:limit] for texts in batch.texts]
+        batch.places = batch.places[:limit]
+
+
+def _read_range(
+    chunk: Chunk, keys: tuple[str, ...], max_line_bytes: int, on_long_line: Callable[[bytes], None] | None
+) -> Iterator[Batch]:
+    line, in_long_line = 0, False
+    with open(chunk.source.path, "rb") as file:
+        file.seek(max(chunk.start - 1, 0))
+        for span in scan_lines(file.read, chunk.start, chunk.end, max_line_bytes):
+            if span.kind == LINES:
+                batch = _parse_lines(chunk, keys, span.offset, span.data, line, max_line_bytes)
+            else:
+                batch = Batch([[] for _ in keys], text_bytes=len(span.data))
+                if not in_long_line:
+                    batch.rejects.append(_too_long(line, span.offset, max_line_bytes))
+                    batch.lines = 1
+            line += batch.lines
+            yield batch
+            in_long_line = span.kind == LONG
+            if span.kind != LINES and on_long_line is not None:
+                on_long_line(span.data)
+
+
+def _parse_lines(
+    chunk: Chunk, keys: tuple[str, ...], offset: int, data: bytes, first_line: int, max_line_bytes: int
+) -> Batch:
+    """Parses whole lines; `offset` and `first_line` are those of the first of them."""
+    batch = Batch([[] for _ in keys], text_bytes=len(data))
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    if offset == 0 and lines and lines[0].startswith(_BOM):
+        lines[0] = lines[0][len(_BOM) :]
+        offset = len(_BOM)
+    is_json = chunk.source.format == "json"
+    batch.lines = len(lines)
+    start = offset
+    for number, line in enumerate(lines):
+        offset, start = start, start + len(line) + 1
+        if not line or line.isspace():
+            batch.blank += 1
+            continue
+        try:
+            if len(line) > max_line_bytes:
+                raise _NotADocument(_limit_message(max_line_bytes))
+            texts = _json_texts(line, keys) if is_json else (_utf8(line.removesuffix(b"\r")),)
+        except _NotADocument as error:
+            batch.rejects.append(Reject(first_line + number, offset, str(error), line + b"\n"))
+            continue
+        batch.places.append(first_line + number)
+        for column, text in zip(batch.texts, texts, strict=True):
+            column.append(text)
+    return batch
+
+
+def _json_texts(line: bytes, keys: tuple[str, ...]) -> list[str]:
+    try:
+        record = _decode_json(line.decode())
+    except UnicodeDecodeError as error:
+        raise _NotADocument(f"invalid UTF-8 at byte {error.start} of the line") from None
+    except RecursionError:
+        raise _NotADocument("malformed JSON: nested too deeply") from None
+    except ValueError as error:
+        raise _NotADocument(f"malformed JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise _NotADocument(f"expected a JSON object, found {_type_name(record)}")
+    return [_checked_text(record[key], key) if key in record else _missing(key) for key in keys]
+
+
+def _missing(key: str) -> str:
+    raise _NotADocument(f'missing key "{key}"')
+
+
+def _checked_text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise _NotADocument(f'key "{key}" holds {_type_name(value)}, not a string')
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # an escape such as \ud800 without its partner
+            raise _NotADocument(f'key "{key}": unpaired surrogate at character {error.start}') from None
+    return value
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _NotADocument(f"invalid UTF-8 at byte {error.start}") from None
+
+
+def _type_name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _limit_message(max_line_bytes: int) -> str:
+    return f"longer than --max-line-bytes {max_line_bytes}"
+
+
+def _too_long(line: int, offset: int, max_line_bytes: int) -> Reject:
+    return Reject(line, offset, _limit_message(max_line_bytes), None)
+
+
+def _read_whole_file(
+    chunk: Chunk, max_line_bytes: int, on_long_line: Callable[[bytes], None] | None
+) -> Batch:
+    size = chunk.end
+    batch = Batch([[]], lines=1, text_bytes=size)
+    with open(chunk.source.path, "rb") as file:
+        if size > max_line_bytes:
+            batch.rejects.append(_too_long(0, 0, max_line_bytes))
+            while on_long_line is not None and (piece := file.read(1 << 20)):
+                on_long_line(piece)
+            return batch
+        data = file.read(size)
+    try:
+        batch.texts[0].append(_utf8(data.removeprefix(_BOM)))
+        batch.places.append(0)
+    except _NotADocument as error:
+        batch.rejects.append(Reject(0, 0, str(error), data))
+    return batch
+
+
+def _read_row_group(chunk: Chunk, keys: tuple[str, ...], max_line_bytes: int) -> Iterator[Batch]:
+    import pyarrow.parquet
+
+    first_row = 0
+    with pyarrow.parquet.ParquetFile(chunk.source.path, pre_buffer=False, buffer_size=1 << 20) as file:
+        rows = file.iter_batches(_PARQUET_ROWS, row_groups=[chunk.start], columns=list(keys))
+        for columns in rows:
+            batch = Batch([[] for _ in keys], lines=columns.num_rows, text_bytes=columns.nbytes)
+            values = [_column_values(columns.column(key)) for key in keys]
+            for row, record in enumerate(zip(*values, strict=True)):
+                try:
+                    texts = [_row_text(v, k, max_line_bytes) for v, k in zip(record, keys, strict=True)]
+                except _NotADocument as error:
+                    raw = json.dumps(dict(zip(keys, map(_printable, record), strict=True))).encode() + b"\n"
+                    batch.rejects.append(Reject(first_row + row, None, str(error), raw))
+                    continue
+                batch.places.append(first_row + row)
+                for column, text in zip(batch.texts, texts, strict=True):
+                    column.append(text)
+            first_row += columns.num_rows
+            yield batch
+
+
+def _column_values(column: "pyarrow.Array") -> list[bytes | None]:  # type: ignore[name-defined]  # noqa: F821
+    """Returns the values as bytes: a string column may hold invalid UTF-8, which must cost its own row alone."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    binary = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
+    values: list[bytes | None] = column.cast(binary).to_pylist()
+    return values
+
+
+def _row_text(value: bytes | None, key: str, max_line_bytes: int) -> str:
+    if value is None:
+        raise _NotADocument(f'column "{key}" holds null, not a string')
+    if len(value) > max_line_bytes:
+        raise _NotADocument(_limit_message(max_line_bytes))
+    return _utf8(value)
+
+
+def _printable(value: bytes | None) -> str | None:
+    return None if value is None else value.decode(errors="replace")

@@ -1,0 +1,257 @@
+"""Which files to read, and how they are cut into chunks.
+
+    plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
+    .gz, .zst, standard input, a pipe   blocks of whole lines, unpacked by the parent process and sent to the workers
+    .parquet                            one chunk for each row group
+    .txt with --text-unit file          one chunk for each file
+"""
+
+import glob
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.data.readers.compression import open_gzip, open_zstd
+from megatron_ext.data.readers.lines import LINES, LONG, LONG_END, scan_lines
+
+STDIN = "-"
+MAX_CHUNK_BYTES = 16 << 20
+MIN_CHUNK_BYTES = 256 << 10
+STREAM_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file.
+
+    Attributes:
+        path: as the user wrote it, or as the pattern matched; "-" for standard input.
+        format: what its content is.
+        compression: how it is packed.
+        is_stream: whether it can only be read from start to end.
+    """
+
+    path: str
+    format: Literal["json", "text", "whole_text", "parquet"]
+    compression: Literal["gz", "zst"] | None
+    is_stream: bool
+
+    def size(self) -> int | None:
+        """Bytes on disk, None for standard input and pipes."""
+        if self.path == STDIN or (self.is_stream and self.compression is None):
+            return None
+        return os.path.getsize(self.path)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a source.
+
+    Attributes:
+        source_index: which source, counted in input order.
+        source: the file.
+        start, end: bytes of the unpacked content; for parquet the row group's number and that number plus one.
+        input_bytes: bytes on disk that reading it consumes, for the progress display.
+        data: the content, where the source is a stream.
+        first_line: lines (rows) of the source before the chunk, where that is known without reading it again.
+        long_line: the chunk is a single line over the limit, not kept here.
+    """
+
+    source_index: int
+    source: Source
+    start: int
+    end: int
+    input_bytes: int
+    data: bytes | None = None
+    first_line: int | None = None
+    long_line: bool = False
+
+    def __str__(self) -> str:
+        unit = "row group" if self.source.format == "parquet" else "bytes"
+        return f"{self.source.path}, {unit} {self.start} to {self.end}"
+
+
+def expand_inputs(config: InputConfig) -> list[Source]:
+    """Returns the sources of `--input`, patterns in sorted order.
+
+    Raises:
+        FileNotFoundError, ValueError: one line that names the argument.
+    """
+    sources = []
+    for argument in config.input:
+        if argument == STDIN:
+            sources.append(Source(STDIN, "json", None, True))
+            continue
+        paths = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        if not paths:
+            kind = "matches no file" if glob.has_magic(argument) else "no such file"
+            raise FileNotFoundError(f"--input {argument}: {kind}")
+        sources += [_source(path, config) for path in paths]
+    if sum(source.path == STDIN for source in sources) > 1:
+        raise ValueError("--input -: standard input can be given once")
+    return sources
+
+
+def _source(path: str, config: InputConfig) -> Source:
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"--input {path}: is a directory (a pattern such as {path}/*.jsonl names its files)")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"--input {path}: not readable")
+    name, suffix = os.path.splitext(path)
+    compression: Literal["gz", "zst"] | None = None
+    if suffix in (".gz", ".zst"):
+        compression = "gz" if suffix == ".gz" else "zst"
+        suffix = os.path.splitext(name)[1]
+    is_stream = compression is not None or not stat.S_ISREG(mode)
+    if suffix == ".parquet":
+        if is_stream:
+            raise ValueError(f"--input {path}: a parquet file must be a plain file, it packs its columns itself")
+        _check_columns(path, config.json_keys)
+        return Source(path, "parquet", None, False)
+    if suffix != ".txt":
+        return Source(path, "json", compression, is_stream)
+    if len(config.json_keys) > 1:
+        raise ValueError(f"--json-keys {' '.join(config.json_keys)}: {path} is plain text, which has no keys")
+    if config.text_unit == "line":
+        return Source(path, "text", compression, is_stream)
+    if is_stream:
+        raise ValueError(f"--text-unit file: {path} must be a plain .txt file")
+    return Source(path, "whole_text", None, False)
+
+
+def _check_columns(path: str, keys: tuple[str, ...]) -> None:
+    """Raises `ValueError` where the parquet file cannot be read or lacks a text column."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"--input {path}: not a parquet file ({str(error).splitlines()[0]})") from None
+    for key in keys:
+        if key not in schema.names:
+            raise ValueError(f"--json-keys {key}: {path} has the columns {', '.join(schema.names)}")
+        kind = schema.field(key).type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise ValueError(f"--json-keys {key}: in {path} that column holds {kind}, not strings")
+
+
+def chunk_size(sources: list[Source]) -> int:
+    """Returns the bytes of a byte range: the 64th part of the input, within limits."""
+    total = sum(source.size() or 0 for source in sources)
+    return min(max(total // 64, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+
+
+def plan_chunks(
+    sources: list[Source],
+    chunk_bytes: int,
+    max_line_bytes: int,
+    on_long_line: Callable[[bytes], None] | None = None,
+) -> Iterator[Chunk]:
+    """Cuts the sources into chunks, in order; streams are read as the iterator advances.
+
+    Args:
+        sources: what to read.
+        chunk_bytes: bytes of a byte range.
+        max_line_bytes: longer lines of a stream become a chunk of their own, marked `long_line`.
+        on_long_line: gets the pieces of such a line before its chunk is yielded; without it the chunk comes at once.
+    """
+    for index, source in enumerate(sources):
+        if source.is_stream:
+            yield from _stream_chunks(index, source, max_line_bytes, on_long_line)
+        elif source.format == "parquet":
+            yield from _row_groups(index, source)
+        else:
+            size = source.size() or 0
+            step = max(size, 1) if source.format == "whole_text" else chunk_bytes
+            for start in range(0, max(size, source.format == "whole_text"), step):
+                end = min(start + step, size)
+                yield Chunk(index, source, start, end, end - start)
+
+
+def _row_groups(index: int, source: Source) -> Iterator[Chunk]:
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(source.path)
+    share = (source.size() or 0) // max(metadata.num_row_groups, 1)
+    rows = 0
+    for group in range(metadata.num_row_groups):
+        yield Chunk(index, source, group, group + 1, share, first_line=rows)
+        rows += metadata.row_group(group).num_rows
+
+
+def open_stream(source: Source) -> tuple[BinaryIO, Callable[[int], bytes]]:
+    """Opens a stream: the file on disk (for its position) and a function that reads unpacked bytes."""
+    if source.path == STDIN:
+        return sys.stdin.buffer, sys.stdin.buffer.read
+    file = open(source.path, "rb")  # noqa: SIM115 - the caller closes it
+    if source.compression == "gz":
+        return file, open_gzip(file, source.path)
+    if source.compression == "zst":
+        return file, open_zstd(file, source.path)
+    return file, file.read
+
+
+class _StreamCutter:
+    """Collects the spans of a stream into chunks, and keeps count of bytes and lines."""
+
+    def __init__(self, index: int, source: Source, packed_position: Callable[[], int] | None) -> None:
+        self._index, self._source, self._packed_position = index, source, packed_position
+        self._parts: list[bytes] = []
+        self._start, self.position, self._line, self._consumed = 0, 0, 0, 0
+
+    def add(self, data: bytes) -> bool:
+        """Adds whole lines; true when a chunk is full."""
+        self._parts.append(data)
+        self.position += len(data)
+        return self.position - self._start >= STREAM_CHUNK_BYTES
+
+    def take(self, *, long_line: bool = False) -> Iterator[Chunk]:
+        """Yields the chunk of what was added, or of the long line that was passed over; nothing if there is none."""
+        if self.position > self._start:
+            consumed = self._packed_position() if self._packed_position else self.position
+            data = None if long_line else b"".join(self._parts)
+            yield Chunk(
+                self._index, self._source, self._start, self.position, consumed - self._consumed, data,
+                first_line=self._line, long_line=long_line,
+            )  # fmt: skip
+            self._line += 1 if data is None else data.count(b"\n")
+            self._consumed, self._start, self._parts = consumed, self.position, []
+
+    def skip(self) -> None:
+        """Leaves out what was passed over since the last chunk."""
+        self._start = self.position
+
+
+def _stream_chunks(
+    index: int, source: Source, max_line_bytes: int, on_long_line: Callable[[bytes], None] | None
+) -> Iterator[Chunk]:
+    file, read = open_stream(source)
+    cutter = _StreamCutter(index, source, file.tell if source.compression else None)
+    announced = False
+    with file:
+        for span in scan_lines(read, 0, None, max_line_bytes):
+            if span.kind == LINES:
+                if cutter.add(span.data):
+                    yield from cutter.take()
+                continue
+            if not announced:
+                yield from cutter.take()
+            cutter.position += len(span.data)
+            if on_long_line is not None:
+                on_long_line(span.data)
+            elif not announced:
+                yield from cutter.take(long_line=True)
+            announced = span.kind == LONG
+            if span.kind == LONG_END:
+                if on_long_line is not None:
+                    yield from cutter.take(long_line=True)
+                cutter.skip()
+        yield from cutter.take()

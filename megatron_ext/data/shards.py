@@ -1,0 +1,246 @@
+"""What one worker makes of one chunk: for every key a file of tokens and a file of lengths, and a description.
+
+    00000012.0.bin      tokens of the documents, key 0
+    00000012.0.lengths  int32, tokens of each document; 0 for an empty one
+    00000012.rejects    JSON lines [line, offset, reason], lines counted from the chunk's start
+    00000012.raw        the rejected lines themselves (quarantine)
+    00000012.json       counts, sizes and CRC-32 of the others; written last, by rename, so its presence means "finished"
+"""
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_ext.config.preprocess import OnError
+from megatron_ext.data.encoding import Encoder, Ids
+from megatron_ext.data.readers import Batch, Chunk, Reject, read_chunk
+
+
+class RejectedLine(Exception):
+    """A line is no document and the run shall stop for it; carries its place within the chunk."""
+
+    def __init__(self, line: int, offset: int | None, reason: str) -> None:
+        super().__init__(line, offset, reason)
+        self.line, self.offset, self.reason = line, offset, reason
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """What every worker of a run has to know beside its tokenizer."""
+
+    directory: str
+    """Where shards are written."""
+
+    keys: tuple[str, ...]
+    """`--json-keys`."""
+
+    dtype: str
+    """Type of one token, "uint16" or "int32"."""
+
+    vocab_size: int
+    """Every id must be below it."""
+
+    eod: int | None
+    """Id that ends a document, None without `--append-eod`."""
+
+    on_error: OnError
+    """What to do with a line that is no document."""
+
+    skip_empty: bool
+    """Leave out documents that are empty under every key."""
+
+    max_line_bytes: int
+    """Longer lines are rejected."""
+
+
+@dataclass
+class ShardInfo:
+    """Counts of a shard.
+
+    Attributes:
+        documents: documents written (empty ones too, unless skipped).
+        tokens, empty: for every key, tokens and documents without one.
+        skipped_empty: documents left out because they are empty.
+        lines, blank, rejected: lines read, of white space alone, and set aside.
+        text_bytes: bytes read, unpacked.
+        input_bytes: bytes on disk consumed.
+        files: size and CRC-32 of each file by its suffix.
+    """
+
+    documents: int = 0
+    tokens: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+    skipped_empty: int = 0
+    lines: int = 0
+    blank: int = 0
+    rejected: int = 0
+    text_bytes: int = 0
+    input_bytes: int = 0
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def shard_path(directory: str, index: int, suffix: str) -> Path:
+    """Returns the path of one file of a shard."""
+    return Path(directory, f"{index:08d}.{suffix}")
+
+
+class _CheckedFile:
+    """A file that knows its size and CRC-32."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self.size, self.crc = 0, 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.size += len(data)
+        self.crc = zlib.crc32(data, self.crc)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ShardWriter:
+    """Writes the shard of one chunk."""
+
+    def __init__(self, options: ShardOptions, index: int) -> None:
+        self._options = options
+        self._index = index
+        self._files: dict[str, _CheckedFile] = {}
+        self.info = ShardInfo(tokens=[0] * len(options.keys), empty=[0] * len(options.keys))
+        for key in range(len(options.keys)):
+            self._file(f"{key}.bin"), self._file(f"{key}.lengths")
+
+    def _file(self, suffix: str) -> _CheckedFile:
+        if suffix not in self._files:
+            self._files[suffix] = _CheckedFile(shard_path(self._options.directory, self._index, suffix))
+        return self._files[suffix]
+
+    def keep_raw(self, data: bytes) -> None:
+        """Adds to the quarantine."""
+        self._file("raw").write(data)
+
+    def add(self, batch: Batch, encoder: Encoder | None) -> None:
+        """Tokenizes and writes the documents of a batch, and what it rejected; no encoder, no documents.
+
+        Raises:
+            RejectedLine: the run shall stop at such a line.
+        """
+        for reject in batch.rejects:
+            self._reject(reject)
+        encoded = [self._encode(texts, encoder) for texts in batch.texts]
+        keep = np.ones(len(batch.texts[0]), dtype=bool)
+        if self._options.skip_empty:
+            keep = np.any([lengths > 0 for _, lengths in encoded], axis=0)
+        for key, (pieces, lengths) in enumerate(encoded):
+            for piece in pieces:
+                self._file(f"{key}.bin").write(piece)
+            kept = lengths[keep]
+            self._file(f"{key}.lengths").write(kept.astype("<i4").tobytes())
+            self.info.tokens[key] += int(kept.sum())
+            self.info.empty[key] += int((kept == 0).sum())
+        self.info.documents += int(keep.sum())
+        self.info.skipped_empty += int((~keep).sum())
+        self.info.lines += batch.lines
+        self.info.blank += batch.blank
+        self.info.text_bytes += batch.text_bytes
+
+    def _reject(self, reject: Reject) -> None:
+        if self._options.on_error == "fail":
+            raise RejectedLine(reject.line, reject.offset, reject.reason)
+        self.info.rejected += 1
+        record = json.dumps([reject.line, reject.offset, reject.reason])
+        self._file("rejects").write(record.encode() + b"\n")
+        if self._options.on_error == "quarantine" and reject.raw is not None:
+            self.keep_raw(reject.raw)
+
+    def _encode(self, texts: list[str], encoder: Encoder | None) -> tuple[list[bytes], Ids]:
+        """Returns the tokens as bytes of the dataset's type, and each document's length with its end."""
+        pieces: list[bytes] = []
+        all_lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
+        for ids, lengths in encoder.encode(texts) if encoder is not None else ():
+            if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._options.vocab_size:
+                raise ValueError(f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size}")
+            if self._options.eod is not None:
+                ends = np.cumsum(lengths)[lengths > 0]
+                ids = np.insert(ids, ends, self._options.eod)
+                lengths = lengths + (lengths > 0)
+            pieces.append(ids.astype(self._options.dtype).tobytes())
+            all_lengths.append(lengths)
+        return pieces, np.concatenate(all_lengths)
+
+    def finish(self, input_bytes: int) -> ShardInfo:
+        """Closes the files and writes the description, which makes the shard count as finished."""
+        self.close()
+        self.info.input_bytes = input_bytes
+        self.info.files = {suffix: (file.size, file.crc) for suffix, file in self._files.items()}
+        final = shard_path(self._options.directory, self._index, "json")
+        temporary = final.with_suffix(".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self.info)))
+        os.replace(temporary, final)
+        return self.info
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def encode_chunk(
+    options: ShardOptions,
+    index: int,
+    chunk: Chunk,
+    encoder: Encoder,
+    limit: int | None = None,
+    report: Callable[[ShardInfo], None] = lambda info: None,
+) -> ShardInfo:
+    """Reads, tokenizes and writes one chunk.
+
+    Args:
+        options: the run's.
+        index: the chunk's number, which names the shard.
+        chunk: what to read.
+        encoder: the tokenizer.
+        limit: stop after this many documents.
+        report: called after every batch with the counts so far.
+
+    Raises:
+        RejectedLine: a line is no document and `on_error` is "fail".
+    """
+    writer = ShardWriter(options, index)
+    keep_raw = writer.keep_raw if options.on_error == "quarantine" else None
+    try:
+        for batch in read_chunk(chunk, options.keys, options.max_line_bytes, keep_raw, limit):
+            writer.add(batch, encoder)
+            report(writer.info)
+        return writer.finish(chunk.input_bytes)
+    finally:
+        writer.close()
+
+
+def read_finished_shard(directory: str, index: int, *, check: bool) -> ShardInfo | None:
+    """Returns the description of a finished shard; None where there is none or (with `check`) its files are damaged."""
+    path = shard_path(directory, index, "json")
+    if not path.is_file():
+        return None
+    info = ShardInfo(**json.loads(path.read_text()))
+    if check:
+        for suffix, (size, crc) in info.files.items():
+            file = shard_path(directory, index, suffix)
+            if not file.is_file() or file.stat().st_size != size or zlib.crc32(file.read_bytes()) != crc:
+                return None
+    return info
+
+
+def remove_shard(directory: str, index: int) -> None:
+    """Removes the files of a shard, its description first."""
+    shard_path(directory, index, "json").unlink(missing_ok=True)
+    for path in Path(directory).glob(f"{index:08d}.*"):
+        path.unlink(missing_ok=True)

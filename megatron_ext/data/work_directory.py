@@ -1,0 +1,88 @@
+"""The directory of an unfinished run, `PREFIX.preprocess/`: locked, described, resumed, published from, removed.
+
+Nothing in it has a dataset's name. Publishing is a list of renames written down first, every `.bin` before any `.idx`, so a
+run killed between two renames is completed by `--resume`, and until then no `.idx` of the new dataset stands alone.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+PLAN, PUBLISH = "plan.json", "publish.json"
+
+
+class WorkDirectory:
+    """Makes or takes up the working directory of a prefix.
+
+    Args:
+        output_prefix: `--output-prefix`; missing directories are made.
+        plan: what the run's result depends on; a resumed run must have the same.
+        resume: take up a killed run where there is one.
+
+    Raises:
+        ValueError: another process works on the prefix, or the run to resume had another plan.
+    """
+
+    def __init__(self, output_prefix: str, plan: dict[str, Any], *, resume: bool) -> None:
+        self.path = Path(f"{output_prefix}.preprocess")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(exist_ok=True)
+        self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until the process ends or `remove`
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output-prefix {output_prefix}: another run is writing it ({self.path})") from None
+        self.resumed = resume and (self.path / PLAN).is_file()
+        if self.resumed:
+            self._check_plan(plan)
+        else:
+            self._clear()
+            self._write(PLAN, plan)
+
+    def _check_plan(self, plan: dict[str, Any]) -> None:
+        before = json.loads((self.path / PLAN).read_text())
+        for name, value in json.loads(json.dumps(plan)).items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"--resume: {name} is {value!r} and was {before.get(name)!r} in the run to resume; "
+                    f"without --resume it starts anew"
+                )
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+    def _write(self, name: str, content: Any) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, self.path / name)
+
+    @property
+    def is_publishing(self) -> bool:
+        """Whether the datasets are complete and wait to be renamed."""
+        return (self.path / PUBLISH).is_file()
+
+    def prepare(self, moves: list[tuple[Path, str]], stale: list[str]) -> None:
+        """Writes down the renames to make, in order, and the files of an older dataset to remove before."""
+        self._write(PUBLISH, {"moves": [[str(source), target] for source, target in moves], "stale": stale})
+
+    def publish(self) -> None:
+        """Makes the renames that have not been made."""
+        todo = json.loads((self.path / PUBLISH).read_text())
+        moves = [(Path(source), target) for source, target in todo["moves"]]
+        made = {target for source, target in moves if not source.exists()}
+        for path in todo["stale"]:
+            if path not in made:
+                Path(path).unlink(missing_ok=True)
+        for source, target in moves:
+            if source.exists():
+                os.replace(source, target)
+
+    def remove(self) -> None:
+        """Removes the directory and all in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()

@@ -1,0 +1,77 @@
+"""Turn raw text into the indexed datasets that training reads: PREFIX_KEY_document.bin and .idx, with a manifest.
+
+The flags are Megatron-LM's. The result is byte for byte what Megatron-LM writes for the same documents, whatever the number
+of workers.
+
+Exit codes: 0 done; 2 a mistake in flags or input, or a full disk (nothing is left behind); 3 a worker process ended
+unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM (after 3, 130 and 143 the same command with --resume goes on).
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
+from megatron_ext.config.tokenizer import TokenizerConfig
+
+EXIT_WORKER_DIED = 3
+EXAMPLE = (
+    "python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --tokenizer-type GPT2BPETokenizer "
+    "--vocab-file data/tokenizer/vocab.json --merge-file data/tokenizer/merges.txt --append-eod"
+)
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main() -> int:
+    """Parses the flags, makes the datasets, prints a summary; returns the exit code."""
+    configs = parse(
+        {"input": InputConfig, "tokenizer": TokenizerConfig, "output": PreprocessConfig},
+        prog="tools/preprocess_data.py",
+        description=str(__doc__),
+        example=EXAMPLE,
+    )
+    # Each worker is one core; the tokenizer libraries must not start threads of their own.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from megatron_ext.data.preprocess import Preprocessor, quarantined_path, rejected_path
+    from megatron_ext.data.worker_pool import WorkerBug, WorkerDied
+
+    signal.signal(signal.SIGTERM, _terminate)
+    output = configs["output"]
+    try:
+        summary = Preprocessor(configs["input"], configs["tokenizer"], output).run()
+    except (WorkerDied, WorkerBug) as error:
+        print(f"error: {error}; --resume goes on from what is finished", file=sys.stderr)
+        return EXIT_WORKER_DIED
+    except (KeyboardInterrupt, _Terminated) as stop:
+        print("interrupted; --resume goes on from what is finished", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+    totals = summary.totals
+    if summary.choice is not None:
+        print(f"tokenized by {summary.choice.encoder}: {summary.choice.reason}")
+    if summary.resumed_shards:
+        print(f"resumed: {summary.resumed_shards} finished pieces taken over")
+    for prefix, tokens, empty in zip(summary.prefixes, totals.tokens, totals.empty, strict=True):
+        print(f"{prefix}: {totals.documents:,} documents ({empty:,} empty), {tokens:,} tokens")
+    if totals.skipped_empty:
+        print(f"left out: {totals.skipped_empty:,} empty documents")
+    if totals.rejected:
+        kept = f", kept in {quarantined_path(output.output_prefix)}" if output.on_error == "quarantine" else ""
+        print(f"rejected: {totals.rejected:,} lines, listed in {rejected_path(output.output_prefix)}{kept}")
+    if totals.blank:
+        print(f"ignored: {totals.blank:,} blank lines")
+    rate = totals.text_bytes / 1e6 / summary.seconds
+    print(f"{totals.text_bytes / 1e6:,.1f} MB of input in {summary.seconds:.1f} s, {rate:.1f} MB/s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,94 @@
+"""Train a tokenizer on raw text: byte-level BPE (vocab.json, merges.txt, tokenizer.json) or SentencePiece (tokenizer.model).
+
+Exit codes: 0 done; 2 a mistake in flags or input.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import check_at_least, check_choices
+from megatron_ext.config.preprocess import InputConfig
+
+END_OF_TEXT = "<|endoftext|>"
+EXAMPLE = "python tools/train_tokenizer.py --input corpus.jsonl --output-dir data/tokenizer --vocab-size 32768"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig:
+    """The tokenizer to train."""
+
+    output_dir: str
+    """Directory of its files."""
+
+    vocab_size: int = 32768
+    """Number of ids."""
+
+    tokenizer_type: Literal["GPT2BPETokenizer", "SentencePieceTokenizer"] = "GPT2BPETokenizer"
+    """Byte-level BPE, or SentencePiece."""
+
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    """SentencePiece's algorithm."""
+
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,)
+    """Tokens with the first ids."""
+
+    min_frequency: int = 2
+    """Byte-level BPE merges no pair that is rarer."""
+
+    max_characters: int | None = None
+    """Train on this many characters of text at most, taken from the beginning."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "vocab_size", "min_frequency", "max_characters")
+        if self.tokenizer_type == "GPT2BPETokenizer" and END_OF_TEXT not in self.special_tokens:
+            raise ValueError(f"--special-tokens {' '.join(self.special_tokens)}: needs {END_OF_TEXT}")
+
+
+def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
+    """Yields the documents' texts under all keys.
+
+    Raises:
+        ValueError: a line is no document.
+    """
+    from megatron_ext.data.readers import iter_documents
+
+    left = max_characters
+    for texts in iter_documents(inputs):
+        for text in texts:
+            yield text if left is None else text[:left]
+            if left is not None:
+                left -= len(text)
+                if left <= 0:
+                    return
+
+
+def main() -> None:
+    """Parses the flags, trains, prints where the files are."""
+    configs = parse(
+        {"input": InputConfig, "tokenizer": TrainTokenizerConfig},
+        prog="tools/train_tokenizer.py",
+        description=str(__doc__),
+        example=EXAMPLE,
+    )
+    config = configs["tokenizer"]
+    from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_sentencepiece
+
+    texts = documents(configs["input"], config.max_characters)
+    if config.tokenizer_type == "GPT2BPETokenizer":
+        size = train_byte_level_bpe(
+            texts, config.output_dir, config.vocab_size, config.special_tokens, config.min_frequency
+        )
+    else:
+        size = train_sentencepiece(
+            texts, config.output_dir, config.vocab_size, config.model_type, config.special_tokens
+        )
+    print(f"{config.output_dir}: {config.tokenizer_type} of {size:,} tokens")
+    if size < config.vocab_size:
+        print(f"fewer than --vocab-size {config.vocab_size}: the text does not yield more")
+
+
+if __name__ == "__main__":
+    run_main(main)
