@@ -1,0 +1,149 @@
+"""What a model costs: its parameters, and the FLOPs of its matrix products for one token.
+
+    linear layer           2 * inputs * outputs
+    core attention         2 * (2 * s * n * d)        scores and weighted sum, over all s keys
+    layer                  linear(h, (n + 2g) d) + attention + linear(n d, h) + MLP
+    forward                L * layer + linear(h, V)
+    forward and backward   3 * forward                every product has two in the backward pass
+
+Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, V padded vocabulary.
+This is the usual 6ND + attention (arXiv 2204.02311, appendix B), with N the weights that take part in a product: the
+word embedding's lookup is none, the output layer is one, also when both share their weights. Attention is counted over
+the full s x s square although it is causal, as the convention has it; norms, activations and softmax are not counted.
+A family tells its own part as another `ModelCost`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.models.build import padded_vocab_size
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What the base model, or a family's part of a model, costs."""
+
+    parameters: int
+    """Distinct parameters of the whole model; what ranks or stages hold twice counts once."""
+
+    forward_flops_per_token: float
+    """FLOPs of the matrix products in one forward pass, for one token."""
+
+
+def model_cost(model: ModelConfig, vocab_size: int, tensor_parallel_size: int = 1) -> ModelCost:
+    """Cost of the base model.
+
+    Args:
+        model: the base model.
+        vocab_size: the tokenizer's; it is padded as the built model's is.
+        tensor_parallel_size: takes part in the padding.
+    """
+    vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
+    parameters = model.num_layers * layer_parameters(model) + norm_parameters(model, model.hidden_size)
+    parameters += embedding_parameters(model, vocab)
+    if model.untie_embeddings_and_output_weights:
+        parameters += vocab * model.hidden_size
+    flops = model.num_layers * layer_flops_per_token(model) + 2.0 * model.hidden_size * vocab
+    return ModelCost(parameters, flops)
+
+
+def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
+    """Model FLOPs of forward and backward for a token: what MFU counts, whatever is recomputed."""
+    return 3.0 * sum(cost.forward_flops_per_token for cost in costs)
+
+
+def hardware_flops_per_token(
+    model: ModelConfig, parallel: ParallelConfig, costs: Iterable[ModelCost]
+) -> float:
+    """The same with the FLOPs that activation recomputation spends again.
+
+    A family's part is taken to be recomputed like the layers it sits in. What a fused attention kernel recomputes
+    inside its own backward pass is not counted.
+
+    Args:
+        model: the base model.
+        parallel: tells what is recomputed.
+        costs: the base model's cost first, then the families'.
+    """
+    base, *families = costs
+    again = recomputed_flops_per_token(model, parallel)
+    share = recomputed_layers(model, parallel) / model.num_layers
+    again += share * sum(cost.forward_flops_per_token for cost in families)
+    return training_flops_per_token([base, *families]) + again
+
+
+def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """FLOPs of the base model's forward pass that are spent a second time in the backward pass."""
+    if parallel.recompute_granularity == "selective":
+        again = core_attention_flops_per_token(model) * ("core_attn" in parallel.recompute_modules)
+        return model.num_layers * (again + mlp_flops_per_token(model) * ("mlp" in parallel.recompute_modules))
+    return recomputed_layers(model, parallel) * layer_flops_per_token(model)
+
+
+def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Layers that full recompute runs twice, over the whole model."""
+    if parallel.recompute_granularity != "full":
+        return 0
+    if parallel.recompute_method == "uniform":
+        return model.num_layers
+    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_size(model.num_layers) or 1)
+    return chunks * min(parallel.recompute_num_layers or 0, model.num_layers // chunks)
+
+
+def layer_flops_per_token(model: ModelConfig) -> float:
+    """Forward FLOPs of one layer for one token."""
+    projections = 2.0 * model.hidden_size * (qkv_width(model) + attention_width(model))
+    return projections + core_attention_flops_per_token(model) + mlp_flops_per_token(model)
+
+
+def core_attention_flops_per_token(model: ModelConfig) -> float:
+    """Forward FLOPs of scores and weighted sum of one layer, for one token over the full sequence."""
+    return 4.0 * model.seq_length * attention_width(model)
+
+
+def mlp_flops_per_token(model: ModelConfig) -> float:
+    """Forward FLOPs of one MLP for one token."""
+    matrices = 3 if model.swiglu else 2
+    return 2.0 * matrices * model.hidden_size * model.resolved_ffn_hidden_size
+
+
+def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
+    """Parameters of one layer, or of a tensor-parallel rank's part of it.
+
+    Matrices and the biases of column-parallel layers are shared among the ranks; norms and the biases that are added
+    after the reduction are on every rank.
+    """
+    hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
+    fc1_width = 2 * ffn if model.swiglu else ffn
+    has_bias = not model.disable_bias_linear
+    shared = hidden * (qkv_width(model) + attention_width(model)) + hidden * (fc1_width + ffn)
+    shared += qkv_width(model) * (has_bias or model.add_qkv_bias) + fc1_width * has_bias
+    replicated = 2 * norm_parameters(model, hidden) + 2 * hidden * has_bias
+    if model.qk_layernorm:
+        replicated += 2 * norm_parameters(model, model.resolved_kv_channels)
+    return shared // tensor_parallel_size + replicated
+
+
+def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_size: int = 1) -> int:
+    """Parameters of word and position embedding, or of a tensor-parallel rank's part of them."""
+    words = padded_vocab * model.hidden_size // tensor_parallel_size
+    if model.position_embedding_type != "learned_absolute":
+        return words
+    return words + model.resolved_max_position_embeddings * model.hidden_size
+
+
+def norm_parameters(model: ModelConfig, width: int) -> int:
+    """Parameters of one norm."""
+    return width if model.normalization == "RMSNorm" else 2 * width
+
+
+def attention_width(model: ModelConfig) -> int:
+    """Width of all query heads together, `n * d`."""
+    return model.num_attention_heads * model.resolved_kv_channels
+
+
+def qkv_width(model: ModelConfig) -> int:
+    """Width of the fused projection's output, `(n + 2g) * d`."""
+    return attention_width(model) + 2 * model.resolved_num_query_groups * model.resolved_kv_channels
