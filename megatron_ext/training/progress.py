@@ -77,9 +77,9 @@ def open_progress(stream: TextIO, total_iterations: int, iteration: int) -> Plai
 
 def compact(number: float) -> str:
     """1234567 -> `1.23M`: three digits and the unit's letter."""
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * limit:
-            return f"{number / limit:.3g}{unit}"
+    for power, unit in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(number) >= 0.9995 * 10.0**power:
+            return f"{number / 10.0**power:.3g}{unit}"
     return f"{number:.3g}"
 
 
