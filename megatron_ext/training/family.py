@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
@@ -27,6 +28,9 @@ class Family:
 
     statistics_interval: int | None = None
     """Steps between two calls of `statistics`; None for never."""
+
+    free_on_resume: frozenset[str] = frozenset()
+    """Keys of `configuration` that may differ between a checkpoint and the run that loads it (dropout, ...)."""
 
     def extension(self) -> Extension:
         """The family's contribution to the model."""
@@ -51,8 +55,12 @@ class Family:
         """The family's inputs to the model on every pipeline stage, from a micro-batch on this rank's device."""
         return {}
 
-    def parameter_overrides(self) -> dict[ParamKey, ParamGroupOverride]:
-        """Learning-rate and weight-decay overrides for the family's parameters, in the engine's terms."""
+    def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
+        """Learning-rate and weight-decay overrides for the family's parameters, in the engine's terms.
+
+        Args:
+            settings: the run's, from which relative overrides are made.
+        """
         return {}
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:

@@ -1,0 +1,299 @@
+"""Saves and loads runs: model, optimizer, schedule, random numbers, progress, families' state, configuration.
+
+At the same cut a run goes on bit for bit. At any other tensor-, pipeline- and data-parallel size model, optimizer and
+schedule are the same, and the random numbers are seeded anew. Files and guarantees are described in `checkpoint_files`
+and in docs/checkpoints.md.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training import checkpoint_files as files
+from megatron_ext.training import checkpoint_tensors as tensors
+from megatron_ext.training import random_state, scheduler_state
+from megatron_ext.training.agreement import gather, on_first_rank
+from megatron_ext.training.checkpoint_compare import check_same_model
+from megatron_ext.training.family import Family
+from megatron_ext.training.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come."""
+
+    iteration: int = 0
+    """Steps done, skipped ones included."""
+
+    consumed_samples: int = 0
+    """Sequences taken from the training set."""
+
+    consumed_valid_samples: int = 0
+    """Sequences taken from the validation set."""
+
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite."""
+
+
+def print_on_first_rank(message: str) -> None:
+    """Prints a line on rank 0."""
+    if dist.get_rank() == 0:
+        print(message, flush=True)
+
+
+class Checkpointer:
+    """Saves and loads one run."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        run_config: dict[str, Any],
+        families: list[Family],
+        note: Callable[[str], None] = print_on_first_rank,
+    ) -> None:
+        """Args:
+        config: where, how often and what.
+        chunks: this rank's model chunks, wrapped or not.
+        optimizer: over `chunks`.
+        scheduler: over `optimizer`.
+        run_config: the configuration as JSON values: a section a concern (`model` and `training` are looked into),
+            and `vocab_size`, the tokenizer's. The families' sections are added here.
+        families: their configuration and state are saved.
+        note: takes a line for the user, on every rank.
+        """
+        self.config = config
+        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.families = families
+        self.run_config = {**run_config, "families": {f.name: f.configuration() for f in families}}
+        self.note = note
+
+    def save(self, progress: Progress) -> Path:
+        """Saves the run after the step that `progress` tells; collective.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            OSError: it could not be written, on every rank; what was written is removed, earlier ones are intact.
+        """
+        assert self.config.save is not None, "saving needs --save"
+        root, iteration = Path(self.config.save), progress.iteration
+        try:
+            on_first_rank(lambda: files.begin(root, iteration))
+            self._write(files.writing_folder(root, iteration), progress)
+            on_first_rank(lambda: files.publish(root, iteration))
+        except BaseException as error:
+            if dist.get_rank() == 0:
+                files.discard(root, iteration)
+            if isinstance(error, OSError):
+                raise OSError(
+                    f"--save {root}: the checkpoint of step {iteration} could not be written ({error}); "
+                    "nothing of it is left, earlier ones are intact"
+                ) from error
+            raise
+        self._prune(root, iteration)
+        return root / files.checkpoint_name(iteration)
+
+    def load(self) -> Progress | None:
+        """Loads the checkpoint that the configuration names; collective.
+
+        Returns:
+            The run's progress, at its start with `--finetune`; None where there is nothing to load.
+
+        Raises:
+            ValueError: the checkpoint is damaged, of another model, or lacks what is to be loaded.
+            OSError: it cannot be read, or `--ckpt-step` is not there.
+        """
+        if self.config.load is None:
+            return None
+        root = self.config.load
+        folder = on_first_rank(lambda: files.find_checkpoint(root, self.config.ckpt_step))
+        if folder is None:
+            self.note(f"--load {root}: no checkpoint there, the run starts from scratch")
+            return None
+        stored, state = _read_verified(folder)
+        check_same_model(self.run_config, stored, self.families, folder, finetune=self.config.finetune)
+        same_vocabulary = stored["vocab_size"] == self.run_config["vocab_size"]
+        self._load_tensors(folder, state, same_vocabulary)
+        if self.config.finetune:
+            self.note(f"loaded the model of {folder}; the run starts at step 0")
+            return Progress()
+        scheduler_state.restore(self.scheduler, state["scheduler"], folder)
+        for family in self.families:
+            family.load_state_dict(state["families"][family.name])
+        progress = Progress(**state["progress"])
+        self._load_random_state(folder, state, progress)
+        self.note(f"loaded {folder}: the run goes on after step {progress.iteration}")
+        return progress
+
+    def _write(self, folder: Path, progress: Progress) -> None:
+        state = tensors.model_state(self.models)
+        step = None
+        if not self.config.no_save_optim:
+            optimizer = OptimizerState(self.optimizer, state)
+            step = max(gather(optimizer.step))
+            state = {**state, "optimizer": optimizer.sharded(is_loading=False)}
+        tensors.write(state, folder)
+        rank, random_file = dist.get_rank(), random_state.file_name(dist.get_rank())
+
+        def write_rest() -> None:
+            if not self.config.no_save_rng:
+                random_state.save(folder / random_file)
+            if rank == 0:
+                files.write_text(folder / files.RUN_CONFIG, json.dumps(self.run_config, indent=1))
+                files.write_text(folder / files.STATE, json.dumps(self._state(progress, step), indent=1))
+
+        gather(write_rest)
+        own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
+        on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
+
+    def _state(self, progress: Progress, optimizer_step: int | None) -> dict[str, Any]:
+        return {
+            "progress": asdict(progress),
+            "optimizer_step": optimizer_step,
+            "scheduler": scheduler_state.capture(self.scheduler),
+            "families": {family.name: family.state_dict() for family in self.families},
+            "cut": _cut(self.models),
+        }
+
+    def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
+        wanted = tensors.model_state(self.models)
+        stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+        tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
+        optimizer = None
+        if not (self.config.finetune or self.config.no_load_optim):
+            if state["optimizer_step"] is None:
+                raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
+            optimizer = OptimizerState(self.optimizer, wanted)
+            main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
+            wanted = {**wanted, "optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
+            tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
+        loaded = tensors.read(wanted, folder)
+        tensors.load_model_state(self.models, loaded)
+        if optimizer is None:
+            self.optimizer.reload_model_params()
+        else:
+            optimizer.restore(loaded.get("optimizer", {}), state["optimizer_step"])
+
+    def _load_random_state(self, folder: Path, state: dict[str, Any], progress: Progress) -> None:
+        if self.config.no_load_rng:
+            return
+        path = folder / random_state.file_name(dist.get_rank())
+        if _cut(self.models) == state["cut"] and all(gather(path.is_file)):
+            gather(lambda: random_state.load(path))
+            return
+        random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
+        why = (
+            "the run is cut differently" if _cut(self.models) != state["cut"] else "the checkpoint holds none"
+        )
+        self.note(f"random numbers are seeded anew at step {progress.iteration}: {why}")
+
+    def _prune(self, root: Path, iteration: int) -> None:
+        keep = self.config.keep_last
+        if keep is not None and dist.get_rank() == 0:
+            try:
+                files.prune(root, keep, iteration)
+            except OSError as error:
+                self.note(f"--keep-last {keep}: an old checkpoint could not be removed: {error}")
+        dist.barrier()
+
+
+def load_weights(
+    path: str, chunks: list[torch.nn.Module], *, vocab_size: int | None = None, ckpt_step: int | None = None
+) -> Path:
+    """Loads the model alone, at any cut, for tools that evaluate, generate or convert; collective.
+
+    Args:
+        path: a directory of checkpoints, or one checkpoint's own.
+        chunks: this rank's model chunks, wrapped or not, built as `read_run_config` tells.
+        vocab_size: the tokenizer's size; where it is the checkpoint's, the vocabulary may be padded differently.
+        ckpt_step: the step to load instead of the newest.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another model.
+        OSError: there is none, or it cannot be read.
+    """
+    folder = on_first_rank(lambda: _existing(path, ckpt_step))
+    stored, _ = _read_verified(folder)
+    models: list[GPTModel] = unwrap_model(chunks)
+    wanted = tensors.model_state(models)
+    shapes = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+    tensors.check(wanted, shapes, folder, same_vocabulary=vocab_size == stored["vocab_size"])
+    tensors.load_model_state(models, tensors.read(wanted, folder))
+    return folder
+
+
+def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
+    """The configuration with which a checkpoint was made; needs no process group.
+
+    Args:
+        path: a directory of checkpoints, or one checkpoint's own.
+        ckpt_step: the step to look at instead of the newest.
+
+    Returns:
+        A section a concern (`model`, ...), `vocab_size`, and `families`: name -> its configuration.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: there is no checkpoint, or it cannot be read.
+    """
+    folder = _existing(path, ckpt_step)
+    files.verify(folder, names=[files.RUN_CONFIG])
+    return files.read_json(folder / files.RUN_CONFIG)
+
+
+def _existing(path: str, ckpt_step: int | None) -> Path:
+    folder = files.find_checkpoint(path, ckpt_step)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: no checkpoint there")
+    return folder
+
+
+def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run configuration and state of a checkpoint all of whose files match their checksums; collective."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    gather(lambda: files.verify(folder, rank, size))
+    return gather(
+        lambda: (files.read_json(folder / files.RUN_CONFIG), files.read_json(folder / files.STATE))
+    )[rank]
+
+
+def _files_of(folder: Path, rank: int) -> list[str]:
+    """Files that a rank has written, relative to the checkpoint; rank 0 answers for all that bear no rank."""
+    names = [str(path.relative_to(folder)) for path in folder.glob(f"__{rank}_*.distcp")]
+    names += [name for name in [random_state.file_name(rank)] if (folder / name).is_file()]
+    if rank == 0:
+        names += [p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(".distcp")]
+    return names
+
+
+def _cut(models: list[GPTModel]) -> dict[str, int]:
+    """What must be equal for each rank to find its own random numbers."""
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "model_chunks": len(models),
+        "sequence_parallel": int(models[0].config.sequence_parallel),
+    }

@@ -1,0 +1,84 @@
+"""Is a checkpoint one of this run's model? Compares configurations before any tensor is read, and names the flag.
+
+What only says how a run trains (dropout, batch size, the cut, ...) may differ.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.flags import flag_name
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.training.family import Family
+
+_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "swiglu",
+    "normalization",
+    "position_embedding_type",
+    "disable_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+)
+"""Fields of `ModelConfig` that decide which tensors there are, and what is computed with them."""
+
+_MEANING = ("rotary_base", "rotary_percent", "norm_epsilon")
+"""Fields that a fine-tuning may change on purpose."""
+
+
+def check_same_model(
+    run: Mapping[str, Any], stored: Mapping[str, Any], families: list[Family], folder: Path, *, finetune: bool
+) -> None:
+    """Compares a run's configuration with a checkpoint's.
+
+    Args:
+        run: the run's `run_config`, with sections `model` and `families` and the number `vocab_size`.
+        stored: the checkpoint's.
+        families: the run's families; each tells which of its fields may differ.
+        folder: the checkpoint, named in errors.
+        finetune: rotary base and the like may differ.
+
+    Raises:
+        ValueError: naming the flag and both values.
+    """
+    ours, theirs = _model(run), _model(stored)
+    fields = _SHAPE if finetune else _SHAPE + _MEANING
+    for name in fields:
+        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
+    if ours.position_embedding_type == "learned_absolute":
+        name = "max_position_embeddings"
+        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
+    _check_families(run["families"], stored["families"], families, folder)
+
+
+def _check_families(
+    run: Mapping[str, Any], stored: Mapping[str, Any], families: list[Family], folder: Path
+) -> None:
+    for name in sorted(set(run) ^ set(stored)):
+        there, here = ("has", "this run has not") if name in stored else ("has not", "this run has")
+        raise ValueError(f"{folder}: the checkpoint {there} the family {name}, {here}")
+    for family in families:
+        ours, theirs = run[family.name], stored[family.name]
+        for name in sorted(set(ours) | set(theirs)):
+            if name not in family.free_on_resume:
+                _same(name, ours.get(name), theirs.get(name), folder)
+
+
+def _same(name: str, ours: Any, theirs: Any, folder: Path) -> None:
+    if ours != theirs:
+        raise ValueError(f"{flag_name(name)} {ours}: the checkpoint {folder} was made with {theirs}")
+
+
+def _model(configuration: Mapping[str, Any]) -> ModelConfig:
+    return configs_from_dict({"model": ModelConfig}, configuration)["model"]
+
+
+def _resolved(model: ModelConfig, name: str) -> Any:
+    return getattr(model, f"resolved_{name}", getattr(model, name))

@@ -1,0 +1,239 @@
+"""Files of a checkpoint: layout, atomic publication, checksums, retention. Knows neither models nor process groups.
+
+    {save}/latest_checkpointed_iteration.txt      the step to load
+    {save}/iter_0000100/checksums.json            sha256 and size of every file below; written last
+    {save}/iter_0000100/run_config.json           the whole configuration of the run
+    {save}/iter_0000100/state.json                progress, schedule, families' state, the cut
+    {save}/iter_0000100/rng/rank_00000.pt         random number generators, one file a rank
+    {save}/iter_0000100/.metadata, metadata.json, common.pt, __0_0.distcp, ...      the engine's: model and optimizer
+
+A checkpoint is written into a hidden directory beside its place, every file forced to the disk, and then renamed;
+the tracker file is replaced by a rename after that. Whatever a kill leaves behind is hidden, ignored by a load and
+removed when the next save starts. The checksums find damage (truncation, bit rot, a half-copied directory) before
+anything is unpickled; they are no signature, and whoever can write the directory can write a matching manifest.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CHECKSUMS = "checksums.json"
+RUN_CONFIG = "run_config.json"
+STATE = "state.json"
+
+_WRITING, _REPLACED, _REMOVED = ".writing.", ".replaced.", ".removed."
+
+
+def check_writable(save: str) -> None:
+    """Creates the directory and a file in it, and removes the file; call before training.
+
+    Raises:
+        OSError: naming `--save` and the reason.
+    """
+    probe = Path(save, f".probe.{os.getpid()}")
+    try:
+        Path(save).mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise OSError(f"--save {save}: not writable: {error.strerror}") from None
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Name of a checkpoint's directory, as Megatron-LM's."""
+    return f"iter_{iteration:07d}"
+
+
+def complete_checkpoints(root: Path) -> dict[int, Path]:
+    """Step -> directory of every complete checkpoint under `root`, in ascending order."""
+    found: dict[int, Path] = {}
+    # A directory set aside by an interrupted replacement counts where its successor never arrived.
+    for prefix in (_REPLACED, ""):
+        for path in root.glob(f"{prefix}iter_*"):
+            match = re.fullmatch(rf"{re.escape(prefix)}iter_(\d+)", path.name)
+            if match and (path / CHECKSUMS).is_file():
+                found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
+    """The checkpoint directory to load, None where there is no checkpoint.
+
+    Args:
+        root: a directory of checkpoints, or one checkpoint's own directory.
+        ckpt_step: the step to load; without it the one that the tracker names, else the newest complete one.
+
+    Raises:
+        FileNotFoundError: `ckpt_step` is not there.
+        ValueError: the checkpoint to load is not complete.
+    """
+    folder = Path(root)
+    if (folder / CHECKSUMS).is_file() and ckpt_step is None:
+        return folder
+    found = complete_checkpoints(folder)
+    if ckpt_step is None:
+        step = _tracked(folder)
+        unfinished = folder / checkpoint_name(-1 if step is None else step)
+        if step not in found and unfinished.is_dir():
+            raise ValueError(
+                f"{unfinished}: not a complete checkpoint of this program, {CHECKSUMS} is missing"
+            )
+        if step not in found:
+            step = max(found, default=None)
+        return None if step is None else found[step]
+    if ckpt_step not in found:
+        there = ", ".join(map(str, found)) or "none"
+        raise FileNotFoundError(
+            f"--ckpt-step {ckpt_step}: no complete checkpoint of it in {root} (there: {there})"
+        )
+    return found[ckpt_step]
+
+
+def _tracked(root: Path) -> int | None:
+    try:
+        return int((root / TRACKER).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def begin(root: Path, iteration: int) -> Path:
+    """Removes what killed saves left behind and makes the hidden directory to write into; see `writing_folder`."""
+    root.mkdir(parents=True, exist_ok=True)
+    for prefix in (_WRITING, _REMOVED):
+        for path in root.glob(f"{prefix}iter_*"):
+            shutil.rmtree(path)
+    for path in root.glob(f"{_REPLACED}iter_*"):
+        successor = root / path.name.removeprefix(_REPLACED)
+        if successor.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(successor)
+    folder = writing_folder(root, iteration)
+    (folder / "rng").mkdir(parents=True)
+    return folder
+
+
+def writing_folder(root: Path, iteration: int) -> Path:
+    """The hidden directory in which the checkpoint of a step is written."""
+    return root / f"{_WRITING}{checkpoint_name(iteration)}"
+
+
+def publish(root: Path, iteration: int) -> None:
+    """Makes the written directory the checkpoint of its step and the one to load; from here on it counts."""
+    target = root / checkpoint_name(iteration)
+    replaced = root / f"{_REPLACED}{target.name}"
+    if target.exists():
+        target.rename(replaced)
+    writing_folder(root, iteration).rename(target)
+    fsync_folder(root)
+    write_text(root / f".{TRACKER}", str(iteration))
+    os.replace(root / f".{TRACKER}", root / TRACKER)
+    fsync_folder(root)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def discard(root: Path, iteration: int) -> None:
+    """Removes what an unfinished save has written."""
+    shutil.rmtree(writing_folder(root, iteration), ignore_errors=True)
+    (root / f".{TRACKER}").unlink(missing_ok=True)
+
+
+def prune(root: Path, keep_last: int, iteration: int) -> None:
+    """Removes complete checkpoints up to step `iteration` but for the newest `keep_last`."""
+    steps = [step for step in complete_checkpoints(root) if step <= iteration]
+    for step in steps[:-keep_last]:
+        # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
+        removed = (root / checkpoint_name(step)).rename(root / f"{_REMOVED}{checkpoint_name(step)}")
+        shutil.rmtree(removed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file and forces it to the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Forces a directory's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Forces files to the disk; name -> sha256 and size of each."""
+    return {name: _digest(folder / name, sync=True) for name in names}
+
+
+def write_checksums(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Writes the manifest, the last file of a checkpoint, and forces the directories to the disk."""
+    write_text(folder / CHECKSUMS, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
+    for path in (folder / "rng", folder):
+        fsync_folder(path)
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] | None = None) -> None:
+    """Compares files with the manifest.
+
+    Args:
+        folder: a checkpoint's directory.
+        part: of `parts` ranks that share the work.
+        parts: number of ranks.
+        names: only these files; without it all.
+
+    Raises:
+        ValueError: a file is missing, truncated or changed, naming it.
+    """
+    files = read_json(folder / CHECKSUMS).get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{folder / CHECKSUMS}: damaged, it lists no files")
+    for name in sorted(files if names is None else names)[part::parts]:
+        path, expected = folder / name, files.get(name)
+        if expected is None or not path.is_file():
+            raise ValueError(f"{path}: missing; the checkpoint is damaged")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise ValueError(f"{path}: {size} bytes instead of {expected['size']}; the checkpoint is damaged")
+        if _digest(path, sync=False) != expected:
+            raise ValueError(f"{path}: its content does not match {CHECKSUMS}; the checkpoint is damaged")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+        OSError: not readable.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: damaged, not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged, not a JSON object")
+    return value
+
+
+def _digest(path: Path, *, sync: bool) -> dict[str, Any]:
+    sha, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            sha.update(block)
+            size += len(block)
+    return {"sha256": sha.hexdigest(), "size": size}

@@ -1,0 +1,147 @@
+"""Model and optimizer tensors to and from a directory, in megatron-core's `torch_dist` format.
+
+Written without the engine's helper processes: its own writer starts a process manager and forks, which costs seconds
+on a tiny model, forbids daemonic callers, and lets a full disk on rank 0 hang the others. The writer of
+`torch.distributed.checkpoint`, given the engine's state dict and planner, makes the same files in this process and
+tells every rank of a failure. Read with the engine's own reader.
+"""
+
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.init import CHECKPOINT_METADATA
+from megatron_ext.training.agreement import gather
+from megatron_ext.training.optimizer_state import PREFIX
+
+_WORD_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def model_state(models: list[GPTModel]) -> ShardedStateDict:
+    """The sharded state dict of this rank's chunks; names in it are global and do not tell how layers are cut."""
+    return {
+        f"model{index}": model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        for index, model in enumerate(models)
+    }
+
+
+def load_model_state(models: list[GPTModel], state: ShardedStateDict) -> None:
+    """Gives the chunks what the engine's reader has filled in."""
+    for index, model in enumerate(models):
+        model.load_state_dict(state[f"model{index}"], strict=True)
+
+
+def write(state: ShardedStateDict, folder: Path) -> None:
+    """Writes all tensors of a sharded state dict; collective.
+
+    Raises:
+        OSError: a rank could not write; every rank raises it.
+    """
+    sharded, common = save_preprocess(state)
+    groups: dict[str, list[Any]] = defaultdict(list)
+    for shard in nested_values(sharded):
+        if is_main_replica(shard.replica_id):
+            groups[shard.unique_key if isinstance(shard, ShardedObject) else shard.key].append(shard)
+    try:
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(groups),
+            storage_writer=torch_checkpoint.FileSystemWriter(folder, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+    except torch_checkpoint.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise OSError(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__) from cause
+
+    def write_rest() -> None:
+        if dist.get_rank() == 0:
+            with open(folder / "common.pt", "wb") as file:
+                torch.save(common, file)
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+    gather(write_rest)
+
+
+def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
+    """Fills a sharded state dict; collective. Call `check` before."""
+    with warnings.catch_warnings():
+        # The engine calls torch's loader by its older name.
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> global shape of every tensor in a checkpoint whose checksums have been verified."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
+    return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+
+
+def check(
+    state: ShardedStateDict, stored: dict[str, tuple[int, ...]], folder: Path, *, same_vocabulary: bool
+) -> None:
+    """Finds out whether the checkpoint has every tensor of the run, in its shape, and no more of the model; collective.
+
+    Args:
+        state: what is to be loaded.
+        stored: name -> global shape in the checkpoint.
+        folder: the checkpoint, named in errors.
+        same_vocabulary: the tokenizers' sizes agree, so that the embedding may be padded differently.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    wanted = {shard.key: tuple(shard.global_shape) for shard in _shards(state)}
+    everywhere: dict[str, tuple[int, ...]] = {}
+    for part in gather(lambda: wanted):
+        everywhere |= part
+    for name, shape in sorted(everywhere.items()):
+        if name not in stored:
+            hint = "; add --no-load-optim" if name.startswith(PREFIX) else ""
+            raise ValueError(f"{folder}: holds no {name}, which this run has{hint}")
+        if stored[name] == shape or (
+            same_vocabulary and stored[name][1:] == shape[1:] and _is_vocabulary(name)
+        ):
+            continue
+        if _is_vocabulary(name):
+            raise ValueError(
+                f"{folder}: a vocabulary of {stored[name][0]} rows, this run's tokenizer asks for {shape[0]}; "
+                "use the tokenizer of the checkpoint (--tokenizer-type, --tokenizer-model, --vocab-file)"
+            )
+        raise ValueError(f"{folder}: {name} has shape {list(stored[name])}, in this run {list(shape)}")
+    extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
+    if extra:
+        raise ValueError(
+            f"{folder}: holds {extra[0]} ({len(extra)} tensors in all) that this run's model lacks"
+        )
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.endswith((_WORD_EMBEDDING, "output_layer.weight", "output_layer.bias"))
+
+
+def _shards(state: ShardedStateDict) -> list[ShardedTensor]:
+    found = []
+    for value in nested_values(state):
+        pieces = [value]
+        if isinstance(value, ShardedTensorFactory):
+            built = value.build()
+            pieces = list(nested_values(built)) if isinstance(built, dict | list) else [built]
+        found += [piece for piece in pieces if isinstance(piece, ShardedTensor)]
+    return found

@@ -1,0 +1,58 @@
+"""Signals that end a run in good order: it finishes the step, saves, and exits with a code that tells which one came.
+
+A handler only sets a flag. At the end of a step all ranks agree on it, since a signal may reach one rank a step before
+another, and a save is collective. A second SIGINT ends the process at once, as an impatient Ctrl-C should.
+
+    exit code = 128 + number of the signal, the shell's own convention: SIGINT 130, SIGUSR1 138, SIGTERM 143
+"""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+EXIT_SIGINT = 128 + signal.SIGINT
+"""Exit code of a run that saved and left on SIGINT (Ctrl-C)."""
+
+EXIT_SIGUSR1 = 128 + signal.SIGUSR1
+"""Exit code of a run that saved and left on SIGUSR1 (a scheduler's warning before its time limit)."""
+
+EXIT_SIGTERM = 128 + signal.SIGTERM
+"""Exit code of a run that saved and left on SIGTERM (preemption, `kill`)."""
+
+EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGUSR1: EXIT_SIGUSR1, signal.SIGTERM: EXIT_SIGTERM}
+"""Handled signal -> exit code."""
+
+
+class SignalWatcher:
+    """Notes signals from `__enter__` to `__exit__`; use as `with SignalWatcher() as signals:` around the loop."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "SignalWatcher":
+        for number in EXIT_CODES:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed_exit_code(self) -> int | None:
+        """The exit code if any rank has received a signal, None if none has; the same on every rank. Collective.
+
+        Costs one reduction of one number; where ranks received different signals the highest number counts.
+        """
+        received = torch.tensor([self._received], dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        number = int(received.item())
+        return EXIT_CODES[signal.Signals(number)] if number else None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = max(self._received, number)
