@@ -26,7 +26,7 @@ from megatron_ext.models.accounting import model_cost
 from megatron_ext.models.build import build_model
 from megatron_ext.platform import distributed
 from megatron_ext.training.checkpoint import Checkpointer, Progress, check_writable
-from megatron_ext.training.dry_run import print_dry_run
+from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
@@ -52,7 +52,8 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies) -> int:
         ValueError, OSError: a user's mistake, told in one line.
     """
     model, parallel, training = configs["model"], configs["parallel"], configs["training"]
-    validate(model, parallel, training, configs["optimizer"])
+    world_size = planned_world_size(parallel) if training.dry_run else distributed.world_size()
+    validate(model, parallel, training, configs["optimizer"], world_size=world_size)
     if training.dry_run:
         print_dry_run(configs, make_families)
         return EXIT_OK
