@@ -15,6 +15,7 @@ import ast
 import hashlib
 import json
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +59,9 @@ class CorpusCounts:
     """UTF-8 bytes of all texts, repetitions included."""
 
 
-def standard_library_documents() -> list[Document]:
+def standard_library_documents() -> Iterator[Document]:
     """All documents of this interpreter: topics, then docstrings, then sources, each sorted by origin."""
-    documents = _topics()
-    modules = list(_modules(Path(sysconfig.get_paths()["stdlib"])))
-    documents += [
-        Document("docstrings", origin, text) for origin, source in modules if (text := _docstrings(source))
-    ]
-    documents += [Document("sources", origin, source) for origin, source in modules]
-    return list(_without_duplicates(documents))
+    return _without_duplicates(_documents(Path(sysconfig.get_paths()["stdlib"])))
 
 
 def write_corpus(
@@ -82,8 +77,8 @@ def write_corpus(
     Args:
         train: path of the training file.
         held_out: path of the held-out file.
-        max_bytes: take documents, in order of preference, until their texts reach this many bytes (both files
-            together, before `repeat`); None takes all.
+        max_bytes: take documents, in order of preference, up to the first whose text would pass this many bytes
+            (both files together, before `repeat`); None takes all.
         held_out_fraction: expected share of the origins in the held-out file, in (0, 1).
         repeat: write the training documents this many times over, for large inputs.
 
@@ -119,6 +114,16 @@ def write_corpus(
     return _count(sides[0], repeat), _count(sides[1], 1)
 
 
+def _documents(library: Path) -> Iterator[Document]:
+    """Topics, docstrings, sources; read one by one, so that a small corpus is quick."""
+    yield from _topics()
+    for origin, source in _modules(library):
+        if text := _docstrings(source):
+            yield Document("docstrings", origin, text)
+    for origin, source in _modules(library):
+        yield Document("sources", origin, source)
+
+
 def _topics() -> list[Document]:
     """The language reference's topics; none where the distribution leaves them out."""
     try:
@@ -145,7 +150,9 @@ def _modules(library: Path) -> Iterator[tuple[str, str]]:
 def _docstrings(source: str) -> str:
     """All docstrings of a module, each after the name it belongs to; "" when there are none."""
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the library's own invalid escapes
+            tree = ast.parse(source)
     except SyntaxError:  # templates and the like
         return ""
     parts = []
@@ -168,13 +175,13 @@ def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _take(documents: Iterable[Document], max_bytes: int | None) -> list[Document]:
-    """Documents in order until the limit is reached; one that does not fit is passed over."""
+    """Documents in order, up to the first that would pass the limit."""
     taken, total = [], 0
     for document in documents:
-        size = len(document.text.encode())
-        if max_bytes is None or total + size <= max_bytes:
-            taken.append(document)
-            total += size
+        total += len(document.text.encode())
+        if max_bytes is not None and total > max_bytes:
+            break
+        taken.append(document)
     return taken
 
 

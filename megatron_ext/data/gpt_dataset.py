@@ -17,7 +17,6 @@ import glob
 import hashlib
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,15 +25,10 @@ from typing import Any
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-
-with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # the engine warns that Apex and Transformer Engine are missing; data needs neither
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.config.data import DataConfig
 from megatron_ext.data.blends import Blends, blends_of, check_splits

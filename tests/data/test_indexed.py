@@ -72,7 +72,7 @@ def test_token_type_is_chosen_as_mcore_does(size):
 
 
 def test_dtype_codes_are_mcores():
-    assert DTYPE_CODES == {code.value: DType.dtype_from_code(code.value) for code in DType}
+    assert {code.value: DType.dtype_from_code(code.value) for code in DType} == DTYPE_CODES
 
 
 def test_damaged_files_are_refused_with_the_file_and_both_sizes(tmp_path):

@@ -78,5 +78,5 @@ def test_iterator_gives_batches_in_order(workers):
 
 def test_values_out_of_range_are_refused():
     for wrong in ({"rank": 2, "ranks": 2}, {"consumed": -1}, {"micro": 0}, {"size": 0}):
-        with pytest.raises(ValueError, match="rank 2|consumed samples -1|size 0|no samples"):
+        with pytest.raises(ValueError, match=r"rank 2|consumed samples -1|size 0|no samples"):
             micro_batches(1, **wrong)

@@ -1,0 +1,260 @@
+"""Datasets of a run: against mcore's own, aligned per-layer ids, and data that must be refused."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_ext.config.data import DataConfig
+from megatron_ext.data.gpt_dataset import build_datasets
+from megatron_ext.data.indexed import open_index
+from megatron_ext.data.manifest import write_manifest
+from megatron_ext.data.per_layer_ids import write_aligned
+from megatron_ext.testing.datasets import ListTokenizer, write_dataset
+from megatron_ext.testing.distributed import run_distributed
+
+VOCAB = 300
+TOKENIZER = ListTokenizer([f"t{number}" for number in range(VOCAB)])
+TABLE = (np.random.default_rng(0).permutation(VOCAB)).astype(np.int32)
+SEQ = 16
+
+
+def make(prefix, *, documents=60, seed=0, aligned=True, strategy="syntax_focus"):
+    """A random dataset whose documents end with the end-of-document token 0, and its aligned one."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 40, documents)
+    write_dataset(prefix, [[[*rng.integers(1, VOCAB, length).tolist(), 0]] for length in lengths])
+    if aligned:
+        write_aligned(open_index(prefix), f"{prefix}_pl", TABLE, strategy, eod=0, per_layer_vocab_size=VOCAB)
+    return prefix
+
+
+def build(data, samples=(40, 10, 0), per_layer=None, **more):
+    return build_datasets(
+        data,
+        seq_length=SEQ,
+        seed=7,
+        num_samples=samples,
+        tokenizer=TOKENIZER,
+        per_layer_data_path=per_layer,
+        **more,
+    )
+
+
+def assert_same_samples(ours, theirs, keys=("tokens", "labels", "loss_mask", "position_ids")):
+    assert len(ours) == len(theirs)
+    for number in range(len(ours)):
+        for key in keys:
+            assert torch.equal(ours[number][key], theirs[number][key])
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_samples_are_mcores(tmp_path, reset):
+    prefix = make(f"{tmp_path}/d")
+    flags = {"reset_position_ids": reset, "reset_attention_mask": reset, "eod_mask_loss": reset}
+    ours = build(DataConfig(data_path=(prefix,), split="80,20", **flags), samples=(300, 10, 0))
+    config = GPTDatasetConfig(
+        random_seed=7,
+        sequence_length=SEQ,
+        blend=([prefix], None),
+        split="80,20",
+        tokenizer=TOKENIZER,
+        path_to_cache=f"{tmp_path}/theirs",
+        create_attention_mask=reset,
+        **flags,
+    )
+    theirs = BlendedMegatronDatasetBuilder(GPTDataset, [300, 10, None], lambda: True, config).build()
+    keys = ("tokens", "labels", "loss_mask", "position_ids") + (("attention_mask",) if reset else ())
+    assert set(ours[0][0]) == set(keys)
+    for split in (0, 1):
+        assert len(ours[split]) >= (300, 10)[split]
+        assert_same_samples(ours[split], theirs[split], keys)
+    assert ours[2] is None
+
+
+def test_aligned_ids_are_those_of_the_tokens_in_every_split_and_epoch(tmp_path):
+    prefix = make(f"{tmp_path}/d")
+    train, valid, test = build(DataConfig(data_path=(prefix,), split="6,3,1"), (200, 20, 5), [f"{prefix}_pl"])
+    for dataset in (train, valid, test):
+        for number in range(len(dataset)):
+            sample = dataset[number]
+            assert sample["per_layer_ids"].dtype == torch.int64
+            assert np.array_equal(sample["per_layer_ids"], TABLE[sample["tokens"]])
+    assert torch.equal(train[None]["per_layer_ids"], train[0]["per_layer_ids"])
+
+
+def test_positional_ids_follow_the_documents(tmp_path):
+    prefix = make(f"{tmp_path}/d", strategy="attention_guidance")
+    train, _, _ = build(DataConfig(data_path=(prefix,)), (100, 0, 0), [f"{prefix}_pl"])
+    for number in range(len(train)):
+        tokens, ids = train[number]["tokens"], train[number]["per_layer_ids"]
+        is_end = tokens == 0
+        assert (ids[is_end] == 4).all()
+        assert (ids[1:][is_end[:-1]] == 2).logical_or(is_end[1:][is_end[:-1]]).all()  # the start after an end
+
+
+@pytest.mark.parametrize("weights", [None, (0.3, 0.7)])
+def test_aligned_ids_follow_a_blend(tmp_path, weights):
+    prefixes = [make(f"{tmp_path}/d{seed}", seed=seed) for seed in (1, 2)]
+    flat = (
+        tuple(prefixes) if weights is None else (str(weights[0]), prefixes[0], str(weights[1]), prefixes[1])
+    )
+    aligned = [value if value not in prefixes else f"{value}_pl" for value in flat]
+    train, _, _ = build(DataConfig(data_path=flat), (60, 0, 0), aligned)
+    assert len(train) == 60
+    sources = [train[number]["dataset_id"] for number in range(60)]
+    if weights is not None:
+        assert sources.count(0) == 18
+    for number in range(60):
+        assert np.array_equal(train[number]["per_layer_ids"], TABLE[train[number]["tokens"]])
+
+
+def test_splits_of_their_own(tmp_path):
+    prefixes = [make(f"{tmp_path}/d{seed}", seed=seed) for seed in (1, 2)]
+    data = DataConfig(train_data_path=(prefixes[0],), valid_data_path=(prefixes[1],))
+    train, valid, test = build(data, (50, 20, 0), [f"{prefix}_pl" for prefix in prefixes])
+    assert test is None
+    for dataset, prefix in ((train, prefixes[0]), (valid, prefixes[1])):
+        text = open_index(prefix).tokens().tolist()
+        documents = {tuple(part) for part in _documents(text)}
+        for number in range(len(dataset)):
+            inner = _documents(dataset[number]["tokens"].tolist())[1:-1]
+            assert all(tuple(part) in documents for part in inner)
+            assert np.array_equal(dataset[number]["per_layer_ids"], TABLE[dataset[number]["tokens"]])
+
+
+def _documents(tokens):
+    """Cut after every end-of-document token."""
+    ends = [position + 1 for position, token in enumerate(tokens) if token == 0]
+    return [tokens[a:b] for a, b in zip([0, *ends], [*ends, len(tokens)], strict=True)]
+
+
+def test_missing_per_layer_data_is_named_with_the_command_that_makes_it(tmp_path):
+    prefix = make(f"{tmp_path}/corpus_text_document", aligned=False)
+    message = (
+        rf"Per-layer data file not found: {re.escape(str(tmp_path))}/pl_text_document\.bin; make it with: python"
+        rf" tools/preprocess_per_layer_data\.py --output-prefix {re.escape(str(tmp_path))}/corpus"
+        rf" --per-layer-output-prefix {re.escape(str(tmp_path))}/pl "
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        build(DataConfig(data_path=(prefix,)), per_layer=[f"{tmp_path}/pl_text_document"])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ([[[1, 2, 3]]], "3 and 1 documents"),
+        ([[[1, 2, 3]], [[4]], []], "3 and 2 sequences"),
+        ([[[1, 2, 3]], [[4]], [[5, 6, 7]]], "6 and 7 tokens"),
+        ([[[1, 2]], [[4, 4]], [[5, 6]]], "the length of sequence 0 is 3 and 2"),
+    ],
+)
+def test_per_layer_data_of_another_shape_is_refused(tmp_path, other, message):
+    prefix = f"{tmp_path}/d"
+    write_dataset(prefix, [[[1, 2, 3]], [[4]], [[5, 6]]])
+    write_dataset(f"{prefix}_pl", other)
+    with pytest.raises(ValueError, match=rf"d_pl is not aligned with .*d: {message}"):
+        build(DataConfig(data_path=(prefix,), split="1"), (2, 0, 0), [f"{prefix}_pl"])
+
+
+def test_sequences_of_other_documents_are_refused(tmp_path):
+    prefix = f"{tmp_path}/d"
+    write_dataset(prefix, [[[1], [2]], [[3]]])
+    write_dataset(f"{prefix}_pl", [[[1]], [[2], [3]]])
+    with pytest.raises(ValueError, match="the first sequence of document 1 is 2 and 1"):
+        build(DataConfig(data_path=(prefix,), split="1"), (2, 0, 0), [f"{prefix}_pl"])
+
+
+def test_manifests_of_another_strategy_vocabulary_or_version_are_refused(tmp_path):
+    prefix = make(f"{tmp_path}/d")
+    data = DataConfig(data_path=(prefix,))
+    write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
+    checksum = "0" * 64
+    for checksum in ("0" * 64, None):
+        per_layer = {"strategy": "syntax_focus", "vocab_size": VOCAB, "source_checksum": checksum}
+        write_manifest(f"{prefix}_pl", tool="t", tokenizer=None, inputs=[], extra={"per_layer": per_layer})
+        if checksum is not None:
+            with pytest.raises(ValueError, match="main data was made again"):
+                build(data, per_layer=[f"{prefix}_pl"])
+    with pytest.raises(
+        ValueError, match=r"--per-layer-strategy identity, but .*d_pl was made with syntax_focus"
+    ):
+        build(data, per_layer=[f"{prefix}_pl"], per_layer_strategy="identity")
+    with pytest.raises(ValueError, match=r"--per-layer-vocab-size 10 is too small: .*d_pl has 300 ids"):
+        build(data, per_layer=[f"{prefix}_pl"], per_layer_vocab_size=10)
+    build(data, per_layer=[f"{prefix}_pl"], per_layer_strategy="syntax_focus", per_layer_vocab_size=VOCAB)
+
+
+def test_data_that_cannot_be_used_is_refused_at_once(tmp_path):
+    prefix = make(f"{tmp_path}/d", documents=3, aligned=False)
+    with pytest.raises(ValueError, match="the validation split has 0 of 3 sequences and 0 tokens"):
+        build(DataConfig(data_path=(prefix,), split="99,1"))  # mcore would loop for ever
+    with pytest.raises(ValueError, match="no data: give --data-path"):
+        build(DataConfig())
+    with pytest.raises(ValueError, match="--valid-data-path is missing: 10 samples"):
+        build(DataConfig(train_data_path=(prefix,)))
+    with pytest.raises(FileNotFoundError, match=r"data file not found: .*nope\.idx"):
+        build(DataConfig(data_path=(f"{tmp_path}/nope",)))
+    with pytest.raises(ValueError, match="--per-layer-data-path has 2 prefixes, --data-path has 1"):
+        build(DataConfig(data_path=(prefix,)), per_layer=["a", "b"])
+    write_manifest(prefix, tool="t", tokenizer={"fingerprint": "other"}, inputs=[])
+    with pytest.raises(ValueError, match="was made with the tokenizer other"):
+        build(DataConfig(data_path=(prefix,)))
+    Path(f"{prefix}.json").unlink()
+    Path(f"{prefix}.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[:-4])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        build(DataConfig(data_path=(prefix,)))
+
+
+def test_data_made_again_under_the_same_name_does_not_meet_the_old_sample_index(tmp_path):
+    prefix = make(f"{tmp_path}/d", documents=50, seed=1, aligned=False)
+    data = DataConfig(data_path=(prefix,), split="1", data_cache_path=f"{tmp_path}/cache")
+    build(data, (100, 0, 0))
+    make(prefix, documents=50, seed=2, aligned=False)
+    train, _, _ = build(data, (100, 0, 0))
+    fresh, _, _ = build(
+        DataConfig(data_path=(prefix,), split="1", data_cache_path=f"{tmp_path}/new"), (100, 0, 0)
+    )
+    assert_same_samples(train, fresh)
+
+
+def test_a_cache_file_that_a_killed_run_left_truncated_is_made_again(tmp_path):
+    prefix = make(f"{tmp_path}/d", aligned=False)
+    data = DataConfig(data_path=(prefix,), split="1", data_cache_path=f"{tmp_path}/cache")
+    first, _, _ = build(data, (100, 0, 0))
+    samples = [first[number]["tokens"].clone() for number in range(100)]
+    for path in (tmp_path / "cache").glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-40])
+    again, _, _ = build(data, (100, 0, 0))
+    assert all(torch.equal(again[number]["tokens"], samples[number]) for number in range(100))
+
+
+def build_on_this_rank(prefix, cache, bad):
+    """Samples of the training set on one rank, or the error's text."""
+    try:
+        data = DataConfig(data_path=("0.5", prefix, "0.5", prefix + "2"), data_cache_path=cache)
+        train, _, _ = build(data, (50, 0, 0), ["0.5", f"{prefix}_pl", "0.5", f"{prefix}2_pl"])
+    except (ValueError, OSError) as error:
+        return str(error)
+    assert not bad
+    return [train[number]["per_layer_ids"].tolist() for number in range(50)]
+
+
+def test_two_ranks_see_the_same_samples_and_the_same_errors(tmp_path):
+    prefix = make(f"{tmp_path}/d", seed=1)
+    make(f"{tmp_path}/d2", seed=2)
+    first, second = run_distributed(build_on_this_rank, 2, prefix, f"{tmp_path}/cache", False)
+    assert first == second
+    assert len(first) == 50
+    (tmp_path / "file").write_text(
+        ""
+    )  # a cache directory that cannot be made: rank 0 fails inside mcore's builder
+    errors = run_distributed(build_on_this_rank, 2, prefix, f"{tmp_path}/file", True)
+    assert all("file" in error for error in errors)
+    write_dataset(f"{prefix}_pl", [[[1]]])  # only rank 0 compares the shapes
+    errors = run_distributed(build_on_this_rank, 2, prefix, f"{tmp_path}/cache", True)
+    assert all("is not aligned with" in error for error in errors)

@@ -1,0 +1,176 @@
+"""Per-layer vocabularies and tables, against expectations written by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.data.per_layer_vocab import (
+    SPECIAL,
+    SPECIAL_TOKENS,
+    STRATEGIES,
+    build_table,
+    build_vocabulary,
+    form_of,
+    load_per_layer_table,
+    load_vocabulary,
+    save_table,
+    save_vocabulary,
+    table_path,
+    token_forms,
+)
+from megatron_ext.testing.datasets import ListTokenizer
+
+OCCURRENCES = {
+    "<eod>": 10, "▁the": 50, "The": 5, "▁cat": 20, "s": 8, "▁": 3, "\n": 9, "\n\n": 1, "7": 7, "▁1984": 4, "(": 6,
+    "▁)": 6, "def": 30, "\ufffd": 2, "x2": 1, "▁zebra": 0, "<s>": 1, "...": 2,
+}  # fmt: skip
+PIECES, COUNTS = list(OCCURRENCES), list(OCCURRENCES.values())
+FIRST = len(SPECIAL_TOKENS)
+# By frequency: the 50 + 5, def 30, cat 20, s 8, 7 7, ( and ) 6 in the order of their text, 1984 4, ... 2, x2 1
+EXPECTED = ["the", "def", "cat", "s", "7", "(", ")", "1984", "...", "x2"]
+
+
+@pytest.fixture
+def tokenizer():
+    return ListTokenizer(PIECES)
+
+
+def vocabulary_of(tokenizer, size=100):
+    return build_vocabulary(token_forms(tokenizer), np.array(COUNTS), size)
+
+
+def names(tokenizer, strategy, size=100):
+    vocabulary = vocabulary_of(tokenizer, size)
+    text = {number: name for name, number in vocabulary.items()}
+    return [text[number] for number in build_table(strategy, token_forms(tokenizer), vocabulary).tolist()]
+
+
+def test_vocabulary_has_document_003s_special_tokens_first_then_ours_then_forms_by_frequency(tokenizer):
+    vocabulary = vocabulary_of(tokenizer)
+    assert list(vocabulary)[:4] == ["<|startoftext|>", "<|endoftext|>", "<|layer_start|>", "<|attention|>"]
+    assert list(vocabulary)[:FIRST] == list(SPECIAL_TOKENS)
+    assert list(vocabulary)[FIRST:] == EXPECTED
+    assert list(vocabulary.values()) == list(range(len(vocabulary)))
+
+
+def test_vocabulary_size_is_an_upper_bound(tokenizer):
+    assert list(vocabulary_of(tokenizer, FIRST + 3))[FIRST:] == ["the", "def", "cat"]
+    assert list(vocabulary_of(tokenizer, FIRST)) == list(SPECIAL_TOKENS)
+    with pytest.raises(ValueError, match="--per-layer-vocab-size 10 must be at least 15"):
+        vocabulary_of(tokenizer, 10)
+
+
+def test_syntax_focus_keeps_syntax_and_puts_the_rest_into_shape_classes(tokenizer):
+    # fmt: off
+    expected = ["<|endoftext|>", "the", "the", "<|word_start|>", "<|word_continuation|>", "<|space|>", "<|newline|>",
+                "<|newline|>", "7", "<|number|>", "(", ")", "def", "<|bytes|>", "<|mixed|>", "<|word_start|>",
+                "<|startoftext|>", "..."]
+    # fmt: on
+    assert names(tokenizer, "syntax_focus") == expected
+    assert names(tokenizer, "attention_guidance") == expected
+
+
+def test_syntax_that_the_vocabulary_does_not_hold_falls_into_its_shape_class(tokenizer):
+    result = names(tokenizer, "syntax_focus", FIRST + 2)  # holds "the" and "def"
+    assert [result[number] for number in (1, 8, 10, 12)] == ["the", "<|number|>", "<|symbol|>", "def"]
+
+
+def test_semantic_focus_keeps_frequent_content(tokenizer):
+    expected = [
+        "<|endoftext|>",
+        "<|context|>",
+        "<|context|>",
+        "cat",
+        "s",
+        "<|context|>",
+        "<|context|>",
+        "<|context|>",
+    ]
+    expected += ["7", "1984", "<|context|>", "<|context|>", "<|context|>", "<|unk|>", "x2", "<|unk|>"]
+    assert names(tokenizer, "semantic_focus") == [*expected, "<|startoftext|>", "<|context|>"]
+
+
+def test_random_subset_is_seeded_and_keeps_about_half():
+    tokenizer = ListTokenizer(
+        ["<eod>"] + [f"word{letter * count}" for letter in "abcdefghij" for count in range(1, 51)]
+    )
+    forms = token_forms(tokenizer)
+    vocabulary = build_vocabulary(forms, np.ones(tokenizer.vocab_size, dtype=np.int64), 10_000)
+    table = build_table("random_subset", forms, vocabulary, seed=1)
+    own = table != SPECIAL["<|unk|>"]
+    own[0] = False
+    assert 200 < own.sum() < 300
+    assert all(table[number] == vocabulary[forms[number].form] for number in np.flatnonzero(own))
+    assert np.array_equal(table, build_table("random_subset", forms, vocabulary, seed=1))
+    assert not np.array_equal(table, build_table("random_subset", forms, vocabulary, seed=2))
+
+
+def test_identity_is_the_token_id(tokenizer):
+    assert build_table("identity", token_forms(tokenizer), {}).tolist() == list(range(len(PIECES)))
+    assert load_per_layer_table("identity", tokenizer=tokenizer, vocab_file=None).tolist() == list(
+        range(len(PIECES))
+    )
+
+
+@given(text=st.text(), starts_word=st.booleans())
+def test_every_text_has_a_form_and_a_known_shape(text, starts_word):
+    form = form_of(text, starts_word=starts_word)
+    assert form.shape in SPECIAL
+    assert form.form == form.form.strip()
+
+
+@given(pieces=st.lists(st.text(max_size=6), unique=True, min_size=1, max_size=20), data=st.data())
+def test_every_table_maps_every_token_into_the_vocabulary(pieces, data):
+    tokenizer = ListTokenizer(["<eod>", *(piece for piece in pieces if piece != "<eod>")])
+    size = tokenizer.vocab_size
+    counts = np.array(data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size)))
+    forms = token_forms(tokenizer)
+    vocabulary = build_vocabulary(forms, counts, FIRST + 5)
+    assert len(vocabulary) <= FIRST + 5
+    for strategy in STRATEGIES:
+        table = build_table(strategy, forms, vocabulary)
+        assert table.shape == (size,)
+        assert table.min() >= 0
+        if strategy != "identity":
+            assert table.max() < len(vocabulary)
+
+
+def test_table_is_kept_beside_its_vocabulary_and_checked_when_loaded(tokenizer, tmp_path):
+    path = str(tmp_path / "v.json")
+    vocabulary = vocabulary_of(tokenizer)
+    with pytest.raises(FileNotFoundError, match=r"per-layer vocabulary not found: .*v\.json"):
+        load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path)
+    save_vocabulary(path, vocabulary)
+    assert load_vocabulary(path) == json.loads((tmp_path / "v.json").read_text()) == vocabulary
+    with pytest.raises(
+        FileNotFoundError, match=r"table not found: .*v\.syntax_focus\.npz; make it with: python tools"
+    ):
+        load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path)
+    table = build_table("syntax_focus", token_forms(tokenizer), vocabulary)
+    save_table(path, "syntax_focus", table, tokenizer_fingerprint=tokenizer.fingerprint(), seed=1)
+    assert table_path(path, "syntax_focus") == str(tmp_path / "v.syntax_focus.npz")
+    assert np.array_equal(load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path), table)
+    with pytest.raises(ValueError, match="is for the tokenizer"):
+        load_per_layer_table("syntax_focus", tokenizer=ListTokenizer(PIECES[:-1]), vocab_file=path)
+    save_vocabulary(path, {**vocabulary, "new": len(vocabulary)})
+    with pytest.raises(ValueError, match="another version"):
+        load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a per-layer vocabulary"),
+        ("[]", "is not a per-layer vocabulary"),
+        ('{"a": 0, "b": 2}', "ids must be 0 to"),
+        ('{"a": "x"}', "ids must be 0 to"),
+        ('{"a": 0, "b": 1}', r"<\|startoftext\|> must have id 0"),
+    ],
+)
+def test_another_files_content_is_not_a_vocabulary(tmp_path, content, message):
+    (tmp_path / "v.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_vocabulary(str(tmp_path / "v.json"))
