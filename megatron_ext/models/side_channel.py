@@ -3,12 +3,13 @@
 A family declares `SideStream`s; their widths add up. Two ways of travel:
 
 * to the layers: the engine hands one extra tensor, `context`, to every layer and treats it as a real input of
-  activation recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat, one after the
-  other. This module is the only place that knows about the borrowed name.
+  activation recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat,
+  one after the other. This module is the only place that knows about the borrowed name.
 * to the next stage: streams with `travels=True` are concatenated to the hidden states along the last dimension, so that
   the pipeline schedule sends one tensor, [s, b, h + widths].
 
-Shapes: under sequence parallel `s` of the hidden states is the local part; a stream with `full_sequence=True` has all rows.
+Shapes: under sequence parallel `s` of the hidden states is the local part; a stream with `full_sequence=True` has all
+rows.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ L is the number of layers of the stage. All rows of the sequence are here on eve
 parallelism too: the word embedding is gathered once a stage. The formulas are in `combination`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -91,12 +91,21 @@ class PerLayerInputs(StageModule):
             `per_layer`: [L, n, p / t], n = s * b.
         """
         embedding = self._whole_sequence(travelling[WORD_EMBEDDING])
-        projected = project(embedding, [layer.context_projection.weight for layer in self.layers])
+        projected = project(embedding, [layer.context_projection.weight for layer in self.weights()])
         ids = side_inputs.get(PER_LAYER_IDS)
         if ids is None:
             return {PER_LAYER_STREAM: self._normed(projected, scale=1.0)}
-        token = look_up(ids.t(), [layer.embedding.weight for layer in self.layers])
+        token = look_up(ids.t(), [layer.embedding.weight for layer in self.weights()])
         return {PER_LAYER_STREAM: self._combine(projected, token)}
+
+    def weights(self) -> list[PerLayerWeights]:
+        """What the stage's layers own, in their order."""
+        return cast(list[PerLayerWeights], list(self.layers))
+
+    def freeze_tables(self) -> None:
+        """The tables get no gradient and do not change."""
+        for layer in self.weights():
+            layer.embedding.weight.requires_grad_(False)
 
     def _whole_sequence(self, embedding: torch.Tensor) -> torch.Tensor:
         """Every rank's part of p gets the same [s, b, h]; their gradients are summed on the way back."""
@@ -120,7 +129,7 @@ class PerLayerInputs(StageModule):
                 self.recorder.add_parts(context, token, self.token_scale * 0.5**0.5)
             return combined
         context, token = self._normed(projected, scale=1.0), token * self.token_scale
-        weights = [layer.combination.weight for layer in self.layers]
+        weights = [layer.combination.weight for layer in self.weights()]
         mixed = multiply(gather_parts(context, token, self.groups.tp), weights)
         if self.settings.per_layer_combination_method == "concat":
             return mixed
@@ -134,7 +143,7 @@ class PerLayerInputs(StageModule):
     ) -> dict[str, Any]:
         """Keys `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every cut."""
         state: dict[str, Any] = {}
-        for number, layer in zip(self.stage.layer_numbers, self.layers, strict=True):
+        for number, layer in zip(self.stage.layer_numbers, self.weights(), strict=True):
             for name, part in layer.named_children():
                 state |= part.sharded_state_dict(
                     f"{prefix}layers.{number}.{name}.", sharded_offsets, metadata
@@ -151,6 +160,11 @@ class PerLayerInputs(StageModule):
             dp_cp_group=self.groups.dp_cp,
         )
         return state
+
+
+def stage_module(model: torch.nn.Module) -> PerLayerInputs:
+    """PLE's stage module of a model chunk."""
+    return cast(PerLayerInputs, model.get_submodule("per_layer"))
 
 
 def _mark_replicated(weight: torch.nn.Parameter, *, is_owner: bool) -> None:

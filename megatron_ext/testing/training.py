@@ -72,6 +72,9 @@ class TrainingTrace:
     )
     """This rank's gradients of the first step: name, global shape, offset, values."""
 
+    statistics: dict[str, float] = field(default_factory=dict)
+    """Families' statistics, those of the last step in which they were due."""
+
 
 def synthetic_batches(sequence_length: int) -> Iterator[Batch]:
     """Endless micro-batches of one sequence for this data-parallel rank; tokens follow a rule that a model can learn."""
@@ -133,6 +136,7 @@ def train_tiny(
         result = stepper.train(batches, iteration)
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
+        trace.statistics |= result.statistics
         if iteration == 1 and not parallel.use_distributed_optimizer:
             trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)
     return trace

@@ -25,6 +25,7 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.family import Family
+from megatron_ext.training.gradients import mark_reduced_ranges
 
 
 def wrap_model(
@@ -51,6 +52,7 @@ def wrap_model(
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
+    mark_reduced_ranges(wrapped)
     config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if parallel.overlap_grad_reduce and len(wrapped) > 1:
         config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
@@ -94,7 +96,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(config)
     for family in families:
-        overrides.update(family.parameter_overrides())
+        overrides.update(family.parameter_overrides(settings))
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     _use_fused_kernel(optimizer)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss

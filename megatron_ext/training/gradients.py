@@ -1,0 +1,40 @@
+"""Norms of single gradients after the backward pass, as the optimizer sees them.
+
+Without the distributed optimizer every data-parallel rank ends with the whole reduced gradient in `main_grad`. With it
+a rank ends with its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
+"""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+
+
+def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
+    """Tells each parameter which range of its flat gradient this rank reduces, under the distributed optimizer."""
+    for chunk in wrapped:
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for buffer in chunk.buffers:
+            ranks = buffer.data_parallel_group.size()
+            for bucket in buffer.buckets:
+                size = bucket.grad_data.numel() // ranks
+                first = size * buffer.data_parallel_group.rank()
+                for parameter, (start, end) in bucket.param_to_index.items():
+                    low, high = max(first, start), min(first + size, end)
+                    parameter.reduced_range = (low - start, max(low, high) - start)
+
+
+def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's part of the squared norm of a gradient: a float64 scalar; the parts of all model copies add up to it.
+
+    Args:
+        parameter: of a model that `wrap_model` has wrapped; a frozen one has no gradient and gives 0.
+    """
+    gradient = getattr(parameter, "main_grad", None)
+    if gradient is None:
+        return torch.zeros((), dtype=torch.float64, device=parameter.device)
+    reduced = getattr(parameter, "reduced_range", None)
+    if reduced is None:
+        copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        return gradient.float().square().sum(dtype=torch.float64) / copies
+    return gradient.flatten()[slice(*reduced)].float().square().sum(dtype=torch.float64)
