@@ -31,7 +31,7 @@ class _CpuRMSNorm(torch.autograd.Function):
         grad = grads[0].float()
         normed = hidden_states.float() * inverse_rms
         product = grad * normed
-        rows = product.view(-1, product.size(-1))
+        rows = product.reshape(-1, product.size(-1))
         grad_weight = rows.sum(0).to(weight.dtype)
         # mean over h of (grad * weight * normed), one matrix-vector product instead of a pass
         projection = (rows @ weight.float()).view_as(inverse_rms) / rows.size(-1)
