@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel as EngineGPTModel
 
+from megatron_ext.models.cross_entropy import cross_entropy
 from megatron_ext.models.extension import StageInfo, StageModule
 from megatron_ext.models.side_channel import SideChannel
 
@@ -74,3 +75,9 @@ class GPTModel(EngineGPTModel):
             kwargs["extra_block_kwargs"] = {"context": self.channel.pack(streams)}
         output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         return output if self.post_process else self.channel.join(output, streams)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Losses [b, s] of labels [b, s] under logits [s, b, V/t]."""
+        if self.pg_collection.tp.size() > 1:
+            return super().compute_language_model_loss(labels, logits)
+        return cross_entropy(logits, labels.transpose(0, 1)).transpose(0, 1)

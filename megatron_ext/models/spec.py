@@ -20,6 +20,7 @@ from megatron_ext.models.attention import SDPAttention
 from megatron_ext.models.layer import ExtendedLayerSubmodules, ExtendedTransformerLayer
 from megatron_ext.models.norm import Norm
 from megatron_ext.models.side_channel import SideChannel
+from megatron_ext.models.swiglu import SwiGLU
 from megatron_ext.platform.distributed import use_cuda
 
 
@@ -43,7 +44,11 @@ def layer_spec(model: ModelConfig, channel: SideChannel, slots: dict[str, Module
         q_layernorm=norm if model.qk_layernorm else IdentityOp,
         k_layernorm=norm if model.qk_layernorm else IdentityOp,
     )
-    mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+    mlp = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(),
+        linear_fc2=backend.row_parallel_linear(),
+        activation_func=SwiGLU if model.swiglu else None,
+    )
     submodules = ExtendedLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(

@@ -37,6 +37,8 @@ def build_transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
         activation_func=F.silu if model.swiglu else F.gelu,
+        # The engine's name for "the layer spec brings the activation": ours, see `swiglu`.
+        use_te_activation_func=model.swiglu,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,

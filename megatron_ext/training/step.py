@@ -95,12 +95,7 @@ class Stepper:
         due = [f for f in self.families if f.statistics_interval and iteration % f.statistics_interval == 0]
         for family in due:
             family.begin_statistics(self.models)
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        LayerLosses.scale = 1.0 / self.num_microbatches
-        loss, layer_losses = self._run(batches, forward_only=False)
+        loss, layer_losses = self.forward_backward(batches)
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
         params_norm = parameters_norm(self.models) if self.log_params_norm else None
         grad_norm, skipped = self._update(loss)
@@ -112,6 +107,15 @@ class Stepper:
             skipped=skipped,
             statistics=statistics,
         )
+
+    def forward_backward(self, batches: Iterator[Batch]) -> tuple[float, dict[str, float]]:
+        """Leaves the gradients of the next micro-batches in the model; returns the loss and the layers' losses."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        LayerLosses.scale = 1.0 / self.num_microbatches
+        return self._run(batches, forward_only=False)
 
     def evaluate(self, batches: Iterator[Batch], num_steps: int) -> tuple[float, dict[str, float]]:
         """Mean loss over `num_steps` global batches without gradients, and the means of the layers' losses."""

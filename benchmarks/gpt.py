@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""Speed of a training step: ours beside Hugging Face's Llama of the same shape, and beside the machine's own GEMM rate.
+
+    python benchmarks/gpt.py                      h=512, 4 layers, s=512, b=2, V=8192, fp32 and bf16, all cores
+
+Every round times every variant once, in turn, so that a drift of the machine's speed meets all of them; the table shows
+medians over rounds and ratios of those medians. Both sides do a whole training step: forward, backward, clipping of the
+gradient norm, AdamW in one fused kernel. Ours also does what training needs and the peer leaves out: a gradient buffer for
+data parallelism, a check for non-finite gradients, and in bf16 fp32 main weights (the peer updates bf16 weights).
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.models.accounting import ModelCost, model_cost
+from megatron_ext.models.build import build_model
+from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.per_layer.family import PerLayerFamily
+from megatron_ext.platform.distributed import initialize, shutdown, use_cuda
+from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.step import Stepper
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Shape and length of the measurement."""
+
+    hidden_size: int = 512
+    """h."""
+
+    num_layers: int = 4
+    """L."""
+
+    seq_length: int = 512
+    """s."""
+
+    micro_batch_size: int = 2
+    """b."""
+
+    vocab_size: int = 8192
+    """V."""
+
+    rounds: int = 15
+    """Timed rounds; each times every variant once."""
+
+    only: str | None = None
+    """Run one variant's steps and print this process's peak memory; used by the benchmark itself."""
+
+
+@dataclass
+class Variant:
+    """Something to time."""
+
+    name: str
+    forward_backward: Callable[[], None]
+    step: Callable[[], None]
+
+
+def main() -> None:
+    """Runs the benchmark and prints one table for each precision."""
+    config: BenchmarkConfig = parse(
+        BenchmarkConfig, prog="benchmarks/gpt.py", description="Speed of a training step against its peers."
+    )["config"]
+    initialize(ParallelConfig(), seed=1)
+    if config.only is not None:
+        _measure_memory(config)
+        return
+    for bf16 in (False, True):
+        _table(config, bf16)
+    shutdown()
+
+
+def _table(config: BenchmarkConfig, bf16: bool) -> None:
+    variants = {name: make(config, bf16) for name, make in VARIANTS.items()}
+    times: dict[str, list[float]] = {}
+    for _ in range(3):
+        for variant in variants.values():
+            variant.step()
+    for _ in range(config.rounds):
+        times.setdefault("gemm", []).append(1.0 / _gemm_rate(bf16))
+        for name, variant in variants.items():
+            times.setdefault(f"{name} fb", []).append(_timed(variant.forward_backward))
+            times.setdefault(f"{name} step", []).append(_timed(variant.step))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    _print(config, bf16, medians)
+
+
+def _print(config: BenchmarkConfig, bf16: bool, medians: dict[str, float]) -> None:
+    base, per_layer = _costs(config)
+    tokens = config.micro_batch_size * config.seq_length
+    flops = 3 * base.forward_flops_per_token * tokens
+    precision = "bf16" if bf16 else "fp32"
+    device = torch.cuda.get_device_name() if use_cuda() else f"CPU, {torch.get_num_threads()} threads"
+    table = Table(
+        title=f"{precision}, {device}: h={config.hidden_size}, {config.num_layers} layers, s={config.seq_length}, "
+        f"b={config.micro_batch_size}, V={config.vocab_size}; medians of {config.rounds} rounds"
+    )
+    for column in ("", "forward+backward", "tokens/s", "whole step", "tokens/s", "peak memory of a process"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in VARIANTS:
+        forward_backward, step = medians[f"{name} fb"], medians[f"{name} step"]
+        memory = _memory_of(name, precision)
+        row = (f"{1e3 * forward_backward:.1f} ms", f"{tokens / forward_backward:.0f}")
+        table.add_row(name, *row, f"{1e3 * step:.1f} ms", f"{tokens / step:.0f}", memory)
+    console = Console(width=120)
+    console.print(table)
+    ours, peer = medians["ours fb"], medians["hugging face fb"]
+    console.print(f"ours / Hugging Face, tokens/s: forward+backward {peer / ours:.3f}", end="")
+    console.print(f", whole step {medians['hugging face step'] / medians['ours step']:.3f}")
+    rate = 1.0 / medians["gemm"]
+    console.print(f"GEMM rate of the machine {rate / 1e9:.0f} GFLOP/s; ours uses", end=" ")
+    console.print(f"{flops / ours / rate:.3f} of it in forward+backward, {flops / medians['ours step'] / rate:.3f} in the step")
+    share = per_layer.forward_flops_per_token / base.forward_flops_per_token
+    cost = medians["ours + PLE step"] / medians["ours step"] - 1
+    console.print(f"PLE (p = h/8): FLOP share {100 * share:.1f} %, step costs {100 * cost:+.1f} %\n")
+
+
+def _costs(config: BenchmarkConfig) -> tuple[ModelCost, ModelCost]:
+    model = _model(config)
+    family = _per_layer(config)
+    cost = family.cost(model)
+    assert cost is not None
+    return model_cost(model, config.vocab_size), cost
+
+
+def _model(config: BenchmarkConfig) -> ModelConfig:
+    return ModelConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.hidden_size // 64,
+        seq_length=config.seq_length,
+        swiglu=True,
+        disable_bias_linear=True,
+        untie_embeddings_and_output_weights=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+def _per_layer(config: BenchmarkConfig) -> PerLayerFamily:
+    per_layer = PerLayerConfig(
+        use_per_layer_embedding=True, per_layer_hidden_size=config.hidden_size // 8, per_layer_preset="gemma4"
+    )
+    return PerLayerFamily(per_layer, vocab_size=config.vocab_size)
+
+
+def _ours(config: BenchmarkConfig, bf16: bool, families: list[Family], name: str) -> Variant:
+    parallel, model = ParallelConfig(), _model(config)
+    chunks = build_model(
+        model, parallel, vocab_size=config.vocab_size, seed=1, bf16=bf16, extensions=[f.extension() for f in families]
+    )
+    wrapped = wrap_model(chunks, parallel, bf16=bf16)
+    settings = OptimizerSettings(lr=1e-4)
+    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
+    scheduler = build_scheduler(settings, TrainingConfig(train_iters=10**6), optimizer, config.micro_batch_size)
+    stepper = Stepper(
+        wrapped,
+        families,
+        optimizer,
+        scheduler,
+        global_batch_size=config.micro_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        clip_grad=1.0,
+    )
+    batches = _batches(config)
+    return Variant(
+        name,
+        forward_backward=lambda: _discard(stepper.forward_backward(batches)),
+        step=lambda: _discard(stepper.train(batches, 1)),
+    )
+
+
+def _hugging_face(config: BenchmarkConfig, bf16: bool) -> Variant:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = _model(config)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=shape.resolved_ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            max_position_embeddings=config.seq_length,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+    device = torch.device(torch.cuda.current_device())
+    model = model.to(device, torch.bfloat16 if bf16 else torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    batches = _batches(config)
+
+    def forward_backward() -> None:
+        tokens = next(batches)["tokens"].to(device)
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    def step() -> None:
+        forward_backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return Variant("hugging face", forward_backward, step)
+
+
+VARIANTS: dict[str, Callable[[BenchmarkConfig, bool], Variant]] = {
+    "ours": lambda config, bf16: _ours(config, bf16, [], "ours"),
+    "hugging face": _hugging_face,
+    "ours + PLE": lambda config, bf16: _ours(config, bf16, [_per_layer(config)], "ours + PLE"),
+}
+
+
+def _batches(config: BenchmarkConfig) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (config.micro_batch_size, config.seq_length)
+    while True:
+        tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
+        yield {
+            "tokens": tokens,
+            "labels": tokens.roll(-1, 1),
+            "loss_mask": torch.ones(shape),
+            "position_ids": torch.arange(config.seq_length).expand(shape),
+        }
+
+
+def _gemm_rate(bf16: bool, size: int = 2048) -> float:
+    """FLOP/s of a large square matrix product, the machine's own limit."""
+    size = 8192 if use_cuda() else size
+    device = torch.device(torch.cuda.current_device())
+    a = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
+    return 2.0 * size**3 / min(_timed(lambda: _discard(a @ a)) for _ in range(3))
+
+
+def _timed(run: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _discard(_: Any) -> None:
+    """Drops a result that only its computation's time was wanted of."""
+
+
+def _memory_of(name: str, precision: str) -> str:
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", f"{name}/{precision}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _measure_memory(config: BenchmarkConfig) -> None:
+    assert config.only is not None
+    name, precision = config.only.split("/")
+    variant = VARIANTS[name](config, precision == "bf16")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        variant.step()
+    if use_cuda():
+        print(f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+    else:
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"{after / 2**10:.0f} MiB (+{(after - before) / 2**10:.0f} by steps)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,44 @@
+"""The gated activation of the MLP in few passes over memory.
+
+    SwiGLU(x) = silu(gate) * up,   [gate ; up] = W_fc1 x          (arXiv 2002.05202)
+
+The forward pass equals the engine's to the bit. The engine's unfused backward builds both halves' gradients and then
+copies them together; here they are written where they belong. Shapes: [s, b, 2 f/t] -> [s, b, f/t].
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_and_up)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(grads[0], F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        return grad
+
+
+def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """[..., 2 f] -> [..., f]: silu of the first half times the second."""
+    return _SwiGLU.apply(gate_and_up)
+
+
+class SwiGLU(MegatronModule):
+    """The activation of a gated MLP, as the engine's MLP takes it from a layer spec."""
+
+    def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
+        """[s, b, 2 f/t] -> [s, b, f/t]."""
+        return swiglu(gate_and_up)
