@@ -112,10 +112,12 @@ class Preprocessor:
                     inputs=[source.path for source in self.sources],
                     extra=self._manifest_extra(totals),
                 )
+            work.remove()
         except (ValueError, OSError):
             work.remove()
             raise
-        work.remove()
+        finally:
+            work.release()
         return Summary(self.prefixes, self.choice, totals, time.monotonic() - begin, self.resumed_shards)
 
     def _plan(self) -> dict[str, Any]:

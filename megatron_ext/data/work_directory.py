@@ -34,9 +34,9 @@ class WorkDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.release()
             raise ValueError(f"--output-prefix {output_prefix}: another run is writing it ({self.path})") from None
-        self.resumed = resume and (self.path / PLAN).is_file()
-        if self.resumed:
+        if resume and (self.path / PLAN).is_file():
             self._check_plan(plan)
         else:
             self._clear()
@@ -46,6 +46,7 @@ class WorkDirectory:
         before = json.loads((self.path / PLAN).read_text())
         for name, value in json.loads(json.dumps(plan)).items():
             if before.get(name) != value:
+                self.release()
                 raise ValueError(
                     f"--resume: {name} is {value!r} and was {before.get(name)!r} in the run to resume; "
                     f"without --resume it starts anew"
@@ -85,4 +86,8 @@ class WorkDirectory:
     def remove(self) -> None:
         """Removes the directory and all in it."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Lets another process take the directory up."""
         self._lock.close()

@@ -119,7 +119,7 @@ def _read(
 
 def _cut(batch: Batch, limit: int) -> None:
     """Shortens a batch to its first documents, and forgets what was rejected after them."""
-    if len(batch.texts[0]) > limit:
+    if len(batch.texts[0]) >= limit:
         last = batch.places[limit - 1]
         batch.rejects = [reject for reject in batch.rejects if reject.line < last]
         batch.texts = [texts[:limit] for texts in batch.texts]
