@@ -36,7 +36,7 @@ def _families(configs: dict[str, Any], tokenizer: Any) -> list[Any]:
     from megatron_ext.per_layer.family import PerLayerFamily
 
     config: PerLayerConfig = configs["per_layer"]
-    return [PerLayerFamily.from_config(config, tokenizer)] if config.use_per_layer_embedding else []
+    return [PerLayerFamily.from_tokenizer(config, tokenizer)] if config.use_per_layer_embedding else []
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ The loop knows no family and no model. Everything it calls is collective, and ev
 ranks share (losses and norms are reduced, clocks and signals are agreed on), so that all ranks leave together.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
+import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_ext.config.checkpoint import CheckpointConfig
@@ -16,8 +19,14 @@ from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.family import Batch
 from megatron_ext.training.metrics import StepMetrics
 from megatron_ext.training.reporting import Reporter
-from megatron_ext.training.signals import EXIT_DIVERGED, EXIT_OK, StopSignals
+from megatron_ext.training.signals import SignalWatcher
 from megatron_ext.training.step import Stepper, StepResult
+
+EXIT_OK = 0
+"""The run is complete, or has stopped where `--exit-interval` or `--exit-duration-in-mins` says."""
+
+EXIT_NOT_FINITE = 3
+"""`--max-consecutive-nan-steps` steps in a row had a loss or gradient that is not finite."""
 
 Batches = Callable[[int], Iterator[Batch]]
 """Consumed samples -> endless micro-batches from there on."""
@@ -69,7 +78,7 @@ class Loop:
         started = time.monotonic()
         saved_at = progress.iteration
         not_finite_in_a_row = 0
-        with StopSignals() as signals:
+        with SignalWatcher() as signals:
             batches = self.data.train(progress.consumed_samples)
             while progress.iteration < self.total_iterations:
                 progress, skipped = self._step(progress, batches)
@@ -79,7 +88,7 @@ class Loop:
                         f"stopped at step {progress.iteration}: loss or gradient norm not finite in "
                         f"{not_finite_in_a_row} steps in a row; no checkpoint was written of them"
                     )
-                    return EXIT_DIVERGED
+                    return EXIT_NOT_FINITE
                 if self._is_due(progress.iteration, self.training.eval_interval):
                     self._evaluate(progress)
                 reason, code = self._reason_to_stop(progress, started, signals)
@@ -134,18 +143,16 @@ class Loop:
         )
 
     def _reason_to_stop(
-        self, progress: Progress, started: float, signals: StopSignals
+        self, progress: Progress, started: float, signals: SignalWatcher
     ) -> tuple[str | None, int]:
         """Why to leave after this step (None to go on) and the exit code; the same on every rank."""
-        limit = self.training.exit_duration_in_mins
-        expired = limit is not None and time.monotonic() - started > 60 * limit
-        event = signals.agree(expired)
-        if event.signal is not None:
-            return f"received {event.signal.name}", event.exit_code
-        if event.expired:
-            return f"--exit-duration-in-mins {limit} is over", EXIT_OK
-        interval = self.training.exit_interval
-        if interval is not None and progress.iteration % interval == 0:
+        code = signals.agreed_exit_code()
+        if code is not None:
+            return f"received {signal.Signals(code - 128).name}, exit code {code}", code
+        limit, interval = self.training.exit_duration_in_mins, self.training.exit_interval
+        if limit is not None and _on_any_rank(time.monotonic() - started > 60 * limit):
+            return f"--exit-duration-in-mins {limit}", EXIT_OK
+        if self._is_due(progress.iteration, interval):
             return f"--exit-interval {interval}", EXIT_OK
         return None, EXIT_OK
 
@@ -185,3 +192,10 @@ class Loop:
     @staticmethod
     def _is_due(iteration: int, interval: int | None) -> bool:
         return interval is not None and iteration % interval == 0
+
+
+def _on_any_rank(condition: bool) -> bool:
+    """True everywhere if it is true on any rank: clocks differ, and all ranks must leave together. Collective."""
+    value = torch.tensor([condition], dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -8,7 +8,6 @@ What a user may have got wrong is checked before the process group starts, where
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,16 @@ from megatron_ext.data.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.models.accounting import model_cost
+from megatron_ext.models.accounting import model_cost, training_flops_per_token
 from megatron_ext.models.build import build_model
 from megatron_ext.platform import distributed
-from megatron_ext.training.checkpoint import Checkpointer, Progress, check_writable
+from megatron_ext.training.checkpoint import Checkpointer, Progress
+from megatron_ext.training.checkpoint_files import check_writable
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.loop import Data, Loop
+from megatron_ext.training.loop import EXIT_OK, Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.reporting import Reporter
-from megatron_ext.training.signals import EXIT_OK
 from megatron_ext.training.step import Stepper
 
 MakeFamilies = Callable[[dict[str, Any], Tokenizer], list[Family]]
@@ -78,7 +77,7 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
     for prefix in prefixes:
         check_dataset(prefix, tokenizer.fingerprint())
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
-        check_writable(Path(configs["checkpoint"].save))
+        check_writable(configs["checkpoint"].save)
 
 
 def _is_weight(text: str) -> bool:
@@ -120,17 +119,17 @@ def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]
         chunks=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
-        run_config=run_configuration(configs, tokenizer, families),
+        run_config=run_configuration(configs, tokenizer),
         families=families,
     )
     progress = checkpointer.load() or Progress()
     data = _build_data(configs, tokenizer, families, global_batch_size)
-    cost = model_cost(model, tokenizer.vocab_size)
-    costs = [cost, *(c for family in families if (c := family.cost(model)) is not None)]
+    base = model_cost(model, tokenizer.vocab_size, parallel.tensor_model_parallel_size)
+    costs = [base, *(c for family in families if (c := family.cost(model)) is not None)]
     with Reporter(
         configs["logging"],
         total_iterations=training.resolved_train_iters(global_batch_size),
-        flops_per_token=3 * sum(cost.forward_flops_per_token for cost in costs),
+        flops_per_token=training_flops_per_token(costs),
         bf16=training.bf16,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
@@ -148,15 +147,12 @@ def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]
         return loop.evaluate_only(progress) if training.skip_train else loop.run(progress)
 
 
-def run_configuration(
-    configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]
-) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: all configurations, the vocabulary, the families."""
+def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it: all configurations and the vocabulary."""
     return {
-        "configs": configs_to_dict(configs),
+        **configs_to_dict(configs),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "families": {family.name: family.configuration() for family in families},
     }
 
 

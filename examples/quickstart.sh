@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The whole story of per-layer GPT pretraining on real text, on two CPU cores in a few minutes: `make quickstart`.
+# Every command is printed before it runs. Everything it makes is under runs/quickstart, or the directory given.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs/quickstart}
+python=${PYTHON:-python3}
+# Two processes share the cores; more threads than cores would only make them wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+run() {
+    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    "$@"
+}
+torchrun() {
+    "$python" -m torch.distributed.run --nproc-per-node 2 --log-dir "$out/torchrun" "$@"
+}
+
+rm -rf "$out"
+mkdir -p "$out"
+
+echo "== 1. Real text that is on every machine: CPython's documentation, docstrings and sources"
+run "$python" tools/build_corpus.py --output "$out/train.jsonl" --held-out "$out/held_out.jsonl" \
+    --max-bytes 8000000 --held-out-fraction 0.1
+
+echo "== 2. A tokenizer, trained on it"
+run "$python" tools/train_tokenizer.py --input "$out/train.jsonl" --output-dir "$out/tokenizer" --vocab-size 4096
+tokenizer=(--tokenizer-type GPT2BPETokenizer --vocab-file "$out/tokenizer/vocab.json"
+    --merge-file "$out/tokenizer/merges.txt")
+
+echo "== 3. Indexed datasets, and per-layer ids beside the tokens"
+for part in train held_out; do
+    run "$python" tools/preprocess_data.py --input "$out/$part.jsonl" --output-prefix "$out/$part" \
+        "${tokenizer[@]}" --append-eod
+done
+run "$python" tools/preprocess_per_layer_data.py --input "$out/train.jsonl" --output-prefix "$out/train" \
+    --per-layer-output-prefix "$out/train_per_layer" "${tokenizer[@]}" \
+    --per-layer-vocab-file "$out/per_layer_vocab.json" --per-layer-vocab-size 2000 --per-layer-strategy syntax_focus
+
+echo "== 4. Training: two processes, tensor parallel"
+train=(pretrain_gpt_per_layer.py --config examples/gpt_per_layer/quickstart.yaml "${tokenizer[@]}"
+    --data-path "$out/train_text_document" --per-layer-vocab-file "$out/per_layer_vocab.json"
+    --data-cache-path "$out/cache" --tensorboard-dir "$out/tensorboard" --save "$out/checkpoint")
+run torchrun "${train[@]}" --exit-interval 100
+
+echo "== 5. The same run goes on from its checkpoint"
+run torchrun "${train[@]}" --load "$out/checkpoint"
+
+echo "== 6. Held-out text: loss and perplexity, beside the unigram entropy of the corpus"
+run torchrun tools/evaluate.py --load "$out/checkpoint" --data-path "$out/held_out_text_document" \
+    --unigram-from "$out/train_text_document" --output "$out/evaluation.json"
+
+echo "== 7. A continuation"
+run torchrun tools/generate.py --load "$out/checkpoint" --prompt "The function returns" --max-new-tokens 48 \
+    --temperature 0.7 --top-p 0.9
+
+echo "== 8. What happened"
+run "$python" tools/training_summary.py --tensorboard-dir "$out/tensorboard" --evaluation "$out/evaluation.json"
+cat <<TEXT
+
+Look at the curves and the per-layer statistics:
+    .venv/bin/tensorboard --logdir $out/tensorboard
+Everything is in $out.
+TEXT

@@ -1,0 +1,8 @@
+"""The families a checkpoint may hold, by the name under which it holds them. For tools that serve all of them."""
+
+from typing import Any
+
+from megatron_ext.per_layer.family import PerLayerFamily
+
+FAMILIES: dict[str, type[Any]] = {PerLayerFamily.name: PerLayerFamily}
+"""Family's name -> class with `from_configuration`."""

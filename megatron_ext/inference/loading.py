@@ -1,0 +1,94 @@
+"""Rebuilds the model of a checkpoint, families included, at any tensor x pipeline cut, for evaluation and generation.
+
+Everything needed is in the checkpoint: configurations, vocabulary size, families. Only the tokenizer's files are outside
+it; where they have moved, the caller gives new paths.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.validate import validate
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.models.build import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import distributed
+from megatron_ext.training.checkpoint import load_weights, read_run_config
+from megatron_ext.training.family import Family
+
+FamilyTypes = dict[str, type[Any]]
+"""Name -> family class with `from_configuration`; the script that calls knows which families there are."""
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A model ready for inference."""
+
+    model: GPTModel
+    """This rank's only chunk, in evaluation mode."""
+
+    config: ModelConfig
+    """The base model's configuration."""
+
+    families: list[Family]
+    """Its families."""
+
+    tokenizer: Tokenizer
+    """The tokenizer it was trained with."""
+
+
+def load_model(
+    path: str,
+    families: FamilyTypes,
+    *,
+    ckpt_step: int | None = None,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    bf16: bool = False,
+    tokenizer: TokenizerConfig | None = None,
+) -> LoadedModel:
+    """Joins the process group and loads a checkpoint's model.
+
+    Args:
+        path: a directory of checkpoints, or one checkpoint's own.
+        families: the families the caller knows.
+        ckpt_step: the step to load instead of the newest.
+        tensor_model_parallel_size: the cut; need not be the checkpoint's.
+        pipeline_model_parallel_size: likewise.
+        bf16: the precision to run in.
+        tokenizer: where the tokenizer's files are, if not where training found them.
+
+    Raises:
+        ValueError: the cut does not fit the model, the tokenizer is another one, the checkpoint is damaged or of a family
+            that the caller does not know.
+        OSError: something cannot be read.
+    """
+    stored = read_run_config(path, ckpt_step)
+    configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
+    model: ModelConfig = replace(configs["model"], hidden_dropout=0.0, attention_dropout=0.0)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+    )
+    validate(model, parallel)
+    built = build_tokenizer(tokenizer or configs["tokenizer"])
+    if built.fingerprint() != stored["tokenizer_fingerprint"]:
+        raise ValueError(f"{path}: was trained with another tokenizer than the one given")
+    unknown = set(stored["families"]) - set(families)
+    if unknown:
+        raise ValueError(f"{path}: holds the family {', '.join(sorted(unknown))}, which this tool does not know")
+    made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
+    distributed.initialize(parallel, seed=1234)
+    chunks = build_model(
+        model,
+        parallel,
+        vocab_size=stored["vocab_size"],
+        seed=1234,
+        bf16=bf16,
+        extensions=[family.extension() for family in made],
+    )
+    load_weights(path, chunks, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
+    return LoadedModel(model=chunks[0].eval(), config=model, families=made, tokenizer=built)

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Generates text with a checkpoint: greedy, temperature, top-k, top-p, with a KV cache; also under `torchrun`."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to continue, how tokens are chosen, and how the model is cut."""
+
+    load: str
+    """Directory of checkpoints, or one checkpoint's own."""
+
+    prompt: tuple[str, ...] = ()
+    """Texts to continue."""
+
+    prompt_file: str | None = None
+    """File with a prompt on each line; - is standard input (single process)."""
+
+    ckpt_step: int | None = None
+    """Step to load, instead of the newest complete one."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate after each prompt."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token (greedy)."""
+
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is all."""
+
+    top_p: float = 0.0
+    """Only the most likely tokens that together have this probability; 0 is all."""
+
+    seed: int = 1234
+    """Seed of the choice."""
+
+    tensor_model_parallel_size: int | None = None
+    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+
+    pipeline_model_parallel_size: int = 1
+    """Processes among which the layers are split."""
+
+    bf16: bool = False
+    """Compute in bfloat16."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        if not self.prompt and self.prompt_file is None:
+            raise ValueError("--prompt: missing (or --prompt-file)")
+
+
+def main() -> None:
+    """Prints every prompt with its continuation on rank 0."""
+    config: GenerateConfig = parse(
+        GenerateConfig,
+        prog="tools/generate.py",
+        description="Continue prompts with a checkpoint.",
+        example='python tools/generate.py --load runs/ckpt --prompt "def main(" --temperature 0.8 --top-p 0.9',
+    )["config"]
+    from megatron_ext.families import FAMILIES
+    from megatron_ext.inference.generation import Sampling, generate
+    from megatron_ext.inference.loading import load_model
+    from megatron_ext.platform import distributed
+
+    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    Sampling(**sampling)  # a mistake in these is told before the model is loaded
+    texts = _prompts(config)
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    loaded = load_model(
+        config.load,
+        FAMILIES,
+        ckpt_step=config.ckpt_step,
+        tensor_model_parallel_size=config.tensor_model_parallel_size
+        or max(1, processes // config.pipeline_model_parallel_size),
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        bf16=config.bf16,
+    )
+    tokenizer = loaded.tokenizer
+    prompts = [tokenizer.tokenize(text) for text in texts]
+    found = generate(
+        loaded.model,
+        loaded.families,
+        prompts,
+        Sampling(**sampling, stop_token=tokenizer.eod),
+        tokenizer.vocab_size,
+    )
+    if distributed.rank() == 0:
+        for prompt, new in zip(prompts, found, strict=True):
+            print(tokenizer.detokenize(prompt + new), flush=True)
+            print("-" * 40, flush=True)
+    distributed.shutdown()
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    texts = list(config.prompt)
+    if config.prompt_file is not None:
+        content = sys.stdin.read() if config.prompt_file == "-" else Path(config.prompt_file).read_text()
+        texts += [line for line in content.splitlines() if line.strip()]
+    if not all(texts) or not texts:
+        raise ValueError(f"--prompt {list(config.prompt)}: a prompt must not be empty")
+    return texts
+
+
+if __name__ == "__main__":
+    run_main(main)

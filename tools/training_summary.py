@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Prints a run's losses from its TensorBoard files as a table, beside the baselines of an evaluation."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryConfig:
+    """What to read and how much to print."""
+
+    tensorboard_dir: str
+    """Directory that training wrote its event files to."""
+
+    evaluation: str | None = None
+    """JSON that tools/evaluate.py wrote."""
+
+    rows: int = 10
+    """Rows of the table, spread evenly over the run; evaluated steps come first."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 2, "rows")
+
+
+def main() -> None:
+    """Reads, picks rows, prints."""
+    config: SummaryConfig = parse(
+        SummaryConfig,
+        prog="tools/training_summary.py",
+        description="The losses of a run, from its TensorBoard files.",
+        example="python tools/training_summary.py --tensorboard-dir runs/quickstart/tensorboard",
+    )["config"]
+    from rich.console import Console
+    from rich.table import Table
+
+    losses, validation = _read(config.tensorboard_dir)
+    table = Table(title="cross-entropy in nats a token")
+    for column in ("step", "training loss", "validation loss", "validation perplexity"):
+        table.add_column(column, justify="right")
+    for step in _pick(sorted(losses), sorted(validation), config.rows):
+        loss = validation.get(step)
+        shown = ("", "") if loss is None else (f"{loss:.4f}", f"{math.exp(loss):.2f}")
+        table.add_row(str(step), f"{losses[step]:.4f}" if step in losses else "", *shown)
+    console = Console(width=100)
+    console.print(table)
+    if config.evaluation is not None:
+        for prefix, found in json.loads(Path(config.evaluation).read_text()).items():
+            console.print(_describe(prefix, found), highlight=False, soft_wrap=True)
+
+
+def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Step -> training loss, and step -> validation loss.
+
+    Raises:
+        FileNotFoundError: no event files there.
+        ValueError: they hold no losses.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not list(Path(directory).glob("**/events.out.tfevents.*")):
+        raise FileNotFoundError(f"--tensorboard-dir {directory}: no TensorBoard files there")
+    events = EventAccumulator(directory, size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    if "lm loss" not in tags:
+        raise ValueError(f"--tensorboard-dir {directory}: its files hold no 'lm loss'")
+    found = ("lm loss", "lm loss validation")
+    training, validation = ({e.step: e.value for e in events.Scalars(tag)} if tag in tags else {} for tag in found)
+    return training, validation
+
+
+def _pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
+    """First, last and evaluated steps, filled up evenly to `rows`."""
+    evenly = [steps[round(i * (len(steps) - 1) / (rows - 1))] for i in range(rows)]
+    kept = dict.fromkeys([steps[0], steps[-1], *evaluated[-rows:], *evenly])
+    return sorted(list(kept)[: max(rows, 2)])
+
+
+def _describe(prefix: str, found: dict[str, float]) -> str:
+    line = f"held-out {prefix}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+    if "unigram_cross_entropy" in found:
+        entropy = found["unigram_cross_entropy"]
+        line += f"; unigram entropy {entropy:.4f} (perplexity {math.exp(entropy):.2f})"
+    return line
+
+
+if __name__ == "__main__":
+    run_main(main)
