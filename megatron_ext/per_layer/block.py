@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.norm import RMSNorm
@@ -34,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class PerLayerBlock(torch.nn.Module):
+class PerLayerBlock(MegatronModule):
     """Gates a layer's per-layer vector into the residual stream; see the formula at the top of this file."""
 
     def __init__(
@@ -53,8 +54,8 @@ class PerLayerBlock(torch.nn.Module):
         settings: PLE's configuration.
         stage_layers: number of layers of a stage.
         """
-        super().__init__()
-        self.config, self.settings = config, settings
+        super().__init__(config)
+        self.settings = settings
         self.layer_number = layer_number
         self.stage_layers = stage_layers
         hidden, width = config.hidden_size, settings.per_layer_hidden_size

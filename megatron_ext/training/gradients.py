@@ -16,12 +16,12 @@ def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
             continue
         for buffer in chunk.buffers:
             ranks = buffer.data_parallel_group.size()
-            for bucket in buffer.buckets:
+            for parameter, (start, end, bucket_number) in buffer.param_index_map.items():
+                bucket = buffer.buckets[bucket_number]
                 size = bucket.grad_data.numel() // ranks
-                first = size * buffer.data_parallel_group.rank()
-                for parameter, (start, end) in bucket.param_to_index.items():
-                    low, high = max(first, start), min(first + size, end)
-                    parameter.reduced_range = (low - start, max(low, high) - start)
+                first = bucket.offset + size * buffer.data_parallel_group.rank()
+                low, high = max(first, start), min(first + size, end)
+                parameter.reduced_range = (low - start, high - start) if low < high else (0, 0)
 
 
 def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
