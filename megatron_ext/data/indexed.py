@@ -97,10 +97,13 @@ class Index:
 
         Document `num_documents` may be asked for too: it starts where the tokens end.
         """
-        first = np.asarray(self.document_indices[begin:end])
-        starts = np.full(len(first), self.num_tokens, dtype=np.int64)
-        inside = first < self.num_sequences
-        starts[inside] = self.pointers[first[inside]] // self.dtype.itemsize
+        return self.sequence_starts(np.asarray(self.document_indices[begin:end]))
+
+    def sequence_starts(self, sequences: IntArray) -> npt.NDArray[np.int64]:
+        """Token offsets where some sequences start, int64; sequence S starts where the tokens end."""
+        starts = np.full(len(sequences), self.num_tokens, dtype=np.int64)
+        inside = sequences < self.num_sequences
+        starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
         return starts
 
 

@@ -56,7 +56,7 @@ def count_tokens(
     tokens = index.tokens()
     for begin, end in chunks(index.num_tokens, _CHUNK_TOKENS):
         chunk = tokens[begin:end]
-        _check_bounds(index, chunk, vocab_size)
+        check_bounds(index, chunk, vocab_size)
         counts += np.bincount(chunk, minlength=vocab_size)
         progress(end - begin)
     return counts
@@ -91,27 +91,42 @@ def write_aligned(
     """
     check_contiguous(index)
     dtype = optimal_dtype(per_layer_vocab_size)
-    narrow = table.astype(dtype)
-    tokens = index.tokens()
     with (
         write_atomically(idx_path(output_prefix)) as idx_temporary,
         write_atomically(bin_path(output_prefix)) as bin_temporary,
     ):
         with bin_temporary.open("wb") as stream:
-            for begin, end in chunks(index.num_tokens, _CHUNK_TOKENS):
-                chunk = tokens[begin:end]
-                _check_bounds(index, chunk, len(table))
-                ids = np.take(narrow, chunk, mode="clip")  # bounds are checked; "clip" skips a second check
-                if strategy == "attention_guidance":
-                    _mark(index, ids, chunk, begin, eod)
+            for ids in derive(index, table.astype(dtype), strategy, eod=eod):
                 stream.write(ids.data)
-                progress(end - begin)
+                progress(len(ids))
             stream.flush()
             os.fsync(stream.fileno())
         write_index(idx_temporary, dtype, index.lengths, index.document_indices)
         for stale in (idx_path(output_prefix), manifest_path(output_prefix)):
             if os.path.exists(stale):
                 os.unlink(stale)
+
+
+def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> Iterator[IntArray]:
+    """Yield the per-layer ids of a tokenized dataset, chunk by chunk, in the table's type.
+
+    Args:
+        index: the tokenized dataset.
+        table: [V] per-layer id of each token id.
+        strategy: what the table was built for; `attention_guidance` adds its marks.
+        eod: end-of-document token id of the main tokenizer.
+
+    Raises:
+        ValueError: a token id is not below V.
+    """
+    tokens = index.tokens()
+    for begin, end in chunks(index.num_tokens, _CHUNK_TOKENS):
+        chunk = tokens[begin:end]
+        check_bounds(index, chunk, len(table))
+        ids = np.take(table, chunk, mode="clip")  # bounds are checked; "clip" skips a second check
+        if strategy == "attention_guidance":
+            _mark(index, ids, chunk, begin, eod)
+        yield ids
 
 
 def document_ids(
@@ -179,11 +194,11 @@ def _document_at(index: Index, token: int) -> int:
     return low
 
 
-def _check_bounds(index: Index, tokens: IntArray, vocab_size: int) -> None:
-    """Raise if a token id is not in [0, V)."""
+def check_bounds(index: Index, tokens: IntArray, vocab_size: int) -> None:
+    """Raise `ValueError` if a token id is not in [0, V)."""
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(
-            f"{bin_path(index.prefix)} holds token id {wrong}, but the tokenizer has {vocab_size} ids"
+            f"{bin_path(index.prefix)} holds token id {wrong}, but the vocabulary has {vocab_size} ids"
         )

@@ -1,12 +1,14 @@
 """The corpus of the standard library."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_ext.data import corpus
 
-MODULES = {
+MODULES: dict[str, str | bytes] = {
     "one.py": '"""First module."""\n\ndef f():\n    """Does f."""\n',
     "two.py": "x = 1\n",
     "package/three.py": '"""Third."""\n\nclass C:\n    """A class, \\ud800."""\n',
@@ -20,7 +22,7 @@ MODULES = {
 
 
 @pytest.fixture
-def small_library(tmp_path, monkeypatch):
+def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A standard library of a few modules, and no topics but two."""
     for name, source in MODULES.items():
         path = tmp_path / "lib" / name
@@ -33,11 +35,11 @@ def small_library(tmp_path, monkeypatch):
     return tmp_path
 
 
-def read(path):
+def read(path: Any) -> Any:
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_documents_are_topics_docstrings_and_sources_without_duplicates(small_library):
+def test_documents_are_topics_docstrings_and_sources_without_duplicates(small_library: Any) -> None:
     documents = list(corpus.standard_library_documents())
     assert [(d.kind, d.text) for d in documents[:4]] == [
         ("topics", "The if statement"),
@@ -50,7 +52,7 @@ def test_documents_are_topics_docstrings_and_sources_without_duplicates(small_li
     assert sources == kept
 
 
-def test_files_are_disjoint_by_origin_complete_and_the_same_every_time(small_library):
+def test_files_are_disjoint_by_origin_complete_and_the_same_every_time(small_library: Any) -> None:
     train, held_out = small_library / "out/train.jsonl", small_library / "out/held.jsonl"
     counts = corpus.write_corpus(str(train), str(held_out), held_out_fraction=0.3)
     first = train.read_bytes(), held_out.read_bytes()
@@ -66,7 +68,7 @@ def test_files_are_disjoint_by_origin_complete_and_the_same_every_time(small_lib
     assert sorted(path.name for path in (small_library / "out").iterdir()) == ["held.jsonl", "train.jsonl"]
 
 
-def test_size_limit_prefers_documentation_and_repeat_multiplies_the_training_file(small_library):
+def test_size_limit_prefers_documentation_and_repeat_multiplies_the_training_file(small_library: Any) -> None:
     train, held_out = small_library / "train.jsonl", small_library / "held.jsonl"
     total = sum(len(d.text.encode()) for d in list(corpus.standard_library_documents())[:40])
     once = corpus.write_corpus(str(train), str(held_out), max_bytes=total, held_out_fraction=0.5)
@@ -78,7 +80,7 @@ def test_size_limit_prefers_documentation_and_repeat_multiplies_the_training_fil
     assert thrice[1] == once[1]
 
 
-def test_arguments_out_of_range_are_refused_and_nothing_is_written(small_library):
+def test_arguments_out_of_range_are_refused_and_nothing_is_written(small_library: Any) -> None:
     out = str(small_library / "a.jsonl"), str(small_library / "b.jsonl")
     for arguments, message in (
         ({"max_bytes": 0}, "--max-bytes"),
@@ -93,7 +95,7 @@ def test_arguments_out_of_range_are_refused_and_nothing_is_written(small_library
     assert not (small_library / "a.jsonl").exists()
 
 
-def test_this_interpreter_has_a_corpus_of_real_text(tmp_path):
+def test_this_interpreter_has_a_corpus_of_real_text(tmp_path: Path) -> None:
     train, _ = corpus.write_corpus(str(tmp_path / "t"), str(tmp_path / "h"), max_bytes=600_000)
     assert train.text_bytes > 400_000
     assert any("Return" in text for text in read(tmp_path / "t"))

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ TABLE = (np.random.default_rng(0).permutation(VOCAB)).astype(np.int32)
 SEQ = 16
 
 
-def make(prefix, *, documents=60, seed=0, aligned=True, strategy="syntax_focus"):
+def make(
+    prefix: Any, *, documents: Any = 60, seed: Any = 0, aligned: Any = True, strategy: Any = "syntax_focus"
+) -> Any:
     """A random dataset whose documents end with the end-of-document token 0, and its aligned one."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 40, documents)
@@ -33,7 +36,7 @@ def make(prefix, *, documents=60, seed=0, aligned=True, strategy="syntax_focus")
     return prefix
 
 
-def build(data, samples=(40, 10, 0), per_layer=None, **more):
+def build(data: Any, samples: Any = (40, 10, 0), per_layer: Any = None, **more: Any) -> Any:
     return build_datasets(
         data,
         seq_length=SEQ,
@@ -45,7 +48,9 @@ def build(data, samples=(40, 10, 0), per_layer=None, **more):
     )
 
 
-def assert_same_samples(ours, theirs, keys=("tokens", "labels", "loss_mask", "position_ids")):
+def assert_same_samples(
+    ours: Any, theirs: Any, keys: Any = ("tokens", "labels", "loss_mask", "position_ids")
+) -> None:
     assert len(ours) == len(theirs)
     for number in range(len(ours)):
         for key in keys:
@@ -53,7 +58,7 @@ def assert_same_samples(ours, theirs, keys=("tokens", "labels", "loss_mask", "po
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_samples_are_mcores(tmp_path, reset):
+def test_samples_are_mcores(tmp_path: Path, reset: Any) -> None:
     prefix = make(f"{tmp_path}/d")
     flags = {"reset_position_ids": reset, "reset_attention_mask": reset, "eod_mask_loss": reset}
     ours = build(DataConfig(data_path=(prefix,), split="80,20", **flags), samples=(300, 10, 0))
@@ -76,7 +81,7 @@ def test_samples_are_mcores(tmp_path, reset):
     assert ours[2] is None
 
 
-def test_aligned_ids_are_those_of_the_tokens_in_every_split_and_epoch(tmp_path):
+def test_aligned_ids_are_those_of_the_tokens_in_every_split_and_epoch(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d")
     train, valid, test = build(DataConfig(data_path=(prefix,), split="6,3,1"), (200, 20, 5), [f"{prefix}_pl"])
     for dataset in (train, valid, test):
@@ -87,7 +92,7 @@ def test_aligned_ids_are_those_of_the_tokens_in_every_split_and_epoch(tmp_path):
     assert torch.equal(train[None]["per_layer_ids"], train[0]["per_layer_ids"])
 
 
-def test_positional_ids_follow_the_documents(tmp_path):
+def test_positional_ids_follow_the_documents(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d", strategy="attention_guidance")
     train, _, _ = build(DataConfig(data_path=(prefix,)), (100, 0, 0), [f"{prefix}_pl"])
     for number in range(len(train)):
@@ -98,7 +103,7 @@ def test_positional_ids_follow_the_documents(tmp_path):
 
 
 @pytest.mark.parametrize("weights", [None, (0.3, 0.7)])
-def test_aligned_ids_follow_a_blend(tmp_path, weights):
+def test_aligned_ids_follow_a_blend(tmp_path: Path, weights: Any) -> None:
     prefixes = [make(f"{tmp_path}/d{seed}", seed=seed) for seed in (1, 2)]
     flat = (
         tuple(prefixes) if weights is None else (str(weights[0]), prefixes[0], str(weights[1]), prefixes[1])
@@ -113,7 +118,7 @@ def test_aligned_ids_follow_a_blend(tmp_path, weights):
         assert np.array_equal(train[number]["per_layer_ids"], TABLE[train[number]["tokens"]])
 
 
-def test_splits_of_their_own(tmp_path):
+def test_splits_of_their_own(tmp_path: Path) -> None:
     prefixes = [make(f"{tmp_path}/d{seed}", seed=seed) for seed in (1, 2)]
     data = DataConfig(train_data_path=(prefixes[0],), valid_data_path=(prefixes[1],))
     train, valid, test = build(data, (50, 20, 0), [f"{prefix}_pl" for prefix in prefixes])
@@ -127,13 +132,13 @@ def test_splits_of_their_own(tmp_path):
             assert np.array_equal(dataset[number]["per_layer_ids"], TABLE[dataset[number]["tokens"]])
 
 
-def _documents(tokens):
+def _documents(tokens: Any) -> Any:
     """Cut after every end-of-document token."""
     ends = [position + 1 for position, token in enumerate(tokens) if token == 0]
     return [tokens[a:b] for a, b in zip([0, *ends], [*ends, len(tokens)], strict=True)]
 
 
-def test_missing_per_layer_data_is_named_with_the_command_that_makes_it(tmp_path):
+def test_missing_per_layer_data_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/corpus_text_document", aligned=False)
     message = (
         rf"Per-layer data file not found: {re.escape(str(tmp_path))}/pl_text_document\.bin; make it with: python"
@@ -153,7 +158,7 @@ def test_missing_per_layer_data_is_named_with_the_command_that_makes_it(tmp_path
         ([[[1, 2]], [[4, 4]], [[5, 6]]], "the length of sequence 0 is 3 and 2"),
     ],
 )
-def test_per_layer_data_of_another_shape_is_refused(tmp_path, other, message):
+def test_per_layer_data_of_another_shape_is_refused(tmp_path: Path, other: Any, message: Any) -> None:
     prefix = f"{tmp_path}/d"
     write_dataset(prefix, [[[1, 2, 3]], [[4]], [[5, 6]]])
     write_dataset(f"{prefix}_pl", other)
@@ -161,7 +166,7 @@ def test_per_layer_data_of_another_shape_is_refused(tmp_path, other, message):
         build(DataConfig(data_path=(prefix,), split="1"), (2, 0, 0), [f"{prefix}_pl"])
 
 
-def test_sequences_of_other_documents_are_refused(tmp_path):
+def test_sequences_of_other_documents_are_refused(tmp_path: Path) -> None:
     prefix = f"{tmp_path}/d"
     write_dataset(prefix, [[[1], [2]], [[3]]])
     write_dataset(f"{prefix}_pl", [[[1]], [[2], [3]]])
@@ -169,11 +174,10 @@ def test_sequences_of_other_documents_are_refused(tmp_path):
         build(DataConfig(data_path=(prefix,), split="1"), (2, 0, 0), [f"{prefix}_pl"])
 
 
-def test_manifests_of_another_strategy_vocabulary_or_version_are_refused(tmp_path):
+def test_manifests_of_another_strategy_vocabulary_or_version_are_refused(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d")
     data = DataConfig(data_path=(prefix,))
     write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
-    checksum = "0" * 64
     for checksum in ("0" * 64, None):
         per_layer = {"strategy": "syntax_focus", "vocab_size": VOCAB, "source_checksum": checksum}
         write_manifest(f"{prefix}_pl", tool="t", tokenizer=None, inputs=[], extra={"per_layer": per_layer})
@@ -189,7 +193,7 @@ def test_manifests_of_another_strategy_vocabulary_or_version_are_refused(tmp_pat
     build(data, per_layer=[f"{prefix}_pl"], per_layer_strategy="syntax_focus", per_layer_vocab_size=VOCAB)
 
 
-def test_data_that_cannot_be_used_is_refused_at_once(tmp_path):
+def test_data_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d", documents=3, aligned=False)
     with pytest.raises(ValueError, match="the validation split has 0 of 3 sequences and 0 tokens"):
         build(DataConfig(data_path=(prefix,), split="99,1"))  # mcore would loop for ever
@@ -210,7 +214,7 @@ def test_data_that_cannot_be_used_is_refused_at_once(tmp_path):
         build(DataConfig(data_path=(prefix,)))
 
 
-def test_data_made_again_under_the_same_name_does_not_meet_the_old_sample_index(tmp_path):
+def test_data_made_again_under_the_same_name_does_not_meet_the_old_sample_index(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d", documents=50, seed=1, aligned=False)
     data = DataConfig(data_path=(prefix,), split="1", data_cache_path=f"{tmp_path}/cache")
     build(data, (100, 0, 0))
@@ -222,7 +226,7 @@ def test_data_made_again_under_the_same_name_does_not_meet_the_old_sample_index(
     assert_same_samples(train, fresh)
 
 
-def test_a_cache_file_that_a_killed_run_left_truncated_is_made_again(tmp_path):
+def test_a_cache_file_that_a_killed_run_left_truncated_is_made_again(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d", aligned=False)
     data = DataConfig(data_path=(prefix,), split="1", data_cache_path=f"{tmp_path}/cache")
     first, _, _ = build(data, (100, 0, 0))
@@ -233,28 +237,31 @@ def test_a_cache_file_that_a_killed_run_left_truncated_is_made_again(tmp_path):
     assert all(torch.equal(again[number]["tokens"], samples[number]) for number in range(100))
 
 
-def build_on_this_rank(prefix, cache, bad):
-    """Samples of the training set on one rank, or the error's text."""
-    try:
-        data = DataConfig(data_path=("0.5", prefix, "0.5", prefix + "2"), data_cache_path=cache)
-        train, _, _ = build(data, (50, 0, 0), ["0.5", f"{prefix}_pl", "0.5", f"{prefix}2_pl"])
-    except (ValueError, OSError) as error:
-        return str(error)
-    assert not bad
-    return [train[number]["per_layer_ids"].tolist() for number in range(50)]
+def build_on_this_rank(prefix: str, cache: str, file: str, misaligned: str) -> list[Any]:
+    """Samples of a blend on one rank, then the errors of two builds that only rank 0 can notice."""
+    data = DataConfig(data_path=("0.5", prefix, "0.5", prefix + "2"), data_cache_path=cache)
+    train, _, _ = build(data, (50, 0, 0), ["0.5", f"{prefix}_pl", "0.5", f"{prefix}2_pl"])
+    results: list[Any] = [[train[number]["per_layer_ids"].tolist() for number in range(50)]]
+    for bad_cache, per_layer in ((file, f"{prefix}_pl"), (cache, misaligned)):
+        try:
+            build(DataConfig(data_path=(prefix,), data_cache_path=bad_cache), (50, 0, 0), [per_layer])
+        except (ValueError, OSError) as error:
+            results.append(str(error))
+    return results
 
 
-def test_two_ranks_see_the_same_samples_and_the_same_errors(tmp_path):
+def test_two_ranks_see_the_same_samples_and_the_same_errors(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d", seed=1)
     make(f"{tmp_path}/d2", seed=2)
-    first, second = run_distributed(build_on_this_rank, 2, prefix, f"{tmp_path}/cache", False)
-    assert first == second
-    assert len(first) == 50
     (tmp_path / "file").write_text(
         ""
     )  # a cache directory that cannot be made: rank 0 fails inside mcore's builder
-    errors = run_distributed(build_on_this_rank, 2, prefix, f"{tmp_path}/file", True)
-    assert all("file" in error for error in errors)
-    write_dataset(f"{prefix}_pl", [[[1]]])  # only rank 0 compares the shapes
-    errors = run_distributed(build_on_this_rank, 2, prefix, f"{tmp_path}/cache", True)
-    assert all("is not aligned with" in error for error in errors)
+    write_dataset(f"{tmp_path}/other", [[[1]]])  # rank 0 alone compares the shapes
+    paths = (prefix, f"{tmp_path}/cache", f"{tmp_path}/file", f"{tmp_path}/other")
+    ranks = run_distributed(build_on_this_rank, 2, *paths)
+    assert ranks[0][0] == ranks[1][0]
+    assert len(ranks[0][0]) == 50
+    for samples, in_the_builder, in_the_check in ranks:
+        assert len(samples) == 50
+        assert "file" in in_the_builder
+        assert "is not aligned with" in in_the_check

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ documents_of_sequences = st.lists(st.lists(sequences, max_size=3), max_size=8)
 
 @given(documents=documents_of_sequences, dtype=st.sampled_from([np.uint16, np.int32, np.int64, np.uint8]))
 @settings(max_examples=60, deadline=None)
-def test_index_is_read_and_written_as_mcore_does(tmp_path_factory, documents, dtype):
+def test_index_is_read_and_written_as_mcore_does(
+    tmp_path_factory: pytest.TempPathFactory, documents: Any, dtype: Any
+) -> None:
     folder = tmp_path_factory.mktemp("data")
     write_dataset(f"{folder}/d", documents, dtype)
     index = open_index(f"{folder}/d")
@@ -37,7 +40,7 @@ def test_index_is_read_and_written_as_mcore_does(tmp_path_factory, documents, dt
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_written_index_is_read_by_mcores_readers(tmp_path, mmap):
+def test_written_index_is_read_by_mcores_readers(tmp_path: Path, mmap: Any) -> None:
     tokens = np.arange(20, dtype=np.int32)
     tokens.tofile(tmp_path / "d.bin")
     write_index(tmp_path / "d.idx", np.int32, np.array([3, 10, 7]), np.array([0, 1, 1, 3]))
@@ -51,7 +54,7 @@ def test_written_index_is_read_by_mcores_readers(tmp_path, mmap):
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_pointers_beyond_four_gib_are_as_mcore_reads_them(tmp_path, mmap):
+def test_pointers_beyond_four_gib_are_as_mcore_reads_them(tmp_path: Path, mmap: Any) -> None:
     lengths = np.array([1_200_000_000, 1_200_000_000, 4])  # 4.8 GB of uint16, a sparse file
     with open(tmp_path / "d.bin", "wb") as stream:
         stream.seek(int(lengths[:2].sum()) * 2)
@@ -67,15 +70,15 @@ def test_pointers_beyond_four_gib_are_as_mcore_reads_them(tmp_path, mmap):
 
 
 @pytest.mark.parametrize("size", [None, 1, 65_499, 65_500, 65_501, 200_000])
-def test_token_type_is_chosen_as_mcore_does(size):
+def test_token_type_is_chosen_as_mcore_does(size: Any) -> None:
     assert optimal_dtype(size) is DType.optimal_dtype(size)
 
 
-def test_dtype_codes_are_mcores():
+def test_dtype_codes_are_mcores() -> None:
     assert {code.value: DType.dtype_from_code(code.value) for code in DType} == DTYPE_CODES
 
 
-def test_damaged_files_are_refused_with_the_file_and_both_sizes(tmp_path):
+def test_damaged_files_are_refused_with_the_file_and_both_sizes(tmp_path: Path) -> None:
     prefix = str(tmp_path / "d")
     write_dataset(prefix, [[[1, 2, 3]], [[4, 5]]])
     binary, index = tmp_path / "d.bin", tmp_path / "d.idx"
@@ -111,7 +114,7 @@ def test_damaged_files_are_refused_with_the_file_and_both_sizes(tmp_path):
         (34 + 3 * 12, 1, "must start at 0"),
     ],
 )
-def test_full_check_finds_a_wrong_entry(tmp_path, offset, value, message):
+def test_full_check_finds_a_wrong_entry(tmp_path: Path, offset: Any, value: Any, message: Any) -> None:
     write_dataset(str(tmp_path / "d"), [[[1, 2, 3], [4, 5]], [[6]]])
     with open(tmp_path / "d.idx", "r+b") as stream:
         stream.seek(offset)
@@ -120,7 +123,9 @@ def test_full_check_finds_a_wrong_entry(tmp_path, offset, value, message):
         check_contiguous(open_index(str(tmp_path / "d")))
 
 
-def test_writing_an_index_leaves_a_complete_file_or_none(tmp_path, monkeypatch):
+def test_writing_an_index_leaves_a_complete_file_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_ext.data.manifest import write_atomically
 
     (tmp_path / "d.idx").write_bytes(b"old")

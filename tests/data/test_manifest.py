@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,12 +12,12 @@ from megatron_ext.testing.datasets import write_dataset
 
 
 @pytest.fixture
-def prefix(tmp_path):
+def prefix(tmp_path: Path) -> Any:
     write_dataset(str(tmp_path / "d"), [[[1, 2, 3]], [], [[4], [5, 6]]])
     return str(tmp_path / "d")
 
 
-def test_manifest_records_counts_sizes_and_checksums(prefix, tmp_path):
+def test_manifest_records_counts_sizes_and_checksums(prefix: Any, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("abc")
     write_manifest(
@@ -33,18 +35,18 @@ def test_manifest_records_counts_sizes_and_checksums(prefix, tmp_path):
     assert manifest == read_manifest(prefix)
 
 
-def test_equal_data_gives_an_equal_manifest(prefix, tmp_path):
+def test_equal_data_gives_an_equal_manifest(prefix: Any, tmp_path: Path) -> None:
     write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
     first = (tmp_path / "d.json").read_bytes()
     write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
     assert (tmp_path / "d.json").read_bytes() == first
 
 
-def test_dataset_without_a_manifest_passes(prefix):
+def test_dataset_without_a_manifest_passes(prefix: Any) -> None:
     assert check_dataset(prefix, "any").num_tokens == 6
 
 
-def test_another_tokenizer_is_refused_and_the_same_passes(prefix):
+def test_another_tokenizer_is_refused_and_the_same_passes(prefix: Any) -> None:
     write_manifest(prefix, tool="t", tokenizer={"fingerprint": "made"}, inputs=[])
     check_dataset(prefix, "made")
     check_dataset(prefix, None)
@@ -52,14 +54,14 @@ def test_another_tokenizer_is_refused_and_the_same_passes(prefix):
         check_dataset(prefix, "other")
 
 
-def test_files_replaced_under_a_manifest_are_refused(prefix):
+def test_files_replaced_under_a_manifest_are_refused(prefix: Any) -> None:
     write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
     write_dataset(prefix, [[[1, 2]]])
     with pytest.raises(ValueError, match=r"d\.bin is 4 bytes, but .*d\.json recorded 12"):
         check_dataset(prefix)
 
 
-def test_something_else_under_the_manifests_name_is_refused(prefix, tmp_path):
+def test_something_else_under_the_manifests_name_is_refused(prefix: Any, tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         check_dataset(prefix)
@@ -68,6 +70,6 @@ def test_something_else_under_the_manifests_name_is_refused(prefix, tmp_path):
         check_dataset(prefix)
 
 
-def test_extra_keys_cannot_replace_the_manifests_own(prefix):
+def test_extra_keys_cannot_replace_the_manifests_own(prefix: Any) -> None:
     with pytest.raises(ValueError, match="counts"):
         write_manifest(prefix, tool="t", tokenizer=None, inputs=[], extra={"counts": {}})

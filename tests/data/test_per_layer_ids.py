@@ -1,5 +1,8 @@
 """The aligned dataset, against a token-by-token loop over what mcore reads."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +23,7 @@ sequences = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=27)
 documents_of_sequences = st.lists(st.lists(sequences, max_size=3), min_size=0, max_size=9)
 
 
-def slow_ids(document, strategy):
+def slow_ids(document: Any, strategy: Any) -> Any:
     """Per-layer ids of one document, by the rules one token at a time."""
     ids = []
     for position, token in enumerate(document):
@@ -35,7 +38,7 @@ def slow_ids(document, strategy):
     return ids
 
 
-def write(folder, strategy, prefix="a", size=200):
+def write(folder: Any, strategy: Any, prefix: Any = "a", size: Any = 200) -> None:
     write_aligned(
         open_index(f"{folder}/d"), f"{folder}/{prefix}", TABLE, strategy, eod=EOD, per_layer_vocab_size=size
     )
@@ -47,12 +50,15 @@ def write(folder, strategy, prefix="a", size=200):
     chunk=st.sampled_from([1, 7, 10, 1000]),
 )
 @settings(max_examples=80, deadline=None)
-def test_aligned_dataset_equals_the_rules_token_by_token(tmp_path_factory, documents, strategy, chunk):
+def test_aligned_dataset_equals_the_rules_token_by_token(
+    tmp_path_factory: pytest.TempPathFactory, documents: Any, strategy: Any, chunk: Any
+) -> None:
     folder = tmp_path_factory.mktemp("data")
     write_dataset(f"{folder}/d", documents)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(per_layer_ids, "_CHUNK_TOKENS", chunk)
         patch.setattr(per_layer_ids, "_CHUNK_DOCUMENTS", 2)
+        patch.setattr("os.fsync", lambda _: None)
         write(folder, strategy)
     expected = [slow_ids([t for sequence in document for t in sequence], strategy) for document in documents]
     assert open_index(f"{folder}/a").tokens().tolist() == [value for ids in expected for value in ids]
@@ -68,7 +74,9 @@ def test_aligned_dataset_equals_the_rules_token_by_token(tmp_path_factory, docum
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(65_499, np.uint16), (65_500, np.int32)])
-def test_id_type_follows_the_per_layer_vocabulary_as_mcores_does(tmp_path, size, dtype):
+def test_id_type_follows_the_per_layer_vocabulary_as_mcores_does(
+    tmp_path: Path, size: Any, dtype: Any
+) -> None:
     write_dataset(f"{tmp_path}/d", [[[1, 2]], [[3]]])
     write(tmp_path, "syntax_focus", size=size)
     dataset = IndexedDataset(f"{tmp_path}/a")
@@ -76,12 +84,14 @@ def test_id_type_follows_the_per_layer_vocabulary_as_mcores_does(tmp_path, size,
     assert dataset[0].tolist() == TABLE[[1, 2]].tolist()
 
 
-def test_tokens_are_counted_and_a_foreign_token_id_is_refused(tmp_path, monkeypatch):
+def test_tokens_are_counted_and_a_foreign_token_id_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(per_layer_ids, "_CHUNK_TOKENS", 3)
     write_dataset(f"{tmp_path}/d", [[[1, 2, 1]], [[3, 1, 60]]])
     index = open_index(f"{tmp_path}/d")
     assert count_tokens(index, 61).tolist() == np.bincount([1, 2, 1, 3, 1, 60], minlength=61).tolist()
-    with pytest.raises(ValueError, match=r"d\.bin holds token id 60, but the tokenizer has 50 ids"):
+    with pytest.raises(ValueError, match=r"d\.bin holds token id 60, but the vocabulary has 50 ids"):
         count_tokens(index, VOCAB)
     with pytest.raises(ValueError, match="holds token id 60"):
         write(tmp_path, "identity")
@@ -91,13 +101,15 @@ def test_tokens_are_counted_and_a_foreign_token_id_is_refused(tmp_path, monkeypa
         count_tokens(open_index(f"{tmp_path}/d"), VOCAB)
 
 
-def test_a_run_killed_between_the_renames_leaves_no_old_index_over_new_ids(tmp_path, monkeypatch):
+def test_a_run_killed_between_the_renames_leaves_no_old_index_over_new_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_dataset(f"{tmp_path}/d", [[[1, 2, 3]]])
     write(tmp_path, "syntax_focus")
     (tmp_path / "a.json").write_text("{}")
     renamed = []
 
-    def fail_on_index(source, target):
+    def fail_on_index(source: Any, target: Any) -> None:
         renamed.append(str(target))
         if str(target).endswith(".idx"):
             raise OSError("killed")

@@ -1,6 +1,8 @@
 """Per-layer vocabularies and tables, against expectations written by hand."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,21 +36,23 @@ EXPECTED = ["the", "def", "cat", "s", "7", "(", ")", "1984", "...", "x2"]
 
 
 @pytest.fixture
-def tokenizer():
+def tokenizer() -> Any:
     return ListTokenizer(PIECES)
 
 
-def vocabulary_of(tokenizer, size=100):
+def vocabulary_of(tokenizer: Any, size: Any = 100) -> Any:
     return build_vocabulary(token_forms(tokenizer), np.array(COUNTS), size)
 
 
-def names(tokenizer, strategy, size=100):
+def names(tokenizer: Any, strategy: Any, size: Any = 100) -> Any:
     vocabulary = vocabulary_of(tokenizer, size)
     text = {number: name for name, number in vocabulary.items()}
     return [text[number] for number in build_table(strategy, token_forms(tokenizer), vocabulary).tolist()]
 
 
-def test_vocabulary_has_document_003s_special_tokens_first_then_ours_then_forms_by_frequency(tokenizer):
+def test_vocabulary_has_document_003s_special_tokens_first_then_ours_then_forms_by_frequency(
+    tokenizer: Any,
+) -> None:
     vocabulary = vocabulary_of(tokenizer)
     assert list(vocabulary)[:4] == ["<|startoftext|>", "<|endoftext|>", "<|layer_start|>", "<|attention|>"]
     assert list(vocabulary)[:FIRST] == list(SPECIAL_TOKENS)
@@ -56,14 +60,14 @@ def test_vocabulary_has_document_003s_special_tokens_first_then_ours_then_forms_
     assert list(vocabulary.values()) == list(range(len(vocabulary)))
 
 
-def test_vocabulary_size_is_an_upper_bound(tokenizer):
+def test_vocabulary_size_is_an_upper_bound(tokenizer: Any) -> None:
     assert list(vocabulary_of(tokenizer, FIRST + 3))[FIRST:] == ["the", "def", "cat"]
     assert list(vocabulary_of(tokenizer, FIRST)) == list(SPECIAL_TOKENS)
     with pytest.raises(ValueError, match="--per-layer-vocab-size 10 must be at least 15"):
         vocabulary_of(tokenizer, 10)
 
 
-def test_syntax_focus_keeps_syntax_and_puts_the_rest_into_shape_classes(tokenizer):
+def test_syntax_focus_keeps_syntax_and_puts_the_rest_into_shape_classes(tokenizer: Any) -> None:
     # fmt: off
     expected = ["<|endoftext|>", "the", "the", "<|word_start|>", "<|word_continuation|>", "<|space|>", "<|newline|>",
                 "<|newline|>", "7", "<|number|>", "(", ")", "def", "<|bytes|>", "<|mixed|>", "<|word_start|>",
@@ -73,12 +77,12 @@ def test_syntax_focus_keeps_syntax_and_puts_the_rest_into_shape_classes(tokenize
     assert names(tokenizer, "attention_guidance") == expected
 
 
-def test_syntax_that_the_vocabulary_does_not_hold_falls_into_its_shape_class(tokenizer):
+def test_syntax_that_the_vocabulary_does_not_hold_falls_into_its_shape_class(tokenizer: Any) -> None:
     result = names(tokenizer, "syntax_focus", FIRST + 2)  # holds "the" and "def"
     assert [result[number] for number in (1, 8, 10, 12)] == ["the", "<|number|>", "<|symbol|>", "def"]
 
 
-def test_semantic_focus_keeps_frequent_content(tokenizer):
+def test_semantic_focus_keeps_frequent_content(tokenizer: Any) -> None:
     expected = [
         "<|endoftext|>",
         "<|context|>",
@@ -93,7 +97,7 @@ def test_semantic_focus_keeps_frequent_content(tokenizer):
     assert names(tokenizer, "semantic_focus") == [*expected, "<|startoftext|>", "<|context|>"]
 
 
-def test_random_subset_is_seeded_and_keeps_about_half():
+def test_random_subset_is_seeded_and_keeps_about_half() -> None:
     tokenizer = ListTokenizer(
         ["<eod>"] + [f"word{letter * count}" for letter in "abcdefghij" for count in range(1, 51)]
     )
@@ -108,7 +112,7 @@ def test_random_subset_is_seeded_and_keeps_about_half():
     assert not np.array_equal(table, build_table("random_subset", forms, vocabulary, seed=2))
 
 
-def test_identity_is_the_token_id(tokenizer):
+def test_identity_is_the_token_id(tokenizer: Any) -> None:
     assert build_table("identity", token_forms(tokenizer), {}).tolist() == list(range(len(PIECES)))
     assert load_per_layer_table("identity", tokenizer=tokenizer, vocab_file=None).tolist() == list(
         range(len(PIECES))
@@ -116,14 +120,14 @@ def test_identity_is_the_token_id(tokenizer):
 
 
 @given(text=st.text(), starts_word=st.booleans())
-def test_every_text_has_a_form_and_a_known_shape(text, starts_word):
+def test_every_text_has_a_form_and_a_known_shape(text: Any, starts_word: Any) -> None:
     form = form_of(text, starts_word=starts_word)
     assert form.shape in SPECIAL
     assert form.form == form.form.strip()
 
 
 @given(pieces=st.lists(st.text(max_size=6), unique=True, min_size=1, max_size=20), data=st.data())
-def test_every_table_maps_every_token_into_the_vocabulary(pieces, data):
+def test_every_table_maps_every_token_into_the_vocabulary(pieces: Any, data: Any) -> None:
     tokenizer = ListTokenizer(["<eod>", *(piece for piece in pieces if piece != "<eod>")])
     size = tokenizer.vocab_size
     counts = np.array(data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size)))
@@ -138,7 +142,7 @@ def test_every_table_maps_every_token_into_the_vocabulary(pieces, data):
             assert table.max() < len(vocabulary)
 
 
-def test_table_is_kept_beside_its_vocabulary_and_checked_when_loaded(tokenizer, tmp_path):
+def test_table_is_kept_beside_its_vocabulary_and_checked_when_loaded(tokenizer: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "v.json")
     vocabulary = vocabulary_of(tokenizer)
     with pytest.raises(FileNotFoundError, match=r"per-layer vocabulary not found: .*v\.json"):
@@ -170,7 +174,7 @@ def test_table_is_kept_beside_its_vocabulary_and_checked_when_loaded(tokenizer, 
         ('{"a": 0, "b": 1}', r"<\|startoftext\|> must have id 0"),
     ],
 )
-def test_another_files_content_is_not_a_vocabulary(tmp_path, content, message):
+def test_another_files_content_is_not_a_vocabulary(tmp_path: Path, content: Any, message: Any) -> None:
     (tmp_path / "v.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_vocabulary(str(tmp_path / "v.json"))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ TEXTS = [f"The cat number {number} is not on the mat, def f(x{number}): return x
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A folder with a byte-level BPE and the tokenized texts; GPT-2's file names."""
     folder = tmp_path_factory.mktemp("trained")
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -37,18 +39,18 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(trained, tmp_path):
+def folder(trained: Any, tmp_path: Path) -> Any:
     shutil.copytree(trained, tmp_path / "data")
     return tmp_path / "data"
 
 
-def the_tokenizer(folder):
+def the_tokenizer(folder: Any) -> Any:
     return build_tokenizer(
         TokenizerConfig(vocab_file=f"{folder}/gpt2-vocab.json", merge_file=f"{folder}/gpt2-merges.txt")
     )
 
 
-def document_003(folder, *more):
+def document_003(folder: Any, *more: Any) -> Any:
     """The command line of document 003, with more flags behind it."""
     return [
         *("--input", "your_data.json"),
@@ -62,7 +64,9 @@ def document_003(folder, *more):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_document_003s_command_makes_vocabulary_table_and_aligned_data(folder, strategy, capsys):
+def test_document_003s_command_makes_vocabulary_table_and_aligned_data(
+    folder: Any, strategy: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(document_003(folder, "--per-layer-strategy", strategy))
     source, output = f"{folder}/my_data_text_document", f"{folder}/my_data_per_layer_text_document"
     tokenizer = the_tokenizer(folder)
@@ -82,9 +86,11 @@ def test_document_003s_command_makes_vocabulary_table_and_aligned_data(folder, s
     vocab_size = tokenizer.vocab_size if is_identity else 100
     check_aligned(source, output, strategy=strategy, vocab_size=vocab_size)
     check_dataset(output, tokenizer.fingerprint())
-    manifest = read_manifest(output)
+    manifest, source_manifest = read_manifest(output), read_manifest(source)
+    assert manifest is not None
+    assert source_manifest is not None
     assert manifest["per_layer"]["strategy"] == strategy
-    assert manifest["per_layer"]["source_checksum"] == read_manifest(source)["checksums"]["bin"]
+    assert manifest["per_layer"]["source_checksum"] == source_manifest["checksums"]["bin"]
     assert manifest["inputs"][0]["path"] == "your_data.json"
     if not is_identity:
         vocabulary = json.loads((folder / "per_layer_vocab.json").read_text())
@@ -93,7 +99,7 @@ def test_document_003s_command_makes_vocabulary_table_and_aligned_data(folder, s
         assert f"{tokens.size:,} tokens" in capsys.readouterr().out
 
 
-def test_held_out_data_gets_the_training_vocabulary(folder, capsys):
+def test_held_out_data_gets_the_training_vocabulary(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
     main(document_003(folder))
     before = (
         (folder / "per_layer_vocab.json").read_bytes(),
@@ -117,7 +123,7 @@ def test_held_out_data_gets_the_training_vocabulary(folder, capsys):
     check_aligned(f"{folder}/held_out_text_document", f"{folder}/held_out_pl_text_document")
 
 
-def test_missing_tokenized_data_names_the_command_that_makes_it(folder):
+def test_missing_tokenized_data_names_the_command_that_makes_it(folder: Any) -> None:
     message = (
         r"tokenized data not found: .*nope_text_document\.bin and \.idx; make it with: python"
         r" tools/preprocess_data\.py --input your_data\.json --output-prefix .*nope "
@@ -126,7 +132,9 @@ def test_missing_tokenized_data_names_the_command_that_makes_it(folder):
         main(document_003(folder, "--output-prefix", f"{folder}/nope"))
 
 
-def test_wrong_input_is_refused_and_leaves_no_dataset(folder, capsys):
+def test_wrong_input_is_refused_and_leaves_no_dataset(
+    folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(document_003(folder, "--per-layer-output-prefix", f"{folder}/my_data"))
     assert "would overwrite --output-prefix" in capsys.readouterr().err

@@ -1,0 +1,273 @@
+"""Look after indexed datasets: verify, inspect, merge, split and shuffle.
+
+    data.py verify PREFIX ...       read everything: sizes, pointers, ids, checksums, alignment of per-layer data
+    data.py inspect PREFIX          counts, lengths, one document as text, per-layer ids beside tokens
+    data.py merge PREFIX ...        concatenate into --output-prefix
+    data.py split PREFIX            cut into consecutive parts: --output-prefix A B --shares 95 5
+    data.py shuffle PREFIX          documents in a random order, into --output-prefix
+
+A PREFIX is a path without .bin or .idx. Each command has its own --help.
+Exit codes: 0 all is well, 1 verify found a broken dataset, 2 a wrong flag or file.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.data.indexed import Index
+from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.data.per_layer_alignment import check_aligned, require_per_layer_files
+from megatron_ext.data.per_layer_vocab import load_vocabulary
+from megatron_ext.data.rewrite import length_histogram, merge, shuffle, split
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.data.verify import verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalTokenizerConfig(TokenizerConfig):
+    """The tokenizer, if its ids are to be compared or decoded."""
+
+    def __post_init__(self) -> None:
+        """Check the flags when any of them is given."""
+        if self.is_given():
+            super().__post_init__()
+
+    def is_given(self) -> bool:
+        """Whether any of the tokenizer's flags is given."""
+        files = (self.tokenizer_model, self.vocab_file, self.merge_file, self.vocab_size)
+        return any(files) or self.tokenizer_type != "GPT2BPETokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What to verify."""
+
+    prefix: tuple[str, ...]
+    """Datasets; they may also stand before all flags, without --prefix."""
+
+    source: str | None = None
+    """The main data of per-layer data, where it is no longer where the manifest says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What to look at."""
+
+    prefix: str
+    """Dataset; it may also stand before all flags, without --prefix."""
+
+    document: int | None = None
+    """Number of a document to show, from 0; negative counts from the end."""
+
+    max_tokens: int = 100
+    """Tokens of the document to show."""
+
+    per_layer_data_path: str | None = None
+    """Aligned per-layer data to show beside the tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"--max-tokens {self.max_tokens}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """What to concatenate."""
+
+    prefix: tuple[str, ...]
+    """Datasets in order; they may also stand before all flags, without --prefix."""
+
+    output_prefix: str
+    """The new dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """What to cut."""
+
+    prefix: str
+    """Dataset; it may also stand before all flags, without --prefix."""
+
+    output_prefix: tuple[str, ...]
+    """The parts, in the order of the documents."""
+
+    shares: tuple[float, ...]
+    """Share of the documents of each part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffleConfig:
+    """What to shuffle."""
+
+    prefix: str
+    """Dataset; it may also stand before all flags, without --prefix."""
+
+    output_prefix: str
+    """The new dataset."""
+
+    seed: int = 1234
+    """The order follows from it and the number of documents, so per-layer data stays aligned."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else ""
+    if command not in _COMMANDS:
+        if command in ("-h", "--help"):
+            print(__doc__)
+            return 0
+        raise ValueError(f"unknown command {command!r}: one of {', '.join(_COMMANDS)}")
+    concern, run, wants_tokenizer, example = _COMMANDS[command]
+    rest = arguments[1:]
+    if rest and not rest[0].startswith("-"):
+        rest = ["--prefix", *rest]
+    concerns: dict[str, type[Any]] = {"data": concern}
+    if wants_tokenizer:
+        concerns["tokenizer"] = OptionalTokenizerConfig
+    configs = parse(
+        concerns,
+        rest,
+        prog=f"tools/data.py {command}",
+        description=str(run.__doc__),
+        example=f"python tools/data.py {command} {example}",
+    )
+    if not wants_tokenizer:
+        return run(configs["data"])
+    tokenizer = build_tokenizer(configs["tokenizer"]) if configs["tokenizer"].is_given() else None
+    return run(configs["data"], tokenizer)
+
+
+def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
+    """Read all of each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment of per-layer data."""
+    broken = 0
+    for prefix in config.prefix:
+        try:
+            lines = verify(
+                prefix,
+                tokenizer_fingerprint=tokenizer.fingerprint() if tokenizer else None,
+                vocab_size=tokenizer.vocab_size if tokenizer else None,
+                source=config.source,
+            )
+        except (ValueError, OSError) as error:
+            broken += 1
+            print(f"{prefix}: BROKEN\n  {error}")
+            continue
+        print(f"{prefix}: ok")
+        for line in lines:
+            print(f"  {line}")
+    return 1 if broken else 0
+
+
+def run_inspect(config: InspectConfig, tokenizer: Tokenizer | None) -> int:
+    """Show a dataset's counts and the lengths of its documents; one document, decoded where a tokenizer is given."""
+    index = check_dataset(config.prefix, tokenizer.fingerprint() if tokenizer else None)
+    manifest = read_manifest(config.prefix)
+    print(f"{config.prefix}: {index.num_documents:,} documents, {index.num_sequences:,} sequences,")
+    print(f"  {index.num_tokens:,} tokens of {index.dtype.name}")
+    if manifest is None:
+        print("  no manifest")
+    else:
+        print(f"  made by {manifest['tool']} {manifest['tool_version']} from {_names(manifest['inputs'])}")
+        for name in ("tokenizer", "per_layer"):
+            if manifest.get(name):
+                print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in manifest[name].items()))
+    print("  tokens of a document:")
+    for smallest, documents in length_histogram(index):
+        largest = max(2 * smallest - 1, 0)
+        bar = "#" * max(1, round(40 * documents / index.num_documents))
+        print(f"    {smallest:>11,} to {largest:>11,}  {documents:>13,}  {bar}")
+    if config.document is not None:
+        _show_document(config, index, tokenizer)
+    return 0
+
+
+def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | None) -> None:
+    """Print the tokens of one document, with text and per-layer ids where they are known."""
+    total = index.num_documents
+    assert config.document is not None
+    if not -total <= config.document < total:
+        raise ValueError(f"--document {config.document}: {config.prefix} has {total} documents")
+    number = config.document % total
+    start, end = index.document_starts(number, number + 2).tolist()
+    tokens = index.tokens()[start : min(end, start + config.max_tokens)].tolist()
+    print(f"document {number}, tokens 0 to {len(tokens) - 1} of {end - start:,}:")
+    if tokenizer is not None:
+        print(tokenizer.detokenize(tokens))
+    if config.per_layer_data_path is None:
+        if tokenizer is None:
+            print(" ".join(map(str, tokens)))
+        return
+    require_per_layer_files(config.prefix, config.per_layer_data_path)
+    check_aligned(config.prefix, config.per_layer_data_path)
+    aligned = check_dataset(config.per_layer_data_path)
+    names = _per_layer_names(config.per_layer_data_path)
+    for token, per_layer in zip(tokens, aligned.tokens()[start : start + len(tokens)].tolist(), strict=True):
+        text = repr(tokenizer.detokenize([token])) if tokenizer is not None else ""
+        print(f"  {token:>8} {text:<24} {per_layer:>8} {names.get(per_layer, '')}")
+
+
+def _per_layer_names(prefix: str) -> dict[int, str]:
+    """Per-layer id -> entry of the vocabulary that the manifest names; empty when it is not at hand."""
+    vocab_file = ((read_manifest(prefix) or {}).get("per_layer") or {}).get("vocab_file")
+    try:
+        return {number: text for text, number in load_vocabulary(vocab_file).items()} if vocab_file else {}
+    except FileNotFoundError:
+        return {}
+
+
+def _names(inputs: list[dict[str, Any]]) -> str:
+    """The first few input files."""
+    paths = [entry["path"] for entry in inputs]
+    return (
+        ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        if paths
+        else "unnamed input"
+    )
+
+
+def run_merge(config: MergeConfig) -> int:
+    """Concatenate datasets of the same token type and tokenizer."""
+    merge(config.prefix, config.output_prefix)
+    return _report(config.output_prefix)
+
+
+def run_split(config: SplitConfig) -> int:
+    """Cut a dataset into consecutive parts of whole documents; shuffle it first for random parts."""
+    split(config.prefix, config.output_prefix, config.shares)
+    return _report(*config.output_prefix)
+
+
+def run_shuffle(config: ShuffleConfig) -> int:
+    """Write a dataset's documents in a random order."""
+    shuffle(config.prefix, config.output_prefix, seed=config.seed)
+    return _report(config.output_prefix)
+
+
+def _report(*outputs: str) -> int:
+    """Print what was written."""
+    for output in outputs:
+        index = check_dataset(output)
+        print(f"{output}.bin/.idx: {index.num_documents:,} documents, {index.num_tokens:,} tokens")
+    return 0
+
+
+_COMMANDS: dict[str, tuple[type[Any], Callable[..., int], bool, str]] = {
+    "verify": (VerifyConfig, run_verify, True, "data/train_text_document"),
+    "inspect": (
+        InspectConfig,
+        run_inspect,
+        True,
+        "data/train_text_document --document 0 --vocab-file vocab.json ...",
+    ),
+    "merge": (MergeConfig, run_merge, False, "data/a data/b --output-prefix data/both"),
+    "split": (SplitConfig, run_split, False, "data/all --output-prefix data/train data/test --shares 95 5"),
+    "shuffle": (ShuffleConfig, run_shuffle, False, "data/all --output-prefix data/shuffled --seed 1"),
+}
+
+
+if __name__ == "__main__":
+    run_main(main)
