@@ -1,10 +1,12 @@
-"""Turn raw text into the indexed datasets that training reads: PREFIX_KEY_document.bin and .idx, with a manifest.
+"""Turn raw text into the indexed datasets that training reads: PREFIX_KEY_document.bin and .idx, with a
+manifest.
 
-The flags are Megatron-LM's. The result is byte for byte what Megatron-LM writes for the same documents, whatever the number
-of workers.
+The flags are Megatron-LM's. The result is byte for byte what Megatron-LM writes for the same documents,
+whatever the number of workers.
 
-Exit codes: 0 done; 2 a mistake in flags or input, or a full disk (nothing is left behind); 3 a worker process ended
-unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM (after 3, 130 and 143 the same command with --resume goes on).
+Exit codes: 0 done; 2 a mistake in flags or input, or a full disk (nothing is left behind); 3 a worker process
+ended unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM (after 3, 130 and 143 the same command with
+--resume goes on).
 """
 
 import os
@@ -18,8 +20,8 @@ from megatron_ext.config.tokenizer import TokenizerConfig
 
 EXIT_WORKER_DIED = 3
 EXAMPLE = (
-    "python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --tokenizer-type GPT2BPETokenizer "
-    "--vocab-file data/tokenizer/vocab.json --merge-file data/tokenizer/merges.txt --append-eod"
+    "python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus "
+    "--tokenizer-type GPT2BPETokenizer --vocab-file data/tokenizer/vocab.json --merge-file data/tokenizer/merges.txt --append-eod"
 )
 
 
@@ -64,7 +66,9 @@ def main() -> int:
     if totals.skipped_empty:
         print(f"left out: {totals.skipped_empty:,} empty documents")
     if totals.rejected:
-        kept = f", kept in {quarantined_path(output.output_prefix)}" if output.on_error == "quarantine" else ""
+        kept = (
+            f", kept in {quarantined_path(output.output_prefix)}" if output.on_error == "quarantine" else ""
+        )
         print(f"rejected: {totals.rejected:,} lines, listed in {rejected_path(output.output_prefix)}{kept}")
     if totals.blank:
         print(f"ignored: {totals.blank:,} blank lines")

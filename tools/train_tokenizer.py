@@ -1,4 +1,5 @@
-"""Train a tokenizer on raw text: byte-level BPE (vocab.json, merges.txt, tokenizer.json) or SentencePiece (tokenizer.model).
+"""Train a tokenizer on raw text: byte-level BPE (vocab.json, merges.txt, tokenizer.json) or SentencePiece
+(tokenizer.model).
 
 Exit codes: 0 done; 2 a mistake in flags or input.
 """
@@ -12,7 +13,9 @@ from megatron_ext.config.flags import check_at_least, check_choices
 from megatron_ext.config.preprocess import InputConfig
 
 END_OF_TEXT = "<|endoftext|>"
-EXAMPLE = "python tools/train_tokenizer.py --input corpus.jsonl --output-dir data/tokenizer --vocab-size 32768"
+EXAMPLE = (
+    "python tools/train_tokenizer.py --input corpus.jsonl --output-dir data/tokenizer --vocab-size 32768"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Joins the shards of a run, in order, into the files of the datasets.
 
-Shards are appended as they become complete and then removed, so that the disk holds the tokens once. After every append
-`state.json` records how long each file is; a run that was killed is taken up by cutting the files back to that. The index is
-kept on disk too (lengths and document ends, see `indexed.py`), so memory does not grow with the dataset.
+Shards are appended as they become complete and then removed, so that the disk holds the tokens once. After
+every append `state.json` records how long each file is; a run that was killed is taken up by cutting the files
+back to that. The index is kept on disk too (lengths and document ends, see `indexed.py`), so memory does not
+grow with the dataset.
 
 With partitions P above 1 document i goes to part i mod P, and the parts follow each other at the end.
 """
@@ -82,7 +83,9 @@ class Assembly:
             path = self._directory / name
             recorded = self.state.sizes.setdefault(name, 0)
             if path.exists() and path.stat().st_size < recorded or not path.exists() and recorded:
-                raise ValueError(f"--resume: {path} is shorter than recorded; remove {self._directory} and start anew")
+                raise ValueError(
+                    f"--resume: {path} is shorter than recorded; remove {self._directory} and start anew"
+                )
             with open(path, "ab") as file:
                 file.truncate(recorded)
 
@@ -120,7 +123,9 @@ class Assembly:
             self._append_columns(f"out-{key}-0", lengths)
             return
         total = int(lengths.sum())
-        tokens = np.fromfile(bin_file, dtype=np.uint8).reshape(total, -1) if total else np.zeros((0, 1), np.uint8)
+        tokens = (
+            np.fromfile(bin_file, dtype=np.uint8).reshape(total, -1) if total else np.zeros((0, 1), np.uint8)
+        )
         part_of_document = (self.state.totals.documents + np.arange(len(lengths))) % self._partitions
         part_of_token = np.repeat(part_of_document, lengths)
         for part in range(self._partitions):
@@ -139,15 +144,15 @@ class Assembly:
     def _append_rejects(self, index: int, info: ShardInfo) -> None:
         if "rejects" in info.files:
             path = self._sources[self.state.source_index].path
-            lines = open(shard_path(str(self._directory), index, "rejects"), "rb")
-            with self._appending(self.REJECTED) as out, lines:
+            report = shard_path(str(self._directory), index, "rejects")
+            with self._appending(self.REJECTED) as out, open(report, "rb") as lines:
                 for line, offset, reason in map(json.loads, lines):
                     place = {"file": path, "line": self.state.source_lines + line + 1, "byte_offset": offset}
                     out.write(json.dumps({**place, "reason": reason}).encode() + b"\n")
         if "raw" in info.files:
-            raw = open(shard_path(str(self._directory), index, "raw"), "rb")
-            with self._appending(self.QUARANTINED) as out, raw:
-                copy_bytes(raw, out)
+            raw = shard_path(str(self._directory), index, "raw")
+            with self._appending(self.QUARANTINED) as out, open(raw, "rb") as lines:
+                copy_bytes(lines, out)
 
     def _appending(self, name: str) -> "_Appending":
         return _Appending(self._directory / name, self.state.sizes)
@@ -160,7 +165,10 @@ class Assembly:
         names = [f"out-{key}-{part}" for part in range(self._partitions)]
         first = self._directory / f"{names[0]}.bin"
         final = self._directory / f"final-{key}.bin"
-        lengths, documents = self._directory / f"final-{key}.lengths", self._directory / f"final-{key}.documents"
+        lengths, documents = (
+            self._directory / f"final-{key}.lengths",
+            self._directory / f"final-{key}.documents",
+        )
         if self._partitions == 1:
             final = first
         else:
@@ -196,7 +204,7 @@ class _Appending:
 
     def __enter__(self) -> BinaryIO:
         # Not mode "ab": copy_file_range refuses a descriptor that appends.
-        self._file: BinaryIO = open(self._path, "r+b")  # noqa: SIM115 - closed in __exit__
+        self._file: BinaryIO = open(self._path, "r+b")
         self._file.seek(0, os.SEEK_END)
         return self._file
 

@@ -1,8 +1,9 @@
-"""Batches of text to one flat array of ids: by `gigatoken` where it is proven equal, else by the tokenizer itself.
+"""Batches of text to one flat array of ids: by `gigatoken` where it is proven equal, else by the tokenizer
+itself.
 
-`gigatoken` is some ten times faster than the library that defines a byte-level BPE, but it is another implementation. So it
-is used only after its ids equalled the reference's on a sample of the input, on texts with the special tokens in them, and on
-`PROBE_TEXTS`.
+`gigatoken` is some ten times faster than the library that defines a byte-level BPE, but it is another
+implementation. So it is used only after its ids equalled the reference's on a sample of the input, on texts
+with the special tokens in them, and on `PROBE_TEXTS`.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ class Choice:
 class Encoder:
     """Encodes batches of texts.
 
+    gigatoken is called text by text: its batch call returns an `awkward` array, whose import and bookkeeping cost more.
+
     Args:
         tokenizer: the reference.
         name: which implementation to use; "gigatoken" only after `choose_encoder` chose it.
@@ -45,7 +48,7 @@ class Encoder:
         """Yields `(ids, lengths)`: the ids of some texts back to back, and how many each text has; in order."""
         for batch in _batches(texts):
             if self._fast is not None:
-                yield _flatten_awkward(self._fast.encode_batch(batch, parallel=False))
+                yield _join([self._fast.encode(text) for text in batch])
             else:
                 yield _flatten(self._tokenizer.tokenize_batch(batch))
 
@@ -80,7 +83,7 @@ def _why_not_gigatoken(tokenizer: Tokenizer, sample: list[str]) -> str | None:
     specials = [token for token in tokenizer.vocab if token.startswith("<") and token.endswith(">")][:32]
     texts = [*sample, *PROBE_TEXTS, "", *(f"a{token} b {token}\n{token}c" for token in specials)]
     for text in texts:
-        if fast.encode_batch([text], parallel=False).to_list()[0] != tokenizer.tokenize(text):
+        if fast.encode(text).tolist() != tokenizer.tokenize(text):
             return f"gigatoken's ids differ from the reference's on a sampled text that begins {text[:40]!r}"
     return None
 
@@ -104,11 +107,9 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield texts[begin:]
 
 
-def _flatten_awkward(encoded: Any) -> tuple[Ids, Ids]:
-    layout = encoded.layout
-    offsets = np.asarray(layout.offsets.data)
-    ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-    return ids, np.diff(offsets)
+def _join(encoded: list[Ids]) -> tuple[Ids, Ids]:
+    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+    return np.concatenate(encoded), lengths
 
 
 def _flatten(encoded: list[list[int]]) -> tuple[Ids, Ids]:

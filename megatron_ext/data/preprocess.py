@@ -1,8 +1,9 @@
 """Raw text to indexed datasets, `PREFIX_KEY_document.bin` and `.idx`, with a manifest.
 
-The parent reads no text but streams; workers read byte ranges, tokenize and write shards (`shards.py`), which are appended in
-order (`scheduler.py`, `assembly.py`), published by rename (`work_directory.py`) and described (`manifest.py`). The result
-does not depend on the number of workers, and is byte for byte what mcore's `IndexedDatasetBuilder` writes.
+The parent reads no text but streams; workers read byte ranges, tokenize and write shards (`shards.py`), which
+are appended in order (`scheduler.py`, `assembly.py`), published by rename (`work_directory.py`) and described
+(`manifest.py`). The result does not depend on the number of workers, and is byte for byte what mcore's
+`IndexedDatasetBuilder` writes.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from megatron_ext.data.encoding import Choice, choose_encoder
 from megatron_ext.data.indexed import bin_path, idx_path, optimal_dtype
 from megatron_ext.data.manifest import manifest_path, write_manifest
 from megatron_ext.data.progress import ProgressDisplay
-from megatron_ext.data.readers import Chunk, Source, expand_inputs, plan_chunks, read_chunk
+from megatron_ext.data.readers import Chunk, expand_inputs, plan_chunks, read_chunk
 from megatron_ext.data.readers.sources import chunk_size
 from megatron_ext.data.scheduler import LongLines, Scheduler, WorkerSettings
 from megatron_ext.data.shards import ShardInfo, ShardOptions
@@ -79,7 +80,9 @@ class Preprocessor:
         ValueError, OSError: a user's mistake, in one line.
     """
 
-    def __init__(self, inputs: InputConfig, tokenizer_config: TokenizerConfig, config: PreprocessConfig) -> None:
+    def __init__(
+        self, inputs: InputConfig, tokenizer_config: TokenizerConfig, config: PreprocessConfig
+    ) -> None:
         self.inputs, self.tokenizer_config, self.config = inputs, tokenizer_config, config
         self.sources = expand_inputs(inputs)
         if config.resume and any(source.size() is None for source in self.sources):
@@ -164,10 +167,14 @@ class Preprocessor:
         chunks = plan_chunks(self.sources, self.chunk_bytes, inputs.max_line_bytes, keep)
         first = list(itertools.islice(chunks, 1))
         self.choice = choose_encoder(self.tokenizer, config.encoder, self._sample(first))
-        scheduler = Scheduler(itertools.chain(first, chunks), assembly, options, long_lines, inputs.max_documents)
+        scheduler = Scheduler(
+            itertools.chain(first, chunks), assembly, options, long_lines, inputs.max_documents
+        )
         workers = config.workers or len(os.sched_getaffinity(0))
         sizes = [source.size() for source in self.sources]
-        total = sum(size or 0 for size in sizes) if None not in sizes and inputs.max_documents is None else None
+        total = (
+            sum(size or 0 for size in sizes) if None not in sizes and inputs.max_documents is None else None
+        )
         with ProgressDisplay(total, config.log_interval) as display:
             settings = WorkerSettings(self.tokenizer_config, self.choice.encoder, options)
             scheduler.run(settings, 1 if inputs.max_documents else workers, display)
@@ -181,13 +188,18 @@ class Preprocessor:
     ) -> tuple[list[tuple[Any, str]], list[str]]:
         """The renames that publish the run, every index last; and what an older run left at the same names."""
         prefix = self.config.output_prefix
-        reports = [(Assembly.REJECTED, rejected_path(prefix)), (Assembly.QUARANTINED, quarantined_path(prefix))]
+        reports = [
+            (Assembly.REJECTED, rejected_path(prefix)),
+            (Assembly.QUARANTINED, quarantined_path(prefix)),
+        ]
         moves = [(work.path / name, path) for name, path in reports if assembly.state.sizes[name]]
         stale = [path for name, path in reports if not assembly.state.sizes[name]]
         for (tokens, _), dataset in zip(files, self.prefixes, strict=True):
             moves.append((tokens, bin_path(dataset)))
             stale += [idx_path(dataset), manifest_path(dataset)]
-        moves += [(index, idx_path(dataset)) for (_, index), dataset in zip(files, self.prefixes, strict=True)]
+        moves += [
+            (index, idx_path(dataset)) for (_, index), dataset in zip(files, self.prefixes, strict=True)
+        ]
         return moves, stale
 
     def _manifest_extra(self, totals: ShardInfo) -> dict[str, Any]:
@@ -217,7 +229,9 @@ class Preprocessor:
 
     def _sample_chunk(self, chunk: Chunk) -> Iterator[str]:
         left = _SAMPLED_CHARACTERS
-        for batch in itertools.islice(read_chunk(chunk, self.inputs.json_keys, self.inputs.max_line_bytes), 1):
+        for batch in itertools.islice(
+            read_chunk(chunk, self.inputs.json_keys, self.inputs.max_line_bytes), 1
+        ):
             for text in itertools.chain.from_iterable(zip(*batch.texts, strict=True)):
                 if left <= 0:
                     return

@@ -51,15 +51,17 @@ class ProgressDisplay:
         if self._first is None:  # what a resumed run finds done is not this run's speed
             self._first = (documents, tokens, input_bytes)
         seconds = max(time.monotonic() - self._begin, 1e-9)
-        new = [now - before for now, before in zip((documents, tokens, input_bytes), self._first, strict=True)]
+        new = [
+            now - before for now, before in zip((documents, tokens, input_bytes), self._first, strict=True)
+        ]
         rates = f"{new[0] / seconds:,.0f} docs/s  {new[2] / seconds / 1e6:.1f} MB/s  {new[1] / seconds:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=input_bytes, rates=rates)
         elif documents >= self._next_documents and time.monotonic() - self._last_line >= 1:
             self._last_line = time.monotonic()
             self._next_documents = documents + self._log_interval
-            print(f"{documents:,} documents{self._share(input_bytes)}  {rates}{self._eta(new[2], input_bytes, seconds)}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            line = f"{documents:,} documents{self._share(input_bytes)}  {rates}"
+            print(line + self._eta(new[2], input_bytes, seconds), file=sys.stderr, flush=True)
 
     def _share(self, input_bytes: int) -> str:
         return f" ({100 * input_bytes / self._total:.0f}%)" if self._total else ""

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.assembly import Assembly

@@ -1,10 +1,10 @@
 """What one worker makes of one chunk: for every key a file of tokens and a file of lengths, and a description.
 
-    00000012.0.bin      tokens of the documents, key 0
-    00000012.0.lengths  int32, tokens of each document; 0 for an empty one
-    00000012.rejects    JSON lines [line, offset, reason], lines counted from the chunk's start
-    00000012.raw        the rejected lines themselves (quarantine)
-    00000012.json       counts, sizes and CRC-32 of the others; written last, by rename, so its presence means "finished"
+00000012.0.bin      tokens of the documents, key 0
+00000012.0.lengths  int32, tokens of each document; 0 for an empty one
+00000012.rejects    JSON lines [line, offset, reason], lines counted from the chunk's start
+00000012.raw        the rejected lines themselves (quarantine)
+00000012.json       counts, sizes and CRC-32 of the others; written last, by rename, so its presence means "finished"
 """
 
 import dataclasses
@@ -167,7 +167,9 @@ class ShardWriter:
         all_lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
         for ids, lengths in encoder.encode(texts) if encoder is not None else ():
             if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._options.vocab_size:
-                raise ValueError(f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size}")
+                raise ValueError(
+                    f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size}"
+                )
             if self._options.eod is not None:
                 ends = np.cumsum(lengths)[lengths > 0]
                 ids = np.insert(ids, ends, self._options.eod)

@@ -1,7 +1,9 @@
-"""The directory of an unfinished run, `PREFIX.preprocess/`: locked, described, resumed, published from, removed.
+"""The directory of an unfinished run, `PREFIX.preprocess/`: locked, described, resumed, published from,
+removed.
 
-Nothing in it has a dataset's name. Publishing is a list of renames written down first, every `.bin` before any `.idx`, so a
-run killed between two renames is completed by `--resume`, and until then no `.idx` of the new dataset stands alone.
+Nothing in it has a dataset's name. Publishing is a list of renames written down first, every `.bin` before any
+`.idx`, so a run killed between two renames is completed by `--resume`, and until then no `.idx` of the new
+dataset stands alone.
 """
 
 import fcntl
@@ -35,7 +37,9 @@ class WorkDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
-            raise ValueError(f"--output-prefix {output_prefix}: another run is writing it ({self.path})") from None
+            raise ValueError(
+                f"--output-prefix {output_prefix}: another run is writing it ({self.path})"
+            ) from None
         if resume and (self.path / PLAN).is_file():
             self._check_plan(plan)
         else:

@@ -1,8 +1,9 @@
 """Worker processes for a stream of tasks, whose death is noticed at once.
 
-`multiprocessing.Pool` waits for ever when a worker is killed, and its task queue has no bound. Here every worker has a pipe of
-its own and one task at a time, and the parent waits on the pipes and on the processes themselves. Workers are spawned, not
-forked: the tokenizers' thread pools do not survive a fork. A worker whose parent dies reads the end of its pipe and leaves.
+`multiprocessing.Pool` waits for ever when a worker is killed, and its task queue has no bound. Here every
+worker has a pipe of its own and one task at a time, and the parent waits on the pipes and on the processes
+themselves. Workers are spawned, not forked: the tokenizers' thread pools do not survive a fork. A worker whose
+parent dies reads the end of its pipe and leaves.
 """
 
 import multiprocessing
@@ -136,7 +137,9 @@ class WorkerPool:
         code = process.exitcode
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         task = self._running.get(connection)
-        return WorkerDied(f"worker process {process.pid} ended unexpectedly ({how})" + (f" at {task}" if task else ""))
+        return WorkerDied(
+            f"worker process {process.pid} ended unexpectedly ({how})" + (f" at {task}" if task else "")
+        )
 
     def close(self) -> None:
         """Ends all workers now, whatever they do."""

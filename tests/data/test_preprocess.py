@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,16 @@ from megatron_ext.data.work_directory import WorkDirectory
 BYTES = TokenizerConfig(tokenizer_type="ByteLevelTokenizer")
 
 
-def options(directory, *, keys=("text",), eod=None, skip_empty=False, on_error="fail", tokenizer=BYTES, limit=1 << 20):
+def options(
+    directory: Any,
+    *,
+    keys: Any = ("text",),
+    eod: Any = None,
+    skip_empty: Any = False,
+    on_error: Any = "fail",
+    tokenizer: Any = BYTES,
+    limit: Any = 1 << 20,
+) -> Any:
     built = build_tokenizer(tokenizer)
     return ShardOptions(
         directory=str(directory),
@@ -37,7 +47,16 @@ def options(directory, *, keys=("text",), eod=None, skip_empty=False, on_error="
     )
 
 
-def assemble(directory, path, opts, *, chunk_bytes=1 << 20, partitions=1, tokenizer=BYTES, restart_at=()):
+def assemble(
+    directory: Any,
+    path: Any,
+    opts: Any,
+    *,
+    chunk_bytes: Any = 1 << 20,
+    partitions: Any = 1,
+    tokenizer: Any = BYTES,
+    restart_at: Any = (),
+) -> Any:
     """Runs the whole of a preprocessing in this process; returns `(bin, idx)` for each key and the assembly."""
     config = InputConfig(input=(str(path),), json_keys=opts.keys, max_line_bytes=opts.max_line_bytes)
     encoder = Encoder(build_tokenizer(tokenizer), "reference")
@@ -53,7 +72,7 @@ def assemble(directory, path, opts, *, chunk_bytes=1 << 20, partitions=1, tokeni
     return work.finish(opts.dtype), work
 
 
-def mcore_files(directory, documents, tokenizer, eod):
+def mcore_files(directory: Any, documents: Any, tokenizer: Any, eod: Any) -> Any:
     """Writes documents as Megatron-LM's tool does: ids, the end-of-document id where there is one, add_document."""
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(str(directory / "ref.bin"), dtype=dtype)
@@ -66,7 +85,7 @@ def mcore_files(directory, documents, tokenizer, eod):
     return directory / "ref.bin", directory / "ref.idx"
 
 
-def write_json_lines(path, texts, **more):
+def write_json_lines(path: Any, texts: Any, **more: Any) -> Any:
     path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts))
     return path
 
@@ -79,7 +98,9 @@ def write_json_lines(path, texts, **more):
     data=st.data(),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_documents_in_any_cut_give_mcores_bytes(tmp_path_factory, texts, chunk_bytes, partitions, eod, data):
+def test_any_documents_in_any_cut_give_mcores_bytes(
+    tmp_path_factory: Any, texts: Any, chunk_bytes: Any, partitions: Any, eod: Any, data: Any
+) -> None:
     tmp_path = tmp_path_factory.mktemp("run")
     path = write_json_lines(tmp_path / "in.jsonl", texts)
     restarts = data.draw(st.sets(st.integers(0, 10), max_size=2))
@@ -93,7 +114,7 @@ def test_any_documents_in_any_cut_give_mcores_bytes(tmp_path_factory, texts, chu
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_mcores_readers_see_the_documents(tmp_path, mmap):
+def test_mcores_readers_see_the_documents(tmp_path: Path, mmap: Any) -> None:
     texts = ["first document", "", "third", "", "é漢🙂"]
     path = write_json_lines(tmp_path / "in.jsonl", texts)
     ((tokens, index),), _ = assemble(tmp_path, path, options(tmp_path, eod=True), chunk_bytes=10)
@@ -105,7 +126,7 @@ def test_mcores_readers_see_the_documents(tmp_path, mmap):
     assert [list(dataset[i]) for i in range(len(dataset))] == [[*t.encode(), 256] for t in texts if t]
 
 
-def test_zero_documents_make_a_dataset_that_mcore_opens(tmp_path):
+def test_zero_documents_make_a_dataset_that_mcore_opens(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "in.jsonl", [])
     ((tokens, index),), _ = assemble(tmp_path, path, options(tmp_path))
     expected = mcore_files(tmp_path, [], build_tokenizer(BYTES), False)
@@ -115,8 +136,10 @@ def test_zero_documents_make_a_dataset_that_mcore_opens(tmp_path):
 
 
 @pytest.mark.parametrize(("ids", "dtype"), [(65_498, "uint16"), (65_499, "int32")])
-def test_token_type_changes_at_65500_ids(tmp_path, ids, dtype):
-    tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=ids)  # and one for the end of a document
+def test_token_type_changes_at_65500_ids(tmp_path: Path, ids: Any, dtype: Any) -> None:
+    tokenizer = TokenizerConfig(
+        tokenizer_type="NullTokenizer", vocab_size=ids
+    )  # and one for the end of a document
     texts = [f"0 {ids - 1} 7", "", f"{ids}"]
     path = write_json_lines(tmp_path / "in.jsonl", texts)
     opts = options(tmp_path, tokenizer=tokenizer, eod=True)
@@ -126,7 +149,7 @@ def test_token_type_changes_at_65500_ids(tmp_path, ids, dtype):
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in expected]
 
 
-def test_skipped_empty_documents_leave_the_keys_aligned(tmp_path):
+def test_skipped_empty_documents_leave_the_keys_aligned(tmp_path: Path) -> None:
     rows = [("a", ""), ("", ""), ("", "b"), ("c", "d")]
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"x": x, "y": y}) + "\n" for x, y in rows))
@@ -138,7 +161,9 @@ def test_skipped_empty_documents_leave_the_keys_aligned(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
-def test_quarantine_keeps_lines_as_they_were_and_says_where(tmp_path, monkeypatch, name):
+def test_quarantine_keeps_lines_as_they_were_and_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
     import gzip
 
     from megatron_ext.data.readers import lines, sources
@@ -164,11 +189,13 @@ def test_quarantine_keeps_lines_as_they_were_and_says_where(tmp_path, monkeypatc
     assert [(r["file"], r["line"]) for r in report] == [(str(path), i + 1) for i in bad]
     for record, row in zip(report, bad.values(), strict=True):
         assert content[record["byte_offset"] :].startswith(row)
-    reference = mcore_files(tmp_path, [f"good {i}" for i in range(60) if i not in bad], build_tokenizer(BYTES), False)
+    reference = mcore_files(
+        tmp_path, [f"good {i}" for i in range(60) if i not in bad], build_tokenizer(BYTES), False
+    )
     assert Path(f"{summary.prefixes[0]}.bin").read_bytes() == reference[0].read_bytes()
 
 
-def test_a_shard_that_was_damaged_does_not_count_as_finished(tmp_path):
+def test_a_shard_that_was_damaged_does_not_count_as_finished(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "in.jsonl", ["some text"])
     config = InputConfig(input=(str(path),))
     chunk = next(iter(plan_chunks(expand_inputs(config), 1 << 20, 1 << 20)))
@@ -180,7 +207,7 @@ def test_a_shard_that_was_damaged_does_not_count_as_finished(tmp_path):
     assert read_finished_shard(str(tmp_path), 4, check=True) is None
 
 
-def test_a_rejected_line_leaves_no_finished_shard(tmp_path):
+def test_a_rejected_line_leaves_no_finished_shard(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a"}\n{"text": 1}\n')
     with pytest.raises(RejectedLine):
@@ -189,7 +216,9 @@ def test_a_rejected_line_leaves_no_finished_shard(tmp_path):
 
 
 @pytest.mark.parametrize("stop", range(1, 5))
-def test_publication_goes_on_after_a_kill_at_any_rename(tmp_path, monkeypatch, stop):
+def test_publication_goes_on_after_a_kill_at_any_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: Any
+) -> None:
     """What stands at the final names is never an index without the tokens it belongs to."""
     prefix = str(tmp_path / "out")
     for suffix in ("a.bin", "a.idx", "b.bin", "b.idx"):
@@ -209,7 +238,7 @@ def test_publication_goes_on_after_a_kill_at_any_rename(tmp_path, monkeypatch, s
 
     replace, calls = os.replace, []
 
-    def counting(*args):
+    def counting(*args: Any) -> None:
         calls.append(args)
         if len(calls) == stop:
             raise Killed
@@ -221,7 +250,9 @@ def test_publication_goes_on_after_a_kill_at_any_rename(tmp_path, monkeypatch, s
     monkeypatch.undo()
     for dataset in "ab":
         index = tmp_path / f"out_{dataset}.idx"
-        assert not index.exists() or index.read_text() == (tmp_path / f"out_{dataset}.bin").read_text() == "new"
+        assert (
+            not index.exists() or index.read_text() == (tmp_path / f"out_{dataset}.bin").read_text() == "new"
+        )
     work.release()
     again = WorkDirectory(prefix, plan, resume=True)
     assert again.is_publishing
@@ -231,24 +262,24 @@ def test_publication_goes_on_after_a_kill_at_any_rename(tmp_path, monkeypatch, s
     assert not again.path.exists()
 
 
-def test_a_resumed_run_with_another_plan_is_refused(tmp_path):
+def test_a_resumed_run_with_another_plan_is_refused(tmp_path: Path) -> None:
     WorkDirectory(str(tmp_path / "out"), {"--append-eod": True}, resume=False).release()
     with pytest.raises(ValueError, match="--append-eod is False and was True"):
         WorkDirectory(str(tmp_path / "out"), {"--append-eod": False}, resume=True)
 
 
-def test_two_runs_cannot_write_one_prefix(tmp_path):
+def test_two_runs_cannot_write_one_prefix(tmp_path: Path) -> None:
     first = WorkDirectory(str(tmp_path / "out"), {}, resume=False)
     with pytest.raises(ValueError, match="another run is writing it"):
         WorkDirectory(str(tmp_path / "out"), {}, resume=False)
     first.remove()
 
 
-def test_copying_falls_back_where_the_kernel_cannot(tmp_path, monkeypatch):
+def test_copying_falls_back_where_the_kernel_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(range(256)) * 10_000
     (tmp_path / "from").write_bytes(content)
 
-    def unsupported(*args):
+    def unsupported(*args: Any) -> None:
         raise OSError(assembly_module.errno.EXDEV, "across file systems")
 
     for replacement in (None, unsupported):

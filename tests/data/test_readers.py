@@ -5,6 +5,8 @@ import io
 import json
 import random
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -15,17 +17,17 @@ from megatron_ext.config.preprocess import InputConfig
 from megatron_ext.data.readers import expand_inputs, iter_documents, lines, plan_chunks, read_chunk, sources
 
 
-def write(path, content):
+def write(path: Any, content: Any) -> Any:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
-def json_lines(*texts, key="text"):
+def json_lines(*texts: Any, key: Any = "text") -> Any:
     return "".join(json.dumps({key: text}) + "\n" for text in texts)
 
 
-def read_all(config, chunk_bytes=1 << 20):
-    """Every document and every reject `(source, line, offset, reason)` of a configuration, with lines per chunk added up."""
+def read_all(config: Any, chunk_bytes: Any = 1 << 20) -> Any:
+    """Every document and every reject `(source, line, offset, reason)` of a configuration."""
     documents, rejects, first = [], [], {}
     for chunk in plan_chunks(expand_inputs(config), chunk_bytes, config.max_line_bytes):
         before = first.get(chunk.source_index, 0)
@@ -47,7 +49,9 @@ def read_all(config, chunk_bytes=1 << 20):
     limit=st.sampled_from([5, 12, 1000]),
 )
 @settings(max_examples=300, deadline=None)
-def test_ranges_laid_end_to_end_give_every_line_once(content, chunk_bytes, block, limit):
+def test_ranges_laid_end_to_end_give_every_line_once(
+    content: Any, chunk_bytes: Any, block: Any, limit: Any
+) -> None:
     expected = content.split(b"\n")
     expected = expected[:-1] if not expected[-1] else expected
     found, offset = [], 0
@@ -77,7 +81,7 @@ def test_ranges_laid_end_to_end_give_every_line_once(content, chunk_bytes, block
 
 @given(content=st.lists(st.sampled_from([b"\n", b"ab", b"c\n"]), max_size=30).map(b"".join), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_line_starts_are_counted_as_by_splitting(tmp_path_factory, content, data):
+def test_line_starts_are_counted_as_by_splitting(tmp_path_factory: Any, content: Any, data: Any) -> None:
     path = tmp_path_factory.mktemp("count") / "f"
     path.write_bytes(content)
     end = data.draw(st.integers(0, len(content)))
@@ -87,7 +91,9 @@ def test_line_starts_are_counted_as_by_splitting(tmp_path_factory, content, data
 
 
 @pytest.mark.parametrize("pack", ["plain", "gz", "zst", "stdin"])
-def test_all_ways_to_hold_json_lines_give_the_same_documents_and_places(tmp_path, monkeypatch, pack):
+def test_all_ways_to_hold_json_lines_give_the_same_documents_and_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Any
+) -> None:
     rng = random.Random(5)
     texts = ["".join(rng.choices('abc déf漢🙂\n"', k=rng.randrange(300))) for _ in range(500)]
     rows = [json.dumps({"text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
@@ -115,7 +121,9 @@ def test_all_ways_to_hold_json_lines_give_the_same_documents_and_places(tmp_path
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_a_line_over_the_limit_is_passed_over_without_holding_it(tmp_path, monkeypatch, name):
+def test_a_line_over_the_limit_is_passed_over_without_holding_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
     monkeypatch.setattr(lines, "BLOCK_BYTES", 256)
     content = json_lines("one", "x" * 5000, "two", "y" * 90).encode()
     path = write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
@@ -141,7 +149,9 @@ def test_a_line_over_the_limit_is_passed_over_without_holding_it(tmp_path, monke
         (b"[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_line_that_is_no_document_is_rejected_with_its_reason(tmp_path, line, reason):
+def test_a_line_that_is_no_document_is_rejected_with_its_reason(
+    tmp_path: Path, line: Any, reason: Any
+) -> None:
     path = write(tmp_path / "a.jsonl", b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
     documents, rejects = read_all(InputConfig(input=(path,)))
     assert documents == [("before",), ("after",)]
@@ -150,12 +160,12 @@ def test_a_line_that_is_no_document_is_rejected_with_its_reason(tmp_path, line, 
     assert reason in found
 
 
-def test_byte_order_mark_carriage_returns_and_blank_lines_are_no_errors(tmp_path):
+def test_byte_order_mark_carriage_returns_and_blank_lines_are_no_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n \t\n{"text": "b"}')
     assert read_all(InputConfig(input=(path,))) == ([("a",), ("b",)], [])
 
 
-def test_separators_of_unicode_do_not_end_a_line(tmp_path):
+def test_separators_of_unicode_do_not_end_a_line(tmp_path: Path) -> None:
     text = "a\u2028b\u2029c\x85d\x0be"
     path = write(
         tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False).replace("\\u000b", "\\u000B")
@@ -163,14 +173,14 @@ def test_separators_of_unicode_do_not_end_a_line(tmp_path):
     assert read_all(InputConfig(input=(path,)))[0] == [(text,)]
 
 
-def test_several_keys_stay_together(tmp_path):
+def test_several_keys_stay_together(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"a": "1", "b": "2"}\n{"a": "3"}\n{"b": "6", "a": "5"}\n')
     documents, rejects = read_all(InputConfig(input=(path,), json_keys=("a", "b")))
     assert documents == [("1", "2"), ("5", "6")]
     assert [line for _, line, *_ in rejects] == [1]
 
 
-def test_plain_text_is_a_document_a_line_or_a_file(tmp_path):
+def test_plain_text_is_a_document_a_line_or_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "first\n\nsecond\r\n third")
     assert read_all(InputConfig(input=(path,)))[0] == [("first",), ("second",), (" third",)]
     whole = InputConfig(input=(path, path), text_unit="file")
@@ -178,12 +188,12 @@ def test_plain_text_is_a_document_a_line_or_a_file(tmp_path):
     assert read_all(InputConfig(input=(path,), text_unit="file", max_line_bytes=5))[1][0][1:3] == (0, 0)
 
 
-def test_parquet_rows_are_documents(tmp_path):
+def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     texts = [f"document {i} é" for i in range(1000)]
-    values = [t.encode() for t in texts]
+    values: list[bytes | None] = [t.encode() for t in texts]
     values[3], values[700] = None, b"bad \xff"
     column = pa.array(values, pa.binary()).view(pa.string())
     table = pa.table({"n": list(range(1000)), "text": column, "title": [str(i) for i in range(1000)]})
@@ -194,7 +204,7 @@ def test_parquet_rows_are_documents(tmp_path):
     assert [(line, offset) for _, line, offset, _ in rejects] == [(3, None), (700, None)]
 
 
-def test_inputs_are_files_patterns_and_standard_input(tmp_path):
+def test_inputs_are_files_patterns_and_standard_input(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.json.gz", "d.txt.zst"):
         write(tmp_path / name, b"")
     found = expand_inputs(
@@ -216,14 +226,14 @@ def test_inputs_are_files_patterns_and_standard_input(tmp_path):
         (lambda d: write(d / "a.txt", b"a"), ("a", "b"), "plain text, which has no keys"),
     ],
 )
-def test_inputs_that_cannot_be_read_are_named(tmp_path, make, keys, message):
+def test_inputs_that_cannot_be_read_are_named(tmp_path: Path, make: Any, keys: Any, message: Any) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         expand_inputs(InputConfig(input=(make(tmp_path),), json_keys=keys))
 
 
 @pytest.mark.parametrize("pack", ["gz", "zst"])
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
-def test_packed_files_that_are_cut_short_are_an_error(tmp_path, pack, damage):
+def test_packed_files_that_are_cut_short_are_an_error(tmp_path: Path, pack: Any, damage: Any) -> None:
     content = json_lines(*map(str, range(5000))).encode()
     packed = gzip.compress(content) if pack == "gz" else zstandard.ZstdCompressor().compress(content)
     path = write(
@@ -233,7 +243,7 @@ def test_packed_files_that_are_cut_short_are_an_error(tmp_path, pack, damage):
         read_all(InputConfig(input=(path,)))
 
 
-def test_documents_in_one_process_stop_at_the_limit_and_at_errors(tmp_path):
+def test_documents_in_one_process_stop_at_the_limit_and_at_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json_lines("a", "b", "c") + "oops\n")
     assert list(iter_documents(InputConfig(input=(path,), max_documents=3))) == [("a",), ("b",), ("c",)]
     with pytest.raises(ValueError, match=r"a\.jsonl: byte 42: malformed JSON"):

@@ -4,6 +4,8 @@ import base64
 import json
 import pickle
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,17 +23,17 @@ from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_se
 TEXTS = (*PROBE_TEXTS, "", " ", "x", "\u2028", "a" * 500, "\x00\x01")
 
 
-def training_texts():
+def training_texts() -> Any:
     names = ("json.decoder", "argparse", "textwrap", "difflib")
     for name in names:
         __import__(name)
-        with open(sys.modules[name].__file__, encoding="utf-8") as file:
+        with open(str(sys.modules[name].__file__), encoding="utf-8") as file:
             yield file.read()
     yield "Größe naïve café Ωμέγα Привет мир 漢字かな 한국어 🙂 " * 20
 
 
 @pytest.fixture(scope="module")
-def bpe_dir(tmp_path_factory):
+def bpe_dir(tmp_path_factory: Any) -> Any:
     directory = tmp_path_factory.mktemp("bpe")
     size = train_byte_level_bpe(training_texts(), str(directory), 1000, ("<|endoftext|>", "<|im_end|>"), 2)
     assert size == 1000
@@ -39,7 +41,7 @@ def bpe_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_models(tmp_path_factory):
+def sentencepiece_models(tmp_path_factory: Any) -> Any:
     models = {}
     for kind in ("unigram", "bpe"):
         directory = tmp_path_factory.mktemp(kind)
@@ -49,7 +51,7 @@ def sentencepiece_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tiktoken_file(bpe_dir):
+def tiktoken_file(bpe_dir: Any) -> Any:
     """The trained BPE's tokens as mcore's list of ranks."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -66,12 +68,14 @@ def tiktoken_file(bpe_dir):
     return str(path)
 
 
-def gpt2(directory):
-    files = {"vocab_file": str(directory / "vocab.json"), "merge_file": str(directory / "merges.txt")}
-    return build_tokenizer(TokenizerConfig(tokenizer_type="GPT2BPETokenizer", **files))
+def gpt2(directory: Any) -> Any:
+    vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
+    return build_tokenizer(
+        TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=vocab, merge_file=merges)
+    )
 
 
-def test_vocab_and_merges_give_the_ids_of_the_trained_tokenizer(bpe_dir):
+def test_vocab_and_merges_give_the_ids_of_the_trained_tokenizer(bpe_dir: Any) -> None:
     ours = gpt2(bpe_dir)
     library = tokenizers.Tokenizer.from_file(str(bpe_dir / "tokenizer.json"))
     for text in (*TEXTS, *training_texts()):
@@ -84,8 +88,10 @@ def test_vocab_and_merges_give_the_ids_of_the_trained_tokenizer(bpe_dir):
     assert ours.inv_vocab[0] == "<|endoftext|>"
 
 
-def test_local_hugging_face_directory_gives_mcores_ids(bpe_dir):
-    ours = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(bpe_dir)))
+def test_local_hugging_face_directory_gives_mcores_ids(bpe_dir: Any) -> None:
+    ours = build_tokenizer(
+        TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(bpe_dir))
+    )
     theirs = mcore.HuggingFaceTokenizer(str(bpe_dir), use_fast=True)
     for text in TEXTS:
         assert ours.tokenize(text) == theirs.text_to_ids(text)
@@ -93,7 +99,7 @@ def test_local_hugging_face_directory_gives_mcores_ids(bpe_dir):
     assert ours.inv_vocab == theirs.inv_vocab
 
 
-def test_truncation_and_padding_in_a_tokenizer_file_are_switched_off(bpe_dir, tmp_path):
+def test_truncation_and_padding_in_a_tokenizer_file_are_switched_off(bpe_dir: Any, tmp_path: Path) -> None:
     library = tokenizers.Tokenizer.from_file(str(bpe_dir / "tokenizer.json"))
     library.enable_truncation(4)
     library.enable_padding(length=8)
@@ -104,7 +110,7 @@ def test_truncation_and_padding_in_a_tokenizer_file_are_switched_off(bpe_dir, tm
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_sentencepiece_gives_mcores_ids_and_loses_nothing(sentencepiece_models, kind):
+def test_sentencepiece_gives_mcores_ids_and_loses_nothing(sentencepiece_models: Any, kind: Any) -> None:
     path = sentencepiece_models[kind]
     ours = build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path))
     theirs = mcore.SentencePieceTokenizer(path)
@@ -119,8 +125,10 @@ def test_sentencepiece_gives_mcores_ids_and_loses_nothing(sentencepiece_models, 
 
 
 @pytest.mark.parametrize("vocab_size", [None, 1500])
-def test_tiktoken_gives_mcores_ids(tiktoken_file, vocab_size):
-    config = TokenizerConfig(tokenizer_type="TikTokenizer", tokenizer_model=tiktoken_file, vocab_size=vocab_size)
+def test_tiktoken_gives_mcores_ids(tiktoken_file: Any, vocab_size: Any) -> None:
+    config = TokenizerConfig(
+        tokenizer_type="TikTokenizer", tokenizer_model=tiktoken_file, vocab_size=vocab_size
+    )
     ours = build_tokenizer(config)
     theirs = mcore.TikTokenTokenizer(tiktoken_file, vocab_size=ours.vocab_size)
     for text in TEXTS:
@@ -129,10 +137,12 @@ def test_tiktoken_gives_mcores_ids(tiktoken_file, vocab_size):
     assert ours.eod == theirs.eod
     assert len(ours.vocab) == ours.vocab_size
     with pytest.raises(ValueError, match="--vocab-size 99999: must lie between 1256 and"):
-        build_tokenizer(TokenizerConfig(tokenizer_type="TikTokenizer", tokenizer_model=tiktoken_file, vocab_size=99999))
+        build_tokenizer(
+            TokenizerConfig(tokenizer_type="TikTokenizer", tokenizer_model=tiktoken_file, vocab_size=99999)
+        )
 
 
-def test_bytes_and_numbers_give_mcores_ids():
+def test_bytes_and_numbers_give_mcores_ids() -> None:
     ours = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
     for text in TEXTS:
         assert ours.tokenize(text) == mcore.ByteLevelTokenizer().text_to_ids(text)
@@ -145,7 +155,7 @@ def test_bytes_and_numbers_give_mcores_ids():
         ours.tokenize("51")
 
 
-def test_fingerprint_follows_what_a_tokenizer_does(bpe_dir, tmp_path):
+def test_fingerprint_follows_what_a_tokenizer_does(bpe_dir: Any, tmp_path: Path) -> None:
     ours = gpt2(bpe_dir)
     assert gpt2(bpe_dir).fingerprint() == ours.fingerprint()
     (tmp_path / "vocab.json").write_text((bpe_dir / "vocab.json").read_text())
@@ -155,7 +165,7 @@ def test_fingerprint_follows_what_a_tokenizer_does(bpe_dir, tmp_path):
     assert json.dumps(ours.unique_identifiers) == json.dumps(gpt2(bpe_dir).unique_identifiers)
 
 
-def test_tokenizers_travel_to_loader_processes(bpe_dir, sentencepiece_models):
+def test_tokenizers_travel_to_loader_processes(bpe_dir: Any, sentencepiece_models: Any) -> None:
     sp = TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=sentencepiece_models["bpe"])
     for ours in (gpt2(bpe_dir), build_tokenizer(sp)):
         copy = pickle.loads(pickle.dumps(ours))
@@ -171,20 +181,23 @@ def test_tokenizers_travel_to_loader_processes(bpe_dir, sentencepiece_models):
         ({"merge_file": "bad.txt"}, "--merge-file .*bad.txt: line 1 is not a pair"),
     ],
 )
-def test_wrong_tokenizer_files_are_named(bpe_dir, tmp_path, files, message):
+def test_wrong_tokenizer_files_are_named(bpe_dir: Any, tmp_path: Path, files: Any, message: Any) -> None:
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "bad.txt").write_text("one two three\n")
     vocab = json.loads((bpe_dir / "vocab.json").read_text())
     vocab["other"] = vocab.pop("<|endoftext|>")
     (tmp_path / "noend.json").write_text(json.dumps(vocab))
-    paths = {"vocab_file": str(bpe_dir / "vocab.json"), "merge_file": str(bpe_dir / "merges.txt")}
+    paths: dict[str, Any] = {
+        "vocab_file": str(bpe_dir / "vocab.json"),
+        "merge_file": str(bpe_dir / "merges.txt"),
+    }
     paths.update({name: str(tmp_path / file) for name, file in files.items()})
     with pytest.raises((ValueError, FileNotFoundError), match=message.replace("|", r"\|")):
         build_tokenizer(TokenizerConfig(tokenizer_type="GPT2BPETokenizer", **paths))
 
 
 @pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"])
-def test_a_file_of_another_format_is_one_clear_line(tmp_path, kind):
+def test_a_file_of_another_format_is_one_clear_line(tmp_path: Path, kind: Any) -> None:
     (tmp_path / "model").write_text("not a model")
     with pytest.raises(ValueError, match="--tokenizer-model .*model: ") as caught:
         build_tokenizer(TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(tmp_path / "model")))
@@ -193,7 +206,7 @@ def test_a_file_of_another_format_is_one_clear_line(tmp_path, kind):
         build_tokenizer(TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(tmp_path / "none")))
 
 
-def encoded(encoder, texts):
+def encoded(encoder: Any, texts: Any) -> Any:
     """Every text's ids, from the flat arrays."""
     result = []
     for ids, lengths in encoder.encode(texts):
@@ -202,14 +215,16 @@ def encoded(encoder, texts):
     return result
 
 
-def test_gigatoken_runs_where_its_ids_are_equal(bpe_dir, sentencepiece_models):
+def test_gigatoken_runs_where_its_ids_are_equal(bpe_dir: Any, sentencepiece_models: Any) -> None:
     ours = gpt2(bpe_dir)
     choice = choose_encoder(ours, "auto", ["a sample"])
     assert choice.encoder == "gigatoken"
     assert encoded(Encoder(ours, "gigatoken"), list(TEXTS)) == [ours.tokenize(text) for text in TEXTS]
     assert encoded(Encoder(ours, "gigatoken"), []) == []
     assert choose_encoder(ours, "reference", []).encoder == "reference"
-    unigram = TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=sentencepiece_models["unigram"])
+    unigram = TokenizerConfig(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model=sentencepiece_models["unigram"]
+    )
     choice = choose_encoder(build_tokenizer(unigram), "auto", ["a sample"])
     assert (choice.encoder, "does not support" in choice.reason) == ("reference", True)
     with pytest.raises(ValueError, match="--encoder gigatoken: "):
@@ -218,18 +233,20 @@ def test_gigatoken_runs_where_its_ids_are_equal(bpe_dir, sentencepiece_models):
 
 @given(st.lists(st.text(st.characters(codec="utf-8")), max_size=8))
 @settings(max_examples=200, deadline=None)
-def test_gigatoken_equals_the_reference_on_any_text(bpe_dir_cached, texts):
+def test_gigatoken_equals_the_reference_on_any_text(bpe_dir_cached: Any, texts: Any) -> None:
     ours, fast = bpe_dir_cached
     assert encoded(fast, texts) == [ours.tokenize(text) for text in texts]
 
 
 @pytest.fixture(scope="module")
-def bpe_dir_cached(bpe_dir):
+def bpe_dir_cached(bpe_dir: Any) -> Any:
     ours = gpt2(bpe_dir)
     return ours, Encoder(ours, "gigatoken")
 
 
-def test_an_encoder_that_differs_on_the_sample_is_not_used(bpe_dir, monkeypatch):
+def test_an_encoder_that_differs_on_the_sample_is_not_used(
+    bpe_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = gpt2(bpe_dir)
     content = json.loads(ours.gigatoken_source())
     content["model"]["merges"] = content["model"]["merges"][:-1]
@@ -241,14 +258,26 @@ def test_an_encoder_that_differs_on_the_sample_is_not_used(bpe_dir, monkeypatch)
     assert "differ from the reference's" in choice.reason
 
 
-def test_without_gigatoken_the_reference_runs(bpe_dir, monkeypatch):
+def test_without_gigatoken_the_reference_runs(bpe_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     choice = choose_encoder(gpt2(bpe_dir), "auto", [])
     assert (choice.encoder, "not installed" in choice.reason) == ("reference", True)
 
 
-def test_batches_do_not_change_the_ids(bpe_dir, monkeypatch):
+def test_batches_do_not_change_the_ids(bpe_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = gpt2(bpe_dir)
     monkeypatch.setattr("megatron_ext.data.encoding._BATCH_CHARACTERS", 50)
     texts = [text for text in TEXTS for _ in range(3)]
     assert encoded(Encoder(ours, "reference"), texts) == [ours.tokenize(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("package", "kind"), [("sentencepiece", "SentencePieceTokenizer"), ("tiktoken", "TikTokenizer")]
+)
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: Any, kind: Any
+) -> None:
+    (tmp_path / "model").write_text("")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"--tokenizer-type {kind}: the package {package} is not installed"):
+        build_tokenizer(TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(tmp_path / "model")))

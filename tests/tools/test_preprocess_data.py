@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -21,24 +22,34 @@ ROOT = Path(__file__).parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
 
 
-def real_documents():
+def real_documents() -> Any:
     """Functions of the standard library, some of them empty texts."""
     documents = []
-    for name in ("argparse", "typing", "inspect", "decimal", "tarfile", "difflib", "doctest", "pathlib", "statistics"):
+    for name in (
+        "argparse",
+        "typing",
+        "inspect",
+        "decimal",
+        "tarfile",
+        "difflib",
+        "doctest",
+        "pathlib",
+        "statistics",
+    ):
         module = __import__("_pydecimal" if name == "decimal" else name)
-        documents += Path(module.__file__).read_text(encoding="utf-8").split("\ndef ")
+        documents += Path(str(module.__file__)).read_text(encoding="utf-8").split("\ndef ")
     return ["" if i % 97 == 5 else text for i, text in enumerate(documents)]
 
 
 @pytest.fixture(scope="module")
-def tokenizer_flags(tmp_path_factory):
+def tokenizer_flags(tmp_path_factory: Any) -> Any:
     directory = tmp_path_factory.mktemp("tokenizer")
     train_byte_level_bpe(iter(real_documents()), str(directory), 2000, ("<|endoftext|>",), 2)
     return ["--vocab-file", f"{directory}/vocab.json", "--merge-file", f"{directory}/merges.txt"]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def corpus(tmp_path_factory: Any) -> Any:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rows = [json.dumps({"text": text}) for text in real_documents()]
     path.write_text("\n".join(f"{row}" for row in rows * 9) + "\n")
@@ -46,7 +57,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory, corpus, tokenizer_flags):
+def expected(tmp_path_factory: Any, corpus: Any, tokenizer_flags: Any) -> Any:
     """What Megatron-LM's loop writes: `(bin, idx)` bytes."""
     tokenizer = build_tokenizer(TokenizerConfig(vocab_file=tokenizer_flags[1], merge_file=tokenizer_flags[3]))
     prefix = str(tmp_path_factory.mktemp("expected") / "ref")
@@ -63,22 +74,27 @@ def expected(tmp_path_factory, corpus, tokenizer_flags):
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
-def run(*arguments, **options):
-    return subprocess.run([*TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+def run(*arguments: Any, **options: Any) -> Any:
+    return subprocess.run(
+        [*TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+    )
 
 
-def outputs(prefix, key="text"):
+def outputs(prefix: Any, key: Any = "text") -> Any:
     return tuple(Path(f"{prefix}_{key}_document.{suffix}").read_bytes() for suffix in ("bin", "idx"))
 
 
-def left_behind(directory):
+def left_behind(directory: Any) -> Any:
     return sorted(path.name for path in directory.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("workers", "more"), [(1, ()), (3, ("--encoder", "reference")), (2, ("--partitions", 2, "--keep-sequential-samples"))]
+    ("workers", "more"),
+    [(1, ()), (3, ("--encoder", "reference")), (2, ("--partitions", 2, "--keep-sequential-samples"))],
 )
-def test_result_is_mcores_whatever_the_workers(tmp_path, corpus, tokenizer_flags, expected, workers, more):
+def test_result_is_mcores_whatever_the_workers(
+    tmp_path: Path, corpus: Any, tokenizer_flags: Any, expected: Any, workers: Any, more: Any
+) -> None:
     result = run("--input", corpus, "--output_prefix", tmp_path / "new" / "c", *tokenizer_flags, "--append-eod",
                  "--workers", workers, *more)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -89,43 +105,57 @@ def test_result_is_mcores_whatever_the_workers(tmp_path, corpus, tokenizer_flags
     tokenizer = build_tokenizer(TokenizerConfig(vocab_file=tokenizer_flags[1], merge_file=tokenizer_flags[3]))
     index = check_dataset(prefix, tokenizer.fingerprint())
     assert f"{index.num_documents:,} documents" in result.stdout
-    assert read_manifest(prefix)["inputs"][0]["bytes"] == corpus.stat().st_size
+    assert (read_manifest(prefix) or {})["inputs"][0]["bytes"] == corpus.stat().st_size
 
 
-def test_partitions_deal_documents_in_turn_as_megatron_does(tmp_path, tokenizer_flags):
+def test_partitions_deal_documents_in_turn_as_megatron_does(tmp_path: Path, tokenizer_flags: Any) -> None:
     lines = [json.dumps({"text": f"document {i}"}) for i in range(11)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     (tmp_path / "dealt.jsonl").write_text("\n".join(lines[0::3] + lines[1::3] + lines[2::3]))
-    run("--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "a", *tokenizer_flags, "--partitions", 3)
+    run(
+        "--input",
+        tmp_path / "in.jsonl",
+        "--output-prefix",
+        tmp_path / "a",
+        *tokenizer_flags,
+        "--partitions",
+        3,
+    )
     run("--input", tmp_path / "dealt.jsonl", "--output-prefix", tmp_path / "b", *tokenizer_flags)
     assert outputs(tmp_path / "a") == outputs(tmp_path / "b")
 
 
-def test_standard_input_and_several_keys(tmp_path, tokenizer_flags):
+def test_standard_input_and_several_keys(tmp_path: Path, tokenizer_flags: Any) -> None:
     rows = "".join(json.dumps({"title": f"t{i}", "text": f"body {i}"}) + "\n" for i in range(50))
     result = run("--input", "-", "--json-keys", "title", "text", "--output-prefix", tmp_path / "c", *tokenizer_flags,
                  input=rows)  # fmt: skip
     assert result.returncode == 0, result.stderr
     for key, word in (("title", "t{}"), ("text", "body {}")):
-        (tmp_path / "one.jsonl").write_text("".join(json.dumps({"text": word.format(i)}) + "\n" for i in range(50)))
+        (tmp_path / "one.jsonl").write_text(
+            "".join(json.dumps({"text": word.format(i)}) + "\n" for i in range(50))
+        )
         run("--input", tmp_path / "one.jsonl", "--output-prefix", tmp_path / "one", *tokenizer_flags)
         assert outputs(tmp_path / "c", key) == outputs(tmp_path / "one")
 
 
-def test_first_documents_only(tmp_path, corpus, tokenizer_flags):
+def test_first_documents_only(tmp_path: Path, corpus: Any, tokenizer_flags: Any) -> None:
     (tmp_path / "head.jsonl").write_text(head(corpus, 1234))
     run("--input", tmp_path / "head.jsonl", "--output-prefix", tmp_path / "a", *tokenizer_flags)
-    result = run("--input", corpus, "--output-prefix", tmp_path / "b", *tokenizer_flags, "--max-documents", 1234)
+    result = run(
+        "--input", corpus, "--output-prefix", tmp_path / "b", *tokenizer_flags, "--max-documents", 1234
+    )
     assert "1,234 documents" in result.stdout
     assert outputs(tmp_path / "a") == outputs(tmp_path / "b")
 
 
-def head(path, count):
+def head(path: Any, count: Any) -> Any:
     return "".join(line + "\n" for line in path.read_text().split("\n")[:count])
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_malformed_line_is_named_and_nothing_is_left(tmp_path, corpus, tokenizer_flags, packed):
+def test_a_malformed_line_is_named_and_nothing_is_left(
+    tmp_path: Path, corpus: Any, tokenizer_flags: Any, packed: Any
+) -> None:
     import gzip
 
     lines = corpus.read_bytes().split(b"\n")
@@ -148,9 +178,11 @@ def test_a_malformed_line_is_named_and_nothing_is_left(tmp_path, corpus, tokeniz
     assert "rejected: 1 lines" in skipped.stdout
 
 
-def start(*arguments):
+def start(*arguments: Any) -> Any:
     """Starts the tool on a slow tokenizer and returns it once some pieces are finished."""
-    process = subprocess.Popen([*TOOL, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*TOOL, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     prefix = arguments[arguments.index("--output-prefix") + 1]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -164,9 +196,13 @@ def start(*arguments):
     raise AssertionError("no piece was finished")
 
 
-def children(process):
+def children(process: Any) -> Any:
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [pid for pid in map(int, path.read_text().split()) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        pid
+        for pid in map(int, path.read_text().split())
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,8 +215,8 @@ def children(process):
     ],
 )
 def test_a_killed_run_leaves_nothing_finished_and_is_resumed(
-    tmp_path, corpus, tokenizer_flags, expected, victim, kill, code
-):
+    tmp_path: Path, corpus: Any, tokenizer_flags: Any, expected: Any, victim: Any, kill: Any, code: Any
+) -> None:
     arguments = ["--input", corpus, "--output-prefix", tmp_path / "c", *tokenizer_flags, "--append-eod"]
     process = start(*arguments, "--workers", 2, "--encoder", "reference")
     workers = children(process)
@@ -202,7 +238,9 @@ def test_a_killed_run_leaves_nothing_finished_and_is_resumed(
     assert left_behind(tmp_path) == [f"c_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
 
 
-def test_resume_refuses_other_settings_and_changed_input(tmp_path, corpus, tokenizer_flags):
+def test_resume_refuses_other_settings_and_changed_input(
+    tmp_path: Path, corpus: Any, tokenizer_flags: Any
+) -> None:
     copy = tmp_path / "in.jsonl"
     copy.write_bytes(corpus.read_bytes())
     arguments = ["--input", copy, "--output-prefix", tmp_path / "c", *tokenizer_flags]
@@ -219,12 +257,16 @@ def test_resume_refuses_other_settings_and_changed_input(tmp_path, corpus, token
     assert not (tmp_path / "c.preprocess").exists()
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path, corpus, tokenizer_flags):
-    def limit_file_size():  # stands in for a full disk: writing beyond it fails in the same calls
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
+    tmp_path: Path, corpus: Any, tokenizer_flags: Any
+) -> None:
+    def limit_file_size() -> None:  # stands in for a full disk: writing beyond it fails in the same calls
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    result = run("--input", corpus, "--output-prefix", tmp_path / "c", *tokenizer_flags, preexec_fn=limit_file_size)
+    result = run(
+        "--input", corpus, "--output-prefix", tmp_path / "c", *tokenizer_flags, preexec_fn=limit_file_size
+    )
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "File too large" in result.stderr
@@ -242,7 +284,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path, corpus, token
         (["--input", "-", "--resume"], "--resume: standard input"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, tokenizer_flags, flags, message):
+def test_mistakes_are_one_line(tmp_path: Path, tokenizer_flags: Any, flags: Any, message: Any) -> None:
     result = run(*flags, "--output-prefix", tmp_path / "c", *tokenizer_flags, input="")
     assert result.returncode == 2
     assert message in result.stderr
@@ -250,7 +292,7 @@ def test_mistakes_are_one_line(tmp_path, tokenizer_flags, flags, message):
     assert left_behind(tmp_path) == []
 
 
-def test_help_shows_an_example_and_the_exit_codes():
+def test_help_shows_an_example_and_the_exit_codes() -> None:
     result = run("--help")
     assert result.returncode == 0
     assert "python tools/preprocess_data.py --input corpus.jsonl" in " ".join(result.stdout.split())

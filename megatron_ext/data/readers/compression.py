@@ -5,6 +5,8 @@ import zlib
 from collections.abc import Callable
 from typing import BinaryIO
 
+from megatron_ext.data.optional import import_optional
+
 _PACKED_BYTES = 16 << 10
 
 
@@ -35,7 +37,7 @@ def open_zstd(file: BinaryIO, path: str) -> Callable[[int], bytes]:
     Raises (from `read`):
         ValueError: not zstd data, or cut short.
     """
-    import zstandard
+    zstandard = import_optional("zstandard", f"--input {path}")
 
     unpacker = zstandard.ZstdDecompressor()
     frame = unpacker.decompressobj()

@@ -92,7 +92,9 @@ def iter_documents(config: InputConfig) -> Iterator[tuple[str, ...]]:
         for batch in read_chunk(chunk, config.json_keys, config.max_line_bytes, limit=left):
             if batch.rejects:
                 reject = batch.rejects[0]
-                place = f"row {reject.line + 1} of {chunk}" if reject.offset is None else f"byte {reject.offset}"
+                place = (
+                    f"row {reject.line + 1} of {chunk}" if reject.offset is None else f"byte {reject.offset}"
+                )
                 raise ValueError(f"{chunk.source.path}: {place}: {reject.reason}")
             yield from zip(*batch.texts, strict=True)
             if left is not None:

@@ -1,7 +1,7 @@
 """Cuts bytes into whole lines, with bounded memory whatever the length of a line.
 
-A byte range `[start, end)` of a file owns the lines whose first byte lies in it, so that ranges laid end to end cover every
-line once: the first partial line is left to the range before, the last line is read beyond `end`.
+A byte range `[start, end)` of a file owns the lines whose first byte lies in it, so that ranges laid end to end
+cover every line once: the first partial line is left to the range before, the last line is read beyond `end`.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,9 +1,9 @@
 """Which files to read, and how they are cut into chunks.
 
-    plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
-    .gz, .zst, standard input, a pipe   blocks of whole lines, unpacked by the parent process and sent to the workers
-    .parquet                            one chunk for each row group
-    .txt with --text-unit file          one chunk for each file
+plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
+.gz, .zst, standard input, a pipe   blocks of whole lines, unpacked by the parent process and sent to the workers
+.parquet                            one chunk for each row group
+.txt with --text-unit file          one chunk for each file
 """
 
 import glob
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.data.optional import import_optional
 from megatron_ext.data.readers.compression import open_gzip, open_zstd
 from megatron_ext.data.readers.lines import LINES, LONG, LONG_END, scan_lines
 
@@ -110,7 +111,9 @@ def _source(path: str, config: InputConfig) -> Source:
     is_stream = compression is not None or not stat.S_ISREG(mode)
     if suffix == ".parquet":
         if is_stream:
-            raise ValueError(f"--input {path}: a parquet file must be a plain file, it packs its columns itself")
+            raise ValueError(
+                f"--input {path}: a parquet file must be a plain file, it packs its columns itself"
+            )
         _check_columns(path, config.json_keys)
         return Source(path, "parquet", None, False)
     if suffix != ".txt":
@@ -126,6 +129,7 @@ def _source(path: str, config: InputConfig) -> Source:
 
 def _check_columns(path: str, keys: tuple[str, ...]) -> None:
     """Raises `ValueError` where the parquet file cannot be read or lacks a text column."""
+    import_optional("pyarrow", f"--input {path}")
     import pyarrow
     import pyarrow.parquet
 

@@ -1,7 +1,7 @@
 """Tokenizers: `build_tokenizer` makes the one that a `TokenizerConfig` describes.
 
-All types share the interface of `base.Tokenizer`, which is also what mcore's datasets ask of a tokenizer. Libraries are
-imported when their type is built, so that a tool starts quickly.
+All types share the interface of `base.Tokenizer`, which is also what mcore's datasets ask of a tokenizer.
+Libraries are imported when their type is built, so that a tool starts quickly.
 """
 
 from typing import TypeVar

@@ -1,8 +1,9 @@
 """What every tokenizer offers to the tools and to mcore's datasets.
 
-The names are mcore's own (`tokenize`, `detokenize`, `vocab`, `inv_vocab`, `vocab_size`, `eod`, `unique_identifiers`), so an
-instance can be handed to `GPTDatasetConfig(tokenizer=...)`. mcore's classes are not the base: importing them loads torch
-(seconds in every worker process) and they encode one text at a time. The tests compare the ids with theirs.
+The names are mcore's own (`tokenize`, `detokenize`, `vocab`, `inv_vocab`, `vocab_size`, `eod`,
+`unique_identifiers`), so an instance can be handed to `GPTDatasetConfig(tokenizer=...)`. mcore's classes are
+not the base: importing them loads torch (seconds in every worker process) and they encode one text at a time.
+The tests compare the ids with theirs.
 """
 
 import hashlib
@@ -63,7 +64,12 @@ class Tokenizer(ABC):
     def _fingerprint(self) -> str:
         probes = list(PROBE_TEXTS) if self._takes_any_text else ["0 1"]
         ids = [self.tokenize(text) for text in probes]
-        content = [sorted(self.vocab.items(), key=lambda item: (item[1], item[0])), self.eod, self.vocab_size, ids]
+        content = [
+            sorted(self.vocab.items(), key=lambda item: (item[1], item[0])),
+            self.eod,
+            self.vocab_size,
+            ids,
+        ]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     _takes_any_text = True

@@ -1,7 +1,7 @@
 """Tokenizers without a file: `ByteLevelTokenizer` (UTF-8 bytes) and `NullTokenizer` (ids written as numbers).
 
-mcore's byte-level class gives its special tokens the ids 0 and 1 by default, which are also bytes; here the byte values keep
-0..255 and the end-of-document token follows them.
+mcore's byte-level class gives its special tokens the ids 0 and 1 by default, which are also bytes; here the
+byte values keep 0..255 and the end-of-document token follows them.
 """
 
 from functools import cached_property

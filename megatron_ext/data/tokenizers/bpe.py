@@ -1,8 +1,8 @@
 """Tokenizers on Hugging Face's `tokenizers` library: GPT-2's byte-level BPE, and any local tokenizer.json.
 
-`GPT2BPETokenizer` reads vocab.json and merges.txt; mcore's class of that name downloads GPT-2's configuration first, which
-a machine without the internet cannot do. `HuggingFaceTokenizer` reads a tokenizer.json, or a directory that holds one (or
-files that `transformers` can convert); it never downloads.
+`GPT2BPETokenizer` reads vocab.json and merges.txt; mcore's class of that name downloads GPT-2's configuration
+first, which a machine without the internet cannot do. `HuggingFaceTokenizer` reads a tokenizer.json, or a
+directory that holds one (or files that `transformers` can convert); it never downloads.
 """
 
 import json
@@ -131,7 +131,9 @@ def _read_merges(path: str, vocab: dict[str, int]) -> list[tuple[str, str]]:
             continue
         pair = line.split(" ")
         if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
-            raise ValueError(f"--merge-file {path}: line {number} is not a pair of tokens of the vocabulary: {line!r}")
+            raise ValueError(
+                f"--merge-file {path}: line {number} is not a pair of tokens of the vocabulary: {line!r}"
+            )
         merges.append((pair[0], pair[1]))
     return merges
 
@@ -151,7 +153,9 @@ def _convert_directory(path: Path, source: str) -> tokenizers.Tokenizer:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
     except Exception as error:  # whatever transformers raises, the user sees one line
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{source}: no tokenizer.json, and transformers cannot convert it ({reason})") from None
+        raise ValueError(
+            f"{source}: no tokenizer.json, and transformers cannot convert it ({reason})"
+        ) from None
 
 
 def _configured_eos(directory: Path) -> str | None:

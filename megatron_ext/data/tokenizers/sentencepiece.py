@@ -1,12 +1,12 @@
 """`SentencePieceTokenizer` and `Llama2Tokenizer`: a SentencePiece model file.
 
-Both encode as mcore's class does: no token is added before or after the text. Llama 2's model differs in its file only.
+Both encode as mcore's class does: no token is added before or after the text. Llama 2's model differs in its
+file only.
 """
 
 from functools import cached_property
 
-import sentencepiece
-
+from megatron_ext.data.optional import import_optional
 from megatron_ext.data.tokenizers.base import Tokenizer
 from megatron_ext.data.tokenizers.bpe import EOD_CANDIDATES, require_file
 
@@ -23,6 +23,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, tokenizer_model: str) -> None:
         require_file("--tokenizer-model", tokenizer_model)
+        sentencepiece = import_optional("sentencepiece", "--tokenizer-type SentencePieceTokenizer")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer_model)
         except (RuntimeError, OSError):

@@ -1,8 +1,8 @@
 """`TikTokenizer`: a byte-pair rank file in the JSON form that mcore reads, encoded by `tiktoken`.
 
-The file is a list of `{"rank", "token_bytes" (base64), "token_str"}` in rank order, the 256 bytes first. Ids follow mcore's
-layout: `NUM_SPECIAL_TOKENS` special tokens first (named ones, then `<SPECIAL_i>`), then the ranks. OpenAI's own `.tiktoken`
-files carry neither the pattern nor the special tokens and are not read.
+The file is a list of `{"rank", "token_bytes" (base64), "token_str"}` in rank order, the 256 bytes first. Ids
+follow mcore's layout: `NUM_SPECIAL_TOKENS` special tokens first (named ones, then `<SPECIAL_i>`), then the
+ranks. OpenAI's own `.tiktoken` files carry neither the pattern nor the special tokens and are not read.
 """
 
 import base64
@@ -10,6 +10,7 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+from megatron_ext.data.optional import import_optional
 from megatron_ext.data.tokenizers.base import Tokenizer
 from megatron_ext.data.tokenizers.bpe import require_file
 
@@ -29,17 +30,15 @@ class TikTokenizer(Tokenizer):
 
     Args:
         tokenizer_model: the JSON rank file.
-        vocab_size: number of ids, special tokens included; ranks beyond it are cut. None: 131072, or what the file holds.
+        vocab_size: number of ids, special tokens included; ranks beyond it are cut. None: 131072, or as many as
+            the file holds.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not of that form, or fewer ranks than `vocab_size` asks for.
     """
 
     def __init__(self, tokenizer_model: str, vocab_size: int | None = None) -> None:
-        try:
-            import tiktoken
-        except ModuleNotFoundError:
-            raise ValueError("--tokenizer-type TikTokenizer: the package tiktoken is not installed") from None
+        tiktoken = import_optional("tiktoken", "--tokenizer-type TikTokenizer")
         require_file("--tokenizer-model", tokenizer_model)
         tokens = _read_ranks(tokenizer_model)
         self.vocab_size = vocab_size or min(DEFAULT_VOCAB_SIZE, len(tokens) + NUM_SPECIAL_TOKENS)
@@ -80,10 +79,14 @@ def _read_ranks(path: str) -> list[bytes]:
         ranks = [entry["rank"] for entry in entries]
         tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f'--tokenizer-model {path}: expected a JSON list of {{"rank", "token_bytes"}}') from None
+        raise ValueError(
+            f'--tokenizer-model {path}: expected a JSON list of {{"rank", "token_bytes"}}'
+        ) from None
     in_order = ranks == list(range(len(ranks))) and len(set(tokens)) == len(tokens)
     if not in_order or tokens[:256] != [bytes([i]) for i in range(256)]:
-        raise ValueError(f"--tokenizer-model {path}: ranks must count from 0, the 256 bytes first, without repetition")
+        raise ValueError(
+            f"--tokenizer-model {path}: ranks must count from 0, the 256 bytes first, without repetition"
+        )
     return tokens
 
 

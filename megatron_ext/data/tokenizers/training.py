@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_ext.data.manifest import write_atomically
+from megatron_ext.data.optional import import_optional
 from megatron_ext.data.tokenizers.bpe import END_OF_TEXT
 
 _MAX_SENTENCE_BYTES = 16_000
@@ -35,7 +35,9 @@ def train_byte_level_bpe(
     """
     least = 256 + len(special_tokens)
     if vocab_size < least:
-        raise ValueError(f"--vocab-size {vocab_size}: must be at least {least}, the bytes and the special tokens")
+        raise ValueError(
+            f"--vocab-size {vocab_size}: must be at least {least}, the bytes and the special tokens"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -49,7 +51,11 @@ def train_byte_level_bpe(
     backend.train_from_iterator(texts, trainer)
     content = json.loads(backend.to_str())["model"]
     merges = "".join(f"{left} {right}\n" for left, right in content["merges"])
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "bos_token": END_OF_TEXT,
+    }
     files = {
         "vocab.json": json.dumps(backend.get_vocab(), ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + merges,
@@ -87,6 +93,7 @@ def train_sentencepiece(
     Raises:
         ValueError: the library refuses, for example a vocabulary too large for the text.
     """
+    sentencepiece = import_optional("sentencepiece", "--tokenizer-type SentencePieceTokenizer")
     with write_atomically(Path(output_dir, "tokenizer.model")) as temporary, open(temporary, "wb") as model:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -94,7 +101,9 @@ def train_sentencepiece(
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
-                user_defined_symbols=[token for token in special_tokens if token not in ("<unk>", "<s>", "</s>")],
+                user_defined_symbols=[
+                    token for token in special_tokens if token not in ("<unk>", "<s>", "</s>")
+                ],
                 byte_fallback=True,
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,

@@ -1,0 +1,22 @@
+"""Packages that only some inputs and tokenizers need (the extra `data`)."""
+
+import importlib
+from typing import Any
+
+
+def import_optional(module: str, needed_for: str) -> Any:
+    """Imports a module.
+
+    Args:
+        module: its dotted name.
+        needed_for: the flag and value that need it, for the message.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{needed_for}: the package {error.name} is not installed (it comes with megatron-ext[data])"
+        ) from None
