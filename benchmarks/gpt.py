@@ -5,8 +5,8 @@
 
 Every round times every variant once, in turn, so that a drift of the machine's speed meets all of them; the table shows
 medians over rounds and ratios of those medians. Both sides do a whole training step: forward, backward, clipping of the
-gradient norm, AdamW in one fused kernel. Ours also does what training needs and the peer leaves out: a gradient buffer for
-data parallelism, a check for non-finite gradients, and in bf16 fp32 main weights (the peer updates bf16 weights).
+gradient norm, AdamW in one fused kernel. Ours also does what training needs and the peer leaves out: a gradient buffer
+for data parallelism, a check for non-finite gradients, and in bf16 fp32 main weights (the peer updates bf16 weights).
 """
 
 import resource
@@ -125,7 +125,8 @@ def _print(config: BenchmarkConfig, bf16: bool, medians: dict[str, float]) -> No
     console.print(f", whole step {medians['hugging face step'] / medians['ours step']:.3f}")
     rate = 1.0 / medians["gemm"]
     console.print(f"GEMM rate of the machine {rate / 1e9:.0f} GFLOP/s; ours uses", end=" ")
-    console.print(f"{flops / ours / rate:.3f} of it in forward+backward, {flops / medians['ours step'] / rate:.3f} in the step")
+    used, used_by_step = flops / ours / rate, flops / medians["ours step"] / rate
+    console.print(f"{used:.3f} of it in forward+backward, {used_by_step:.3f} in the step")
     share = per_layer.forward_flops_per_token / base.forward_flops_per_token
     cost = medians["ours + PLE step"] / medians["ours step"] - 1
     console.print(f"PLE (p = h/8): FLOP share {100 * share:.1f} %, step costs {100 * cost:+.1f} %\n")
@@ -163,12 +164,19 @@ def _per_layer(config: BenchmarkConfig) -> PerLayerFamily:
 def _ours(config: BenchmarkConfig, bf16: bool, families: list[Family], name: str) -> Variant:
     parallel, model = ParallelConfig(), _model(config)
     chunks = build_model(
-        model, parallel, vocab_size=config.vocab_size, seed=1, bf16=bf16, extensions=[f.extension() for f in families]
+        model,
+        parallel,
+        vocab_size=config.vocab_size,
+        seed=1,
+        bf16=bf16,
+        extensions=[f.extension() for f in families],
     )
     wrapped = wrap_model(chunks, parallel, bf16=bf16)
     settings = OptimizerSettings(lr=1e-4)
     optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
-    scheduler = build_scheduler(settings, TrainingConfig(train_iters=10**6), optimizer, config.micro_batch_size)
+    scheduler = build_scheduler(
+        settings, TrainingConfig(train_iters=10**6), optimizer, config.micro_batch_size
+    )
     stepper = Stepper(
         wrapped,
         families,

@@ -58,7 +58,7 @@ def main() -> None:
         EvaluateConfig,
         prog="tools/evaluate.py",
         description="Perplexity of a checkpoint on indexed datasets.",
-        example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path data/held_out_text_document",
+        example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
     )["config"]
     from megatron_ext.data.manifest import check_dataset
     from megatron_ext.data.unigram import unigram_cross_entropy
@@ -91,7 +91,8 @@ def main() -> None:
             max_tokens=config.max_tokens,
         )
         results[prefix] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-        line = f"{prefix}: loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens"
+        line = f"{prefix}: loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}"
+        line += f", {found.tokens:,} tokens"
         if config.unigram_from is not None:
             entropy = unigram_cross_entropy(config.unigram_from, prefix, loaded.tokenizer.vocab_size)
             results[prefix]["unigram_cross_entropy"] = entropy

@@ -69,7 +69,9 @@ def main() -> None:
     from megatron_ext.inference.loading import load_model
     from megatron_ext.platform import distributed
 
-    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    sampling = {
+        name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    }
     Sampling(**sampling)  # a mistake in these is told before the model is loaded
     texts = _prompts(config)
     processes = int(os.environ.get("WORLD_SIZE") or 1)

@@ -70,7 +70,9 @@ def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
     if "lm loss" not in tags:
         raise ValueError(f"--tensorboard-dir {directory}: its files hold no 'lm loss'")
     found = ("lm loss", "lm loss validation")
-    training, validation = ({e.step: e.value for e in events.Scalars(tag)} if tag in tags else {} for tag in found)
+    training, validation = (
+        {e.step: e.value for e in events.Scalars(tag)} if tag in tags else {} for tag in found
+    )
     return training, validation
 
 

@@ -1,7 +1,7 @@
 """Rebuilds the model of a checkpoint, families included, at any tensor x pipeline cut, for evaluation and generation.
 
-Everything needed is in the checkpoint: configurations, vocabulary size, families. Only the tokenizer's files are outside
-it; where they have moved, the caller gives new paths.
+Everything needed is in the checkpoint: configurations, vocabulary size, families. Only the tokenizer's files are
+outside it; where they have moved, the caller gives new paths.
 """
 
 from dataclasses import dataclass, replace
@@ -62,8 +62,8 @@ def load_model(
         tokenizer: where the tokenizer's files are, if not where training found them.
 
     Raises:
-        ValueError: the cut does not fit the model, the tokenizer is another one, the checkpoint is damaged or of a family
-            that the caller does not know.
+        ValueError: the cut does not fit the model, the tokenizer is another one, the checkpoint is damaged or of a
+            family that the caller does not know.
         OSError: something cannot be read.
     """
     stored = read_run_config(path, ckpt_step)
@@ -79,7 +79,9 @@ def load_model(
         raise ValueError(f"{path}: was trained with another tokenizer than the one given")
     unknown = set(stored["families"]) - set(families)
     if unknown:
-        raise ValueError(f"{path}: holds the family {', '.join(sorted(unknown))}, which this tool does not know")
+        raise ValueError(
+            f"{path}: holds the family {', '.join(sorted(unknown))}, which this tool does not know"
+        )
     made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
     distributed.initialize(parallel, seed=1234)
     chunks = build_model(
@@ -90,5 +92,5 @@ def load_model(
         bf16=bf16,
         extensions=[family.extension() for family in made],
     )
-    load_weights(path, chunks, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
+    load_weights(path, list(chunks), vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
     return LoadedModel(model=chunks[0].eval(), config=model, families=made, tokenizer=built)

@@ -92,7 +92,7 @@ class SDPAttention(torch.nn.Module):
         return allowed.tril(diagonal=keys - queries), False
 
     def _random_stream(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
-        """Heads differ between tensor-parallel ranks, so their dropout must; under sequence parallel it already does."""
+        """Heads differ between tensor ranks, so their dropout must; under sequence parallel it already does."""
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()

@@ -43,7 +43,7 @@ class GPTModel(EngineGPTModel):
             tensor, self._received = self.channel.split(tensor)
         super().set_input_tensor(tensor)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_ext.models.gpt_model import GPTModel
+
 CHECKPOINT_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 """Passed to every `sharded_state_dict`: layers may differ, and optimizer states load at any cut."""
 
@@ -21,7 +23,7 @@ _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
 @torch.no_grad()
-def initialize_parameters(model: torch.nn.Module, seed: int, std: float, num_layers: int) -> None:
+def initialize_parameters(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
     """Draws all parameters of a model chunk in place.
 
     Args:

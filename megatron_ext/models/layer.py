@@ -25,7 +25,7 @@ SLOTS = ("before_layer", "feed_forward", "after_mlp")
 
 @dataclass
 class ExtendedLayerSubmodules(TransformerLayerSubmodules):
-    """megatron-core's submodules and the slots. A slot module is built with `config=`, `layer_number=`, `pg_collection=`."""
+    """megatron-core's submodules and the slots, built with `config=`, `layer_number=` and `pg_collection=`."""
 
     before_layer: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, side) -> hidden_states`, before the attention's norm."""

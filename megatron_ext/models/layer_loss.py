@@ -9,7 +9,7 @@ as the output loss does (the pattern of the engine's auxiliary losses). The valu
 the layer; `LayerLosses.collect` brings the means of all stages to every rank.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,8 @@ class LayerLosses:
     evaluating: bool = False
     """True while the loop evaluates: there the only pass has no gradients."""
 
-    _sums: dict[str, torch.Tensor] = {}
-    _counts: dict[str, int] = {}
+    _sums: ClassVar[dict[str, torch.Tensor]] = {}
+    _counts: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def attach(cls, hidden_states: torch.Tensor, loss: torch.Tensor, name: str) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The layer spec: which module fills which slot of a layer.
 
-Attention and linear layers come from megatron-core (its own, or Transformer Engine's on a GPU that has it); norm and core
-attention are ours by default. The MLP's norm is a module of its own in every variant, because families read its output.
+Attention and linear layers come from megatron-core (its own, or Transformer Engine's on a GPU that has it); norm and
+core attention are ours by default. The MLP's norm is a module of its own in every variant: families read its output.
 """
 
 import importlib.util

@@ -78,7 +78,7 @@ def build_transformer_config(
         cuda_graph_scope=[],
     )
     # Not a field: the engine then sums, over stages, the gradients of parameters marked `pipeline_parallel`.
-    config.has_cond_embedder = True  # type: ignore[attr-defined]
+    config.has_cond_embedder = True
     return config
 
 

@@ -17,19 +17,21 @@ import torch
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "full",
-    "full_like",
-    "ones",
-    "ones_like",
-    "rand",
-    "randn",
-    "tensor",
+    *(
+        "arange",
+        "as_tensor",
+        "empty",
+        "empty_like",
+        "eye",
+        "full",
+        "full_like",
+        "ones",
+        "ones_like",
+        "rand",
+        "randint",
+    ),
+    *("randn", "randperm", "tensor", "triu_indices", "zeros", "zeros_like"),
 )
-_FACTORIES += ("zeros", "zeros_like", "eye", "randint", "randperm", "triu_indices")
 _installed = False
 
 

@@ -1,3 +1,3 @@
-"""What the fork server imports once, so that each test process starts at once. Starts no threads and no process group."""
+"""What the fork server imports once, so that each test process starts at once. Starts no threads, no process group."""
 
 import megatron_ext.platform.distributed  # noqa: F401

@@ -77,7 +77,7 @@ class TrainingTrace:
 
 
 def synthetic_batches(sequence_length: int) -> Iterator[Batch]:
-    """Endless micro-batches of one sequence for this data-parallel rank; tokens follow a rule that a model can learn."""
+    """Endless micro-batches of one sequence for this data-parallel rank; tokens follow a rule that can be learned."""
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
     step = 0

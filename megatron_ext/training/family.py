@@ -17,7 +17,7 @@ from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
 
 Batch = dict[str, torch.Tensor]
-"""One micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, families' own fields."""
+"""One micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, families' fields."""
 
 
 class Family:

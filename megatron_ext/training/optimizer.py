@@ -1,7 +1,7 @@
 """Wraps the model for training, and builds megatron-core's optimizer and schedule for it.
 
-AdamW with decoupled weight decay (arXiv 1711.05101), biases and one-dimensional parameters undecayed. fp32 runs keep one
-copy of the weights; bf16 runs keep fp32 main weights and reduce gradients in fp32.
+AdamW with decoupled weight decay (arXiv 1711.05101), biases and one-dimensional parameters undecayed. fp32 runs keep
+one copy of the weights; bf16 runs keep fp32 main weights and reduce gradients in fp32.
 """
 
 import torch
