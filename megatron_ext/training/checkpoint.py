@@ -103,6 +103,7 @@ class Checkpointer:
             if dist.get_rank() == 0:
                 files.discard(root, iteration)
             if isinstance(error, OSError):
+                dist.barrier()  # no rank may end the run while rank 0 still removes files
                 raise OSError(
                     f"--save {root}: the checkpoint of step {iteration} could not be written ({error}); "
                     "nothing of it is left, earlier ones are intact"

@@ -15,6 +15,7 @@ anything is unpickled; they are no signature, and whoever can write the director
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,6 +23,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
@@ -163,6 +166,13 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, value: Any) -> None:
+    """Writes tensors and plain values in torch's format; where it fails, with the system's own error."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def fsync_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
@@ -26,9 +25,11 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.init import CHECKPOINT_METADATA
+from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training.agreement import gather
 from megatron_ext.training.optimizer_state import PREFIX
 
@@ -63,7 +64,7 @@ def write(state: ShardedStateDict, folder: Path) -> None:
     try:
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(groups),
-            storage_writer=torch_checkpoint.FileSystemWriter(folder, thread_count=1),
+            storage_writer=_Writer(folder, thread_count=1),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     except torch_checkpoint.CheckpointException as error:
@@ -72,11 +73,22 @@ def write(state: ShardedStateDict, folder: Path) -> None:
 
     def write_rest() -> None:
         if dist.get_rank() == 0:
-            with open(folder / "common.pt", "wb") as file:
-                torch.save(common, file)
+            files.write_tensors(folder / "common.pt", common)
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
     gather(write_rest)
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """torch's writer, telling why a file could not be written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        """Writes this rank's files."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # `torch.save` hides the system's error ("No space left on device") behind one of its own.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:

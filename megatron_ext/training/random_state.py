@@ -14,6 +14,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
+from megatron_ext.training.checkpoint_files import write_tensors
+
 
 def capture() -> dict[str, Any]:
     """The state of all generators; tensors, numbers and dictionaries of them."""
@@ -56,8 +58,7 @@ def file_name(rank: int) -> str:
 
 def save(path: Path) -> None:
     """Writes the state of all generators to a file."""
-    with open(path, "wb") as file:
-        torch.save(capture(), file)
+    write_tensors(path, capture())
 
 
 def load(path: Path) -> None:

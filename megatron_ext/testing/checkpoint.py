@@ -1,0 +1,103 @@
+"""A tiny run that can be saved and loaded, for tests: model, optimizer, schedule, step and checkpointer at any cut."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.models.build import build_model
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.training import GLOBAL_BATCH_SIZE, TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.checkpoint import Checkpointer, Progress
+from megatron_ext.training.family import Family
+from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.step import Stepper
+
+TINY_WITH_DROPOUT = replace(TINY, hidden_dropout=0.1, attention_dropout=0.1)
+"""Every step draws random numbers, of both the shared and the rank's own stream."""
+
+SCHEDULE = OptimizerSettings(
+    lr=1e-2, min_lr=1e-3, weight_decay=0.1, lr_decay_style="cosine", lr_warmup_iters=2
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a tiny run is made of; picklable."""
+
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    model: ModelConfig = TINY
+    optimizer: OptimizerSettings = SCHEDULE
+    bf16: bool = False
+    vocab_size: int = VOCAB_SIZE
+
+
+class TinyRun:
+    """A run in the making; every process of the cut makes one. Loads at once where the settings say so."""
+
+    def __init__(self, settings: RunSettings, families: list[Family] | None = None) -> None:
+        self.settings = settings
+        self.notes: list[str] = []
+        parallel, bf16, families = settings.parallel, settings.bf16, families or []
+        initialize(parallel, seed=1)
+        self.chunks = build_model(
+            settings.model,
+            parallel,
+            vocab_size=settings.vocab_size,
+            seed=1,
+            bf16=bf16,
+            extensions=[family.extension() for family in families],
+        )
+        wrapped = wrap_model(self.chunks, parallel, bf16=bf16)
+        self.optimizer = build_optimizer(settings.optimizer, parallel, wrapped, families, bf16=bf16)
+        training = TrainingConfig(train_iters=10, bf16=bf16)
+        self.scheduler = build_scheduler(settings.optimizer, training, self.optimizer, GLOBAL_BATCH_SIZE)
+        self.stepper = Stepper(
+            wrapped,
+            families,
+            self.optimizer,
+            self.scheduler,
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            micro_batch_size=1,
+            clip_grad=1.0,
+        )
+        run_config = configs_to_dict({"model": settings.model, "training": training})
+        self.checkpointer = Checkpointer(
+            settings.checkpoint,
+            chunks=list(wrapped),
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            run_config={**run_config, "vocab_size": settings.vocab_size},
+            families=families,
+            note=self.notes.append,
+        )
+        self.progress = self.checkpointer.load() or Progress()
+        self._batches = synthetic_batches(settings.model.seq_length)
+        for _ in range(self.progress.consumed_samples // parallel_state.get_data_parallel_world_size()):
+            next(self._batches)
+
+    def train(self, steps: int) -> list[float]:
+        """Trains and returns the losses."""
+        losses = []
+        for _ in range(steps):
+            self.progress.iteration += 1
+            losses.append(self.stepper.train(self._batches, self.progress.iteration).loss)
+            self.progress.consumed_samples += GLOBAL_BATCH_SIZE
+        return losses
+
+    def save(self) -> Path:
+        """Saves a checkpoint."""
+        return self.checkpointer.save(self.progress)
+
+
+def read_plain(folder: str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, as megatron-core's own reader gives them; needs a process group."""
+    return dist_checkpointing.load_plain_tensors(folder)

@@ -1,0 +1,44 @@
+"""A signal to any rank ends every rank after the step, with the code that tells which signal it was."""
+
+import os
+import signal
+
+import pytest
+
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.training.signals import EXIT_CODES, SignalWatcher
+
+
+def _codes(number: int, rank: int) -> list[int | None]:
+    """What the ranks agree on before and after one of them gets a signal."""
+    from megatron_ext.config.parallel import ParallelConfig
+    from megatron_ext.platform.distributed import initialize
+
+    initialize(ParallelConfig(), seed=1)
+    before = signal.getsignal(number)
+    with SignalWatcher() as signals:
+        codes = [signals.agreed_exit_code()]
+        if int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), number)
+        codes.append(signals.agreed_exit_code())
+    assert signal.getsignal(number) is before
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGUSR1, 0, 138), (signal.SIGINT, 1, 130)]
+)
+def test_all_ranks_leave_with_the_code_of_a_signal_to_one_of_them(number: int, rank: int, code: int) -> None:
+    assert run_distributed(_codes, 2, number, rank) == [[None, code]] * 2
+
+
+def test_a_second_interrupt_ends_the_process_at_once() -> None:
+    with SignalWatcher():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_exit_codes_differ_from_each_other_and_from_those_of_errors() -> None:
+    codes = set(EXIT_CODES.values())
+    assert len(codes) == len(EXIT_CODES) and not codes & {0, 1, 2}
