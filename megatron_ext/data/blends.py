@@ -7,7 +7,6 @@ from megatron_ext.config.data import DataConfig
 from megatron_ext.data.indexed import open_index
 
 SPLITS = ("training", "validation", "test")
-_SHARES = ("train", "valid", "test")
 Blend = tuple[list[str], list[float] | None]
 
 
@@ -23,6 +22,9 @@ class Blends:
 
     split: tuple[float, float, float]
     """Normalised shares of training, validation and test in `blend`."""
+
+    num_samples: tuple[int, int, int]
+    """Samples needed of each split; 0 where a split has no share or no path."""
 
     per_layer: dict[str, str] | None
     """Prefix -> prefix of its aligned per-layer data."""
@@ -40,11 +42,11 @@ def blends_of(
 
     Args:
         data: the configuration.
-        num_samples: samples needed of each split; 0 leaves a split out.
+        num_samples: samples needed of each split; 0 leaves a split out, as a share of 0 or a missing path does.
         per_layer_data_path: prefixes of the aligned data in the order of the main ones.
 
     Raises:
-        ValueError: no data is given for a split that is needed, or the per-layer prefixes do not match the main ones.
+        ValueError: no data is given, or the per-layer prefixes do not match the main ones.
     """
     own = [data.train_data_path, data.valid_data_path, data.test_data_path]
     if data.data_path is None and not any(own):
@@ -52,16 +54,15 @@ def blends_of(
     if data.data_path is not None:
         prefixes, weights = parse_blend(data.data_path)
         per_layer = _pair(("--data-path", prefixes, weights), per_layer_data_path)
-        return Blends((prefixes, weights), None, _shares(data.split), per_layer)
-    for name, path, wanted in zip(_SHARES, own, num_samples, strict=True):
-        if wanted and not path:
-            raise ValueError(f"--{name}-data-path is missing: {wanted} samples of it are needed")
+        shares = _shares(data.split)
+        return Blends((prefixes, weights), None, shares, _only_where(shares, num_samples), per_layer)
+    wanted = _only_where(own, num_samples)
     blends = [
-        parse_blend(path) if path and wanted else None for path, wanted in zip(own, num_samples, strict=True)
+        parse_blend(path) if path and number else None for path, number in zip(own, wanted, strict=True)
     ]
     prefixes = [prefix for path in own if path for prefix in parse_blend(path)[0]]
     per_layer = _pair(("--train-, --valid- and --test-data-path", prefixes, None), per_layer_data_path)
-    return Blends(None, blends, (0.0, 0.0, 0.0), per_layer)
+    return Blends(None, blends, (0.0, 0.0, 0.0), wanted, per_layer)
 
 
 def parse_blend(values: Sequence[str]) -> Blend:
@@ -74,7 +75,7 @@ def parse_blend(values: Sequence[str]) -> Blend:
     return [value.strip() for value in values], None
 
 
-def check_splits(blends: Blends, seq_length: int, num_samples: tuple[int, int, int]) -> None:
+def check_splits(blends: Blends, seq_length: int) -> None:
     """Refuse a split that needs samples and has no tokens, or too few for one sample in a blend without weights.
 
     mcore would repeat an empty split for ever.
@@ -82,13 +83,12 @@ def check_splits(blends: Blends, seq_length: int, num_samples: tuple[int, int, i
     Raises:
         ValueError: names the dataset, the split and what it holds.
     """
-    for number, (name, wanted) in enumerate(zip(SPLITS, num_samples, strict=True)):
+    for number, (name, wanted) in enumerate(zip(SPLITS, blends.num_samples, strict=True)):
         if not wanted:
             continue
         if blends.blend is not None:
             prefixes, weights = blends.blend
-            end = sum(blends.split[: number + 1])
-            bounds = (end - blends.split[number], end)
+            bounds = (sum(blends.split[:number]), sum(blends.split[: number + 1]))
         else:
             assert blends.blend_per_split is not None
             prefixes, weights = blends.blend_per_split[number] or ([], None)
@@ -106,7 +106,7 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
     if tokens < minimum:
         raise ValueError(
             f"{prefix}: the {name} split has {end - begin} of {index.num_sequences} sequences and {tokens} tokens,"
-            f" at least {minimum} are needed; change --split or give more data"
+            f" at least {minimum} are needed: change --split (a share of 0 leaves it out) or give more data"
         )
 
 
@@ -116,6 +116,12 @@ def _shares(split: str) -> tuple[float, float, float]:
     parts += [0.0] * (3 - len(parts))
     total = sum(parts)
     return parts[0] / total, parts[1] / total, parts[2] / total
+
+
+def _only_where(given: Sequence[object], num_samples: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The numbers of samples, 0 where there is nothing to draw them from."""
+    train, valid, test = (number if source else 0 for source, number in zip(given, num_samples, strict=True))
+    return train, valid, test
 
 
 def _pair(

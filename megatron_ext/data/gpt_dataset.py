@@ -138,9 +138,9 @@ def build_datasets(
         data: blends, splits and cache.
         seq_length: s, tokens of a sample.
         seed: shuffles documents and samples.
-        num_samples: samples needed of (train, valid, test); a set of which none are needed is None. Sets repeat their
-            documents, shuffled anew each time, until they hold that many samples; a blend without weights is one
-            epoch at most.
+        num_samples: samples needed of (train, valid, test); a set of which none are needed, or that has no share of
+            --split or no path of its own, is None. Sets repeat their documents, shuffled anew each time, until they
+            hold that many samples; a blend without weights is one epoch at most.
         tokenizer: the run's.
         per_layer_data_path: prefixes of the aligned per-layer data, in the order of the main ones (training,
             validation, test where these are given apart); weights may stand before them and must be the same.
@@ -155,7 +155,7 @@ def build_datasets(
     def check() -> None:
         for prefix in blends.prefixes():
             check_dataset(prefix, tokenizer.fingerprint())
-        check_splits(blends, seq_length, num_samples)
+        check_splits(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
             require_per_layer_files(prefix, per_layer)
             if not dist.is_initialized() or dist.get_rank() == 0:
@@ -166,9 +166,9 @@ def build_datasets(
     if config.split_matrix is not None:
         config.split_matrix = [
             bounds if wanted else None
-            for bounds, wanted in zip(config.split_matrix, num_samples, strict=True)
+            for bounds, wanted in zip(config.split_matrix, blends.num_samples, strict=True)
         ]
-    builder = _Builder(AlignedGPTDataset, list(num_samples), lambda: True, config)
+    builder = _Builder(AlignedGPTDataset, list(blends.num_samples), lambda: True, config)
     train, valid, test = builder.build()
     return train, valid, test
 

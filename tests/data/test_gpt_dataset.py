@@ -199,8 +199,6 @@ def test_data_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
         build(DataConfig(data_path=(prefix,), split="99,1"))  # mcore would loop for ever
     with pytest.raises(ValueError, match="no data: give --data-path"):
         build(DataConfig())
-    with pytest.raises(ValueError, match="--valid-data-path is missing: 10 samples"):
-        build(DataConfig(train_data_path=(prefix,)))
     with pytest.raises(FileNotFoundError, match=r"data file not found: .*nope\.idx"):
         build(DataConfig(data_path=(f"{tmp_path}/nope",)))
     with pytest.raises(ValueError, match="--per-layer-data-path has 2 prefixes, --data-path has 1"):
@@ -212,6 +210,15 @@ def test_data_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
     Path(f"{prefix}.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[:-4])
     with pytest.raises(ValueError, match="truncated or corrupt"):
         build(DataConfig(data_path=(prefix,)))
+
+
+def test_a_split_without_a_share_or_a_path_is_left_out(tmp_path: Path) -> None:
+    prefix = make(f"{tmp_path}/d", aligned=False)
+    for data in (DataConfig(data_path=(prefix,), split="1"), DataConfig(train_data_path=(prefix,))):
+        train, valid, test = build(data, (20, 10, 10))
+        assert train is not None
+        assert valid is None
+        assert test is None
 
 
 def test_data_made_again_under_the_same_name_does_not_meet_the_old_sample_index(tmp_path: Path) -> None:
