@@ -1,4 +1,4 @@
-"""How a user's mistake ends a process: one `error: ...` line on rank 0, exit code 2 on every rank.
+"""How a user's mistake ends a process: one `error: ...` line on the first rank of a host, exit code 2 on every rank.
 
 Only errors that tell what the user can change are treated so. Anything else is a defect and keeps its traceback;
 `MEGATRON_EXT_TRACEBACK=1` shows the traceback of the others too.
@@ -20,8 +20,11 @@ Main = Callable[[], int | None]
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Prints `error: message` as one line on rank 0 and leaves with exit code 2 on every rank."""
-    if int(os.environ.get("RANK") or 0) == 0:
+    """Prints `error: message` as one line on the first rank of every host and leaves with exit code 2 on every rank.
+
+    Every host speaks, because a file may be missing on one of them alone.
+    """
+    if int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0) == 0:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     raise SystemExit(EXIT_USER_ERROR)
 
