@@ -21,7 +21,8 @@ from megatron_ext.config.tokenizer import TokenizerConfig
 EXIT_WORKER_DIED = 3
 EXAMPLE = (
     "python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus "
-    "--tokenizer-type GPT2BPETokenizer --vocab-file data/tokenizer/vocab.json --merge-file data/tokenizer/merges.txt --append-eod"
+    "--tokenizer-type GPT2BPETokenizer --vocab-file data/tokenizer/vocab.json "
+    "--merge-file data/tokenizer/merges.txt --append-eod"
 )
 
 
@@ -72,8 +73,8 @@ def main() -> int:
         print(f"rejected: {totals.rejected:,} lines, listed in {rejected_path(output.output_prefix)}{kept}")
     if totals.blank:
         print(f"ignored: {totals.blank:,} blank lines")
-    rate = totals.text_bytes / 1e6 / summary.seconds
-    print(f"{totals.text_bytes / 1e6:,.1f} MB of input in {summary.seconds:.1f} s, {rate:.1f} MB/s")
+    rate = f", {totals.text_bytes / 1e6 / summary.seconds:.1f} MB/s" if not summary.resumed_shards else ""
+    print(f"{totals.text_bytes / 1e6:,.1f} MB of input; {summary.seconds:.1f} s{rate}")
     return 0
 
 

@@ -170,7 +170,7 @@ class Preprocessor:
         scheduler = Scheduler(
             itertools.chain(first, chunks), assembly, options, long_lines, inputs.max_documents
         )
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or available_cores()
         sizes = [source.size() for source in self.sources]
         total = (
             sum(size or 0 for size in sizes) if None not in sizes and inputs.max_documents is None else None
@@ -237,6 +237,13 @@ class Preprocessor:
                     return
                 yield text[:left]
                 left -= len(text)
+
+
+def available_cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _evenly(items: list[Any]) -> list[Any]:

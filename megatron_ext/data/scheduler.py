@@ -1,5 +1,6 @@
 """Gives chunks to worker processes and their shards to the assembly, in order."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ class Scheduler:
             if index < self._assembly.state.next_shard:
                 remove_shard(self._options.directory, index)
                 continue
-            self._pending[index] = chunk
+            self._pending[index] = dataclasses.replace(chunk, data=None)  # the text itself goes with the task
             info = long_line or read_finished_shard(self._options.directory, index, check=True)
             if info is None:
                 remove_shard(self._options.directory, index)

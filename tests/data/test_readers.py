@@ -28,7 +28,9 @@ def json_lines(*texts: Any, key: Any = "text") -> Any:
 
 def read_all(config: Any, chunk_bytes: Any = 1 << 20) -> Any:
     """Every document and every reject `(source, line, offset, reason)` of a configuration."""
-    documents, rejects, first = [], [], {}
+    documents: list[Any] = []
+    rejects: list[Any] = []
+    first: dict[int, int] = {}
     for chunk in plan_chunks(expand_inputs(config), chunk_bytes, config.max_line_bytes):
         before = first.get(chunk.source_index, 0)
         if chunk.first_line is not None:

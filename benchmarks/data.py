@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Speed and memory of preprocessing: ours beside Megatron-LM's documented single-process loop, on the same real
+text.
+
+    python benchmarks/data.py                   CPython's documentation and sources, repeated; 32k byte-level BPE
+    python benchmarks/data.py --memory-gb 2     also the peak memory on a generated input of that size
+
+Every round runs every variant once, in turn, so that a drift of the machine's speed meets all of them; the
+table shows medians over rounds. Ours is timed as a user runs it: the whole command, from the start of Python to
+the manifest with its checksums. The loop is re-created from its public description (read a line, `json.loads`,
+tokenize, `builder.add_item`, `builder.end_document`) with the same `tokenizers` tokenizer and mcore's builder,
+and timed without its imports. Both outputs are compared byte for byte.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ext.config.cli import parse, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What is measured."""
+
+    repeat: int = 4
+    """Copies of the corpus (about 13 MB each) in the input of every variant."""
+
+    rounds: int = 3
+    """Timed rounds; each runs every variant once."""
+
+    vocab_size: int = 32768
+    """Ids of the tokenizer, trained on the corpus."""
+
+    memory_gb: float | None = None
+    """Also measure peak memory on a generated input of this many GB, all of it different."""
+
+    skip_speed: bool = False
+    """Measure memory alone."""
+
+
+@dataclass
+class Files:
+    """Where the benchmark keeps its files."""
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        self.corpus, self.repeated = self.directory / "corpus.jsonl", self.directory / "repeated.jsonl"
+        self.tokenizer = self.directory / "tokenizer"
+
+    def tool(self, name: str, *arguments: object) -> list[str]:
+        """Returns the command line of one of our tools."""
+        return [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+
+    def preprocess(self, source: Path, output: str, *more: object) -> list[str]:
+        """Returns the command line that preprocesses a file."""
+        vocab, merges = self.tokenizer / "vocab.json", self.tokenizer / "merges.txt"
+        return self.tool(
+            "preprocess_data.py", "--input", source, "--output-prefix", self.directory / output, "--append-eod",
+            "--vocab-file", vocab, "--merge-file", merges, *more,
+        )  # fmt: skip
+
+
+def prepare(files: Files, config: BenchmarkConfig) -> None:
+    """Builds the corpus, its repetition and the tokenizer."""
+    held_out = files.directory / "held_out.jsonl"
+    _quiet(files.tool("build_corpus.py", "--output", files.corpus, "--held-out", held_out))
+    size = ("--vocab-size", config.vocab_size)
+    _quiet(files.tool("train_tokenizer.py", "--input", files.corpus, "--output-dir", files.tokenizer, *size))
+    files.repeated.write_bytes(files.corpus.read_bytes() * config.repeat)
+
+
+def _quiet(command: list[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def megatron_loop(files: Files) -> float:
+    """Runs Megatron-LM's loop as its documentation describes it; returns seconds, imports and loading left out."""
+    import tokenizers
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(files.tokenizer / "tokenizer.json"))
+    eod = tokenizer.token_to_id("<|endoftext|>")
+    prefix = files.directory / "loop"
+    begin = time.perf_counter()
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.get_vocab_size()))
+    with open(files.repeated, encoding="utf-8") as lines:
+        for line in lines:
+            ids = tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
+            builder.add_item(torch.IntTensor([*ids, eod]))
+            builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return time.perf_counter() - begin
+
+
+def ours(files: Files, encoder: str, workers: int) -> Callable[[], float]:
+    """Returns a function that runs our tool once and returns its wall time in seconds."""
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        _quiet(files.preprocess(files.repeated, "ours", "--encoder", encoder, "--workers", workers))
+        seconds = time.perf_counter() - begin
+        for suffix in ("bin", "idx"):
+            mine, theirs = (
+                files.directory / f"ours_text_document.{suffix}",
+                files.directory / f"loop.{suffix}",
+            )
+            if mine.read_bytes() != theirs.read_bytes():
+                raise ValueError(f"{mine} differs from {theirs}")
+        return seconds
+
+    return timed
+
+
+def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> None:
+    """Prints the table of speeds."""
+    cores = len(os.sched_getaffinity(0))
+    variants: dict[str, Callable[[], float]] = {"Megatron-LM's loop, 1 process": lambda: megatron_loop(files)}
+    for encoder in ("reference", "gigatoken"):
+        for workers in sorted({1, cores}):
+            variants[f"ours, {encoder}, workers {workers}"] = ours(files, encoder, workers)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(config.rounds):
+        for name, run in variants.items():
+            seconds[name].append(run())
+    megabytes = files.repeated.stat().st_size / 1e6
+    tokens = (files.directory / "loop.bin").stat().st_size / 2
+    table = Table(title=f"{megabytes:.0f} MB of JSON lines, {tokens / 1e6:.1f} million tokens, {cores} cores")
+    for column in ("variant", "seconds", "MB/s", "million tokens/s", "times the loop", "lowest .. highest"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    loop = seconds["Megatron-LM's loop, 1 process"]
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        ratios = [theirs / mine for theirs, mine in zip(loop, times, strict=True)]
+        table.add_row(
+            name, f"{median:.2f}", f"{megabytes / median:.1f}", f"{tokens / median / 1e6:.2f}",
+            f"{statistics.median(ratios):.1f}", f"{min(ratios):.1f} .. {max(ratios):.1f}",
+        )  # fmt: skip
+    console.print(table)
+    if cores > 1:
+        for encoder in ("reference", "gigatoken"):
+            one_worker, all_workers = (seconds[f"ours, {encoder}, workers {n}"] for n in (1, cores))
+            pairs = zip(one_worker, all_workers, strict=True)
+            scaling = statistics.median(one / many for one, many in pairs)
+            console.print(f"{encoder}: 1 to {cores} workers is {scaling:.2f} times as fast")
+
+
+def generate(path: Path, size: int) -> None:
+    """Writes JSON lines of words that hardly repeat, which no cache can hold; documents of 20 B to 200 kB."""
+    rng = random.Random(1)
+    with open(path, "w", encoding="ascii") as file:
+        while file.tell() < size:
+            letters = rng.randbytes(int(20 * 10 ** rng.uniform(0, 4)) // 2).hex()
+            letters = letters.translate(str.maketrans("0123456789", " etao insr"))
+            file.write(json.dumps({"text": letters}) + "\n")
+
+
+def measure_memory(files: Files, config: BenchmarkConfig, console: Console) -> None:
+    """Prints the highest sum of resident memory of the tool and its workers."""
+    assert config.memory_gb is not None
+    path = files.directory / "generated.jsonl"
+    generate(path, int(config.memory_gb * 1e9))
+    table = Table(title=f"peak memory, {path.stat().st_size / 1e9:.2f} GB of generated text")
+    for column in ("variant", "seconds", "peak of all processes together, MB", "highest of one process, MB"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    cores = len(os.sched_getaffinity(0))
+    begin = time.perf_counter()
+    total, single = _peak_memory(files.preprocess(path, "generated", "--workers", cores))
+    seconds = time.perf_counter() - begin
+    table.add_row(f"ours, gigatoken, workers {cores}", f"{seconds:.1f}", f"{total:.0f}", f"{single:.0f}")
+    console.print(table)
+
+
+def _peak_memory(command: list[str]) -> tuple[float, float]:
+    """Runs a command; returns the highest resident memory seen of all its processes together, and of one, in MB."""
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    total = single = 0.0
+    while process.poll() is None:
+        sizes = []
+        for member in [process, *_children(process)]:
+            try:
+                sizes.append(member.memory_info().rss / 1e6)
+            except psutil.Error:
+                continue
+        total, single = max(total, sum(sizes)), max(single, *sizes, 0.0)
+        time.sleep(0.05)
+    if process.returncode != 0:
+        raise ValueError(f"{' '.join(command)} ended with {process.returncode}")
+    return total, single
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def main() -> None:
+    """Parses the flags and prints the tables."""
+    config = parse(BenchmarkConfig, prog="benchmarks/data.py", description=str(__doc__))["config"]
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as directory:
+        files = Files(Path(directory))
+        prepare(files, config)
+        if not config.skip_speed:
+            measure_speed(files, config, console)
+        if config.memory_gb is not None:
+            measure_memory(files, config, console)
+
+
+if __name__ == "__main__":
+    run_main(main)
