@@ -3,10 +3,12 @@
 import warnings
 
 # What the engine says about itself and no user can act on: that optional parts are missing (`--transformer-impl`
-# chooses), that it calls torch functions by older names, that it looks at gradients of views.
+# chooses), that it calls torch functions by older names, that it looks at gradients of views, that with
+# another attention than ours recomputing it is of no use.
 for _message in (
     r"(Transformer Engine and Apex are|Apex is) not installed",
     r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    r"If you are using transformer_engine as the transformer implementation, the core_attn is",
 ):
     warnings.filterwarnings("ignore", message=_message)

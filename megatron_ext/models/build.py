@@ -111,7 +111,8 @@ def _build_chunk(
         module = extension.stage_module(config, stage, groups)
         if module is not None:
             chunk.add_stage_module(extension.name, module)
-    return chunk.to(torch.device(torch.cuda.current_device()))
+    # The engine makes its position embedding in fp32 whatever `params_dtype` says.
+    return chunk.to(device=torch.device(torch.cuda.current_device()), dtype=config.params_dtype)
 
 
 def _slots(

@@ -3,6 +3,8 @@
 The only place where the two vocabularies meet. What a family adds is not in here.
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +25,9 @@ def build_transformer_config(
         bf16: parameters and activations in bfloat16 (the optimizer keeps fp32 copies), else fp32.
         variable_shapes: pipeline stages tell each other the tensor's shape. Needed by the interleaved schedule when
             side streams make the tensor wider than the hidden size.
+
+    Raises:
+        ValueError: what is to be recomputed needs Transformer Engine, and it is not installed.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     pipeline = parallel.pipeline_model_parallel_size
@@ -63,9 +68,7 @@ def build_transformer_config(
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
-        recompute_modules=list(parallel.recompute_modules)
-        if parallel.recompute_granularity == "selective"
-        else None,
+        recompute_modules=_recompute_modules(parallel),
         # `True` sends forward and backward tensors in one batch; with interleaving that gave wrong gradients on gloo.
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
@@ -80,6 +83,15 @@ def build_transformer_config(
     # Not a field: the engine then sums, over stages, the gradients of parameters marked `pipeline_parallel`.
     config.has_cond_embedder = True
     return config
+
+
+def _recompute_modules(parallel: ParallelConfig) -> list[str] | None:
+    if parallel.recompute_granularity != "selective":
+        return None
+    # The engine's recomputation of a norm asks Transformer Engine for its FP8 state, with or without FP8.
+    if "layernorm" in parallel.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError("--recompute-modules layernorm: needs Transformer Engine, which is not installed")
+    return list(parallel.recompute_modules)
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

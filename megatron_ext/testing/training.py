@@ -67,6 +67,7 @@ class TrainingTrace:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    layer_losses: list[dict[str, float]] = field(default_factory=list)
     first_gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = field(
         default_factory=list
     )
@@ -136,6 +137,7 @@ def train_tiny(
         result = stepper.train(batches, iteration)
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
+        trace.layer_losses.append(result.layer_losses)
         trace.statistics |= result.statistics
         if iteration == 1 and not parallel.use_distributed_optimizer:
             trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)

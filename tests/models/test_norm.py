@@ -1,0 +1,82 @@
+"""RMSNorm and LayerNorm equal torch's in float64, forward and backward."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_ext.models.norm import LayerNorm, Norm, RMSNorm
+
+HIDDEN = 24
+EPS = 1e-3
+"""Large, so that a forgotten or misplaced epsilon shows."""
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+
+
+def build(kind: str, dtype: torch.dtype) -> Any:
+    """A norm with random weights."""
+    config: Any = SimpleNamespace(params_dtype=dtype, sequence_parallel=False, normalization=kind)
+    norm = Norm(config, HIDDEN, EPS)
+    assert isinstance(norm, {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[kind])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(HIDDEN, generator=generator))
+    return norm
+
+
+def reference(kind: str, norm: Any, values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """torch's own norm in float64 on the same values; and the parameters it used."""
+    parameters = [p.detach().double().requires_grad_() for p in norm.parameters()]
+    function = F.rms_norm if kind == "RMSNorm" else F.layer_norm
+    return function(values, (HIDDEN,), *parameters, eps=EPS), parameters
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "permuted input", "permuted gradient", "expanded gradient"])
+def test_norm_equals_torch_in_float64_forward_and_backward(
+    kind: str, dtype: torch.dtype, tolerance: float, layout: str
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = (torch.randn(5, 3, HIDDEN, generator=generator) * 3).to(dtype)
+    grad = torch.randn(5, 3, HIDDEN, generator=generator).to(dtype)
+    if layout == "permuted input":
+        values = values.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "permuted gradient":
+        grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "expanded gradient":
+        grad = torch.ones((), dtype=dtype).expand_as(values)
+    norm, exact_values = build(kind, dtype), values.detach().double().requires_grad_()
+    values.requires_grad_()
+
+    output = norm(values)
+    output.backward(grad)
+    expected, parameters = reference(kind, norm, exact_values)
+    expected.backward(grad.double())
+
+    assert output.dtype == values.grad.dtype == dtype  # type: ignore[union-attr]
+    assert_close(output, expected, tolerance)
+    assert_close(values.grad, exact_values.grad, tolerance)
+    for found, wanted in zip(norm.parameters(), parameters, strict=True):
+        assert_close(found.grad, wanted.grad, tolerance)
+
+
+def assert_close(found: torch.Tensor | None, expected: torch.Tensor | None, tolerance: float) -> None:
+    """Relative to the largest value."""
+    assert found is not None and expected is not None
+    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_norms_mark_their_parameters_for_sequence_parallelism() -> None:
+    config: Any = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
+    for norm in (RMSNorm(config, HIDDEN), LayerNorm(config, HIDDEN)):
+        assert all(parameter.sequence_parallel for parameter in norm.parameters())

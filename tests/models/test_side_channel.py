@@ -1,0 +1,110 @@
+"""Side streams keep their values and gradients on the way to the layers and to the next stage."""
+
+import pytest
+import torch
+
+from megatron_ext.models.side_channel import SideChannel, SideStream
+
+ROWS, BATCH, HIDDEN = 4, 2, 6
+NOTE = SideStream(name="note", width=3)
+TRAIL = SideStream(name="trail", width=2, travels=True)
+WORDS = SideStream(name="words", width=HIDDEN, travels=True, to_layers=False)
+WHOLE = SideStream(name="whole", width=1, full_sequence=True)
+STREAMS = [NOTE, TRAIL, WORDS, WHOLE]
+
+
+def values(sequence_parallel: int = 1) -> dict[str, torch.Tensor]:
+    """Random values of all streams."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {s.name: ROWS * (sequence_parallel if s.full_sequence else 1) for s in STREAMS}
+    return {s.name: torch.randn(rows[s.name], BATCH, s.width, generator=generator) for s in STREAMS}
+
+
+def hidden() -> torch.Tensor:
+    """Random hidden states."""
+    return torch.randn(ROWS, BATCH, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+def test_split_gives_back_what_join_was_given() -> None:
+    channel, streams, states = SideChannel(STREAMS), values(), hidden()
+    joined = channel.join(states, streams)
+    assert joined.shape == (ROWS, BATCH, HIDDEN + channel.pipeline_width)
+    assert channel.pipeline_width == TRAIL.width + WORDS.width
+    found, travelling = channel.split(joined)
+    assert torch.equal(found, states) and found.is_contiguous()
+    assert set(travelling) == {"trail", "words"}
+    assert all(torch.equal(travelling[name], streams[name]) for name in travelling)
+
+
+def test_without_travelling_streams_the_hidden_states_are_sent_as_they_are() -> None:
+    channel, states = SideChannel([NOTE]), hidden()
+    assert channel.join(states, values()) is states
+    found, travelling = channel.split(states)
+    assert found is states and travelling == {} and channel.pipeline_width == 0
+
+
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_layers_read_what_was_packed(sequence_parallel: int) -> None:
+    channel, streams = SideChannel(STREAMS, sequence_parallel), values(sequence_parallel)
+    view = channel.open(channel.pack(streams), hidden())
+    for name in ("whole", "note", "trail", "note"):
+        assert torch.equal(view.read(name), streams[name])
+
+
+def test_parts_of_a_stream_are_its_layers_own() -> None:
+    parts = torch.randn(3, ROWS, BATCH, 2)
+    channel = SideChannel([NOTE, SideStream(name="layers", width=6)])
+    view = channel.open(channel.pack({"note": values()["note"], "layers": parts}), hidden())
+    for number in (2, 0, 1):
+        assert torch.equal(view.read_part("layers", number, 3), parts[number])
+
+
+def test_write_replaces_one_stream_and_leaves_the_others() -> None:
+    channel, streams = SideChannel(STREAMS), values()
+    view = channel.open(channel.pack(streams), hidden())
+    view.write("trail", streams["trail"] * 2)
+    assert torch.equal(view.read("trail"), streams["trail"] * 2)
+    assert torch.equal(view.read("note"), streams["note"])
+    assert torch.equal(view.read("whole"), streams["whole"])
+
+
+def test_gradients_of_reads_parts_and_writes_equal_plain_tensors() -> None:
+    channel = SideChannel([NOTE, TRAIL, SideStream(name="layers", width=4)])
+    leaves = {
+        "note": values()["note"].requires_grad_(),
+        "trail": values()["trail"].requires_grad_(),
+        "layers": torch.randn(2, ROWS, BATCH, 2).requires_grad_(),
+    }
+    view = channel.open(channel.pack(leaves), hidden())
+    first = view.read("note")
+    part = view.read_part("layers", 1, 2)
+    view.write("trail", view.read("trail").tanh() + part)
+    again = view.read("note")
+    total = (first**2).sum() + (again * 3).sum() + (part * view.read("trail")).sum()
+    total = total + view.read_part("layers", 0, 2).sum() + view.read_part("layers", 1, 2).exp().sum()
+    found = torch.autograd.grad(total, list(leaves.values()))
+
+    note, trail, layers = leaves.values()
+    plain = (note**2).sum() + (note * 3).sum() + (layers[1] * (trail.tanh() + layers[1])).sum()
+    plain = plain + layers[0].sum() + layers[1].exp().sum()
+    for ours, expected in zip(found, torch.autograd.grad(plain, list(leaves.values())), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_stream_that_nobody_reads_gets_no_gradient_and_spoils_none() -> None:
+    channel = SideChannel([NOTE, TRAIL])
+    streams = {name: value.requires_grad_() for name, value in values().items()}
+    view = channel.open(channel.pack(streams), hidden())
+    view.read("note").sum().backward()
+    assert torch.equal(streams["note"].grad, torch.ones_like(streams["note"]))  # type: ignore[arg-type]
+    assert torch.equal(streams["trail"].grad, torch.zeros_like(streams["trail"]))  # type: ignore[arg-type]
+
+
+def test_streams_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="different names"):
+        SideChannel([NOTE, SideStream(name="note", width=5)])
+
+
+def test_full_sequence_cannot_travel() -> None:
+    with pytest.raises(ValueError, match="not the full sequence"):
+        SideChannel([SideStream(name="x", width=1, full_sequence=True, travels=True)])
