@@ -10,6 +10,7 @@ Letters: L layers of the stage, n = s * b tokens, h hidden, p per-layer hidden, 
 Sources: Gemma 3n and Gemma 4 (scaled_add); document 003.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ class _NormAcrossShards(torch.autograd.Function):
         return grad_projected, grad_weight, None, None, None
 
 
-def project(word_embedding: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+def project(word_embedding: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """One GEMM for all layers: [s, b, h] and L weights [q, h] -> [n, L * q]."""
     tokens = word_embedding.reshape(-1, word_embedding.size(-1))
-    return torch.nn.functional.linear(tokens, weights[0] if len(weights) == 1 else torch.cat(weights))
+    return torch.nn.functional.linear(tokens, weights[0] if len(weights) == 1 else torch.cat(list(weights)))
 
 
 def norm_across_shards(
@@ -79,7 +80,7 @@ def norm_across_shards(
     return _NormAcrossShards.apply(projected, weight, eps, scale, group)
 
 
-def look_up(ids: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
+def look_up(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows of every layer's table: integer ids [s, b] and L tables [Vp, q] -> [L, n, q], unscaled."""
     return torch.stack([torch.nn.functional.embedding(ids.reshape(-1), table) for table in tables])
 
@@ -92,9 +93,9 @@ def gather_parts(context: torch.Tensor, token: torch.Tensor, group: Group) -> to
     return parts.flatten(2)
 
 
-def multiply(parts: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+def multiply(parts: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Every layer's own matrix: [L, n, 2p] and L weights [q, 2p] -> [L, n, q]."""
-    return torch.bmm(parts, torch.stack(weights).transpose(1, 2))
+    return torch.bmm(parts, torch.stack(list(weights)).transpose(1, 2))
 
 
 def _by_layer(projected: torch.Tensor, width: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ L is the number of layers of the stage. All rows of the sequence are here on eve
 parallelism too: the word embedding is gathered once a stage. The formulas are in `combination`.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -144,10 +145,9 @@ class PerLayerInputs(StageModule):
         """Keys `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every cut."""
         state: dict[str, Any] = {}
         for number, layer in zip(self.stage.layer_numbers, self.weights(), strict=True):
-            for name, part in layer.named_children():
-                state |= part.sharded_state_dict(
-                    f"{prefix}layers.{number}.{name}.", sharded_offsets, metadata
-                )
+            for name, part in cast(Iterator[tuple[str, ShardedWeight]], layer.named_children()):
+                part_prefix = f"{prefix}layers.{number}.{name}."
+                state |= part.sharded_state_dict(part_prefix, sharded_offsets, metadata)
         # The copies of later stages are replicas of the first one's.
         replica = (self.stage.layer_numbers[0], 0, self.groups.dp_cp.rank())
         key = f"{prefix}norm.weight"

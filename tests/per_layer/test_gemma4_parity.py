@@ -49,7 +49,7 @@ def _gemma() -> Any:
         pad_token_id=0,
     )
     torch.manual_seed(11)
-    model = Gemma4TextModel(config)
+    model: Any = Gemma4TextModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.5 if parameter.dim() == 1 else 0.0, 0.3)
@@ -67,6 +67,7 @@ def _ours(gemma: Any) -> GPTModel:
         use_per_layer_embedding=True, per_layer_preset="gemma4", per_layer_hidden_size=WIDTH
     )
     extension = PerLayerExtension(settings, settings.rows(VOCAB))
+    ours: Any
     (ours,) = build_model(model, ParallelConfig(), vocab_size=VOCAB, seed=1, extensions=[extension])
     with torch.no_grad():
         for mine, theirs in _pairs(ours, gemma).values():
@@ -76,10 +77,10 @@ def _ours(gemma: Any) -> GPTModel:
     return ours
 
 
-def _pairs(ours: GPTModel, gemma: Any, grad: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(ours: Any, gemma: Any, grad: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Our parameter and the part of theirs that it stands for, or their gradients."""
 
-    def of(parameter: torch.Tensor) -> torch.Tensor:
+    def of(parameter: Any) -> Any:
         return parameter.grad if grad else parameter
 
     pairs = {"norm": (of(ours.per_layer.norm.weight), of(gemma.per_layer_projection_norm.weight))}
@@ -130,7 +131,9 @@ def _run_both() -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
     (theirs * direction).sum().backward()
     (output * direction).sum().backward()
     pairs = _pairs(ours, gemma, grad=True)
-    pairs["word embedding"] = (embeddings[1].grad, embeddings[0].grad)
+    mine, other = (embedding.grad for embedding in reversed(embeddings))
+    assert mine is not None and other is not None
+    pairs["word embedding"] = (mine, other)
     pairs["output"] = (output.detach(), theirs.detach())
     pairs["vectors"] = (
         streams["per_layer"].detach().view(LAYERS, SEQUENCE, BATCH, WIDTH),

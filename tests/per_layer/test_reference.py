@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -42,15 +43,14 @@ Outcome = tuple[torch.Tensor, Gradients]
 
 
 def _settings(case: str) -> PerLayerConfig:
-    method, activation, position = case.split()
+    names = ("per_layer_combination_method", "per_layer_gate_activation", "per_layer_position")
+    choices: dict[str, Any] = dict(zip(names, case.split(), strict=True))
     return PerLayerConfig(
         use_per_layer_embedding=True,
         per_layer_vocab_size=ROWS,
         per_layer_hidden_size=WIDTH,
-        per_layer_combination_method=method,
-        per_layer_gate_activation=activation,
-        per_layer_position=position,
         per_layer_embed_scale=1.5,
+        **choices,
     )
 
 

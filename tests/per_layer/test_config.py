@@ -1,0 +1,79 @@
+"""What PLE's configuration accepts and what it refuses, in one line that names the flag."""
+
+import re
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.cli import parse
+from megatron_ext.per_layer.config import PerLayerConfig
+
+
+def test_defaults_are_those_of_document_003() -> None:
+    config = PerLayerConfig()
+    assert not config.use_per_layer_embedding
+    assert (config.per_layer_vocab_size, config.per_layer_hidden_size) == (10000, 1024)
+    assert (config.per_layer_combination_method, config.per_layer_gate_activation) == ("scaled_add", "silu")
+    assert (config.per_layer_projection_dropout, config.per_layer_stats_interval) == (0.0, 100)
+    assert config.per_layer_position == "before_layer"
+
+
+def test_document_003s_flags_parse() -> None:
+    text = """--use-per-layer-embedding --per-layer-vocab-size 5000 --per-layer-hidden-size 256
+        --per-layer-combination-method gated --per-layer-gate-activation gelu --per-layer-projection-dropout 0.1
+        --per-layer-strategy syntax_focus --per-layer-vocab-file vocab.json --log-per-layer-stats
+        --log-per-layer-gradients --per_layer_stats_interval 10 --freeze-per-layer-embedding"""
+    config = parse(PerLayerConfig, text.split())["config"]
+    assert (
+        config.use_per_layer_embedding
+        and config.log_per_layer_gradients
+        and config.freeze_per_layer_embedding
+    )
+    assert (config.per_layer_vocab_size, config.per_layer_stats_interval) == (5000, 10)
+
+
+def test_the_gemma4_preset_sets_ids_activation_and_position() -> None:
+    config = PerLayerConfig(use_per_layer_embedding=True, per_layer_preset="gemma4")
+    assert config.uses_token_ids and config.has_layer_scalar
+    assert (config.per_layer_gate_activation, config.per_layer_position) == ("gelu_tanh", "after_mlp")
+    assert config.rows(vocab_size=777) == 777
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"per_layer_hidden_size": 0}, "--per-layer-hidden-size 0: must be at least 1"),
+        ({"per_layer_vocab_size": -1}, "--per-layer-vocab-size -1: must be at least 1"),
+        ({"per_layer_projection_dropout": 1.0}, "--per-layer-projection-dropout 1.0: must lie in [0, 1)"),
+        ({"per_layer_embed_scale": 0.0}, "--per-layer-embed-scale 0.0: must be above 0"),
+        ({"per_layer_gate_activation": "tanh"}, "--per-layer-gate-activation tanh: must be one of"),
+        ({"per_layer_combination_method": "add"}, "--per-layer-combination-method add: must be one of"),
+        (
+            {"per_layer_preset": "gemma4", "per_layer_gate_activation": "relu"},
+            "--per-layer-gate-activation relu: --per-layer-preset gemma4 sets it to gelu_tanh",
+        ),
+        (
+            {"use_per_layer_embedding": False, "per_layer_vocab_file": "v.json"},
+            "--per-layer-vocab-file v.json: needs --use-per-layer-embedding",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PerLayerConfig(**{"use_per_layer_embedding": True, **values})
+
+
+def test_a_cut_that_does_not_divide_the_hidden_size_is_named() -> None:
+    config = PerLayerConfig(use_per_layer_embedding=True, per_layer_hidden_size=6)
+    config.check_cut(3)
+    with pytest.raises(ValueError, match="--per-layer-hidden-size 6: not divisible by"):
+        config.check_cut(4)
+
+
+def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_are_the_ids() -> None:
+    config = PerLayerConfig(
+        use_per_layer_embedding=True, per_layer_strategy="identity", per_layer_vocab_size=500
+    )
+    assert config.rows(500) == 500
+    with pytest.raises(ValueError, match="--per-layer-vocab-size 500: the per-layer ids are the token ids"):
+        config.rows(777)
