@@ -162,9 +162,9 @@ def layer_activation_bytes(cut: Cut) -> float:
     """What one layer keeps of one micro-batch for the backward pass, on one rank, nothing recomputed in full.
 
     Sizes a token: inputs and outputs of the two norms (4h); the fused projection's output ((n + 2g) d), queries and
-    keys again where they are rotated or normalized ((n + g) d), attention's output (n d); the MLP's inner tensors
-    (GELU: 2f, SwiGLU: 3f); dropout masks of one byte (as on a GPU). A core attention that is not fused adds its scores
-    (n s): in fp32, once more in bf16, and twice with dropout.
+    keys again where they are rotated or normalized ((n + g) d; n d more for grouped queries that are normalized),
+    attention's output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte (as on a GPU).
+    A core attention that is not fused adds its scores (n s): in fp32, once more in bf16, and twice with dropout.
     """
     model, parallel = cut.model, cut.parallel
     size, tensor = cut.element_bytes, parallel.tensor_model_parallel_size
@@ -174,6 +174,8 @@ def layer_activation_bytes(cut: Cut) -> float:
     attention = qkv_width(model) + attention_width(model)
     if model.position_embedding_type == "rope" or model.qk_layernorm:
         attention += (qkv_width(model) + attention_width(model)) // 2
+    if model.qk_layernorm and model.resolved_num_query_groups < model.num_attention_heads:
+        attention += attention_width(model)  # grouped queries are copied out of the projection's output
     mlp = 0 if "mlp" in again else (3 if model.swiglu else 2) * model.resolved_ffn_hidden_size
     shared = float((attention + mlp) * size)
     if model.attention_backend == "local" and "core_attn" not in again:

@@ -7,8 +7,11 @@ The bar shows the same fields, moves with every step and leaves no trace of the 
 from datetime import timedelta
 from typing import TextIO
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 Fields = dict[str, str]
 """Name -> value as text, in the order in which they are shown."""
@@ -40,31 +43,27 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A bar at the bottom of a terminal; notes scroll above it."""
+    """A bar at the bottom of a terminal with the fields below it; notes scroll above."""
 
     def __init__(self, console: Console, total_iterations: int, iteration: int) -> None:
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-        )
-        self._task = self._progress.add_task("", total=total_iterations, completed=iteration, state="")
-        self._progress.start()
+        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), expand=True)
+        self._task = self._bar.add_task("", total=total_iterations, completed=iteration)
+        self._live = Live(self._bar, console=console, refresh_per_second=4)
+        self._live.start()
 
     def update(self, iteration: int, fields: Fields, interval_ends: bool) -> None:
         """Moves the bar."""
-        state = "  ".join(f"[dim]{name}[/dim] {text}" for name, text in fields.items())
-        self._progress.update(self._task, completed=iteration, state=state)
+        self._bar.update(self._task, completed=iteration)
+        shown = [Text(f"{name} {text}") for name, text in fields.items()]
+        self._live.update(Group(self._bar, Columns(shown, padding=(0, 3, 0, 0))))
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._live.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         """Leaves the bar as it stands and gives the terminal back."""
-        self._progress.stop()
+        self._live.stop()
 
 
 def open_progress(stream: TextIO, total_iterations: int, iteration: int) -> PlainProgress | LiveProgress:

@@ -1,0 +1,202 @@
+"""The memory estimate, against the parameters and saved tensors of the built model and the engine's schedule."""
+
+import functools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.models.build import build_model
+from megatron_ext.models.memory_estimate import (
+    Cut,
+    estimate_memory,
+    layer_activation_bytes,
+    stage_activation_bytes,
+    stage_parameters,
+)
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.distributed import run_distributed
+
+VOCAB, SEQUENCE, BATCH = 300, 32, 2
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    seq_length=SEQUENCE,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+UNTIED = replace(
+    MODEL,
+    untie_embeddings_and_output_weights=True,
+    swiglu=True,
+    qk_layernorm=True,
+    normalization="LayerNorm",
+    position_embedding_type="learned_absolute",
+)
+CUTS = {
+    "TP2": ParallelConfig(tensor_model_parallel_size=2),
+    "PP2": ParallelConfig(pipeline_model_parallel_size=2),
+    "PP2 interleaved": ParallelConfig(
+        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+    ),
+}
+SELECTIVE = ParallelConfig(recompute_granularity="selective")
+MLP = ParallelConfig(recompute_granularity="selective", recompute_modules=("core_attn", "mlp"))
+FULL = ParallelConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+LOCAL = replace(MODEL, attention_backend="local")
+SAVED = {
+    "fused": (MODEL, ParallelConfig(), False),
+    "fused bf16": (MODEL, ParallelConfig(), True),
+    "no positions": (replace(MODEL, position_embedding_type="none"), ParallelConfig(), False),
+    "local": (LOCAL, ParallelConfig(), False),
+    "local bf16": (LOCAL, ParallelConfig(), True),
+    "local, attention again": (LOCAL, SELECTIVE, False),
+    "local, attention and MLP again": (LOCAL, MLP, True),
+    "SwiGLU": (replace(MODEL, swiglu=True, disable_bias_linear=True), ParallelConfig(), False),
+    "norm on queries and keys": (replace(MODEL, qk_layernorm=True), ParallelConfig(), True),
+    "LayerNorm": (replace(MODEL, normalization="LayerNorm"), ParallelConfig(), False),
+}
+
+
+def cut_of(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    micro_batches: int = 8,
+    copies: int = 1,
+    bf16: bool = False,
+) -> Cut:
+    return Cut(
+        model=model,
+        parallel=parallel,
+        vocab_size=VOCAB,
+        micro_batch_size=BATCH,
+        num_microbatches=micro_batches,
+        data_parallel_size=copies,
+        bf16=bf16,
+    )
+
+
+def local_parameters(parallel: ParallelConfig) -> list[int]:
+    """Parameters this rank holds of the tied and of the untied model."""
+    initialize(parallel, 1)
+    return [
+        sum(
+            parameter.numel()
+            for chunk in build_model(model, parallel, vocab_size=VOCAB, seed=1)
+            for parameter in chunk.parameters()
+        )
+        for model in (MODEL, UNTIED)
+    ]
+
+
+def saved_bytes_of_all() -> dict[str, tuple[float, float]]:
+    """Bytes that autograd keeps: for a layer more, and for a layer more under full recompute."""
+    initialize(ParallelConfig(), 1)
+    result = {}
+    for name, (model, parallel, bf16) in SAVED.items():
+        layer = _saved_bytes(replace(model, num_layers=2), parallel, bf16)
+        layer -= _saved_bytes(replace(model, num_layers=1), parallel, bf16)
+        full = _saved_bytes(replace(model, num_layers=2), FULL, bf16)
+        full -= _saved_bytes(replace(model, num_layers=1), FULL, bf16)
+        result[name] = (layer, full)
+    return result
+
+
+def _saved_bytes(model: ModelConfig, parallel: ParallelConfig, bf16: bool) -> float:
+    (chunk,) = build_model(model, parallel, vocab_size=VOCAB, seed=1, bf16=bf16)
+    chunk.train()
+    owned = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE))
+    positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+    mask = None
+    if model.attention_backend == "local":
+        mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = chunk(tokens, positions, mask, labels=tokens)
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@functools.cache
+def saved() -> dict[str, tuple[float, float]]:
+    return run_distributed(saved_bytes_of_all, 1)[0]
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_parameters_of_every_rank_equal_those_of_the_built_model(name: str) -> None:
+    parallel = CUTS[name]
+    ranks = run_distributed(local_parameters, 2, parallel)
+    for rank, built in enumerate(ranks):
+        stage = rank if parallel.pipeline_model_parallel_size > 1 else 0
+        assert [stage_parameters(cut_of(model, parallel), stage) for model in (MODEL, UNTIED)] == built
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_activations_of_a_layer_are_what_autograd_keeps(name: str) -> None:
+    model, parallel, bf16 = SAVED[name]
+    estimate = layer_activation_bytes(cut_of(model, parallel, bf16=bf16))
+    # The estimate leaves out what is small in a real model: rotary tables, one value a row of norms and softmax.
+    assert estimate == pytest.approx(saved()[name][0], rel=0.07)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_under_full_recompute_a_layer_keeps_its_input(name: str) -> None:
+    model, _, bf16 = SAVED[name]
+    more = stage_activation_bytes(cut_of(replace(model, num_layers=2), FULL, bf16=bf16), 0)
+    more -= stage_activation_bytes(cut_of(replace(model, num_layers=1), FULL, bf16=bf16), 0)
+    assert more == saved()[name][1]
+
+
+@pytest.mark.parametrize(("stages", "chunks"), [(4, 1), (4, 2), (2, 3)])
+@pytest.mark.parametrize("micro_batches", [2, 12])
+def test_chunks_in_flight_are_those_of_the_engines_schedule(
+    stages: int, chunks: int, micro_batches: int
+) -> None:
+    model = replace(MODEL, num_layers=stages * chunks, position_embedding_type="none")
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=stages,
+        num_layers_per_virtual_pipeline_stage=1 if chunks > 1 else None,
+    )
+    cut = cut_of(model, parallel, micro_batches=micro_batches)
+    for stage in range(stages - 1):  # the last one also holds the logits
+        group = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
+        engine = SimpleNamespace(
+            pp_group=group, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
+        )
+        total, _, warmup, _ = get_pp_rank_microbatches(micro_batches, chunks, stages, p2p_communicator=engine)
+        held = min(total, warmup + 1)
+        assert stage_activation_bytes(cut, stage) == held * layer_activation_bytes(cut)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "distributed", "for_each"),
+    [(False, False, 16), (False, True, 8 + 8 / 4), (True, False, 18), (True, True, 6 + 12 / 4)],
+)
+def test_bytes_for_a_parameter_are_megatrons(bf16: bool, distributed: bool, for_each: float) -> None:
+    """The table of Megatron-LM's documentation of the distributed optimizer, for four data-parallel ranks."""
+    parallel = ParallelConfig(use_distributed_optimizer=distributed)
+    (memory,) = estimate_memory(cut_of(MODEL, parallel, copies=4, bf16=bf16))
+    assert memory.total_bytes - memory.activation_bytes == for_each * memory.parameters
+
+
+def test_families_parameters_are_spread_over_tensor_ranks_and_stages() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    without = estimate_memory(cut_of(MODEL, parallel))
+    with_family = estimate_memory(cut_of(MODEL, parallel), family_parameters=4000)
+    differences = [b.parameters - a.parameters for a, b in zip(without, with_family, strict=True)]
+    assert differences == [1000, 1000]

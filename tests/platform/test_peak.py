@@ -1,0 +1,43 @@
+"""A device's peak: NVIDIA's figures by the name that torch gives, else a measurement."""
+
+import pytest
+import torch
+
+from megatron_ext.platform.peak import device_peak, known_tflops, measured_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA H100 NVL", "tf32", 417.5),
+        ("NVIDIA GH200 480GB", "fp32", 66.9),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100-PCIE-40GB", "tf32", 156.0),
+        ("NVIDIA A10", "bf16", 125.0),
+        ("NVIDIA L40S", "fp32", 91.6),
+        ("NVIDIA L4", "fp32", 30.3),
+    ],
+)
+def test_known_devices_are_told_apart(name: str, precision: str, tflops: float) -> None:
+    assert known_tflops(name, precision) == tflops
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "NVIDIA A10G", "AMD Instinct MI300X"])
+def test_a_device_that_is_not_in_the_table_is_unknown(name: str) -> None:
+    assert known_tflops(name, "bf16") is None
+
+
+def test_the_users_figure_is_taken_as_it_is() -> None:
+    assert device_peak(bf16=True, tflops=1.5).flops_per_second == 1.5e12
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
+def test_a_cpu_is_measured_once_a_process() -> None:
+    first, second = device_peak(bf16=False), device_peak(bf16=False)
+    assert first == second
+    assert first.source == "measured matrix product, fp32"
+    assert 1e8 < first.flops_per_second < 1e15
+    assert measured_flops.cache_info().misses == 1
