@@ -6,6 +6,7 @@ implementation. So it is used only after its ids equalled the reference's on a s
 with the special tokens in them, and on `PROBE_TEXTS`.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from megatron_ext.data.tokenizers.base import PROBE_TEXTS, Tokenizer
 
 _BATCH_CHARACTERS = 256 << 10
+_CACHE_BYTES = 160 << 20
 
 EncoderName = Literal["gigatoken", "reference"]
 Ids = npt.NDArray[np.integer[Any]]
@@ -33,7 +35,9 @@ class Choice:
 class Encoder:
     """Encodes batches of texts.
 
-    gigatoken is called text by text: its batch call returns an `awkward` array, whose import and bookkeeping cost more.
+    gigatoken is called text by text: its batch call returns an `awkward` array, whose import and bookkeeping cost
+    more. It remembers every word it has met and never forgets one, so it is loaded anew whenever this process has
+    grown by `_CACHE_BYTES`; the ids stay the same.
 
     Args:
         tokenizer: the reference.
@@ -43,14 +47,33 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, name: EncoderName) -> None:
         self._tokenizer = tokenizer
         self._fast = _load_gigatoken(tokenizer) if name == "gigatoken" else None
+        self._bytes_when_loaded = resident_bytes()
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
         """Yields `(ids, lengths)`: the ids of some texts back to back, and how many each text has; in order."""
         for batch in _batches(texts):
             if self._fast is not None:
+                self._forget()
                 yield _join([self._fast.encode(text) for text in batch])
             else:
                 yield _flatten(self._tokenizer.tokenize_batch(batch))
+
+    def _forget(self) -> None:
+        """Gives back the memory of gigatoken's cache once it is large."""
+        if resident_bytes() - self._bytes_when_loaded > _CACHE_BYTES:
+            self._fast = None  # before the new one is loaded
+            self._fast = _load_gigatoken(self._tokenizer)
+            # What something else has taken meanwhile must not make every batch load it again.
+            self._bytes_when_loaded = max(self._bytes_when_loaded, resident_bytes() - _CACHE_BYTES // 2)
+
+
+def resident_bytes() -> int:
+    """Returns the resident memory of this process; 0 where the system does not tell (outside Linux)."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def choose_encoder(

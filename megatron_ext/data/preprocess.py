@@ -116,8 +116,13 @@ class Preprocessor:
                     extra=self._manifest_extra(totals),
                 )
             work.remove()
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
             work.remove()
+            if (
+                isinstance(error, OSError) and error.strerror and error.filename is None
+            ):  # a failed write: disk full
+                message = f"{error.strerror} (temporary files are removed)"
+                raise OSError(error.errno, message, self.config.output_prefix) from None
             raise
         finally:
             work.release()

@@ -264,6 +264,28 @@ def test_without_gigatoken_the_reference_runs(bpe_dir: Any, monkeypatch: pytest.
     assert (choice.encoder, "not installed" in choice.reason) == ("reference", True)
 
 
+def test_gigatokens_cache_is_given_back_and_ids_stay_the_same(
+    bpe_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ext.data import encoding
+
+    ours = gpt2(bpe_dir)
+    encoder = Encoder(ours, "gigatoken")
+    load, loads = encoding._load_gigatoken, []
+
+    def counted(tokenizer: Any) -> Any:
+        loads.append(tokenizer)
+        return load(tokenizer)
+
+    monkeypatch.setattr(encoding, "_load_gigatoken", counted)
+    monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(encoding, "_CACHE_BYTES", 4 << 20)
+    words = [f"{i * 7919 % 1_000_003:x}{i:o}" for i in range(200_000)]
+    texts = [" ".join(words[i : i + 1000]) for i in range(0, len(words), 1000)]
+    assert encoded(encoder, texts) == ours.tokenize_batch(texts)
+    assert 1 <= len(loads) < 100
+
+
 def test_batches_do_not_change_the_ids(bpe_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = gpt2(bpe_dir)
     monkeypatch.setattr("megatron_ext.data.encoding._BATCH_CHARACTERS", 50)
