@@ -13,10 +13,11 @@ A dataset is two files. `PREFIX.bin` holds the token ids back to back; `PREFIX.i
     ..      8 * D       int64 index of each document's first sequence; the last one is S
 
 Same layout as `megatron.core.datasets.indexed_dataset`, which the tests compare with. Everything here is memory
-mapped or written in chunks, so memory does not grow with the dataset. The optional mode column of multimodal
+mapped, or read and written in chunks, so memory does not grow with the dataset. The optional mode column of multimodal
 datasets is not read.
 """
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -80,8 +81,18 @@ class Index:
             return 0
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
+    def token_chunks(self, size: int) -> Iterator[IntArray]:
+        """Yield all tokens in order, `size` at a time; read, not mapped, so that no pages pile up."""
+        with open(bin_path(self.prefix), "rb") as stream:
+            for begin, end in chunks(self.num_tokens, size):
+                yield np.fromfile(stream, dtype=self.dtype, count=end - begin)
+
+    def release(self) -> None:
+        """Give the pages of the mapped index back; a pass over it calls this now and then."""
+        release(self.lengths)
+
     def tokens(self) -> IntArray:
-        """The whole `.bin` as one memory-mapped array [tokens] of `dtype`."""
+        """The whole `.bin` as one memory-mapped array [tokens] of `dtype`; for looking at parts of it."""
         if self.num_tokens == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r", shape=(self.num_tokens,))
@@ -192,6 +203,7 @@ def check_contiguous(index: Index) -> None:
                 f"{index.pointers[begin + at]}, not back to back with the one before it"
             )
         expected = int(ends[-1])
+        index.release()
     previous = 0
     for begin, end in chunks(len(index.document_indices)):
         part = index.document_indices[begin:end]
@@ -199,6 +211,17 @@ def check_contiguous(index: Index) -> None:
         if (steps < 0).any() or (begin == 0 and part[0] != 0):
             raise ValueError(f"{idx_path(index.prefix)}: document indices must start at 0 and never decrease")
         previous = int(part[-1])
+        index.release()
+
+
+def release(array: IntArray) -> None:
+    """Let the kernel take the pages of a memory-mapped array out of this process; they can still be read.
+
+    Otherwise a pass over a large file would show up as this process's memory. Does nothing for other arrays.
+    """
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def chunks(total: int, size: int = _CHUNK) -> Iterator[tuple[int, int]]:
@@ -229,6 +252,7 @@ def write_index(
             ends = pointer + np.cumsum(sizes)
             stream.write((ends - sizes).astype("<i8").tobytes())
             pointer = int(ends[-1])
+            release(lengths)
         _write_column(stream, document_indices, "<i8")
         stream.flush()
         os.fsync(stream.fileno())
@@ -236,4 +260,6 @@ def write_index(
 
 def _write_column(stream: BinaryIO, values: IntArray, dtype: str) -> None:
     """One column of the index, converted and written in chunks."""
-    stream.writelines(values[begin:end].astype(dtype).tobytes() for begin, end in chunks(len(values)))
+    for begin, end in chunks(len(values)):
+        stream.write(values[begin:end].astype(dtype).tobytes())
+        release(values)

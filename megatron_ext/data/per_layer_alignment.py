@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.indexed import IntArray, bin_path, chunks, idx_path, open_index
+from megatron_ext.data.indexed import IntArray, bin_path, chunks, idx_path, open_index, release
 from megatron_ext.data.manifest import check_dataset, read_manifest
 
 _REMEDY = "make it with: python tools/preprocess_per_layer_data.py"
@@ -88,6 +88,8 @@ def _first_difference(a: IntArray, b: IntArray) -> int | None:
         differs = a[begin:end] != b[begin:end]
         if differs.any():
             return begin + int(np.argmax(differs))
+        release(a)
+        release(b)
     return None
 
 

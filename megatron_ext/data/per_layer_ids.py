@@ -10,7 +10,7 @@ and for `attention_guidance`, by position in the document (0 is its first token)
     else             table[tokens[i]]
 
 The aligned dataset has the same documents and sequence lengths as its source, so one set of sample indices reads both.
-Everything streams over memory maps: memory does not grow with the dataset. No text is read, nothing is tokenized.
+Everything streams: memory does not grow with the dataset. No text is read, nothing is tokenized.
 """
 
 import os
@@ -24,7 +24,6 @@ from megatron_ext.data.indexed import (
     IntArray,
     bin_path,
     check_contiguous,
-    chunks,
     idx_path,
     optimal_dtype,
     write_index,
@@ -53,12 +52,10 @@ def count_tokens(
         ValueError: a token id is not below V.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    tokens = index.tokens()
-    for begin, end in chunks(index.num_tokens, _CHUNK_TOKENS):
-        chunk = tokens[begin:end]
+    for chunk in index.token_chunks(_CHUNK_TOKENS):
         check_bounds(index, chunk, vocab_size)
         counts += np.bincount(chunk, minlength=vocab_size)
-        progress(end - begin)
+        progress(len(chunk))
     return counts
 
 
@@ -119,13 +116,14 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
     Raises:
         ValueError: a token id is not below V.
     """
-    tokens = index.tokens()
-    for begin, end in chunks(index.num_tokens, _CHUNK_TOKENS):
-        chunk = tokens[begin:end]
+    begin = 0
+    for chunk in index.token_chunks(_CHUNK_TOKENS):
         check_bounds(index, chunk, len(table))
         ids = np.take(table, chunk, mode="clip")  # bounds are checked; "clip" skips a second check
         if strategy == "attention_guidance":
             _mark(index, ids, chunk, begin, eod)
+            index.release()
+        begin += len(chunk)
         yield ids
 
 

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from megatron_ext.data.indexed import Index, IntArray, bin_path, chunks, idx_path, open_index, write_index
 from megatron_ext.data.manifest import manifest_path, read_manifest, write_atomically, write_manifest
 
-_CHUNK_DOCUMENTS = 1 << 18
+_CHUNK_DOCUMENTS = 1 << 15
+_READ_BYTES = 1 << 23
 _ROUNDS = 6
 
 
@@ -44,7 +45,7 @@ class DatasetWriter:
         self._documents.write(np.zeros(1, dtype=np.int64).tobytes())
         return self
 
-    def add(self, tokens: Iterable[memoryview], lengths: IntArray, document_ends: IntArray) -> None:
+    def add(self, tokens: Iterable[bytes], lengths: IntArray, document_ends: IntArray) -> None:
         """Append documents.
 
         Args:
@@ -132,8 +133,7 @@ def shuffle(prefix: str, output: str, *, seed: int) -> None:
     index = open_index(prefix)
     described = _described([prefix])
     total = index.num_documents
-    with DatasetWriter(output, index.dtype) as writer:
-        content = _bytes_of(index)
+    with DatasetWriter(output, index.dtype) as writer, open(bin_path(prefix), "rb", buffering=0) as source:
         for begin, end in chunks(total, _CHUNK_DOCUMENTS):
             documents = permuted(np.arange(begin, end), total, seed)
             first, last = index.document_indices[documents], index.document_indices[documents + 1]
@@ -141,8 +141,9 @@ def shuffle(prefix: str, output: str, *, seed: int) -> None:
             counts = last - first
             ends = np.cumsum(counts)
             sequences = np.repeat(first - (ends - counts), counts) + np.arange(counts.sum())
-            pieces = (content[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True))
+            pieces = _read(source.fileno(), zip(starts.tolist(), stops.tolist(), strict=True))
             writer.add(pieces, index.lengths[sequences], ends)
+            index.release()
     _finish(output, "data shuffle", [prefix], described, seed=seed)
 
 
@@ -177,17 +178,22 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def _copy(index: Index, writer: DatasetWriter, begin: int, end: int) -> None:
     """Append documents `begin` .. `end - 1`."""
-    content = _bytes_of(index)
-    for a, b in chunks(end - begin, _CHUNK_DOCUMENTS):
-        ends = np.asarray(index.document_indices[begin + a : begin + b + 1])
-        first, last = int(ends[0]), int(ends[-1])
-        start, stop = (index.sequence_start(sequence) * index.dtype.itemsize for sequence in (first, last))
-        writer.add([content[start:stop]], index.lengths[first:last], ends[1:] - first)
+    with open(bin_path(index.prefix), "rb", buffering=0) as source:
+        for a, b in chunks(end - begin, _CHUNK_DOCUMENTS):
+            ends = np.asarray(index.document_indices[begin + a : begin + b + 1])
+            first, last = int(ends[0]), int(ends[-1])
+            start, stop = (
+                index.sequence_start(sequence) * index.dtype.itemsize for sequence in (first, last)
+            )
+            writer.add(_read(source.fileno(), [(start, stop)]), index.lengths[first:last], ends[1:] - first)
+            index.release()
 
 
-def _bytes_of(index: Index) -> memoryview:
-    """The `.bin` as bytes, memory mapped."""
-    return np.asarray(index.tokens()).view(np.uint8).data
+def _read(descriptor: int, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes of some ranges [start, stop) of a file, in pieces of bounded size."""
+    for start, stop in ranges:
+        for begin, end in chunks(stop - start, _READ_BYTES):
+            yield os.pread(descriptor, end - begin, start + begin)
 
 
 def _map_column(path: Path, dtype: npt.DTypeLike) -> IntArray:
@@ -247,5 +253,6 @@ def length_histogram(index: Index) -> Iterator[tuple[int, int]]:
         bins = np.zeros(len(sizes), dtype=np.int64)
         bins[sizes > 0] = np.floor(np.log2(sizes[sizes > 0])).astype(np.int64) + 1
         counts += np.bincount(bins, minlength=65)
+        index.release()
     for number in np.flatnonzero(counts).tolist():
         yield (0 if number == 0 else 1 << (number - 1)), int(counts[number])

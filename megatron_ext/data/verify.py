@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.indexed import Index, bin_path, check_contiguous, chunks, idx_path
+from megatron_ext.data.indexed import Index, bin_path, check_contiguous, idx_path
 from megatron_ext.data.manifest import check_dataset, read_manifest, sha256_of
 from megatron_ext.data.per_layer_alignment import check_aligned
 from megatron_ext.data.per_layer_ids import check_bounds, derive
@@ -77,10 +77,8 @@ def _check_manifest(index: Index, manifest: dict) -> str:
 
 def _check_tokens(index: Index, vocab_size: int | None) -> str:
     """Smallest and largest token id, against the vocabulary where it is known."""
-    tokens = index.tokens()
     low, high = None, None
-    for begin, end in chunks(index.num_tokens, _CHUNK_TOKENS):
-        chunk = tokens[begin:end]
+    for chunk in index.token_chunks(_CHUNK_TOKENS):
         if vocab_size is not None:
             check_bounds(index, chunk, vocab_size)
         low = int(chunk.min()) if low is None else min(low, int(chunk.min()))
@@ -117,14 +115,16 @@ def _check_per_layer(index: Index, source: str, per_layer: dict) -> list[str]:
                 aligned,
                 f"per-layer ids: not checked, {path} was made since, from another vocabulary or tokenizer",
             ]
-    ids, position = index.tokens(), 0
-    for expected in derive(main, table.astype(index.dtype), strategy, eod=tokenizer["eod"]):
-        wrong = expected != ids[position : position + len(expected)]
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise ValueError(
-                f"{bin_path(index.prefix)}: per-layer id {position + at} is {ids[position + at]},"
-                f" but {strategy} gives {expected[at]}"
-            )
-        position += len(expected)
+    position = 0
+    with open(bin_path(index.prefix), "rb") as stream:
+        for expected in derive(main, table.astype(index.dtype), strategy, eod=tokenizer["eod"]):
+            ids = np.fromfile(stream, dtype=index.dtype, count=len(expected))
+            wrong = expected != ids
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                raise ValueError(
+                    f"{bin_path(index.prefix)}: per-layer id {position + at} is {ids[at]},"
+                    f" but {strategy} gives {expected[at]}"
+                )
+            position += len(expected)
     return [aligned, f"per-layer ids: all are what {strategy} gives"]

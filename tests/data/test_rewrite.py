@@ -25,6 +25,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, also for a few documents; no waiting for the disk."""
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr(rewrite, "_CHUNK_DOCUMENTS", 3)
+    monkeypatch.setattr(rewrite, "_READ_BYTES", 10)
 
 
 def read(prefix: Any) -> Any:
@@ -152,7 +153,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
 def interrupted(prefix: Any) -> None:
     """A writer that is interrupted after one document."""
     with DatasetWriter(prefix, np.dtype(np.uint16)) as writer:
-        writer.add([memoryview(b"\1\0")], np.array([1]), np.array([1]))
+        writer.add([b"\1\0"], np.array([1]), np.array([1]))
         raise KeyboardInterrupt
 
 
@@ -169,7 +170,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rewrite, "write_index", disk_full)
     writer = DatasetWriter(f"{tmp_path}/out", np.dtype(np.uint16))
     with pytest.raises(OSError, match="No space left"), writer:
-        writer.add([memoryview(b"\1\0")], np.array([1]), np.array([1]))
+        writer.add([b"\1\0"], np.array([1]), np.array([1]))
     assert not list(tmp_path.iterdir())
 
 
