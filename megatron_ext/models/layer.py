@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
 
 from megatron_ext.models.side_channel import SideChannel
 
@@ -78,6 +79,10 @@ class ExtendedTransformerLayer(TransformerLayer):
             hidden_states = self.feed_forward(self, hidden_states, attention_output, side)
         if not isinstance(self.after_mlp, IdentityOp):
             hidden_states = self.after_mlp(hidden_states, side)
+        # A slot may return a view (an attached loss does); a pipeline stage frees what it has sent, which cannot be one.
+        hidden_states = make_viewless_tensor(
+            inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
+        )
         return hidden_states, side.packed
 
     def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -64,7 +64,7 @@ def _collect(processes: list[Any], results: Any, world_size: int, timeout: float
             rank, error, result = results.get(timeout=0.2)
         except queue.Empty:
             dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
-            if dead:
+            if dead and results.empty():  # else it has left its traceback just now
                 raise RuntimeError(f"a process died with exit code {dead[0]}") from None
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no result within {timeout:.0f} s") from None
