@@ -31,6 +31,22 @@ class PerLayerFamily(Family):
 
     name = "per_layer"
 
+    free_on_resume = frozenset(
+        {
+            "per_layer_projection_dropout",
+            "per_layer_init_method",
+            "per_layer_init_std",
+            "per_layer_lr_scale",
+            "per_layer_weight_decay",
+            "freeze_per_layer_embedding",
+            "per_layer_vocab_file",
+            "per_layer_data_path",
+            "log_per_layer_stats",
+            "log_per_layer_gradients",
+            "per_layer_stats_interval",
+        }
+    )
+
     def __init__(
         self, settings: PerLayerConfig, vocab_size: int, table: "npt.ArrayLike | torch.Tensor | None" = None
     ) -> None:

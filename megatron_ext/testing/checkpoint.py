@@ -1,5 +1,7 @@
 """A tiny run that can be saved and loaded, for tests: model, optimizer, schedule, step and checkpointer at any cut."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,15 +40,17 @@ class RunSettings:
     optimizer: OptimizerSettings = SCHEDULE
     bf16: bool = False
     vocab_size: int = VOCAB_SIZE
+    tokenizer: str = "numbers"
+    make_families: Callable[[], list[Family]] = list
 
 
 class TinyRun:
     """A run in the making; every process of the cut makes one. Loads at once where the settings say so."""
 
-    def __init__(self, settings: RunSettings, families: list[Family] | None = None) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.notes: list[str] = []
-        parallel, bf16, families = settings.parallel, settings.bf16, families or []
+        parallel, bf16, families = settings.parallel, settings.bf16, settings.make_families()
         initialize(parallel, seed=1)
         self.chunks = build_model(
             settings.model,
@@ -56,6 +60,8 @@ class TinyRun:
             bf16=bf16,
             extensions=[family.extension() for family in families],
         )
+        for family in families:
+            family.prepare_model(self.chunks)
         wrapped = wrap_model(self.chunks, parallel, bf16=bf16)
         self.optimizer = build_optimizer(settings.optimizer, parallel, wrapped, families, bf16=bf16)
         training = TrainingConfig(train_iters=10, bf16=bf16)
@@ -75,7 +81,11 @@ class TinyRun:
             chunks=list(wrapped),
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            run_config={**run_config, "vocab_size": settings.vocab_size},
+            run_config={
+                **run_config,
+                "vocab_size": settings.vocab_size,
+                "tokenizer_fingerprint": settings.tokenizer,
+            },
             families=families,
             note=self.notes.append,
         )
@@ -100,4 +110,7 @@ class TinyRun:
 
 def read_plain(folder: str) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, whole, as megatron-core's own reader gives them; needs a process group."""
-    return dist_checkpointing.load_plain_tensors(folder)
+    with warnings.catch_warnings():
+        # The engine calls torch's loader by its older name.
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        return dist_checkpointing.load_plain_tensors(folder)

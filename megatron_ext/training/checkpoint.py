@@ -39,9 +39,6 @@ class Progress:
     consumed_samples: int = 0
     """Sequences taken from the training set."""
 
-    consumed_valid_samples: int = 0
-    """Sequences taken from the validation set."""
-
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite."""
 
@@ -72,7 +69,7 @@ class Checkpointer:
         optimizer: over `chunks`.
         scheduler: over `optimizer`.
         run_config: the configuration as JSON values: a section a concern (`model` and `training` are looked into),
-            and `vocab_size`, the tokenizer's. The families' sections are added here.
+            `vocab_size` and `tokenizer_fingerprint`. The families' sections are added here.
         families: their configuration and state are saved.
         note: takes a line for the user, on every rank.
         """
@@ -150,7 +147,9 @@ class Checkpointer:
         if not self.config.no_save_optim:
             optimizer = OptimizerState(self.optimizer, state)
             step = max(gather(optimizer.step))
-            state = {**state, "optimizer": optimizer.sharded(is_loading=False)}
+            held = optimizer.sharded(is_loading=False)
+            # On a rank that saves nothing of it there is no entry: the engine would report an empty one.
+            state |= {"optimizer": held} if held else {}
         tensors.write(state, folder)
         rank, random_file = dist.get_rank(), random_state.file_name(dist.get_rank())
 
@@ -184,7 +183,7 @@ class Checkpointer:
                 raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
             optimizer = OptimizerState(self.optimizer, wanted)
             main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
-            wanted = {**wanted, "optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
+            wanted |= {"optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
             tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
         loaded = tensors.read(wanted, folder)
         tensors.load_model_state(self.models, loaded)

@@ -39,11 +39,11 @@ def check_same_model(
     """Compares a run's configuration with a checkpoint's.
 
     Args:
-        run: the run's `run_config`, with sections `model` and `families` and the number `vocab_size`.
+        run: the run's `run_config`, with sections `model` and `families` and `tokenizer_fingerprint`.
         stored: the checkpoint's.
         families: the run's families; each tells which of its fields may differ.
         folder: the checkpoint, named in errors.
-        finetune: rotary base and the like may differ.
+        finetune: rotary base and the like, and the tokenizer, may differ.
 
     Raises:
         ValueError: naming the flag and both values.
@@ -55,6 +55,11 @@ def check_same_model(
     if ours.position_embedding_type == "learned_absolute":
         name = "max_position_embeddings"
         _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
+    if not finetune and run["tokenizer_fingerprint"] != stored["tokenizer_fingerprint"]:
+        raise ValueError(
+            f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer; "
+            "with --finetune its weights are taken all the same"
+        )
     _check_families(run["families"], stored["families"], families, folder)
 
 
@@ -65,15 +70,26 @@ def _check_families(
         there, here = ("has", "this run has not") if name in stored else ("has not", "this run has")
         raise ValueError(f"{folder}: the checkpoint {there} the family {name}, {here}")
     for family in families:
-        ours, theirs = run[family.name], stored[family.name]
+        ours, theirs = _leaves(run[family.name]), _leaves(stored[family.name])
         for name in sorted(set(ours) | set(theirs)):
             if name not in family.free_on_resume:
                 _same(name, ours.get(name), theirs.get(name), folder)
 
 
 def _same(name: str, ours: Any, theirs: Any, folder: Path) -> None:
-    if ours != theirs:
-        raise ValueError(f"{flag_name(name)} {ours}: the checkpoint {folder} was made with {theirs}")
+    if ours == theirs:
+        return
+    if isinstance(ours, list) and isinstance(theirs, list):
+        raise ValueError(f"{flag_name(name)}: the checkpoint {folder} was made with another one")
+    raise ValueError(f"{flag_name(name)} {ours}: the checkpoint {folder} was made with {theirs}")
+
+
+def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a family's configuration by field name, wherever they are nested."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= _leaves(value) if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _model(configuration: Mapping[str, Any]) -> ModelConfig:

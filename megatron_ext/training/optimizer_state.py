@@ -5,14 +5,18 @@ Every parameter has its Adam moments, and in bf16 its fp32 main weight, under th
     optimizer.state.exp_avg.{name}    optimizer.state.exp_avg_sq.{name}    optimizer.state.param.{name}  (bf16 only)
 
 That is the distributed optimizer's `fully_reshardable` format, less the copy of fp32 weights; the plain optimizers are
-put into it as well. Learning rates and the like are not in here: they follow from the configuration and the schedule.
-Adam's step count is one number for all parameters and is kept apart.
+put into it as well. The engine's own code for it is not used: it forgets the padding between gradient buckets, so that
+parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with several buckets, or
+a word embedding that stages share), and it cannot load into torch's Adam. Learning rates and the like are not in here:
+they follow from the configuration and the schedule. Adam's step count is one number for all parameters, kept apart.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -22,6 +26,18 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 PREFIX = "optimizer.state."
 MAIN_PARAM_PREFIX = f"{PREFIX}param."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What this rank's optimizer holds of one parameter: all of it, or a range of the distributed optimizer's."""
+
+    model_param: torch.Tensor
+    tensors: dict[str, torch.Tensor]
+    """The moments, and `param` where the updated weights are not the model's own tensor."""
+    start: int
+    end: int
+    """Range in the flattened parameter."""
 
 
 class OptimizerState:
@@ -34,10 +50,8 @@ class OptimizerState:
         """
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
         self._parts = [part for part in parts if not part.is_stub_optimizer]
-        self._model_state = model_state
-        shards = list(nested_values(extract_sharded_tensors_and_factories(model_state)[0]))
-        self._shards = {id(shard.data): shard for shard in shards}
-        self._parameters = {shard.key: shard.data for shard in shards}
+        shards = nested_values(extract_sharded_tensors_and_factories(model_state)[0])
+        self._shards = {id(shard.data): (number, shard) for number, shard in enumerate(shards)}
         for part in self._parts:
             _fill_state(part)
 
@@ -50,20 +64,21 @@ class OptimizerState:
 
         Args:
             is_loading: it is to be filled, else it is to be saved.
-            with_main_params: False asks for moments only; main weights are then taken from the model.
+            with_main_params: False leaves out main weights; `restore` then takes them from the model.
         """
         state = {}
-        for index, part in enumerate(self._parts):
-            if isinstance(part, DistributedOptimizer):
-                tensors = self._distributed(part, is_loading)
-            else:
-                tensors = {i: dict(entry) for i, entry in enumerate(self._plain(part))}
-            for entry in tensors.values():
-                if "param" in entry and not (with_main_params and self._is_low_precision(entry["param"])):
-                    del entry["param"]
-            state[index] = tensors
+        for part in self._parts:
+            for model_param, tensors in _whole(part, is_loading):
+                if model_param.dtype == torch.float32 or not with_main_params:
+                    tensors.pop("param", None)
+                number, shard = self._shards[id(model_param)]
+                state[number] = {
+                    name: make_sharded_optimizer_tensor(shard, tensor.detach(), prefix=f"{PREFIX}{name}")
+                    for name, tensor in tensors.items()
+                }
         return state
 
+    @torch.no_grad()
     def restore(self, state: dict[int, Any], step: int) -> None:
         """Takes a filled state dict of `sharded`; the model must have been restored before.
 
@@ -71,52 +86,75 @@ class OptimizerState:
             state: what the engine's loader gave.
             step: updates done so far, as Adam counts them.
         """
-        for index, part in enumerate(self._parts):
-            # A part without tensors on this rank leaves no trace in what was loaded.
-            tensors = state.get(index, {})
-            if isinstance(part, DistributedOptimizer):
-                self._restore_distributed(part, tensors)
-            else:
-                _restore_plain(part, tensors)
+        for part in self._parts:
+            for held in _held(part):
+                loaded = state[self._shards[id(held.model_param)][0]]
+                for name, tensor in held.tensors.items():
+                    whole = loaded.get(name, held.model_param)
+                    tensor.view(-1).copy_(whole.reshape(-1)[held.start : held.end])
             _set_step(part.optimizer, step)
 
-    def _is_low_precision(self, shard: Any) -> bool:
-        return self._parameters[shard.key.removeprefix(MAIN_PARAM_PREFIX)].dtype != torch.float32
 
-    def _plain(self, part: MegatronOptimizer) -> Iterator[dict[str, Any]]:
+def _held(part: MegatronOptimizer) -> Iterator[_Held]:
+    if not isinstance(part, DistributedOptimizer):
         for model_param, main_param in _parameter_pairs(part):
-            shard, state = self._shards[id(model_param)], part.optimizer.state[main_param]
-            tensors = {name: state[name] for name in _MOMENTS}
-            if main_param is not model_param:
-                tensors["param"] = main_param
-            yield {
-                name: make_sharded_optimizer_tensor(shard, tensor.detach(), prefix=f"{PREFIX}{name}")
-                for name, tensor in tensors.items()
-            }
-
-    def _distributed(self, part: DistributedOptimizer, is_loading: bool) -> dict[int, Any]:
-        # The memory-efficient variant gathers on the first data-parallel rank only; the others have nothing to save.
-        metadata = {"distrib_optim_fully_reshardable_mem_efficient": True}
-        return part.sharded_param_state_fully_reshardable(self._model_state, is_loading, metadata) or {}
-
-    def _restore_distributed(self, part: DistributedOptimizer, tensors: dict[int, Any]) -> None:
-        for index, model_param in enumerate(_in_buffer_order(part)):
-            tensors[index].setdefault("param", model_param.detach().float())
-        # The loader copies each entry of a parameter's state and knows `step` in the parameter group only, where
-        # torch's Adam does not keep it. So it is out of the way for the time of the call; `_set_step` puts it back.
-        for state in part.optimizer.state.values():
-            state.pop("step", None)
-        part.load_parameter_state_from_fully_reshardable(tensors)
+            tensors = _tensors(part, main_param)
+            if main_param is model_param:
+                del tensors["param"]
+            yield _Held(model_param, tensors, 0, model_param.numel())
+        return
+    for buffer_ranges in part.gbuf_ranges:
+        for bucket_ranges in next(iter(buffer_ranges.values())):
+            yield from _held_of_bucket(part, bucket_ranges)
 
 
-def _restore_plain(part: MegatronOptimizer, tensors: dict[int, Any]) -> None:
-    with torch.no_grad():
-        for index, (model_param, main_param) in enumerate(_parameter_pairs(part)):
-            loaded, state = tensors[index], part.optimizer.state[main_param]
-            for name in _MOMENTS:
-                state[name].copy_(loaded[name])
-            if main_param is not model_param:
-                main_param.copy_(loaded.get("param", model_param))
+def _held_of_bucket(part: DistributedOptimizer, bucket_ranges: dict[str, Any]) -> Iterator[_Held]:
+    for model_param, ranges in bucket_ranges["param_map"].items():
+        group, position = part.model_param_group_index_map[model_param]
+        main_param = part.optimizer.param_groups[group]["params"][position]
+        yield _Held(model_param, _tensors(part, main_param), ranges["param"].start, ranges["param"].end)
+
+
+def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"param": main_param, **{name: part.optimizer.state[main_param][name] for name in _MOMENTS}}
+
+
+def _whole(
+    part: MegatronOptimizer, is_loading: bool
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Parameters with their whole state: the optimizer's own tensors, or for the distributed one copies of them."""
+    if isinstance(part, DistributedOptimizer) and not is_loading:
+        for buffer, buffer_ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+            for bucket, ranges in zip(buffer.buckets, next(iter(buffer_ranges.values())), strict=True):
+                yield from _gathered(part, buffer.param_index_map, bucket, ranges)
+        return
+    for held in _held(part):
+        tensors = held.tensors
+        if isinstance(part, DistributedOptimizer):
+            tensors = {name: torch.empty(held.model_param.shape) for name in tensors}
+        yield held.model_param, dict(tensors)
+
+
+def _gathered(
+    part: DistributedOptimizer, places: dict[torch.Tensor, Any], bucket: Any, ranges: dict[str, Any]
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """A bucket's parameters with their whole state, gathered on the first data-parallel rank; nothing on others."""
+    group = part.data_parallel_group_gloo
+    names = ("param", *_MOMENTS)
+    own = torch.zeros(len(names), bucket.grad_data.numel() // group.size())
+    for held, local in zip(_held_of_bucket(part, ranges), ranges["param_map"].values(), strict=True):
+        for row, name in enumerate(names):
+            own[row, local["gbuf_local"].start : local["gbuf_local"].end] = held.tensors[name].detach()
+    first = group.rank() == 0
+    pieces = [torch.empty_like(own) for _ in range(group.size())] if first else None
+    dist.gather(own, pieces, dst=dist.get_process_group_ranks(group)[0], group=group)
+    if pieces is None:
+        return
+    whole = torch.cat(pieces, dim=1)
+    for model_param, (start, end, bucket_id) in places.items():
+        if bucket_id == bucket.bucket_id:
+            values = whole[:, start - bucket.offset : end - bucket.offset]
+            yield model_param, {n: v.view(model_param.shape) for n, v in zip(names, values, strict=True)}
 
 
 def _parameter_pairs(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -128,12 +166,6 @@ def _parameter_pairs(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, to
             yield from ((parameter, parameter) for parameter in group)
     else:
         yield from ((parameter, parameter) for parameter in part.get_parameters())
-
-
-def _in_buffer_order(part: DistributedOptimizer) -> Iterator[torch.Tensor]:
-    """The model's parameters in the order in which the format numbers them."""
-    for buffer in part.buffers:
-        yield from buffer.param_index_map
 
 
 def _keeps_step_per_parameter(inner: torch.optim.Optimizer) -> bool:

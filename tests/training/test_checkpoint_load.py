@@ -1,6 +1,5 @@
 """What a load does with a checkpoint that is another model's, lacks something, or is wanted in part only."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +65,7 @@ _OTHER_MODELS = {
     "--untie-embeddings-and-output-weights True: .* with False": _with_model(
         untie_embeddings_and_output_weights=True
     ),
+    "--tokenizer-type: .* with another tokenizer": replace(_ALONE, tokenizer="letters"),
     "a vocabulary of 128 rows, this run's tokenizer asks for 256": replace(_ALONE, vocab_size=130),
 }
 
@@ -215,20 +215,22 @@ class _Extra(Family):
 
 
 def test_families_are_compared_but_for_what_they_leave_free() -> None:
-    model = json.loads(
-        json.dumps({"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 4})
-    )
+    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 4}
     folder = Path("checkpoints")
 
     def check(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-        run, stored = ({"model": model, "families": families} for families in (ours, theirs))
-        check_same_model(run, stored, [_Extra()] if "extra" in ours else [], folder, finetune=False)
+        common = {"model": model, "tokenizer_fingerprint": ""}
+        families: list[Family] = [_Extra()] if "extra" in ours else []
+        run, stored = ({**common, "families": part} for part in (ours, theirs))
+        check_same_model(run, stored, families, folder, finetune=False)
 
     check(
-        {"extra": {"extra_size": 4, "extra_dropout": 0.1}}, {"extra": {"extra_size": 4, "extra_dropout": 0.0}}
+        {"extra": {"extra_size": 4, "extra_dropout": 0.1}}, {"extra": {"extra_size": 4, "extra_dropout": 0}}
     )
     with pytest.raises(ValueError, match="--extra-size 4: the checkpoint checkpoints was made with 8"):
-        check({"extra": {"extra_size": 4}}, {"extra": {"extra_size": 8}})
+        check({"extra": {"settings": {"extra_size": 4}}}, {"extra": {"settings": {"extra_size": 8}}})
+    with pytest.raises(ValueError, match="--table: the checkpoint checkpoints was made with another one"):
+        check({"extra": {"table": [1, 2]}}, {"extra": {"table": [2, 1]}})
     with pytest.raises(ValueError, match="the checkpoint has the family extra, this run has not"):
         check({}, {"extra": {}})
     with pytest.raises(ValueError, match="the checkpoint has not the family extra, this run has"):

@@ -14,6 +14,9 @@ from megatron_ext.testing.distributed import run_distributed
 from megatron_ext.testing.training import CUTS, TINY, WORLD_SIZES
 
 _DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True)
+_DISTRIBUTED_PP2 = ParallelConfig(use_distributed_optimizer=True, pipeline_model_parallel_size=2)
+_CUTS = {**CUTS, "DP2xPP2 distributed optimizer": _DISTRIBUTED_PP2}
+_SIZES = {**WORLD_SIZES, "DP2xPP2 distributed optimizer": 4}
 _RESUMED = {
     "TP1": (CUTS["TP1"], 1, False),
     "TP2": (CUTS["TP2"], 2, False),
@@ -111,14 +114,14 @@ def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     return folder, run_distributed(_train_and_save, 1, folder, settings, 2)[0]
 
 
-@pytest.mark.parametrize("cut", [name for name in CUTS if name != "TP1"])
+@pytest.mark.parametrize("cut", [name for name in _CUTS if name != "TP1"])
 def test_a_single_process_checkpoint_goes_on_at_every_cut(
     cut: str, single_process: tuple[str, list[float]], tmp_path: Path
 ) -> None:
     source, losses = single_process
-    settings = RunSettings(parallel=CUTS[cut], checkpoint=CheckpointConfig())
+    settings = RunSettings(parallel=_CUTS[cut], checkpoint=CheckpointConfig())
     target = str(tmp_path)
-    for found, notes in run_distributed(_load_save_and_train, WORLD_SIZES[cut], source, target, settings):
+    for found, notes in run_distributed(_load_save_and_train, _SIZES[cut], source, target, settings):
         # Adam without its moments, or with those of another parameter, is off in the second digit.
         assert found == pytest.approx(losses, rel=1e-5)
         assert any("seeded anew" in note for note in notes)
@@ -137,9 +140,9 @@ def test_a_single_process_checkpoint_goes_on_at_every_cut(
     ],
 )
 def test_a_checkpoint_of_a_cut_goes_on_in_a_single_process(cut: str, bf16: bool, tmp_path: Path) -> None:
-    settings = RunSettings(parallel=CUTS[cut], checkpoint=CheckpointConfig(), bf16=bf16)
+    settings = RunSettings(parallel=_CUTS[cut], checkpoint=CheckpointConfig(), bf16=bf16)
     source, target = f"{tmp_path}/cut", f"{tmp_path}/single"
-    losses = run_distributed(_train_and_save, WORLD_SIZES[cut], source, settings, 2)[0]
+    losses = run_distributed(_train_and_save, _SIZES[cut], source, settings, 2)[0]
     alone = replace(settings, parallel=ParallelConfig())
     found, _ = run_distributed(_load_save_and_train, 1, source, target, alone)[0]
     assert found == pytest.approx(losses, rel=1e-2 if bf16 else 1e-5)
@@ -177,5 +180,19 @@ def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
 def test_every_rank_holds_its_slice_of_parameters_and_moments(
     cut: str, single_process: tuple[str, list[float]]
 ) -> None:
-    for wrong in run_distributed(_moments_of_parameters, WORLD_SIZES[cut], single_process[0], CUTS[cut]):
+    for wrong in run_distributed(_moments_of_parameters, _SIZES[cut], single_process[0], CUTS[cut]):
         assert wrong == []
+
+
+def test_padding_between_the_distributed_optimizers_buckets_is_not_mistaken_for_state(tmp_path: Path) -> None:
+    # The shared word embedding has a bucket of its own; three such layers make one before it that is padded.
+    model = replace(TINY, num_layers=6, hidden_size=40)
+    alone = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=model)
+    cut = replace(alone, parallel=_DISTRIBUTED_PP2)
+    first, second, third = (f"{tmp_path}/{name}" for name in ("single", "cut", "again"))
+    losses = run_distributed(_train_and_save, 1, first, alone, 2)[0]
+    found, _ = run_distributed(_load_save_and_train, 4, first, second, cut)[0]
+    again, _ = run_distributed(_load_save_and_train, 1, second, third, alone)[0]
+    _assert_equal(*run_distributed(_whole_tensors, 1, first, second)[0])
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert again == losses
