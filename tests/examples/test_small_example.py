@@ -1,4 +1,4 @@
-"""The example scripts run: the small one from nothing, the large one on two "hosts", the Slurm file with its requeue."""
+"""The example scripts run: the small one from nothing, the large one on two "hosts", the Slurm file and its requeue."""
 
 import json
 import os
