@@ -1,12 +1,14 @@
 """Signals that end a run in good order: it finishes the step, saves, and exits with a code that tells which one came.
 
 A handler only sets a flag. At the end of a step all ranks agree on it, since a signal may reach one rank a step before
-another, and a save is collective. A second SIGINT ends the process at once, as an impatient Ctrl-C should.
+another, and a save is collective. A second Ctrl-C ends the process at once; as `torchrun` passes on a SIGINT that the
+terminal has already sent to every process, one that follows within two seconds counts as the same.
 
     exit code = 128 + number of the signal, the shell's own convention: SIGINT 130, SIGUSR1 138, SIGTERM 143
 """
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -26,11 +28,15 @@ EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGUSR1: EXIT_SIGUSR1, signal.S
 """Handled signal -> exit code."""
 
 
+_SAME_INTERRUPT_SECONDS = 2.0
+
+
 class SignalWatcher:
     """Notes signals from `__enter__` to `__exit__`; use as `with SignalWatcher() as signals:` around the loop."""
 
     def __init__(self) -> None:
         self._received = 0
+        self._interrupted_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "SignalWatcher":
@@ -53,6 +59,9 @@ class SignalWatcher:
         return EXIT_CODES[signal.Signals(number)] if number else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is not None and now - self._interrupted_at > _SAME_INTERRUPT_SECONDS:
+                raise KeyboardInterrupt
+            self._interrupted_at = self._interrupted_at or now
         self._received = max(self._received, number)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -32,9 +33,16 @@ def test_all_ranks_leave_with_the_code_of_a_signal_to_one_of_them(number: int, r
     assert run_distributed(_codes, 2, number, rank) == [[None, code]] * 2
 
 
-def test_a_second_interrupt_ends_the_process_at_once() -> None:
+def test_a_second_interrupt_ends_the_process_at_once_but_not_torchruns_copy_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with SignalWatcher():
         os.kill(os.getpid(), signal.SIGINT)
+        now += 0.5
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 5.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
