@@ -79,7 +79,7 @@ class ExtendedTransformerLayer(TransformerLayer):
             hidden_states = self.feed_forward(self, hidden_states, attention_output, side)
         if not isinstance(self.after_mlp, IdentityOp):
             hidden_states = self.after_mlp(hidden_states, side)
-        # A slot may return a view (an attached loss does); a pipeline stage frees what it has sent, which cannot be one.
+        # A slot may return a view (an attached loss does), but a pipeline stage frees what it has sent: no view.
         hidden_states = make_viewless_tensor(
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )

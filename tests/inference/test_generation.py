@@ -1,0 +1,192 @@
+"""Generation with a KV cache gives what full forward passes give, at any cut; sampling follows its formula."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.inference.generation import Sampling, choose, generate
+from megatron_ext.models.build import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.per_layer.family import PerLayerFamily
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.training.family import Family
+
+ROPE = replace(TINY, init_method_std=0.3, hidden_dropout=0.5, attention_dropout=0.5)
+"""Weights large enough that the tokens differ; dropout, which must be off."""
+
+LEARNED = replace(
+    ROPE, position_embedding_type="learned_absolute", normalization="LayerNorm", num_query_groups=None
+)
+MODELS: dict[str, tuple[ModelConfig, bool]] = {
+    "rope": (ROPE, False),
+    "learned positions": (LEARNED, False),
+    "per-layer embedding": (ROPE, True),
+}
+PROMPTS = [[5, 17, 80], [3], [9, 9, 2, 41, 60, 7]]
+GREEDY = Sampling(max_new_tokens=8, temperature=0)
+SAMPLED = Sampling(max_new_tokens=8, temperature=1.3, top_k=20, top_p=0.9, seed=3)
+
+
+def _build(name: str, parallel: ParallelConfig) -> tuple[GPTModel, list[Family]]:
+    model, per_layer = MODELS[name]
+    initialize(parallel, seed=1)
+    settings = PerLayerConfig(
+        use_per_layer_embedding=True, per_layer_preset="gemma4", per_layer_hidden_size=8
+    )
+    families: list[Family] = [PerLayerFamily(settings, VOCAB_SIZE)] if per_layer else []
+    extensions = [family.extension() for family in families]
+    chunks = build_model(model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
+    return chunks[0], families
+
+
+def _by_full_passes(name: str, count: int) -> list[list[int]]:
+    """Each token is the argmax of a forward pass over everything before it, without a cache."""
+    model, families = _build(name, CUTS["TP1"])
+    model.eval()
+    found = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(count):
+            batch = {"tokens": torch.tensor([tokens])}
+            side_inputs = {
+                key: value for family in families for key, value in family.side_inputs(batch).items()
+            }
+            positions = torch.arange(len(tokens)).unsqueeze(0)
+            logits = model(batch["tokens"], positions, None, side_inputs=side_inputs)
+            tokens.append(int(logits[0, -1, :VOCAB_SIZE].argmax()))
+        found.append(tokens[len(prompt) :])
+    return found
+
+
+def _generated(
+    name: str, cut: str, batches: list[list[list[int]]], sampling: Sampling
+) -> list[list[list[int]]]:
+    model, families = _build(name, CUTS[cut])
+    return [generate(model, families, prompts, sampling, VOCAB_SIZE) for prompts in batches]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_equals_the_argmax_of_full_passes(name: str) -> None:
+    expected = run_distributed(_by_full_passes, 1, name, GREEDY.max_new_tokens)[0]
+    assert len({token for tokens in expected for token in tokens}) > 8, "the model repeats itself"
+    together, *alone = run_distributed(
+        _generated, 1, name, "TP1", [PROMPTS, *([p] for p in PROMPTS)], GREEDY
+    )[0]
+    assert together == expected
+    assert [tokens for (tokens,) in alone] == expected
+
+
+@pytest.mark.parametrize(
+    ("cut", "name"),
+    [("TP2", "rope"), ("PP2", "rope"), ("TP2", "per-layer embedding"), ("TP2xPP2", "per-layer embedding")],
+)
+def test_every_rank_of_every_cut_gives_the_same_tokens(cut: str, name: str) -> None:
+    expected = run_distributed(_greedy_and_sampled, 1, name, "TP1")[0]
+    for found in run_distributed(_greedy_and_sampled, WORLD_SIZES[cut], name, cut):
+        assert found == expected
+
+
+def _greedy_and_sampled(name: str, cut: str) -> list[list[list[int]]]:
+    return [tokens for sampling in (GREEDY, SAMPLED) for tokens in _generated(name, cut, [PROMPTS], sampling)]
+
+
+def test_generation_ends_at_the_stop_token_and_leaves_it_out() -> None:
+    whole = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], GREEDY)[0][0]
+    stop = whole[0][3]
+    sampling = replace(GREEDY, stop_token=stop)
+    found = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], sampling)[0][0]
+    assert found == [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in whole]
+
+
+def test_another_seed_gives_another_continuation() -> None:
+    found = [
+        run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], replace(SAMPLED, seed=seed))[0]
+        for seed in (3, 3, 4)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_bad_requests_are_refused_in_one_line() -> None:
+    no_tokens, too_long = run_distributed(_refused, 1)[0]
+    assert "has no tokens" in no_tokens
+    assert too_long.startswith("--max-new-tokens 12:") and "16 positions" in too_long
+
+
+def _refused() -> list[str]:
+    model, families = _build("learned positions", CUTS["TP1"])
+    found = []
+    for prompts, count in (([[1], []], 2), ([[1] * 5], 12)):
+        with pytest.raises(ValueError, match=r".") as error:
+            generate(model, families, prompts, replace(GREEDY, max_new_tokens=count), VOCAB_SIZE)
+        found.append(str(error.value))
+    return found
+
+
+PROBABILITIES = [0.05, 0.4, 0.15, 0.1, 0.3]
+DRAWS = 40_000
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(), [0, 1, 2, 3, 4]),
+        (Sampling(temperature=0.5), [0, 1, 2, 3, 4]),
+        (Sampling(temperature=2.0), [0, 1, 2, 3, 4]),
+        (Sampling(top_k=1), [1]),
+        (Sampling(top_k=3), [1, 4, 2]),
+        (Sampling(top_k=50), [0, 1, 2, 3, 4]),
+        (Sampling(top_p=0.3), [1]),
+        (Sampling(top_p=0.6), [1, 4]),
+        (Sampling(top_p=0.75), [1, 4, 2]),
+        (Sampling(top_p=1.0), [0, 1, 2, 3, 4]),
+        # of the three that top_k leaves, 0.4 / 0.85 and 0.3 / 0.85 reach 0.8 together
+        (Sampling(top_k=3, top_p=0.8), [1, 4]),
+        # p^2 / sum p^2: 0.55, 0.31, ...: the temperature comes first
+        (Sampling(temperature=0.5, top_p=0.5), [1]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, list) else None,
+)
+def test_sampled_frequencies_follow_the_closed_form(sampling: Sampling, allowed: list[int]) -> None:
+    weights = [p ** (1 / sampling.temperature) if i in allowed else 0.0 for i, p in enumerate(PROBABILITIES)]
+    expected = [weight / math.fsum(weights) for weight in weights]
+    # The logits' common shift must not matter.
+    logits = torch.tensor(PROBABILITIES).log().add(5.0).expand(DRAWS, -1)
+    chosen = choose(logits, sampling, torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(chosen, minlength=5) / DRAWS
+    for found, wanted in zip(frequencies.tolist(), expected, strict=True):
+        # five standard deviations; exactly zero for what is not allowed
+        assert abs(found - wanted) <= 5 * math.sqrt(wanted * (1 - wanted) / DRAWS)
+
+
+def test_rows_of_a_batch_are_restricted_each_by_its_own_logits() -> None:
+    logits = torch.tensor([[3.0, 0.0, 1.0], [0.0, 1.0, 3.0]]).repeat(500, 1)
+    chosen = choose(logits, Sampling(top_k=2), torch.Generator().manual_seed(0)).view(500, 2)
+    assert set(chosen[:, 0].tolist()) == {0, 2}
+    assert set(chosen[:, 1].tolist()) == {1, 2}
+
+
+def test_zero_temperature_takes_the_most_likely_token() -> None:
+    logits = torch.randn(64, 11, generator=torch.Generator().manual_seed(0))
+    chosen = choose(logits, GREEDY, torch.Generator())
+    assert torch.equal(chosen, logits.max(dim=-1).indices)
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"temperature": -0.1}, "--temperature -0.1"),
+        ({"top_k": -1}, "--top-k -1"),
+        ({"top_p": 1.5}, "--top-p 1.5"),
+    ],
+)
+def test_sampling_out_of_range_names_the_flag_and_its_value(options: dict[str, float], flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        Sampling(**options)  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""Perplexity equals torch's cross-entropy over the same stream of tokens, at every cut."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.inference.perplexity import Perplexity, evaluate_perplexity
+from megatron_ext.models.build import build_model
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+
+MODEL = replace(TINY, init_method_std=0.2, hidden_dropout=0.5)
+LENGTHS = [[30, 1], [], [25, 16], [3]]
+"""Tokens of each sequence, document by document: 75 in all, so 74 predictions, four whole windows and one of 10."""
+
+TOKENS = sum(sum(document) for document in LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def stream() -> torch.Tensor:
+    return torch.randint(0, VOCAB_SIZE, (TOKENS,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory, stream: torch.Tensor) -> str:
+    path = str(tmp_path_factory.mktemp("data") / "stream")
+    tokens = iter(stream.tolist())
+    write_dataset(path, [[[next(tokens) for _ in range(n)] for n in document] for document in LENGTHS])
+    return path
+
+
+@pytest.fixture(scope="module")
+def direct(stream: torch.Tensor) -> list[float]:
+    """-log p of every token but the first."""
+    return run_distributed(_direct, 1, stream)[0]
+
+
+def _direct(stream: torch.Tensor) -> list[float]:
+    initialize(ParallelConfig(), seed=1)
+    model = build_model(MODEL, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1)[0].eval()
+    losses: list[float] = []
+    for start in range(0, len(stream) - 1, MODEL.seq_length):
+        window = stream[start : start + MODEL.seq_length + 1]
+        with torch.no_grad():
+            logits = model(window[None, :-1], torch.arange(len(window) - 1)[None], None)[0]
+        losses += F.cross_entropy(logits.double(), window[1:], reduction="none").tolist()
+    return losses
+
+
+def _measured(parallel: ParallelConfig, prefix: str, batch: int, max_tokens: int | None) -> Perplexity:
+    initialize(parallel, seed=1)
+    chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1)
+    return evaluate_perplexity(
+        list(chunks),
+        [],
+        prefix,
+        sequence_length=MODEL.seq_length,
+        micro_batch_size=batch,
+        max_tokens=max_tokens,
+    )
+
+
+@pytest.mark.parametrize("cut", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2"])
+def test_perplexity_equals_cross_entropy_at_every_cut(cut: str, prefix: str, direct: list[float]) -> None:
+    assert len(direct) == TOKENS - 1
+    for found in run_distributed(_measured, WORLD_SIZES[cut], CUTS[cut], prefix, 2, None):
+        assert found.tokens == TOKENS - 1
+        assert found.loss == pytest.approx(math.fsum(direct) / len(direct), rel=1e-6)
+        assert found.perplexity == pytest.approx(math.exp(math.fsum(direct) / len(direct)), rel=1e-5)
+
+
+@pytest.mark.parametrize("cut", ["TP1", "DP2"])
+def test_only_the_tokens_asked_for_are_counted(cut: str, prefix: str, direct: list[float]) -> None:
+    limits = [1, 16, 17, 40, 1000]
+    results = run_distributed(_measured_up_to, WORLD_SIZES[cut], CUTS[cut], prefix, limits)[0]
+    for limit, found in zip(limits, results, strict=True):
+        counted = direct[:limit]
+        assert found.tokens == len(counted)
+        assert found.loss == pytest.approx(math.fsum(counted) / len(counted), rel=1e-6)
+
+
+def _measured_up_to(parallel: ParallelConfig, prefix: str, limits: list[int]) -> list[Perplexity]:
+    return [_measured(parallel, prefix, 1, limit) for limit in limits]
+
+
+def test_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path / "one"), [[[7]]])
+    with pytest.raises(RuntimeError, match="one: has 1 tokens, at least 2 are needed"):
+        run_distributed(_measured, 1, ParallelConfig(), str(tmp_path / "one"), 1, None)

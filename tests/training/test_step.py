@@ -1,0 +1,256 @@
+"""One step: what is skipped changes nothing, masks and accumulation count as they should, AdamW is AdamW."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.models.build import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
+from megatron_ext.training.family import Batch
+from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.step import Stepper
+
+SETTINGS = OptimizerSettings(lr=1e-2, weight_decay=0.3, lr_decay_style="cosine", min_lr=1e-4)
+MODEL = replace(TINY, disable_bias_linear=False)
+"""With biases, which are not decayed."""
+
+
+def make_stepper(
+    parallel: ParallelConfig, *, micro_batch_size: int = 1, clip_grad: float = 1.0, global_batch_size: int = 4
+) -> tuple[list[GPTModel], Stepper]:
+    """A tiny model and its stepper at this cut."""
+    initialize(parallel, seed=1)
+    chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1)
+    wrapped = wrap_model(chunks, parallel, bf16=False)
+    optimizer = build_optimizer(SETTINGS, parallel, wrapped, [], bf16=False)
+    scheduler = build_scheduler(SETTINGS, TrainingConfig(train_iters=10), optimizer, global_batch_size)
+    stepper = Stepper(
+        wrapped,
+        [],
+        optimizer,
+        scheduler,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        clip_grad=clip_grad,
+    )
+    return chunks, stepper
+
+
+def snapshot(chunks: list[GPTModel], stepper: Stepper) -> dict[str, torch.Tensor]:
+    """Copies of all parameters, optimizer moments, and the schedule."""
+    state = {
+        f"{number}.{name}": parameter.detach().clone()
+        for number, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+    inner = [o.optimizer for o in getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])]
+    for index, values in enumerate(v for optimizer in inner for v in optimizer.state.values()):
+        state |= {f"state {index} {key}": torch.as_tensor(value).clone() for key, value in values.items()}
+    for index, group in enumerate(stepper.optimizer.param_groups):
+        state[f"group {index}"] = torch.tensor([group["lr"], group["weight_decay"]])
+    state["schedule"] = torch.tensor(stepper.scheduler.num_steps)
+    return state
+
+
+@pytest.mark.parametrize("poison", ["weight", "mask"])
+@pytest.mark.parametrize("cut", ["DP2", "DP2 distributed optimizer", "TP2", "PP2", "TP2xPP2"])
+def test_nan_on_one_rank_changes_nothing_on_any(cut: str, poison: str) -> None:
+    results = run_distributed(_poisoned, WORLD_SIZES[cut], CUTS[cut], poison)
+    for before, after, moments, skipped, healed in results:
+        assert skipped == [False, True, False]
+        assert before.keys() == after.keys()
+        assert moments, "no optimizer state was compared"
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+        assert not torch.equal(healed["schedule"], after["schedule"])
+        assert all(bool(value.isfinite().all()) for value in healed.values())
+
+
+def _poisoned(parallel: ParallelConfig, poison: str) -> tuple[Any, ...]:
+    """A good step; one with a NaN on the last rank alone; a good one."""
+    chunks, stepper = make_stepper(parallel)
+    batches = synthetic_batches(MODEL.seq_length)
+    skipped = [stepper.train(batches, 1).skipped]
+    before = snapshot(chunks, stepper)
+    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    weight = next(p for name, p in chunks[-1].named_parameters() if name.endswith("linear_fc2.weight"))
+    kept = weight.detach()[0, 0].clone()
+    if last and poison == "weight":
+        weight.data[0, 0] = float("nan")
+    poisoned = _with_nan(batches) if last and poison == "mask" else batches
+    skipped.append(stepper.train(poisoned, 2).skipped)
+    if last:
+        weight.data[0, 0] = kept
+    after = snapshot(chunks, stepper)
+    skipped.append(stepper.train(batches, 3).skipped)
+    return before, after, [n for n in before if "exp_avg" in n], skipped, snapshot(chunks, stepper)
+
+
+def _with_nan(batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        batch["loss_mask"][0, 3] = float("nan")
+        yield batch
+
+
+def test_masked_labels_get_no_gradient() -> None:
+    for name, difference in run_distributed(_gradients_under_other_labels, 1)[0].items():
+        assert difference == 0.0, name
+
+
+def _gradients_under_other_labels() -> dict[str, float]:
+    """Differences of gradients between two batches whose labels differ only where the mask is 0."""
+    gradients = []
+    for shift in (0, 1):
+        chunks, stepper = make_stepper(ParallelConfig(), clip_grad=0.0)
+        batches = list(islice(synthetic_batches(MODEL.seq_length), 4))
+        for batch in batches:
+            batch["loss_mask"][0, ::3] = 0.0
+            masked = batch["loss_mask"] == 0
+            other = (batch["labels"] + shift) % VOCAB_SIZE
+            batch["labels"] = torch.where(masked, other, batch["labels"])
+        stepper.forward_backward(iter(batches))
+        gradients.append({name: p.main_grad.clone() for name, p in chunks[0].named_parameters()})
+    assert all(bool(gradient.abs().max() > 0) for gradient in gradients[0].values() if gradient.dim() > 1)
+    return {name: float((gradients[0][name] - other).abs().max()) for name, other in gradients[1].items()}
+
+
+def test_accumulated_micro_batches_equal_one_big_batch() -> None:
+    (loss_a, norm_a, state_a), (loss_b, norm_b, state_b) = run_distributed(_accumulated_and_whole, 1)[0]
+    assert loss_a == pytest.approx(loss_b, rel=1e-6)
+    assert norm_a == pytest.approx(norm_b, rel=1e-5)
+    for name, gradient in state_a.items():
+        error = torch.linalg.norm(gradient - state_b[name])
+        assert error <= 1e-5 * torch.linalg.norm(state_b[name]).clamp(min=1e-4), name
+
+
+def _accumulated_and_whole() -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+    found = []
+    for micro_batch_size in (1, 4):
+        chunks, stepper = make_stepper(ParallelConfig(), micro_batch_size=micro_batch_size, clip_grad=0.0)
+        batches = list(islice(synthetic_batches(MODEL.seq_length), 4))
+        if micro_batch_size == 4:
+            batches = [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
+        result = stepper.train(iter(batches), 1)
+        gradients = {name: p.main_grad.clone() for name, p in chunks[0].named_parameters()}
+        found.append((result.loss, result.grad_norm, gradients))
+    return found
+
+
+def test_loss_is_the_masked_mean_of_cross_entropy() -> None:
+    loss, expected = run_distributed(_masked_loss, 1)[0]
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def _masked_loss() -> tuple[float, float]:
+    chunks, stepper = make_stepper(ParallelConfig())
+    batches = list(islice(synthetic_batches(MODEL.seq_length), 4))
+    expected = []
+    for number, batch in enumerate(batches):
+        batch["loss_mask"][0, : 2 + number] = 0.0
+        with torch.no_grad():
+            logits = chunks[0](batch["tokens"], batch["position_ids"], None).double()
+        probabilities = logits.log_softmax(-1).gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
+        expected.append(float(-probabilities[batch["loss_mask"] > 0].mean()))
+    return stepper.train(iter(batches), 1).loss, math.fsum(expected) / len(expected)
+
+
+@pytest.mark.parametrize("cut", ["TP1", "DP2 distributed optimizer"])
+def test_three_steps_equal_a_float64_adamw(cut: str) -> None:
+    for name, (found, expected, start) in run_distributed(_against_adamw, WORLD_SIZES[cut], CUTS[cut])[
+        0
+    ].items():
+        # Relative to what the steps have changed.
+        assert (found - expected).abs().max() <= 2e-4 * (expected - start).abs().max(), name
+
+
+def _against_adamw(parallel: ParallelConfig) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Parameters after three steps, those of the reference fed with the same gradients, and the first ones."""
+    chunks, stepper = make_stepper(parallel, clip_grad=0.5)
+    parameters = dict(chunks[0].named_parameters())
+    start = {name: p.detach().double().clone() for name, p in parameters.items()}
+    reference = {name: value.clone() for name, value in start.items()}
+    moments = {name: (torch.zeros_like(v), torch.zeros_like(v)) for name, v in start.items()}
+    batches = synthetic_batches(MODEL.seq_length)
+    for step in (1, 2, 3):
+        taken = list(islice(batches, stepper.num_microbatches))
+        gradients = _gradients(chunks[0], parallel, taken)
+        norm = math.sqrt(math.fsum(float(g.square().sum()) for g in gradients.values()))
+        assert norm > 0.5, "nothing is clipped"
+        rate = 1e-2 if step == 1 else _cosine(step - 1)
+        for name, gradient in gradients.items():
+            decay = 0.0 if gradient.dim() == 1 else 0.3
+            _adamw(reference[name], moments[name], gradient * 0.5 / (norm + 1e-6), step, rate, decay)
+        assert not stepper.train(iter(taken), step).skipped
+    return {name: (p.detach().double(), reference[name], start[name]) for name, p in parameters.items()}
+
+
+def _gradients(model: GPTModel, parallel: ParallelConfig, taken: list[Batch]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss over all model copies' batches, by autograd on a copy in fp32."""
+    copy = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1)[0]
+    copy.load_state_dict(model.state_dict())
+    for batch in taken:
+        loss = copy(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
+        (loss / len(taken)).backward()
+    found = {}
+    for name, parameter in copy.named_parameters():
+        assert parameter.grad is not None
+        torch.distributed.all_reduce(parameter.grad, group=parallel_state.get_data_parallel_group())
+        found[name] = parameter.grad.double() / parallel_state.get_data_parallel_world_size()
+    return found
+
+
+def _cosine(steps: int) -> float:
+    """The schedule's rate after `steps` of 10."""
+    return 1e-4 + 0.5 * (1e-2 - 1e-4) * (1 + math.cos(math.pi * steps / 10))
+
+
+def _adamw(
+    value: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor],
+    gradient: torch.Tensor,
+    step: int,
+    rate: float,
+    decay: float,
+) -> None:
+    """arXiv 1711.05101 in place: decay beside the gradient, moments corrected for their start at zero."""
+    first, second = moments
+    first.mul_(0.9).add_(gradient, alpha=0.1)
+    second.mul_(0.999).add_(gradient.square(), alpha=0.001)
+    value.mul_(1 - rate * decay)
+    value.sub_(rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8))
+
+
+def test_single_process_uses_the_fused_kernel() -> None:
+    assert run_distributed(_fused_flags, 1)[0] == [True, True]
+
+
+def _fused_flags() -> list[bool]:
+    _, stepper = make_stepper(ParallelConfig())
+    inner = [o.optimizer for o in getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])]
+    return [bool(group["fused"]) for optimizer in inner for group in optimizer.param_groups]
+
+
+def test_evaluation_leaves_gradients_and_parameters_alone_and_drops_nothing() -> None:
+    before, after, losses = run_distributed(_evaluated, 1)[0]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert losses[0] == losses[1]
+
+
+def _evaluated() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
+    chunks, stepper = make_stepper(ParallelConfig())
+    before = snapshot(chunks, stepper)
+    losses = [stepper.evaluate(synthetic_batches(MODEL.seq_length), 2)[0] for _ in range(2)]
+    return before, snapshot(chunks, stepper), losses
