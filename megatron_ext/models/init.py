@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_ext.models.gpt_model import GPTModel
@@ -33,11 +34,21 @@ def initialize_parameters(model: GPTModel, seed: int, std: float, num_layers: in
         num_layers: L of the scaled initialisation.
     """
     for parameter, shard in _shards(model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
+        _check_split(parameter, shard)
         parameter_std = getattr(parameter, "init_std", None)
         if parameter_std is None:
             parameter_std = _base_std(shard.key, parameter, std, num_layers)
         if parameter_std > 0:
             shard.data.copy_(_draw(shard, seed, parameter_std))
+
+
+def _check_split(parameter: torch.Tensor, shard: ShardedTensor) -> None:
+    """A module that is no `MegatronModule` hides how its children are split; ranks would draw and save the same."""
+    split = getattr(parameter, "tensor_model_parallel", False)
+    if split and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        assert shard.local_shape != shard.global_shape, (
+            f"{shard.key} is split over tensor-parallel ranks, but its sharded state dict says that it is whole"
+        )
 
 
 def _base_std(key: str, parameter: torch.Tensor, std: float, num_layers: int) -> float:

@@ -40,8 +40,8 @@ def attention(kind: AttnMaskType, scale: float | None = None) -> SDPAttention:
 def inputs(queries: int, keys: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Random query, key, value, output gradient."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(queries, BATCH, HEADS, SIZE), (keys, BATCH, groups, SIZE), (keys, BATCH, groups, SIZE)]
-    shapes.append((queries, BATCH, HEADS * SIZE))
+    keys_and_values = (keys, BATCH, groups, SIZE)
+    shapes = [(queries, BATCH, HEADS, SIZE), keys_and_values, keys_and_values, (queries, BATCH, HEADS * SIZE)]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
@@ -60,10 +60,9 @@ def forbidden(queries: int, keys: int, what: str) -> torch.Tensor:
     return mask
 
 
-def materialised(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """softmax(q k^T * scale) v, written out with all scores."""
+def materialised(tensors: list[torch.Tensor], mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(q k^T * scale) v of [q, k, v], written out with all scores."""
+    query, key, value = tensors
     repeat = query.size(2) // key.size(2)
     key, value = (tensor.repeat_interleave(repeat, dim=2) for tensor in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query, key) * scale
@@ -87,7 +86,7 @@ def test_attention_and_its_gradients_equal_materialised_float64(
 
     output = attention(kind)(*tensors, mask if what == "mask" else None)
     output.backward(grad)
-    expected = materialised(*exact, mask, 1 / math.sqrt(SIZE))
+    expected = materialised(exact, mask, 1 / math.sqrt(SIZE))
     expected.backward(grad.double())
 
     assert output.dtype == dtype
@@ -100,7 +99,7 @@ def test_attention_and_its_gradients_equal_materialised_float64(
 def test_given_scale_replaces_the_usual_one() -> None:
     *tensors, _ = inputs(7, 7, 2, torch.float32)
     output = attention(AttnMaskType.causal, scale=0.05)(*tensors, None)
-    expected = materialised(*(t.double() for t in tensors), forbidden(7, 7, "lower"), 0.05)
+    expected = materialised([t.double() for t in tensors], forbidden(7, 7, "lower"), 0.05)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=3e-6)
 
 

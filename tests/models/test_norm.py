@@ -34,8 +34,9 @@ def build(kind: str, dtype: torch.dtype) -> Any:
 def reference(kind: str, norm: Any, values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """torch's own norm in float64 on the same values; and the parameters it used."""
     parameters = [p.detach().double().requires_grad_() for p in norm.parameters()]
-    function = F.rms_norm if kind == "RMSNorm" else F.layer_norm
-    return function(values, (HIDDEN,), *parameters, eps=EPS), parameters
+    if kind == "RMSNorm":
+        return F.rms_norm(values, (HIDDEN,), parameters[0], EPS), parameters
+    return F.layer_norm(values, (HIDDEN,), parameters[0], parameters[1], EPS), parameters
 
 
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
@@ -79,4 +80,4 @@ def assert_close(found: torch.Tensor | None, expected: torch.Tensor | None, tole
 def test_norms_mark_their_parameters_for_sequence_parallelism() -> None:
     config: Any = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
     for norm in (RMSNorm(config, HIDDEN), LayerNorm(config, HIDDEN)):
-        assert all(parameter.sequence_parallel for parameter in norm.parameters())
+        assert all(vars(parameter)["sequence_parallel"] for parameter in norm.parameters())

@@ -5,10 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.models.build import build_model, padded_vocab_size
+from megatron_ext.models.extension import Extension
 from megatron_ext.models.init import CHECKPOINT_METADATA
 from megatron_ext.per_layer.config import PerLayerConfig
 from megatron_ext.per_layer.extension import PerLayerExtension
@@ -69,6 +74,38 @@ def _joined(shards: list[Shard]) -> list[Shard]:
         target = whole.setdefault(name, torch.full(shape, float("nan")))
         target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
     return [(name, tuple(v.shape), (0,) * v.dim(), v) for name, v in whole.items()]
+
+
+class HidingModule(torch.nn.Module):
+    """A slot module that holds a split weight and has no sharded state dict of its own."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__()
+        self.linear = ColumnParallelLinear(
+            config.hidden_size, 8, config=config, init_method=config.init_method, bias=False
+        )
+
+
+class HidingExtension(Extension):
+    """Puts a `HidingModule` into every layer."""
+
+    name = "hiding"
+
+    def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
+        return {"after_mlp": ModuleSpec(module=HidingModule)}
+
+
+def test_split_weight_that_is_saved_as_if_whole_is_refused() -> None:
+    run_distributed(_build_hiding, 1, CUTS["TP1"])
+    with pytest.raises(RuntimeError, match="is split over tensor-parallel ranks, but"):
+        run_distributed(_build_hiding, 2, CUTS["TP2"])
+
+
+def _build_hiding(parallel: ParallelConfig) -> None:
+    initialize(parallel, seed=1)
+    build_model(TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=[HidingExtension()])
 
 
 def test_layers_differ_and_seeds_differ_and_projections_are_scaled_by_depth() -> None:
