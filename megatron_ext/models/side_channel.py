@@ -150,7 +150,7 @@ class SideView:
         return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Replaces the stream for the slots and layers that follow."""
+        """Replaces the stream for the slots and layers that follow on this stage; the next stage does not see it."""
         assert self.packed is not None, f"no side stream was packed, and '{name}' was written"
         start, *shape = self._places[name]
         end = start + shape[0] * shape[1] * shape[2]
