@@ -1,0 +1,241 @@
+"""What docs/migration.md and docs/per_layer.md promise of names is so: their tables are read, and every cell is tried.
+
+The tables are found by their headings (Scripts, Flags, Files, Classes and functions, Metrics), under whichever document
+they stand, so that a new document needs no new test.
+"""
+
+import functools
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ext.config.cli import known_flags, parse
+from megatron_ext.config.fields import flags_of
+from megatron_ext.config.logging import LoggingConfig
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.models.accounting import model_cost
+from megatron_ext.per_layer.accounting import per_layer_cost
+from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.per_layer.family import PerLayerFamily
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import TINY, VOCAB_SIZE, train_tiny
+from megatron_ext.training.metrics import StepMetrics
+from megatron_ext.training.reporting import Reporter
+
+ROOT = Path(__file__).parents[1]
+Row = list[str]
+
+# What a command cannot do without, and what makes the flags of a table meaningful.
+NEEDED = {
+    "pretrain_gpt_per_layer.py": "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 128 --lr 1e-3"
+    " --train-iters 10 --vocab-file vocab.json --merge-file merges.txt --use-per-layer-embedding",
+    "tools/preprocess_data.py": "--input in.jsonl --output-prefix out --vocab-file vocab.json --merge-file merges.txt",
+    "tools/preprocess_per_layer_data.py": "--output-prefix out --per-layer-output-prefix out_per_layer"
+    " --per-layer-vocab-file vocab_per_layer.json --vocab-file vocab.json --merge-file merges.txt",
+}
+
+
+def tables(document: str) -> Iterator[tuple[str, list[Row]]]:
+    """Yields (heading above it, rows without the header) for every table of a Markdown file."""
+    heading, rows = "", []
+    for line in [*(ROOT / document).read_text(encoding="utf-8").splitlines(), ""]:
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        if line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+            rows.append([cell.strip() for cell in cells])
+        elif rows:
+            yield heading, rows[2:]
+            rows = []
+
+
+def rows_under(heading: str) -> list[Row]:
+    """All rows of docs/migration.md's tables with this heading."""
+    found = [row for title, rows in tables("docs/migration.md") if title == heading for row in rows]
+    assert found, f"docs/migration.md has no table under {heading}"
+    return found
+
+
+def quoted(cell: str) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+class _Captured(Exception):
+    """Carries what a script's main gives to `parse`."""
+
+
+@functools.cache
+def concerns_of(command: str) -> dict[str, Any]:
+    """The configuration classes that a script's command line fills."""
+
+    def capture(concerns: Any, *arguments: Any, **options: Any) -> None:
+        raise _Captured({"config": concerns} if isinstance(concerns, type) else dict(concerns))
+
+    path = ROOT / command.split()[0]
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    module.parse = capture  # type: ignore[attr-defined]
+    argv = sys.argv
+    sys.argv = [command, *command.split()[1:]]
+    try:
+        module.main()
+    except _Captured as captured:
+        return captured.args[0]
+    finally:
+        sys.argv = argv
+    raise AssertionError(f"{command} reads no command line")
+
+
+def parsed_value(command: str, flag: str, sample: str) -> Any:
+    """The value of the field behind `flag` after `command flag sample` has been parsed."""
+    concerns = concerns_of(command)
+    given = [*shlex.split(NEEDED[command]), flag, *shlex.split(sample)]
+    configs = parse(concerns, given)
+    field = next(known for known in flags_of(concerns) if flag.replace("_", "-") in known.names)
+    return getattr(configs[field.concern], field.name[2:].replace("-", "_"))
+
+
+def default_value(command: str, flag: str) -> Any:
+    concerns = concerns_of(command)
+    field = next(known for known in flags_of(concerns) if flag.replace("_", "-") in known.names)
+    return concerns[field.concern].__dataclass_fields__[field.name[2:].replace("-", "_")].default
+
+
+FLAGS = rows_under("Flags")
+
+
+@pytest.mark.parametrize("row", FLAGS, ids=[f"{row[2]} {row[0]}".replace("`", "") for row in FLAGS])
+def test_every_flag_parses_with_its_command_and_has_the_documents_default(row: Row) -> None:
+    theirs, ours, command = (quoted(cell)[0] for cell in row[:3])
+    for flag in (theirs, ours):
+        assert flag.replace("_", "-") in known_flags(concerns_of(command))
+        for sample in row[3].split(", "):
+            value = parsed_value(command, flag, sample)
+            values = value if isinstance(value, tuple) else [value]
+            assert [str(each) for each in values] == (sample.split() or ["True"])
+    if row[4]:
+        assert str(default_value(command, ours)) == row[4]
+
+
+def test_every_path_that_stands_for_a_script_exists() -> None:
+    for row in rows_under("Scripts"):
+        assert quoted(row[1]), f"{row[0]} has no counterpart"
+        for path in quoted(row[1]):
+            assert (ROOT / path).is_file(), path
+
+
+def test_every_file_is_named_by_a_flag_of_a_command_that_exists() -> None:
+    for row in rows_under("Files"):
+        flag, command = quoted(row[1])[0], quoted(row[2])[0]
+        assert flag in known_flags(concerns_of(command)), row[0]
+
+
+def test_every_class_and_function_imports() -> None:
+    for row in rows_under("Classes and functions"):
+        for name in quoted(row[1]):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+def _statistics_tags() -> set[str]:
+    """Tags of PLE's statistics with every combination method, from real steps; runs in a process of its own."""
+    tags: set[str] = set()
+    for method in ("scaled_add", "concat", "gated"):
+        settings = PerLayerConfig(
+            use_per_layer_embedding=True,
+            per_layer_combination_method=method,
+            per_layer_strategy="identity",
+            per_layer_hidden_size=8,
+            log_per_layer_stats=True,
+            log_per_layer_gradients=True,
+            per_layer_stats_interval=1,
+        )
+        trace = train_tiny(ParallelConfig(), 1, functools.partial(_family, settings), TINY, False)
+        tags |= set(trace.statistics)
+    return tags
+
+
+def _family(settings: PerLayerConfig) -> list[Any]:
+    return [PerLayerFamily(settings, VOCAB_SIZE)]
+
+
+def _reporter_tags(directory: Path) -> set[str]:
+    """Tags that the reporter writes for a step and an evaluation."""
+    logging = LoggingConfig(
+        tensorboard_dir=str(directory), log_interval=1, log_memory=True, device_peak_tflops=1.0
+    )
+    metrics = StepMetrics(
+        losses={"lm loss": 2.0},
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        batch_size=1,
+        tokens=8,
+        consumed_samples=1,
+        seconds=0.1,
+        params_norm=1.0,
+    )
+    with Reporter(logging, total_iterations=1, flops_per_token=1.0, rank=0, world_size=1) as reporter:
+        reporter.step(1, metrics)
+        reporter.validation(1, {"lm loss": 2.0}, consumed_samples=1)
+    return set(EventAccumulator(str(directory)).Reload().Tags()["scalars"])
+
+
+def test_every_metric_is_a_tag_that_training_writes(tmp_path: Path) -> None:
+    written = run_distributed(_statistics_tags, 1)[0] | _reporter_tags(tmp_path)
+    written = {re.sub(r"layer_\d\d$", "layer_NN", tag) for tag in written}
+    named = {tag for row in rows_under("Metrics") for tag in quoted(row[1])}
+    assert named <= written
+    assert {tag for tag in written if tag.startswith("per-layer/")} <= named, (
+        "a statistic that no table tells"
+    )
+    known = known_flags(concerns_of("pretrain_gpt_per_layer.py"))
+    assert {flag for row in rows_under("Metrics") for flag in quoted(row[2])} <= known
+
+
+def test_the_page_of_per_layer_embedding_tells_every_flag_and_its_default() -> None:
+    rows = next(rows for heading, rows in tables("docs/per_layer.md") if heading == "Flags")
+    told = {quoted(row[0])[0]: row[1] for row in rows}
+    fields = PerLayerConfig.__dataclass_fields__
+    assert told == {f"--{name.replace('_', '-')}": str(field.default) for name, field in fields.items()}
+
+
+def test_the_cost_table_is_what_the_accounting_computes() -> None:
+    rows = next(rows for heading, rows in tables("docs/per_layer.md") if heading == "What it costs")
+    assert len(rows) > 10
+    for row in rows:
+        layers, hidden = (int(number) for number in re.findall(r"= (\d+)", row[0]))
+        model = ModelConfig(
+            num_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=hidden // 64,
+            seq_length=2048,
+            position_embedding_type="learned_absolute",
+            normalization="LayerNorm",
+        )
+        settings = PerLayerConfig(use_per_layer_embedding=True, per_layer_hidden_size=int(row[2]))
+        base, added = model_cost(model, 50257), per_layer_cost(settings, model, int(row[1]))
+        assert row[5] == f"{100 * added.parameters / base.parameters:.1f}%"
+        assert row[6] == f"{100 * added.forward_flops_per_token / base.forward_flops_per_token:.1f}%"
+
+
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_to_a_file_of_the_project_leads_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), target
