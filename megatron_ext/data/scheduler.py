@@ -21,6 +21,7 @@ from megatron_ext.data.shards import (
     remove_shard,
 )
 from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.data.work_directory import hold_as_worker
 from megatron_ext.data.worker_pool import Done, Failed, Report, TaskFunction, WorkerPool
 from megatron_ext.data.worker_pool import Progress as WorkerProgress
 
@@ -48,12 +49,14 @@ class _Task:
 
 def make_worker(settings: WorkerSettings) -> TaskFunction:
     """Builds the tokenizer in a worker process and returns the function that handles a task."""
+    held = hold_as_worker(settings.options.directory)
     encoder = Encoder(build_tokenizer(settings.tokenizer), settings.encoder)
 
     def handle(task: _Task, report: Report) -> ShardInfo:
         def tell(info: ShardInfo) -> None:
             report((task.index, info.documents, sum(info.tokens), info.text_bytes))
 
+        assert not held.closed
         try:
             return encode_chunk(settings.options, task.index, task.chunk, encoder, task.limit, tell)
         except ValueError as error:

@@ -6,14 +6,34 @@ Nothing in it has a dataset's name. Publishing is a list of renames written down
 dataset stands alone.
 """
 
+import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
-import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-PLAN, PUBLISH = "plan.json", "publish.json"
+PLAN, PUBLISH, STATE = "plan.json", "publish.json", "state.json"
+_LOCK, _WORKERS_LOCK = "lock", "workers.lock"
+_ORPHAN_SECONDS = 60.0
+
+
+def hold_as_worker(directory: str) -> TextIO:
+    """Marks this process as writing in a working directory until the file returned is closed.
+
+    A worker whose parent was killed may write a moment longer; the run that takes the directory up waits for it.
+
+    Raises:
+        EOFError: the parent is gone already, so another run may have taken the directory up.
+    """
+    file = open(Path(directory, _WORKERS_LOCK), "w")  # noqa: SIM115 - held while the process lives
+    fcntl.flock(file, fcntl.LOCK_SH)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise EOFError("the parent process is gone")
+    return file
 
 
 class WorkDirectory:
@@ -32,7 +52,7 @@ class WorkDirectory:
         self.path = Path(f"{output_prefix}.preprocess")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until the process ends or `remove`
+        self._lock = open(self.path / _LOCK, "w")  # noqa: SIM115 - held until the process ends or `remove`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -40,11 +60,27 @@ class WorkDirectory:
             raise ValueError(
                 f"--output-prefix {output_prefix}: another run is writing it ({self.path})"
             ) from None
+        self._wait_for_orphans()
         if resume and (self.path / PLAN).is_file():
             self._check_plan(plan)
         else:
             self._clear()
             self._write(PLAN, plan)
+
+    def _wait_for_orphans(self) -> None:
+        with open(self.path / _WORKERS_LOCK, "w") as file:
+            deadline = time.monotonic() + _ORPHAN_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        self.release()
+                        raise ValueError(
+                            f"{self.path}: a worker of a run that was killed still writes in it"
+                        ) from None
+                    time.sleep(0.05)
 
     def _check_plan(self, plan: dict[str, Any]) -> None:
         before = json.loads((self.path / PLAN).read_text())
@@ -58,7 +94,7 @@ class WorkDirectory:
 
     def _clear(self) -> None:
         for path in self.path.iterdir():
-            if path.name != "lock":
+            if path.name not in (_LOCK, _WORKERS_LOCK):
                 path.unlink()
 
     def _write(self, name: str, content: Any) -> None:
@@ -88,8 +124,14 @@ class WorkDirectory:
                 os.replace(source, target)
 
     def remove(self) -> None:
-        """Removes the directory and all in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes the directory and all in it; what a killed removal leaves still counts as published."""
+        last = (PLAN, PUBLISH, STATE)
+        with contextlib.suppress(FileNotFoundError):
+            for path in sorted(
+                self.path.iterdir(), key=lambda path: path.name in last and 1 + last.index(path.name)
+            ):
+                path.unlink(missing_ok=True)
+            self.path.rmdir()
         self.release()
 
     def release(self) -> None:

@@ -6,6 +6,7 @@ themselves. Workers are spawned, not forked: the tokenizers' thread pools do not
 parent dies reads the end of its pipe and leaves.
 """
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -172,4 +173,5 @@ def _work(
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
     except BaseException:
-        connection.send(("bug", traceback.format_exc()))
+        with contextlib.suppress(OSError):
+            connection.send(("bug", traceback.format_exc()))

@@ -1,6 +1,8 @@
 """Shards, their assembly and publication, against mcore's builder and readers, in this process."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from megatron_ext.data.preprocess import Preprocessor
 from megatron_ext.data.readers import expand_inputs, plan_chunks
 from megatron_ext.data.shards import RejectedLine, ShardOptions, encode_chunk, read_finished_shard, shard_path
 from megatron_ext.data.tokenizers import build_tokenizer
-from megatron_ext.data.work_directory import WorkDirectory
+from megatron_ext.data.work_directory import WorkDirectory, hold_as_worker
 
 BYTES = TokenizerConfig(tokenizer_type="ByteLevelTokenizer")
 
@@ -273,6 +275,17 @@ def test_two_runs_cannot_write_one_prefix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another run is writing it"):
         WorkDirectory(str(tmp_path / "out"), {}, resume=False)
     first.remove()
+
+
+def test_a_run_waits_for_workers_of_a_killed_one(tmp_path: Path) -> None:
+    first = WorkDirectory(str(tmp_path / "out"), {}, resume=False)
+    orphan = hold_as_worker(str(first.path))
+    first.release()  # as when its process is killed
+    threading.Timer(0.5, orphan.close).start()
+    begin = time.monotonic()
+    WorkDirectory(str(tmp_path / "out"), {}, resume=True).remove()
+    assert time.monotonic() - begin > 0.4
+    assert not first.path.exists()
 
 
 def test_copying_falls_back_where_the_kernel_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
