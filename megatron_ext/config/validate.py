@@ -87,6 +87,9 @@ def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
             )
         if length % (2 * context):
             raise ValueError(f"--seq-length {length}: not divisible by 2 x --context-parallel-size {context}")
+    if "mlp" in parallel.recompute_modules and not model.disable_bias_linear:
+        # The engine's checkpoint of its MLP returns fc2's bias, and recomputes without end.
+        raise ValueError("--recompute-modules mlp: needs --disable-bias-linear")
     if parallel.sequence_parallel and (length // context) % tensor:
         raise ValueError(
             f"--seq-length {length}: --sequence-parallel needs it divisible by --tensor-model-parallel-size {tensor}"

@@ -9,6 +9,7 @@ It does not emulate a GPU: nothing here makes asynchronous work asynchronous, an
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -92,6 +93,10 @@ def install() -> None:
     _patch_random_state()
     _patch_factories()
     _patch_type_names()
+    # The engine warns when the CPU's random state moves in a stream of the GPU's; here the two are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 def _patch_device_calls() -> None:

@@ -4,6 +4,7 @@ The loop knows no family and no model. Everything it calls is collective, and ev
 ranks share (losses and norms are reduced, clocks and signals are agreed on), so that all ranks leave together.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from megatron_ext.training.family import Batch
 from megatron_ext.training.metrics import StepMetrics
 from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.signals import SignalWatcher
-from megatron_ext.training.step import Stepper, StepResult
+from megatron_ext.training.step import Stepper, StepResult, parameters_norm
 
 EXIT_OK = 0
 """The run is complete, or has stopped where `--exit-interval` or `--exit-duration-in-mins` says."""
@@ -92,9 +93,9 @@ class Loop:
                 if self._is_due(progress.iteration, self.training.eval_interval):
                     self._evaluate(progress)
                 reason, code = self._reason_to_stop(progress, started, signals)
-                # A step that was skipped left the model as it was; the next good one saves.
                 due = self._is_due(progress.iteration, self.checkpoint.save_interval) or reason is not None
-                if due and not skipped:
+                # A skipped step left the model as it was, which may be broken already: that is never saved.
+                if due and (not skipped or math.isfinite(parameters_norm(self.stepper.models))):
                     saved_at = self._save(progress)
                 if reason is not None:
                     self.reporter.note(f"stopped after step {progress.iteration}: {reason}")

@@ -178,7 +178,7 @@ def _build_data(
     )
     if train is None:
         raise ValueError(f"--split {configs['data'].split}: leaves no training data")
-    batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers)
+    batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers, tokenizer.vocab_size)
     return Data(
         train=partial(batches, train),
         valid=partial(batches, valid) if valid is not None else None,
@@ -187,9 +187,14 @@ def _build_data(
 
 
 def _batches(
-    micro_batch_size: int, num_workers: int, dataset: Dataset, consumed_samples: int
+    micro_batch_size: int, num_workers: int, vocab_size: int, dataset: Dataset, consumed_samples: int
 ) -> Iterator[Batch]:
-    return build_data_iterator(
+    """Endless micro-batches; data of another tokenizer is refused where its ids first exceed the vocabulary.
+
+    Raises:
+        ValueError: a token id is not in the vocabulary.
+    """
+    batches = build_data_iterator(
         dataset,
         consumed_samples=consumed_samples,
         micro_batch_size=micro_batch_size,
@@ -197,3 +202,11 @@ def _batches(
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         num_workers=num_workers,
     )
+    for batch in batches:
+        largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"--data-path: holds token id {largest}, but the tokenizer's vocabulary has only {vocab_size} ids: "
+                "was it made with another tokenizer?"
+            )
+        yield batch
