@@ -119,7 +119,7 @@ def train_tiny(
     for family in families:
         family.prepare_model(chunks)
     wrapped = wrap_model(chunks, parallel, bf16=bf16)
-    settings = OptimizerSettings(lr=1e-2, weight_decay=0.1, lr_decay_style="constant")
+    settings = OptimizerSettings(lr=5e-3, weight_decay=0.1, lr_decay_style="constant")
     optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
