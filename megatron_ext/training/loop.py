@@ -77,7 +77,6 @@ class Loop:
             The process's exit code; see `signals`.
         """
         started = time.monotonic()
-        saved_at = progress.iteration
         not_finite_in_a_row = 0
         with SignalWatcher() as signals:
             batches = self.data.train(progress.consumed_samples)
@@ -93,15 +92,12 @@ class Loop:
                 if self._is_due(progress.iteration, self.training.eval_interval):
                     self._evaluate(progress)
                 reason, code = self._reason_to_stop(progress, started, signals)
-                due = self._is_due(progress.iteration, self.checkpoint.save_interval) or reason is not None
-                # A skipped step left the model as it was, which may be broken already: that is never saved.
-                if due and (not skipped or math.isfinite(parameters_norm(self.stepper.models))):
-                    saved_at = self._save(progress)
+                due = self._is_due(progress.iteration, self.checkpoint.save_interval)
+                if due or reason is not None or progress.iteration == self.total_iterations:
+                    self._save(progress, skipped)
                 if reason is not None:
                     self.reporter.note(f"stopped after step {progress.iteration}: {reason}")
                     return code
-            if saved_at != progress.iteration:
-                self._save(progress)
         self._evaluate_at_end(progress)
         return EXIT_OK
 
@@ -157,14 +153,17 @@ class Loop:
             return f"--exit-interval {interval}", EXIT_OK
         return None, EXIT_OK
 
-    def _save(self, progress: Progress) -> int:
-        if self.checkpoint.save is not None:
-            started = time.perf_counter()
-            path = self.checkpointer.save(progress)
-            self.reporter.note(
-                f"saved step {progress.iteration} to {path} in {time.perf_counter() - started:.1f} s"
-            )
-        return progress.iteration
+    def _save(self, progress: Progress, skipped: bool) -> None:
+        """Saves, but for a model that is broken: a skipped step left it as it was, and it may not be finite already."""
+        if self.checkpoint.save is None or (
+            skipped and not math.isfinite(parameters_norm(self.stepper.models))
+        ):
+            return
+        started = time.perf_counter()
+        path = self.checkpointer.save(progress)
+        self.reporter.note(
+            f"saved step {progress.iteration} to {path} in {time.perf_counter() - started:.1f} s"
+        )
 
     def _evaluate(self, progress: Progress) -> None:
         if self.data.valid is not None and self.training.eval_iters > 0:
