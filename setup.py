@@ -18,7 +18,7 @@ BASE = [
 
 EXTRAS = {
     "test": ["pytest>=8", "hypothesis"],
-    "dev": ["mypy", "ruff"],
+    "dev": ["matplotlib", "mypy", "ruff"],
     "data": ["gigatoken", "pyarrow", "sentencepiece", "tiktoken", "zstandard"],
     "hf": ["transformers>=5", "safetensors"],
     "lora": ["peft", "torchao"],

@@ -1,0 +1,56 @@
+"""The picture of a run is drawn from what its TensorBoard files hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.training.tensorboard import TensorBoard
+from tools.plot_training import PlotConfig, draw, read_curves
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """TensorBoard files of three steps and an evaluation."""
+    tensorboard = TensorBoard(str(tmp_path / "tensorboard"))
+    for step in (1, 2, 3):
+        tensorboard.scalar("lm loss", 4.0 / step, step)
+        for layer in (0, 1):
+            tensorboard.scalar(f"per-layer/update-ratio/layer_{layer:02d}", 0.5, step)
+    tensorboard.scalar("lm loss validation", 2.0, 3)
+    tensorboard.close()
+    found = {"held_out": {"loss": 2.5, "perplexity": 12.2, "unigram_cross_entropy": 6.0}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_curves_are_those_of_the_files(run: Path) -> None:
+    curves = read_curves(str(run / "tensorboard"))
+    assert curves["lm loss"] == ([1, 2, 3], pytest.approx([4.0, 2.0, 4.0 / 3]))
+    assert curves["lm loss validation"] == ([3], [2.0])
+
+
+@pytest.mark.parametrize("statistic", ["per-layer/update-ratio", "not/there"])
+def test_the_picture_holds_the_losses_and_the_statistic_if_there_is_one(run: Path, statistic: str) -> None:
+    config = PlotConfig(
+        tensorboard_dir=str(run / "tensorboard"),
+        output=str(run / "new" / "picture.svg"),
+        evaluation=str(run / "evaluation.json"),
+        statistic=statistic,
+    )
+    draw(config, read_curves(config.tensorboard_dir))
+    picture = Path(config.output).read_text()
+    # matplotlib leaves the text of every label as a comment in an SVG.
+    for label in ("training", "validation", "held out", "unigram entropy"):
+        assert f"<!-- {label} -->" in picture
+    assert ("<!-- layer 01 -->" in picture) == (statistic == "per-layer/update-ratio")
+
+
+def test_a_directory_without_losses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--tensorboard-dir"):
+        read_curves(str(tmp_path))
+    tensorboard = TensorBoard(str(tmp_path))
+    tensorboard.scalar("other", 1.0, 1)
+    tensorboard.close()
+    with pytest.raises(ValueError, match="'lm loss'"):
+        read_curves(str(tmp_path))
