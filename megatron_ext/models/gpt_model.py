@@ -35,6 +35,10 @@ class GPTModel(EngineGPTModel):
         """Registers a family's module under its own attribute, so that its parameters are named `{name}.*`."""
         setattr(self, name, module)
         self.stage_module_names.append(name)
+        # In the order of use, by which the engine gathers parameters ahead of the forward pass.
+        for later in ("decoder", "output_layer"):
+            if later in self._modules:
+                self._modules[later] = self._modules.pop(later)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes [s, b, h + widths] from the stage before and splits it."""
@@ -64,8 +68,12 @@ class GPTModel(EngineGPTModel):
             Losses [b, s] or logits on the last stage, else what `SideChannel.join` gives.
         """
         travelling, self._received = self._received, {}
-        if self.pre_process and (self.stage_module_names or self.channel.pipeline_width):
+        recomputes = self.training and self.config.recompute_granularity == "full"
+        if self.pre_process and (self.stage_module_names or self.channel.pipeline_width or recomputes):
             embedding = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            if recomputes and torch.is_grad_enabled() and not embedding.requires_grad:
+                # Under a frozen embedding: a recomputed layer gets gradients only if its input does.
+                embedding.requires_grad_()
             kwargs["decoder_input"] = embedding
             travelling = {WORD_EMBEDDING: embedding}
         streams = dict(travelling)

@@ -92,11 +92,11 @@ class PerLayerInputs(StageModule):
             `per_layer`: [L, n, p / t], n = s * b.
         """
         embedding = self._whole_sequence(travelling[WORD_EMBEDDING])
-        projected = project(embedding, [layer.context_projection.weight for layer in self.weights()])
+        projected = project(embedding, [layer.context_projection() for layer in self.weights()])
         ids = side_inputs.get(PER_LAYER_IDS)
         if ids is None:
             return {PER_LAYER_STREAM: self._normed(projected, scale=1.0)}
-        token = look_up(ids.t(), [layer.embedding.weight for layer in self.weights()])
+        token = look_up(ids.t(), [layer.embedding() for layer in self.weights()])
         return {PER_LAYER_STREAM: self._combine(projected, token)}
 
     def weights(self) -> list[PerLayerWeights]:
@@ -119,7 +119,7 @@ class PerLayerInputs(StageModule):
     def _normed(self, projected: torch.Tensor, scale: float) -> torch.Tensor:
         # RMSNorm(x * h**-0.5) with eps is RMSNorm(x) with h * eps: the factor costs nothing.
         eps = self.config.layernorm_epsilon * self.config.hidden_size
-        return norm_across_shards(projected, self.norm.weight, eps, scale=scale, group=self.groups.tp)
+        return norm_across_shards(projected, self.norm(), eps, scale=scale, group=self.groups.tp)
 
     def _combine(self, projected: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """[n, L * q] and unscaled rows [L, n, q] -> [L, n, q]."""
@@ -130,7 +130,7 @@ class PerLayerInputs(StageModule):
                 self.recorder.add_parts(context, token, self.token_scale * 0.5**0.5)
             return combined
         context, token = self._normed(projected, scale=1.0), token * self.token_scale
-        weights = [layer.combination.weight for layer in self.weights()]
+        weights = [layer.combination() for layer in self.weights()]
         mixed = multiply(gather_parts(context, token, self.groups.tp), weights)
         if self.settings.per_layer_combination_method == "concat":
             return mixed

@@ -47,6 +47,10 @@ class ShardedWeight(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=dim, stride=1)
         mark(self.weight, std)
 
+    def forward(self) -> torch.Tensor:
+        """The local part. Called, not read: the engine waits in a hook on the call for the updated values to arrive."""
+        return self.weight
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:

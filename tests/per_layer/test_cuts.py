@@ -27,7 +27,14 @@ from megatron_ext.training.family import Family
 
 STEPS = 2
 RECOMPUTED = " recomputed"
-CASES = [*CUTS, f"TP2+SP{RECOMPUTED}", f"PP2 interleaved{RECOMPUTED}"]
+OVERLAPPED = "DP2 overlapped distributed optimizer"
+EVERY_CUT = {
+    **CUTS,
+    OVERLAPPED: ParallelConfig(
+        use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+    ),
+}
+CASES = [*EVERY_CUT, f"TP2+SP{RECOMPUTED}", f"PP2 interleaved{RECOMPUTED}"]
 ROWS = 24
 TABLE = [token % ROWS for token in range(VOCAB_SIZE)]
 DOCUMENT_003 = PerLayerConfig(
@@ -93,7 +100,9 @@ def _saved(parallel: ParallelConfig, variant: str) -> set[tuple[str, tuple[int, 
 @functools.cache
 def runs(world_size: int) -> list[dict[str, dict[str, Run]]]:
     """All runs with this number of processes, by rank, cut and variant."""
-    cuts = {name: CUTS[name.removesuffix(RECOMPUTED)] for name in CASES if _world_size(name) == world_size}
+    cuts = {
+        name: EVERY_CUT[name.removesuffix(RECOMPUTED)] for name in CASES if _world_size(name) == world_size
+    }
     for name in cuts:
         if name.endswith(RECOMPUTED):
             cuts[name] = with_full_recompute(cuts[name])
@@ -101,7 +110,7 @@ def runs(world_size: int) -> list[dict[str, dict[str, Run]]]:
 
 
 def _world_size(case: str) -> int:
-    return WORLD_SIZES[case.removesuffix(RECOMPUTED)]
+    return WORLD_SIZES.get(case.removesuffix(RECOMPUTED), 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
