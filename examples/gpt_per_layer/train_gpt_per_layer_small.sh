@@ -14,8 +14,8 @@ INPUT=${INPUT:-}
 NPROC=${NPROC:-1}                     # processes on this machine; they share every layer (tensor parallel)
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
 NUM_LAYERS=${NUM_LAYERS:-4}
-HIDDEN_SIZE=${HIDDEN_SIZE:-512}
-NUM_ATTENTION_HEADS=${NUM_ATTENTION_HEADS:-8}
+HIDDEN_SIZE=${HIDDEN_SIZE:-256}
+NUM_ATTENTION_HEADS=${NUM_ATTENTION_HEADS:-4}
 SEQ_LENGTH=${SEQ_LENGTH:-256}
 PER_LAYER_VOCAB_SIZE=${PER_LAYER_VOCAB_SIZE:-5000}
 PER_LAYER_HIDDEN_SIZE=${PER_LAYER_HIDDEN_SIZE:-256}
@@ -24,7 +24,8 @@ GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16}
 TRAIN_ITERS=${TRAIN_ITERS:-200}
 CORPUS_BYTES=${CORPUS_BYTES:-8000000} # of the corpus that is made where INPUT is not given
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# One process may use all cores; several share them.
+[ "$NPROC" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 run() {
     printf '\n$ %s\n' "$*"

@@ -28,7 +28,7 @@ if [ "$nodes" -gt 1 ]; then
     : "${RDZV_ENDPOINT:?NNODES=$nodes needs RDZV_ENDPOINT=host:port}"
     rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-per-layer}")
 fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+[ "$processes" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Seconds that torchrun itself, when it is told to stop, leaves the training processes to save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
