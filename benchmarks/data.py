@@ -15,6 +15,7 @@ and timed without its imports. Both outputs are compared byte for byte.
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -89,8 +90,16 @@ def _quiet(command: list[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def megatron_loop(files: Files) -> float:
-    """Runs Megatron-LM's loop as its documentation describes it; returns seconds, imports and loading left out."""
+@dataclass(frozen=True)
+class Timing:
+    """One run: wall time, and processor time of all its processes, which other load on the machine disturbs less."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def megatron_loop(files: Files) -> Timing:
+    """Runs Megatron-LM's loop as its documentation describes it; imports and loading are left out."""
     import tokenizers
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -98,7 +107,7 @@ def megatron_loop(files: Files) -> float:
     tokenizer = tokenizers.Tokenizer.from_file(str(files.tokenizer / "tokenizer.json"))
     eod = tokenizer.token_to_id("<|endoftext|>")
     prefix = files.directory / "loop"
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.get_vocab_size()))
     with open(files.repeated, encoding="utf-8") as lines:
         for line in lines:
@@ -106,16 +115,16 @@ def megatron_loop(files: Files) -> float:
             builder.add_item(torch.IntTensor([*ids, eod]))
             builder.end_document()
     builder.finalize(f"{prefix}.idx")
-    return time.perf_counter() - begin
+    return Timing(time.perf_counter() - begin, time.process_time() - cpu)
 
 
-def ours(files: Files, encoder: str, workers: int) -> Callable[[], float]:
-    """Returns a function that runs our tool once and returns its wall time in seconds."""
+def ours(files: Files, encoder: str, workers: int) -> Callable[[], Timing]:
+    """Returns a function that runs our tool once."""
 
-    def timed() -> float:
-        begin = time.perf_counter()
+    def timed() -> Timing:
+        begin, cpu = time.perf_counter(), _children_cpu()
         _quiet(files.preprocess(files.repeated, "ours", "--encoder", encoder, "--workers", workers))
-        seconds = time.perf_counter() - begin
+        timing = Timing(time.perf_counter() - begin, _children_cpu() - cpu)
         for suffix in ("bin", "idx"):
             mine, theirs = (
                 files.directory / f"ours_text_document.{suffix}",
@@ -123,41 +132,57 @@ def ours(files: Files, encoder: str, workers: int) -> Callable[[], float]:
             )
             if mine.read_bytes() != theirs.read_bytes():
                 raise ValueError(f"{mine} differs from {theirs}")
-        return seconds
+        return timing
 
     return timed
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # of ended children and their own
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> None:
     """Prints the table of speeds."""
     cores = len(os.sched_getaffinity(0))
-    variants: dict[str, Callable[[], float]] = {"Megatron-LM's loop, 1 process": lambda: megatron_loop(files)}
+    variants: dict[str, Callable[[], Timing]] = {
+        "Megatron-LM's loop, 1 process": lambda: megatron_loop(files)
+    }
     for encoder in ("reference", "gigatoken"):
         for workers in sorted({1, cores}):
             variants[f"ours, {encoder}, workers {workers}"] = ours(files, encoder, workers)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    timings: dict[str, list[Timing]] = {name: [] for name in variants}
     for _ in range(config.rounds):
         for name, run in variants.items():
-            seconds[name].append(run())
+            timings[name].append(run())
     megabytes = files.repeated.stat().st_size / 1e6
     tokens = (files.directory / "loop.bin").stat().st_size / 2
     table = Table(title=f"{megabytes:.0f} MB of JSON lines, {tokens / 1e6:.1f} million tokens, {cores} cores")
-    for column in ("variant", "seconds", "MB/s", "million tokens/s", "times the loop", "lowest .. highest"):
+    for column in (
+        "variant",
+        "seconds",
+        "MB/s",
+        "million tokens/s",
+        "times the loop",
+        "lowest .. highest",
+        "CPU seconds",
+    ):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    loop = seconds["Megatron-LM's loop, 1 process"]
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        ratios = [theirs / mine for theirs, mine in zip(loop, times, strict=True)]
+    loop = timings["Megatron-LM's loop, 1 process"]
+    for name, times in timings.items():
+        median = statistics.median(timing.seconds for timing in times)
+        ratios = [theirs.seconds / mine.seconds for theirs, mine in zip(loop, times, strict=True)]
+        cpu = statistics.median(timing.cpu_seconds for timing in times)
         table.add_row(
             name, f"{median:.2f}", f"{megabytes / median:.1f}", f"{tokens / median / 1e6:.2f}",
-            f"{statistics.median(ratios):.1f}", f"{min(ratios):.1f} .. {max(ratios):.1f}",
+            f"{statistics.median(ratios):.1f}", f"{min(ratios):.1f} .. {max(ratios):.1f}", f"{cpu:.2f}",
         )  # fmt: skip
     console.print(table)
     if cores > 1:
         for encoder in ("reference", "gigatoken"):
-            one_worker, all_workers = (seconds[f"ours, {encoder}, workers {n}"] for n in (1, cores))
+            one_worker, all_workers = (timings[f"ours, {encoder}, workers {n}"] for n in (1, cores))
             pairs = zip(one_worker, all_workers, strict=True)
-            scaling = statistics.median(one / many for one, many in pairs)
+            scaling = statistics.median(one.seconds / many.seconds for one, many in pairs)
             console.print(f"{encoder}: 1 to {cores} workers is {scaling:.2f} times as fast")
 
 
