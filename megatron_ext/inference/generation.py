@@ -141,10 +141,10 @@ def _forward(
         side_inputs |= family.side_inputs(batch)
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
-        width = model.config.hidden_size + model.channel.pipeline_width
-        received = torch.empty(
-            end - start, len(tokens), width, dtype=model.config.params_dtype, device=tokens.device
-        )
+        hidden_size = model.config.hidden_size
+        rows = (end - start) * model.channel.pipeline_factor(hidden_size)
+        shape = (rows, len(tokens), hidden_size)
+        received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
         model.set_input_tensor(received)
     output = model(

@@ -62,7 +62,6 @@ def build_model(
     channel = SideChannel(_merged_streams(config, extensions), sequence_parallel_size)
     virtual = config.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
-    config.variable_seq_lengths = virtual is not None and channel.pipeline_width > 0
     vocab = padded_vocab_size(vocab_size, model, parallel.tensor_model_parallel_size)
     chunks = []
     for vp_stage in range(virtual or 1):

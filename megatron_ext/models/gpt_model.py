@@ -41,7 +41,7 @@ class GPTModel(EngineGPTModel):
                 self._modules[later] = self._modules.pop(later)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes [s, b, h + widths] from the stage before and splits it."""
+        """Takes what the stage before has joined, [k * s, b, h], and splits it."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if tensor is not None:
             tensor, self._received = self.channel.split(tensor)
@@ -69,7 +69,7 @@ class GPTModel(EngineGPTModel):
         """
         travelling, self._received = self._received, {}
         recomputes = self.training and self.config.recompute_granularity == "full"
-        if self.pre_process and (self.stage_module_names or self.channel.pipeline_width or recomputes):
+        if self.pre_process and (self.stage_module_names or self.channel.travels or recomputes):
             embedding = self.embedding(input_ids=input_ids, position_ids=position_ids)
             if recomputes and torch.is_grad_enabled() and not embedding.requires_grad:
                 # Under a frozen embedding: a recomputed layer gets gradients only if its input does.

@@ -5,8 +5,9 @@ A family declares `SideStream`s; their widths add up. Two ways of travel:
 * to the layers: the engine hands one extra tensor, `context`, to every layer and treats it as a real input of
   activation recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat,
   one after the other. This module is the only place that knows about the borrowed name.
-* to the next stage: streams with `travels=True` are concatenated to the hidden states along the last dimension, so that
-  the pipeline schedule sends one tensor, [s, b, h + widths].
+* to the next stage: streams with `travels=True` are appended to the hidden states as further rows of width h, so that
+  the pipeline schedule sends one tensor, [k * s, b, h]. To the schedule it is a longer sequence, which it takes as it
+  is with and without interleaving; a wider tensor it would take in one of them only.
 
 Shapes: under sequence parallel `s` of the hidden states is the local part; a stream with `full_sequence=True` has all
 rows.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,14 @@ class SideChannel:
         self._travelling = [stream for stream in streams if stream.travels]
         self._sequence_parallel_size = sequence_parallel_size
 
+    def pipeline_factor(self, hidden_size: int) -> int:
+        """k: how many times longer than the hidden states the tensor between two stages is."""
+        return 1 + -(-sum(stream.width for stream in self._travelling) // hidden_size)
+
     @property
-    def pipeline_width(self) -> int:
-        """How much wider than the hidden states the tensor between two stages is."""
-        return sum(stream.width for stream in self._travelling)
+    def travels(self) -> bool:
+        """True if any stream goes from stage to stage."""
+        return bool(self._travelling)
 
     @property
     def reaches_layers(self) -> bool:
@@ -64,18 +70,28 @@ class SideChannel:
         return bool(self._to_layers)
 
     def join(self, hidden_states: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[s, b, h] and the travelling streams -> [s, b, h + pipeline_width], what a stage sends."""
+        """[s, b, h] and the travelling streams -> [k * s, b, h], what a stage sends."""
         if not self._travelling:
             return hidden_states
-        return torch.cat([hidden_states, *(values[stream.name] for stream in self._travelling)], dim=-1)
+        rows, batch, hidden_size = hidden_states.shape
+        widths = sum(stream.width for stream in self._travelling)
+        further = self.pipeline_factor(hidden_size) - 1
+        streams = torch.cat([values[stream.name] for stream in self._travelling], dim=-1)
+        padded = F.pad(streams, (0, further * hidden_size - widths))
+        as_rows = padded.view(rows, batch, further, hidden_size).movedim(2, 0).flatten(0, 1)
+        return torch.cat([hidden_states, as_rows])
 
     def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Undoes `join`: what a stage receives -> hidden states and the travelling streams by name."""
         if not self._travelling:
             return joined, {}
-        sizes = [joined.size(-1) - self.pipeline_width, *(stream.width for stream in self._travelling)]
-        hidden_states, *values = joined.split(sizes, dim=-1)
-        return hidden_states.contiguous(), {s.name: v for s, v in zip(self._travelling, values, strict=True)}
+        _, batch, hidden_size = joined.shape
+        factor = self.pipeline_factor(hidden_size)
+        rows = joined.size(0) // factor
+        streams = joined[rows:].view(factor - 1, rows, batch, hidden_size).movedim(0, 2).flatten(2)
+        sizes = [stream.width for stream in self._travelling]
+        values = streams.split([*sizes, streams.size(-1) - sum(sizes)], dim=-1)
+        return joined[:rows], {s.name: v for s, v in zip(self._travelling, values, strict=False)}
 
     def pack(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
         """The streams for the layers -> one flat tensor. A value may have any shape with its stream's element count."""

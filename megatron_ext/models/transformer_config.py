@@ -15,7 +15,7 @@ from megatron_ext.platform.distributed import use_cuda
 
 
 def build_transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, variable_shapes: bool = False
+    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False
 ) -> TransformerConfig:
     """megatron-core's configuration of the base model and its cut.
 
@@ -23,11 +23,6 @@ def build_transformer_config(
         model: the base model.
         parallel: the cut.
         bf16: parameters and activations in bfloat16 (the optimizer keeps fp32 copies), else fp32.
-        variable_shapes: pipeline stages tell each other the tensor's shape. Needed by the interleaved schedule when
-            side streams make the tensor wider than the hidden size.
-
-    Raises:
-        ValueError: what is to be recomputed needs Transformer Engine, and it is not installed.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     pipeline = parallel.pipeline_model_parallel_size
@@ -73,8 +68,6 @@ def build_transformer_config(
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=pipeline > 1,
-        variable_seq_lengths=variable_shapes,
-        moe_token_dispatcher_type="alltoall",
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,

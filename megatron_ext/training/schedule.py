@@ -1,6 +1,6 @@
 """Runs micro-batches through the model on megatron-core's pipeline schedules (none, 1F1B, interleaved).
 
-Callers see one function for every cut; what differs (one iterator a virtual stage, wider tensors between stages when
+Callers see one function for every cut; what differs (one iterator a virtual stage, longer tensors between stages when
 side streams travel) is settled here.
 """
 
@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.training.family import Batch, Family
@@ -49,10 +48,10 @@ def run_microbatches(
         data_iterator=[iter(moved) for _ in chunks] if len(chunks) > 1 else iter(moved),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(moved),
-        seq_length=sequence_length,
+        # Side streams travel as further rows, so between stages the sequence is longer.
+        seq_length=sequence_length * _pipeline_factor(chunks[0]),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
-        adjust_tensor_shapes_fn=_shapes_function(chunks),
     )
 
 
@@ -73,20 +72,7 @@ def _forward_step(
     return output, partial(loss_function, batch)
 
 
-def _shapes_function(chunks: list[Any]) -> Any:
-    """Tells the 1F1B schedule that the tensor between stages is wider by the travelling streams."""
-    model = chunks[0]
-    while hasattr(model, "module"):
-        model = model.module
-    width = model.channel.pipeline_width
-    if not width or len(chunks) > 1 or parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return None
-
-    def adjust(receive: list[Any], send: list[Any]) -> tuple[list[Any], list[Any]]:
-        return [_widened(shape, width) for shape in receive], [_widened(shape, width) for shape in send]
-
-    return adjust
-
-
-def _widened(shape: Any, width: int) -> Any:
-    return None if shape is None else (*shape[:-1], shape[-1] + width)
+def _pipeline_factor(chunk: Any) -> int:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk.channel.pipeline_factor(chunk.config.hidden_size)

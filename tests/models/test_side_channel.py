@@ -28,8 +28,9 @@ def hidden() -> torch.Tensor:
 def test_split_gives_back_what_join_was_given() -> None:
     channel, streams, states = SideChannel(STREAMS), values(), hidden()
     joined = channel.join(states, streams)
-    assert joined.shape == (ROWS, BATCH, HIDDEN + channel.pipeline_width)
-    assert channel.pipeline_width == TRAIL.width + WORDS.width
+    # 2 + 6 values a token beside the 6 of the hidden states fill two further rows.
+    assert joined.shape == (3 * ROWS, BATCH, HIDDEN)
+    assert channel.pipeline_factor(HIDDEN) == 3
     found, travelling = channel.split(joined)
     assert torch.equal(found, states) and found.is_contiguous()
     assert set(travelling) == {"trail", "words"}
@@ -40,7 +41,7 @@ def test_without_travelling_streams_the_hidden_states_are_sent_as_they_are() -> 
     channel, states = SideChannel([NOTE]), hidden()
     assert channel.join(states, values()) is states
     found, travelling = channel.split(states)
-    assert found is states and travelling == {} and channel.pipeline_width == 0
+    assert found is states and travelling == {} and channel.pipeline_factor(HIDDEN) == 1
 
 
 @pytest.mark.parametrize("sequence_parallel", [1, 2])

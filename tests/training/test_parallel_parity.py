@@ -89,6 +89,22 @@ def test_selective_recompute_changes_nothing(cut: str) -> None:
     assert_same_gradients(run(cut, "selective"), run("TP1"))
 
 
+@pytest.mark.parametrize("make_families", [list, per_layer_embedding])
+def test_as_many_micro_batches_as_stages_and_overlapped_communication_change_nothing(
+    make_families: Callable[[], list[Family]],
+) -> None:
+    # DP2 leaves two micro-batches for two stages, where messages of two kinds between the same ranks would meet.
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=2,
+        num_layers_per_virtual_pipeline_stage=1,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+    )
+    traces = run_distributed(train_tiny, 4, parallel, STEPS, make_families)
+    assert_same_losses(traces, run("TP1", "none", make_families))
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_bf16_follows_fp32_within_its_rounding(cut: str) -> None:
     rounded, exact = run(cut, bf16=True), run("TP1")[0]
