@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Per-layer embedding against the base model at an equal number of steps, on held-out text, three seeds each.
+#
+#     make quickstart && bash examples/gpt_per_layer/compare_with_base.sh
+#
+# Uses the quickstart's data (or that of the directory given). Two runs at a time, one core each; about ten minutes.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+data=${1:-runs/quickstart}
+out=${OUT:-runs/compare_with_base}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+steps=${TRAIN_ITERS:-600}
+seeds=${SEEDS:-1 2 3}
+export OMP_NUM_THREADS=1
+[ -f "$data/train_text_document.idx" ] || { echo "error: $data/train_text_document.idx: missing; run make quickstart" >&2; exit 2; }
+mkdir -p "$out"
+
+declare -A variant=(
+    [base]=""
+    [003]="--use-per-layer-embedding --per-layer-vocab-size 2000 --per-layer-vocab-file $data/per_layer_vocab.json"
+    [gemma4]="--use-per-layer-embedding --per-layer-preset gemma4"
+)
+
+train_and_evaluate() { # name seed
+    local run="$out/$1-$2"
+    # shellcheck disable=SC2086  # the variant is several words
+    "$python" pretrain_gpt_per_layer.py ${variant[$1]} --per-layer-hidden-size 32 --num-layers 4 --hidden-size 128 \
+        --num-attention-heads 4 --seq-length 128 --swiglu --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 \
+        --micro-batch-size 16 --train-iters "$steps" --eval-iters 0 --seed "$2" --lr 3e-3 --min-lr 3e-4 \
+        --lr-decay-style cosine --lr-warmup-iters 50 --weight-decay 0.1 --adam-beta2 0.95 --num-workers 0 \
+        --tokenizer-type GPT2BPETokenizer --vocab-file "$data/tokenizer/vocab.json" \
+        --merge-file "$data/tokenizer/merges.txt" --data-path "$data/train_text_document" --split 100,0,0 \
+        --data-cache-path "$out/cache" --save "$run" --device-peak-tflops 0.1 >"$run.log" 2>&1
+    "$python" tools/evaluate.py --load "$run" --data-path "$data/held_out_text_document" --micro-batch-size 16 \
+        --output "$run.json" >>"$run.log" 2>&1
+}
+
+for seed in $seeds; do
+    for name in base 003 gemma4; do
+        while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
+        train_and_evaluate "$name" "$seed" &
+    done
+done
+while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done
+
+OUT="$out" SEEDS="$seeds" "$python" - <<'TABLE'
+import json
+import os
+import re
+import statistics
+from pathlib import Path
+
+out, seeds = Path(os.environ["OUT"]), os.environ["SEEDS"].split()
+print("| model | held-out loss, mean of seeds | of each seed | perplexity | ms/step |")
+print("|---|---|---|---|---|")
+for name in ("base", "003", "gemma4"):
+    losses = [next(iter(json.loads((out / f"{name}-{seed}.json").read_text()).values()))["loss"] for seed in seeds]
+    logs = [(out / f"{name}-{seed}.log").read_text() for seed in seeds]
+    times = [float(value) for log in logs for value in re.findall(r"ms/step (\S+)", log)[1:]]
+    mean = statistics.mean(losses)
+    each = ", ".join(f"{loss:.4f}" for loss in losses)
+    print(f"| {name} | {mean:.4f} | {each} | {2.718281828**mean:.2f} | {statistics.median(times):.0f} |")
+TABLE
