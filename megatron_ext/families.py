@@ -2,7 +2,8 @@
 
 from typing import Any
 
+from megatron_ext.npt.family import NPTFamily
 from megatron_ext.per_layer.family import PerLayerFamily
 
-FAMILIES: dict[str, type[Any]] = {PerLayerFamily.name: PerLayerFamily}
+FAMILIES: dict[str, type[Any]] = {family.name: family for family in (PerLayerFamily, NPTFamily)}
 """Family's name -> class with `from_configuration`."""

@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import make_viewless_tensor
 
+from megatron_ext.models.attention import SDPAttention
 from megatron_ext.models.side_channel import SideChannel
 
 SLOTS = ("before_layer", "feed_forward", "after_mlp")
@@ -33,7 +34,8 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
 
     feed_forward: ModuleSpec | type = IdentityOp
     """`forward(layer, hidden_states, attention_output, side) -> hidden_states`: takes the place of everything after the
-    attention, with the layer's input, the attention's output and the layer's own norm and MLP in its reach."""
+    attention, with the layer's input, the attention's output and the layer's own norm and MLP in its reach. While its
+    attribute `active` is False the layer is megatron-core's own code path, as with the empty slot."""
 
     after_mlp: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, side) -> hidden_states`, on the layer's output."""
@@ -70,9 +72,11 @@ class ExtendedTransformerLayer(TransformerLayer):
             The output [s, b, h] and the side streams for the next layer.
         """
         side = self.channel.open(context, hidden_states)
+        if isinstance(self.self_attention.core_attention, SDPAttention):
+            self.self_attention.core_attention.take_rotary(kwargs.pop("rotary_pos_emb", None))
         if not isinstance(self.before_layer, IdentityOp):
             hidden_states = self.before_layer(hidden_states, side)
-        if isinstance(self.feed_forward, IdentityOp):
+        if isinstance(self.feed_forward, IdentityOp) or not self.feed_forward.active:
             hidden_states, _ = super().forward(hidden_states=hidden_states, **kwargs)
         else:
             attention_output = self.attend(hidden_states, **kwargs)

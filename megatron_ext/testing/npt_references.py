@@ -1,0 +1,108 @@
+"""Reference of an NPT layer's feed-forward for tests: every token's weights are built, in float64, from the formulas.
+
+Letters: n tokens, h hidden, f FFN, r rank, k components. Weights are [output, input] as the engine has them. Source:
+mathematics of NPT in `npt.modulation`; written with loops over tokens' matrices and components, slow on purpose.
+"""
+
+import math
+
+import torch
+
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.testing.references import reference_activation, reference_rms_norm
+
+Tensor = torch.Tensor
+Factors = dict[str, Tensor]
+"""The factors of one target by name, all components side by side."""
+
+
+def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: Tensor, down: bool) -> Tensor:
+    """The deltas of one target for every token, [n, output, input].
+
+    Args:
+        settings: form, rank, components and scale.
+        factors: of the target.
+        a: [n, h], attention output.
+        x: [n, input]; outer_product measures the input of `down` by it.
+        down: the target is `down`.
+    """
+    rank = settings.np_rank
+    total: Tensor | None = None
+    for k in range(settings.num_np_components):
+        columns = slice(k * rank, (k + 1) * rank)
+        if settings.np_form == "low_rank":
+            code = torch.tanh(a @ factors["A"][:, columns])
+            reader = factors["A_in" if down else "A"][:, columns]
+            writer = factors["B"][columns]
+            delta = torch.stack([writer.T @ torch.diag(row) @ reader.T for row in code]) * settings.np_scale
+        else:
+            v_a, v_b = reference_vectors(settings, factors, a, x, down, k)
+            total_rank = rank * settings.num_np_components
+            delta = torch.einsum("no,ni->noi", v_b, v_a) * settings.np_scale / math.sqrt(total_rank)
+        total = delta if total is None else total + delta
+    assert total is not None
+    return total
+
+
+def reference_vectors(
+    settings: NPTModuleConfig, factors: Factors, a: Tensor, x: Tensor, down: bool, component: int
+) -> tuple[Tensor, Tensor]:
+    """v_a [n, input] and v_b [n, output] of one component of outer_product."""
+    rank = settings.np_rank
+    columns = slice(component * rank, (component + 1) * rank)
+    z = a @ factors["W_down"][:, columns]
+    if settings.np_normalize:
+        z = z / torch.sqrt((z * z).mean(1, keepdim=True) + 1e-6)
+    reader = factors["W_a_up"][columns]
+    v_a = z @ reader / math.sqrt(rank)
+    if settings.np_affine:
+        v_a = v_a + factors["c_a"][component]
+    if down and settings.np_normalize:
+        v_a = v_a / torch.sqrt(((x @ reader.T) ** 2).mean(1, keepdim=True) + 1e-6)
+    else:
+        v_a = v_a / math.sqrt(reader.size(1))
+    return v_a, z @ factors["W_b_up"][columns]
+
+
+def reference_feed_forward(
+    settings: NPTModuleConfig,
+    base: Factors,
+    factors: dict[str, Factors],
+    hidden: Tensor,
+    a: Tensor,
+    eps: float,
+) -> Tensor:
+    """Output of the layer [n, h] without dropout.
+
+    Args:
+        settings: NPT's configuration.
+        base: `norm` [h], `fc1` [2 f or f, h], `fc1_bias`, `fc2` [h, f], `fc2_bias` of the base layer.
+        factors: by target.
+        hidden: [n, h], the layer's input.
+        a: [n, h], attention output.
+        eps: of the norm.
+    """
+    normed = reference_rms_norm(hidden, base["norm"], eps)
+    deltas = {
+        target: reference_delta(settings, factors[target], a, normed, False)
+        for target in settings.targets
+        if target != "down"
+    }
+    if "fc1" in settings.targets:
+        weights = base["fc1"] + deltas["fc1"]
+        inner = torch.einsum("noi,ni->no", weights, normed) + base["fc1_bias"]
+        activated = reference_activation(inner, "gelu")
+    else:
+        gate, up = base["fc1"].chunk(2)
+        gate_bias, up_bias = base["fc1_bias"].chunk(2)
+        gate_pre = torch.einsum("noi,ni->no", gate + deltas["gate"], normed) + gate_bias
+        up_weights = up + deltas["up"] if "up" in deltas else up.expand(len(a), *up.shape)
+        up_pre = torch.einsum("noi,ni->no", up_weights, normed) + up_bias
+        activated = reference_activation(gate_pre, "silu") * up_pre
+    output = base["fc2"]
+    if "down" in settings.targets:
+        output = output + reference_delta(settings, factors["down"], a, activated, True)
+    else:
+        output = output.expand(len(a), *output.shape)
+    mlp = torch.einsum("noi,ni->no", output, activated) + base["fc2_bias"]
+    return hidden + mlp + (a if settings.np_residual == "keep" else 0)
