@@ -4,12 +4,12 @@
     python benchmarks/gpt.py                      h=512, 4 layers, s=512, b=2, V=8192, fp32 and bf16, all cores
 
 Every round times every variant once, in turn, so that a drift of the machine's speed meets all of them; the table shows
-medians over rounds and ratios of those medians. Both sides do a whole training step: forward, backward, clipping of the
-gradient norm, AdamW in one fused kernel. Ours also does what training needs and the peer leaves out: a gradient buffer
-for data parallelism, a check for non-finite gradients, and in bf16 fp32 main weights (the peer updates bf16 weights).
+medians over rounds, and a ratio is the median of the rounds' own ratios. Both sides do a whole training step: forward,
+backward, clipping of the gradient norm, AdamW in one fused kernel. Ours also does what training needs and the peer
+leaves out: a gradient buffer for data parallelism, a check for non-finite gradients, and in bf16 fp32 main weights (the
+peer updates bf16 weights).
 """
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +32,7 @@ from megatron_ext.models.build import build_model
 from megatron_ext.per_layer.config import PerLayerConfig
 from megatron_ext.per_layer.family import PerLayerFamily
 from megatron_ext.platform.distributed import initialize, shutdown, use_cuda
+from megatron_ext.platform.memory import memory_use
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.step import Stepper
@@ -97,14 +98,11 @@ def _table(config: BenchmarkConfig, bf16: bool) -> None:
         for name, variant in variants.items():
             times.setdefault(f"{name} fb", []).append(_timed(variant.forward_backward))
             times.setdefault(f"{name} step", []).append(_timed(variant.step))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    _print(config, bf16, medians)
+    _print(config, bf16, times)
 
 
-def _print(config: BenchmarkConfig, bf16: bool, medians: dict[str, float]) -> None:
-    base, per_layer = _costs(config)
+def _print(config: BenchmarkConfig, bf16: bool, times: dict[str, list[float]]) -> None:
     tokens = config.micro_batch_size * config.seq_length
-    flops = 3 * base.forward_flops_per_token * tokens
     precision = "bf16" if bf16 else "fp32"
     device = torch.cuda.get_device_name() if use_cuda() else f"CPU, {torch.get_num_threads()} threads"
     table = Table(
@@ -112,24 +110,40 @@ def _print(config: BenchmarkConfig, bf16: bool, medians: dict[str, float]) -> No
         f"b={config.micro_batch_size}, V={config.vocab_size}; medians of {config.rounds} rounds"
     )
     for column in ("", "forward+backward", "tokens/s", "whole step", "tokens/s", "peak memory of a process"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="right" if column else "left")
     for name in VARIANTS:
-        forward_backward, step = medians[f"{name} fb"], medians[f"{name} step"]
-        memory = _memory_of(name, precision)
-        row = (f"{1e3 * forward_backward:.1f} ms", f"{tokens / forward_backward:.0f}")
-        table.add_row(name, *row, f"{1e3 * step:.1f} ms", f"{tokens / step:.0f}", memory)
+        row = []
+        for part in ("fb", "step"):
+            seconds = statistics.median(times[f"{name} {part}"])
+            row += [f"{1e3 * seconds:.1f} ms", f"{tokens / seconds:.0f}"]
+        table.add_row(name, *row, _memory_of(name, precision))
     console = Console(width=120)
     console.print(table)
-    ours, peer = medians["ours fb"], medians["hugging face fb"]
-    console.print(f"ours / Hugging Face, tokens/s: forward+backward {peer / ours:.3f}", end="")
-    console.print(f", whole step {medians['hugging face step'] / medians['ours step']:.3f}")
-    rate = 1.0 / medians["gemm"]
-    console.print(f"GEMM rate of the machine {rate / 1e9:.0f} GFLOP/s; ours uses", end=" ")
-    used, used_by_step = flops / ours / rate, flops / medians["ours step"] / rate
-    console.print(f"{used:.3f} of it in forward+backward, {used_by_step:.3f} in the step")
-    share = per_layer.forward_flops_per_token / base.forward_flops_per_token
-    cost = medians["ours + PLE step"] / medians["ours step"] - 1
-    console.print(f"PLE (p = h/8): FLOP share {100 * share:.1f} %, step costs {100 * cost:+.1f} %\n")
+    for line in _ratios(config, times):
+        console.print(line, highlight=False)
+    console.print()
+
+
+def _ratios(config: BenchmarkConfig, times: dict[str, list[float]]) -> Iterator[str]:
+    """What the benchmark is for, a line each; a ratio is the median of the rounds' ratios."""
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+    base, per_layer = _costs(config)
+    parts = {"forward+backward": "fb", "whole step": "step"}
+    peers = (f"{name} {ratio(f'hugging face {key}', f'ours {key}'):.3f}" for name, key in parts.items())
+    yield f"ours / Hugging Face, tokens/s: {', '.join(peers)}"
+    flops = 3 * base.forward_flops_per_token * config.micro_batch_size * config.seq_length
+    used = (f"{flops * ratio('gemm', f'ours {key}'):.3f} in {name}" for name, key in parts.items())
+    rate = 1.0 / statistics.median(times["gemm"])
+    yield f"GEMM rate of the machine {rate / 1e9:.0f} GFLOP/s; of it ours uses {', '.join(used)}"
+    share = 100 * per_layer.forward_flops_per_token / base.forward_flops_per_token
+    costs = (
+        f"{name} {100 * (ratio(f'ours + PLE {key}', f'ours {key}') - 1):+.1f} %"
+        for name, key in parts.items()
+    )
+    yield f"PLE (p = h/8): FLOP share {share:.1f} %; costs {', '.join(costs)}"
 
 
 def _costs(config: BenchmarkConfig) -> tuple[ModelCost, ModelCost]:
@@ -278,14 +292,11 @@ def _measure_memory(config: BenchmarkConfig) -> None:
     assert config.only is not None
     name, precision = config.only.split("/")
     variant = VARIANTS[name](config, precision == "bf16")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_use().current
     for _ in range(3):
         variant.step()
-    if use_cuda():
-        print(f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-    else:
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"{after / 2**10:.0f} MiB (+{(after - before) / 2**10:.0f} by steps)")
+    peak = memory_use().peak
+    print(f"{peak / 2**20:.0f} MiB (+{(peak - before) / 2**20:.0f} by steps)")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.models.rotary import rotate
+
 
 class SDPAttention(torch.nn.Module):
     """megatron-core's core-attention interface over torch's fused attention."""
@@ -33,6 +35,28 @@ class SDPAttention(torch.nn.Module):
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self._angles: torch.Tensor | None = None
+        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def take_rotary(self, angles: torch.Tensor | None) -> None:
+        """Makes this module rotate queries and keys itself, in place of the engine's slower way; see `rotary`.
+
+        Args:
+            angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation.
+        """
+        if angles is not self._angles:
+            self._angles, self._cos_sin = angles, None
+
+    def _rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries are the last of the keys' positions; a KV cache holds keys that are not rotated yet."""
+        if self._angles is None:
+            return query, key
+        if self._cos_sin is None:
+            half = self._angles[..., : self._angles.size(-1) // 2]
+            self._cos_sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+        end, start = key.size(0), key.size(0) - query.size(0)
+        cos, sin = self._cos_sin
+        return rotate(query, cos[start:end], sin[start:end]), rotate(key, cos[:end], sin[:end])
 
     def forward(
         self,
@@ -61,6 +85,7 @@ class SDPAttention(torch.nn.Module):
         assert attention_bias is None and packed_seq_params is None, (
             "SDPAttention takes neither bias nor packed sequences"
         )
+        query, key = self._rotated(query, key)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask, causal = self._mask(query, key, attention_mask, attn_mask_type or self.attn_mask_type)
         dropout = self.dropout if self.training else 0.0

@@ -35,7 +35,15 @@ def memory_use() -> MemoryUse:
             reserved=torch.cuda.memory_reserved(),
         )
     resident = psutil.Process().memory_info().rss
-    # Linux counts in KiB, macOS in bytes; the kernel updates the peak lazily, so it may lag behind the present value.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return MemoryUse(current=resident, peak=max(peak, resident), reserved=resident)
+    return MemoryUse(current=resident, peak=max(_peak_resident(), resident), reserved=resident)
+
+
+def _peak_resident() -> int:
+    """The kernel's high-water mark. `getrusage` would not do: a child starts with its parent's peak there."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            marks = [line.split()[1] for line in status if line.startswith("VmHWM:")]
+        return int(marks[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -140,10 +140,11 @@ class Stepper:
 
     def _update(self, loss: float) -> tuple[float, bool]:
         self.optimizer.prepare_grads()
-        clip = self.clip_grad
-        norm = float(self.optimizer.clip_grad_norm(clip) if clip > 0 else self.optimizer.get_grad_norm())
+        norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return norm, True
+        if self.clip_grad > 0:
+            clip_gradients(self.optimizer, norm, self.clip_grad)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=self.global_batch_size)
         return norm, False
@@ -154,6 +155,17 @@ def masked_mean(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, dict[
     mask = batch["loss_mask"].reshape(-1).float()
     loss = (losses.reshape(-1).float() * mask).sum() / mask.sum().clamp(min=1.0)
     return loss, {"lm loss": loss.detach().clone()}
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
+    """Scales this rank's gradients in place so that their global norm, `norm`, does not exceed `largest`.
+
+    Without Apex and Transformer Engine the engine's own clipping makes a scaled copy first.
+    """
+    factor = largest / (norm + 1.0e-6)
+    gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+    if factor < 1.0 and gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def parameters_norm(models: list[GPTModel]) -> float:
