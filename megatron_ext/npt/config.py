@@ -29,8 +29,7 @@ class NPTModuleConfig:
     (the end is left out)."""
 
     np_form: Literal["low_rank", "outer_product"] = "low_rank"
-    """How the attention output makes the delta: scale * B diag(tanh(a A)) A^T (document 002), or outer products v_b v_a^T
-    (documents 000 and 001)."""
+    """How the attention output makes the delta: B diag(tanh(a A)) A^T (document 002), or v_b v_a^T (000 and 001)."""
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
     """The modulated weights. single, dual and triple stand for the first three; fc1 is for an MLP without a gate."""

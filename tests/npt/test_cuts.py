@@ -180,37 +180,46 @@ def test_all_np_parameters_get_gradients_and_of_the_base_only_what_trains(varian
     assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+H, F = MODEL.hidden_size, MODEL.resolved_ffn_hidden_size
+ADAPTERS: dict[str, tuple[tuple[int, ...], tuple[str, ...], dict[str, tuple[int, ...]]]] = {
+    "outer": (
+        (0, 1, 2, 3),
+        (".0", ".1"),
+        {
+            **{f"{target}.W_down": (H, 8) for target in ("gate", "up", "down")},
+            **{f"{target}.W_a_up": (8, H) for target in ("gate", "up")},
+            **{f"{target}.c_a": (H,) for target in ("gate", "up")},
+            **{f"{target}.W_b_up": (8, F) for target in ("gate", "up")},
+            "down.W_a_up": (8, F),
+            "down.c_a": (F,),
+            "down.W_b_up": (8, H),
+        },
+    ),
+    "low_rank": (
+        (0, 1, 2, 3),
+        ("",),
+        {
+            **{f"{target}.A": (H, 8) for target in ("gate", "up", "down")},
+            **{f"{target}.B": (8, F) for target in ("gate", "up")},
+            "down.A_in": (F, 8),
+            "down.B": (8, H),
+        },
+    ),
+    "upper half, base trains": ((2, 3), ("",), {"gate.A": (H, 8), "gate.B": (8, F)}),
+}
+"""Layers, suffixes of components, and the shape of each factor."""
+
+
+@pytest.mark.parametrize("variant", ADAPTERS)
 def test_adapters_are_named_by_layer_target_factor_and_component(variant: str) -> None:
-    adapter = {key: tuple(tensor.shape) for key, tensor in runs(1)[0]["TP1"][variant].adapter.items()}
-    hidden, ffn = MODEL.hidden_size, MODEL.resolved_ffn_hidden_size
-    if variant in ("outer", "with PLE"):
-        layers = (1, 3) if variant == "with PLE" else range(4)
-        expected = {}
-        for layer in layers:
-            for target, (read, written) in {
-                "gate": (hidden, ffn),
-                "up": (hidden, ffn),
-                "down": (ffn, hidden),
-            }.items():
-                shapes = {"W_down": (hidden, 8), "W_a_up": (8, read), "c_a": (read,), "W_b_up": (8, written)}
-                for name, shape in shapes.items():
-                    expected |= {f"layer_{layer}_np.{target}.{name}.{k}": shape for k in range(2)}
-    else:
-        of_gate = {"A": (hidden, 8), "B": (8, ffn)}
-        shapes = {
-            "gate": of_gate,
-            "up": of_gate,
-            "down": {"A": (hidden, 8), "A_in": (ffn, 8), "B": (8, hidden)},
-        }
-        targets = ("gate",) if variant.startswith("upper") else ("gate", "up", "down")
-        expected = {
-            f"layer_{layer}_np.{target}.{name}": shape
-            for layer in (range(4) if variant == "low_rank" else (2, 3))
-            for target in targets
-            for name, shape in shapes[target].items()
-        }
-    assert adapter == expected
+    layers, components, shapes = ADAPTERS[variant]
+    found = {key: tuple(tensor.shape) for key, tensor in runs(1)[0]["TP1"][variant].adapter.items()}
+    assert found == {
+        f"layer_{layer}_np.{name}{component}": shape
+        for layer in layers
+        for component in components
+        for name, shape in shapes.items()
+    }
 
 
 def test_bf16_follows_fp32() -> None:

@@ -1,0 +1,260 @@
+"""NPT's part in a run: frozen base, optimizer, cost, layers turned off, checkpoints, and the way through JSON."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.models.accounting import model_cost
+from megatron_ext.models.build import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.adapter import gather_adapter, load_adapter
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.family import NPTFamily
+from megatron_ext.npt.layers import deactivated, np_modules
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.checkpoint import RunSettings, TinyRun, read_plain
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE
+from megatron_ext.training.family import Family
+
+SINGLE = ParallelConfig()
+OUTER = NPTModuleConfig(np_form="outer_product", np_rank=4, num_np_components=2, np_target="gate+up+down")
+LOW_RANK = NPTModuleConfig(np_rank=4, np_target="gate+up+down", npt_layers="0,3")
+SETTINGS = {
+    "low_rank gate": NPTModuleConfig(np_rank=4),
+    "low_rank triple": LOW_RANK,
+    "outer gate": replace(OUTER, np_target="gate", np_affine=False),
+    "outer triple": OUTER,
+    "outer fc1": replace(OUTER, np_target="fc1", npt_layers="all"),
+}
+TOKENS = torch.arange(32).view(2, 16) * 5 % VOCAB_SIZE
+POSITIONS = torch.arange(16).expand_as(TOKENS)
+
+
+def _model_config(settings: NPTModuleConfig) -> ModelConfig:
+    return replace(TINY, swiglu="fc1" not in settings.targets, attention_backend="local", init_method_std=0.1)
+
+
+def _build(settings: NPTModuleConfig | None, model: ModelConfig, bf16: bool = False) -> GPTModel:
+    initialize(SINGLE, seed=7)
+    families = [NPTFamily(settings)] if settings else []
+    extensions: list[Any] = [family.extension() for family in families]
+    chunks = build_model(model, SINGLE, vocab_size=VOCAB_SIZE, seed=7, bf16=bf16, extensions=extensions)
+    for family in families:
+        family.prepare_model(chunks)
+    return chunks[0]
+
+
+def _losses(chunk: GPTModel) -> torch.Tensor:
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
+    return chunk(TOKENS, POSITIONS, mask, labels=TOKENS)
+
+
+def test_the_family_comes_back_from_a_checkpoints_json() -> None:
+    family = NPTFamily(OUTER)
+    again = NPTFamily.from_configuration(json.loads(json.dumps(family.configuration())))
+    assert again.settings == OUTER
+
+
+def _counts() -> dict[str, tuple[int, int, int, int]]:
+    """Parameters, FLOPs of a forward pass, and both for the base model alone."""
+    found = {}
+    for name, settings in SETTINGS.items():
+        numbers = []
+        for chunk in (_build(settings, _model_config(settings)), _build(None, _model_config(settings))):
+            with FlopCounterMode(display=False) as counter:
+                _losses(chunk)
+            numbers += [sum(p.numel() for p in chunk.parameters()), counter.get_total_flops()]
+        found[name] = (numbers[0], numbers[1], numbers[2], numbers[3])
+    return found
+
+
+def test_parameters_and_flops_equal_those_of_the_built_model() -> None:
+    for name, (parameters, flops, base_parameters, base_flops) in run_distributed(_counts, 1)[0].items():
+        model = _model_config(SETTINGS[name])
+        cost = NPTFamily(SETTINGS[name]).cost(model)
+        assert (base_parameters, base_flops) == (
+            model_cost(model, VOCAB_SIZE).parameters,
+            model_cost(model, VOCAB_SIZE).forward_flops_per_token * TOKENS.numel(),
+        )
+        assert cost.parameters == parameters - base_parameters, name
+        assert cost.forward_flops_per_token * TOKENS.numel() == flops - base_flops, name
+
+
+def test_flops_of_a_single_target_are_those_of_the_formula() -> None:
+    model = _model_config(OUTER)
+    single = replace(OUTER, np_target="single", np_affine=False)
+    layer = 2 * 2 * 4 * (2 * model.hidden_size + model.resolved_ffn_hidden_size)
+    assert NPTFamily(single).cost(model).forward_flops_per_token == 2 * layer
+
+
+def _backward_flops() -> tuple[int, int, int]:
+    """All-layers model: FLOPs of a backward pass with the base frozen, of the forward pass, and NPT's part of it."""
+    settings = replace(LOW_RANK, npt_layers="all")
+    model = _model_config(settings)
+    chunk = _build(settings, model)
+    with FlopCounterMode(display=False) as counter:
+        loss = _losses(chunk).mean()
+        forward = counter.get_total_flops()
+        loss.backward()
+    np_flops = int(NPTFamily(settings).cost(model).forward_flops_per_token * TOKENS.numel())
+    return counter.get_total_flops() - forward, forward, np_flops
+
+
+def test_frozen_weights_get_no_gradient_products() -> None:
+    """One product a base weight in the backward pass instead of two: less than the forward pass and twice NPT's."""
+    backward, forward, np_flops = run_distributed(_backward_flops, 1)[0]
+    model = _model_config(LOW_RANK)
+    attention = 4 * model.seq_length * model.hidden_size * model.num_layers * TOKENS.numel()
+    # Core attention has no weights: its two products have two gradients each.
+    assert backward <= forward + attention + np_flops
+
+
+def _off(settings: NPTModuleConfig, bf16: bool) -> dict[str, bool]:
+    """Whether losses and all gradients are those of the base model, to the bit, in training with dropout."""
+    model = _model_config(settings)
+    model = replace(model, hidden_dropout=0.1, attention_dropout=0.1, disable_bias_linear=False)
+    results = []
+    for chosen in (replace(settings, freeze_base=False, npt_layers="all"), None):
+        chunk = _build(chosen, model, bf16)
+        with deactivated([chunk]):
+            losses = _losses(chunk)
+            losses.float().mean().backward()
+        gradients = {name: p.grad for name, p in chunk.named_parameters() if ".feed_forward." not in name}
+        untouched = all(p.grad is None for name, p in chunk.named_parameters() if ".feed_forward." in name)
+        results.append((losses, gradients, untouched))
+    (ours, our_gradients, untouched), (base, gradients, _) = results
+    same = {name: torch.equal(our_gradients[name], gradient) for name, gradient in gradients.items()}
+    return {**same, "losses": torch.equal(ours, base), "no NP gradient": untouched}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["outer triple", "outer fc1"])
+def test_with_all_layers_off_the_model_is_the_base_model_bit_for_bit(name: str, bf16: bool) -> None:
+    same = run_distributed(_off, 1, SETTINGS[name], bf16)[0]
+    assert all(same.values()), [name for name, equal in same.items() if not equal]
+
+
+def _partly_off() -> tuple[bool, bool, bool]:
+    """One of two layers off equals a model that has the other only; all on again afterwards, errors included."""
+    settings = replace(LOW_RANK, np_init_scale=1.0)
+    model = _model_config(settings)
+    both, first = _build(settings, model), _build(replace(settings, npt_layers="0"), model)
+    on = _losses(both)
+    with deactivated([both], layers=[3]):
+        one_off = _losses(both)
+    with pytest.raises(RuntimeError), deactivated([both]):
+        raise RuntimeError
+    assert all(module.active for module in np_modules([both]).values())
+    return torch.equal(one_off, _losses(first)), torch.equal(on, one_off), torch.equal(on, _losses(both))
+
+
+def test_single_layers_can_be_off() -> None:
+    assert run_distributed(_partly_off, 1)[0] == (True, False, True)
+
+
+def _optimizer_parameters(freeze: bool) -> tuple[set[str], set[str], set[str]]:
+    """Names of what the optimizer holds, of NP parameters, and of all."""
+    make = _Make(replace(LOW_RANK, freeze_base=freeze))
+    run = TinyRun(RunSettings(parallel=SINGLE, checkpoint=CheckpointConfig(), make_families=make))
+    names = {id(p): name for chunk in run.chunks for name, p in chunk.named_parameters()}
+    held = {names[id(p)] for group in run.optimizer.param_groups for p in group["params"]}
+    return held, {name for name in names.values() if ".feed_forward." in name}, set(names.values())
+
+
+def test_with_the_base_frozen_the_optimizer_holds_np_parameters_only() -> None:
+    held, np_names, _ = run_distributed(_optimizer_parameters, 1, True)[0]
+    assert held == np_names and len(held) == 2 * (2 + 2 + 3)
+    held, _, names = run_distributed(_optimizer_parameters, 1, False)[0]
+    assert held == names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Make:
+    """Makes the families of a run; travels to the processes by pickle."""
+
+    settings: NPTModuleConfig
+
+    def __call__(self) -> list[Family]:
+        return [NPTFamily(self.settings)]
+
+
+def _run(settings: NPTModuleConfig, parallel: ParallelConfig, **checkpoint: str) -> TinyRun:
+    config = CheckpointConfig(**checkpoint)  # type: ignore[arg-type]
+    return TinyRun(RunSettings(parallel=parallel, checkpoint=config, make_families=_Make(settings)))
+
+
+def _save_and_train(folder: str, settings: NPTModuleConfig, parallel: ParallelConfig) -> list[float]:
+    run = _run(settings, parallel, save=folder)
+    run.train(2)
+    run.save()
+    return run.train(2)
+
+
+def _load_save_and_train(source: str, target: str, settings: NPTModuleConfig) -> list[float]:
+    run = _run(settings, SINGLE, load=source, save=target)
+    run.save()
+    return run.train(2)
+
+
+def _differences(first: str, second: str) -> tuple[set[str], list[str]]:
+    initialize(SINGLE, seed=1)
+    ours, theirs = (read_plain(f"{folder}/iter_0000002") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    return set(ours), [name for name in ours if not ours[name].equal(theirs[name])]
+
+
+CHECKPOINTED = {
+    "TP2+SP": (OUTER, CUTS["TP2+SP"], 2),
+    "PP2, a stage without NP layers": (OUTER, CUTS["PP2"], 2),
+    "PP2 interleaved": (LOW_RANK, CUTS["PP2 interleaved"], 2),
+    "DP2 distributed optimizer": (OUTER, CUTS["DP2 distributed optimizer"], 2),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTED)
+def test_weights_and_moments_move_between_cuts(case: str, tmp_path: Path) -> None:
+    settings, parallel, world_size = CHECKPOINTED[case]
+    first, second = f"{tmp_path}/cut", f"{tmp_path}/single"
+    losses = run_distributed(_save_and_train, world_size, first, settings, parallel)[0]
+    found = run_distributed(_load_save_and_train, 1, first, second, settings)[0]
+    assert found == pytest.approx(losses, rel=1e-5)
+    names, differences = run_distributed(_differences, 1, first, second)[0]
+    assert differences == []
+    moments = {name for name in names if "exp_avg" in name}
+    assert moments and all(".feed_forward." in name for name in moments)
+
+
+def _adapter_errors() -> list[str]:
+    chunk = _build(OUTER, _model_config(OUTER))
+    before = gather_adapter([chunk])
+    key = "layer_2_np.gate.W_down.1"
+    missing = {name: tensor for name, tensor in before.items() if name != key}
+    other_rank = {**before, key: before[key][:, :3]}
+    unknown = {**before, "layer_1_np.gate.W_down.1": before[key]}
+    errors = []
+    for tensors in (missing, other_rank, unknown, {}):
+        doubled = {name: 2 * tensor for name, tensor in tensors.items()}
+        with pytest.raises(ValueError, match="do not fit") as error:
+            load_adapter([chunk], doubled)
+        errors.append(str(error.value))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in gather_adapter([chunk]).items())
+    return errors
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_the_differences_and_changes_nothing() -> None:
+    missing, other_rank, unknown, nothing = run_distributed(_adapter_errors, 1)[0]
+    prefix = "the NP weights do not fit the model; "
+    assert missing == f"{prefix}missing: layer_2_np.gate.W_down.1"
+    assert other_rank == f"{prefix}of another shape: layer_2_np.gate.W_down.1 is [32, 3], must be [32, 4]"
+    assert unknown == f"{prefix}unknown: layer_1_np.gate.W_down.1"
+    assert nothing.endswith("and 43 more")

@@ -1,0 +1,69 @@
+"""Generation with a KV cache through NPT layers gives what full forward passes give, at any cut."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.inference.generation import Sampling, generate
+from megatron_ext.models.build import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.family import NPTFamily
+from megatron_ext.npt.layers import deactivated
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+
+MODEL = replace(TINY, init_method_std=0.3, hidden_dropout=0.5, attention_dropout=0.5)
+"""Weights large enough that the tokens differ; dropout, which must be off."""
+
+LOW_RANK = NPTModuleConfig(
+    npt_layers="all", np_target="gate+up+down", np_rank=8, np_residual="keep", np_init_scale=1.0
+)
+SETTINGS = {
+    "low_rank keep": LOW_RANK,
+    "outer drop": replace(LOW_RANK, np_form="outer_product", np_residual="drop", num_np_components=2),
+}
+PROMPTS = [[5, 17, 80], [3], [9, 9, 2, 41, 60, 7]]
+GREEDY = Sampling(max_new_tokens=8, temperature=0)
+
+
+def _build(name: str, parallel: ParallelConfig) -> tuple[GPTModel, NPTFamily]:
+    initialize(parallel, seed=1)
+    family = NPTFamily(SETTINGS[name])
+    chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=[family.extension()])
+    return chunks[0], family
+
+
+@torch.no_grad()
+def _by_full_passes(name: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Each token is the argmax of a forward pass over everything before it, without a cache; NP on, and off."""
+    model, _ = _build(name, CUTS["TP1"])
+    model.eval()
+
+    def continued(prompt: list[int]) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(GREEDY.max_new_tokens):
+            logits = model(torch.tensor([tokens]), torch.arange(len(tokens)).unsqueeze(0), None)
+            tokens.append(int(logits[0, -1, :VOCAB_SIZE].argmax()))
+        return tokens[len(prompt) :]
+
+    on = [continued(prompt) for prompt in PROMPTS]
+    with deactivated([model]):
+        return on, [continued(prompt) for prompt in PROMPTS]
+
+
+def _with_cache(name: str, parallel: ParallelConfig) -> list[list[int]]:
+    model, family = _build(name, parallel)
+    return generate(model, [family], PROMPTS, GREEDY, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_cached_generation_equals_full_passes_at_every_cut(name: str) -> None:
+    expected, base = run_distributed(_by_full_passes, 1, name)[0]
+    assert expected != base, "the NP components change what is generated"
+    for cut in ("TP1", "TP2", "PP2"):
+        for tokens in run_distributed(_with_cache, WORLD_SIZES[cut], name, CUTS[cut]):
+            assert tokens == expected, cut
