@@ -3,6 +3,7 @@
 
     python benchmarks/gpt.py                      h=512, 4 layers, s=512, b=2, V=8192, fp32 and bf16, all cores
 
+Every variant has a process of its own, as its user would run it, and works while the others wait.
 Every round times every variant once, in turn, so that a drift of the machine's speed meets all of them; the table shows
 medians over rounds, and a ratio is the median of the rounds' own ratios. Both sides do a whole training step: forward,
 backward, clipping of the gradient norm, AdamW in one fused kernel. Ours also does what training needs and the peer
@@ -31,7 +32,7 @@ from megatron_ext.models.accounting import ModelCost, model_cost
 from megatron_ext.models.build import build_model
 from megatron_ext.per_layer.config import PerLayerConfig
 from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.platform.distributed import initialize, shutdown, use_cuda
+from megatron_ext.platform.distributed import initialize, use_cuda
 from megatron_ext.platform.memory import memory_use
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
@@ -60,17 +61,39 @@ class BenchmarkConfig:
     rounds: int = 15
     """Timed rounds; each times every variant once."""
 
-    only: str | None = None
-    """Run one variant's steps and print this process's peak memory; used by the benchmark itself."""
+    worker: str | None = None
+    """Hold one variant and answer on standard output; how the benchmark starts its own processes."""
+
+
+SHAPE = ("hidden_size", "num_layers", "seq_length", "micro_batch_size", "vocab_size")
 
 
 @dataclass
 class Variant:
     """Something to time."""
 
-    name: str
     forward_backward: Callable[[], None]
     step: Callable[[], None]
+
+
+class Worker:
+    """A process that holds one variant and times what it is asked to, as its user would run it."""
+
+    def __init__(self, config: BenchmarkConfig, name: str, bf16: bool) -> None:
+        shape = [f"--{field.replace('_', '-')}={getattr(config, field)}" for field in SHAPE]
+        variant = f"--worker={name}/{'bf16' if bf16 else 'fp32'}"
+        command = [sys.executable, __file__, *shape, variant]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, part: str) -> float:
+        """Seconds of `fb` (forward+backward) or `step`, FLOP/s of `gemm`, bytes of `peak` or `steps`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(part, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
 
 
 def main() -> None:
@@ -78,30 +101,43 @@ def main() -> None:
     config: BenchmarkConfig = parse(
         BenchmarkConfig, prog="benchmarks/gpt.py", description="Speed of a training step against its peers."
     )["config"]
-    initialize(ParallelConfig(), seed=1)
-    if config.only is not None:
-        _measure_memory(config)
+    if config.worker is not None:
+        _serve(config, *config.worker.split("/"))
         return
     for bf16 in (False, True):
-        _table(config, bf16)
-    shutdown()
+        workers = {name: Worker(config, name, bf16) for name in VARIANTS}
+        times: dict[str, list[float]] = {}
+        for _ in range(config.rounds):
+            times.setdefault("gemm", []).append(1.0 / workers["ours"].ask("gemm"))
+            for name, worker in workers.items():
+                for part in ("fb", "step"):
+                    times.setdefault(f"{name} {part}", []).append(worker.ask(part))
+        _print(config, bf16, times, {name: (w.ask("peak"), w.ask("steps")) for name, w in workers.items()})
+        for worker in workers.values():
+            worker.close()
 
 
-def _table(config: BenchmarkConfig, bf16: bool) -> None:
-    variants = {name: make(config, bf16) for name, make in VARIANTS.items()}
-    times: dict[str, list[float]] = {}
+def _serve(config: BenchmarkConfig, name: str, precision: str) -> None:
+    """Answers `Worker.ask` line by line."""
+    bf16 = precision == "bf16"
+    variant = VARIANTS[name](config, bf16)
+    before = memory_use().current
     for _ in range(3):
-        for variant in variants.values():
-            variant.step()
-    for _ in range(config.rounds):
-        times.setdefault("gemm", []).append(1.0 / _gemm_rate(bf16))
-        for name, variant in variants.items():
-            times.setdefault(f"{name} fb", []).append(_timed(variant.forward_backward))
-            times.setdefault(f"{name} step", []).append(_timed(variant.step))
-    _print(config, bf16, times)
+        variant.step()
+    answers: dict[str, Callable[[], float]] = {
+        "fb": lambda: _timed(variant.forward_backward),
+        "step": lambda: _timed(variant.step),
+        "gemm": lambda: _gemm_rate(bf16),
+        "peak": lambda: float(memory_use().peak),
+        "steps": lambda: float(memory_use().peak - before),
+    }
+    for line in sys.stdin:
+        print(answers[line.strip()](), flush=True)
 
 
-def _print(config: BenchmarkConfig, bf16: bool, times: dict[str, list[float]]) -> None:
+def _print(
+    config: BenchmarkConfig, bf16: bool, times: dict[str, list[float]], memory: dict[str, tuple[float, float]]
+) -> None:
     tokens = config.micro_batch_size * config.seq_length
     precision = "bf16" if bf16 else "fp32"
     device = torch.cuda.get_device_name() if use_cuda() else f"CPU, {torch.get_num_threads()} threads"
@@ -116,7 +152,8 @@ def _print(config: BenchmarkConfig, bf16: bool, times: dict[str, list[float]]) -
         for part in ("fb", "step"):
             seconds = statistics.median(times[f"{name} {part}"])
             row += [f"{1e3 * seconds:.1f} ms", f"{tokens / seconds:.0f}"]
-        table.add_row(name, *row, _memory_of(name, precision))
+        peak, by_steps = (value / 2**20 for value in memory[name])
+        table.add_row(name, *row, f"{peak:.0f} MiB (+{by_steps:.0f} by steps)")
     console = Console(width=120)
     console.print(table)
     for line in _ratios(config, times):
@@ -175,7 +212,8 @@ def _per_layer(config: BenchmarkConfig) -> PerLayerFamily:
     return PerLayerFamily(per_layer, vocab_size=config.vocab_size)
 
 
-def _ours(config: BenchmarkConfig, bf16: bool, families: list[Family], name: str) -> Variant:
+def _ours(config: BenchmarkConfig, bf16: bool, families: list[Family]) -> Variant:
+    initialize(ParallelConfig(), seed=1)
     parallel, model = ParallelConfig(), _model(config)
     chunks = build_model(
         model,
@@ -202,7 +240,6 @@ def _ours(config: BenchmarkConfig, bf16: bool, families: list[Family], name: str
     )
     batches = _batches(config)
     return Variant(
-        name,
         forward_backward=lambda: _discard(stepper.forward_backward(batches)),
         step=lambda: _discard(stepper.train(batches, 1)),
     )
@@ -225,7 +262,7 @@ def _hugging_face(config: BenchmarkConfig, bf16: bool) -> Variant:
             attn_implementation="sdpa",
         )
     )
-    device = torch.device(torch.cuda.current_device())
+    device = _device()
     model = model.to(device, torch.bfloat16 if bf16 else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     batches = _batches(config)
@@ -240,13 +277,13 @@ def _hugging_face(config: BenchmarkConfig, bf16: bool) -> Variant:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return Variant("hugging face", forward_backward, step)
+    return Variant(forward_backward, step)
 
 
 VARIANTS: dict[str, Callable[[BenchmarkConfig, bool], Variant]] = {
-    "ours": lambda config, bf16: _ours(config, bf16, [], "ours"),
+    "ours": lambda config, bf16: _ours(config, bf16, []),
     "hugging face": _hugging_face,
-    "ours + PLE": lambda config, bf16: _ours(config, bf16, [_per_layer(config)], "ours + PLE"),
+    "ours + PLE": lambda config, bf16: _ours(config, bf16, [_per_layer(config)]),
 }
 
 
@@ -266,37 +303,29 @@ def _batches(config: BenchmarkConfig) -> Iterator[Batch]:
 def _gemm_rate(bf16: bool, size: int = 2048) -> float:
     """FLOP/s of a large square matrix product, the machine's own limit."""
     size = 8192 if use_cuda() else size
-    device = torch.device(torch.cuda.current_device())
-    a = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
+    a = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=_device())
     return 2.0 * size**3 / min(_timed(lambda: _discard(a @ a)) for _ in range(3))
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if use_cuda() else "cpu")
+
+
 def _timed(run: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
+    _wait()
     started = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    _wait()
     return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if use_cuda():
+        torch.cuda.synchronize()
 
 
 def _discard(_: Any) -> None:
     """Drops a result that only its computation's time was wanted of."""
-
-
-def _memory_of(name: str, precision: str) -> str:
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", f"{name}/{precision}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _measure_memory(config: BenchmarkConfig) -> None:
-    assert config.only is not None
-    name, precision = config.only.split("/")
-    variant = VARIANTS[name](config, precision == "bf16")
-    before = memory_use().current
-    for _ in range(3):
-        variant.step()
-    peak = memory_use().peak
-    print(f"{peak / 2**20:.0f} MiB (+{(peak - before) / 2**20:.0f} by steps)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The simplest language model a trained one must beat: the frequencies of single tokens.
 
-    H = - sum_v q(v) log p(v),   q: frequencies in the evaluated data,  p: in the training data, add-one smoothed
+H = - sum_v q(v) log p(v),   q: frequencies in the evaluated data,  p: in the training data, add-one smoothed
 """
 
 import math

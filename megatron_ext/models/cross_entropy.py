@@ -2,32 +2,44 @@
 
     loss = log(sum_v exp(z_v)) - z_label,   d loss / d z = softmax(z) - onehot(label)
 
-With tensor parallelism the vocabulary is split, and megatron-core's vocabulary-parallel cross-entropy is used instead.
-Shapes: logits [..., V], labels [...], losses [...] in fp32.
+The forward pass goes through the logits in blocks of rows that stay in the cache, computes in fp32 and keeps the
+softmax, in the logits' precision, for the backward pass. With tensor parallelism the vocabulary is split, and
+megatron-core's vocabulary-parallel cross-entropy is used instead. Shapes: logits [..., V], labels [...], losses [...]
+in fp32.
 """
 
 from typing import Any
 
 import torch
 
+_BLOCK_BYTES = 1 << 21
+"""fp32 values of a block on a CPU; a GPU takes all rows at once."""
+
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        index = labels.unsqueeze(-1)
-        losses = log_probabilities.gather(-1, index).squeeze(-1).neg_()
-        ctx.save_for_backward(log_probabilities, index)
-        ctx.dtype = logits.dtype
-        return losses
+        rows = logits.reshape(-1, logits.size(-1))
+        index = labels.reshape(-1, 1)
+        softmax = torch.empty_like(rows)
+        losses = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        step = len(rows) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * rows.size(1)))
+        for start in range(0, len(rows), step):
+            block = slice(start, start + step)
+            log_probabilities = torch.log_softmax(rows[block], dim=-1, dtype=torch.float32)
+            losses[block] = log_probabilities.gather(-1, index[block]).squeeze(-1).neg_()
+            softmax[block] = log_probabilities.exp_()
+        ctx.save_for_backward(softmax, index)
+        ctx.shape = logits.shape
+        return losses.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        log_probabilities, index = ctx.saved_tensors
-        scale = grads[0].unsqueeze(-1)
-        grad = log_probabilities.exp_().mul_(scale)
+        softmax, index = ctx.saved_tensors
+        scale = grads[0].reshape(-1, 1).to(softmax.dtype)
+        grad = softmax.mul_(scale)
         grad.scatter_add_(-1, index, scale.neg())
-        return grad.to(ctx.dtype), None
+        return grad.view(ctx.shape), None
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

