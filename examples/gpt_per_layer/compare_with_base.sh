@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Per-layer embedding against the base model at an equal number of steps, on held-out text, three seeds each.
+# Per-layer embedding against the base model at an equal number of steps, on held-out text, two seeds each.
 #
 #     make quickstart && bash examples/gpt_per_layer/compare_with_base.sh
 #
-# Uses the quickstart's data (or that of the directory given). Two runs at a time, one core each; about ten minutes.
+# Uses the quickstart's data (or that of the directory given). Two runs at a time, one core each; about six minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=${1:-runs/quickstart}
 out=${OUT:-runs/compare_with_base}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-steps=${TRAIN_ITERS:-600}
-seeds=${SEEDS:-1 2 3}
+steps=${TRAIN_ITERS:-400}
+seeds=${SEEDS:-1 2}
 export OMP_NUM_THREADS=1
 [ -f "$data/train_text_document.idx" ] || { echo "error: $data/train_text_document.idx: missing; run make quickstart" >&2; exit 2; }
 mkdir -p "$out"
