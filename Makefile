@@ -1,5 +1,5 @@
 # make install     .venv with the package and all that the tests and the quickstart need; skipped if up to date
-# make quickstart  raw text to a trained per-layer GPT, about six minutes on two CPU cores
+# make quickstart  raw text to a trained per-layer GPT, about five minutes on two CPU cores
 # make test        lint, types and all tests
 # make check       lint and types only
 # make bench       every benchmark, one table each

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole story of per-layer GPT pretraining on real text, on two CPU cores in a few minutes: `make quickstart`.
+# The whole story of per-layer GPT pretraining on real text, on two CPU cores in about five minutes: `make quickstart`.
 # Every command is printed before it runs. Everything it makes is under runs/quickstart, or the directory given.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,13 +8,13 @@ python=${PYTHON:-python3}
 # Two processes share the cores; more threads than cores would only make them wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-run() {
-    printf '\n\033[1m$ %s\033[0m\n' "$*"
+run() { # prints the command so that it can be pasted, then runs it
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
     "$@"
 }
-torchrun() {
-    "$python" -m torch.distributed.run --nproc-per-node 2 --log-dir "$out/torchrun" "$@"
-}
+torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
 
 rm -rf "$out"
 mkdir -p "$out"
@@ -41,17 +41,17 @@ echo "== 4. Training: two processes, tensor parallel"
 train=(pretrain_gpt_per_layer.py --config examples/gpt_per_layer/quickstart.yaml "${tokenizer[@]}"
     --data-path "$out/train_text_document" --per-layer-vocab-file "$out/per_layer_vocab.json"
     --data-cache-path "$out/cache" --tensorboard-dir "$out/tensorboard" --save "$out/checkpoint")
-run torchrun "${train[@]}" --exit-interval 100
+run "${torchrun[@]}" "${train[@]}" --exit-interval 100
 
 echo "== 5. The same run goes on from its checkpoint"
-run torchrun "${train[@]}" --load "$out/checkpoint"
+run "${torchrun[@]}" "${train[@]}" --load "$out/checkpoint"
 
 echo "== 6. Held-out text: loss and perplexity, beside the unigram entropy of the corpus"
-run torchrun tools/evaluate.py --load "$out/checkpoint" --data-path "$out/held_out_text_document" \
+run "${torchrun[@]}" tools/evaluate.py --load "$out/checkpoint" --data-path "$out/held_out_text_document" \
     --unigram-from "$out/train_text_document" --output "$out/evaluation.json"
 
 echo "== 7. A continuation"
-run torchrun tools/generate.py --load "$out/checkpoint" --prompt "The function returns" --max-new-tokens 48 \
+run "${torchrun[@]}" tools/generate.py --load "$out/checkpoint" --prompt "The function returns" --max-new-tokens 48 \
     --temperature 0.7 --top-p 0.9
 
 echo "== 8. What happened"

@@ -40,12 +40,20 @@ def main() -> None:
 
     losses, validation = _read(config.tensorboard_dir)
     table = Table(title="cross-entropy in nats a token")
-    for column in ("step", "training loss", "validation loss", "validation perplexity"):
+    for column in (
+        "step",
+        "training loss (mean since the row above)",
+        "validation loss",
+        "validation perplexity",
+    ):
         table.add_column(column, justify="right")
+    above = 0
     for step in _pick(sorted(losses), sorted(validation), config.rows):
         loss = validation.get(step)
         shown = ("", "") if loss is None else (f"{loss:.4f}", f"{math.exp(loss):.2f}")
-        table.add_row(str(step), f"{losses[step]:.4f}" if step in losses else "", *shown)
+        since = [losses[s] for s in losses if above < s <= step]
+        above = step
+        table.add_row(str(step), f"{math.fsum(since) / len(since):.4f}" if since else "", *shown)
     console = Console(width=100)
     console.print(table)
     if config.evaluation is not None:

@@ -143,7 +143,8 @@ def open_index(prefix: str) -> Index:
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"data file not found: {path}")
+            hint = "; give the prefix without .bin and .idx" if prefix.endswith((".bin", ".idx")) else ""
+            raise FileNotFoundError(f"data file not found: {path}{hint}")
     dtype, sequences, documents = _read_header(idx)
     expected = _HEADER_BYTES + 12 * sequences + 8 * documents
     actual = os.path.getsize(idx)

@@ -75,7 +75,10 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
     if not prefixes:
         raise ValueError("--data-path: missing (or --train-data-path)")
     for prefix in prefixes:
-        check_dataset(prefix, tokenizer.fingerprint())
+        try:
+            check_dataset(prefix, tokenizer.fingerprint())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
         check_writable(configs["checkpoint"].save)
 
