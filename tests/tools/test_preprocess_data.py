@@ -1,5 +1,6 @@
 """tools/preprocess_data.py as a user runs it: results, errors, kills and resumption."""
 
+import contextlib
 import json
 import os
 import resource
@@ -192,7 +193,7 @@ def start(*arguments: Any) -> Any:
         except (OSError, ValueError):
             pass
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        time.sleep(0.005)
     raise AssertionError("no piece was finished")
 
 
@@ -221,7 +222,13 @@ def test_a_killed_run_leaves_nothing_finished_and_is_resumed(
     process = start(*arguments, "--workers", 2, "--encoder", "reference")
     workers = children(process)
     assert len(workers) == 2
+    # Held still, so that on a fast machine the run cannot finish before the signal arrives.
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
     os.kill(process.pid if victim == "parent" else workers[0], kill)
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code, stderr
     if code == 3:
