@@ -53,7 +53,7 @@ def tokenizer_flags(tmp_path_factory: Any) -> Any:
 def corpus(tmp_path_factory: Any) -> Any:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rows = [json.dumps({"text": text}) for text in real_documents()]
-    path.write_text("\n".join(f"{row}" for row in rows * 9) + "\n")
+    path.write_text("\n".join(f"{row}" for row in rows * 16) + "\n")
     return path
 
 
