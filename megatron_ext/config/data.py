@@ -64,18 +64,18 @@ def _check_blend(flag_name: str, values: tuple[str, ...] | None) -> None:
     given = " ".join(values)
     if not values:
         raise ValueError(f"{flag_name}: needs at least one prefix")
-    if len(values) == 1 or not _is_number(values[0]):
+    if len(values) == 1 or not is_number(values[0]):
         return
     if len(values) % 2:
         raise ValueError(f"{flag_name} {given}: weights and prefixes must alternate, the last has no partner")
     for weight in values[::2]:
-        if not _is_number(weight) or not 0 < float(weight) < float("inf"):
+        if not is_number(weight) or not 0 < float(weight) < float("inf"):
             raise ValueError(f"{flag_name} {given}: {weight!r} is not a weight above 0")
 
 
 def _check_split(split: str) -> None:
     parts = split.split(",")
-    if not all(_is_number(part) and float(part) >= 0 for part in parts) or not sum(map(float, parts)) > 0:
+    if not all(is_number(part) and float(part) >= 0 for part in parts) or not sum(map(float, parts)) > 0:
         raise ValueError(f"--split {split}: must be up to three shares such as 969,30,1")
     if len(parts) > 3:
         raise ValueError(
@@ -83,7 +83,8 @@ def _check_split(split: str) -> None:
         )
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """True for a weight in a blend, False for a prefix."""
     try:
         float(text)
     except ValueError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from megatron.core import parallel_state
 
-from megatron_ext.config.data import DataConfig
+from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
@@ -71,7 +71,7 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies) -> int:
 def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
     data: DataConfig = configs["data"]
     paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
-    prefixes = [prefix for path in paths for prefix in path or () if not _is_weight(prefix)]
+    prefixes = [prefix for path in paths for prefix in path or () if not is_number(prefix)]
     if not prefixes:
         raise ValueError("--data-path: missing (or --train-data-path)")
     for prefix in prefixes:
@@ -81,14 +81,6 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
             raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
         check_writable(configs["checkpoint"].save)
-
-
-def _is_weight(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]) -> int:
