@@ -28,8 +28,8 @@ from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.corpus import write_corpus
 from megatron_ext.data.indexed import Index, open_index, write_index
 from megatron_ext.data.manifest import write_manifest
-from megatron_ext.data.per_layer_ids import count_tokens, write_aligned
-from megatron_ext.data.per_layer_vocab import (
+from megatron_ext.data.per_layer.ids import count_tokens, write_aligned
+from megatron_ext.data.per_layer.vocab import (
     STRATEGIES,
     Strategy,
     TableArray,

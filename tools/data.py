@@ -19,8 +19,8 @@ from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.indexed import Index
 from megatron_ext.data.manifest import check_dataset, read_manifest
-from megatron_ext.data.per_layer_alignment import check_aligned, require_per_layer_files
-from megatron_ext.data.per_layer_vocab import load_vocabulary
+from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
+from megatron_ext.data.per_layer.vocab import load_vocabulary
 from megatron_ext.data.rewrite import length_histogram, merge, shuffle, split
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.data.verify import verify

@@ -44,8 +44,8 @@ def main() -> int:
     )
     # Each worker is one core; the tokenizer libraries must not start threads of their own.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from megatron_ext.data.preprocess import Preprocessor, quarantined_path, rejected_path
-    from megatron_ext.data.worker_pool import WorkerBug, WorkerDied
+    from megatron_ext.data.preprocess.run import Preprocessor, quarantined_path, rejected_path
+    from megatron_ext.data.preprocess.worker_pool import WorkerBug, WorkerDied
 
     signal.signal(signal.SIGTERM, _terminate)
     output = configs["output"]

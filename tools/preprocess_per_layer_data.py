@@ -18,8 +18,8 @@ from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.console import token_progress
 from megatron_ext.data.indexed import Index, bin_path, idx_path
 from megatron_ext.data.manifest import check_dataset, read_manifest, sha256_of, write_manifest
-from megatron_ext.data.per_layer_ids import count_tokens, write_aligned
-from megatron_ext.data.per_layer_vocab import (
+from megatron_ext.data.per_layer.ids import count_tokens, write_aligned
+from megatron_ext.data.per_layer.vocab import (
     Strategy,
     TableArray,
     build_table,

@@ -33,7 +33,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_ext.config.data import DataConfig
 from megatron_ext.data.blends import Blends, blends_of, check_splits
 from megatron_ext.data.manifest import check_dataset
-from megatron_ext.data.per_layer_alignment import check_aligned, require_per_layer_files
+from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
 
 _IDENTITY_BYTES = 1 << 20

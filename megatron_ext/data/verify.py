@@ -9,9 +9,9 @@ import numpy as np
 
 from megatron_ext.data.indexed import Index, bin_path, check_contiguous, idx_path
 from megatron_ext.data.manifest import check_dataset, read_manifest, sha256_of
-from megatron_ext.data.per_layer_alignment import check_aligned
-from megatron_ext.data.per_layer_ids import check_bounds, derive
-from megatron_ext.data.per_layer_vocab import STRATEGIES, load_vocabulary, table_path
+from megatron_ext.data.per_layer.alignment import check_aligned
+from megatron_ext.data.per_layer.ids import check_bounds, derive
+from megatron_ext.data.per_layer.vocab import STRATEGIES, load_vocabulary, table_path
 
 _CHUNK_TOKENS = 1 << 20
 

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
-from megatron_ext.data.per_layer_vocab import load_per_layer_table
+from megatron_ext.data.per_layer.vocab import load_per_layer_table
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.gpt_model import GPTModel

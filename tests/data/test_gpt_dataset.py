@@ -14,7 +14,7 @@ from megatron_ext.config.data import DataConfig
 from megatron_ext.data.gpt_dataset import build_datasets
 from megatron_ext.data.indexed import open_index
 from megatron_ext.data.manifest import write_manifest
-from megatron_ext.data.per_layer_ids import write_aligned
+from megatron_ext.data.per_layer.ids import write_aligned
 from megatron_ext.testing.datasets import ListTokenizer, write_dataset
 from megatron_ext.testing.distributed import run_distributed
 

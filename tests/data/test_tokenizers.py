@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron.core.tokenizers.text import libraries as mcore
 
 from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.encoding import Encoder, choose_encoder
+from megatron_ext.data.preprocess.encoding import Encoder, choose_encoder
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.data.tokenizers.base import PROBE_TEXTS
 from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_sentencepiece
@@ -267,7 +267,7 @@ def test_without_gigatoken_the_reference_runs(bpe_dir: Any, monkeypatch: pytest.
 def test_gigatokens_cache_is_given_back_and_ids_stay_the_same(
     bpe_dir: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_ext.data import encoding
+    from megatron_ext.data.preprocess import encoding
 
     ours = gpt2(bpe_dir)
     encoder = Encoder(ours, "gigatoken")
@@ -288,7 +288,7 @@ def test_gigatokens_cache_is_given_back_and_ids_stay_the_same(
 
 def test_batches_do_not_change_the_ids(bpe_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = gpt2(bpe_dir)
-    monkeypatch.setattr("megatron_ext.data.encoding._BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("megatron_ext.data.preprocess.encoding._BATCH_CHARACTERS", 50)
     texts = [text for text in TEXTS for _ in range(3)]
     assert encoded(Encoder(ours, "reference"), texts) == [ours.tokenize(text) for text in texts]
 

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_ext.data.indexed import open_index
 from megatron_ext.data.manifest import manifest_path, write_manifest
-from megatron_ext.data.per_layer_ids import write_aligned
-from megatron_ext.data.per_layer_vocab import (
+from megatron_ext.data.per_layer.ids import write_aligned
+from megatron_ext.data.per_layer.vocab import (
     build_table,
     build_vocabulary,
     save_table,

@@ -12,8 +12,8 @@ import tokenizers
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.indexed import open_index
 from megatron_ext.data.manifest import check_dataset, read_manifest, write_manifest
-from megatron_ext.data.per_layer_alignment import check_aligned
-from megatron_ext.data.per_layer_vocab import STRATEGIES, load_per_layer_table
+from megatron_ext.data.per_layer.alignment import check_aligned
+from megatron_ext.data.per_layer.vocab import STRATEGIES, load_per_layer_table
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.testing.datasets import write_dataset
 from tools.preprocess_per_layer_data import main

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.data.indexed import chunks, write_index
+from megatron_ext.data.preprocess.shards import ShardInfo, remove_shard, shard_path
 from megatron_ext.data.readers import Source
-from megatron_ext.data.shards import ShardInfo, remove_shard, shard_path
 
 _COPY_UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)
 

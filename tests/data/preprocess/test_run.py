@@ -14,14 +14,20 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
 from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data import assembly as assembly_module
-from megatron_ext.data.assembly import Assembly
-from megatron_ext.data.encoding import Encoder
-from megatron_ext.data.preprocess import Preprocessor
+from megatron_ext.data.preprocess import assembly as assembly_module
+from megatron_ext.data.preprocess.assembly import Assembly
+from megatron_ext.data.preprocess.encoding import Encoder
+from megatron_ext.data.preprocess.run import Preprocessor
+from megatron_ext.data.preprocess.shards import (
+    RejectedLine,
+    ShardOptions,
+    encode_chunk,
+    read_finished_shard,
+    shard_path,
+)
+from megatron_ext.data.preprocess.work_directory import WorkDirectory, hold_as_worker
 from megatron_ext.data.readers import expand_inputs, plan_chunks
-from megatron_ext.data.shards import RejectedLine, ShardOptions, encode_chunk, read_finished_shard, shard_path
 from megatron_ext.data.tokenizers import build_tokenizer
-from megatron_ext.data.work_directory import WorkDirectory, hold_as_worker
 
 BYTES = TokenizerConfig(tokenizer_type="ByteLevelTokenizer")
 
@@ -246,7 +252,7 @@ def test_publication_goes_on_after_a_kill_at_any_rename(
             raise Killed
         replace(*args)
 
-    monkeypatch.setattr("megatron_ext.data.work_directory.os.replace", counting)
+    monkeypatch.setattr("megatron_ext.data.preprocess.work_directory.os.replace", counting)
     with pytest.raises(Killed):
         work.publish()
     monkeypatch.undo()

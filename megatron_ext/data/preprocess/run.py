@@ -17,17 +17,17 @@ import numpy as np
 
 from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
 from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.assembly import Assembly, load_state
-from megatron_ext.data.encoding import Choice, choose_encoder
 from megatron_ext.data.indexed import bin_path, idx_path, optimal_dtype
 from megatron_ext.data.manifest import manifest_path, write_manifest
-from megatron_ext.data.progress import ProgressDisplay
+from megatron_ext.data.preprocess.assembly import Assembly, load_state
+from megatron_ext.data.preprocess.encoding import Choice, choose_encoder
+from megatron_ext.data.preprocess.progress import ProgressDisplay
+from megatron_ext.data.preprocess.scheduler import LongLines, Scheduler, WorkerSettings
+from megatron_ext.data.preprocess.shards import ShardInfo, ShardOptions
+from megatron_ext.data.preprocess.work_directory import WorkDirectory
 from megatron_ext.data.readers import Chunk, expand_inputs, plan_chunks, read_chunk
 from megatron_ext.data.readers.sources import chunk_size
-from megatron_ext.data.scheduler import LongLines, Scheduler, WorkerSettings
-from megatron_ext.data.shards import ShardInfo, ShardOptions
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.data.work_directory import WorkDirectory
 
 TOOL = "tools/preprocess_data.py"
 _SAMPLED_CHUNKS = 8

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.assembly import Assembly
-from megatron_ext.data.encoding import Encoder, EncoderName
-from megatron_ext.data.progress import ProgressDisplay
-from megatron_ext.data.readers import Chunk, read_chunk
-from megatron_ext.data.readers.lines import count_line_starts
-from megatron_ext.data.shards import (
+from megatron_ext.data.preprocess.assembly import Assembly
+from megatron_ext.data.preprocess.encoding import Encoder, EncoderName
+from megatron_ext.data.preprocess.progress import ProgressDisplay
+from megatron_ext.data.preprocess.shards import (
     RejectedLine,
     ShardInfo,
     ShardOptions,
@@ -20,10 +18,12 @@ from megatron_ext.data.shards import (
     read_finished_shard,
     remove_shard,
 )
+from megatron_ext.data.preprocess.work_directory import hold_as_worker
+from megatron_ext.data.preprocess.worker_pool import Done, Failed, Report, TaskFunction, WorkerPool
+from megatron_ext.data.preprocess.worker_pool import Progress as WorkerProgress
+from megatron_ext.data.readers import Chunk, read_chunk
+from megatron_ext.data.readers.lines import count_line_starts
 from megatron_ext.data.tokenizers import build_tokenizer
-from megatron_ext.data.work_directory import hold_as_worker
-from megatron_ext.data.worker_pool import Done, Failed, Report, TaskFunction, WorkerPool
-from megatron_ext.data.worker_pool import Progress as WorkerProgress
 
 _WAIT_SECONDS = 0.2
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ext.data import per_layer_ids
 from megatron_ext.data.indexed import open_index
-from megatron_ext.data.per_layer_ids import count_tokens, document_ids, write_aligned
-from megatron_ext.data.per_layer_vocab import SPECIAL, STRATEGIES
+from megatron_ext.data.per_layer import ids as ids_module
+from megatron_ext.data.per_layer.ids import count_tokens, document_ids, write_aligned
+from megatron_ext.data.per_layer.vocab import SPECIAL, STRATEGIES
 from megatron_ext.testing.datasets import write_dataset
 
 VOCAB = 50
@@ -56,8 +56,8 @@ def test_aligned_dataset_equals_the_rules_token_by_token(
     folder = tmp_path_factory.mktemp("data")
     write_dataset(f"{folder}/d", documents)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(per_layer_ids, "_CHUNK_TOKENS", chunk)
-        patch.setattr(per_layer_ids, "_CHUNK_DOCUMENTS", 2)
+        patch.setattr(ids_module, "_CHUNK_TOKENS", chunk)
+        patch.setattr(ids_module, "_CHUNK_DOCUMENTS", 2)
         patch.setattr("os.fsync", lambda _: None)
         write(folder, strategy)
     expected = [slow_ids([t for sequence in document for t in sequence], strategy) for document in documents]
@@ -87,7 +87,7 @@ def test_id_type_follows_the_per_layer_vocabulary_as_mcores_does(
 def test_tokens_are_counted_and_a_foreign_token_id_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_layer_ids, "_CHUNK_TOKENS", 3)
+    monkeypatch.setattr(ids_module, "_CHUNK_TOKENS", 3)
     write_dataset(f"{tmp_path}/d", [[[1, 2, 1]], [[3, 1, 60]]])
     index = open_index(f"{tmp_path}/d")
     assert count_tokens(index, 61).tolist() == np.bincount([1, 2, 1, 3, 1, 60], minlength=61).tolist()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.data.per_layer_vocab import (
+from megatron_ext.data.per_layer.vocab import (
     SPECIAL,
     SPECIAL_TOKENS,
     STRATEGIES,

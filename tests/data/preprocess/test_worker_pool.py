@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.data.worker_pool import Done, Failed, Progress, WorkerBug, WorkerDied, WorkerPool
+from megatron_ext.data.preprocess.worker_pool import Done, Failed, Progress, WorkerBug, WorkerDied, WorkerPool
 
 
 def make_worker(argument: int) -> Any:

@@ -29,7 +29,7 @@ from megatron_ext.data.indexed import (
     write_index,
 )
 from megatron_ext.data.manifest import manifest_path, write_atomically
-from megatron_ext.data.per_layer_vocab import SPECIAL, Strategy, TableArray
+from megatron_ext.data.per_layer.vocab import SPECIAL, Strategy, TableArray
 
 ATTENTION_PERIOD = 10
 _CHUNK_TOKENS = 1 << 18  # 256K tokens: the work arrays stay in the cache
