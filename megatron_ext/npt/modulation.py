@@ -72,6 +72,7 @@ class Modulation(MegatronModule):
         super().__init__(config)
         self.groups = groups
         self.settings = settings
+        self.target = target
         self.reads_ffn = target == "down"
         widths = (config.hidden_size, config.ffn_hidden_size)
         self.output_size, self.input_size = widths if self.reads_ffn else widths[::-1]
@@ -97,13 +98,16 @@ class Modulation(MegatronModule):
 
     def coefficients(self, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """u [s, b, k r] ([s/t, b, k r] under sequence parallel) for the input x of `read` and a, [s(/t), b, h]."""
+        return self.combine(self.read_whole(x), attention_output)
+
+    def read_whole(self, x: torch.Tensor) -> torch.Tensor:
+        """`read`, summed over the ranks where x is split; this rank's rows [s/t, b, ..] under sequence parallel."""
         products = self.read(x)
-        if self.reads_ffn and self.groups.tp.size() > 1:
-            if self.config.sequence_parallel:
-                products = reduce_scatter_to_sequence_parallel_region(products, group=self.groups.tp)
-            else:
-                products = reduce_from_tensor_model_parallel_region(products, group=self.groups.tp)
-        return self.combine(products, attention_output)
+        if not self.reads_ffn or self.groups.tp.size() == 1:
+            return products
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(products, group=self.groups.tp)
+        return reduce_from_tensor_model_parallel_region(products, group=self.groups.tp)
 
     @property
     def output_factor(self) -> torch.Tensor:
@@ -199,20 +203,27 @@ class OuterProductModulation(Modulation):
     def combine(self, products: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """(v_a . x) z, scaled: [.., k r]. In fp32, as sums of products should be."""
         settings, rank = self.settings, self.settings.np_rank
-        z = self._code(attention_output)
+        z = self.code(attention_output)
         components = settings.num_np_components
         read = products[..., : settings.total_rank].float().unflatten(-1, (components, rank))
         s = (z * read).sum(-1) * rank**-0.5
         if settings.has_affine:
             s = s + products[..., settings.total_rank :].float()
         if self.reads_ffn and settings.np_normalize:
-            s = s * torch.rsqrt(read.square().mean(-1) + EPS)
+            s = s * self.inverse_read_rms(products)
         else:
             s = s * self.input_size**-0.5
         s = s * (settings.np_scale / math.sqrt(settings.total_rank))
         return (s.unsqueeze(-1) * z).flatten(-2).to(products.dtype)
 
-    def _code(self, attention_output: torch.Tensor) -> torch.Tensor:
+    def inverse_read_rms(self, products: torch.Tensor) -> torch.Tensor:
+        """1 / rms(W_a_up x) [.., k] in fp32, from the products of `read`, whole."""
+        settings = self.settings
+        read = products[..., : settings.total_rank].float()
+        read = read.unflatten(-1, (settings.num_np_components, settings.np_rank))
+        return torch.rsqrt(read.square().mean(-1) + EPS)
+
+    def code(self, attention_output: torch.Tensor) -> torch.Tensor:
         """z [.., k, r] in fp32."""
         settings = self.settings
         z = (attention_output @ self.W_down).float()
