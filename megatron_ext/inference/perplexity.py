@@ -18,7 +18,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.output_loss import OutputLoss
 from megatron_ext.training.schedule import run_microbatches
 
 
@@ -76,7 +78,7 @@ def evaluate_perplexity(
         while step := list(islice(batches, stages)):
             while len(step) < stages:
                 step.append({**step[0], "loss_mask": torch.zeros_like(step[0]["loss_mask"])})
-            for output in run_microbatches(chunks, families, step, _masked_sum, forward_only=True):
+            for output in run_microbatches(chunks, families, step, _MaskedSum(), forward_only=True):
                 sums += torch.stack([output["sum"], output["count"]])
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
@@ -128,7 +130,12 @@ def _micro_batches(
         }
 
 
-def _masked_sum(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    mask = batch["loss_mask"].double()
-    total = (losses.double() * mask).sum()
-    return total.float(), {"sum": total, "count": mask.sum()}
+class _MaskedSum(OutputLoss):
+    """Sums in the place of means: windows may be shorter than others."""
+
+    def __call__(
+        self, model: GPTModel, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mask = batch["loss_mask"].double()
+        total = (output.double() * mask).sum()
+        return total.float(), {"sum": total, "count": mask.sum()}

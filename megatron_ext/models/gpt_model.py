@@ -8,6 +8,8 @@ Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence paral
 Without streams the forward pass is megatron-core's own, to the bit.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,10 +81,26 @@ class GPTModel(EngineGPTModel):
         streams = dict(travelling)
         for name in self.stage_module_names:
             streams |= getattr(self, name)(side_inputs or {}, travelling)
-        if self.channel.reaches_layers:
-            kwargs["extra_block_kwargs"] = {"context": self.channel.pack(streams)}
+        packed = self.channel.pack(streams) if self.channel.reaches_layers else None
+        if packed is not None:
+            kwargs["extra_block_kwargs"] = {"context": packed}
         output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
-        return output if self.post_process else self.channel.join(output, streams)
+        return output if self.stage.is_last else self.channel.join(output, streams)
+
+    @contextlib.contextmanager
+    def without_head(self) -> Iterator[None]:
+        """Within it the last stage returns what the output layer would read, [s, b, h]; no labels then."""
+        self.post_process = False
+        try:
+            yield
+        finally:
+            self.post_process = self.stage.is_last
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [s, b, V/t] of what the output layer reads, [s, b, h] ([s/t, b, h]); on the last stage only."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden_states, weight=weight)[0]
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Losses [b, s] of labels [b, s] under logits [s, b, V/t]."""

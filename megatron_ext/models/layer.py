@@ -2,7 +2,7 @@
 
     x      <- before_layer(x, side)
     x      <- x + Attention(LN1(x))
-    x      <- x + MLP(LN2(x))                    or   feed_forward(layer, x, attention output, side)
+    x      <- x + MLP(LN2(x))                    or, in the place of both lines, feed_forward(layer, x, attend, side)
     output <- after_mlp(x, side)
 
 A slot that is `IdentityOp` is not called and costs nothing; with all three empty the layer is megatron-core's own code
@@ -11,6 +11,7 @@ Shapes: hidden states [s, b, h] ([s/t, b, h] under sequence parallel).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
     """`forward(hidden_states, side) -> hidden_states`, before the attention's norm."""
 
     feed_forward: ModuleSpec | type = IdentityOp
-    """`forward(layer, hidden_states, attention_output, side) -> hidden_states`: takes the place of everything after the
-    attention, with the layer's input, the attention's output and the layer's own norm and MLP in its reach. While its
-    attribute `active` is False the layer is megatron-core's own code path, as with the empty slot."""
+    """`forward(layer, hidden_states, attend, side) -> hidden_states`: takes the place of attention and MLP, with the
+    layer's input, its own norms and MLP, and `attend` (the layer's `attend`, which needs the input alone) in its reach.
+    While its attribute `active` is False the layer is megatron-core's own code path, as with the empty slot."""
 
     after_mlp: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, side) -> hidden_states`, on the layer's output."""
@@ -79,8 +80,7 @@ class ExtendedTransformerLayer(TransformerLayer):
         if isinstance(self.feed_forward, IdentityOp) or not self.feed_forward.active:
             hidden_states, _ = super().forward(hidden_states=hidden_states, **kwargs)
         else:
-            attention_output = self.attend(hidden_states, **kwargs)
-            hidden_states = self.feed_forward(self, hidden_states, attention_output, side)
+            hidden_states = self.feed_forward(self, hidden_states, partial(self.attend, **kwargs), side)
         if not isinstance(self.after_mlp, IdentityOp):
             hidden_states = self.after_mlp(hidden_states, side)
         # A slot may return a view (an attached loss does), but a pipeline stage frees what it has sent: no view.

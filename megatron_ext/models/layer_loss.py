@@ -41,23 +41,30 @@ class LayerLosses:
     _counts: ClassVar[dict[str, int]] = {}
 
     @classmethod
-    def attach(cls, hidden_states: torch.Tensor, loss: torch.Tensor, name: str) -> torch.Tensor:
+    def attach(cls, hidden_states: torch.Tensor, loss: torch.Tensor, name: str | None = None) -> torch.Tensor:
         """Returns `hidden_states` unchanged; its backward pass also runs `loss`'s.
 
         Args:
             hidden_states: the layer's output [s, b, h].
-            loss: scalar, the mean over this micro-batch.
-            name: what the value is logged under, for example `mlp_direct_loss/layer_3`.
+            loss: scalar, the mean over this micro-batch; under sequence parallel this rank's part of it.
+            name: what the value is logged under, for example `mlp_direct_loss/layer_3`; None to leave it out.
         """
-        # Recomputation runs a layer twice in training, first without gradients: count the pass that has them.
-        if torch.is_grad_enabled() or cls.evaluating:
-            cls._sums[name] = cls._sums.get(name, torch.zeros((), device=loss.device)) + loss.detach().float()
-            cls._counts[name] = cls._counts.get(name, 0) + 1
+        if name is not None:
+            cls.record(name, loss)
         return _Attach.apply(hidden_states, loss)
 
     @classmethod
+    def record(cls, name: str, value: torch.Tensor) -> None:
+        """Logs a scalar of a layer, a mean over this micro-batch, that has no gradient."""
+        # Recomputation runs a layer twice in training, first without gradients: count the pass that has them.
+        if torch.is_grad_enabled() or cls.evaluating:
+            total = cls._sums.get(name, torch.zeros((), device=value.device))
+            cls._sums[name] = total + value.detach().float()
+            cls._counts[name] = cls._counts.get(name, 0) + 1
+
+    @classmethod
     def collect(cls) -> dict[str, float]:
-        """Means over micro-batches and data-parallel ranks of the losses of all stages, by name; then forgets them.
+        """Means over micro-batches and data-parallel ranks of all stages' values, by name; then forgets them.
 
         Collective over the pipeline and data-parallel groups: every rank calls it.
         """

@@ -27,8 +27,9 @@ class SideStream:
     name: str
     """Unique over all families of a run."""
 
-    width: int
-    """Size of the last dimension on this rank."""
+    width: int | None
+    """Size of the last dimension on this rank. None: as many columns as a micro-batch brings, or none; at most one stream
+    of a run, only to the layers."""
 
     full_sequence: bool = False
     """True: all rows of the sequence are present on every rank, under sequence parallel too."""
@@ -51,13 +52,16 @@ class SideChannel:
             raise ValueError(
                 "a side stream that travels between stages has the hidden states' rows, not the full sequence"
             )
-        self._to_layers = [stream for stream in streams if stream.to_layers]
+        # The stream of open width comes last: its places are what the others leave.
+        self._to_layers = sorted((s for s in streams if s.to_layers), key=lambda stream: stream.width is None)
+        if sum(stream.width is None for stream in streams) > 1:
+            raise ValueError("at most one side stream may leave its width open")
         self._travelling = [stream for stream in streams if stream.travels]
         self._sequence_parallel_size = sequence_parallel_size
 
     def pipeline_factor(self, hidden_size: int) -> int:
         """k: how many times longer than the hidden states the tensor between two stages is."""
-        return 1 + -(-sum(stream.width for stream in self._travelling) // hidden_size)
+        return 1 + -(-sum(stream.width or 0 for stream in self._travelling) // hidden_size)
 
     @property
     def travels(self) -> bool:
@@ -74,7 +78,7 @@ class SideChannel:
         if not self._travelling:
             return hidden_states
         rows, batch, hidden_size = hidden_states.shape
-        widths = sum(stream.width for stream in self._travelling)
+        widths = sum(stream.width or 0 for stream in self._travelling)
         further = self.pipeline_factor(hidden_size) - 1
         streams = torch.cat([values[stream.name] for stream in self._travelling], dim=-1)
         padded = F.pad(streams, (0, further * hidden_size - widths))
@@ -89,14 +93,21 @@ class SideChannel:
         factor = self.pipeline_factor(hidden_size)
         rows = joined.size(0) // factor
         streams = joined[rows:].view(factor - 1, rows, batch, hidden_size).movedim(0, 2).flatten(2)
-        sizes = [stream.width for stream in self._travelling]
+        sizes = [stream.width or 0 for stream in self._travelling]
         values = streams.split([*sizes, streams.size(-1) - sum(sizes)], dim=-1)
         return joined[:rows], {s.name: v for s, v in zip(self._travelling, values, strict=False)}
 
-    def pack(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The streams for the layers -> one flat tensor. A value may have any shape with its stream's element count."""
-        flat = [values[stream.name].reshape(-1) for stream in self._to_layers]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+    def pack(self, values: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The streams for the layers -> one flat tensor. A value may have any shape with its stream's element count.
+
+        None where there is nothing to pack: the only stream is of open width, and this micro-batch brings none.
+        """
+        flat = [
+            values[stream.name].reshape(-1)
+            for stream in self._to_layers
+            if stream.width is not None or stream.name in values
+        ]
+        return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "SideView":
         """What a slot of a layer reads from and writes to; `hidden_states` [s, b, h] tells the row counts."""
@@ -146,8 +157,16 @@ class SideView:
         start = 0
         for stream in streams:
             stream_rows = rows * sequence_parallel_size if stream.full_sequence else rows
-            self._places[stream.name] = (start, stream_rows, batch, stream.width)
-            start += stream_rows * batch * stream.width
+            width = stream.width
+            if width is None:
+                left = 0 if packed is None else packed.numel() - start
+                width = left // (stream_rows * batch)
+            self._places[stream.name] = (start, stream_rows, batch, width)
+            start += stream_rows * batch * width
+
+    def has(self, name: str) -> bool:
+        """True unless the stream is of open width, and this micro-batch brings none."""
+        return self._places[name][3] > 0
 
     def read(self, name: str) -> torch.Tensor:
         """The stream as [s, b, width] (a view; contiguous, so that its owner may view it differently)."""

@@ -11,6 +11,7 @@ fc1 alone. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inne
 Source: documents 000, 001 and 002.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ext.models.side_channel import SideView
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.modulation import FORMS, Modulation
+from megatron_ext.npt.plan import LayerPlan
 from megatron_ext.npt.product import add_product
 
 
@@ -53,6 +55,8 @@ class NPFeedForward(MegatronModule):
         self.tp_group = pg_collection.tp
         self.active = True
         """False: the layer does what the base layer does, on the engine's own code path."""
+        self.plan: LayerPlan | None = None
+        """What the present training step asks of the layer; None outside training."""
         for target in settings.targets:
             self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
 
@@ -62,30 +66,44 @@ class NPFeedForward(MegatronModule):
         return {target: self.get_submodule(target) for target in self.settings.targets}
 
     def forward(
-        self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor, side: SideView
+        self,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attend: Callable[[torch.Tensor], torch.Tensor],
+        side: SideView | None,
     ) -> torch.Tensor:
         """The layer's output [s, b, h].
 
         Args:
-            layer: the layer, whose norm and MLP are used.
+            layer: the layer, whose norms and MLP are used.
             hidden_states: h, the layer's input.
-            attention_output: a, after the output projection, with bias and dropout.
-            side: not read.
+            attend: gives a, the attention's output with bias and dropout, for the attention's input.
+            side: the side streams; read where the plan blends in the teacher's input.
         """
-        normed = layer.pre_mlp_layernorm(hidden_states)
-        if layer.recompute_mlp:
-            if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
-                # What is recomputed gets gradients only if an input does; here the parameters alone need them.
-                normed = normed.detach().requires_grad_()
-            output = tensor_parallel.checkpoint(
-                partial(self.modulated_mlp, layer.mlp), False, normed, attention_output
-            )
-        else:
-            output = self.modulated_mlp(layer.mlp, normed, attention_output)
+        plan = self.plan
+        attention_input = mlp_input = hidden_states
+        if plan is not None and side is not None:
+            attention_input, mlp_input = plan.inputs(hidden_states, side)
+        attention_output = attend(attention_input)
+        mlp_output = self._mlp(layer, mlp_input, attention_output)
         keeps = self.settings.np_residual == "keep"
-        residual = hidden_states + attention_output if keeps else hidden_states
+        residual = mlp_input + attention_output if keeps else mlp_input
         add = layer.mlp_bda(layer.training, self.config.bias_dropout_fusion)
-        return add((output, None), residual, layer.hidden_dropout)
+        output = add((mlp_output, None), residual, layer.hidden_dropout)
+        if plan is None:
+            return output
+        return plan.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
+
+    def _mlp(self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+        """MLP*(n), recomputed in the backward pass where the run says so."""
+        normed = layer.pre_mlp_layernorm(hidden_states)
+        if not layer.recompute_mlp:
+            return self.modulated_mlp(layer.mlp, normed, attention_output)
+        if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
+            # What is recomputed gets gradients only if an input does; here the parameters alone need them.
+            normed = normed.detach().requires_grad_()
+        run = partial(self.modulated_mlp, layer.mlp)
+        return tensor_parallel.checkpoint(run, False, normed, attention_output)
 
     def modulated_mlp(self, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """MLP*(n), biases included, [s, b, h].

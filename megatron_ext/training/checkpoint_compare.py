@@ -24,12 +24,24 @@ _SHAPE = (
     "position_embedding_type",
     "disable_bias_linear",
     "add_qkv_bias",
+    "add_attention_output_bias",
+    "add_mlp_bias",
     "qk_layernorm",
     "untie_embeddings_and_output_weights",
 )
 """Fields of `ModelConfig` that decide which tensors there are, and what is computed with them."""
 
-_MEANING = ("rotary_base", "rotary_percent", "norm_epsilon")
+_MEANING = (
+    "rotary_base",
+    "rotary_percent",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+    "norm_epsilon",
+)
 """Fields that a fine-tuning may change on purpose."""
 
 

@@ -4,6 +4,7 @@
 does nothing, so that a family states just what it needs; several families may take part in one run.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.output_loss import OutputLoss
 
 Batch = dict[str, torch.Tensor]
 """One micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, families' fields."""
@@ -60,6 +62,41 @@ class Family:
 
         Args:
             settings: the run's, from which relative overrides are made.
+        """
+        return {}
+
+    def output_loss(self) -> OutputLoss | None:
+        """What a training step makes of the model's output, asked for before every step; None for cross-entropy.
+
+        At most one family of a run has an opinion. Evaluations always use cross-entropy.
+        """
+        return None
+
+    def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
+        """Called before everything else of a training step (numbered from 1), and with None before an evaluation."""
+
+    def prepare_batches(
+        self, chunks: list[GPTModel], families: list["Family"], batches: list[Batch]
+    ) -> Iterable[Batch]:
+        """Called on a training step's micro-batches, on the device: the place for a teacher's pass.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped.
+            families: all families of the run.
+            batches: the micro-batches of the step.
+
+        Returns:
+            As many micro-batches, with more fields. Without pipeline parallelism they may be made one at a time, as
+            they are used.
+        """
+        return batches
+
+    def evaluation(self, chunks: list[GPTModel], evaluate: Callable[[], float]) -> dict[str, float]:
+        """Further losses of an evaluation, by name; collective.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped.
+            evaluate: the mean cross-entropy on the evaluation's batches, of the model as it is when called.
         """
         return {}
 

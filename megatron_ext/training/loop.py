@@ -128,7 +128,7 @@ class Loop:
         self, result: StepResult, progress: Progress, learning_rate: float, seconds: float
     ) -> StepMetrics:
         return StepMetrics(
-            losses={"lm loss": result.loss, **result.layer_losses},
+            losses={**result.losses, **result.layer_losses},
             learning_rate=learning_rate,
             grad_norm=result.grad_norm,
             batch_size=self.stepper.global_batch_size,
@@ -181,10 +181,9 @@ class Loop:
             self._report(progress, self.data.test, "test")
 
     def _report(self, progress: Progress, batches: Batches, split: str) -> None:
-        loss, layer_losses = self.stepper.evaluate(batches(0), self.training.eval_iters)
         self.reporter.validation(
             progress.iteration,
-            {"lm loss": loss, **layer_losses},
+            self.stepper.evaluate(lambda: batches(0), self.training.eval_iters),
             consumed_samples=progress.consumed_samples,
             split=split,
         )

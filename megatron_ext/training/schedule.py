@@ -4,26 +4,31 @@ Callers see one function for every cut; what differs (one iterator a virtual sta
 side streams travel) is settled here.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.output_loss import OutputLoss
 
-LossFunction = Callable[[Batch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(micro-batch, losses [b, s]) -> (scalar to differentiate, what the last stage returns)."""
+Prepare = Callable[[list[Batch]], Iterable[Batch]]
+"""Adds fields to micro-batches on the device, as `Family.prepare_batches`."""
 
 
 def run_microbatches(
     chunks: list[Any],
     families: list[Family],
     batches: list[Batch],
-    loss_function: LossFunction,
+    output_loss: OutputLoss,
     *,
     forward_only: bool,
+    prepare: Prepare = list,
 ) -> list[dict[str, torch.Tensor]]:
     """Forward (and backward) on every micro-batch.
 
@@ -31,48 +36,59 @@ def run_microbatches(
         chunks: this rank's model chunks, wrapped or not.
         families: asked for the model's side inputs.
         batches: micro-batches of equal shape, `tokens` [b, s].
-        loss_function: called on the last stage.
+        output_loss: called on the last stage.
         forward_only: no backward pass.
+        prepare: called on the micro-batches once they are on the device.
 
     Returns:
-        The loss function's second value for each micro-batch on the last stage, an empty list on the others.
+        The output loss's second value for each micro-batch on the last stage, an empty list on the others.
     """
     device = torch.device(torch.cuda.current_device())
     moved = [
         {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
     ]
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
+    prepared = prepare(moved)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        # A stage's passes follow the schedule; what is made on the way must be there before it begins.
+        prepared = list(prepared)
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, families, loss_function),
+        forward_step_func=partial(_forward_step, families, output_loss),
         # Every virtual stage works on the same micro-batches.
-        data_iterator=[iter(moved) for _ in chunks] if len(chunks) > 1 else iter(moved),
+        data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(moved),
         # Side streams travel as further rows, so between stages the sequence is longer.
-        seq_length=sequence_length * _pipeline_factor(chunks[0]),
+        seq_length=sequence_length * _pipeline_factor(_unwrapped(chunks[0])),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
 
 
 def _forward_step(
-    families: list[Family], loss_function: LossFunction, batches: Iterator[Batch], model: Any
+    families: list[Family], output_loss: OutputLoss, batches: Iterator[Batch], model: Any
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     side_inputs: dict[str, torch.Tensor] = {}
     for family in families:
         side_inputs |= family.side_inputs(batch)
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch.get("attention_mask"),
-        side_inputs=side_inputs,
-        labels=batch["labels"],
-    )
-    return output, partial(loss_function, batch)
+    chunk = _unwrapped(model)
+    with chunk.without_head() if output_loss.reads == "hidden" else contextlib.nullcontext():
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            side_inputs=side_inputs,
+            labels=batch["labels"] if output_loss.reads == "losses" else None,
+        )
+    return output, partial(output_loss, chunk, batch)
 
 
-def _pipeline_factor(chunk: Any) -> int:
+def _unwrapped(chunk: Any) -> GPTModel:
     while hasattr(chunk, "module"):
         chunk = chunk.module
+    return chunk
+
+
+def _pipeline_factor(chunk: GPTModel) -> int:
     return chunk.channel.pipeline_factor(chunk.config.hidden_size)

@@ -39,17 +39,19 @@ def capture(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
     return {"num_steps": scheduler.num_steps, "shape": shape, "groups": groups}
 
 
-def restore(scheduler: OptimizerParamScheduler, state: dict[str, Any], folder: Path) -> None:
+def restore(scheduler: OptimizerParamScheduler, state: dict[str, Any] | None, folder: Path) -> None:
     """Takes the position, and with `--use-checkpoint-opt-param-scheduler` the shape too.
 
     Args:
         scheduler: of this run.
-        state: as `capture` gave it.
+        state: as `capture` gave it; None in a checkpoint that was imported.
         folder: the checkpoint, named in errors.
 
     Raises:
-        ValueError: the shapes differ and neither flag says which one counts.
+        ValueError: the shapes differ and neither flag says which one counts, or there is no schedule.
     """
+    if state is None:
+        raise ValueError(f"{folder}: holds an imported model and no run to go on with; add --finetune")
     if scheduler.use_checkpoint_opt_param_scheduler:
         _take_shape(scheduler, state, folder)
     elif not scheduler.override_opt_param_scheduler:

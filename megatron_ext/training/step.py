@@ -1,12 +1,12 @@
 """One training step, and one evaluation.
 
-    loss of a micro-batch = sum(loss * mask) / sum(mask); of a step = its mean over micro-batches and model copies
+    loss of a step = mean over micro-batches and model copies of a micro-batch's, see `output_loss`
 
 A step whose loss or gradient norm is not finite changes nothing: no parameter, no optimizer state, no schedule.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.layer_loss import LayerLosses
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.optimizer import unwrap_model
+from megatron_ext.training.output_loss import OutputLoss
 from megatron_ext.training.schedule import run_microbatches
 
 
@@ -30,11 +31,11 @@ from megatron_ext.training.schedule import run_microbatches
 class StepResult:
     """What one step did; the same on every rank."""
 
-    loss: float
-    """Mean cross-entropy a token in nats, before the update."""
+    losses: dict[str, float]
+    """Means before the update, by name: `lm loss` in nats a token, or what a family trains for in its place."""
 
     layer_losses: dict[str, float]
-    """Losses attached to layers, by name."""
+    """Losses attached to layers, and what else layers have recorded, by name."""
 
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
@@ -47,6 +48,11 @@ class StepResult:
 
     statistics: dict[str, float]
     """Families' statistics of this step, where they were due; complete on rank 0."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy a token in nats; nan where the family that brings the output loss leaves it out."""
+        return self.losses.get("lm loss", math.nan)
 
 
 class Stepper:
@@ -92,15 +98,17 @@ class Stepper:
             batches: endless; `num_microbatches` are taken.
             iteration: number of this step, from 1; families' statistics are due at multiples of their interval.
         """
+        for family in self.families:
+            family.begin_step(self.models, iteration)
         due = [f for f in self.families if f.statistics_interval and iteration % f.statistics_interval == 0]
         for family in due:
             family.begin_statistics(self.models)
-        loss, layer_losses = self.forward_backward(batches)
+        losses, layer_losses = self.forward_backward(batches)
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
         params_norm = parameters_norm(self.models) if self.log_params_norm else None
-        grad_norm, skipped = self._update(loss)
+        grad_norm, skipped = self._update(losses)
         return StepResult(
-            loss=loss,
+            losses=losses,
             layer_losses=layer_losses,
             grad_norm=grad_norm,
             params_norm=params_norm,
@@ -108,17 +116,37 @@ class Stepper:
             statistics=statistics,
         )
 
-    def forward_backward(self, batches: Iterator[Batch]) -> tuple[float, dict[str, float]]:
-        """Leaves the gradients of the next micro-batches in the model; returns the loss and the layers' losses."""
+    def forward_backward(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, float]]:
+        """Leaves the gradients of the next micro-batches in the model; returns the losses and the layers' values."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         LayerLosses.scale = 1.0 / self.num_microbatches
-        return self._run(batches, forward_only=False)
+        taken = list(islice(batches, self.num_microbatches))
+        output_loss = self._output_loss()
+        outputs = run_microbatches(
+            self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
+        )
+        return _means(outputs, output_loss.names), LayerLosses.collect()
 
-    def evaluate(self, batches: Iterator[Batch], num_steps: int) -> tuple[float, dict[str, float]]:
-        """Mean loss over `num_steps` global batches without gradients, and the means of the layers' losses."""
+    def evaluate(self, make_batches: Callable[[], Iterator[Batch]], num_steps: int) -> dict[str, float]:
+        """Mean losses over `num_steps` global batches without gradients: `lm loss`, the layers' and the families' own.
+
+        Args:
+            make_batches: gives the evaluation's batches, the same ones whenever it is called.
+            num_steps: global batches.
+        """
+        for family in self.families:
+            family.begin_step(self.models, None)
+        losses = self._evaluate(make_batches(), num_steps)
+        for family in self.families:
+            losses |= family.evaluation(
+                self.models, lambda: self._evaluate(make_batches(), num_steps)["lm loss"]
+            )
+        return losses
+
+    def _evaluate(self, batches: Iterator[Batch], num_steps: int) -> dict[str, float]:
         for chunk in self.chunks:
             chunk.eval()
         results = []
@@ -126,35 +154,36 @@ class Stepper:
         try:
             with torch.no_grad():
                 for _ in range(num_steps):
-                    results.append(self._run(batches, forward_only=True))
+                    taken = list(islice(batches, self.num_microbatches))
+                    loss = OutputLoss()
+                    outputs = run_microbatches(self.chunks, self.families, taken, loss, forward_only=True)
+                    results.append(_means(outputs, loss.names) | LayerLosses.collect())
         finally:
             LayerLosses.evaluating = False
-        names = results[0][1].keys()
-        layer_means = {name: math.fsum(losses[name] for _, losses in results) / num_steps for name in names}
-        return math.fsum(loss for loss, _ in results) / num_steps, layer_means
+        return {name: math.fsum(result[name] for result in results) / num_steps for name in results[0]}
 
-    def _run(self, batches: Iterator[Batch], *, forward_only: bool) -> tuple[float, dict[str, float]]:
-        taken = list(islice(batches, self.num_microbatches))
-        outputs = run_microbatches(self.chunks, self.families, taken, masked_mean, forward_only=forward_only)
-        return _mean_loss(outputs), LayerLosses.collect()
+    def _output_loss(self) -> OutputLoss:
+        losses = [loss for family in self.families if (loss := family.output_loss()) is not None]
+        if len(losses) > 1:
+            raise ValueError("two families bring an output loss; a run has one")
+        return losses[0] if losses else OutputLoss()
 
-    def _update(self, loss: float) -> tuple[float, bool]:
+    def _prepare(self, batches: list[Batch]) -> Iterable[Batch]:
+        prepared: Iterable[Batch] = batches
+        for family in self.families:
+            prepared = family.prepare_batches(self.models, self.families, list(prepared))
+        return prepared
+
+    def _update(self, losses: dict[str, float]) -> tuple[float, bool]:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not all(math.isfinite(value) for value in (*losses.values(), norm)):
             return norm, True
         if self.clip_grad > 0:
             clip_gradients(self.optimizer, norm, self.clip_grad)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=self.global_batch_size)
         return norm, False
-
-
-def masked_mean(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean of the losses [b, s] where the batch's `loss_mask` [b, s] is not 0, and the same detached for the log."""
-    mask = batch["loss_mask"].reshape(-1).float()
-    loss = (losses.reshape(-1).float() * mask).sum() / mask.sum().clamp(min=1.0)
-    return loss, {"lm loss": loss.detach().clone()}
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
@@ -179,13 +208,14 @@ def parameters_norm(models: list[GPTModel]) -> float:
     return math.sqrt(float(squares))
 
 
-def _mean_loss(outputs: list[dict[str, torch.Tensor]]) -> float:
-    """Mean over micro-batches and model copies; the last stage knows it, every rank gets it."""
-    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+def _means(outputs: list[dict[str, torch.Tensor]], names: tuple[str, ...]) -> dict[str, float]:
+    """Means over micro-batches and model copies, by name; the last stage knows them, every rank gets them."""
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=torch.cuda.current_device())
     if outputs:
-        total[0] = torch.stack([output["lm loss"] for output in outputs]).double().sum()
-        total[1] = len(outputs)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        sums[-1] = len(outputs)
+        for place, name in enumerate(names):
+            sums[place] = torch.stack([output[name] for output in outputs]).double().sum()
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # Other stages contribute nothing; the sum over stages is the last stage's value.
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(total[0] / total[1])
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))

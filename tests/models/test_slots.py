@@ -82,10 +82,14 @@ class EngineFeedForward(MegatronModule):
         super().__init__(config)
 
     def forward(
-        self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor, side: SideView
+        self,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attend: Callable[[torch.Tensor], torch.Tensor],
+        side: SideView,
     ) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]."""
-        hidden_states = hidden_states + attention_output
+        hidden_states = hidden_states + attend(hidden_states)
         output = layer.mlp(layer.pre_mlp_layernorm(hidden_states))
         add = layer.mlp_bda(layer.training, layer.config.bias_dropout_fusion)
         return add(output, hidden_states, layer.hidden_dropout)

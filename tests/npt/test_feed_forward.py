@@ -59,7 +59,7 @@ def _oracle_error() -> tuple[float, float]:
     with torch.no_grad():
         n, m = layer.pre_mlp_layernorm(hidden), layer.pre_mlp_layernorm(hidden + a)
         base = hidden + a + layer.mlp(m)[0]
-        untrained = layer.feed_forward(layer, hidden, a, None)
+        untrained = layer.feed_forward(layer, hidden, lambda _, a=a: a, None)
         for target, weight in zip(("gate", "up"), layer.mlp.linear_fc1.weight.chunk(2), strict=True):
             v_a, v_b = n / n.square().sum(-1, keepdim=True), (m - n) @ weight.t()
             # One factor row a token: u picks the token's own v_b.
@@ -67,7 +67,7 @@ def _oracle_error() -> tuple[float, float]:
             part = getattr(layer.feed_forward, target)
             part.coefficients = lambda x, a, u=picked: u
             part.B.copy_(v_b.squeeze(1))
-        found = layer.feed_forward(layer, hidden, a, None)
+        found = layer.feed_forward(layer, hidden, lambda _, a=a: a, None)
     return tuple(float((value - base).norm() / base.norm()) for value in (found, untrained))  # type: ignore[return-value]
 
 
@@ -151,7 +151,7 @@ def _losses(settings: NPTModuleConfig, steps: int = 200) -> list[float]:
         hidden, a = _inputs(step)
         with torch.no_grad():
             target = a + layer.mlp(layer.pre_mlp_layernorm(hidden + a))[0]
-        error = layer.feed_forward(layer, hidden, a, None) - hidden - target
+        error = layer.feed_forward(layer, hidden, lambda _, a=a: a, None) - hidden - target
         loss = error.square().mean() / target.square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -208,7 +208,7 @@ def _large_tensors(target: Any) -> list[int]:
                 output = layer.mlp(layer.pre_mlp_layernorm(hidden))
                 layer.mlp_bda(layer.training, False)(output, hidden, layer.hidden_dropout)
             else:
-                layer.feed_forward(layer, hidden, a, None)
+                layer.feed_forward(layer, hidden, lambda _, a=a: a, None)
         counts.append(sizes.large)
     return counts
 
@@ -237,7 +237,7 @@ def _saved_bytes(rank: int) -> dict[int, int]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            kept = layer.feed_forward(layer, hidden, a, None)
+            kept = layer.feed_forward(layer, hidden, lambda _, a=a: a, None)
         own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         found[k] = sum(size for address, size in sizes.items() if address not in own)
         del kept

@@ -79,7 +79,7 @@ def _errors(settings: NPTModuleConfig) -> dict[str, float]:
                 parameter.normal_(0.0, 1.0, generator=generator)
     inputs = [torch.randn(SEQUENCE, BATCH, 16, generator=generator).requires_grad_() for _ in range(2)]
     weight = torch.randn(SEQUENCE, BATCH, 16, generator=generator)
-    output = layer.feed_forward(layer, *inputs, None)
+    output = layer.feed_forward(layer, inputs[0], lambda _: inputs[1], None)
     (output * weight).sum().backward()
 
     base = {

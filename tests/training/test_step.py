@@ -252,5 +252,5 @@ def test_evaluation_leaves_gradients_and_parameters_alone_and_drops_nothing() ->
 def _evaluated() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
     chunks, stepper = make_stepper(ParallelConfig())
     before = snapshot(chunks, stepper)
-    losses = [stepper.evaluate(synthetic_batches(MODEL.seq_length), 2)[0] for _ in range(2)]
+    losses = [stepper.evaluate(lambda: synthetic_batches(MODEL.seq_length), 2)["lm loss"] for _ in range(2)]
     return before, snapshot(chunks, stepper), losses
