@@ -1,11 +1,15 @@
-"""NPT as the model sees it: the feed-forward slot of the chosen layers. No streams, nothing on a stage."""
+"""NPT as the model sees it: the feed-forward slot of the chosen layers, and a way for the teacher's inputs to them."""
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.models.extension import Extension
+from megatron_ext.models.extension import Extension, StageInfo, StageModule
+from megatron_ext.models.side_channel import SideStream
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.feed_forward import NPFeedForward
+from megatron_ext.npt.plan import TEACHER
+from megatron_ext.npt.teacher import TeacherInputs
 
 
 class NPTExtension(Extension):
@@ -19,6 +23,10 @@ class NPTExtension(Extension):
         """
         self.settings = settings
 
+    def streams(self, config: TransformerConfig) -> list[SideStream]:
+        """The teacher's inputs of a stage's NPT layers; only some training steps bring them."""
+        return [SideStream(name=TEACHER, width=None)]
+
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
         """The feed-forward of a chosen layer.
 
@@ -29,3 +37,11 @@ class NPTExtension(Extension):
         if layer_number not in self.settings.layers(config.num_layers):
             return {}
         return {"feed_forward": ModuleSpec(module=NPFeedForward, params={"settings": self.settings})}
+
+    def stage_module(
+        self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
+    ) -> StageModule | None:
+        """What packs the teacher's inputs, on stages that have NPT layers."""
+        chosen = self.settings.layers(config.num_layers)
+        layers = tuple(number for number in stage.layer_numbers if number in chosen)
+        return TeacherInputs(layers) if layers else None

@@ -1,6 +1,14 @@
-"""NPT's part in a training run: its part of the model, the frozen base, its cost."""
+"""NPT's part in a training run: its part of the model, the frozen base, its cost, and what each step trains.
 
+Without a training configuration (in tools that evaluate or generate) only the model.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
@@ -10,7 +18,13 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.accounting import npt_cost
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.extension import NPTExtension
-from megatron_ext.training.family import Family
+from megatron_ext.npt.layers import deactivated, np_modules
+from megatron_ext.npt.output_loss import NPTOutputLoss
+from megatron_ext.npt.plan import TEACHER, LayerPlan
+from megatron_ext.npt.settings import NPTTrainingConfig, Objective
+from megatron_ext.npt.teacher import Teacher
+from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.output_loss import OutputLoss
 
 
 class NPTFamily(Family):
@@ -20,11 +34,28 @@ class NPTFamily(Family):
 
     free_on_resume = frozenset({"np_init_scale", "np_init_strategy"})
 
-    def __init__(self, settings: NPTModuleConfig) -> None:
+    def __init__(
+        self,
+        settings: NPTModuleConfig,
+        training: NPTTrainingConfig | None = None,
+        *,
+        total_steps: int = 0,
+        trains: tuple[int, ...] | None = None,
+    ) -> None:
         """Args:
         settings: NPT's configuration.
+        training: what is trained, and how; None outside training.
+        total_steps: optimizer steps of the run, which the curriculum shares out.
+        trains: numbers of the layers that are trained; the other NPT layers are frozen. None for all.
         """
         self.settings = settings
+        self.training = training
+        self.total_steps = total_steps
+        self.trains = trains
+        self.teacher = Teacher(int(training.teacher_cache_gb * 2**30) if training is not None else 0)
+        self._objective: Objective | None = None
+        self._records = False
+        self._base_losses: dict[str, float] = {}
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "NPTFamily":
@@ -44,8 +75,85 @@ class NPTFamily(Family):
         return npt_cost(self.settings, model)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes the base model, unless `--no-freeze-base`; other families' modules are left alone."""
+        """Freezes the base model, unless `--no-freeze-base`, and the NPT layers that are not trained."""
         if self.settings.freeze_base:
             for chunk in chunks:
                 for parameter in base_parameters(chunk):
                     parameter.requires_grad_(False)
+        for number, module in np_modules(chunks).items():
+            if self.trains is not None and number not in self.trains:
+                module.requires_grad_(False)
+
+    def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
+        """Tells the NPT layers what this step asks of them; in an evaluation they run free, without losses."""
+        training = self.training
+        self._objective = None
+        for module in np_modules(chunks).values():
+            module.plan = None
+        if training is None or iteration is None:
+            return
+        self._objective = objective = training.objective(iteration, self.total_steps)
+        self._records = iteration % training.npt_log_interval == 0
+        weights = training.weights_of_layers(self._trained(chunks[0].config.num_layers))
+        for chunk in chunks:
+            modules = np_modules([chunk])
+            for place, (number, module) in enumerate(modules.items()):
+                if number in weights:
+                    module.plan = self._plan(objective, weights[number], (place, len(modules)))
+
+    def output_loss(self) -> OutputLoss | None:
+        """Cross-entropy and fidelity with their weights of this step."""
+        if self._objective is None or self.training is None:
+            return None
+        return NPTOutputLoss(self._objective.lm, self._objective.fidelity, self.training.fidelity_loss)
+
+    def prepare_batches(
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
+    ) -> Iterable[Batch]:
+        """Lets the teacher run, where the step's losses or inputs need it."""
+        objective = self._objective
+        if objective is None:
+            return batches
+        stage = objective.stage
+        blends = min(stage.attention_share, stage.mlp_share) < 1
+        layers = self.settings.layers(chunks[0].config.num_layers) if blends else ()
+        if not layers and not objective.fidelity:
+            return batches
+        return self.teacher.add_states(
+            chunks, families, batches, layers=layers, output=objective.fidelity > 0
+        )
+
+    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The teacher's inputs, where the micro-batch has them."""
+        return {name: value for name, value in batch.items() if name.startswith(f"{TEACHER}/layer_")}
+
+    def evaluation(
+        self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
+    ) -> dict[str, float]:
+        """The frozen base model's loss on the same batches, and the ratio of the perplexities."""
+        if not self.settings.freeze_base:
+            return {}
+        if split not in self._base_losses:
+            with deactivated(chunks):
+                self._base_losses[split] = evaluate()
+        base = self._base_losses[split]
+        return {"base lm loss": base, "npt/perplexity_ratio": math.exp(loss - base)}
+
+    def _trained(self, num_layers: int) -> tuple[int, ...]:
+        return self.settings.layers(num_layers) if self.trains is None else self.trains
+
+    def _plan(self, objective: Objective, weight: float, place: tuple[int, int]) -> LayerPlan:
+        layer = objective.layer
+        return LayerPlan(
+            weights=replace(
+                layer,
+                direct_mlp=weight * layer.direct_mlp,
+                equivalence=weight * layer.equivalence,
+                reconstruction=weight * layer.reconstruction,
+                regularization=weight * layer.regularization,
+            ),
+            attention_share=objective.stage.attention_share,
+            mlp_share=objective.stage.mlp_share,
+            place=place,
+            records=self._records,
+        )

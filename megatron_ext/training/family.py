@@ -91,11 +91,15 @@ class Family:
         """
         return batches
 
-    def evaluation(self, chunks: list[GPTModel], evaluate: Callable[[], float]) -> dict[str, float]:
-        """Further losses of an evaluation, by name; collective.
+    def evaluation(
+        self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
+    ) -> dict[str, float]:
+        """Further values of an evaluation, by name; losses but for names with `/`. Collective.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
+            split: `validation` or `test`; a split's batches are the same in every evaluation.
+            loss: the mean cross-entropy that was found.
             evaluate: the mean cross-entropy on the evaluation's batches, of the model as it is when called.
         """
         return {}

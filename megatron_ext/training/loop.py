@@ -183,7 +183,7 @@ class Loop:
     def _report(self, progress: Progress, batches: Batches, split: str) -> None:
         self.reporter.validation(
             progress.iteration,
-            self.stepper.evaluate(lambda: batches(0), self.training.eval_iters),
+            self.stepper.evaluate(lambda: batches(0), self.training.eval_iters, split),
             consumed_samples=progress.consumed_samples,
             split=split,
         )

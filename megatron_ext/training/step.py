@@ -130,19 +130,25 @@ class Stepper:
         )
         return _means(outputs, output_loss.names), LayerLosses.collect()
 
-    def evaluate(self, make_batches: Callable[[], Iterator[Batch]], num_steps: int) -> dict[str, float]:
+    def evaluate(
+        self, make_batches: Callable[[], Iterator[Batch]], num_steps: int, split: str = "validation"
+    ) -> dict[str, float]:
         """Mean losses over `num_steps` global batches without gradients: `lm loss`, the layers' and the families' own.
 
         Args:
             make_batches: gives the evaluation's batches, the same ones whenever it is called.
             num_steps: global batches.
+            split: what the batches are of, for families.
         """
         for family in self.families:
             family.begin_step(self.models, None)
         losses = self._evaluate(make_batches(), num_steps)
         for family in self.families:
             losses |= family.evaluation(
-                self.models, lambda: self._evaluate(make_batches(), num_steps)["lm loss"]
+                self.models,
+                split,
+                losses["lm loss"],
+                lambda: self._evaluate(make_batches(), num_steps)["lm loss"],
             )
         return losses
 
