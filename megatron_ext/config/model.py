@@ -51,11 +51,29 @@ class ModelConfig:
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """How positions enter the model."""
 
-    rotary_base: int = 10000
+    rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
 
     rotary_percent: float = 1.0
     """Part of a head's width that is rotated, in (0, 1]."""
+
+    rotary_seq_len_interpolation_factor: float | None = None
+    """Rotary positions are divided by this (linear scaling), for sequences longer than those first trained on."""
+
+    use_rope_scaling: bool = False
+    """Llama 3's scaling: slow rotary frequencies are divided by a factor, fast ones kept, those between blended."""
+
+    rope_scaling_factor: float = 8.0
+    """Llama 3's scaling: the factor."""
+
+    rope_low_freq_factor: float = 1.0
+    """Llama 3's scaling: wavelengths above the original length divided by this are slow."""
+
+    rope_high_freq_factor: float = 4.0
+    """Llama 3's scaling: wavelengths below the original length divided by this are fast."""
+
+    rope_original_max_position_embeddings: int = 8192
+    """Llama 3's scaling: the original length, in tokens."""
 
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Norm before attention and MLP, and at the end."""
@@ -71,6 +89,12 @@ class ModelConfig:
 
     add_qkv_bias: bool = False
     """A bias in the query/key/value projection although --disable-bias-linear is on."""
+
+    add_attention_output_bias: bool = False
+    """A bias in the attention's output projection although --disable-bias-linear is on."""
+
+    add_mlp_bias: bool = False
+    """Biases in the MLP although --disable-bias-linear is on."""
 
     qk_layernorm: bool = False
     """Norm on queries and keys, head by head."""
@@ -108,6 +132,7 @@ class ModelConfig:
         check_fraction(self, "hidden_dropout", "attention_dropout")
         check_fraction(self, "rotary_percent", closed=True)
         self._check_heads()
+        self._check_rotary_scaling()
         if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
             raise ValueError(
                 f"--max-position-embeddings {self.max_position_embeddings}: less than --seq-length {self.seq_length}"
@@ -123,6 +148,21 @@ class ModelConfig:
                 "--attention-backend te: needs Transformer Engine, but --transformer-impl is local"
             )
 
+    def _check_rotary_scaling(self) -> None:
+        names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+        check_positive(self, *names, "rotary_seq_len_interpolation_factor")
+        check_at_least(self, 1, "rope_original_max_position_embeddings")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(
+                f"--rope-high-freq-factor {self.rope_high_freq_factor}: must be above "
+                f"--rope-low-freq-factor {self.rope_low_freq_factor}"
+            )
+        factor = self.rotary_seq_len_interpolation_factor
+        if factor is not None and self.use_rope_scaling:
+            raise ValueError(
+                f"--rotary-seq-len-interpolation-factor {factor}: not together with --use-rope-scaling"
+            )
+
     def _check_heads(self) -> None:
         heads = self.num_attention_heads
         if self.kv_channels is None and self.hidden_size % heads:
@@ -135,6 +175,21 @@ class ModelConfig:
             raise ValueError(
                 f"--num-query-groups {self.num_query_groups}: does not divide --num-attention-heads {heads}"
             )
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query/key/value projection has a bias."""
+        return self.add_qkv_bias or not self.disable_bias_linear
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.add_attention_output_bias or not self.disable_bias_linear
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the MLP's projections have biases."""
+        return self.add_mlp_bias or not self.disable_bias_linear
 
     @property
     def resolved_ffn_hidden_size(self) -> int:

@@ -87,9 +87,9 @@ def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
             )
         if length % (2 * context):
             raise ValueError(f"--seq-length {length}: not divisible by 2 x --context-parallel-size {context}")
-    if "mlp" in parallel.recompute_modules and not model.disable_bias_linear:
+    if "mlp" in parallel.recompute_modules and model.has_mlp_bias:
         # The engine's checkpoint of its MLP returns fc2's bias, and recomputes without end.
-        raise ValueError("--recompute-modules mlp: needs --disable-bias-linear")
+        raise ValueError("--recompute-modules mlp: needs --disable-bias-linear, without --add-mlp-bias")
     if parallel.sequence_parallel and (length // context) % tensor:
         raise ValueError(
             f"--seq-length {length}: --sequence-parallel needs it divisible by --tensor-model-parallel-size {tensor}"

@@ -117,10 +117,10 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     """
     hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
     fc1_width = 2 * ffn if model.swiglu else ffn
-    has_bias = not model.disable_bias_linear
     shared = hidden * (qkv_width(model) + attention_width(model)) + hidden * (fc1_width + ffn)
-    shared += qkv_width(model) * (has_bias or model.add_qkv_bias) + fc1_width * has_bias
-    replicated = 2 * norm_parameters(model, hidden) + 2 * hidden * has_bias
+    shared += qkv_width(model) * model.has_qkv_bias + fc1_width * model.has_mlp_bias
+    replicated = 2 * norm_parameters(model, hidden)
+    replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
     if model.qk_layernorm:
         replicated += 2 * norm_parameters(model, model.resolved_kv_channels)
     return shared // tensor_parallel_size + replicated

@@ -17,6 +17,7 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.models.extension import Extension, StageInfo
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.init import initialize_parameters
+from megatron_ext.models.rotary import rotary_frequencies
 from megatron_ext.models.side_channel import SideChannel, SideStream
 from megatron_ext.models.spec import block_spec, layer_spec
 from megatron_ext.models.transformer_config import build_transformer_config
@@ -106,6 +107,8 @@ def _build_chunk(
         channel=channel,
         stage=stage,
     )
+    if model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
+        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for extension in extensions:
         module = extension.stage_module(config, stage, groups)
         if module is not None:

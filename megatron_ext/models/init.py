@@ -33,7 +33,7 @@ def initialize_parameters(model: GPTModel, seed: int, std: float, num_layers: in
         std: standard deviation of the base model's weights.
         num_layers: L of the scaled initialisation.
     """
-    for parameter, shard in _shards(model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
+    for parameter, shard in parameter_shards(model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
         _check_split(parameter, shard)
         parameter_std = getattr(parameter, "init_std", None)
         if parameter_std is None:
@@ -57,8 +57,12 @@ def _base_std(key: str, parameter: torch.Tensor, std: float, num_layers: int) ->
     return std / math.sqrt(2.0 * num_layers) if key.endswith(_SCALED) else std
 
 
-def _shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, ShardedTensor]]:
-    """Each parameter with each of its shards (a fused projection has several, as views into the parameter)."""
+def parameter_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, ShardedTensor]]:
+    """Each parameter with each of its shards (a fused projection has several, as views into the parameter).
+
+    Args:
+        state: a module's sharded state dict.
+    """
     for value in state.values():
         if isinstance(value, ShardedTensor) and isinstance(value.data, torch.nn.Parameter):
             yield value.data, value

@@ -4,7 +4,9 @@ Attention and linear layers come from megatron-core (its own, or Transformer Eng
 core attention are ours by default. The MLP's norm is a module of its own in every variant: families read its output.
 """
 
+import functools
 import importlib.util
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -37,16 +39,17 @@ def layer_spec(model: ModelConfig, channel: SideChannel, slots: dict[str, Module
     """
     backend = _backend(model)
     norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     attention = SelfAttentionSubmodules(
-        linear_qkv=backend.column_parallel_linear(),
+        linear_qkv=column,
         core_attention=_core_attention(model),
-        linear_proj=backend.row_parallel_linear(),
+        linear_proj=_with_bias(row) if model.add_attention_output_bias else row,
         q_layernorm=norm if model.qk_layernorm else IdentityOp,
         k_layernorm=norm if model.qk_layernorm else IdentityOp,
     )
     mlp = MLPSubmodules(
-        linear_fc1=backend.column_parallel_linear(),
-        linear_fc2=backend.row_parallel_linear(),
+        linear_fc1=_with_bias(column) if model.add_mlp_bias else column,
+        linear_fc2=_with_bias(row) if model.add_mlp_bias else row,
         activation_func=SwiGLU if model.swiglu else None,
     )
     submodules = ExtendedLayerSubmodules(
@@ -67,6 +70,17 @@ def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlock
     """Spec of one stage: its layers and, on the last stage, the final norm."""
     norm = _backend(model).layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+@functools.cache
+def _with_bias(linear: type) -> type:
+    """The linear layer with a bias: the engine's configuration has one switch for all but the qkv projection."""
+
+    class Biased(linear):  # type: ignore[misc]
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+    return Biased
 
 
 def _uses_te(model: ModelConfig) -> bool:

@@ -36,6 +36,10 @@ VARIANTS = {
     "wide heads": replace(BASE, kv_channels=24, num_query_groups=1),
     "no biases": replace(BASE, disable_bias_linear=True),
     "qkv bias only": replace(BASE, disable_bias_linear=True, add_qkv_bias=True),
+    "attention's biases only": replace(
+        BASE, disable_bias_linear=True, add_qkv_bias=True, add_attention_output_bias=True
+    ),
+    "MLP's biases only": replace(BASE, disable_bias_linear=True, add_mlp_bias=True),
     "norms on queries and keys": replace(BASE, qk_layernorm=True),
     "SwiGLU": replace(BASE, swiglu=True, disable_bias_linear=True),
     "SwiGLU with biases": replace(BASE, swiglu=True),

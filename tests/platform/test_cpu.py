@@ -54,6 +54,8 @@ def _installed_calls() -> dict[str, bool]:
     event = torch.cuda.Stream().record_event()
     with torch.cuda.stream(torch.cuda.current_stream()) as stream:
         stream.wait_event(event)
+    with torch.device("meta"):
+        nowhere = torch.empty(2)
     module = torch.nn.Linear(2, 2).cuda().to("cuda").to(device=torch.device("cuda"))
     return {
         "a second installation changes nothing": torch.empty is empty,
@@ -62,6 +64,7 @@ def _installed_calls() -> dict[str, bool]:
         "factories put cuda tensors on the CPU": first.device.type == "cpu",
         "tensors move to cuda by staying": first.cuda() is first and first.to("cuda").device.type == "cpu",
         "modules move to cuda by staying": module.weight.device.type == "cpu",
+        "a default device counts": nowhere.is_meta,
         "the random state can be restored": torch.equal(first, again),
         "seeding cuda seeds the CPU": torch.equal(
             seeded, torch.rand(4, generator=torch.Generator().manual_seed(7))

@@ -20,6 +20,13 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     Raises:
         FileNotFoundError, ValueError: one line that names the flag and the file.
     """
+    tokenizer = _build(config)
+    if config.vocab_size is not None and config.tokenizer_type not in ("TikTokenizer", "NullTokenizer"):
+        tokenizer.reserve(config.vocab_size)
+    return tokenizer
+
+
+def _build(config: TokenizerConfig) -> Tokenizer:
     kind = config.tokenizer_type
     if kind == "GPT2BPETokenizer":
         from megatron_ext.data.tokenizers.bpe import GPT2BPETokenizer

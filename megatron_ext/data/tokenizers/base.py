@@ -29,10 +29,20 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of ids, special tokens included; every id is below it.
         eod: id of the end-of-document token.
+        reserved_ids: ids at the end of `vocab_size` that no text gives; see `reserve`.
     """
 
     vocab_size: int
     eod: int
+    reserved_ids: int = 0
+
+    def reserve(self, vocab_size: int) -> None:
+        """Makes `vocab_size` at least so large: a pretrained model may have more embeddings than its tokenizer tokens.
+
+        The fingerprint stays, as does everything that a text is turned into.
+        """
+        self.reserved_ids = max(0, vocab_size - self.vocab_size)
+        self.vocab_size += self.reserved_ids
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
@@ -67,7 +77,7 @@ class Tokenizer(ABC):
         content = [
             sorted(self.vocab.items(), key=lambda item: (item[1], item[0])),
             self.eod,
-            self.vocab_size,
+            self.vocab_size - self.reserved_ids,
             ids,
         ]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()

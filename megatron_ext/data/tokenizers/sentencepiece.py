@@ -60,7 +60,7 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def vocab(self) -> dict[str, int]:
         """Piece -> id."""
-        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        return {self._processor.id_to_piece(i): i for i in range(self._processor.get_piece_size())}
 
     def gigatoken_source(self) -> bytes | str | None:
         """Returns the model converted to a tokenizer.json; None for what the conversion does not support."""

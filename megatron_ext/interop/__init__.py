@@ -1,0 +1,15 @@
+"""Hugging Face models of the Llama family, to and from checkpoints and built models; see docs/interop.md."""
+
+from megatron_ext.interop.exporting import export_checkpoint, export_hf
+from megatron_ext.interop.importing import HuggingFaceModel, import_checkpoint, load_hf
+from megatron_ext.interop.live import base_state, load_into
+
+__all__ = [
+    "HuggingFaceModel",
+    "base_state",
+    "export_checkpoint",
+    "export_hf",
+    "import_checkpoint",
+    "load_hf",
+    "load_into",
+]

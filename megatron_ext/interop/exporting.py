@@ -1,0 +1,238 @@
+"""A base model of ours as a Hugging Face directory of the Llama family, which `from_pretrained` loads."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.interop.checkpoint import CheckpointState
+from megatron_ext.interop.directory import check_free, complete_directory
+from megatron_ext.interop.hf_config import choose_architecture, from_model_config, sliding_window
+from megatron_ext.interop.hf_files import write_tensors
+from megatron_ext.interop.importing import require_one_process
+from megatron_ext.interop.layout import Entry, entries, split
+from megatron_ext.interop.tokenizer_files import write_files
+from megatron_ext.platform import distributed
+from megatron_ext.training.checkpoint import read_run_config
+from megatron_ext.training.checkpoint_files import find_checkpoint
+
+DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of an imported config.json that say nothing of the tensors and are written as they were."""
+
+
+def export_hf(
+    model: ModelConfig,
+    vocab_size: int,
+    state: Mapping[str, torch.Tensor],
+    model_dir: str | Path,
+    *,
+    tokenizer_config: TokenizerConfig | None = None,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    imported_config: dict[str, Any] | None = None,
+) -> list[str]:
+    """Writes a Hugging Face directory, complete or not at all.
+
+    Args:
+        model: the base model.
+        vocab_size: embeddings to write; further rows of `state` are padding.
+        state: whole tensors of the base model by global name: of a checkpoint, of `base_state`, of `load_hf`.
+        model_dir: the directory.
+        tokenizer_config: the tokenizer to write beside the model, or None for none.
+        architecture: as in `LlamaForCausalLM`; by default the first that expresses the model, or the imported one.
+        dtype: float32, bfloat16 or float16; by default the tensors'.
+        max_shard_size: bytes of a safetensors file.
+        overwrite: replace what is in `model_dir`.
+        imported_config: the config.json that the model was imported from, for what it says beyond the tensors.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError: the model cannot be expressed, tensors are missing or superfluous, or `model_dir` holds something.
+        OSError: it cannot be written.
+    """
+    check_free(model_dir, "--model-dir", overwrite=overwrite)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if architecture is None and imported_config is not None:
+        architecture = imported_config.get("architectures", [None])[0]
+    chosen = choose_architecture(model, architecture)
+    tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
+    found = _entries_of(model, vocab_size, state)
+    first = _dtype(state, found[0].name)
+    written_as = dtype or next(name for name, kind in DTYPES.items() if kind == first)
+    config = from_model_config(model, vocab_size, chosen, written_as)
+    _take_imported(config, model, imported_config or {})
+    tensors = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
+    notes = []
+    with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
+        if tokenizer is not None and tokenizer_config is not None:
+            if write_files(tokenizer_config, tokenizer, folder):
+                config["eos_token_id"] = config["eos_token_id"] or tokenizer.eod
+            else:
+                notes.append(
+                    f"transformers has no {tokenizer_config.tokenizer_type}: no tokenizer is written"
+                )
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder, tensors, max_shard_size)
+    return [f"{chosen}, {written_as}", *notes]
+
+
+def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor]) -> list[Entry]:
+    """The model's tensors, compared by name with those that there are."""
+    found = entries(model, vocab_size, vocab_size)
+    wanted = {entry.name for entry in found}
+    for names, what in (
+        (wanted - set(state), "lacks"),
+        (set(state) - wanted, "has, beyond a Llama-family model,"),
+    ):
+        if names:
+            raise ValueError(f"the model to export {what} {min(names)} ({len(names)} tensors in all)")
+    return found
+
+
+def _tensors(
+    found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> Iterator[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]:
+    """For `write_tensors`: each entry's parts with their sizes, and what reads them."""
+    for entry in found:
+        size = (dtype or _dtype(state, entry.name)).itemsize
+        sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]
+
+        def read(entry: Entry = entry) -> list[torch.Tensor]:
+            whole = state[entry.name].detach().cpu()
+            if entry.kind == "vocabulary":
+                whole = whole[: entry.shape[0]]
+            if whole.shape != entry.shape:
+                raise ValueError(f"{entry.name} has shape {list(whole.shape)} instead of {list(entry.shape)}")
+            return [part.to(dtype or part.dtype) for part in split(entry, whole, model)]
+
+        yield sizes, read
+
+
+def _dtype(state: Mapping[str, torch.Tensor], name: str) -> torch.dtype:
+    return state.dtype(name) if isinstance(state, CheckpointState) else state[name].dtype
+
+
+def _take_imported(config: dict[str, Any], model: ModelConfig, imported: dict[str, Any]) -> None:
+    config |= {name: imported[name] for name in _KEPT if name in imported}
+    window = sliding_window(imported, config["model_type"])
+    if window is not None and window == model.resolved_max_position_embeddings:
+        # Imported for sequences up to its window; it is the same model with the window back in place.
+        names = (
+            "sliding_window",
+            "use_sliding_window",
+            "max_window_layers",
+            "layer_types",
+            "max_position_embeddings",
+        )
+        config |= {name: imported[name] for name in names if name in imported}
+
+
+def export_checkpoint(
+    load: str,
+    model_dir: str | Path,
+    *,
+    ckpt_step: int | None = None,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    base_only: bool = False,
+    tokenizer_model: str | None = None,
+    no_tokenizer: bool = False,
+) -> list[str]:
+    """Writes a checkpoint's model as a Hugging Face directory.
+
+    Args:
+        load: a directory of checkpoints, or one checkpoint's own.
+        model_dir: see `export_hf`, as all that is not named here.
+        ckpt_step: the step instead of the newest.
+        base_only: leave out what families added to a frozen base.
+        tokenizer_model: where the tokenizer's files are, if not where training found them.
+        no_tokenizer: write none.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError, OSError: as `export_hf`; or the checkpoint cannot be read or holds families.
+    """
+    require_one_process()
+    check_free(model_dir, "--model-dir", overwrite=overwrite)
+    run_config = read_run_config(load, ckpt_step)
+    configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, run_config)
+    _check_families(run_config["families"], load, base_only=base_only)
+    choose_architecture(configs["model"], architecture)
+    tokenizer = (
+        None if no_tokenizer else _tokenizer_config(configs["tokenizer"], tokenizer_model, run_config, load)
+    )
+    folder = find_checkpoint(load, ckpt_step)
+    assert folder is not None, "its configuration has been read"
+    distributed.initialize(ParallelConfig(), seed=1234)
+    try:
+        state = CheckpointState(folder, _base_names(configs["model"]) if base_only else None)
+        return export_hf(
+            configs["model"],
+            run_config["vocab_size"],
+            state,
+            model_dir,
+            tokenizer_config=tokenizer,
+            architecture=architecture,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            imported_config=run_config.get("hugging_face"),
+        )
+    finally:
+        distributed.shutdown()
+
+
+def _base_names(model: ModelConfig) -> set[str]:
+    return {entry.name for entry in entries(model, 1, 1)}
+
+
+def _check_families(families: dict[str, Any], load: str, *, base_only: bool) -> None:
+    for name, configuration in families.items():
+        if not base_only:
+            raise ValueError(
+                f"--load {load}: holds the family {name}, which no Llama-family model has; "
+                "--base-only exports a frozen base without it"
+            )
+        if not _value(configuration, "freeze_base"):
+            raise ValueError(
+                f"--base-only: the base model of {load} was trained together with the family {name} "
+                "and is no model without it"
+            )
+
+
+def _value(configuration: Any, name: str) -> Any:
+    """The value of a field, wherever it is nested."""
+    if not isinstance(configuration, dict):
+        return None
+    return configuration.get(name) or any(_value(inner, name) for inner in configuration.values())
+
+
+def _tokenizer_config(
+    config: TokenizerConfig, tokenizer_model: str | None, run_config: dict[str, Any], load: str
+) -> TokenizerConfig:
+    if tokenizer_model is not None:
+        config = replace(config, tokenizer_model=tokenizer_model)
+    if build_tokenizer(config).fingerprint() != run_config["tokenizer_fingerprint"]:
+        raise ValueError(f"--load {load}: was trained with another tokenizer than {config.tokenizer_model}")
+    return config

@@ -1,0 +1,103 @@
+"""Tiny Hugging Face models of the Llama family with random weights; calls in a process of their own."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from megatron_ext.testing.distributed import run_distributed
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 32,
+}
+LENGTH = 48
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An architecture and how its configuration differs from `SIZES`."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Any:
+        """The model, every parameter random, norms and biases included."""
+        config_class = getattr(transformers, f"{self.name}Config")
+        torch.manual_seed(1)
+        model = getattr(transformers, f"{self.name}ForCausalLM")(config_class(**{**SIZES, **self.changes}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(0.0, 0.15).add_(1.0 if "norm" in name else 0.0)
+        return model.eval()
+
+
+KINDS = {
+    "Llama": Kind("Llama", {"num_key_value_heads": 4}),
+    "Llama, grouped queries": Kind("Llama", {"head_dim": 16}),
+    "Llama 3 scaling": Kind("Llama", {"rope_parameters": LLAMA3_SCALING}),
+    "Llama, linear scaling": Kind(
+        "Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}
+    ),
+    "Llama, attention bias": Kind("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
+    "Llama, MLP bias": Kind("Llama", {"mlp_bias": True}),
+    "Llama, all biases": Kind("Llama", {"mlp_bias": True, "attention_bias": True, "vocab_size": 97}),
+    "Mistral": Kind("Mistral", {"sliding_window": 48, "head_dim": 8}),
+    "Qwen2": Kind("Qwen2", {"tie_word_embeddings": True}),
+    "Qwen3": Kind("Qwen3", {"head_dim": 12}),
+    "Qwen3, attention bias": Kind("Qwen3", {"head_dim": 12, "attention_bias": True}),
+}
+
+
+def tokens() -> torch.Tensor:
+    """[2, LENGTH] token ids."""
+    return torch.randint(0, 96, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """[2, LENGTH, V] of a transformers model."""
+    result: torch.Tensor = model(tokens()).logits
+    return result
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function that starts and ends a process group of its own, in another process."""
+    return run_distributed(_alone, 1, function, *args)[0]
+
+
+def _alone(function: Callable[..., Any], *args: Any) -> Any:
+    dist.destroy_process_group()
+    try:
+        with contextlib.redirect_stdout(None):
+            return function(*args)
+    finally:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory's safetensors files."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Convert models between Hugging Face's format and checkpoints: Llama, Mistral, Qwen2 and Qwen3.
+
+    convert_checkpoint.py import --model-dir DIR --save CKPT      config.json + safetensors -> a checkpoint
+    convert_checkpoint.py export --load CKPT --model-dir DIR      a checkpoint -> what from_pretrained loads
+
+One process, no network; a checkpoint can be loaded at any tensor- and pipeline-parallel size. Each command has its own
+--help; docs/interop.md tells what is converted and what is refused. Exit codes: 0 done, 2 a wrong flag or file.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import Switch, check_at_least
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """What to import, and where to."""
+
+    model_dir: str
+    """Local Hugging Face directory: config.json, safetensors, perhaps a tokenizer."""
+
+    save: str
+    """Directory of checkpoints to write; missing or empty."""
+
+    seq_length: int | None = None
+    """Tokens of a training sequence. Without it the model's longest position, at most 4096."""
+
+    make_vocab_size_divisible_by: int | None = None
+    """Pad the vocabulary to a multiple of this. Without it the greatest power of two up to 128 that pads nothing."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "seq_length", "make_vocab_size_divisible_by")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What to export, and where to."""
+
+    load: str
+    """Directory of checkpoints, or one checkpoint's own."""
+
+    model_dir: str
+    """Hugging Face directory to write; missing or empty, unless --overwrite."""
+
+    ckpt_step: int | None = None
+    """Step to load, instead of the newest complete one."""
+
+    architecture: str | None = None
+    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. Without it the one that the model
+    was imported from, else the first that expresses it."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the tensors. Without it the checkpoint's."""
+
+    max_shard_size: str = "5GB"
+    """Most bytes of a safetensors file, as in 500MB or 2GiB."""
+
+    base_only: bool = False
+    """Export the base model without what a family added to it; only where the base was frozen (NPT)."""
+
+    tokenizer_model: str | None = None
+    """Where the tokenizer's file or directory is now, if not where the checkpoint says."""
+
+    no_tokenizer: Switch = False
+    """Write no tokenizer."""
+
+    overwrite: bool = False
+    """Replace what is in --model-dir."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "ckpt_step")
+        self.resolved_max_shard_size()
+
+    def resolved_max_shard_size(self) -> int:
+        """Bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", self.max_shard_size, re.IGNORECASE)
+        unit = match[2].upper() if match else "?"
+        size = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
+        if size < 1:
+            raise ValueError(f"--max-shard-size {self.max_shard_size}: must be a size as in 500MB or 2GiB")
+        return size
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else ""
+    if command not in _COMMANDS:
+        if command in ("-h", "--help"):
+            print(__doc__)
+            return 0
+        raise ValueError(f"unknown command {command!r}: one of {', '.join(_COMMANDS)}")
+    concern, run, example = _COMMANDS[command]
+    config = parse(
+        concern,
+        arguments[1:],
+        prog=f"tools/convert_checkpoint.py {command}",
+        description=str(run.__doc__),
+        example=f"python tools/convert_checkpoint.py {command} {example}",
+    )["config"]
+    run(config)
+    return 0
+
+
+def run_import(config: ImportConfig) -> None:
+    """Write a local Hugging Face model as a checkpoint, with its tokenizer, and its flags as model.yaml."""
+    from megatron_ext.interop import import_checkpoint
+
+    found = import_checkpoint(
+        config.model_dir,
+        config.save,
+        seq_length=config.seq_length,
+        make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
+    )
+    model, kind = found.model, str(found.dtype).removeprefix("torch.")
+    print(
+        f"{config.save}: {found.config.get('model_type')}, {model.num_layers} layers, hidden size "
+        f"{model.hidden_size}, {found.vocab_size:,} ids, {kind}"
+    )
+    print(f"train it: --config {config.save}/model.yaml --load {config.save} --finetune")
+
+
+def run_export(config: ExportConfig) -> None:
+    """Write a checkpoint's model as a Hugging Face directory: config.json, safetensors, tokenizer."""
+    from megatron_ext.interop import export_checkpoint
+
+    notes = export_checkpoint(
+        config.load,
+        config.model_dir,
+        ckpt_step=config.ckpt_step,
+        architecture=config.architecture,
+        dtype=config.dtype,
+        max_shard_size=config.resolved_max_shard_size(),
+        overwrite=config.overwrite,
+        base_only=config.base_only,
+        tokenizer_model=config.tokenizer_model,
+        no_tokenizer=config.no_tokenizer,
+    )
+    for line in notes:
+        print(f"{config.model_dir}: {line}")
+
+
+_COMMANDS: dict[str, tuple[type[Any], Callable[..., None], str]] = {
+    "import": (ImportConfig, run_import, "--model-dir models/llama --save checkpoints/llama"),
+    "export": (
+        ExportConfig,
+        run_export,
+        "--load checkpoints/llama --model-dir models/mine --max-shard-size 2GB",
+    ),
+}
+
+
+if __name__ == "__main__":
+    run_main(main)
