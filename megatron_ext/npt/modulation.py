@@ -196,41 +196,48 @@ class OuterProductModulation(Modulation):
         self.add_output_factor(1.0)
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """[W_a_up x ; c_a . x], [.., k r] or [.., k r + k]."""
-        products = x @ self.W_a_up.t()
-        return torch.cat([products, x @ self.c_a.t()], dim=-1) if self.settings.has_affine else products
+        """[W_a_up x ; c_a . x], [.., k r] or [.., k r + k]; in one product, as x is much larger than the factors."""
+        reader = torch.cat([self.W_a_up, self.c_a]) if self.settings.has_affine else self.W_a_up
+        return x @ reader.t()
 
     def combine(self, products: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """(v_a . x) z, scaled: [.., k r]. In fp32, as sums of products should be."""
-        settings, rank = self.settings, self.settings.np_rank
-        z = self.code(attention_output)
-        components = settings.num_np_components
-        read = products[..., : settings.total_rank].float().unflatten(-1, (components, rank))
-        s = (z * read).sum(-1) * rank**-0.5
+        """(v_a . x) z, scaled: [.., k r]. In fp32, as sums of products should be.
+
+        With z = a W_down still to be divided by its root mean square: both of its divisions are in the factor of z.
+        """
+        settings = self.settings
+        z, read = self.code(attention_output), self.by_component(products)
+        s = (z * read).sum(-1) * settings.np_rank**-0.5
+        inverse_rms = self.inverse_rms(z) if settings.np_normalize else None
+        if inverse_rms is not None:
+            s = s * inverse_rms
         if settings.has_affine:
             s = s + products[..., settings.total_rank :].float()
-        if self.reads_ffn and settings.np_normalize:
-            s = s * self.inverse_read_rms(products)
-        else:
-            s = s * self.input_size**-0.5
+        if inverse_rms is not None:
+            s = s * inverse_rms
+        s = s * (self.inverse_rms(read) if self.divides_by_read else self.input_size**-0.5)
         s = s * (settings.np_scale / math.sqrt(settings.total_rank))
         return (s.unsqueeze(-1) * z).flatten(-2).to(products.dtype)
 
-    def inverse_read_rms(self, products: torch.Tensor) -> torch.Tensor:
-        """1 / rms(W_a_up x) [.., k] in fp32, from the products of `read`, whole."""
-        settings = self.settings
-        read = products[..., : settings.total_rank].float()
-        read = read.unflatten(-1, (settings.num_np_components, settings.np_rank))
-        return torch.rsqrt(read.square().mean(-1) + EPS)
+    @property
+    def divides_by_read(self) -> bool:
+        """True where v_a is divided by rms(W_a_up x), False: by sqrt(input)."""
+        return self.reads_ffn and self.settings.np_normalize
 
     def code(self, attention_output: torch.Tensor) -> torch.Tensor:
-        """z [.., k, r] in fp32."""
+        """z [.., k, r] in fp32, not yet divided by its root mean square."""
+        return self.by_component(attention_output @ self.W_down)
+
+    def by_component(self, values: torch.Tensor) -> torch.Tensor:
+        """The first k r of the last dimension as [.., k, r] in fp32."""
         settings = self.settings
-        z = (attention_output @ self.W_down).float()
-        z = z.unflatten(-1, (settings.num_np_components, settings.np_rank))
-        if settings.np_normalize:
-            z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
-        return z
+        values = values[..., : settings.total_rank].float()
+        return values.unflatten(-1, (settings.num_np_components, settings.np_rank))
+
+    @staticmethod
+    def inverse_rms(values: torch.Tensor) -> torch.Tensor:
+        """1 / root mean square over the last dimension."""
+        return torch.rsqrt(values.square().mean(-1) + EPS)
 
 
 FORMS: dict[str, type[Modulation]] = {

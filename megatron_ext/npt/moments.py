@@ -98,9 +98,7 @@ class GeneratedVectors:
     @functools.cached_property
     def _code(self) -> torch.Tensor:
         """z [.., k, r] in fp32, not normalised."""
-        settings = self._modulation.settings
-        z = (self._attention_output @ self._modulation.W_down).float()
-        return z.unflatten(-1, (settings.num_np_components, settings.np_rank))
+        return self._modulation.code(self._attention_output)
 
     @functools.cached_property
     def _a_squares(self) -> torch.Tensor:
@@ -118,10 +116,9 @@ class GeneratedVectors:
     def _products(self) -> torch.Tensor:
         """v_a . a [.., k]."""
         settings = self._modulation.settings
-        read = self._modulation.read(self._attention_output).float()
-        rank = settings.total_rank
-        found = (self._code * read[..., :rank].view_as(self._code)).sum(-1) * settings.np_rank**-0.5
-        return found + read[..., rank:] if settings.has_affine else found
+        read = self._modulation.read(self._attention_output)
+        found = (self._code * self._modulation.by_component(read)).sum(-1) * settings.np_rank**-0.5
+        return found + read[..., settings.total_rank :] if settings.has_affine else found
 
     @functools.cached_property
     def _attention_squares(self) -> torch.Tensor:
@@ -177,14 +174,16 @@ def _outer_product_norms(
 ) -> torch.Tensor:
     settings = modulation.settings
     code = modulation.code(attention_output)
+    if settings.np_normalize:
+        code = code * modulation.inverse_rms(code).unsqueeze(-1)
     reader, writer = _reader(modulation), _by_component(modulation, modulation.W_b_up)
     of_a = _gram(modulation, reader.flatten(0, 1), modulation.reads_ffn)
     of_b = _gram(modulation, writer.flatten(0, 1), not modulation.reads_ffn)
     products = _cross(_extended(modulation, code), of_a) * _cross(code, of_b)
-    if modulation.reads_ffn and settings.np_normalize:
+    if modulation.divides_by_read:
         if x is None:
             raise ValueError("delta_norms: the delta of `down` depends on its input, x must be given")
-        inverse = modulation.inverse_read_rms(modulation.read_whole(x))
+        inverse = modulation.inverse_rms(modulation.by_component(modulation.read_whole(x)))
         products = products * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     else:
         products = products / modulation.input_size
