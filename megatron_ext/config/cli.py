@@ -6,6 +6,7 @@
     configs = parse({"model": ModelConfig, "parallel": ParallelConfig}, prog="pretrain_x.py", description="...")
     configs["model"].num_layers
 
+A script may give defaults that follow from what was given (a mode, a checkpoint to load); they come last of all.
 Nothing here imports torch, so `--help` and a mistyped flag answer at once.
 """
 
@@ -15,14 +16,14 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
 
 from megatron_ext.config.errors import exit_with_error, main_guard, run_main
-from megatron_ext.config.fields import Concerns, flags_of, given_flags
-from megatron_ext.config.yaml_file import yaml_arguments
+from megatron_ext.config.fields import Concerns, Flag, flags_of, given_flags, with_dashes
+from megatron_ext.config.yaml_file import default_arguments, yaml_arguments
 
 __all__ = ["known_flags", "main_guard", "parse", "run_main"]
 
@@ -38,6 +39,7 @@ def parse(
     prog: str | None = None,
     description: str = "",
     example: str = "",
+    defaults: Callable[[Mapping[str, str]], Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Reads the command line into configuration dataclasses.
 
@@ -47,6 +49,7 @@ def parse(
         prog: the program's name for `--help`.
         description: what the program does, for `--help`.
         example: a command that works, for `--help`.
+        defaults: field's name -> text of the given flags of one value; gives concern's name -> field's name -> default.
 
     Returns:
         An instance for every name (for a single class its name is `config`).
@@ -67,6 +70,11 @@ def parse(
         if path is not None:
             from_yaml = yaml_arguments(path, by_name, flags, given)
             given |= given_flags(from_yaml, flags)
+        if defaults is not None:
+            chosen = defaults(_given_values(from_yaml + arguments, flags))
+            from_defaults = default_arguments(chosen, flags, given)
+            given |= given_flags(from_defaults, flags)
+            arguments = from_defaults + arguments
         missing = [flag.name for flag in flags if flag.is_required and flag.name not in given]
         if missing:
             raise ValueError(
@@ -88,6 +96,20 @@ def known_flags(concerns: type[Any] | Concerns) -> frozenset[str]:
     """Returns every spelling that the command line accepts for these concerns, in dashes."""
     spellings = (flag.names + flag.negations for flag in flags_of(_by_name(concerns)))
     return frozenset({"--config", "--help"}.union(*spellings))
+
+
+def _given_values(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, str]:
+    """Field's name -> text, of flags that have one value; the last one counts, as on any command line."""
+    name_of = {spelling: flag.name[2:].replace("-", "_") for flag in flags for spelling in flag.names}
+    values = {}
+    for place, argument in enumerate(arguments):
+        spelled, equals, value = argument.partition("=")
+        name = name_of.get(with_dashes(spelled)) if argument.startswith("--") else None
+        if name is not None and equals:
+            values[name] = value
+        elif name is not None and place + 1 < len(arguments) and not arguments[place + 1].startswith("--"):
+            values[name] = arguments[place + 1]
+    return values
 
 
 def _by_name(concerns: type[Any] | Concerns) -> dict[str, type[Any]]:

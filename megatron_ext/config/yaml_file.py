@@ -4,7 +4,7 @@ The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them 
 become arguments, they go through the same checks as what a user types.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,21 @@ def yaml_arguments(path: str, concerns: Concerns, flags: Sequence[Flag], given: 
         seen.add(flag.name)
         if flag.name not in given and value is not None:
             arguments += _as_arguments(path, flag, key, value)
+    return arguments
+
+
+def default_arguments(
+    sections: Mapping[str, Mapping[str, Any]], flags: Sequence[Flag], given: Container[str]
+) -> list[str]:
+    """Returns defaults, by concern and field, as arguments, without those that are given; `None` is left out."""
+    flag_of = {(flag.concern, flag.name): flag for flag in flags}
+    arguments: list[str] = []
+    for section, values in sections.items():
+        for key, value in values.items():
+            flag = flag_of[section, with_dashes(key)]
+            if flag.name not in given and value is not None:
+                value = list(value) if isinstance(value, tuple) else value
+                arguments += _as_arguments("defaults", flag, key, value)
     return arguments
 
 

@@ -92,5 +92,5 @@ def load_model(
         bf16=bf16,
         extensions=[family.extension() for family in made],
     )
-    load_weights(path, list(chunks), vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
+    load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
     return LoadedModel(model=chunks[0].eval(), config=model, families=made, tokenizer=built)

@@ -62,27 +62,50 @@ def evaluate_perplexity(
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
-    dataset = IndexedDataset(prefix)
-    total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
-    total = total if max_tokens is None else min(total, max_tokens + 1)
-    if total < 2:
-        raise ValueError(f"{prefix}: has {total} tokens, at least 2 are needed")
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens)
     for chunk in chunks:
         chunk.eval()
-    windows = _windows(dataset, total, sequence_length)
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
     sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    batches = _micro_batches(windows, sequence_length, micro_batch_size)
     with torch.no_grad():
-        # The interleaved schedule wants the number of micro-batches to be a multiple of the stages.
-        while step := list(islice(batches, stages)):
-            while len(step) < stages:
-                step.append({**step[0], "loss_mask": torch.zeros_like(step[0]["loss_mask"])})
+        for step in steps:
             for output in run_microbatches(chunks, families, step, _MaskedSum(), forward_only=True):
                 sums += torch.stack([output["sum"], output["count"]])
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     return Perplexity(loss=float(sums[0] / sums[1]), tokens=int(sums[1]))
+
+
+def held_out_steps(
+    prefix: str, sequence_length: int, micro_batch_size: int, max_tokens: int | None = None
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of a dataset, as many at a time as the pipeline has stages.
+
+    `loss_mask` is 1 where a token counts: windows that are short, or added to fill up, count less or nothing.
+
+    Args:
+        prefix: indexed dataset without `.bin` and `.idx`; it exists and is whole.
+        sequence_length: tokens of a window.
+        micro_batch_size: windows of a micro-batch.
+        max_tokens: at most so many tokens, from the dataset's beginning.
+
+    Raises:
+        ValueError: the dataset has fewer than two tokens.
+    """
+    dataset = IndexedDataset(prefix)
+    total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
+    total = total if max_tokens is None else min(total, max_tokens + 1)
+    if total < 2:
+        raise ValueError(f"{prefix}: has {total} tokens, at least 2 are needed")
+    batches = _micro_batches(_windows(dataset, total, sequence_length), sequence_length, micro_batch_size)
+    return _by_step(batches, parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def _by_step(batches: Iterator[Batch], stages: int) -> Iterator[list[Batch]]:
+    while step := list(islice(batches, stages)):
+        # The interleaved schedule wants the number of micro-batches to be a multiple of the stages.
+        while len(step) < stages:
+            step.append({**step[0], "loss_mask": torch.zeros_like(step[0]["loss_mask"])})
+        yield step
 
 
 def _windows(dataset: IndexedDataset, total: int, length: int) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:

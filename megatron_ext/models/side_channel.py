@@ -28,8 +28,8 @@ class SideStream:
     """Unique over all families of a run."""
 
     width: int | None
-    """Size of the last dimension on this rank. None: as many columns as a micro-batch brings, or none; at most one stream
-    of a run, only to the layers."""
+    """Size of the last dimension on this rank. None: as many columns as a micro-batch brings, or none; at most one
+    stream of a run, only to the layers."""
 
     full_sequence: bool = False
     """True: all rows of the sequence are present on every rank, under sequence parallel too."""

@@ -19,11 +19,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.models.base_parameters import base_parameters
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training import checkpoint_tensors as tensors
 from megatron_ext.training import random_state, scheduler_state
 from megatron_ext.training.agreement import gather, on_first_rank
+from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint_compare import check_same_model
 from megatron_ext.training.family import Family
 from megatron_ext.training.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
@@ -61,6 +63,8 @@ class Checkpointer:
         scheduler: OptimizerParamScheduler,
         run_config: dict[str, Any],
         families: list[Family],
+        base: BaseCheckpoint | None = None,
+        name: Callable[[int], str] = files.checkpoint_name,
         note: Callable[[str], None] = print_on_first_rank,
     ) -> None:
         """Args:
@@ -70,7 +74,9 @@ class Checkpointer:
         scheduler: over `optimizer`.
         run_config: the configuration as JSON values: a section a concern (`model` and `training` are looked into),
             `vocab_size` and `tokenizer_fingerprint`. The families' sections are added here.
-        families: their configuration and state are saved.
+        families: their configuration, state and files are saved.
+        base: has been loaded under the run; what is frozen is left out of the run's checkpoints then.
+        name: step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads.
         note: takes a line for the user, on every rank.
         """
         self.config = config
@@ -78,7 +84,13 @@ class Checkpointer:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.families = families
-        self.run_config = {**run_config, "families": {f.name: f.configuration() for f in families}}
+        self.run_config = {
+            **run_config,
+            "families": {f.name: f.configuration() for f in families},
+            "base_checkpoint": base.as_json() if base is not None else None,
+        }
+        self.base = base
+        self.name = name
         self.note = note
 
     def save(self, progress: Progress) -> Path:
@@ -92,13 +104,14 @@ class Checkpointer:
         """
         assert self.config.save is not None, "saving needs --save"
         root, iteration = Path(self.config.save), progress.iteration
+        name = self.name(iteration)
         try:
-            on_first_rank(lambda: files.begin(root, iteration))
-            self._write(files.writing_folder(root, iteration), progress)
-            on_first_rank(lambda: files.publish(root, iteration))
+            on_first_rank(lambda: files.begin(root, name))
+            self._write(files.writing_folder(root, name), progress)
+            on_first_rank(lambda: files.publish(root, name))
         except BaseException as error:
             if dist.get_rank() == 0:
-                files.discard(root, iteration)
+                files.discard(root, name)
             if isinstance(error, OSError):
                 dist.barrier()  # no rank may end the run while rank 0 still removes files
                 raise OSError(
@@ -107,7 +120,7 @@ class Checkpointer:
                 ) from error
             raise
         self._prune(root, iteration)
-        return root / files.checkpoint_name(iteration)
+        return root / name
 
     def load(self) -> Progress | None:
         """Loads the checkpoint that the configuration names; collective.
@@ -127,6 +140,7 @@ class Checkpointer:
             self.note(f"--load {root}: no checkpoint there, the run starts from scratch")
             return None
         stored, state = _read_verified(folder)
+        self._check_base(stored, folder)
         check_same_model(self.run_config, stored, self.families, folder, finetune=self.config.finetune)
         same_vocabulary = stored["vocab_size"] == self.run_config["vocab_size"]
         self._load_tensors(folder, state, same_vocabulary)
@@ -141,8 +155,20 @@ class Checkpointer:
         self.note(f"loaded {folder}: the run goes on after step {progress.iteration}")
         return progress
 
+    def _model_state(self) -> dict[str, Any]:
+        trained = None if self.base is None else lambda _, value: getattr(value, "requires_grad", True)
+        return tensors.model_state(self.models, trained)
+
+    def _check_base(self, stored: dict[str, Any], folder: Path) -> None:
+        theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
+        if (theirs and theirs["sha256"]) != (ours and ours["sha256"]):
+            raise ValueError(
+                f"{folder}: was trained on top of {theirs['path'] if theirs else 'nothing'}, "
+                f"this run on top of {ours['path'] if ours else 'nothing'}"
+            )
+
     def _write(self, folder: Path, progress: Progress) -> None:
-        state = tensors.model_state(self.models)
+        state = self._model_state()
         step = None
         if not self.config.no_save_optim:
             optimizer = OptimizerState(self.optimizer, state)
@@ -161,6 +187,8 @@ class Checkpointer:
                 files.write_text(folder / files.STATE, json.dumps(self._state(progress, step), indent=1))
 
         gather(write_rest)
+        for family in self.families:
+            family.write_files(self.models, folder, self._state(progress, step))
         own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
         on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
 
@@ -174,7 +202,7 @@ class Checkpointer:
         }
 
     def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
-        wanted = tensors.model_state(self.models)
+        wanted = self._model_state()
         stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
         tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
         optimizer = None
@@ -186,7 +214,7 @@ class Checkpointer:
             wanted |= {"optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
             tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
         loaded = tensors.read(wanted, folder)
-        tensors.load_model_state(self.models, loaded)
+        tensors.load_model_state(self.models, loaded, strict=self.base is None)
         if optimizer is None:
             self.optimizer.reload_model_params()
         else:
@@ -216,13 +244,21 @@ class Checkpointer:
 
 
 def load_weights(
-    path: str, chunks: list[torch.nn.Module], *, vocab_size: int | None = None, ckpt_step: int | None = None
+    path: str,
+    chunks: list[torch.nn.Module],
+    families: list[Family],
+    *,
+    vocab_size: int | None = None,
+    ckpt_step: int | None = None,
 ) -> Path:
     """Loads the model alone, at any cut, for tools that evaluate, generate or convert; collective.
+
+    Where the checkpoint was made on top of a base, that is loaded first.
 
     Args:
         path: a directory of checkpoints, or one checkpoint's own.
         chunks: this rank's model chunks, wrapped or not, built as `read_run_config` tells.
+        families: those of the model.
         vocab_size: the tokenizer's size; where it is the checkpoint's, the vocabulary may be padded differently.
         ckpt_step: the step to load instead of the newest.
 
@@ -236,10 +272,16 @@ def load_weights(
     folder = on_first_rank(lambda: _existing(path, ckpt_step))
     stored, _ = _read_verified(folder)
     models: list[GPTModel] = unwrap_model(chunks)
-    wanted = tensors.model_state(models)
     shapes = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+    base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
+    of_base = {id(parameter) for model in models for parameter in base_parameters(model)}
+    if base is not None:
+        base.load(models, stored, families)
+    wanted = tensors.model_state(
+        models, None if base is None else lambda name, value: name in shapes or id(value) not in of_base
+    )
     tensors.check(wanted, shapes, folder, same_vocabulary=vocab_size == stored["vocab_size"])
-    tensors.load_model_state(models, tensors.read(wanted, folder))
+    tensors.load_model_state(models, tensors.read(wanted, folder), strict=base is None)
     return folder
 
 

@@ -56,15 +56,21 @@ def checkpoint_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint directory's name, Megatron-LM's or `checkpoint-<step>`; None if it is another name."""
+    match = re.fullmatch(r"(?:iter_|checkpoint-)(\d+)", name)
+    return int(match[1]) if match else None
+
+
 def complete_checkpoints(root: Path) -> dict[int, Path]:
     """Step -> directory of every complete checkpoint under `root`, in ascending order."""
     found: dict[int, Path] = {}
     # A directory set aside by an interrupted replacement counts where its successor never arrived.
     for prefix in (_REPLACED, ""):
-        for path in root.glob(f"{prefix}iter_*"):
-            match = re.fullmatch(rf"{re.escape(prefix)}iter_(\d+)", path.name)
-            if match and (path / CHECKSUMS).is_file():
-                found[int(match[1])] = path
+        for path in root.glob(f"{prefix}*"):
+            step = step_of(path.name.removeprefix(prefix))
+            if step is not None and (path / CHECKSUMS).is_file():
+                found[step] = path
     return dict(sorted(found.items()))
 
 
@@ -85,10 +91,10 @@ def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
     found = complete_checkpoints(folder)
     if ckpt_step is None:
         step = _tracked(folder)
-        unfinished = folder / checkpoint_name(-1 if step is None else step)
-        if step not in found and unfinished.is_dir():
+        unfinished = [path for path in folder.glob("*") if step is not None and step_of(path.name) == step]
+        if step not in found and unfinished:
             raise ValueError(
-                f"{unfinished}: not a complete checkpoint of this program, {CHECKSUMS} is missing"
+                f"{unfinished[0]}: not a complete checkpoint of this program, {CHECKSUMS} is missing"
             )
         if step not in found:
             step = max(found, default=None)
@@ -108,56 +114,55 @@ def _tracked(root: Path) -> int | None:
         return None
 
 
-def begin(root: Path, iteration: int) -> Path:
+def begin(root: Path, name: str) -> Path:
     """Removes what killed saves left behind and makes the hidden directory to write into; see `writing_folder`."""
     root.mkdir(parents=True, exist_ok=True)
     for prefix in (_WRITING, _REMOVED):
-        for path in root.glob(f"{prefix}iter_*"):
+        for path in root.glob(f"{prefix}*"):
             shutil.rmtree(path)
-    for path in root.glob(f"{_REPLACED}iter_*"):
+    for path in root.glob(f"{_REPLACED}*"):
         successor = root / path.name.removeprefix(_REPLACED)
         if successor.exists():
             shutil.rmtree(path)
         else:
             path.rename(successor)
-    folder = writing_folder(root, iteration)
+    folder = writing_folder(root, name)
     (folder / "rng").mkdir(parents=True)
     return folder
 
 
-def writing_folder(root: Path, iteration: int) -> Path:
-    """The hidden directory in which the checkpoint of a step is written."""
-    return root / f"{_WRITING}{checkpoint_name(iteration)}"
+def writing_folder(root: Path, name: str) -> Path:
+    """The hidden directory in which a checkpoint is written."""
+    return root / f"{_WRITING}{name}"
 
 
-def publish(root: Path, iteration: int) -> None:
+def publish(root: Path, name: str) -> None:
     """Makes the written directory the checkpoint of its step and the one to load; from here on it counts."""
-    target = root / checkpoint_name(iteration)
+    target = root / name
     replaced = root / f"{_REPLACED}{target.name}"
     if target.exists():
         target.rename(replaced)
-    writing_folder(root, iteration).rename(target)
+    writing_folder(root, name).rename(target)
     fsync_folder(root)
-    write_text(root / f".{TRACKER}", str(iteration))
+    write_text(root / f".{TRACKER}", str(step_of(name)))
     os.replace(root / f".{TRACKER}", root / TRACKER)
     fsync_folder(root)
     if replaced.exists():
         shutil.rmtree(replaced)
 
 
-def discard(root: Path, iteration: int) -> None:
+def discard(root: Path, name: str) -> None:
     """Removes what an unfinished save has written."""
-    shutil.rmtree(writing_folder(root, iteration), ignore_errors=True)
+    shutil.rmtree(writing_folder(root, name), ignore_errors=True)
     (root / f".{TRACKER}").unlink(missing_ok=True)
 
 
 def prune(root: Path, keep_last: int, iteration: int) -> None:
     """Removes complete checkpoints up to step `iteration` but for the newest `keep_last`."""
-    steps = [step for step in complete_checkpoints(root) if step <= iteration]
-    for step in steps[:-keep_last]:
+    complete = [path for step, path in complete_checkpoints(root).items() if step <= iteration]
+    for path in complete[:-keep_last]:
         # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
-        removed = (root / checkpoint_name(step)).rename(root / f"{_REMOVED}{checkpoint_name(step)}")
-        shutil.rmtree(removed)
+        shutil.rmtree(path.rename(root / f"{_REMOVED}{path.name}"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,9 +8,11 @@ tells every rank of a failure. Read with the engine's own reader.
 
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
@@ -36,18 +38,32 @@ from megatron_ext.training.optimizer_state import PREFIX
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def model_state(models: list[GPTModel]) -> ShardedStateDict:
-    """The sharded state dict of this rank's chunks; names in it are global and do not tell how layers are cut."""
-    return {
-        f"model{index}": model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
-        for index, model in enumerate(models)
-    }
+def model_state(
+    models: list[GPTModel], keeps: Callable[[str, torch.Tensor], bool] | None = None
+) -> ShardedStateDict:
+    """The sharded state dict of this rank's chunks; names in it are global and do not tell how layers are cut.
 
-
-def load_model_state(models: list[GPTModel], state: ShardedStateDict) -> None:
-    """Gives the chunks what the engine's reader has filled in."""
+    Args:
+        models: the chunks, unwrapped.
+        keeps: (global name, the model's own tensor) -> whether it is in; without it all are.
+    """
+    states = {}
     for index, model in enumerate(models):
-        model.load_state_dict(state[f"model{index}"], strict=True)
+        state = model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        if keeps is not None:
+            state = {
+                name: value
+                for name, value in state.items()
+                if not isinstance(value, ShardedTensor | ShardedTensorFactory) or keeps(value.key, value.data)
+            }
+        states[f"model{index}"] = state
+    return states
+
+
+def load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool = True) -> None:
+    """Gives the chunks what the engine's reader has filled in; not strict where `model_state` left something out."""
+    for index, model in enumerate(models):
+        model.load_state_dict(state[f"model{index}"], strict=strict)
 
 
 def write(state: ShardedStateDict, folder: Path) -> None:

@@ -5,6 +5,7 @@ does nothing, so that a family states just what it needs; several families may t
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,15 @@ class Family:
         Collective: every rank calls it; a layer counts once, norms are global over tensor and pipeline ranks.
         """
         return {}
+
+    def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
+        """Writes the family's own files into a checkpoint, where they get checksums; collective, on rank 0 to disk.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped.
+            folder: the checkpoint's directory while it is being written.
+            state: what the checkpoint tells of the run: `progress`, `scheduler`, `optimizer_step`, ...
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What to save beyond the model, as JSON values."""

@@ -70,12 +70,17 @@ class Loop:
         self.sequence_length = sequence_length
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
 
-    def run(self, progress: Progress) -> int:
+    def run(self, progress: Progress) -> tuple[int, Progress]:
         """Trains from `progress` to the end.
 
         Returns:
-            The process's exit code; see `signals`.
+            The process's exit code, see `signals`, and how far the run has come.
         """
+        if progress.iteration >= self.total_iterations:
+            self.reporter.note(
+                f"training already complete: step {progress.iteration} of {self.total_iterations}; a larger "
+                "--train-iters (--max-steps) continues it"
+            )
         started = time.monotonic()
         not_finite_in_a_row = 0
         with SignalWatcher() as signals:
@@ -88,7 +93,7 @@ class Loop:
                         f"stopped at step {progress.iteration}: loss or gradient norm not finite in "
                         f"{not_finite_in_a_row} steps in a row; no checkpoint was written of them"
                     )
-                    return EXIT_NOT_FINITE
+                    return EXIT_NOT_FINITE, progress
                 if self._is_due(progress.iteration, self.training.eval_interval):
                     self._evaluate(progress)
                 reason, code = self._reason_to_stop(progress, started, signals)
@@ -97,9 +102,9 @@ class Loop:
                     self._save(progress, skipped)
                 if reason is not None:
                     self.reporter.note(f"stopped after step {progress.iteration}: {reason}")
-                    return code
+                    return code, progress
         self._evaluate_at_end(progress)
-        return EXIT_OK
+        return EXIT_OK, progress
 
     def evaluate_only(self, progress: Progress) -> int:
         """Evaluates the loaded model on validation and test data (`--skip-train`); returns the exit code."""

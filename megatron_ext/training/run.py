@@ -7,6 +7,7 @@ What a user may have got wrong is checked before the process group starts, where
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,11 @@ from megatron_ext.data.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.accounting import model_cost, training_flops_per_token
 from megatron_ext.models.build import build_model
+from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
+from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
-from megatron_ext.training.checkpoint_files import check_writable
+from megatron_ext.training.checkpoint_files import check_writable, checkpoint_name
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
@@ -37,12 +40,34 @@ MakeFamilies = Callable[[dict[str, Any], Tokenizer], list[Family]]
 """Makes the families of a run from its configurations and tokenizer."""
 
 
-def pretrain(configs: dict[str, Any], make_families: MakeFamilies) -> int:
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a script's way of training differs in from plain pretraining."""
+
+    base: BaseCheckpoint | None = None
+    """A checkpoint whose model is loaded under the run; the run's own leave out what is frozen."""
+
+    checkpoint_name: Callable[[int], str] = checkpoint_name
+    """Step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads."""
+
+    prepare: Callable[[list[GPTModel]], None] = lambda chunks: None
+    """Called on the loaded model before it is wrapped, and before a checkpoint of the run is loaded; collective."""
+
+    finish: Callable[[list[GPTModel], Progress], None] = lambda chunks, progress: None
+    """Called after the last step; collective."""
+
+
+PLAIN = RunOptions()
+"""Plain pretraining."""
+
+
+def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunOptions = PLAIN) -> int:
     """Runs pretraining.
 
     Args:
         configs: an instance for every name in `config.concerns.TRAINING`, and the families' own configurations.
         make_families: called once.
+        options: what differs from plain pretraining.
 
     Returns:
         The process's exit code.
@@ -63,7 +88,7 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies) -> int:
     np.random.seed(training.seed)
     distributed.initialize(parallel, training.seed)
     try:
-        return _train(configs, tokenizer, families)
+        return train(configs, tokenizer, families, options)
     finally:
         distributed.shutdown()
 
@@ -83,7 +108,10 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
         check_writable(configs["checkpoint"].save)
 
 
-def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]) -> int:
+def train(
+    configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family], options: RunOptions = PLAIN
+) -> int:
+    """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
     model, parallel, training = configs["model"], configs["parallel"], configs["training"]
     global_batch_size = training.resolved_global_batch_size(parallel_state.get_data_parallel_world_size())
     chunks = build_model(
@@ -94,8 +122,13 @@ def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]
         bf16=training.bf16,
         extensions=[family.extension() for family in families],
     )
+    run_config = run_configuration(configs, tokenizer)
+    if options.base is not None:
+        named = {**run_config, "families": {family.name: family.configuration() for family in families}}
+        options.base.load(chunks, named, families)
     for family in families:
         family.prepare_model(chunks)
+    options.prepare(chunks)
     wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
     optimizer = build_optimizer(configs["optimizer"], parallel, wrapped, families, bf16=training.bf16)
     scheduler = build_scheduler(configs["optimizer"], training, optimizer, global_batch_size)
@@ -114,8 +147,10 @@ def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]
         chunks=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
-        run_config=run_configuration(configs, tokenizer),
+        run_config=run_config,
         families=families,
+        base=options.base,
+        name=options.checkpoint_name,
     )
     progress = checkpointer.load() or Progress()
     data = _build_data(configs, tokenizer, families, global_batch_size)
@@ -139,7 +174,12 @@ def _train(configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family]
             data,
             sequence_length=model.seq_length,
         )
-        return loop.evaluate_only(progress) if training.skip_train else loop.run(progress)
+        if training.skip_train:
+            return loop.evaluate_only(progress)
+        code, progress = loop.run(progress)
+        if progress.iteration >= loop.total_iterations:
+            options.finish(chunks, progress)
+        return code
 
 
 def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -231,9 +231,9 @@ def test_a_directory_that_cannot_be_written_is_found_before_training(tmp_path: P
 
 def _make_complete(root: Path, *steps: int) -> None:
     for step in steps:
-        folder = files.begin(root, step)
+        folder = files.begin(root, files.checkpoint_name(step))
         files.write_checksums(folder, {})
-        files.publish(root, step)
+        files.publish(root, files.checkpoint_name(step))
 
 
 def test_the_newest_checkpoints_are_kept_and_later_ones_of_another_run_untouched(tmp_path: Path) -> None:

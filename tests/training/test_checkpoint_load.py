@@ -184,7 +184,7 @@ def _logits(folder: str, parallel: ParallelConfig) -> torch.Tensor:
     initialize(parallel, seed=5)
     model = ModelConfig(**stored["model"])
     chunks = build_model(model, parallel, vocab_size=stored["vocab_size"], seed=5)
-    load_weights(folder, list(chunks))
+    load_weights(folder, list(chunks), [])
     assert len(chunks) == 1
     tokens = torch.arange(model.seq_length).unsqueeze(0)
     with torch.no_grad():

@@ -1,0 +1,127 @@
+"""An NPT run, whatever its mode: which base is under it, what it starts with, what its checkpoints are called.
+
+--load CKPT                    CKPT is a base model's: the run starts on top of it
+--load RUN                     RUN holds NPT checkpoints: the run goes on, on the base that they name
+--base-checkpoint CKPT --load RUN      starts on CKPT where RUN holds nothing yet, and else goes on
+neither                        a model from scratch (with --no-freeze-base)
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.adapter import load_adapter
+from megatron_ext.npt.adapter_files import read_adapter
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.family import NPTFamily
+from megatron_ext.npt.settings import NPTTrainingConfig
+from megatron_ext.platform import distributed
+from megatron_ext.training.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint import read_run_config
+from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.training.family import Family
+from megatron_ext.training.run import RunOptions, pretrain
+
+_SEQUENCE = ("seq_length",)
+"""Of the model's configuration, what a run may choose on its own."""
+
+
+def run(configs: dict[str, Any]) -> int:
+    """Trains; returns the process's exit code.
+
+    Args:
+        configs: `config.concerns.TRAINING`, `npt` (NPTTrainingConfig) and `np` (NPTModuleConfig).
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    training: NPTTrainingConfig = configs["npt"]
+    module: NPTModuleConfig = configs["np"]
+    training.check_module(module, configs["model"].num_layers)
+    base, configs["checkpoint"] = find_base(training, configs["checkpoint"])
+    if base is None and module.freeze_base and not configs["training"].dry_run:
+        raise ValueError(
+            "--freeze-base: there is no base model; give --load or --base-checkpoint, or --no-freeze-base"
+        )
+    weights = read_adapter(training.load_npt_weights, module) if training.load_npt_weights else None
+    options = RunOptions(
+        base=base if module.freeze_base else None,
+        checkpoint_name=checkpoint_name,
+        prepare=partial(_start_with, weights) if weights is not None else RunOptions.prepare,
+    )
+    return pretrain(configs, make_families, options)
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's directory, as document 001's."""
+    return f"checkpoint-{step}"
+
+
+def make_families(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
+    """NPT alone."""
+    total = total_steps(configs["training"], configs["parallel"])
+    return [NPTFamily(configs["np"], configs["npt"], total_steps=total)]
+
+
+def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
+    """Optimizer steps of the run."""
+    copies = parallel.data_parallel_size(max(distributed.world_size(), parallel.model_parallel_size))
+    return training.resolved_train_iters(training.resolved_global_batch_size(copies))
+
+
+def find_base(
+    training: NPTTrainingConfig, checkpoint: CheckpointConfig
+) -> tuple[BaseCheckpoint | None, CheckpointConfig]:
+    """The base under the run, and the checkpoint configuration without it.
+
+    Raises:
+        OSError: `--load` or `--base-checkpoint` is not there.
+        ValueError: a checkpoint is not complete.
+    """
+    folder = find_checkpoint(checkpoint.load, checkpoint.ckpt_step) if checkpoint.load is not None else None
+    stored = read_run_config(str(folder)) if folder is not None else {}
+    goes_on = NPTFamily.name in stored.get("families", {})
+    if training.base_checkpoint is not None:
+        base: BaseCheckpoint | None = BaseCheckpoint.find(training.base_checkpoint)
+    elif goes_on:
+        base = BaseCheckpoint.of_run(stored)
+    else:
+        base = BaseCheckpoint.find(checkpoint.load, checkpoint.ckpt_step) if checkpoint.load else None
+    if goes_on or folder is None:
+        return base, checkpoint
+    if training.base_checkpoint is not None:
+        raise ValueError(f"--load {checkpoint.load}: holds a base model, and --base-checkpoint names one too")
+    return base, replace(checkpoint, load=None, ckpt_step=None)
+
+
+def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """Sections `model` and `tokenizer` of the checkpoint that a run loads, and `np` of one that it continues.
+
+    Args:
+        given: the flags of the command line by field name.
+    """
+    paths = [path for name in ("load", "base_checkpoint") if (path := given.get(name)) is not None]
+    step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdigit() else None
+    for path in paths:
+        if find_checkpoint(path, step) is None:
+            continue
+        stored = read_run_config(path, step)
+        sections = {
+            # Dropout would tell student and teacher apart.
+            "model": stored["model"] | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+            "tokenizer": stored["tokenizer"],
+        }
+        if NPTFamily.name in stored["families"]:
+            sections["np"] = stored["families"][NPTFamily.name]["settings"]
+        return sections
+    return {}
+
+
+def _start_with(weights: Mapping[str, Any], chunks: list[GPTModel]) -> None:
+    load_adapter(chunks, dict(weights))

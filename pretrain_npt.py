@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Trains neuro-plastic transformers: converts a base model's layers, to equivalence, layer by layer, by curriculum.
+
+torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half ...
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.concerns import TRAINING
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.settings import MODULE_DEFAULTS, NPTTrainingConfig
+
+EXAMPLE = (
+    "torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half "
+    "--np-rank 64 --seq-length 256 --micro-batch-size 4 --train-iters 900 --lr 1e-3 --data-path corpus_text_document "
+    "--save npt_checkpoints --tensorboard-dir logs"
+)
+
+
+def main() -> int:
+    """Parses the command line and trains; returns the exit code."""
+    configs = parse(
+        {**TRAINING, "npt": NPTTrainingConfig, "np": NPTModuleConfig},
+        prog="pretrain_npt.py",
+        description="Train neuro-plastic transformers (NPT) on top of a base model; its checkpoint gives shape and "
+        "tokenizer.",
+        example=EXAMPLE,
+        defaults=_defaults,
+    )
+    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    from megatron_ext.npt.run import run
+
+    return run(configs)
+
+
+def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """The mode's own, and the shape of the model that is loaded."""
+    sections: dict[str, Any] = {"np": MODULE_DEFAULTS.get(given.get("mode", "equivalence"), {})}
+    if "base_checkpoint" in given or "load" in given:
+        from megatron_ext.npt.run import stored_defaults
+
+        sections |= stored_defaults(given)
+    return sections
+
+
+if __name__ == "__main__":
+    run_main(main)
