@@ -1,0 +1,234 @@
+"""Charts as SVG texts, from plain numbers: curves, heat maps, histograms, bars. matplotlib draws them.
+
+Values that are not finite are left out. Heat maps take a logarithmic colour scale where values are positive and span
+more than two orders of magnitude. The same numbers give the same text: no dates, no random names in it.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.reports.events import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Band = tuple[str, float, float]
+"""Label, begin and end of a part of the x axis that is shaded."""
+
+_MOST_COLUMNS = 300
+"""Of a heat map over steps; more are averaged."""
+_LOG_SPAN = 100.0
+
+
+def require_matplotlib(what: str) -> None:
+    """Raises `ValueError` naming `what`, a flag or tool, unless matplotlib is installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ValueError(f"{what}: needs matplotlib, which the extra plots installs") from None
+
+
+def curves_chart(
+    curves: dict[str, Curve],
+    *,
+    y_label: str,
+    title: str = "",
+    bands: Sequence[Band] = (),
+    x_label: str = "step",
+) -> str:
+    """Lines by name over steps.
+
+    Args:
+        curves: name -> steps and values.
+        y_label: what the values are.
+        title: above the chart.
+        bands: shaded parts, labelled at the top.
+        x_label: what the steps are.
+    """
+    with _chart(6.4, 3.2, title) as (axes, out):
+        for name, (steps, values) in curves.items():
+            kept = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+            marker = "." if len(kept) < 30 else ""
+            axes.plot([s for s, _ in kept], [v for _, v in kept], marker=marker, linewidth=1.2, label=name)
+        for number, (label, begin, end) in enumerate(bands):
+            axes.axvspan(begin, end, color="0.9" if number % 2 else "0.96", zorder=0)
+            axes.annotate(
+                label, ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
+            )
+        drawn = [v for _, values in curves.values() for v in values if math.isfinite(v)]
+        if _spans_orders(np.array(drawn)):
+            axes.set_yscale("log")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if len(curves) > 1:
+            axes.legend(fontsize="small", frameon=False)
+    return out[0]
+
+
+def step_heat_map(
+    layers: dict[int, Curve],
+    *,
+    label: str,
+    title: str = "",
+    bands: Sequence[Band] = (),
+    row_name: str = "layer",
+) -> str:
+    """Rows over steps as a heat map; steps that are many are averaged.
+
+    Args:
+        layers: row's number -> steps and values.
+        label: what the values are.
+        title: above the chart.
+        bands: parts of the steps, marked at their ends and labelled at the top.
+        row_name: what a row is.
+    """
+    values, first, last = _binned(layers)
+    with _chart(6.4, 1.4 + 0.22 * len(layers), title) as (axes, out):
+        width = max((last - first) / max(values.shape[1] - 1, 1), 1)
+        extent = (first - width / 2, last + width / 2, len(layers) - 0.5, -0.5)
+        image = axes.imshow(values, aspect="auto", extent=extent, norm=_norm(values), interpolation="nearest")
+        axes.set_yticks(range(len(layers)), [str(number) for number in layers])
+        axes.set(xlabel="step", ylabel=row_name)
+        for name, begin, end in bands:
+            axes.axvline(end, color="white", linewidth=0.8)
+            axes.annotate(
+                name, ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
+            )
+        axes.set_xlim(extent[0], extent[1])
+        axes.figure.colorbar(image, ax=axes, label=label)
+    return out[0]
+
+
+def metric_heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    title: str = "",
+    row_name: str = "layer",
+) -> str:
+    """Rows x metrics with the numbers written in; every column has a colour scale of its own, dark is large.
+
+    Args:
+        rows: labels.
+        columns: labels.
+        values: for every row a value of each column; None where there is none.
+        title: above the chart.
+        row_name: what a row is.
+    """
+    numbers = np.array([[math.nan if v is None else v for v in row] for row in values], dtype=float)
+    shades = np.column_stack([_shades(column) for column in numbers.T])
+    with _chart(1.6 + 1.25 * len(columns), 1.5 + 0.3 * len(rows), title) as (axes, out):
+        axes.imshow(shades, aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+        for (row, column), value in np.ndenumerate(numbers):
+            text = f"{value:.3g}" if math.isfinite(value) else "-"
+            axes.text(column, row, text, ha="center", va="center", fontsize="small")
+        axes.set_xticks(range(len(columns)), columns, fontsize="small")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0)
+        axes.set_ylabel(row_name)
+    return out[0]
+
+
+def histogram_chart(
+    edges: Sequence[float],
+    counts: Sequence[int],
+    *,
+    x_label: str,
+    title: str = "",
+    y_label: str = "tokens",
+    marks: Sequence[tuple[str, float]] = (),
+) -> str:
+    """A histogram.
+
+    Args:
+        edges: of the bins, one more than there are counts.
+        counts: of the bins.
+        x_label: what was counted.
+        title: above the chart.
+        y_label: what the counts are of.
+        marks: label and place of vertical lines.
+    """
+    with _chart(5.2, 3.0, title) as (axes, out):
+        axes.stairs(counts, edges, fill=True, color="tab:blue", alpha=0.7)
+        for number, (label, place) in enumerate(marks):
+            axes.axvline(place, color=f"C{number + 1}", linestyle="--", linewidth=1.2, label=label)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if marks:
+            axes.legend(fontsize="small", frameon=False)
+    return out[0]
+
+
+def bar_chart(bars: dict[str, float], *, y_label: str, title: str = "") -> str:
+    """Bars by name, their values written above them."""
+    with _chart(1.5 + 1.2 * len(bars), 3.0, title) as (axes, out):
+        values = [value if math.isfinite(value) else 0.0 for value in bars.values()]
+        drawn = axes.bar(range(len(bars)), values, color=[f"C{n}" for n in range(len(bars))], width=0.6)
+        axes.bar_label(drawn, [f"{value:.4g}" for value in bars.values()], fontsize="small", padding=2)
+        axes.set_xticks(range(len(bars)), list(bars))
+        axes.margins(y=0.15)
+        axes.set(ylabel=y_label)
+    return out[0]
+
+
+@contextmanager
+def _chart(width: float, height: float, title: str) -> Iterator[tuple["Axes", list[str]]]:
+    """Axes to draw on, and a list that holds the SVG afterwards."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    out: list[str] = []
+    # Labels stay text; with a salt the names within the file follow from the content; `$` in a label is no formula.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "megatron_ext", "text.parse_math": False}
+    with rc_context(settings):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes, out
+        if title:
+            figure.suptitle(title, fontsize="medium")
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        out.append(stream.getvalue())
+
+
+def _binned(layers: dict[int, Curve]) -> tuple[npt.NDArray[np.float64], int, int]:
+    """Values [layers, bins], NaN where there are none, and the first and last step."""
+    steps = np.unique(np.concatenate([np.array(steps) for steps, _ in layers.values()]))
+    first, last = int(steps[0]), int(steps[-1])
+    bins = min(_MOST_COLUMNS, len(steps))
+    sums, counts = np.zeros((len(layers), bins)), np.zeros((len(layers), bins))
+    for row, (at, values) in enumerate(layers.values()):
+        columns = ((np.array(at) - first) * (bins - 1) / max(last - first, 1)).round().astype(int)
+        finite = np.isfinite(values)
+        np.add.at(sums[row], columns[finite], np.array(values)[finite])
+        np.add.at(counts[row], columns[finite], 1)
+    with np.errstate(invalid="ignore"):
+        return np.where(counts > 0, sums / counts, np.nan), first, last
+
+
+def _spans_orders(values: npt.NDArray[np.float64]) -> bool:
+    finite = values[np.isfinite(values)]
+    return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > _LOG_SPAN)
+
+
+def _norm(values: npt.NDArray[np.float64]) -> Any:
+    from matplotlib.colors import LogNorm, Normalize
+
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    return LogNorm(low, high) if _spans_orders(values) else Normalize(low, high)
+
+
+def _shades(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A column between 0 and 1 for its smallest and largest value; all 0 where they are the same."""
+    scaled = np.log(column) if _spans_orders(column) else column
+    finite = scaled[np.isfinite(scaled)]
+    if not len(finite) or finite.max() == finite.min():
+        return np.where(np.isfinite(scaled), 0.0, np.nan)
+    return np.asarray((scaled - finite.min()) / (finite.max() - finite.min()))

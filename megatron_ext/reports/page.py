@@ -1,0 +1,95 @@
+"""One HTML page that holds everything it shows: pictures embedded, no script, nothing fetched; it opens offline.
+
+Every text is escaped, and the page's own policy forbids scripts and requests: what a model generated cannot run.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: .6rem 0; } td, th { padding: .2rem .7rem; border-bottom: 1px solid #e5e5e5; }
+th { text-align: left; font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.numbers { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
+.numbers div { border: 1px solid #ddd; border-radius: .4rem; padding: .6rem .9rem; min-width: 8rem; }
+.numbers b { display: block; font-size: 1.35rem; } .numbers small { color: #666; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+figure { margin: .5rem 0; } figure img { max-width: 100%; } figcaption { color: #555; font-size: .85rem; }
+.beside { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 1rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; margin: .3rem 0; }
+"""
+
+
+class Page:
+    """Collects the parts of a page from top to bottom."""
+
+    def __init__(self, title: str) -> None:
+        """Args:
+        title: of the page.
+        """
+        self._title = html.escape(title)
+        self._parts: list[str] = [f"<h1>{self._title}</h1>"]
+
+    def heading(self, text: str) -> None:
+        """Begins a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def paragraph(self, text: str) -> None:
+        """A paragraph of plain text."""
+        self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def key_numbers(self, numbers: Sequence[tuple[str, str, str]]) -> None:
+        """The main figures side by side: label, value, and a remark below (may be empty)."""
+        boxes = "".join(
+            f"<div>{html.escape(label)}<b>{html.escape(value)}</b><small>{html.escape(remark)}</small></div>"
+            for label, value, remark in numbers
+        )
+        self._parts.append(f'<div class="numbers">{boxes}</div>')
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> None:
+        """A table; numbers are written with four digits and stand to the right, None is left empty."""
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def pictures(self, pictures: Sequence[tuple[str, str]]) -> None:
+        """Pictures side by side: SVG text, and a caption that tells what is seen."""
+        figures = "".join(_figure(svg, caption) for svg, caption in pictures)
+        self._parts.append(f'<div class="pictures">{figures}</div>')
+
+    def beside(self, texts: Sequence[tuple[str, str]]) -> None:
+        """Longer texts side by side for comparison: label and text, line ends kept."""
+        columns = "".join(
+            f"<div><b>{html.escape(label)}</b><pre>{html.escape(text)}</pre></div>" for label, text in texts
+        )
+        self._parts.append(f'<div class="beside">{columns}</div>')
+
+    def html(self) -> str:
+        """The page."""
+        body = "\n".join(self._parts)
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{self._title}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        )
+
+
+def _cell(value: str | int | float | None) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f'<td class="number">{value:,d}</td>' if isinstance(value, int) else _decimal(value)
+    return f"<td>{html.escape('' if value is None else str(value))}</td>"
+
+
+def _decimal(value: float) -> str:
+    return f'<td class="number">{value:.4g}</td>'
+
+
+def _figure(svg: str, caption: str) -> str:
+    # As an image, not inline: the browser runs nothing in it, and names within two pictures cannot clash.
+    data = base64.b64encode(svg.encode()).decode()
+    text = html.escape(caption)
+    return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
