@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Converts one base model in many ways, trains each for the same steps, and prints the perplexity ratios on held-out text.
+
+    python examples/npt/compare_forms.py --base-checkpoint runs/base --train-data train_text_document \
+        --held-out-data held_out_text_document --output forms.json
+
+Every row is one conversion: layers, residual, form, targets, rank, components, affine. All of them see the same batches.
+The table in docs/npt.md comes from here. One process; rows that the output file holds already are not run again.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.cli import parse, run_main
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """What is compared, on what."""
+
+    base_checkpoint: str
+    """The base model's checkpoint."""
+
+    train_data: str
+    """Indexed dataset to train on, without .bin and .idx."""
+
+    held_out_data: str
+    """Indexed dataset of held-out text."""
+
+    output: str
+    """JSON file with a row for each conversion; it grows as they end."""
+
+    rows: str
+    """Conversions, separated by blanks: layers/residual/form/target/rank[/components[/affine|plain]], as
+    upper_half/keep/low_rank/gate+up/64 or all/drop/outer_product/gate+up+down/64/4/plain."""
+
+    steps: int = 200
+    """Optimizer steps of each."""
+
+    micro_batch_size: int = 8
+    """Sequences in a step."""
+
+    lr: float = 2e-3
+    """Highest learning rate; cosine to a tenth, 10 steps of warm-up."""
+
+    equivalence_weight: float = 0.0
+    """Weight of the layer-wise equivalence."""
+
+    direct_mlp_weight: float = 1.0
+    """Weight of the direct MLP loss."""
+
+    fidelity_weight: float = 1.0
+    """Weight of the logits' divergence."""
+
+    regularization_weight: float = 0.0
+    """Weight of the regularization."""
+
+    curriculum_stages: str | None = None
+    """Curriculum; without it student throughout."""
+
+    np_init_scale: float = 0.01
+    """Size of the first deltas."""
+
+    seeds: tuple[int, ...] = (1234,)
+    """Seeds of the NP components and the order of the data; every row is run with each."""
+
+    max_tokens: int = 100_000
+    """Held-out tokens."""
+
+
+def main() -> int:
+    """Runs the rows that are missing and prints all."""
+    config: ComparisonConfig = parse(
+        ComparisonConfig, prog="compare_forms.py", description="Compare forms of NPT."
+    )["config"]
+    from rich.console import Console
+    from rich.table import Table
+
+    found: dict[str, Any] = {}
+    if Path(config.output).exists():
+        found = json.loads(Path(config.output).read_text())
+    for row in config.rows.split():
+        for seed in config.seeds:
+            key = f"{row}#{seed}#{config.steps}"
+            if key not in found:
+                found[key] = train_and_evaluate(config, row, seed)
+                Path(config.output).write_text(json.dumps(found, indent=1))
+                print(key, {k: round(v, 5) for k, v in found[key].items()}, flush=True)
+    table = Table(
+        title=f"{config.steps} steps, {config.micro_batch_size} sequences each; perplexity NPT / base"
+    )
+    for column in ("conversion", "seeds", "NP parameters / converted layers'", "untrained", "trained"):
+        table.add_column(column)
+    for row in config.rows.split():
+        values = [found[f"{row}#{seed}#{config.steps}"] for seed in config.seeds]
+        ratios = [value["ratio"] for value in values]
+        table.add_row(
+            row,
+            str(len(values)),
+            f"{values[0]['parameter_share']:.1%}",
+            f"{values[0]['untrained_ratio']:.4g}",
+            " ".join(f"{ratio:.4f}" for ratio in ratios),
+        )
+    Console(width=150).print(table)
+    return 0
+
+
+def module_of(row: str, init_scale: float) -> Any:
+    """NPT's settings of a row."""
+    from megatron_ext.npt.config import NPTModuleConfig
+
+    layers, residual, form, target, rank, *more = row.split("/")
+    outer = form == "outer_product"
+    return NPTModuleConfig(
+        npt_layers=layers,
+        np_residual=residual,  # type: ignore[arg-type]
+        np_form=form,  # type: ignore[arg-type]
+        np_target=target,  # type: ignore[arg-type]
+        np_rank=int(rank),
+        num_np_components=int(more[0]) if more else 1,
+        np_affine=not (outer and more[1:] == ["plain"]),
+        np_init_scale=init_scale,
+    )
+
+
+def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[str, float]:
+    """Perplexity ratios before and after training, the parameters' share and the seconds of a row."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megatron_ext.config.checkpoint import CheckpointConfig
+    from megatron_ext.config.concerns import TRAINING
+    from megatron_ext.config.data import DataConfig
+    from megatron_ext.config.logging import LoggingConfig
+    from megatron_ext.config.optimizer import OptimizerSettings
+    from megatron_ext.config.parallel import ParallelConfig
+    from megatron_ext.config.serialize import configs_from_dict
+    from megatron_ext.config.training import TrainingConfig
+    from megatron_ext.data.tokenizers import build_tokenizer
+    from megatron_ext.inference.perplexity import evaluate_perplexity
+    from megatron_ext.npt.family import NPTFamily
+    from megatron_ext.npt.layers import deactivated
+    from megatron_ext.npt.settings import NPTTrainingConfig
+    from megatron_ext.platform import distributed
+    from megatron_ext.training.base_checkpoint import BaseCheckpoint
+    from megatron_ext.training.run import RunOptions, train
+
+    base = BaseCheckpoint.find(config.base_checkpoint)
+    stored = base.run_config()
+    model = configs_from_dict({"model": TRAINING["model"]}, stored)["model"]
+    tokenizer_config = configs_from_dict({"tokenizer": TRAINING["tokenizer"]}, stored)["tokenizer"]
+    model = replace(model, hidden_dropout=0.0, attention_dropout=0.0)
+    configs: dict[str, Any] = {
+        "model": model,
+        "parallel": ParallelConfig(),
+        "training": TrainingConfig(
+            micro_batch_size=config.micro_batch_size, train_iters=config.steps, eval_iters=0, seed=seed
+        ),
+        "optimizer": OptimizerSettings(
+            lr=config.lr, min_lr=config.lr / 10, lr_decay_style="cosine", lr_warmup_iters=10, weight_decay=0.0
+        ),
+        "data": DataConfig(data_path=(config.train_data,), split="100,0,0", num_workers=0),
+        "tokenizer": tokenizer_config,
+        "checkpoint": CheckpointConfig(),
+        "logging": LoggingConfig(log_interval=50),
+    }
+    training = NPTTrainingConfig(
+        mode="equivalence",
+        equivalence_weight=config.equivalence_weight,
+        direct_mlp_weight=config.direct_mlp_weight,
+        fidelity_weight=config.fidelity_weight,
+        regularization_weight=config.regularization_weight,
+        curriculum_stages=config.curriculum_stages,
+    )
+    module = module_of(row, config.np_init_scale)
+    family = NPTFamily(module, training, total_steps=config.steps)
+    found: dict[str, float] = {}
+
+    def ratio(chunks: list[Any]) -> float:
+        def measure() -> float:
+            return evaluate_perplexity(
+                chunks,
+                [family],
+                config.held_out_data,
+                sequence_length=model.seq_length,
+                micro_batch_size=config.micro_batch_size,
+                max_tokens=config.max_tokens,
+            ).loss
+
+        family.begin_step(chunks, None)
+        with deactivated(chunks):
+            base_loss = measure()
+        found["base_perplexity"] = math.exp(base_loss)
+        return math.exp(min(20.0, measure() - base_loss))
+
+    def before(chunks: list[Any]) -> None:
+        trainable = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+        layer = sum(
+            p.numel() for n, p in chunks[0].decoder.layers[0].named_parameters() if "feed_forward" not in n
+        )
+        found["parameter_share"] = trainable / (layer * len(module.layers(model.num_layers)))
+        found["untrained_ratio"] = ratio(chunks)
+
+    started = time.perf_counter()
+    distributed.initialize(ParallelConfig(), seed)
+    options = RunOptions(
+        base=base, prepare=before, finish=lambda chunks, _: found.__setitem__("ratio", ratio(chunks))
+    )
+    train(configs, build_tokenizer(tokenizer_config), [family], options)
+    found["seconds"] = time.perf_counter() - started
+    return found
+
+
+if __name__ == "__main__":
+    run_main(main)
