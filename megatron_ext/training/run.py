@@ -7,6 +7,7 @@ What a user may have got wrong is checked before the process group starts, where
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,6 +57,12 @@ class RunOptions:
     finish: Callable[[list[GPTModel], Progress], None] = lambda chunks, progress: None
     """Called after the last step; collective."""
 
+    first_sample: int = 0
+    """Sequences of the training set that earlier trainings of a series have taken: the run begins after them."""
+
+    samples: int | None = None
+    """Sequences that the whole series takes, in one order; None for a run that stands alone."""
+
 
 PLAIN = RunOptions()
 """Plain pretraining."""
@@ -75,20 +82,44 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
     Raises:
         ValueError, OSError: a user's mistake, told in one line.
     """
-    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
-    world_size = planned_world_size(parallel) if training.dry_run else distributed.world_size()
-    validate(model, parallel, training, configs["optimizer"], world_size=world_size)
-    if training.dry_run:
+    if configs["training"].dry_run:
+        check_settings(configs)
         print_dry_run(configs, make_families)
         return EXIT_OK
+    tokenizer = check_run(configs)
+    families = make_families(configs, tokenizer)
+    with process_group(configs):
+        return train(configs, tokenizer, families, options)
+
+
+def check_settings(configs: dict[str, Any]) -> None:
+    """Raises `ValueError` unless the configurations fit one another, and the number of processes."""
+    parallel, training = configs["parallel"], configs["training"]
+    world_size = planned_world_size(parallel) if training.dry_run else distributed.world_size()
+    validate(configs["model"], parallel, training, configs["optimizer"], world_size=world_size)
+
+
+def check_run(configs: dict[str, Any]) -> Tokenizer:
+    """All that can be found out before the process group starts; the tokenizer.
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    check_settings(configs)
     tokenizer = build_tokenizer(configs["tokenizer"])
     _check_files(configs, tokenizer)
-    families = make_families(configs, tokenizer)
-    random.seed(training.seed)
-    np.random.seed(training.seed)
-    distributed.initialize(parallel, training.seed)
+    return tokenizer
+
+
+@contextmanager
+def process_group(configs: dict[str, Any]) -> Iterator[None]:
+    """Within it the process group is there, and the random streams are seeded."""
+    seed = configs["training"].seed
+    random.seed(seed)
+    np.random.seed(seed)
+    distributed.initialize(configs["parallel"], seed)
     try:
-        return train(configs, tokenizer, families, options)
+        yield
     finally:
         distributed.shutdown()
 
@@ -152,8 +183,8 @@ def train(
         base=options.base,
         name=options.checkpoint_name,
     )
-    progress = checkpointer.load() or Progress()
-    data = _build_data(configs, tokenizer, families, global_batch_size)
+    progress = checkpointer.load() or Progress(consumed_samples=options.first_sample)
+    data = _build_data(configs, tokenizer, families, global_batch_size, options.samples)
     base = model_cost(model, tokenizer.vocab_size, parallel.tensor_model_parallel_size)
     costs = [base, *(c for family in families if (c := family.cost(model)) is not None)]
     with Reporter(
@@ -192,7 +223,11 @@ def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str
 
 
 def _build_data(
-    configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family], global_batch_size: int
+    configs: dict[str, Any],
+    tokenizer: Tokenizer,
+    families: list[Family],
+    global_batch_size: int,
+    samples: int | None,
 ) -> Data:
     training: TrainingConfig = configs["training"]
     options: dict[str, Any] = {}
@@ -204,7 +239,7 @@ def _build_data(
         seq_length=configs["model"].seq_length,
         seed=training.seed,
         num_samples=(
-            training.resolved_train_iters(global_batch_size) * global_batch_size,
+            samples or training.resolved_train_iters(global_batch_size) * global_batch_size,
             evaluated,
             evaluated,
         ),
