@@ -4,14 +4,16 @@ Without a training configuration (in tools that evaluate or generate) only the m
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.base_parameters import base_parameters
 from megatron_ext.models.gpt_model import GPTModel
@@ -19,11 +21,14 @@ from megatron_ext.npt.accounting import npt_cost
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.extension import NPTExtension
 from megatron_ext.npt.layers import deactivated, np_modules
+from megatron_ext.npt.monitoring import CollapseWatch, summarize
 from megatron_ext.npt.output_loss import NPTOutputLoss
 from megatron_ext.npt.plan import TEACHER, LayerPlan
+from megatron_ext.npt.samples import paired_sample
 from megatron_ext.npt.settings import NPTTrainingConfig, Objective
+from megatron_ext.npt.state_files import multi_layer_state, write_state_files
 from megatron_ext.npt.teacher import Teacher
-from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.family import Batch, Family, Note
 from megatron_ext.training.output_loss import OutputLoss
 
 
@@ -41,17 +46,21 @@ class NPTFamily(Family):
         *,
         total_steps: int = 0,
         trains: tuple[int, ...] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Args:
         settings: NPT's configuration.
         training: what is trained, and how; None outside training.
         total_steps: optimizer steps of the run, which the curriculum shares out.
         trains: numbers of the layers that are trained; the other NPT layers are frozen. None for all.
+        tokenizer: the run's, for samples of text.
         """
         self.settings = settings
         self.training = training
         self.total_steps = total_steps
         self.trains = trains
+        self.tokenizer = tokenizer
+        self.watch = CollapseWatch()
         self.teacher = Teacher(int(training.teacher_cache_gb * 2**30) if training is not None else 0)
         self._objective: Objective | None = None
         self._records = False
@@ -138,6 +147,41 @@ class NPTFamily(Family):
                 self._base_losses[split] = evaluate()
         base = self._base_losses[split]
         return {"base lm loss": base, "npt/perplexity_ratio": math.exp(loss - base)}
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The total of all losses, means over layers, and where the curriculum is."""
+        return summarize(values, self._objective) if self._objective is not None else {}
+
+    def after_step(
+        self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
+    ) -> list[Note]:
+        """A warning where a layer's v_a or v_b has vanished, and the samples of text."""
+        notes = [Note(text=line) for line in self.watch.look(values)]
+        training = self.training
+        every = training.generation_steps if training is not None else None
+        if training is not None and every and iteration % every == 0 and self.tokenizer is not None:
+            self.begin_step(chunks, None)
+            text = paired_sample(chunks[0], families, self.tokenizer, training.generation_prompt)
+            notes.append(Note(text=text, tag="samples"))
+        return notes
+
+    def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
+        """Document 001's files, in a training's checkpoints."""
+        if self.training is None:
+            return
+        weights = self.training.weights_of_layers(self._trained(chunks[0].config.num_layers))
+        stages = self.training.stages(self.total_steps)
+        multi_layer = multi_layer_state(weights, stages, self.teacher.cache, state["progress"]["iteration"])
+        write_state_files(folder, chunks, self.settings, state, multi_layer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the watch over v_a and v_b has seen."""
+        return {"watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        if "watch" in state:
+            self.watch.load_state_dict(state["watch"])
 
     def _trained(self, num_layers: int) -> tuple[int, ...]:
         return self.settings.layers(num_layers) if self.trains is None else self.trains

@@ -188,7 +188,8 @@ class Checkpointer:
 
         gather(write_rest)
         for family in self.families:
-            family.write_files(self.models, folder, self._state(progress, step))
+            told = {**self._state(progress, step), "run_config": self.run_config}
+            family.write_files(self.models, folder, told)
         own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
         on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
 

@@ -31,7 +31,9 @@ CHECKSUMS = "checksums.json"
 RUN_CONFIG = "run_config.json"
 STATE = "state.json"
 
-_WRITING, _REPLACED, _REMOVED = ".writing.", ".replaced.", ".removed."
+WRITING, REPLACED = ".writing.", ".replaced."
+"""Beginnings of the hidden names of a directory that is being written, and of one that is being replaced."""
+_REMOVED = ".removed."
 
 
 def check_writable(save: str) -> None:
@@ -66,7 +68,7 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
     """Step -> directory of every complete checkpoint under `root`, in ascending order."""
     found: dict[int, Path] = {}
     # A directory set aside by an interrupted replacement counts where its successor never arrived.
-    for prefix in (_REPLACED, ""):
+    for prefix in (REPLACED, ""):
         for path in root.glob(f"{prefix}*"):
             step = step_of(path.name.removeprefix(prefix))
             if step is not None and (path / CHECKSUMS).is_file():
@@ -117,11 +119,11 @@ def _tracked(root: Path) -> int | None:
 def begin(root: Path, name: str) -> Path:
     """Removes what killed saves left behind and makes the hidden directory to write into; see `writing_folder`."""
     root.mkdir(parents=True, exist_ok=True)
-    for prefix in (_WRITING, _REMOVED):
+    for prefix in (WRITING, _REMOVED):
         for path in root.glob(f"{prefix}*"):
             shutil.rmtree(path)
-    for path in root.glob(f"{_REPLACED}*"):
-        successor = root / path.name.removeprefix(_REPLACED)
+    for path in root.glob(f"{REPLACED}*"):
+        successor = root / path.name.removeprefix(REPLACED)
         if successor.exists():
             shutil.rmtree(path)
         else:
@@ -133,13 +135,13 @@ def begin(root: Path, name: str) -> Path:
 
 def writing_folder(root: Path, name: str) -> Path:
     """The hidden directory in which a checkpoint is written."""
-    return root / f"{_WRITING}{name}"
+    return root / f"{WRITING}{name}"
 
 
 def publish(root: Path, name: str) -> None:
     """Makes the written directory the checkpoint of its step and the one to load; from here on it counts."""
     target = root / name
-    replaced = root / f"{_REPLACED}{target.name}"
+    replaced = root / f"{REPLACED}{target.name}"
     if target.exists():
         target.rename(replaced)
     writing_folder(root, name).rename(target)

@@ -4,7 +4,8 @@
 does nothing, so that a family states just what it needs; several families may take part in one run.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from megatron_ext.training.output_loss import OutputLoss
 
 Batch = dict[str, torch.Tensor]
 """One micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, families' fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What a family has to say after a step."""
+
+    text: str
+    """One line to print; or with `tag` a text for TensorBoard, in Markdown."""
+
+    tag: str | None = None
+    """TensorBoard tag."""
 
 
 class Family:
@@ -105,6 +117,26 @@ class Family:
         """
         return {}
 
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Further values of a training step, from its losses and its layers' values, by name; the same on every rank.
+
+        A name without `/` is shown in the progress line.
+        """
+        return {}
+
+    def after_step(
+        self, chunks: list[GPTModel], families: list["Family"], iteration: int, values: Mapping[str, float]
+    ) -> list[Note]:
+        """Called after a training step; collective, what rank 0 returns is told.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped.
+            families: all families of the run.
+            iteration: the step, from 1.
+            values: its losses and its layers' values, by name; the same on every rank.
+        """
+        return []
+
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
         """Called before a step whose statistics are wanted: modules start to record."""
 
@@ -121,7 +153,7 @@ class Family:
         Args:
             chunks: this rank's model chunks, unwrapped.
             folder: the checkpoint's directory while it is being written.
-            state: what the checkpoint tells of the run: `progress`, `scheduler`, `optimizer_step`, ...
+            state: what the checkpoint tells of the run: `progress`, `scheduler`, `optimizer_step`, ..., `run_config`.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -127,7 +127,17 @@ class Loop:
         self.reporter.step(iteration, self._metrics(result, progress, learning_rate, seconds))
         if result.statistics:
             self.reporter.statistics(iteration, result.statistics)
+        self._tell_notes(iteration, {**result.losses, **result.layer_losses})
         return progress, result.skipped
+
+    def _tell_notes(self, iteration: int, values: dict[str, float]) -> None:
+        families = self.stepper.families
+        for family in families:
+            for note in family.after_step(self.stepper.models, families, iteration, values):
+                if note.tag is None:
+                    self.reporter.note(note.text)
+                else:
+                    self.reporter.text(note.tag, note.text, iteration)
 
     def _metrics(
         self, result: StepResult, progress: Progress, learning_rate: float, seconds: float

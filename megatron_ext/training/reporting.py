@@ -120,7 +120,8 @@ class Reporter:
 
         Args:
             iteration: steps done so far.
-            losses: mean losses by name; the perplexity is added, but not for a layer's own loss (a name with `/`).
+            losses: mean losses by name; the perplexity is added, but not for a layer's own loss (a name with `/`), of
+                which only ratios (`..._ratio`) are printed.
             consumed_samples: sequences used in training so far.
             split: `validation` or `test`; part of the tags.
         """
@@ -129,6 +130,8 @@ class Reporter:
         shown = []
         for name, loss in losses.items():
             self._scalar(f"{name} {split}", loss, iteration, consumed_samples)
+            if name.endswith("_ratio"):
+                shown.append(f"{name.rpartition('/')[2].replace('_', ' ')} {loss:.4f}")
             if "/" in name:
                 continue
             perplexity = math.exp(min(_LARGEST_EXPONENT, loss))
@@ -145,6 +148,11 @@ class Reporter:
         for tag, value in values.items():
             self._scalar(tag, value, iteration)
         self._flush()
+
+    def text(self, tag: str, text: str, iteration: int) -> None:
+        """Writes a text in Markdown to TensorBoard."""
+        if not self._is_silent and self._tensorboard is not None:
+            self._tensorboard.text(tag, text, iteration)
 
     def note(self, text: str) -> None:
         """Prints a line, on rank 0 only."""

@@ -32,7 +32,8 @@ class StepResult:
     """What one step did; the same on every rank."""
 
     losses: dict[str, float]
-    """Means before the update, by name: `lm loss` in nats a token, or what a family trains for in its place."""
+    """Means before the update, by name: `lm loss` in nats a token, or what a family trains for in its place; and what
+    families make of a step's values."""
 
     layer_losses: dict[str, float]
     """Losses attached to layers, and what else layers have recorded, by name."""
@@ -107,8 +108,12 @@ class Stepper:
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
         params_norm = parameters_norm(self.models) if self.log_params_norm else None
         grad_norm, skipped = self._update(losses)
+        values = losses | layer_losses
+        summaries = {
+            name: value for family in self.families for name, value in family.summary(values).items()
+        }
         return StepResult(
-            losses=losses,
+            losses=losses | summaries,
             layer_losses=layer_losses,
             grad_norm=grad_norm,
             params_norm=params_norm,
