@@ -7,11 +7,14 @@ import torch
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.layer import SLOTS
 
+ADAPTERS = "adapters"
+"""Attribute under which a linear module holds what a family adds to it."""
+
 
 def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """The parameters of a chunk that are neither in a layer's slot nor in a family's stage module."""
+    """The parameters of a chunk that are in no layer's slot, no family's stage module and no adapter."""
     for name, parameter in chunk.named_parameters():
         parts = name.split(".")
         in_slot = parts[:2] == ["decoder", "layers"] and parts[3] in SLOTS
-        if not in_slot and parts[0] not in chunk.stage_module_names:
+        if not in_slot and ADAPTERS not in parts and parts[0] not in chunk.stage_module_names:
             yield parameter

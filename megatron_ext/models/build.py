@@ -55,7 +55,7 @@ def build_model(
         extensions: the families that take part.
 
     Raises:
-        ValueError: two families want the same slot of a layer or the same stream.
+        ValueError: two families want the same slot or linear module of a layer, or the same stream.
     """
     extensions = extensions or []
     config = build_transformer_config(model, parallel, bf16=bf16)
@@ -89,7 +89,13 @@ def _build_chunk(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stage = _stage_info(config, vp_stage)
     layers = [
-        layer_spec(model, channel, _slots(config, extensions, number)) for number in stage.layer_numbers
+        layer_spec(
+            model,
+            channel,
+            _merged("slot", number, [(e.name, e.slots(config, number)) for e in extensions]),
+            _merged("linear", number, [(e.name, e.linears(config, number)) for e in extensions]),
+        )
+        for number in stage.layer_numbers
     ]
     chunk = GPTModel(
         config=config,
@@ -117,18 +123,19 @@ def _build_chunk(
     return chunk.to(device=torch.device(torch.cuda.current_device()), dtype=config.params_dtype)
 
 
-def _slots(
-    config: TransformerConfig, extensions: list[Extension], layer_number: int
+def _merged(
+    kind: str, layer_number: int, contributions: list[tuple[str, dict[str, ModuleSpec]]]
 ) -> dict[str, ModuleSpec]:
-    slots: dict[str, ModuleSpec] = {}
-    for extension in extensions:
-        for slot, spec in extension.slots(config, layer_number).items():
-            if slot in slots:
+    """The slots, or the linear modules, that all families bring to a layer."""
+    merged: dict[str, ModuleSpec] = {}
+    for family, modules in contributions:
+        for name, spec in modules.items():
+            if name in merged:
                 raise ValueError(
-                    f"layer {layer_number}: '{extension.name}' wants the slot '{slot}', which is taken"
+                    f"layer {layer_number}: '{family}' wants the {kind} '{name}', which is taken"
                 )
-            slots[slot] = spec
-    return slots
+            merged[name] = spec
+    return merged
 
 
 def _stage_info(config: TransformerConfig, vp_stage: int | None) -> StageInfo:

@@ -60,6 +60,10 @@ class Extension:
         """Slot name -> module spec for a layer (numbered from 0 over the whole model)."""
         return {}
 
+    def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
+        """What takes the place of a layer's own linear modules, by their names in `spec.LINEARS`."""
+        return {}
+
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> StageModule | None:

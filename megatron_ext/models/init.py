@@ -2,7 +2,7 @@
 
 The sharded state dict knows each local parameter's global name, shape and offset, whatever the tensor and pipeline
 parallel sizes; the full tensor is drawn and the local part kept. A parameter says how it is drawn with the attribute
-`init_std` (0 leaves it as it was built: norms, biases); families set it on theirs.
+`init_std` (0 leaves it as it was built: norms, biases), or with `init_uniform`, a bound; families set one on theirs.
 
     base model:  N(0, std), output projections N(0, std / sqrt(2 L))            (Megatron-LM's scheme)
 """
@@ -35,11 +35,15 @@ def initialize_parameters(model: GPTModel, seed: int, std: float, num_layers: in
     """
     for parameter, shard in parameter_shards(model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
         _check_split(parameter, shard)
+        bound = getattr(parameter, "init_uniform", None)
+        if bound is not None:
+            shard.data.copy_(_draw(shard, seed, bound=bound))
+            continue
         parameter_std = getattr(parameter, "init_std", None)
         if parameter_std is None:
             parameter_std = _base_std(shard.key, parameter, std, num_layers)
         if parameter_std > 0:
-            shard.data.copy_(_draw(shard, seed, parameter_std))
+            shard.data.copy_(_draw(shard, seed, std=parameter_std))
 
 
 def _check_split(parameter: torch.Tensor, shard: ShardedTensor) -> None:
@@ -73,13 +77,16 @@ def parameter_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, S
                 yield parameter, piece
 
 
-def _draw(shard: ShardedTensor, seed: int, std: float) -> torch.Tensor:
+def _draw(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | None = None) -> torch.Tensor:
+    """The local part of a tensor drawn from N(0, std), or from U(-bound, bound)."""
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
     device = shard.data.device
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    full = torch.empty(shard.global_shape, dtype=torch.float32, device=device).normal_(
-        0.0, std, generator=generator
-    )
+    full = torch.empty(shard.global_shape, dtype=torch.float32, device=device)
+    if bound is None:
+        full.normal_(0.0, std, generator=generator)
+    else:
+        full.uniform_(-bound, bound, generator=generator)
     local = full[
         tuple(
             slice(start, start + size)

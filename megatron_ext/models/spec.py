@@ -25,14 +25,20 @@ from megatron_ext.models.side_channel import SideChannel
 from megatron_ext.models.swiglu import SwiGLU
 from megatron_ext.platform.distributed import use_cuda
 
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""The linear modules of a layer: column-parallel, row-parallel, column-parallel, row-parallel."""
 
-def layer_spec(model: ModelConfig, channel: SideChannel, slots: dict[str, ModuleSpec]) -> ModuleSpec:
+
+def layer_spec(
+    model: ModelConfig, channel: SideChannel, slots: dict[str, ModuleSpec], linears: dict[str, ModuleSpec]
+) -> ModuleSpec:
     """Spec of one layer.
 
     Args:
         model: the base model; chooses attention, norm and linear implementations.
         channel: layout of the side streams.
         slots: slot name -> module, from the families.
+        linears: name in `LINEARS` -> module in its place, from the families.
 
     Raises:
         ValueError: Transformer Engine is asked for and not installed.
@@ -40,16 +46,18 @@ def layer_spec(model: ModelConfig, channel: SideChannel, slots: dict[str, Module
     backend = _backend(model)
     norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    own: dict[str, type | ModuleSpec] = dict(zip(LINEARS, (column, row, column, row), strict=True))
+    own |= linears
     attention = SelfAttentionSubmodules(
-        linear_qkv=column,
+        linear_qkv=own["linear_qkv"],
         core_attention=_core_attention(model),
-        linear_proj=_with_bias(row) if model.add_attention_output_bias else row,
+        linear_proj=_with_bias(own["linear_proj"]) if model.add_attention_output_bias else own["linear_proj"],
         q_layernorm=norm if model.qk_layernorm else IdentityOp,
         k_layernorm=norm if model.qk_layernorm else IdentityOp,
     )
     mlp = MLPSubmodules(
-        linear_fc1=_with_bias(column) if model.add_mlp_bias else column,
-        linear_fc2=_with_bias(row) if model.add_mlp_bias else row,
+        linear_fc1=_with_bias(own["linear_fc1"]) if model.add_mlp_bias else own["linear_fc1"],
+        linear_fc2=_with_bias(own["linear_fc2"]) if model.add_mlp_bias else own["linear_fc2"],
         activation_func=SwiGLU if model.swiglu else None,
     )
     submodules = ExtendedLayerSubmodules(
@@ -72,11 +80,16 @@ def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlock
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-@functools.cache
-def _with_bias(linear: type) -> type:
+def _with_bias(linear: type | ModuleSpec) -> type | ModuleSpec:
     """The linear layer with a bias: the engine's configuration has one switch for all but the qkv projection."""
+    if isinstance(linear, ModuleSpec):
+        return ModuleSpec(module=_biased(linear.module), params=linear.params)
+    return _biased(linear)
 
-    class Biased(linear):  # type: ignore[misc]
+
+@functools.cache
+def _biased(linear: type) -> type:
+    class Biased(linear):
         def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
             super().__init__(*args, bias=True, **kwargs)
 
