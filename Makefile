@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := test,dev,data,hf
+EXTRAS := test,dev,data,hf,lora,quantization
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test check lint types format bench

@@ -21,7 +21,8 @@ EXTRAS = {
     "dev": ["matplotlib", "mypy", "ruff"],
     "data": ["gigatoken", "pyarrow", "sentencepiece", "tiktoken", "zstandard"],
     "hf": ["transformers>=5", "safetensors"],
-    "lora": ["peft", "torchao"],
+    "lora": ["peft"],
+    "quantization": ["bitsandbytes", "torchao"],
     "te": ["transformer-engine[pytorch]"],
     "wandb": ["wandb"],
 }
