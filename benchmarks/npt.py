@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Cost of NP components in one layer, forward and backward: time against FLOP share, memory, and the materialised form.
+
+    python benchmarks/npt.py                      h=1024, f=4096, s=512, b=2, fp32, all cores
+
+    share        FLOPs of the products that NP components add / FLOPs of the same layer without them, forward and
+                 backward; a product has two in the backward pass, one where its weight is frozen
+    wall time    time of the NPT layer / time of the base layer - 1, the median over rounds of a round's own ratio
+    over         that - share, in points
+
+The claim, at most 3 points over, is about `trained`: both layers train all their weights. `frozen` freezes the base
+weights in both; its last column is what a conversion sees, NPT with its base frozen against the base layer in full
+training. Every round times every layer once, in turn. Processor time counts all threads, their waiting included: of one
+thread (`--threads 1`) it is the better measure where the machine has other work.
+
+Peak memory is a whole training step's with AdamW: weights, gradients, optimizer, activations.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.models.accounting import core_attention_flops_per_token, layer_flops_per_token
+from megatron_ext.models.build import build_model
+from megatron_ext.npt.accounting import npt_cost
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.extension import NPTExtension
+from megatron_ext.npt.materialised import materialised_mlp
+from megatron_ext.npt.memory import measure_memory, project_memory
+from megatron_ext.platform.allocations import AllocationCounter
+from megatron_ext.platform.distributed import initialize, use_cuda
+
+SETTINGS = NPTModuleConfig(npt_layers="all", np_residual="keep")
+CASES = {
+    f"{form}, {target}, r={rank}": replace(SETTINGS, np_form=form, np_target=target, np_rank=rank)
+    for form in ("low_rank", "outer_product")
+    for target in ("gate", "gate+up+down")
+    for rank in (64, 256)
+}
+MODES = ("trained", "frozen")
+WARM_UP = 2
+PROJECTED = (4096, 14336, 4096, 16)
+"""h, f, tokens and converted layers that document 002's headline is computed at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Shape and length of the measurement."""
+
+    hidden_size: int = 1024
+    """h."""
+
+    ffn_hidden_size: int = 4096
+    """f."""
+
+    seq_length: int = 512
+    """s."""
+
+    micro_batch_size: int = 2
+    """b."""
+
+    rounds: int = 5
+    """Timed rounds; each times every layer once."""
+
+    threads: int = 0
+    """Threads of the CPU; 0 for torch's own choice."""
+
+    materialised_tokens: int = 8
+    """Tokens that the materialised form is timed with."""
+
+
+class Layer:
+    """One layer to measure, with or without NP components."""
+
+    def __init__(self, config: BenchmarkConfig, settings: NPTModuleConfig | None) -> None:
+        extensions: list[Any] = [] if settings is None else [NPTExtension(settings)]
+        chunk = build_model(_model(config), ParallelConfig(), vocab_size=64, seed=1, extensions=extensions)[0]
+        self.layer: Any = chunk.decoder.layers[0]
+        self.rotary = chunk.rotary_pos_emb(config.seq_length)
+        shape = (config.seq_length, config.micro_batch_size, config.hidden_size)
+        generator = torch.Generator().manual_seed(1)
+        self.inputs, self.gradient = (
+            torch.randn(shape, generator=generator).to(next(self.layer.parameters())) for _ in range(2)
+        )
+
+    def train(self, mode: str) -> None:
+        """Freezes the base weights, or not."""
+        for name, parameter in self.layer.named_parameters():
+            parameter.requires_grad_(mode == "trained" or name.startswith("feed_forward."))
+
+    def forward_backward(self) -> None:
+        """One pass; the layer's input has a gradient, as in the middle of a model."""
+        inputs = self.inputs.detach().requires_grad_()
+        output, _ = self.layer(inputs, attention_mask=None, rotary_pos_emb=self.rotary)
+        output.backward(self.gradient)
+
+    def seconds(self) -> tuple[float, float]:
+        """Wall and processor time of one pass."""
+        self.layer.zero_grad(set_to_none=True)
+        _wait()
+        begin = time.perf_counter(), time.process_time()
+        self.forward_backward()
+        _wait()
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
+
+    def peak_bytes(self, mode: str) -> int:
+        """Of a training step, weights and optimizer included."""
+        self.train(mode)
+        trained = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
+        held = sum(p.numel() * p.element_size() for p in self.layer.parameters())
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+        peak = 0
+        for _ in range(2):
+            self.layer.zero_grad(set_to_none=True)
+            with AllocationCounter() as counter:
+                self.forward_backward()
+                peak = counter.peak
+                if optimizer is not None:
+                    optimizer.step()
+        return held + 2 * sum(p.numel() * p.element_size() for p in trained) + peak
+
+
+def main() -> None:
+    """Measures and prints."""
+    config: BenchmarkConfig = parse(
+        BenchmarkConfig,
+        prog="benchmarks/npt.py",
+        description="Cost of NP components in one layer, forward and backward.",
+        example="python benchmarks/npt.py --threads 1",
+    )["config"]
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    initialize(ParallelConfig(), seed=1)
+    layers = {"base": Layer(config, None)} | {name: Layer(config, case) for name, case in CASES.items()}
+    times = {mode: _times(config, layers, mode) for mode in MODES}
+    _print(config, layers, times)
+    _print_materialised(config, layers)
+
+
+def _times(
+    config: BenchmarkConfig, layers: dict[str, Layer], mode: str
+) -> dict[str, list[tuple[float, float]]]:
+    for layer in layers.values():
+        layer.train(mode)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
+    for number in range(WARM_UP + config.rounds):
+        for name, layer in layers.items():
+            seconds = layer.seconds()
+            if number >= WARM_UP:
+                found[name].append(seconds)
+    return found
+
+
+def _print(
+    config: BenchmarkConfig,
+    layers: dict[str, Layer],
+    times: dict[str, dict[str, list[tuple[float, float]]]],
+) -> None:
+    device = torch.cuda.get_device_name() if use_cuda() else f"CPU, {torch.get_num_threads()} thread(s)"
+    console = Console(width=130)
+    for mode in MODES:
+        table = Table(
+            title=f"base weights {mode}: NPT layer over base layer, forward+backward, fp32, {device}: "
+            f"h={config.hidden_size}, f={config.ffn_hidden_size}, s={config.seq_length}, "
+            f"b={config.micro_batch_size}; {config.rounds} rounds"
+        )
+        table.add_column("")
+        for column in ("FLOP share", "wall time", "over", "processor time", "over", "peak of a step"):
+            table.add_column(column, justify="right")
+        if mode == "frozen":
+            table.add_column("wall, over base trained", justify="right")
+        for name, layer in layers.items():
+            first = ["", *_base_times(times[mode]["base"])]
+            row = first if name == "base" else _overheads(config, mode, times[mode], name)
+            row.append(f"{layer.peak_bytes(mode) / 2**20:.0f} MiB")
+            if mode == "frozen":
+                ratio = _ratio(times["frozen"][name], times["trained"]["base"], 0)
+                row.append(f"{100 * (ratio - 1):+.1f} %")
+            table.add_row(name, *row)
+        console.print(table)
+
+
+def _base_times(times: list[tuple[float, float]]) -> list[str]:
+    wall, processor = (f"{1e3 * statistics.median(column):.0f} ms" for column in zip(*times, strict=True))
+    return [wall, "", processor, ""]
+
+
+def _overheads(
+    config: BenchmarkConfig, mode: str, times: dict[str, list[tuple[float, float]]], name: str
+) -> list[str]:
+    share = _share(config, CASES[name], mode)
+    row = [f"{100 * share:.1f} %"]
+    for clock in (0, 1):
+        measured = _ratio(times[name], times["base"], clock) - 1
+        row += [f"{100 * measured:.1f} %", f"{100 * (measured - share):+.1f}"]
+    return row
+
+
+def _ratio(times: list[tuple[float, float]], base: list[tuple[float, float]], clock: int) -> float:
+    return statistics.median(a[clock] / b[clock] for a, b in zip(times, base, strict=True))
+
+
+def _share(config: BenchmarkConfig, settings: NPTModuleConfig, mode: str) -> float:
+    """FLOPs that NP components add, forward and backward, over the base layer's."""
+    model = _model(config)
+    base = layer_flops_per_token(model)
+    passes = 3 * base
+    if (
+        mode == "frozen"
+    ):  # the products of a linear layer with a frozen weight: forward, and gradient of its input
+        passes = 2 * base + core_attention_flops_per_token(model)
+    return 3 * npt_cost(settings, model).forward_flops_per_token / passes
+
+
+def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> None:
+    """Time and memory of the form that builds every token's delta, beside the factored one."""
+    console = Console(width=130)
+    tokens = config.seq_length * config.micro_batch_size
+    for name in ("low_rank, gate, r=64", "outer_product, gate, r=64"):
+        layer = layers[name].layer
+        factored = _mlp_seconds(
+            config, tokens, lambda *x, of=layer: of.feed_forward.modulated_mlp(of.mlp, *x)
+        )
+        built = _mlp_seconds(
+            config,
+            config.materialised_tokens,
+            lambda *x, of=layer: materialised_mlp(of.feed_forward, of.mlp, *x),
+        )
+        console.print(
+            f"{name}, MLP alone, base frozen: {1e3 * factored:.2f} ms a token factored, {1e3 * built:.1f} ms "
+            f"materialised ({config.materialised_tokens} tokens)",
+            highlight=False,
+        )
+    hidden, ffn, batch, converted = PROJECTED
+    settings = replace(SETTINGS, np_rank=16)
+    for bf16 in (False, True):
+        measured = [measure_memory(settings, size, size * ffn // hidden, bf16) for size in (256, 512, 1024)]
+        found = project_memory(measured, hidden, ffn)
+        sizes = [
+            f"{count} converted layer(s) {found.materialised.of(batch, count) / 2**30:,.0f} GiB materialised "
+            f"({batch * count * found.materialised.kept / 2**30:,.0f} kept for the backward pass), "
+            f"{found.factored.of(batch, count) / 2**20:.1f} MiB factored"
+            for count in (1, converted)
+        ]
+        precision = "bf16" if bf16 else "fp32"
+        console.print(
+            f"{batch} tokens, h={hidden}, f={ffn}, gate, r=16, {precision}, beyond the base MLP, from measured bytes "
+            f"a token: {'; '.join(sizes)}",
+            highlight=False,
+        )
+
+
+def _mlp_seconds(config: BenchmarkConfig, tokens: int, run: Callable[..., torch.Tensor]) -> float:
+    """Seconds a token of forward and backward."""
+    device = torch.cuda.current_device() if use_cuda() else "cpu"
+    shape = (tokens, 1, config.hidden_size)
+    inputs = [torch.randn(shape, device=device).requires_grad_() for _ in range(2)]
+    gradient = torch.randn(shape, device=device)
+    seconds = []
+    for _ in range(4):
+        _wait()
+        begin = time.perf_counter()
+        run(*inputs).backward(gradient)
+        _wait()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds) / tokens
+
+
+def _model(config: BenchmarkConfig) -> ModelConfig:
+    return ModelConfig(
+        num_layers=1,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=max(1, config.hidden_size // 64),
+        seq_length=config.seq_length,
+        position_embedding_type="rope",
+        swiglu=True,
+        disable_bias_linear=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+def _wait() -> None:
+    if use_cuda():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    run_main(main)

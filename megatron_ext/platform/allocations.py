@@ -1,0 +1,70 @@
+"""Bytes of tensors that a piece of work allocates: those alive now, and the most at any moment.
+
+On a GPU torch's allocator counts. On a CPU it does not: there every storage that an operation returns is counted until
+it is freed, exactly and whatever else the process does, but what a kernel allocates for itself is not seen.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_ext.platform.distributed import use_cuda
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Counts within `with AllocationCounter() as counter:`; what existed before is not counted, nor is its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live = 0
+        self._peak = 0
+        self._before = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __enter__(self) -> "AllocationCounter":
+        if use_cuda():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not use_cuda():
+            self._skip(args, kwargs)
+        result = func(*args, **(kwargs or {}))
+        if not use_cuda():
+            for value in tree_leaves(result):
+                if isinstance(value, torch.Tensor):
+                    self._add(value.untyped_storage())
+        return result
+
+    @property
+    def current(self) -> int:
+        """Bytes allocated since the beginning and alive now."""
+        return torch.cuda.memory_allocated() - self._before if use_cuda() else self._live
+
+    @property
+    def peak(self) -> int:
+        """The most that `current` has been."""
+        return torch.cuda.max_memory_allocated() - self._before if use_cuda() else self._peak
+
+    def _skip(self, args: Any, kwargs: Any) -> None:
+        """What an operation is given existed before, unless it is known: views of it are not new."""
+        for value in tree_leaves((args, kwargs or {})):
+            if isinstance(value, torch.Tensor):
+                self._known.add(value.untyped_storage())
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self._live += storage.nbytes()
+        self._peak = max(self._peak, self._live)
+        weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self._live -= size
