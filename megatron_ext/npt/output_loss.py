@@ -49,7 +49,7 @@ class NPTOutputLoss(OutputLoss):
         if self.reads == "losses":
             lm = masked_mean(output, batch["loss_mask"])
             return self.lm_weight * lm, {"lm loss": lm.detach().clone()}
-        logits = output.transpose(0, 1)
+        logits = output.transpose(0, 1).contiguous()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_weight > 0):
             lm = masked_mean(
                 # In-place work on logits that the other loss needs too is the engine's habit.

@@ -1,0 +1,191 @@
+"""The losses of a training step against what follows from the layers' plain inputs and outputs, and from logits."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.models.build import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.layer_loss import LayerLosses
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.family import NPTFamily
+from megatron_ext.npt.layers import deactivated
+from megatron_ext.npt.output_loss import kl_divergence, logits_mse
+from megatron_ext.npt.settings import NPTTrainingConfig
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.schedule import run_microbatches
+
+MODEL = replace(TINY, init_method_std=0.2, make_vocab_size_divisible_by=VOCAB_SIZE)
+NPT_LAYERS = (1, 3)
+MODULE = NPTModuleConfig(
+    npt_layers="1,3", np_form="outer_product", np_rank=4, np_init_scale=0.5, num_np_components=2
+)
+WEIGHTS = {
+    "equivalence_weight": 1.0,
+    "direct_mlp_weight": 10.0,
+    "fidelity_weight": 2.0,
+    "regularization_weight": 0.3,
+}
+
+
+def _inputs_and_outputs(
+    model: GPTModel, batch: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What goes into every layer and comes out, and its attention's output; and the logits [b, s, V]."""
+    seen: dict[str, Any] = {"in": [], "out": [], "attention": []}
+    hooks = []
+    for layer in model.decoder.layers:
+        hooks += [
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: seen["in"].append(kwargs["hidden_states"]), with_kwargs=True
+            ),
+            layer.register_forward_hook(lambda _, args, out: seen["out"].append(out[0])),
+            layer.self_attention.register_forward_hook(lambda _, args, out: seen["attention"].append(out[0])),
+        ]
+    with torch.no_grad():
+        logits = model(batch["tokens"], batch["position_ids"], None)
+    for hook in hooks:
+        hook.remove()
+    return seen, logits
+
+
+def _step(stage: str, residual: str, kind: str) -> dict[str, float]:
+    """Losses as a training step finds them, and as they follow from inputs and outputs (`expected ...`)."""
+    initialize(ParallelConfig(), seed=1)
+    module = replace(MODULE, np_residual=residual)  # type: ignore[arg-type]
+    training = NPTTrainingConfig(
+        mode="multi_layer",
+        curriculum_stages=f"{stage}:1",
+        equivalence_loss=kind,  # type: ignore[arg-type]
+        **WEIGHTS,  # type: ignore[arg-type]
+    )
+    family = NPTFamily(module, training, total_steps=1)
+    chunks = build_model(
+        MODEL, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, extensions=[family.extension()]
+    )
+    family.prepare_model(chunks)
+    batch = next(synthetic_batches(MODEL.seq_length))
+    family.begin_step(chunks, 1)
+    output_loss = family.output_loss()
+    assert output_loss is not None
+    outputs = run_microbatches(
+        list(chunks), [family], [batch], output_loss,
+        forward_only=False, prepare=lambda batches: family.prepare_batches(chunks, [family], batches),
+    )  # fmt: skip
+    found = {name: float(value) for name, value in outputs[0].items()} | LayerLosses.collect()
+    family.begin_step(chunks, None)
+    return found | _expected(chunks[0], batch, stage, residual, kind)
+
+
+def _expected(
+    model: GPTModel, batch: dict[str, torch.Tensor], stage: str, residual: str, kind: str
+) -> dict[str, float]:
+    with deactivated([model]):
+        teacher, base_logits = _inputs_and_outputs(model, batch)
+    student, _ = _inputs_and_outputs(model, batch)
+    found = {}
+    hidden = student["in"][0]
+    for number, layer in enumerate(model.decoder.layers):
+        if number in NPT_LAYERS and stage == "teacher":
+            hidden = teacher["in"][number]
+        rotary = model.rotary_pos_emb(MODEL.seq_length)
+        run = functools.partial(layer, attention_mask=None, rotary_pos_emb=rotary)
+        with torch.no_grad():
+            output = run(hidden_states=hidden)[0]
+            if number in NPT_LAYERS:
+                with deactivated([model]):
+                    base = run(hidden_states=hidden)[0]
+                    attention = layer.attend(hidden, attention_mask=None)
+                found |= _of_layer(
+                    number,
+                    hidden.double(),
+                    attention.double(),
+                    output.double(),
+                    base.double(),
+                    residual,
+                    kind,
+                )
+        hidden = output
+    with torch.no_grad():
+        logits = model.output_layer(
+            model.decoder.final_layernorm(hidden), weight=model.shared_embedding_or_output_weight()
+        )[0]
+    log_p, log_q = base_logits.double().log_softmax(-1), logits.transpose(0, 1).double().log_softmax(-1)
+    found["expected fidelity_loss"] = float(
+        F.kl_div(log_q, log_p, log_target=True, reduction="sum") / MODEL.seq_length
+    )
+    found["expected lm loss"] = float(F.nll_loss(log_q.flatten(0, 1), batch["labels"].flatten()))
+    return found
+
+
+def _of_layer(
+    number: int,
+    h: torch.Tensor,
+    a: torch.Tensor,
+    output: torch.Tensor,
+    base: torch.Tensor,
+    residual: str,
+    kind: str,
+) -> dict[str, float]:
+    carried = h + a if residual == "keep" else h
+    target = base - carried
+    error = (output - base).square().mean()
+    equivalence = error if kind == "mse" else (1 - F.cosine_similarity(output, base, dim=-1)).mean()
+    return {
+        f"expected mlp_direct_loss/layer_{number}": float(error / (target.square().mean().sqrt() + 1e-6)),
+        f"expected equivalence_loss/layer_{number}": float(equivalence),
+    }
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+@pytest.mark.parametrize("residual", ["keep", "drop"])
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_a_step_finds_the_losses_that_follow_from_inputs_and_outputs(
+    stage: str, residual: str, kind: str
+) -> None:
+    found = run_distributed(_step, 1, stage, residual, kind)[0]
+    expected = {
+        name.removeprefix("expected "): value for name, value in found.items() if name.startswith("expected")
+    }
+    assert len(expected) == 6
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+    for layer in NPT_LAYERS:
+        total = 10 * found[f"mlp_direct_loss/layer_{layer}"] + found[f"equivalence_loss/layer_{layer}"]
+        assert found[f"npt_loss/layer_{layer}"] == pytest.approx(
+            total + 0.3 * found[f"regularization_loss/layer_{layer}"], rel=1e-5
+        )
+
+
+def _divergences() -> list[float]:
+    initialize(ParallelConfig(), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    base, model = torch.randn(2, 5, 3, 40, generator=generator) * 3
+    model.requires_grad_()
+    group = torch.distributed.group.WORLD
+    found = []
+    for measure in (kl_divergence, logits_mse):
+        twin = model.detach().double().requires_grad_()
+        if measure is kl_divergence:
+            values = F.kl_div(
+                twin.log_softmax(-1), base.double().log_softmax(-1), log_target=True, reduction="none"
+            ).sum(-1)
+        else:
+            values = (twin - base.double()).square().mean(-1)
+        weights = torch.rand(5, 3, generator=generator)
+        ours = measure(base, model, group)  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad((ours * weights).sum(), model)
+        (expected,) = torch.autograd.grad((values * weights).sum(), twin)
+        found += [float((ours - values).abs().max()), float((gradient - expected).abs().max())]
+    return found
+
+
+def test_divergences_and_their_gradients_equal_torch_in_float64() -> None:
+    assert max(run_distributed(_divergences, 1)[0]) < 1e-5
