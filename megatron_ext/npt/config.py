@@ -4,9 +4,9 @@ The defaults are document 002's: `low_rank`, gate, rank 16, attention residual d
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_ext.config.flags import check_at_least, check_choices, check_positive
+from megatron_ext.config.flags import check_at_least, check_choices, check_positive, flag
 
 _TARGETS: dict[str, tuple[str, ...]] = {
     "gate": ("gate",),
@@ -24,7 +24,7 @@ _TARGETS: dict[str, tuple[str, ...]] = {
 class NPTModuleConfig:
     """NP components: the attention output changes the weights of the MLP, token by token."""
 
-    npt_layers: str = "upper_half"
+    npt_layers: Annotated[str, flag(aliases=("--layers", "--train_layers"))] = "upper_half"
     """Layers with NP components: all, upper_half, lower_half, or numbers and ranges from 0, as 0,3,5 or -1 or 4:8
     (the end is left out)."""
 
@@ -34,7 +34,7 @@ class NPTModuleConfig:
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
     """The modulated weights. single, dual and triple stand for the first three; fc1 is for an MLP without a gate."""
 
-    np_rank: int = 16
+    np_rank: Annotated[int, flag(aliases=("--rank",))] = 16
     """Rank of the generated factors."""
 
     num_np_components: int = 1
@@ -50,7 +50,7 @@ class NPTModuleConfig:
     np_residual: Literal["keep", "drop"] = "drop"
     """Whether the attention output is also added to the residual stream, as in the base layer."""
 
-    np_scale: float = 1.0
+    np_scale: Annotated[float, flag(aliases=("--modulation_scale",))] = 1.0
     """Factor on every delta."""
 
     np_init_scale: float = 0.01

@@ -20,7 +20,11 @@ from megatron_ext.npt.adapter import load_adapter
 from megatron_ext.npt.adapter_files import read_adapter
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.family import NPTFamily
+from megatron_ext.npt.presets import with_preset
+from megatron_ext.npt.resume import loads_what_fits, resolved_layers, stored_run
+from megatron_ext.npt.samples import check_samples
 from megatron_ext.npt.settings import NPTTrainingConfig
+from megatron_ext.npt.state_files import write_final
 from megatron_ext.platform import distributed
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import read_run_config
@@ -42,8 +46,8 @@ def run(configs: dict[str, Any]) -> int:
         ValueError, OSError: a user's mistake, told in one line.
     """
     training: NPTTrainingConfig = configs["npt"]
+    prepare_configs(configs)
     module: NPTModuleConfig = configs["np"]
-    training.check_module(module, configs["model"].num_layers)
     base, configs["checkpoint"] = find_base(training, configs["checkpoint"])
     if base is None and module.freeze_base and not configs["training"].dry_run:
         raise ValueError(
@@ -53,9 +57,29 @@ def run(configs: dict[str, Any]) -> int:
     options = RunOptions(
         base=base if module.freeze_base else None,
         checkpoint_name=checkpoint_name,
+        loads_what_fits=_has_other_layers(training, module, configs["checkpoint"]),
         prepare=partial(_start_with, weights) if weights is not None else RunOptions.prepare,
+        finish=partial(write_final, configs),
     )
     return pretrain(configs, make_families, options)
+
+
+def prepare_configs(configs: dict[str, Any]) -> None:
+    """Checks NPT's configurations against the others, and settles what they leave open.
+
+    On --load the command line's schedule counts, not the checkpoint's.
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    training: NPTTrainingConfig = configs["npt"]
+    num_layers = configs["model"].num_layers
+    training.check_module(configs["np"], num_layers)
+    check_samples(training.generation_steps, configs["parallel"])
+    configs["np"] = replace(configs["np"], npt_layers=resolved_layers(configs["np"], num_layers))
+    configs["data"] = with_preset(configs["data"], training.dataset_preset, training.dataset_presets_file)
+    if not configs["optimizer"].use_checkpoint_opt_param_scheduler:
+        configs["optimizer"] = replace(configs["optimizer"], override_opt_param_scheduler=True)
 
 
 def checkpoint_name(step: int) -> str:
@@ -66,7 +90,7 @@ def checkpoint_name(step: int) -> str:
 def make_families(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
     """NPT alone."""
     total = total_steps(configs["training"], configs["parallel"])
-    return [NPTFamily(configs["np"], configs["npt"], total_steps=total)]
+    return [NPTFamily(configs["np"], configs["npt"], total_steps=total, tokenizer=tokenizer)]
 
 
 def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
@@ -112,6 +136,10 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
         if find_checkpoint(path, step) is None:
             continue
         stored = read_run_config(path, step)
+        if "additional_steps" in given:
+            folder = find_checkpoint(path, step)
+            assert folder is not None
+            return stored_run(folder.resolve(), stored, given)
         sections = {
             # Dropout would tell student and teacher apart.
             "model": stored["model"] | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
@@ -121,6 +149,19 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
             sections["np"] = stored["families"][NPTFamily.name]["settings"]
         return sections
     return {}
+
+
+def _has_other_layers(
+    training: NPTTrainingConfig, module: NPTModuleConfig, checkpoint: CheckpointConfig
+) -> bool:
+    folder = find_checkpoint(checkpoint.load, checkpoint.ckpt_step) if checkpoint.load is not None else None
+    if folder is None:
+        if training.additional_steps is not None:
+            raise ValueError(
+                f"--additional-steps {training.additional_steps}: --load names no run to go on with"
+            )
+        return False
+    return loads_what_fits(training, module, read_run_config(str(folder)), folder)
 
 
 def _start_with(weights: Mapping[str, Any], chunks: list[GPTModel]) -> None:

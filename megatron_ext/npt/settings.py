@@ -14,6 +14,8 @@ Where a value is left out, the mode decides:
 Source: documents 000 (single_layer, sequential), 001 (multi_layer), 002 (equivalence).
 """
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -48,6 +50,9 @@ MODULE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Mode -> fields of `NPTModuleConfig` that have another default in it."""
 
+STEPS_PER_LAYER = 2000
+"""Document 000's steps of a layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NPTTrainingConfig:
@@ -62,6 +67,20 @@ class NPTTrainingConfig:
 
     load_npt_weights: str | None = None
     """NP weights to start with (npt_weights.pt or .safetensors); all that fit the run's layers must fit exactly."""
+
+    allow_layer_mismatch: bool = False
+    """On --load RUN with other --npt-layers than the run's: take the NP weights of the layers that both have, with a
+    warning. The step, schedule and curriculum go on; the other layers and the optimizer start anew."""
+
+    additional_steps: int | None = None
+    """On --load CHECKPOINT: go on for so many steps after it, with the configuration of its run wherever none is
+    given here."""
+
+    dataset_preset: Annotated[str | None, flag(aliases=("--dataset",))] = None
+    """Name of a blend of datasets in --dataset-presets-file, as small, medium or large; --data-path wins over it."""
+
+    dataset_presets_file: str = "examples/npt/datasets.yaml"
+    """YAML file of named blends."""
 
     equivalence_weight: float | None = None
     """Weight of the layer-wise equivalence with the base layer on the same input."""
@@ -87,6 +106,15 @@ class NPTTrainingConfig:
     stage1_steps: int = 500
     """single_layer and sequential: first steps of a layer, in which v_a learns to equal the attention output."""
 
+    steps_per_layer: int = STEPS_PER_LAYER
+    """sequential: steps of every layer, with a learning-rate schedule of its own."""
+
+    start_from_layer: int | None = None
+    """sequential: the first layer to train; those of --npt-layers below it must be trained in --checkpoint-dir."""
+
+    model_size: Literal["1b", "3b", "8b"] | None = None
+    """sequential: a label for W&B's run names. The model's size is that of the base checkpoint."""
+
     layer_weights: str = "uniform"
     """Weights of the layers' losses: uniform, linear (1 for the first NPT layer to 0.5 for the last), or one number a
     layer, as 1,1,0.5."""
@@ -109,8 +137,8 @@ class NPTTrainingConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(self, 0, "stage1_steps", "teacher_cache_gb", *_NUMBERS)
-        check_at_least(self, 1, "generation_steps", "npt_log_interval")
+        check_at_least(self, 0, "start_from_layer", "stage1_steps", "teacher_cache_gb", *_NUMBERS)
+        check_at_least(self, 1, "steps_per_layer", "generation_steps", "npt_log_interval", "additional_steps")
         if self.curriculum_stages is not None:
             parse_curriculum(self.curriculum_stages)
         if self.layer_weights not in ("uniform", "linear"):
@@ -205,6 +233,26 @@ class Objective:
 
     stage_index: int
     """Its place in the curriculum."""
+
+
+def run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Defaults that follow from the mode: concern's name -> field's name -> value.
+
+    Args:
+        given: the flags of the command line by field name.
+    """
+    mode = given.get("mode", "equivalence")
+    sections: dict[str, dict[str, Any]] = {"np": MODULE_DEFAULTS.get(mode, {})}
+    if mode == "sequential":
+        steps = given.get("steps_per_layer", "")
+        length = {"train_iters": int(steps) if steps.isdigit() else STEPS_PER_LAYER}
+        folder = f"experiments/sequential_checkpoint_{time.strftime('%Y%m%d_%H%M%S')}"
+        sections |= {
+            "training": {"micro_batch_size": 2, **({} if "train_samples" in given else length)},
+            "optimizer": {"lr": 5e-4},
+            "checkpoint": {"save": folder},
+        }
+    return sections
 
 
 def _numbers(text: str) -> list[float]:

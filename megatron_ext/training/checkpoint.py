@@ -6,7 +6,7 @@ and in docs/checkpoints.md.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Checkpointer:
         families: list[Family],
         base: BaseCheckpoint | None = None,
         name: Callable[[int], str] = files.checkpoint_name,
+        loads_what_fits: bool = False,
         note: Callable[[str], None] = print_on_first_rank,
     ) -> None:
         """Args:
@@ -77,6 +78,8 @@ class Checkpointer:
         families: their configuration, state and files are saved.
         base: has been loaded under the run; what is frozen is left out of the run's checkpoints then.
         name: step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads.
+        loads_what_fits: tensors that only the checkpoint or only the run has are left alone, and the optimizer starts
+            anew.
         note: takes a line for the user, on every rank.
         """
         self.config = config
@@ -91,6 +94,7 @@ class Checkpointer:
         }
         self.base = base
         self.name = name
+        self.loads_what_fits = loads_what_fits
         self.note = note
 
     def save(self, progress: Progress) -> Path:
@@ -155,9 +159,14 @@ class Checkpointer:
         self.note(f"loaded {folder}: the run goes on after step {progress.iteration}")
         return progress
 
-    def _model_state(self) -> dict[str, Any]:
-        trained = None if self.base is None else lambda _, value: getattr(value, "requires_grad", True)
-        return tensors.model_state(self.models, trained)
+    def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
+        """What the run's checkpoints hold of the model, where asked for without names that are not `known`."""
+
+        def keeps(name: str, value: torch.Tensor) -> bool:
+            is_trained = self.base is None or getattr(value, "requires_grad", True)
+            return is_trained and (known is None or name in known)
+
+        return tensors.model_state(self.models, None if self.base is None and known is None else keeps)
 
     def _check_base(self, stored: dict[str, Any], folder: Path) -> None:
         theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
@@ -203,11 +212,12 @@ class Checkpointer:
         }
 
     def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
-        wanted = self._model_state()
         stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
-        tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
+        wanted = self._model_state(stored if self.loads_what_fits else None)
+        whole = not self.loads_what_fits
+        tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary, whole=whole)
         optimizer = None
-        if not (self.config.finetune or self.config.no_load_optim):
+        if not (self.config.finetune or self.config.no_load_optim or self.loads_what_fits):
             if state["optimizer_step"] is None:
                 raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
             optimizer = OptimizerState(self.optimizer, wanted)
@@ -215,7 +225,7 @@ class Checkpointer:
             wanted |= {"optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
             tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
         loaded = tensors.read(wanted, folder)
-        tensors.load_model_state(self.models, loaded, strict=self.base is None)
+        tensors.load_model_state(self.models, loaded, strict=self.base is None and whole)
         if optimizer is None:
             self.optimizer.reload_model_params()
         else:

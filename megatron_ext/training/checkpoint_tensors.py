@@ -122,7 +122,12 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check(
-    state: ShardedStateDict, stored: dict[str, tuple[int, ...]], folder: Path, *, same_vocabulary: bool
+    state: ShardedStateDict,
+    stored: dict[str, tuple[int, ...]],
+    folder: Path,
+    *,
+    same_vocabulary: bool,
+    whole: bool = True,
 ) -> None:
     """Finds out whether the checkpoint has every tensor of the run, in its shape, and no more of the model; collective.
 
@@ -131,6 +136,7 @@ def check(
         stored: name -> global shape in the checkpoint.
         folder: the checkpoint, named in errors.
         same_vocabulary: the tokenizers' sizes agree, so that the embedding may be padded differently.
+        whole: the checkpoint may hold no more of the model than is to be loaded.
 
     Raises:
         ValueError: naming the tensor.
@@ -154,7 +160,7 @@ def check(
             )
         raise ValueError(f"{folder}: {name} has shape {list(stored[name])}, in this run {list(shape)}")
     extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
-    if extra:
+    if extra and whole:
         raise ValueError(
             f"{folder}: holds {extra[0]} ({len(extra)} tensors in all) that this run's model lacks"
         )

@@ -27,6 +27,7 @@ from megatron_ext.models.accounting import model_cost, training_flops_per_token
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
+from megatron_ext.training import scheduler_state
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.checkpoint_files import check_writable, checkpoint_name
@@ -50,6 +51,9 @@ class RunOptions:
 
     checkpoint_name: Callable[[int], str] = checkpoint_name
     """Step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads."""
+
+    loads_what_fits: bool = False
+    """On --load take the tensors that checkpoint and run share, and start the optimizer anew."""
 
     prepare: Callable[[list[GPTModel]], None] = lambda chunks: None
     """Called on the loaded model before it is wrapped, and before a checkpoint of the run is loaded; collective."""
@@ -182,8 +186,13 @@ def train(
         families=families,
         base=options.base,
         name=options.checkpoint_name,
+        loads_what_fits=options.loads_what_fits,
     )
     progress = checkpointer.load() or Progress(consumed_samples=options.first_sample)
+    if configs["optimizer"].override_opt_param_scheduler and training.train_iters is not None:
+        # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
+        done = progress.iteration - progress.skipped_steps
+        scheduler_state.move_to(scheduler, done * global_batch_size)
     data = _build_data(configs, tokenizer, families, global_batch_size, options.samples)
     base = model_cost(model, tokenizer.vocab_size, parallel.tensor_model_parallel_size)
     costs = [base, *(c for family in families if (c := family.cost(model)) is not None)]

@@ -56,7 +56,12 @@ def restore(scheduler: OptimizerParamScheduler, state: dict[str, Any] | None, fo
         _take_shape(scheduler, state, folder)
     elif not scheduler.override_opt_param_scheduler:
         _check_shape(scheduler, state["shape"], folder)
-    scheduler.num_steps = state["num_steps"]
+    move_to(scheduler, state["num_steps"])
+
+
+def move_to(scheduler: OptimizerParamScheduler, samples: int) -> None:
+    """Sets the schedule's position, and the rates that follow from it."""
+    scheduler.num_steps = samples
     scheduler.step(increment=0)
 
 
