@@ -57,28 +57,27 @@ def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
 class CheckpointState(Mapping[str, torch.Tensor]):
     """A checkpoint's model, tensor by tensor as it is asked for; needs a process group of one."""
 
-    def __init__(self, folder: Path, only: set[str] | None = None) -> None:
+    def __init__(self, *folders: Path, only: set[str] | None = None) -> None:
         """Args:
-        folder: the checkpoint's own directory; all of its files are compared with their checksums first.
+        *folders: checkpoints' own directories, all files of which are compared with their checksums first. A tensor
+            is taken from the first that has it: what was trained on top of a base, then the base.
         only: leave out all tensors but these.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: a checkpoint is damaged.
         """
-        files.verify(folder)
-        self.folder = folder
-        stored = dist_checkpointing.load_tensors_metadata(str(folder))
-        self._stored = {
-            name: shard
-            for name, shard in stored.items()
-            if not name.startswith(PREFIX) and (only is None or name in only)
-        }
+        self._stored: dict[str, tuple[Path, ShardedTensor]] = {}
+        for folder in folders:
+            files.verify(folder)
+            for name, shard in dist_checkpointing.load_tensors_metadata(str(folder)).items():
+                if not name.startswith(PREFIX) and (only is None or name in only):
+                    self._stored.setdefault(name, (folder, shard))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._stored[name]
+        folder, stored = self._stored[name]
         empty = torch.empty(stored.global_shape, dtype=stored.dtype)
         shard = ShardedTensor.from_rank_offsets(name, empty)
-        tensor: torch.Tensor = checkpoint_tensors.read({name: shard}, self.folder)[name]
+        tensor: torch.Tensor = checkpoint_tensors.read({name: shard}, folder)[name]
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -89,9 +88,9 @@ class CheckpointState(Mapping[str, torch.Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of a tensor, without reading it."""
-        return tuple(self._stored[name].global_shape)
+        return tuple(self._stored[name][1].global_shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, without reading it."""
-        dtype: torch.dtype = self._stored[name].dtype
+        dtype: torch.dtype = self._stored[name][1].dtype
         return dtype

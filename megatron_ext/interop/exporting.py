@@ -15,12 +15,18 @@ from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.interop.checkpoint import CheckpointState
 from megatron_ext.interop.directory import check_free, complete_directory
-from megatron_ext.interop.hf_config import choose_architecture, from_model_config, sliding_window
+from megatron_ext.interop.hf_config import (
+    choose_architecture,
+    from_model_config,
+    read_architecture,
+    sliding_window,
+)
 from megatron_ext.interop.hf_files import write_tensors
 from megatron_ext.interop.importing import require_one_process
 from megatron_ext.interop.layout import Entry, entries, split
 from megatron_ext.interop.tokenizer_files import write_files
 from megatron_ext.platform import distributed
+from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import read_run_config
 from megatron_ext.training.checkpoint_files import find_checkpoint
 
@@ -70,7 +76,7 @@ def export_hf(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if architecture is None and imported_config is not None:
-        architecture = imported_config.get("architectures", [None])[0]
+        architecture = read_architecture(imported_config, "imported_config")
     chosen = choose_architecture(model, architecture)
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
     found = _entries_of(model, vocab_size, state)
@@ -83,7 +89,8 @@ def export_hf(
     with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
         if tokenizer is not None and tokenizer_config is not None:
             if write_files(tokenizer_config, tokenizer, folder):
-                config["eos_token_id"] = config["eos_token_id"] or tokenizer.eod
+                if config["eos_token_id"] is None:
+                    config["eos_token_id"] = tokenizer.eod
             else:
                 notes.append(
                     f"transformers has no {tokenizer_config.tokenizer_type}: no tokenizer is written"
@@ -186,7 +193,10 @@ def export_checkpoint(
     assert folder is not None, "its configuration has been read"
     distributed.initialize(ParallelConfig(), seed=1234)
     try:
-        state = CheckpointState(folder, _base_names(configs["model"]) if base_only else None)
+        # A frozen base is not saved again with what was trained on top of it.
+        base = BaseCheckpoint.of_run(run_config)
+        folders = (folder,) if base is None else (folder, base.folder)
+        state = CheckpointState(*folders, only=_base_names(configs["model"]) if base_only else None)
         return export_hf(
             configs["model"],
             run_config["vocab_size"],

@@ -57,13 +57,13 @@ class SafetensorsFiles:
     """
 
     def __init__(self, model_dir: str | Path) -> None:
-        """Opens all files and reads their headers.
+        """Reads the headers of all files. None stays open: what is mapped of it would count as memory in use.
 
         Args:
             model_dir: the directory.
         """
         self.folder = Path(model_dir)
-        self._files: dict[str, Any] = {}
+        self._headers: dict[str, tuple[Shape, str]] = {}
         self._file_of: dict[str, str] = {}
         index = self.folder / INDEX
         for file in _indexed_files(index) if index.is_file() else [SINGLE_FILE]:
@@ -83,13 +83,15 @@ class SafetensorsFiles:
             what = f"neither {SINGLE_FILE} nor {INDEX} in it" if file == SINGLE_FILE else f"{file} is missing"
             raise FileNotFoundError(f"--model-dir {self.folder}: {what}")
         try:
-            self._files[file] = safe_open(str(path), framework="pt")
+            with safe_open(str(path), framework="pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+                headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
-        for name in self._files[file].keys():  # noqa: SIM118  (no mapping)
+        for name, header in headers.items():
             if name in self._file_of:
                 raise ValueError(f"{path}: holds {name}, as does {self._file_of[name]}")
-            self._file_of[name] = file
+            self._file_of[name], self._headers[name] = file, header
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         for name in sorted(set(weight_map) | set(self._file_of)):
@@ -107,7 +109,7 @@ class SafetensorsFiles:
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, from the file's header."""
-        return tuple(self._slice(name).get_shape())
+        return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that `read` gives a tensor in.
@@ -115,7 +117,7 @@ class SafetensorsFiles:
         Raises:
             ValueError: the file's type is not one that can be imported.
         """
-        stored = self._slice(name).get_dtype()
+        stored = self._headers[name][1]
         if stored not in _READ_AS:
             raise ValueError(
                 f"{self.folder / self._file_of[name]}: {name} is {stored}, must be {', '.join(_READ_AS)}"
@@ -124,11 +126,9 @@ class SafetensorsFiles:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, on the CPU."""
-        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
         return tensor.to(self.dtype(name))
-
-    def _slice(self, name: str) -> Any:
-        return self._files[self._file_of[name]].get_slice(name)
 
 
 def _indexed_files(index: Path) -> list[str]:
