@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.concerns import TRAINING
 from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.settings import MODULE_DEFAULTS, NPTTrainingConfig
+from megatron_ext.npt.settings import NPTTrainingConfig, run_defaults
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half "
@@ -37,7 +37,7 @@ def main() -> int:
 
 def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
     """The mode's own, and the shape of the model that is loaded."""
-    sections: dict[str, Any] = {"np": MODULE_DEFAULTS.get(given.get("mode", "equivalence"), {})}
+    sections: dict[str, Any] = run_defaults(given)
     if "base_checkpoint" in given or "load" in given:
         from megatron_ext.npt.run import stored_defaults
 

@@ -14,7 +14,7 @@ from megatron_ext.config.flags import Switch, check_at_least, flag
 class CheckpointConfig:
     """Saving and loading."""
 
-    save: str | None = None
+    save: Annotated[str | None, flag(aliases=("--checkpoint_dir",))] = None
     """Directory to write checkpoints to."""
 
     load: Annotated[str | None, flag(aliases=("--resume_from",))] = None

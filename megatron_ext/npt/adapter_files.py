@@ -20,7 +20,8 @@ from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.training import checkpoint_files as files
 
-WEIGHTS, SAFE_WEIGHTS, CONFIG = "npt_weights.pt", "npt_weights.safetensors", "config.json"
+STEM, CONFIG = "npt_weights", "config.json"
+WEIGHTS = f"{STEM}.pt"
 _FREE = frozenset({"np_init_scale", "np_init_strategy", "freeze_base", "npt_layers"})
 """Settings that do not decide what the weights mean; the layers are in the keys."""
 
@@ -30,6 +31,7 @@ def write_adapter(
     tensors: Mapping[str, torch.Tensor],
     settings: NPTModuleConfig,
     more: Mapping[str, Any] | None = None,
+    stem: str = STEM,
 ) -> None:
     """Writes the three files, each by rename.
 
@@ -38,18 +40,22 @@ def write_adapter(
         tensors: as `adapter.gather_adapter` gives them.
         settings: NPT's configuration.
         more: what else `config.json` tells.
+        stem: the weights are `{stem}.pt` and `{stem}.safetensors`.
 
     Raises:
         OSError: a file could not be written.
     """
     config = configs_to_dict({"np": settings})
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    parts = {name: folder / f".{name}.part" for name in (WEIGHTS, SAFE_WEIGHTS, CONFIG)}
-    files.write_tensors(parts[WEIGHTS], contiguous)
-    save_file(contiguous, parts[SAFE_WEIGHTS], metadata={"format": "pt", "np": json.dumps(config["np"])})
+    weights, safe_weights = f"{stem}.pt", f"{stem}.safetensors"
+    parts = {name: folder / f".{name}.part" for name in (weights, safe_weights, CONFIG)}
+    files.write_tensors(parts[weights], contiguous)
+    save_file(contiguous, parts[safe_weights], metadata={"format": "pt", "np": json.dumps(config["np"])})
     files.write_text(parts[CONFIG], json.dumps({**config, **(more or {})}, indent=1))
+    files.digests(folder, [part.name for part in parts.values()])  # forces them to the disk
     for name, part in parts.items():
         part.replace(folder / name)
+    files.fsync_folder(folder)
 
 
 def read_adapter(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor]:
@@ -65,16 +71,20 @@ def read_adapter(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor
     """
     tensors, config = read_adapter_file(path)
     if config is not None:
-        ours = configs_to_dict({"np": settings})["np"]
-        theirs = configs_to_dict({"np": config})["np"]
-        differences = [
-            f"{name} is {theirs[name]}, here {ours[name]}"
-            for name in ours
-            if name not in _FREE and ours[name] != theirs[name]
-        ]
-        if differences:
-            raise ValueError(f"{path}: was made with another configuration: {'; '.join(differences)}")
+        check_same_meaning(path, config, settings)
     return tensors
+
+
+def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleConfig) -> None:
+    """Raises `ValueError`, naming `path` and the differences, where weights of one mean something else in the other."""
+    ours, theirs = (configs_to_dict({"np": config})["np"] for config in (settings, stored))
+    differences = [
+        f"{name} is {theirs[name]}, here {ours[name]}"
+        for name in ours
+        if name not in _FREE and ours[name] != theirs[name]
+    ]
+    if differences:
+        raise ValueError(f"{path}: was made with another configuration: {'; '.join(differences)}")
 
 
 def read_adapter_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:
