@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import check_at_least
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.models.accounting import core_attention_flops_per_token, layer_flops_per_token
@@ -76,6 +77,10 @@ class BenchmarkConfig:
 
     materialised_tokens: int = 8
     """Tokens that the materialised form is timed with."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "seq_length", "micro_batch_size", "rounds", "materialised_tokens")
+        check_at_least(self, 0, "threads")
 
 
 class Layer:
@@ -173,11 +178,11 @@ def _print(
             f"h={config.hidden_size}, f={config.ffn_hidden_size}, s={config.seq_length}, "
             f"b={config.micro_batch_size}; {config.rounds} rounds"
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for column in ("FLOP share", "wall time", "over", "processor time", "over", "peak of a step"):
             table.add_column(column, justify="right")
         if mode == "frozen":
-            table.add_column("wall, over base trained", justify="right")
+            table.add_column("wall, to base trained", justify="right")
         for name, layer in layers.items():
             first = ["", *_base_times(times[mode]["base"])]
             row = first if name == "base" else _overheads(config, mode, times[mode], name)
