@@ -12,7 +12,11 @@ ended unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM (after 3, 130 
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+
+if __name__ == "__main__":  # until there is something to put in order, Ctrl-C ends this without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
@@ -26,12 +30,18 @@ EXAMPLE = (
 )
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM arrived."""
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _stop(number: int, frame: FrameType | None) -> None:
+    _handle_signals(signal.SIG_IGN)  # a second one would interrupt the tidying up
+    raise _Stopped(number)
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def main() -> int:
@@ -42,21 +52,25 @@ def main() -> int:
         description=str(__doc__),
         example=EXAMPLE,
     )
-    # Each worker is one core; the tokenizer libraries must not start threads of their own.
+    # Each worker is one core, so no library shall start threads of its own; and only a process without threads can
+    # fork its workers, with all that it has loaded.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     from megatron_ext.data.preprocess.run import Preprocessor, quarantined_path, rejected_path
     from megatron_ext.data.preprocess.worker_pool import WorkerBug, WorkerDied
 
-    signal.signal(signal.SIGTERM, _terminate)
     output = configs["output"]
     try:
+        _handle_signals(_stop)
         summary = Preprocessor(configs["input"], configs["tokenizer"], output).run()
+        _handle_signals(signal.SIG_DFL)
     except (WorkerDied, WorkerBug) as error:
         print(f"error: {error}; --resume goes on from what is finished", file=sys.stderr)
         return EXIT_WORKER_DIED
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except _Stopped as stop:
         print("interrupted; --resume goes on from what is finished", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+        return 128 + int(stop.args[0])
     totals = summary.totals
     if summary.choice is not None:
         print(f"tokenized by {summary.choice.encoder}: {summary.choice.reason}")

@@ -217,15 +217,15 @@ def encoded(encoder: Any, texts: Any) -> Any:
 
 def test_gigatoken_runs_where_its_ids_are_equal(bpe_dir: Any, sentencepiece_models: Any) -> None:
     ours = gpt2(bpe_dir)
-    choice = choose_encoder(ours, "auto", ["a sample"])
+    _, choice = choose_encoder(ours, "auto", ["a sample"])
     assert choice.encoder == "gigatoken"
     assert encoded(Encoder(ours, "gigatoken"), list(TEXTS)) == [ours.tokenize(text) for text in TEXTS]
     assert encoded(Encoder(ours, "gigatoken"), []) == []
-    assert choose_encoder(ours, "reference", []).encoder == "reference"
+    assert choose_encoder(ours, "reference", [])[1].encoder == "reference"
     unigram = TokenizerConfig(
         tokenizer_type="SentencePieceTokenizer", tokenizer_model=sentencepiece_models["unigram"]
     )
-    choice = choose_encoder(build_tokenizer(unigram), "auto", ["a sample"])
+    _, choice = choose_encoder(build_tokenizer(unigram), "auto", ["a sample"])
     assert (choice.encoder, "does not support" in choice.reason) == ("reference", True)
     with pytest.raises(ValueError, match="--encoder gigatoken: "):
         choose_encoder(build_tokenizer(unigram), "gigatoken", [])
@@ -253,14 +253,14 @@ def test_an_encoder_that_differs_on_the_sample_is_not_used(
     left, right = json.loads(ours.gigatoken_source())["model"]["merges"][-1]
     monkeypatch.setattr(ours, "gigatoken_source", lambda: json.dumps(content))
     sample = ours.detokenize([ours.vocab[left + right]])
-    choice = choose_encoder(ours, "auto", ["unaffected", sample])
+    _, choice = choose_encoder(ours, "auto", ["unaffected", sample])
     assert choice.encoder == "reference"
     assert "differ from the reference's" in choice.reason
 
 
 def test_without_gigatoken_the_reference_runs(bpe_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    choice = choose_encoder(gpt2(bpe_dir), "auto", [])
+    _, choice = choose_encoder(gpt2(bpe_dir), "auto", [])
     assert (choice.encoder, "not installed" in choice.reason) == ("reference", True)
 
 

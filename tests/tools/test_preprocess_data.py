@@ -202,7 +202,7 @@ def children(process: Any) -> Any:
     return [
         pid
         for pid in map(int, path.read_text().split())
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"preprocess_data" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
 
 

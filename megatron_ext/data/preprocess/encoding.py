@@ -42,11 +42,12 @@ class Encoder:
     Args:
         tokenizer: the reference.
         name: which implementation to use; "gigatoken" only after `choose_encoder` chose it.
+        fast: gigatoken's tokenizer, where it is loaded already.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: EncoderName) -> None:
+    def __init__(self, tokenizer: Tokenizer, name: EncoderName, fast: Any = None) -> None:
         self._tokenizer = tokenizer
-        self._fast = _load_gigatoken(tokenizer) if name == "gigatoken" else None
+        self._fast = fast or (_load_gigatoken(tokenizer) if name == "gigatoken" else None)
         self._bytes_when_loaded = resident_bytes()
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
@@ -78,31 +79,38 @@ def resident_bytes() -> int:
 
 def choose_encoder(
     tokenizer: Tokenizer, wanted: Literal["auto", "gigatoken", "reference"], sample: list[str]
-) -> Choice:
-    """Compares gigatoken with the reference on a sample.
+) -> tuple[Encoder, Choice]:
+    """Compares gigatoken with the reference on a sample; returns the encoder to use, and why.
 
     Raises:
         ValueError: gigatoken was asked for by name and cannot be used.
     """
+    name = type(tokenizer).__name__
     if wanted == "reference":
-        return Choice("reference", f"{type(tokenizer).__name__}'s own library, as asked")
-    refusal = _why_not_gigatoken(tokenizer, sample)
+        return Encoder(tokenizer, "reference"), Choice("reference", f"{name}'s own library, as asked")
+    fast, refusal = _load_or_refuse(tokenizer)
+    refusal = refusal or _difference(tokenizer, fast, sample)
     if refusal is None:
-        return Choice("gigatoken", f"ids equal the reference's on {len(sample)} sampled documents")
+        reason = f"ids equal the reference's on {len(sample)} sampled documents"
+        return Encoder(tokenizer, "gigatoken", fast), Choice("gigatoken", reason)
     if wanted == "gigatoken":
         raise ValueError(f"--encoder gigatoken: {refusal}")
-    return Choice("reference", f"{type(tokenizer).__name__}'s own library: {refusal}")
+    return Encoder(tokenizer, "reference"), Choice("reference", f"{name}'s own library: {refusal}")
 
 
-def _why_not_gigatoken(tokenizer: Tokenizer, sample: list[str]) -> str | None:
+def _load_or_refuse(tokenizer: Tokenizer) -> tuple[Any, str | None]:
+    """Returns gigatoken's tokenizer, or why there is none."""
     try:
         fast = _load_gigatoken(tokenizer)
     except ModuleNotFoundError:
-        return "gigatoken is not installed"
+        return None, "gigatoken is not installed"
     except Exception as error:  # the library raises several kinds; any of them means "not this one"
-        return f"gigatoken cannot load this tokenizer ({str(error).splitlines()[0]})"
-    if fast is None:
-        return "gigatoken does not support this tokenizer"
+        return None, f"gigatoken cannot load this tokenizer ({str(error).splitlines()[0]})"
+    return fast, None if fast is not None else "gigatoken does not support this tokenizer"
+
+
+def _difference(tokenizer: Tokenizer, fast: Any, sample: list[str]) -> str | None:
+    """Returns where gigatoken's ids differ from the reference's; None where they do not."""
     specials = [token for token in tokenizer.vocab if token.startswith("<") and token.endswith(">")][:32]
     texts = [*sample, *PROBE_TEXTS, "", *(f"a{token} b {token}\n{token}c" for token in specials)]
     for text in texts:

@@ -171,7 +171,7 @@ class Preprocessor:
         keep = long_lines.write if config.on_error == "quarantine" else None
         chunks = plan_chunks(self.sources, self.chunk_bytes, inputs.max_line_bytes, keep)
         first = list(itertools.islice(chunks, 1))
-        self.choice = choose_encoder(self.tokenizer, config.encoder, self._sample(first))
+        encoder, self.choice = choose_encoder(self.tokenizer, config.encoder, self._sample(first))
         scheduler = Scheduler(
             itertools.chain(first, chunks), assembly, options, long_lines, inputs.max_documents
         )
@@ -180,9 +180,9 @@ class Preprocessor:
         total = (
             sum(size or 0 for size in sizes) if None not in sizes and inputs.max_documents is None else None
         )
-        with ProgressDisplay(total, config.log_interval) as display:
-            settings = WorkerSettings(self.tokenizer_config, self.choice.encoder, options)
-            scheduler.run(settings, 1 if inputs.max_documents else workers, display)
+        settings = WorkerSettings(self.tokenizer_config, self.choice.encoder, options, encoder)
+        display = ProgressDisplay(total, config.log_interval)
+        scheduler.run(settings, 1 if inputs.max_documents else workers, display, work.lock)
         self.resumed_shards = scheduler.resumed_shards
         files = assembly.finish(options.dtype)
         moves, stale = self._moves(work, assembly, files)

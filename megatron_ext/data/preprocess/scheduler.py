@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.preprocess.assembly import Assembly
@@ -19,7 +20,7 @@ from megatron_ext.data.preprocess.shards import (
     remove_shard,
 )
 from megatron_ext.data.preprocess.work_directory import hold_as_worker
-from megatron_ext.data.preprocess.worker_pool import Done, Failed, Report, TaskFunction, WorkerPool
+from megatron_ext.data.preprocess.worker_pool import Closable, Done, Failed, Report, TaskFunction, WorkerPool
 from megatron_ext.data.preprocess.worker_pool import Progress as WorkerProgress
 from megatron_ext.data.readers import Chunk, read_chunk
 from megatron_ext.data.readers.lines import count_line_starts
@@ -30,11 +31,22 @@ _WAIT_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker process is started with."""
+    """What a worker process is started with.
+
+    Attributes:
+        tokenizer, encoder_name: what to tokenize with.
+        options: the run's.
+        encoder: the parent's, which a forked worker inherits; a spawned one gets None and builds its own.
+    """
 
     tokenizer: TokenizerConfig
-    encoder: EncoderName
+    encoder_name: EncoderName
     options: ShardOptions
+    encoder: Encoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a spawned worker gets: the libraries' objects cannot be pickled."""
+        return {**self.__dict__, "encoder": None}
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,9 @@ class _Task:
 
 
 def make_worker(settings: WorkerSettings) -> TaskFunction:
-    """Builds the tokenizer in a worker process and returns the function that handles a task."""
+    """Marks the directory, has the tokenizer ready and returns the function that handles a task."""
     held = hold_as_worker(settings.options.directory)
-    encoder = Encoder(build_tokenizer(settings.tokenizer), settings.encoder)
+    encoder = settings.encoder or Encoder(build_tokenizer(settings.tokenizer), settings.encoder_name)
 
     def handle(task: _Task, report: Report) -> ShardInfo:
         def tell(info: ShardInfo) -> None:
@@ -116,8 +128,14 @@ class Scheduler:
         self._running: dict[int, list[int]] = {}
         self.resumed_shards = assembly.state.next_shard
 
-    def run(self, settings: WorkerSettings, workers: int, display: ProgressDisplay) -> None:
+    def run(self, settings: WorkerSettings, workers: int, display: ProgressDisplay, lock: Closable) -> None:
         """Handles every chunk.
+
+        Args:
+            settings: for the workers.
+            workers: processes, at most.
+            display: shown while they work; not started yet, since its thread would forbid a fork.
+            lock: of the working directory, which is the parent's alone.
 
         Raises:
             ValueError: a line is no document and the run shall stop; or what a worker met.
@@ -131,16 +149,21 @@ class Scheduler:
         following = itertools.chain([task], iter(self._next_task, None))
         ahead = list(itertools.islice(following, workers))  # no more processes than tasks
         following = itertools.chain(ahead, following)
-        pool = WorkerPool(make_worker, settings, len(ahead), (RejectedLine, ValueError, OSError))
+        passed_on = (RejectedLine, ValueError, OSError)
+        pool = WorkerPool(make_worker, settings, len(ahead), passed_on, parents_own=[lock])
         try:
-            while self._submit(pool, following) or pool.num_running:
-                for message in pool.wait(_WAIT_SECONDS):
-                    self._handle(message)
-                self._append_finished()
-                self._show(display)
-            self._append_finished()
+            with display:
+                self._pass_over(pool, following, display)
         finally:
             pool.close()
+
+    def _pass_over(self, pool: WorkerPool, tasks: Iterator[_Task], display: ProgressDisplay) -> None:
+        while self._submit(pool, tasks) or pool.num_running:
+            for message in pool.wait(_WAIT_SECONDS):
+                self._handle(message)
+            self._append_finished()
+            self._show(display)
+        self._append_finished()  # what needed no worker, after the last task
 
     def _submit(self, pool: WorkerPool, tasks: Iterator[_Task]) -> bool:
         submitted = False

@@ -31,7 +31,7 @@ def hold_as_worker(directory: str) -> TextIO:
     file = open(Path(directory, _WORKERS_LOCK), "w")  # noqa: SIM115 - held while the process lives
     fcntl.flock(file, fcntl.LOCK_SH)
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
+    if parent is not None and parent.pid != os.getppid():  # an orphan has a new parent
         raise EOFError("the parent process is gone")
     return file
 
@@ -44,6 +44,9 @@ class WorkDirectory:
         plan: what the run's result depends on; a resumed run must have the same.
         resume: take up a killed run where there is one.
 
+    Attributes:
+        lock: held while this process works on the prefix.
+
     Raises:
         ValueError: another process works on the prefix, or the run to resume had another plan.
     """
@@ -52,9 +55,9 @@ class WorkDirectory:
         self.path = Path(f"{output_prefix}.preprocess")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
-        self._lock = open(self.path / _LOCK, "w")  # noqa: SIM115 - held until the process ends or `remove`
+        self.lock = open(self.path / _LOCK, "w")  # noqa: SIM115 - held until the process ends or `remove`
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise ValueError(
@@ -136,4 +139,4 @@ class WorkDirectory:
 
     def release(self) -> None:
         """Lets another process take the directory up."""
-        self._lock.close()
+        self.lock.close()

@@ -2,21 +2,35 @@
 
 `multiprocessing.Pool` waits for ever when a worker is killed, and its task queue has no bound. Here every
 worker has a pipe of its own and one task at a time, and the parent waits on the pipes and on the processes
-themselves. Workers are spawned, not forked: the tokenizers' thread pools do not survive a fork. A worker whose
-parent dies reads the end of its pipe and leaves.
+themselves. A worker whose parent dies reads the end of its pipe and leaves.
+
+Workers are forked where this process has a single thread: they start at once with all that is loaded (Python, numpy,
+the tokenizer), which would else cost each of them a third of a second. Threads do not survive a fork, so with several
+workers are spawned and load everything themselves.
 """
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal, Protocol
 
 Report = Callable[[Any], None]
 TaskFunction = Callable[[Any, Report], Any]
+StartMethod = Literal["fork", "spawn"]
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Closable(Protocol):
+    """An open file or connection."""
+
+    def close(self) -> None:
+        """Closes it."""
 
 
 class WorkerDied(RuntimeError):
@@ -50,14 +64,24 @@ class Failed:
     error: Exception
 
 
+def start_method() -> StartMethod:
+    """Returns how to start workers: by fork where this process is known to have one thread."""
+    try:
+        return "fork" if len(os.listdir("/proc/self/task")) == 1 else "spawn"
+    except OSError:  # a system without /proc
+        return "spawn"
+
+
 class WorkerPool:
-    """Spawned processes that each run `make_worker(argument)` once and then the function it returns for every task.
+    """Processes that each run `make_worker(argument)` once and then the function it returns for every task.
 
     Args:
         make_worker: importable; called in the worker, returns `function(task, report) -> result`.
-        argument: given to `make_worker`.
+        argument: given to `make_worker`; a forked worker inherits it, a spawned one gets a pickled copy.
         size: number of processes.
         passed_on: kinds of exception that come back as `Failed`; others end the run with `WorkerBug`.
+        parents_own: open files that workers must not hold (a lock lives as long as any process holds its file).
+        method: how workers are started.
     """
 
     def __init__(
@@ -66,20 +90,28 @@ class WorkerPool:
         argument: Any,
         size: int,
         passed_on: tuple[type[Exception], ...],
+        *,
+        parents_own: Sequence[Closable] = (),
+        method: StartMethod | None = None,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        method = method or start_method()
+        context = multiprocessing.get_context(method)
         self._processes: dict[Connection, Any] = {}
         self._running: dict[Connection, Any] = {}
         self._idle: list[Connection] = []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(make_worker, argument, theirs, passed_on), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._processes[ours] = process
-            self._idle.append(ours)
+        if method == "spawn":
+            resource_tracker.ensure_running()  # its start would lift the signals' block
+        with _signals_blocked():
+            for _ in range(size):
+                ours, theirs = context.Pipe()
+                # The parent's ends in a worker would keep the pipes open after the parent's death.
+                inherited = [*parents_own, *self._processes, ours] if method == "fork" else []
+                arguments = (make_worker, argument, theirs, passed_on, inherited)
+                process = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
+                process.start()
+                theirs.close()
+                self._processes[ours] = process
+                self._idle.append(ours)
 
     @property
     def num_idle(self) -> int:
@@ -154,14 +186,29 @@ class WorkerPool:
                 process.join()
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back; a process started within begins its life so, until `_work` has handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(
     make_worker: Callable[[Any], TaskFunction],
     argument: Any,
     connection: Connection,
     passed_on: tuple[type[Exception], ...],
+    inherited: Sequence[Closable],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     try:
+        for file in inherited:
+            file.close()
         function = make_worker(argument)
         while True:
             task = connection.recv()

@@ -255,7 +255,9 @@ def _read_row_group(chunk: Chunk, keys: tuple[str, ...], max_line_bytes: int) ->
 
     first_row = 0
     with pyarrow.parquet.ParquetFile(chunk.source.path, pre_buffer=False, buffer_size=1 << 20) as file:
-        rows = file.iter_batches(_PARQUET_ROWS, row_groups=[chunk.start], columns=list(keys))
+        rows = file.iter_batches(
+            _PARQUET_ROWS, row_groups=[chunk.start], columns=list(keys), use_threads=False
+        )
         for columns in rows:
             batch = Batch([[] for _ in keys], lines=columns.num_rows, text_bytes=columns.nbytes)
             values = [_column_values(columns.column(key)) for key in keys]

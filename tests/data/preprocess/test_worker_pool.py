@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -72,3 +74,18 @@ def test_a_worker_that_dies_or_breaks_ends_the_run(worker: Any, task: Any, error
             collect(pool, [task])
     finally:
         pool.close()
+
+
+def test_workers_are_forked_by_a_process_of_one_thread_alone() -> None:
+    script = """
+import threading
+from megatron_ext.data.preprocess.worker_pool import start_method
+
+print(start_method())
+end = threading.Event()
+threading.Thread(target=end.wait).start()
+print(start_method())
+end.set()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == ["fork" if sys.platform == "linux" else "spawn", "spawn"]
