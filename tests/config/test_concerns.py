@@ -71,6 +71,17 @@ BAD = [
     (ModelConfig, {"position_embedding_type": "rotary"}, ["--position-embedding-type rotary", "rope"]),
     (ModelConfig, {"hidden_dropout": 1.0}, ["--hidden-dropout 1.0"]),
     (ModelConfig, {"rotary_percent": 1.5}, ["--rotary-percent 1.5"]),
+    (ModelConfig, {"rope_scaling_factor": 0.0}, ["--rope-scaling-factor 0.0"]),
+    (
+        ModelConfig,
+        {"rope_high_freq_factor": 1.0},
+        ["--rope-high-freq-factor 1.0", "--rope-low-freq-factor 1.0"],
+    ),
+    (
+        ModelConfig,
+        {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2.0},
+        ["--rotary-seq-len-interpolation-factor 2.0", "--use-rope-scaling"],
+    ),
     (ModelConfig, {"kv_channels": 15}, ["--rotary-percent", "15"]),
     (ModelConfig, {"attention_backend": "te", "transformer_impl": "local"}, ["--attention-backend te"]),
     (ParallelConfig, {"tensor_model_parallel_size": 0}, ["--tensor-model-parallel-size 0"]),
