@@ -24,6 +24,7 @@ EXTRAS = {
     "hf": ["transformers>=5"],
     "lora": ["peft"],
     "quantization": ["bitsandbytes", "torchao"],
+    "plots": ["matplotlib"],
     "te": ["transformer-engine[pytorch]"],
     "wandb": ["wandb"],
 }

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.cli import parse, run_main
-
-Curve = tuple[list[int], list[float]]
-"""Steps and values."""
+from megatron_ext.reports.charts import require_matplotlib
+from megatron_ext.reports.events import Curve, read_curves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +38,9 @@ def main() -> None:
         example="python tools/plot_training.py --tensorboard-dir runs/quickstart/tensorboard "
         "--evaluation runs/quickstart/evaluation.json --output docs/images/quickstart.png",
     )["config"]
-    curves = read_curves(config.tensorboard_dir)
+    curves = read_curves(config.tensorboard_dir, required="lm loss")
     draw(config, curves)
     print(config.output)
-
-
-def read_curves(directory: str) -> dict[str, Curve]:
-    """Tag -> curve.
-
-    Raises:
-        FileNotFoundError: no event files there.
-        ValueError: they hold no losses.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not list(Path(directory).glob("events.out.tfevents.*")):
-        raise FileNotFoundError(f"--tensorboard-dir {directory}: no TensorBoard files there")
-    events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
-    curves = {
-        tag: ([event.step for event in events.Scalars(tag)], [event.value for event in events.Scalars(tag)])
-        for tag in events.Tags()["scalars"]
-    }
-    if "lm loss" not in curves:
-        raise ValueError(f"--tensorboard-dir {directory}: its files hold no 'lm loss'")
-    return curves
 
 
 def draw(config: PlotConfig, curves: dict[str, Curve]) -> None:
@@ -71,10 +49,9 @@ def draw(config: PlotConfig, curves: dict[str, Curve]) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("tools/plot_training.py: needs matplotlib, which the extra dev installs") from None
+    require_matplotlib("tools/plot_training.py")
+    from matplotlib.figure import Figure
+
     layers = sorted(tag for tag in curves if re.fullmatch(re.escape(config.statistic) + r"/layer_\d+", tag))
     figure = Figure(figsize=(10 if layers else 5.5, 3.4), layout="constrained")
     panels = figure.subplots(1, 2 if layers else 1, squeeze=False)[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.flags import check_at_least
+from megatron_ext.reports.events import read_curves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +69,9 @@ def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
         FileNotFoundError: no event files there.
         ValueError: they hold no losses.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not list(Path(directory).glob("**/events.out.tfevents.*")):
-        raise FileNotFoundError(f"--tensorboard-dir {directory}: no TensorBoard files there")
-    events = EventAccumulator(directory, size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if "lm loss" not in tags:
-        raise ValueError(f"--tensorboard-dir {directory}: its files hold no 'lm loss'")
-    found = ("lm loss", "lm loss validation")
+    curves = read_curves(directory, required="lm loss")
     training, validation = (
-        {e.step: e.value for e in events.Scalars(tag)} if tag in tags else {} for tag in found
+        dict(zip(*curves.get(tag, ([], [])), strict=True)) for tag in ("lm loss", "lm loss validation")
     )
     return training, validation
 

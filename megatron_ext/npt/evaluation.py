@@ -161,7 +161,7 @@ def _output(found: Findings) -> dict[str, Any]:
             "expected_within": RATIO_TOLERANCE,
             "as_expected": abs(ratio - 1) <= RATIO_TOLERANCE,
         },
-        "logit_kl": {"mean": kl / tokens, "unit": "nats a token, KL(base || NPT)"},
+        "logit_kl": {"mean": kl / tokens},
     }
 
 

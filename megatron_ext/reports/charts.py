@@ -64,7 +64,9 @@ def curves_chart(
         drawn = [v for _, values in curves.values() for v in values if math.isfinite(v)]
         if _spans_orders(np.array(drawn)):
             axes.set_yscale("log")
+            _write_plainly(axes.yaxis)
         axes.set(xlabel=x_label, ylabel=y_label)
+        _count_in_whole_numbers(axes.xaxis)
         if len(curves) > 1:
             axes.legend(fontsize="small", frameon=False)
     return out[0]
@@ -94,13 +96,16 @@ def step_heat_map(
         image = axes.imshow(values, aspect="auto", extent=extent, norm=_norm(values), interpolation="nearest")
         axes.set_yticks(range(len(layers)), [str(number) for number in layers])
         axes.set(xlabel="step", ylabel=row_name)
+        _count_in_whole_numbers(axes.xaxis)
         for name, begin, end in bands:
             axes.axvline(end, color="white", linewidth=0.8)
             axes.annotate(
                 name, ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
             )
         axes.set_xlim(extent[0], extent[1])
-        axes.figure.colorbar(image, ax=axes, label=label)
+        scale = axes.figure.colorbar(image, ax=axes, label=label)
+        if _spans_orders(values):
+            _write_plainly(scale.ax.yaxis)
     return out[0]
 
 
@@ -215,6 +220,20 @@ def _binned(layers: dict[int, Curve]) -> tuple[npt.NDArray[np.float64], int, int
 def _spans_orders(values: npt.NDArray[np.float64]) -> bool:
     finite = values[np.isfinite(values)]
     return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > _LOG_SPAN)
+
+
+def _count_in_whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _write_plainly(axis: Any) -> None:
+    """The numbers of a logarithmic axis as 0.01, not as a formula."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def _norm(values: npt.NDArray[np.float64]) -> Any:

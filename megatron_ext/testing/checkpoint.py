@@ -13,6 +13,7 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.models.build import build_model
 from megatron_ext.platform.distributed import initialize
@@ -41,6 +42,9 @@ class RunSettings:
     bf16: bool = False
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"
+    tokenizer_config: TokenizerConfig | None = None
+    """For checkpoints that `inference.loading` reads; `tokenizer` is its fingerprint then."""
+
     make_families: Callable[[], list[Family]] = list
 
 
@@ -75,7 +79,10 @@ class TinyRun:
             micro_batch_size=1,
             clip_grad=1.0,
         )
-        run_config = configs_to_dict({"model": settings.model, "training": training})
+        sections: dict[str, object] = {"model": settings.model, "training": training}
+        if settings.tokenizer_config is not None:
+            sections["tokenizer"] = settings.tokenizer_config
+        run_config = configs_to_dict(sections)
         self.checkpointer = Checkpointer(
             settings.checkpoint,
             chunks=list(wrapped),

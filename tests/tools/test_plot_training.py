@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.reports.events import read_curves
 from megatron_ext.training.tensorboard import TensorBoard
-from tools.plot_training import PlotConfig, draw, read_curves
+from tools.plot_training import PlotConfig, draw
 
 
 @pytest.fixture
@@ -48,9 +49,9 @@ def test_the_picture_holds_the_losses_and_the_statistic_if_there_is_one(run: Pat
 
 def test_a_directory_without_losses_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--tensorboard-dir"):
-        read_curves(str(tmp_path))
+        read_curves(str(tmp_path), required="lm loss")
     tensorboard = TensorBoard(str(tmp_path))
     tensorboard.scalar("other", 1.0, 1)
     tensorboard.close()
     with pytest.raises(ValueError, match="'lm loss'"):
-        read_curves(str(tmp_path))
+        read_curves(str(tmp_path), required="lm loss")

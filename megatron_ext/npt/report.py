@@ -1,0 +1,159 @@
+"""The evaluation's report as one HTML page, from the dictionary that `evaluation` makes; see docs/npt_evaluation.md."""
+
+from typing import Any
+
+from megatron_ext.reports.charts import bar_chart, histogram_chart, metric_heat_map
+from megatron_ext.reports.page import Page
+
+_HEADINGS = {"same_input": "same input", "free_running": "free-running"}
+_LAYER_METRICS = {
+    "mse": "MSE",
+    "cosine_similarity": "1 - cosine",
+    "relative_error": "relative\nerror",
+    "update_relative_error": "relative error\nof the update",
+}
+
+
+def evaluation_page(report: dict[str, Any]) -> str:
+    """The page's HTML.
+
+    Args:
+        report: of `evaluate_npt`, with the keys that tools/evaluate_npt.py adds.
+    """
+    page = Page("NPT and its base model")
+    page.paragraph(f"Checkpoint {report['checkpoint']}, held-out data {report['data_path']}.")
+    page.key_numbers(_key_numbers(report))
+    page.heading("Perplexity, free-running, on the same tokens")
+    perplexity = report["perplexity"]
+    bars = {name: _number(perplexity[name]) for name in ("base", "npt")}
+    page.pictures([(bar_chart(bars, y_label="perplexity"), "Perplexity of the base model and of NPT.")])
+    _layers(page, report)
+    _deltas(page, report["weight_delta"])
+    _generations(page, report["generations"])
+    page.heading("Parameters and configuration")
+    page.table(["layer", "NP parameters", "the layer's own"], _counts(report["parameters"]))
+    for name in ("npt_config", "model_config", "evaluation_config"):
+        page.paragraph(name)
+        page.table(["setting", "value"], [[key, _text(value)] for key, value in report[name].items()])
+    return page.html()
+
+
+def _key_numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    perplexity, delta, counts = report["perplexity"], report["weight_delta"], report["parameters"]
+    return [
+        ("perplexity ratio", _short(perplexity["perplexity_ratio"], ".5f"), "NPT / base, expected 1 ± 0.05"),
+        ("perplexity, base", _short(perplexity["base"]), f"{perplexity['tokens']:,} tokens"),
+        ("perplexity, NPT", _short(perplexity["npt"]), f"{perplexity['tokens']:,} tokens"),
+        ("KL(base || NPT)", _short(report["logit_kl"]["mean"]), "nats a token"),
+        (
+            "mean delta norm",
+            _short(delta["average_frobenius_norm"]),
+            f"expected below {delta['expected_below']}: {'holds' if delta['as_expected'] else 'does not hold'}",
+        ),
+        (
+            "relative delta norm",
+            _short(delta["relative_norm"]["mean"]),
+            "mean of |delta| / |W|, Frobenius",
+        ),
+        (
+            "NP parameters",
+            f"{counts['np']:,}",
+            f"{counts['np_share_of_converted_layers']:.1%} of their layers'",
+        ),
+    ]
+
+
+def _layers(page: Page, report: dict[str, Any]) -> None:
+    page.heading("Layers")
+    delta_layers = report["weight_delta"]["layers"]
+    for how, heading in _HEADINGS.items():
+        measured = report["layer_wise_equivalence"][how]
+        page.paragraph(f"{heading[0].upper()}{heading[1:]}. {measured['measured']}.")
+        rows = list(measured["layers"])
+        values = [
+            [_distance(metric, measured["layers"][row][metric]) for metric in _LAYER_METRICS] for row in rows
+        ]
+        columns = list(_LAYER_METRICS.values())
+        if how == "free_running" and delta_layers:
+            targets = list(next(iter(delta_layers.values())))
+            columns += [f"delta norm\n{target}" for target in targets]
+            for row, numbers in zip(rows, values, strict=True):
+                numbers += [delta_layers[row][target]["frobenius_norm"]["mean"] for target in targets]
+        picture = metric_heat_map(rows, columns, values)
+        page.pictures(
+            [(picture, f"Layer x metric, {heading}; each column has its own scale, dark is large.")]
+        )
+    vectors = report["generated_vectors"]
+    if vectors is not None:
+        names = ("v_a_norm", "v_b_norm", "v_a_attention_similarity")
+        rows = [
+            [int(layer), target, *(values[name] for name in names)]
+            for layer, targets in vectors["layers"].items()
+            for target, values in targets.items()
+        ]
+        page.table(["layer", "target", *names], rows)
+
+
+def _deltas(page: Page, delta: dict[str, Any]) -> None:
+    page.heading("Weight deltas")
+    if "histogram" not in delta["frobenius_norm"]:
+        page.paragraph("No delta has a finite norm.")
+        return
+    pictures = []
+    for name, label in (("frobenius_norm", "|delta|, Frobenius norm"), ("relative_norm", "|delta| / |W|")):
+        found = delta[name]
+        marks = [("mean", found["mean"])]
+        if name == "frobenius_norm" and found["max"] >= delta["expected_below"]:
+            marks.append(("expected mean", delta["expected_below"]))
+        histogram = found["histogram"]
+        picture = histogram_chart(histogram["edges"], histogram["counts"], x_label=label, marks=marks)
+        pictures.append((picture, f"{label} of every token, NPT layer and target."))
+    page.pictures(pictures)
+    columns = ["mean", "std", "min", "max", "p5", "p50", "p95"]
+    rows = _delta_rows(delta["layers"], columns)
+    page.table(["layer", "target", *columns, "|W|", "mean relative"], rows)
+
+
+def _delta_rows(layers: dict[str, Any], columns: list[str]) -> list[list[Any]]:
+    rows = []
+    for layer, targets in layers.items():
+        for target, found in targets.items():
+            norms = found["frobenius_norm"] | (found["frobenius_norm"]["percentiles"] or {})
+            own = [found["weight_norm"], found["relative_norm"]["mean"]]
+            rows.append([int(layer), target, *(norms.get(column) for column in columns), *own])
+    return rows
+
+
+def _generations(page: Page, generations: list[dict[str, Any]]) -> None:
+    if not generations:
+        return
+    page.heading("Generations, same prompt and seed")
+    for pair in generations:
+        same = "identical" if pair["identical"] else f"equal for {pair['first_difference']} tokens"
+        how = pair["mode"] if pair["mode"] == "greedy" else f"sampled, temperature {pair['temperature']}"
+        page.paragraph(f"{how}, seed {pair['seed']}: {same}")
+        page.beside([("prompt", pair["prompt"]), ("base", pair["base"]), ("NPT", pair["npt"])])
+
+
+def _counts(parameters: dict[str, Any]) -> list[list[Any]]:
+    rows: list[list[Any]] = [
+        [int(layer), counted["np"], counted["layer"]] for layer, counted in parameters["layers"].items()
+    ]
+    return [*rows, ["all converted", parameters["np"], parameters["converted_layers"]]]
+
+
+def _distance(metric: str, value: float | None) -> float | None:
+    """So that large is far from the base layer, whatever the metric."""
+    return 1 - value if metric == "cosine_similarity" and value is not None else value
+
+
+def _number(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def _short(value: float | None, style: str = ".4g") -> str:
+    return "not finite" if value is None else format(value, style)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,28 @@
+"""Where a report goes: checked before the work begins, written whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def check_writable(flag: str, path: str | Path) -> None:
+    """Raises `OSError` naming the flag unless a file can be written at `path`, where folders may still be missing."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{flag} {path}: is a directory, must be a file")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{flag} {path}: {folder} is not a directory")
+    if not os.access(target if target.exists() else folder, os.W_OK):
+        raise PermissionError(f"{flag} {path}: cannot be written")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file by rename, with the folders above it."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""tools/evaluate_npt.py from the command line: report and page at several cuts, adapters, and what is refused."""
+
+import contextlib
+import html
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.errors import main_guard
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.data.manifest import write_manifest
+from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer, NullTokenizer
+from megatron_ext.npt.adapter import gather_adapter
+from megatron_ext.npt.adapter_files import write_adapter
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.family import NPTFamily
+from megatron_ext.platform import distributed
+from megatron_ext.testing.checkpoint import RunSettings, TinyRun
+from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import TINY
+from megatron_ext.training.family import Family
+from tools.evaluate_npt import main
+
+MODEL = replace(TINY, init_method_std=0.2)
+SETTINGS = NPTModuleConfig(
+    np_form="outer_product", np_rank=4, np_init_scale=1.0, np_residual="keep", npt_layers="1:3"
+)
+TEXTS = ["<script>alert('no')</script> is what it says", "the cat & the dog sat on the mat", "short"]
+
+
+def _families() -> list[Family]:
+    return [NPTFamily(SETTINGS)]
+
+
+def _make(folder: Path) -> None:
+    """A checkpoint of the base model, one with NP components, and their adapter."""
+    tokenizer = ByteLevelTokenizer()
+    settings = RunSettings(
+        parallel=ParallelConfig(),
+        checkpoint=CheckpointConfig(save=str(folder / "base")),
+        model=MODEL,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint(),
+        tokenizer_config=TokenizerConfig(tokenizer_type="ByteLevelTokenizer"),
+    )
+    TinyRun(settings).save()
+    npt = TinyRun(
+        replace(settings, checkpoint=CheckpointConfig(save=str(folder / "npt")), make_families=_families)
+    )
+    npt.save()
+    folder.joinpath("adapter").mkdir()
+    write_adapter(folder / "adapter", gather_adapter(list(npt.chunks)), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("npt")
+    run_distributed(_make, 1, folder)
+    tokenizer = ByteLevelTokenizer()
+    write_dataset(f"{folder}/held", [[[*tokenizer.tokenize(text), tokenizer.eod]] for text in TEXTS])
+    write_manifest(f"{folder}/held", tool="t", tokenizer=tokenizer.describe(), inputs=["texts"])
+    write_dataset(f"{folder}/other", [[[1, 2, 3]]])
+    write_manifest(f"{folder}/other", tool="t", tokenizer=NullTokenizer(9).describe(), inputs=["texts"])
+    return folder
+
+
+def _tool(arguments: list[str]) -> str:
+    """What the tool prints; the process group stays, it is the test's."""
+    distributed.shutdown = lambda: None
+    sys.argv = ["tools/evaluate_npt.py", *arguments]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main()
+    return printed.getvalue()
+
+
+def _report(made: Path, name: str, world_size: int, *arguments: str) -> tuple[dict[str, Any], str]:
+    output = str(made / "reports" / f"{name}.json")
+    given = ["--data-path", f"{made}/held", "--output", output, "--max-new-tokens", "6", *arguments]
+    printed = run_distributed(_tool, world_size, given)
+    assert not any(printed[1:]), "the first rank speaks alone"
+    return json.loads(Path(output).read_text()), printed[0]
+
+
+@pytest.fixture(scope="module")
+def one(made: Path) -> tuple[dict[str, Any], str, str]:
+    """Report, what was printed, and the page, of a single process."""
+    page = made / "reports" / "page.html"
+    report, printed = _report(made, "one", 1, "--checkpoint", f"{made}/npt", "--html", str(page))
+    return report, printed, page.read_text()
+
+
+def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key in ("perplexity", "logit_kl"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6)
+    average = "average_frobenius_norm"
+    assert found["weight_delta"][average] == pytest.approx(expected["weight_delta"][average], rel=1e-4)
+    assert found["generations"] == expected["generations"]
+    assert found["parameters"] == expected["parameters"]
+
+
+def test_report_holds_every_documented_key_and_counts_every_token(made: Path, one: Any) -> None:
+    report, printed, _ = one
+    tokens = sum(len(text) + 1 for text in TEXTS) - 1
+    assert report["perplexity"]["tokens"] == tokens
+    assert report["npt_config"]["np_rank"] == 4
+    assert report["evaluation_config"]["seq_length"] == MODEL.seq_length
+    text = Path("docs/npt_evaluation.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)`", text, re.M))
+    assert _keys(report) == documented
+    assert "perplexity ratio" in printed
+    assert f"{tokens} tokens" in printed
+
+
+def _keys(value: Any, path: str = "") -> set[str]:
+    """Dotted keys down to plain values; numbers of layers, targets and items of lists are no keys."""
+    if path in ("npt_config", "model_config", "evaluation_config"):
+        return {path}
+    if isinstance(value, list):
+        return set().union(*(_keys(inner, path) for inner in value)) if value else {path}
+    if isinstance(value, dict) and "percentiles" in value:
+        rest = value.keys() - {"histogram"}
+        assert rest == {"count", "not_finite", "mean", "std", "min", "max", "percentiles"}
+        return {path}
+    if not isinstance(value, dict):
+        return {path}
+    found: set[str] = set()
+    for key, inner in value.items():
+        named = "LAYER" if key.isdigit() else "TARGET" if key in ("gate", "up", "down", "fc1") else key
+        found |= _keys(inner, f"{path}.{named}".lstrip("."))
+    return found
+
+
+def test_a_pipeline_gives_the_same_report(made: Path, one: Any) -> None:
+    _same(
+        _report(made, "pp", 2, "--checkpoint", f"{made}/npt", "--pipeline-model-parallel-size", "2")[0],
+        one[0],
+    )
+
+
+def test_an_adapter_beside_the_base_checkpoint_gives_the_same_report(made: Path, one: Any) -> None:
+    weights = f"{made}/adapter/npt_weights.pt"
+    _same(_report(made, "pt", 2, "--checkpoint", f"{made}/base", "--npt-weights", weights)[0], one[0])
+
+
+def test_generations_pair_both_models_on_the_held_out_beginnings(one: Any) -> None:
+    pairs = one[0]["generations"]
+    assert [(pair["prompt"], pair["mode"]) for pair in pairs] == [
+        (text[:16], mode) for text in TEXTS[:2] for mode in ("greedy", "sampled")
+    ]
+    for pair in pairs:
+        assert pair["identical"] == (pair["base"] == pair["npt"])
+
+
+def test_the_page_opens_offline_and_escapes_what_models_say(one: Any) -> None:
+    report, _, page = one
+    assert "<script" not in page
+    assert html.escape(TEXTS[0][:16]) in page
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page)
+    assert page.count("data:image/svg+xml;base64,") == 5, "bars, two heat maps, two histograms"
+    assert f"{report['perplexity']['perplexity_ratio']:.5f}" in page
+
+
+def test_a_training_configuration_gives_what_counts_here(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model:\n  base_model_name: meta-llama/Llama-2-7b-hf\n  npt_layers: 1,2\n  rank: 4\n"
+        "training:\n  batch_size: 2\n  learning_rate: 1e-4\n  max_length: 8\n"
+    )
+    given = ["--checkpoint", f"{made}/npt", "--config", str(path), "--seed", "7"]
+    found, _ = _report(made, "yaml", 1, *given, "--prompts", "one prompt")
+    assert (found["evaluation_config"]["micro_batch_size"], found["evaluation_config"]["seq_length"]) == (
+        2,
+        8,
+    )
+    assert [pair["prompt"] for pair in found["generations"]] == 2 * ["one prompt"]
+    assert {pair["seed"] for pair in found["generations"]} == {7}
+
+
+REFUSED = {
+    "no checkpoint": (["--checkpoint", "{made}/nowhere"], "nowhere"),
+    "no NP components": (["--checkpoint", "{made}/base"], "base: has no NP components"),
+    "no dataset": (["--data-path", "{made}/nothing"], "nothing"),
+    "another tokenizer": (["--data-path", "{made}/other"], "tokenizer"),
+    "output below a file": (["--output", "{made}/held.bin/report.json"], "--output"),
+    "output is a directory": (["--html", "{made}/base"], "--html"),
+    "no weights": (["--npt-weights", "{made}/none.pt"], "none.pt"),
+    "weights are no tensors": (["--npt-weights", "{made}/held.bin"], "held.bin"),
+    "another rank": (["--np-rank", "8"], "--np-rank 8: the NP components have 4"),
+    "other layers": (["--npt-layers", "all"], "--npt-layers all: the NP components are in layers 1, 2"),
+    "no prompts": (["--prompts-file", "{made}/none.txt"], "none.txt"),
+    "a wrong number": (["--max-tokens", "0"], "--max-tokens 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_told_in_one_line_before_anything_is_loaded(
+    name: str, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments, words = REFUSED[name]
+    given = {"--checkpoint": f"{made}/npt", "--data-path": f"{made}/held", "--output": f"{tmp_path}/r.json"}
+    given |= dict(zip(arguments[::2], (text.format(made=made) for text in arguments[1::2]), strict=True))
+    monkeypatch.setattr(sys, "argv", ["t", *(text for pair in given.items() for text in pair)])
+    with pytest.raises(SystemExit) as ended:
+        main_guard(main)()
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,87 @@
+"""tools/visualize_training.py draws what a run has logged, of any family, as a page or as pictures."""
+
+import base64
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config.errors import main_guard
+from megatron_ext.training.tensorboard import TensorBoard
+from tools.visualize_training import main
+
+TAGS = ("lm loss", "lm loss validation", "lm loss validation ppl", "grad norm")
+
+
+def _write(folder: Path, group: str) -> Path:
+    tensorboard = TensorBoard(str(folder))
+    for step in range(1, 9):
+        for tag in TAGS:
+            tensorboard.scalar(tag, 1.0 / step, step, step)
+        for layer in (4, 5):
+            tensorboard.scalar(f"{group}/layer_{layer:02d}", layer / step, step)
+        tensorboard.scalar("curriculum/stage", float(step > 4), step)
+    tensorboard.close()
+    return folder
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    main_guard(main)()
+
+
+def _pictures(page: Path) -> list[str]:
+    return [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)", page.read_text())]
+
+
+@pytest.mark.parametrize("group", ["mlp_direct_loss", "per-layer/update-ratio"])
+def test_a_page_has_curves_heat_maps_and_stages(
+    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logdir, page = _write(tmp_path / "run", group), tmp_path / "new" / "page.html"
+    _run(monkeypatch, "--logdir", logdir, "--html", page)
+    pictures = _pictures(page)
+    assert len(pictures) == 4, "losses together, perplexity, gradient norm, one heat map"
+    assert ">lm loss validation</text>" in pictures[0]
+    assert all(f">{text}</text>" in pictures[3] for text in (group, "4", "5", "layer"))
+    assert all(">stage 0</text>" in picture and ">stage 1</text>" in picture for picture in pictures)
+
+
+def test_several_runs_give_a_folder_of_pictures_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("layer_0", "layer_1"):
+        _write(tmp_path / "logs" / name, "v_a_norm")
+    _run(monkeypatch, "--logdir", tmp_path / "logs", "--output-dir", tmp_path / "out", "--tags", "v_a|grad")
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.svg")}
+    files = ("grad_norm.svg", "v_a_norm_layers.svg")
+    assert written == {f"{name}/{file}" for name in ("layer_0", "layer_1") for file in files}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--logdir", "{tmp}"], "--html, --output-dir: give one of them"),
+        (["--logdir", "{tmp}/none", "--html", "{tmp}/x.html"], "--logdir"),
+        (["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "["], "--tags ["),
+        (
+            ["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "nothing"],
+            "no scalars with --tags nothing",
+        ),
+        (["--logdir", "{tmp}/run", "--html", "{tmp}/run"], "--html"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _write(tmp_path / "run", "x")
+    with pytest.raises(SystemExit) as ended:
+        _run(monkeypatch, *(text.format(tmp=tmp_path) for text in arguments))
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not (tmp_path / "x.html").exists()

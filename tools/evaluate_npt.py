@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""Evaluates an NPT checkpoint against its base model on held-out text; one process, or several under `torchrun`.
+
+Perplexity ratio, KL of the next token, every NPT layer beside the base layer, sizes of the weight deltas, generations
+side by side: a JSON report, and with --html one page that opens offline. docs/npt_evaluation.md tells every key.
+`--config` also takes a training configuration with the sections `model` and `training` (batch_size and max_length count
+here; npt_layers, rank and modulation_scale must be the checkpoint's; the rest is training's).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import check_at_least, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateNPTConfig:
+    """What to evaluate, on what, and where the report goes."""
+
+    checkpoint: Annotated[str, flag(aliases=("--load",))]
+    """Directory of checkpoints, or one checkpoint's own: NPT's, or a base model's with --npt-weights."""
+
+    data_path: str
+    """Prefix of a held-out indexed dataset."""
+
+    ckpt_step: int | None = None
+    """Step to load, instead of the newest complete one."""
+
+    npt_weights: str | None = None
+    """npt_weights.pt or .safetensors to put into the model; beside a base checkpoint its config.json must lie by it."""
+
+    output: str = "evaluation_report.json"
+    """JSON file for the report."""
+
+    html: str | None = None
+    """HTML file for the report with its pictures; needs matplotlib."""
+
+    max_tokens: int | None = None
+    """At most so many tokens of the dataset. Each keeps four bytes an NPT layer and target for the deltas' norms."""
+
+    micro_batch_size: Annotated[int, flag(aliases=("--batch_size",))] = 4
+    """Windows at a time on each process."""
+
+    seq_length: Annotated[int | None, flag(aliases=("--max_length",))] = None
+    """Tokens of a window. Without it the training's sequence length."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts that both models continue. Without any the beginnings of three held-out documents."""
+
+    prompts_file: str | None = None
+    """File with a prompt on each line."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate after each prompt; 0 leaves generations out."""
+
+    temperature: float = 0.8
+    """Of the sampled continuations; greedy ones are made too."""
+
+    top_k: int = 0
+    """Sampled continuations: only the k most likely tokens; 0 is all."""
+
+    top_p: float = 0.0
+    """Sampled continuations: only the most likely tokens that together have this probability; 0 is all."""
+
+    seed: int = 1234
+    """Of the sampled continuations, the same for both models."""
+
+    npt_layers: str | None = None
+    """The checkpoint's NPT layers must be these."""
+
+    np_rank: Annotated[int | None, flag(aliases=("--rank",))] = None
+    """The checkpoint's NP rank must be this."""
+
+    np_scale: Annotated[float | None, flag(aliases=("--modulation_scale",))] = None
+    """The checkpoint's NP scale must be this."""
+
+    tensor_model_parallel_size: int | None = None
+    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+
+    pipeline_model_parallel_size: int = 1
+    """Processes among which the layers are split."""
+
+    bf16: bool = False
+    """Compute in bfloat16."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
+        check_at_least(self, 1, "pipeline_model_parallel_size")
+        check_at_least(self, 0, "max_new_tokens")
+
+
+def main() -> None:
+    """Evaluates, writes the report and prints its main figures on rank 0."""
+    config: EvaluateNPTConfig = parse(
+        EvaluateNPTConfig,
+        _with_training_file(sys.argv[1:]),
+        prog="tools/evaluate_npt.py",
+        description=str(__doc__),
+        example="python tools/evaluate_npt.py --checkpoint runs/npt --data-path held_out_text_document "
+        "--output evaluation_report.json --html report.html",
+    )["config"]
+    from megatron_ext.npt.summary import print_summary
+    from megatron_ext.platform import distributed
+    from megatron_ext.reports.charts import require_matplotlib
+    from megatron_ext.reports.output import check_writable, write_text
+
+    for name, path in (("--output", config.output), ("--html", config.html)):
+        if path is not None:
+            check_writable(name, path)
+    if config.html is not None:
+        require_matplotlib(f"--html {config.html}")
+    report = _evaluate(config)
+    if report is not None:
+        write_text(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        if config.html is not None:
+            from megatron_ext.npt.report import evaluation_page
+
+            write_text(config.html, evaluation_page(report))
+        print_summary(report)
+        print(
+            f"written: {', '.join(path for path in (config.output, config.html) if path is not None)}",
+            flush=True,
+        )
+    distributed.shutdown()
+
+
+def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
+    """The whole report on the first rank, None on the others."""
+    from megatron_ext.data.manifest import check_dataset
+    from megatron_ext.inference.generation import Sampling
+    from megatron_ext.npt.evaluation import evaluate_npt, finite
+    from megatron_ext.npt.paired_generation import held_out_prompts, paired_generations
+    from megatron_ext.training.checkpoint import read_run_config
+
+    stored = read_run_config(config.checkpoint, config.ckpt_step)
+    check_dataset(config.data_path, stored["tokenizer_fingerprint"])
+    sampling = None
+    if config.max_new_tokens:
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        sampling = Sampling(**{name: getattr(config, name) for name in names})
+    prompts = _prompts(config)
+    loaded, families, settings = _load(config, stored)
+    prompts = prompts or held_out_prompts(config.data_path, loaded.tokenizer)
+    # First, as a prompt that does not fit should be told at once.
+    generations = (
+        paired_generations(loaded.model, families, loaded.tokenizer, prompts, sampling)
+        if sampling is not None and prompts
+        else []
+    )
+    length = config.seq_length or loaded.config.seq_length
+    report = evaluate_npt(
+        [loaded.model],
+        families,
+        settings,
+        config.data_path,
+        sequence_length=length,
+        micro_batch_size=config.micro_batch_size,
+        max_tokens=config.max_tokens,
+    )
+    if report is None:
+        return None
+    about = {
+        "checkpoint": config.checkpoint,
+        "npt_weights": config.npt_weights,
+        "data_path": config.data_path,
+        "evaluation_config": {**asdict(config), "seq_length": length},
+        "model_config": asdict(loaded.config),
+    }
+    return {"format": report["format"], **finite(about), **report, "generations": generations}
+
+
+def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    """The loaded model with its NP components, families, NPT's settings."""
+    from megatron_ext.families import FAMILIES
+    from megatron_ext.inference.loading import load_model
+    from megatron_ext.npt.adapter import load_adapter
+    from megatron_ext.npt.adapter_files import read_adapter, read_adapter_file
+    from megatron_ext.npt.attach import attach
+    from megatron_ext.npt.family import NPTFamily
+
+    own = stored["families"].get(NPTFamily.name)
+    settings = NPTFamily.from_configuration(own).settings if own is not None else None
+    tensors = None
+    if settings is not None and config.npt_weights is not None:
+        tensors = read_adapter(config.npt_weights, settings)
+    elif config.npt_weights is not None:
+        tensors, settings = read_adapter_file(config.npt_weights)
+        if settings is None:
+            raise ValueError(
+                f"--npt-weights {config.npt_weights}: no config.json beside it tells how it was made"
+            )
+    if settings is None:
+        raise ValueError(
+            f"--checkpoint {config.checkpoint}: has no NP components; give --npt-weights, or use tools/evaluate.py"
+        )
+    _check_expected(config, settings, stored["model"]["num_layers"])
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    loaded = load_model(
+        config.checkpoint,
+        FAMILIES,
+        ckpt_step=config.ckpt_step,
+        tensor_model_parallel_size=config.tensor_model_parallel_size
+        or max(1, processes // config.pipeline_model_parallel_size),
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        bf16=config.bf16,
+    )
+    families = list(loaded.families)
+    if own is None:
+        attach([loaded.model], settings, tensors or {})
+        families.append(NPTFamily(settings))
+    elif tensors is not None:
+        load_adapter([loaded.model], tensors)
+    return loaded, families, settings
+
+
+def _check_expected(config: EvaluateNPTConfig, settings: Any, num_layers: int) -> None:
+    from megatron_ext.npt.config import choose_layers
+
+    found = settings.layers(num_layers)
+    if config.npt_layers is not None and choose_layers(config.npt_layers, num_layers) != found:
+        raise ValueError(
+            f"--npt-layers {config.npt_layers}: the NP components are in layers {', '.join(map(str, found))}"
+        )
+    for name in ("np_rank", "np_scale"):
+        expected, actual = getattr(config, name), getattr(settings, name)
+        if expected is not None and expected != actual:
+            raise ValueError(f"--{name.replace('_', '-')} {expected}: the NP components have {actual}")
+
+
+def _prompts(config: EvaluateNPTConfig) -> list[str]:
+    texts = list(config.prompts)
+    if config.prompts_file is not None:
+        content = Path(config.prompts_file).read_text(encoding="utf-8")
+        texts += [line for line in content.splitlines() if line.strip()]
+        if not texts:
+            raise ValueError(f"--prompts-file {config.prompts_file}: holds no prompt")
+    if not all(texts):
+        raise ValueError(f"--prompts {texts}: a prompt must not be empty")
+    return texts
+
+
+_FROM_TRAINING = {
+    "model": {"npt_layers": "--npt-layers", "rank": "--np-rank", "modulation_scale": "--np-scale"},
+    "training": {"batch_size": "--micro-batch-size", "max_length": "--seq-length"},
+}
+"""Sections and keys of a training configuration that count here."""
+
+
+def _with_training_file(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with a training configuration after `--config` turned into those of its values that count here.
+
+    Any other file, and what cannot be read, is left to `parse`.
+    """
+    import yaml
+
+    given = list(arguments)
+    place = next((i for i, text in enumerate(given) if text.partition("=")[0] == "--config"), None)
+    if place is None:
+        return given
+    _, equals, path = given[place].partition("=")
+    path = path if equals else (given[place + 1] if place + 1 < len(given) else "")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return given
+    if not isinstance(content, dict) or not content.keys() & _FROM_TRAINING.keys():
+        return given
+    rest = given[:place] + given[place + (1 if equals else 2) :]
+    named = {text.partition("=")[0].replace("_", "-") for text in rest}
+    found = [
+        f"{spelling}={section[key]}"
+        for name, keys in _FROM_TRAINING.items()
+        if isinstance(section := content.get(name), dict)
+        for key, spelling in keys.items()
+        if section.get(key) is not None and spelling not in named
+    ]
+    return found + rest
+
+
+if __name__ == "__main__":
+    run_main(main)
