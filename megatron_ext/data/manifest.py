@@ -5,12 +5,14 @@ verification, checksums included, is `tools/data.py verify`. A dataset without a
 passes every check that needs none. It does not record the time, so equal inputs give equal manifests.
 """
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,33 @@ def manifest_path(prefix: str) -> str:
     return f"{prefix}.json"
 
 
-@contextmanager
+@contextlib.contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same directory; rename it to `path` on success, remove it on any failure.
 
-    The directory is made when missing. A killed process leaves at most a file ending in `.tmp`.
+    The directory is made when missing. A killed process leaves at most files ending in `.tmp`, which the next writer of
+    the same path removes; it knows them by the lock that a living writer holds.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of a path left: TARGET.PID.tmp, and beside it TARGET.PID.NAME.tmp."""
+    for leftover in target.parent.glob(f"{glob.escape(target.name)}.*[0-9].tmp"):
+        with contextlib.suppress(OSError), leftover.open("rb") as held:  # locked, or gone meanwhile: leave it
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in target.parent.glob(f"{glob.escape(leftover.stem)}.*tmp"):
+                path.unlink(missing_ok=True)
 
 
 def sha256_of(path: str | Path) -> str:

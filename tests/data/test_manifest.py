@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ext.data.manifest import check_dataset, read_manifest, write_manifest
+from megatron_ext.data.manifest import check_dataset, read_manifest, write_atomically, write_manifest
 from megatron_ext.testing.datasets import write_dataset
 
 
@@ -73,3 +75,29 @@ def test_something_else_under_the_manifests_name_is_refused(prefix: Any, tmp_pat
 def test_extra_keys_cannot_replace_the_manifests_own(prefix: Any) -> None:
     with pytest.raises(ValueError, match="counts"):
         write_manifest(prefix, tool="t", tokenizer=None, inputs=[], extra={"counts": {}})
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_ones_files_are_not(tmp_path: Path) -> None:
+    for name in ("d.bin.17.tmp", "d.bin.17.lengths.tmp", "d.bin.keep", "e.bin.17.tmp"):
+        (tmp_path / name).write_text("left")
+    script = f"""
+from megatron_ext.data.manifest import write_atomically
+with write_atomically({str(tmp_path / "d.bin")!r}) as temporary:
+    temporary.write_text("living")
+    print(temporary, flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        living = Path(writer.stdout.readline().strip())
+        assert not list(tmp_path.glob("d.bin.17*"))
+        with write_atomically(tmp_path / "d.bin") as temporary:
+            temporary.write_text("second")
+        assert living.read_text() == "living"
+        writer.kill()
+    assert {path.name for path in tmp_path.iterdir()} == {"d.bin", "d.bin.keep", "e.bin.17.tmp", living.name}
+    with write_atomically(tmp_path / "d.bin") as temporary:
+        temporary.write_text("third")
+    assert {path.name for path in tmp_path.iterdir()} == {"d.bin", "d.bin.keep", "e.bin.17.tmp"}
