@@ -48,7 +48,7 @@ class _MixedLinear(torch.autograd.Function):
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         low = x.to(dtype)
         ctx.save_for_backward(low if ctx.needs_input_grad[1] else None)
-        return (low @ read(dtype).t()).to(x.dtype)
+        return _product(low, read(dtype).t()).to(x.dtype)
 
     @staticmethod
     def backward(
@@ -58,16 +58,23 @@ class _MixedLinear(torch.autograd.Function):
         grad, scale = _in_range(grads[0], ctx.dtype)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.read(ctx.dtype)).to(ctx.x_dtype)
+            grad_x = _product(grad, ctx.read(ctx.dtype)).to(ctx.x_dtype)
             if scale is not None:
                 grad_x *= scale
             if ctx.group is not None:
                 dist.all_reduce(grad_x, group=ctx.group)
         if low is not None:
-            grad_weight = (grad.flatten(0, -2).t() @ low.flatten(0, -2)).to(ctx.weight_dtype)
+            grad_weight = _product(grad.flatten(0, -2).t(), low.flatten(0, -2)).to(ctx.weight_dtype)
             if scale is not None:
                 grad_weight *= scale
         return grad_x, grad_weight, None, None, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The matrix product, summed in fp32. A CPU's own fp16 product takes 25 times as long as one in fp32."""
+    if left.dtype is torch.float16 and left.device.type == "cpu":
+        return (left.float() @ right.float()).half()
+    return left @ right
 
 
 def _in_range(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

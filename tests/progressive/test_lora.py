@@ -7,13 +7,16 @@ import torch
 
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.models.base_parameters import base_parameters
+from megatron_ext.models.build import build_model
+from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform.distributed import initialize
 from megatron_ext.progressive.adapted_layers import adapted_linears, merge_adapters
 from megatron_ext.progressive.adapted_linear import LayerSettings
 from megatron_ext.progressive.lora import LoRAAdapter
 from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS
-from tests.progressive.helpers import DUAL, MODEL, build, logits_of, some_tokens
+from megatron_ext.testing.training import CUTS, VOCAB_SIZE
+from tests.progressive.helpers import DUAL, MODEL, AdaptedExtension, build, logits_of, some_tokens
 
 ADAPTED = dict.fromkeys(range(4), DUAL)
 
@@ -55,16 +58,19 @@ def _pass(chunk: GPTModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return losses.detach(), gradients
 
 
-def _empty_and_plain(parallel: ParallelConfig) -> bool:
-    losses, gradients = _pass(build({}, parallel)[0])
-    empty_losses, empty_gradients = _pass(build(dict.fromkeys(range(4), LayerSettings()), parallel)[0])
+def _empty_and_plain(parallel: ParallelConfig, biased: bool) -> bool:
+    model = replace(MODEL, add_qkv_bias=True, add_attention_output_bias=True, add_mlp_bias=True)
+    model = model if biased else MODEL
+    empty = dict.fromkeys(range(4), LayerSettings())
+    losses, gradients = _pass(build({}, parallel, model=model)[0])
+    empty_losses, empty_gradients = _pass(build(empty, parallel, model=model)[0])
     same = [gradients[name].equal(empty_gradients[name]) for name in gradients]
     return losses.equal(empty_losses) and gradients.keys() == empty_gradients.keys() and all(same)
 
 
-@pytest.mark.parametrize("cut", ["TP1", "TP2", "TP2+SP"])
-def test_without_adapters_losses_and_gradients_are_the_engines_to_the_bit(cut: str) -> None:
-    assert all(run_distributed(_empty_and_plain, 1 if cut == "TP1" else 2, CUTS[cut]))
+@pytest.mark.parametrize(("cut", "biased"), [("TP1", False), ("TP2", True), ("TP2+SP", False)])
+def test_without_adapters_losses_and_gradients_are_the_engines_to_the_bit(cut: str, biased: bool) -> None:
+    assert all(run_distributed(_empty_and_plain, 1 if cut == "TP1" else 2, CUTS[cut], biased))
 
 
 def _initial() -> tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]], dict[str, int]]:
@@ -118,6 +124,19 @@ def test_a_merged_model_computes_what_the_adapted_one_did(precision: str | None)
     if precision is None:  # else the blocks of this tiny model's rows depend on the cut
         whole = torch.cat([after for _, after, _ in ranks], dim=-1)
         torch.testing.assert_close(whole, single[0][1], rtol=1e-5, atol=1e-5)
+
+
+def _two_families() -> str:
+    initialize(ParallelConfig(), seed=1)
+    extensions: list[Extension] = [AdaptedExtension(ADAPTED), AdaptedExtension(ADAPTED)]
+    with pytest.raises(ValueError, match="layer 0") as error:
+        build_model(MODEL, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
+    return str(error.value)
+
+
+def test_two_families_cannot_bring_the_same_linear_layer() -> None:
+    message = run_distributed(_two_families, 1)[0]
+    assert message == "layer 0: 'adapted' wants the linear 'linear_qkv', which is taken"
 
 
 def test_contradictory_settings_are_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.interop import base_state, export_hf
+from megatron_ext.progressive.adapted_layers import adapted_linears
 from megatron_ext.progressive.adapted_linear import LayerSettings
 from megatron_ext.progressive.lora_config import AdapterShape
 from megatron_ext.progressive.peft_export import export_peft
@@ -24,6 +25,7 @@ OTHER = replace(DUAL, adapters={"stack": AdapterShape(rank=8, alpha=3)}, trained
 PLANS: dict[str, Mapping[int, LayerSettings]] = {
     "dual": dict.fromkeys(range(4), DUAL),
     "ranks and layers differ": {0: DUAL, 1: DUAL, 2: OTHER},
+    "four bits": dict.fromkeys(range(4), replace(DUAL, precision="qlora")),
 }
 
 
@@ -33,8 +35,11 @@ def _write(folder: str, plan: str, parallel: ParallelConfig) -> torch.Tensor:
     for name in DUAL.adapters:
         export_peft(chunks, name, MODEL, f"{folder}/{name}", base_model=f"{folder}/base")
     if parallel == ParallelConfig():
+        logits = logits_of(chunks[0])
+        for _, _, linear in adapted_linears(chunks):
+            linear.restore_weight()
         export_hf(MODEL, VOCAB_SIZE, base_state(chunks), f"{folder}/base")
-        return logits_of(chunks[0])[..., :VOCAB_SIZE]
+        return logits[..., :VOCAB_SIZE]
     return torch.empty(0)
 
 
