@@ -27,6 +27,9 @@ class LoggingConfig:
     wandb_exp_name: str | None = None
     """Name of the W&B run."""
 
+    wandb_tags: tuple[str, ...] | None = None
+    """Tags of the W&B run."""
+
     wandb_save_dir: str | None = None
     """Directory for W&B's own files."""
 
@@ -48,7 +51,8 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "log_interval", "tensorboard_log_interval")
         check_positive(self, "device_peak_tflops")
-        for name in ("wandb_exp_name", "wandb_save_dir"):
+        for name in ("wandb_exp_name", "wandb_tags", "wandb_save_dir"):
             value = getattr(self, name)
             if value is not None and self.wandb_project is None:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: needs --wandb-project")
+                text = " ".join(value) if isinstance(value, tuple) else value
+                raise ValueError(f"--{name.replace('_', '-')} {text}: needs --wandb-project")

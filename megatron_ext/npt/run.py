@@ -23,6 +23,7 @@ from megatron_ext.npt.family import NPTFamily
 from megatron_ext.npt.presets import with_preset
 from megatron_ext.npt.resume import loads_what_fits, resolved_layers, stored_run
 from megatron_ext.npt.samples import check_samples
+from megatron_ext.npt.sequential import run_sequential
 from megatron_ext.npt.settings import NPTTrainingConfig
 from megatron_ext.npt.state_files import write_final
 from megatron_ext.platform import distributed
@@ -53,6 +54,8 @@ def run(configs: dict[str, Any]) -> int:
         raise ValueError(
             "--freeze-base: there is no base model; give --load or --base-checkpoint, or --no-freeze-base"
         )
+    if training.mode == "sequential" and not configs["training"].dry_run:
+        return run_sequential(configs, RunOptions(base=base, checkpoint_name=checkpoint_name))
     weights = read_adapter(training.load_npt_weights, module) if training.load_npt_weights else None
     options = RunOptions(
         base=base if module.freeze_base else None,

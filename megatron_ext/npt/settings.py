@@ -248,7 +248,10 @@ def run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         length = {"train_iters": int(steps) if steps.isdigit() else STEPS_PER_LAYER}
         folder = f"experiments/sequential_checkpoint_{time.strftime('%Y%m%d_%H%M%S')}"
         sections |= {
-            "training": {"micro_batch_size": 2, **({} if "train_samples" in given else length)},
+            "training": {
+                "micro_batch_size": 2,
+                **({} if given.keys() & {"train_samples", "num_epochs"} else length),
+            },
             "optimizer": {"lr": 5e-4},
             "checkpoint": {"save": folder},
         }

@@ -154,12 +154,20 @@ def write_final(configs: Mapping[str, Any], chunks: list[GPTModel], progress: Pr
         return
     tensors = gather_adapter(chunks)
     more = {**configs_to_dict(configs), **asdict(progress), "global_step": progress.iteration}
-    on_first_rank(lambda: _replace_final(Path(save), tensors, configs["np"], more))
+    on_first_rank(lambda: replace_final(Path(save), tensors, configs["np"], more))
 
 
-def _replace_final(
+def replace_final(
     root: Path, tensors: Mapping[str, torch.Tensor], settings: NPTModuleConfig, more: Mapping[str, Any]
 ) -> None:
+    """Writes `final/`, whole or not at all; on one rank.
+
+    Args:
+        root: the directory of checkpoints.
+        tensors: NP factors.
+        settings: of them.
+        more: what else its `config.json` tells.
+    """
     # Hidden under the names that a killed save's leftovers have, so that the next save removes or restores them.
     writing, replaced, final = (root / f"{prefix}{FINAL}" for prefix in (files.WRITING, files.REPLACED, ""))
     for leftover in (writing, replaced):

@@ -160,11 +160,15 @@ class Checkpointer:
         return progress
 
     def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
-        """What the run's checkpoints hold of the model, where asked for without names that are not `known`."""
+        """What the run's checkpoints hold of the model, where asked for without names that are not `known`.
+
+        On top of a base that is what the base lacks, frozen or not, and what is trained.
+        """
+        of_base = {id(parameter) for model in self.models for parameter in base_parameters(model)}
 
         def keeps(name: str, value: torch.Tensor) -> bool:
-            is_trained = self.base is None or getattr(value, "requires_grad", True)
-            return is_trained and (known is None or name in known)
+            is_ours = self.base is None or id(value) not in of_base or value.requires_grad
+            return is_ours and (known is None or name in known)
 
         return tensors.model_state(self.models, None if self.base is None and known is None else keeps)
 

@@ -35,6 +35,7 @@ class WandbRun:
         self._run = wandb.init(
             project=logging.wandb_project,
             name=logging.wandb_exp_name,
+            tags=logging.wandb_tags,
             dir=logging.wandb_save_dir,
             config=dict(configuration),
         )
