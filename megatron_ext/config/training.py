@@ -3,7 +3,7 @@
 The schedule of the learning rate is `optimizer.py`; saving is `checkpoint.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from megatron_ext.config.flags import check_at_least, check_positive, flag
@@ -27,6 +27,9 @@ class TrainingConfig:
 
     train_samples: int | None = None
     """Sequences of the whole run; this or --train-iters."""
+
+    num_epochs: float | None = None
+    """Passes over the training data, in place of --train-iters; made into steps when the run starts."""
 
     eval_interval: int = 1000
     """Optimizer steps between two evaluations on the validation set."""
@@ -60,14 +63,12 @@ class TrainingConfig:
         check_at_least(self, 1, "train_iters", "train_samples", "eval_interval", "exit_interval")
         check_at_least(self, 1, "max_consecutive_nan_steps")
         check_at_least(self, 0, "eval_iters", "seed")
-        check_positive(self, "exit_duration_in_mins")
-        if (self.train_iters is None) == (self.train_samples is None):
-            given = (
-                "neither is given"
-                if self.train_iters is None
-                else f"both are ({self.train_iters}, {self.train_samples})"
-            )
-            raise ValueError(f"--train-iters or --train-samples: exactly one is needed, {given}")
+        check_positive(self, "exit_duration_in_mins", "num_epochs")
+        lengths = (self.train_iters, self.train_samples, self.num_epochs)
+        given = [str(length) for length in lengths if length is not None]
+        if len(given) != 1:
+            told = "none is given" if not given else f"given are {', '.join(given)}"
+            raise ValueError(f"--train-iters, --train-samples or --num-epochs: exactly one is needed, {told}")
         if self.global_batch_size is not None and self.gradient_accumulation_steps is not None:
             raise ValueError(
                 f"--gradient-accumulation-steps {self.gradient_accumulation_steps}: "
@@ -91,8 +92,23 @@ class TrainingConfig:
         return self.global_batch_size
 
     def resolved_train_iters(self, global_batch_size: int) -> int:
-        """Returns the optimizer steps of the whole run (Megatron's rounding: the last partial batch is left out)."""
+        """Returns the optimizer steps of the whole run (Megatron's rounding: the last partial batch is left out).
+
+        A length in epochs must have been made into steps before, see `with_epochs`.
+        """
         if self.train_iters is not None:
             return self.train_iters
         assert self.train_samples is not None
         return self.train_samples // global_batch_size
+
+    def with_epochs(self, epoch_samples: int, data_parallel_size: int) -> "TrainingConfig":
+        """The same with `num_epochs` made into `train_iters`, at least one.
+
+        Args:
+            epoch_samples: sequences in the training data.
+            data_parallel_size: copies of the model.
+        """
+        assert self.num_epochs is not None
+        samples = int(self.num_epochs * epoch_samples)
+        steps = max(1, samples // self.resolved_global_batch_size(data_parallel_size))
+        return replace(self, train_iters=steps, num_epochs=None)

@@ -98,12 +98,19 @@ def check_splits(blends: Blends, seq_length: int) -> None:
             _check_split(prefix, name, bounds, minimum)
 
 
-def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: int) -> None:
-    """Refuse one split of one dataset when it holds fewer than `minimum` tokens; rounds the bounds as mcore does."""
+def tokens_between(prefix: str, begin: float, end: float) -> int:
+    """Tokens between two shares of a dataset's sequences; rounds them as mcore does."""
     index = open_index(prefix)
-    begin, end = (round(bound * index.num_sequences) for bound in bounds)
-    tokens = index.sequence_start(end) - index.sequence_start(begin)
+    first, last = (round(bound * index.num_sequences) for bound in (begin, end))
+    return int(index.sequence_start(last) - index.sequence_start(first))
+
+
+def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: int) -> None:
+    """Refuse one split of one dataset when it holds fewer than `minimum` tokens."""
+    tokens = tokens_between(prefix, *bounds)
     if tokens < minimum:
+        index = open_index(prefix)
+        begin, end = (round(bound * index.num_sequences) for bound in bounds)
         raise ValueError(
             f"{prefix}: the {name} split has {end - begin} of {index.num_sequences} sequences and {tokens} tokens,"
             f" at least {minimum} are needed: change --split (a share of 0 leaves it out) or give more data"

@@ -61,6 +61,8 @@ class NPTFamily(Family):
         self.trains = trains
         self.tokenizer = tokenizer
         self.watch = CollapseWatch()
+        if training is not None and training.allow_layer_mismatch:
+            self.free_on_resume |= {"npt_layers"}
         self.teacher = Teacher(int(training.teacher_cache_gb * 2**30) if training is not None else 0)
         self._objective: Objective | None = None
         self._records = False

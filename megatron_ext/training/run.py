@@ -19,6 +19,7 @@ from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
+from megatron_ext.data.epochs import epoch_samples
 from megatron_ext.data.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.samplers import build_data_iterator
@@ -97,9 +98,14 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
 
 
 def check_settings(configs: dict[str, Any]) -> None:
-    """Raises `ValueError` unless the configurations fit one another, and the number of processes."""
+    """Makes a length in epochs into steps; raises `ValueError` unless the configurations and the processes fit."""
     parallel, training = configs["parallel"], configs["training"]
     world_size = planned_world_size(parallel) if training.dry_run else distributed.world_size()
+    if training.num_epochs is not None:
+        samples = epoch_samples(configs["data"], configs["model"].seq_length)
+        configs["training"] = training = training.with_epochs(
+            samples, parallel.data_parallel_size(world_size)
+        )
     validate(configs["model"], parallel, training, configs["optimizer"], world_size=world_size)
 
 

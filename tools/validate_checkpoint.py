@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Validates an NPT checkpoint of document 001: its files are there, load, and match their checksums.
+
+    python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000
+
+Exit codes: 0 it is whole, 1 it is not, 2 a wrong flag or directory.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.config.cli import parse, run_main
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What to validate."""
+
+    checkpoint: str
+    """The checkpoint's own directory; it may also stand first, without --checkpoint."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints step, layers and stage, and what is wrong; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--checkpoint")
+    config: ValidateConfig = parse(
+        ValidateConfig,
+        arguments,
+        prog="tools/validate_checkpoint.py",
+        description="Validate an NPT checkpoint: required files, their content, checksums.",
+        example="python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000",
+    )["config"]
+    from megatron_ext.npt.validation import validate_checkpoint
+
+    if not Path(config.checkpoint).is_dir():
+        raise FileNotFoundError(f"--checkpoint {config.checkpoint}: no such directory")
+    found = validate_checkpoint(Path(config.checkpoint))
+    for line in found.facts:
+        print(line)
+    for line in found.problems:
+        print(f"problem: {line}")
+    print(f"{config.checkpoint}: {'damaged or incomplete' if found.problems else 'valid'}")
+    return 1 if found.problems else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
