@@ -54,6 +54,6 @@ def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer,
     ours = generate(chunk, families, [tokens], sampling, tokenizer.vocab_size)[0]
     chunk.train(was_training)
     return "\n\n".join(
-        f"**{name}**\n\n```\n{prompt}{tokenizer.detokenize(new)}\n```"
+        f"**{name}**\n\n```\n{tokenizer.detokenize(tokens + new)}\n```"
         for name, new in (("base", base), ("npt", ours))
     )
