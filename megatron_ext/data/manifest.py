@@ -118,7 +118,9 @@ def write_manifest(
         raise ValueError(f"extra manifest keys {clash} would replace the manifest's own")
     manifest.update(extra or {})
     with write_atomically(manifest_path(prefix)) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        # A path that is not UTF-8 comes as lone surrogates; as \udcXX they are JSON's own escapes.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:

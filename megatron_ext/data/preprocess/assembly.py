@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.indexed import chunks, write_index
+from megatron_ext.data.indexed import bin_path, chunks, idx_path, write_index
 from megatron_ext.data.preprocess.shards import ShardInfo, remove_shard, shard_path
 from megatron_ext.data.readers import Source
 
@@ -157,22 +157,19 @@ class Assembly:
     def _appending(self, name: str) -> "_Appending":
         return _Appending(self._directory / name, self.state.sizes)
 
-    def finish(self, dtype: str) -> list[tuple[Path, Path]]:
-        """Writes the indices; returns the `.bin` and `.idx` of each key, complete and on disk."""
+    def finish(self, dtype: str) -> list[str]:
+        """Writes the indices; returns the prefix of the `.bin` and `.idx` of each key, complete and on disk."""
         return [self._finish_key(key, dtype) for key in range(self._num_keys)]
 
-    def _finish_key(self, key: int, dtype: str) -> tuple[Path, Path]:
+    def _finish_key(self, key: int, dtype: str) -> str:
         names = [f"out-{key}-{part}" for part in range(self._partitions)]
-        first = self._directory / f"{names[0]}.bin"
-        final = self._directory / f"final-{key}.bin"
         lengths, documents = (
             self._directory / f"final-{key}.lengths",
             self._directory / f"final-{key}.documents",
         )
-        if self._partitions == 1:
-            final = first
-        else:
-            self._join([self._directory / f"{name}.bin" for name in names], final)
+        prefix = str(self._directory / (names[0] if self._partitions == 1 else f"final-{key}"))
+        if self._partitions > 1:
+            self._join([self._directory / f"{name}.bin" for name in names], Path(bin_path(prefix)))
         self._join([self._directory / f"{name}.lengths" for name in names], lengths)
         sequences = 0
         with open(documents, "wb") as out:
@@ -182,11 +179,10 @@ class Assembly:
                 for begin, end in chunks(len(ends)):
                     out.write((ends[begin:end] + sequences).tobytes())
                 sequences += self.state.sizes[f"{name}.lengths"] // 4
-        with open(final, "rb") as file:
+        with open(bin_path(prefix), "rb") as file:
             os.fsync(file.fileno())
-        index = self._directory / f"final-{key}.idx"
-        write_index(index, np.dtype(dtype), _map(lengths, "<i4"), _map(documents, "<i8"))
-        return final, index
+        write_index(idx_path(prefix), np.dtype(dtype), _map(lengths, "<i4"), _map(documents, "<i8"))
+        return prefix
 
     @staticmethod
     def _join(parts: list[Path], target: Path) -> None:

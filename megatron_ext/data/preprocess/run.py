@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,14 +108,6 @@ class Preprocessor:
                 self._tokenize(work)
             totals = load_state(work.path, len(self.prefixes)).totals
             work.publish()
-            for prefix in self.prefixes:
-                write_manifest(
-                    prefix,
-                    tool=TOOL,
-                    tokenizer=self.tokenizer.describe(),
-                    inputs=[source.path for source in self.sources],
-                    extra=self._manifest_extra(totals),
-                )
             work.remove()
         except (ValueError, OSError) as error:
             work.remove()
@@ -184,12 +177,20 @@ class Preprocessor:
         display = ProgressDisplay(total, config.log_interval)
         scheduler.run(settings, 1 if inputs.max_documents else workers, display, work.lock)
         self.resumed_shards = scheduler.resumed_shards
-        files = assembly.finish(options.dtype)
-        moves, stale = self._moves(work, assembly, files)
+        unpublished = assembly.finish(options.dtype)
+        for prefix in unpublished:
+            write_manifest(
+                prefix,
+                tool=TOOL,
+                tokenizer=self.tokenizer.describe(),
+                inputs=[source.path for source in self.sources],
+                extra=self._manifest_extra(assembly.state.totals),
+            )
+        moves, stale = self._moves(work, assembly, unpublished)
         work.prepare(moves, stale)
 
     def _moves(
-        self, work: WorkDirectory, assembly: Assembly, files: list[tuple[Any, Any]]
+        self, work: WorkDirectory, assembly: Assembly, unpublished: list[str]
     ) -> tuple[list[tuple[Any, str]], list[str]]:
         """The renames that publish the run, every index last; and what an older run left at the same names."""
         prefix = self.config.output_prefix
@@ -199,12 +200,10 @@ class Preprocessor:
         ]
         moves = [(work.path / name, path) for name, path in reports if assembly.state.sizes[name]]
         stale = [path for name, path in reports if not assembly.state.sizes[name]]
-        for (tokens, _), dataset in zip(files, self.prefixes, strict=True):
-            moves.append((tokens, bin_path(dataset)))
-            stale += [idx_path(dataset), manifest_path(dataset)]
-        moves += [
-            (index, idx_path(dataset)) for (_, index), dataset in zip(files, self.prefixes, strict=True)
-        ]
+        stale += [name(dataset) for dataset in self.prefixes for name in (idx_path, manifest_path)]
+        for name in (bin_path, manifest_path, idx_path):
+            datasets = zip(unpublished, self.prefixes, strict=True)
+            moves += [(Path(name(source)), name(target)) for source, target in datasets]
         return moves, stale
 
     def _manifest_extra(self, totals: ShardInfo) -> dict[str, Any]:

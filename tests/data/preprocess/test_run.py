@@ -1,6 +1,7 @@
 """Shards, their assembly and publication, against mcore's builder and readers, in this process."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
 from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.data.manifest import read_manifest
 from megatron_ext.data.preprocess import assembly as assembly_module
 from megatron_ext.data.preprocess.assembly import Assembly
 from megatron_ext.data.preprocess.encoding import Encoder
@@ -77,7 +79,8 @@ def assemble(
                     out.write(b"partial")
             work = Assembly(directory, len(opts.keys), partitions, sources)
         work.append(encode_chunk(opts, index, chunk, encoder), chunk.source_index)
-    return work.finish(opts.dtype), work
+    files = [(Path(f"{prefix}.bin"), Path(f"{prefix}.idx")) for prefix in work.finish(opts.dtype)]
+    return files, work
 
 
 def mcore_files(directory: Any, documents: Any, tokenizer: Any, eod: Any) -> Any:
@@ -242,8 +245,6 @@ def test_publication_goes_on_after_a_kill_at_any_rename(
     class Killed(BaseException):
         pass
 
-    import os
-
     replace, calls = os.replace, []
 
     def counting(*args: Any) -> None:
@@ -309,3 +310,25 @@ def test_copying_falls_back_where_the_kernel_cannot(tmp_path: Path, monkeypatch:
             assembly_module.copy_bytes(source, target)
             assert target.seek(0, 2) == len(content) + 6
         assert (tmp_path / "to").read_bytes() == b"before" + content
+
+
+def test_every_index_is_published_after_the_tokens_and_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_json_lines(tmp_path / "\udce4.jsonl", ["some text"], title="t")  # a name that is not UTF-8
+    published = []
+    replace = os.replace
+
+    def recorded(source: Any, target: Any) -> None:
+        published.append(os.path.basename(target))
+        replace(source, target)
+
+    monkeypatch.setattr("megatron_ext.data.preprocess.work_directory.os.replace", recorded)
+    config = PreprocessConfig(output_prefix=str(tmp_path / "out"), workers=1)
+    summary = Preprocessor(InputConfig(input=(str(path),), json_keys=("text", "title")), BYTES, config).run()
+    names = [name for name in published if name.startswith("out_")]
+    keys = ("text", "title")
+    assert names == [f"out_{key}_document.{suffix}" for suffix in ("bin", "json", "idx") for key in keys]
+    manifest = read_manifest(summary.prefixes[0])
+    assert manifest is not None
+    assert manifest["inputs"][0]["path"] == str(path)
