@@ -6,6 +6,7 @@ passes every check that needs none. It does not record the time, so equal inputs
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any
 from megatron_ext.data.indexed import Index, bin_path, idx_path, open_index
 
 FORMAT = "megatron_ext.dataset/1"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_BYTES = 1 << 18
 
 
@@ -43,6 +45,10 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             os.replace(temporary, target)
+        except OSError as error:
+            if error.errno not in _DISK_FULL or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(target.parent)) from None  # `write` names no file
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -134,7 +134,10 @@ def test_writing_an_index_leaves_a_complete_file_or_none(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError, match="No space left"), write_atomically(tmp_path / "d.idx") as temporary:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '/"),
+        write_atomically(tmp_path / "d.idx") as temporary,
+    ):
         write_index(temporary, np.uint16, np.array([1]), np.array([0, 1]))
     assert [path.name for path in tmp_path.iterdir()] == ["d.idx"]
     assert (tmp_path / "d.idx").read_bytes() == b"old"
