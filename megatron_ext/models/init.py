@@ -9,7 +9,7 @@ parallel sizes; the full tensor is drawn and the local part kept. A parameter sa
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -24,7 +24,13 @@ _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
 @torch.no_grad()
-def initialize_parameters(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
+def initialize_parameters(
+    model: GPTModel,
+    seed: int,
+    std: float,
+    num_layers: int,
+    only: Collection[torch.nn.Parameter] | None = None,
+) -> None:
     """Draws all parameters of a model chunk in place.
 
     Args:
@@ -32,8 +38,12 @@ def initialize_parameters(model: GPTModel, seed: int, std: float, num_layers: in
         seed: the run's seed.
         std: standard deviation of the base model's weights.
         num_layers: L of the scaled initialisation.
+        only: the parameters to draw; without it all are.
     """
+    chosen = None if only is None else {id(parameter) for parameter in only}
     for parameter, shard in parameter_shards(model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
+        if chosen is not None and id(parameter) not in chosen:
+            continue
         _check_split(parameter, shard)
         bound = getattr(parameter, "init_uniform", None)
         if bound is not None:
