@@ -19,6 +19,10 @@ EXAMPLE = (
 )
 
 
+# Document 002's file has NPT's shape under `model`, and losses, optimizer and lengths under `training`.
+DOCUMENT_SECTIONS = {"model": ("npt", "np"), "training": ("npt", "optimizer", "model")}
+
+
 def main() -> int:
     """Parses the command line and trains; returns the exit code."""
     configs = parse(
@@ -28,6 +32,7 @@ def main() -> int:
         "tokenizer.",
         example=EXAMPLE,
         defaults=_defaults,
+        sections=DOCUMENT_SECTIONS,
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
     from megatron_ext.npt.run import run

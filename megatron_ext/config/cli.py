@@ -16,7 +16,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import tyro
@@ -40,6 +41,7 @@ def parse(
     description: str = "",
     example: str = "",
     defaults: Callable[[Mapping[str, str]], Mapping[str, Mapping[str, Any]]] | None = None,
+    sections: Mapping[str, Container[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Reads the command line into configuration dataclasses.
 
@@ -50,6 +52,7 @@ def parse(
         description: what the program does, for `--help`.
         example: a command that works, for `--help`.
         defaults: field's name -> text of the given flags of one value; gives concern's name -> field's name -> default.
+        sections: YAML section's name -> further concerns whose flags it may hold, for files of earlier systems.
 
     Returns:
         An instance for every name (for a single class its name is `config`).
@@ -68,7 +71,7 @@ def parse(
         flags = flags_of(by_name)
         given = given_flags(arguments, flags)
         if path is not None:
-            from_yaml = yaml_arguments(path, by_name, flags, given)
+            from_yaml = yaml_arguments(path, by_name, flags, given, sections)
             given |= given_flags(from_yaml, flags)
         if defaults is not None:
             chosen = defaults(_given_values(from_yaml + arguments, flags))

@@ -33,6 +33,9 @@ class Flag:
     takes_many: bool
     """True for a field of several values."""
 
+    is_text: bool
+    """True for a field of one text."""
+
     is_required: bool
     """True if the field has no default."""
 
@@ -108,5 +111,6 @@ def _flag(concern: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
         negations=tuple("--no-" + name[2:] for name in names) if has_negations else (),
         is_switch=hint is bool,
         takes_many=any(typing.get_origin(part) in (tuple, list) for part in (hint, *typing.get_args(hint))),
+        is_text=str in (hint, *typing.get_args(hint)),
         is_required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
     )

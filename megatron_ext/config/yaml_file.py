@@ -6,6 +6,7 @@ become arguments, they go through the same checks as what a user types.
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -13,7 +14,13 @@ import yaml
 from megatron_ext.config.fields import Concerns, Flag, did_you_mean, with_dashes
 
 
-def yaml_arguments(path: str, concerns: Concerns, flags: Sequence[Flag], given: Container[str]) -> list[str]:
+def yaml_arguments(
+    path: str,
+    concerns: Concerns,
+    flags: Sequence[Flag],
+    given: Container[str],
+    sections: Mapping[str, Container[str]] = MappingProxyType({}),
+) -> list[str]:
     """Returns the file's values as arguments, without those that the command line gives itself.
 
     Args:
@@ -21,6 +28,7 @@ def yaml_arguments(path: str, concerns: Concerns, flags: Sequence[Flag], given: 
         concerns: the dataclasses by section name.
         flags: their flags.
         given: names of the flags on the command line, which win.
+        sections: section's name -> further concerns whose flags it may hold.
 
     Raises:
         ValueError: if the file is missing, is not a mapping of flags, or holds an unknown or repeated key.
@@ -30,11 +38,11 @@ def yaml_arguments(path: str, concerns: Concerns, flags: Sequence[Flag], given: 
     seen: set[str] = set()
     for section, key, value in _read(path, concerns):
         flag = flag_of.get(with_dashes(key))
-        if flag is None or section not in (None, flag.concern):
+        if flag is None or not _belongs(flag, section, sections):
             known = [
                 name[2:].replace("-", "_")
                 for name, flag in flag_of.items()
-                if section in (None, flag.concern)
+                if _belongs(flag, section, sections)
             ]
             where = f" in section {section}" if section is not None else ""
             raise ValueError(f"{path}: unknown key {key}{where}{did_you_mean(key.replace('-', '_'), known)}")
@@ -44,6 +52,10 @@ def yaml_arguments(path: str, concerns: Concerns, flags: Sequence[Flag], given: 
         if flag.name not in given and value is not None:
             arguments += _as_arguments(path, flag, key, value)
     return arguments
+
+
+def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[str]]) -> bool:
+    return section in (None, flag.concern) or flag.concern in sections.get(section or "", ())
 
 
 def default_arguments(
@@ -68,6 +80,8 @@ def _as_arguments(path: str, flag: Flag, key: str, value: Any) -> list[str]:
         return [flag.name] if value else list(flag.negations[:1])
     if isinstance(value, list) and flag.takes_many:
         return [flag.name, *map(str, value)]
+    if isinstance(value, list) and flag.is_text and value and all(type(part) is int for part in value):
+        value = ",".join(map(str, value))  # numbers of layers, as the command line has them
     if isinstance(value, (list, dict)):
         raise ValueError(f"{path}: {key} {value}: must be a single value, it is a {type(value).__name__}")
     return [f"{flag.name}={value}"]

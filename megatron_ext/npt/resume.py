@@ -27,6 +27,7 @@ _EXCLUSIVE = (
 """Flags of which a run has one kind: where one is given, the stored ones do not count."""
 
 _OF_THE_PAST = (
+    "base_checkpoint",
     "load",
     "ckpt_step",
     "finetune",
@@ -35,7 +36,7 @@ _OF_THE_PAST = (
     "dry_run",
     "skip_train",
 )
-"""Flags that said how the earlier process began or ended."""
+"""Flags that said how the earlier process began or ended; the checkpoint itself names its base."""
 
 
 def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ BAD = [
         ["--recompute-method block", "--recompute-granularity full"],
     ),
     (ParallelConfig, {"recompute_modules": ("moe",)}, ["--recompute-modules moe", "core_attn"]),
-    (TrainingConfig, {"train_iters": None}, ["--train-iters", "--train-samples", "neither"]),
+    (TrainingConfig, {"train_iters": None}, ["--train-iters", "--train-samples", "none is given"]),
     (TrainingConfig, {"train_samples": 7}, ["--train-iters", "--train-samples", "10", "7"]),
     (
         TrainingConfig,
