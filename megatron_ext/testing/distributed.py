@@ -4,6 +4,7 @@ The processes are forked from a server that has imported torch and the engine on
 costs a fork, not four imports. A process that fails or dies ends the test with its traceback; none is left behind.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -11,7 +12,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,34 @@ def run_distributed(
     Raises:
         RuntimeError: a process failed; the message holds its traceback.
     """
+    with _started(function, world_size, args) as (processes, results):
+        return _collect(processes, results, world_size, timeout)
+
+
+def run_and_kill(function: Callable[..., Any], world_size: int, *args: Any, seconds: float) -> bool:
+    """As `run_distributed`, but all processes are killed (SIGKILL) after `seconds`.
+
+    Returns:
+        True where they had finished before.
+
+    Raises:
+        RuntimeError: a process failed before; the message holds its traceback.
+    """
+    with _started(function, world_size, args) as (processes, results):
+        end = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        if any(process.exitcode is None for process in processes):
+            return False
+        _collect(processes, results, world_size, timeout=10.0)
+        return True
+
+
+@contextlib.contextmanager
+def _started(
+    function: Callable[..., Any], world_size: int, args: tuple[Any, ...]
+) -> Iterator[tuple[list[Any], Any]]:
+    """The processes, and the queue of their results; within it they run, afterwards they are gone."""
     results: Any = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -48,7 +77,7 @@ def run_distributed(
         for process in processes:
             process.start()
         try:
-            return _collect(processes, results, world_size, timeout)
+            yield processes, results
         finally:
             for process in processes:
                 if process.is_alive():

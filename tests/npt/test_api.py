@@ -43,7 +43,7 @@ def _base(path: str) -> tuple[torch.Tensor, list[int], float, torch.Tensor]:
 
 def test_the_base_model_is_transformers_model(folder: str) -> None:
     logits, new, loss, row_logits = alone(_base, folder)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/llama")
+    reference: Any = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/llama")
     torch.testing.assert_close(logits, logits_of(reference), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(row_logits, logits[0], atol=1e-5, rtol=1e-5)
     row = tokens()[:1]
