@@ -58,7 +58,7 @@ def run(configs: dict[str, Any]) -> int:
         return run_sequential(configs, RunOptions(base=base, checkpoint_name=checkpoint_name))
     weights = read_adapter(training.load_npt_weights, module) if training.load_npt_weights else None
     options = RunOptions(
-        base=base if module.freeze_base else None,
+        base=base,
         checkpoint_name=checkpoint_name,
         loads_what_fits=_has_other_layers(training, module, configs["checkpoint"]),
         prepare=partial(_start_with, weights) if weights is not None else RunOptions.prepare,
