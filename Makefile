@@ -1,5 +1,6 @@
 # make install     .venv with the package and all that the tests and the quickstart need; skipped if up to date
 # make quickstart  raw text to a trained per-layer GPT, about five minutes on two CPU cores
+# make npt         a small Llama, to Hugging Face and back, converted to NPT, trained and evaluated; about eight minutes
 # make test        lint, types and all tests
 # make check       lint and types only
 # make bench       every benchmark, one table each
@@ -14,7 +15,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := test,dev,data,hf,lora,quantization
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check lint types format bench
+.PHONY: help install quickstart npt test check lint types format bench
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -32,6 +33,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 quickstart: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
+
+npt: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/npt/quickstart.sh
 
 # One target after the other, whatever -j says: pytest's summary line comes last.
 test: install

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# The whole story of NPT on two CPU cores, on real text: a small Llama-style base model, to Hugging Face format and back,
+# its upper half converted, trained layer by layer and then together, evaluated beside the base model.
+#
+#     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; about eight minutes
+#
+# Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-runs/npt}
+quickstart=${QUICKSTART:-runs/quickstart}
+python=${PYTHON:-python3}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+run() { # prints the command so that it can be pasted, then runs it
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
+    "$@"
+}
+torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
+
+rm -rf "$out"
+mkdir -p "$out"
+
+data=$quickstart
+if [ ! -f "$data/held_out_text_document.idx" ] || [ ! -f "$data/tokenizer/tokenizer.json" ]; then
+    data=$out
+    echo "== 0. Real text that is on every machine, a tokenizer, indexed datasets (as make quickstart does)"
+    run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
+        --max-bytes 8000000 --held-out-fraction 0.1
+    run "$python" tools/train_tokenizer.py --input "$data/train.jsonl" --output-dir "$data/tokenizer" --vocab-size 4096
+    for part in train held_out; do
+        run "$python" tools/preprocess_data.py --input "$data/$part.jsonl" --output-prefix "$data/$part" --append-eod \
+            --vocab-file "$data/tokenizer/vocab.json" --merge-file "$data/tokenizer/merges.txt"
+    done
+fi
+batches=(--micro-batch-size 8 --global-batch-size 16 --data-path "$data/train_text_document" --split 97,2,1
+    --num-workers 0 --data-cache-path "$out/cache" --log-interval 20)
+
+echo "== 1. The base model: Llama's architecture, six layers"
+run "${torchrun[@]}" pretrain_gpt_per_layer.py --num-layers 6 --hidden-size 192 --num-attention-heads 6 \
+    --seq-length 256 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights \
+    --hidden-dropout 0 --attention-dropout 0 --tokenizer-type HuggingFaceTokenizer \
+    --tokenizer-model "$data/tokenizer/tokenizer.json" "${batches[@]}" --train-iters 220 --eval-interval 1000 \
+    --eval-iters 4 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 \
+    --adam-beta2 0.95 --save "$out/pretrained"
+
+echo "== 2. To Hugging Face format, as any Llama, and back: what a user brings along"
+run "$python" tools/convert_checkpoint.py export --load "$out/pretrained" --model-dir "$out/llama"
+run "$python" tools/convert_checkpoint.py import --model-dir "$out/llama" --save "$out/base"
+
+np=(--npt-layers upper_half --np-form low_rank --np-target gate+up --np-rank 64 --np-residual keep)
+losses=(--direct-mlp-weight 1 --fidelity-weight 1 --regularization-weight 0 --npt-log-interval 10)
+schedule=(--min-lr 2e-4 --lr 2e-3 --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0)
+
+echo "== 3. The upper half of its layers converted, one after the other"
+run "${torchrun[@]}" pretrain_npt.py --mode sequential --load "$out/base" "${np[@]}" "${losses[@]}" "${schedule[@]}" \
+    "${batches[@]}" --seq-length 256 --stage1-steps 0 --steps-per-layer 30 --eval-interval 1000 --eval-iters 2 \
+    --checkpoint-dir "$out/sequential" --tensorboard-dir "$out/tensorboard/sequential"
+
+echo "== 4. Then all together: the teacher's inputs first, a blend, their own at last"
+run "${torchrun[@]}" pretrain_npt.py --mode multi_layer --load "$out/base" "${np[@]}" "${losses[@]}" "${schedule[@]}" \
+    "${batches[@]}" --seq-length 256 --load-npt-weights "$out/sequential/accumulated_npt_weights.pt" \
+    --curriculum-stages teacher:20,mixed:30:0.5,student:50 --train-iters 100 --eval-interval 50 --eval-iters 2 \
+    --save "$out/joint/checkpoints" --tensorboard-dir "$out/tensorboard/joint"
+
+echo "== 5. Held-out text: perplexity, layers, deltas, generations; base and NPT side by side"
+run "${torchrun[@]}" tools/evaluate_npt.py --checkpoint "$out/joint/checkpoints" \
+    --data-path "$data/held_out_text_document" --max-tokens 100000 --output "$out/evaluation_report.json" \
+    --html "$out/report.html" --prompts "The function returns" "import " --max-new-tokens 32
+run "$python" tools/visualize_training.py --logdir "$out/tensorboard/joint" --html "$out/training.html"
+
+cat <<TEXT
+
+The report, with its pictures, is $out/report.html; the curves are $out/training.html.
+    .venv/bin/tensorboard --logdir $out/tensorboard
+TEXT
