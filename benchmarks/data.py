@@ -205,10 +205,12 @@ def measure_memory(files: Files, config: BenchmarkConfig, console: Console) -> N
     for column in ("variant", "seconds", "peak of all processes together, MB", "highest of one process, MB"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     cores = len(os.sched_getaffinity(0))
-    begin = time.perf_counter()
-    total, single = _peak_memory(files.preprocess(path, "generated", "--workers", cores))
-    seconds = time.perf_counter() - begin
-    table.add_row(f"ours, gigatoken, workers {cores}", f"{seconds:.1f}", f"{total:.0f}", f"{single:.0f}")
+    for encoder in ("gigatoken", "reference"):
+        begin = time.perf_counter()
+        options = ("--encoder", encoder, "--workers", cores)
+        total, single = _peak_memory(files.preprocess(path, "generated", *options))
+        seconds = time.perf_counter() - begin
+        table.add_row(f"ours, {encoder}, workers {cores}", f"{seconds:.1f}", f"{total:.0f}", f"{single:.0f}")
     console.print(table)
 
 

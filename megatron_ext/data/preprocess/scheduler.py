@@ -161,6 +161,8 @@ class Scheduler:
         while self._submit(pool, tasks) or pool.num_running:
             for message in pool.wait(_WAIT_SECONDS):
                 self._handle(message)
+            if self._max_documents is None:  # else the next task depends on what is appended
+                self._submit(pool, tasks)
             self._append_finished()
             self._show(display)
         self._append_finished()  # what needed no worker, after the last task
