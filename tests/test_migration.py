@@ -7,6 +7,7 @@ they stand, so that a new document needs no new test.
 import functools
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext.config.cli import known_flags, parse
@@ -30,6 +32,7 @@ from megatron_ext.testing.distributed import run_distributed
 from megatron_ext.testing.training import TINY, VOCAB_SIZE, train_tiny
 from megatron_ext.training.metrics import StepMetrics
 from megatron_ext.training.reporting import Reporter
+from tests.npt.run_helpers import MULTI_LAYER, make_base, train, write_data
 
 ROOT = Path(__file__).parents[1]
 Row = list[str]
@@ -38,6 +41,9 @@ Row = list[str]
 NEEDED = {
     "pretrain_gpt_per_layer.py": "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 128 --lr 1e-3"
     " --train-iters 10 --vocab-file vocab.json --merge-file merges.txt --use-per-layer-embedding",
+    "pretrain_npt.py": "--num-layers 40 --hidden-size 512 --num-attention-heads 8 --seq-length 128 --lr 1e-3"
+    " --train-iters 10 --tokenizer-type NullTokenizer --vocab-size 64 --save out",
+    "tools/evaluate_npt.py": "--checkpoint run --data-path held_out",
     "tools/preprocess_data.py": "--input in.jsonl --output-prefix out --vocab-file vocab.json --merge-file merges.txt",
     "tools/preprocess_per_layer_data.py": "--output-prefix out --per-layer-output-prefix out_per_layer"
     " --per-layer-vocab-file vocab_per_layer.json --vocab-file vocab.json --merge-file merges.txt",
@@ -193,16 +199,70 @@ def _reporter_tags(directory: Path) -> set[str]:
     return set(EventAccumulator(str(directory)).Reload().Tags()["scalars"])
 
 
-def test_every_metric_is_a_tag_that_training_writes(tmp_path: Path) -> None:
+def _npt_run(folder: str, data: str) -> None:
+    base = make_base(folder, data)
+    more = [
+        "--equivalence-weight",
+        "1",
+        "--eval-iters",
+        "1",
+        "--generation-steps",
+        "1",
+        "--generation-prompt",
+        "1 2",
+    ]
+    where = ["--save", f"{folder}/run", "--tensorboard-dir", f"{folder}/logs"]
+    train(*MULTI_LAYER, *more, *where, "--load", base, "--data-path", data, "--train-iters", "1")
+
+
+@pytest.fixture(scope="module")
+def npt_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a short NPT run leaves: checkpoints in `run`, TensorBoard files in `logs`."""
+    folder = tmp_path_factory.mktemp("npt")
+    run_distributed(_npt_run, 1, str(folder), write_data(folder))
+    return folder
+
+
+def _npt_tags(folder: Path) -> set[str]:
+    tags = EventAccumulator(str(folder / "logs")).Reload().Tags()
+    texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
+    return texts | {re.sub(r"layer_\d$", "layer_i", tag) for tag in tags["scalars"]}
+
+
+def test_every_metric_is_a_tag_that_training_writes(tmp_path: Path, npt_run: Path) -> None:
     written = run_distributed(_statistics_tags, 1)[0] | _reporter_tags(tmp_path)
-    written = {re.sub(r"layer_\d\d$", "layer_NN", tag) for tag in written}
+    written = {re.sub(r"layer_\d\d$", "layer_NN", tag) for tag in written} | _npt_tags(npt_run)
     named = {tag for row in rows_under("Metrics") for tag in quoted(row[1])}
     assert named <= written
     assert {tag for tag in written if tag.startswith("per-layer/")} <= named, (
         "a statistic that no table tells"
     )
-    known = known_flags(concerns_of("pretrain_gpt_per_layer.py"))
+    scripts = ("pretrain_gpt_per_layer.py", "pretrain_npt.py")
+    known = {flag for script in scripts for flag in known_flags(concerns_of(script))}
     assert {flag for row in rows_under("Metrics") for flag in quoted(row[2])} <= known
+
+
+def test_every_state_key_is_in_its_file_of_a_checkpoint(npt_run: Path) -> None:
+    for row in rows_under("State keys"):
+        path = npt_run / "run" / "checkpoint-1" / quoted(row[1])[0]
+        is_json = path.suffix == ".json"
+        state = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
+        found = {re.sub(r"^layer_\d+_", "layer_i_", key) for key in state}
+        assert set(quoted(row[2])) <= found, row[0]
+
+
+def test_every_configuration_key_is_a_flag_that_its_section_may_hold() -> None:
+    from pretrain_npt import DOCUMENT_SECTIONS
+
+    concerns = concerns_of("pretrain_npt.py")
+    for row in rows_under("Configuration keys"):
+        section, key = quoted(row[0])[0].split(": ")
+        named = f"--{key.replace('_', '-')}"
+        field = next(known for known in flags_of(concerns) if named in known.names)
+        assert field.name == quoted(row[1])[0]
+        assert field.concern in (section, *DOCUMENT_SECTIONS[section])
+        if row[2]:
+            assert str(default_value("pretrain_npt.py", named)) == row[2]
 
 
 def test_the_page_of_per_layer_embedding_tells_every_flag_and_its_default() -> None:
