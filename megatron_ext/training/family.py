@@ -66,6 +66,14 @@ class Family:
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Called once after the model is built and before it is wrapped: freeze parameters here."""
 
+    def make_batch(self, batch: Batch) -> Batch:
+        """What the model is fed and asked, from a micro-batch as the data has it; in training and evaluation.
+
+        Called before the batch is moved to the device, and before all else that reads it. At most one family of a run
+        changes tokens or labels.
+        """
+        return batch
+
     def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The family's inputs to the model on every pipeline stage, from a micro-batch on this rank's device."""
         return {}
@@ -81,8 +89,12 @@ class Family:
     def output_loss(self) -> OutputLoss | None:
         """What a training step makes of the model's output, asked for before every step; None for cross-entropy.
 
-        At most one family of a run has an opinion. Evaluations always use cross-entropy.
+        At most one family of a run has an opinion. Evaluations use `evaluation_loss`.
         """
+        return None
+
+    def evaluation_loss(self) -> OutputLoss | None:
+        """The same for evaluations; among its names is `lm loss`, in nats a token. None for cross-entropy."""
         return None
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
@@ -137,6 +149,10 @@ class Family:
         """
         return []
 
+    def is_complete(self) -> bool:
+        """True where the run may end before its last step, as if it were the last; the same on every rank."""
+        return False
+
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
         """Called before a step whose statistics are wanted: modules start to record."""
 
@@ -162,3 +178,10 @@ class Family:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave."""
+
+
+def make_batch(families: Iterable[Family], batch: Batch) -> Batch:
+    """A micro-batch as all families of a run make it."""
+    for family in families:
+        batch = family.make_batch(batch)
+    return batch

@@ -85,7 +85,7 @@ class Loop:
         not_finite_in_a_row = 0
         with SignalWatcher() as signals:
             batches = self.data.train(progress.consumed_samples)
-            while progress.iteration < self.total_iterations:
+            while not self.is_complete(progress):
                 progress, skipped = self._step(progress, batches)
                 not_finite_in_a_row = not_finite_in_a_row + 1 if skipped else 0
                 if not_finite_in_a_row >= self.training.max_consecutive_nan_steps:
@@ -98,13 +98,18 @@ class Loop:
                     self._evaluate(progress)
                 reason, code = self._reason_to_stop(progress, started, signals)
                 due = self._is_due(progress.iteration, self.checkpoint.save_interval)
-                if due or reason is not None or progress.iteration == self.total_iterations:
+                if due or reason is not None or self.is_complete(progress):
                     self._save(progress, skipped)
                 if reason is not None:
                     self.reporter.note(f"stopped after step {progress.iteration}: {reason}")
                     return code, progress
         self._evaluate_at_end(progress)
         return EXIT_OK, progress
+
+    def is_complete(self, progress: Progress) -> bool:
+        """True after the last step, or where a family has seen enough."""
+        enough = any(family.is_complete() for family in self.stepper.families)
+        return enough or progress.iteration >= self.total_iterations
 
     def evaluate_only(self, progress: Progress) -> int:
         """Evaluates the loaded model on validation and test data (`--skip-train`); returns the exit code."""

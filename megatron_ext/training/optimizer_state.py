@@ -9,6 +9,9 @@ put into it as well. The engine's own code for it is not used: it forgets the pa
 parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with several buckets, or
 a word embedding that stages share), and it cannot load into torch's Adam. Learning rates and the like are not in here:
 they follow from the configuration and the schedule. Adam's step count is one number for all parameters, kept apart.
+
+A parameter that was trained before the run began, in a smaller model, may carry the updates of that time in its
+attribute `earlier_steps`; torch's Adam then counts on from them. Transformer Engine's and Apex's count by group.
 """
 
 from collections.abc import Iterator
@@ -33,6 +36,8 @@ class _Held:
     """What this rank's optimizer holds of one parameter: all of it, or a range of the distributed optimizer's."""
 
     model_param: torch.Tensor
+    main_param: torch.Tensor
+    """The tensor that is updated: the model's own, a copy in fp32, or a part of either."""
     tensors: dict[str, torch.Tensor]
     """The moments, and `param` where the updated weights are not the model's own tensor."""
     start: int
@@ -57,7 +62,7 @@ class OptimizerState:
 
     def step(self) -> int:
         """Updates done so far, as Adam counts them; 0 on a rank without trainable parameters."""
-        return max((_step(part.optimizer) for part in self._parts), default=0)
+        return max(map(_step, self._parts), default=0)
 
     def sharded(self, *, is_loading: bool, with_main_params: bool = True) -> dict[int, Any]:
         """The sharded state dict; collective.
@@ -83,16 +88,18 @@ class OptimizerState:
         """Takes a filled state dict of `sharded`; the model must have been restored before.
 
         Args:
-            state: what the engine's loader gave.
+            state: what the engine's loader gave; parameters that are left out in it keep the state that they have.
             step: updates done so far, as Adam counts them.
         """
         for part in self._parts:
             for held in _held(part):
-                loaded = state[self._shards[id(held.model_param)][0]]
+                loaded = state.get(self._shards[id(held.model_param)][0])
+                if loaded is None:
+                    continue
                 for name, tensor in held.tensors.items():
                     whole = loaded.get(name, held.model_param)
                     tensor.view(-1).copy_(whole.reshape(-1)[held.start : held.end])
-            _set_step(part.optimizer, step)
+            _set_step(part, step)
 
 
 def _held(part: MegatronOptimizer) -> Iterator[_Held]:
@@ -101,7 +108,7 @@ def _held(part: MegatronOptimizer) -> Iterator[_Held]:
             tensors = _tensors(part, main_param)
             if main_param is model_param:
                 del tensors["param"]
-            yield _Held(model_param, tensors, 0, model_param.numel())
+            yield _Held(model_param, main_param, tensors, 0, model_param.numel())
         return
     for buffer_ranges in part.gbuf_ranges:
         for bucket_ranges in next(iter(buffer_ranges.values())):
@@ -112,7 +119,8 @@ def _held_of_bucket(part: DistributedOptimizer, bucket_ranges: dict[str, Any]) -
     for model_param, ranges in bucket_ranges["param_map"].items():
         group, position = part.model_param_group_index_map[model_param]
         main_param = part.optimizer.param_groups[group]["params"][position]
-        yield _Held(model_param, _tensors(part, main_param), ranges["param"].start, ranges["param"].end)
+        tensors = _tensors(part, main_param)
+        yield _Held(model_param, main_param, tensors, ranges["param"].start, ranges["param"].end)
 
 
 def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -173,6 +181,10 @@ def _keeps_step_per_parameter(inner: torch.optim.Optimizer) -> bool:
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 
+def _earlier_steps(model_param: torch.Tensor) -> int:
+    return getattr(model_param, "earlier_steps", 0)
+
+
 def _fill_state(part: MegatronOptimizer) -> None:
     """Gives every parameter its (zero) state where no step was done yet, as torch's Adam does at the first step."""
     inner = part.optimizer
@@ -189,19 +201,26 @@ def _step_tensor(group: dict[str, Any], parameter: torch.Tensor, step: int) -> t
     return torch.tensor(float(step), dtype=torch.float32, device=parameter.device if on_device else "cpu")
 
 
-def _step(inner: torch.optim.Optimizer) -> int:
+def _step(part: MegatronOptimizer) -> int:
+    inner = part.optimizer
     if _keeps_step_per_parameter(inner):
-        steps = {int(state["step"].item()) for state in inner.state.values()}
+        steps = {
+            int(inner.state[held.main_param]["step"].item()) - _earlier_steps(held.model_param)
+            for held in _held(part)
+        }
     else:
         steps = {int(group.get("step", 0)) for group in inner.param_groups if group["params"]}
     assert len(steps) <= 1, f"parameters were updated unequally often: {sorted(steps)}"
     return max(steps, default=0)
 
 
-def _set_step(inner: torch.optim.Optimizer, step: int) -> None:
+def _set_step(part: MegatronOptimizer, step: int) -> None:
+    inner = part.optimizer
+    earlier = {id(held.main_param): _earlier_steps(held.model_param) for held in _held(part)}
     for group in inner.param_groups:
         if not _keeps_step_per_parameter(inner):
             group["step"] = step
             continue
         for parameter in group["params"]:
-            inner.state[parameter]["step"] = _step_tensor(group, parameter, step)
+            count = step + earlier[id(parameter)]
+            inner.state[parameter]["step"] = _step_tensor(group, parameter, count)

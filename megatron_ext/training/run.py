@@ -8,12 +8,14 @@ What a user may have got wrong is checked before the process group starts, where
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.config.serialize import configs_to_dict
@@ -59,11 +61,17 @@ class RunOptions:
     prepare: Callable[[list[GPTModel]], None] = lambda chunks: None
     """Called on the loaded model before it is wrapped, and before a checkpoint of the run is loaded; collective."""
 
+    begin: Callable[[list[GPTModel], MegatronOptimizer], None] = lambda chunks, optimizer: None
+    """Called before the first step of a run that is not loaded from a checkpoint; collective."""
+
     finish: Callable[[list[GPTModel], Progress], None] = lambda chunks, progress: None
     """Called after the last step; collective."""
 
     first_sample: int = 0
     """Sequences of the training set that earlier trainings of a series have taken: the run begins after them."""
+
+    first_iteration: int = 0
+    """Steps that earlier trainings of a series have done: the run counts on from them, its schedule does not."""
 
     samples: int | None = None
     """Sequences that the whole series takes, in one order; None for a run that stands alone."""
@@ -172,7 +180,11 @@ def train(
     options.prepare(chunks)
     wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
     optimizer = build_optimizer(configs["optimizer"], parallel, wrapped, families, bf16=training.bf16)
-    scheduler = build_scheduler(configs["optimizer"], training, optimizer, global_batch_size)
+    own = training
+    if options.first_iteration:
+        steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
+        own = replace(training, train_iters=steps, train_samples=None)
+    scheduler = build_scheduler(configs["optimizer"], own, optimizer, global_batch_size)
     stepper = Stepper(
         wrapped,
         families,
@@ -194,10 +206,13 @@ def train(
         name=options.checkpoint_name,
         loads_what_fits=options.loads_what_fits,
     )
-    progress = checkpointer.load() or Progress(consumed_samples=options.first_sample)
+    progress = checkpointer.load()
+    if progress is None:
+        options.begin(chunks, optimizer)
+        progress = Progress(iteration=options.first_iteration, consumed_samples=options.first_sample)
     if configs["optimizer"].override_opt_param_scheduler and training.train_iters is not None:
         # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
-        done = progress.iteration - progress.skipped_steps
+        done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(scheduler, done * global_batch_size)
     data = _build_data(configs, tokenizer, families, global_batch_size, options.samples)
     base = model_cost(model, tokenizer.vocab_size, parallel.tensor_model_parallel_size)
@@ -223,7 +238,7 @@ def train(
         if training.skip_train:
             return loop.evaluate_only(progress)
         code, progress = loop.run(progress)
-        if progress.iteration >= loop.total_iterations:
+        if loop.is_complete(progress):
             options.finish(chunks, progress)
         return code
 
@@ -274,19 +289,23 @@ def _build_data(
 def _batches(
     micro_batch_size: int, num_workers: int, vocab_size: int, dataset: Dataset, consumed_samples: int
 ) -> Iterator[Batch]:
-    """Endless micro-batches; data of another tokenizer is refused where its ids first exceed the vocabulary.
+    """Endless micro-batches, with the `epoch` [b] of each sequence: how often the dataset was read before.
+
+    Data of another tokenizer is refused where its ids first exceed the vocabulary.
 
     Raises:
         ValueError: a token id is not in the vocabulary.
     """
+    rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = build_data_iterator(
         dataset,
         consumed_samples=consumed_samples,
         micro_batch_size=micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=rank,
+        data_parallel_size=copies,
         num_workers=num_workers,
     )
+    numbers = torch.arange(micro_batch_size) + consumed_samples + rank * micro_batch_size
     for batch in batches:
         largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
         if largest >= vocab_size:
@@ -294,4 +313,5 @@ def _batches(
                 f"--data-path: holds token id {largest}, but the tokenizer's vocabulary has only {vocab_size} ids: "
                 "was it made with another tokenizer?"
             )
-        yield batch
+        yield {**batch, "epoch": numbers // len(dataset)}  # type: ignore[arg-type]  # has no __len__ for torch
+        numbers += micro_batch_size * copies

@@ -1,0 +1,32 @@
+"""Defaults of `pretrain_progressive.py` that other flags of the run have elsewhere; imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_LENGTHS = ("train_iters", "train_samples", "num_epochs")
+
+
+def run_defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """Sections of defaults.
+
+    Args:
+        given: the flags of the command line and the YAML file by field name.
+
+    Raises:
+        ValueError: `--num-layers` is given, which follows from the stacks; or no length, or two.
+    """
+    if "num_layers" in given:
+        raise ValueError(
+            f"--num-layers {given['num_layers']}: follows from --target-stacks and --n-blocks, leave it out"
+        )
+    lengths = [name for name in ("stack_steps", "stack_tokens", *_LENGTHS) if name in given]
+    flags = ["--" + name.replace("_", "-") for name in lengths]
+    if not flags:
+        raise ValueError("--stack-steps: missing (or --stack-tokens, or --train-iters for every stack)")
+    if len(flags) > 1:
+        raise ValueError(f"{flags[0]}: cannot be given together with {flags[1]}")
+    # The number of layers, and where the stacks have lengths of their own that of the run, are set by every phase.
+    sections: dict[str, Any] = {"model": {"num_layers": 1, "untie_embeddings_and_output_weights": True}}
+    if lengths[0] not in _LENGTHS:
+        sections["training"] = {"train_iters": 1}
+    return sections

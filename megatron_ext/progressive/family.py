@@ -1,0 +1,224 @@
+"""Progressive training's part in a run: the rack's layers as their phase wants them, grown from a checkpoint.
+
+One phase is one run of the engine: the newest stack over its trunk, or the whole rack together. The model is built with
+all its layers, takes the trunk from the last phase's checkpoint, freezes what the phase freezes, and trains.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.init import initialize_parameters
+from megatron_ext.progressive import growth
+from megatron_ext.progressive.adapted_layers import prepare_layers, weight_bytes
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.extension import ProgressiveExtension
+from megatron_ext.progressive.plan import Trains, layer_plan
+from megatron_ext.progressive.plateau import Plateau
+from megatron_ext.progressive.rack import Rack
+from megatron_ext.training.agreement import gather
+from megatron_ext.training.checkpoint_tensors import model_state
+from megatron_ext.training.family import Family, Note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """What a model grows from."""
+
+    folder: Path
+    """A checkpoint's own directory."""
+
+    rack: Rack
+    """Its stacks."""
+
+    trains: Trains
+    """What its phase trained."""
+
+
+class ProgressiveFamily(Family):
+    """A rack in a run."""
+
+    name = "progressive"
+
+    free_on_resume = frozenset(
+        {
+            *("enabled", "target_stacks", "max_stacks", "n_blocks", "building_mode", "new_stack_precision"),
+            *("growth_init", "stack_steps", "stack_tokens", "joint_steps", "joint_lr", "qlora_configs"),
+            *("plateau_patience", "plateau_min_delta", "cache_activations", "cache_dir", "cache_max_gb"),
+        }
+    )
+
+    def __init__(
+        self,
+        config: ProgressiveConfig,
+        rack: Rack,
+        trains: Trains = "none",
+        *,
+        trunk: Trunk | None = None,
+        seed: int = 0,
+        tokens_per_step: int = 0,
+        statistics_interval: int | None = None,
+    ) -> None:
+        """Args:
+        config: of the run.
+        rack: all stacks of the model.
+        trains: what trains.
+        trunk: what the model grows from; None for one that is new, or loaded as it is.
+        seed: of the run.
+        tokens_per_step: in an optimizer step, for the log.
+        statistics_interval: steps between two of our values in the log.
+        """
+        self.config = config
+        self.rack = rack
+        self.trains = trains
+        self.trunk = trunk
+        self.seed = seed
+        self.tokens_per_step = tokens_per_step
+        self.statistics_interval = statistics_interval
+        self.plan = layer_plan(rack, config, trains)
+        self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
+        self.earlier_steps: dict[str, int] = {}
+        """Global name -> updates in earlier phases, of parameters whose optimizer state goes on."""
+        self.parameters: dict[str, int] = {}
+        self._iteration = 0
+
+    @classmethod
+    def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
+        """The family that gave this `configuration()`, as inference wants it."""
+        config = configs_from_dict({"settings": ProgressiveConfig}, configuration)["settings"]
+        return cls(config, Rack.from_json(configuration["rack"]))
+
+    def configuration(self) -> dict[str, Any]:
+        """The rack, what trains, and all settings."""
+        return {
+            "rack": self.rack.as_json(),
+            "trains": self.trains,
+            **configs_to_dict({"settings": self.config}),
+        }
+
+    def extension(self) -> ProgressiveExtension:
+        """The layers' linear modules."""
+        return ProgressiveExtension(self.plan)
+
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        """Takes over the trunk, starts the new stack, freezes what the phase freezes."""
+        if self.trunk is not None:
+            self._grow(chunks, self.trunk)
+        prepare_layers(chunks, self.plan)
+        if not self.trains_embedding:
+            for chunk in chunks:
+                if chunk.stage.is_first:
+                    chunk.embedding.requires_grad_(False)
+        if self.trunk is not None:
+            self.earlier_steps = growth.survivors(chunks, self.trunk.folder, self._sources(self.trunk))
+        self.parameters = count_parameters(chunks)
+
+    @property
+    def trains_embedding(self) -> bool:
+        """With the first stack, in the joint phase, and where asked."""
+        return self.trains == "all" or len(self.rack.stacks) == 1 or self.config.train_embedding
+
+    def carry_optimizer(self, chunks: list[GPTModel], optimizer: MegatronOptimizer) -> None:
+        """Gives a new run's optimizer what the trunk's had; for `RunOptions.begin`."""
+        if self.trunk is not None:
+            growth.carry_optimizer(chunks, optimizer, self.trunk.folder, self._sources(self.trunk))
+
+    def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
+        """Notes the step."""
+        self._iteration = iteration or self._iteration
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The loss by stack, and all tokens so far."""
+        name = "joint" if self.trains == "all" else f"stack_{self.rack.newest.index}"
+        found = {"progressive/total_tokens": float(self._iteration * self.tokens_per_step)}
+        if "lm loss" in values:
+            found[f"progressive/loss_{name}"] = values["lm loss"]
+        return found
+
+    def after_step(
+        self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
+    ) -> list[Note]:
+        """Looks for a plateau."""
+        was_reached = self.plateau.is_reached
+        self.plateau.add(values["lm loss"])
+        if self.plateau.is_reached and not was_reached:
+            config = self.config
+            text = (
+                f"plateau at step {iteration}: the mean loss of {config.plateau_patience} steps is not "
+                f"{config.plateau_min_delta:g} below that of the {config.plateau_patience} before"
+            )
+            return [Note(text=text)]
+        return []
+
+    def is_complete(self) -> bool:
+        """True on a plateau."""
+        return self.plateau.is_reached
+
+    def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
+        """How many parameters train and do not, and the stacks of the rack."""
+        counts = {f"progressive/{name}_parameters": float(n) for name, n in self.parameters.items()}
+        return {**counts, "progressive/stacks": float(len(self.rack.stacks))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The watch for a plateau, and the updates of earlier phases."""
+        return {"plateau": self.plateau.state_dict(), "earlier_steps": self.earlier_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the former; the latter follow from the trunk's checkpoint."""
+        self.plateau.load_state_dict(state["plateau"])
+
+    def _sources(self, trunk: Trunk) -> dict[int, int]:
+        return self.rack.layers_of_other(trunk.rack)
+
+    def _grow(self, chunks: list[GPTModel], trunk: Trunk) -> None:
+        is_new = len(trunk.rack.stacks) < len(self.rack.stacks)
+        if is_new:
+            config = chunks[0].config
+            seed = stack_seed(self.seed, self.rack.newest.index)
+            for chunk in chunks:
+                initialize_parameters(chunk, seed, config.init_method_std, config.num_layers)
+        growth.read_trunk(chunks, trunk.folder, self._sources(trunk))
+        if is_new:
+            plan = layer_plan(trunk.rack, self.config, trunk.trains)
+            growth.start_new_layers(
+                chunks, trunk.folder, self.rack, trunk.rack, plan, self.config.growth_init
+            )
+
+
+def stack_seed(seed: int, index: int) -> int:
+    """Seed of a stack's initial weights: those of equal layer numbers in different stacks must differ."""
+    digest = hashlib.sha256(f"{seed}:stack {index}".encode()).digest()
+    return int.from_bytes(digest[:6], "little")
+
+
+def count_parameters(chunks: list[GPTModel]) -> dict[str, int]:
+    """Numbers of parameters of the whole model, `trainable` and `frozen`; collective."""
+    counts = {"trainable": 0, "frozen": 0}
+    for chunk in model_state(chunks).values():
+        for value in chunk.values():
+            if not isinstance(value, ShardedTensor | ShardedTensorFactory):
+                continue
+            pieces = value.build() if isinstance(value, ShardedTensorFactory) else [value]
+            for piece in pieces:
+                if is_main_replica(piece.replica_id) and not piece.key.endswith("_extra_state"):
+                    counts["trainable" if value.data.requires_grad else "frozen"] += piece.data.numel()
+    totals = torch.tensor(list(counts.values()), dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(totals)
+    return dict(zip(counts, totals.tolist(), strict=True))
+
+
+def stack_bytes(chunks: list[GPTModel], rack: Rack) -> dict[int, int]:
+    """Bytes of the weights of every stack, as they are stored, by its index; the most on any rank. Collective."""
+    own = weight_bytes(chunks)
+    local = {stack.index: sum(own.get(layer, 0) for layer in layers) for stack, layers in rack.layers()}
+    found = gather(lambda: local)
+    return {index: max(part[index] for part in found) for index in local}

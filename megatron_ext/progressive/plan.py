@@ -1,0 +1,74 @@
+"""The trunk strategies: what trains in which layer, with which adapters, in which precision.
+
+    newest stack    trains, with its own stack adapter
+    trunk           frozen    nothing trains, adapters neither
+                    qlora     its adapters train, its weights do not
+                    trained   everything trains
+    joint phase     everything trains
+
+A stack of four bits (qlora, nvfp4) is packed once it is in the trunk; while its weights train they are the run's.
+Source: document 004.
+"""
+
+from typing import Literal, cast
+
+from megatron_ext.progressive.adapted_layers import Plan
+from megatron_ext.progressive.adapted_linear import LayerSettings
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.precision import Precision
+from megatron_ext.progressive.quantization import is_packed
+from megatron_ext.progressive.rack import Rack, Stack
+
+Trains = Literal["newest", "all", "none"]
+"""What a phase trains: the newest stack with the trunk as its strategy says, everything, or nothing (inference)."""
+
+
+def layer_plan(
+    rack: Rack, config: ProgressiveConfig, trains: Trains, frozen: dict[int, str] | None = None
+) -> Plan:
+    """Layer number -> what progressive training does to it.
+
+    Args:
+        rack: the stacks of the model.
+        config: adapters, trunk strategy and precision.
+        trains: what the phase trains.
+        frozen: stack index -> `frozen` or `qlora` for stacks that are treated so whatever the strategy.
+    """
+    return {
+        layer: _settings(rack, stack, config, trains, (frozen or {}).get(stack.index))
+        for stack, layers in rack.layers()
+        for layer in layers
+    }
+
+
+def _settings(
+    rack: Rack, stack: Stack, config: ProgressiveConfig, trains: Trains, given: str | None
+) -> LayerSettings:
+    in_trunk = stack is not rack.newest
+    grows_at_once = not config.enabled
+    adapters = {} if grows_at_once else config.adapters(stack.index, in_trunk=in_trunk)
+    strategy = given
+    if strategy is None:
+        if trains == "none":
+            strategy = "frozen"
+        elif trains == "all" or grows_at_once or not in_trunk:
+            strategy = "trained"
+        else:
+            strategy = config.trunk_strategy
+    trains_base = strategy == "trained"
+    precision = stack.precision
+    if in_trunk and not trains_base and config.trunk_precision is not None:
+        precision = config.trunk_precision
+    return LayerSettings(
+        adapters=adapters,
+        trained_adapters=frozenset() if strategy == "frozen" else frozenset(adapters),
+        trains_base=trains_base,
+        precision=None if trains_base and is_packed(precision) else cast(Precision, precision),
+    )
+
+
+def frozen_trunk(rack: Rack, config: ProgressiveConfig, trains: Trains) -> bool:
+    """Whether a phase has a trunk in which nothing moves."""
+    return (
+        trains == "newest" and len(rack.stacks) > 1 and config.enabled and config.trunk_strategy == "frozen"
+    )

@@ -1,0 +1,249 @@
+"""A progressive training: one phase after the other in one process group, each a run of the engine on a larger model.
+
+    model        all layers of the phase, the trunk's weights from the last checkpoint of the phase before
+    optimizer    new, with the states of the parameters that train on; the learning rate starts again
+    data         goes on in the one order of the whole training
+    random       seeded anew at the start of every phase
+
+The command may be ended at any moment: given again, it goes on from the newest checkpoint, and ends with the same
+weights, bit for bit. With another --tensor-model-parallel-size or the like it goes on too. Files: see `history`.
+"""
+
+import gc
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import distributed
+from megatron_ext.platform.memory import memory_use
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.family import ProgressiveFamily, Trunk, stack_bytes
+from megatron_ext.progressive.history import (
+    Finished,
+    History,
+    publish_rack,
+    read_history,
+    write_history,
+)
+from megatron_ext.progressive.phases import Phase, check_phases, configs_of, plan_phases
+from megatron_ext.progressive.rack import Rack
+from megatron_ext.training import random_state
+from megatron_ext.training.agreement import gather, on_first_rank
+from megatron_ext.training.checkpoint import Progress, print_on_first_rank
+from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.training.dry_run import planned_world_size
+from megatron_ext.training.family import Family
+from megatron_ext.training.loop import EXIT_OK
+from megatron_ext.training.progress import gibibytes
+from megatron_ext.training.run import RunOptions, check_run, pretrain, process_group, train
+
+
+def run(configs: dict[str, Any]) -> int:
+    """Trains; returns the process's exit code.
+
+    Args:
+        configs: `config.concerns.TRAINING` and `progressive` (ProgressiveConfig).
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    if configs["training"].dry_run:
+        phases = _phases(configs, planned_world_size(configs["parallel"]))
+        last = {**configs_of(configs, phases[-1]), "training": configs["training"]}
+        return pretrain(last, lambda _, __: [ProgressiveFamily(configs["progressive"], phases[-1].rack)])
+    phases = _phases(configs, distributed.world_size())
+    _check(configs, phases)
+    tokenizer = check_run(configs_of(configs, phases[-1]))
+    with process_group(configs):
+        return _Growth(configs, phases, tokenizer).run()
+
+
+def _phases(configs: dict[str, Any], world_size: int) -> list[Phase]:
+    training: TrainingConfig = configs["training"]
+    copies = configs["parallel"].data_parallel_size(world_size)
+    phases = plan_phases(
+        configs["progressive"],
+        training,
+        configs["optimizer"],
+        global_batch_size=training.resolved_global_batch_size(copies),
+        sequence_length=configs["model"].seq_length,
+    )
+    check_phases(configs, phases, world_size)
+    return phases
+
+
+def _check(configs: dict[str, Any], phases: list[Phase]) -> None:
+    """Raises `ValueError` for what contradicts itself, or the training that is there already."""
+    checkpoint: CheckpointConfig = configs["checkpoint"]
+    config: ProgressiveConfig = configs["progressive"]
+    if checkpoint.save is None:
+        raise ValueError("--save: missing; every stack grows from the checkpoint of the one before")
+    if checkpoint.load is not None and Path(checkpoint.load).resolve() != Path(checkpoint.save).resolve():
+        raise ValueError(
+            f"--load {checkpoint.load}: a progressive training goes on in --save, which is {checkpoint.save}"
+        )
+    for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step"):
+        value = getattr(checkpoint, name)
+        if value not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: a progressive training goes on from its own checkpoints, whole")
+    if configs["training"].skip_train:
+        raise ValueError("--skip-train: there is nothing to do for it here; see tools/evaluate.py")
+    tied = not configs["model"].untie_embeddings_and_output_weights
+    if tied and config.enabled and config.num_stacks > 1 and not config.train_embedding:
+        raise ValueError(
+            "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
+        )
+    _check_history(Path(checkpoint.save), phases)
+
+
+def _check_history(save: Path, phases: list[Phase]) -> History:
+    history = read_history(save)
+    there, planned = history.rack.stacks, phases[-1].rack.stacks
+    if len(there) > len(planned):
+        raise ValueError(f"--target-stacks {len(planned)}: the rack in {save} has {len(there)} stacks")
+    if history.rack not in (Rack(), *(phase.rack for phase in phases)):
+        told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
+        raise ValueError(
+            f"--n-blocks, --building-mode, --new-stack-precision: the rack in {save} was made otherwise "
+            f"(stack:layers:precision, from the embedding: {told})"
+        )
+    names = [phase.name for phase in phases]
+    for place, phase in enumerate(history.finished):
+        if place >= len(names) or phase.name != names[place]:
+            raise ValueError(f"--save {save}: holds {phase.name}, which is not of this training")
+    return history
+
+
+class _Growth:
+    """The training in its process group."""
+
+    def __init__(self, configs: dict[str, Any], phases: list[Phase], tokenizer: Tokenizer) -> None:
+        self.configs = configs
+        self.phases = phases
+        self.tokenizer = tokenizer
+        self.save = Path(configs["checkpoint"].save)
+        self.started = time.monotonic()
+        self.history = on_first_rank(lambda: _check_history(self.save, phases))
+        copies = parallel_state.get_data_parallel_world_size()
+        self.global_batch_size = configs["training"].resolved_global_batch_size(copies)
+
+    def run(self) -> int:
+        """Trains what is left; returns the exit code."""
+        left = [phase for phase in self.phases if self.history.of(phase.name) is None]
+        if not left:
+            print_on_first_rank(f"training already complete: the rack is in {self.save}")
+            return EXIT_OK
+        for phase in left:
+            print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
+            code = self._train(phase)
+            if code != EXIT_OK or self.history.of(phase.name) is None:
+                return code
+            gc.collect()
+        folder = on_first_rank(lambda: publish_rack(self.save, self.phases[-1].name))
+        print_on_first_rank(f"the rack is complete: {folder}")
+        return EXIT_OK
+
+    def _train(self, phase: Phase) -> int:
+        place = len(self.history.finished)
+        before = self.history.finished[-1] if place else None
+        first = before.iteration if before is not None else 0
+        on_first_rank(lambda: self._begin(phase))
+        configs = self._configs(phase, first)
+        family = ProgressiveFamily(
+            configs["progressive"],
+            phase.rack,
+            phase.trains,
+            trunk=self._trunk(place),
+            seed=configs["training"].seed,
+            tokens_per_step=self.global_batch_size * configs["model"].seq_length,
+            statistics_interval=configs["logging"].log_interval,
+        )
+        random_state.reseed(configs["training"].seed, first)
+        options = RunOptions(
+            prepare=partial(self._report, phase, family),
+            begin=family.carry_optimizer,
+            finish=partial(self._finish, phase, family, first, time.monotonic()),
+            first_sample=before.consumed_samples if before is not None else 0,
+            first_iteration=first,
+            samples=sum(each.steps for each in self.phases) * self.global_batch_size,
+        )
+        families: list[Family] = [family]
+        return train(configs, self.tokenizer, families, options)
+
+    def _begin(self, phase: Phase) -> None:
+        write_history(self.save, replace(self.history, rack=phase.rack))
+
+    def _trunk(self, place: int) -> Trunk | None:
+        if not place:
+            return None
+        phase = self.phases[place - 1]
+        folder = on_first_rank(lambda: find_checkpoint(str(self.save / phase.name)))
+        if folder is None:
+            raise FileNotFoundError(
+                f"{self.save / phase.name}: holds no checkpoint, {phase.name} is finished"
+            )
+        return Trunk(folder=folder.resolve(), rack=phase.rack, trains=phase.trains)
+
+    def _configs(self, phase: Phase, first: int) -> dict[str, Any]:
+        folder = str(self.save / phase.name)
+        goes_on = on_first_rank(lambda: find_checkpoint(folder) is not None)
+        own = configs_of(self.configs, phase)
+        training = replace(own["training"], train_iters=first + phase.steps)
+        if training.exit_duration_in_mins is not None:
+            gone = (time.monotonic() - self.started) / 60
+            training = replace(
+                training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone)
+            )
+        checkpoint = replace(self.configs["checkpoint"], save=folder, load=folder if goes_on else None)
+        return {**own, "training": training, "checkpoint": checkpoint}
+
+    def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
+        """Prints what trains, and what the stacks weigh."""
+        sizes = stack_bytes(chunks, phase.rack)
+        counts = family.parameters
+        weights = ", ".join(
+            f"stack {stack.index} ({stack.precision}) {gibibytes(sizes[stack.index])}"
+            for stack in phase.rack.stacks
+        )
+        print_on_first_rank(
+            f"{phase.name}: {counts['trainable']:,} parameters train, {counts['frozen']:,} are frozen; weights on a "
+            f"rank, from the embedding: {weights}"
+        )
+
+    def _finish(
+        self,
+        phase: Phase,
+        family: ProgressiveFamily,
+        first: int,
+        started: float,
+        chunks: list[GPTModel],
+        progress: Progress,
+    ) -> None:
+        sizes = stack_bytes(chunks, phase.rack)
+        peak = max(gather(lambda: memory_use().peak))
+        finished = Finished(
+            name=phase.name,
+            first_iteration=first,
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_samples,
+            layers=phase.rack.num_layers,
+            trainable_parameters=family.parameters["trainable"],
+            frozen_parameters=family.parameters["frozen"],
+            stack_bytes=[sizes[index] for index in sorted(sizes)],
+            peak_memory_bytes=peak,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        history = History(rack=phase.rack, finished=(*self.history.finished, finished))
+        on_first_rank(lambda: write_history(self.save, history))
+        self.history = history
+        dist.barrier()

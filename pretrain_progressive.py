@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Grows a model stack by stack over a frozen or LoRA trunk.
+
+torchrun --nproc-per-node 2 pretrain_progressive.py --config examples/progressive/append_frozen.yaml \
+    --data-path corpus_text_document --save racks
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.concerns import TRAINING
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.defaults import run_defaults
+
+EXAMPLE = (
+    "torchrun --nproc-per-node 2 pretrain_progressive.py --target-stacks 3 --n-blocks 4 --stack-steps 200 "
+    "--hidden-size 512 --num-attention-heads 8 --seq-length 256 --training-objective clm --lr 1e-3 "
+    "--data-path corpus_text_document --save racks --tensorboard-dir logs"
+)
+
+
+def main() -> int:
+    """Parses the command line and trains; returns the exit code."""
+    configs = parse(
+        {**TRAINING, "progressive": ProgressiveConfig},
+        prog="pretrain_progressive.py",
+        description="Grow a model stack by stack (document 004): each stack trains over the trunk of those before it.",
+        example=EXAMPLE,
+        defaults=_defaults,
+    )
+    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    from megatron_ext.progressive.run import run
+
+    return run(configs)
+
+
+def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """The number of layers that the stacks have, and the length of a stack's training."""
+    return run_defaults(given)
+
+
+if __name__ == "__main__":
+    run_main(main)
