@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ext.npt.adapter_files import read_adapter_file
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.state_files import replace_final
 from megatron_ext.testing.checkpoint import read_plain
 from megatron_ext.testing.distributed import run_distributed
 from megatron_ext.training.checkpoint_files import find_checkpoint
@@ -102,6 +104,21 @@ def test_final_holds_the_weights_of_the_last_step_and_nothing_is_left_beside_it(
         "latest_checkpointed_iteration.txt",
     ]
     assert find_checkpoint(str(run[0])) == run[0] / "checkpoint-4"
+
+
+def _final_again(root: str, weights: dict[str, torch.Tensor]) -> list[str]:
+    """What lies in the directory after `final/` has been written in the wake of a kill between its two renames."""
+    (Path(root) / "final").rename(Path(root) / ".replaced.final")
+    (Path(root) / ".writing.final").mkdir()
+    replace_final(Path(root), weights, NPTModuleConfig(), {})
+    return sorted(path.name for path in Path(root).iterdir())
+
+
+def test_a_kill_while_final_is_written_leaves_nothing_half(tmp_path: Path) -> None:
+    weights = {"layer_0_np.gate.A": torch.ones(2, 3)}
+    replace_final(tmp_path, weights, NPTModuleConfig(), {})
+    assert _final_again(str(tmp_path), weights) == ["final"]
+    assert torch.equal(_load(tmp_path / "final" / "npt_weights.pt")["layer_0_np.gate.A"], torch.ones(2, 3))
 
 
 def test_a_checkpoint_is_valid(

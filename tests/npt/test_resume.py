@@ -1,6 +1,9 @@
 """An NPT run that stops and goes on: to the bit as if it had never stopped, or with what the command line changes."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 
 from megatron_ext.testing.checkpoint import read_plain
 from megatron_ext.testing.distributed import run_distributed
-from tests.npt.run_helpers import MULTI_LAYER, make_base, train, write_data
+from tests.npt.run_helpers import MULTI_LAYER, ROOT, make_base, train, write_data
 
 CURRICULUM = ["--curriculum-stages", "teacher:2,mixed:3:0.3:0.6,student:3"]
 
@@ -166,3 +169,38 @@ def test_additional_steps_take_the_runs_configuration_and_the_flags_that_are_giv
     assert training["global_step"] == 7 and weights.keys() == changed["before"][0].keys()
     assert layers["curriculum_schedule"] == changed["before"][2]["curriculum_schedule"]
     assert (changed["before"][2]["current_stage_index"], layers["current_stage_index"]) == (1, 2)
+
+
+def _started(folder: str, data: str) -> None:
+    flags = [*MULTI_LAYER, *CURRICULUM, "--data-path", data, "--load", make_base(folder, data)]
+    train(*flags, "--train-iters", "2", "--save", f"{folder}/run/checkpoints")
+
+
+def test_the_resume_script_needs_a_checkpoint_only_and_flags_win(tmp_path: Path) -> None:
+    run_distributed(_started, 1, str(tmp_path), write_data(tmp_path))
+    script = str(ROOT / "examples" / "npt" / "resume_training.sh")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        [
+            "bash",
+            script,
+            "run/checkpoints/checkpoint-2",
+            "3",
+            "--learning_rate",
+            "5e-4",
+            "--lr-decay-style",
+            "constant",
+        ],
+        cwd=tmp_path,
+        env={**environment, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert _rates(result.stdout) == [(step, "5.000e-04") for step in "345"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("[cf]*")) == [
+        "checkpoint-2",
+        "checkpoint-5",
+        "final",
+    ]
