@@ -30,7 +30,7 @@ def digest(parts: Iterable[bytes | torch.Tensor], size: int = 16) -> bytes:
         if isinstance(part, torch.Tensor):
             content = part.detach().cpu().contiguous()
             hasher.update(f"{content.dtype}{tuple(content.shape)}".encode())
-            hasher.update(content.flatten().view(torch.uint8).numpy())
+            hasher.update(content.flatten().view(torch.uint8).numpy().data)
         else:
             hasher.update(len(part).to_bytes(8, "little") + part)
     return hasher.digest()

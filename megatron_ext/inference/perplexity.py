@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.family import Batch, Family, make_batch
 from megatron_ext.training.output_loss import OutputLoss
 from megatron_ext.training.schedule import run_microbatches
 
@@ -68,7 +68,8 @@ def evaluate_perplexity(
     sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     with torch.no_grad():
         for step in steps:
-            for output in run_microbatches(chunks, families, step, _MaskedSum(), forward_only=True):
+            made = [make_batch(families, batch) for batch in step]
+            for output in run_microbatches(chunks, families, made, _MaskedSum(), forward_only=True):
                 sums += torch.stack([output["sum"], output["count"]])
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())

@@ -107,7 +107,8 @@ class SDPAttention(torch.nn.Module):
     ) -> tuple[torch.Tensor | None, bool]:
         """The mask for torch's call (True where attention is allowed) and whether plain causal masking does."""
         queries, keys = query.size(2), key.size(2)
-        if attention_mask is not None and kind is not AttnMaskType.no_mask:
+        decoding = kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
+        if attention_mask is not None and not decoding:
             return attention_mask.logical_not(), False
         if queries == keys:
             return None, kind is not AttnMaskType.no_mask

@@ -94,6 +94,7 @@ def _build_chunk(
             channel,
             _merged("slot", number, [(e.name, e.slots(config, number)) for e in extensions]),
             _merged("linear", number, [(e.name, e.linears(config, number)) for e in extensions]),
+            bidirectional=any(extension.bidirectional for extension in extensions),
         )
         for number in stage.layer_numbers
     ]

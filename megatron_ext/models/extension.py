@@ -34,6 +34,15 @@ class StageInfo:
 class StageModule(torch.nn.Module):
     """A family's module on one pipeline stage: makes the side streams that the stage's layers read."""
 
+    def embed(self, embedding: torch.Tensor, side_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the first layer gets; called on the first stage, before anything reads the word embedding.
+
+        Args:
+            embedding: [s, b, h], [s/t, b, h] under sequence parallel.
+            side_inputs: the family's batch fields.
+        """
+        return embedding
+
     def forward(
         self, side_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -51,6 +60,9 @@ class Extension:
 
     name: str
     """Attribute of the model under which the stage module lives, and prefix of its parameters."""
+
+    bidirectional: bool = False
+    """Every position attends to all others, not only to those before it."""
 
     def streams(self, config: TransformerConfig) -> list[SideStream]:
         """Side streams of the family. A travelling stream named `word_embedding` is started by the model itself."""

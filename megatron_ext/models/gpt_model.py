@@ -2,6 +2,7 @@
 
     stage in    hidden states and travelling streams (the first stage starts them from the word embedding)
     stage       family modules turn side inputs and travelling streams into the streams of this stage's layers
+    run_layers  layers may be passed over: a forward pass may end at a layer, or start there from known hidden states
     stage out   hidden states joined with the travelling streams; the last stage returns logits or losses
 
 Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence parallel), losses [b, s], logits [b, s, V/t].
@@ -22,6 +23,9 @@ from megatron_ext.models.side_channel import SideChannel
 WORD_EMBEDDING = "word_embedding"
 """Name of the travelling stream that holds the word embedding as the first layer gets it, [s, b, h]."""
 
+HIDDEN_STATES = "hidden_states"
+"""Side input: what `GPTModel.run_layers` starts from, [s, b, h] ([s/t, b, h] under sequence parallel)."""
+
 
 class GPTModel(EngineGPTModel):
     """megatron-core's model, one pipeline chunk of it, with the families' stage modules."""
@@ -32,6 +36,8 @@ class GPTModel(EngineGPTModel):
         self.stage = stage
         self.stage_module_names: list[str] = []
         self._received: dict[str, torch.Tensor] = {}
+        self._starts_from_known = False
+        self._runs_none = False
 
     def add_stage_module(self, name: str, module: StageModule) -> None:
         """Registers a family's module under its own attribute, so that its parameters are named `{name}.*`."""
@@ -70,22 +76,50 @@ class GPTModel(EngineGPTModel):
             Losses [b, s] or logits on the last stage, else what `SideChannel.join` gives.
         """
         travelling, self._received = self._received, {}
+        side_inputs = side_inputs or {}
         recomputes = self.training and self.config.recompute_granularity == "full"
         if self.pre_process and (self.stage_module_names or self.channel.travels or recomputes):
             embedding = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            for name in self.stage_module_names:
+                embedding = getattr(self, name).embed(embedding, side_inputs)
             if recomputes and torch.is_grad_enabled() and not embedding.requires_grad:
                 # Under a frozen embedding: a recomputed layer gets gradients only if its input does.
                 embedding.requires_grad_()
             kwargs["decoder_input"] = embedding
             travelling = {WORD_EMBEDDING: embedding}
+        if self._starts_from_known:
+            kwargs |= self._known_start(side_inputs[HIDDEN_STATES], recomputes)
         streams = dict(travelling)
         for name in self.stage_module_names:
-            streams |= getattr(self, name)(side_inputs or {}, travelling)
+            streams |= getattr(self, name)(side_inputs, travelling)
         packed = self.channel.pack(streams) if self.channel.reaches_layers else None
         if packed is not None:
             kwargs["extra_block_kwargs"] = {"context": packed}
         output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
+        if self._runs_none and not self.stage.is_last:
+            output = output.clone()  # a stage frees what it has sent, and this is what it has received
         return output if self.stage.is_last else self.channel.join(output, streams)
+
+    def run_layers(self, start: int = 0, end: int | None = None) -> None:
+        """From now on runs the layers of `range(start, end)` only (numbers over the whole model); all by default.
+
+        Where it starts later than at layer 0, the chunk that holds layer `start` takes the hidden states that this
+        layer reads from the side input `HIDDEN_STATES`; chunks before it send on what they get.
+        """
+        for layer in self.decoder.layers:
+            number = layer.layer_number - 1
+            layer.skipped = number < start or (end is not None and number >= end)
+        self._starts_from_known = start > 0 and start in self.stage.layer_numbers
+        self._runs_none = all(layer.skipped for layer in self.decoder.layers)
+
+    def _known_start(self, hidden_states: torch.Tensor, recomputes: bool) -> dict[str, torch.Tensor]:
+        """Puts known hidden states in the place of the stage's input."""
+        if self.pre_process:
+            if recomputes and torch.is_grad_enabled():
+                hidden_states = hidden_states.detach().requires_grad_()
+            return {"decoder_input": hidden_states}
+        self.decoder.set_input_tensor(_Replace.apply(self.decoder.input_tensor, hidden_states))
+        return {}
 
     @contextlib.contextmanager
     def without_head(self) -> Iterator[None]:
@@ -107,3 +141,15 @@ class GPTModel(EngineGPTModel):
         if self.pg_collection.tp.size() > 1:
             return super().compute_language_model_loss(labels, logits)
         return cross_entropy(logits, labels.transpose(0, 1)).transpose(0, 1)
+
+
+class _Replace(torch.autograd.Function):
+    """(received, known) -> known. The stage before, which waits for a gradient of what it sent, gets zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, received: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        return known.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(grads[0]), None

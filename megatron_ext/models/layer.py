@@ -58,6 +58,8 @@ class ExtendedTransformerLayer(TransformerLayer):
                 pg_collection=self.pg_collection,
             )
             setattr(self, slot, module)
+        self.skipped = False
+        """The layer passes on what it gets; see `GPTModel.run_layers`."""
 
     def forward(
         self, hidden_states: torch.Tensor, context: torch.Tensor | None = None, **kwargs: Any
@@ -72,6 +74,8 @@ class ExtendedTransformerLayer(TransformerLayer):
         Returns:
             The output [s, b, h] and the side streams for the next layer.
         """
+        if self.skipped:
+            return hidden_states, context
         side = self.channel.open(context, hidden_states)
         if isinstance(self.self_attention.core_attention, SDPAttention):
             self.self_attention.core_attention.take_rotary(kwargs.pop("rotary_pos_emb", None))

@@ -30,7 +30,11 @@ LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 def layer_spec(
-    model: ModelConfig, channel: SideChannel, slots: dict[str, ModuleSpec], linears: dict[str, ModuleSpec]
+    model: ModelConfig,
+    channel: SideChannel,
+    slots: dict[str, ModuleSpec],
+    linears: dict[str, ModuleSpec],
+    bidirectional: bool = False,
 ) -> ModuleSpec:
     """Spec of one layer.
 
@@ -39,6 +43,7 @@ def layer_spec(
         channel: layout of the side streams.
         slots: slot name -> module, from the families.
         linears: name in `LINEARS` -> module in its place, from the families.
+        bidirectional: every position attends to all others.
 
     Raises:
         ValueError: Transformer Engine is asked for and not installed.
@@ -63,7 +68,9 @@ def layer_spec(
     submodules = ExtendedLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(
-            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.no_mask if bidirectional else AttnMaskType.causal},
+            submodules=attention,
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,

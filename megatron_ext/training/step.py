@@ -21,7 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.layer_loss import LayerLosses
-from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.family import Batch, Family, make_batch
 from megatron_ext.training.optimizer import unwrap_model
 from megatron_ext.training.output_loss import OutputLoss
 from megatron_ext.training.schedule import run_microbatches
@@ -128,8 +128,8 @@ class Stepper:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         LayerLosses.scale = 1.0 / self.num_microbatches
-        taken = list(islice(batches, self.num_microbatches))
-        output_loss = self._output_loss()
+        taken = self._take(batches)
+        output_loss = _the_one(family.output_loss() for family in self.families)
         outputs = run_microbatches(
             self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
         )
@@ -161,23 +161,22 @@ class Stepper:
         for chunk in self.chunks:
             chunk.eval()
         results = []
+        loss = _the_one(family.evaluation_loss() for family in self.families)
         LayerLosses.evaluating = True
         try:
             with torch.no_grad():
                 for _ in range(num_steps):
-                    taken = list(islice(batches, self.num_microbatches))
-                    loss = OutputLoss()
-                    outputs = run_microbatches(self.chunks, self.families, taken, loss, forward_only=True)
+                    outputs = run_microbatches(
+                        self.chunks, self.families, self._take(batches), loss, forward_only=True
+                    )
                     results.append(_means(outputs, loss.names) | LayerLosses.collect())
         finally:
             LayerLosses.evaluating = False
         return {name: math.fsum(result[name] for result in results) / num_steps for name in results[0]}
 
-    def _output_loss(self) -> OutputLoss:
-        losses = [loss for family in self.families if (loss := family.output_loss()) is not None]
-        if len(losses) > 1:
-            raise ValueError("two families bring an output loss; a run has one")
-        return losses[0] if losses else OutputLoss()
+    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
+        """A step's micro-batches, as the families make them."""
+        return [make_batch(self.families, batch) for batch in islice(batches, self.num_microbatches)]
 
     def _prepare(self, batches: list[Batch]) -> Iterable[Batch]:
         prepared: Iterable[Batch] = batches
@@ -195,6 +194,13 @@ class Stepper:
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=self.global_batch_size)
         return norm, False
+
+
+def _the_one(brought: Iterable[OutputLoss | None]) -> OutputLoss:
+    losses = [loss for loss in brought if loss is not None]
+    if len(losses) > 1:
+        raise ValueError("two families bring an output loss; a run has one")
+    return losses[0] if losses else OutputLoss()
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:

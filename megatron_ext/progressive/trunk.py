@@ -1,0 +1,165 @@
+"""A frozen trunk as the activation cache sees it: what it consists of, its fingerprint, and running it alone.
+
+The trunk is everything that makes the input of layer k: embedding, what families add to it, and layers 0 .. k - 1. Its
+fingerprint is a digest of all these weights and of what else decides the values. It does not depend on the pipeline
+cut, which does not change a bit of them; it does on the tensor-parallel one, which does.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.data.sample_ids import digest
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.output_loss import OutputLoss
+from megatron_ext.training.schedule import run_microbatches
+
+_ABOVE = ("decoder.final_layernorm.", "output_layer.")
+
+
+def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name, with numbers of layers over the whole model, and tensor of all that the trunk has on this rank.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        layers: k, the trunk's.
+    """
+    for chunk in chunks:
+        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
+            if name.startswith(_ABOVE):
+                continue
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                number = numbers[int(parts[2])]
+                if number >= layers:
+                    continue
+                name = ".".join(["decoder", "layers", str(number), *parts[3:]])
+            yield name, tensor
+
+
+def check_frozen(chunks: Iterable[GPTModel], layers: int) -> None:
+    """Raises `ValueError` if anything of the trunk trains, on this rank."""
+    for name, tensor in trunk_tensors(chunks, layers):
+        if tensor.requires_grad:
+            tied = name == "embedding.word_embeddings.weight"
+            hint = "; untie it from the head, and freeze it" if tied else ""
+            raise ValueError(f"--cache-activations: {name} belongs to the trunk and trains{hint}")
+
+
+def without_dropout(chunks: Iterable[GPTModel], layers: int) -> None:
+    """Sets a frozen trunk to evaluation, for the rest of a training step: it has no dropout, cached or not."""
+    for chunk in chunks:
+        if chunk.pre_process:
+            chunk.embedding.eval()
+        for layer in chunk.decoder.layers:
+            if layer.layer_number - 1 < layers:
+                layer.eval()
+
+
+def trunk_version(chunks: Iterable[GPTModel], layers: int) -> int:
+    """Changes whenever a tensor of the trunk is written to in place; costs nothing."""
+    return sum(tensor._version for _, tensor in trunk_tensors(chunks, layers))
+
+
+def trunk_fingerprint(chunks: list[GPTModel], layers: int, settings: Mapping[str, Any]) -> bytes:
+    """16 bytes that are the same where the trunk gives the same values. Collective over the model-parallel group.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        layers: k, the trunk's.
+        settings: what else decides the values, as JSON values (the model's configuration).
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    local = {(name, rank): digest([tensor]) for name, tensor in trunk_tensors(chunks, layers)}
+    group = parallel_state.get_model_parallel_group()
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, local, group=group)
+    merged = {key: value for part in found for key, value in part.items()}
+    config = chunks[0].config
+    rest = {
+        "settings": settings,
+        "layers": layers,
+        "cut": [parallel_state.get_tensor_model_parallel_world_size(), bool(config.sequence_parallel)],
+        "dtype": str(config.params_dtype),
+        "device": torch.device(torch.cuda.current_device()).type,
+        "torch": torch.__version__,
+    }
+    weights = [
+        part for (name, rank), value in sorted(merged.items()) for part in (f"{name}/{rank}".encode(), value)
+    ]
+    return digest([json.dumps(rest, sort_keys=True, default=str).encode(), *weights])
+
+
+@torch.no_grad()
+def run_trunk(
+    chunks: list[GPTModel], families: list[Family], batches: list[Batch], layers: int
+) -> list[torch.Tensor]:
+    """The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h]), on the stage that holds this layer.
+
+    Without pipeline parallelism the schedule is not used: it may be under way. Dropout is off.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        families: all families of the run.
+        batches: micro-batches on the device; with a pipeline as many as its schedule can take.
+        layers: k, the trunk's.
+    """
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, __, kwargs: outputs.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        if layer.layer_number - 1 == layers
+    ]
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+        chunk.run_layers(0, layers)
+    try:
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            run_microbatches(chunks, families, batches, _Nothing(), forward_only=True)
+        else:
+            for batch in batches:
+                _run_directly(chunks[0], families, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for chunk, was_training in zip(chunks, training, strict=True):
+            chunk.train(was_training)
+            chunk.run_layers()
+    return outputs
+
+
+def _run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> None:
+    with chunk.without_head():
+        chunk(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            side_inputs=side_inputs(families, batch),
+        )
+
+
+def side_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:
+    """The side inputs of all families."""
+    return {name: value for family in families for name, value in family.side_inputs(batch).items()}
+
+
+class _Nothing(OutputLoss):
+    """The pass is for what happens on the way."""
+
+    reads = "hidden"
+    names = ()
+
+    def __call__(
+        self, model: GPTModel, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return output.new_zeros(()), {}

@@ -1,0 +1,195 @@
+"""A family for tests with an objective, a time embedding and an activation cache, and tiny data that can be learned."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.models.build import build_model
+from megatron_ext.models.extension import Extension, StageInfo
+from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.platform.distributed import initialize
+from megatron_ext.progressive.activation_cache import ActivationCache
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.objectives import Objective
+from megatron_ext.progressive.time_embedding import TimeEmbedding, time_embedding
+from megatron_ext.progressive.time_steps import TIME_STEP
+from megatron_ext.progressive.trunk import trunk_tensors, without_dropout
+from megatron_ext.testing.training import TINY, VOCAB_SIZE
+from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.output_loss import OutputLoss
+from megatron_ext.training.step import Stepper
+
+MASK = VOCAB_SIZE - 1
+"""Never among the data's tokens."""
+
+MODEL = replace(TINY, init_method_std=0.1, untie_embeddings_and_output_weights=True)
+MLM = ProgressiveConfig(training_objective="mlm", max_stacks=2, time_embedding_dim=8)
+GLOBAL_BATCH_SIZE = 4
+
+
+class ObjectiveExtension(Extension):
+    """Attention and time embedding as the objective wants them."""
+
+    name = "objective"
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.bidirectional = objective.bidirectional
+
+    def stage_module(
+        self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
+    ) -> TimeEmbedding | None:
+        return time_embedding(config, self.objective.config, stage) if self.objective.embeds_time else None
+
+
+class ObjectiveFamily(Family):
+    """The wiring that `ProgressiveFamily` has, without stacks."""
+
+    name = "objective"
+
+    def __init__(
+        self,
+        config: ProgressiveConfig,
+        *,
+        trunk_layers: int = 0,
+        cached: bool = False,
+        mask_seed: int = 1,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        masks = config.training_objective in ("mlm", "diffusion")
+        self.objective = Objective(
+            config,
+            stack_idx=1 if trunk_layers else 0,
+            seed=mask_seed,
+            mask_token_id=MASK if masks else None,
+            fixed_masks=trunk_layers > 0,
+        )
+        self.trunk_layers = trunk_layers
+        self.cache = (
+            ActivationCache(config, trunk_layers=trunk_layers, identity=identity or {}) if cached else None
+        )
+
+    def extension(self) -> ObjectiveExtension:
+        return ObjectiveExtension(self.objective)
+
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        for _, tensor in trunk_tensors(chunks, self.trunk_layers) if self.trunk_layers else ():
+            if tensor.is_floating_point():
+                tensor.requires_grad_(False)
+
+    def make_batch(self, batch: Batch) -> Batch:
+        return self.objective.make_batch(batch)
+
+    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: batch[name] for name in (TIME_STEP, HIDDEN_STATES) if name in batch}
+
+    def prepare_batches(
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
+    ) -> Iterable[Batch]:
+        if self.cache is not None:
+            return self.cache.prepare(chunks, families, batches)
+        without_dropout(chunks, self.trunk_layers)
+        return batches
+
+    def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
+        if self.cache is not None and iteration is None:
+            self.cache.release(chunks)
+
+    def evaluation_loss(self) -> OutputLoss | None:
+        return self.objective.evaluation_loss()
+
+
+def batches(num_samples: int, *, first: int = 0, seed: int = 0, micro: int = 1) -> Iterator[Batch]:
+    """Endless micro-batches of this data-parallel rank over `num_samples` sequences, epoch after epoch.
+
+    Every odd token follows from the one before it, and every even one from the one after it.
+    """
+    rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    length = MODEL.seq_length
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randint(0, 40, (num_samples, length // 2), generator=generator)
+    tokens = torch.stack([half, half + 40], dim=2).flatten(1)
+    start = first + rank * micro
+    while True:
+        rows = torch.arange(start, start + micro)
+        yield {
+            "tokens": tokens[rows % num_samples],
+            "labels": tokens[rows % num_samples].roll(-1, 1),
+            "loss_mask": torch.ones(micro, length),
+            "position_ids": torch.arange(length).expand(micro, length),
+            "epoch": rows // num_samples,
+        }
+        start += micro * copies
+
+
+@dataclass
+class Trained:
+    """What a short training gave."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    values: list[dict[str, float]] = field(default_factory=list)
+    """The cache's."""
+
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+def build_stepper(
+    parallel: ParallelConfig,
+    family: ObjectiveFamily,
+    model: ModelConfig = MODEL,
+    lr: float = 5e-3,
+    micro: int = 1,
+) -> tuple[Stepper, list[GPTModel]]:
+    """A model and what trains it; in every process of the cut."""
+    initialize(parallel, seed=1)
+    chunks = build_model(model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=[family.extension()])
+    family.prepare_model(chunks)
+    wrapped = wrap_model(chunks, parallel, bf16=False)
+    settings = OptimizerSettings(lr=lr, lr_decay_style="constant", weight_decay=0.0)
+    optimizer = build_optimizer(settings, parallel, wrapped, [family], bf16=False)
+    scheduler = build_scheduler(settings, TrainingConfig(train_iters=100), optimizer, GLOBAL_BATCH_SIZE)
+    stepper = Stepper(
+        wrapped,
+        [family],
+        optimizer,
+        scheduler,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        micro_batch_size=micro,
+        clip_grad=1.0,
+    )
+    return stepper, chunks
+
+
+def train(
+    parallel: ParallelConfig,
+    family: ObjectiveFamily,
+    steps: int,
+    *,
+    num_samples: int = 8,
+    model: ModelConfig = MODEL,
+    first: int = 0,
+    data_seed: int = 0,
+) -> Trained:
+    """Trains from the same initial weights; evaluates at the end."""
+    stepper, _ = build_stepper(parallel, family, model)
+    data = batches(num_samples, first=first, seed=data_seed)
+    trained = Trained()
+    for iteration in range(1, steps + 1):
+        result = stepper.train(data, iteration)
+        trained.losses.append(result.loss)
+        trained.grad_norms.append(result.grad_norm)
+        if family.cache is not None:
+            trained.values.append(family.cache.values())
+    trained.evaluation = stepper.evaluate(lambda: batches(num_samples), 1)
+    return trained
