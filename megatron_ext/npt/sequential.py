@@ -146,7 +146,7 @@ class _Sequence:
             "npt": replace(npt, layer_weights=str(weights[layer])),
             "training": self._training(),
             "checkpoint": replace(self.configs["checkpoint"], save=folder, load=folder if goes_on else None),
-            "logging": _logging(self.configs["logging"], name, layer, npt.model_size),
+            "logging": layer_logging(self.configs["logging"], name, layer, npt.model_size),
         }
 
     def _training(self) -> TrainingConfig:
@@ -249,7 +249,7 @@ def _check(configs: Mapping[str, Any]) -> None:
         raise ValueError(f"--start-from-layer {start}: is none of the layers {_listed(layers)}")
 
 
-def _logging(logging: LoggingConfig, name: str, layer: int, model_size: str | None) -> LoggingConfig:
+def layer_logging(logging: LoggingConfig, name: str, layer: int, model_size: str | None) -> LoggingConfig:
     """Every layer's curves in a place of their own, under document 000's names."""
     changes: dict[str, Any] = {}
     if logging.tensorboard_dir is not None:

@@ -11,6 +11,7 @@ written and read, and when. A smaller test of the same, with kills at chosen poi
 import argparse
 import random
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -23,29 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_ext.testing.distributed import run_and_kill, run_distributed
 from tests.npt.run_helpers import DATA, MULTI_LAYER, make_base, train, write_data
 
-SEQUENTIAL = [
-    *(
-        "--mode",
-        "sequential",
-        "--layers",
-        "0,1,3",
-        "--np-rank",
-        "4",
-        "--steps-per-layer",
-        "6",
-        "--stage1-steps",
-        "2",
-    ),
-    *("--save-steps", "2", "--lr", "1e-2", "--global-batch-size", "4", *DATA),
-]
-CURRICULUM = [
-    "--curriculum-stages",
-    "teacher:4,mixed:6:0.3,student:8",
-    "--train-iters",
-    "18",
-    "--save-steps",
-    "3",
-]
+SEQUENTIAL = shlex.split(
+    "--mode sequential --layers 0,1,3 --np-rank 4 --steps-per-layer 6 --stage1-steps 2 --save-steps 2 --lr 1e-2 "
+    "--global-batch-size 4"
+)
+SEQUENTIAL += DATA
+CURRICULUM = shlex.split(
+    "--curriculum-stages teacher:4,mixed:6:0.3,student:8 --train-iters 18 --save-steps 3"
+)
 TIMESTAMP = r"_\d{8}_\d{6}"
 
 

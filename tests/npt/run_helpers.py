@@ -58,9 +58,20 @@ def write_data(folder: Path) -> str:
     return prefix
 
 
-def make_base(folder: str, data: str) -> str:
+def make_base(folder: str, data: str, *more: str) -> str:
     """Trains a base model for a step; the directory of its checkpoint. In a process of `run_distributed`."""
-    flags = [*MODEL, "--lr", "1e-2", "--train-iters", "1", "--data-path", data, "--save", f"{folder}/base"]
+    flags = [
+        *MODEL,
+        "--lr",
+        "1e-2",
+        "--train-iters",
+        "1",
+        "--data-path",
+        data,
+        "--save",
+        f"{folder}/base",
+        *more,
+    ]
     _stay()
     with contextlib.redirect_stdout(io.StringIO()):
         assert pretrain(parse(dict(TRAINING), flags), lambda configs, tokenizer: []) == 0
