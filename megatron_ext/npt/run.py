@@ -23,7 +23,8 @@ from megatron_ext.npt.family import NPTFamily
 from megatron_ext.npt.presets import with_preset
 from megatron_ext.npt.resume import loads_what_fits, resolved_layers, stored_run
 from megatron_ext.npt.samples import check_samples
-from megatron_ext.npt.sequential import run_sequential
+from megatron_ext.npt.sequential import load_under, run_sequential
+from megatron_ext.npt.sequential_state import layer_of, with_layers
 from megatron_ext.npt.settings import NPTTrainingConfig
 from megatron_ext.npt.state_files import write_final
 from megatron_ext.platform import distributed
@@ -57,14 +58,22 @@ def run(configs: dict[str, Any]) -> int:
     if training.mode == "sequential" and not configs["training"].dry_run:
         return run_sequential(configs, RunOptions(base=base, checkpoint_name=checkpoint_name))
     weights = read_adapter(training.load_npt_weights, module) if training.load_npt_weights else None
+    prepare = partial(_start_with, weights) if weights is not None else RunOptions.prepare
+    trains = None
+    if training.mode == "single_layer" and weights is not None:
+        (layer,) = trains = module.layers(configs["model"].num_layers)
+        earlier = {key: tensor for key, tensor in weights.items() if layer_of(key) != layer}
+        if earlier:
+            module = configs["np"] = with_layers(module, [layer, *map(layer_of, earlier)])
+            prepare = partial(load_under, layer, earlier)
     options = RunOptions(
         base=base,
         checkpoint_name=checkpoint_name,
         loads_what_fits=_has_other_layers(training, module, configs["checkpoint"]),
-        prepare=partial(_start_with, weights) if weights is not None else RunOptions.prepare,
+        prepare=prepare,
         finish=partial(write_final, configs),
     )
-    return pretrain(configs, make_families, options)
+    return pretrain(configs, partial(make_families, trains=trains), options)
 
 
 def prepare_configs(configs: dict[str, Any]) -> None:
@@ -90,10 +99,12 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
-def make_families(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
-    """NPT alone."""
+def make_families(
+    configs: dict[str, Any], tokenizer: Tokenizer, trains: tuple[int, ...] | None = None
+) -> list[Family]:
+    """NPT alone; of its layers `trains`, or all, are trained."""
     total = total_steps(configs["training"], configs["parallel"])
-    return [NPTFamily(configs["np"], configs["npt"], total_steps=total, tokenizer=tokenizer)]
+    return [NPTFamily(configs["np"], configs["npt"], total_steps=total, trains=trains, tokenizer=tokenizer)]
 
 
 def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:

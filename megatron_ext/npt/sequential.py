@@ -113,7 +113,7 @@ class _Sequence:
         random_state.reseed(configs["training"].seed, place * steps)
         options = replace(
             self.options,
-            prepare=self._load_trained,
+            prepare=partial(load_under, layer, self.tensors),
             finish=partial(self._finish, layer, configs),
             first_sample=place * samples,
             samples=(place + remaining) * samples,
@@ -157,10 +157,6 @@ class _Sequence:
         gone = (time.monotonic() - self.started) / 60
         return replace(training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone))
 
-    def _load_trained(self, chunks: list[GPTModel]) -> None:
-        """The trained layers' factors; those of the layer in progress stay as they were drawn."""
-        load_adapter(chunks, gather_adapter(chunks) | self.tensors)
-
     def _finish(
         self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel], progress: Progress
     ) -> None:
@@ -178,6 +174,21 @@ class _Sequence:
 
         on_first_rank(write)
         self.tensors, self.state = tensors, state
+
+
+def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPTModel]) -> None:
+    """Loads the factors of all NPT layers but one, whose factors stay as they were drawn. Collective.
+
+    Args:
+        layer: that one.
+        tensors: of the others.
+        chunks: this rank's model chunks, unwrapped.
+
+    Raises:
+        ValueError: the tensors do not fit; the message lists the differences.
+    """
+    own = {key: value for key, value in gather_adapter(chunks).items() if store.layer_of(key) == layer}
+    load_adapter(chunks, {**tensors, **own})
 
 
 def _read(folder: Path, configs: Mapping[str, Any], options: RunOptions) -> SequentialState:

@@ -14,10 +14,9 @@ will find the same again.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -64,9 +63,9 @@ class SequentialState:
         return with_layers(self.settings, self.trained)
 
 
-def with_layers(settings: NPTModuleConfig, layers: Mapping[int, Any] | list[int]) -> NPTModuleConfig:
+def with_layers(settings: NPTModuleConfig, layers: Iterable[int]) -> NPTModuleConfig:
     """The settings for these layers."""
-    return replace(settings, npt_layers=",".join(map(str, sorted(layers))))
+    return replace(settings, npt_layers=",".join(map(str, sorted(set(layers)))))
 
 
 def read_state(folder: Path) -> SequentialState | None:

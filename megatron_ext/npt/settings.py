@@ -66,7 +66,8 @@ class NPTTrainingConfig:
     name it too; this flag is for runs that --load continues."""
 
     load_npt_weights: str | None = None
-    """NP weights to start with (npt_weights.pt or .safetensors); all that fit the run's layers must fit exactly."""
+    """NP weights to start with (npt_weights.pt or .safetensors): exactly those of the run's layers. In single_layer
+    those of other layers too: these are then active and frozen, and the layer that is trained starts anew."""
 
     allow_layer_mismatch: bool = False
     """On --load RUN with other --npt-layers than the run's: take the NP weights of the layers that both have, with a

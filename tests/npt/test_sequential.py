@@ -92,6 +92,21 @@ def test_the_first_layer_is_what_the_single_layer_mode_makes_of_it(sequential_ru
     assert not differences(_single(sequential_run, 0), final)
 
 
+def test_a_single_layer_is_trained_on_top_of_weights_of_others_and_its_own_are_left_out(
+    sequential_run: SequentialRun,
+) -> None:
+    weights = sequential_run.folder / "accumulated_npt_weights.pt"
+    others = _weights(weights)
+    found = _single(sequential_run, 1, "--load-npt-weights", str(weights))
+    for layer in (0, 3):
+        assert not differences(_of_layer(found, layer), _of_layer(others, layer))
+    alone_on_base = _single(sequential_run, 1)
+    own, other = _of_layer(found, 1), _of_layer(alone_on_base, 1)
+    assert own.keys() == other.keys() == alone_on_base.keys()
+    assert differences(own, other), "what is below counts"
+    assert differences(own, _of_layer(others, 1)), "it starts anew"
+
+
 def test_the_data_goes_on_from_layer_to_layer_and_the_schedule_begins_anew(
     sequential_run: SequentialRun,
 ) -> None:
