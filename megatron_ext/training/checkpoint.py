@@ -28,6 +28,7 @@ from megatron_ext.training.agreement import gather, on_first_rank
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint_compare import check_same_model
 from megatron_ext.training.family import Family
+from megatron_ext.training.optimizer import gather_parameters
 from megatron_ext.training.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
 
 
@@ -83,6 +84,7 @@ class Checkpointer:
         note: takes a line for the user, on every rank.
         """
         self.config = config
+        self.chunks = chunks
         self.models: list[GPTModel] = unwrap_model(chunks)
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -107,6 +109,7 @@ class Checkpointer:
             OSError: it could not be written, on every rank; what was written is removed, earlier ones are intact.
         """
         assert self.config.save is not None, "saving needs --save"
+        gather_parameters(self.chunks)
         root, iteration = Path(self.config.save), progress.iteration
         name = self.name(iteration)
         try:

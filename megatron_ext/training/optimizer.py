@@ -71,6 +71,16 @@ def unwrap_model(chunks: list[DistributedDataParallel]) -> list[GPTModel]:
     return models
 
 
+def gather_parameters(chunks: list[torch.nn.Module]) -> None:
+    """Completes what the last step has left to the next forward pass under `--overlap-param-gather`; collective.
+
+    Until then every rank has the new values of its own part of the parameters alone.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def build_optimizer(
     settings: OptimizerSettings,
     parallel: ParallelConfig,

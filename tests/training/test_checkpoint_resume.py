@@ -106,6 +106,18 @@ def _whole_tensors(*folders: str) -> list[dict[str, torch.Tensor]]:
     return [read_plain(f"{folder}/iter_0000002") for folder in folders]
 
 
+def test_a_checkpoint_has_the_last_steps_weights_where_their_gathering_overlaps_the_next(
+    tmp_path: Path,
+) -> None:
+    plain = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
+    for name, parallel in {"plain": plain, "overlapped": replace(plain, overlap_param_gather=True)}.items():
+        settings = RunSettings(parallel=parallel, checkpoint=CheckpointConfig())
+        losses = run_distributed(_train_and_save, 2, str(tmp_path / name), settings, 2)
+        assert losses[0] == losses[1]
+    folders = [str(tmp_path / name) for name in ("plain", "overlapped")]
+    _assert_equal(*run_distributed(_whole_tensors, 1, *folders)[0])
+
+
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[float]]:
     """A checkpoint of two steps in one process, and the losses of the next two."""
