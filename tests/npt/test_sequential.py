@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_ext.config.logging import LoggingConfig
 from megatron_ext.npt import NPTModel
 from megatron_ext.npt.sequential import layer_logging
 from megatron_ext.npt.sequential_state import layer_of
+from megatron_ext.npt.settings import run_defaults
 from megatron_ext.testing.distributed import run_distributed
 from tests.interop.family import alone
 from tests.npt.conftest import SequentialRun
@@ -249,6 +251,15 @@ def _read_all(folder: Path) -> None:
     state = read_state(folder)
     assert state is not None
     read_accumulated(folder, state)
+
+
+def test_the_modes_defaults_are_document_000s() -> None:
+    defaults = run_defaults({"mode": "sequential"})
+    assert defaults["np"] == {"np_form": "outer_product", "np_rank": 256}
+    assert defaults["training"] == {"micro_batch_size": 2, "train_iters": 2000}
+    assert defaults["optimizer"] == {"lr": 5e-4}
+    name = r"experiments/sequential_checkpoint_\d{8}_\d{6}"
+    assert re.fullmatch(name, defaults["checkpoint"]["save"])
 
 
 def test_every_layer_has_curves_and_a_run_name_of_its_own() -> None:
