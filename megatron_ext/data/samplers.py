@@ -86,5 +86,7 @@ def build_data_iterator(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        # The loader draws a seed for its workers; from torch's own stream, a resumed run would get other dropout masks.
+        generator=torch.Generator(),
     )
     return iter(loader)

@@ -132,6 +132,12 @@ class ActivationCache:
         for chunk in chunks:
             chunk.run_layers()
 
+    def close(self) -> None:
+        """Closes the files; another run, or phase, may use the directory then."""
+        if isinstance(self._store, DiskStore):
+            self._store.close()
+        self._store, self._version, self._fingerprint = None, None, b""
+
     def values(self) -> dict[str, float]:
         """`cache/hit_rate` of the micro-batches since the last call, `cache/bytes` over all processes. Collective."""
         sums = torch.tensor(

@@ -141,6 +141,21 @@ class ProgressiveConfig(LoRAConfig):
         """Time steps in all, the default applied."""
         return self.num_time_steps or self.time_per_stack * self.max_stacks
 
+    @property
+    def masks_tokens(self) -> bool:
+        """Tokens are masked: mlm, diffusion."""
+        return self.training_objective in ("mlm", "diffusion")
+
+    @property
+    def bidirectional(self) -> bool:
+        """Every position attends to all others."""
+        return self.training_objective != "clm"
+
+    @property
+    def embeds_time(self) -> bool:
+        """The model is told the time step."""
+        return self.masks_tokens and self.time_interpretation == "input"
+
     def blocks_of(self, stack_idx: int) -> int:
         """Layers of a stack, by the order in which stacks are made, from 0."""
         return _of(self.n_blocks, stack_idx)

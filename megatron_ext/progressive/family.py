@@ -5,7 +5,7 @@ all its layers, takes the trunk from the last phase's checkpoint, freezes what t
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,23 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
-from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
 from megatron_ext.models.init import initialize_parameters
 from megatron_ext.progressive import growth
+from megatron_ext.progressive.activation_cache import ActivationCache
 from megatron_ext.progressive.adapted_layers import prepare_layers, weight_bytes
 from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.extension import ProgressiveExtension
-from megatron_ext.progressive.plan import Trains, layer_plan
+from megatron_ext.progressive.objectives import Objective
+from megatron_ext.progressive.plan import Trains, caches_trunk, frozen_below, layer_plan
 from megatron_ext.progressive.plateau import Plateau
 from megatron_ext.progressive.rack import Rack
+from megatron_ext.progressive.time_steps import TIME_STEP
+from megatron_ext.progressive.trunk import without_dropout
 from megatron_ext.training.agreement import gather
 from megatron_ext.training.checkpoint_tensors import model_state
-from megatron_ext.training.family import Family, Note
+from megatron_ext.training.family import Batch, Family, Note
+from megatron_ext.training.output_loss import OutputLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,8 @@ class ProgressiveFamily(Family):
         trains: Trains = "none",
         *,
         trunk: Trunk | None = None,
+        mask_token_id: int | None = None,
+        cache_identity: Mapping[str, Any] | None = None,
         seed: int = 0,
         tokens_per_step: int = 0,
         statistics_interval: int | None = None,
@@ -73,6 +80,8 @@ class ProgressiveFamily(Family):
         rack: all stacks of the model.
         trains: what trains.
         trunk: what the model grows from; None for one that is new, or loaded as it is.
+        mask_token_id: see `objectives.reserve_mask_token`; None where nothing is masked.
+        cache_identity: what tells runs apart whose caches must not be mixed; None for no activation cache.
         seed: of the run.
         tokens_per_step: in an optimizer step, for the log.
         statistics_interval: steps between two of our values in the log.
@@ -89,25 +98,42 @@ class ProgressiveFamily(Family):
         self.earlier_steps: dict[str, int] = {}
         """Global name -> updates in earlier phases, of parameters whose optimizer state goes on."""
         self.parameters: dict[str, int] = {}
+        """`trainable` and `frozen`, of the whole model."""
+
+        self.mask_token_id = mask_token_id
+        self.trunk_layers = frozen_below(rack, config, trains)
+        self.cache: ActivationCache | None = None
+        if cache_identity is not None and caches_trunk(rack, config, trains):
+            self.cache = ActivationCache(config, trunk_layers=self.trunk_layers, identity=cache_identity)
+        self.objective: Objective | None = None
+        if trains != "none":
+            self.objective = Objective(
+                config,
+                stack_idx=rack.newest.index,
+                seed=seed,
+                mask_token_id=mask_token_id,
+                fixed_masks=caches_trunk(rack, config, trains),
+            )
         self._iteration = 0
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
         """The family that gave this `configuration()`, as inference wants it."""
         config = configs_from_dict({"settings": ProgressiveConfig}, configuration)["settings"]
-        return cls(config, Rack.from_json(configuration["rack"]))
+        return cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
 
     def configuration(self) -> dict[str, Any]:
         """The rack, what trains, and all settings."""
         return {
             "rack": self.rack.as_json(),
             "trains": self.trains,
+            "mask_token": self.mask_token_id,
             **configs_to_dict({"settings": self.config}),
         }
 
     def extension(self) -> ProgressiveExtension:
-        """The layers' linear modules."""
-        return ProgressiveExtension(self.plan)
+        """The layers' linear modules, attention and time embedding."""
+        return ProgressiveExtension(self.plan, self.config)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Takes over the trunk, starts the new stack, freezes what the phase freezes."""
@@ -116,8 +142,9 @@ class ProgressiveFamily(Family):
         prepare_layers(chunks, self.plan)
         if not self.trains_embedding:
             for chunk in chunks:
-                if chunk.stage.is_first:
-                    chunk.embedding.requires_grad_(False)
+                for module in (getattr(chunk, name, None) for name in ("embedding", self.name)):
+                    if chunk.stage.is_first and module is not None:
+                        module.requires_grad_(False)
         if self.trunk is not None:
             self.earlier_steps = growth.survivors(chunks, self.trunk.folder, self._sources(self.trunk))
         self.parameters = count_parameters(chunks)
@@ -132,9 +159,41 @@ class ProgressiveFamily(Family):
         if self.trunk is not None:
             growth.carry_optimizer(chunks, optimizer, self.trunk.folder, self._sources(self.trunk))
 
+    def make_batch(self, batch: Batch) -> Batch:
+        """What the objective makes of a micro-batch."""
+        return batch if self.objective is None else self.objective.make_batch(batch)
+
+    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Time steps, and the hidden states at the end of the trunk, where the micro-batch has them."""
+        wanted = [HIDDEN_STATES, *([TIME_STEP] if self.config.embeds_time else [])]
+        return {name: batch[name] for name in wanted if name in batch}
+
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Notes the step."""
+        """Notes the step; in an evaluation the model runs all its layers."""
         self._iteration = iteration or self._iteration
+        if self.cache is not None and iteration is None:
+            self.cache.release(chunks)
+
+    def prepare_batches(
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
+    ) -> Iterable[Batch]:
+        """What the trunk makes of the micro-batches, from the cache or from the trunk; without a cache the trunk has no
+        dropout all the same.
+        """
+        if self.cache is not None:
+            return self.cache.prepare(chunks, families, batches)
+        if self.trunk_layers:
+            without_dropout(chunks, self.trunk_layers)
+        return batches
+
+    def close(self) -> None:
+        """Closes the cache's files."""
+        if self.cache is not None:
+            self.cache.close()
+
+    def evaluation_loss(self) -> OutputLoss | None:
+        """Loss and accuracy on masked tokens, where tokens are masked."""
+        return None if self.objective is None else self.objective.evaluation_loss()
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
         """The loss by stack, and all tokens so far."""
@@ -166,7 +225,8 @@ class ProgressiveFamily(Family):
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
         """How many parameters train and do not, and the stacks of the rack."""
         counts = {f"progressive/{name}_parameters": float(n) for name, n in self.parameters.items()}
-        return {**counts, "progressive/stacks": float(len(self.rack.stacks))}
+        cached = self.cache.values() if self.cache is not None else {}
+        return {**counts, **cached, "progressive/stacks": float(len(self.rack.stacks))}
 
     def state_dict(self) -> dict[str, Any]:
         """The watch for a plateau, and the updates of earlier phases."""

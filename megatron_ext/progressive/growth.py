@@ -193,7 +193,8 @@ def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`tensors.read`, where a rank, or every one, may want nothing."""
     if not any(gather(lambda: any(True for _ in nested_values(state)))):
         return state
-    return tensors.read(state, folder)
+    # The engine leaves out what is empty.
+    return {**{name: {} for name in state}, **tensors.read(state, folder)}
 
 
 def survivors(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> dict[str, int]:

@@ -67,8 +67,15 @@ def _settings(
     )
 
 
-def frozen_trunk(rack: Rack, config: ProgressiveConfig, trains: Trains) -> bool:
-    """Whether a phase has a trunk in which nothing moves."""
-    return (
-        trains == "newest" and len(rack.stacks) > 1 and config.enabled and config.trunk_strategy == "frozen"
-    )
+def frozen_below(rack: Rack, config: ProgressiveConfig, trains: Trains) -> int:
+    """Layers below the newest stack that have nothing that trains, embedding included; 0 if something does."""
+    has_trunk = trains == "newest" and config.enabled and len(rack.stacks) > 1
+    appended = has_trunk and rack.stacks[-1] is rack.newest
+    if not appended or config.trunk_strategy != "frozen" or config.train_embedding:
+        return 0
+    return rack.num_layers - rack.newest.n_blocks
+
+
+def caches_trunk(rack: Rack, config: ProgressiveConfig, trains: Trains) -> bool:
+    """Whether a phase keeps what its trunk makes of each sample."""
+    return config.cache_activations and frozen_below(rack, config, trains) > 0

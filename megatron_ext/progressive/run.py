@@ -20,11 +20,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.platform.memory import memory_use
+from megatron_ext.progressive.activation_cache import check_cache_directory
 from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.family import ProgressiveFamily, Trunk, stack_bytes
 from megatron_ext.progressive.history import (
@@ -34,6 +36,7 @@ from megatron_ext.progressive.history import (
     read_history,
     write_history,
 )
+from megatron_ext.progressive.objectives import reserve_mask_token
 from megatron_ext.progressive.phases import Phase, check_phases, configs_of, plan_phases
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.training import random_state
@@ -58,13 +61,21 @@ def run(configs: dict[str, Any]) -> int:
     """
     if configs["training"].dry_run:
         phases = _phases(configs, planned_world_size(configs["parallel"]))
-        last = {**configs_of(configs, phases[-1]), "training": configs["training"]}
+        last = configs_of(configs, phases[-1])
         return pretrain(last, lambda _, __: [ProgressiveFamily(configs["progressive"], phases[-1].rack)])
     phases = _phases(configs, distributed.world_size())
     _check(configs, phases)
     tokenizer = check_run(configs_of(configs, phases[-1]))
+    check_cache_directory(configs["progressive"], _identity(configs, tokenizer))
     with process_group(configs):
         return _Growth(configs, phases, tokenizer).run()
+
+
+def _identity(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What an activation cache must have been made with; the weights are told apart by the cache itself."""
+    model = configs_to_dict({"model": configs["model"]})["model"]
+    del model["num_layers"]
+    return {"seed": configs["training"].seed, "tokenizer": tokenizer.fingerprint(), **model}
 
 
 def _phases(configs: dict[str, Any], world_size: int) -> list[Phase]:
@@ -96,6 +107,8 @@ def _check(configs: dict[str, Any], phases: list[Phase]) -> None:
         if value not in (None, False):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: a progressive training goes on from its own checkpoints, whole")
+    if config.training_objective == "custom":
+        raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
     if configs["training"].skip_train:
         raise ValueError("--skip-train: there is nothing to do for it here; see tools/evaluate.py")
     tied = not configs["model"].untie_embeddings_and_output_weights
@@ -131,6 +144,11 @@ class _Growth:
         self.configs = configs
         self.phases = phases
         self.tokenizer = tokenizer
+        config: ProgressiveConfig = configs["progressive"]
+        self.mask_token_id = (
+            reserve_mask_token(tokenizer, config.mask_token_id) if config.masks_tokens else None
+        )
+        self.cache_identity = _identity(configs, tokenizer)
         self.save = Path(configs["checkpoint"].save)
         self.started = time.monotonic()
         self.history = on_first_rank(lambda: _check_history(self.save, phases))
@@ -146,12 +164,21 @@ class _Growth:
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
             code = self._train(phase)
-            if code != EXIT_OK or self.history.of(phase.name) is None:
+            if code != EXIT_OK or self._is_stopped(phase):
                 return code
             gc.collect()
         folder = on_first_rank(lambda: publish_rack(self.save, self.phases[-1].name))
         print_on_first_rank(f"the rack is complete: {folder}")
         return EXIT_OK
+
+    def _is_stopped(self, phase: Phase) -> bool:
+        """True if the phase was left before its end, or ended at a step at which the command is to end."""
+        finished = self.history.of(phase.name)
+        interval = self.configs["training"].exit_interval
+        is_last = phase is self.phases[-1]
+        return finished is None or (
+            not is_last and interval is not None and finished.iteration % interval == 0
+        )
 
     def _train(self, phase: Phase) -> int:
         place = len(self.history.finished)
@@ -164,6 +191,8 @@ class _Growth:
             phase.rack,
             phase.trains,
             trunk=self._trunk(place),
+            mask_token_id=self.mask_token_id,
+            cache_identity=self.cache_identity,
             seed=configs["training"].seed,
             tokens_per_step=self.global_batch_size * configs["model"].seq_length,
             statistics_interval=configs["logging"].log_interval,
@@ -178,7 +207,10 @@ class _Growth:
             samples=sum(each.steps for each in self.phases) * self.global_batch_size,
         )
         families: list[Family] = [family]
-        return train(configs, self.tokenizer, families, options)
+        try:
+            return train(configs, self.tokenizer, families, options)
+        finally:
+            family.close()
 
     def _begin(self, phase: Phase) -> None:
         write_history(self.save, replace(self.history, rack=phase.rack))
