@@ -163,12 +163,12 @@ def test_a_checkpoint_of_a_cut_goes_on_in_a_single_process(cut: str, bf16: bool,
 
 def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
     """Names of parameters whose value or moments are not the slice of the checkpoint's whole tensors."""
-    from megatron_ext.models.init import CHECKPOINT_METADATA, _shards
+    from megatron_ext.models.init import CHECKPOINT_METADATA, parameter_shards
 
     run = TinyRun(RunSettings(parallel=parallel, checkpoint=CheckpointConfig(load=source)))
     whole, wrong, seen = read_plain(f"{source}/iter_0000002"), [], 0
     for chunk in run.chunks:
-        for parameter, shard in _shards(chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
+        for parameter, shard in parameter_shards(chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
             if shard.local_shape != tuple(parameter.shape):
                 continue  # half of a fused projection; those are covered by training on
             seen += 1
