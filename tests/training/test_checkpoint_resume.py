@@ -168,7 +168,9 @@ def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
     run = TinyRun(RunSettings(parallel=parallel, checkpoint=CheckpointConfig(load=source)))
     whole, wrong, seen = read_plain(f"{source}/iter_0000002"), [], 0
     for chunk in run.chunks:
-        for parameter, shard in parameter_shards(chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
+        for parameter, shard in parameter_shards(
+            chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        ):
             if shard.local_shape != tuple(parameter.shape):
                 continue  # half of a fused projection; those are covered by training on
             seen += 1
