@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Converts one base model in many ways, trains each for the same steps, and prints the perplexity ratios on held-out text.
+"""Converts one base model in many ways, trains each for the same steps, and prints perplexity ratios on held-out text.
 
     python examples/npt/compare_forms.py --base-checkpoint runs/base --train-data train_text_document \
         --held-out-data held_out_text_document --output forms.json
 
-Every row is one conversion: layers, residual, form, targets, rank, components, affine. All of them see the same batches.
-The table in docs/npt.md comes from here. One process; rows that the output file holds already are not run again.
+Every row is one conversion: layers, residual, form, targets, rank, components, affine. All see the same batches. The
+table in docs/npt.md comes from here. One process; rows that the output file holds already are not run again.
 """
 
 import json

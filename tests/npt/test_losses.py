@@ -90,7 +90,7 @@ def _expected(
     with deactivated([model]):
         teacher, base_logits = _inputs_and_outputs(model, batch)
     student, _ = _inputs_and_outputs(model, batch)
-    found = {}
+    found: dict[str, float] = {}
     hidden = student["in"][0]
     for number, layer in enumerate(model.decoder.layers):
         if number in NPT_LAYERS and stage == "teacher":
