@@ -17,7 +17,7 @@ def values(sequence_parallel: int = 1) -> dict[str, torch.Tensor]:
     """Random values of all streams."""
     generator = torch.Generator().manual_seed(0)
     rows = {s.name: ROWS * (sequence_parallel if s.full_sequence else 1) for s in STREAMS}
-    return {s.name: torch.randn(rows[s.name], BATCH, s.width, generator=generator) for s in STREAMS}
+    return {s.name: torch.randn(rows[s.name], BATCH, s.width or 0, generator=generator) for s in STREAMS}
 
 
 def hidden() -> torch.Tensor:
