@@ -1,13 +1,21 @@
 #!/usr/bin/env python3
-"""Generates text with a checkpoint: greedy, temperature, top-k, top-p, with a KV cache; also under `torchrun`."""
+"""Generates text with a checkpoint, also under `torchrun`.
+
+Token after token with a KV cache (greedy, temperature, top-k, top-p); or, by a model that was trained on masked tokens,
+from masks that become tokens, the most confident first.
+"""
 
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
+from megatron_ext.config.flags import check_at_least, flag_name
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +33,12 @@ class GenerateConfig:
 
     ckpt_step: int | None = None
     """Step to load, instead of the newest complete one."""
+
+    sampler: Literal["autoregressive", "diffusion"] | None = None
+    """Token after token, or from masks that become tokens. Without it the one that the model was trained for."""
+
+    diffusion_steps: int = 32
+    """diffusion: forward passes in which all masks become tokens."""
 
     max_new_tokens: int = 64
     """Tokens to generate after each prompt."""
@@ -51,7 +65,9 @@ class GenerateConfig:
     """Compute in bfloat16."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        check_at_least(
+            self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "diffusion_steps"
+        )
         if not self.prompt and self.prompt_file is None:
             raise ValueError("--prompt: missing (or --prompt-file)")
 
@@ -65,14 +81,11 @@ def main() -> None:
         example='python tools/generate.py --load runs/ckpt --prompt "def main(" --temperature 0.8 --top-p 0.9',
     )["config"]
     from megatron_ext.families import FAMILIES
-    from megatron_ext.inference.generation import Sampling, generate
+    from megatron_ext.inference.generation import Sampling
     from megatron_ext.inference.loading import load_model
     from megatron_ext.platform import distributed
 
-    sampling = {
-        name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    }
-    Sampling(**sampling)  # a mistake in these is told before the model is loaded
+    Sampling(**_sampling(config))  # a mistake in these is told before the model is loaded
     texts = _prompts(config)
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     loaded = load_model(
@@ -86,18 +99,49 @@ def main() -> None:
     )
     tokenizer = loaded.tokenizer
     prompts = [tokenizer.tokenize(text) for text in texts]
-    found = generate(
-        loaded.model,
-        loaded.families,
-        prompts,
-        Sampling(**sampling, stop_token=tokenizer.eod),
-        tokenizer.vocab_size,
-    )
+    found = _generate(config, loaded, prompts)
     if distributed.rank() == 0:
         for prompt, new in zip(prompts, found, strict=True):
             print(tokenizer.detokenize(prompt + new), flush=True)
             print("-" * 40, flush=True)
     distributed.shutdown()
+
+
+def _sampling(config: GenerateConfig) -> dict[str, Any]:
+    return {
+        name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    }
+
+
+def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[int]]) -> list[list[int]]:
+    """The new tokens of each prompt.
+
+    Raises:
+        ValueError: the model was not trained for the sampler.
+    """
+    from megatron_ext.inference.generation import Sampling, generate
+    from megatron_ext.progressive.sampling import DiffusionSampling, generate_by_unmasking, objective_of
+
+    objective, tokenizer = objective_of(loaded.families), loaded.tokenizer
+    arguments = loaded.model, loaded.families, prompts
+    if config.sampler == "diffusion" or (config.sampler is None and objective and objective.masks_tokens):
+        for name in ("top_k", "top_p"):
+            if getattr(config, name):
+                raise ValueError(f"{flag_name(name)} {getattr(config, name)}: is not for --sampler diffusion")
+        unmasking = DiffusionSampling(
+            max_new_tokens=config.max_new_tokens,
+            steps=config.diffusion_steps,
+            temperature=config.temperature,
+            seed=config.seed,
+            stop_token=tokenizer.eod,
+        )
+        return generate_by_unmasking(*arguments, unmasking, tokenizer.vocab_size)
+    if objective is not None and objective.bidirectional:
+        raise ValueError(
+            f"--sampler autoregressive: the model was trained for {objective.kind}, where every token sees all others"
+        )
+    sampling = Sampling(**_sampling(config), stop_token=tokenizer.eod)
+    return generate(*arguments, sampling, tokenizer.vocab_size)
 
 
 def _prompts(config: GenerateConfig) -> list[str]:

@@ -108,7 +108,7 @@ class ActivationCache:
             ValueError: something of the trunk trains.
         """
         holds = any(self._layers in chunk.stage.layer_numbers for chunk in chunks)
-        self._follow_trunk(chunks, holds, batches[0]["tokens"].size(1))
+        self._follow_trunk(chunks, families, holds, batches[0]["tokens"].size(1))
         keys = [self._keys(families, batch) for batch in batches] if holds else []
         found: list[torch.Tensor | None] = [None] * len(batches)
         if holds:
@@ -150,7 +150,7 @@ class ActivationCache:
         hits, misses, size = sums.tolist()
         return {"cache/hit_rate": hits / max(1.0, hits + misses), "cache/bytes": size}
 
-    def _follow_trunk(self, chunks: list[GPTModel], holds: bool, length: int) -> None:
+    def _follow_trunk(self, chunks: list[GPTModel], families: list[Family], holds: bool, length: int) -> None:
         """Opens the store of the trunk as it is now: at the beginning, and if a weight was changed."""
         version = trunk_version(chunks, self._layers)
         same = torch.tensor([version == self._version], dtype=torch.int32, device=torch.cuda.current_device())
@@ -158,7 +158,7 @@ class ActivationCache:
         if bool(same):
             return
         gather(lambda: check_frozen(chunks, self._layers))
-        fingerprint = trunk_fingerprint(chunks, self._layers, self._identity)
+        fingerprint = trunk_fingerprint(chunks, families, self._layers, self._identity)
         self._version = version
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
@@ -172,21 +172,19 @@ class ActivationCache:
             self._store.close()
         self._store = MemoryStore(self._max_bytes if self._directory is None else 0)
         if self._directory is not None:
-            opened = gather(lambda: self._open_directory(holds, shape, dtype))[dist.get_rank()]
-            self._store = self._store if opened is None else opened
+            gather(lambda: self._open_directory(holds, shape, dtype))
 
-    def _open_directory(self, holds: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Store | None:
-        """This rank's store, where it keeps anything; all ranks clear up, for hosts may have disks of their own."""
+    def _open_directory(self, holds: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Opens this rank's store, if it keeps anything. All ranks clear up: hosts may have disks of their own."""
         assert self._directory is not None
         rank = parallel_state.get_tensor_model_parallel_rank()
         directory = self._directory / self._fingerprint.hex() / f"tp{rank}"
         try:
             self._claim_directory()
             if holds:
-                return DiskStore(directory, f"rank{dist.get_rank()}", shape, dtype, self._max_bytes)
+                self._store = DiskStore(directory, f"rank{dist.get_rank()}", shape, dtype, self._max_bytes)
         except OSError as error:
             _log.warning("activation cache: %s; everything is computed again", describe(error))
-        return None
 
     def _claim_directory(self) -> None:
         """Writes the identity, and removes the files of earlier trunks."""

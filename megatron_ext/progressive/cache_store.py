@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import struct
+import weakref
 import zlib
 from pathlib import Path
 from typing import Protocol
@@ -95,6 +96,8 @@ class DiskStore:
         directory.mkdir(parents=True, exist_ok=True)
         self._data = os.open(directory / f"{writer}.data", os.O_RDWR | os.O_CREAT, 0o644)
         self._index = os.open(directory / f"{writer}.index", os.O_RDWR | os.O_CREAT, 0o644)
+        # Closes this process's files; so does the end of the object.
+        self.close = weakref.finalize(self, _close, self._data, self._index)
         try:
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -148,11 +151,6 @@ class DiskStore:
         self._places[key] = self._writer, place, checksum
         self._readers.setdefault(self._writer, _Reader(self._directory, self._writer))
 
-    def close(self) -> None:
-        """Closes this process's files."""
-        os.close(self._data)
-        os.close(self._index)
-
     def _refresh(self) -> None:
         """Takes in what processes have written since the last time."""
         for path in sorted(self._directory.glob("*.index")):
@@ -200,6 +198,11 @@ class _Reader:
         except OSError:
             return None
         return bytearray(self._map[start : start + size])
+
+
+def _close(*files: int) -> None:
+    for file in files:
+        os.close(file)
 
 
 def _write(file: int, content: bytes | memoryview, offset: int) -> None:

@@ -1,12 +1,12 @@
 """A frozen trunk as the activation cache sees it: what it consists of, its fingerprint, and running it alone.
 
 The trunk is everything that makes the input of layer k: embedding, what families add to it, and layers 0 .. k - 1. Its
-fingerprint is a digest of all these weights and of what else decides the values. It does not depend on the pipeline
-cut, which does not change a bit of them; it does on the tensor-parallel one, which does.
+fingerprint is a digest of all these weights, of the adapters' scale and the precision, and of the configurations; it is
+another one at another cut.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.data.sample_ids import digest
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.progressive.adapted_layers import adapted_linears
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.output_loss import OutputLoss
 from megatron_ext.training.schedule import run_microbatches
@@ -67,33 +68,56 @@ def trunk_version(chunks: Iterable[GPTModel], layers: int) -> int:
     return sum(tensor._version for _, tensor in trunk_tensors(chunks, layers))
 
 
-def trunk_fingerprint(chunks: list[GPTModel], layers: int, settings: Mapping[str, Any]) -> bytes:
+def trunk_fingerprint(
+    chunks: list[GPTModel], families: list[Family], layers: int, identity: Mapping[str, Any]
+) -> bytes:
     """16 bytes that are the same where the trunk gives the same values. Collective over the model-parallel group.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
+        families: all families of the run; what of their configuration may change on resuming is left out.
         layers: k, the trunk's.
-        settings: what else decides the values, as JSON values (the model's configuration).
+        identity: what else decides the values, as JSON values.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     local = {(name, rank): digest([tensor]) for name, tensor in trunk_tensors(chunks, layers)}
+    for number, name, linear in adapted_linears(chunks):
+        if number < layers:
+            shapes = {
+                adapter: str(getattr(module, "shape", None)) for adapter, module in linear.adapters.items()
+            }
+            local[f"{number}.{name}", rank] = f"{linear.precision} {shapes}".encode()
     group = parallel_state.get_model_parallel_group()
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, local, group=group)
     merged = {key: value for part in found for key, value in part.items()}
-    config = chunks[0].config
     rest = {
-        "settings": settings,
+        "identity": identity,
         "layers": layers,
-        "cut": [parallel_state.get_tensor_model_parallel_world_size(), bool(config.sequence_parallel)],
-        "dtype": str(config.params_dtype),
+        "engine": {name: str(value) for name, value in vars(chunks[0].config).items() if _is_plain(value)},
+        "families": {
+            family.name: _fixed(family.configuration(), family.free_on_resume) for family in families
+        },
         "device": torch.device(torch.cuda.current_device()).type,
         "torch": torch.__version__,
     }
-    weights = [
+    parts = [
         part for (name, rank), value in sorted(merged.items()) for part in (f"{name}/{rank}".encode(), value)
     ]
-    return digest([json.dumps(rest, sort_keys=True, default=str).encode(), *weights])
+    return digest([json.dumps(rest, sort_keys=True, default=str).encode(), *parts])
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, torch.dtype))
+
+
+def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, Any]:
+    """A family's configuration without the keys that are free."""
+    return {
+        name: _fixed(value, free) if isinstance(value, Mapping) else value
+        for name, value in configuration.items()
+        if name not in free
+    }
 
 
 @torch.no_grad()

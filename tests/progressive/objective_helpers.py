@@ -112,16 +112,19 @@ class ObjectiveFamily(Family):
 def batches(num_samples: int, *, first: int = 0, seed: int = 0, micro: int = 1) -> Iterator[Batch]:
     """Endless micro-batches of this data-parallel rank over `num_samples` sequences, epoch after epoch.
 
-    Every odd token follows from the one before it, and every even one from the one after it.
+    After two tokens by which sequences differ, each has one of twelve tokens at its even places, and one that follows
+    from it at the odd ones.
     """
     rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     length = MODEL.seq_length
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randint(0, 40, (num_samples, length // 2), generator=generator)
+    start = torch.randint(0, 40, (num_samples, 1), generator=generator)
+    rest = torch.randint(0, 12, (num_samples, 1), generator=generator).expand(-1, length // 2 - 1)
+    half = torch.cat([start, rest], dim=1)
     tokens = torch.stack([half, half + 40], dim=2).flatten(1)
-    start = first + rank * micro
+    place = first + rank * micro
     while True:
-        rows = torch.arange(start, start + micro)
+        rows = torch.arange(place, place + micro)
         yield {
             "tokens": tokens[rows % num_samples],
             "labels": tokens[rows % num_samples].roll(-1, 1),
@@ -129,7 +132,7 @@ def batches(num_samples: int, *, first: int = 0, seed: int = 0, micro: int = 1) 
             "position_ids": torch.arange(length).expand(micro, length),
             "epoch": rows // num_samples,
         }
-        start += micro * copies
+        place += micro * copies
 
 
 @dataclass
@@ -192,4 +195,6 @@ def train(
         if family.cache is not None:
             trained.values.append(family.cache.values())
     trained.evaluation = stepper.evaluate(lambda: batches(num_samples), 1)
+    if family.cache is not None:
+        family.cache.close()
     return trained
