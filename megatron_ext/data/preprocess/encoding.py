@@ -48,7 +48,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, name: EncoderName, fast: Any = None) -> None:
         self._tokenizer = tokenizer
         self._fast = fast or (_load_gigatoken(tokenizer) if name == "gigatoken" else None)
-        self._bytes_when_loaded = resident_bytes()
+        # Not yet known: a worker that is forked after this counts its own memory.
+        self._bytes_when_loaded: int | None = None
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
         """Yields `(ids, lengths)`: the ids of some texts back to back, and how many each text has; in order."""
@@ -61,6 +62,8 @@ class Encoder:
 
     def _forget(self) -> None:
         """Gives back the memory of gigatoken's cache once it is large."""
+        if self._bytes_when_loaded is None:
+            self._bytes_when_loaded = resident_bytes()
         if resident_bytes() - self._bytes_when_loaded > _CACHE_BYTES:
             self._fast = None  # before the new one is loaded
             self._fast = _load_gigatoken(self._tokenizer)
