@@ -1,8 +1,9 @@
 """Generation by a masked-diffusion model: all new tokens begin as mask tokens, and become tokens over some steps.
 
 In step i of n the model predicts every masked token from all tokens that are there, before and after it; the most
-confident predictions stay, ceil(masked / (n - i)) of them, so that after n steps none is masked. Confidence is the
-probability of the chosen token. Temperature 0 chooses the most likely token, others draw from softmax(logits / T).
+confident predictions stay, ceil(masked / (n - i)) of them, so that after n steps none is masked. Temperature 0 chooses
+the most likely token, others draw from softmax(logits / T). Confidence is the probability of the chosen token to five
+digits; of equals the first comes first.
 
 Prompts of one length share a batch; there is no KV cache, as every token sees every other. Every rank takes part and
 gets the same tokens, at any tensor x pipeline cut. Source: document 004; arXiv 2202.04200, 2502.09992.
@@ -156,7 +157,9 @@ def unmask(
         drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
         chosen = drawn.view(tokens.shape)
         confidence = probabilities.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    places = confidence.masked_fill(~masked, -1.0).topk(count, dim=1).indices
+    # Among mask tokens alone all places are alike; without rounding, the cut's rounding errors would choose one.
+    ranked = confidence.round(decimals=5).masked_fill(~masked, -1.0).sort(dim=1, descending=True, stable=True)
+    places = ranked.indices[:, :count]
     return tokens.scatter(1, places, chosen.gather(1, places))
 
 

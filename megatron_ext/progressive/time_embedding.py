@@ -56,7 +56,7 @@ class TimeEmbedding(StageModule):
 def sinusoidal(steps: torch.Tensor, width: int) -> torch.Tensor:
     """e(t) of integer steps [b]: [b, width] in fp32; an odd width's last value is 0."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=steps.device))
+    frequencies = torch.exp(-math.log(10000.0) / max(1, half) * torch.arange(half, device=steps.device))
     angles = steps.float().unsqueeze(1) * frequencies
     encoded = torch.cat([angles.cos(), angles.sin()], dim=1)
     return torch.nn.functional.pad(encoded, (0, width - 2 * half))

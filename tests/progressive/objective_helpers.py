@@ -118,7 +118,7 @@ def batches(num_samples: int, *, first: int = 0, seed: int = 0, micro: int = 1) 
     rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     length = MODEL.seq_length
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(0, 40, (num_samples, 1), generator=generator)
+    start = torch.randint(12, 40, (num_samples, 1), generator=generator)
     rest = torch.randint(0, 12, (num_samples, 1), generator=generator).expand(-1, length // 2 - 1)
     half = torch.cat([start, rest], dim=1)
     tokens = torch.stack([half, half + 40], dim=2).flatten(1)

@@ -197,7 +197,7 @@ def _seen_by_the_first() -> dict[str, Any]:
 def _learn(prefix: str) -> tuple[list[float], dict[str, float], float, int]:
     """Losses, what an evaluation gives, and loss and number of tokens as the perplexity of a dataset is found."""
     family = ObjectiveFamily(replace(MLM, min_mask_fraction=0.4))
-    stepper, chunks = build_stepper(ParallelConfig(), family, micro=4)
+    stepper, chunks = build_stepper(ParallelConfig(), family, lr=3e-3, micro=4)
     data = batches(512, micro=4)
     losses = [stepper.train(data, step).loss for step in range(1, 161)]
     evaluation = stepper.evaluate(lambda: batches(64, seed=5, micro=4), 8)
@@ -219,7 +219,7 @@ def test_a_later_token_changes_an_earlier_logit_in_mlm_and_not_in_clm() -> None:
 
 def test_a_tiny_mlm_learns_what_the_other_tokens_tell(tmp_path: Path) -> None:
     losses, evaluation, told, tokens = run_distributed(_learn, 1, str(tmp_path / "held_out"))[0]
-    assert losses[-1] < 0.6 * losses[0]
+    assert sum(losses[-10:]) < 5 * losses[0]
     assert evaluation[ACCURACY] > 0.5  # the most frequent token is right once in 24 times
     assert evaluation["lm loss"] < 0.6 * losses[0]
     # A tool's perplexity too is that of masked tokens.
