@@ -24,7 +24,7 @@ from megatron_ext.progressive.adapted_layers import prepare_layers, weight_bytes
 from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.extension import ProgressiveExtension
 from megatron_ext.progressive.objectives import Objective
-from megatron_ext.progressive.plan import Trains, caches_trunk, frozen_below, layer_plan
+from megatron_ext.progressive.plan import Trains, frozen_below, layer_plan
 from megatron_ext.progressive.plateau import Plateau
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.progressive.time_steps import TIME_STEP
@@ -71,6 +71,7 @@ class ProgressiveFamily(Family):
         trunk: Trunk | None = None,
         mask_token_id: int | None = None,
         cache_identity: Mapping[str, Any] | None = None,
+        frozen: dict[int, str] | None = None,
         seed: int = 0,
         tokens_per_step: int = 0,
         statistics_interval: int | None = None,
@@ -82,6 +83,7 @@ class ProgressiveFamily(Family):
         trunk: what the model grows from; None for one that is new, or loaded as it is.
         mask_token_id: see `objectives.reserve_mask_token`; None where nothing is masked.
         cache_identity: what tells runs apart whose caches must not be mixed; None for no activation cache.
+        frozen: stack index -> `frozen` or `qlora`, for stacks that are treated so whatever the strategy.
         seed: of the run.
         tokens_per_step: in an optimizer step, for the log.
         statistics_interval: steps between two of our values in the log.
@@ -93,7 +95,10 @@ class ProgressiveFamily(Family):
         self.seed = seed
         self.tokens_per_step = tokens_per_step
         self.statistics_interval = statistics_interval
-        self.plan = layer_plan(rack, config, trains)
+        self.plan = layer_plan(rack, config, trains, frozen)
+        self.losses: list[float] = []
+        """Of the steps of this process."""
+
         self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
         self.earlier_steps: dict[str, int] = {}
         """Global name -> updates in earlier phases, of parameters whose optimizer state goes on."""
@@ -101,18 +106,20 @@ class ProgressiveFamily(Family):
         """`trainable` and `frozen`, of the whole model."""
 
         self.mask_token_id = mask_token_id
-        self.trunk_layers = frozen_below(rack, config, trains)
+        moves = "qlora" in (frozen or {}).values()
+        self.trunk_layers = 0 if moves else frozen_below(rack, config, trains)
+        caches = config.cache_activations and self.trunk_layers > 0
         self.cache: ActivationCache | None = None
-        if cache_identity is not None and caches_trunk(rack, config, trains):
+        if cache_identity is not None and caches:
             self.cache = ActivationCache(config, trunk_layers=self.trunk_layers, identity=cache_identity)
         self.objective: Objective | None = None
-        if trains != "none":
+        if mask_token_id is not None or not config.masks_tokens:
             self.objective = Objective(
                 config,
                 stack_idx=rack.newest.index,
                 seed=seed,
                 mask_token_id=mask_token_id,
-                fixed_masks=caches_trunk(rack, config, trains),
+                fixed_masks=caches,
             )
         self._iteration = 0
 
@@ -207,6 +214,7 @@ class ProgressiveFamily(Family):
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
     ) -> list[Note]:
         """Looks for a plateau."""
+        self.losses.append(values["lm loss"])
         was_reached = self.plateau.is_reached
         self.plateau.add(values["lm loss"])
         if self.plateau.is_reached and not was_reached:

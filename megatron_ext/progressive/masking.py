@@ -15,6 +15,7 @@ import torch
 
 from megatron_ext.data.sample_ids import digest, sample_ids
 from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.stackwise_config import StackWiseConfig
 from megatron_ext.progressive.time_steps import mask_fraction, time_step_of_stack
 
 
@@ -32,13 +33,15 @@ class DrawnMasks:
 class TimeStepMasking:
     """Draws masks whose share grows with time."""
 
-    def __init__(self, config: ProgressiveConfig, *, seed: int = 1234, fixed: bool = False) -> None:
+    def __init__(
+        self, config: ProgressiveConfig | StackWiseConfig, *, seed: int = 1234, fixed: bool = False
+    ) -> None:
         """Args:
         config: time and mask fractions.
         seed: of the masks.
         fixed: epoch and stack do not enter the draw; what the activation cache needs.
         """
-        self.config = config
+        self.config = config.progressive_config() if isinstance(config, StackWiseConfig) else config
         self.seed = seed
         self.fixed = fixed
 

@@ -64,6 +64,7 @@ def plan_phases(
     *,
     global_batch_size: int,
     sequence_length: int,
+    rack: Rack | None = None,
 ) -> list[Phase]:
     """All phases in their order.
 
@@ -73,6 +74,7 @@ def plan_phases(
         optimizer: peak learning rate.
         global_batch_size: sequences in a step.
         sequence_length: tokens in a sequence.
+        rack: of all stacks; by default what `config` asks for.
 
     Raises:
         ValueError: a stack has fewer tokens than a step takes.
@@ -81,7 +83,7 @@ def plan_phases(
         _steps(config, index, training, global_batch_size, sequence_length)
         for index in range(config.num_stacks)
     ]
-    whole = planned_rack(config, config.num_stacks)
+    whole = rack or planned_rack(config, config.num_stacks)
     lr = optimizer.lr
     if not config.enabled:
         total = sum(steps) + config.joint_steps
@@ -89,7 +91,7 @@ def plan_phases(
     phases = [
         Phase(
             name=stack_name(index),
-            rack=planned_rack(config, index + 1),
+            rack=whole.first(index + 1),
             trains="newest",
             steps=count,
             lr=lr,

@@ -74,8 +74,3 @@ def frozen_below(rack: Rack, config: ProgressiveConfig, trains: Trains) -> int:
     if not appended or config.trunk_strategy != "frozen" or config.train_embedding:
         return 0
     return rack.num_layers - rack.newest.n_blocks
-
-
-def caches_trunk(rack: Rack, config: ProgressiveConfig, trains: Trains) -> bool:
-    """Whether a phase keeps what its trunk makes of each sample."""
-    return config.cache_activations and frozen_below(rack, config, trains) > 0

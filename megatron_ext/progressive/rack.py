@@ -55,6 +55,10 @@ class Rack:
         stack = Stack(index=len(self.stacks), n_blocks=n_blocks, precision=precision)
         return Rack(stacks=(stack, *self.stacks) if mode == "prepend" else (*self.stacks, stack))
 
+    def first(self, num_stacks: int) -> "Rack":
+        """The rack as it was when it had so many stacks."""
+        return Rack(stacks=tuple(stack for stack in self.stacks if stack.index < num_stacks))
+
     def layers(self) -> Iterator[tuple[Stack, range]]:
         """Every stack with the numbers of its layers, from 0 over the whole model."""
         first = 0

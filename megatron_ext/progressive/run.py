@@ -11,6 +11,7 @@ weights, bit for bit. With another --tensor-model-parallel-size or the like it g
 
 import gc
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from megatron_ext.training.checkpoint import Progress, print_on_first_rank
 from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.dry_run import planned_world_size
 from megatron_ext.training.family import Family
-from megatron_ext.training.loop import EXIT_OK
+from megatron_ext.training.loop import EXIT_OK, Data
 from megatron_ext.training.progress import gibibytes
 from megatron_ext.training.run import RunOptions, check_run, pretrain, process_group, train
 
@@ -68,7 +69,7 @@ def run(configs: dict[str, Any]) -> int:
     tokenizer = check_run(configs_of(configs, phases[-1]))
     check_cache_directory(configs["progressive"], _identity(configs, tokenizer))
     with process_group(configs):
-        return _Growth(configs, phases, tokenizer).run()
+        return Growth(configs, phases, tokenizer).run()
 
 
 def _identity(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -137,10 +138,35 @@ def _check_history(save: Path, phases: list[Phase]) -> History:
     return history
 
 
-class _Growth:
+class Growth:
     """The training in its process group."""
 
-    def __init__(self, configs: dict[str, Any], phases: list[Phase], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        configs: dict[str, Any],
+        phases: list[Phase],
+        tokenizer: Tokenizer,
+        *,
+        data: Data | None = None,
+        frozen: Mapping[int, str] | None = None,
+    ) -> None:
+        """Collective.
+
+        Args:
+            configs: as `run` takes them; `checkpoint.save` is the directory of the training.
+            phases: all of them.
+            tokenizer: of the data; a mask token is added to it where the objective asks for one.
+            data: batches of the caller's, in place of --data-path.
+            frozen: stack index -> `frozen` or `qlora`, for stacks that are treated so whatever the strategy.
+
+        Raises:
+            ValueError: the directory holds another training.
+        """
+        self.data = data
+        self.frozen = dict(frozen or {})
+        self.losses: dict[str, list[float]] = {}
+        """Name of each phase of this command -> its losses, step by step."""
+
         self.configs = configs
         self.phases = phases
         self.tokenizer = tokenizer
@@ -156,7 +182,7 @@ class _Growth:
         self.global_batch_size = configs["training"].resolved_global_batch_size(copies)
 
     def run(self) -> int:
-        """Trains what is left; returns the exit code."""
+        """Trains what is left; returns the exit code. Collective."""
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
             print_on_first_rank(f"training already complete: the rack is in {self.save}")
@@ -193,6 +219,7 @@ class _Growth:
             trunk=self._trunk(place),
             mask_token_id=self.mask_token_id,
             cache_identity=self.cache_identity,
+            frozen=self.frozen,
             seed=configs["training"].seed,
             tokens_per_step=self.global_batch_size * configs["model"].seq_length,
             statistics_interval=configs["logging"].log_interval,
@@ -204,13 +231,16 @@ class _Growth:
             finish=partial(self._finish, phase, family, first, time.monotonic()),
             first_sample=before.consumed_samples if before is not None else 0,
             first_iteration=first,
+            data=self.data,
             samples=sum(each.steps for each in self.phases) * self.global_batch_size,
+            epoch_samples=self.configs["progressive"].epoch_samples,
         )
         families: list[Family] = [family]
         try:
             return train(configs, self.tokenizer, families, options)
         finally:
             family.close()
+            self.losses[phase.name] = family.losses
 
     def _begin(self, phase: Phase) -> None:
         write_history(self.save, replace(self.history, rack=phase.rack))

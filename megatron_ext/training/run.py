@@ -24,6 +24,7 @@ from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
 from megatron_ext.data.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.manifest import check_dataset
+from megatron_ext.data.repeated import RepeatedDataset
 from megatron_ext.data.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.accounting import model_cost, training_flops_per_token
@@ -72,6 +73,12 @@ class RunOptions:
 
     first_iteration: int = 0
     """Steps that earlier trainings of a series have done: the run counts on from them, its schedule does not."""
+
+    data: Data | None = None
+    """Batches of the caller's, in place of --data-path."""
+
+    epoch_samples: int | None = None
+    """Sequences of an epoch, the same ones in every epoch; None for mcore's, which packs documents anew each time."""
 
     samples: int | None = None
     """Sequences that the whole series takes, in one order; None for a run that stands alone."""
@@ -214,7 +221,7 @@ def train(
         # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(scheduler, done * global_batch_size)
-    data = _build_data(configs, tokenizer, families, global_batch_size, options.samples)
+    data = options.data or _build_data(configs, tokenizer, families, global_batch_size, options)
     base = model_cost(model, tokenizer.vocab_size, parallel.tensor_model_parallel_size)
     costs = [base, *(c for family in families if (c := family.cost(model)) is not None)]
     with Reporter(
@@ -257,19 +264,20 @@ def _build_data(
     tokenizer: Tokenizer,
     families: list[Family],
     global_batch_size: int,
-    samples: int | None,
+    run_options: RunOptions,
 ) -> Data:
     training: TrainingConfig = configs["training"]
     options: dict[str, Any] = {}
     for family in families:
         options |= family.dataset_options()
     evaluated = training.eval_iters * global_batch_size
+    trained = run_options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
     train, valid, test = build_datasets(
         configs["data"],
         seq_length=configs["model"].seq_length,
         seed=training.seed,
         num_samples=(
-            samples or training.resolved_train_iters(global_batch_size) * global_batch_size,
+            min(trained, run_options.epoch_samples or trained),
             evaluated,
             evaluated,
         ),
@@ -278,6 +286,14 @@ def _build_data(
     )
     if train is None:
         raise ValueError(f"--split {configs['data'].split}: leaves no training data")
+    if run_options.epoch_samples is not None:
+        train = RepeatedDataset(
+            train,
+            epoch_samples=run_options.epoch_samples,
+            block=training.micro_batch_size * parallel_state.get_data_parallel_world_size(),
+            num_samples=trained,
+            seed=training.seed,
+        )
     batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers, tokenizer.vocab_size)
     return Data(
         train=partial(batches, train),
@@ -313,5 +329,5 @@ def _batches(
                 f"--data-path: holds token id {largest}, but the tokenizer's vocabulary has only {vocab_size} ids: "
                 "was it made with another tokenizer?"
             )
-        yield {**batch, "epoch": numbers // len(dataset)}  # type: ignore[arg-type]  # has no __len__ for torch
+        yield {"epoch": numbers // len(dataset), **batch}  # type: ignore[arg-type]  # has no __len__ for torch
         numbers += micro_batch_size * copies
