@@ -4,6 +4,9 @@ from typing import Any
 
 from megatron_ext.npt.family import NPTFamily
 from megatron_ext.per_layer.family import PerLayerFamily
+from megatron_ext.progressive.family import ProgressiveFamily
 
-FAMILIES: dict[str, type[Any]] = {family.name: family for family in (PerLayerFamily, NPTFamily)}
+FAMILIES: dict[str, type[Any]] = {
+    family.name: family for family in (PerLayerFamily, NPTFamily, ProgressiveFamily)
+}
 """Family's name -> class with `from_configuration`."""

@@ -110,6 +110,10 @@ class ProgressiveConfig(LoRAConfig):
     max_mask_fraction: float = 0.9
     """Part of the tokens that is masked at the last."""
 
+    epoch_samples: int | None = None
+    """Train on so many sequences over and over, the same ones in every epoch: then the activation cache hits from the
+    second epoch of a stack on. Without it a repeated document is packed anew, and no sequence comes twice."""
+
     cache_activations: bool = True
     """Keep what a frozen trunk makes of each sample, where the trunk lies below the new stack and does not move."""
 
@@ -123,7 +127,7 @@ class ProgressiveConfig(LoRAConfig):
         super().__post_init__()
         check_choices(self)
         check_at_least(self, 1, "target_stacks", "max_stacks", "time_embedding_dim", "time_per_stack")
-        check_at_least(self, 1, "num_time_steps", "plateau_patience")
+        check_at_least(self, 1, "num_time_steps", "plateau_patience", "epoch_samples")
         check_at_least(self, 0, "joint_steps", "mask_token_id", "plateau_min_delta", "cache_max_gb")
         check_fraction(self, "min_mask_fraction", "max_mask_fraction", closed=True)
         check_positive(self, "joint_lr")

@@ -39,6 +39,8 @@ from megatron_ext.progressive.history import (
 )
 from megatron_ext.progressive.objectives import reserve_mask_token
 from megatron_ext.progressive.phases import Phase, check_phases, configs_of, plan_phases
+from megatron_ext.progressive.plan import frozen_below
+from megatron_ext.progressive.quantization import is_packed, packing
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.training import random_state
 from megatron_ext.training.agreement import gather, on_first_rank
@@ -117,6 +119,15 @@ def _check(configs: dict[str, Any], phases: list[Phase]) -> None:
         raise ValueError(
             "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
         )
+    for precision in {config.trunk_precision, *(stack.precision for stack in phases[-1].rack.stacks)}:
+        if is_packed(precision):
+            packing(str(precision))  # its library is there
+    caches = any(frozen_below(phase.rack, config, phase.trains) for phase in phases)
+    if config.cache_dir is not None and not (caches and config.cache_activations):
+        raise ValueError(
+            f"--cache-dir {config.cache_dir}: there is nothing to cache; that needs --cache-activations, --trunk-strategy "
+            "frozen, an appended stack, and an embedding that does not train"
+        )
     _check_history(Path(checkpoint.save), phases)
 
 
@@ -185,14 +196,19 @@ class Growth:
         """Trains what is left; returns the exit code. Collective."""
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
-            print_on_first_rank(f"training already complete: the rack is in {self.save}")
-            return EXIT_OK
+            print_on_first_rank("training already complete; a larger --target-stacks goes on")
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
+            config = self.configs["progressive"]
+            if config.cache_activations and config.trunk_strategy == "qlora" and phase.trains == "newest":
+                print_on_first_rank(
+                    "no activation cache: the trunk's adapters train (--trunk-strategy qlora)"
+                )
             code = self._train(phase)
             if code != EXIT_OK or self._is_stopped(phase):
                 return code
             gc.collect()
+        # Again where nothing was left: a kill may have come in between.
         folder = on_first_rank(lambda: publish_rack(self.save, self.phases[-1].name))
         print_on_first_rank(f"the rack is complete: {folder}")
         return EXIT_OK
