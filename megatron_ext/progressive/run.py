@@ -20,7 +20,6 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
@@ -28,20 +27,17 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.platform.memory import memory_use
 from megatron_ext.progressive.activation_cache import check_cache_directory
+from megatron_ext.progressive.checks import check_history, check_settings
 from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.family import ProgressiveFamily, Trunk, stack_bytes
 from megatron_ext.progressive.history import (
     Finished,
     History,
     publish_rack,
-    read_history,
     write_history,
 )
 from megatron_ext.progressive.objectives import reserve_mask_token
 from megatron_ext.progressive.phases import Phase, check_phases, configs_of, plan_phases
-from megatron_ext.progressive.plan import frozen_below
-from megatron_ext.progressive.quantization import is_packed, packing
-from megatron_ext.progressive.rack import Rack
 from megatron_ext.training import random_state
 from megatron_ext.training.agreement import gather, on_first_rank
 from megatron_ext.training.checkpoint import Progress, print_on_first_rank
@@ -49,7 +45,7 @@ from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.dry_run import planned_world_size
 from megatron_ext.training.family import Family
 from megatron_ext.training.loop import EXIT_OK, Data
-from megatron_ext.training.progress import gibibytes
+from megatron_ext.training.progress import compact
 from megatron_ext.training.run import RunOptions, check_run, pretrain, process_group, train
 
 
@@ -67,7 +63,7 @@ def run(configs: dict[str, Any]) -> int:
         last = configs_of(configs, phases[-1])
         return pretrain(last, lambda _, __: [ProgressiveFamily(configs["progressive"], phases[-1].rack)])
     phases = _phases(configs, distributed.world_size())
-    _check(configs, phases)
+    check_settings(configs, phases)
     tokenizer = check_run(configs_of(configs, phases[-1]))
     check_cache_directory(configs["progressive"], _identity(configs, tokenizer))
     with process_group(configs):
@@ -93,60 +89,6 @@ def _phases(configs: dict[str, Any], world_size: int) -> list[Phase]:
     )
     check_phases(configs, phases, world_size)
     return phases
-
-
-def _check(configs: dict[str, Any], phases: list[Phase]) -> None:
-    """Raises `ValueError` for what contradicts itself, or the training that is there already."""
-    checkpoint: CheckpointConfig = configs["checkpoint"]
-    config: ProgressiveConfig = configs["progressive"]
-    if checkpoint.save is None:
-        raise ValueError("--save: missing; every stack grows from the checkpoint of the one before")
-    if checkpoint.load is not None and Path(checkpoint.load).resolve() != Path(checkpoint.save).resolve():
-        raise ValueError(
-            f"--load {checkpoint.load}: a progressive training goes on in --save, which is {checkpoint.save}"
-        )
-    for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step"):
-        value = getattr(checkpoint, name)
-        if value not in (None, False):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: a progressive training goes on from its own checkpoints, whole")
-    if config.training_objective == "custom":
-        raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
-    if configs["training"].skip_train:
-        raise ValueError("--skip-train: there is nothing to do for it here; see tools/evaluate.py")
-    tied = not configs["model"].untie_embeddings_and_output_weights
-    if tied and config.enabled and config.num_stacks > 1 and not config.train_embedding:
-        raise ValueError(
-            "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
-        )
-    for precision in {config.trunk_precision, *(stack.precision for stack in phases[-1].rack.stacks)}:
-        if is_packed(precision):
-            packing(str(precision))  # its library is there
-    caches = any(frozen_below(phase.rack, config, phase.trains) for phase in phases)
-    if config.cache_dir is not None and not (caches and config.cache_activations):
-        raise ValueError(
-            f"--cache-dir {config.cache_dir}: there is nothing to cache; that needs --cache-activations, --trunk-strategy "
-            "frozen, an appended stack, and an embedding that does not train"
-        )
-    _check_history(Path(checkpoint.save), phases)
-
-
-def _check_history(save: Path, phases: list[Phase]) -> History:
-    history = read_history(save)
-    there, planned = history.rack.stacks, phases[-1].rack.stacks
-    if len(there) > len(planned):
-        raise ValueError(f"--target-stacks {len(planned)}: the rack in {save} has {len(there)} stacks")
-    if history.rack not in (Rack(), *(phase.rack for phase in phases)):
-        told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
-        raise ValueError(
-            f"--n-blocks, --building-mode, --new-stack-precision: the rack in {save} was made otherwise "
-            f"(stack:layers:precision, from the embedding: {told})"
-        )
-    names = [phase.name for phase in phases]
-    for place, phase in enumerate(history.finished):
-        if place >= len(names) or phase.name != names[place]:
-            raise ValueError(f"--save {save}: holds {phase.name}, which is not of this training")
-    return history
 
 
 class Growth:
@@ -188,7 +130,7 @@ class Growth:
         self.cache_identity = _identity(configs, tokenizer)
         self.save = Path(configs["checkpoint"].save)
         self.started = time.monotonic()
-        self.history = on_first_rank(lambda: _check_history(self.save, phases))
+        self.history = on_first_rank(lambda: check_history(self.save, phases))
         copies = parallel_state.get_data_parallel_world_size()
         self.global_batch_size = configs["training"].resolved_global_batch_size(copies)
 
@@ -290,7 +232,7 @@ class Growth:
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         weights = ", ".join(
-            f"stack {stack.index} ({stack.precision}) {gibibytes(sizes[stack.index])}"
+            f"stack {stack.index} ({stack.precision}) {compact(sizes[stack.index])}B"
             for stack in phase.rack.stacks
         )
         print_on_first_rank(

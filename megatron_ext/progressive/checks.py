@@ -1,0 +1,85 @@
+"""What a progressive training from the command line must not be: contradictory, or another than its directory's.
+
+All is found out before the process group starts, and nothing is written. What the configuration alone tells is checked
+in `config`, the models and schedules of the phases in `phases`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.history import History, read_history
+from megatron_ext.progressive.phases import Phase
+from megatron_ext.progressive.plan import frozen_below
+from megatron_ext.progressive.quantization import is_packed, packing
+from megatron_ext.progressive.rack import Rack
+
+
+def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
+    """Raises `ValueError` for what contradicts itself, or the training that is there already.
+
+    Args:
+        configs: as `run.run` takes them.
+        phases: of the training.
+    """
+    checkpoint: CheckpointConfig = configs["checkpoint"]
+    config: ProgressiveConfig = configs["progressive"]
+    if checkpoint.save is None:
+        raise ValueError("--save: missing; every stack grows from the checkpoint of the one before")
+    if checkpoint.load is not None and Path(checkpoint.load).resolve() != Path(checkpoint.save).resolve():
+        raise ValueError(
+            f"--load {checkpoint.load}: a progressive training goes on in --save, which is {checkpoint.save}"
+        )
+    for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step"):
+        value = getattr(checkpoint, name)
+        if value not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: a progressive training goes on from its own checkpoints, whole")
+    if config.training_objective == "custom":
+        raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
+    if configs["training"].skip_train:
+        raise ValueError("--skip-train: there is nothing to do for it here; see tools/evaluate.py")
+    tied = not configs["model"].untie_embeddings_and_output_weights
+    if tied and config.enabled and config.num_stacks > 1 and not config.train_embedding:
+        raise ValueError(
+            "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
+        )
+    _check_stacks(config, phases)
+    check_history(Path(checkpoint.save), phases)
+
+
+def _check_stacks(config: ProgressiveConfig, phases: list[Phase]) -> None:
+    """Raises `ValueError` where a precision's library is missing, or a cache is asked for that nothing would use."""
+    for precision in {config.trunk_precision, *(stack.precision for stack in phases[-1].rack.stacks)}:
+        if is_packed(precision):
+            packing(str(precision))  # its library is there
+    caches = any(frozen_below(phase.rack, config, phase.trains) for phase in phases)
+    if config.cache_dir is not None and not (caches and config.cache_activations):
+        raise ValueError(
+            f"--cache-dir {config.cache_dir}: nothing is cached: that needs --cache-activations, a frozen trunk, "
+            "an appended stack, and an embedding that does not train"
+        )
+
+
+def check_history(save: Path, phases: list[Phase]) -> History:
+    """How far the training in a directory has come.
+
+    Raises:
+        ValueError: it is another training than that of `phases`, or has come further.
+    """
+    history = read_history(save)
+    there, planned = history.rack.stacks, phases[-1].rack.stacks
+    if len(there) > len(planned):
+        raise ValueError(f"--target-stacks {len(planned)}: the rack in {save} has {len(there)} stacks")
+    if history.rack not in (Rack(), *(phase.rack for phase in phases)):
+        told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
+        raise ValueError(
+            f"--n-blocks, --building-mode, --new-stack-precision: the rack in {save} was made otherwise "
+            f"(stack:layers:precision, from the embedding: {told})"
+        )
+    names = [phase.name for phase in phases]
+    for place, phase in enumerate(history.finished):
+        if place >= len(names) or phase.name != names[place]:
+            raise ValueError(f"--save {save}: holds {phase.name}, which is not of this training")
+    return history
