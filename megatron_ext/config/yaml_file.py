@@ -1,7 +1,8 @@
 """Reads a configuration file into command-line arguments.
 
-The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by concern name, or both. As its values
-become arguments, they go through the same checks as what a user types.
+The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by concern name, or both; a section may
+stand inside another one (document 004 has `training: {progressive: ...}`). As its values become arguments, they go
+through the same checks as what a user types.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -101,6 +102,16 @@ def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str
         raise ValueError(f"--config {path}: must be a mapping of flags, it is a {type(content).__name__}")
     for key, value in content.items():
         if key in sections and isinstance(value, dict):
-            yield from ((key, str(inner), inner_value) for inner, inner_value in value.items())
+            yield from _read_section(key, value, sections)
         else:
             yield None, str(key), value
+
+
+def _read_section(
+    section: str, values: Mapping[Any, Any], sections: Container[str]
+) -> Iterator[tuple[str, str, Any]]:
+    for key, value in values.items():
+        if key in sections and isinstance(value, dict):
+            yield from _read_section(key, value, sections)
+        else:
+            yield section, str(key), value

@@ -1,0 +1,33 @@
+"""The example files of progressive training are valid command lines, and say what their names promise."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config.cli import parse
+from megatron_ext.config.concerns import TRAINING
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.defaults import run_defaults
+
+FOLDER = Path(__file__).parents[2] / "examples" / "progressive"
+REST = ["--data-path", "corpus", "--tokenizer-type", "ByteLevelTokenizer", "--save", "racks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "append_frozen",
+            {"trunk_strategy": "frozen", "building_mode": ("append",), "cache_activations": True},
+        ),
+        ("qlora_trunk", {"trunk_strategy": "qlora", "trunk_precision": "qlora", "joint_steps": 50}),
+        ("prepend_masked", {"building_mode": ("prepend",), "training_objective": "mlm"}),
+    ],
+)
+def test_an_example_file_parses_to_what_it_promises(name: str, expected: dict[str, object]) -> None:
+    concerns = {**TRAINING, "progressive": ProgressiveConfig}
+    configs = parse(concerns, ["--config", str(FOLDER / f"{name}.yaml"), *REST], defaults=run_defaults)
+    found = vars(configs["progressive"])
+    assert {key: found[key] for key in expected} == expected
+    assert configs["progressive"].num_stacks == 3
+    assert configs["model"].untie_embeddings_and_output_weights
