@@ -153,14 +153,17 @@ def build_stepper(
     model: ModelConfig = MODEL,
     lr: float = 5e-3,
     micro: int = 1,
+    bf16: bool = False,
 ) -> tuple[Stepper, list[GPTModel]]:
     """A model and what trains it; in every process of the cut."""
     initialize(parallel, seed=1)
-    chunks = build_model(model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=[family.extension()])
+    chunks = build_model(
+        model, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=[family.extension()]
+    )
     family.prepare_model(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=False)
+    wrapped = wrap_model(chunks, parallel, bf16=bf16)
     settings = OptimizerSettings(lr=lr, lr_decay_style="constant", weight_decay=0.0)
-    optimizer = build_optimizer(settings, parallel, wrapped, [family], bf16=False)
+    optimizer = build_optimizer(settings, parallel, wrapped, [family], bf16=bf16)
     scheduler = build_scheduler(settings, TrainingConfig(train_iters=100), optimizer, GLOBAL_BATCH_SIZE)
     stepper = Stepper(
         wrapped,
@@ -182,11 +185,11 @@ def train(
     num_samples: int = 8,
     model: ModelConfig = MODEL,
     first: int = 0,
-    data_seed: int = 0,
+    bf16: bool = False,
 ) -> Trained:
     """Trains from the same initial weights; evaluates at the end."""
-    stepper, _ = build_stepper(parallel, family, model)
-    data = batches(num_samples, first=first, seed=data_seed)
+    stepper, _ = build_stepper(parallel, family, model, bf16=bf16)
+    data = batches(num_samples, first=first)
     trained = Trained()
     for iteration in range(1, steps + 1):
         result = stepper.train(data, iteration)

@@ -13,8 +13,10 @@ import torch
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.progressive import activation_cache
 from megatron_ext.progressive.activation_cache import ActivationCache, check_cache_directory
+from megatron_ext.progressive.trunk import trunk_fingerprint
 from megatron_ext.testing.distributed import run_distributed
 from megatron_ext.testing.training import CUTS, WORLD_SIZES, with_full_recompute
+from tests.progressive.helpers import DUAL, STACK, build
 from tests.progressive.objective_helpers import (
     MLM,
     MODEL,
@@ -42,6 +44,7 @@ class Case:
     trunk: int = 2
     config: Any = MLM
     model: Any = MODEL
+    bf16: bool = False
 
 
 CASES = {
@@ -50,6 +53,7 @@ CASES = {
     "time embedding": Case(ParallelConfig(), 1, config=INPUT),
     "clm": Case(ParallelConfig(), 1, config=CLM),
     "dropout above the trunk": Case(ParallelConfig(), 1, model=DROPOUT),
+    "bf16": Case(CUTS["TP2+SP"], 2, bf16=True),
     "recomputed": Case(with_full_recompute(ParallelConfig()), 1, trunk=1),
     "PP2, trunk ends on the second stage": Case(CUTS["PP2"], 2, trunk=3),
     "PP2 recomputed, trunk ends on the first stage": Case(with_full_recompute(CUTS["PP2"]), 2, trunk=1),
@@ -73,6 +77,7 @@ def _both(cases: dict[str, Case], folder: str) -> dict[str, dict[str, Trained]]:
                 ObjectiveFamily(config, trunk_layers=case.trunk, cached=cached),
                 STEPS,
                 model=case.model,
+                bf16=case.bf16,
             )
             for way, (config, cached) in ways.items()
         }
@@ -108,8 +113,8 @@ def test_the_second_epoch_hits_and_on_disk_the_second_run_from_its_first_step(
     found = _runs(CASES[name].world_size, str(folder))[0][name]
     rates = {way: [v["cache/hit_rate"] for v in found[way].values] for way in found if way != "uncached"}
     assert rates == {"memory": [0, 0, 1, 1], "disk": [0, 0, 1, 1], "disk again": [1, 1, 1, 1]}
-    holders = 2 if name.startswith("TP2") and not name.endswith("SP") else 1
-    size = 8 * MODEL.seq_length * MODEL.hidden_size * 4 * holders
+    holders = 2 if name == "TP2" else 1
+    size = 8 * MODEL.seq_length * MODEL.hidden_size * (2 if CASES[name].bf16 else 4) * holders
     assert {found[way].values[-1]["cache/bytes"] for way in rates} == {size}
 
 
@@ -162,7 +167,7 @@ def _stale(folder: str) -> dict[str, tuple[float, float]]:
         "the embedding": {"change": "embedding.word_embeddings.weight"},
         "the time embedding": {"change": "objective.projection"},
         "the mask seed": {"mask_seed": 2},
-        "the data": {"data_seed": 2},
+        "the data": {"data_seed": 3},
         "the micro-batch": {"micro": 2},
         "the norm's epsilon": {"model": replace(MODEL, norm_epsilon=1e-3)},
         "a weight above": {"change": "decoder.layers.2.mlp.linear_fc2.weight"},
@@ -180,6 +185,23 @@ def test_a_stale_cache_is_never_used(tmp_path: Path) -> None:
     expected = dict.fromkeys(found, (1.0, 0.0))
     expected["a weight above"] = expected["the head"] = (1.0, 1.0)
     assert found == expected
+
+
+def _fingerprints() -> list[bytes]:
+    """Of trunks with equal weights."""
+    other_alpha = replace(DUAL, adapters={**DUAL.adapters, "stack": replace(STACK, alpha=9)})
+    plans = [{0: DUAL}, {0: DUAL}, {0: other_alpha}, {0: replace(DUAL, precision="full")}, {0: DUAL, 2: DUAL}]
+    found = []
+    for plan in plans:
+        chunks = build(plan)
+        found.append(trunk_fingerprint(chunks, [], 2, {}))
+    return [*found, trunk_fingerprint(chunks, [], 1, {}), trunk_fingerprint(chunks, [], 2, {"seed": 2})]
+
+
+def test_the_fingerprint_knows_adapters_precision_depth_and_identity() -> None:
+    first, same, alpha, precision, above, depth, identity = run_distributed(_fingerprints, 1)[0]
+    assert first == same == above
+    assert len({first, alpha, precision, depth, identity}) == 5
 
 
 def _changed_while_running() -> list[float]:
