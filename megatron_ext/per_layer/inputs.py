@@ -142,12 +142,15 @@ class PerLayerInputs(StageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Keys `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every cut."""
+        """Global names `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every cut,
+        under this stage's own: those of `state_dict`.
+        """
         state: dict[str, Any] = {}
-        for number, layer in zip(self.stage.layer_numbers, self.weights(), strict=True):
+        for place, (number, layer) in enumerate(zip(self.stage.layer_numbers, self.weights(), strict=True)):
             for name, part in cast(Iterator[tuple[str, ShardedWeight]], layer.named_children()):
-                part_prefix = f"{prefix}layers.{number}.{name}."
-                state |= part.sharded_state_dict(part_prefix, sharded_offsets, metadata)
+                own, in_model = (f"{prefix}layers.{index}.{name}." for index in (place, number))
+                shards = part.sharded_state_dict(in_model, sharded_offsets, metadata)
+                state |= {own + key.removeprefix(in_model): shard for key, shard in shards.items()}
         # The copies of later stages are replicas of the first one's.
         replica = (self.stage.layer_numbers[0], 0, self.groups.dp_cp.rank())
         key = f"{prefix}norm.weight"

@@ -46,14 +46,16 @@ from megatron_ext.training.dry_run import planned_world_size
 from megatron_ext.training.family import Family
 from megatron_ext.training.loop import EXIT_OK, Data
 from megatron_ext.training.progress import compact
-from megatron_ext.training.run import RunOptions, check_run, pretrain, process_group, train
+from megatron_ext.training.run import MakeFamilies, RunOptions, check_run, pretrain, process_group, train
 
 
-def run(configs: dict[str, Any]) -> int:
+def run(configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tokenizer: []) -> int:
     """Trains; returns the process's exit code.
 
     Args:
         configs: `config.concerns.TRAINING` and `progressive` (ProgressiveConfig).
+        make_others: makes the other families of a phase's run from its configurations; what they have in the trunk's
+            layers is carried over, and trains as they say.
 
     Raises:
         ValueError, OSError: a user's mistake, told in one line.
@@ -67,7 +69,7 @@ def run(configs: dict[str, Any]) -> int:
     tokenizer = check_run(configs_of(configs, phases[-1]))
     check_cache_directory(configs["progressive"], _identity(configs, tokenizer))
     with process_group(configs):
-        return Growth(configs, phases, tokenizer).run()
+        return Growth(configs, phases, tokenizer, make_others=make_others).run()
 
 
 def _identity(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -102,6 +104,7 @@ class Growth:
         *,
         data: Data | None = None,
         frozen: Mapping[int, str] | None = None,
+        make_others: MakeFamilies = lambda configs, tokenizer: [],
     ) -> None:
         """Collective.
 
@@ -111,12 +114,14 @@ class Growth:
             tokenizer: of the data; a mask token is added to it where the objective asks for one.
             data: batches of the caller's, in place of --data-path.
             frozen: stack index -> `frozen` or `qlora`, for stacks that are treated so whatever the strategy.
+            make_others: see `run`.
 
         Raises:
             ValueError: the directory holds another training.
         """
         self.data = data
         self.frozen = dict(frozen or {})
+        self.make_others = make_others
         self.losses: dict[str, list[float]] = {}
         """Name of each phase of this command -> its losses, step by step."""
 
@@ -193,7 +198,7 @@ class Growth:
             samples=sum(each.steps for each in self.phases) * self.global_batch_size,
             epoch_samples=self.configs["progressive"].epoch_samples,
         )
-        families: list[Family] = [family]
+        families: list[Family] = [*self.make_others(configs, self.tokenizer), family]
         try:
             return train(configs, self.tokenizer, families, options)
         finally:

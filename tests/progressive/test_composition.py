@@ -1,0 +1,101 @@
+"""The families in one model: per-layer embedding, NPT layers and a grown stack, at every cut, saved and resumed."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.config.cli import parse
+from megatron_ext.config.concerns import TRAINING
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.family import NPTFamily
+from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.per_layer.family import PerLayerFamily
+from megatron_ext.platform import distributed
+from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.progressive.defaults import run_defaults
+from megatron_ext.progressive.run import run
+from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.training.family import Family
+from tests.progressive.run_helpers import FLAGS, losses_of, stored, write_data
+
+GROWTH = (
+    "--target-stacks",
+    "2",
+    "--stack-steps",
+    "3",
+    "--no-cache-activations",
+    "--building-mode",
+    "prepend",
+)
+CUTS = {
+    "TP1": (),
+    "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    "PP2": ("--pipeline-model-parallel-size", "2"),
+}
+Result = tuple[list[float], dict[str, torch.Tensor]]
+
+
+def others(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
+    """PLE in all layers, NP components in every second one."""
+    per_layer = PerLayerConfig(
+        use_per_layer_embedding=True, per_layer_hidden_size=8, per_layer_strategy="identity"
+    )
+    layers = ",".join(map(str, range(1, configs["model"].num_layers, 2)))
+    plastic = NPTModuleConfig(npt_layers=layers, np_rank=4, freeze_base=False)
+    return [PerLayerFamily(per_layer, tokenizer.vocab_size), NPTFamily(plastic)]
+
+
+def train(data: str, save: str, *flags: str) -> list[float]:
+    distributed.shutdown = lambda: None
+    arguments = [*FLAGS, "--data-path", data, "--save", save, *GROWTH, *flags]
+    configs = parse({**TRAINING, "progressive": ProgressiveConfig}, arguments, defaults=run_defaults)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert run(configs, others) == 0
+    return losses_of(output.getvalue())
+
+
+def at_cuts(data: str, folder: str, cuts: list[str]) -> dict[str, Result]:
+    found = {}
+    for cut in cuts:
+        losses = train(data, f"{folder}/{cut}", *CUTS[cut])
+        for stop in (("--exit-interval", "5"), ()):
+            train(data, f"{folder}/{cut} resumed", *CUTS[cut], *stop)
+        found[cut] = losses, stored(f"{folder}/{cut}", "progressive_rack")
+        found[f"{cut} resumed"] = losses, stored(f"{folder}/{cut} resumed", "progressive_rack")
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    folder = tmp_path_factory.mktemp("composition")
+    data = write_data(Path(folder))
+    single: dict[str, Result] = run_distributed(at_cuts, 1, data, str(folder), ["TP1"])[0]
+    return single | run_distributed(at_cuts, 2, data, str(folder), ["TP2", "PP2"])[0]
+
+
+@pytest.mark.parametrize("cut", ["TP2", "PP2"])
+def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
+    results: dict[str, Result], cut: str
+) -> None:
+    assert len(results[cut][0]) == 6
+    assert results[cut][0] == pytest.approx(results["TP1"][0], rel=2e-4)
+    names = results["TP1"][1]
+    for part in (
+        "per_layer.layers.3.",
+        "decoder.layers.3.feed_forward.",
+        "decoder.layers.3.mlp.linear_fc1.adapters",
+    ):
+        assert any(name.startswith(part) for name in names), part
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_their_resumed_training_ends_with_the_same_bits(results: dict[str, Result], cut: str) -> None:
+    whole, resumed = results[cut][1], results[f"{cut} resumed"][1]
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
