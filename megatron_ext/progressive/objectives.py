@@ -24,7 +24,7 @@ from megatron_ext.progressive.time_steps import TIME_STEP
 from megatron_ext.training.family import Batch
 from megatron_ext.training.output_loss import OutputLoss, masked_mean
 
-ACCURACY = "masked/accuracy"
+ACCURACY = "masked/token_accuracy"
 """Value of an evaluation: share of the counted tokens whose most likely prediction is right."""
 
 MASK_TOKENS = ("<|mask|>", "[MASK]", "<mask>")

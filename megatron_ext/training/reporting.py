@@ -121,7 +121,7 @@ class Reporter:
         Args:
             iteration: steps done so far.
             losses: mean losses by name; the perplexity is added, but not for a layer's own loss (a name with `/`), of
-                which only ratios (`..._ratio`) are printed.
+                which only ratios (`..._ratio`) and accuracies are printed.
             consumed_samples: sequences used in training so far.
             split: `validation` or `test`; part of the tags.
         """
@@ -130,7 +130,7 @@ class Reporter:
         shown = []
         for name, loss in losses.items():
             self._scalar(f"{name} {split}", loss, iteration, consumed_samples)
-            if name.endswith("_ratio"):
+            if name.endswith(("_ratio", "_accuracy")):
                 shown.append(f"{name.rpartition('/')[2].replace('_', ' ')} {loss:.4f}")
             if "/" in name:
                 continue

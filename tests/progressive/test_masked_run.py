@@ -79,8 +79,9 @@ def test_a_cache_on_disk_and_one_in_memory_give_the_same_losses(runs: dict[str, 
 
 def test_hits_and_the_accuracy_on_masked_tokens_are_in_the_log(runs: dict[str, Any]) -> None:
     assert list(runs["curves"]["cache/hit_rate"]) == [0, 0, 0, 1, 1, 1]
-    (name,) = (name for name in runs["curves"] if "masked/accuracy" in name and "samples" not in name)
+    (name,) = (name for name in runs["curves"] if "masked/token_accuracy" in name and "samples" not in name)
     assert all(0 <= value <= 1 for value in runs["curves"][name])
+    assert "token accuracy 0." in runs["on disk"][1]
 
 
 def test_the_tool_samples_from_the_complete_rack(runs: dict[str, Any]) -> None:
