@@ -139,6 +139,13 @@ def grow_at_cuts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors
             stored(save, "progressive_stack_0"),
             stored(save, "progressive_stack_1"),
         )
+    outputs = [
+        train(data, f"{folder}/changing", *flags, "--target-stacks", str(target), *cut)[1]
+        for target, cut in enumerate(CUTS.values(), start=1)
+    ]
+    losses = [loss for output in outputs for loss in losses_of(output)]
+    phases = [stored(f"{folder}/changing", f"progressive_stack_{i}") for i in range(2)]
+    results["another cut for every stack"] = losses, phases[0], phases[1]
     return results
 
 
@@ -151,7 +158,7 @@ def at_cuts(
     return found
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [*CUTS, "another cut for every stack"])
 def test_growth_at_every_cut_equals_the_single_process(
     at_cuts: dict[str, tuple[list[float], Tensors, Tensors]],
     grown: tuple[list[Tensors], list[float]],
