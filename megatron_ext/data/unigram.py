@@ -27,6 +27,13 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
     return float(-(data * log_p).sum() / data.sum())
 
 
+def unigram_accuracy(train_prefix: str, data_prefix: str, vocab_size: int) -> float:
+    """How often the training data's most frequent token is the right guess on other data; arguments as above."""
+    guess = int(token_counts(train_prefix, vocab_size).argmax())
+    data = token_counts(data_prefix, vocab_size)
+    return float(data[guess] / data.sum())
+
+
 def token_counts(prefix: str, vocab_size: int) -> npt.NDArray[np.float64]:
     """How often every token id occurs in an indexed dataset, [V]."""
     counts = np.zeros(vocab_size, dtype=np.float64)
