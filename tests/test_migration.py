@@ -43,6 +43,8 @@ NEEDED = {
     " --train-iters 10 --vocab-file vocab.json --merge-file merges.txt --use-per-layer-embedding",
     "pretrain_npt.py": "--num-layers 40 --hidden-size 512 --num-attention-heads 8 --seq-length 128 --lr 1e-3"
     " --train-iters 10 --tokenizer-type NullTokenizer --vocab-size 64 --save out",
+    "pretrain_progressive.py": "--num-layers 1 --hidden-size 512 --num-attention-heads 8 --seq-length 128 --lr 1e-3"
+    " --train-iters 1 --tokenizer-type NullTokenizer --vocab-size 64 --training-objective mlm",
     "tools/evaluate_npt.py": "--checkpoint run --data-path held_out",
     "tools/preprocess_data.py": "--input in.jsonl --output-prefix out --vocab-file vocab.json --merge-file merges.txt",
     "tools/preprocess_per_layer_data.py": "--output-prefix out --per-layer-output-prefix out_per_layer"

@@ -8,11 +8,14 @@ import torch
 
 from megatron_ext.data.sample_ids import sample_ids
 from megatron_ext.platform import distributed
-from megatron_ext.progressive.builder import ProgressiveRackBuilder, create_stack_from_config
-from megatron_ext.progressive.data_loader import ProgressiveDataLoader
-from megatron_ext.progressive.masking import TimeStepMasking
-from megatron_ext.progressive.stackwise_config import StackWiseConfig
-from megatron_ext.progressive.trainer import ProgressiveTrainer
+from megatron_ext.progressive import (
+    ProgressiveDataLoader,
+    ProgressiveRackBuilder,
+    ProgressiveTrainer,
+    StackWiseConfig,
+    TimeStepMasking,
+    create_stack_from_config,
+)
 from megatron_ext.testing.distributed import run_distributed
 
 DOCUMENT = """
