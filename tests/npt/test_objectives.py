@@ -1,7 +1,7 @@
 """What NPT trains for: each loss against a plain float64 computation, and the same training at every cut."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
