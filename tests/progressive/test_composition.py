@@ -27,7 +27,7 @@ GROWTH = (
     "--target-stacks",
     "2",
     "--stack-steps",
-    "3",
+    "2",
     "--no-cache-activations",
     "--building-mode",
     "prepend",
@@ -64,10 +64,11 @@ def at_cuts(data: str, folder: str, cuts: list[str]) -> dict[str, Result]:
     found = {}
     for cut in cuts:
         losses = train(data, f"{folder}/{cut}", *CUTS[cut])
-        for stop in (("--exit-interval", "5"), ()):
+        for stop in (("--exit-interval", "3"), ()) if cut != "TP1" else ():
             train(data, f"{folder}/{cut} resumed", *CUTS[cut], *stop)
         found[cut] = losses, stored(f"{folder}/{cut}", "progressive_rack")
-        found[f"{cut} resumed"] = losses, stored(f"{folder}/{cut} resumed", "progressive_rack")
+        if cut != "TP1":
+            found[f"{cut} resumed"] = losses, stored(f"{folder}/{cut} resumed", "progressive_rack")
     return found
 
 
@@ -83,7 +84,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
     results: dict[str, Result], cut: str
 ) -> None:
-    assert len(results[cut][0]) == 6
+    assert len(results[cut][0]) == 4
     assert results[cut][0] == pytest.approx(results["TP1"][0], rel=2e-4)
     names = results["TP1"][1]
     for part in (
@@ -94,7 +95,7 @@ def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
         assert any(name.startswith(part) for name in names), part
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["TP2", "PP2"])
 def test_their_resumed_training_ends_with_the_same_bits(results: dict[str, Result], cut: str) -> None:
     whole, resumed = results[cut][1], results[f"{cut} resumed"][1]
     assert whole.keys() == resumed.keys()

@@ -131,7 +131,8 @@ CUTS = {
 def grow_at_cuts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors, Tensors]]:
     results = {}
     flags = ("--building-mode", "prepend", "append", "--growth-init", "zero", *STEPS, "--target-stacks", "3")
-    for name, cut in CUTS.items():
+    for name in ("TP2", "PP2"):
+        cut = CUTS[name]
         save = f"{folder}/{name}"
         _, output = train(data, save, *flags, *cut)
         results[name] = (
@@ -158,7 +159,7 @@ def at_cuts(
     return found
 
 
-@pytest.mark.parametrize("cut", [*CUTS, "another cut for every stack"])
+@pytest.mark.parametrize("cut", ["TP2", "PP2", "another cut for every stack"])
 def test_growth_at_every_cut_equals_the_single_process(
     at_cuts: dict[str, tuple[list[float], Tensors, Tensors]],
     grown: tuple[list[Tensors], list[float]],
