@@ -20,6 +20,10 @@ run() { # prints the command so that it can be pasted, then runs it
 }
 torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
 
+if [ -e "$out" ] && [ ! -d "$out/pretrained" ] && [ -n "$(ls -A "$out")" ]; then
+    echo "error: $out: holds something that this script did not make" >&2
+    exit 2
+fi
 rm -rf "$out"
 mkdir -p "$out"
 

@@ -9,9 +9,11 @@ neither                        a model from scratch (with --no-freeze-base)
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.flags import flag_name
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
@@ -143,6 +145,9 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         given: the flags of the command line by field name.
+
+    Raises:
+        OSError: none is there, and the flags do not tell the model's shape either.
     """
     paths = [path for name in ("load", "base_checkpoint") if (path := given.get(name)) is not None]
     step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdigit() else None
@@ -162,7 +167,20 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
         if NPTFamily.name in stored["families"]:
             sections["np"] = stored["families"][NPTFamily.name]["settings"]
         return sections
+    if "base_checkpoint" in given or "num_layers" not in given:
+        raise _no_checkpoint(given)
     return {}
+
+
+def _no_checkpoint(given: Mapping[str, str]) -> FileNotFoundError:
+    name = "base_checkpoint" if "base_checkpoint" in given else "load"
+    path = given[name]
+    hint = (
+        "; a Hugging Face directory is imported with tools/convert_checkpoint.py"
+        if (Path(path) / "config.json").is_file()
+        else ""
+    )
+    return FileNotFoundError(f"{flag_name(name)} {path}: no checkpoint there{hint}")
 
 
 def _has_other_layers(
