@@ -2,7 +2,7 @@
 # The whole story of NPT on two CPU cores, on real text: a small Llama-style base model, to Hugging Face format and back,
 # its upper half converted, trained layer by layer and then together, evaluated beside the base model.
 #
-#     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; about eight minutes
+#     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; under six minutes
 #
 # Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
 set -euo pipefail
