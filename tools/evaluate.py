@@ -2,7 +2,6 @@
 """Measures a checkpoint's perplexity on an indexed dataset; one process, or several under `torchrun`."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +68,11 @@ def main() -> None:
 
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
     loaded = load_model(
         config.load,
         FAMILIES,
         ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size
-        or max(1, processes // config.pipeline_model_parallel_size),
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
     )

@@ -8,7 +8,6 @@ here; npt_layers, rank and modulation_scale must be the checkpoint's; the rest i
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -200,13 +199,11 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
             f"--checkpoint {config.checkpoint}: has no NP components; give --npt-weights, or use tools/evaluate.py"
         )
     _check_expected(config, settings, stored["model"]["num_layers"])
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
     loaded = load_model(
         config.checkpoint,
         FAMILIES,
         ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size
-        or max(1, processes // config.pipeline_model_parallel_size),
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
     )

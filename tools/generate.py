@@ -5,7 +5,6 @@ Token after token with a KV cache (greedy, temperature, top-k, top-p); or, by a 
 from masks that become tokens, the most confident first.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +86,11 @@ def main() -> None:
 
     Sampling(**_sampling(config))  # a mistake in these is told before the model is loaded
     texts = _prompts(config)
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
     loaded = load_model(
         config.load,
         FAMILIES,
         ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size
-        or max(1, processes // config.pipeline_model_parallel_size),
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
     )

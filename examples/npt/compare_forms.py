@@ -128,9 +128,8 @@ def module_of(row: str, init_scale: float) -> Any:
     )
 
 
-def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[str, float]:
-    """Perplexity ratios before and after training, the parameters' share and the seconds of a row."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def run_configs(config: ComparisonConfig, stored: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The configurations of a row's training, on the model of the base's configuration `stored`."""
     from megatron_ext.config.checkpoint import CheckpointConfig
     from megatron_ext.config.concerns import TRAINING
     from megatron_ext.config.data import DataConfig
@@ -139,22 +138,10 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
     from megatron_ext.config.parallel import ParallelConfig
     from megatron_ext.config.serialize import configs_from_dict
     from megatron_ext.config.training import TrainingConfig
-    from megatron_ext.data.tokenizers import build_tokenizer
-    from megatron_ext.inference.perplexity import evaluate_perplexity
-    from megatron_ext.npt.family import NPTFamily
-    from megatron_ext.npt.layers import deactivated
-    from megatron_ext.npt.settings import NPTTrainingConfig
-    from megatron_ext.platform import distributed
-    from megatron_ext.training.base_checkpoint import BaseCheckpoint
-    from megatron_ext.training.run import RunOptions, train
 
-    base = BaseCheckpoint.find(config.base_checkpoint)
-    stored = base.run_config()
-    model = configs_from_dict({"model": TRAINING["model"]}, stored)["model"]
-    tokenizer_config = configs_from_dict({"tokenizer": TRAINING["tokenizer"]}, stored)["tokenizer"]
-    model = replace(model, hidden_dropout=0.0, attention_dropout=0.0)
-    configs: dict[str, Any] = {
-        "model": model,
+    read = configs_from_dict({name: TRAINING[name] for name in ("model", "tokenizer")}, stored)
+    return {
+        "model": replace(read["model"], hidden_dropout=0.0, attention_dropout=0.0),
         "parallel": ParallelConfig(),
         "training": TrainingConfig(
             micro_batch_size=config.micro_batch_size, train_iters=config.steps, eval_iters=0, seed=seed
@@ -163,10 +150,24 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
             lr=config.lr, min_lr=config.lr / 10, lr_decay_style="cosine", lr_warmup_iters=10, weight_decay=0.0
         ),
         "data": DataConfig(data_path=(config.train_data,), split="100,0,0", num_workers=0),
-        "tokenizer": tokenizer_config,
+        "tokenizer": read["tokenizer"],
         "checkpoint": CheckpointConfig(),
         "logging": LoggingConfig(log_interval=50),
     }
+
+
+def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[str, float]:
+    """Perplexity ratios before and after training, the parameters' share and the seconds of a row."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megatron_ext.data.tokenizers import build_tokenizer
+    from megatron_ext.npt.family import NPTFamily
+    from megatron_ext.npt.settings import NPTTrainingConfig
+    from megatron_ext.platform import distributed
+    from megatron_ext.training.base_checkpoint import BaseCheckpoint
+    from megatron_ext.training.run import RunOptions, train
+
+    base = BaseCheckpoint.find(config.base_checkpoint)
+    configs = run_configs(config, base.run_config(), seed)
     training = NPTTrainingConfig(
         mode="equivalence",
         equivalence_weight=config.equivalence_weight,
@@ -175,43 +176,54 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
         regularization_weight=config.regularization_weight,
         curriculum_stages=config.curriculum_stages,
     )
-    module = module_of(row, config.np_init_scale)
-    family = NPTFamily(module, training, total_steps=config.steps)
+    family = NPTFamily(module_of(row, config.np_init_scale), training, total_steps=config.steps)
+    converted, length = family.settings.layers(configs["model"].num_layers), configs["model"].seq_length
     found: dict[str, float] = {}
 
-    def ratio(chunks: list[Any]) -> float:
-        def measure() -> float:
-            return evaluate_perplexity(
-                chunks,
-                [family],
-                config.held_out_data,
-                sequence_length=model.seq_length,
-                micro_batch_size=config.micro_batch_size,
-                max_tokens=config.max_tokens,
-            ).loss
-
-        family.begin_step(chunks, None)
-        if "base_perplexity" not in found:
-            with deactivated(chunks):
-                found["base_perplexity"] = math.exp(measure())
-        return math.exp(min(20.0, measure() - math.log(found["base_perplexity"])))
-
     def before(chunks: list[Any]) -> None:
-        trainable = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
-        layer = sum(
-            p.numel() for n, p in chunks[0].decoder.layers[0].named_parameters() if "feed_forward" not in n
-        )
-        found["parameter_share"] = trainable / (layer * len(module.layers(model.num_layers)))
-        found["untrained_ratio"] = ratio(chunks)
+        found["parameter_share"] = parameter_share(chunks, len(converted))
+        found["untrained_ratio"] = perplexity_ratio(config, length, chunks, family, found)
+
+    def after(chunks: list[Any], progress: Any) -> None:
+        found["ratio"] = perplexity_ratio(config, length, chunks, family, found)
 
     started = time.perf_counter()
-    distributed.initialize(ParallelConfig(), seed)
-    options = RunOptions(
-        base=base, prepare=before, finish=lambda chunks, _: found.__setitem__("ratio", ratio(chunks))
-    )
-    train(configs, build_tokenizer(tokenizer_config), [family], options)
+    distributed.initialize(configs["parallel"], seed)
+    options = RunOptions(base=base, prepare=before, finish=after)
+    train(configs, build_tokenizer(configs["tokenizer"]), [family], options)
     found["seconds"] = time.perf_counter() - started
     return found
+
+
+def parameter_share(chunks: list[Any], converted: int) -> float:
+    """What trains, over the own parameters of `converted` layers."""
+    trainable = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+    named = chunks[0].decoder.layers[0].named_parameters()
+    return trainable / (converted * sum(p.numel() for name, p in named if "feed_forward" not in name))
+
+
+def perplexity_ratio(
+    config: ComparisonConfig, length: int, chunks: list[Any], family: Any, found: dict[str, float]
+) -> float:
+    """Perplexity NPT / base on held-out text; the base's is measured once, into `found`."""
+    from megatron_ext.inference.perplexity import evaluate_perplexity
+    from megatron_ext.npt.layers import deactivated
+
+    def measure() -> float:
+        return evaluate_perplexity(
+            chunks,
+            [family],
+            config.held_out_data,
+            sequence_length=length,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens=config.max_tokens,
+        ).loss
+
+    family.begin_step(chunks, None)
+    if "base_perplexity" not in found:
+        with deactivated(chunks):
+            found["base_perplexity"] = math.exp(measure())
+    return math.exp(min(20.0, measure() - math.log(found["base_perplexity"])))
 
 
 if __name__ == "__main__":

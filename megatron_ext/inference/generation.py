@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.family import Family
+from megatron_ext.training.family import Family, side_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +136,6 @@ def _forward(
     inputs = tokens[:, start:end]
     positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
     batch = {"tokens": inputs, "position_ids": positions}
-    side_inputs: dict[str, torch.Tensor] = {}
-    for family in families:
-        side_inputs |= family.side_inputs(batch)
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
@@ -151,7 +148,7 @@ def _forward(
         inputs,
         positions,
         None,
-        side_inputs=side_inputs,
+        side_inputs=side_inputs(families, batch),
         inference_context=context,
         runtime_gather_output=True,
     )

@@ -45,7 +45,7 @@ def load_model(
     families: FamilyTypes,
     *,
     ckpt_step: int | None = None,
-    tensor_model_parallel_size: int = 1,
+    tensor_model_parallel_size: int | None = 1,
     pipeline_model_parallel_size: int = 1,
     bf16: bool = False,
     tokenizer: TokenizerConfig | None = None,
@@ -56,7 +56,7 @@ def load_model(
         path: a directory of checkpoints, or one checkpoint's own.
         families: the families the caller knows.
         ckpt_step: the step to load instead of the newest.
-        tensor_model_parallel_size: the cut; need not be the checkpoint's.
+        tensor_model_parallel_size: the cut; need not be the checkpoint's. None: all processes that the pipeline leaves.
         pipeline_model_parallel_size: likewise.
         bf16: the precision to run in.
         tokenizer: where the tokenizer's files are, if not where training found them.
@@ -70,7 +70,8 @@ def load_model(
     configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
     model: ModelConfig = replace(configs["model"], hidden_dropout=0.0, attention_dropout=0.0)
     parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor_model_parallel_size,
+        tensor_model_parallel_size=tensor_model_parallel_size
+        or max(1, distributed.world_size() // pipeline_model_parallel_size),
         pipeline_model_parallel_size=pipeline_model_parallel_size,
     )
     validate(model, parallel)

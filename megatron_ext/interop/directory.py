@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ext.training.checkpoint_files import fsync_path
+
 
 def check_free(target: str | Path, flag: str, *, overwrite: bool = False) -> None:
     """Raises unless a directory can be written at `target`.
@@ -54,11 +56,11 @@ def complete_directory(target: str | Path, flag: str, *, overwrite: bool = False
         writing.mkdir()
         yield writing
         for file in writing.rglob("*"):
-            _force_to_disk(file)
+            fsync_path(file)
         if path.exists():
             path.rename(replaced)
         writing.rename(path)
-        _force_to_disk(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         shutil.rmtree(writing, ignore_errors=True)
         reason = error.strerror or str(error)
@@ -67,11 +69,3 @@ def complete_directory(target: str | Path, flag: str, *, overwrite: bool = False
         shutil.rmtree(writing, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_ext.models.base_parameters import base_parameters
+from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.init import CHECKPOINT_METADATA, parameter_shards
 from megatron_ext.training.agreement import gather
@@ -33,7 +33,7 @@ def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None
 def _fill(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> set[str]:
     taken: set[str] = set()
     for chunk in chunks:
-        base = {id(parameter) for parameter in base_parameters(chunk)}
+        base = base_parameter_ids([chunk])
         name, whole = "", torch.empty(0)
         for parameter, shard in parameter_shards(
             chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
@@ -69,7 +69,7 @@ def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
     """
     found: dict[str, torch.Tensor] = {}
     for chunk in chunks:
-        base = {id(parameter) for parameter in base_parameters(chunk)}
+        base = base_parameter_ids([chunk])
         for parameter, shard in parameter_shards(
             chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
         ):

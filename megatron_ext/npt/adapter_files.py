@@ -55,7 +55,7 @@ def write_adapter(
     files.digests(folder, [part.name for part in parts.values()])  # forces them to the disk
     for name, part in parts.items():
         part.replace(folder / name)
-    files.fsync_folder(folder)
+    files.fsync_path(folder)
 
 
 def read_adapter(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from megatron_ext.npt.layers import deactivated
 from megatron_ext.npt.moments import GeneratedVectors, delta_norms
 from megatron_ext.npt.output_loss import log_probabilities
 from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.output_loss import OutputLoss
+from megatron_ext.training.output_loss import HiddenStates, OutputLoss
 from megatron_ext.training.schedule import run_microbatches
 
 SAME_INPUT, FREE_RUNNING = "same_input", "free_running"
@@ -69,7 +69,7 @@ def compare(chunks: list[GPTModel], families: list[Family], steps: Any) -> Findi
     with _Observer(chunks, findings) as observer:
         for step in steps:
             masks = [batch["loss_mask"].to(torch.cuda.current_device()) > 0 for batch in step]
-            outputs = _BaseOutputs()
+            outputs = HiddenStates()
             observer.begin(masks, base=True)
             with deactivated(chunks):
                 run_microbatches(chunks, families, step, outputs, forward_only=True)
@@ -192,29 +192,13 @@ def add_to(totals: dict[Any, Sums], key: Any, sums: Sums) -> None:
     totals[key] = totals[key] + sums if key in totals else sums
 
 
-class _BaseOutputs(OutputLoss):
-    """Keeps what the output layer reads in the base model, in the order of micro-batches."""
-
-    reads = "hidden"
-    names = ()
-
-    def __init__(self) -> None:
-        self.values: list[torch.Tensor] = []
-
-    def __call__(
-        self, model: GPTModel, batch: Batch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.values.append(output)
-        return output.new_zeros(()), {}
-
-
 class _Compare(OutputLoss):
     """Adds up -log p of both models and KL(base || NPT), a few rows of the logits at a time."""
 
     reads = "hidden"
     names = ()
 
-    def __init__(self, base: _BaseOutputs, findings: Findings) -> None:
+    def __init__(self, base: HiddenStates, findings: Findings) -> None:
         self._base = iter(base.values)
         self._findings = findings
 

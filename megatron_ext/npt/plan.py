@@ -115,14 +115,12 @@ class LayerPlan:
         share = 1 / module.tp_group.size() if module.config.sequence_parallel else 1.0
         if self.is_cut_off:
             output = connect(output, student)
-        number = module.layer_number - 1
-        for name, (_, value) in terms.items():
-            LayerLosses.record(f"{name}/layer_{number}", _mean_over_ranks(module, value))
-        if not losses:
-            return output
-        total = share * torch.stack(losses).sum()
-        LayerLosses.record(f"npt_loss/layer_{number}", _mean_over_ranks(module, total / share))
-        return LayerLosses.attach(output, total)
+        values = {name: value for name, (_, value) in terms.items()}
+        total = torch.stack(losses).sum() if losses else None
+        if total is not None:
+            values["npt_loss"] = total
+        _record(module, values)
+        return output if total is None else LayerLosses.attach(output, share * total)
 
     def _terms(
         self,
@@ -177,6 +175,14 @@ class LayerPlan:
                     terms["v_b_norm"] = (0.0, vectors.b_norm())
                 terms["delta_norm"] = (0.0, delta_norms(first, attention_output).mean())
         return terms
+
+
+def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
+    """Logs scalars of a layer, means over this rank's tokens, reduced together."""
+    if values:
+        means = _mean_over_ranks(module, torch.stack([value.detach() for value in values.values()]))
+        for name, mean in zip(values, means, strict=True):
+            LayerLosses.record(f"{name}/layer_{module.layer_number - 1}", mean)
 
 
 def connect(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

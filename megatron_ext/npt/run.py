@@ -36,9 +36,6 @@ from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.family import Family
 from megatron_ext.training.run import RunOptions, pretrain
 
-_SEQUENCE = ("seq_length",)
-"""Of the model's configuration, what a run may choose on its own."""
-
 
 def run(configs: dict[str, Any]) -> int:
     """Trains; returns the process's exit code.
@@ -152,12 +149,11 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
     paths = [path for name in ("load", "base_checkpoint") if (path := given.get(name)) is not None]
     step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdigit() else None
     for path in paths:
-        if find_checkpoint(path, step) is None:
+        folder = find_checkpoint(path, step)
+        if folder is None:
             continue
-        stored = read_run_config(path, step)
+        stored = read_run_config(str(folder))
         if "additional_steps" in given:
-            folder = find_checkpoint(path, step)
-            assert folder is not None
             return stored_run(folder.resolve(), stored, given)
         sections = {
             # Dropout would tell student and teacher apart.

@@ -161,7 +161,7 @@ def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     files.write_text(part, text)
     os.replace(part, path)
-    files.fsync_folder(path.parent)
+    files.fsync_path(path.parent)
 
 
 _LOADER = '''"""Loads a model whose layers were trained one after the other. Written by pretrain_npt.py.

@@ -179,6 +179,6 @@ def replace_final(
     if final.exists():
         final.rename(replaced)
     writing.rename(final)
-    files.fsync_folder(root)
+    files.fsync_path(root)
     if replaced.exists():
         shutil.rmtree(replaced)

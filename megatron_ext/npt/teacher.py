@@ -8,7 +8,6 @@ The cache keeps states by the tokens of a sequence, so that a later epoch finds 
 computed again. It is in the host's memory.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,14 +15,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.data.sample_ids import Id, sample_ids
 from megatron_ext.models.extension import StageModule
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.layer import ExtendedTransformerLayer
 from megatron_ext.npt.layers import deactivated
 from megatron_ext.npt.plan import TEACHER
 from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.output_loss import OutputLoss
-from megatron_ext.training.schedule import run_microbatches
+from megatron_ext.training.output_loss import HiddenStates
+from megatron_ext.training.schedule import run_directly, run_microbatches
 
 OUTPUT = f"{TEACHER}/output"
 """Batch field: what the output layer reads in the teacher, [s, b, h] ([s/t, b, h] under sequence parallel)."""
@@ -61,7 +61,7 @@ class TeacherCache:
     max_bytes: int
     """Largest size on this rank; 0 for no cache."""
 
-    states: dict[bytes, dict[str, torch.Tensor]] = field(default_factory=dict)
+    states: dict[Id, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Digest of a sequence's tokens -> its states, [s, h] each."""
 
     bytes: int = 0
@@ -154,15 +154,9 @@ class Teacher:
 def _directly(
     chunk: GPTModel, families: list[Family], batch: Batch, layers: tuple[int, ...], output: bool
 ) -> dict[str, torch.Tensor]:
-    """One micro-batch through the whole model. Not by the schedule: the student's is under way."""
-    side_inputs: dict[str, torch.Tensor] = {}
-    for family in families:
-        side_inputs |= family.side_inputs(batch)
     recorder = _Recorder([chunk], layers)
-    with recorder, deactivated([chunk]), chunk.without_head():
-        hidden_states = chunk(
-            batch["tokens"], batch["position_ids"], batch.get("attention_mask"), side_inputs=side_inputs
-        )
+    with recorder, deactivated([chunk]):
+        hidden_states = run_directly(chunk, families, batch)
     states = {name: values[0] for name, values in recorder.values.items()}
     return states | ({OUTPUT: hidden_states} if output else {})
 
@@ -175,7 +169,7 @@ def _through_pipeline(
     layers: tuple[int, ...],
     output: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    outputs = _Outputs()
+    outputs = HiddenStates()
     recorder = _Recorder(chunks, layers)
     with recorder, deactivated(chunks):
         run_microbatches(chunks, families, batches, outputs, forward_only=True)
@@ -185,22 +179,6 @@ def _through_pipeline(
     if output and outputs.values:
         states = [s | {OUTPUT: value} for s, value in zip(states, outputs.values, strict=True)]
     return states
-
-
-class _Outputs(OutputLoss):
-    """Collects what the output layer would read, in the order of micro-batches."""
-
-    reads = "hidden"
-    names = ()
-
-    def __init__(self) -> None:
-        self.values: list[torch.Tensor] = []
-
-    def __call__(
-        self, model: GPTModel, batch: Batch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.values.append(output)
-        return output.new_zeros(()), {}
 
 
 class _Recorder:
@@ -232,7 +210,6 @@ class _Recorder:
             chunk.train(training)
 
 
-def _keys(batch: Batch) -> list[bytes]:
-    """A digest of each sequence's tokens and positions."""
-    rows = torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1).cpu()
-    return [hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in rows]
+def _keys(batch: Batch) -> list[Id]:
+    """Ids of the sequences, by their tokens and positions."""
+    return sample_ids(torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1))

@@ -33,12 +33,11 @@ from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.trunk import (
     check_frozen,
     run_trunk,
-    side_inputs,
     trunk_fingerprint,
     trunk_version,
 )
 from megatron_ext.training.agreement import gather
-from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.family import Batch, Family, side_inputs
 
 IDENTITY_FILE = "cache.json"
 

@@ -100,7 +100,7 @@ def write_history(save: Path, history: History) -> None:
     part = save / f".{FILE}.part"
     files.write_text(part, json.dumps(content, indent=1))
     os.replace(part, save / FILE)
-    files.fsync_folder(save)
+    files.fsync_path(save)
 
 
 def publish_rack(save: Path, name: str) -> Path:

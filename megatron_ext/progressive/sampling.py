@@ -19,8 +19,7 @@ from megatron.core import parallel_state
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.objectives import Objective
 from megatron_ext.progressive.time_steps import TIME_STEP, time_step_of_fraction
-from megatron_ext.progressive.trunk import side_inputs
-from megatron_ext.training.family import Family
+from megatron_ext.training.family import Family, side_inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.adapted_layers import adapted_linears
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.output_loss import OutputLoss
-from megatron_ext.training.schedule import run_microbatches
+from megatron_ext.training.schedule import run_directly, run_microbatches
 
 _ABOVE = ("decoder.final_layernorm.", "output_layer.")
 
@@ -152,7 +152,7 @@ def run_trunk(
             run_microbatches(chunks, families, batches, _Nothing(), forward_only=True)
         else:
             for batch in batches:
-                _run_directly(chunks[0], families, batch)
+                run_directly(chunks[0], families, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -160,21 +160,6 @@ def run_trunk(
             chunk.train(was_training)
             chunk.run_layers()
     return outputs
-
-
-def _run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> None:
-    with chunk.without_head():
-        chunk(
-            batch["tokens"],
-            batch["position_ids"],
-            batch.get("attention_mask"),
-            side_inputs=side_inputs(families, batch),
-        )
-
-
-def side_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:
-    """The side inputs of all families."""
-    return {name: value for family in families for name, value in family.side_inputs(batch).items()}
 
 
 class _Nothing(OutputLoss):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext.models.base_parameters import base_parameters
+from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training import checkpoint_tensors as tensors
@@ -86,7 +86,7 @@ class BaseCheckpoint:
         shared = [family for family in families if family.name in stored["families"]]
         ours = {**run_config, "families": {f.name: run_config["families"][f.name] for f in shared}}
         check_same_model(ours, stored, shared, self.folder, finetune=False)
-        base = {id(parameter) for model in models for parameter in base_parameters(model)}
+        base = base_parameter_ids(models)
         shapes = gather(lambda: tensors.stored_shapes(self.folder))[rank]
         wanted = tensors.model_state(models, lambda name, value: name in shapes or id(value) in base)
         tensors.check(wanted, shapes, self.folder, same_vocabulary=stored["vocab_size"] == ours["vocab_size"])

@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
 from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.models.base_parameters import base_parameters
+from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training import checkpoint_tensors as tensors
@@ -167,7 +167,7 @@ class Checkpointer:
 
         On top of a base that is what the base lacks, frozen or not, and what is trained.
         """
-        of_base = {id(parameter) for model in self.models for parameter in base_parameters(model)}
+        of_base = base_parameter_ids(self.models)
 
         def keeps(name: str, value: torch.Tensor) -> bool:
             is_ours = self.base is None or id(value) not in of_base or value.requires_grad
@@ -292,7 +292,7 @@ def load_weights(
     models: list[GPTModel] = unwrap_model(chunks)
     shapes = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
     base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
-    of_base = {id(parameter) for model in models for parameter in base_parameters(model)}
+    of_base = base_parameter_ids(models)
     if base is not None:
         base.load(models, stored, families)
     wanted = tensors.model_state(

@@ -145,10 +145,10 @@ def publish(root: Path, name: str) -> None:
     if target.exists():
         target.rename(replaced)
     writing_folder(root, name).rename(target)
-    fsync_folder(root)
+    fsync_path(root)
     write_text(root / f".{TRACKER}", str(step_of(name)))
     os.replace(root / f".{TRACKER}", root / TRACKER)
-    fsync_folder(root)
+    fsync_path(root)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -182,9 +182,9 @@ def write_tensors(path: Path, value: Any) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def fsync_folder(folder: Path) -> None:
-    """Forces a directory's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Forces a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -200,7 +200,7 @@ def write_checksums(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """Writes the manifest, the last file of a checkpoint, and forces the directories to the disk."""
     write_text(folder / CHECKSUMS, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
     for path in (folder / "rng", folder):
-        fsync_folder(path)
+        fsync_path(path)
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] | None = None) -> None:

@@ -180,6 +180,11 @@ class Family:
         """Takes what `state_dict` gave."""
 
 
+def side_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:
+    """The side inputs of all families of a run."""
+    return {name: value for family in families for name, value in family.side_inputs(batch).items()}
+
+
 def make_batch(families: Iterable[Family], batch: Batch) -> Batch:
     """A micro-batch as all families of a run make it."""
     for family in families:

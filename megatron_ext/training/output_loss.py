@@ -38,6 +38,23 @@ class OutputLoss:
         return loss, {"lm loss": loss.detach().clone()}
 
 
+class HiddenStates(OutputLoss):
+    """No loss: keeps what the output layer would read, [s, b, h] ([s/t, b, h]), in the order of micro-batches."""
+
+    reads = "hidden"
+    names = ()
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []
+
+    def __call__(
+        self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See `OutputLoss`; the scalar is zero."""
+        self.values.append(output)
+        return output.new_zeros(()), {}
+
+
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `values` [b, s] where `mask` [b, s] is not 0, in fp32."""
     mask = mask.reshape(-1).float()

@@ -168,66 +168,28 @@ def train(
     configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family], options: RunOptions = PLAIN
 ) -> int:
     """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
-    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    training: TrainingConfig = configs["training"]
     global_batch_size = training.resolved_global_batch_size(parallel_state.get_data_parallel_world_size())
-    chunks = build_model(
-        model,
-        parallel,
-        vocab_size=tokenizer.vocab_size,
-        seed=training.seed,
-        bf16=training.bf16,
-        extensions=[family.extension() for family in families],
-    )
     run_config = run_configuration(configs, tokenizer)
-    if options.base is not None:
-        named = {**run_config, "families": {family.name: family.configuration() for family in families}}
-        options.base.load(chunks, named, families)
-    for family in families:
-        family.prepare_model(chunks)
-    options.prepare(chunks)
-    wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
-    optimizer = build_optimizer(configs["optimizer"], parallel, wrapped, families, bf16=training.bf16)
-    own = training
-    if options.first_iteration:
-        steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
-        own = replace(training, train_iters=steps, train_samples=None)
-    scheduler = build_scheduler(configs["optimizer"], own, optimizer, global_batch_size)
-    stepper = Stepper(
-        wrapped,
-        families,
-        optimizer,
-        scheduler,
-        global_batch_size=global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        clip_grad=configs["optimizer"].clip_grad,
-        log_params_norm=configs["logging"].log_params_norm,
-    )
+    chunks = _build_model(configs, run_config, families, options)
+    stepper = _build_stepper(configs, chunks, families, options, global_batch_size)
     checkpointer = Checkpointer(
         configs["checkpoint"],
-        chunks=wrapped,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        chunks=stepper.chunks,
+        optimizer=stepper.optimizer,
+        scheduler=stepper.scheduler,
         run_config=run_config,
         families=families,
         base=options.base,
         name=options.checkpoint_name,
         loads_what_fits=options.loads_what_fits,
     )
-    progress = checkpointer.load()
-    if progress is None:
-        options.begin(chunks, optimizer)
-        progress = Progress(iteration=options.first_iteration, consumed_samples=options.first_sample)
-    if configs["optimizer"].override_opt_param_scheduler and training.train_iters is not None:
-        # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
-        done = progress.iteration - options.first_iteration - progress.skipped_steps
-        scheduler_state.move_to(scheduler, done * global_batch_size)
+    progress = _begin(configs, checkpointer, stepper, options)
     data = options.data or _build_data(configs, tokenizer, families, global_batch_size, options)
-    base = model_cost(model, tokenizer.vocab_size, parallel.tensor_model_parallel_size)
-    costs = [base, *(c for family in families if (c := family.cost(model)) is not None)]
     with Reporter(
         configs["logging"],
         total_iterations=training.resolved_train_iters(global_batch_size),
-        flops_per_token=training_flops_per_token(costs),
+        flops_per_token=_flops_per_token(configs, tokenizer.vocab_size, families),
         bf16=training.bf16,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
@@ -240,7 +202,7 @@ def train(
             checkpointer,
             reporter,
             data,
-            sequence_length=model.seq_length,
+            sequence_length=configs["model"].seq_length,
         )
         if training.skip_train:
             return loop.evaluate_only(progress)
@@ -248,6 +210,76 @@ def train(
         if loop.is_complete(progress):
             options.finish(chunks, progress)
         return code
+
+
+def _build_model(
+    configs: dict[str, Any], run_config: dict[str, Any], families: list[Family], options: RunOptions
+) -> list[GPTModel]:
+    """This rank's chunks, the base loaded, frozen where families freeze; not wrapped."""
+    chunks = build_model(
+        configs["model"],
+        configs["parallel"],
+        vocab_size=run_config["vocab_size"],
+        seed=configs["training"].seed,
+        bf16=configs["training"].bf16,
+        extensions=[family.extension() for family in families],
+    )
+    if options.base is not None:
+        named = {**run_config, "families": {family.name: family.configuration() for family in families}}
+        options.base.load(chunks, named, families)
+    for family in families:
+        family.prepare_model(chunks)
+    options.prepare(chunks)
+    return chunks
+
+
+def _build_stepper(
+    configs: dict[str, Any],
+    chunks: list[GPTModel],
+    families: list[Family],
+    options: RunOptions,
+    global_batch_size: int,
+) -> Stepper:
+    """The wrapped model with its optimizer and schedule."""
+    parallel, training = configs["parallel"], configs["training"]
+    wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
+    optimizer = build_optimizer(configs["optimizer"], parallel, wrapped, families, bf16=training.bf16)
+    if options.first_iteration:
+        steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
+        training = replace(training, train_iters=steps, train_samples=None)
+    return Stepper(
+        wrapped,
+        families,
+        optimizer,
+        build_scheduler(configs["optimizer"], training, optimizer, global_batch_size),
+        global_batch_size=global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        clip_grad=configs["optimizer"].clip_grad,
+        log_params_norm=configs["logging"].log_params_norm,
+    )
+
+
+def _begin(
+    configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
+) -> Progress:
+    """Loads the run's checkpoint, or begins a run; how far it has come."""
+    progress = checkpointer.load()
+    if progress is None:
+        options.begin(stepper.models, stepper.optimizer)
+        progress = Progress(iteration=options.first_iteration, consumed_samples=options.first_sample)
+    if configs["optimizer"].override_opt_param_scheduler and configs["training"].train_iters is not None:
+        # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
+        done = progress.iteration - options.first_iteration - progress.skipped_steps
+        scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
+    return progress
+
+
+def _flops_per_token(configs: dict[str, Any], vocab_size: int, families: list[Family]) -> float:
+    model = configs["model"]
+    base = model_cost(model, vocab_size, configs["parallel"].tensor_model_parallel_size)
+    return training_flops_per_token(
+        [base, *(cost for family in families if (cost := family.cost(model)) is not None)]
+    )
 
 
 def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.family import Batch, Family, side_inputs
 from megatron_ext.training.output_loss import OutputLoss
 
 Prepare = Callable[[list[Batch]], Iterable[Batch]]
@@ -69,19 +69,35 @@ def _forward_step(
     families: list[Family], output_loss: OutputLoss, batches: Iterator[Batch], model: Any
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    side_inputs: dict[str, torch.Tensor] = {}
-    for family in families:
-        side_inputs |= family.side_inputs(batch)
     chunk = _unwrapped(model)
     with chunk.without_head() if output_loss.reads == "hidden" else contextlib.nullcontext():
         output = model(
             batch["tokens"],
             batch["position_ids"],
             batch.get("attention_mask"),
-            side_inputs=side_inputs,
+            side_inputs=side_inputs(families, batch),
             labels=batch["labels"] if output_loss.reads == "losses" else None,
         )
     return output, partial(output_loss, chunk, batch)
+
+
+def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:
+    """What the output layer would read of one micro-batch, [s, b, h] ([s/t, b, h]), without a pipeline.
+
+    Not by the engine's schedule, which may be under way.
+
+    Args:
+        chunk: the whole model, unwrapped.
+        families: asked for the model's side inputs.
+        batch: on the device.
+    """
+    with chunk.without_head():
+        return chunk(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            side_inputs=side_inputs(families, batch),
+        )
 
 
 def _unwrapped(chunk: Any) -> GPTModel:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.base_parameters import base_parameters
+from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.build import build_model
 from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
@@ -83,7 +83,7 @@ def _initial() -> tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]
         for adapter in linear.adapters.values()
         if isinstance(adapter, LoRAAdapter)
     ]
-    of_base = {id(parameter) for chunk in chunks for parameter in base_parameters(chunk)}
+    of_base = base_parameter_ids(chunks)
     counts = {
         "base": sum(id(linear.weight) in of_base for _, _, linear in linears),
         "adapters": sum(id(p) in of_base for adapter in adapters for p in adapter.parameters()),
