@@ -4,9 +4,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.flags import check_at_least
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.perplexity import Perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,8 @@ class EvaluateConfig:
     """Step to load, instead of the newest complete one."""
 
     unigram_from: str | None = None
-    """Prefix of the training data: also print the cross-entropy of its token frequencies on the evaluated data."""
+    """Prefix of the training data: also print the cross-entropy of its token frequencies on the evaluated data, and
+    for a model that tells its accuracy that of always guessing the most frequent token."""
 
     micro_batch_size: int = 4
     """Windows at a time on each process."""
@@ -60,7 +65,7 @@ def main() -> None:
         example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
     )["config"]
     from megatron_ext.data.manifest import check_dataset
-    from megatron_ext.data.unigram import unigram_cross_entropy
+    from megatron_ext.data.unigram import most_frequent_token, unigram_cross_entropy
     from megatron_ext.families import FAMILIES
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.perplexity import evaluate_perplexity
@@ -76,6 +81,8 @@ def main() -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
     )
+    vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
+    guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
     for prefix in config.data_path:
         check_dataset(prefix, loaded.tokenizer.fingerprint())
@@ -86,19 +93,29 @@ def main() -> None:
             sequence_length=config.seq_length or loaded.config.seq_length,
             micro_batch_size=config.micro_batch_size,
             max_tokens=config.max_tokens,
+            guess=guess,
         )
-        results[prefix] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-        line = f"{prefix}: loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}"
-        line += f", {found.tokens:,} tokens"
-        if config.unigram_from is not None:
-            entropy = unigram_cross_entropy(config.unigram_from, prefix, loaded.tokenizer.vocab_size)
-            results[prefix]["unigram_cross_entropy"] = entropy
-            line += f"; unigram cross-entropy {entropy:.4f}"
+        entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
+        results[prefix], line = _report(found, entropy)
         if distributed.rank() == 0:
-            print(line, flush=True)
+            print(f"{prefix}: {line}", flush=True)
     if config.output is not None and distributed.rank() == 0:
         Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
     distributed.shutdown()
+
+
+def _report(found: "Perplexity", unigram_cross_entropy: float | None) -> tuple[dict[str, float], str]:
+    """A dataset's entry in the JSON file, and its line."""
+    entry = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+    line = f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens"
+    further = {name.replace("/", "_"): value for name, value in found.values.items()}
+    if further and found.guess_accuracy is not None:
+        further["unigram_accuracy"] = found.guess_accuracy
+    if unigram_cross_entropy is not None:
+        further["unigram_cross_entropy"] = unigram_cross_entropy
+    for name, value in further.items():
+        line += f"; {name.replace('_', ' ').replace('cross ', 'cross-')} {value:.4f}"
+    return entry | further, line
 
 
 if __name__ == "__main__":

@@ -27,11 +27,9 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
     return float(-(data * log_p).sum() / data.sum())
 
 
-def unigram_accuracy(train_prefix: str, data_prefix: str, vocab_size: int) -> float:
-    """How often the training data's most frequent token is the right guess on other data; arguments as above."""
-    guess = int(token_counts(train_prefix, vocab_size).argmax())
-    data = token_counts(data_prefix, vocab_size)
-    return float(data[guess] / data.sum())
+def most_frequent_token(prefix: str, vocab_size: int) -> int:
+    """The token id that occurs most often in an indexed dataset: the unigram guess."""
+    return int(token_counts(prefix, vocab_size).argmax())
 
 
 def token_counts(prefix: str, vocab_size: int) -> npt.NDArray[np.float64]:

@@ -4,6 +4,8 @@
 
 The dataset is read as one stream of tokens in windows of the sequence length; each window's first token is the last one
 of the window before it, so that every token but the very first is predicted exactly once. Free-running, no dropout.
+
+A family that masks tokens asks for the masked ones instead, and may tell more of each token than its loss.
 """
 
 import math
@@ -20,8 +22,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.family import Batch, Family, make_batch
-from megatron_ext.training.output_loss import OutputLoss
+from megatron_ext.training.output_loss import OutputLoss, the_one
 from megatron_ext.training.schedule import run_microbatches
+
+_GUESS = "guess"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +33,16 @@ class Perplexity:
     """The result of an evaluation."""
 
     loss: float
-    """Mean negative log-likelihood a token, in nats."""
+    """Mean negative log-likelihood a token, in nats; as a family weights its tokens."""
 
     tokens: int
-    """Tokens predicted."""
+    """Tokens predicted, or the sum of their weights."""
+
+    values: dict[str, float]
+    """Means over the same tokens of what a family's evaluation tells besides the loss, by its name."""
+
+    guess_accuracy: float | None
+    """How often the guess was the token asked for."""
 
     @property
     def perplexity(self) -> float:
@@ -48,16 +58,18 @@ def evaluate_perplexity(
     sequence_length: int,
     micro_batch_size: int,
     max_tokens: int | None = None,
+    guess: int | None = None,
 ) -> Perplexity:
     """Measures the perplexity on every rank's share of the windows; all ranks get the result.
 
     Args:
         chunks: this rank's model chunks.
-        families: asked for the model's side inputs.
+        families: asked for what the model is fed and asked, its side inputs, and values besides the loss.
         prefix: indexed dataset without `.bin` and `.idx`; it exists and is whole.
         sequence_length: tokens of a window.
         micro_batch_size: windows at a time.
         max_tokens: at most so many tokens, from the dataset's beginning.
+        guess: a token that is compared with those asked for.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
@@ -65,15 +77,22 @@ def evaluate_perplexity(
     steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens)
     for chunk in chunks:
         chunk.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    loss = _Sums(the_one(family.evaluation_loss() for family in families), guess)
+    sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     with torch.no_grad():
         for step in steps:
             made = [make_batch(families, batch) for batch in step]
-            for output in run_microbatches(chunks, families, made, _MaskedSum(), forward_only=True):
-                sums += torch.stack([output["sum"], output["count"]])
+            for output in run_microbatches(chunks, families, made, loss, forward_only=True):
+                sums += torch.stack([output[name] for name in loss.names])
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    return Perplexity(loss=float(sums[0] / sums[1]), tokens=int(sums[1]))
+    means = {name: float(total / weight) for name, (total, weight) in zip(loss.names, sums, strict=True)}
+    return Perplexity(
+        loss=means.pop("lm loss"),
+        tokens=round(float(sums[loss.names.index("lm loss"), 1])),
+        guess_accuracy=means.pop(_GUESS, None),
+        values=means,
+    )
 
 
 def held_out_steps(
@@ -154,12 +173,23 @@ def _micro_batches(
         }
 
 
-class _MaskedSum(OutputLoss):
-    """Sums in the place of means: windows may be shorter than others."""
+class _Sums(OutputLoss):
+    """Weighted sums, with the weights', in the place of means: windows may be shorter than others."""
+
+    def __init__(self, of: OutputLoss, guess: int | None) -> None:
+        self._of = of
+        self._guess = guess
+        self.reads = of.reads
+        self.names = (*of.names, *([] if guess is None else [_GUESS]))
 
     def __call__(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mask = batch["loss_mask"].double()
-        total = (output.double() * mask).sum()
-        return total.float(), {"sum": total, "count": mask.sum()}
+        found = self._of.of_tokens(model, batch, output)
+        if self._guess is not None:
+            found[_GUESS] = batch["labels"] == self._guess, (batch["loss_mask"] != 0)
+        sums = {
+            name: torch.stack([(values.double() * weights).sum(), weights.double().sum()])
+            for name, (values, weights) in found.items()
+        }
+        return sums["lm loss"][0].float(), sums

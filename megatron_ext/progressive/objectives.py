@@ -22,7 +22,7 @@ from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.masking import TimeStepMasking
 from megatron_ext.progressive.time_steps import TIME_STEP
 from megatron_ext.training.family import Batch
-from megatron_ext.training.output_loss import OutputLoss, masked_mean
+from megatron_ext.training.output_loss import OutputLoss
 
 ACCURACY = "masked/token_accuracy"
 """Value of an evaluation: share of the counted tokens whose most likely prediction is right."""
@@ -170,16 +170,14 @@ class MaskedLoss(OutputLoss):
     reads = "logits"
     names = ("lm loss", ACCURACY)
 
-    def __call__(
+    def of_tokens(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """See `OutputLoss`; `output` is [b, s, V/t]."""
         right = most_likely(output, model.pg_collection.tp) == batch["labels"]
-        accuracy = masked_mean(right, batch["combined_masks"])
         # The engine's loss of split logits works in their place: it comes last.
         losses = model.compute_language_model_loss(batch["labels"], output.transpose(0, 1).contiguous())
-        loss = masked_mean(losses, batch["loss_mask"])
-        return loss, {"lm loss": loss.detach().clone(), ACCURACY: accuracy}
+        return {"lm loss": (losses, batch["loss_mask"]), ACCURACY: (right, batch["combined_masks"])}
 
 
 def most_likely(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

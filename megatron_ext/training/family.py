@@ -18,6 +18,7 @@ from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.step_work import StepWork
 from megatron_ext.training.output_loss import OutputLoss
 
 Batch = dict[str, torch.Tensor]
@@ -63,6 +64,15 @@ class Family:
         """Parameters and FLOPs the family adds to `model`."""
         return None
 
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
+        """What a training step trains and runs, of the family's part of `model` and of the rest; None for everything.
+
+        Args:
+            model: the base model.
+            iteration: the step, from 1; asked for right after it, and of a run's last step before the run.
+        """
+        return None
+
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Called once after the model is built and before it is wrapped: freeze parameters here."""
 
@@ -94,7 +104,10 @@ class Family:
         return None
 
     def evaluation_loss(self) -> OutputLoss | None:
-        """The same for evaluations; among its names is `lm loss`, in nats a token. None for cross-entropy."""
+        """The same for evaluations; among its names is `lm loss`, in nats a token. None for cross-entropy.
+
+        It tells the values of single tokens (`OutputLoss.of_tokens`) too.
+        """
         return None
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:

@@ -3,6 +3,7 @@
 loss of a micro-batch = sum(loss * mask) / sum(mask)
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -34,8 +35,17 @@ class OutputLoss:
         Returns:
             The scalar to differentiate, and a detached scalar for each of `names`: means over the micro-batch.
         """
-        loss = masked_mean(output, batch["loss_mask"])
-        return loss, {"lm loss": loss.detach().clone()}
+        means = {name: masked_mean(*pair) for name, pair in self.of_tokens(model, batch, output).items()}
+        return means["lm loss"], {name: value.detach().clone() for name, value in means.items()}
+
+    def of_tokens(
+        self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What a loss for evaluations has for every token: values and weights [b, s] for each of `names`.
+
+        The arguments are those of a call, which gives the means.
+        """
+        return {"lm loss": (output, batch["loss_mask"])}
 
 
 class HiddenStates(OutputLoss):
@@ -53,6 +63,18 @@ class HiddenStates(OutputLoss):
         """See `OutputLoss`; the scalar is zero."""
         self.values.append(output)
         return output.new_zeros(()), {}
+
+
+def the_one(brought: Iterable[OutputLoss | None]) -> OutputLoss:
+    """The loss that one of the families brings, or cross-entropy.
+
+    Raises:
+        ValueError: two bring one.
+    """
+    losses = [loss for loss in brought if loss is not None]
+    if len(losses) > 1:
+        raise ValueError("two families bring an output loss; a run has one")
+    return losses[0] if losses else OutputLoss()
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

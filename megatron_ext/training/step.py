@@ -23,7 +23,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.layer_loss import LayerLosses
 from megatron_ext.training.family import Batch, Family, make_batch
 from megatron_ext.training.optimizer import unwrap_model
-from megatron_ext.training.output_loss import OutputLoss
+from megatron_ext.training.output_loss import the_one
 from megatron_ext.training.schedule import run_microbatches
 
 
@@ -129,7 +129,7 @@ class Stepper:
         self.optimizer.zero_grad()
         LayerLosses.scale = 1.0 / self.num_microbatches
         taken = self._take(batches)
-        output_loss = _the_one(family.output_loss() for family in self.families)
+        output_loss = the_one(family.output_loss() for family in self.families)
         outputs = run_microbatches(
             self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
         )
@@ -161,7 +161,7 @@ class Stepper:
         for chunk in self.chunks:
             chunk.eval()
         results = []
-        loss = _the_one(family.evaluation_loss() for family in self.families)
+        loss = the_one(family.evaluation_loss() for family in self.families)
         LayerLosses.evaluating = True
         try:
             with torch.no_grad():
@@ -194,13 +194,6 @@ class Stepper:
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=self.global_batch_size)
         return norm, False
-
-
-def _the_one(brought: Iterable[OutputLoss | None]) -> OutputLoss:
-    losses = [loss for loss in brought if loss is not None]
-    if len(losses) > 1:
-        raise ValueError("two families bring an output loss; a run has one")
-    return losses[0] if losses else OutputLoss()
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:

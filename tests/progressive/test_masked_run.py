@@ -23,15 +23,19 @@ FLAGS = (
 
 
 def _generate(load: str, *flags: str) -> str:
-    """What `tools/generate.py` prints; in this process."""
+    return _tool("generate", "--load", load, "--prompt", "3 4 5", "--max-new-tokens", "6", *flags)
+
+
+def _tool(name: str, *flags: str) -> str:
+    """What a script of `tools` prints; in this process."""
     distributed.shutdown = lambda: None
-    specification = importlib.util.spec_from_file_location("generate", ROOT / "tools" / "generate.py")
+    specification = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules["generate"] = module  # its dataclass is looked up there
+    sys.modules[name] = module  # its dataclass is looked up there
     specification.loader.exec_module(module)
     output, argv = io.StringIO(), sys.argv
-    sys.argv = ["generate.py", "--load", load, "--prompt", "3 4 5", "--max-new-tokens", "6", *flags]
+    sys.argv = [f"{name}.py", *flags]
     try:
         with contextlib.redirect_stdout(output):
             module.main()
@@ -57,6 +61,10 @@ def _runs(folder: str) -> dict[str, Any]:
         with pytest.raises(ValueError, match=f"--(sampler )?{name}") as error:
             _generate(f"{folder}/cached/progressive_rack", *flags)
         found[name] = str(error.value)
+    held_out = ("--data-path", data, "--unigram-from", data, "--max-tokens", "160")
+    rack = f"{folder}/cached/progressive_rack"
+    found["line"] = _tool("evaluate", "--load", rack, *held_out, "--output", f"{folder}/evaluation.json")
+    (found["evaluation"],) = json.loads(Path(f"{folder}/evaluation.json").read_text()).values()
     with pytest.raises(ValueError, match="--cache-dir") as error:
         train(data, f"{folder}/other", *FLAGS, *cache, "--seed", "7")
     found["another run"] = str(error.value), list(Path(f"{folder}/other").glob("*"))
@@ -82,6 +90,15 @@ def test_hits_and_the_accuracy_on_masked_tokens_are_in_the_log(runs: dict[str, A
     (name,) = (name for name in runs["curves"] if "masked/token_accuracy" in name and "samples" not in name)
     assert all(0 <= value <= 1 for value in runs["curves"][name])
     assert "token accuracy 0." in runs["on disk"][1]
+
+
+def test_an_evaluation_tells_the_accuracy_on_masked_tokens_beside_the_unigram_guess(
+    runs: dict[str, Any],
+) -> None:
+    found = runs["evaluation"]
+    assert {"loss", "masked_token_accuracy", "unigram_accuracy", "unigram_cross_entropy"} <= found.keys()
+    assert 0 <= found["unigram_accuracy"] < 0.2 and 0 <= found["masked_token_accuracy"] < 0.5
+    assert f"masked token accuracy {found['masked_token_accuracy']:.4f}; unigram accuracy" in runs["line"]
 
 
 def test_the_tool_samples_from_the_complete_rack(runs: dict[str, Any]) -> None:

@@ -194,8 +194,8 @@ def _seen_by_the_first() -> dict[str, Any]:
     return found
 
 
-def _learn(prefix: str) -> tuple[list[float], dict[str, float], float, int]:
-    """Losses, what an evaluation gives, and loss and number of tokens as the perplexity of a dataset is found."""
+def _learn(prefix: str) -> dict[str, Any]:
+    """Losses, what an evaluation gives, a dataset's perplexity, and what the model says of that dataset's tokens."""
     family = ObjectiveFamily(replace(MLM, min_mask_fraction=0.4))
     stepper, chunks = build_stepper(ParallelConfig(), family, lr=3e-3, micro=4)
     data = batches(512, micro=4)
@@ -203,8 +203,25 @@ def _learn(prefix: str) -> tuple[list[float], dict[str, float], float, int]:
     evaluation = stepper.evaluate(lambda: batches(64, seed=5, micro=4), 8)
     tokens = next(batches(1, seed=5))["tokens"][0].tolist()
     write_dataset(prefix, [[[*tokens, tokens[0]]]])
-    told = evaluate_perplexity(chunks, [family], prefix, sequence_length=LENGTH, micro_batch_size=1)
-    return losses, evaluation, told.loss, told.tokens
+    told = evaluate_perplexity(
+        chunks, [family], prefix, sequence_length=LENGTH, micro_batch_size=1, guess=tokens[1]
+    )
+    made = family.make_batch(_batch(1) | {"tokens": torch.tensor([tokens])})
+    with torch.no_grad():
+        logits = chunks[0](made["tokens"], made["position_ids"], None)[0]
+    masked = made["tokens"][0] == MASK
+    asked = torch.tensor(tokens)[masked]
+    direct = {
+        "loss": torch.nn.functional.cross_entropy(logits[masked], asked),
+        "accuracy": (logits[masked].argmax(-1) == asked).double().mean(),
+        "guess": (asked == tokens[1]).double().mean(),
+    }
+    return {
+        "losses": losses,
+        "evaluation": evaluation,
+        "told": told,
+        "direct": {name: float(value) for name, value in direct.items()},
+    }
 
 
 def test_a_later_token_changes_an_earlier_logit_in_mlm_and_not_in_clm() -> None:
@@ -218,12 +235,16 @@ def test_a_later_token_changes_an_earlier_logit_in_mlm_and_not_in_clm() -> None:
 
 
 def test_a_tiny_mlm_learns_what_the_other_tokens_tell(tmp_path: Path) -> None:
-    losses, evaluation, told, tokens = run_distributed(_learn, 1, str(tmp_path / "held_out"))[0]
+    found = run_distributed(_learn, 1, str(tmp_path / "held_out"))[0]
+    losses, evaluation, told, direct = (found[name] for name in ("losses", "evaluation", "told", "direct"))
     assert sum(losses[-10:]) < 5 * losses[0]
     assert evaluation[ACCURACY] > 0.5  # the most frequent token is right once in 24 times
     assert evaluation["lm loss"] < 0.6 * losses[0]
-    # A tool's perplexity too is that of masked tokens.
-    assert tokens == round(LENGTH * 0.4) and 0 < told < losses[0]
+    # A tool's loss and accuracies too are those of masked tokens.
+    assert told.tokens == round(LENGTH * 0.4)
+    assert told.loss == pytest.approx(direct["loss"], rel=1e-5)
+    assert told.values == {ACCURACY: pytest.approx(direct["accuracy"])}
+    assert told.guess_accuracy == pytest.approx(direct["guess"])
 
 
 def test_time_steps_reach_the_batch() -> None:
