@@ -28,8 +28,10 @@ def main() -> int:
     configs = parse(
         {**TRAINING, "npt": NPTTrainingConfig, "np": NPTModuleConfig},
         prog="pretrain_npt.py",
-        description="Train neuro-plastic transformers (NPT) on top of a base model; its checkpoint gives shape and "
-        "tokenizer.",
+        description="Train neuro-plastic transformers (NPT) on top of a base model. Its checkpoint (--load) gives "
+        "shape and tokenizer: model flags called required below are so for a model from scratch only. Defaults of the "
+        "losses' weights, --np-form and --np-rank follow from --mode; below are those of equivalence. docs/npt.md has "
+        "all.",
         example=EXAMPLE,
         defaults=_defaults,
         sections=DOCUMENT_SECTIONS,
@@ -41,8 +43,12 @@ def main() -> int:
 
 
 def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
-    """The mode's own, and the shape of the model that is loaded."""
+    """The mode's own, what made the NP weights that are loaded, and the shape of the model that is."""
     sections: dict[str, Any] = run_defaults(given)
+    if "load_npt_weights" in given:
+        from megatron_ext.npt.run import weights_defaults
+
+        sections |= weights_defaults(given)
     if "base_checkpoint" in given or "load" in given:
         from megatron_ext.npt.run import stored_defaults
 

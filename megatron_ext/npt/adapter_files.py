@@ -7,8 +7,9 @@
 Keys are those of `adapter`. Documents 000 and 001 write their .pt the same way, with other factors' names.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,19 @@ def read_adapter_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConf
         OSError: it cannot be read.
         ValueError: it holds something else.
     """
+    settings, file = read_adapter_settings(path), Path(path)
+    return _read_safe(file) if file.suffix == ".safetensors" else _read_pt(file), settings
+
+
+def read_adapter_settings(path: str) -> NPTModuleConfig | None:
+    """The configuration alone, see `read_adapter_file`; None where nothing tells it."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    tensors, config = _read_safe(file) if file.suffix == ".safetensors" else (_read_pt(file), None)
+    config = _settings_of_safe(file) if file.suffix == ".safetensors" else None
     if config is None and (file.parent / CONFIG).is_file():
         config = files.read_json(file.parent / CONFIG).get("np")
-    settings = (
-        configs_from_dict({"np": NPTModuleConfig}, {"np": config})["np"] if config is not None else None
-    )
-    return tensors, settings
+    return configs_from_dict({"np": NPTModuleConfig}, {"np": config})["np"] if config is not None else None
 
 
 def _read_pt(file: Path) -> dict[str, torch.Tensor]:
@@ -118,11 +122,21 @@ def _read_pt(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_safe(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def _read_safe(file: Path) -> dict[str, torch.Tensor]:
+    with _opened(file) as opened:
+        return {key: opened.get_tensor(key) for key in list(opened.keys())}
+
+
+def _settings_of_safe(file: Path) -> dict[str, Any] | None:
+    with _opened(file) as opened:
+        config = (opened.metadata() or {}).get("np")
+    return json.loads(config) if config else None
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
-            config = (opened.metadata() or {}).get("np")
-            tensors = {key: opened.get_tensor(key) for key in list(opened.keys())}
-        return tensors, json.loads(config) if config else None
+            yield opened
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged, not safetensors ({error})") from None

@@ -6,7 +6,7 @@
 neither                        a model from scratch (with --no-freeze-base)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.flags import flag_name
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt import start
 from megatron_ext.npt.adapter import load_adapter
-from megatron_ext.npt.adapter_files import read_adapter
+from megatron_ext.npt.adapter_files import read_adapter, read_adapter_settings
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.family import NPTFamily
 from megatron_ext.npt.presets import with_preset
@@ -56,23 +58,61 @@ def run(configs: dict[str, Any]) -> int:
         )
     if training.mode == "sequential" and not configs["training"].dry_run:
         return run_sequential(configs, RunOptions(base=base, checkpoint_name=checkpoint_name))
-    weights = read_adapter(training.load_npt_weights, module) if training.load_npt_weights else None
-    prepare = partial(_start_with, weights) if weights is not None else RunOptions.prepare
-    trains = None
-    if training.mode == "single_layer" and weights is not None:
-        (layer,) = trains = module.layers(configs["model"].num_layers)
-        earlier = {key: tensor for key, tensor in weights.items() if layer_of(key) != layer}
-        if earlier:
-            module = configs["np"] = with_layers(module, [layer, *map(layer_of, earlier)])
-            prepare = partial(load_under, layer, earlier)
+    load, trains, words = _starting_weights(configs)
     options = RunOptions(
         base=base,
         checkpoint_name=checkpoint_name,
-        loads_what_fits=_has_other_layers(training, module, configs["checkpoint"]),
-        prepare=prepare,
+        loads_what_fits=_has_other_layers(training, configs["np"], configs["checkpoint"]),
+        prepare=partial(_prepare, configs, base, load, words, trains),
         finish=partial(write_final, configs),
     )
     return pretrain(configs, partial(make_families, trains=trains), options)
+
+
+Load = Callable[[list[GPTModel]], None]
+
+
+def _starting_weights(configs: dict[str, Any]) -> tuple[Load, tuple[int, ...] | None, str]:
+    """What loads the NP weights to start with, the layers that are trained (None for all), and the same in words.
+
+    Where a single layer is trained on top of others, these become layers of the run.
+    """
+    training, module = configs["npt"], configs["np"]
+    fresh = start.fresh(module, configs["training"].seed)
+    path = training.load_npt_weights
+    if path is None:
+        return RunOptions.prepare, None, fresh
+    weights = read_adapter(path, module)
+    if training.mode != "single_layer":
+        return partial(_start_with, weights), None, f"from {path}"
+    (layer,) = trains = module.layers(configs["model"].num_layers)
+    earlier = {key: tensor for key, tensor in weights.items() if layer_of(key) != layer}
+    if not earlier:
+        return partial(_start_with, weights), trains, f"from {path}"
+    configs["np"] = with_layers(module, [layer, *map(layer_of, earlier)])
+    return partial(load_under, layer, earlier), trains, f"from {path}, {fresh} in layer {layer}"
+
+
+def _prepare(
+    configs: dict[str, Any],
+    base: BaseCheckpoint | None,
+    load: Load,
+    words: str,
+    trains: tuple[int, ...] | None,
+    chunks: list[GPTModel],
+) -> None:
+    """Loads the NP weights to start with, and tells what begins."""
+    load(chunks)
+    path = configs["checkpoint"].load
+    folder = find_checkpoint(path, configs["checkpoint"].ckpt_step) if path is not None else None
+    start.tell_start(
+        chunks,
+        configs,
+        base,
+        weights=words if folder is None else f"from {folder}",
+        total_steps=total_steps(configs["training"], configs["parallel"]),
+        trains=trains,
+    )
 
 
 def prepare_configs(configs: dict[str, Any]) -> None:
@@ -166,6 +206,27 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
     if "base_checkpoint" in given or "num_layers" not in given:
         raise _no_checkpoint(given)
     return {}
+
+
+def weights_defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """Section `np` as the file of `--load-npt-weights` tells it; what is given stays, and is compared with it later.
+
+    Args:
+        given: the flags of the command line by field name.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or its configuration cannot.
+    """
+    settings = read_adapter_settings(given["load_npt_weights"])
+    if settings is None:
+        return {}
+    # Whether the base is trained too is no matter of the weights; a single layer may be another one than the file's.
+    left_out = {"freeze_base"} | ({"npt_layers"} if given.get("mode") == "single_layer" else set())
+    if given.get("np_form", settings.np_form) != settings.np_form:
+        # These are of the file's form alone, and the other form is refused later: the error should be about the form.
+        left_out |= {"np_affine", "np_normalize"}
+    section = configs_to_dict({"np": settings})["np"]
+    return {"np": {name: value for name, value in section.items() if name not in left_out}}
 
 
 def _no_checkpoint(given: Mapping[str, str]) -> FileNotFoundError:

@@ -26,6 +26,7 @@ from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt import sequential_state as store
+from megatron_ext.npt import start
 from megatron_ext.npt.adapter import gather_adapter, load_adapter
 from megatron_ext.npt.adapter_files import check_same_meaning
 from megatron_ext.npt.config import NPTModuleConfig, choose_layers
@@ -113,12 +114,23 @@ class _Sequence:
         random_state.reseed(configs["training"].seed, place * steps)
         options = replace(
             self.options,
-            prepare=partial(load_under, layer, self.tensors),
+            prepare=partial(self._prepare, layer, configs),
             finish=partial(self._finish, layer, configs),
             first_sample=place * samples,
             samples=(place + remaining) * samples,
         )
         return train(configs, self.tokenizer, families, options)
+
+    def _prepare(self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel]) -> None:
+        """Loads the trained layers' weights; tells what begins."""
+        load_under(layer, self.tensors, chunks)
+        load = configs["checkpoint"].load
+        own = start.fresh(configs["np"], configs["training"].seed) if load is None else f"from {load}"
+        earlier = f"as trained before in layer {_listed(self.state.trained)}, " if self.state.trained else ""
+        weights, steps = f"{earlier}{own} in layer {layer}", configs["npt"].steps_per_layer
+        start.tell_start(
+            chunks, configs, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
+        )
 
     def _read_tensors(self) -> None:
         self.tensors = store.read_accumulated(self.folder, self.state)
