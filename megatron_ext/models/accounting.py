@@ -10,7 +10,8 @@ Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s s
 This is the usual 6ND + attention (arXiv 2204.02311, appendix B), with N the weights that take part in a product: the
 word embedding's lookup is none, the output layer is one, also when both share their weights. Attention is counted over
 the full s x s square although it is causal, as the convention has it; norms, activations and softmax are not counted.
-A family tells its own part as another `ModelCost`.
+Where not everything trains, a product has one gradient or none, and layers may be passed over or run more often: see
+`step_work`. A family tells its own part as another `ModelCost`.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.models.build import padded_vocab_size
+from megatron_ext.models.step_work import StepWork, Use
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,64 @@ class ModelCost:
     forward_flops_per_token: float
     """FLOPs of the matrix products in one forward pass, for one token."""
 
+    trained: int | None = None
+    """Those of the parameters that train; None for all."""
 
-def model_cost(model: ModelConfig, vocab_size: int, tensor_parallel_size: int = 1) -> ModelCost:
+    training_flops: float | None = None
+    """FLOPs of the matrix products of a training step, for one token; None for three times the forward pass's."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that train."""
+        return self.parameters if self.trained is None else self.trained
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward for a token."""
+        if self.training_flops is None:
+            return 3.0 * self.forward_flops_per_token
+        return self.training_flops
+
+
+def model_cost(
+    model: ModelConfig, vocab_size: int, tensor_parallel_size: int = 1, work: StepWork | None = None
+) -> ModelCost:
     """Cost of the base model.
 
     Args:
         model: the base model.
         vocab_size: the tokenizer's; it is padded as the built model's is.
         tensor_parallel_size: takes part in the padding.
+        work: what a training step does with it; None where everything trains.
     """
     vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
     parameters = model.num_layers * layer_parameters(model) + norm_parameters(model, model.hidden_size)
     parameters += embedding_parameters(model, vocab)
     if model.untie_embeddings_and_output_weights:
         parameters += vocab * model.hidden_size
-    flops = model.num_layers * layer_flops_per_token(model) + 2.0 * model.hidden_size * vocab
-    return ModelCost(parameters, flops)
+    head = 2.0 * model.hidden_size * vocab
+    flops = model.num_layers * layer_flops_per_token(model) + head
+    if work is None:
+        return ModelCost(parameters, flops)
+    attention = core_attention_flops_per_token(model)
+    of_weights, of_attention = work.layer_passes
+    training = of_weights * (layer_flops_per_token(model) - attention) + of_attention * attention
+    return ModelCost(
+        parameters, flops, _trained_parameters(model, vocab, work), training + work.head_passes * head
+    )
+
+
+def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
+    parameters = work.layers.count(Use.TRAINED) * layer_parameters(model)
+    if work.head is Use.TRAINED:
+        parameters += norm_parameters(model, model.hidden_size)
+        parameters += vocab * model.hidden_size * model.untie_embeddings_and_output_weights
+    return parameters + embedding_parameters(model, vocab) * work.trains_embedding
 
 
 def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
     """Model FLOPs of forward and backward for a token: what MFU counts, whatever is recomputed."""
-    return 3.0 * sum(cost.forward_flops_per_token for cost in costs)
+    return sum(cost.training_flops_per_token for cost in costs)
 
 
 def hardware_flops_per_token(
@@ -59,8 +98,8 @@ def hardware_flops_per_token(
 ) -> float:
     """The same with the FLOPs that activation recomputation spends again.
 
-    A family's part is taken to be recomputed like the layers it sits in. What a fused attention kernel recomputes
-    inside its own backward pass is not counted.
+    A family's part is taken to be recomputed like the layers it sits in, and frozen layers like those that train. What
+    a fused attention kernel recomputes inside its own backward pass is not counted.
 
     Args:
         model: the base model.

@@ -6,9 +6,11 @@ Bytes for one parameter, with D data-parallel ranks:
     fp32      4           4          8                8 / D
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
 
-Activations are what the layers keep for the backward pass, tensor by tensor as this engine's layers save them; see
-`layer_activation_bytes`. Under the 1F1B schedule stage i of P holds P - i micro-batches at once, under the interleaved
-schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Frozen parameters are counted as trained ones.
+Frozen parameters have neither gradients nor optimizer state; they are counted in the run's precision, also where a
+family packs them. Activations are what the layers keep for the backward pass, tensor by tensor as this engine's layers
+save them; see `layer_activation_bytes`. Under the 1F1B schedule stage i of P holds P - i micro-batches at once, under
+the interleaved schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Without full recompute a layer that no gradient reaches
+keeps nothing; one whose weights are frozen is counted as if they trained.
 It leaves out what comes and goes within an operation, the allocator's gaps, communication buffers, and the activations
 of families; leave a margin.
 """
@@ -25,6 +27,7 @@ from megatron_ext.models.accounting import (
     qkv_width,
 )
 from megatron_ext.models.build import padded_vocab_size
+from megatron_ext.models.step_work import StepWork, Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class StageMemory:
 
     parameters: int
     """Parameters that the rank holds."""
+
+    trained_parameters: int
+    """Those of them that train."""
 
     parameter_bytes: float
     gradient_bytes: float
@@ -61,6 +67,9 @@ class Cut:
     data_parallel_size: int
     bf16: bool = False
 
+    work: StepWork | None = None
+    """What a step does with the base model; None where everything trains."""
+
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
@@ -86,48 +95,73 @@ class Cut:
         """Layers in one chunk."""
         return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
 
+    def layers_of(self, stage: int, least: Use) -> int:
+        """Layers of a stage, all its chunks', with which a step does at least so much."""
+        if self.work is None:
+            return self.chunks * self.layers_per_chunk
+        stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
+        firsts = [(chunk * stages + stage) * size for chunk in range(self.chunks)]
+        return sum(use >= least for first in firsts for use in self.work.layers[first : first + size])
 
-def estimate_memory(cut: Cut, family_parameters: int = 0) -> list[StageMemory]:
+
+def estimate_memory(
+    cut: Cut, family_parameters: int = 0, trained_family_parameters: int | None = None
+) -> list[StageMemory]:
     """The memory of one rank of every pipeline stage, first to last.
 
     Args:
         cut: the run.
         family_parameters: of all families over the whole model; taken to be spread evenly over tensor-parallel ranks
             and stages.
+        trained_family_parameters: those of them that train; None for all.
     """
     parallel = cut.parallel
     stages = parallel.pipeline_model_parallel_size
-    family = -(-family_parameters // (parallel.tensor_model_parallel_size * stages))
+    if trained_family_parameters is None:
+        trained_family_parameters = family_parameters
+    family, trained_family = (
+        -(-number // (parallel.tensor_model_parallel_size * stages))
+        for number in (family_parameters, trained_family_parameters)
+    )
     shards = (
         cut.data_parallel_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     )
     result = []
     for stage in range(stages):
         parameters = stage_parameters(cut, stage) + family
+        trained = stage_parameters(cut, stage, trained=True) + trained_family
         result.append(
             StageMemory(
                 parameters=parameters,
+                trained_parameters=trained,
                 parameter_bytes=parameters * cut.element_bytes,
-                gradient_bytes=4.0 * parameters,
-                optimizer_bytes=(12.0 if cut.bf16 else 8.0) * parameters / shards,
+                gradient_bytes=4.0 * trained,
+                optimizer_bytes=(12.0 if cut.bf16 else 8.0) * trained / shards,
                 activation_bytes=stage_activation_bytes(cut, stage),
             )
         )
     return result
 
 
-def stage_parameters(cut: Cut, stage: int) -> int:
+def stage_parameters(cut: Cut, stage: int, *, trained: bool = False) -> int:
     """The base model's parameters on one rank of a stage.
 
     Word embedding and output layer, where they share their weights, are one matrix on a single stage and a copy on the
     last one of several.
+
+    Args:
+        cut: the run.
+        stage: number of the stage, from 0.
+        trained: only those that train.
     """
     model, tensor = cut.model, cut.parallel.tensor_model_parallel_size
     stages = cut.parallel.pipeline_model_parallel_size
-    parameters = cut.chunks * cut.layers_per_chunk * layer_parameters(model, tensor)
-    if stage == 0:
+    work = cut.work if trained else None
+    layers = cut.layers_of(stage, Use.TRAINED if trained else Use.SKIPPED)
+    parameters = layers * layer_parameters(model, tensor)
+    if stage == 0 and (work is None or work.trains_embedding):
         parameters += embedding_parameters(model, cut.padded_vocab, tensor)
-    if stage == stages - 1:
+    if stage == stages - 1 and (work is None or work.head is Use.TRAINED):
         parameters += norm_parameters(model, model.hidden_size)
         if model.untie_embeddings_and_output_weights or stages > 1:
             parameters += cut.padded_vocab * model.hidden_size // tensor
@@ -142,7 +176,7 @@ def stage_activation_bytes(cut: Cut, stage: int) -> float:
     layer = layer_activation_bytes(cut)
     layer_input = cut.tokens * model.hidden_size * cut.element_bytes / sequence_split
     if parallel.recompute_granularity != "full":
-        total = in_flight * cut.layers_per_chunk * layer
+        total = in_flight * cut.layers_of(stage, Use.PARTIAL) / cut.chunks * layer
     else:
         group = parallel.recompute_num_layers or 1
         if parallel.recompute_method == "uniform":

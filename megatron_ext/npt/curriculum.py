@@ -34,6 +34,11 @@ class Stage:
     mlp_share: float
     """The student's share in the MLP's input."""
 
+    @property
+    def blends(self) -> bool:
+        """The teacher's inputs enter the layers."""
+        return min(self.attention_share, self.mlp_share) < 1
+
 
 STUDENT = Stage(name="student", steps=1, attention_share=1.0, mlp_share=1.0)
 """What runs without a curriculum."""

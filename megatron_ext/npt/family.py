@@ -17,7 +17,8 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.base_parameters import base_parameters
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.accounting import npt_cost
+from megatron_ext.models.step_work import StepWork
+from megatron_ext.npt.accounting import npt_cost, npt_work
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.extension import NPTExtension
 from megatron_ext.npt.layers import deactivated, np_modules
@@ -25,7 +26,7 @@ from megatron_ext.npt.monitoring import CollapseWatch, summarize
 from megatron_ext.npt.output_loss import NPTOutputLoss
 from megatron_ext.npt.plan import TEACHER, LayerPlan
 from megatron_ext.npt.samples import paired_sample
-from megatron_ext.npt.settings import NPTTrainingConfig, Objective
+from megatron_ext.npt.settings import PLAIN_LM, NPTTrainingConfig, Objective
 from megatron_ext.npt.state_files import multi_layer_state, write_state_files
 from megatron_ext.npt.teacher import Teacher
 from megatron_ext.training.family import Batch, Family, Note
@@ -85,6 +86,14 @@ class NPTFamily(Family):
         """Parameters and FLOPs that NPT adds to `model`."""
         return npt_cost(self.settings, model)
 
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
+        """What the step trains and runs; a teacher's pass that the cache has spared is not counted."""
+        training, layers = self.training, self._trained(model.num_layers)
+        objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
+        weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
+        work = npt_work(self.settings, model, objective, weights)
+        return replace(work, further_forwards=0) if self.teacher.cache.has_spared else work
+
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Freezes the base model, unless `--no-freeze-base`, and the NPT layers that are not trained."""
         if self.settings.freeze_base:
@@ -125,11 +134,9 @@ class NPTFamily(Family):
         objective = self._objective
         if objective is None:
             return batches
-        stage = objective.stage
-        blends = min(stage.attention_share, stage.mlp_share) < 1
-        layers = self.settings.layers(chunks[0].config.num_layers) if blends else ()
-        if not layers and not objective.fidelity:
+        if not objective.reads_teacher:
             return batches
+        layers = self.settings.layers(chunks[0].config.num_layers) if objective.stage.blends else ()
         return self.teacher.add_states(
             chunks, families, batches, layers=layers, output=objective.fidelity > 0
         )

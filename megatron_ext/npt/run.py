@@ -59,6 +59,9 @@ def run(configs: dict[str, Any]) -> int:
     if training.mode == "sequential" and not configs["training"].dry_run:
         return run_sequential(configs, RunOptions(base=base, checkpoint_name=checkpoint_name))
     load, trains, words = _starting_weights(configs)
+    if training.mode == "sequential":  # a dry run, of the last layer's training
+        trains = configs["np"].layers(configs["model"].num_layers)[-1:]
+        configs["npt"] = replace(training, layer_weights="uniform")
     options = RunOptions(
         base=base,
         checkpoint_name=checkpoint_name,

@@ -235,6 +235,15 @@ class Objective:
     stage_index: int
     """Its place in the curriculum."""
 
+    @property
+    def reads_teacher(self) -> bool:
+        """True where the teacher runs: its states enter the layers, or the output is compared with its."""
+        return self.stage.blends or self.fidelity > 0
+
+
+PLAIN_LM = Objective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
+"""Cross-entropy alone: what a family without a training configuration trains for."""
+
 
 def run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Defaults that follow from the mode: concern's name -> field's name -> value.

@@ -73,6 +73,9 @@ class TeacherCache:
     misses: int = 0
     """Micro-batches computed."""
 
+    has_spared: bool = False
+    """The last micro-batch was found."""
+
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
         """The states of a micro-batch, if every model-parallel rank has its part of every sequence; collective."""
         if not self.max_bytes:
@@ -81,7 +84,8 @@ class TeacherCache:
         found = all(row is not None and row.keys() >= set(names) for row in rows)
         agreed = torch.tensor([found], dtype=torch.int32, device=batch["tokens"].device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
-        if not bool(agreed):
+        self.has_spared = bool(agreed)
+        if not self.has_spared:
             self.misses += 1
             return None
         self.hits += 1

@@ -92,6 +92,8 @@ class ActivationCache:
         self._fingerprint = b""
         self._store: Store | None = None
         self._hits = self._misses = 0
+        self.has_spared = False
+        """The trunk was not run in the last step, for any of its micro-batches."""
 
     def prepare(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
@@ -115,6 +117,7 @@ class ActivationCache:
         hits = self._agree([not holds or value is not None for value in found], batches[0]["tokens"].device)
         self._hits += sum(hits)
         self._misses += len(hits) - sum(hits)
+        self.has_spared = all(hits)
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             agreed = [value if hit else None for value, hit in zip(found, hits, strict=True)]
             return self._one_by_one(chunks, families, batches, keys, agreed)

@@ -15,10 +15,14 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
 from megatron_ext.models.init import initialize_parameters
+from megatron_ext.models.step_work import StepWork
 from megatron_ext.progressive import growth
+from megatron_ext.progressive.accounting import progressive_cost, progressive_work
 from megatron_ext.progressive.activation_cache import ActivationCache
 from megatron_ext.progressive.adapted_layers import prepare_layers, weight_bytes
 from megatron_ext.progressive.config import ProgressiveConfig
@@ -141,6 +145,24 @@ class ProgressiveFamily(Family):
     def extension(self) -> ProgressiveExtension:
         """The layers' linear modules, attention and time embedding."""
         return ProgressiveExtension(self.plan, self.config)
+
+    def cost(self, model: ModelConfig) -> ModelCost:
+        """Adapters and time embedding."""
+        return progressive_cost(self.plan, self.config, model)
+
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
+        """What the step trains and runs. The trunk is not run where the activation cache gave all micro-batches.
+
+        A cache is judged by the last step; before the run, and on a step of which a part was found, the trunk counts.
+        """
+        spared = self.cache is not None and self.cache.has_spared
+        return progressive_work(
+            self.plan,
+            self.config,
+            model,
+            trains_embedding=self.trains_embedding,
+            cached_layers=self.trunk_layers if spared else 0,
+        )
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Takes over the trunk, starts the new stack, freezes what the phase freezes."""

@@ -62,14 +62,20 @@ def run(configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tok
     """
     if configs["training"].dry_run:
         phases = _phases(configs, planned_world_size(configs["parallel"]))
-        last = configs_of(configs, phases[-1])
-        return pretrain(last, lambda _, __: [ProgressiveFamily(configs["progressive"], phases[-1].rack)])
+        return pretrain(configs_of(configs, phases[-1]), partial(_planned_families, phases[-1]))
     phases = _phases(configs, distributed.world_size())
     check_settings(configs, phases)
     tokenizer = check_run(configs_of(configs, phases[-1]))
     check_cache_directory(configs["progressive"], _identity(configs, tokenizer))
     with process_group(configs):
         return Growth(configs, phases, tokenizer, make_others=make_others).run()
+
+
+def _planned_families(phase: Phase, configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
+    """The family of a phase, for a dry run; adds the mask token to the tokenizer."""
+    config: ProgressiveConfig = configs["progressive"]
+    mask = reserve_mask_token(tokenizer, config.mask_token_id) if config.masks_tokens else None
+    return [ProgressiveFamily(config, phase.rack, phase.trains, mask_token_id=mask)]
 
 
 def _identity(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

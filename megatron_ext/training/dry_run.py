@@ -3,6 +3,7 @@
 Nothing is built: no process group, no model. Only the tokenizer is made, for the size of its vocabulary (a
 NullTokenizer with --vocab-size stands in for one that is not there yet). The number of processes is WORLD_SIZE, which
 `torchrun` sets and which may be set by hand to plan for a cluster; without it, one copy of the model is assumed.
+Where steps differ in what they train and run, as under a curriculum, all figures are the last step's.
 """
 
 import os
@@ -21,11 +22,11 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.accounting import (
     ModelCost,
     hardware_flops_per_token,
-    model_cost,
     training_flops_per_token,
 )
 from megatron_ext.models.memory_estimate import Cut, StageMemory, estimate_memory
 from megatron_ext.platform import distributed
+from megatron_ext.training.costs import BASE, run_cost
 from megatron_ext.training.family import Family
 from megatron_ext.training.progress import compact, gibibytes
 
@@ -56,14 +57,11 @@ def print_dry_run(
         return
     model, parallel, training = configs["model"], configs["parallel"], configs["training"]
     tokenizer = build_tokenizer(configs["tokenizer"])
-    tensor = parallel.tensor_model_parallel_size
-    costs = {"base": model_cost(model, tokenizer.vocab_size, tensor)}
-    for family in make_families(dict(configs), tokenizer):
-        cost = family.cost(model)
-        if cost is not None:
-            costs[family.name] = cost
+    families = make_families(dict(configs), tokenizer)
     copies = parallel.data_parallel_size(planned_world_size(parallel))
     batch = training.resolved_global_batch_size(copies)
+    tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)
+    cost = run_cost(model, tokenizer.vocab_size, tensor, families, last_step)
     cut = Cut(
         model=model,
         parallel=parallel,
@@ -72,18 +70,24 @@ def print_dry_run(
         num_microbatches=batch // (training.micro_batch_size * copies),
         data_parallel_size=copies,
         bf16=training.bf16,
+        work=cost.work,
     )
-    _print(cut, training, costs, Console(file=stream or sys.stdout))
+    _print(cut, training, cost.parts, Console(file=stream or sys.stdout))
 
 
 def _print(cut: Cut, training: TrainingConfig, costs: dict[str, ModelCost], console: Console) -> None:
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
-    families = sum(cost.parameters for name, cost in costs.items() if name != "base")
+    families = [cost for name, cost in costs.items() if name != BASE]
+    memory = estimate_memory(
+        cut,
+        sum(cost.parameters for cost in families),
+        sum(cost.trained_parameters for cost in families),
+    )
     console.print("Dry run: nothing was built.", highlight=False)
     console.print(_describe(cut), highlight=False)
     console.print(_parameter_table(costs))
-    console.print(_memory_table(estimate_memory(cut, families)))
+    console.print(_memory_table(memory))
     console.print(_flops_table(cut, training, list(costs.values())))
 
 
@@ -113,15 +117,19 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def _parameter_table(costs: dict[str, ModelCost]) -> Table:
-    table = _table("Parameters", "part", "parameters", "", "share", "forward FLOPs a token")
-    parameters = sum(cost.parameters for cost in costs.values())
-    flops = sum(cost.forward_flops_per_token for cost in costs.values())
-    for name, cost in {**costs, "total": ModelCost(parameters, flops)}.items():
-        share = f"{100 * cost.parameters / parameters:.1f}%"
+    table = _table("Parameters", "part", "parameters", "", "share", "trained", "forward FLOPs a token")
+    total = ModelCost(
+        sum(cost.parameters for cost in costs.values()),
+        sum(cost.forward_flops_per_token for cost in costs.values()),
+        sum(cost.trained_parameters for cost in costs.values()),
+    )
+    for name, cost in {**costs, "total": total}.items():
+        share = f"{100 * cost.parameters / total.parameters:.1f}%"
         shown = (
             f"{cost.parameters:,}",
             compact(cost.parameters),
             share,
+            f"{cost.trained_parameters:,}",
             compact(cost.forward_flops_per_token),
         )
         table.add_row(name, *shown)

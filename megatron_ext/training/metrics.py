@@ -54,16 +54,18 @@ class Interval:
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    flops: float = 0.0
     skipped: int = 0
     nan: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, metrics: StepMetrics) -> None:
-        """Takes one step in."""
+    def add(self, metrics: StepMetrics, flops_per_token: float) -> None:
+        """Takes one step in, of so many model FLOPs a token."""
         self.steps += 1
         self.seconds += metrics.seconds
         self.tokens += metrics.tokens
+        self.flops += metrics.tokens * flops_per_token
         self.skipped += metrics.skipped
         self.nan += metrics.has_nan
         for name, value in metrics.losses.items():
@@ -85,3 +87,8 @@ class Interval:
     def tokens_per_second(self) -> float:
         """Over all processes."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def flops_per_second(self) -> float:
+        """Model FLOPs over all processes."""
+        return self.flops / self.seconds if self.seconds > 0 else 0.0

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -43,7 +43,7 @@ class Reporter:
         logging: LoggingConfig,
         *,
         total_iterations: int,
-        flops_per_token: float,
+        flops_per_token: Callable[[int], float],
         bf16: bool = False,
         iteration: int = 0,
         consumed_samples: int = 0,
@@ -57,8 +57,8 @@ class Reporter:
         Args:
             logging: what to write, and where.
             total_iterations: optimizer steps of the whole run.
-            flops_per_token: model FLOPs of forward and backward for a token, all families included (see
-                `models.accounting`); for throughput and MFU.
+            flops_per_token: the step that was just done -> its model FLOPs of forward and backward for a token, all
+                families included (see `models.accounting`); for throughput and MFU.
             bf16: the run's precision, which decides the device's peak.
             iteration: steps done before this run (0 for a new one); the next is `iteration + 1`.
             consumed_samples: sequences used in them.
@@ -101,7 +101,7 @@ class Reporter:
         """Takes the result of one optimizer step; the only call that must come for every step."""
         if self._is_silent:
             return
-        self._interval.add(metrics)
+        self._interval.add(metrics, self._flops_per_token(iteration))
         self._skipped += metrics.skipped
         self._nan += metrics.has_nan
         if iteration % self._logging.tensorboard_log_interval == 0:
@@ -193,7 +193,7 @@ class Reporter:
         return self._flops_per_second_per_device() / self._peak.flops_per_second
 
     def _flops_per_second_per_device(self) -> float:
-        return self._interval.tokens_per_second * self._flops_per_token / self._devices
+        return self._interval.flops_per_second / self._devices
 
     def _write_step(self, iteration: int, metrics: StepMetrics) -> None:
         values = {"learning-rate": metrics.learning_rate, "batch-size": float(metrics.batch_size)}

@@ -27,7 +27,7 @@ from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.repeated import RepeatedDataset
 from megatron_ext.data.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.models.accounting import model_cost, training_flops_per_token
+from megatron_ext.models.accounting import training_flops_per_token
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
@@ -35,6 +35,7 @@ from megatron_ext.training import scheduler_state
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.checkpoint_files import check_writable, checkpoint_name
+from megatron_ext.training.costs import run_cost
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
@@ -189,7 +190,7 @@ def train(
     with Reporter(
         configs["logging"],
         total_iterations=training.resolved_train_iters(global_batch_size),
-        flops_per_token=_flops_per_token(configs, tokenizer.vocab_size, families),
+        flops_per_token=partial(_flops_per_token, configs, tokenizer.vocab_size, families),
         bf16=training.bf16,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
@@ -274,12 +275,12 @@ def _begin(
     return progress
 
 
-def _flops_per_token(configs: dict[str, Any], vocab_size: int, families: list[Family]) -> float:
-    model = configs["model"]
-    base = model_cost(model, vocab_size, configs["parallel"].tensor_model_parallel_size)
-    return training_flops_per_token(
-        [base, *(cost for family in families if (cost := family.cost(model)) is not None)]
-    )
+def _flops_per_token(
+    configs: dict[str, Any], vocab_size: int, families: list[Family], iteration: int
+) -> float:
+    tensor = configs["parallel"].tensor_model_parallel_size
+    cost = run_cost(configs["model"], vocab_size, tensor, families, iteration)
+    return training_flops_per_token(cost.parts.values())
 
 
 def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.models.accounting import layer_parameters
 from megatron_ext.models.build import build_model
 from megatron_ext.models.memory_estimate import (
     Cut,
@@ -18,6 +19,7 @@ from megatron_ext.models.memory_estimate import (
     stage_activation_bytes,
     stage_parameters,
 )
+from megatron_ext.models.step_work import StepWork, Use
 from megatron_ext.platform.distributed import initialize
 from megatron_ext.testing.distributed import run_distributed
 
@@ -200,3 +202,19 @@ def test_families_parameters_are_spread_over_tensor_ranks_and_stages() -> None:
     with_family = estimate_memory(cut_of(MODEL, parallel), family_parameters=4000)
     differences = [b.parameters - a.parameters for a, b in zip(without, with_family, strict=True)]
     assert differences == [1000, 1000]
+
+
+def test_layers_that_train_are_found_on_the_stages_that_hold_them() -> None:
+    """Two stages of two chunks each hold layers 0, 1, 4, 5 and 2, 3, 6, 7."""
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
+    work = StepWork(
+        layers=(Use.FORWARD,) * 5 + (Use.TRAINED, Use.GRADIENT, Use.GRADIENT),
+        head=Use.GRADIENT,
+        trains_embedding=False,
+    )
+    model = replace(MODEL, num_layers=8)
+    everything = estimate_memory(cut_of(model, parallel))
+    frozen = estimate_memory(replace(cut_of(model, parallel), work=work))
+    assert [stage.trained_parameters for stage in frozen] == [layer_parameters(model), 0]
+    assert [stage.parameters for stage in frozen] == [stage.trained_parameters for stage in everything]
+    assert frozen[0].activation_bytes == everything[0].activation_bytes / 4

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.models.accounting import ModelCost
+from megatron_ext.models.step_work import StepWork, Use
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Family
 from tests.training.reporting_helpers import Terminal
@@ -80,6 +82,31 @@ def test_parameters_are_listed_for_base_and_families(monkeypatch: pytest.MonkeyP
     assert [row[1].strip() for row in rows(text, "extra")] == ["25,395,163,136"]
     assert [row[1].strip() for row in rows(text, "total")] == [f"{base + 25_395_163_136:,}"]
     assert rows(text, "extra")[0][3].strip() == "12.7%"
+
+
+class Freezes(Extra):
+    name = "freezes"
+
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
+        assert iteration == TRAINED.train_iters
+        return StepWork(
+            layers=(Use.FORWARD,) * 95 + (Use.TRAINED,),
+            head=Use.GRADIENT,
+            trains_embedding=False,
+            trained_parameters=1000,
+            flops_per_token=7.0,
+        )
+
+
+def test_what_is_frozen_neither_counts_as_trained_nor_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = dry_run(monkeypatch, Freezes(), training=replace(TRAINED, global_batch_size=8))
+    layer = 12 * 12288**2 + 13 * 12288
+    assert [row[4].strip() for row in rows(text, "base")] == [f"{layer:,}"]
+    assert [row[4].strip() for row in rows(text, "freezes")] == ["1,000"]
+    assert [row[4].strip() for row in rows(text, "total")] == [f"{layer + 1000:,}"]
+    (frozen,), (last,) = rows(text, "0"), rows(text, "15")
+    assert [cell.strip() for cell in frozen[3:5]] == ["0.00 GiB", "0.00 GiB"]
+    assert float(last[3].split()[0]) == pytest.approx(4 * layer / 8 / 2**30, abs=0.01)
 
 
 def test_the_cut_and_the_step_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
