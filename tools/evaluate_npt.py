@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.flags import check_at_least, flag
+from megatron_ext.config.training import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,9 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     """The whole report on the first rank, None on the others."""
     from megatron_ext.data.manifest import check_dataset
     from megatron_ext.inference.generation import Sampling
-    from megatron_ext.npt.evaluation import evaluate_npt, finite
+    from megatron_ext.inference.perplexity import evaluate_perplexity
+    from megatron_ext.npt.attach import draw
+    from megatron_ext.npt.evaluation import evaluate_npt, finite, untrained_figures
     from megatron_ext.npt.paired_generation import held_out_prompts, paired_generations
     from megatron_ext.training.checkpoint import read_run_config
 
@@ -153,17 +156,19 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         else []
     )
     length = config.seq_length or loaded.config.seq_length
-    report = evaluate_npt(
-        [loaded.model],
-        families,
-        settings,
-        config.data_path,
-        sequence_length=length,
-        micro_batch_size=config.micro_batch_size,
-        max_tokens=config.max_tokens,
-    )
+    on: dict[str, Any] = {
+        "sequence_length": length,
+        "micro_batch_size": config.micro_batch_size,
+        "max_tokens": config.max_tokens,
+    }
+    report = evaluate_npt([loaded.model], families, settings, config.data_path, **on)
+    # Last, as it takes the place of the trained weights.
+    seed = stored.get("training", {}).get("seed", TrainingConfig.seed)
+    draw([loaded.model], seed)
+    untrained = evaluate_perplexity([loaded.model], families, config.data_path, **on)
     if report is None:
         return None
+    report["perplexity"] |= untrained_figures(untrained.loss, report["perplexity"]["base_loss"], seed)
     about = {
         "checkpoint": config.checkpoint,
         "npt_weights": config.npt_weights,

@@ -24,10 +24,9 @@ from megatron_ext.inference.loading import load_model
 from megatron_ext.interop import load_hf, load_into
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.init import initialize_parameters
 from megatron_ext.npt.adapter import gather_adapter, load_adapter
 from megatron_ext.npt.adapter_files import STEM, check_same_meaning, read_adapter_file, write_adapter
-from megatron_ext.npt.attach import convert
+from megatron_ext.npt.attach import convert, draw
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.family import NPTFamily
 from megatron_ext.npt.layers import deactivated, np_modules
@@ -152,10 +151,7 @@ class NPTModel:
         if isinstance(config, NPTConfig) and config.single_layer_mode and len(layers) != 1:
             raise ValueError(f"NPTConfig: single_layer_mode converts one layer, not {len(layers)}")
         convert([self.model], module)
-        parameters = [p for part in np_modules([self.model]).values() for p in part.parameters()]
-        initialize_parameters(
-            self.model, seed, self.config.init_method_std, self.config.num_layers, only=parameters
-        )
+        draw([self.model], seed)
         self.settings = module
 
     def load_npt_weights(self, weights: str | Path | Mapping[str, torch.Tensor]) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.init import initialize_parameters
 from megatron_ext.npt.adapter import load_adapter
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.feed_forward import NPFeedForward
+from megatron_ext.npt.layers import np_modules
 
 
 def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
@@ -32,6 +34,22 @@ def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
                 layer.feed_forward = NPFeedForward(
                     layer.config, layer.layer_number, layer.pg_collection, settings=settings
                 ).train(layer.training)
+
+
+@torch.no_grad()
+def draw(chunks: list[GPTModel], seed: int) -> None:
+    """Gives all NP components the initial values of a training run with this seed, whatever they hold.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        seed: the run's.
+    """
+    for chunk in chunks:
+        parameters = [p for module in np_modules([chunk]).values() for p in module.parameters()]
+        for parameter in parameters:
+            parameter.zero_()  # the affine constants, and what `conservative` starts with, are not drawn
+        config = chunk.config
+        initialize_parameters(chunk, seed, config.init_method_std, config.num_layers, only=parameters)
 
 
 def attach(chunks: list[GPTModel], settings: NPTModuleConfig, tensors: Mapping[str, torch.Tensor]) -> None:

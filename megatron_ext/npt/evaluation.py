@@ -95,6 +95,27 @@ def evaluate_npt(
     )
 
 
+def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[str, Any]:
+    """What the report tells of the same conversion with NP components as they are drawn, to judge the ratio by.
+
+    Args:
+        loss: of that model, on the same tokens.
+        base_loss: of the base model, as the report has it.
+        seed: of the initial values.
+    """
+    ratio = math.nan if base_loss is None else _exp(loss - base_loss)
+    return dict(
+        finite(
+            {
+                "untrained": _exp(loss),
+                "untrained_ratio": ratio,
+                "untrained_loss": loss,
+                "untrained_seed": seed,
+            }
+        )
+    )
+
+
 def finite(value: Any) -> Any:
     """The value with numbers that JSON cannot hold replaced by None, and keys as texts."""
     if isinstance(value, dict):

@@ -22,9 +22,15 @@ def print_summary(report: dict[str, Any]) -> None:
         "perplexity", _four(perplexity["base"]), _four(perplexity["npt"]), f"{perplexity['tokens']:,} tokens"
     )
     table.add_row("perplexity ratio", "1", _four(ratio, 6), _verdict(perplexity["as_expected"], "1 ± 0.05"))
+    untrained = _four(perplexity["untrained_ratio"], 6)
+    table.add_row(
+        "  converted, not trained", "1", untrained, f"fresh NP weights, seed {perplexity['untrained_seed']}"
+    )
     table.add_row("KL(base || NPT)", "0", _four(kl), "nats a token")
     average = delta["average_frobenius_norm"]
-    table.add_row("mean delta norm", "", _four(average), _verdict(delta["as_expected"], "below 0.01"))
+    table.add_row(
+        "mean delta norm", "", _four(average), f"document 002, regularized: below {delta['expected_below']}"
+    )
     table.add_row("  relative to |W|", "", _four(delta["relative_norm"]["mean"]), "")
     share = f"{counts['np_share_of_converted_layers']:.1%} of the converted layers' own"
     table.add_row("parameters", f"{counts['converted_layers']:,}", f"{counts['np']:,}", share)

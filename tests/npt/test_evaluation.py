@@ -16,8 +16,9 @@ from megatron_ext.inference.perplexity import evaluate_perplexity
 from megatron_ext.models.accounting import model_cost
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.attach import draw
 from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.evaluation import distribution, evaluate_npt, finite
+from megatron_ext.npt.evaluation import distribution, evaluate_npt, finite, untrained_figures
 from megatron_ext.npt.family import NPTFamily
 from megatron_ext.npt.layers import deactivated, np_modules
 from megatron_ext.platform.distributed import initialize
@@ -292,6 +293,38 @@ def _perplexities(name: str, prefix: str) -> tuple[float, float]:
     with deactivated([model]):
         base = evaluate_perplexity([model], [family], prefix, **options)
     return base.perplexity, evaluate_perplexity([model], [family], prefix, **options).perplexity
+
+
+@pytest.mark.parametrize("cut", ["TP1", "TP2"])
+def test_drawn_again_the_model_is_the_converted_one_that_nothing_has_trained(cut: str, prefix: str) -> None:
+    fresh, trained, again = run_distributed(_drawn_again, WORLD_SIZES[cut], cut, prefix)[0]
+    assert again == fresh != trained
+
+
+def _drawn_again(cut: str, prefix: str) -> list[float]:
+    """The loss of a model as it is built, with other NP factors, and after `draw`."""
+    model, family = _build("outer drop", CUTS[cut])
+    losses = []
+    for change in (lambda: None, lambda: _disturb(model), lambda: draw([model], 1)):
+        change()
+        found = evaluate_perplexity(
+            [model], [family], prefix, sequence_length=MODEL.seq_length, micro_batch_size=4
+        )
+        losses.append(found.loss)
+    return losses
+
+
+@torch.no_grad()
+def _disturb(model: GPTModel) -> None:
+    for module in np_modules([model]).values():
+        for parameter in module.parameters():
+            parameter.add_(0.3)
+
+
+def test_the_untrained_ratio_is_that_of_the_perplexities() -> None:
+    found = untrained_figures(math.log(30.0), math.log(20.0), 7)
+    assert found["untrained"] == pytest.approx(30) and found["untrained_ratio"] == pytest.approx(1.5)
+    assert untrained_figures(1e4, 1.0, 7)["untrained_ratio"] is None
 
 
 def test_what_json_cannot_hold_becomes_null() -> None:

@@ -119,6 +119,10 @@ def test_report_holds_every_documented_key_and_counts_every_token(made: Path, on
     assert _keys(report) == documented
     assert "perplexity ratio" in printed
     assert f"{tokens} tokens" in printed
+    untrained = report["perplexity"]["untrained_ratio"]
+    assert untrained != report["perplexity"]["perplexity_ratio"], "the checkpoint's seed is another one"
+    assert re.search(rf"converted, not trained .* {untrained:.6g} .*seed 1234", printed)
+    assert "document 002, regularized: below 0.01" in printed
 
 
 def _keys(value: Any, path: str = "") -> set[str]:
@@ -167,7 +171,8 @@ def test_the_page_opens_offline_and_escapes_what_models_say(one: Any) -> None:
     assert html.escape(TEXTS[0][:16]) in page
     assert not re.search(r"(src|href)=[\"'](?!data:)", page)
     assert page.count("data:image/svg+xml;base64,") == 5, "bars, two heat maps, two histograms"
-    assert f"{report['perplexity']['perplexity_ratio']:.5f}" in page
+    for name in ("perplexity_ratio", "untrained_ratio"):
+        assert f"{report['perplexity'][name]:.5f}" in page
 
 
 def test_a_training_configuration_gives_what_counts_here(made: Path, tmp_path: Path) -> None:
