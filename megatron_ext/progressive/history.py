@@ -53,6 +53,12 @@ class Finished:
     seconds: float
     """Wall time of the phase, of the command that ended it."""
 
+    stack_treatments: list[str] = field(default_factory=list)
+    """What was done with every stack, by index (`plan.TREATMENTS`); empty in files of before this was noted."""
+
+    stack_precisions: list[str | None] = field(default_factory=list)
+    """Of every stack in this phase, by index, the same; None where it is the run's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class History:

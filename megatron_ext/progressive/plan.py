@@ -22,6 +22,9 @@ from megatron_ext.progressive.rack import Rack, Stack
 Trains = Literal["newest", "all", "none"]
 """What a phase trains: the newest stack with the trunk as its strategy says, everything, or nothing (inference)."""
 
+TREATMENTS = ("trained", "adapters", "frozen", "cached")
+"""What a phase does with a stack: all trains, its adapters alone, nothing, nothing and what it gives is kept."""
+
 
 def layer_plan(
     rack: Rack, config: ProgressiveConfig, trains: Trains, frozen: dict[int, str] | None = None
@@ -65,6 +68,26 @@ def _settings(
         trains_base=trains_base,
         precision=None if trains_base and is_packed(precision) else cast(Precision, precision),
     )
+
+
+def stack_treatments(rack: Rack, plan: Plan, cached_layers: int) -> list[str]:
+    """What a phase does with every stack, by the stack's index: `TREATMENTS`.
+
+    Args:
+        rack: the stacks of the model.
+        plan: of its layers.
+        cached_layers: so many layers from the embedding on have their output in the activation cache.
+    """
+    found = {}
+    for stack, layers in rack.layers():
+        settings = plan[layers.start]
+        if settings.trains_base:
+            found[stack.index] = "trained"
+        elif settings.trained_adapters:
+            found[stack.index] = "adapters"
+        else:
+            found[stack.index] = "cached" if layers.stop <= cached_layers else "frozen"
+    return [found[index] for index in sorted(found)]
 
 
 def frozen_below(rack: Rack, config: ProgressiveConfig, trains: Trains) -> int:

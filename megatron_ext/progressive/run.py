@@ -38,6 +38,7 @@ from megatron_ext.progressive.history import (
 )
 from megatron_ext.progressive.objectives import reserve_mask_token
 from megatron_ext.progressive.phases import Phase, check_phases, configs_of, plan_phases
+from megatron_ext.progressive.plan import stack_treatments
 from megatron_ext.training import random_state
 from megatron_ext.training.agreement import gather, on_first_rank
 from megatron_ext.training.checkpoint import Progress, print_on_first_rank
@@ -273,6 +274,12 @@ class Growth:
             stack_bytes=[sizes[index] for index in sorted(sizes)],
             peak_memory_bytes=peak,
             seconds=round(time.monotonic() - started, 3),
+            stack_treatments=stack_treatments(
+                phase.rack, family.plan, family.trunk_layers if family.cache is not None else 0
+            ),
+            stack_precisions=[
+                family.plan[phase.rack.layers_of(index).start].precision for index in sorted(sizes)
+            ],
         )
         history = History(rack=phase.rack, finished=(*self.history.finished, finished))
         on_first_rank(lambda: write_history(self.save, history))

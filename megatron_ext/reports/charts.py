@@ -6,7 +6,7 @@ more than two orders of magnitude. The same numbers give the same text: no dates
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Band = tuple[str, float, float]
 """Label, begin and end of a part of the x axis that is shaded."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+"""Okabe and Ito's, which the colour-blind tell apart."""
 
 _MOST_COLUMNS = 300
 """Of a heat map over steps; more are averaged."""
@@ -35,7 +38,7 @@ def require_matplotlib(what: str) -> None:
 
 
 def curves_chart(
-    curves: dict[str, Curve],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     y_label: str,
     title: str = "",
@@ -45,7 +48,7 @@ def curves_chart(
     """Lines by name over steps.
 
     Args:
-        curves: name -> steps and values.
+        curves: name -> steps, or what else the x axis is, and values.
         y_label: what the values are.
         title: above the chart.
         bands: shaded parts, labelled at the top.
@@ -66,7 +69,7 @@ def curves_chart(
             axes.set_yscale("log")
             _write_plainly(axes.yaxis)
         axes.set(xlabel=x_label, ylabel=y_label)
-        _count_in_whole_numbers(axes.xaxis)
+        count_in_whole_numbers(axes.xaxis)
         if len(curves) > 1:
             axes.legend(fontsize="small", frameon=False)
     return out[0]
@@ -96,7 +99,7 @@ def step_heat_map(
         image = axes.imshow(values, aspect="auto", extent=extent, norm=_norm(values), interpolation="nearest")
         axes.set_yticks(range(len(layers)), [str(number) for number in layers])
         axes.set(xlabel="step", ylabel=row_name)
-        _count_in_whole_numbers(axes.xaxis)
+        count_in_whole_numbers(axes.xaxis)
         for name, begin, end in bands:
             axes.axvline(end, color="white", linewidth=0.8)
             axes.annotate(
@@ -160,7 +163,7 @@ def histogram_chart(
         marks: label and place of vertical lines.
     """
     with _chart(5.2, 3.0, title) as (axes, out):
-        axes.stairs(counts, edges, fill=True, color="tab:blue", alpha=0.7)
+        axes.stairs(counts, edges, fill=True, color="C0", alpha=0.7)
         for number, (label, place) in enumerate(marks):
             axes.axvline(place, color=f"C{number + 1}", linestyle="--", linewidth=1.2, label=label)
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -184,16 +187,33 @@ def bar_chart(bars: dict[str, float], *, y_label: str, title: str = "") -> str:
 @contextmanager
 def _chart(width: float, height: float, title: str) -> Iterator[tuple["Axes", list[str]]]:
     """Axes to draw on, and a list that holds the SVG afterwards."""
+    with stacked_axes(width, [height], title) as (axes, out):
+        yield axes[0], out
+
+
+@contextmanager
+def stacked_axes(
+    width: float, heights: Sequence[float], title: str
+) -> Iterator[tuple[list["Axes"], list[str]]]:
+    """Axes one below the other over the same x axis, and a list that holds the SVG afterwards; sizes in inches."""
+    from cycler import cycler
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     out: list[str] = []
     # Labels stay text; with a salt the names within the file follow from the content; `$` in a label is no formula.
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "megatron_ext", "text.parse_math": False}
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "megatron_ext",
+        "text.parse_math": False,
+        "axes.prop_cycle": cycler(color=COLOURS),
+    }
     with rc_context(settings):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
+        figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+        grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
+        axes = list(grid[:, 0])
+        for each in axes:
+            each.spines[["top", "right"]].set_visible(False)
         yield axes, out
         if title:
             figure.suptitle(title, fontsize="medium")
@@ -222,7 +242,8 @@ def _spans_orders(values: npt.NDArray[np.float64]) -> bool:
     return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > _LOG_SPAN)
 
 
-def _count_in_whole_numbers(axis: Any) -> None:
+def count_in_whole_numbers(axis: Any) -> None:
+    """No ticks at 0.5 of a step."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))

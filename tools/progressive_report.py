@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Compares progressive trainings: time, memory and losses of each run and phase, as tables, JSON and one HTML page.
+
+A run is the --save directory of pretrain_progressive.py. Beside its progressive.json it may hold `tensorboard` (what
+--tensorboard-dir was given: step times and losses) and evaluation.json (of tools/evaluate.py --output).
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from megatron_ext.config.cli import parse, run_main
+
+if TYPE_CHECKING:
+    from megatron_ext.progressive.report import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveReportConfig:
+    """What to compare, and where the report goes."""
+
+    runs: tuple[str, ...]
+    """NAME=DIR of every run."""
+
+    reference: str | None = None
+    """Name of the run to which step time and memory are put in proportion."""
+
+    html: str | None = None
+    """HTML file for the tables, every run's timeline of growth and the curves of all runs; needs matplotlib."""
+
+    output: str | None = None
+    """JSON file for the figures."""
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for text in self.runs:
+            name, equals, directory = text.partition("=")
+            if not (name and equals and directory):
+                raise ValueError(f"--runs {text}: must be NAME=DIR")
+            if name in seen:
+                raise ValueError(f"--runs {text}: the name {name} is given twice")
+            seen.add(name)
+
+
+def main() -> None:
+    """Reads, compares, writes and prints."""
+    config: ProgressiveReportConfig = parse(
+        ProgressiveReportConfig,
+        prog="tools/progressive_report.py",
+        description=str(__doc__),
+        example="python tools/progressive_report.py --runs grown=runs/grown whole=runs/end_to_end --reference whole "
+        "--html report.html",
+    )["config"]
+    from megatron_ext.progressive.figures import compare
+    from megatron_ext.progressive.report import notes, phases_table, report_page, runs_table
+    from megatron_ext.progressive.results import read_run
+    from megatron_ext.reports.charts import require_matplotlib
+    from megatron_ext.reports.output import check_writable, write_text
+
+    for flag, path in (("--html", config.html), ("--output", config.output)):
+        if path is not None:
+            check_writable(flag, path)
+    if config.html is not None:
+        require_matplotlib(f"--html {config.html}")
+    named = (text.partition("=") for text in config.runs)
+    runs = [read_run(name, directory) for name, _, directory in named]
+    comparison = compare(runs, config.reference)
+    if config.output is not None:
+        write_text(config.output, json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n")
+    if config.html is not None:
+        write_text(config.html, report_page(runs, comparison))
+    for table in (runs_table(comparison), phases_table(comparison)):
+        _print(table)
+    print("\n".join(notes(comparison)))
+    written = [path for path in (config.output, config.html) if path is not None]
+    if written:
+        print(f"written: {', '.join(written)}")
+
+
+def _print(table: "Table") -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=table.title)
+    for column in table.columns:
+        is_text = any(isinstance(row[table.columns.index(column)], str) for row in table.rows)
+        shown.add_column(column, justify="left" if is_text else "right")
+    for row in table.rows:
+        shown.add_row(*map(_text, row))
+    # A file or a pipe has no width: numbers must not be cut there.
+    Console(width=None if os.isatty(1) else 180).print(shown)
+
+
+def _text(cell: str | int | float | None) -> str:
+    if isinstance(cell, int):
+        return f"{cell:,d}"
+    return f"{cell:.4g}" if isinstance(cell, float) else cell or ""
+
+
+if __name__ == "__main__":
+    run_main(main)
