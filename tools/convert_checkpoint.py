@@ -9,13 +9,14 @@ One process, no network; a checkpoint can be loaded at any tensor- and pipeline-
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import Switch, check_at_least
+from megatron_ext.config.flags import Switch, check_at_least, flag_name
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -66,6 +67,13 @@ class ExportConfig:
     base_only: bool = False
     """Export the base model without what a family added to it; only where the base was frozen (NPT)."""
 
+    merge_adapters: Switch = False
+    """Export a rack of progressive training (clm) as a plain model, its adapters merged into the base weights."""
+
+    adapter_dir: str | None = None
+    """Export the base model alone to --model-dir, and every adapter in peft's format to a directory of its name in
+    this one."""
+
     tokenizer_model: str | None = None
     """Where the tokenizer's file or directory is now, if not where the checkpoint says."""
 
@@ -77,6 +85,9 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "ckpt_step")
+        chosen = [name for name in ("base_only", "merge_adapters", "adapter_dir") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{flag_name(chosen[0])}: cannot be given together with {flag_name(chosen[1])}")
         self.resolved_max_shard_size()
 
     def resolved_max_shard_size(self) -> int:
@@ -125,25 +136,32 @@ def run_import(config: ImportConfig) -> None:
         f"{config.save}: {found.config.get('model_type')}, {model.num_layers} layers, hidden size "
         f"{model.hidden_size}, {found.vocab_size:,} ids, {kind}"
     )
-    print(f"train it: --config {config.save}/model.yaml --load {config.save} --finetune")
+    save, data = shlex.quote(config.save), "--data-path corpus_text_document --train-iters 1000 --lr 1e-4"
+    print(
+        f"train it:    python pretrain_gpt_per_layer.py --config {save}/model.yaml --load {save} --finetune {data}"
+    )
+    print(f"to NPT:      python pretrain_npt.py --mode multi_layer --load {save} {data} --save {save}-npt")
 
 
 def run_export(config: ExportConfig) -> None:
     """Write a checkpoint's model as a Hugging Face directory: config.json, safetensors, tokenizer."""
-    from megatron_ext.interop import export_checkpoint
+    options: dict[str, Any] = {
+        "ckpt_step": config.ckpt_step,
+        "architecture": config.architecture,
+        "dtype": config.dtype,
+        "max_shard_size": config.resolved_max_shard_size(),
+        "overwrite": config.overwrite,
+        "tokenizer_model": config.tokenizer_model,
+        "no_tokenizer": config.no_tokenizer,
+    }
+    if config.merge_adapters or config.adapter_dir is not None:
+        from megatron_ext.plain_export import export_plain
 
-    notes = export_checkpoint(
-        config.load,
-        config.model_dir,
-        ckpt_step=config.ckpt_step,
-        architecture=config.architecture,
-        dtype=config.dtype,
-        max_shard_size=config.resolved_max_shard_size(),
-        overwrite=config.overwrite,
-        base_only=config.base_only,
-        tokenizer_model=config.tokenizer_model,
-        no_tokenizer=config.no_tokenizer,
-    )
+        notes = export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
+    else:
+        from megatron_ext.interop import export_checkpoint
+
+        notes = export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
     for line in notes:
         print(f"{config.model_dir}: {line}")
 

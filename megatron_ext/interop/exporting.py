@@ -222,7 +222,7 @@ def _check_families(families: dict[str, Any], load: str, *, base_only: bool) -> 
         if not base_only:
             raise ValueError(
                 f"--load {load}: holds the family {name}, which no Llama-family model has; "
-                "--base-only exports a frozen base without it"
+                "--base-only exports a frozen base without it, --merge-adapters a rack with its adapters merged"
             )
         if not _value(configuration, "freeze_base"):
             raise ValueError(

@@ -21,14 +21,14 @@ from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
 from megatron_ext.models.init import initialize_parameters
 from megatron_ext.models.step_work import StepWork
-from megatron_ext.progressive import growth
+from megatron_ext.progressive import growth, hf_export
 from megatron_ext.progressive.accounting import progressive_cost, progressive_work
 from megatron_ext.progressive.activation_cache import ActivationCache
-from megatron_ext.progressive.adapted_layers import prepare_layers, weight_bytes
+from megatron_ext.progressive.adapted_layers import merge_adapters, prepare_layers, weight_bytes
 from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.extension import ProgressiveExtension
 from megatron_ext.progressive.objectives import Objective
-from megatron_ext.progressive.plan import Trains, frozen_below, layer_plan
+from megatron_ext.progressive.plan import Trains, finished_plan, frozen_below, layer_plan
 from megatron_ext.progressive.plateau import Plateau
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.progressive.time_steps import TIME_STEP
@@ -131,7 +131,9 @@ class ProgressiveFamily(Family):
     def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
         """The family that gave this `configuration()`, as inference wants it."""
         config = configs_from_dict({"settings": ProgressiveConfig}, configuration)["settings"]
-        return cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
+        family = cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
+        family.plan = finished_plan(family.rack, config, configuration["trains"])
+        return family
 
     def configuration(self) -> dict[str, Any]:
         """The rack, what trains, and all settings."""
@@ -223,6 +225,22 @@ class ProgressiveFamily(Family):
     def evaluation_loss(self) -> OutputLoss | None:
         """Loss and accuracy on masked tokens, where tokens are masked."""
         return None if self.objective is None else self.objective.evaluation_loss()
+
+    def check_plain(self, *, as_adapters: bool) -> None:
+        """Refuses a rack that sees ahead, and one without adapters where they are wanted."""
+        hf_export.check_plain(self.config, self.plan, as_adapters=as_adapters)
+
+    def merge(self, chunks: list[GPTModel]) -> list[str]:
+        """Adds all adapters to their weights."""
+        merge_adapters(chunks)
+        return hf_export.precision_notes(self.rack, self.plan)
+
+    def write_adapters(
+        self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
+    ) -> list[str]:
+        """A directory for each adapter."""
+        written = hf_export.write_adapters(chunks, model, directory, base_model, overwrite=overwrite)
+        return [*written, *hf_export.precision_notes(self.rack, self.plan)]
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
         """The loss by stack, and all tokens so far."""

@@ -35,7 +35,8 @@ from megatron_ext.training.agreement import gather, on_first_rank
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 
-_FLAG = "--adapter-dir"
+ADAPTER_FLAG = "--adapter-dir"
+"""Under which the command line knows the directory."""
 
 
 def gather_adapter(chunks: list[GPTModel], name: str) -> dict[str, torch.Tensor]:
@@ -98,8 +99,8 @@ def export_peft(
     def write() -> None:
         from safetensors.torch import save_file  # of the extra `hf`
 
-        check_free(directory, _FLAG, overwrite=overwrite)
-        with complete_directory(directory, _FLAG, overwrite=overwrite) as folder:
+        check_free(directory, ADAPTER_FLAG, overwrite=overwrite)
+        with complete_directory(directory, ADAPTER_FLAG, overwrite=overwrite) as folder:
             config = peft_config(shapes, model.num_layers, base_model)
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(peft_tensors(factors, model), str(folder / TENSORS_FILE), metadata={"format": "pt"})

@@ -10,6 +10,7 @@ A stack of four bits (qlora, nvfp4) is packed once it is in the trunk; while its
 Source: document 004.
 """
 
+from dataclasses import replace
 from typing import Literal, cast
 
 from megatron_ext.progressive.adapted_layers import Plan
@@ -68,6 +69,21 @@ def _settings(
         trains_base=trains_base,
         precision=None if trains_base and is_packed(precision) else cast(Precision, precision),
     )
+
+
+def finished_plan(rack: Rack, config: ProgressiveConfig, trained: Trains) -> Plan:
+    """The plan of a phase that is over: nothing trains, adapters and precisions are those that it left.
+
+    Args:
+        rack: the stacks of the model.
+        config: of the run.
+        trained: what the phase trained.
+    """
+    plan = layer_plan(rack, config, trained)
+    return {
+        layer: replace(settings, trains_base=False, trained_adapters=frozenset())
+        for layer, settings in plan.items()
+    }
 
 
 def stack_treatments(rack: Rack, plan: Plan, cached_layers: int) -> list[str]:

@@ -176,6 +176,28 @@ class Family:
         """
         return {}
 
+    def check_plain(self, *, as_adapters: bool) -> None:
+        """Raises `ValueError` where `merge` (`as_adapters`: `write_adapters`) cannot be done; called before loading."""
+        raise ValueError(f"the family {self.name} is no set of adapters, and no Llama-family model has it")
+
+    def merge(self, chunks: list[GPTModel]) -> list[str]:
+        """Turns a loaded model into a base model of the same function, for an export; returns notes for the user."""
+        raise TypeError(f"{type(self).__name__} has passed check_plain and cannot merge")
+
+    def write_adapters(
+        self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
+    ) -> list[str]:
+        """Writes what is beyond the base model in the format of `peft`; returns notes for the user. Collective.
+
+        Args:
+            chunks: this rank's model chunks, unwrapped.
+            model: the base model.
+            directory: gets a directory for each adapter.
+            base_model: where the base model is exported to.
+            overwrite: replace what is there.
+        """
+        raise TypeError(f"{type(self).__name__} has passed check_plain and cannot write adapters")
+
     def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
         """Writes the family's own files into a checkpoint, where they get checksums; collective, on rank 0 to disk.
 
