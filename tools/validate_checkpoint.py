@@ -2,6 +2,7 @@
 """Validates an NPT checkpoint of document 001: its files are there, load, and match their checksums.
 
     python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000
+    python tools/validate_checkpoint.py experiments/run/checkpoints                     the newest complete one in it
 
 Exit codes: 0 it is whole, 1 it is not, 2 a wrong flag or directory.
 """
@@ -19,7 +20,8 @@ class ValidateConfig:
     """What to validate."""
 
     checkpoint: str
-    """The checkpoint's own directory; it may also stand first, without --checkpoint."""
+    """The checkpoint's own directory, or a directory of checkpoints, of which the newest complete one is validated; it
+    may also stand first, without --checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,17 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Validate an NPT checkpoint: required files, their content, checksums.",
         example="python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000",
     )["config"]
-    from megatron_ext.npt.validation import validate_checkpoint
+    from megatron_ext.npt.validation import choose_checkpoint, validate_checkpoint
 
     if not Path(config.checkpoint).is_dir():
         raise FileNotFoundError(f"--checkpoint {config.checkpoint}: no such directory")
-    found = validate_checkpoint(Path(config.checkpoint))
+    folder, unfinished = choose_checkpoint(Path(config.checkpoint))
+    found = validate_checkpoint(folder)
     for line in found.facts:
         print(line)
-    for line in found.problems:
+    for line in unfinished + found.problems:
         print(f"problem: {line}")
-    print(f"{config.checkpoint}: {'damaged or incomplete' if found.problems else 'valid'}")
-    return 1 if found.problems else 0
+    print(f"{folder}: {'damaged or incomplete' if found.problems else 'valid'}")
+    return 1 if unfinished + found.problems else 0
 
 
 if __name__ == "__main__":

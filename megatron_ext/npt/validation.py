@@ -33,6 +33,34 @@ class Validation:
     """Step, layers, stage, sizes."""
 
 
+def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint in a directory of checkpoints that is to be validated, and what is wrong with newer ones.
+
+    Args:
+        folder: a directory of checkpoints; any other is taken for a checkpoint's own.
+
+    Returns:
+        The newest complete one; without any the newest, as the document's plain directories have no checksums.
+
+    Raises:
+        FileNotFoundError: the directory is no checkpoint and holds none.
+    """
+    if any((folder / name).exists() for name in (files.CHECKSUMS, *REQUIRED)):
+        return folder, []
+    steps = {step: path for path in folder.iterdir() if (step := files.step_of(path.name)) is not None}
+    if not steps:
+        where = "; a sequential run has them in layer_*/checkpoints" if any(folder.glob("layer_*")) else ""
+        raise FileNotFoundError(
+            f"--checkpoint {folder}: neither a checkpoint nor a directory of checkpoints{where}"
+        )
+    complete = files.complete_checkpoints(folder)
+    newest = max(complete or steps)
+    unfinished = [
+        f"{steps[step]}: incomplete, has no {files.CHECKSUMS}" for step in sorted(steps) if step > newest
+    ]
+    return {**steps, **complete}[newest], unfinished
+
+
 def validate_checkpoint(folder: Path) -> Validation:
     """Looks at every file of a checkpoint.
 

@@ -139,6 +139,37 @@ def test_a_directory_of_the_document_is_valid_without_checksums(
     assert "checksums: none here" in capsys.readouterr().out
 
 
+def test_of_a_directory_of_checkpoints_the_newest_complete_one_is_validated(
+    run: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert validate([str(run[0])]) == 0
+    output = capsys.readouterr().out
+    assert "step: 4\n" in output and output.endswith(f"{run[0] / 'checkpoint-4'}: valid\n")
+    shutil.copytree(run[0], tmp_path / "run")
+    unfinished = (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "run" / "checkpoint-6")
+    (unfinished / "checksums.json").unlink()
+    assert validate([str(tmp_path / "run")]) == 1
+    output = capsys.readouterr().out
+    assert "step: 4\n" in output and f"problem: {unfinished}: incomplete, has no checksums.json\n" in output
+
+
+def test_of_the_documents_plain_checkpoints_the_newest_is_validated(
+    run: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in ("npt_weights.pt", "training_state.pt", "multi_layer_state.pt"):
+            shutil.copy(run[0] / "checkpoint-4" / name, tmp_path / f"checkpoint-{step}")
+    assert validate([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("checkpoint-10: valid\n")
+
+
+def test_a_directory_without_checkpoints_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "layer_3_20250910_180000").mkdir()
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor .*in layer_\\*/checkpoints"):
+        validate([str(tmp_path)])
+
+
 class _Executes:
     def __reduce__(self) -> Any:
         return print, ("executed",)
