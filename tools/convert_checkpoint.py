@@ -136,11 +136,16 @@ def run_import(config: ImportConfig) -> None:
         f"{config.save}: {found.config.get('model_type')}, {model.num_layers} layers, hidden size "
         f"{model.hidden_size}, {found.vocab_size:,} ids, {kind}"
     )
-    save, data = shlex.quote(config.save), "--data-path corpus_text_document --train-iters 1000 --lr 1e-4"
+    save = shlex.quote(config.save)
+    rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
+    print("train it, or convert it to NPT:")
     print(
-        f"train it:    python pretrain_gpt_per_layer.py --config {save}/model.yaml --load {save} --finetune {data}"
+        f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )
-    print(f"to NPT:      python pretrain_npt.py --mode multi_layer --load {save} {data} --save {save}-npt")
+    print(
+        f"    python pretrain_npt.py --mode multi_layer {rest} --lr 1e-3 --np-form low_rank --np-target gate+up "
+        f"--np-rank 64 --np-residual keep --save {save}-npt"
+    )
 
 
 def run_export(config: ExportConfig) -> None:
