@@ -28,6 +28,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.10 to 3.13" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: no venv for $(PYTHON); on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@echo "installing the package and what its tests and quickstarts need into $(VENV): a few minutes, without output"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 

@@ -36,6 +36,7 @@ from megatron_ext.training.agreement import on_first_rank
 from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.family import Batch
 from megatron_ext.training.loop import Data
+from megatron_ext.training.run_lock import run_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +128,15 @@ class ProgressiveTrainer:
         )
         check_phases(configs, phases, distributed.world_size())
         batches = partial(_endless, dataloader, configs["training"].micro_batch_size, copies)
-        growth = Growth(
-            configs,
-            phases,
-            build_tokenizer(configs["tokenizer"]),
-            data=Data(train=batches, valid=None, test=None),
-            frozen=rack_builder.frozen,
-        )
-        growth.run()
+        with run_lock(str(save)):
+            growth = Growth(
+                configs,
+                phases,
+                build_tokenizer(configs["tokenizer"]),
+                data=Data(train=batches, valid=None, test=None),
+                frozen=rack_builder.frozen,
+            )
+            growth.run()
         last = phases[-1]
         folder = on_first_rank(lambda: find_checkpoint(str(save / last.name)))
         assert folder is not None

@@ -41,6 +41,7 @@ from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.reporting import Reporter
+from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.step import Stepper
 
 MakeFamilies = Callable[[dict[str, Any], Tokenizer], list[Family]]
@@ -139,13 +140,15 @@ def check_run(configs: dict[str, Any]) -> Tokenizer:
 
 @contextmanager
 def process_group(configs: dict[str, Any]) -> Iterator[None]:
-    """Within it the process group is there, and the random streams are seeded."""
+    """Within it the process group is there, the random streams are seeded, and no other run writes to `--save`."""
     seed = configs["training"].seed
     random.seed(seed)
     np.random.seed(seed)
     distributed.initialize(configs["parallel"], seed)
+    writes = not configs["training"].skip_train
     try:
-        yield
+        with run_lock(configs["checkpoint"].save if writes else None):
+            yield
     finally:
         distributed.shutdown()
 
