@@ -27,7 +27,11 @@ def case(
     return ProgressiveConfig(**{**own, **config}), trains, model
 
 
-MASKED = {"training_objective": "mlm", "mask_token_id": VOCAB_SIZE - 1, "time_interpretation": "input"}
+MASKED: dict[str, Any] = {
+    "training_objective": "mlm",
+    "mask_token_id": VOCAB_SIZE - 1,
+    "time_interpretation": "input",
+}
 CASES = {
     "append, frozen": case(cache_activations=False),
     "append, frozen, no adapters": case(cache_activations=False, qlora_enabled=False),
