@@ -67,7 +67,8 @@ class NPTTrainingConfig:
 
     load_npt_weights: str | None = None
     """NP weights to start with (npt_weights.pt or .safetensors): exactly those of the run's layers. In single_layer
-    those of other layers too: these are then active and frozen, and the layer that is trained starts anew."""
+    those of other layers too: these are then active and frozen, and the layer that is trained starts anew. Form, rank,
+    target, ... that are not given, and the layers but in single_layer, are those that made the file."""
 
     allow_layer_mismatch: bool = False
     """On --load RUN with other --npt-layers than the run's: take the NP weights of the layers that both have, with a
