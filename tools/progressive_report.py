@@ -6,7 +6,6 @@ A run is the --save directory of pretrain_progressive.py. Beside its progressive
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -83,13 +82,15 @@ def _print(table: "Table") -> None:
     from rich.table import Table as RichTable
 
     shown = RichTable(title=table.title)
-    for column in table.columns:
-        is_text = any(isinstance(row[table.columns.index(column)], str) for row in table.rows)
-        shown.add_column(column, justify="left" if is_text else "right")
-    for row in table.rows:
-        shown.add_row(*map(_text, row))
-    # A file or a pipe has no width: numbers must not be cut there.
-    Console(width=None if os.isatty(1) else 180).print(shown)
+    rows = [[_text(cell) for cell in row] for row in table.rows]
+    for place, name in enumerate(table.columns):
+        # As wide as its widest cell, whatever the window: headers wrap at spaces, and no number is cut.
+        width = max(map(len, [*name.split(), *(row[place] for row in rows)]))
+        is_text = any(isinstance(row[place], str) for row in table.rows)
+        shown.add_column(name, justify="left" if is_text else "right", width=width)
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=10_000).print(shown)
 
 
 def _text(cell: str | int | float | None) -> str:

@@ -23,6 +23,14 @@ _KINDS = {
     "frozen": Kind(name="frozen", colour="#A8A8A8", text_colour="black"),
     "cached": Kind(name="frozen, activations kept", colour="#DADADA", text_colour="black"),
 }
+_HELD_OUT = {
+    "loss": "held-out loss",
+    "unigram_cross_entropy": "unigram entropy",
+    "masked_token_accuracy": "masked-token accuracy",
+    "unigram_accuracy": "unigram guess",
+}
+"""Figure of tools/evaluate.py -> its column; what is not here follows from these."""
+
 _NOT_NOTED = Kind(name="not noted", colour="#F6F0D8", text_colour="black")
 
 
@@ -38,10 +46,7 @@ class Table:
 def runs_table(comparison: Comparison) -> Table:
     """A row a run; columns that no run has are left out."""
     moment = comparison.equal_seconds
-    names = list(
-        dict.fromkeys((d, f) for run in comparison.runs for d in run.evaluation for f in run.evaluation[d])
-    )
-    datasets = {dataset for dataset, _ in names}
+    datasets = list(dict.fromkeys(dataset for run in comparison.runs for dataset in run.evaluation))
     rows = []
     for run in comparison.runs:
         cells: dict[str, Cell] = {
@@ -55,15 +60,14 @@ def runs_table(comparison: Comparison) -> Table:
             f"cached step / {comparison.reference}": run.cached_step_ratio,
             "peak memory, MiB": _scaled(run.peak_memory_bytes, 1 / _MEBI),
             f"memory / {comparison.reference}": run.peak_memory_ratio,
-            "parameters trained last": run.trainable_parameters,
+            "trained at the end": run.trainable_parameters,
             "validation loss": run.validation_loss,
             f"the same after {moment or 0:.4g} s": run.equal_time_loss,
         }
-        for dataset, figure in names:
+        for dataset in datasets:
             where = f" ({dataset})" if len(datasets) > 1 else ""
-            name = f"held-out {figure.replace('_', ' ')}{where}"
-            value = run.evaluation.get(dataset, {}).get(figure)
-            cells[name] = value if value is None or value % 1 else int(value)
+            for figure, label in _HELD_OUT.items():
+                cells[f"{label}{where}"] = run.evaluation.get(dataset, {}).get(figure)
         rows.append(cells)
     return _table("Runs", rows)
 
@@ -74,19 +78,19 @@ def phases_table(comparison: Comparison) -> Table:
 
 
 def _phase_cells(run: RunFigures, phase: PhaseFigures) -> dict[str, Cell]:
-    weights = " + ".join(f"{size / _MEBI:.4g}" for size in phase.stack_bytes)
+    weights = " + ".join(f"{size / _MEBI:.3g}" for size in phase.stack_bytes)
     return {
         "run": run.name,
         "phase": _title(phase.name),
         "layers": phase.layers,
         "steps": phase.steps,
-        "parameters trained": phase.trainable_parameters,
+        "trained": phase.trainable_parameters,
         "frozen": phase.frozen_parameters,
         "step, ms": _scaled(phase.step_seconds, 1e3),
         "first epoch, ms": _scaled(phase.first_epoch_step_seconds, 1e3),
         "from the cache, ms": _scaled(phase.cached_step_seconds, 1e3),
         "peak memory, MiB": _scaled(phase.peak_memory_bytes, 1 / _MEBI),
-        "weights by stack, MiB": weights,
+        "stacks, MiB": weights,
         "validation loss": phase.validation_loss,
     }
 

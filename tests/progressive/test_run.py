@@ -109,6 +109,9 @@ def test_a_plateau_ends_a_stack_and_the_joint_phase_moves_everything(data: str, 
     assert [phase["iteration"] for phase in history["finished"]] == [4, 8, 9]
     assert [phase["consumed_samples"] for phase in history["finished"]] == [16, 32, 36]
     assert history["finished"][2]["frozen_parameters"] == 0
+    done = [phase["stack_treatments"] for phase in history["finished"]]
+    assert done == [["trained"], ["cached", "trained"], ["trained", "trained"]]
+    assert history["finished"][1]["stack_precisions"] == ["full", "full"]
     for name, value in last.items():
         if name.startswith(("decoder.layers", "embedding")) and "_extra_state" not in name:
             assert not torch.equal(value, joint[name]), name
