@@ -56,7 +56,7 @@ def adapted_linears(chunks: list[GPTModel]) -> Iterator[tuple[int, str, AdaptedL
 def merge_adapters(chunks: list[GPTModel]) -> None:
     """Adds every adapter to its base weight and removes it; the model's function stays, to rounding.
 
-    The weights are then plain ones in the run's precision, also those that were packed. For a model that is not wrapped
+    The weights are then plain ones, also those that were packed. For a model that is not wrapped
     for training: an optimizer would keep the removed parameters.
 
     Args:

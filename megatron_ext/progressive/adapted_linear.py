@@ -87,6 +87,7 @@ class AdaptedLinear(torch.nn.Module):
         self.weight_scales: torch.Tensor | None
         self.register_buffer("weight_scales", None, persistent=False)
         self.weight_shape = self.weight.shape
+        self.weight.data = self.weight.data.to(self.trained_dtype)
         adapters = {
             name: LoRAAdapter(
                 self.config,
@@ -101,6 +102,11 @@ class AdaptedLinear(torch.nn.Module):
         }
         self.adapters = torch.nn.ModuleDict(adapters)
 
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """In which the weight is held while it trains: the run's precision, and fp32 in a stack of full precision."""
+        return torch.float32 if self.precision == "full" else self.config.params_dtype
+
     def store_weight(self) -> None:
         """Freezes the weight and puts it into the layer's precision; again after it was loaded or changed."""
         self.weight.requires_grad_(False)
@@ -113,8 +119,8 @@ class AdaptedLinear(torch.nn.Module):
         self.is_stored = True
 
     def restore_weight(self) -> None:
-        """Undoes `store_weight`: a plain weight in the run's precision, which may then be trained; values stay."""
-        self.weight.data = self.read_weight(self.config.params_dtype)
+        """Undoes `store_weight`: a plain weight in `trained_dtype`, which may then be trained; values stay."""
+        self.weight.data = self.read_weight(self.trained_dtype)
         self.weight_scales = None
         self.is_stored = False
 
@@ -126,13 +132,13 @@ class AdaptedLinear(torch.nn.Module):
         return packing(str(self.precision)).unpack(packed, self.weight_shape, dtype)
 
     def merge_adapters(self) -> None:
-        """Adds the adapters to the weight, in the run's precision, and removes them. No communication."""
+        """Adds the adapters to the weight, in `trained_dtype`, and removes them. No communication."""
         merged = self.read_weight(torch.float32)
         for adapter in self.adapters.values():
             assert isinstance(adapter, LoRAAdapter)
             merged += adapter.delta()
         self.weight_scales, self.is_stored = None, False
-        self.weight.data = merged.to(self.config.params_dtype)
+        self.weight.data = merged.to(self.trained_dtype)
         self.adapters.clear()
 
     def forward(
@@ -200,8 +206,8 @@ class AdaptedLinear(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """A stored weight moves between devices, but no cast of the whole model changes its precision."""
-        if not self.is_stored:
+        """A weight with a precision of its own moves between devices, but no cast of the whole model changes it."""
+        if not self.is_stored and self.trained_dtype == self.config.params_dtype:
             return super()._apply(fn, recurse)
         for child in self.children():
             child._apply(fn)

@@ -49,8 +49,9 @@ class ProgressiveConfig(LoRAConfig):
     """What trains in the trunk: nothing (frozen, adapters included), adapters only (qlora), everything (trained)."""
 
     new_stack_precision: tuple[str, ...] = ("full",)
-    """Precision of a stack: full (fp32), half, bfloat16, nvfp4, qlora (NF4); one word for all, or one for each stack.
-    The two of four bits train in the run's precision and are packed when a stack is added to them."""
+    """Precision of a stack's linear layers: full (fp32, under --bf16 too), half, bfloat16, nvfp4, qlora (NF4); one word
+    for all, or one for each stack. The two of four bits train in the run's precision and are packed when a stack is
+    added to them."""
 
     trunk_precision: Literal["full", "half", "bfloat16", "nvfp4", "qlora"] | None = None
     """Precision of stacks once they belong to the trunk. Without it their own."""

@@ -8,7 +8,10 @@ linear layers - residual stream, norms, attention - and what passes between pipe
 precision, so stacks of any precision follow one another. Biases and norms, a thousandth of the weights, do too.
 
     frozen weight      stored in the stack's precision; the backward pass keeps it alone, no activation
-    trained weight     stored in the run's precision and cast for the product; its gradient comes back in its own
+    trained weight     stored in the run's precision, in a stack of full precision in fp32, and cast for the product;
+                       its gradient comes back in its own
+
+So under --bf16 a stack of full precision is one in fp32 between casts, but for its norms, biases and adapters.
 
 fp16 loses small gradients: those of a mean over thousands of tokens lie below its range. So the output's gradient is
 divided by a power of two near its largest value before the product, and the result multiplied by it; exact but for

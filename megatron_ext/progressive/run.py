@@ -151,6 +151,15 @@ class Growth:
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
             print_on_first_rank("training already complete; a larger --target-stacks goes on")
+        if (
+            left
+            and self.configs["training"].bf16
+            and any(s.precision == "full" for s in left[-1].rack.stacks)
+        ):
+            print_on_first_rank(
+                "--bf16: stacks of full precision keep and multiply their weights in fp32 "
+                "(--new-stack-precision bfloat16 for bf16)"
+            )
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
             config = self.configs["progressive"]

@@ -116,9 +116,14 @@ def _held(part: MegatronOptimizer) -> Iterator[_Held]:
 
 
 def _held_of_bucket(part: DistributedOptimizer, bucket_ranges: dict[str, Any]) -> Iterator[_Held]:
+    # Not by the engine's `model_param_group_index_map`, which is wrong where a group has bf16 and fp32 parameters.
+    groups = (
+        *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
+        *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),
+    )
+    mains = {id(low): main for lows, shards in groups for low, main in zip(lows, shards, strict=True)}
     for model_param, ranges in bucket_ranges["param_map"].items():
-        group, position = part.model_param_group_index_map[model_param]
-        main_param = part.optimizer.param_groups[group]["params"][position]
+        main_param = mains[id(model_param)]
         tensors = _tensors(part, main_param)
         yield _Held(model_param, main_param, tensors, ranges["param"].start, ranges["param"].end)
 

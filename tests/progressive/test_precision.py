@@ -11,7 +11,7 @@ from megatron_ext.progressive.adapted_linear import LayerSettings
 from megatron_ext.progressive.precision import mixed_linear
 from megatron_ext.progressive.quantization import _load, packing
 from megatron_ext.testing.distributed import run_distributed
-from tests.progressive.helpers import DUAL, MODEL, build
+from tests.progressive.helpers import DUAL, MODEL, build, some_tokens
 
 NF4_CODES = [
     *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
@@ -171,12 +171,23 @@ def test_a_layer_in_four_bits_takes_less_than_three_tenths_of_one_in_bf16() -> N
     assert max(qlora, nvfp4) < 0.3 * bfloat16
 
 
-def test_a_frozen_layer_in_full_precision_keeps_fp32_weights_in_a_bf16_run() -> None:
-    dtypes = run_distributed(_full_in_bf16, 1)[0]
-    assert dtypes == {torch.float32}
+def test_a_layer_in_full_precision_keeps_fp32_weights_in_a_bf16_run_frozen_or_trained() -> None:
+    dtypes, is_rounded, grad_dtypes = run_distributed(_full_in_bf16, 1)[0]
+    assert dtypes == {torch.float32} and grad_dtypes == {torch.float32}
+    assert not is_rounded
 
 
-def _full_in_bf16() -> set[torch.dtype]:
-    chunk = build({0: replace(DUAL, precision="full")}, bf16=True)[0]
+def _full_in_bf16() -> tuple[set[torch.dtype], bool, set[torch.dtype | None]]:
+    """The weights' dtypes, whether those of the trained layer are bf16 values, and the dtypes of its gradients."""
+    trained = LayerSettings(precision="full")
+    chunk = build({0: replace(DUAL, precision="full"), 1: trained}, bf16=True)[0]
     chunk.bfloat16()
-    return {linear.weight.dtype for _, _, linear in adapted_linears([chunk])}
+    weights = [(number, linear.weight) for number, _, linear in adapted_linears([chunk])]
+    tokens = some_tokens()
+    chunk(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None).float().sum().backward()
+    rounded = all(torch.equal(weight, weight.bfloat16().float()) for number, weight in weights if number)
+    return (
+        {weight.dtype for _, weight in weights},
+        rounded,
+        {None if weight.grad is None else weight.grad.dtype for number, weight in weights if number},
+    )
