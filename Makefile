@@ -1,6 +1,7 @@
 # make install     .venv with the package and all that the tests and the quickstart need; skipped if up to date
 # make quickstart  raw text to a trained per-layer GPT, about five minutes on two CPU cores
 # make npt         a small Llama, to Hugging Face and back, converted to NPT, trained and evaluated; six minutes
+# make progressive one model grown and trained five ways on the same tokens, one table; under ten minutes
 # make test        lint, types and all tests
 # make check       lint and types only
 # make bench       every benchmark, one table each
@@ -15,7 +16,7 @@ STAMP  := $(VENV)/.installed
 EXTRAS := test,dev,data,hf,lora,quantization
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart npt test check lint types format bench
+.PHONY: help install quickstart npt progressive test check lint types format bench
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -37,6 +38,9 @@ quickstart: install
 
 npt: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/npt/quickstart.sh
+
+progressive: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/progressive/quickstart.sh
 
 # One target after the other, whatever -j says: pytest's summary line comes last.
 test: install

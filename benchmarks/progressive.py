@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""What progressive training saves: time, memory and loss by stack, against end-to-end training and G_stack.
+
+    python benchmarks/progressive.py     12 layers in 3 stacks of 4, h=512, f=1536, V=8192, s=256; 40 minutes, all cores
+
+    frozen + cache      stacks appended to a frozen trunk, whose output is cached
+    frozen              the same without the cache
+    qlora               a trunk in four bits (NF4), its adapters train
+    g_stack             new stacks are copies of the last one, everything trains (arXiv 2405.15319)
+    end to end          all layers from the start
+
+All see the same sequences in the same order, for as many steps; new stacks are copies in all. A step's time leaves out
+start-up, evaluation and checkpoints; memory is the peak of a process that trains one stack and nothing else, Python
+and torch included. The strategies take turns stack by stack, so that a drift of the machine's speed meets all of them.
+A stack's sequences come `epochs` times: the cache is filled in the first epoch and hits in the others.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import check_at_least
+
+ROOT = Path(__file__).parents[1]
+STRATEGIES = {
+    "frozen_cache": ("--no-qlora-enabled",),
+    "frozen": ("--no-qlora-enabled", "--no-cache-activations"),
+    "qlora": (
+        *("--trunk-strategy", "qlora", "--trunk-precision", "qlora", "--no-cache-activations"),
+        *("--qlora-rank", "16", "--progressive-qlora-rank", "8"),
+    ),
+    "g_stack": (
+        *("--trunk-strategy", "trained", "--train-embedding"),
+        *("--no-qlora-enabled", "--no-cache-activations"),
+    ),
+    "end_to_end": ("--no-enabled", "--no-qlora-enabled", "--no-cache-activations"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Shape and length of the measurement."""
+
+    output_dir: str = "runs/benchmark_progressive"
+    """Corpus, racks, event files and report; what is there already is gone on with."""
+
+    hidden_size: int = 512
+    """h."""
+
+    ffn_hidden_size: int = 1536
+    """f."""
+
+    seq_length: int = 256
+    """s."""
+
+    vocab_size: int = 8192
+    """V."""
+
+    stacks: int = 3
+    """Stacks."""
+
+    n_blocks: int = 4
+    """Layers of a stack."""
+
+    batch_size: int = 8
+    """Sequences in a step, one micro-batch."""
+
+    stack_steps: int = 40
+    """Steps of a stack; end to end takes them all."""
+
+    epochs: int = 2
+    """How often a stack sees its sequences."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "hidden_size", "seq_length", "stacks", "n_blocks", "batch_size", "epochs")
+        if self.stack_steps < 1 or self.stack_steps % self.epochs:
+            raise ValueError(
+                f"--stack-steps {self.stack_steps}: must be a multiple of --epochs {self.epochs}"
+            )
+
+
+def main() -> None:
+    """Trains every strategy, one stack after the other, evaluates and prints the report."""
+    config: BenchmarkConfig = parse(
+        BenchmarkConfig,
+        prog="benchmarks/progressive.py",
+        description="What progressive training saves: time, memory and loss by stack.",
+    )["config"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    out = Path(config.output_dir)
+    _prepare_data(config, out)
+    for _ in range(config.stacks):
+        for name in STRATEGIES:
+            _run("pretrain_progressive.py", *_flags(config, out, name))
+    for name in STRATEGIES:
+        _run("tools/evaluate.py", "--load", str(out / name / "progressive_rack"), "--data-path",
+             str(out / "held_out_text_document"), "--max-tokens", "60000",
+             "--output", str(out / name / "evaluation.json"))  # fmt: skip
+    _run("tools/progressive_report.py", "--reference", "end_to_end", "--html", str(out / "report.html"),
+         "--output", str(out / "report.json"), "--runs", *(f"{name}={out / name}" for name in STRATEGIES))  # fmt: skip
+
+
+def _prepare_data(config: BenchmarkConfig, out: Path) -> None:
+    if (out / "held_out_text_document.idx").exists():
+        return
+    train, held_out, tokenizer = out / "train.jsonl", out / "held_out.jsonl", out / "tokenizer"
+    out.mkdir(parents=True, exist_ok=True)
+    _run("tools/build_corpus.py", "--output", str(train), "--held-out", str(held_out), "--max-bytes", "8000000",
+         "--held-out-fraction", "0.1")  # fmt: skip
+    _run("tools/train_tokenizer.py", "--input", str(train), "--output-dir", str(tokenizer), "--vocab-size",
+         str(config.vocab_size))  # fmt: skip
+    for path in (train, held_out):
+        _run("tools/preprocess_data.py", "--input", str(path), "--output-prefix", str(path.with_suffix("")),
+             "--append-eod", "--vocab-file", str(tokenizer / "vocab.json"),
+             "--merge-file", str(tokenizer / "merges.txt"))  # fmt: skip
+
+
+def _flags(config: BenchmarkConfig, out: Path, name: str) -> list[str]:
+    """A command that trains the next stack, or as many steps of all."""
+    sequences = config.stack_steps * config.batch_size // config.epochs
+    values = {
+        "hidden-size": config.hidden_size,
+        "ffn-hidden-size": config.ffn_hidden_size,
+        "num-attention-heads": max(1, config.hidden_size // 64),
+        "seq-length": config.seq_length,
+        "hidden-dropout": 0,
+        "attention-dropout": 0,
+        "n-blocks": config.n_blocks,
+        "target-stacks": config.stacks,
+        "training-objective": "clm",
+        "growth-init": "copy",
+        "stack-steps": config.stack_steps,
+        "exit-interval": config.stack_steps,
+        "epoch-samples": sequences,
+        "micro-batch-size": config.batch_size,
+        "global-batch-size": config.batch_size,
+        "lr": 1e-3,
+        "min-lr": 1e-4,
+        "lr-decay-style": "cosine",
+        "lr-warmup-iters": 5,
+        "weight-decay": 0.1,
+        "adam-beta2": 0.95,
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": out / "tokenizer" / "tokenizer.json",
+        "data-path": out / "train_text_document",
+        "split": "97,3,0",
+        "data-cache-path": out / "cache",
+        "num-workers": 0,
+        "eval-interval": max(1, config.stack_steps // 4),
+        "eval-iters": 4,
+        "log-interval": 1,
+        "save": out / name,
+        "tensorboard-dir": out / name / "tensorboard",
+    }
+    flags = [f"--{flag}={value}" for flag, value in values.items()]
+    return [*flags, "--swiglu", "--disable-bias-linear", "--log-memory", *STRATEGIES[name]]
+
+
+def _run(script: str, *arguments: str) -> None:
+    print("$ python", script, *arguments, flush=True)
+    subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

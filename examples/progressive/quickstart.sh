@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Progressive growth on two CPU cores, on real text: one model of six layers trained five ways on the same tokens (three
+# stacks over a frozen and cached trunk, prepended stacks, a four-bit trunk with adapters, G_stack, end to end), and a rack
+# trained on masked tokens that generates by unmasking. One table and one page compare them.
+#
+#     bash examples/progressive/quickstart.sh [DIRECTORY]        `make progressive` does this; under ten minutes
+#
+# Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-runs/progressive}
+quickstart=${QUICKSTART:-runs/quickstart}
+python=${PYTHON:-python3}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+run() { # prints the command so that it can be pasted, then runs it
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
+    "$@"
+}
+torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
+
+if [ -e "$out" ] && [ ! -d "$out/end_to_end" ] && [ -n "$(ls -A "$out")" ]; then
+    echo "error: $out: holds something that this script did not make" >&2
+    exit 2
+fi
+rm -rf "$out"
+mkdir -p "$out/end_to_end"
+
+data=$quickstart
+if [ ! -f "$data/held_out_text_document.idx" ] || [ ! -f "$data/tokenizer/tokenizer.json" ]; then
+    data=$out
+    echo "== 0. Real text that is on every machine, a tokenizer, indexed datasets (as make quickstart does)"
+    run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
+        --max-bytes 8000000 --held-out-fraction 0.1
+    run "$python" tools/train_tokenizer.py --input "$data/train.jsonl" --output-dir "$data/tokenizer" --vocab-size 4096
+    for part in train held_out; do
+        run "$python" tools/preprocess_data.py --input "$data/$part.jsonl" --output-prefix "$data/$part" --append-eod \
+            --vocab-file "$data/tokenizer/vocab.json" --merge-file "$data/tokenizer/merges.txt"
+    done
+fi
+
+common=(--hidden-size 192 --num-attention-heads 6 --seq-length 256 --swiglu --disable-bias-linear --hidden-dropout 0
+    --attention-dropout 0 --n-blocks 2 --target-stacks 3
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$data/tokenizer/tokenizer.json"
+    --data-path "$data/train_text_document" --split 97,2,1 --num-workers 0 --data-cache-path "$out/cache"
+    --eval-iters 4 --log-interval 20 --log-memory
+    --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0.1 --adam-beta2 0.95)
+causal=("${common[@]}" --training-objective clm --micro-batch-size 4 --global-batch-size 8 --lr 3e-3 --min-lr 3e-4
+    --stack-steps 40 --epoch-samples 160 --eval-interval 20)
+evaluate=(--data-path "$data/held_out_text_document" --max-tokens 60000)
+
+train() { # NAME FLAGS...: trains a rack, and evaluates it on held-out text
+    local name=$1
+    shift
+    run "${torchrun[@]}" pretrain_progressive.py "$@" --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard"
+    run "${torchrun[@]}" tools/evaluate.py --load "$out/$name/progressive_rack" "${evaluate[@]}" \
+        --unigram-from "$data/train_text_document" --output "$out/$name/evaluation.json"
+}
+
+echo "== 1. Append: each stack over a frozen trunk, whose output is cached"
+train append "${causal[@]}" --no-qlora-enabled --growth-init copy
+echo "== 2. Prepend: each stack before the trunk, the loss flows through what is frozen"
+train prepend "${causal[@]}" --no-qlora-enabled --growth-init copy --building-mode prepend --no-cache-activations
+echo "== 3. QLoRA: the trunk in four bits, its adapters train"
+train qlora "${causal[@]}" --growth-init copy --trunk-strategy qlora --trunk-precision qlora --qlora-rank 16 \
+    --progressive-qlora-rank 8 --no-cache-activations
+echo "== 4. G_stack: new stacks are copies, everything trains"
+train g_stack "${causal[@]}" --no-qlora-enabled --growth-init copy --trunk-strategy trained --train-embedding \
+    --no-cache-activations
+echo "== 5. End to end: all six layers from the start, for as many steps"
+train end_to_end "${causal[@]}" --no-qlora-enabled --no-enabled --no-cache-activations
+
+echo "== 6. The same steps and tokens, side by side"
+run "$python" tools/progressive_report.py --html "$out/report.html" --output "$out/report.json" --reference end_to_end \
+    --runs append="$out/append" prepend="$out/prepend" qlora="$out/qlora" g_stack="$out/g_stack" end_to_end="$out/end_to_end"
+
+echo "== 7. Masked tokens, seen from both sides: a small vocabulary, so that a few minutes of training show something"
+masked=$out/masked_data
+run "$python" tools/train_tokenizer.py --input "$data/train.jsonl" --output-dir "$masked/tokenizer" --vocab-size 1024
+for part in train held_out; do
+    run "$python" tools/preprocess_data.py --input "$data/$part.jsonl" --output-prefix "$masked/$part" --append-eod \
+        --vocab-file "$masked/tokenizer/vocab.json" --merge-file "$masked/tokenizer/merges.txt"
+done
+run "${torchrun[@]}" pretrain_progressive.py "${common[@]}" --training-objective mlm --min-mask-fraction 0.3 \
+    --max-mask-fraction 0.5 --max-stacks 3 --seq-length 64 --micro-batch-size 8 --global-batch-size 16 \
+    --stack-steps 700 100 100 --growth-init zero --no-qlora-enabled --no-cache-activations --lr 4e-3 --min-lr 4e-4 \
+    --eval-interval 100 --log-interval 100 --tokenizer-model "$masked/tokenizer/tokenizer.json" \
+    --data-path "$masked/train_text_document" --save "$out/masked" --tensorboard-dir "$out/masked/tensorboard"
+run "${torchrun[@]}" tools/evaluate.py --load "$out/masked/progressive_rack" --max-tokens 60000 \
+    --data-path "$masked/held_out_text_document" --unigram-from "$masked/train_text_document"
+
+echo "== 8. A sample: 24 masks after a prompt become text, the most confident first"
+run "$python" tools/generate.py --load "$out/masked/progressive_rack" --sampler diffusion --prompt "def __init__(self, " \
+    --max-new-tokens 24 --diffusion-steps 12 --temperature 0
+
+cat <<TEXT
+
+The page with the table and each model's growth is $out/report.html.
+    .venv/bin/tensorboard --logdir $out
+TEXT
