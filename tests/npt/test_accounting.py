@@ -71,6 +71,6 @@ def test_flops_of_a_step_equal_torchs_count(name: str) -> None:
 
 
 def test_reconstruction_itself_is_not_counted() -> None:
-    """Its products are of a and the factors: here, with a hidden size of 32 and a rank of 4, a seventh."""
+    """Its products are of a and the factors: here, with a hidden size of 32 and a rank of 4, a fiftieth."""
     measured, predicted = figures()["reconstruction"]
-    assert 0.8 < predicted.flops / measured.flops < 1
+    assert 0.97 < predicted.flops / measured.flops < 1
