@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.history import History, read_history
-from megatron_ext.progressive.phases import Phase
+from megatron_ext.progressive.phases import JOINT, Phase
 from megatron_ext.progressive.plan import frozen_below
 from megatron_ext.progressive.quantization import is_packed, packing
 from megatron_ext.progressive.rack import Rack
@@ -41,7 +41,8 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
     if configs["training"].skip_train:
         raise ValueError("--skip-train: there is nothing to do for it here; see tools/evaluate.py")
     tied = not configs["model"].untie_embeddings_and_output_weights
-    if tied and config.enabled and config.num_stacks > 1 and not config.train_embedding:
+    trains = config.train_embedding or config.trunk_strategy == "trained"
+    if tied and config.enabled and config.num_stacks > 1 and not trains:
         raise ValueError(
             "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
         )
@@ -80,6 +81,11 @@ def check_history(save: Path, phases: list[Phase]) -> History:
         )
     names = [phase.name for phase in phases]
     for place, phase in enumerate(history.finished):
+        if phase.name == JOINT and len(planned) > len(there):
+            raise ValueError(
+                f"--target-stacks {len(planned)}: the training in {save} is over, its {len(there)} stacks have had "
+                "their joint phase; give --joint-steps with the last stack only"
+            )
         if place >= len(names) or phase.name != names[place]:
             raise ValueError(f"--save {save}: holds {phase.name}, which is not of this training")
     return history

@@ -57,7 +57,7 @@ class ProgressiveConfig(LoRAConfig):
     """Precision of stacks once they belong to the trunk. Without it their own."""
 
     train_embedding: bool = False
-    """Train the embedding with every stack, not with the first one only."""
+    """Train the embedding with every stack, not with the first one only; --trunk-strategy trained does so too."""
 
     stack_steps: tuple[int, ...] | None = None
     """Optimizer steps of a stack: one number for all, or one for each stack. This or --stack-tokens."""
@@ -66,7 +66,7 @@ class ProgressiveConfig(LoRAConfig):
     """The same in tokens, down to whole steps."""
 
     joint_steps: int = 0
-    """Optimizer steps of a last phase in which the complete rack trains, with nothing frozen."""
+    """Optimizer steps of a last phase in which the complete rack trains, with nothing frozen; no stack follows it."""
 
     joint_lr: float | None = None
     """Peak learning rate of that phase. Without it --lr."""

@@ -182,8 +182,9 @@ class ProgressiveFamily(Family):
 
     @property
     def trains_embedding(self) -> bool:
-        """With the first stack, in the joint phase, and where asked."""
-        return self.trains == "all" or len(self.rack.stacks) == 1 or self.config.train_embedding
+        """With the first stack, in the joint phase, with a trunk that trains, and where asked."""
+        asked = self.config.train_embedding or self.config.trunk_strategy == "trained"
+        return self.trains == "all" or len(self.rack.stacks) == 1 or asked
 
     def carry_optimizer(self, chunks: list[GPTModel], optimizer: MegatronOptimizer) -> None:
         """Gives a new run's optimizer what the trunk's had; for `RunOptions.begin`."""

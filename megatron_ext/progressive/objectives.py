@@ -35,10 +35,17 @@ _LOOKS_AHEAD = "per_layer_ids"
 
 
 def reserve_mask_token(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """The id of the mask token; the vocabulary grows by one where it has none.
+    """`mask_token_of`, which the vocabulary then has; call this before its `vocab_size` is used."""
+    mask_token_id = mask_token_of(tokenizer, mask_token_id)
+    tokenizer.reserve(mask_token_id + 1)
+    return mask_token_id
+
+
+def mask_token_of(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
+    """The id of the mask token; the one after the vocabulary's last where it has none.
 
     Args:
-        tokenizer: the run's; call this before its `vocab_size` is used.
+        tokenizer: the run's.
         mask_token_id: the user's choice.
 
     Raises:
@@ -52,7 +59,6 @@ def reserve_mask_token(tokenizer: Tokenizer, mask_token_id: int | None = None) -
             f"--mask-token-id {mask_token_id}: must be an id that no text has, at most {tokenizer.vocab_size} "
             "(one more than the vocabulary's last)"
         )
-    tokenizer.reserve(mask_token_id + 1)
     return mask_token_id
 
 

@@ -108,8 +108,24 @@ def stack_treatments(rack: Rack, plan: Plan, cached_layers: int) -> list[str]:
 
 def frozen_below(rack: Rack, config: ProgressiveConfig, trains: Trains) -> int:
     """Layers below the newest stack that have nothing that trains, embedding included; 0 if something does."""
-    has_trunk = trains == "newest" and config.enabled and len(rack.stacks) > 1
-    appended = has_trunk and rack.stacks[-1] is rack.newest
-    if not appended or config.trunk_strategy != "frozen" or config.train_embedding:
+    if not _has_trunk(rack, config, trains) or why_uncached(rack, config, trains) is not None:
         return 0
     return rack.num_layers - rack.newest.n_blocks
+
+
+def why_uncached(rack: Rack, config: ProgressiveConfig, trains: Trains) -> str | None:
+    """Why what the trunk gives cannot be kept, for the log; None where it can, or where there is no trunk."""
+    if not _has_trunk(rack, config, trains):
+        return None
+    if config.trunk_strategy != "frozen":
+        what = "adapters train" if config.trunk_strategy == "qlora" else "weights train"
+        return f"the trunk's {what} (--trunk-strategy {config.trunk_strategy})"
+    if config.train_embedding:
+        return "the embedding trains (--train-embedding)"
+    if rack.stacks[-1] is not rack.newest:
+        return "the new stack lies before the trunk (--building-mode prepend)"
+    return None
+
+
+def _has_trunk(rack: Rack, config: ProgressiveConfig, trains: Trains) -> bool:
+    return trains == "newest" and config.enabled and len(rack.stacks) > 1

@@ -36,9 +36,9 @@ from megatron_ext.progressive.history import (
     publish_rack,
     write_history,
 )
-from megatron_ext.progressive.objectives import reserve_mask_token
+from megatron_ext.progressive.objectives import mask_token_of, reserve_mask_token
 from megatron_ext.progressive.phases import Phase, check_phases, configs_of, plan_phases
-from megatron_ext.progressive.plan import stack_treatments
+from megatron_ext.progressive.plan import stack_treatments, why_uncached
 from megatron_ext.training import random_state
 from megatron_ext.training.agreement import gather, on_first_rank
 from megatron_ext.training.checkpoint import Progress, print_on_first_rank
@@ -66,10 +66,17 @@ def run(configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tok
         return pretrain(configs_of(configs, phases[-1]), partial(_planned_families, phases[-1]))
     phases = _phases(configs, distributed.world_size())
     check_settings(configs, phases)
-    tokenizer = check_run(configs_of(configs, phases[-1]))
-    check_cache_directory(configs["progressive"], _identity(configs, tokenizer))
+    tokenizer = check_run(configs_of(configs, phases[-1]), partial(_check_with_tokenizer, configs))
     with process_group(configs):
         return Growth(configs, phases, tokenizer, make_others=make_others).run()
+
+
+def _check_with_tokenizer(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raises `ValueError` for a mask token that is none, or the cache of another run."""
+    config: ProgressiveConfig = configs["progressive"]
+    if config.masks_tokens:
+        mask_token_of(tokenizer, config.mask_token_id)
+    check_cache_directory(config, _identity(configs, tokenizer))
 
 
 def _planned_families(phase: Phase, configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
@@ -162,11 +169,10 @@ class Growth:
             )
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
-            config = self.configs["progressive"]
-            if config.cache_activations and config.trunk_strategy == "qlora" and phase.trains == "newest":
-                print_on_first_rank(
-                    "no activation cache: the trunk's adapters train (--trunk-strategy qlora)"
-                )
+            config: ProgressiveConfig = self.configs["progressive"]
+            reason = why_uncached(phase.rack, config, phase.trains) if config.cache_activations else None
+            if reason is not None:
+                print_on_first_rank(f"no activation cache: {reason}")
             code = self._train(phase)
             if code != EXIT_OK or self._is_stopped(phase):
                 return code
@@ -203,7 +209,9 @@ class Growth:
             tokens_per_step=self.global_batch_size * configs["model"].seq_length,
             statistics_interval=configs["logging"].log_interval,
         )
-        random_state.reseed(configs["training"].seed, first)
+        # A command's first phase begins with the streams of any run, so that end to end is plain pretraining.
+        if first or self.data is not None:
+            random_state.reseed(configs["training"].seed, first)
         options = RunOptions(
             prepare=partial(self._report, phase, family),
             begin=family.carry_optimizer,

@@ -126,14 +126,21 @@ def check_settings(configs: dict[str, Any]) -> None:
     validate(configs["model"], parallel, training, configs["optimizer"], world_size=world_size)
 
 
-def check_run(configs: dict[str, Any]) -> Tokenizer:
+def check_run(
+    configs: dict[str, Any], check_others: Callable[[Tokenizer], None] = lambda tokenizer: None
+) -> Tokenizer:
     """All that can be found out before the process group starts; the tokenizer.
+
+    Args:
+        configs: see `pretrain`.
+        check_others: what the caller checks; called before anything is written.
 
     Raises:
         ValueError, OSError: a user's mistake, told in one line.
     """
     check_settings(configs)
     tokenizer = build_tokenizer(configs["tokenizer"])
+    check_others(tokenizer)
     _check_files(configs, tokenizer)
     return tokenizer
 

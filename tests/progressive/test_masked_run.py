@@ -67,7 +67,7 @@ def _runs(folder: str) -> dict[str, Any]:
     (found["evaluation"],) = json.loads(Path(f"{folder}/evaluation.json").read_text()).values()
     with pytest.raises(ValueError, match="--cache-dir") as error:
         train(data, f"{folder}/other", *FLAGS, *cache, "--seed", "7")
-    found["another run"] = str(error.value), list(Path(f"{folder}/other").glob("*"))
+    found["another run"] = str(error.value), Path(f"{folder}/other").exists()
     return found
 
 

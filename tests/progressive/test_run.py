@@ -156,6 +156,45 @@ def test_masked_training_with_time_and_a_cached_trunk_repeats_itself(data: str, 
 
 
 MISTAKES = {
+    (
+        "--target-stacks",
+        "3",
+        "--cache-dir",
+        "CACHE",
+    ): "--cache-dir .*another: belongs to another run",
+    (
+        "--target-stacks",
+        "3",
+        "--save",
+        "NEW",
+        "--cache-dir",
+        "CACHE",
+    ): "--cache-dir .* belongs to another run",
+    (
+        "--target-stacks",
+        "3",
+        "--save",
+        "NEW",
+        "--training-objective",
+        "mlm",
+        "--mask-token-id",
+        "99",
+    ): "-id 99: must",
+    (
+        "--target-stacks",
+        "3",
+        "--save",
+        "JOINT",
+    ): "--target-stacks 3: the training in .*JOINT is over, its 2 stacks",
+    (
+        "--target-stacks",
+        "2",
+        "--save",
+        "NEW",
+        "--cache-dir",
+        "CACHE",
+        "--train-embedding",
+    ): "nothing is cached",
     ("--target-stacks", "1"): "--target-stacks 1: the rack in .* has 2 stacks",
     ("--target-stacks", "3", "--building-mode", "prepend"): "--building-mode.*was made otherwise",
     ("--target-stacks", "3", "--new-stack-precision", "half"): "--new-stack-precision.*was made otherwise",
@@ -187,13 +226,21 @@ def mistakes(data: str, folder: str) -> tuple[list[str], bool]:
     """What each is told as, with a finished training of two stacks there, and whether nothing was touched."""
     save = f"{folder}/save"
     train(data, save, "--stack-steps", "1", "--target-stacks", "2")
+    joint = Path(folder, "JOINT")
+    shutil.copytree(save, joint)
+    history = json.loads((joint / "progressive.json").read_text())
+    history["finished"].append({**history["finished"][-1], "name": "progressive_joint"})
+    (joint / "progressive.json").write_text(json.dumps(history))
+    Path(folder, "another").mkdir()
+    Path(folder, "another", "cache.json").write_text('{"identity": {"seed": 7}}')
+    places = {"CACHE": f"{folder}/another", "NEW": f"{folder}/new", "JOINT": str(joint)}
     before = {str(path): path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
     told = []
     for flags in MISTAKES:
         error = io.StringIO()
         try:
             with contextlib.redirect_stderr(error):
-                train(data, save, "--stack-steps", "1", *flags)
+                train(data, save, "--stack-steps", "1", *(places.get(flag, flag) for flag in flags))
             told.append("no error")
         except ValueError as mistake:
             told.append(str(mistake))
@@ -209,3 +256,4 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_touched(data: str, tmp_pat
     for text, expected in zip(told, MISTAKES.values(), strict=True):
         assert re.search(expected, text), text
         assert len(text.strip().splitlines()) == 1
+        assert "(exit code" not in text or text.endswith("(exit code 2)")
