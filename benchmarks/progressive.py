@@ -32,10 +32,7 @@ STRATEGIES = {
         *("--trunk-strategy", "qlora", "--trunk-precision", "qlora", "--no-cache-activations"),
         *("--qlora-rank", "16", "--progressive-qlora-rank", "8"),
     ),
-    "g_stack": (
-        *("--trunk-strategy", "trained", "--train-embedding"),
-        *("--no-qlora-enabled", "--no-cache-activations"),
-    ),
+    "g_stack": ("--trunk-strategy", "trained", "--no-qlora-enabled", "--no-cache-activations"),
     "end_to_end": ("--no-enabled", "--no-qlora-enabled", "--no-cache-activations"),
 }
 
@@ -65,10 +62,10 @@ class BenchmarkConfig:
     n_blocks: int = 4
     """Layers of a stack."""
 
-    batch_size: int = 8
+    batch_size: int = 16
     """Sequences in a step, one micro-batch."""
 
-    stack_steps: int = 40
+    stack_steps: int = 24
     """Steps of a stack; end to end takes them all."""
 
     epochs: int = 2
@@ -149,8 +146,8 @@ def _flags(config: BenchmarkConfig, out: Path, name: str) -> list[str]:
         "split": "97,3,0",
         "data-cache-path": out / "cache",
         "num-workers": 0,
-        "eval-interval": max(1, config.stack_steps // 4),
-        "eval-iters": 4,
+        "eval-interval": max(1, config.stack_steps // 3),
+        "eval-iters": 2,
         "log-interval": 1,
         "save": out / name,
         "tensorboard-dir": out / name / "tensorboard",

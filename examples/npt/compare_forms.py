@@ -11,6 +11,7 @@ table in docs/npt.md comes from here. One process; rows that the output file hol
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,7 +191,9 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
     started = time.perf_counter()
     distributed.initialize(configs["parallel"], seed)
     options = RunOptions(base=base, prepare=before, finish=after)
-    train(configs, build_tokenizer(configs["tokenizer"]), [family], options)
+    code = train(configs, build_tokenizer(configs["tokenizer"]), [family], options)
+    if "ratio" not in found:
+        sys.exit(code)  # stopped by a signal before its last step: no row
     found["seconds"] = time.perf_counter() - started
     return found
 

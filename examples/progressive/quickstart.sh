@@ -67,8 +67,7 @@ echo "== 3. QLoRA: the trunk in four bits, its adapters train"
 train qlora "${causal[@]}" --growth-init copy --trunk-strategy qlora --trunk-precision qlora --qlora-rank 16 \
     --progressive-qlora-rank 8 --no-cache-activations
 echo "== 4. G_stack: new stacks are copies, everything trains"
-train g_stack "${causal[@]}" --no-qlora-enabled --growth-init copy --trunk-strategy trained --train-embedding \
-    --no-cache-activations
+train g_stack "${causal[@]}" --no-qlora-enabled --growth-init copy --trunk-strategy trained --no-cache-activations
 echo "== 5. End to end: all six layers from the start, for as many steps"
 train end_to_end "${causal[@]}" --no-qlora-enabled --no-enabled --no-cache-activations
 
