@@ -4,17 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}
-python=${PYTHON:-python3}
-# Two processes share the cores; more threads than cores would only make them wait for each other.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-run() { # prints the command so that it can be pasted, then runs it
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
-torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
+. examples/common.sh
 
 rm -rf "$out"
 mkdir -p "$out"

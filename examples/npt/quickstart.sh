@@ -8,37 +8,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/npt}
-quickstart=${QUICKSTART:-runs/quickstart}
-python=${PYTHON:-python3}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+. examples/common.sh
+fresh_directory "$out" pretrained
+find_or_make_data "$out"
 
-run() { # prints the command so that it can be pasted, then runs it
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
-torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
-
-if [ -e "$out" ] && [ ! -d "$out/pretrained" ] && [ -n "$(ls -A "$out")" ]; then
-    echo "error: $out: holds something that this script did not make" >&2
-    exit 2
-fi
-rm -rf "$out"
-mkdir -p "$out"
-
-data=$quickstart
-if [ ! -f "$data/held_out_text_document.idx" ] || [ ! -f "$data/tokenizer/tokenizer.json" ]; then
-    data=$out
-    echo "== 0. Real text that is on every machine, a tokenizer, indexed datasets (as make quickstart does)"
-    run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
-        --max-bytes 8000000 --held-out-fraction 0.1
-    run "$python" tools/train_tokenizer.py --input "$data/train.jsonl" --output-dir "$data/tokenizer" --vocab-size 4096
-    for part in train held_out; do
-        run "$python" tools/preprocess_data.py --input "$data/$part.jsonl" --output-prefix "$data/$part" --append-eod \
-            --vocab-file "$data/tokenizer/vocab.json" --merge-file "$data/tokenizer/merges.txt"
-    done
-fi
 batches=(--micro-batch-size 8 --global-batch-size 16 --data-path "$data/train_text_document" --split 97,2,1
     --num-workers 0 --data-cache-path "$out/cache" --log-interval 20)
 

@@ -9,37 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/progressive}
-quickstart=${QUICKSTART:-runs/quickstart}
-python=${PYTHON:-python3}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-run() { # prints the command so that it can be pasted, then runs it
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
-torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
-
-if [ -e "$out" ] && [ ! -d "$out/end_to_end" ] && [ -n "$(ls -A "$out")" ]; then
-    echo "error: $out: holds something that this script did not make" >&2
-    exit 2
-fi
-rm -rf "$out"
-mkdir -p "$out/end_to_end"
-
-data=$quickstart
-if [ ! -f "$data/held_out_text_document.idx" ] || [ ! -f "$data/tokenizer/tokenizer.json" ]; then
-    data=$out
-    echo "== 0. Real text that is on every machine, a tokenizer, indexed datasets (as make quickstart does)"
-    run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
-        --max-bytes 8000000 --held-out-fraction 0.1
-    run "$python" tools/train_tokenizer.py --input "$data/train.jsonl" --output-dir "$data/tokenizer" --vocab-size 4096
-    for part in train held_out; do
-        run "$python" tools/preprocess_data.py --input "$data/$part.jsonl" --output-prefix "$data/$part" --append-eod \
-            --vocab-file "$data/tokenizer/vocab.json" --merge-file "$data/tokenizer/merges.txt"
-    done
-fi
+. examples/common.sh
+fresh_directory "$out" end_to_end
+find_or_make_data "$out"
 
 common=(--hidden-size 192 --num-attention-heads 6 --seq-length 256 --swiglu --disable-bias-linear --hidden-dropout 0
     --attention-dropout 0 --n-blocks 2 --target-stacks 3
@@ -77,11 +49,7 @@ run "$python" tools/progressive_report.py --html "$out/report.html" --output "$o
 
 echo "== 7. Masked tokens, seen from both sides: a small vocabulary, so that a few minutes of training show something"
 masked=$out/masked_data
-run "$python" tools/train_tokenizer.py --input "$data/train.jsonl" --output-dir "$masked/tokenizer" --vocab-size 1024
-for part in train held_out; do
-    run "$python" tools/preprocess_data.py --input "$data/$part.jsonl" --output-prefix "$masked/$part" --append-eod \
-        --vocab-file "$masked/tokenizer/vocab.json" --merge-file "$masked/tokenizer/merges.txt"
-done
+tokenize "$data" "$masked" 1024
 run "${torchrun[@]}" pretrain_progressive.py "${common[@]}" --training-objective mlm --min-mask-fraction 0.3 \
     --max-mask-fraction 0.5 --max-stacks 3 --seq-length 64 --micro-batch-size 8 --global-batch-size 16 \
     --stack-steps 700 100 100 --growth-init zero --no-qlora-enabled --no-cache-activations --lr 4e-3 --min-lr 4e-4 \

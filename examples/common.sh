@@ -1,0 +1,43 @@
+# Sourced by the quickstarts, in the project's root: how they run commands, and the data that they share.
+
+python=${PYTHON:-python3}
+# Two processes share the cores; more threads than cores would only make them wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
+
+run() { # prints the command so that it can be pasted, then runs it
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
+    "$@"
+}
+
+fresh_directory() { # DIRECTORY MARKER: empties it where it holds MARKER, which an earlier run has made, and makes MARKER
+    if [ -e "$1" ] && [ ! -d "$1/$2" ] && [ -n "$(ls -A "$1")" ]; then
+        echo "error: $1: holds something that this script did not make" >&2
+        exit 2
+    fi
+    rm -rf "$1"
+    mkdir -p "$1/$2"
+}
+
+find_or_make_data() { # DIRECTORY: sets data, to make quickstart's directory (QUICKSTART) where it is there, or else to this one
+    data=${QUICKSTART:-runs/quickstart}
+    if [ -f "$data/held_out_text_document.idx" ] && [ -f "$data/tokenizer/tokenizer.json" ]; then
+        return
+    fi
+    data=$1
+    echo "== 0. Real text that is on every machine, a tokenizer, indexed datasets (as make quickstart does)"
+    run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
+        --max-bytes 8000000 --held-out-fraction 0.1
+    tokenize "$data" "$data" 4096
+}
+
+tokenize() { # TEXT OUTPUT SIZE: trains a tokenizer on TEXT's text, and makes indexed datasets of it in OUTPUT
+    run "$python" tools/train_tokenizer.py --input "$1/train.jsonl" --output-dir "$2/tokenizer" --vocab-size "$3"
+    local part
+    for part in train held_out; do
+        run "$python" tools/preprocess_data.py --input "$1/$part.jsonl" --output-prefix "$2/$part" --append-eod \
+            --vocab-file "$2/tokenizer/vocab.json" --merge-file "$2/tokenizer/merges.txt"
+    done
+}
