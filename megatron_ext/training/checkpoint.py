@@ -325,7 +325,9 @@ def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
 def _existing(path: str, ckpt_step: int | None) -> Path:
     folder = files.find_checkpoint(path, ckpt_step)
     if folder is None:
-        raise FileNotFoundError(f"{path}: no checkpoint there")
+        below = files.checkpoints_below(Path(path))
+        hint = f"; below it are those in {', '.join(map(str, below))}" if below else ""
+        raise FileNotFoundError(f"{path}: no checkpoint there{hint}")
     return folder
 
 

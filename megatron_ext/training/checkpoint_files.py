@@ -76,6 +76,12 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def checkpoints_below(root: Path) -> list[Path]:
+    """Directories of complete checkpoints in a directory's folders and in theirs: the stacks or layers of a series."""
+    folders = [path for pattern in ("*/", "*/*/") for path in root.glob(pattern) if path.is_dir()]
+    return sorted(folder for folder in folders if complete_checkpoints(folder))
+
+
 def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
     """The checkpoint directory to load, None where there is no checkpoint.
 

@@ -207,6 +207,11 @@ def test_the_configuration_is_read_without_a_process_group(saved: str) -> None:
     assert stored["vocab_size"] == 96 and stored["families"] == {}
     with pytest.raises(FileNotFoundError, match="missing: no checkpoint there"):
         read_run_config(f"{saved}/missing")
+    series = Path(saved).parent
+    with pytest.raises(
+        FileNotFoundError, match=f"no checkpoint there; below it are those in .*{Path(saved).name}"
+    ):
+        read_run_config(str(series))
 
 
 class _Extra(Family):
