@@ -10,15 +10,19 @@
     end to end          all layers from the start
 
 All see the same sequences in the same order, for as many steps; new stacks are copies in all. A step's time leaves out
-start-up, evaluation and checkpoints; memory is the peak of a process that trains one stack and nothing else, Python
-and torch included. The strategies take turns stack by stack, so that a drift of the machine's speed meets all of them.
+start-up, evaluation and checkpoints. The strategies take turns stack by stack, so that a drift of the machine's speed
+meets all of them. Memory is told twice: the peak of a process that trains one stack and nothing else, Python, torch and
+what the allocator keeps included; and, from a training of two steps a stack, the most bytes of tensors alive: weights,
+gradients, optimizer and activations, as a GPU's memory would hold them.
 A stack's sequences come `epochs` times: the cache is filled in the first epoch and hits in the others.
 """
 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_ext.config.cli import parse, run_main
@@ -71,7 +75,16 @@ class BenchmarkConfig:
     epochs: int = 2
     """How often a stack sees its sequences."""
 
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    """Which ones; end_to_end is what the others are compared with."""
+
+    count: str | None = None
+    """Train this strategy shortly, and print the most bytes of tensors; how the benchmark starts its own processes."""
+
     def __post_init__(self) -> None:
+        for name in self.strategies:
+            if name not in STRATEGIES:
+                raise ValueError(f"--strategies {name}: must be one of {', '.join(STRATEGIES)}")
         check_at_least(self, 1, "hidden_size", "seq_length", "stacks", "n_blocks", "batch_size", "epochs")
         if self.stack_steps < 1 or self.stack_steps % self.epochs:
             raise ValueError(
@@ -88,16 +101,58 @@ def main() -> None:
     )["config"]
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     out = Path(config.output_dir)
+    if config.count is not None:
+        _count(config, out, config.count)
+        return
     _prepare_data(config, out)
     for _ in range(config.stacks):
-        for name in STRATEGIES:
+        for name in config.strategies:
             _run("pretrain_progressive.py", *_flags(config, out, name))
-    for name in STRATEGIES:
+    for name in config.strategies:
         _run("tools/evaluate.py", "--load", str(out / name / "progressive_rack"), "--data-path",
              str(out / "held_out_text_document"), "--max-tokens", "60000",
              "--output", str(out / name / "evaluation.json"))  # fmt: skip
+    runs = [f"{name}={out / name}" for name in config.strategies]
     _run("tools/progressive_report.py", "--reference", "end_to_end", "--html", str(out / "report.html"),
-         "--output", str(out / "report.json"), "--runs", *(f"{name}={out / name}" for name in STRATEGIES))  # fmt: skip
+         "--output", str(out / "report.json"), "--runs", *runs)  # fmt: skip
+    _print_tensors(config, out)
+
+
+def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
+    """The most bytes of tensors alive, of every strategy; each is counted in a process of its own."""
+    shape = [
+        f"--{field.name.replace('_', '-')}={getattr(config, field.name)}"
+        for field in fields(BenchmarkConfig)
+        if isinstance(getattr(config, field.name), int)
+    ]
+    found = {}
+    for name in config.strategies:
+        command = [sys.executable, __file__, *shape, f"--output-dir={out}", f"--count={name}"]
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        found[name] = int(lines[-1])
+    for name, size in found.items():
+        ratio = f", {size / found['end_to_end']:.3f} of end_to_end" if "end_to_end" in found else ""
+        print(f"{name}: at most {size / 2**20:.0f} MiB of tensors{ratio}")
+
+
+def _count(config: BenchmarkConfig, out: Path, name: str) -> None:
+    """Trains all stacks for two steps each in this process; the last line says how many bytes of tensors it had."""
+    from megatron_ext.config.concerns import TRAINING
+    from megatron_ext.platform.allocations import AllocationCounter
+    from megatron_ext.progressive.config import ProgressiveConfig
+    from megatron_ext.progressive.defaults import run_defaults
+    from megatron_ext.progressive.run import run
+
+    short = replace(config, stack_steps=2, epochs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = {"save": folder, "tensorboard-dir": None, "exit-interval": None, "lr-warmup-iters": 0}
+        flags = _flags(
+            short, out, name, {**changed, "eval-interval": 1000, "eval-iters": 0, "split": "100,0,0"}
+        )
+        configs = parse({**TRAINING, "progressive": ProgressiveConfig}, flags, defaults=run_defaults)
+        with AllocationCounter() as counter:
+            run(configs)
+        print(counter.peak)
 
 
 def _prepare_data(config: BenchmarkConfig, out: Path) -> None:
@@ -115,10 +170,12 @@ def _prepare_data(config: BenchmarkConfig, out: Path) -> None:
              "--merge-file", str(tokenizer / "merges.txt"))  # fmt: skip
 
 
-def _flags(config: BenchmarkConfig, out: Path, name: str) -> list[str]:
-    """A command that trains the next stack, or as many steps of all."""
+def _flags(
+    config: BenchmarkConfig, out: Path, name: str, changed: Mapping[str, object] | None = None
+) -> list[str]:
+    """A command that trains the next stack, or as many steps of all; None in `changed` leaves a flag out."""
     sequences = config.stack_steps * config.batch_size // config.epochs
-    values = {
+    values: dict[str, object] = {
         "hidden-size": config.hidden_size,
         "ffn-hidden-size": config.ffn_hidden_size,
         "num-attention-heads": max(1, config.hidden_size // 64),
@@ -152,7 +209,8 @@ def _flags(config: BenchmarkConfig, out: Path, name: str) -> list[str]:
         "save": out / name,
         "tensorboard-dir": out / name / "tensorboard",
     }
-    flags = [f"--{flag}={value}" for flag, value in values.items()]
+    values |= changed or {}
+    flags = [f"--{flag}={value}" for flag, value in values.items() if value is not None]
     return [*flags, "--swiglu", "--disable-bias-linear", "--log-memory", *STRATEGIES[name]]
 
 
