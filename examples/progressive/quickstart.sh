@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Progressive growth on two CPU cores, on real text: one model of six layers trained five ways on the same tokens (three
 # stacks over a frozen and cached trunk, prepended stacks, a four-bit trunk with adapters, G_stack, end to end), and a rack
-# trained on masked tokens that generates by unmasking. One table and one page compare them.
+# trained on masked tokens that generates by unmasking. Tables and one page compare them.
 #
 #     bash examples/progressive/quickstart.sh [DIRECTORY]        `make progressive` does this; under ten minutes
 #
@@ -13,14 +13,14 @@ out=${1:-runs/progressive}
 fresh_directory "$out" end_to_end
 find_or_make_data "$out"
 
-common=(--hidden-size 192 --num-attention-heads 6 --seq-length 256 --swiglu --disable-bias-linear --hidden-dropout 0
+common=(--hidden-size 128 --num-attention-heads 4 --seq-length 256 --swiglu --disable-bias-linear --hidden-dropout 0
     --attention-dropout 0 --n-blocks 2 --target-stacks 3
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$data/tokenizer/tokenizer.json"
     --data-path "$data/train_text_document" --split 97,2,1 --num-workers 0 --data-cache-path "$out/cache"
-    --eval-iters 4 --log-interval 20 --log-memory
+    --eval-iters 4 --log-interval 40 --log-memory
     --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0.1 --adam-beta2 0.95)
-causal=("${common[@]}" --training-objective clm --micro-batch-size 4 --global-batch-size 8 --lr 3e-3 --min-lr 3e-4
-    --stack-steps 40 --epoch-samples 160 --eval-interval 20)
+causal=("${common[@]}" --training-objective clm --micro-batch-size 4 --global-batch-size 8 --lr 4e-3 --min-lr 4e-4
+    --stack-steps 80 --epoch-samples 400 --eval-interval 40)
 evaluate=(--data-path "$data/held_out_text_document" --max-tokens 60000)
 
 train() { # NAME FLAGS...: trains a rack, and evaluates it on held-out text
@@ -46,21 +46,23 @@ train end_to_end "${causal[@]}" --no-qlora-enabled --no-enabled --no-cache-activ
 echo "== 6. The same steps and tokens, side by side"
 run "$python" tools/progressive_report.py --html "$out/report.html" --output "$out/report.json" --reference end_to_end \
     --runs append="$out/append" prepend="$out/prepend" qlora="$out/qlora" g_stack="$out/g_stack" end_to_end="$out/end_to_end"
+echo "A few hundred steps on text that comes again and again rank nothing but time and memory; docs/progressive.md has more."
 
-echo "== 7. Masked tokens, seen from both sides: a small vocabulary, so that a few minutes of training show something"
+echo "== 7. Masked tokens, seen from both sides. Each stack masks more than the one before: its losses are of a harder task"
 masked=$out/masked_data
 tokenize "$data" "$masked" 1024
 run "${torchrun[@]}" pretrain_progressive.py "${common[@]}" --training-objective mlm --min-mask-fraction 0.3 \
-    --max-mask-fraction 0.5 --max-stacks 3 --seq-length 64 --micro-batch-size 8 --global-batch-size 16 \
-    --stack-steps 700 100 100 --growth-init zero --no-qlora-enabled --no-cache-activations --lr 4e-3 --min-lr 4e-4 \
-    --eval-interval 100 --log-interval 100 --tokenizer-model "$masked/tokenizer/tokenizer.json" \
+    --max-mask-fraction 0.4 --max-stacks 3 --hidden-size 192 --num-attention-heads 6 --seq-length 64 \
+    --micro-batch-size 8 --global-batch-size 16 --stack-steps 1200 100 100 --growth-init zero \
+    --no-qlora-enabled --no-cache-activations --lr 4e-3 --min-lr 4e-4 \
+    --eval-interval 200 --log-interval 200 --tokenizer-model "$masked/tokenizer/tokenizer.json" \
     --data-path "$masked/train_text_document" --save "$out/masked" --tensorboard-dir "$out/masked/tensorboard"
 run "${torchrun[@]}" tools/evaluate.py --load "$out/masked/progressive_rack" --max-tokens 60000 \
     --data-path "$masked/held_out_text_document" --unigram-from "$masked/train_text_document"
 
-echo "== 8. A sample: 24 masks after a prompt become text, the most confident first"
+echo "== 8. A sample: 24 masks after a prompt become text one by one, the most confident first"
 run "$python" tools/generate.py --load "$out/masked/progressive_rack" --sampler diffusion --prompt "def __init__(self, " \
-    --max-new-tokens 24 --diffusion-steps 12 --temperature 0
+    --max-new-tokens 24 --diffusion-steps 24 --temperature 0.8
 
 cat <<TEXT
 

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.progressive.config import ProgressiveConfig
 from megatron_ext.progressive.history import History, read_history
 from megatron_ext.progressive.phases import JOINT, Phase
 from megatron_ext.progressive.plan import frozen_below
 from megatron_ext.progressive.quantization import is_packed, packing
 from megatron_ext.progressive.rack import Rack
+from megatron_ext.training.checkpoint import read_run_config
+from megatron_ext.training.checkpoint_compare import check_same_layers
+from megatron_ext.training.checkpoint_files import find_checkpoint
 
 
 def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
@@ -47,7 +52,30 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
             "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
         )
     _check_stacks(config, phases)
-    check_history(Path(checkpoint.save), phases)
+    _check_made_with(configs, check_history(Path(checkpoint.save), phases))
+
+
+def _check_made_with(configs: dict[str, Any], history: History) -> None:
+    """Raises `ValueError` where the finished stacks are of another model, or were trained to see other tokens.
+
+    A new stack on them, or the same command once more, would otherwise go on from something else than it says.
+    """
+    if not history.finished:
+        return
+    place = Path(configs["checkpoint"].save) / history.finished[-1].name
+    folder = find_checkpoint(str(place))
+    if folder is None:
+        raise FileNotFoundError(f"--save {place}: holds no checkpoint, but this phase is finished")
+    stored = read_run_config(str(folder))
+    theirs = configs_from_dict({"model": ModelConfig}, stored)["model"]
+    check_same_layers(configs["model"], theirs, folder)
+    ours = configs["progressive"].training_objective
+    objective = stored["families"]["progressive"]["settings"]["training_objective"]
+    if (ours == "clm") != (objective == "clm"):
+        raise ValueError(
+            f"--training-objective {ours}: the stacks of {folder} were trained with {objective}, where a token sees "
+            f"{'those before it' if objective == 'clm' else 'all others'}"
+        )
 
 
 def _check_stacks(config: ProgressiveConfig, phases: list[Phase]) -> None:

@@ -63,6 +63,8 @@ def run(configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tok
     """
     if configs["training"].dry_run:
         phases = _phases(configs, planned_world_size(configs["parallel"]))
+        if distributed.rank() == 0:
+            print(f"The last phase: {phases[-1].title}, {phases[-1].steps} steps.")
         return pretrain(configs_of(configs, phases[-1]), partial(_planned_families, phases[-1]))
     phases = _phases(configs, distributed.world_size())
     check_settings(configs, phases)

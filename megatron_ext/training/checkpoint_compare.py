@@ -13,7 +13,6 @@ from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.training.family import Family
 
 _SHAPE = (
-    "num_layers",
     "hidden_size",
     "num_attention_heads",
     "num_query_groups",
@@ -29,7 +28,7 @@ _SHAPE = (
     "qk_layernorm",
     "untie_embeddings_and_output_weights",
 )
-"""Fields of `ModelConfig` that decide which tensors there are, and what is computed with them."""
+"""Fields of `ModelConfig` that decide which tensors a layer has, and what is computed with them."""
 
 _MEANING = (
     "rotary_base",
@@ -61,18 +60,35 @@ def check_same_model(
         ValueError: naming the flag and both values.
     """
     ours, theirs = _model(run), _model(stored)
-    fields = _SHAPE if finetune else _SHAPE + _MEANING
-    for name in fields:
-        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
-    if ours.position_embedding_type == "learned_absolute":
-        name = "max_position_embeddings"
-        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
+    _same("num_layers", ours.num_layers, theirs.num_layers, folder)
+    check_same_layers(ours, theirs, folder, finetune=finetune)
     if not finetune and run["tokenizer_fingerprint"] != stored["tokenizer_fingerprint"]:
         raise ValueError(
             f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer; "
             "with --finetune its weights are taken all the same"
         )
     _check_families(run["families"], stored["families"], families, folder)
+
+
+def check_same_layers(
+    ours: ModelConfig, theirs: ModelConfig, folder: Path, *, finetune: bool = False
+) -> None:
+    """Compares all but the number of layers.
+
+    Args:
+        ours: the run's model.
+        theirs: the checkpoint's.
+        folder: the checkpoint, named in errors.
+        finetune: see `check_same_model`.
+
+    Raises:
+        ValueError: naming the flag and both values.
+    """
+    for name in _SHAPE if finetune else _SHAPE + _MEANING:
+        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
+    if ours.position_embedding_type == "learned_absolute":
+        name = "max_position_embeddings"
+        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
 
 
 def _check_families(

@@ -198,6 +198,8 @@ MISTAKES = {
     ("--target-stacks", "1"): "--target-stacks 1: the rack in .* has 2 stacks",
     ("--target-stacks", "3", "--building-mode", "prepend"): "--building-mode.*was made otherwise",
     ("--target-stacks", "3", "--new-stack-precision", "half"): "--new-stack-precision.*was made otherwise",
+    ("--target-stacks", "2", "--ffn-hidden-size", "40"): "--ffn-hidden-size 40: .* was made with",
+    ("--target-stacks", "3", "--training-objective", "mlm"): "--training-objective mlm: the stacks of .* clm",
     ("--target-stacks", "3", "--load", "elsewhere"): "--load elsewhere: .* goes on in --save",
     ("--target-stacks", "3", "--no-untie-embeddings-and-output-weights"): "--train-embedding: needed",
     ("--target-stacks", "3", "--training-objective", "custom"): "custom: indexed data give no targets",
