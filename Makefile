@@ -1,7 +1,7 @@
 # make install     .venv with the package and all that the tests and the quickstart need; skipped if up to date
 # make quickstart  raw text to a trained per-layer GPT, about five minutes on two CPU cores
 # make npt         a small Llama, to Hugging Face and back, converted to NPT, trained and evaluated; six minutes
-# make progressive one model grown and trained five ways on the same tokens, compared; under ten minutes
+# make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
 # make test        lint, types and all tests
 # make check       lint and types only
 # make bench       every benchmark, one table each

@@ -3,7 +3,7 @@
 # stacks over a frozen and cached trunk, prepended stacks, a four-bit trunk with adapters, G_stack, end to end), and a rack
 # trained on masked tokens that generates by unmasking. Tables and one page compare them.
 #
-#     bash examples/progressive/quickstart.sh [DIRECTORY]        `make progressive` does this; under ten minutes
+#     bash examples/progressive/quickstart.sh [DIRECTORY]        `make progressive` does this; seven minutes
 #
 # Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
 set -euo pipefail
