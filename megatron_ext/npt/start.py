@@ -7,12 +7,6 @@ those are means over layers, while the total, which is what is trained, sums ove
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
-
 from megatron_ext.models.accounting import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.config import NPTModuleConfig
@@ -20,6 +14,7 @@ from megatron_ext.npt.curriculum import STUDENT, format_curriculum
 from megatron_ext.npt.settings import NPTTrainingConfig
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import print_on_first_rank
+from megatron_ext.training.parameter_count import count_parameters
 
 
 def tell_start(
@@ -43,7 +38,7 @@ def tell_start(
     """
     settings: NPTModuleConfig = configs["np"]
     num_layers = configs["model"].num_layers
-    count = trained_parameters(chunks)
+    count = count_parameters(chunks)["trainable"]
     own = layer_parameters(configs["model"]) * len(trains or settings.layers(num_layers))
     share = (
         f"{count / own:.1%} of their layers' own {own:,}" if settings.freeze_base else "base model included"
@@ -94,18 +89,3 @@ def objective(training: NPTTrainingConfig, total_steps: int) -> str:
     stages = training.stages(total_steps)
     inputs = "no curriculum" if stages == (STUDENT,) else f"curriculum {format_curriculum(stages)}"
     return f"npt loss = {first}{' + '.join(parts) or '0'}; {inputs}"
-
-
-def trained_parameters(chunks: list[GPTModel]) -> int:
-    """Parameters that are trained; what ranks or stages hold twice counts once. Collective."""
-    count = sum(
-        parameter.numel()
-        for chunk in chunks
-        for parameter in chunk.parameters()
-        if parameter.requires_grad
-        and param_is_not_shared(parameter)
-        and param_is_not_tensor_parallel_duplicate(parameter)
-    )
-    total = torch.tensor(count, device=torch.cuda.current_device())
-    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return int(total)

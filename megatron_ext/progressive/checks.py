@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.history import History, read_history
+from megatron_ext.progressive.history import History, finished_checkpoint, read_history
 from megatron_ext.progressive.phases import JOINT, Phase
 from megatron_ext.progressive.plan import frozen_below
 from megatron_ext.progressive.quantization import is_packed, packing
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.training.checkpoint import read_run_config
 from megatron_ext.training.checkpoint_compare import check_same_layers
-from megatron_ext.training.checkpoint_files import find_checkpoint
 
 
 def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
@@ -62,13 +59,9 @@ def _check_made_with(configs: dict[str, Any], history: History) -> None:
     """
     if not history.finished:
         return
-    place = Path(configs["checkpoint"].save) / history.finished[-1].name
-    folder = find_checkpoint(str(place))
-    if folder is None:
-        raise FileNotFoundError(f"--save {place}: holds no checkpoint, but this phase is finished")
+    folder = finished_checkpoint(Path(configs["checkpoint"].save), history.finished[-1].name)
     stored = read_run_config(str(folder))
-    theirs = configs_from_dict({"model": ModelConfig}, stored)["model"]
-    check_same_layers(configs["model"], theirs, folder)
+    check_same_layers(configs["model"], stored, folder)
     ours = configs["progressive"].training_objective
     objective = stored["families"]["progressive"]["settings"]["training_objective"]
     if (ours == "clm") != (objective == "clm"):

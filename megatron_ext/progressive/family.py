@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.config.model import ModelConfig
@@ -34,9 +32,9 @@ from megatron_ext.progressive.rack import Rack
 from megatron_ext.progressive.time_steps import TIME_STEP
 from megatron_ext.progressive.trunk import without_dropout
 from megatron_ext.training.agreement import gather
-from megatron_ext.training.checkpoint_tensors import model_state
 from megatron_ext.training.family import Batch, Family, Note
 from megatron_ext.training.output_loss import OutputLoss
+from megatron_ext.training.parameter_count import count_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,22 +305,6 @@ def stack_seed(seed: int, index: int) -> int:
     """Seed of a stack's initial weights: those of equal layer numbers in different stacks must differ."""
     digest = hashlib.sha256(f"{seed}:stack {index}".encode()).digest()
     return int.from_bytes(digest[:6], "little")
-
-
-def count_parameters(chunks: list[GPTModel]) -> dict[str, int]:
-    """Numbers of parameters of the whole model, `trainable` and `frozen`; collective."""
-    counts = {"trainable": 0, "frozen": 0}
-    for chunk in model_state(chunks).values():
-        for value in chunk.values():
-            if not isinstance(value, ShardedTensor | ShardedTensorFactory):
-                continue
-            pieces = value.build() if isinstance(value, ShardedTensorFactory) else [value]
-            for piece in pieces:
-                if is_main_replica(piece.replica_id) and not piece.key.endswith("_extra_state"):
-                    counts["trainable" if value.data.requires_grad else "frozen"] += piece.data.numel()
-    totals = torch.tensor(list(counts.values()), dtype=torch.int64, device=torch.cuda.current_device())
-    dist.all_reduce(totals)
-    return dict(zip(counts, totals.tolist(), strict=True))
 
 
 def stack_bytes(chunks: list[GPTModel], rack: Rack) -> dict[int, int]:

@@ -109,6 +109,18 @@ def write_history(save: Path, history: History) -> None:
     files.fsync_path(save)
 
 
+def finished_checkpoint(save: Path, name: str) -> Path:
+    """The newest checkpoint's directory of a phase that is finished.
+
+    Raises:
+        FileNotFoundError: there is none: somebody has removed it.
+    """
+    folder = files.find_checkpoint(str(save / name))
+    if folder is None:
+        raise FileNotFoundError(f"--save {save / name}: holds no checkpoint, but this phase is finished")
+    return folder
+
+
 def publish_rack(save: Path, name: str) -> Path:
     """Makes the last checkpoint of a phase the complete rack, without copying where the file system can link.
 
@@ -118,9 +130,11 @@ def publish_rack(save: Path, name: str) -> Path:
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        FileNotFoundError: the phase's checkpoint is gone.
     """
-    source = files.find_checkpoint(str(save / name))
-    assert source is not None
+    source = finished_checkpoint(save, name)
     root = save / RACK
     files.begin(root, source.name)
     folder = files.writing_folder(root, source.name)

@@ -33,6 +33,7 @@ from megatron_ext.progressive.family import ProgressiveFamily, Trunk, stack_byte
 from megatron_ext.progressive.history import (
     Finished,
     History,
+    finished_checkpoint,
     publish_rack,
     write_history,
 )
@@ -238,11 +239,7 @@ class Growth:
         if not place:
             return None
         phase = self.phases[place - 1]
-        folder = on_first_rank(lambda: find_checkpoint(str(self.save / phase.name)))
-        if folder is None:
-            raise FileNotFoundError(
-                f"{self.save / phase.name}: holds no checkpoint, {phase.name} is finished"
-            )
+        folder = on_first_rank(lambda: finished_checkpoint(self.save, phase.name))
         return Trunk(folder=folder.resolve(), rack=phase.rack, trains=phase.trains)
 
     def _configs(self, phase: Phase, first: int) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def check_same_model(
     Raises:
         ValueError: naming the flag and both values.
     """
-    ours, theirs = _model(run), _model(stored)
-    _same("num_layers", ours.num_layers, theirs.num_layers, folder)
-    check_same_layers(ours, theirs, folder, finetune=finetune)
+    ours = _model(run)
+    _same("num_layers", ours.num_layers, _model(stored).num_layers, folder)
+    check_same_layers(ours, stored, folder, finetune=finetune)
     if not finetune and run["tokenizer_fingerprint"] != stored["tokenizer_fingerprint"]:
         raise ValueError(
             f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer; "
@@ -71,19 +71,20 @@ def check_same_model(
 
 
 def check_same_layers(
-    ours: ModelConfig, theirs: ModelConfig, folder: Path, *, finetune: bool = False
+    ours: ModelConfig, stored: Mapping[str, Any], folder: Path, *, finetune: bool = False
 ) -> None:
     """Compares all but the number of layers.
 
     Args:
         ours: the run's model.
-        theirs: the checkpoint's.
+        stored: the checkpoint's configuration.
         folder: the checkpoint, named in errors.
         finetune: see `check_same_model`.
 
     Raises:
         ValueError: naming the flag and both values.
     """
+    theirs = _model(stored)
     for name in _SHAPE if finetune else _SHAPE + _MEANING:
         _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
     if ours.position_embedding_type == "learned_absolute":
