@@ -77,7 +77,8 @@ def evaluate_perplexity(
     steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens)
     for chunk in chunks:
         chunk.eval()
-    loss = _Sums(the_one(family.evaluation_loss() for family in families), guess)
+    loss = the_one(family.evaluation_loss() for family in families)
+    loss = loss if guess is None else _WithGuess(loss, guess)
     sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     with torch.no_grad():
         for step in steps:
@@ -173,23 +174,17 @@ def _micro_batches(
         }
 
 
-class _Sums(OutputLoss):
-    """Weighted sums, with the weights', in the place of means: windows may be shorter than others."""
+class _WithGuess(OutputLoss):
+    """A family's evaluation, and how often a guessed token is the one asked for."""
 
-    def __init__(self, of: OutputLoss, guess: int | None) -> None:
+    def __init__(self, of: OutputLoss, guess: int) -> None:
         self._of = of
         self._guess = guess
         self.reads = of.reads
-        self.names = (*of.names, *([] if guess is None else [_GUESS]))
+        self.names = (*of.names, _GUESS)
 
-    def __call__(
+    def of_tokens(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        found = self._of.of_tokens(model, batch, output)
-        if self._guess is not None:
-            found[_GUESS] = batch["labels"] == self._guess, (batch["loss_mask"] != 0)
-        sums = {
-            name: torch.stack([(values.double() * weights).sum(), weights.double().sum()])
-            for name, (values, weights) in found.items()
-        }
-        return sums["lm loss"][0].float(), sums
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        guessed = batch["labels"] == self._guess, batch["loss_mask"] != 0
+        return self._of.of_tokens(model, batch, output) | {_GUESS: guessed}
