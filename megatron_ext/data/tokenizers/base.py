@@ -79,10 +79,15 @@ class Tokenizer(ABC):
             self.eod,
             self.vocab_size - self.reserved_ids,
             ids,
+            *self._further_probes(),
         ]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     _takes_any_text = True
+
+    def _further_probes(self) -> list[object]:
+        """What else tells this tokenizer from others; empty for one whose behaviour the vocabulary and the texts show."""
+        return []
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 (hex) of the vocabulary, the eod id and the ids of `PROBE_TEXTS`.

@@ -58,6 +58,15 @@ class LibraryTokenizer(Tokenizer):
         """Token -> id, added tokens included."""
         return dict(self.backend.get_vocab())
 
+    def _further_probes(self) -> list[object]:
+        """The added tokens with a flag that says where in a text they count: no text of a fixed list need show it."""
+        normalizes = self.backend.normalizer is not None
+        return [
+            [token_id, token.single_word, token.lstrip, token.rstrip, token.normalized and normalizes]
+            for token_id, token in sorted(self.backend.get_added_tokens_decoder().items())
+            if token.single_word or token.lstrip or token.rstrip or (token.normalized and normalizes)
+        ]
+
     def gigatoken_source(self) -> str:
         """Returns the tokenizer.json."""
         text: str = self.backend.to_str()
