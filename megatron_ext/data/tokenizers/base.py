@@ -29,11 +29,18 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of ids, special tokens included; every id is below it.
         eod: id of the end-of-document token.
+        bos: id of the begin-of-text token that the tokenizer's own files name, None without one.
+        adds_bos: the tokenizer's own configuration puts `bos` before a text. `tokenize` never does: who makes a text's
+            beginning decides it (`--prepend-bos` in preprocessing, generation, evaluation).
+        reads_special_tokens: a special token that a text spells out becomes its id; else its letters are tokenized.
         reserved_ids: ids at the end of `vocab_size` that no text gives; see `reserve`.
     """
 
     vocab_size: int
     eod: int
+    bos: int | None = None
+    adds_bos: bool = False
+    reads_special_tokens: bool = True
     reserved_ids: int = 0
 
     def reserve(self, vocab_size: int) -> None:
@@ -46,7 +53,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text. No token is added; a special token spelled out in the text becomes its id."""
+        """Returns the ids of a text. No token is added; see `reads_special_tokens` for one that is spelled out."""
 
     @abstractmethod
     def detokenize(self, ids: list[int]) -> str:
@@ -86,7 +93,7 @@ class Tokenizer(ABC):
     _takes_any_text = True
 
     def _further_probes(self) -> list[object]:
-        """What else tells this tokenizer from others; empty for one whose behaviour the vocabulary and the texts show."""
+        """What else tells this tokenizer from others; empty where the vocabulary and the texts show its behaviour."""
         return []
 
     def fingerprint(self) -> str:
