@@ -7,6 +7,9 @@ Prompts of different lengths share a batch: the shortest is read at once, the ot
 beside the first generated ones. Every rank takes part and gets the same tokens. No beam search, no batching over time.
 """
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,23 +40,40 @@ class Sampling:
     seed: int = 1234
     """Seed of the choice."""
 
-    stop_token: int | None = None
-    """A prompt's generation ends with this token."""
+    stop_tokens: tuple[int, ...] = ()
+    """A prompt's generation ends with any of these tokens."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        check_temperature(self.temperature)
+        check_seed(self.seed)
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k}: must be 0 (all) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: must lie in [0, 1]")
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises `ValueError` unless it is a number from 0 on."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature {temperature}: must be a number, 0 (greedy) or more")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `ValueError` unless torch's generators take it."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed}: must lie in [0, 2**63)")
+
+
 @torch.no_grad()
 def generate(
-    model: GPTModel, families: list[Family], prompts: list[list[int]], sampling: Sampling, vocab_size: int
+    model: GPTModel,
+    families: list[Family],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    vocab_size: int,
+    is_end: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continues the prompts.
 
@@ -63,12 +83,13 @@ def generate(
         prompts: token ids, at least one each.
         sampling: how tokens are chosen.
         vocab_size: of the tokenizer; padded rows are never chosen.
+        is_end: of a prompt's new tokens: True ends its generation, the last token included.
 
     Returns:
         The new tokens of each prompt, on every rank; a stop token is left out.
 
     Raises:
-        ValueError: a prompt is empty or too long for the model's positions.
+        ValueError: a prompt is empty or too long, for the model's positions or for the memory.
     """
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + sampling.max_new_tokens
@@ -80,31 +101,36 @@ def generate(
             f"{model.max_sequence_length} positions"
         )
     model.eval()
-    tokens = _padded(prompts, total)
+    with _within_memory(sampling):
+        tokens = _padded(prompts, total)
+    stops = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=tokens.device)
     context = StaticInferenceContext(len(prompts), total)
     generator = torch.Generator(device=tokens.device).manual_seed(sampling.seed)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
-        logits = _forward(model, families, tokens, start, end, context)
+        with _within_memory(sampling):  # the cache of keys and values is made by the first of them
+            logits = _forward(model, families, tokens, start, end, context)
         chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
-        finished |= ~in_prompt & (
-            tokens[:, end] == (-1 if sampling.stop_token is None else sampling.stop_token)
-        )
+        finished |= ~in_prompt & torch.isin(tokens[:, end], stops)
+        if is_end is not None:
+            new = [row[length : end + 1] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+            finished |= torch.tensor([bool(ids) and is_end(ids) for ids in new], device=tokens.device)
         finished |= torch.tensor(
             [end + 1 >= n + sampling.max_new_tokens for n in lengths], device=tokens.device
         )
         start, end = end, end + 1
-    return [_new_tokens(row, length, sampling) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    new = [_new_tokens(row, length, sampling) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    return new if is_end is None else [_until_end(ids, is_end) for ids in new]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
     """Next tokens [b] from logits [b, V]; see the formula at the top of this file."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    logits = tempered(logits, sampling.temperature)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -113,8 +139,32 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
         probabilities = ordered.softmax(-1)
         # A token stays if those before it have not reached top_p: the most likely one always does.
         dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        dropped[..., 0] = False  # also where top_p is too small for a float
         logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits of the same softmax as `logits / temperature`, finite for any temperature above 0.
+
+    The largest becomes 0 before the division. Beyond 1e30 either way a temperature changes nothing any more.
+    """
+    logits = logits.float()
+    return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
+
+
+@contextlib.contextmanager
+def _within_memory(sampling: Sampling) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        raise ValueError(
+            f"--max-new-tokens {sampling.max_new_tokens}: so many tokens do not fit into the memory"
+        ) from None
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:
@@ -173,4 +223,14 @@ def _share_from_last_stage(
 
 def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:
     new = row[length : length + sampling.max_new_tokens]
-    return new[: new.index(sampling.stop_token)] if sampling.stop_token in new else new
+    return new[: first_of(sampling.stop_tokens, new)]
+
+
+def first_of(wanted: Sequence[int], tokens: list[int]) -> int:
+    """The place of the first wanted token; the number of tokens where there is none."""
+    return next((place for place, token in enumerate(tokens) if token in wanted), len(tokens))
+
+
+def _until_end(new: list[int], is_end: Callable[[list[int]], bool]) -> list[int]:
+    """The new tokens with which a row has ended: others of its batch may have gone on."""
+    return next((new[:count] for count in range(1, len(new) + 1) if is_end(new[:count])), new)

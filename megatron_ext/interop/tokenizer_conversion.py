@@ -41,16 +41,13 @@ def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None
     if isinstance(tokenizer, LibraryTokenizer):
         return tokenizer.backend
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _from_sentencepiece(tokenizer.serialized_model(), source)
+        return _from_sentencepiece(tokenizer.proto(), source)
     if isinstance(tokenizer, TikTokenizer):
         return _from_ranks(tokenizer)
     return _from_bytes(tokenizer) if isinstance(tokenizer, ByteLevelTokenizer) else None
 
 
-def _from_sentencepiece(serialized: bytes, source: str) -> tokenizers.Tokenizer:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(serialized)
+def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
     trainer, rules, pieces = proto.trainer_spec, proto.normalizer_spec, list(proto.pieces)
     unsupported = {
         "model type (only unigram and bpe)": trainer.model_type not in (_UNIGRAM, _BPE),
@@ -75,7 +72,10 @@ def _from_sentencepiece(serialized: bytes, source: str) -> tokenizers.Tokenizer:
     if splits:
         # SentencePiece never segments across a symbol of the user's, and keeps it whole.
         library.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(splits)), "isolated")
-    steps = [decoders.Replace(_SPACE, " "), decoders.Replace(trainer.unk_piece, trainer.unk_surface)]
+    steps: list[Any] = [
+        decoders.Replace(_SPACE, " "),
+        decoders.Replace(trainer.unk_piece, trainer.unk_surface),
+    ]
     steps += [decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", 1, 0))

@@ -69,8 +69,8 @@ def check_read_back(folder: Path, tokenizer: Tokenizer, shown: str | Path) -> li
         )
     if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_unigram:
         notes.append(
-            "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts the same pieces may "
-            "stand in another order where both orders are equally likely (runs of white space)"
+            "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts the same pieces "
+            "may stand in another order where both orders are equally likely (runs of white space)"
         )
     return notes
 
@@ -92,9 +92,9 @@ def _difference(transformers: Any, folder: Path, ours: Tokenizer) -> str | None:
     except Exception as error:  # of any kind; the user needs to know that it cannot be read
         return str(error).strip().partition("\n")[0] or type(error).__name__
     named = {"eos_token_id": (theirs.eos_token_id, ours.eod), "bos_token_id": (theirs.bos_token_id, ours.bos)}
-    for name, (found, wanted) in named.items():
-        if found != wanted and wanted is not None:
-            return f"{name} is {found} instead of {wanted}"
+    for name, (their_id, our_id) in named.items():
+        if their_id != our_id and our_id is not None:
+            return f"{name} is {their_id} instead of {our_id}"
     before = theirs("")["input_ids"][:1] == [ours.bos]
     if before != ours.adds_bos and ours.bos is not None:
         return f"it puts {'a' if before else 'no'} begin-of-text token before a text"

@@ -140,6 +140,6 @@ def test_dropout_is_left_to_the_reference(content: dict[str, Any], tmp_path: Pat
 def test_a_token_that_counts_elsewhere_in_a_text_makes_another_fingerprint(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
-    flags: list[dict[str, bool]] = [{}, {"single_word": True}, {"lstrip": True}, {"rstrip": True}]
+    flags: list[dict[str, Any]] = [{}, {"single_word": True}, {"lstrip": True}, {"rstrip": True}]
     found = {_built(content, _with_token("<a>", **flag), tmp_path).fingerprint() for flag in flags}
     assert len(found) == len(flags)

@@ -100,7 +100,7 @@ def _greedy_and_sampled(name: str, cut: str) -> list[list[list[int]]]:
 def test_generation_ends_at_the_stop_token_and_leaves_it_out() -> None:
     whole = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], GREEDY)[0][0]
     stop = whole[0][3]
-    sampling = replace(GREEDY, stop_token=stop)
+    sampling = replace(GREEDY, stop_tokens=(stop,))
     found = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], sampling)[0][0]
     assert found == [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in whole]
 

@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
@@ -117,7 +118,7 @@ def _sentencepiece(tokenizer_type: Any, **settings: Any) -> Callable[[Path], Tok
 
 def _tiktoken(folder: Path) -> TokenizerConfig:
     _byte_level_bpe(folder)
-    letters = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    letters = bytes_to_unicode()
     to_byte = {letter: byte for byte, letter in letters.items()}
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     learnt = [t for t, _ in sorted(vocab.items(), key=lambda item: item[1]) if len(t) > 1 and "<|" not in t]

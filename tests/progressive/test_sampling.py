@@ -128,7 +128,7 @@ def test_the_tokens_follow_from_the_seed_and_are_the_same_at_every_cut() -> None
 def test_what_follows_a_stop_token_is_left_out() -> None:
     whole = _runs(1)[0]["TP1"]["greedy"][0]
     stop = whole[0][3]
-    cut_off, _ = run_distributed(_generate, 1, ParallelConfig(), replace(GREEDY, stop_token=stop))[0]
+    cut_off, _ = run_distributed(_generate, 1, ParallelConfig(), replace(GREEDY, stop_tokens=(stop,)))[0]
     assert cut_off[0] == whole[0][: whole[0].index(stop)]
 
 

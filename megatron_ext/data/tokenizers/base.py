@@ -69,6 +69,28 @@ class Tokenizer(ABC):
         """Id -> token, the inverse of `vocab`."""
         return {token_id: token for token, token_id in self.vocab.items()}
 
+    def begin(self, ids: list[int]) -> list[int]:
+        """Returns the ids of a text's beginning: `bos` before them where `adds_bos` says so, but not a second one."""
+        if not self.adds_bos or self.bos is None or ids[:1] == [self.bos]:
+            return list(ids)
+        return [self.bos, *ids]
+
+    def begin_as(self, documents: list[int] | None) -> None:
+        """Begins texts as the documents do that a model was trained on: with a token, or none; None is not known."""
+        if documents is not None:
+            self.adds_bos = bool(documents)
+            self.bos = documents[0] if documents else self.bos
+
+    def choose_bos(self, adds_bos: bool | None) -> None:
+        """Sets `adds_bos`; None leaves it as the tokenizer's own files say.
+
+        Raises:
+            ValueError: it shall be added, and the tokenizer has none.
+        """
+        if adds_bos and self.bos is None:
+            raise ValueError("--bos: the tokenizer's files name no begin-of-text token (bos_token)")
+        self.adds_bos = self.adds_bos if adds_bos is None else adds_bos
+
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text; equal to `tokenize` on each."""
         return [self.tokenize(text) for text in texts]

@@ -6,6 +6,7 @@ its `<s>`; another one does where a tokenizer_config.json beside its file says `
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.data.optional import import_optional
 from megatron_ext.data.tokenizers.base import Tokenizer
@@ -73,10 +74,14 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def is_unigram(self) -> bool:
         """True for the algorithm that weighs whole segmentations, False for one that merges pairs."""
+        return bool(self.proto().trainer_spec.model_type == 1)
+
+    def proto(self) -> Any:
+        """Returns the model's pieces and settings, as SentencePiece's own `ModelProto`."""
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self.serialized_model())
-        return bool(proto.trainer_spec.model_type == 1)
+        message: Any = sentencepiece_model_pb2
+        return message.ModelProto.FromString(self.serialized_model())
 
     def serialized_model(self) -> bytes:
         """Returns the model as its file holds it."""
