@@ -7,11 +7,11 @@ Prompts of different lengths share a batch: the shortest is read at once, the ot
 beside the first generated ones. Every rank takes part and gets the same tokens. No beam search, no batching over time.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -44,14 +44,19 @@ class Sampling:
     """A prompt's generation ends with any of these tokens."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        check_max_new_tokens(self.max_new_tokens)
         check_temperature(self.temperature)
         check_seed(self.seed)
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k}: must be 0 (all) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: must lie in [0, 1]")
+
+
+def check_max_new_tokens(count: int) -> None:
+    """Raises `ValueError` unless so many tokens can be numbered."""
+    if not 1 <= count < 2**31:
+        raise ValueError(f"--max-new-tokens {count}: must be at least 1 and below 2**31")
 
 
 def check_temperature(temperature: float) -> None:
@@ -101,16 +106,15 @@ def generate(
             f"{model.max_sequence_length} positions"
         )
     model.eval()
-    with _within_memory(sampling):
-        tokens = _padded(prompts, total)
+    check_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
+    tokens = _padded(prompts, total)
     stops = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=tokens.device)
     context = StaticInferenceContext(len(prompts), total)
     generator = torch.Generator(device=tokens.device).manual_seed(sampling.seed)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
-        with _within_memory(sampling):  # the cache of keys and values is made by the first of them
-            logits = _forward(model, families, tokens, start, end, context)
+        logits = _forward(model, families, tokens, start, end, context)
         chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
@@ -130,18 +134,23 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     """Next tokens [b] from logits [b, V]; see the formula at the top of this file."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
+
+
+def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """What the next tokens are drawn from, [b, V], at a temperature above 0; see the formula at the top."""
     logits = tempered(logits, sampling.temperature)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if sampling.top_p:
         ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
+        sorted_probabilities = ordered.softmax(-1)
         # A token stays if those before it have not reached top_p: the most likely one always does.
-        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        dropped = sorted_probabilities.cumsum(-1) - sorted_probabilities >= sampling.top_p
         dropped[..., 0] = False  # also where top_p is too small for a float
         logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    return logits.softmax(-1)
 
 
 def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -153,18 +162,22 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
 
 
-@contextlib.contextmanager
-def _within_memory(sampling: Sampling) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
-            error
-        ):
-            raise
+def check_memory(needed: int, max_new_tokens: int) -> None:
+    """Raises `ValueError` where a generation needs more bytes than are free: the system would end the process."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if needed > free:
         raise ValueError(
-            f"--max-new-tokens {sampling.max_new_tokens}: so many tokens do not fit into the memory"
-        ) from None
+            f"--max-new-tokens {max_new_tokens}: needs about {needed / 2**30:,.1f} GiB of memory, "
+            f"{free / 2**30:,.1f} are free"
+        )
+
+
+def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
+    """Bytes of the tokens, of this rank's keys and values, and of the rotary table."""
+    config = model.config
+    groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+    values = 2 * len(model.decoder.layers) * groups * config.kv_channels
+    return total * (rows * (8 + values * config.params_dtype.itemsize) + 2 * 4 * config.kv_channels)
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:

@@ -98,7 +98,10 @@ def export_hf(
                 )
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
-            notes += check_read_back(folder, tokenizer, model_dir)
+            as_imported = imported_config is not None and config["model_type"] == imported_config.get(
+                "model_type"
+            )
+            notes += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         write_tensors(folder, tensors, max_shard_size)
     return [f"{chosen}, {written_as}", *notes]
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.data.tokenizers.base import PROBE_TEXTS
 from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from megatron_ext.interop.tokenizer_files import TOKENIZER_CONFIG
+from megatron_ext.interop.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 _GENERAL_CLASS = "PreTrainedTokenizerFast"
 _FURTHER_TEXTS = (
@@ -34,7 +34,9 @@ _FURTHER_TEXTS = (
 )
 
 
-def check_read_back(folder: Path, tokenizer: Tokenizer, shown: str | Path) -> list[str]:
+def check_read_back(
+    folder: Path, tokenizer: Tokenizer, shown: str | Path, *, as_imported: bool = False
+) -> list[str]:
     """Raises unless `AutoTokenizer` reads from a directory what was written there.
 
     transformers builds some models' tokenizers anew, by its own idea of their class, instead of taking tokenizer.json
@@ -44,6 +46,8 @@ def check_read_back(folder: Path, tokenizer: Tokenizer, shown: str | Path) -> li
         folder: a Hugging Face directory with config.json and the tokenizer's files.
         tokenizer: what it must equal.
         shown: the directory as the user calls it.
+        as_imported: these files and this kind of model were imported together, so a difference was there before; it is
+            told, not refused.
 
     Returns:
         Notes for the user.
@@ -57,16 +61,24 @@ def check_read_back(folder: Path, tokenizer: Tokenizer, shown: str | Path) -> li
         return ["transformers is not installed: the exported tokenizer was not read back with it"]
     difference = _difference(transformers, folder, tokenizer)
     notes = []
-    if difference is not None and (former := _set_class(folder)) not in (None, _GENERAL_CLASS):
+    if difference is not None:
+        before = (folder / TOKENIZER_CONFIG).read_bytes()
+        former = _set_class(folder)
         notes = [
             f"tokenizer_class is {_GENERAL_CLASS}: as {former} transformers gives other ids ({difference})"
         ]
-        difference = _difference(transformers, folder, tokenizer)
-    if difference is not None:
-        raise ValueError(
-            f"--model-dir {shown}: transformers reads the tokenizer differently ({difference}); "
-            "--no-tokenizer leaves it out"
-        )
+        left = _difference(transformers, folder, tokenizer)
+        if left is not None and not as_imported:
+            raise ValueError(
+                f"--model-dir {shown}: transformers reads the tokenizer differently ({left}); "
+                "--no-tokenizer leaves it out, another --architecture may be read right"
+            )
+        if left is not None:
+            (folder / TOKENIZER_CONFIG).write_bytes(before)
+            notes = [
+                f"transformers reads this tokenizer, as that of the imported directory, otherwise than its "
+                f"{TOKENIZER_JSON} says ({difference})"
+            ]
     if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_unigram:
         notes.append(
             "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts the same pieces "

@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.inference.generation import check_seed, check_temperature, first_of, tempered
+from megatron_ext.inference.generation import (
+    check_max_new_tokens,
+    check_memory,
+    check_seed,
+    check_temperature,
+    first_of,
+    tempered,
+)
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.objectives import Objective
 from megatron_ext.progressive.time_steps import TIME_STEP, time_step_of_fraction
@@ -43,8 +50,7 @@ class DiffusionSampling:
     """What is generated from any of these tokens on is left out."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        check_max_new_tokens(self.max_new_tokens)
         if self.steps < 1:
             raise ValueError(f"--diffusion-steps {self.steps}: must be at least 1")
         check_temperature(self.temperature)
@@ -95,6 +101,8 @@ def generate_by_unmasking(
     for length in sorted(set(map(len, prompts))):
         members = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
         given = [prompts[number] for number in members]
+        rows = len(members) * (length + sampling.max_new_tokens)
+        check_memory(rows * vocab_size * 3 * 4, sampling.max_new_tokens)  # logits, probabilities, a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
     return [_until(new[number], sampling.stop_tokens) for number in range(len(prompts))]

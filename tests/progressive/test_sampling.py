@@ -1,6 +1,7 @@
 """Unmasking: order, steps, determinism, and the same tokens at every cut."""
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -145,7 +146,17 @@ def test_a_model_that_was_not_trained_on_masks_is_refused() -> None:
     assert "was not trained on masked tokens" in run_distributed(_by_a_causal_model, 1)[0]
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("max_new_tokens", 0), ("temperature", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2**31),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("seed", -1),
+    ],
+)
 def test_settings_out_of_range_name_their_flag(name: str, value: float) -> None:
     flag = {"steps": "--diffusion-steps"}.get(name, "--" + name.replace("_", "-"))
     with pytest.raises(ValueError, match=f"{flag} {value}"):
