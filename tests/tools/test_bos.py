@@ -36,7 +36,6 @@ TEXTS = [
     "whether it is nobler in the mind to suffer the slings and arrows",
     "<s>already begun",
 ]
-SMOLLM = Path("/work/wt/models/smollm2")
 
 
 def _fast(post_processor: Any = None, **settings: Any) -> Any:
@@ -219,13 +218,6 @@ def test_a_tokenizer_adds_the_token_where_transformers_does(tmp_path: Path) -> N
             theirs, ours = transformers.AutoTokenizer.from_pretrained(path), _tokenizer(path)
             wanted = theirs("to be").input_ids[:1] == [BOS]
             assert (ours.bos, ours.adds_bos) == (theirs.bos_token_id, wanted)
-
-
-@pytest.mark.skipif(not SMOLLM.is_dir(), reason="the model is not on this machine")
-def test_a_real_model_begins_as_transformers_reads_it() -> None:
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(SMOLLM), _tokenizer(SMOLLM)
-    assert ours.begin(ours.tokenize("hello world")) == theirs("hello world").input_ids
-    assert (ours.bos, ours.eod) == (theirs.bos_token_id, theirs.eos_token_id)
 
 
 def test_sentencepiece_begins_by_its_kind_and_the_file_beside_it(tmp_path: Path) -> None:
