@@ -220,6 +220,14 @@ def test_a_tokenizer_adds_the_token_where_transformers_does(tmp_path: Path) -> N
             assert (ours.bos, ours.adds_bos) == (theirs.bos_token_id, wanted)
 
 
+def test_a_tokenizer_json_alone_says_what_begins_a_text(tmp_path: Path) -> None:
+    _fast(BEGIN).save_pretrained(tmp_path / "whole")
+    content = (tmp_path / "whole" / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    ours = _tokenizer(tmp_path / "tokenizer.json")
+    assert ours.begin(ours.tokenize("to be")) == tokenizers.Tokenizer.from_str(content).encode("to be").ids
+
+
 def test_sentencepiece_begins_by_its_kind_and_the_file_beside_it(tmp_path: Path) -> None:
     train_sentencepiece(iter(TEXTS * 20), str(tmp_path), 320, "bpe", ())
     for kind, told, wanted in (

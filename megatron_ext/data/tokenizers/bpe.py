@@ -27,7 +27,7 @@ class LibraryTokenizer(Tokenizer):
         backend: the library's object; its padding and truncation are switched off.
         eod_token: the end-of-document token, which must be in the vocabulary.
         source: what to name in an error message.
-        bos_token: the begin-of-text token; it is put before a text where the backend's post-processor does that.
+        bos_token: the begin-of-text token; what the backend's post-processor puts before a text goes before.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class LibraryTokenizer(Tokenizer):
         self.eod = eod
         self.bos = None if bos_token is None else backend.token_to_id(bos_token)
         self.reads_special_tokens = not backend.encode_special_tokens
-        added = backend.encode("", add_special_tokens=True).ids
-        self.adds_bos = self.bos is not None and added[:1] == [self.bos]
+        before = _put_before_a_text(backend)
+        self.adds_bos = len(before) == 1
+        self.bos = before[0] if self.adds_bos else self.bos
         # An added token may have an id past the count (a vocabulary with gaps), so the largest id decides.
         self.vocab_size = max(backend.get_vocab_size(), max(backend.get_vocab().values()) + 1)
 
@@ -210,6 +211,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return content
+
+
+def _put_before_a_text(backend: tokenizers.Tokenizer) -> list[int]:
+    """Returns the ids that the post-processor puts before a text's own."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    starts = range(len(whole) - len(plain) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
 
 
 def _first_known_eod(backend: tokenizers.Tokenizer) -> str | None:
