@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
+from megatron_ext.config.flags import Switch, check_at_least, one_of_two
 
 if TYPE_CHECKING:
     from megatron_ext.inference.perplexity import Perplexity
@@ -48,12 +48,19 @@ class EvaluateConfig:
     bf16: bool = False
     """Compute in bfloat16."""
 
+    bos: Switch = False
+    """Begin every window with the begin-of-text token. Without this and --no-bos as the model was trained."""
+
+    no_bos: Switch = False
+    """Begin every window without it."""
+
     output: str | None = None
     """JSON file for the result."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
         check_at_least(self, 1, "pipeline_model_parallel_size")
+        one_of_two(self, "bos", "no_bos")
 
 
 def main() -> None:
@@ -66,7 +73,7 @@ def main() -> None:
     )["config"]
     from megatron_ext.data.manifest import check_dataset
     from megatron_ext.data.unigram import most_frequent_token, unigram_cross_entropy
-    from megatron_ext.families import FAMILIES
+    from megatron_ext.families import FAMILIES, window_begin
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import distributed
@@ -80,7 +87,9 @@ def main() -> None:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
+        bos=one_of_two(config, "bos", "no_bos"),
     )
+    bos = window_begin(loaded)
     vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
     guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
@@ -94,13 +103,16 @@ def main() -> None:
             micro_batch_size=config.micro_batch_size,
             max_tokens=config.max_tokens,
             guess=guess,
+            bos=bos,
         )
         entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
         results[prefix], line = _report(found, entropy)
+        if bos is not None:
+            line += f"; every window begins with {loaded.tokenizer.inv_vocab[bos]}"
         if distributed.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and distributed.rank() == 0:
-        Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+        Path(config.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     distributed.shutdown()
 
 

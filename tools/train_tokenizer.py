@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.flags import check_at_least, check_choices
 from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.config.text import argument_text
 
 END_OF_TEXT = "<|endoftext|>"
 EXAMPLE = (
@@ -79,14 +80,15 @@ def main() -> None:
     config = configs["tokenizer"]
     from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_sentencepiece
 
+    special_tokens = tuple(argument_text("--special-tokens", token) for token in config.special_tokens)
     texts = documents(configs["input"], config.max_characters)
     if config.tokenizer_type == "GPT2BPETokenizer":
         size = train_byte_level_bpe(
-            texts, config.output_dir, config.vocab_size, config.special_tokens, config.min_frequency
+            texts, config.output_dir, config.vocab_size, special_tokens, config.min_frequency
         )
     else:
         size = train_sentencepiece(
-            texts, config.output_dir, config.vocab_size, config.model_type, config.special_tokens
+            texts, config.output_dir, config.vocab_size, config.model_type, special_tokens
         )
     print(f"{config.output_dir}: {config.tokenizer_type} of {size:,} tokens")
     if size < config.vocab_size:

@@ -58,7 +58,7 @@ def main() -> None:
     console = Console(width=100)
     console.print(table)
     if config.evaluation is not None:
-        for prefix, found in json.loads(Path(config.evaluation).read_text()).items():
+        for prefix, found in json.loads(Path(config.evaluation).read_text(encoding="utf-8")).items():
             console.print(_describe(prefix, found), highlight=False, soft_wrap=True)
 
 

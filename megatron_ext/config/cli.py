@@ -170,7 +170,7 @@ def _one_line_errors() -> Iterator[None]:
 def _unframed(framed: str) -> str:
     """Returns the text between the first rule, which is below the title, and the next."""
     message: list[str] = []
-    for line in framed.splitlines()[2:]:
+    for line in framed.split("\n")[2:]:
         text = line.strip(" |")
         if not text.strip("-"):
             break

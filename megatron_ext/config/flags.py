@@ -15,6 +15,23 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A boolean whose name is already a negation (`--no-load-optim`), so that it gets no `--no-` twin."""
 
 
+_Value = typing.TypeVar("_Value")
+
+Repeated = tyro.conf.UseAppendAction[tuple[_Value, ...]]
+"""Values each given with its own flag (`--stop A --stop B`)."""
+
+
+def one_of_two(config: Any, name: str, negation: str) -> bool | None:
+    """Returns which of two switches is given, None for neither.
+
+    Raises:
+        ValueError: both are.
+    """
+    if getattr(config, name) and getattr(config, negation):
+        raise ValueError(f"{flag_name(name)}, {flag_name(negation)}: give one of them")
+    return True if getattr(config, name) else False if getattr(config, negation) else None
+
+
 def flag_name(field_name: str) -> str:
     """Returns the command-line flag of a dataclass field."""
     return "--" + field_name.replace("_", "-")

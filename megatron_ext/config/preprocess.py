@@ -48,6 +48,9 @@ class PreprocessConfig:
     append_eod: bool = False
     """End every document that is not empty with the end-of-document token."""
 
+    prepend_bos: bool = False
+    """Begin every document that is not empty with the tokenizer's begin-of-text token."""
+
     workers: int | None = None
     """Worker processes. Default: every core this process may use."""
 

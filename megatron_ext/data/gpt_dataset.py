@@ -195,14 +195,13 @@ def _mcore_config(
 
 
 def _identity(prefix: str) -> str:
-    """What tells one index file from another of the same name: its size and a checksum of its two ends."""
+    """What tells one index file from another of the same name: its size and a checksum of all of it."""
     path = f"{prefix}.idx"
-    size = os.path.getsize(path)
+    checksum = 0
     with open(path, "rb") as stream:
-        checksum = zlib.crc32(stream.read(_IDENTITY_BYTES))
-        stream.seek(max(size - _IDENTITY_BYTES, 0))
-        checksum = zlib.crc32(stream.read(_IDENTITY_BYTES), checksum)
-    return f"{size}-{checksum:08x}"
+        while block := stream.read(_IDENTITY_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return f"{os.path.getsize(path)}-{checksum:08x}"
 
 
 def _together(action: Callable[[], Any]) -> Any:

@@ -13,13 +13,15 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.indexed import Index, bin_path, idx_path, open_index
 
 FORMAT = "megatron_ext.dataset/1"
+PREPENDED_BOS = "prepended_bos"
+"""Key of the tokenizer's description: the token that begins every document; missing where none does."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_BYTES = 1 << 18
 
@@ -145,6 +147,19 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not a dataset manifest (format {FORMAT})")
     return manifest
+
+
+def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
+    """The begin-of-text token before every document of datasets, or nothing; None if it is not known or differs.
+
+    Args:
+        prefixes: paths without `.bin` or `.idx`.
+    """
+    described = [(manifest or {}).get("tokenizer") for manifest in map(read_manifest, prefixes)]
+    begins = {one.get(PREPENDED_BOS) for one in described if one is not None}
+    if None in described or len(begins) != 1:
+        return None
+    return [bos for bos in begins if bos is not None]
 
 
 def check_dataset(prefix: str, tokenizer_fingerprint: str | None = None) -> Index:

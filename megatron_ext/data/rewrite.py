@@ -17,7 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.data.indexed import Index, IntArray, bin_path, chunks, idx_path, open_index, write_index
-from megatron_ext.data.manifest import manifest_path, read_manifest, write_atomically, write_manifest
+from megatron_ext.data.manifest import (
+    PREPENDED_BOS,
+    manifest_path,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
 
 _CHUNK_DOCUMENTS = 1 << 15
 _READ_BYTES = 1 << 23
@@ -223,6 +229,7 @@ def _described(prefixes: Sequence[str]) -> dict[str, Any]:
             }
         facts = {
             "tokenizer": (manifest.get("tokenizer") or {}).get("fingerprint"),
+            "token that begins a document": (manifest.get("tokenizer") or {}).get(PREPENDED_BOS),
             "per-layer strategy": per_layer and per_layer["strategy"],
             "per-layer vocabulary": per_layer and per_layer["vocab_checksum"],
         }

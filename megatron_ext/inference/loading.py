@@ -13,10 +13,12 @@ from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.inference.stopping import stop_tokens
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.training.checkpoint import load_weights, read_run_config
+from megatron_ext.training.checkpoint_files import BEGIN
 from megatron_ext.training.family import Family
 
 FamilyTypes = dict[str, type[Any]]
@@ -37,7 +39,10 @@ class LoadedModel:
     """Its families."""
 
     tokenizer: Tokenizer
-    """The tokenizer it was trained with."""
+    """The tokenizer it was trained with; its `adds_bos` says how this model's texts begin."""
+
+    stop_tokens: tuple[int, ...]
+    """Ids that end a text: the tokenizer's end-of-document token, and those that an imported model names."""
 
 
 def load_model(
@@ -49,6 +54,7 @@ def load_model(
     pipeline_model_parallel_size: int = 1,
     bf16: bool = False,
     tokenizer: TokenizerConfig | None = None,
+    bos: bool | None = None,
 ) -> LoadedModel:
     """Joins the process group and loads a checkpoint's model.
 
@@ -60,6 +66,8 @@ def load_model(
         pipeline_model_parallel_size: likewise.
         bf16: the precision to run in.
         tokenizer: where the tokenizer's files are, if not where training found them.
+        bos: whether a text begins with the tokenizer's begin-of-text token. None: as the model's training data does
+            where that is known, else as the tokenizer's own files say.
 
     Raises:
         ValueError: the cut does not fit the model, the tokenizer is another one, the checkpoint is damaged or of a
@@ -78,6 +86,9 @@ def load_model(
     built = build_tokenizer(tokenizer or configs["tokenizer"])
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         raise ValueError(f"{path}: was trained with another tokenizer than the one given")
+    if "training" in stored:  # not so an imported model: its tokenizer's files say how a text begins
+        built.begin_as(stored.get(BEGIN, []))  # before this was recorded, no data had a begin
+    built.choose_bos(bos)
     unknown = set(stored["families"]) - set(families)
     if unknown:
         raise ValueError(
@@ -93,5 +104,11 @@ def load_model(
         bf16=bf16,
         extensions=[family.extension() for family in made],
     )
-    load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
-    return LoadedModel(model=chunks[0].eval(), config=model, families=made, tokenizer=built)
+    loaded_from = load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
+    return LoadedModel(
+        model=chunks[0].eval(),
+        config=model,
+        families=made,
+        tokenizer=built,
+        stop_tokens=stop_tokens(stored, loaded_from, built),
+    )

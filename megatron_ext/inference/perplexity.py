@@ -5,6 +5,11 @@
 The dataset is read as one stream of tokens in windows of the sequence length; each window's first token is the last one
 of the window before it, so that every token but the very first is predicted exactly once. Free-running, no dropout.
 
+For a model whose texts begin with a begin-of-text token (`bos`) every window begins with it, then come the tokens that
+follow those of the window before: every token is predicted exactly once, the very first too. The token itself is
+context and never asked for, neither ours nor the data's own; where a window of the data begins with it, it is not put
+there twice.
+
 A family that masks tokens asks for the masked ones instead, and may tell more of each token than its loss.
 """
 
@@ -59,6 +64,7 @@ def evaluate_perplexity(
     micro_batch_size: int,
     max_tokens: int | None = None,
     guess: int | None = None,
+    bos: int | None = None,
 ) -> Perplexity:
     """Measures the perplexity on every rank's share of the windows; all ranks get the result.
 
@@ -70,11 +76,12 @@ def evaluate_perplexity(
         micro_batch_size: windows at a time.
         max_tokens: at most so many tokens, from the dataset's beginning.
         guess: a token that is compared with those asked for.
+        bos: what every window begins with; None for nothing, and for a model that sees what lies ahead.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
-    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens)
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, bos)
     for chunk in chunks:
         chunk.eval()
     loss = the_one(family.evaluation_loss() for family in families)
@@ -97,7 +104,11 @@ def evaluate_perplexity(
 
 
 def held_out_steps(
-    prefix: str, sequence_length: int, micro_batch_size: int, max_tokens: int | None = None
+    prefix: str,
+    sequence_length: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+    bos: int | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of a dataset, as many at a time as the pipeline has stages.
 
@@ -108,16 +119,22 @@ def held_out_steps(
         sequence_length: tokens of a window.
         micro_batch_size: windows of a micro-batch.
         max_tokens: at most so many tokens, from the dataset's beginning.
+        bos: what every window begins with, or None.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
     dataset = IndexedDataset(prefix)
     total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
-    total = total if max_tokens is None else min(total, max_tokens + 1)
     if total < 2:
         raise ValueError(f"{prefix}: has {total} tokens, at least 2 are needed")
-    batches = _micro_batches(_windows(dataset, total, sequence_length), sequence_length, micro_batch_size)
+    if max_tokens is not None:
+        total = min(total, max_tokens + (bos is None))
+    if bos is None:
+        windows = _windows(dataset, total, sequence_length)
+    else:
+        windows = _begun_windows(dataset, total, sequence_length, bos)
+    batches = _micro_batches(windows, sequence_length, micro_batch_size, bos)
     return _by_step(batches, parallel_state.get_pipeline_model_parallel_world_size())
 
 
@@ -129,10 +146,15 @@ def _by_step(batches: Iterator[Batch], stages: int) -> Iterator[list[Batch]]:
         yield step
 
 
-def _windows(dataset: IndexedDataset, total: int, length: int) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    """The stream's windows of `length + 1` tokens, overlapping by one; the last may be shorter."""
-    buffer: list[np.ndarray[Any, np.dtype[Any]]] = []
-    held = taken = 0
+def _windows(
+    dataset: IndexedDataset, total: int, length: int, first: int | None = None
+) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """The stream's windows of `length + 1` tokens, overlapping by one; the last may be shorter.
+
+    A `first` token comes before the stream's own and does not count to its `total`.
+    """
+    buffer: list[np.ndarray[Any, np.dtype[Any]]] = [] if first is None else [np.array([first])]
+    held, taken = len(buffer), 0
     for sequence in range(len(dataset.sequence_lengths)):
         if taken >= total:
             break
@@ -152,8 +174,18 @@ def _windows(dataset: IndexedDataset, total: int, length: int) -> Iterator[np.nd
         yield np.concatenate(buffer)
 
 
+def _begun_windows(
+    dataset: IndexedDataset, total: int, length: int, bos: int
+) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """The stream cut into pieces of `length` tokens, each begun with `bos`; the last may be shorter."""
+    begin = np.array([bos])
+    for window in _windows(dataset, total, length, first=bos):
+        tokens = window[1:]  # the one before them belongs to the window before
+        yield tokens if tokens[0] == bos else np.concatenate([begin, tokens])
+
+
 def _micro_batches(
-    windows: Iterator[np.ndarray[Any, np.dtype[Any]]], length: int, micro_batch_size: int
+    windows: Iterator[np.ndarray[Any, np.dtype[Any]]], length: int, micro_batch_size: int, bos: int | None
 ) -> Iterator[Batch]:
     """This data-parallel rank's micro-batches; every rank makes equally many, padded ones count nothing."""
     rank = parallel_state.get_data_parallel_rank()
@@ -166,6 +198,8 @@ def _micro_batches(
             values = torch.from_numpy(window.astype(np.int64))
             size = len(values) - 1
             tokens[row, :size], labels[row, :size], mask[row, :size] = values[:-1], values[1:], 1.0
+            if bos is not None:
+                mask[row, :size][values[1:] == bos] = 0.0
         yield {
             "tokens": tokens,
             "labels": labels,

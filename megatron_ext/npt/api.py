@@ -229,7 +229,7 @@ class NPTModel:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop_token=self.tokenizer.eod,
+            stop_tokens=(self.tokenizer.eod,),
         )
         new = generate(self.model, self._families(), [self._ids(prompt)], sampling, self.vocab_size)[0]
         return self.tokenizer.detokenize(new) if isinstance(prompt, str) else new
@@ -274,9 +274,9 @@ class NPTModel:
             yield -float(log_p.gather(-1, labels.unsqueeze(-1)).sum())
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return (
-            self.tokenizer.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        )
+        if isinstance(prompt, str):
+            return self.tokenizer.begin(self.tokenizer.tokenize(prompt))
+        return [int(token) for token in prompt]
 
     def _families(self) -> list[Family]:
         return [] if self.settings is None else [NPTFamily(self.settings)]

@@ -47,11 +47,11 @@ def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer,
     tokens = tokenizer.tokenize(prompt)
     if not tokens:
         raise ValueError(f"--generation-prompt {prompt!r}: has no tokens")
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, stop_token=tokenizer.eod)
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, stop_tokens=(tokenizer.eod,))
     was_training = chunk.training
     with deactivated([chunk]):
-        base = generate(chunk, families, [tokens], sampling, tokenizer.vocab_size)[0]
-    ours = generate(chunk, families, [tokens], sampling, tokenizer.vocab_size)[0]
+        base = generate(chunk, families, [tokenizer.begin(tokens)], sampling, tokenizer.vocab_size)[0]
+    ours = generate(chunk, families, [tokenizer.begin(tokens)], sampling, tokenizer.vocab_size)[0]
     chunk.train(was_training)
     return "\n\n".join(
         f"**{name}**\n\n```\n{tokenizer.detokenize(tokens + new)}\n```"

@@ -29,6 +29,9 @@ import torch
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 RUN_CONFIG = "run_config.json"
+BEGIN = "begin_of_documents"
+"""Key of the run's configuration: the begin-of-text token of the documents it was trained on, if any, as a list; None
+where that is not known."""
 STATE = "state.json"
 
 WRITING, REPLACED = ".writing.", ".replaced."
@@ -117,7 +120,7 @@ def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
 
 def _tracked(root: Path) -> int | None:
     try:
-        return int((root / TRACKER).read_text())
+        return int((root / TRACKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -23,7 +23,7 @@ from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
 from megatron_ext.data.gpt_dataset import Dataset, build_datasets
-from megatron_ext.data.manifest import check_dataset
+from megatron_ext.data.manifest import begin_of_documents, check_dataset
 from megatron_ext.data.repeated import RepeatedDataset
 from megatron_ext.data.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
@@ -34,7 +34,7 @@ from megatron_ext.platform import distributed
 from megatron_ext.training import scheduler_state
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
-from megatron_ext.training.checkpoint_files import check_writable, checkpoint_name
+from megatron_ext.training.checkpoint_files import BEGIN, check_writable, checkpoint_name
 from megatron_ext.training.costs import run_cost
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
@@ -182,6 +182,7 @@ def train(
     training: TrainingConfig = configs["training"]
     global_batch_size = training.resolved_global_batch_size(parallel_state.get_data_parallel_world_size())
     run_config = run_configuration(configs, tokenizer)
+    tokenizer.begin_as(run_config[BEGIN])
     chunks = _build_model(configs, run_config, families, options)
     stepper = _build_stepper(configs, chunks, families, options, global_batch_size)
     checkpointer = Checkpointer(
@@ -294,11 +295,14 @@ def _flops_per_token(
 
 
 def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: all configurations and the vocabulary."""
+    """What a checkpoint says of the run that wrote it: all configurations, the vocabulary, how documents begin."""
+    data: DataConfig = configs["data"]
+    trained_on = data.data_path or data.train_data_path or ()
     return {
         **configs_to_dict(configs),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
+        BEGIN: begin_of_documents(prefix for prefix in trained_on if not is_number(prefix)),
     }
 
 

@@ -136,7 +136,8 @@ def _check_columns(path: str, keys: tuple[str, ...]) -> None:
     try:
         schema = pyarrow.parquet.read_schema(path)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"--input {path}: not a parquet file ({str(error).splitlines()[0]})") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--input {path}: not a parquet file ({reason})") from None
     for key in keys:
         if key not in schema.names:
             raise ValueError(f"--json-keys {key}: {path} has the columns {', '.join(schema.names)}")
