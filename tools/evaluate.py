@@ -81,11 +81,13 @@ def main() -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
     )
+    if distributed.rank() == 0:
+        print(f"{loaded.folder}: step {loaded.step}", flush=True)
     vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
     guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
     for prefix in config.data_path:
-        check_dataset(prefix, loaded.tokenizer.fingerprint())
+        check_dataset(prefix, loaded.tokenizer)
         found = evaluate_perplexity(
             [loaded.model],
             loaded.families,
@@ -96,7 +98,8 @@ def main() -> None:
             guess=guess,
         )
         entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
-        results[prefix], line = _report(found, entropy)
+        entry, line = _report(found, entropy)
+        results[prefix] = {**entry, "step": loaded.step}
         if distributed.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and distributed.rank() == 0:

@@ -171,6 +171,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     report["perplexity"] |= untrained_figures(untrained.loss, report["perplexity"]["base_loss"], seed)
     about = {
         "checkpoint": config.checkpoint,
+        "step": loaded.step,
         "npt_weights": config.npt_weights,
         "data_path": config.data_path,
         "evaluation_config": {**asdict(config), "seq_length": length},

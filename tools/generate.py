@@ -94,6 +94,8 @@ def main() -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
     )
+    if distributed.rank() == 0:
+        print(f"{loaded.folder}: step {loaded.step}", file=sys.stderr, flush=True)
     tokenizer = loaded.tokenizer
     prompts = [tokenizer.tokenize(text) for text in texts]
     found = _generate(config, loaded, prompts)

@@ -154,7 +154,7 @@ def build_datasets(
 
     def check() -> None:
         for prefix in blends.prefixes():
-            check_dataset(prefix, tokenizer.fingerprint())
+            check_dataset(prefix, tokenizer)
         check_splits(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
             require_per_layer_files(prefix, per_layer)

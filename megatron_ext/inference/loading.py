@@ -5,6 +5,7 @@ outside it; where they have moved, the caller gives new paths.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.model import ModelConfig
@@ -13,10 +14,12 @@ from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.data.tokenizers.base import in_words
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
-from megatron_ext.training.checkpoint import load_weights, read_run_config
+from megatron_ext.training.checkpoint import load_weights, read_run_config, read_step
+from megatron_ext.training.checkpoint_compare import tokenizer_in_words
 from megatron_ext.training.family import Family
 
 FamilyTypes = dict[str, type[Any]]
@@ -38,6 +41,12 @@ class LoadedModel:
 
     tokenizer: Tokenizer
     """The tokenizer it was trained with."""
+
+    folder: Path
+    """The checkpoint's own directory."""
+
+    step: int
+    """Optimizer steps that it was trained for."""
 
 
 def load_model(
@@ -77,7 +86,10 @@ def load_model(
     validate(model, parallel)
     built = build_tokenizer(tokenizer or configs["tokenizer"])
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
-        raise ValueError(f"{path}: was trained with another tokenizer than the one given")
+        ours = in_words({**built.describe(), "files": built.files})
+        raise ValueError(
+            f"{path}: was trained with another tokenizer ({tokenizer_in_words(stored)}) than {ours}"
+        )
     unknown = set(stored["families"]) - set(families)
     if unknown:
         raise ValueError(
@@ -93,5 +105,12 @@ def load_model(
         bf16=bf16,
         extensions=[family.extension() for family in made],
     )
-    load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
-    return LoadedModel(model=chunks[0].eval(), config=model, families=made, tokenizer=built)
+    folder = load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
+    return LoadedModel(
+        model=chunks[0].eval(),
+        config=model,
+        families=made,
+        tokenizer=built,
+        folder=folder,
+        step=read_step(folder),
+    )

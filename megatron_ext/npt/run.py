@@ -9,7 +9,6 @@ neither                        a model from scratch (with --no-freeze-base)
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
@@ -234,13 +233,7 @@ def weights_defaults(given: Mapping[str, str]) -> dict[str, Any]:
 
 def _no_checkpoint(given: Mapping[str, str]) -> FileNotFoundError:
     name = "base_checkpoint" if "base_checkpoint" in given else "load"
-    path = given[name]
-    hint = (
-        "; a Hugging Face directory is imported with tools/convert_checkpoint.py"
-        if (Path(path) / "config.json").is_file()
-        else ""
-    )
-    return FileNotFoundError(f"{flag_name(name)} {path}: no checkpoint there{hint}")
+    return FileNotFoundError(f"{flag_name(name)} {given[name]}: no checkpoint there")
 
 
 def _has_other_layers(

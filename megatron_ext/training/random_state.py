@@ -14,7 +14,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
+from megatron_ext.platform import distributed
 from megatron_ext.training.checkpoint_files import write_tensors
+
+_CUDA_STATE_BYTES = 16
+"""Size of a CUDA generator's state (seed and offset); a CPU generator's, of its table, has 5056 bytes."""
 
 
 def capture() -> dict[str, Any]:
@@ -22,6 +26,7 @@ def capture() -> dict[str, Any]:
     legacy: Any = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
     return {
+        "device": distributed.device().type,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "engine": dict(get_cuda_rng_tracker().get_states()),
@@ -59,6 +64,13 @@ def file_name(rank: int) -> str:
 def save(path: Path) -> None:
     """Writes the state of all generators to a file."""
     write_tensors(path, capture())
+
+
+def device_of(path: Path) -> str:
+    """The kind of device, cpu or cuda, whose generators a file holds."""
+    state = torch.load(path, weights_only=True)
+    # Files of before the kind was noted tell it by the size.
+    return str(state.get("device") or ("cuda" if state["cuda"].numel() == _CUDA_STATE_BYTES else "cpu"))
 
 
 def load(path: Path) -> None:

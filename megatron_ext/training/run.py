@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
@@ -32,6 +33,7 @@ from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.training import scheduler_state
+from megatron_ext.training.agreement import on_first_rank
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.checkpoint_files import check_writable, checkpoint_name
@@ -41,6 +43,7 @@ from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.reporting import Reporter
+from megatron_ext.training.run_directory import check_directories
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.step import Stepper
 
@@ -108,7 +111,7 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
         check_settings(configs)
         print_dry_run(configs, make_families)
         return EXIT_OK
-    tokenizer = check_run(configs)
+    tokenizer = check_run(configs, lambda tokenizer: check_directories(_written(configs)))
     families = make_families(configs, tokenizer)
     with process_group(configs):
         return train(configs, tokenizer, families, options)
@@ -168,7 +171,7 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
         raise ValueError("--data-path: missing (or --train-data-path)")
     for prefix in prefixes:
         try:
-            check_dataset(prefix, tokenizer.fingerprint())
+            check_dataset(prefix, tokenizer)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
@@ -274,6 +277,7 @@ def _begin(
     configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
 ) -> Progress:
     """Loads the run's checkpoint, or begins a run; how far it has come."""
+    on_first_rank(lambda: check_directories(_written(configs)))
     progress = checkpointer.load()
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)
@@ -283,6 +287,16 @@ def _begin(
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress
+
+
+def _written(configs: dict[str, Any]) -> CheckpointConfig:
+    """The checkpoint's configuration, without --save where the run writes nothing."""
+    checkpoint: CheckpointConfig = configs["checkpoint"]
+    return (
+        replace(checkpoint, save=None, save_interval=None, keep_last=None, overwrite_checkpoints=False)
+        if configs["training"].skip_train
+        else checkpoint
+    )
 
 
 def _flops_per_token(
