@@ -24,8 +24,8 @@ def main() -> int:
     configs = parse(
         {**TRAINING, "per_layer": PerLayerConfig},
         prog="pretrain_gpt_per_layer.py",
-        description="Pretrain a GPT with per-layer embeddings (PLE). A checkpoint (--load) gives shape and tokenizer: flags "
-        "called required below are so for a new model only.",
+        description="Pretrain a GPT with per-layer embeddings (PLE). A checkpoint (--load) gives shape and "
+        "tokenizer: flags called required below are so for a new model only.",
         example=EXAMPLE,
         defaults=_defaults,
     )

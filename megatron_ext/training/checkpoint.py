@@ -21,7 +21,6 @@ from megatron.core.utils import unwrap_model
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform import distributed
 from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training import checkpoint_tensors as tensors
 from megatron_ext.training import random_state, scheduler_state
@@ -256,21 +255,11 @@ class Checkpointer:
         if self.config.no_load_rng:
             return
         path = folder / random_state.file_name(dist.get_rank())
-        why = ""
-        if _cut(self.models) != state["cut"]:
-            why = "the run is cut differently"
-        elif not all(gather(path.is_file)):
-            why = "the checkpoint holds none"
-        else:
-            kinds = gather(lambda: random_state.device_of(path))
-            ours = distributed.device().type
-            if any(kind != ours for kind in kinds):
-                why = f"they are those of {'/'.join(sorted(set(kinds)))}, the run is on {ours}"
-        if not why:
-            gather(lambda: random_state.load(path))
-            return
-        random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
-        self.note(f"random numbers are seeded anew at step {progress.iteration}: {why}")
+        same_cut = _cut(self.models) == state["cut"]
+        why = random_state.load(path) if same_cut else "the run is cut differently"
+        if why is not None:
+            random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
+            self.note(f"random numbers are seeded anew at step {progress.iteration}: {why}")
 
     def _remove_older(self, root: Path, name: str) -> None:
         """Removes what a new checkpoint makes superfluous; a failure is only told. Collective."""

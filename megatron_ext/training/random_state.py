@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_ext.platform import distributed
+from megatron_ext.training.agreement import gather
 from megatron_ext.training.checkpoint_files import write_tensors
 
 _CUDA_STATE_BYTES = 16
@@ -66,16 +67,34 @@ def save(path: Path) -> None:
     write_tensors(path, capture())
 
 
-def device_of(path: Path) -> str:
-    """The kind of device, cpu or cuda, whose generators a file holds."""
-    state = torch.load(path, weights_only=True)
-    # Files of before the kind was noted tell it by the size.
+def load(path: Path) -> str | None:
+    """Takes what `save` wrote; collective.
+
+    Args:
+        path: of this rank's file.
+
+    Returns:
+        Why nothing is taken, on any rank: a file is missing, or the generators are those of another kind of device.
+    """
+    if not all(gather(path.is_file)):
+        return "the checkpoint holds none"
+    state: dict[str, Any] = {}
+
+    def read() -> str:
+        state.update(torch.load(path, weights_only=True))
+        return _device_of(state)
+
+    kinds = gather(read)
+    ours = distributed.device().type
+    if any(kind != ours for kind in kinds):
+        return f"they are those of {' and '.join(sorted(set(kinds)))}, the run is on {ours}"
+    restore(state)
+    return None
+
+
+def _device_of(state: dict[str, Any]) -> str:
+    """The kind of device, cpu or cuda, whose generators these are; files of before it was noted tell by the size."""
     return str(state.get("device") or ("cuda" if state["cuda"].numel() == _CUDA_STATE_BYTES else "cpu"))
-
-
-def load(path: Path) -> None:
-    """Reads what `save` wrote."""
-    restore(torch.load(path, weights_only=True))
 
 
 def reseed(seed: int, iteration: int) -> None:

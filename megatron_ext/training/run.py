@@ -17,13 +17,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
-from megatron_ext.data.gpt_dataset import Dataset, build_datasets
+from megatron_ext.data.gpt_dataset import Dataset, build_datasets, check_index_cache
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.repeated import RepeatedDataset
 from megatron_ext.data.samplers import build_data_iterator
@@ -111,7 +110,8 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
         check_settings(configs)
         print_dry_run(configs, make_families)
         return EXIT_OK
-    tokenizer = check_run(configs, lambda tokenizer: check_directories(_written(configs)))
+    writes = not configs["training"].skip_train
+    tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=writes))
     families = make_families(configs, tokenizer)
     with process_group(configs):
         return train(configs, tokenizer, families, options)
@@ -174,6 +174,7 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
             check_dataset(prefix, tokenizer)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
+    check_index_cache(data, prefixes[0])
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
         check_writable(configs["checkpoint"].save)
 
@@ -277,7 +278,8 @@ def _begin(
     configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
 ) -> Progress:
     """Loads the run's checkpoint, or begins a run; how far it has come."""
-    on_first_rank(lambda: check_directories(_written(configs)))
+    writes = not configs["training"].skip_train
+    on_first_rank(lambda: check_directories(configs["checkpoint"], writes=writes))
     progress = checkpointer.load()
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)
@@ -287,16 +289,6 @@ def _begin(
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress
-
-
-def _written(configs: dict[str, Any]) -> CheckpointConfig:
-    """The checkpoint's configuration, without --save where the run writes nothing."""
-    checkpoint: CheckpointConfig = configs["checkpoint"]
-    return (
-        replace(checkpoint, save=None, save_interval=None, keep_last=None, overwrite_checkpoints=False)
-        if configs["training"].skip_train
-        else checkpoint
-    )
 
 
 def _flops_per_token(

@@ -13,18 +13,22 @@ from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training import checkpoint_kinds as kinds
 
 
-def check_directories(config: CheckpointConfig) -> None:
+def check_directories(config: CheckpointConfig, *, writes: bool) -> None:
     """Raises unless a run may load and write as its flags say.
 
     Called on every rank before the process group starts, and again, on rank 0, when the run has locked its directory:
     another run may have come and gone in between.
+
+    Args:
+        config: of the run.
+        writes: it trains, and saves if --save is given.
 
     Raises:
         ValueError: something is there that would be lost, or that cannot be loaded.
         OSError: a directory cannot be read, or `--ckpt-step` is not there.
     """
     folder = checkpoint_to_load(config)
-    if config.save is None or config.overwrite_checkpoints:
+    if config.save is None or config.overwrite_checkpoints or not writes:
         return
     step = step_to_go_on_from(config, folder)
     if step is None:
