@@ -3,7 +3,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.config.cli import parse, run_main
@@ -70,7 +69,10 @@ def main() -> None:
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import distributed
+    from megatron_ext.reports.output import check_writable, write_text
 
+    if config.output is not None:
+        check_writable("--output", config.output)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
     loaded = load_model(
@@ -103,7 +105,7 @@ def main() -> None:
         if distributed.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and distributed.rank() == 0:
-        Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+        write_text(config.output, json.dumps(results, indent=2) + "\n")
     distributed.shutdown()
 
 

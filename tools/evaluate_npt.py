@@ -123,6 +123,7 @@ def main() -> None:
 
             write_text(config.html, evaluation_page(report))
         print_summary(report)
+        print(f"{report['checkpoint']}: step {report['step']}")
         print(
             f"written: {', '.join(path for path in (config.output, config.html) if path is not None)}",
             flush=True,

@@ -38,6 +38,7 @@ FINAL = "final"
 WRITING, REPLACED = ".writing.", ".replaced."
 """Beginnings of the hidden names of a directory that is being written, and of one that is being replaced."""
 _REMOVED = ".removed."
+_SHOWN = 8
 
 
 def check_writable(save: str) -> None:
@@ -138,7 +139,8 @@ def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], 
     if chosen != root:
         reason = reason or f"not a complete checkpoint of this program, {CHECKSUMS} is missing"
     elif reason is None and (below := checkpoints_below(root)):
-        reason = f"no checkpoint there; below it are those in {', '.join(map(str, below))}"
+        more = ", ..." if len(below) > _SHOWN else ""
+        reason = f"no checkpoint there; below it are those in {', '.join(map(str, below[:_SHOWN]))}{more}"
     if reason is not None:
         raise ValueError(f"{chosen}: {reason}{others}")
 
