@@ -30,7 +30,7 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def describe(error: BaseException) -> str:
-    """Returns a user's mistake in words: the message; for an `OSError` of the system the reason, after the file if known."""
+    """Returns a user's mistake in words: the message; of the system's `OSError` the reason, after the file if known."""
     if isinstance(error, OSError) and error.strerror is not None:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

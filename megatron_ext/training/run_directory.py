@@ -94,8 +94,11 @@ def stored_sections(given: Mapping[str, str], names: Sequence[str]) -> dict[str,
     """
     step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdecimal() else None
     folder = files.find_checkpoint(given["load"], step)
-    if folder is None:
-        return {}
+    return {} if folder is None else sections_of(folder, given, names)
+
+
+def sections_of(folder: Path, given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
+    """The same of a checkpoint's own directory."""
     files.verify(folder, names=[files.RUN_CONFIG])
     stored = files.read_json(folder / files.RUN_CONFIG)
     found = {name: stored[name] for name in names if name in stored}

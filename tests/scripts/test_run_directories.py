@@ -24,6 +24,7 @@ TRAINING = shlex.split(
     "--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --eval-iters 0 --log-interval 1 "
     "--device-peak-tflops 1"
 )
+GROWTH = shlex.split("--n-blocks 1 --stack-steps 1 --training-objective clm --no-qlora-enabled")
 LINE = "error: "
 
 
@@ -170,8 +171,8 @@ def test_load_alone_brings_the_shape_and_a_longer_run_needs_one_more_flag_which_
     cosine = ["--lr-decay-style", "cosine", "--save", str(tmp_path / "more"), "--load", str(run)]
     code, output = pretrain(data, "--train-iters", "8", *cosine, shape=False)
     assert code == 2
-    assert "--lr-decay-style cosine, --train-iters 8: the schedule in" in message(output)
-    assert "was made with constant, 6; add --override-opt-param-scheduler" in message(output)
+    assert "--train-iters 8, --lr-decay-style cosine: the schedule in" in message(output)
+    assert "was made with 6, constant; add --override-opt-param-scheduler" in message(output)
     code, output = pretrain(
         data, "--train-iters", "8", *cosine, "--override-opt-param-scheduler", shape=False
     )
@@ -210,10 +211,6 @@ def test_npt_and_progressive_runs_do_not_write_into_another_runs_directory(
     data: str, run: Path, copy: Path
 ) -> None:
     npt = [*TRAINING, "--train-iters", "2", "--np-rank", "4", "--data-path", data]
-    growth = shlex.split(
-        "--n-blocks 1 --target-stacks 2 --stack-steps 1 --training-objective clm --no-qlora-enabled "
-        "--hidden-size 32 --num-attention-heads 4 --seq-length 16 --tokenizer-type NullTokenizer --vocab-size 64"
-    )
     for script, flags in (
         ("pretrain_npt.py", [*npt, "--mode", "multi_layer", "--load", str(run), "--save", str(copy)]),
         ("pretrain_npt.py", [*npt, "--mode", "multi_layer", "--load", str(copy), "--save", str(copy)]),
@@ -223,7 +220,10 @@ def test_npt_and_progressive_runs_do_not_write_into_another_runs_directory(
             [*npt[:-4], "--data-path", data, "--mode", "sequential", "--train-iters", "2000", "--load", str(run),
              "--checkpoint-dir", str(copy)],
         ),
-        ("pretrain_progressive.py", [*TRAINING, *growth, "--data-path", data, "--save", str(copy)]),
+        (
+            "pretrain_progressive.py",
+            [*TRAINING, *GROWTH, *SHAPE[2:], "--data-path", data, "--target-stacks", "2", "--save", str(copy)],
+        ),
     ):  # fmt: skip
         code, output = start(script, *flags)
         assert (code, f"--save {copy}: holds another run (steps 2, 4, 6)" in message(output)) == (2, True), (
@@ -312,3 +312,20 @@ def test_a_full_disk_for_the_index_of_the_samples_is_named(data: str, small_disk
     )
     assert code != 0 and f"--data-cache-path {small_disk}/cache" in message(output)
     assert "No space left on device" in message(output)
+
+
+def test_a_growth_goes_on_with_the_shape_that_is_in_its_directory(data: str, tmp_path: Path) -> None:
+    place = f"{tmp_path}/racks"
+    flags = [*TRAINING, "--data-path", data, "--save", place, *GROWTH]
+    code, output = start("pretrain_progressive.py", *flags, *SHAPE[2:], "--target-stacks", "1")
+    assert code == 0, output
+    code, output = start("pretrain_progressive.py", *flags, "--target-stacks", "2")
+    assert code == 0 and "the rack is complete" in output, output
+    stored = [
+        json.loads(next(Path(place, name).glob(f"*/{files.RUN_CONFIG}")).read_text())["model"]
+        for name in ("progressive_stack_0", "progressive_stack_1")
+    ]
+    assert stored[1].pop("num_layers") == 2 * stored[0].pop("num_layers") == 2
+    assert stored[0] == stored[1]
+    code, output = start("pretrain_progressive.py", *flags, "--target-stacks", "2", "--overwrite-checkpoints")
+    assert code == 2 and "--overwrite-checkpoints: a progressive training goes on" in message(output)

@@ -30,8 +30,8 @@ def _with_extra_state() -> list[torch.Tensor]:
     """Gives the modules of this process an extra state; returns a list of those that are set."""
     found: list[torch.Tensor] = []
     for module in (LayerNorm, RMSNorm, SDPAttention):
-        module.get_extra_state = lambda self: _STATE.clone()  # type: ignore[method-assign, union-attr]
-        module.set_extra_state = lambda self, state: found.append(state)  # type: ignore[method-assign, union-attr]
+        module.get_extra_state = lambda self: _STATE.clone()  # type: ignore[method-assign]
+        module.set_extra_state = lambda self, state: found.append(state)  # type: ignore[method-assign]
     return found
 
 
@@ -51,7 +51,7 @@ def _save(folder: str, world_size: int, extra: bool) -> list[float]:
 def _load(folder: str, world_size: int, extra: bool) -> tuple[list[float], list[torch.Tensor]]:
     found = _with_extra_state() if extra else []
     run = TinyRun(_settings(world_size, load=folder))
-    load_weights(folder, run.chunks, [])  # as tools do
+    load_weights(folder, list(run.chunks), [])  # as tools do
     return run.train(2), found
 
 
@@ -84,7 +84,7 @@ def _import(folder: str) -> float:
     write_checkpoint(Path(folder, "imported"), tensors, run_config)
     _with_extra_state()
     fresh = TinyRun(replace(_settings(1), optimizer=run.settings.optimizer))
-    load_weights(f"{folder}/imported", fresh.chunks, [])
+    load_weights(f"{folder}/imported", list(fresh.chunks), [])
     return fresh.train(1)[0]
 
 
