@@ -39,9 +39,6 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
         if value not in (None, False):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: a progressive training goes on from its own checkpoints, whole")
-    check_unused(
-        Path(checkpoint.save), "a progressive training needs a directory of its own", but_for=(FILE,)
-    )
     if config.training_objective == "custom":
         raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
     if configs["training"].skip_train:
@@ -92,8 +89,9 @@ def check_history(save: Path, phases: list[Phase]) -> History:
     """How far the training in a directory has come.
 
     Raises:
-        ValueError: it is another training than that of `phases`, or has come further.
+        ValueError: it is another training than that of `phases`, or has come further; or it is a run of another kind.
     """
+    check_unused(save, "a progressive training needs a directory of its own", but_for=(FILE,))
     history = read_history(save)
     there, planned = history.rack.stacks, phases[-1].rack.stacks
     if len(there) > len(planned):

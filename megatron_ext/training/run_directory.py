@@ -28,6 +28,8 @@ def check_directories(config: CheckpointConfig, *, writes: bool) -> None:
         OSError: a directory cannot be read, or `--ckpt-step` is not there.
     """
     folder = checkpoint_to_load(config)
+    if folder is None and config.load is not None and not writes:
+        raise ValueError(f"--load {config.load}: no checkpoint there, and --skip-train has no other model")
     if config.save is None or config.overwrite_checkpoints or not writes:
         return
     step = step_to_go_on_from(config, folder)

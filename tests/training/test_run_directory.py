@@ -15,15 +15,20 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.cli import parse
+from megatron_ext.config.concerns import TRAINING
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.npt import NPTModel
 from megatron_ext.npt.validation import choose_checkpoint
+from megatron_ext.platform import distributed
 from megatron_ext.testing.checkpoint import RunSettings, TinyRun
 from megatron_ext.testing.distributed import run_distributed
 from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import read_run_config
+from megatron_ext.training.run import check_run, process_group, train
 from megatron_ext.training.run_directory import check_directories
+from tests.npt.run_helpers import MODEL, write_data
 from tests.training.kill_helpers import snapshots
 
 _ALONE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())
@@ -274,6 +279,8 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
     ):
         assert _message(**allowed) == ""
     check_directories(CheckpointConfig(save=here), writes=False)  # --skip-train
+    with pytest.raises(ValueError, match="no checkpoint there, and --skip-train has no other model"):
+        check_directories(CheckpointConfig(load=str(tmp_path / "new")), writes=False)
 
 
 @pytest.mark.parametrize("name", ["progressive.json", "training_info.json"])
@@ -297,6 +304,24 @@ def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) ->
     assert (
         "checkpoints of steps 2 are in --save too" in run_distributed(_remains_of_a_kill, 1, str(tmp_path))[0]
     )
+
+
+def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
+    distributed.shutdown = lambda: None  # the tests' processes join one process group only
+    flags = [*MODEL, "--lr", "1e-2", "--train-iters", "1", "--data-path", data, "--save", f"{folder}/run"]
+    configs = parse(dict(TRAINING), flags)
+    tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=True))
+    other = files.begin(Path(folder, "run"), "iter_0000003")
+    files.write_checksums(other, {})
+    files.publish(Path(folder, "run"), "iter_0000003")
+    with process_group(configs), pytest.raises(ValueError) as caught:  # noqa: PT011
+        train(configs, tokenizer, [])
+    return str(caught.value)
+
+
+def test_a_run_that_came_and_went_since_the_start_is_not_written_over(tmp_path: Path) -> None:
+    told = run_distributed(_meets_a_run_that_came_and_went, 1, str(tmp_path), write_data(tmp_path))[0]
+    assert told.startswith(f"--save {tmp_path}/run: holds another run (steps 3)")
 
 
 def _checksum(run: TinyRun) -> float:
