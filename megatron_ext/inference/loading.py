@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.model import ModelConfig, on_this_machine
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.config.tokenizer import TokenizerConfig
@@ -76,6 +76,7 @@ def load_model(
         OSError: something cannot be read.
     """
     stored = read_run_config(path, ckpt_step)
+    stored["model"] = on_this_machine(stored["model"])
     configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
     model: ModelConfig = replace(configs["model"], hidden_dropout=0.0, attention_dropout=0.0)
     parallel = ParallelConfig(

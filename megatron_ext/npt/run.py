@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.flags import flag_name
+from megatron_ext.config.model import on_this_machine
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
@@ -199,7 +200,7 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
             return stored_run(folder.resolve(), stored, given)
         sections = {
             # Dropout would tell student and teacher apart.
-            "model": stored["model"] | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+            "model": on_this_machine(stored["model"]) | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
             "tokenizer": stored["tokenizer"],
         }
         if NPTFamily.name in stored["families"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.model import on_this_machine
 from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training import checkpoint_kinds as kinds
 
@@ -104,6 +105,8 @@ def sections_of(folder: Path, given: Mapping[str, str], names: Sequence[str]) ->
     files.verify(folder, names=[files.RUN_CONFIG])
     stored = files.read_json(folder / files.RUN_CONFIG)
     found = {name: stored[name] for name in names if name in stored}
+    if "model" in found:
+        found["model"] = on_this_machine(found["model"])
     if given.get("tokenizer_type") not in (None, stored["tokenizer"]["tokenizer_type"]):
         found.pop("tokenizer", None)
     return found

@@ -1,6 +1,7 @@
 """--save and --load as users and schedulers give them: the scripts under torchrun, with the default loader workers."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -329,3 +330,26 @@ def test_a_growth_goes_on_with_the_shape_that_is_in_its_directory(data: str, tmp
     assert stored[0] == stored[1]
     code, output = start("pretrain_progressive.py", *flags, "--target-stacks", "2", "--overwrite-checkpoints")
     assert code == 2 and "--overwrite-checkpoints: a progressive training goes on" in message(output)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed here")
+def test_a_run_that_asked_for_transformer_engine_is_read_where_that_is_missing(
+    data: str, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run" / "iter_0000006"
+    shutil.copytree(run / "iter_0000006", folder)
+    stored = json.loads((folder / files.RUN_CONFIG).read_text())
+    stored["model"] |= {"transformer_impl": "transformer_engine", "attention_backend": "te"}
+    (folder / files.RUN_CONFIG).write_text(json.dumps(stored))
+    manifest = json.loads((folder / files.CHECKSUMS).read_text())["files"]
+    files.write_checksums(folder, manifest | files.digests(folder, [files.RUN_CONFIG]))
+    for place in (run, folder):
+        output = f"{tmp_path}/{place.parent.name}.json"
+        code, printed = start(
+            "tools/evaluate.py", "--load", str(place), "--data-path", data, "--output", output
+        )
+        assert code == 0, printed
+    ours, theirs = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
+    assert ours == theirs
+    code, printed = pretrain(data, "--train-iters", "7", "--load", str(folder), shape=False)
+    assert code == 0 and "step 7/7" in printed, printed
