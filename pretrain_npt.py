@@ -49,6 +49,11 @@ def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
         from megatron_ext.npt.run import weights_defaults
 
         sections |= weights_defaults(given)
+    if not given.keys() & {"base_checkpoint", "load", "num_layers"}:
+        raise ValueError(
+            "--load: missing, the checkpoint of the base model (or --base-checkpoint); a model from scratch needs "
+            "--no-freeze-base and a shape, --num-layers and the rest"
+        )
     if "base_checkpoint" in given or "load" in given:
         from megatron_ext.npt.run import stored_defaults
 

@@ -164,7 +164,7 @@ def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
 
 def run_inspect(config: InspectConfig, tokenizer: Tokenizer | None) -> int:
     """Show a dataset's counts and the lengths of its documents; one document, decoded where a tokenizer is given."""
-    index = check_dataset(config.prefix, tokenizer.fingerprint() if tokenizer else None)
+    index = check_dataset(config.prefix, tokenizer)
     manifest = read_manifest(config.prefix)
     print(f"{config.prefix}: {index.num_documents:,} documents, {index.num_sequences:,} sequences,")
     print(f"  {index.num_tokens:,} tokens of {index.dtype.name}")

@@ -3,7 +3,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.config.cli import parse, run_main
@@ -77,7 +76,10 @@ def main() -> None:
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import distributed
+    from megatron_ext.reports.output import check_writable, write_text
 
+    if config.output is not None:
+        check_writable("--output", config.output)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
     loaded = load_model(
@@ -90,11 +92,13 @@ def main() -> None:
         bos=one_of_two(config, "bos", "no_bos"),
     )
     bos = window_begin(loaded)
+    if distributed.rank() == 0:
+        print(f"{loaded.folder}: step {loaded.step}", flush=True)
     vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
     guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
     for prefix in config.data_path:
-        check_dataset(prefix, loaded.tokenizer.fingerprint())
+        check_dataset(prefix, loaded.tokenizer)
         found = evaluate_perplexity(
             [loaded.model],
             loaded.families,
@@ -106,13 +110,14 @@ def main() -> None:
             bos=bos,
         )
         entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
-        results[prefix], line = _report(found, entropy)
+        entry, line = _report(found, entropy)
+        results[prefix] = {**entry, "step": loaded.step}
         if bos is not None:
             line += f"; every window begins with {loaded.tokenizer.inv_vocab[bos]}"
         if distributed.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and distributed.rank() == 0:
-        Path(config.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_text(config.output, json.dumps(results, indent=2) + "\n")
     distributed.shutdown()
 
 

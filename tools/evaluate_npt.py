@@ -132,6 +132,7 @@ def main() -> None:
 
             write_text(config.html, evaluation_page(report))
         print_summary(report)
+        print(f"{report['checkpoint']}: step {report['step']}")
         print(
             f"written: {', '.join(path for path in (config.output, config.html) if path is not None)}",
             flush=True,
@@ -188,6 +189,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     report["perplexity"] |= untrained_figures(untrained.loss, report["perplexity"]["base_loss"], seed)
     about = {
         "checkpoint": config.checkpoint,
+        "step": loaded.step,
         "npt_weights": config.npt_weights,
         "data_path": config.data_path,
         "evaluation_config": {**asdict(config), "seq_length": length},

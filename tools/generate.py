@@ -5,6 +5,7 @@ Token after token with a KV cache (greedy, temperature, top-k, top-p); or, by a 
 from masks that become tokens, the most confident first.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,6 +111,8 @@ def main() -> None:
         bf16=config.bf16,
         bos=one_of_two(config, "bos", "no_bos"),
     )
+    if distributed.rank() == 0:
+        print(f"{loaded.folder}: step {loaded.step}", file=sys.stderr, flush=True)
     tokenizer = loaded.tokenizer
     prompts = [tokenizer.tokenize(text) for text in texts]
     found = _generate(config, loaded, [tokenizer.begin(prompt) for prompt in prompts])

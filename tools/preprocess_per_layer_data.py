@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source in sources.values():
         _require_tokenized(source, config)
     tokenizer = build_tokenizer(configs["tokenizer"])
-    indices = {key: check_dataset(source, tokenizer.fingerprint()) for key, source in sources.items()}
+    indices = {key: check_dataset(source, tokenizer) for key, source in sources.items()}
     table, vocab_size = _make_table(config, tokenizer, list(indices.values()))
     for key, index in indices.items():
         _write(config, key, index, table, tokenizer, vocab_size)

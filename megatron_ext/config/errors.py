@@ -32,9 +32,9 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def describe(error: BaseException) -> str:
-    """Returns a user's mistake in words: the message, and for an `OSError` of the system the file and the reason."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
+    """Returns a user's mistake in words: the message; of the system's `OSError` the reason, after the file if known."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 
 

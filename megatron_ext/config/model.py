@@ -4,8 +4,10 @@ Names and defaults are Megatron's, but for the three that say otherwise: rotary 
 and `--num-query-groups` alone turns on grouped-query attention. What a family adds to a layer is the family's config.
 """
 
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_ext.config.flags import (
     Switch,
@@ -216,3 +218,18 @@ class ModelConfig:
     def resolved_max_position_embeddings(self) -> int:
         """Longest position, the default applied."""
         return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
+
+
+def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's section `model` with this machine's implementations where Transformer Engine is not installed.
+
+    Linear layers and attention compute the same in either implementation, and have the same weights.
+    """
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return dict(section)
+    others = {"transformer_engine": "auto", "te": "sdpa"}
+    names = ("transformer_impl", "attention_backend")
+    return {
+        **section,
+        **{name: others.get(section[name], section[name]) for name in names if name in section},
+    }

@@ -50,3 +50,9 @@ class TokenizerConfig:
         for name in _NEEDS.get(self.tokenizer_type, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"--tokenizer-type {self.tokenizer_type}: needs {flag_name(name)}")
+
+    def files(self) -> tuple[str, ...]:
+        """Paths of what it is read from."""
+        return tuple(
+            path for path in (self.tokenizer_model, self.vocab_file, self.merge_file) if path is not None
+        )

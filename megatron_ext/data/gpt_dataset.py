@@ -13,6 +13,7 @@ killed run left truncated is made again.
 """
 
 import copy
+import errno
 import glob
 import hashlib
 import json
@@ -107,7 +108,7 @@ class _Builder(BlendedMegatronDatasetBuilder):
             uncached.path_to_cache = None
             args = (*args[:-1], uncached)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
-        dataset = _together(lambda: cls(*args) if is_first else None)
+        dataset = _together(lambda: _written(cls, args) if is_first else None)
         return _together(lambda: dataset if is_first else cls(*args))
 
     def _build_megatron_datasets_parallel(
@@ -154,7 +155,7 @@ def build_datasets(
 
     def check() -> None:
         for prefix in blends.prefixes():
-            check_dataset(prefix, tokenizer.fingerprint())
+            check_dataset(prefix, tokenizer)
         check_splits(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
             require_per_layer_files(prefix, per_layer)
@@ -183,8 +184,7 @@ def _mcore_config(
         blend=blends.blend,
         blend_per_split=blends.blend_per_split,
         split=data.split if blends.blend is not None else None,
-        path_to_cache=data.data_cache_path
-        or os.path.join(os.path.dirname(blends.prefixes()[0]), "index_cache"),
+        path_to_cache=index_cache(data, blends.prefixes()[0]),
         tokenizer=tokenizer,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
@@ -202,6 +202,46 @@ def _identity(prefix: str) -> str:
         while block := stream.read(_IDENTITY_BYTES):
             checksum = zlib.crc32(block, checksum)
     return f"{os.path.getsize(path)}-{checksum:08x}"
+
+
+def index_cache(data: DataConfig, prefix: str) -> str:
+    """Where the sample indices are kept: --data-cache-path, else beside the data, whose first prefix is given."""
+    return data.data_cache_path or os.path.join(os.path.dirname(prefix), "index_cache")
+
+
+def check_index_cache(data: DataConfig, prefix: str) -> None:
+    """Raises `OSError` where no sample indices can be kept, and none are there from an earlier run.
+
+    Args:
+        data: blends, splits and cache.
+        prefix: the first of the run's data.
+    """
+    folder = index_cache(data, prefix)
+    if os.path.isdir(folder) and (os.access(folder, os.W_OK) or os.listdir(folder)):
+        return
+    above = os.path.dirname(os.path.abspath(folder))
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if os.path.exists(folder) or not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise OSError(_unwritable(folder, "not writable"))
+
+
+def _written(cls: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """A dataset whose sample indices have been written to the cache."""
+    try:
+        return cls(*args)
+    except OSError as error:
+        # numpy tells of a full disk in words of its own.
+        if error.errno not in (None, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(_unwritable(args[-1].path_to_cache, error.strerror or str(error))) from error
+
+
+def _unwritable(folder: str | None, reason: str) -> str:
+    return (
+        f"--data-cache-path {folder}: the index of the samples, which is kept there, could not be written ({reason}); "
+        "give a directory for it that can be, without the flag it is beside the data"
+    )
 
 
 def _together(action: Callable[[], Any]) -> Any:

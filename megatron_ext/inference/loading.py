@@ -5,19 +5,22 @@ outside it; where they have moved, the caller gives new paths.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.model import ModelConfig, on_this_machine
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.data.tokenizers.base import in_words
 from megatron_ext.inference.stopping import stop_tokens
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
-from megatron_ext.training.checkpoint import load_weights, read_run_config
+from megatron_ext.training.checkpoint import load_weights, read_run_config, read_step
+from megatron_ext.training.checkpoint_compare import tokenizer_in_words
 from megatron_ext.training.checkpoint_files import BEGIN
 from megatron_ext.training.family import Family
 
@@ -43,6 +46,12 @@ class LoadedModel:
 
     stop_tokens: tuple[int, ...]
     """Ids that end a text: the tokenizer's end-of-document token, and those that an imported model names."""
+
+    folder: Path
+    """The checkpoint's own directory."""
+
+    step: int
+    """Optimizer steps that it was trained for."""
 
 
 def load_model(
@@ -75,6 +84,7 @@ def load_model(
         OSError: something cannot be read.
     """
     stored = read_run_config(path, ckpt_step)
+    stored["model"] = on_this_machine(stored["model"])
     configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
     model: ModelConfig = replace(configs["model"], hidden_dropout=0.0, attention_dropout=0.0)
     parallel = ParallelConfig(
@@ -85,7 +95,10 @@ def load_model(
     validate(model, parallel)
     built = build_tokenizer(tokenizer or configs["tokenizer"])
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
-        raise ValueError(f"{path}: was trained with another tokenizer than the one given")
+        ours = in_words({**built.describe(), "files": built.files})
+        raise ValueError(
+            f"{path}: was trained with another tokenizer ({tokenizer_in_words(stored)}) than {ours}"
+        )
     if "training" in stored:  # not so an imported model: its tokenizer's files say how a text begins
         built.begin_as(stored.get(BEGIN, []))  # before this was recorded, no data had a begin
     built.choose_bos(bos)
@@ -104,11 +117,13 @@ def load_model(
         bf16=bf16,
         extensions=[family.extension() for family in made],
     )
-    loaded_from = load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
+    folder = load_weights(path, list(chunks), made, vocab_size=stored["vocab_size"], ckpt_step=ckpt_step)
     return LoadedModel(
         model=chunks[0].eval(),
         config=model,
         families=made,
         tokenizer=built,
-        stop_tokens=stop_tokens(stored, loaded_from, built),
+        stop_tokens=stop_tokens(stored, folder, built),
+        folder=folder,
+        step=read_step(folder),
     )

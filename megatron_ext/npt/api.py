@@ -33,6 +33,7 @@ from megatron_ext.npt.layers import deactivated, np_modules
 from megatron_ext.platform import distributed
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint_kinds import is_hugging_face
 from megatron_ext.training.family import Family
 
 Prompt = str | Sequence[int]
@@ -111,7 +112,7 @@ class NPTModel:
         """
         if distributed.world_size() > 1:
             raise ValueError(f"NPTModel: works in one process, not {distributed.world_size()}")
-        if find_checkpoint(str(path)) is not None:
+        if not is_hugging_face(Path(path)) and find_checkpoint(str(path)) is not None:
             if sha256 is not None and BaseCheckpoint.find(str(path)).sha256 != sha256:
                 raise ValueError(f"{path}: is not the checkpoint that was asked for")
             loaded = load_model(str(path), {NPTFamily.name: NPTFamily}, bf16=bf16)

@@ -9,11 +9,11 @@ neither                        a model from scratch (with --no-freeze-base)
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.flags import flag_name
+from megatron_ext.config.model import on_this_machine
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
@@ -200,7 +200,7 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
             return stored_run(folder.resolve(), stored, given)
         sections = {
             # Dropout would tell student and teacher apart.
-            "model": stored["model"] | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+            "model": on_this_machine(stored["model"]) | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
             "tokenizer": stored["tokenizer"],
         }
         if NPTFamily.name in stored["families"]:
@@ -234,13 +234,7 @@ def weights_defaults(given: Mapping[str, str]) -> dict[str, Any]:
 
 def _no_checkpoint(given: Mapping[str, str]) -> FileNotFoundError:
     name = "base_checkpoint" if "base_checkpoint" in given else "load"
-    path = given[name]
-    hint = (
-        "; a Hugging Face directory is imported with tools/convert_checkpoint.py"
-        if (Path(path) / "config.json").is_file()
-        else ""
-    )
-    return FileNotFoundError(f"{flag_name(name)} {path}: no checkpoint there{hint}")
+    return FileNotFoundError(f"{flag_name(name)} {given[name]}: no checkpoint there")
 
 
 def _has_other_layers(

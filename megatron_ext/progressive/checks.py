@@ -9,13 +9,14 @@ from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.history import History, finished_checkpoint, read_history
+from megatron_ext.progressive.history import FILE, History, finished_checkpoint, read_history
 from megatron_ext.progressive.phases import JOINT, Phase
 from megatron_ext.progressive.plan import frozen_below
 from megatron_ext.progressive.quantization import is_packed, packing
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.training.checkpoint import read_run_config
 from megatron_ext.training.checkpoint_compare import check_same_layers
+from megatron_ext.training.run_directory import check_unused
 
 
 def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
@@ -33,7 +34,7 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
         raise ValueError(
             f"--load {checkpoint.load}: a progressive training goes on in --save, which is {checkpoint.save}"
         )
-    for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step"):
+    for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step", "overwrite_checkpoints"):
         value = getattr(checkpoint, name)
         if value not in (None, False):
             flag = "--" + name.replace("_", "-")
@@ -88,8 +89,9 @@ def check_history(save: Path, phases: list[Phase]) -> History:
     """How far the training in a directory has come.
 
     Raises:
-        ValueError: it is another training than that of `phases`, or has come further.
+        ValueError: it is another training than that of `phases`, or has come further; or it is a run of another kind.
     """
+    check_unused(save, "a progressive training needs a directory of its own", but_for=(FILE,))
     history = read_history(save)
     there, planned = history.rack.stacks, phases[-1].rack.stacks
     if len(there) > len(planned):

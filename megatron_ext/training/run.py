@@ -22,7 +22,7 @@ from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
-from megatron_ext.data.gpt_dataset import Dataset, build_datasets
+from megatron_ext.data.gpt_dataset import Dataset, build_datasets, check_index_cache
 from megatron_ext.data.manifest import begin_of_documents, check_dataset
 from megatron_ext.data.repeated import RepeatedDataset
 from megatron_ext.data.samplers import build_data_iterator
@@ -32,6 +32,7 @@ from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.training import scheduler_state
+from megatron_ext.training.agreement import on_first_rank
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.checkpoint_files import BEGIN, check_writable, checkpoint_name
@@ -41,6 +42,7 @@ from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.reporting import Reporter
+from megatron_ext.training.run_directory import check_directories
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.step import Stepper
 
@@ -108,7 +110,8 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
         check_settings(configs)
         print_dry_run(configs, make_families)
         return EXIT_OK
-    tokenizer = check_run(configs)
+    writes = not configs["training"].skip_train
+    tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=writes))
     families = make_families(configs, tokenizer)
     with process_group(configs):
         return train(configs, tokenizer, families, options)
@@ -168,9 +171,10 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
         raise ValueError("--data-path: missing (or --train-data-path)")
     for prefix in prefixes:
         try:
-            check_dataset(prefix, tokenizer.fingerprint())
+            check_dataset(prefix, tokenizer)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
+    check_index_cache(data, prefixes[0])
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
         check_writable(configs["checkpoint"].save)
 
@@ -275,6 +279,8 @@ def _begin(
     configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
 ) -> Progress:
     """Loads the run's checkpoint, or begins a run; how far it has come."""
+    writes = not configs["training"].skip_train
+    on_first_rank(lambda: check_directories(configs["checkpoint"], writes=writes))
     progress = checkpointer.load()
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cached_property
 
 PROBE_TEXTS = (
@@ -34,6 +35,7 @@ class Tokenizer(ABC):
             beginning decides it (`--prepend-bos` in preprocessing, generation, evaluation).
         reads_special_tokens: a special token that a text spells out becomes its id; else its letters are tokenized.
         reserved_ids: ids at the end of `vocab_size` that no text gives; see `reserve`.
+        files: where it was read from, for messages.
     """
 
     vocab_size: int
@@ -42,6 +44,7 @@ class Tokenizer(ABC):
     adds_bos: bool = False
     reads_special_tokens: bool = True
     reserved_ids: int = 0
+    files: tuple[str, ...] = ()
 
     def reserve(self, vocab_size: int) -> None:
         """Makes `vocab_size` at least so large: a pretrained model may have more embeddings than its tokenizer tokens.
@@ -139,3 +142,18 @@ class Tokenizer(ABC):
             "eod": self.eod,
             "fingerprint": self.fingerprint(),
         }
+
+
+def in_words(description: Mapping[str, object]) -> str:
+    """Names a tokenizer in a message by its class, size, files and the beginning of its fingerprint, where known.
+
+    Args:
+        description: as `Tokenizer.describe` gives it, perhaps with `files`.
+    """
+    size, fingerprint = description.get("vocab_size"), str(description.get("fingerprint"))
+    files = description.get("files")
+    parts = [str(description.get("class") or "")]
+    parts += [f"{size:,} ids"] if isinstance(size, int) else []
+    parts += [" + ".join(map(str, files))] if isinstance(files, list | tuple) and files else []
+    told = ", ".join(part for part in parts if part)
+    return f"{told}, fingerprint {fingerprint[:8]}" if told else fingerprint
