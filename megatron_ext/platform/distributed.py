@@ -5,7 +5,9 @@ what `torchrun` puts into the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_
 is a single process.
 """
 
+import contextlib
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -14,7 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.platform import cpu
+from megatron_ext.platform import cpu, groups
+from megatron_ext.platform.parent import signal_at_parents_end
 
 
 def use_cuda() -> bool:
@@ -54,22 +57,30 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         cpu.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A launcher that is killed cannot end its processes: they would train on unseen. With this they save and leave.
+        signal_at_parents_end(signal.SIGTERM)
     if not dist.is_initialized():
         _join(backend, timedelta(minutes=parallel.distributed_timeout_minutes))
     set_parallel_state(parallel, seed)
 
 
+def use_gloo_twins() -> bool:
+    """True where megatron-core needs gloo groups beside its own, for checkpoints gathered in the CPU's memory."""
+    return use_cuda()
+
+
 def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
     """Sets megatron-core's parallel state and random streams; the process group must exist."""
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        # On NCCL the distributed optimizer's checkpoints gather over gloo; on gloo these are the same groups again.
-        create_gloo_process_groups=True,
-    )
+    with contextlib.nullcontext() if use_cuda() else groups.shared_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+            create_gloo_process_groups=use_gloo_twins(),
+        )
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
@@ -79,6 +90,7 @@ def shutdown() -> None:
     """Leaves the process group; safe to call twice."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
+        groups.forget()
         dist.destroy_process_group()
 
 

@@ -23,6 +23,7 @@ from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
 from megatron_ext.data.gpt_dataset import Dataset, build_datasets, check_index_cache
+from megatron_ext.data.loader_processes import loader_failures
 from megatron_ext.data.manifest import begin_of_documents, check_dataset
 from megatron_ext.data.repeated import RepeatedDataset
 from megatron_ext.data.samplers import build_data_iterator
@@ -157,7 +158,7 @@ def process_group(configs: dict[str, Any]) -> Iterator[None]:
     distributed.initialize(configs["parallel"], seed)
     writes = not configs["training"].skip_train
     try:
-        with run_lock(configs["checkpoint"].save if writes else None):
+        with run_lock(configs["checkpoint"].save if writes else None), loader_failures():
             yield
     finally:
         distributed.shutdown()
