@@ -28,6 +28,7 @@ def main() -> int:
         description="Grow a model stack by stack (document 004): each stack trains over the trunk of those before it.",
         example=EXAMPLE,
         defaults=_defaults,
+        supplied={"num_layers": "those of the stacks"},
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
     from megatron_ext.progressive.run import run

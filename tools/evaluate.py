@@ -40,10 +40,11 @@ class EvaluateConfig:
     """Tokens of a window. Without it the training's sequence length."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+    """Processes that share every layer's matrices. Without it as many as the model allows."""
 
-    pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split."""
+    pipeline_model_parallel_size: int | None = None
+    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
+    they divide the layers; those that are left hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
@@ -81,6 +82,8 @@ def main() -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
     )
+    length = config.seq_length or loaded.config.seq_length
+    loaded.model.check_length(length, f"--seq-length {length}")
     vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
     guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
@@ -90,7 +93,7 @@ def main() -> None:
             [loaded.model],
             loaded.families,
             prefix,
-            sequence_length=config.seq_length or loaded.config.seq_length,
+            sequence_length=length,
             micro_batch_size=config.micro_batch_size,
             max_tokens=config.max_tokens,
             guess=guess,

@@ -58,6 +58,8 @@ def print_dry_run(
     model, parallel, training = configs["model"], configs["parallel"], configs["training"]
     tokenizer = build_tokenizer(configs["tokenizer"])
     families = make_families(dict(configs), tokenizer)
+    for family in families:
+        family.check(model, parallel)
     copies = parallel.data_parallel_size(planned_world_size(parallel))
     batch = training.resolved_global_batch_size(copies)
     tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)

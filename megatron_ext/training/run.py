@@ -110,6 +110,8 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
         return EXIT_OK
     tokenizer = check_run(configs)
     families = make_families(configs, tokenizer)
+    for family in families:
+        family.check(configs["model"], configs["parallel"])
     with process_group(configs):
         return train(configs, tokenizer, families, options)
 
@@ -123,7 +125,9 @@ def check_settings(configs: dict[str, Any]) -> None:
         configs["training"] = training = training.with_epochs(
             samples, parallel.data_parallel_size(world_size)
         )
-    validate(configs["model"], parallel, training, configs["optimizer"], world_size=world_size)
+    validate(
+        configs["model"], parallel, training, configs["optimizer"], configs["data"], world_size=world_size
+    )
 
 
 def check_run(
