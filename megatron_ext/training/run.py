@@ -32,6 +32,7 @@ from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.training import scheduler_state
+from megatron_ext.training.agreement import gather
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.checkpoint_files import check_writable, checkpoint_name
@@ -40,6 +41,7 @@ from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.planned_memory import check_memory
 from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.step import Stepper
@@ -184,7 +186,9 @@ def train(
 ) -> int:
     """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
     training: TrainingConfig = configs["training"]
-    global_batch_size = training.resolved_global_batch_size(parallel_state.get_data_parallel_world_size())
+    copies = parallel_state.get_data_parallel_world_size()
+    gather(lambda: check_memory(configs, tokenizer, families, copies))
+    global_batch_size = training.resolved_global_batch_size(copies)
     run_config = run_configuration(configs, tokenizer)
     chunks = _build_model(configs, run_config, families, options)
     stepper = _build_stepper(configs, chunks, families, options, global_batch_size)
