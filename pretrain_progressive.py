@@ -31,6 +31,7 @@ def main() -> int:
         "one only.",
         example=EXAMPLE,
         defaults=_defaults,
+        supplied={"num_layers": "those of the stacks"},
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
     from megatron_ext.progressive.run import run

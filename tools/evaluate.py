@@ -39,10 +39,11 @@ class EvaluateConfig:
     """Tokens of a window. Without it the training's sequence length."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+    """Processes that share every layer's matrices. Without it as many as the model allows."""
 
-    pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split."""
+    pipeline_model_parallel_size: int | None = None
+    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
+    they divide the layers; those that are left hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
@@ -91,9 +92,11 @@ def main() -> None:
         bf16=config.bf16,
         bos=one_of_two(config, "bos", "no_bos"),
     )
-    bos = window_begin(loaded)
     if distributed.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", flush=True)
+    length = config.seq_length or loaded.config.seq_length
+    loaded.model.check_length(length, f"--seq-length {length}")
+    bos = window_begin(loaded)
     vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
     guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
@@ -103,7 +106,7 @@ def main() -> None:
             [loaded.model],
             loaded.families,
             prefix,
-            sequence_length=config.seq_length or loaded.config.seq_length,
+            sequence_length=length,
             micro_batch_size=config.micro_batch_size,
             max_tokens=config.max_tokens,
             guess=guess,

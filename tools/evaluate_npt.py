@@ -89,10 +89,11 @@ class EvaluateNPTConfig:
     """The checkpoint's NP scale must be this."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+    """Processes that share every layer's matrices. Without it as many as the model allows."""
 
-    pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split."""
+    pipeline_model_parallel_size: int | None = None
+    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
+    they divide the layers; those that are left hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
@@ -159,6 +160,8 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         sampling = Sampling(**{name: getattr(config, name) for name in names})
     prompts = _prompts(config)
     loaded, families, settings = _load(config, stored)
+    length = config.seq_length or loaded.config.seq_length
+    loaded.model.check_length(length, f"--seq-length {length}")
     prompts = prompts or held_out_prompts(config.data_path, loaded.tokenizer)
     # First, as a prompt that does not fit should be told at once.
     generations = (
@@ -172,7 +175,6 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         if sampling is not None and prompts
         else []
     )
-    length = config.seq_length or loaded.config.seq_length
     on: dict[str, Any] = {
         "sequence_length": length,
         "micro_batch_size": config.micro_batch_size,

@@ -68,10 +68,11 @@ class GenerateConfig:
     """Seed of the choice."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+    """Processes that share every layer's matrices. Without it as many as the model allows."""
 
-    pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split."""
+    pipeline_model_parallel_size: int | None = None
+    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
+    they divide the layers; those that are left hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""

@@ -5,6 +5,7 @@ spellings of the same field, and the `check_*` functions raise the one-line `Val
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -56,6 +57,28 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be at least {minimum}")
 
 
+def check_at_most(config: Any, maximum: float, *names: str) -> None:
+    """Raises `ValueError` for the first named field whose value is set and lies above `maximum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value <= maximum:
+            raise ValueError(f"{flag_name(name)} {value}: must be at most {maximum}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises `ValueError` for the first field that holds an infinite or undefined number, or one beyond 64 bits.
+
+    `parse` calls it for every configuration; the dataclasses that Python code makes call it themselves.
+    """
+    for field in dataclasses.fields(config):
+        held = getattr(config, field.name)
+        for value in held if isinstance(held, tuple) else (held,):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag_name(field.name)} {value}: must be a finite number")
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{flag_name(field.name)} {value}: must be less than 2^63")
+
+
 def check_positive(config: Any, *names: str) -> None:
     """Raises `ValueError` for the first named field whose value is set and is not above zero."""
     for name in names:
@@ -81,7 +104,7 @@ def check_choices(config: Any) -> None:
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        choices = _literal_values(hints[field.name])
+        choices = literal_values(hints[field.name])
         value = getattr(config, field.name)
         if choices and value is not None and value not in choices:
             raise ValueError(
@@ -89,7 +112,8 @@ def check_choices(config: Any) -> None:
             )
 
 
-def _literal_values(hint: Any) -> tuple[Any, ...]:
+def literal_values(hint: Any) -> tuple[Any, ...]:
+    """The choices of a type that is or holds a `Literal[...]`."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
-    return tuple(value for arg in typing.get_args(hint) for value in _literal_values(arg))
+    return tuple(value for arg in typing.get_args(hint) for value in literal_values(arg))

@@ -6,7 +6,14 @@ The values are handed to mcore's `OptimizerConfig` and `OptimizerParamScheduler`
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_ext.config.flags import check_at_least, check_choices, check_fraction, check_positive, flag
+from megatron_ext.config.flags import (
+    check_at_least,
+    check_choices,
+    check_fraction,
+    check_numbers,
+    check_positive,
+    flag,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self)
         check_positive(self, "lr", "adam_eps", "lr_decay_iters", "lr_decay_samples")
         check_at_least(self, 0, "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples")
         check_at_least(self, 0, "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad")

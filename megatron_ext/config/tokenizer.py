@@ -1,5 +1,6 @@
 """Which tokenizer turns text into ids. Building it is `megatron_ext.data.tokenizers`."""
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,13 @@ class TokenizerConfig:
 
     vocab_size: int | None = None
     """Number of ids: needed by NullTokenizer, a lower bound for the others."""
+
+    @classmethod
+    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+        """Flags that a command lacks, see `fields.missing_flags`."""
+        kind = values.get("tokenizer_type", cls.tokenizer_type)
+        lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if flag_name(name) not in given]
+        return [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -33,6 +33,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.config.data import DataConfig
 from megatron_ext.data.blends import Blends, blends_of, check_splits
+from megatron_ext.data.index_size import check_index_size
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
@@ -157,6 +158,7 @@ def build_datasets(
         for prefix in blends.prefixes():
             check_dataset(prefix, tokenizer)
         check_splits(blends, seq_length)
+        check_index_size(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
             require_per_layer_files(prefix, per_layer)
             if not dist.is_initialized() or dist.get_rank() == 0:

@@ -94,17 +94,15 @@ def generate(
         The new tokens of each prompt, on every rank; a stop token is left out.
 
     Raises:
-        ValueError: a prompt is empty or too long, for the model's positions or for the memory.
+        ValueError: a prompt is empty or too long, for the model's positions, its sliding window or the memory.
     """
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + sampling.max_new_tokens
     if min(lengths) == 0:
         raise ValueError("a prompt has no tokens; give at least one")
-    if total > model.max_sequence_length and model.position_embedding_type == "learned_absolute":
-        raise ValueError(
-            f"--max-new-tokens {sampling.max_new_tokens}: with a prompt of {max(lengths)} tokens exceeds the model's "
-            f"{model.max_sequence_length} positions"
-        )
+    model.check_length(
+        total, f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {max(lengths)} tokens"
+    )
     model.eval()
     check_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
     tokens = _padded(prompts, total)

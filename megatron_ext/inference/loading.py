@@ -4,17 +4,17 @@ Everything needed is in the checkpoint: configurations, vocabulary size, familie
 outside it; where they have moved, the caller gives new paths.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.model import ModelConfig, on_this_machine
-from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.config.validate import validate
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.data.tokenizers.base import in_words
+from megatron_ext.inference.layout import choose_layout, describe_layout
 from megatron_ext.inference.stopping import stop_tokens
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
@@ -59,8 +59,8 @@ def load_model(
     families: FamilyTypes,
     *,
     ckpt_step: int | None = None,
-    tensor_model_parallel_size: int | None = 1,
-    pipeline_model_parallel_size: int = 1,
+    tensor_model_parallel_size: int | None = None,
+    pipeline_model_parallel_size: int | None = None,
     bf16: bool = False,
     tokenizer: TokenizerConfig | None = None,
     bos: bool | None = None,
@@ -71,7 +71,8 @@ def load_model(
         path: a directory of checkpoints, or one checkpoint's own.
         families: the families the caller knows.
         ckpt_step: the step to load instead of the newest.
-        tensor_model_parallel_size: the cut; need not be the checkpoint's. None: all processes that the pipeline leaves.
+        tensor_model_parallel_size: the cut, which need not be the checkpoint's; None for one that fits, see
+            `choose_layout`. What was chosen for several processes is printed to standard error.
         pipeline_model_parallel_size: likewise.
         bf16: the precision to run in.
         tokenizer: where the tokenizer's files are, if not where training found them.
@@ -87,12 +88,6 @@ def load_model(
     stored["model"] = on_this_machine(stored["model"])
     configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
     model: ModelConfig = replace(configs["model"], hidden_dropout=0.0, attention_dropout=0.0)
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor_model_parallel_size
-        or max(1, distributed.world_size() // pipeline_model_parallel_size),
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-    )
-    validate(model, parallel)
     built = build_tokenizer(tokenizer or configs["tokenizer"])
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
@@ -108,6 +103,12 @@ def load_model(
             f"{path}: holds the family {', '.join(sorted(unknown))}, which this tool does not know"
         )
     made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
+    world_size = distributed.world_size()
+    parallel = choose_layout(
+        model, made, world_size, tensor=tensor_model_parallel_size, pipeline=pipeline_model_parallel_size
+    )
+    if world_size > 1 and tensor_model_parallel_size is None and distributed.rank() == 0:
+        print(describe_layout(parallel, world_size), file=sys.stderr, flush=True)
     distributed.initialize(parallel, seed=1234)
     chunks = build_model(
         model,

@@ -7,7 +7,7 @@
     qwen3        norms on queries and keys; attention_bias as in Llama
 
 Attention here looks at everything before a token. A model with a sliding window does the same on sequences up to the
-window, so it is imported for those: its longest position becomes the window.
+window, so it is imported for those: its longest position becomes the window, and whatever would go past it is refused.
 """
 
 from dataclasses import dataclass
@@ -98,6 +98,7 @@ def to_model_config(
         "kv_channels": config.get("head_dim") or _DEFAULT_HEAD_SIZE.get(kind),
         "seq_length": seq_length or min(positions, DEFAULT_SEQUENCE_LENGTH),
         "max_position_embeddings": positions,
+        "sliding_window": positions if notes else None,
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "swiglu": True,
         "qk_layernorm": kind == "qwen3",

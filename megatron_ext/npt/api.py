@@ -240,6 +240,7 @@ class NPTModel:
         """Logits [b, s, V] of token ids [b, s]; of ids [s], [s, V]."""
         tokens = torch.as_tensor(ids, dtype=torch.long, device=torch.cuda.current_device())
         batch = tokens.view(-1, tokens.size(-1))
+        self.model.check_length(batch.size(1))
         positions = torch.arange(batch.size(1), device=batch.device).expand_as(batch)
         found: torch.Tensor = self.model(batch, positions, None)
         return found[..., : self.vocab_size].view(*tokens.shape, self.vocab_size)

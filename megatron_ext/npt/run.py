@@ -26,7 +26,7 @@ from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.family import NPTFamily
 from megatron_ext.npt.presets import with_preset
 from megatron_ext.npt.resume import loads_what_fits, resolved_layers, stored_run
-from megatron_ext.npt.samples import check_samples
+from megatron_ext.npt.samples import check_sample_length, check_samples
 from megatron_ext.npt.sequential import load_under, run_sequential
 from megatron_ext.npt.sequential_state import layer_of, with_layers
 from megatron_ext.npt.settings import NPTTrainingConfig
@@ -146,6 +146,8 @@ def make_families(
 ) -> list[Family]:
     """NPT alone; of its layers `trains`, or all, are trained."""
     total = total_steps(configs["training"], configs["parallel"])
+    if configs["npt"].generation_steps is not None:
+        check_sample_length(configs["npt"].generation_prompt, tokenizer, configs["model"])
     return [NPTFamily(configs["np"], configs["npt"], total_steps=total, trains=trains, tokenizer=tokenizer)]
 
 

@@ -4,6 +4,7 @@ Generation runs in the training's own model and cut, with a KV cache, as a user 
 sequence parallel nor virtual stages; such a run is refused before it starts.
 """
 
+from megatron_ext.config.model import ModelConfig, check_fits_window
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.inference.generation import Sampling, generate
@@ -30,6 +31,13 @@ def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> Non
     ):
         if is_in_the_way:
             raise ValueError(f"--generation-steps {generation_steps}: generation does not know {flag}")
+
+
+def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raises `ValueError` where a sample would go past the model's sliding window."""
+    if model.sliding_window is not None:
+        length = len(tokenizer.tokenize(prompt)) + MAX_NEW_TOKENS
+        check_fits_window(model.sliding_window, length, f"--generation-prompt {prompt!r}")
 
 
 def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer, prompt: str) -> str:

@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
 from megatron_ext.data.per_layer.vocab import load_per_layer_table
 from megatron_ext.data.tokenizers import Tokenizer
@@ -97,6 +98,10 @@ class PerLayerFamily(Family):
         """The family that gave this `configuration()`; needs no file beside the checkpoint."""
         settings = configs_from_dict({"settings": PerLayerConfig}, configuration)["settings"]
         return cls(settings, configuration["vocab_size"], configuration["table"])
+
+    def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Raises `ValueError` unless the tensor-parallel ranks can share the per-layer hidden size."""
+        self.settings.check_cut(parallel.tensor_model_parallel_size)
 
     def configuration(self) -> dict[str, Any]:
         """PLE's settings, the vocabulary's size and the table of ids."""

@@ -84,17 +84,16 @@ def generate_by_unmasking(
         The new tokens of each prompt, on every rank; those from a stop token on are left out.
 
     Raises:
-        ValueError: the model was not trained on masked tokens, or a prompt is too long for its positions.
+        ValueError: the model was not trained on masked tokens, or a prompt is too long for its positions or its window.
     """
     objective = objective_of(families)
     if objective is None or not objective.masks_tokens:
         raise ValueError("--sampler diffusion: the model was not trained on masked tokens (mlm, diffusion)")
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
-    if longest > model.max_sequence_length and model.position_embedding_type == "learned_absolute":
-        raise ValueError(
-            f"--max-new-tokens {sampling.max_new_tokens}: with a prompt of {max(map(len, prompts))} tokens exceeds "
-            f"the model's {model.max_sequence_length} positions"
-        )
+    longest = max(map(len, prompts))
+    model.check_length(
+        longest + sampling.max_new_tokens,
+        f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {longest} tokens",
+    )
     model.eval()
     generator = torch.Generator(device=torch.cuda.current_device()).manual_seed(sampling.seed)
     new: dict[int, list[int]] = {}

@@ -22,6 +22,7 @@ _SHAPE = (
     "swiglu",
     "normalization",
     "position_embedding_type",
+    "sliding_window",
     "disable_bias_linear",
     "add_qkv_bias",
     "add_attention_output_bias",

@@ -33,7 +33,7 @@ from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.training import scheduler_state
-from megatron_ext.training.agreement import on_first_rank
+from megatron_ext.training.agreement import gather, on_first_rank
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.checkpoint_files import BEGIN, check_writable, checkpoint_name
@@ -42,6 +42,7 @@ from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.planned_memory import check_memory
 from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.run_directory import check_directories
 from megatron_ext.training.run_lock import run_lock
@@ -114,6 +115,8 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
     writes = not configs["training"].skip_train
     tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=writes))
     families = make_families(configs, tokenizer)
+    for family in families:
+        family.check(configs["model"], configs["parallel"])
     with process_group(configs):
         return train(configs, tokenizer, families, options)
 
@@ -127,7 +130,9 @@ def check_settings(configs: dict[str, Any]) -> None:
         configs["training"] = training = training.with_epochs(
             samples, parallel.data_parallel_size(world_size)
         )
-    validate(configs["model"], parallel, training, configs["optimizer"], world_size=world_size)
+    validate(
+        configs["model"], parallel, training, configs["optimizer"], configs["data"], world_size=world_size
+    )
 
 
 def check_run(
@@ -185,7 +190,9 @@ def train(
 ) -> int:
     """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
     training: TrainingConfig = configs["training"]
-    global_batch_size = training.resolved_global_batch_size(parallel_state.get_data_parallel_world_size())
+    copies = parallel_state.get_data_parallel_world_size()
+    gather(lambda: check_memory(configs, tokenizer, families, copies))
+    global_batch_size = training.resolved_global_batch_size(copies)
     run_config = run_configuration(configs, tokenizer)
     tokenizer.begin_as(run_config[BEGIN])
     chunks = _build_model(configs, run_config, families, options)

@@ -50,6 +50,7 @@ def run_microbatches(
         {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
     ]
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
+    _unwrapped(chunks[0]).check_length(sequence_length)
     divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
