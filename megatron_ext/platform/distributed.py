@@ -77,7 +77,7 @@ def seed_streams(seed: int) -> int:
     """Seeds torch's generator and the engine's named streams for this rank; the parallel state must be set.
 
     Tensor-parallel ranks share one stream and have one each (the engine's part). Pipeline stages and model copies
-    differ in both: layers of different stages, and sequences that different copies read, need dropout masks of their own.
+    differ in both: they hold other layers, or read other sequences, and need dropout masks of their own.
 
     Returns:
         The seed of this rank's stage and model copy, for generators of other libraries.
