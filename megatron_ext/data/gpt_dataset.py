@@ -8,13 +8,11 @@ Without aligned data nothing is added here; the per-layer ids are then `table[to
 What mcore would answer with a hang or garbage is refused first, with one line on every rank: a missing or truncated
 file, another tokenizer, per-layer data of another shape, a split without documents (mcore loops for ever), a failing
 rank 0 (the others would wait at a barrier). Two things are added to mcore's cache of sample indices: its key holds
-the identity of the `.idx`, so data remade under the same name never meets a stale index; and a cache file that a
-killed run left truncated is made again.
+the identity of the `.idx`, so data remade under the same name never meets a stale index; and its files are there whole
+or not at all, see `index_cache`.
 """
 
 import copy
-import errno
-import glob
 import hashlib
 import json
 import os
@@ -33,6 +31,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.config.data import DataConfig
 from megatron_ext.data.blends import Blends, blends_of, check_splits
+from megatron_ext.data.index_cache import through_cache
 from megatron_ext.data.index_size import check_index_size
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
@@ -75,8 +74,7 @@ class AlignedGPTDataset(GPTDataset):
     def _build_document_sample_shuffle_indices(
         self,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """mcore's, with the identity of the index file in the cache key and truncated cache files made again."""
-        assert self.config.path_to_cache is not None  # `build_datasets` sets it
+        """mcore's, with the identity of the index file in the cache key."""
         self.unique_identifiers["index_identity"] = _identity(self.dataset.path_prefix)
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers
@@ -84,15 +82,20 @@ class AlignedGPTDataset(GPTDataset):
         self.unique_description_hash = hashlib.md5(
             self.unique_description.encode(), usedforsecurity=False
         ).hexdigest()
-        try:
-            return super()._build_document_sample_shuffle_indices()
-        except (ValueError, EOFError):
-            if dist.is_initialized() and dist.get_rank() != 0:
-                raise
-            folder = glob.escape(self.config.path_to_cache)
-            for path in glob.glob(os.path.join(folder, f"{self.unique_description_hash}-*")):
-                os.unlink(path)
-            return super()._build_document_sample_shuffle_indices()
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        kinds = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")
+        return through_cache(
+            self, [f"{base}-{kind}" for kind in kinds], super()._build_document_sample_shuffle_indices
+        )
+
+
+class _Blend(BlendedDataset):
+    """mcore's blend, its cache written whole."""
+
+    def _build_indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
+        kinds = ("description.txt", "dataset_index.npy", "dataset_sample_index.npy")
+        return through_cache(self, [f"{base}-{kind}" for kind in kinds], super()._build_indices)
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -103,13 +106,15 @@ class _Builder(BlendedMegatronDatasetBuilder):
         cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
         """Rank 0 builds and writes the cache, then the others read it."""
-        if cls is BlendedDataset and not dist.is_initialized():
-            # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
-            uncached = copy.copy(args[-1])
-            uncached.path_to_cache = None
-            args = (*args[:-1], uncached)
+        if cls is BlendedDataset:
+            cls = _Blend
+            if not dist.is_initialized():
+                # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
+                uncached = copy.copy(args[-1])
+                uncached.path_to_cache = None
+                args = (*args[:-1], uncached)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
-        dataset = _together(lambda: _written(cls, args) if is_first else None)
+        dataset = _together(lambda: cls(*args) if is_first else None)
         return _together(lambda: dataset if is_first else cls(*args))
 
     def _build_megatron_datasets_parallel(

@@ -45,7 +45,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
     Args:
         parallel: how the run is cut.
-        seed: base of every random stream; those of tensor-parallel ranks and pipeline stages are derived from it.
+        seed: base of every random stream; those of tensor-parallel ranks, stages and model copies are derived from it.
 
     Raises:
         ValueError: the backend cannot serve this machine.
@@ -81,9 +81,24 @@ def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=use_gloo_twins(),
         )
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    seed_streams(seed)
+
+
+def seed_streams(seed: int) -> int:
+    """Seeds torch's generator and the engine's named streams for this rank; the parallel state must be set.
+
+    Tensor-parallel ranks share one stream and have one each (the engine's part). Pipeline stages and model copies
+    differ in both: they hold other layers, or read other sequences, and need dropout masks of their own.
+
+    Returns:
+        The seed of this rank's stage and model copy, for generators of other libraries.
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    own = seed + 100 * stage + 100_000 * copy
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+    return own
 
 
 def shutdown() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ext.platform import distributed
+from megatron_ext.platform.distributed import seed_streams
 from megatron_ext.training.agreement import gather
 from megatron_ext.training.checkpoint_files import write_tensors
 
@@ -105,10 +105,6 @@ def reseed(seed: int, iteration: int) -> None:
         iteration: the step at which the run goes on.
     """
     digest = hashlib.sha256(f"{seed}:{iteration}".encode()).digest()
-    stage_seed = (
-        int.from_bytes(digest[:4], "little") // 2 + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    )
-    random.seed(stage_seed)
-    np.random.seed(stage_seed)
-    torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    own = seed_streams(int.from_bytes(digest[:4], "little") // 2)
+    random.seed(own)
+    np.random.seed(own % 2**32)

@@ -38,6 +38,7 @@ from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.checkpoint_files import BEGIN, check_writable, checkpoint_name
 from megatron_ext.training.costs import run_cost
+from megatron_ext.training.data_order import TRAINING_SAMPLES, tell_of_other_order
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
@@ -194,6 +195,7 @@ def train(
     gather(lambda: check_memory(configs, tokenizer, families, copies))
     global_batch_size = training.resolved_global_batch_size(copies)
     run_config = run_configuration(configs, tokenizer)
+    run_config |= {TRAINING_SAMPLES: _training_samples(training, global_batch_size, options)}
     tokenizer.begin_as(run_config[BEGIN])
     chunks = _build_model(configs, run_config, families, options)
     stepper = _build_stepper(configs, chunks, families, options, global_batch_size)
@@ -210,6 +212,8 @@ def train(
     )
     progress = _begin(configs, checkpointer, stepper, options)
     data = options.data or _build_data(configs, tokenizer, families, global_batch_size, options)
+    if options.data is None:
+        tell_of_other_order(configs["checkpoint"], run_config, progress)
     with Reporter(
         configs["logging"],
         total_iterations=training.resolved_train_iters(global_batch_size),
@@ -320,6 +324,12 @@ def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str
     }
 
 
+def _training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
+    """Sequences for which the training set is made."""
+    taken = options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
+    return min(taken, options.epoch_samples or taken)
+
+
 def _build_data(
     configs: dict[str, Any],
     tokenizer: Tokenizer,
@@ -338,7 +348,7 @@ def _build_data(
         seq_length=configs["model"].seq_length,
         seed=training.seed,
         num_samples=(
-            min(trained, run_options.epoch_samples or trained),
+            _training_samples(training, global_batch_size, run_options),
             evaluated,
             evaluated,
         ),
