@@ -22,6 +22,7 @@ from megatron_ext.data.manifest import check_dataset, read_manifest
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.per_layer.vocab import load_vocabulary
 from megatron_ext.data.rewrite import length_histogram, merge, shuffle, split
+from megatron_ext.data.same_file import refuse_same_dataset
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.data.verify import verify
 
@@ -144,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
     """Read all of each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment of per-layer data."""
     broken = 0
+    refuse_same_dataset("verify", config.prefix)
     for prefix in config.prefix:
         try:
             lines = verify(

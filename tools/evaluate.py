@@ -65,12 +65,14 @@ def main() -> None:
         example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
     )["config"]
     from megatron_ext.data.manifest import check_dataset
+    from megatron_ext.data.same_file import refuse_same_dataset
     from megatron_ext.data.unigram import most_frequent_token, unigram_cross_entropy
     from megatron_ext.families import FAMILIES
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import distributed
 
+    refuse_same_dataset("--data-path", config.data_path)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
     loaded = load_model(

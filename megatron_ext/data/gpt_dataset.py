@@ -31,7 +31,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.config.data import DataConfig
-from megatron_ext.data.blends import Blends, blends_of, check_splits
+from megatron_ext.data.blends import Blends, blends_of, check_repeats, check_splits
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
@@ -155,6 +155,7 @@ def build_datasets(
     def check() -> None:
         for prefix in blends.prefixes():
             check_dataset(prefix, tokenizer.fingerprint())
+        check_repeats(blends)
         check_splits(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
             require_per_layer_files(prefix, per_layer)

@@ -1,6 +1,7 @@
 """tools/data.py: what verify finds, what inspect shows."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,11 @@ def test_inspect_shows_counts_lengths_text_and_per_layer_ids(
 def test_merge_split_and_shuffle_are_commands(
     prefix: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["merge", prefix, prefix, "--output-prefix", f"{tmp_path}/two"]) == 0
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{prefix}.{suffix}", f"{tmp_path}/copy.{suffix}")
+    with pytest.raises(ValueError, match="are the same file; give it once"):
+        main(["merge", prefix, prefix, "--output-prefix", f"{tmp_path}/two"])
+    assert main(["merge", prefix, f"{tmp_path}/copy", "--output-prefix", f"{tmp_path}/two"]) == 0
     assert main(["shuffle", f"{tmp_path}/two", "--output-prefix", f"{tmp_path}/mixed", "--seed", "3"]) == 0
     parts = [f"{tmp_path}/x", f"{tmp_path}/y"]
     assert main(["split", f"{tmp_path}/mixed", "--output-prefix", *parts, "--shares", "3", "1"]) == 0

@@ -68,14 +68,20 @@ def test_sentencepiece_model_is_of_the_asked_kind(tmp_path: Path, corpus: Path, 
         (["--vocab-size", "600", "--special-tokens", "<s>"], "--special-tokens <s>: needs <|endoftext|>"),
         (
             ["--vocab-size", "90000", "--tokenizer-type", "SentencePieceTokenizer"],
-            "--vocab-size 90000: SentencePiece",
+            "--vocab-size 90000: the text yields ",
+        ),
+        (["--input", "/dev/null"], "--input /dev/null: holds no text to train a tokenizer on"),
+        (
+            ["--input", "/dev/null", "--tokenizer-type", "SentencePieceTokenizer"],
+            "--input /dev/null: holds no text to train a tokenizer on",
         ),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
     tmp_path: Path, corpus: Path, flags: list[str], message: str
 ) -> None:
-    result = run("--input", corpus, "--output-dir", tmp_path, *flags)
+    given = [] if "--input" in flags else ["--input", corpus]
+    result = run(*given, "--output-dir", tmp_path, *flags)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}"), result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -88,3 +94,19 @@ def test_a_malformed_line_is_named(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert f"{tmp_path}/bad.jsonl: byte 17: malformed JSON" in result.stderr
     assert not (tmp_path / "t").exists()
+
+
+def test_documents_without_text_train_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 3)
+    result = run("--input", tmp_path / "empty.jsonl", "--output-dir", tmp_path / "t")
+    assert result.returncode == 2
+    assert "empty.jsonl: holds no text to train a tokenizer on" in result.stderr
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_size_that_a_small_text_yields_is_said(tmp_path: Path) -> None:
+    (tmp_path / "small.txt").write_text("hello small world, hello small text\n")
+    result = run("--input", tmp_path / "small.txt", "--output-dir", tmp_path / "t", "--vocab-size", "32768")
+    assert result.returncode == 0, result.stderr
+    size = len(json.loads((tmp_path / "t" / "vocab.json").read_text()))
+    assert f"{size} is the size to go on with" in result.stdout

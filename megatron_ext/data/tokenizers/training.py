@@ -1,6 +1,7 @@
 """Training a tokenizer on documents: byte-level BPE (library `tokenizers`) and SentencePiece (unigram or BPE)."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -115,6 +116,10 @@ def train_sentencepiece(
             )
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1]
+            if largest := re.search(r"too high .* <= (\d+)", reason):
+                raise ValueError(
+                    f"--vocab-size {vocab_size}: the text yields {largest[1]} pieces at most; give at most that"
+                ) from None
             raise ValueError(f"--vocab-size {vocab_size}: SentencePiece cannot train it ({reason})") from None
     processor = sentencepiece.SentencePieceProcessor(model_file=str(Path(output_dir, "tokenizer.model")))
     size: int = processor.get_piece_size()
