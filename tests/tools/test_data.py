@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from megatron_ext.data.indexed import open_index
-from megatron_ext.data.manifest import manifest_path, write_manifest
+from megatron_ext.data.manifest import manifest_path, sha256_of, write_manifest
 from megatron_ext.data.per_layer.ids import write_aligned
+from megatron_ext.data.per_layer.table import save_table
 from megatron_ext.data.per_layer.vocab import (
     build_table,
     build_vocabulary,
-    save_table,
     save_vocabulary,
-    sha256_of,
     token_forms,
 )
 from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer
