@@ -14,6 +14,7 @@ per-layer tables. `NAME.STRATEGY.npz` beside the vocabulary `NAME.json` holds:
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def save_table(
     entries: TableArray | None = None,
 ) -> None:
     """Write a table beside its vocabulary, by rename, with what it was made from."""
-    more = {} if entries is None else {"entries": entries}
+    more: dict[str, Any] = {} if entries is None else {"entries": entries}
     with write_atomically(table_path(vocab_file, strategy)) as temporary, temporary.open("wb") as stream:
         np.savez(
             stream,
