@@ -1,6 +1,8 @@
 """tools/train_tokenizer.py as a user runs it."""
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +26,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: Any) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: Any, **more: Any) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(ROOT / "tools" / "train_tokenizer.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
 
 
 def test_byte_level_bpe_equals_the_librarys_own_trainer(tmp_path: Path, corpus: Path) -> None:
@@ -110,3 +112,17 @@ def test_the_size_that_a_small_text_yields_is_said(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     size = len(json.loads((tmp_path / "t" / "vocab.json").read_text()))
     assert f"{size} is the size to go on with" in result.stdout
+
+
+def test_a_full_disk_leaves_the_files_of_before(tmp_path: Path, corpus: Path) -> None:
+    def limit_file_size() -> None:  # stands in for a full disk: merges.txt fits, tokenizer.json does not
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    flags = ["--input", corpus, "--output-dir", tmp_path, "--vocab-size"]
+    assert run(*flags, "300").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run(*flags, "1500", preexec_fn=limit_file_size)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path}: File too large\n"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,5 +1,6 @@
 """Training a tokenizer on documents: byte-level BPE (library `tokenizers`) and SentencePiece (unigram or BPE)."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -63,8 +64,9 @@ def train_byte_level_bpe(
         "tokenizer_config.json": json.dumps(settings, indent=2),
         "tokenizer.json": backend.to_str(pretty=True),
     }
-    for name, text in files.items():
-        with write_atomically(Path(output_dir, name)) as temporary:
+    with contextlib.ExitStack() as stack:  # all are written before the first is renamed: they belong together
+        temporaries = [stack.enter_context(write_atomically(Path(output_dir, name))) for name in files]
+        for temporary, text in zip(temporaries, files.values(), strict=True):
             temporary.write_text(text, encoding="utf-8")
     size: int = backend.get_vocab_size()
     return size
