@@ -21,6 +21,7 @@ from megatron_ext.data.indexed import Index
 from megatron_ext.data.manifest import check_dataset, read_manifest
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.per_layer.table import row_names
+from megatron_ext.data.printing import print_any_text
 from megatron_ext.data.rewrite import length_histogram, merge, shuffle, split
 from megatron_ext.data.same_file import refuse_same_dataset
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
@@ -115,6 +116,7 @@ class ShuffleConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
+    print_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else ""
     if command not in _COMMANDS:

@@ -59,7 +59,9 @@ def main() -> int:
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     from megatron_ext.data.preprocess.run import Preprocessor, quarantined_path, rejected_path
     from megatron_ext.data.preprocess.worker_pool import WorkerBug, WorkerDied
+    from megatron_ext.data.printing import print_any_text
 
+    print_any_text()
     output = configs["output"]
     try:
         _handle_signals(_stop)

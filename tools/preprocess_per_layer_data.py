@@ -37,6 +37,7 @@ from megatron_ext.data.per_layer.vocab import (
     save_vocabulary,
     token_forms,
 )
+from megatron_ext.data.printing import print_any_text
 from megatron_ext.data.same_file import refuse_same_file
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         " --per-layer-output-prefix data/train_per_layer --vocab-file data/vocab.json --merge-file data/merges.txt"
         " --per-layer-vocab-file data/per_layer_vocab.json --per-layer-vocab-size 5000",
     )
+    print_any_text()
     config: PerLayerDataConfig = configs["per_layer_data"]
     sources = {key: f"{config.output_prefix}_{key}_document" for key in config.json_keys}
     for source in sources.values():

@@ -80,8 +80,10 @@ def main() -> None:
         example=EXAMPLE,
     )
     config = configs["tokenizer"]
+    from megatron_ext.data.printing import print_any_text
     from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_sentencepiece
 
+    print_any_text()
     texts = documents(configs["input"], config.max_characters)
     if config.tokenizer_type == "GPT2BPETokenizer":
         size = train_byte_level_bpe(

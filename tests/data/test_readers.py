@@ -144,11 +144,13 @@ def test_byte_order_mark_carriage_returns_and_blank_lines_are_no_errors(tmp_path
 
 
 def test_separators_of_unicode_do_not_end_a_line(tmp_path: Path) -> None:
-    text = "a\u2028b\u2029c\x85d\x0be"
-    path = write(
-        tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False).replace("\\u000b", "\\u000B")
-    )
-    assert read_all(InputConfig(input=(path,)))[0] == [(text,)]
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1eh"
+    raw = json.dumps({"text": text}, ensure_ascii=False)
+    path = write(tmp_path / "a.jsonl", raw + "\r\n" + json_lines("second"))
+    assert read_all(InputConfig(input=(path,)))[0] == [(text,), ("second",)]
+    path = write(tmp_path / "a.txt", text + "\n\x0c\nsecond\n")  # a form feed alone is a blank line
+    for chunk_bytes in (1, 7, 1 << 20):
+        assert read_all(InputConfig(input=(path,)), chunk_bytes)[0] == [(text,), ("second",)]
 
 
 def test_several_keys_stay_together(tmp_path: Path) -> None:

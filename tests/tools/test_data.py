@@ -1,7 +1,10 @@
 """tools/data.py: what verify finds, what inspect shows."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from megatron_ext.testing.datasets import write_dataset
 from tools.data import main
 
 TEXTS = ["the cat", "a dog and a bird", "x = (1, 2)"]
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -194,6 +199,19 @@ def test_merge_split_and_shuffle_are_commands(
     assert main(["split", f"{tmp_path}/mixed", "--output-prefix", *parts, "--shares", "3", "1"]) == 0
     assert f"{tmp_path}/x.bin/.idx: 6 documents" in capsys.readouterr().out
     assert main(["verify", f"{tmp_path}/two", f"{tmp_path}/mixed", *parts]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_inspect_shows_any_text_on_any_terminal(tmp_path: Path, encoding: str) -> None:
+    text = "one\u2028two\x0cthree\x85漢"
+    write_dataset(f"{tmp_path}/d", [[[*text.encode(), 256]]])
+    command = [sys.executable, str(ROOT / "tools" / "data.py"), "inspect", f"{tmp_path}/d", "--document", "0"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    result = subprocess.run(
+        [*command, "--tokenizer-type", "ByteLevelTokenizer"], env=environment, capture_output=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert text.encode(encoding, errors="backslashreplace") in result.stdout
 
 
 def test_an_unknown_command_is_refused() -> None:
