@@ -72,6 +72,7 @@ def main() -> None:
         example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
     )["config"]
     from megatron_ext.data.manifest import check_dataset
+    from megatron_ext.data.same_file import refuse_same_dataset
     from megatron_ext.data.unigram import most_frequent_token, unigram_cross_entropy
     from megatron_ext.families import FAMILIES, window_begin
     from megatron_ext.inference.loading import load_model
@@ -81,6 +82,7 @@ def main() -> None:
 
     if config.output is not None:
         check_writable("--output", config.output)
+    refuse_same_dataset("--data-path", config.data_path)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
     loaded = load_model(

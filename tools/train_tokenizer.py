@@ -55,18 +55,21 @@ def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
     """Yields the documents' texts under all keys.
 
     Raises:
-        ValueError: a line is no document.
+        ValueError: a line is no document, or there is no text at all.
     """
     from megatron_ext.data.readers import iter_documents
 
-    left = max_characters
+    left, is_empty = max_characters, True
     for texts in iter_documents(inputs):
         for text in texts:
+            is_empty = is_empty and not text
             yield text if left is None else text[:left]
             if left is not None:
                 left -= len(text)
                 if left <= 0:
                     return
+    if is_empty:
+        raise ValueError(f"--input {' '.join(inputs.input)}: holds no text to train a tokenizer on")
 
 
 def main() -> None:
@@ -92,7 +95,10 @@ def main() -> None:
         )
     print(f"{config.output_dir}: {config.tokenizer_type} of {size:,} tokens")
     if size < config.vocab_size:
-        print(f"fewer than --vocab-size {config.vocab_size}: the text does not yield more")
+        print(
+            f"fewer than --vocab-size {config.vocab_size}: the text yields no further pair that occurs"
+            f" --min-frequency {config.min_frequency} times; {size:,} is the size to go on with"
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ mkdir -p "$out"
 
 declare -A variant=(
     [base]=""
-    [003]="--use-per-layer-embedding --per-layer-vocab-size 2000 --per-layer-vocab-file $data/per_layer_vocab.json"
+    [003]="--use-per-layer-embedding --per-layer-vocab-file $data/per_layer_vocab.json"
     [gemma4]="--use-per-layer-embedding --per-layer-preset gemma4"
 )
 

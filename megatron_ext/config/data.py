@@ -32,7 +32,7 @@ class DataConfig:
     """Shares of training, validation and test in --data-path."""
 
     data_cache_path: str | None = None
-    """Directory for the sample index. Without it beside the dataset."""
+    """Directory for the sample index. Without it beside the dataset, or in memory where that cannot be written to."""
 
     num_workers: int = 2
     """Loader processes for each training process."""

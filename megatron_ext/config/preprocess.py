@@ -14,10 +14,10 @@ class InputConfig:
     """Raw text: files, and what to do with a line that is not a document."""
 
     input: tuple[str, ...]
-    """Files, glob patterns, or - for standard input: .txt, .parquet, else JSON lines; .gz and .zst are unpacked."""
+    """Files, patterns, - for standard input: .txt, .parquet, .arrow, else JSON lines; .gz .zst .bz2 .xz on top."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line (columns of a parquet file) that hold text; each makes its own dataset."""
+    """Keys of a JSON line (columns of a .parquet or .arrow file) that hold text; each makes its own dataset."""
 
     text_unit: Literal["line", "file"] = "line"
     """What a document is in a .txt file: every line that is not blank, or the whole file."""

@@ -7,9 +7,8 @@ Without aligned data nothing is added here; the per-layer ids are then `table[to
 
 What mcore would answer with a hang or garbage is refused first, with one line on every rank: a missing or truncated
 file, another tokenizer, per-layer data of another shape, a split without documents (mcore loops for ever), a failing
-rank 0 (the others would wait at a barrier). Two things are added to mcore's cache of sample indices: its key holds
-the identity of the `.idx`, so data remade under the same name never meets a stale index; and its files are there whole
-or not at all, see `index_cache`.
+rank 0 (the others would wait at a barrier). The key of mcore's cache of sample indices also holds the identity of the
+`.idx`, so data remade under the same name never meets a stale index; see `index_cache` for what else is added.
 """
 
 import copy
@@ -30,8 +29,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.config.data import DataConfig
-from megatron_ext.data.blends import Blends, blends_of, check_splits
-from megatron_ext.data.index_cache import through_cache
+from megatron_ext.data.blends import Blends, blends_of, check_repeats, check_splits
+from megatron_ext.data.index_cache import IN_MEMORY, choose_cache, through_cache
 from megatron_ext.data.index_size import check_index_size
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
@@ -111,7 +110,7 @@ class _Builder(BlendedMegatronDatasetBuilder):
             if not dist.is_initialized():
                 # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
                 uncached = copy.copy(args[-1])
-                uncached.path_to_cache = None
+                uncached.path_to_cache = IN_MEMORY
                 args = (*args[:-1], uncached)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         dataset = _together(lambda: cls(*args) if is_first else None)
@@ -162,6 +161,7 @@ def build_datasets(
     def check() -> None:
         for prefix in blends.prefixes():
             check_dataset(prefix, tokenizer)
+        check_repeats(blends)
         check_splits(blends, seq_length)
         check_index_size(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
@@ -170,7 +170,8 @@ def build_datasets(
                 check_aligned(prefix, per_layer, strategy=per_layer_strategy, vocab_size=per_layer_vocab_size)
 
     _together(check)
-    config = _mcore_config(data, blends, seq_length, seed, tokenizer)
+    cache = choose_cache(data, blends.prefixes())
+    config = _mcore_config(data, blends, seq_length, seed, tokenizer, cache)
     if config.split_matrix is not None:
         config.split_matrix = [
             bounds if wanted else None
@@ -182,7 +183,7 @@ def build_datasets(
 
 
 def _mcore_config(
-    data: DataConfig, blends: Blends, seq_length: int, seed: int, tokenizer: Tokenizer
+    data: DataConfig, blends: Blends, seq_length: int, seed: int, tokenizer: Tokenizer, cache: str
 ) -> AlignedGPTDatasetConfig:
     """mcore's configuration of the datasets."""
     return AlignedGPTDatasetConfig(
@@ -191,7 +192,7 @@ def _mcore_config(
         blend=blends.blend,
         blend_per_split=blends.blend_per_split,
         split=data.split if blends.blend is not None else None,
-        path_to_cache=index_cache(data, blends.prefixes()[0]),
+        path_to_cache=cache,
         tokenizer=tokenizer,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
@@ -209,46 +210,6 @@ def _identity(prefix: str) -> str:
         while block := stream.read(_IDENTITY_BYTES):
             checksum = zlib.crc32(block, checksum)
     return f"{os.path.getsize(path)}-{checksum:08x}"
-
-
-def index_cache(data: DataConfig, prefix: str) -> str:
-    """Where the sample indices are kept: --data-cache-path, else beside the data, whose first prefix is given."""
-    return data.data_cache_path or os.path.join(os.path.dirname(prefix), "index_cache")
-
-
-def check_index_cache(data: DataConfig, prefix: str) -> None:
-    """Raises `OSError` where no sample indices can be kept, and none are there from an earlier run.
-
-    Args:
-        data: blends, splits and cache.
-        prefix: the first of the run's data.
-    """
-    folder = index_cache(data, prefix)
-    if os.path.isdir(folder) and (os.access(folder, os.W_OK) or os.listdir(folder)):
-        return
-    above = os.path.dirname(os.path.abspath(folder))
-    while not os.path.exists(above):
-        above = os.path.dirname(above)
-    if os.path.exists(folder) or not os.path.isdir(above) or not os.access(above, os.W_OK):
-        raise OSError(_unwritable(folder, "not writable"))
-
-
-def _written(cls: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A dataset whose sample indices have been written to the cache."""
-    try:
-        return cls(*args)
-    except OSError as error:
-        # numpy tells of a full disk in words of its own.
-        if error.errno not in (None, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(_unwritable(args[-1].path_to_cache, error.strerror or str(error))) from error
-
-
-def _unwritable(folder: str | None, reason: str) -> str:
-    return (
-        f"--data-cache-path {folder}: the index of the samples, which is kept there, could not be written ({reason}); "
-        "give a directory for it that can be, without the flag it is beside the data"
-    )
 
 
 def _together(action: Callable[[], Any]) -> Any:

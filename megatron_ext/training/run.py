@@ -22,7 +22,7 @@ from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
-from megatron_ext.data.gpt_dataset import Dataset, build_datasets, check_index_cache
+from megatron_ext.data.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.loader_processes import loader_failures
 from megatron_ext.data.manifest import begin_of_documents, check_dataset
 from megatron_ext.data.repeated import RepeatedDataset
@@ -181,7 +181,6 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
             check_dataset(prefix, tokenizer)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
-    check_index_cache(data, prefixes[0])
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
         check_writable(configs["checkpoint"].save)
 

@@ -311,6 +311,39 @@ def test_mistakes_are_one_line(tmp_path: Path, tokenizer_flags: Any, flags: Any,
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "flags", "found"),
+    [
+        ("", [], "empty documents: 0, rejected lines: 0"),
+        ('{"text": ""}\n' * 2, [], "empty documents: 2, rejected lines: 0"),
+        ('{"text": ""}\n' * 2, ["--skip-empty"], "empty documents: 2, rejected lines: 0"),
+        ("oops\n", ["--on-error", "skip"], "empty documents: 0, rejected lines: 1"),
+    ],
+)
+def test_input_without_text_makes_no_dataset(
+    tmp_path: Path, tokenizer_flags: Any, content: Any, flags: Any, found: Any
+) -> None:
+    (tmp_path / "in.jsonl").write_text(content)
+    result = run(
+        "--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "c", *tokenizer_flags, *flags
+    )
+    assert result.returncode == 2
+    assert f"in.jsonl: holds no text ({found}); no dataset is made" in result.stderr
+    assert left_behind(tmp_path) == ["in.jsonl"]
+
+
+def test_a_quarantine_is_not_read_and_removed_by_the_same_prefix(
+    tmp_path: Path, tokenizer_flags: Any
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\noops\n')
+    quarantine = [*tokenizer_flags, "--on-error", "quarantine", "--output-prefix", tmp_path / "c"]
+    assert run("--input", tmp_path / "in.jsonl", *quarantine).returncode == 0
+    result = run("--input", tmp_path / "c_quarantined.jsonl", *quarantine)
+    assert result.returncode == 2
+    assert f"--output-prefix {tmp_path}/c writes that file; give another prefix" in result.stderr
+    assert (tmp_path / "c_quarantined.jsonl").read_text() == "oops\n"
+
+
 def test_help_shows_an_example_and_the_exit_codes() -> None:
     result = run("--help")
     assert result.returncode == 0

@@ -95,6 +95,7 @@ class Preprocessor:
             raise ValueError("--prepend-bos: the tokenizer's files name no begin-of-text token (bos_token)")
         self.chunk_bytes = chunk_size(self.sources)
         self.prefixes = [dataset_prefix(config.output_prefix, key) for key in inputs.json_keys]
+        self._refuse_own_output()
         self.choice: Choice | None = None
         self.resumed_shards = 0
 
@@ -131,6 +132,20 @@ class Preprocessor:
             return None
         bos = self.tokenizer.inv_vocab[self.tokenizer.bos]
         return f"the tokenizer's own configuration puts {bos} before a text, these documents have none (--prepend-bos)"
+
+    def _refuse_own_output(self) -> None:
+        """An older run's report or dataset, read as input, would be removed or replaced when this run ends."""
+        prefix = self.config.output_prefix
+        written = [rejected_path(prefix), quarantined_path(prefix)]
+        written += [
+            name(dataset) for dataset in self.prefixes for name in (bin_path, idx_path, manifest_path)
+        ]
+        for path in filter(os.path.exists, written):
+            for source in self.sources:
+                if source.path != "-" and os.path.samefile(source.path, path):
+                    raise ValueError(
+                        f"--input {source.path}: --output-prefix {prefix} writes that file; give another prefix"
+                    )
 
     def _plan(self) -> dict[str, Any]:
         """Everything the bytes of the result depend on, for `--resume` to compare."""
@@ -190,6 +205,7 @@ class Preprocessor:
         display = ProgressDisplay(total, config.log_interval)
         scheduler.run(settings, 1 if inputs.max_documents else workers, display, work.lock)
         self.resumed_shards = scheduler.resumed_shards
+        self._require_text(assembly.state.totals)
         unpublished = assembly.finish(options.dtype)
         for prefix in unpublished:
             write_manifest(
@@ -206,6 +222,15 @@ class Preprocessor:
         """The tokenizer as the manifest has it; with the token that begins every document, where one does."""
         begun = {PREPENDED_BOS: self.tokenizer.bos} if self.config.prepend_bos else {}
         return self.tokenizer.describe() | begun
+
+    def _require_text(self, totals: ShardInfo) -> None:
+        if any(totals.tokens):
+            return
+        raise ValueError(
+            f"--input {' '.join(self.inputs.input)}: holds no text (empty documents:"
+            f" {totals.documents + totals.skipped_empty:,}, rejected lines: {totals.rejected:,});"
+            f" no dataset is made"
+        )
 
     def _moves(
         self, work: WorkDirectory, assembly: Assembly, unpublished: list[str]
