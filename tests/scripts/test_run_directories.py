@@ -241,7 +241,7 @@ def as_a_user() -> tuple[str, ...]:
     return "setpriv", "--bounding-set", "-dac_override,-dac_read_search"
 
 
-def test_read_only_data_and_checkpoints_are_enough_with_a_place_for_the_index(
+def test_read_only_data_and_checkpoints_are_enough_to_train_and_evaluate(
     data: str, copy: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "data"
@@ -256,12 +256,8 @@ def test_read_only_data_and_checkpoints_are_enough_with_a_place_for_the_index(
         flags = [*TRAINING, "--train-iters", "7", "--load", str(copy), "--data-path", prefix]
         flags += ["--save", str(tmp_path / "new")]
         code, output = start("pretrain_gpt_per_layer.py", *flags, prefix=user)
-        assert code == 2 and not (tmp_path / "new").exists()
-        assert message(output).startswith(f"error: --data-cache-path {place}/index_cache: ")
-        code, output = start(
-            "pretrain_gpt_per_layer.py", *flags, "--data-cache-path", f"{tmp_path}/cache", prefix=user
-        )
         assert code == 0 and "saved step 7" in output, output
+        assert f"note: {place}/index_cache: Permission denied; every process makes the sample indices" in output
         code, output = start("tools/evaluate.py", "--load", str(copy), "--data-path", prefix, prefix=user)
         assert code == 0, output
         flags[-1] = str(copy)
