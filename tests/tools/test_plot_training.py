@@ -57,7 +57,12 @@ def test_the_held_out_mark_stands_at_the_step_that_was_evaluated(
     (run / "evaluation.json").write_text(json.dumps(found))
     figures: list[Any] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+
+    def keep(figure: Any, *arguments: Any, **more: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **more)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     config = PlotConfig(
         tensorboard_dir=str(run / "tensorboard"),
         output=str(run / "picture.svg"),
