@@ -116,7 +116,7 @@ def test_another_seed_gives_another_continuation() -> None:
 def test_bad_requests_are_refused_in_one_line() -> None:
     no_tokens, too_long = run_distributed(_refused, 1)[0]
     assert "has no tokens" in no_tokens
-    assert too_long.startswith("--max-new-tokens 12:") and "16 positions" in too_long
+    assert too_long.startswith("--max-new-tokens 12, after") and "16 positions" in too_long
 
 
 def _refused() -> list[str]:
