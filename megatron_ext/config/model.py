@@ -223,7 +223,8 @@ class ModelConfig:
 
     def _check_rotary_scaling(self) -> None:
         names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-        check_positive(self, *names, "rotary_seq_len_interpolation_factor")
+        check_positive(self, *names)
+        check_at_least(self, 1e-6, "rotary_seq_len_interpolation_factor")  # frequencies must stay finite
         check_at_least(self, 1, "rope_original_max_position_embeddings")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(
