@@ -5,7 +5,6 @@ spellings of the same field, and the `check_*` functions raise the one-line `Val
 """
 
 import dataclasses
-import math
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -14,6 +13,8 @@ import tyro
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A boolean whose name is already a negation (`--no-load-optim`), so that it gets no `--no-` twin."""
+
+_LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
 
 _Value = typing.TypeVar("_Value")
@@ -66,15 +67,17 @@ def check_at_most(config: Any, maximum: float, *names: str) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Raises `ValueError` for the first field that holds an infinite or undefined number, or one beyond 64 bits.
+    """Raises `ValueError` for the first field that holds no finite number of fp32, or a whole one beyond 64 bits.
 
     `parse` calls it for every configuration; the dataclasses that Python code makes call it themselves.
     """
     for field in dataclasses.fields(config):
         held = getattr(config, field.name)
         for value in held if isinstance(held, tuple) else (held,):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{flag_name(field.name)} {value}: must be a finite number")
+            if isinstance(value, float) and not abs(value) <= _LARGEST_FP32:
+                raise ValueError(
+                    f"{flag_name(field.name)} {value}: must be a finite number that fp32 can hold"
+                )
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise ValueError(f"{flag_name(field.name)} {value}: must be less than 2^63")
 

@@ -205,9 +205,12 @@ class ModelConfig:
         channels = self.resolved_kv_channels
         rotated = int(channels * self.rotary_percent)
         if rotated % 2 or not rotated:
+            sizes = f"--hidden-size {self.hidden_size}, --num-attention-heads {self.num_attention_heads}"
+            given = sizes if self.kv_channels is None else f"--kv-channels {channels}"
             raise ValueError(
-                f"--rotary-percent {self.rotary_percent}: rotates {rotated} of a head's {channels} channels, "
-                f"the number must be even{'' if rotated else ' and above 0'}"
+                f"{given}: a head has {channels} channels, of which --rotary-percent {self.rotary_percent} "
+                f"rotates {rotated}; the number must be even"
+                f"{'' if rotated else ' and above 0'}"
             )
 
     def _require_default(self, name: str, needed: str) -> None:
@@ -222,7 +225,8 @@ class ModelConfig:
 
     def _check_rotary_scaling(self) -> None:
         names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-        check_positive(self, *names, "rotary_seq_len_interpolation_factor")
+        check_positive(self, *names)
+        check_at_least(self, 1e-6, "rotary_seq_len_interpolation_factor")  # frequencies must stay finite
         check_at_least(self, 1, "rope_original_max_position_embeddings")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(

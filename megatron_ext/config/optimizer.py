@@ -13,6 +13,7 @@ from megatron_ext.config.flags import (
     check_numbers,
     check_positive,
     flag,
+    flag_name,
 )
 
 
@@ -116,7 +117,10 @@ class OptimizerSettings:
         if wants_wsd and not has_wsd:
             raise ValueError("--lr-decay-style WSD: needs --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
         if has_wsd and not wants_wsd:
-            raise ValueError(f"--lr-wsd-decay-iters: needs --lr-decay-style WSD, it is {self.lr_decay_style}")
+            name = "lr_wsd_decay_iters" if self.lr_wsd_decay_iters is not None else "lr_wsd_decay_samples"
+            raise ValueError(
+                f"{flag_name(name)} {getattr(self, name)}: needs --lr-decay-style WSD, it is {self.lr_decay_style}"
+            )
 
     def _check_weight_decay(self) -> None:
         ends = (self.start_weight_decay, self.end_weight_decay)

@@ -136,7 +136,7 @@ class Reporter:
                 shown.append(f"{name.rpartition('/')[2].replace('_', ' ')} {loss:.4f}")
             if "/" in name:
                 continue
-            perplexity = math.exp(min(_LARGEST_EXPONENT, loss))
+            perplexity = math.exp(min(loss, _LARGEST_EXPONENT))  # in this order nan stays nan
             shown.append(f"{name} {loss:.6f} | ppl {perplexity:.4f}")
             if self._logging.log_validation_ppl:
                 self._scalar(f"{name} {split} ppl", perplexity, iteration, consumed_samples)

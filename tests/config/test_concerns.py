@@ -152,6 +152,7 @@ BAD = [
     ),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
+    (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),
     (OptimizerSettings, {"min_lr": 1.0}, ["--min-lr 1.0", "--lr 0.001"]),
     (OptimizerSettings, {"lr_decay_style": "WSD"}, ["--lr-decay-style WSD", "--lr-wsd-decay-iters"]),
     (OptimizerSettings, {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 3}, ["--lr-warmup-fraction 0.1"]),
@@ -164,6 +165,7 @@ BAD = [
     (DataConfig, {"data_path": ("0.3", "a", "0.7")}, ["--data-path 0.3 a 0.7"]),
     (DataConfig, {"data_path": ("0.3", "a", "b", "c")}, ["--data-path 0.3 a b c", "'b'"]),
     (DataConfig, {"data_path": ("a",), "train_data_path": ("b",)}, ["--data-path", "--train-data-path"]),
+    (DataConfig, {"num_workers": 10**6}, ["--num-workers 1000000", "at most 1024"]),
     (DataConfig, {"split": "1,2,x"}, ["--split 1,2,x"]),
     (DataConfig, {"split": "1,1,1,1"}, ["--split 1,1,1,1"]),
     (

@@ -121,7 +121,7 @@ def test_bad_requests_are_refused_in_one_line() -> None:
         f"--max-new-tokens {count}:" in line for count, line in zip((2 * 10**9, 2**70), too_many, strict=True)
     )
     assert "has no tokens" in no_tokens
-    assert too_long.startswith("--max-new-tokens 12:") and "16 positions" in too_long
+    assert too_long.startswith("--max-new-tokens 12, after") and "16 positions" in too_long
 
 
 def _refused() -> list[str]:

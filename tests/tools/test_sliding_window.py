@@ -42,6 +42,7 @@ def _called(main: Callable[[], Any], arguments: list[str]) -> tuple[Any, str]:
 
     sys.argv = ["tool", *arguments]
     errors = io.StringIO()
+    code: Any = 0
     with contextlib.redirect_stderr(errors):
         try:
             code = main_guard(main)() or 0

@@ -199,6 +199,13 @@ def test_an_mfu_above_100_percent_is_not_printed_without_saying_so(monkeypatch: 
     assert max(shown) <= 100
 
 
+def test_a_loss_that_is_no_number_has_no_perplexity() -> None:
+    stream = io.StringIO()
+    with reporter(stream) as report:
+        report.validation(2, {"lm loss": math.nan}, consumed_samples=8)
+    assert stream.getvalue().splitlines()[-1] == "validation at step 2 | lm loss nan | ppl nan"
+
+
 def test_eta_is_the_remaining_steps_at_the_intervals_pace() -> None:
     stream = io.StringIO()
     with reporter(stream, total=100_000) as report:
