@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_ext.config.text import print_any_text
+from megatron_ext.config.text import print_any_text, use_utf8
 
 EXIT_USER_ERROR = 2
 """Exit code after a user's mistake."""
@@ -59,5 +59,6 @@ def main_guard(main: Main) -> Main:
 
 def run_main(main: Main) -> NoReturn:
     """Runs an entry point and exits with its code (None is 0); use as `if __name__ == "__main__": run_main(main)`."""
+    use_utf8()
     print_any_text()
     raise SystemExit(main_guard(main)() or 0)
