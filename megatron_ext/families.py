@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.inference.perplexity import Begin
 from megatron_ext.npt.family import NPTFamily
 from megatron_ext.per_layer.family import PerLayerFamily
 from megatron_ext.progressive.family import ProgressiveFamily
@@ -16,12 +17,15 @@ FAMILIES: dict[str, type[Any]] = {
 """Family's name -> class with `from_configuration`."""
 
 
-def window_begin(loaded: "LoadedModel") -> int | None:
-    """The begin-of-text token with which an evaluation begins a model's windows, None for none.
+def window_begin(loaded: "LoadedModel") -> Begin | None:
+    """The token with which an evaluation begins a model's windows, None for none.
 
     A model that sees what lies ahead is asked for tokens of the window itself, so nothing is put there.
     """
     objective = objective_of(loaded.families)
     if objective is not None and objective.bidirectional:
         return None
-    return loaded.tokenizer.bos if loaded.tokenizer.adds_bos else None
+    tokenizer = loaded.tokenizer
+    if not tokenizer.adds_bos or tokenizer.bos is None:
+        return None
+    return Begin(token=tokenizer.bos, ends_documents=tokenizer.bos == tokenizer.eod)

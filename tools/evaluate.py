@@ -98,7 +98,7 @@ def main() -> None:
         print(f"{loaded.folder}: step {loaded.step}", flush=True)
     length = config.seq_length or loaded.config.seq_length
     loaded.model.check_length(length, f"--seq-length {length}")
-    bos = window_begin(loaded)
+    begin = window_begin(loaded)
     vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
     guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
@@ -112,13 +112,13 @@ def main() -> None:
             micro_batch_size=config.micro_batch_size,
             max_tokens=config.max_tokens,
             guess=guess,
-            bos=bos,
+            begin=begin,
         )
         entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
         entry, line = _report(found, entropy)
         results[prefix] = {**entry, "step": loaded.step}
-        if bos is not None:
-            line += f"; every window begins with {loaded.tokenizer.inv_vocab[bos]}"
+        if begin is not None:
+            line += f"; every window begins with {loaded.tokenizer.inv_vocab[begin.token]}"
         if distributed.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and distributed.rank() == 0:

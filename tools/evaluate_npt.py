@@ -179,7 +179,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         "sequence_length": length,
         "micro_batch_size": config.micro_batch_size,
         "max_tokens": config.max_tokens,
-        "bos": window_begin(loaded),
+        "begin": window_begin(loaded),
     }
     report = evaluate_npt([loaded.model], families, settings, config.data_path, **on)
     # Last, as it takes the place of the trained weights.

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_ext.config.text import print_any_text
+from megatron_ext.config.text import print_any_text, use_utf8
 
 EXIT_UNEXPECTED = 1
 """Exit code after what is not the user's doing."""
@@ -123,5 +123,6 @@ def _follow_lost_peer() -> NoReturn:
 
 def run_main(main: Main) -> NoReturn:
     """Runs an entry point and exits with its code (None is 0); use as `if __name__ == "__main__": run_main(main)`."""
+    use_utf8()
     print_any_text()
     raise SystemExit(main_guard(main)() or 0)

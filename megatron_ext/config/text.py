@@ -4,10 +4,14 @@ Without a locale (LC_ALL=C, a bare container) Python may take ASCII for the comm
 `str.splitlines` also cuts at form feeds, U+0085 and U+2028, which belong to a text.
 """
 
+import codecs
+import locale
+import os
 import sys
 from pathlib import Path
 
 STANDARD_INPUT = "-"
+_ERRORS = "megatron_ext.escaped"
 
 
 def argument_text(flag: str, argument: str) -> str:
@@ -47,10 +51,33 @@ def read_lines(flag: str, path: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
+def use_utf8() -> None:
+    """Starts this program anew in Python's UTF-8 mode where the locale is ASCII.
+
+    Libraries, torch among them, read files of their own in the locale's encoding.
+    """
+    asked = sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1"
+    if not asked and _is_ascii(locale.getpreferredencoding(False)):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
+
+
+def _is_ascii(encoding: str) -> bool:
+    return codecs.lookup(encoding).name == "ascii"
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A byte of a file's name that the locale did not know is written as it was; what a stream lacks, as an escape."""
+    assert isinstance(error, UnicodeEncodeError)
+    letter = error.object[error.start]
+    name = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "backslashreplace"
+    first = UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    return codecs.lookup_error(name)(first)
+
+
 def print_any_text() -> None:
     """Lets the standard streams print any text: ASCII ones become UTF-8, others escape what they lack."""
+    codecs.register_error(_ERRORS, _escaped)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            is_ascii = stream.encoding.lower().replace("-", "") in ("ascii", "usascii", "ansi_x3.41968")
-            reconfigure(errors="backslashreplace", **({"encoding": "utf-8"} if is_ascii else {}))
+            reconfigure(errors=_ERRORS, **({"encoding": "utf-8"} if _is_ascii(stream.encoding) else {}))

@@ -7,8 +7,8 @@ of the window before it, so that every token but the very first is predicted exa
 
 For a model whose texts begin with a begin-of-text token (`bos`) every window begins with it, then come the tokens that
 follow those of the window before: every token is predicted exactly once, the very first too. The token itself is
-context and never asked for, neither ours nor the data's own; where a window of the data begins with it, it is not put
-there twice.
+context and never asked for, neither ours nor the data's own (unless it ends documents too); where a window of the data
+begins with it, it is not put there twice.
 
 A family that masks tokens asks for the masked ones instead, and may tell more of each token than its loss.
 """
@@ -31,6 +31,17 @@ from megatron_ext.training.output_loss import OutputLoss, the_one
 from megatron_ext.training.schedule import run_microbatches
 
 _GUESS = "guess"
+
+
+@dataclass(frozen=True)
+class Begin:
+    """What every window of an evaluation begins with."""
+
+    token: int
+    """The begin-of-text token."""
+
+    ends_documents: bool
+    """It is the end-of-document token too, so where the data has it, it is asked for as any other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +75,7 @@ def evaluate_perplexity(
     micro_batch_size: int,
     max_tokens: int | None = None,
     guess: int | None = None,
-    bos: int | None = None,
+    begin: Begin | None = None,
 ) -> Perplexity:
     """Measures the perplexity on every rank's share of the windows; all ranks get the result.
 
@@ -76,12 +87,12 @@ def evaluate_perplexity(
         micro_batch_size: windows at a time.
         max_tokens: at most so many tokens, from the dataset's beginning.
         guess: a token that is compared with those asked for.
-        bos: what every window begins with; None for nothing, and for a model that sees what lies ahead.
+        begin: what every window begins with; None for nothing, and for a model that sees what lies ahead.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
-    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, bos)
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
     for chunk in chunks:
         chunk.eval()
     loss = the_one(family.evaluation_loss() for family in families)
@@ -108,7 +119,7 @@ def held_out_steps(
     sequence_length: int,
     micro_batch_size: int,
     max_tokens: int | None = None,
-    bos: int | None = None,
+    begin: Begin | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of a dataset, as many at a time as the pipeline has stages.
 
@@ -119,7 +130,7 @@ def held_out_steps(
         sequence_length: tokens of a window.
         micro_batch_size: windows of a micro-batch.
         max_tokens: at most so many tokens, from the dataset's beginning.
-        bos: what every window begins with, or None.
+        begin: what every window begins with, or None.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
@@ -129,12 +140,13 @@ def held_out_steps(
     if total < 2:
         raise ValueError(f"{prefix}: has {total} tokens, at least 2 are needed")
     if max_tokens is not None:
-        total = min(total, max_tokens + (bos is None))
-    if bos is None:
+        total = min(total, max_tokens + (begin is None))
+    if begin is None:
         windows = _windows(dataset, total, sequence_length)
     else:
-        windows = _begun_windows(dataset, total, sequence_length, bos)
-    batches = _micro_batches(windows, sequence_length, micro_batch_size, bos)
+        windows = _begun_windows(dataset, total, sequence_length, begin.token)
+    never_asked = begin.token if begin is not None and not begin.ends_documents else None
+    batches = _micro_batches(windows, sequence_length, micro_batch_size, never_asked)
     return _by_step(batches, parallel_state.get_pipeline_model_parallel_world_size())
 
 
@@ -185,7 +197,10 @@ def _begun_windows(
 
 
 def _micro_batches(
-    windows: Iterator[np.ndarray[Any, np.dtype[Any]]], length: int, micro_batch_size: int, bos: int | None
+    windows: Iterator[np.ndarray[Any, np.dtype[Any]]],
+    length: int,
+    micro_batch_size: int,
+    never_asked: int | None,
 ) -> Iterator[Batch]:
     """This data-parallel rank's micro-batches; every rank makes equally many, padded ones count nothing."""
     rank = parallel_state.get_data_parallel_rank()
@@ -198,8 +213,8 @@ def _micro_batches(
             values = torch.from_numpy(window.astype(np.int64))
             size = len(values) - 1
             tokens[row, :size], labels[row, :size], mask[row, :size] = values[:-1], values[1:], 1.0
-            if bos is not None:
-                mask[row, :size][values[1:] == bos] = 0.0
+            if never_asked is not None:
+                mask[row, :size][values[1:] == never_asked] = 0.0
         yield {
             "tokens": tokens,
             "labels": labels,

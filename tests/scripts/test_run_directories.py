@@ -257,7 +257,9 @@ def test_read_only_data_and_checkpoints_are_enough_to_train_and_evaluate(
         flags += ["--save", str(tmp_path / "new")]
         code, output = start("pretrain_gpt_per_layer.py", *flags, prefix=user)
         assert code == 0 and "saved step 7" in output, output
-        assert f"note: {place}/index_cache: Permission denied; every process makes the sample indices" in output
+        assert (
+            f"note: {place}/index_cache: Permission denied; every process makes the sample indices" in output
+        )
         code, output = start("tools/evaluate.py", "--load", str(copy), "--data-path", prefix, prefix=user)
         assert code == 0, output
         flags[-1] = str(copy)
