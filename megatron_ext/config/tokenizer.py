@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.config.flags import check_at_least, check_choices, flag_name
+from megatron_ext.config.flags import check_at_least, check_at_most, check_choices, flag_name
 
 TokenizerType = Literal[
     "GPT2BPETokenizer",
@@ -55,6 +55,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "vocab_size")
+        check_at_most(self, 2**24, "vocab_size")  # a vocabulary is listed in memory
         for name in _NEEDS.get(self.tokenizer_type, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"--tokenizer-type {self.tokenizer_type}: needs {flag_name(name)}")

@@ -165,6 +165,7 @@ BAD = [
     (DataConfig, {"data_path": ("0.3", "a", "0.7")}, ["--data-path 0.3 a 0.7"]),
     (DataConfig, {"data_path": ("0.3", "a", "b", "c")}, ["--data-path 0.3 a b c", "'b'"]),
     (DataConfig, {"data_path": ("a",), "train_data_path": ("b",)}, ["--data-path", "--train-data-path"]),
+    (TokenizerConfig, {"vocab_size": 10**9}, ["--vocab-size 1000000000", "at most 16777216"]),
     (DataConfig, {"num_workers": 10**6}, ["--num-workers 1000000", "at most 1024"]),
     (DataConfig, {"split": "1,2,x"}, ["--split 1,2,x"]),
     (DataConfig, {"split": "1,1,1,1"}, ["--split 1,1,1,1"]),
