@@ -6,6 +6,7 @@ concern can tell alone is checked in its own `__post_init__`.
 
 import os
 
+from megatron_ext.config.data import DataConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.config.parallel import ParallelConfig
@@ -39,6 +40,20 @@ def validate(
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
             _check_schedule(training, optimizer)
+
+
+def check_positions(model: ModelConfig, data: DataConfig) -> None:
+    """Raises `ValueError` where positions are counted anew by document and nothing depends on them.
+
+    Rotary positions enter as distances, which are the same inside a document wherever it begins.
+    """
+    if not data.reset_position_ids or data.reset_attention_mask:
+        return
+    if model.position_embedding_type != "learned_absolute":
+        raise ValueError(
+            f"--reset-position-ids: has no effect with --position-embedding-type {model.position_embedding_type}; "
+            "--reset-attention-mask keeps documents apart, or leave it out"
+        )
 
 
 def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
-from megatron_ext.config.validate import validate
+from megatron_ext.config.validate import check_positions, validate
 from megatron_ext.data.epochs import epoch_samples
 from megatron_ext.data.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.manifest import check_dataset
@@ -125,6 +125,7 @@ def check_settings(configs: dict[str, Any]) -> None:
             samples, parallel.data_parallel_size(world_size)
         )
     validate(configs["model"], parallel, training, configs["optimizer"], world_size=world_size)
+    check_positions(configs["model"], configs["data"])
 
 
 def check_run(

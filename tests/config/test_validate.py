@@ -1,14 +1,16 @@
 """Checks over several configurations: what cannot run is refused before any process starts to wait for another."""
 
+import contextlib
 from typing import Any
 
 import pytest
 
+from megatron_ext.config.data import DataConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.training import TrainingConfig
-from megatron_ext.config.validate import validate
+from megatron_ext.config.validate import check_positions, validate
 
 
 def check(world_size: int = 1, **changes: Any) -> None:
@@ -128,3 +130,24 @@ def test_virtual_stages_are_counted_and_a_single_one_is_no_interleaving() -> Non
     parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert parallel.virtual_pipeline_size(8) == 2
     assert parallel.virtual_pipeline_size(4) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask", "refused"),
+    [
+        ("rope", False, True),
+        ("none", False, True),
+        ("rope", True, False),
+        ("learned_absolute", False, False),
+    ],
+)
+def test_positions_counted_by_document_are_refused_where_nothing_depends_on_them(
+    kind: Any, mask: bool, refused: bool
+) -> None:
+    model = ModelConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, seq_length=8, position_embedding_type=kind
+    )
+    data = DataConfig(data_path=("x",), reset_position_ids=True, reset_attention_mask=mask)
+    message = f"^--reset-position-ids: has no effect with --position-embedding-type {kind}; "
+    with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+        check_positions(model, data)
