@@ -31,6 +31,9 @@ from megatron_ext.training.family import Family
 from megatron_ext.training.optimizer import gather_parameters
 from megatron_ext.training.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
 
+IMPORTED = "hugging_face"
+"""Section of `run_config` in which an import tells what it read beside the tensors; runs carry it along unread."""
+
 
 @dataclass(kw_only=True)
 class Progress:
@@ -94,6 +97,8 @@ class Checkpointer:
             "families": {f.name: f.configuration() for f in families},
             "base_checkpoint": base.as_json() if base is not None else None,
         }
+        if base is not None:
+            self._keep_import(base.run_config())
         self.base = base
         self.name = name
         self.loads_what_fits = loads_what_fits
@@ -149,6 +154,7 @@ class Checkpointer:
         stored, state = _read_verified(folder)
         self._check_base(stored, folder)
         check_same_model(self.run_config, stored, self.families, folder, finetune=self.config.finetune)
+        self._keep_import(stored)
         same_vocabulary = stored["vocab_size"] == self.run_config["vocab_size"]
         self._load_tensors(folder, state, same_vocabulary)
         if self.config.finetune:
@@ -161,6 +167,11 @@ class Checkpointer:
         self._load_random_state(folder, state, progress)
         self.note(f"loaded {folder}: the run goes on after step {progress.iteration}")
         return progress
+
+    def _keep_import(self, stored: dict[str, Any]) -> None:
+        """Ids and files of an imported model are those of its tokenizer: with another one they mean nothing."""
+        if IMPORTED in stored and stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
+            self.run_config[IMPORTED] = stored[IMPORTED]
 
     def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
         """What the run's checkpoints hold of the model, where asked for without names that are not `known`.
