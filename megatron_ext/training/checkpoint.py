@@ -97,12 +97,12 @@ class Checkpointer:
             "families": {f.name: f.configuration() for f in families},
             "base_checkpoint": base.as_json() if base is not None else None,
         }
-        if base is not None:
-            self._keep_import(base.run_config())
         self.base = base
         self.name = name
         self.loads_what_fits = loads_what_fits
         self.note = note
+        if base is not None:
+            self._keep_import(base.run_config())
 
     def save(self, progress: Progress) -> Path:
         """Saves the run after the step that `progress` tells; collective.
@@ -170,8 +170,15 @@ class Checkpointer:
 
     def _keep_import(self, stored: dict[str, Any]) -> None:
         """Ids and files of an imported model are those of its tokenizer: with another one they mean nothing."""
-        if IMPORTED in stored and stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
+        if IMPORTED not in stored:
+            return
+        if stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
             self.run_config[IMPORTED] = stored[IMPORTED]
+        else:
+            self.note(
+                "another tokenizer than the imported model's: an export will not have its generation configuration "
+                "and files"
+            )
 
     def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
         """What the run's checkpoints hold of the model, where asked for without names that are not `known`.

@@ -33,7 +33,7 @@ class Verdict:
     """Whether transformers' logits differ from those without the change, where it loads."""
 
     lost: frozenset[str] = frozenset()
-    """Fields that transformers' configuration object has otherwise after an export, where both load."""
+    """Fields that transformers' configuration object has otherwise after an export, `logits` if these differ."""
 
 
 def judge(path: str, kind: Kind, changes: list[dict[str, Any]]) -> list[Verdict]:
@@ -77,13 +77,16 @@ def _verdict(folder: Path, kind: Kind, change: dict[str, Any], plain: torch.Tens
     export_hf(source.model, source.vocab_size, dict(source.state), folder / "out", imported=source.imported)
     before, after = _configuration(folder), _configuration(folder / "out")
     lost = frozenset(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if not torch.equal(_theirs(folder / "out"), theirs):
+        lost |= {"logits"}
     return Verdict(None, None, difference, has_effect, lost)
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    of_directory = ("_name_or_path", "architectures", "dtype", "auto_map", "hidden_act", "head_dim")
+    of_directory = ("_name_or_path", "architectures", "dtype", "auto_map")
+    said_otherwise = ("hidden_act", "head_dim", "rope_parameters", "original_max_position_embeddings")
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
-    return {name: value for name, value in config.items() if name not in of_directory}
+    return {name: value for name, value in config.items() if name not in of_directory + said_otherwise}
 
 
 def _content(kind: Kind, change: dict[str, Any]) -> dict[str, Any]:
