@@ -17,6 +17,7 @@ from megatron_ext.interop import base_state, export_hf
 from megatron_ext.interop.directory import check_free
 from megatron_ext.interop.exporting import DEFAULT_MAX_SHARD_SIZE
 from megatron_ext.interop.hf_config import choose_architecture
+from megatron_ext.interop.imported import Imported
 from megatron_ext.interop.importing import require_one_process
 from megatron_ext.platform import distributed
 from megatron_ext.training.checkpoint import read_run_config
@@ -83,7 +84,7 @@ def export_plain(
             dtype=dtype or ("bfloat16" if stored["training"]["bf16"] else "float32"),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            imported_config=stored.get("hugging_face"),
+            imported=Imported.of_run(stored),
         )
     finally:
         distributed.shutdown()

@@ -133,7 +133,7 @@ def run_import(config: ImportConfig) -> None:
     )
     model, kind = found.model, str(found.dtype).removeprefix("torch.")
     print(
-        f"{config.save}: {found.config.get('model_type')}, {model.num_layers} layers, hidden size "
+        f"{config.save}: {found.imported.config['model_type']}, {model.num_layers} layers, hidden size "
         f"{model.hidden_size}, {found.vocab_size:,} ids, {kind}"
     )
     save = shlex.quote(config.save)

@@ -124,7 +124,7 @@ def load_model(
         config=model,
         families=made,
         tokenizer=built,
-        stop_tokens=stop_tokens(stored, folder, built),
+        stop_tokens=stop_tokens(stored, built),
         folder=folder,
         step=read_step(folder),
     )

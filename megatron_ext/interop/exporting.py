@@ -19,9 +19,9 @@ from megatron_ext.interop.hf_config import (
     choose_architecture,
     from_model_config,
     read_architecture,
-    sliding_window,
 )
 from megatron_ext.interop.hf_files import write_tensors
+from megatron_ext.interop.imported import Imported
 from megatron_ext.interop.importing import require_one_process
 from megatron_ext.interop.layout import Entry, entries, split
 from megatron_ext.interop.tokenizer_files import TOKENIZER_CONFIG, write_files
@@ -35,9 +35,6 @@ DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Fields of an imported config.json that say nothing of the tensors and are written as they were."""
-
 
 def export_hf(
     model: ModelConfig,
@@ -50,7 +47,7 @@ def export_hf(
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     overwrite: bool = False,
-    imported_config: dict[str, Any] | None = None,
+    imported: Imported | None = None,
 ) -> list[str]:
     """Writes a Hugging Face directory, complete or not at all.
 
@@ -64,7 +61,7 @@ def export_hf(
         dtype: float32, bfloat16 or float16; by default the tensors'.
         max_shard_size: bytes of a safetensors file.
         overwrite: replace what is in `model_dir`.
-        imported_config: the config.json that the model was imported from, for what it says beyond the tensors.
+        imported: what the directory held that the model was imported from, as `load_hf(...).imported`.
 
     Returns:
         Notes for the user.
@@ -76,31 +73,32 @@ def export_hf(
     check_free(model_dir, "--model-dir", overwrite=overwrite)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    if architecture is None and imported_config is not None:
-        architecture = read_architecture(imported_config, "imported_config")
+    if architecture is None and imported is not None:
+        architecture, _ = read_architecture(imported.config, "imported config.json")
     chosen = choose_architecture(model, architecture)
     tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
     found = _entries_of(model, vocab_size, state)
     first = _dtype(state, found[0].name)
     written_as = dtype or next(name for name, kind in DTYPES.items() if kind == first)
-    config = from_model_config(model, vocab_size, chosen, written_as)
-    _take_imported(config, model, imported_config or {})
+    config = from_model_config(
+        model, vocab_size, chosen, written_as, imported.config if imported is not None else None
+    )
     tensors = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
     notes = []
     with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
         if tokenizer is not None and tokenizer_config is not None:
             if write_files(tokenizer_config, tokenizer, folder):
-                if config["eos_token_id"] is None:
+                if "eos_token_id" in config and config["eos_token_id"] is None:
                     config["eos_token_id"] = tokenizer.eod
             else:
                 notes.append(
                     f"transformers has no {tokenizer_config.tokenizer_type}: no tokenizer is written"
                 )
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if imported is not None:
+            notes += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
-            as_imported = imported_config is not None and config["model_type"] == imported_config.get(
-                "model_type"
-            )
+            as_imported = imported is not None and config["model_type"] == imported.config["model_type"]
             notes += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         write_tensors(folder, tensors, max_shard_size)
     return [f"{chosen}, {written_as}", *notes]
@@ -142,19 +140,11 @@ def _dtype(state: Mapping[str, torch.Tensor], name: str) -> torch.dtype:
     return state.dtype(name) if isinstance(state, CheckpointState) else state[name].dtype
 
 
-def _take_imported(config: dict[str, Any], model: ModelConfig, imported: dict[str, Any]) -> None:
-    config |= {name: imported[name] for name in _KEPT if name in imported}
-    window = sliding_window(imported, config["model_type"])
-    if window is not None and window == model.resolved_max_position_embeddings:
-        # Imported for sequences up to its window; it is the same model with the window back in place.
-        names = (
-            "sliding_window",
-            "use_sliding_window",
-            "max_window_layers",
-            "layer_types",
-            "max_position_embeddings",
-        )
-        config |= {name: imported[name] for name in names if name in imported}
+def _directory_of(tokenizer: TokenizerConfig | None) -> Path | None:
+    if tokenizer is None or tokenizer.tokenizer_model is None:
+        return None
+    path = Path(tokenizer.tokenizer_model)
+    return path if path.is_dir() else path.parent
 
 
 def export_checkpoint(
@@ -213,7 +203,7 @@ def export_checkpoint(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            imported_config=run_config.get("hugging_face"),
+            imported=Imported.of_run(run_config, base.run_config() if base is not None else {}),
         )
     finally:
         distributed.shutdown()

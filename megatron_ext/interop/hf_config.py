@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config.model import ModelConfig
+from megatron_ext.interop.hf_fields import check_fields, sliding_window
+from megatron_ext.interop.hf_rope import read_rotary
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -42,19 +44,32 @@ class Source:
     """For the user: what is not taken over as it stands."""
 
 
-def read_architecture(config: dict[str, Any], source: str) -> str:
-    """The architecture of a config.json.
+def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
+    """The architecture of a config.json, and notes for the user.
+
+    transformers goes by `model_type`; `architectures` only tells which head the model was saved with.
 
     Raises:
         ValueError: none that can be imported.
     """
-    named = config.get("architectures") or []
-    if not named:
-        named = [name for name, kind in ARCHITECTURES.items() if kind == config.get("model_type")]
-    if len(named) != 1 or named[0] not in ARCHITECTURES:
-        what = ", ".join(map(str, named)) or f"model_type {config.get('model_type')}"
-        raise ValueError(f"{source}: unknown architecture {what}, must be one of {', '.join(ARCHITECTURES)}")
-    return named[0]
+    kind, named = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(named, list) or any(name not in ARCHITECTURES for name in named):
+        what = ", ".join(map(str, named)) if isinstance(named, list) else named
+        raise ValueError(f"{source}: architectures {what}: must be one of {', '.join(ARCHITECTURES)}")
+    kinds = {model_type: name for name, model_type in ARCHITECTURES.items()}
+    if kind is None and named:
+        raise ValueError(
+            f"{source}: model_type is missing, by which transformers chooses the model; "
+            f"for {named[0]} it is {ARCHITECTURES[named[0]]}"
+        )
+    if kind not in kinds:
+        raise ValueError(
+            f"{source}: model_type {kind}: must be one of {', '.join(kinds)}"
+            + (f" (transformers goes by it, not by architectures {named[0]})" if named else "")
+        )
+    if named and kinds[kind] not in named:
+        return kinds[kind], (f"imported as {kinds[kind]} by its model_type, not as {named[0]}",)
+    return kinds[kind], ()
 
 
 def to_model_config(
@@ -75,11 +90,13 @@ def to_model_config(
     Raises:
         ValueError: the model cannot be expressed.
     """
-    architecture = read_architecture(config, source)
+    architecture, notes = read_architecture(config, source)
     kind = ARCHITECTURES[architecture]
-    _refuse_unknown(config, source)
-    vocab_size = _integer(config, "vocab_size", source)
-    positions, notes = _longest_position(config, kind, source)
+    field_notes = check_fields(config, kind, source)
+    vocab_size: int = config["vocab_size"]
+    longest: int = config.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+    rotary, rotary_notes = read_rotary(config, longest, source)
+    positions, window_notes = _longest_position(config, kind, longest, source)
     if seq_length is not None and seq_length > positions:
         raise ValueError(
             f"--seq-length {seq_length}: {source} describes a model for up to {positions} tokens"
@@ -87,15 +104,11 @@ def to_model_config(
     divisor = make_vocab_size_divisible_by or next(
         d for d in (128, 64, 32, 16, 8, 4, 2, 1) if vocab_size % d == 0
     )
-    heads = _integer(config, "num_attention_heads", source)
-    groups = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(kind))
     fields: dict[str, Any] = {
-        "num_layers": _integer(config, "num_hidden_layers", source),
-        "hidden_size": _integer(config, "hidden_size", source),
-        "ffn_hidden_size": _integer(config, "intermediate_size", source),
-        "num_attention_heads": heads,
-        "num_query_groups": heads if groups is None else groups,
-        "kv_channels": config.get("head_dim") or _DEFAULT_HEAD_SIZE.get(kind),
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        **_heads(config, kind, source),
         "seq_length": seq_length or min(positions, DEFAULT_SEQUENCE_LENGTH),
         "max_position_embeddings": positions,
         "sliding_window": positions if notes else None,
@@ -108,33 +121,37 @@ def to_model_config(
         "init_method_std": config.get("initializer_range", 0.02),
         "make_vocab_size_divisible_by": divisor,
         **_biases(config, kind),
-        **_rotary(config, positions, source),
+        **rotary,
     }
+    notes += (*window_notes, *field_notes, *rotary_notes)
     try:
         return Source(ModelConfig(**fields), vocab_size, architecture, notes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: describes no model that can be built ({error})") from None
 
 
-def _refuse_unknown(config: dict[str, Any], source: str) -> None:
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"{source}: hidden_act {config['hidden_act']}: only silu can be imported")
-    if config.get("quantization_config"):
-        raise ValueError(f"{source}: quantization_config: quantized weights cannot be imported")
+def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(kind))
+    groups = heads if groups is None else groups
+    if heads % groups:
+        raise ValueError(f"{source}: num_key_value_heads {groups}: must divide num_attention_heads {heads}")
+    if kind == "llama" and hidden % heads:
+        raise ValueError(f"{source}: num_attention_heads {heads}: must divide hidden_size {hidden}")
+    size = config.get("head_dim", _DEFAULT_HEAD_SIZE.get(kind))
+    width = hidden // heads if size is None else size
+    if width % 2 or width == 0:
+        what = f"head_dim {width}" if size is not None else f"hidden_size {hidden} / {heads} heads = {width}"
+        raise ValueError(f"{source}: {what}: must be an even number")
+    if hidden % heads:  # transformers rounds down
+        size = width
+    return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
 
 
-def _integer(config: dict[str, Any], name: str, source: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{source}: {name} {value}: must be a number of at least 1")
-    return value
-
-
-def _longest_position(config: dict[str, Any], kind: str, source: str) -> tuple[int, tuple[str, ...]]:
-    positions = config.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
-    if not isinstance(positions, int) or positions < 1:
-        raise ValueError(f"{source}: max_position_embeddings {positions}: must be a number of at least 1")
-    window = sliding_window(config, kind)
+def _longest_position(
+    config: dict[str, Any], kind: str, positions: int, source: str
+) -> tuple[int, tuple[str, ...]]:
+    window = sliding_window(config, kind, source)
     if window is None or window >= positions:
         return positions, ()
     note = (
@@ -142,15 +159,6 @@ def _longest_position(config: dict[str, Any], kind: str, source: str) -> tuple[i
         "tokens; the model is imported for those"
     )
     return window, (note,)
-
-
-def sliding_window(config: dict[str, Any], kind: str) -> int | None:
-    """Tokens that an attention layer of a config.json looks back, None for all."""
-    if kind == "mistral":
-        return config.get("sliding_window", 4096)
-    if kind.startswith("qwen") and config.get("use_sliding_window"):
-        return config.get("sliding_window", 4096)
-    return None
 
 
 def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
@@ -164,38 +172,6 @@ def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
         "add_attention_output_bias": attention,
         "add_mlp_bias": mlp,
     }
-
-
-def _rotary(config: dict[str, Any], positions: int, source: str) -> dict[str, Any]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"{source}: partial_rotary_factor {partial}: only whole heads can be rotated")
-    try:
-        found: dict[str, Any] = {"rotary_base": float(theta)}
-        if kind == "linear":
-            found["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
-        elif kind == "llama3":
-            original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-            found |= {
-                "use_rope_scaling": True,
-                "rope_scaling_factor": float(rope["factor"]),
-                "rope_low_freq_factor": float(rope["low_freq_factor"]),
-                "rope_high_freq_factor": float(rope["high_freq_factor"]),
-                "rope_original_max_position_embeddings": int(original or positions),
-            }
-        elif kind != "default":
-            raise ValueError(
-                f"{source}: rope scaling {kind}: only llama3, linear and default can be imported"
-            )
-    except KeyError as error:
-        raise ValueError(f"{source}: rope scaling {kind}: {error.args[0]} is missing") from None
-    except TypeError:
-        raise ValueError(f"{source}: rope scaling {rope}: not numbers") from None
-    return found
 
 
 def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
@@ -237,7 +213,8 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
 def _fits(model: ModelConfig, kind: str) -> bool:
     qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
     if kind == "llama":
-        return qkv == output and not model.qk_layernorm
+        is_even = model.hidden_size % model.num_attention_heads == 0  # transformers demands it of Llama alone
+        return qkv == output and not model.qk_layernorm and is_even
     if kind == "mistral":
         return not (qkv or output or mlp or model.qk_layernorm)
     if kind == "qwen2":
@@ -245,7 +222,30 @@ def _fits(model: ModelConfig, kind: str) -> bool:
     return qkv == output and not mlp and model.qk_layernorm
 
 
-def from_model_config(model: ModelConfig, vocab_size: int, architecture: str, dtype: str) -> dict[str, Any]:
+_REPLACED = {
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "dtype",
+    "transformers_version",
+    "quantization_config",
+    "auto_map",
+    "name_or_path",
+    "_name_or_path",
+    "_commit_hash",
+}
+"""Fields of an imported config.json that are not written again: ours stand for them, or they told of its directory."""
+
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+def from_model_config(
+    model: ModelConfig,
+    vocab_size: int,
+    architecture: str,
+    dtype: str,
+    imported: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The config.json of a model, in the words that both transformers 4 and 5 read.
 
     Args:
@@ -253,8 +253,31 @@ def from_model_config(model: ModelConfig, vocab_size: int, architecture: str, dt
         vocab_size: rows of the embedding, without padding.
         architecture: as `choose_architecture` gave it.
         dtype: as in `float32`.
+        imported: the config.json that the model was imported from, for what it says beyond the model.
     """
     kind = ARCHITECTURES[architecture]
+    free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
+    config = _of_model(model, vocab_size, kind, dtype)
+    if imported is None:
+        return {**config, **free}
+    if imported["model_type"] != kind:
+        ids = {name: value for name, value in imported.items() if name in ("bos_token_id", "eos_token_id")}
+        return {**config, **free, **ids}
+    kept = {name: value for name, value in imported.items() if name not in _REPLACED}
+    config = {**kept, **config}
+    window, longest = sliding_window(imported, kind), model.resolved_max_position_embeddings
+    if window is None or window >= longest:
+        config = {name: value for name, value in config.items() if name not in _WINDOW}
+        config |= {name: imported[name] for name in _WINDOW if name in imported}
+    if (
+        window == longest
+    ):  # imported for sequences up to its window; the same model with the window back in place
+        config["max_position_embeddings"] = imported.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+    return config
+
+
+def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dict[str, Any]:
+    architecture = next(name for name, model_type in ARCHITECTURES.items() if model_type == kind)
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": kind,
@@ -272,10 +295,7 @@ def from_model_config(model: ModelConfig, vocab_size: int, architecture: str, dt
         "rope_scaling": _rope_scaling(model),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "initializer_range": model.init_method_std,
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "use_cache": True,
+        "attention_dropout": model.attention_dropout,
         "torch_dtype": dtype,
     }
     if kind in ("llama", "qwen3"):

@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_ext.config.model import ModelConfig
+from megatron_ext.interop.diagnosis import check_no_pointer, describe_missing, other_names, what_is_there
 from megatron_ext.interop.layout import Entry, Shape, join
 
+CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -30,16 +32,28 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: there is none, or it is not a JSON object.
     """
     folder = Path(model_dir)
+    if folder.is_file():
+        raise NotADirectoryError(f"--model-dir {model_dir}: a file, not a Hugging Face directory")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"--model-dir {model_dir}: no such directory (a name on a hub is not looked up)"
         )
-    return _read_object(folder / "config.json", f"--model-dir {model_dir}: no config.json in it")
+    there = None if (folder / CONFIG).is_file() else what_is_there(folder)
+    return read_object(
+        folder / CONFIG, f"--model-dir {model_dir}: no config.json in it" + (f"; {there}" if there else "")
+    )
 
 
-def _read_object(path: Path, missing: str) -> dict[str, Any]:
+def read_object(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object of a file.
+
+    Raises:
+        FileNotFoundError: with the text `missing`.
+        ValueError: it is not a JSON object.
+    """
     if not path.is_file():
         raise FileNotFoundError(missing)
+    check_no_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -66,22 +80,28 @@ class SafetensorsFiles:
         self._headers: dict[str, tuple[Shape, str]] = {}
         self._file_of: dict[str, str] = {}
         index = self.folder / INDEX
-        for file in _indexed_files(index) if index.is_file() else [SINGLE_FILE]:
+        listed = _indexed_files(index) if index.is_file() else [SINGLE_FILE]
+        self._check_present(listed)
+        for file in listed:
             self._open(file)
         if index.is_file():
-            self._check_index(_read_object(index, "")["weight_map"])
+            self._check_index(read_object(index, "")["weight_map"])
+
+    def _check_present(self, listed: list[str]) -> None:
+        missing = [file for file in listed if not (self.folder / file).is_file()]
+        if not missing:
+            return
+        what = describe_missing(self.folder / missing[0])
+        if listed == [SINGLE_FILE] and not (self.folder / SINGLE_FILE).is_symlink():
+            there = what_is_there(self.folder)
+            what = f"neither {SINGLE_FILE} nor {INDEX} in it" + (f"; {there}" if there else "")
+        elif len(listed) > 1:
+            what += f" ({len(missing)} of the {len(listed)} files in {INDEX}); copy the whole directory again"
+        raise FileNotFoundError(f"--model-dir {self.folder}: {what}")
 
     def _open(self, file: str) -> None:
         path = self.folder / file
-        if not path.is_file():
-            pickled = next(self.folder.glob("*.bin"), None)
-            if file == SINGLE_FILE and pickled is not None:
-                raise ValueError(
-                    f"--model-dir {self.folder}: holds pickled weights ({pickled.name}), which are not read; "
-                    "save it as safetensors with transformers' save_pretrained()"
-                )
-            what = f"neither {SINGLE_FILE} nor {INDEX} in it" if file == SINGLE_FILE else f"{file} is missing"
-            raise FileNotFoundError(f"--model-dir {self.folder}: {what}")
+        check_no_pointer(path)
         try:
             with safe_open(str(path), framework="pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
@@ -132,7 +152,7 @@ class SafetensorsFiles:
 
 
 def _indexed_files(index: Path) -> list[str]:
-    weight_map = _read_object(index, "").get("weight_map")
+    weight_map = read_object(index, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map")
     files = sorted({str(file) for file in weight_map.values()})
@@ -183,9 +203,12 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
 def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
     wanted = dict(part for entry in found for part in entry.parts)
     missing = [name for name in wanted if name not in files.names]
+    extra = sorted(name for name in files.names - set(wanted) if not name.endswith(".rotary_emb.inv_freq"))
+    other = other_names(files.names, wanted) if missing or extra else None
+    if other is not None:
+        raise ValueError(f"--model-dir {files.folder}: {other}")
     if missing:
         raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its safetensors files")
-    extra = sorted(name for name in files.names - set(wanted) if not name.endswith(".rotary_emb.inv_freq"))
     if tied and "lm_head.weight" in extra:
         # Saved by some although config.json says that the embedding serves; harmless where it is the same.
         if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):

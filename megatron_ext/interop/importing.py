@@ -20,10 +20,12 @@ from megatron_ext.interop.checkpoint import write_checkpoint
 from megatron_ext.interop.directory import check_free, complete_directory
 from megatron_ext.interop.hf_config import to_model_config
 from megatron_ext.interop.hf_files import HuggingFaceState, SafetensorsFiles, read_config
+from megatron_ext.interop.imported import Imported, left_behind
 from megatron_ext.interop.layout import entries
-from megatron_ext.interop.tokenizer_files import copy_files, imported_tokenizer
+from megatron_ext.interop.tokenizer_files import copy_imported, imported_tokenizer
 from megatron_ext.models.build import padded_vocab_size
 from megatron_ext.platform import distributed
+from megatron_ext.training.checkpoint import IMPORTED
 
 TOKENIZER_FOLDER = "tokenizer"
 FLAGS_FILE = "model.yaml"
@@ -51,8 +53,8 @@ class HuggingFaceModel:
     dtype: torch.dtype
     """fp32 or bf16, the precision of the tensors."""
 
-    config: dict[str, Any]
-    """The directory's config.json."""
+    imported: Imported
+    """What the directory holds beside the tensors and the tokenizer, for an export."""
 
     notes: tuple[str, ...]
     """For the user: what was not taken over as it stands."""
@@ -85,6 +87,7 @@ def load_hf(
     config, tokenizer, note = imported_tokenizer(model_dir, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
     state = HuggingFaceState(SafetensorsFiles(model_dir), model, entries(model, source.vocab_size, padded))
+    imported, left = Imported.read(model_dir, content)
     return HuggingFaceModel(
         model=model,
         tokenizer_config=config,
@@ -92,8 +95,8 @@ def load_hf(
         vocab_size=tokenizer.vocab_size,
         state=state,
         dtype=state.dtype,
-        config=content,
-        notes=source.notes + ((note,) if note else ()),
+        imported=imported,
+        notes=(*source.notes, *([note] if note else []), *left_behind(left)),
     )
 
 
@@ -109,6 +112,7 @@ def import_checkpoint(
 
         {save}/iter_0000000/, {save}/latest_checkpointed_iteration.txt      the checkpoint
         {save}/tokenizer/                                                   the tokenizer's files
+        {save}/hugging_face/                                                other small files beside the weights
         {save}/model.yaml                                                   model and tokenizer as flags, for --config
 
     Args:
@@ -132,19 +136,22 @@ def import_checkpoint(
     )
     tokenizer = found.tokenizer_config
     if tokenizer.tokenizer_model is not None:
-        tokenizer = replace(tokenizer, tokenizer_model=os.path.abspath(Path(save, TOKENIZER_FOLDER)))
+        within = os.path.relpath(tokenizer.tokenizer_model, model_dir)  # of a SentencePiece model, else "."
+        place = os.path.abspath(Path(save, TOKENIZER_FOLDER, within))
+        tokenizer = replace(tokenizer, tokenizer_model=place)
     configs = {"model": found.model, "tokenizer": tokenizer}
     run_config = {
         **configs_to_dict(configs),
         "vocab_size": found.vocab_size,
         "tokenizer_fingerprint": found.tokenizer.fingerprint(),
         "families": {},
-        "hugging_face": found.config,
+        IMPORTED: found.imported.placed(save).as_json(),
     }
     distributed.initialize(ParallelConfig(), seed=1234)
     try:
         with complete_directory(save, "--save") as folder:
-            copy_files(Path(model_dir), folder / TOKENIZER_FOLDER)
+            copy_imported(found.tokenizer, Path(model_dir), folder / TOKENIZER_FOLDER)
+            found.imported.copy_files(folder)
             (folder / FLAGS_FILE).write_text(_flags(configs), encoding="utf-8")
             write_checkpoint(folder, found.state, run_config)
     finally:

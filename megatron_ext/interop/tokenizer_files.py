@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ from tokenizers import processors
 
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.data.tokenizers.bpe import LibraryTokenizer
 from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from megatron_ext.interop.diagnosis import check_no_pointer
+from megatron_ext.interop.hf_files import read_object
 from megatron_ext.interop.tokenizer_conversion import to_library
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_FILES = (
+SENTENCEPIECE = "tokenizer.model"
+FILES = (
     TOKENIZER_JSON,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
@@ -24,6 +29,17 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
+"""Of a tokenizer, in a Hugging Face directory."""
+
+_NOT_READ = (
+    "tekken.json",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "tokenizer.model.*",
+)
+"""Tokenizers of other kinds."""
 
 
 def copy_files(source: Path, target: Path) -> list[str]:
@@ -36,7 +52,7 @@ def copy_files(source: Path, target: Path) -> list[str]:
     Returns:
         Their names.
     """
-    names = [name for name in _FILES if (source / name).is_file()]
+    names = [name for name in FILES if (source / name).is_file()]
     if names:
         target.mkdir(exist_ok=True)
     for name in names:
@@ -49,30 +65,77 @@ def imported_tokenizer(
 ) -> tuple[TokenizerConfig, Tokenizer, str | None]:
     """The tokenizer of a Hugging Face directory, for a model with `vocab_size` embeddings.
 
+    It is read from tokenizer.json, from tokenizer.model (SentencePiece), or from vocab.json and merges.txt, which
+    transformers converts; where there is none of these it is the one whose text is ids in decimal.
+
     Returns:
-        Its configuration; the tokenizer; a note for the user, or None. Without a tokenizer.json it is the one whose
-        text is ids in decimal.
+        Its configuration; the tokenizer; a note for the user, or None.
 
     Raises:
-        ValueError: the tokenizer.json cannot be read.
+        ValueError: its files cannot be read.
     """
-    if not (Path(model_dir) / TOKENIZER_JSON).is_file():
-        null = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1)
-        return null, build_tokenizer(null), f"no {TOKENIZER_JSON}: the checkpoint is for token ids, not text"
-    config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(model_dir))
+    folder = Path(model_dir)
+    for name in FILES:
+        if (folder / name).is_file():
+            check_no_pointer(folder / name)
+    config, note = _configuration(folder, vocab_size)
     try:
         tokenizer = build_tokenizer(config)
     except ValueError as error:
         raise ValueError(str(error).replace("--tokenizer-model", "--model-dir")) from None
-    note = None
+    if config.tokenizer_type == "NullTokenizer":
+        return config, tokenizer, note
+    if config.tokenizer_type == "SentencePieceTokenizer":
+        note = _lacking_tokens(folder, tokenizer.vocab_size)
     if tokenizer.vocab_size > vocab_size:
         note = f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings: the others are zero"
     elif tokenizer.vocab_size < vocab_size:
-        config = TokenizerConfig(
-            tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(model_dir), vocab_size=vocab_size
-        )
+        config = replace(config, vocab_size=vocab_size)
         tokenizer = build_tokenizer(config)
     return config, tokenizer, note
+
+
+def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str | None]:
+    has = {name for name in FILES if (folder / name).is_file()}
+    if TOKENIZER_JSON in has or (SENTENCEPIECE not in has and {"vocab.json", "merges.txt"} <= has):
+        return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder)), None
+    if SENTENCEPIECE in has:
+        path = str(folder / SENTENCEPIECE)
+        return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path), None
+    others = [path.name for pattern in _NOT_READ for path in sorted(folder.glob(pattern))]
+    what = f" ({', '.join(others)} cannot be read)" if others else ""
+    note = f"no {TOKENIZER_JSON}{what}: the checkpoint is for token ids, not text"
+    return TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1), note
+
+
+def _lacking_tokens(folder: Path, pieces: int) -> str | None:
+    """Tokens that were added to a SentencePiece model in transformers are not in its file."""
+    named: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        content = read_object(folder / name, "") if (folder / name).is_file() else {}
+        decoder = content.get("added_tokens_decoder", {})
+        named |= {token: i for token, i in content.items() if name == "added_tokens.json"}
+        named |= {str(token.get("content")): int(i) for i, token in decoder.items()}
+    added = sorted((i, token) for token, i in named.items() if i >= pieces)
+    if not added:
+        return None
+    return (
+        f"{len(added)} added tokens ({', '.join(token for _, token in added[:3])}, ...) are not in {SENTENCEPIECE}, "
+        f"no text gives them; save a {TOKENIZER_JSON} with transformers to have them"
+    )
+
+
+def copy_imported(tokenizer: Tokenizer, source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer of `imported_tokenizer`, and adds a tokenizer.json where it was converted.
+
+    Args:
+        tokenizer: as it was built from the source.
+        source: the Hugging Face directory.
+        target: the directory to copy to.
+    """
+    copy_files(source, target)
+    if isinstance(tokenizer, LibraryTokenizer) and not (target / TOKENIZER_JSON).is_file():
+        (target / TOKENIZER_JSON).write_text(tokenizer.backend.to_str(), encoding="utf-8")
 
 
 def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> list[str]:

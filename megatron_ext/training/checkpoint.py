@@ -32,6 +32,9 @@ from megatron_ext.training.optimizer import gather_parameters
 from megatron_ext.training.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
 from megatron_ext.training.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
 
+IMPORTED = "hugging_face"
+"""Section of `run_config` in which an import tells what it read beside the tensors; runs carry it along unread."""
+
 
 @dataclass(kw_only=True)
 class Progress:
@@ -103,6 +106,8 @@ class Checkpointer:
         """The step from which the run goes on in --save; None where it begins there."""
 
         self._has_saved = False
+        if base is not None:
+            self._keep_import(base.run_config())
 
     def save(self, progress: Progress) -> Path:
         """Saves the run after the step that `progress` tells; collective.
@@ -156,6 +161,7 @@ class Checkpointer:
         stored, state = _read_verified(folder)
         self._check_base(stored, folder)
         check_same_model(self.run_config, stored, self.families, folder, finetune=self.config.finetune)
+        self._keep_import(stored)
         same_vocabulary = stored["vocab_size"] == self.run_config["vocab_size"]
         self._load_tensors(folder, state, same_vocabulary)
         if self.config.finetune:
@@ -174,6 +180,18 @@ class Checkpointer:
         if later and not self.config.overwrite_checkpoints:
             self.note(f"note: {later} are in --save too, after it; the run writes its own over them")
         return progress
+
+    def _keep_import(self, stored: dict[str, Any]) -> None:
+        """Ids and files of an imported model are those of its tokenizer: with another one they mean nothing."""
+        if IMPORTED not in stored:
+            return
+        if stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
+            self.run_config[IMPORTED] = stored[IMPORTED]
+        else:
+            self.note(
+                "another tokenizer than the imported model's: an export will not have its generation configuration "
+                "and files"
+            )
 
     def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
         """What the run's checkpoints hold of the model, where asked for without names that are not `known`.

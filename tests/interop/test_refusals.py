@@ -69,19 +69,21 @@ MISTAKES: dict[str, Callable[[Path], Any]] = {
     "no config.json in it": lambda folder: (folder / "config.json").unlink(),
     "config.json: not JSON": lambda folder: (folder / "config.json").write_text("{"),
     "config.json: not a JSON object": lambda folder: (folder / "config.json").write_text("[]"),
-    "unknown architecture GemmaForCausalLM, must be one of LlamaForCausalLM": _config(
+    "architectures GemmaForCausalLM: must be one of LlamaForCausalLM": _config(
         architectures=["GemmaForCausalLM"]
     ),
-    "unknown architecture model_type gpt2": _config(architectures=None, model_type="gpt2"),
-    "hidden_act gelu: only silu": _config(hidden_act="gelu"),
-    "quantization_config: quantized": _config(quantization_config={"bits": 4}),
+    "model_type gpt2: must be one of llama": _config(architectures=None, model_type="gpt2"),
+    "hidden_act gelu: must be silu": _config(hidden_act="gelu"),
+    r"quantization_config .*: gptq weights cannot be imported; save them dequantized": _config(
+        quantization_config={"quant_method": "gptq", "bits": 4}
+    ),
     _ROPE.format("yarn"): _config(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
     _ROPE.format("dynamic"): _config(rope_scaling={"type": "dynamic", "factor": 2.0}),
     "rope scaling llama3: low_freq_factor is missing": _config(
         rope_scaling={"rope_type": "llama3", "factor": 2.0}
     ),
-    "hidden_size None: must be a number of at least 1": _config(hidden_size=None),
-    "describes no model that can be built .*--num-query-groups 3": _config(num_key_value_heads=3),
+    "hidden_size null: must be int": _config(hidden_size=None),
+    "num_key_value_heads 3: must divide num_attention_heads 4": _config(num_key_value_heads=3),
     "--seq-length 65: .* describes a model for up to 64 tokens": lambda folder: 65,
     "model.layers.1.mlp.up_proj.weight is missing": _weights(
         lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")
@@ -97,7 +99,7 @@ MISTAKES: dict[str, Callable[[Path], Any]] = {
     ),
     "lm_head.weight differs from the embedding": _config(tie_word_embeddings=True),
     "model.safetensors: damaged or no safetensors file": _truncate,
-    r"pickled weights \(pytorch_model.bin\), which are not read": _pickle_only,
+    "holds pytorch_model.bin: pickled weights, which are not read": _pickle_only,
     "neither model.safetensors nor model.safetensors.index.json": lambda folder: (
         folder / "model.safetensors"
     ).unlink(),
@@ -153,7 +155,7 @@ def test_a_tied_head_saved_beside_the_embedding_and_old_rotary_buffers_are_harml
 
 def test_a_sliding_window_bounds_the_longest_position_and_is_told(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "hf")
-    _config(architectures=["MistralForCausalLM"], sliding_window=20)(tmp_path / "hf")
+    _config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=20)(tmp_path / "hf")
     found = load_hf(tmp_path / "hf")
     assert found.model.max_position_embeddings == found.model.seq_length == 20
     assert "sliding window 20" in found.notes[0]

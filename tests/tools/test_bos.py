@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ def _generated(folder: str, *flags: str) -> str:
     return _run(generate.main, "--load", f"{folder}/checkpoint", *greedy, *prompt).split("\n" + "-" * 40)[0]
 
 
-def test_generation_begins_as_transformers_and_stops_where_it_is_told(folder: Path) -> None:
+def test_generation_begins_as_transformers_and_stops_where_it_is_told(folder: Path, tmp_path: Path) -> None:
     theirs: Any = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     model, texts = _model(folder), {}
     for begins in (True, False):
@@ -197,11 +198,13 @@ def test_generation_begins_as_transformers_and_stops_where_it_is_told(folder: Pa
     flags = [text for stop in stops for text in ("--stop-id", str(stop))]
     kept = new_ids[: new_ids.index(new_ids[4])]
     assert alone(_generated, str(folder), *flags) == "to be" + theirs.decode(kept)
-    # An instruct model's own list, beside the imported weights.
-    path = folder / "checkpoint" / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
-    assert alone(_generated, str(folder)) == "to be" + theirs.decode(kept)
-    path.unlink()
+    # An instruct model's own list.
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    stopping = json.dumps({"eos_token_id": stops})
+    (tmp_path / "hf" / "generation_config.json").write_text(stopping, encoding="utf-8")
+    imported = ["import", "--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/checkpoint"]
+    assert alone(convert_checkpoint.main, imported) == 0
+    assert alone(_generated, str(tmp_path)) == "to be" + theirs.decode(kept)
 
 
 def test_a_tokenizer_adds_the_token_where_transformers_does(tmp_path: Path) -> None:

@@ -1,0 +1,262 @@
+"""The fields of a config.json: the types that transformers demands, and what an import does with each field.
+
+    taken over       read by `hf_config`, `hf_rope` and `sliding_window` below
+    without effect   on the model's outputs; kept for an export
+    refused          they change what is computed, in a way that cannot be expressed here
+    unknown          to transformers' class, which ignores them; they are ignored here as well, and named in a note
+
+Types and defaults are those of transformers' classes (5.23); a value that transformers refuses is refused here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_NONE = type(None)
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "vocab_size": (int,),
+    "hidden_size": (int,),
+    "intermediate_size": (int,),
+    "num_hidden_layers": (int,),
+    "num_attention_heads": (int,),
+    "num_key_value_heads": (int, _NONE),
+    "head_dim": (int, _NONE),
+    "max_position_embeddings": (int,),
+    "hidden_act": (str,),
+    "rms_norm_eps": (float,),
+    "initializer_range": (float,),
+    "attention_dropout": (float, int),
+    "tie_word_embeddings": (bool,),
+    "rope_parameters": (dict, _NONE),
+    "rope_scaling": (dict, _NONE),
+    "use_cache": (bool,),
+    "pad_token_id": (int, _NONE),
+    "bos_token_id": (int, _NONE),
+    "eos_token_id": (int, list, _NONE),
+    "id2label": (dict, _NONE),
+    "architectures": (list, _NONE),
+    "dtype": (str, _NONE),
+    "torch_dtype": (str, _NONE),
+    "quantization_config": (dict, _NONE),
+}
+_WINDOW_TYPES: dict[str, tuple[type, ...]] = {
+    "sliding_window": (int, _NONE),
+    "use_sliding_window": (bool,),
+    "max_window_layers": (int,),
+    "layer_types": (list, _NONE),
+}
+_OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
+    "llama": {
+        "attention_bias": (bool,),
+        "mlp_bias": (bool,),
+        "attention_dropout": (float, int, _NONE),
+        "pretraining_tp": (int, _NONE),
+        "layer_types": (list, _NONE),
+        "sliding_window": (int, _NONE),
+    },
+    "mistral": {"num_key_value_heads": (int,), "sliding_window": (int, _NONE)},
+    # Qwen2's class has no head_dim, but its layers use one that is in the file, and fail on null.
+    "qwen2": {"head_dim": (int,), **_WINDOW_TYPES},
+    "qwen3": {"head_dim": (int,), "attention_bias": (bool,), **_WINDOW_TYPES},
+}
+"""Fields of one model_type, or with another type in it."""
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+_WITHOUT_EFFECT = {
+    "model_type",
+    "transformers_version",
+    "output_hidden_states",
+    "output_attentions",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "name_or_path",
+    "_name_or_path",
+    "_commit_hash",
+    "attn_implementation",
+    "_attn_implementation",
+    "auto_map",
+    # Of the rotary embedding, read by `hf_rope`.
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+}
+"""Known fields without a type that is checked here."""
+
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None, {}),
+    "compression_config": (None, {}),
+    "per_layer_config": (None, {}),
+    "is_causal": (True,),
+    "return_dict": (True, None),
+    "attention_chunk_size": (None,),
+    "kv_sharing_modes": (None,),
+    "transformers_weights": (None,),
+    "configuration_files": (),
+    "text_config": (None,),
+    "decoder": (None,),
+    "generator": (None,),
+    "text_encoder": (None,),
+}
+"""Fields that code shared by all models of transformers reads, and the values without effect."""
+
+
+def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]:
+    """Checks every field of a config.json by itself.
+
+    Args:
+        config: the file's content.
+        kind: its model_type.
+        source: the file, named in errors.
+
+    Returns:
+        Notes for the user: what is ignored.
+
+    Raises:
+        ValueError: a field has a type or a value with which there is no such model, or one that cannot be expressed.
+    """
+    types = _TYPES | _OWN_TYPES[kind]
+    for name in _REQUIRED:
+        if name not in config:
+            raise ValueError(f"{source}: {name} is missing")
+    for name, value in config.items():
+        if name in types:
+            _check_type(name, value, types[name], source)
+        if name in _REFUSED and value not in _REFUSED[name]:
+            raise ValueError(f"{source}: {name} {_short(value)}: {_reason(name, value)}")
+    _check_values(config, kind, source)
+    notes = []
+    known = {*types, *_REFUSED, *_WITHOUT_EFFECT}
+    unknown = sorted(name for name, value in config.items() if value and name not in known)
+    if unknown:
+        notes.append(
+            f"{', '.join(unknown)}: not a field of transformers' {kind} configuration, ignored here as there"
+        )
+    if config.get("auto_map"):
+        notes.append("auto_map: code of the directory is not run, transformers' own class is meant")
+    return notes
+
+
+def _check_type(name: str, value: Any, types: tuple[type, ...], source: str) -> None:
+    if isinstance(value, bool) and bool not in types or not isinstance(value, types):
+        wanted = " or ".join("null" if kind is _NONE else kind.__name__ for kind in types)
+        raise ValueError(f"{source}: {name} {_short(value)}: must be {wanted}, as transformers demands")
+
+
+def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
+    for name in _COUNTS:
+        value = config.get(name)
+        least = 2 if name == "vocab_size" else 1  # of two ids, one ends a document
+        if value is not None and value < least:
+            raise ValueError(f"{source}: {name} {value}: must be a number of at least {least}")
+    epsilon, deviation = config.get("rms_norm_eps", 1e-6), config.get("initializer_range", 0.02)
+    dropout, pad = config.get("attention_dropout") or 0.0, config.get("pad_token_id")
+    named = config.get("dtype") or config.get("torch_dtype") or "float32"
+    for name, value, holds, wanted in (
+        ("hidden_act", config.get("hidden_act", "silu"), lambda v: v in ("silu", "swish"), "silu"),
+        ("rms_norm_eps", epsilon, lambda v: v > 0, "above 0"),
+        (
+            "initializer_range",
+            deviation,
+            lambda v: 0 < v <= (1 if kind == "llama" else v),
+            "above 0, up to 1",
+        ),
+        ("attention_dropout", dropout, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (
+            "pad_token_id",
+            pad,
+            lambda v: v is None or -config["vocab_size"] <= v < config["vocab_size"],
+            "an id of the vocabulary",
+        ),
+        ("dtype", named, lambda v: isinstance(getattr(torch, v, None), torch.dtype), "a type of torch"),
+    ):
+        if not holds(value):
+            raise ValueError(f"{source}: {name} {value}: must be {wanted}")
+
+
+def _reason(name: str, value: Any) -> str:
+    if name in ("quantization_config", "compression_config"):
+        method = value.get("quant_method", "quantized") if isinstance(value, dict) else "quantized"
+        return (
+            f"{method} weights cannot be imported; save them dequantized with transformers "
+            "(model.dequantize(), then save_pretrained())"
+        )
+    return "changes what transformers computes or reads, and cannot be imported"
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def sliding_window(config: Mapping[str, Any], kind: str, source: str = "config.json") -> int | None:
+    """Tokens that an attention layer looks back at most, in the layer that looks back least; None for all.
+
+    Args:
+        config: the file's content.
+        kind: its model_type.
+        source: the file, named in errors.
+
+    Raises:
+        ValueError: the fields contradict one another, or say something that cannot be imported.
+    """
+    if not kind.startswith("qwen"):
+        return _uniform_window(config, kind, source)
+    window: int | None = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    types = _layer_types(config, source)
+    if types is None:
+        is_used = config.get("max_window_layers", 28) < config["num_hidden_layers"]
+    else:
+        is_used = "sliding_attention" in types
+        if is_used and window is None:
+            raise ValueError(
+                f"{source}: layer_types has sliding_attention, which needs use_sliding_window and sliding_window"
+            )
+    return _at_least_one(window, source) if is_used else None
+
+
+def _layer_types(config: Mapping[str, Any], source: str) -> list[str] | None:
+    types: list[str] | None = config.get("layer_types")
+    if types is None:
+        return None
+    layers, known = config["num_hidden_layers"], ("full_attention", "attention", "sliding_attention")
+    if len(types) != layers or any(name not in known for name in types):
+        raise ValueError(
+            f"{source}: layer_types {_short(types)}: must be full_attention or sliding_attention "
+            f"for each of {layers} layers"
+        )
+    return types
+
+
+def _uniform_window(config: Mapping[str, Any], kind: str, source: str) -> int | None:
+    if kind == "mistral":
+        if "layer_types" in config:
+            raise ValueError(f"{source}: layer_types: with it transformers makes mistral a ministral")
+        return _at_least_one(config.get("sliding_window", 4096), source)
+    if config.get("sliding_window") is not None:
+        # Prompts are computed without it, but transformers' cache forgets what is older.
+        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: a llama has none")
+    if "sliding_attention" in (_layer_types(config, source) or ()):
+        raise ValueError(f"{source}: layer_types: a llama has full_attention only")
+    return None
+
+
+def _at_least_one(window: int | None, source: str) -> int | None:
+    if window is not None and window < 1:
+        raise ValueError(f"{source}: sliding_window {window}: must be a number of at least 1")
+    return window

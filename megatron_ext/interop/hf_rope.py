@@ -1,0 +1,87 @@
+"""The rotary embedding of a config.json in our terms, read as transformers reads it.
+
+Where the file has several places for a value, transformers' order decides:
+
+    parameters                    `rope_scaling` (its name up to transformers 4), else `rope_parameters`
+    base                          `rope_theta` in them, else beside them, else 10000
+    kind                          `rope_type` in them, else `type`, else default
+    original length (llama3)      `original_max_position_embeddings` beside them, else in them, else the longest
+                                  position
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_KEYS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
+def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple[dict[str, Any], list[str]]:
+    """Base and scaling as fields of `ModelConfig`, and notes for the user.
+
+    Args:
+        config: the content of a config.json, its fields checked.
+        positions: its `max_position_embeddings`.
+        source: the file, named in errors.
+
+    Raises:
+        ValueError: they cannot be expressed.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope: dict[str, Any] = config.get(name) or {}
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{source}: {name} {nested[0]}: one for each kind of layer cannot be imported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _KEYS:
+        raise ValueError(f"{source}: rope scaling {kind}: only llama3, linear and default can be imported")
+    for place in (rope, config):
+        partial = place.get("partial_rotary_factor", 1)
+        if partial != 1 and (partial is not None or place is rope):
+            raise ValueError(f"{source}: partial_rotary_factor {partial}: only whole heads can be rotated")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    found: dict[str, Any] = {"rotary_base": _number("rope_theta", theta, source, least=1)}
+    if kind == "linear":
+        found["rotary_seq_len_interpolation_factor"] = _of(rope, "factor", kind, source)
+    elif kind == "llama3":
+        found |= _llama3(rope, config, positions, source)
+    known = _KEYS[kind] | {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    extra = [f"{name}.{key}" for key in sorted(rope) if key not in known]
+    return found, [f"{', '.join(extra)}: not used by rope scaling {kind}, ignored"] if extra else []
+
+
+def _llama3(
+    rope: Mapping[str, Any], config: Mapping[str, Any], positions: int, source: str
+) -> dict[str, Any]:
+    key = "original_max_position_embeddings"
+    original = config[key] if key in config else rope.get(key, positions)
+    if not isinstance(original, int) or isinstance(original, bool) or original < 1:
+        raise ValueError(f"{source}: {key} {original}: must be a number of at least 1")
+    low, high = (_of(rope, name, "llama3", source) for name in ("low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise ValueError(f"{source}: high_freq_factor {high}: must be above low_freq_factor {low}")
+    return {
+        "use_rope_scaling": True,
+        "rope_scaling_factor": _of(rope, "factor", "llama3", source),
+        "rope_low_freq_factor": low,
+        "rope_high_freq_factor": high,
+        "rope_original_max_position_embeddings": original,
+    }
+
+
+def _of(rope: Mapping[str, Any], name: str, kind: str, source: str) -> float:
+    if name not in rope:
+        raise ValueError(f"{source}: rope scaling {kind}: {name} is missing")
+    return _number(f"rope scaling {kind}: {name}", rope[name], source)
+
+
+def _number(name: str, value: Any, source: str, *, least: float | None = None) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or value <= 0 or (least is not None and value < least):
+        wanted = "above 0" if least is None else f"of at least {least}"
+        shown = repr(value) if isinstance(value, str) else value
+        raise ValueError(f"{source}: {name} {shown}: must be a number {wanted}")
+    return float(value)
