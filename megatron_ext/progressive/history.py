@@ -131,14 +131,12 @@ def stored_sections(save: Path, given: Mapping[str, str]) -> dict[str, Any]:
         given: the flags of the command line by field name.
 
     Raises:
-        ValueError, OSError: a file or a checkpoint is damaged or gone.
+        ValueError, OSError: a file or a checkpoint is damaged.
     """
-    finished = read_history(save).finished
-    folder = (
-        finished_checkpoint(save, finished[-1].name)
-        if finished
-        else next((files.find_checkpoint(str(phase)) for phase in files.checkpoints_below(save)), None)
-    )
+    # A finished phase whose checkpoint is gone is told when the training goes on from it.
+    places = [save / phase.name for phase in reversed(read_history(save).finished)]
+    places += files.checkpoints_below(save)
+    folder = next((found for place in places if (found := files.find_checkpoint(str(place)))), None)
     sections = {} if folder is None else sections_of(folder, given, ("model", "tokenizer"))
     sections.get("model", {}).pop("num_layers", None)
     return sections
