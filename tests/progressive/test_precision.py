@@ -90,7 +90,7 @@ def test_nvfp4_refuses_a_row_that_16_does_not_divide() -> None:
         check_part("nvfp4", Part(rows=8, row=24, splits_input=False), 1)
 
 
-FOUR_BITS = {name: LayerSettings(precision=name, trains_base=False) for name in ("qlora", "nvfp4")}  # type: ignore[arg-type]
+FOUR_BITS = {name: LayerSettings(precision=name, trains_base=False) for name in ("qlora", "nvfp4")}
 
 
 def _unpacked(precision: str, cut: str, ffn_hidden_size: int) -> list[tuple[str, torch.Tensor]]:
