@@ -44,7 +44,7 @@ class DataConfig:
     """Let no token attend over an end-of-document token."""
 
     eod_mask_loss: bool = False
-    """Leave the end-of-document tokens out of the loss."""
+    """Leave out of the loss what follows an end-of-document token: its prediction from there, as in Megatron-LM."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "num_workers")

@@ -36,7 +36,8 @@ from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import read_run_config
 from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.family import Family
-from megatron_ext.training.run import RunOptions, pretrain
+from megatron_ext.training.run import pretrain
+from megatron_ext.training.run_options import RunOptions
 
 
 def run(configs: dict[str, Any]) -> int:

@@ -35,13 +35,14 @@ from megatron_ext.npt.sequential_state import SequentialState, with_layers
 from megatron_ext.npt.settings import NPTTrainingConfig
 from megatron_ext.npt.state_files import replace_final
 from megatron_ext.training import random_state
-from megatron_ext.training.agreement import gather, on_first_rank
-from megatron_ext.training.checkpoint import Progress, print_on_first_rank
+from megatron_ext.training.agreement import gather, on_first_rank, print_on_first_rank
+from megatron_ext.training.checkpoint import Progress
 from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.family import Family
 from megatron_ext.training.loop import EXIT_OK
-from megatron_ext.training.run import RunOptions, check_run, process_group, train
+from megatron_ext.training.run import check_run, process_group, train
 from megatron_ext.training.run_directory import check_unused
+from megatron_ext.training.run_options import RunOptions
 
 
 def run_sequential(configs: dict[str, Any], options: RunOptions) -> int:

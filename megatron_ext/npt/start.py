@@ -12,8 +12,8 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.curriculum import STUDENT, format_curriculum
 from megatron_ext.npt.settings import NPTTrainingConfig
+from megatron_ext.training.agreement import print_on_first_rank
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.checkpoint import print_on_first_rank
 from megatron_ext.training.parameter_count import count_parameters
 
 

@@ -41,14 +41,15 @@ from megatron_ext.progressive.objectives import mask_token_of, reserve_mask_toke
 from megatron_ext.progressive.phases import Phase, check_phases, configs_of, plan_phases
 from megatron_ext.progressive.plan import stack_treatments, why_uncached
 from megatron_ext.training import random_state
-from megatron_ext.training.agreement import gather, on_first_rank
-from megatron_ext.training.checkpoint import Progress, print_on_first_rank
+from megatron_ext.training.agreement import gather, on_first_rank, print_on_first_rank
+from megatron_ext.training.checkpoint import Progress
 from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.dry_run import planned_world_size
 from megatron_ext.training.family import Family
 from megatron_ext.training.loop import EXIT_OK, Data
 from megatron_ext.training.progress import compact
-from megatron_ext.training.run import MakeFamilies, RunOptions, check_run, pretrain, process_group, train
+from megatron_ext.training.run import MakeFamilies, check_run, pretrain, process_group, train
+from megatron_ext.training.run_options import RunOptions
 
 
 def run(configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tokenizer: []) -> int:

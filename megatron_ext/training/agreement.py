@@ -53,3 +53,9 @@ def _kind(error: Exception | None) -> str:
         if isinstance(error, kind):
             return kind.__name__
     return "other"
+
+
+def print_on_first_rank(message: str) -> None:
+    """Prints a line on rank 0."""
+    if dist.get_rank() == 0:
+        print(message, flush=True)

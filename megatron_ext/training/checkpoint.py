@@ -24,7 +24,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training import checkpoint_files as files
 from megatron_ext.training import checkpoint_tensors as tensors
 from megatron_ext.training import random_state, scheduler_state
-from megatron_ext.training.agreement import gather, on_first_rank
+from megatron_ext.training.agreement import gather, on_first_rank, print_on_first_rank
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint_compare import check_same_model
 from megatron_ext.training.family import Family
@@ -48,12 +48,6 @@ class Progress:
 
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite."""
-
-
-def print_on_first_rank(message: str) -> None:
-    """Prints a line on rank 0."""
-    if dist.get_rank() == 0:
-        print(message, flush=True)
 
 
 class Checkpointer:
@@ -133,9 +127,14 @@ class Checkpointer:
                 files.discard(root, name)
             if isinstance(error, OSError):
                 dist.barrier()  # no rank may end the run while rank 0 still removes files
+                left = "nothing of it is left"
+                if (root / name).is_dir():
+                    left = (
+                        f"it is whole, but {files.TRACKER} does not name it: --ckpt-step {iteration} loads it"
+                    )
                 raise OSError(
                     f"--save {root}: the checkpoint of step {iteration} could not be written ({error}); "
-                    "nothing of it is left, earlier ones are intact"
+                    f"{left}, earlier ones are intact"
                 ) from error
             raise
         self._remove_older(root, name)

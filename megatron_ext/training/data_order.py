@@ -14,7 +14,8 @@ from megatron_ext.config.flags import flag_name
 from megatron_ext.config.serialize import configs_from_dict
 from megatron_ext.data.epochs import shuffled_epochs
 from megatron_ext.platform import distributed
-from megatron_ext.training.checkpoint import Progress, print_on_first_rank, read_run_config
+from megatron_ext.training.agreement import print_on_first_rank
+from megatron_ext.training.checkpoint import Progress, read_run_config
 from megatron_ext.training.checkpoint_files import find_checkpoint
 
 TRAINING_SAMPLES = "training_samples"

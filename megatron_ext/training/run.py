@@ -8,25 +8,20 @@ What a user may have got wrong is checked before the process group starts, where
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
-from megatron_ext.data.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.loader_processes import loader_failures
 from megatron_ext.data.manifest import begin_of_documents, check_dataset
-from megatron_ext.data.repeated import RepeatedDataset
-from megatron_ext.data.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.accounting import training_flops_per_token
 from megatron_ext.models.build import build_model
@@ -34,65 +29,24 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.training import scheduler_state
 from megatron_ext.training.agreement import gather, on_first_rank
-from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
-from megatron_ext.training.checkpoint_files import BEGIN, check_writable, checkpoint_name
+from megatron_ext.training.checkpoint_files import BEGIN, check_writable
 from megatron_ext.training.costs import run_cost
 from megatron_ext.training.data_order import TRAINING_SAMPLES, tell_of_other_order
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
-from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.loop import EXIT_OK, Data, Loop
+from megatron_ext.training.family import Family
+from megatron_ext.training.loop import EXIT_OK, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.planned_memory import check_memory
 from megatron_ext.training.reporting import Reporter
+from megatron_ext.training.run_data import build_data, training_samples
 from megatron_ext.training.run_directory import check_directories
 from megatron_ext.training.run_lock import run_lock
+from megatron_ext.training.run_options import PLAIN, RunOptions
 from megatron_ext.training.step import Stepper
 
 MakeFamilies = Callable[[dict[str, Any], Tokenizer], list[Family]]
 """Makes the families of a run from its configurations and tokenizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What a script's way of training differs in from plain pretraining."""
-
-    base: BaseCheckpoint | None = None
-    """A checkpoint whose model is loaded under the run; the run's own leave out what is frozen."""
-
-    checkpoint_name: Callable[[int], str] = checkpoint_name
-    """Step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads."""
-
-    loads_what_fits: bool = False
-    """On --load take the tensors that checkpoint and run share, and start the optimizer anew."""
-
-    prepare: Callable[[list[GPTModel]], None] = lambda chunks: None
-    """Called on the loaded model before it is wrapped, and before a checkpoint of the run is loaded; collective."""
-
-    begin: Callable[[list[GPTModel], MegatronOptimizer], None] = lambda chunks, optimizer: None
-    """Called before the first step of a run that is not loaded from a checkpoint; collective."""
-
-    finish: Callable[[list[GPTModel], Progress], None] = lambda chunks, progress: None
-    """Called after the last step; collective."""
-
-    first_sample: int = 0
-    """Sequences of the training set that earlier trainings of a series have taken: the run begins after them."""
-
-    first_iteration: int = 0
-    """Steps that earlier trainings of a series have done: the run counts on from them, its schedule does not."""
-
-    data: Data | None = None
-    """Batches of the caller's, in place of --data-path."""
-
-    epoch_samples: int | None = None
-    """Sequences of an epoch, the same ones in every epoch; None for mcore's, which packs documents anew each time."""
-
-    samples: int | None = None
-    """Sequences that the whole series takes, in one order; None for a run that stands alone."""
-
-
-PLAIN = RunOptions()
-"""Plain pretraining."""
 
 
 def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunOptions = PLAIN) -> int:
@@ -194,7 +148,7 @@ def train(
     gather(lambda: check_memory(configs, tokenizer, families, copies))
     global_batch_size = training.resolved_global_batch_size(copies)
     run_config = run_configuration(configs, tokenizer)
-    run_config |= {TRAINING_SAMPLES: _training_samples(training, global_batch_size, options)}
+    run_config |= {TRAINING_SAMPLES: training_samples(training, global_batch_size, options)}
     tokenizer.begin_as(run_config[BEGIN])
     chunks = _build_model(configs, run_config, families, options)
     stepper = _build_stepper(configs, chunks, families, options, global_batch_size)
@@ -210,7 +164,7 @@ def train(
         loads_what_fits=options.loads_what_fits,
     )
     progress = _begin(configs, checkpointer, stepper, options)
-    data = options.data or _build_data(configs, tokenizer, families, global_batch_size, options)
+    data = options.data or build_data(configs, tokenizer, families, global_batch_size, options)
     if options.data is None:
         tell_of_other_order(configs["checkpoint"], run_config, progress)
     with Reporter(
@@ -321,83 +275,3 @@ def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         BEGIN: begin_of_documents(prefix for prefix in trained_on if not is_number(prefix)),
     }
-
-
-def _training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
-    """Sequences for which the training set is made."""
-    taken = options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
-    return min(taken, options.epoch_samples or taken)
-
-
-def _build_data(
-    configs: dict[str, Any],
-    tokenizer: Tokenizer,
-    families: list[Family],
-    global_batch_size: int,
-    run_options: RunOptions,
-) -> Data:
-    training: TrainingConfig = configs["training"]
-    options: dict[str, Any] = {}
-    for family in families:
-        options |= family.dataset_options()
-    evaluated = training.eval_iters * global_batch_size
-    trained = run_options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
-    train, valid, test = build_datasets(
-        configs["data"],
-        seq_length=configs["model"].seq_length,
-        seed=training.seed,
-        num_samples=(
-            _training_samples(training, global_batch_size, run_options),
-            evaluated,
-            evaluated,
-        ),
-        tokenizer=tokenizer,
-        **options,
-    )
-    if train is None:
-        raise ValueError(f"--split {configs['data'].split}: leaves no training data")
-    if run_options.epoch_samples is not None:
-        train = RepeatedDataset(
-            train,
-            epoch_samples=run_options.epoch_samples,
-            block=training.micro_batch_size * parallel_state.get_data_parallel_world_size(),
-            num_samples=trained,
-            seed=training.seed,
-        )
-    batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers, tokenizer.vocab_size)
-    return Data(
-        train=partial(batches, train),
-        valid=partial(batches, valid) if valid is not None else None,
-        test=partial(batches, test) if test is not None else None,
-    )
-
-
-def _batches(
-    micro_batch_size: int, num_workers: int, vocab_size: int, dataset: Dataset, consumed_samples: int
-) -> Iterator[Batch]:
-    """Endless micro-batches, with the `epoch` [b] of each sequence: how often the dataset was read before.
-
-    Data of another tokenizer is refused where its ids first exceed the vocabulary.
-
-    Raises:
-        ValueError: a token id is not in the vocabulary.
-    """
-    rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batches = build_data_iterator(
-        dataset,
-        consumed_samples=consumed_samples,
-        micro_batch_size=micro_batch_size,
-        data_parallel_rank=rank,
-        data_parallel_size=copies,
-        num_workers=num_workers,
-    )
-    numbers = torch.arange(micro_batch_size) + consumed_samples + rank * micro_batch_size
-    for batch in batches:
-        largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
-        if largest >= vocab_size:
-            raise ValueError(
-                f"--data-path: holds token id {largest}, but the tokenizer's vocabulary has only {vocab_size} ids: "
-                "was it made with another tokenizer?"
-            )
-        yield {"epoch": numbers // len(dataset), **batch}  # type: ignore[arg-type]  # has no __len__ for torch
-        numbers += micro_batch_size * copies

@@ -19,7 +19,8 @@ from megatron_ext.npt.family import NPTFamily
 from megatron_ext.testing.datasets import write_dataset
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import read_run_config
-from megatron_ext.training.run import RunOptions, pretrain
+from megatron_ext.training.run import pretrain
+from megatron_ext.training.run_options import RunOptions
 from tests.interop.family import KINDS, Kind, alone
 
 GENERATION = {

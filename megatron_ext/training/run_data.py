@@ -1,0 +1,102 @@
+"""A run's datasets and micro-batches, from its configurations."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.config.training import TrainingConfig
+from megatron_ext.data.gpt_dataset import Dataset, build_datasets
+from megatron_ext.data.repeated import RepeatedDataset
+from megatron_ext.data.samplers import build_data_iterator
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.loop import Data
+from megatron_ext.training.run_options import RunOptions
+
+
+def training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
+    """Sequences for which the training set is made."""
+    taken = options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
+    return min(taken, options.epoch_samples or taken)
+
+
+def build_data(
+    configs: dict[str, Any],
+    tokenizer: Tokenizer,
+    families: list[Family],
+    global_batch_size: int,
+    run_options: RunOptions,
+) -> Data:
+    """The batches of a run's training, validation and test data, and of its families' files beside them.
+
+    Raises:
+        FileNotFoundError, ValueError: something is wrong with the data, in one line on every rank.
+    """
+    training: TrainingConfig = configs["training"]
+    options: dict[str, Any] = {}
+    for family in families:
+        options |= family.dataset_options()
+    evaluated = training.eval_iters * global_batch_size
+    trained = run_options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
+    train, valid, test = build_datasets(
+        configs["data"],
+        seq_length=configs["model"].seq_length,
+        seed=training.seed,
+        num_samples=(
+            training_samples(training, global_batch_size, run_options),
+            evaluated,
+            evaluated,
+        ),
+        tokenizer=tokenizer,
+        **options,
+    )
+    if train is None:
+        raise ValueError(f"--split {configs['data'].split}: leaves no training data")
+    if run_options.epoch_samples is not None:
+        train = RepeatedDataset(
+            train,
+            epoch_samples=run_options.epoch_samples,
+            block=training.micro_batch_size * parallel_state.get_data_parallel_world_size(),
+            num_samples=trained,
+            seed=training.seed,
+        )
+    batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers, tokenizer.vocab_size)
+    return Data(
+        train=partial(batches, train),
+        valid=partial(batches, valid) if valid is not None else None,
+        test=partial(batches, test) if test is not None else None,
+    )
+
+
+def _batches(
+    micro_batch_size: int, num_workers: int, vocab_size: int, dataset: Dataset, consumed_samples: int
+) -> Iterator[Batch]:
+    """Endless micro-batches, with the `epoch` [b] of each sequence: how often the dataset was read before.
+
+    Data of another tokenizer is refused where its ids first exceed the vocabulary.
+
+    Raises:
+        ValueError: a token id is not in the vocabulary.
+    """
+    rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    batches = build_data_iterator(
+        dataset,
+        consumed_samples=consumed_samples,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=rank,
+        data_parallel_size=copies,
+        num_workers=num_workers,
+    )
+    numbers = torch.arange(micro_batch_size) + consumed_samples + rank * micro_batch_size
+    for batch in batches:
+        largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"--data-path: holds token id {largest}, but the tokenizer's vocabulary has only {vocab_size} ids: "
+                "was it made with another tokenizer?"
+            )
+        yield {"epoch": numbers // len(dataset), **batch}  # type: ignore[arg-type]  # has no __len__ for torch
+        numbers += micro_batch_size * copies
