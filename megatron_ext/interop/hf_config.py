@@ -260,7 +260,9 @@ def from_model_config(
     if imported is None:
         return {**config, **free}
     if imported["model_type"] != kind:
-        ids = {name: imported[name] for name in ("bos_token_id", "eos_token_id") if name in imported}
+        ids: dict[str, Any] = {
+            name: imported[name] for name in ("bos_token_id", "eos_token_id") if name in imported
+        }
         return {**config, **free, **ids}
     kept = {name: value for name, value in imported.items() if name not in _REPLACED}
     config = {**kept, **config}
