@@ -4,6 +4,7 @@
 torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --use-per-layer-embedding --num-layers 4 ...
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.config.cli import parse, run_main
@@ -23,13 +24,24 @@ def main() -> int:
     configs = parse(
         {**TRAINING, "per_layer": PerLayerConfig},
         prog="pretrain_gpt_per_layer.py",
-        description="Pretrain a GPT with per-layer embeddings (PLE).",
+        description="Pretrain a GPT with per-layer embeddings (PLE). A checkpoint (--load) gives shape and "
+        "tokenizer: flags called required below are so for a new model only.",
         example=EXAMPLE,
+        defaults=_defaults,
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
     from megatron_ext.training.run import pretrain
 
     return pretrain(configs, _families)
+
+
+def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """The shape of the model that is loaded, its tokenizer and per-layer settings; flags that are given win."""
+    if "load" not in given:
+        return {}
+    from megatron_ext.training.run_directory import stored_sections
+
+    return stored_sections(given, ("model", "tokenizer", "per_layer"))
 
 
 def _families(configs: dict[str, Any], tokenizer: Any) -> list[Any]:

@@ -22,6 +22,8 @@ EXAMPLE = (
 # Document 002's file has NPT's shape under `model`, and losses, optimizer and lengths under `training`.
 DOCUMENT_SECTIONS = {"model": ("npt", "np"), "training": ("npt", "optimizer", "model")}
 
+BASE_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+
 
 def main() -> int:
     """Parses the command line and trains; returns the exit code."""
@@ -29,11 +31,11 @@ def main() -> int:
         {**TRAINING, "npt": NPTTrainingConfig, "np": NPTModuleConfig},
         prog="pretrain_npt.py",
         description="Train neuro-plastic transformers (NPT) on top of a base model. Its checkpoint (--load) gives "
-        "shape and tokenizer: model flags called required below are so for a model from scratch only. Defaults of the "
-        "losses' weights, --np-form and --np-rank follow from --mode; below are those of equivalence. docs/npt.md has "
-        "all.",
+        "shape and tokenizer. Defaults of the losses' weights, --np-form and --np-rank follow from --mode; below are "
+        "those of equivalence. docs/npt.md has all.",
         example=EXAMPLE,
         defaults=_defaults,
+        supplied=dict.fromkeys(BASE_SHAPE, "that of --load; required without one"),
         sections=DOCUMENT_SECTIONS,
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
@@ -49,6 +51,11 @@ def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
         from megatron_ext.npt.run import weights_defaults
 
         sections |= weights_defaults(given)
+    if not given.keys() & {"base_checkpoint", "load", "num_layers"}:
+        raise ValueError(
+            "--load: missing, the checkpoint of the base model (or --base-checkpoint); a model from scratch needs "
+            "--no-freeze-base and a shape, --num-layers and the rest"
+        )
     if "base_checkpoint" in given or "load" in given:
         from megatron_ext.npt.run import stored_defaults
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 pretrain_progressive.py --config examples/progressiv
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.cli import parse, run_main
@@ -25,9 +26,12 @@ def main() -> int:
     configs = parse(
         {**TRAINING, "progressive": ProgressiveConfig},
         prog="pretrain_progressive.py",
-        description="Grow a model stack by stack (document 004): each stack trains over the trunk of those before it.",
+        description="Grow a model stack by stack (document 004): each stack trains over the trunk of those before it. "
+        "A training that is in --save gives the shape and the tokenizer: flags called required below are so for a new "
+        "one only.",
         example=EXAMPLE,
         defaults=_defaults,
+        supplied={"num_layers": "those of the stacks"},
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
     from megatron_ext.progressive.run import run
@@ -36,8 +40,14 @@ def main() -> int:
 
 
 def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
-    """The number of layers that the stacks have, and the length of a stack's training."""
-    return run_defaults(given)
+    """What follows from the stacks; and the shape and tokenizer of a training that is in --save already."""
+    sections = run_defaults(given)
+    if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
+        from megatron_ext.progressive.history import stored_sections
+
+        stored = stored_sections(Path(given["save"]), given)
+        sections |= stored | {"model": sections["model"] | stored.get("model", {})}
+    return sections
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.indexed import Index
 from megatron_ext.data.manifest import check_dataset, read_manifest
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
-from megatron_ext.data.per_layer.vocab import load_vocabulary
+from megatron_ext.data.per_layer.table import row_names
 from megatron_ext.data.rewrite import length_histogram, merge, shuffle, split
+from megatron_ext.data.same_file import refuse_same_dataset
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.data.verify import verify
 
@@ -144,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
     """Read all of each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment of per-layer data."""
     broken = 0
+    refuse_same_dataset("verify", config.prefix)
     for prefix in config.prefix:
         try:
             lines = verify(
@@ -164,7 +166,7 @@ def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
 
 def run_inspect(config: InspectConfig, tokenizer: Tokenizer | None) -> int:
     """Show a dataset's counts and the lengths of its documents; one document, decoded where a tokenizer is given."""
-    index = check_dataset(config.prefix, tokenizer.fingerprint() if tokenizer else None)
+    index = check_dataset(config.prefix, tokenizer)
     manifest = read_manifest(config.prefix)
     print(f"{config.prefix}: {index.num_documents:,} documents, {index.num_sequences:,} sequences,")
     print(f"  {index.num_tokens:,} tokens of {index.dtype.name}")
@@ -212,9 +214,9 @@ def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | N
 
 def _per_layer_names(prefix: str) -> dict[int, str]:
     """Per-layer id -> entry of the vocabulary that the manifest names; empty when it is not at hand."""
-    vocab_file = ((read_manifest(prefix) or {}).get("per_layer") or {}).get("vocab_file")
+    made = (read_manifest(prefix) or {}).get("per_layer") or {}
     try:
-        return {number: text for text, number in load_vocabulary(vocab_file).items()} if vocab_file else {}
+        return row_names(made["vocab_file"], made["strategy"]) if made.get("vocab_file") else {}
     except FileNotFoundError:
         return {}
 

@@ -3,11 +3,10 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
+from megatron_ext.config.flags import Switch, check_at_least, one_of_two
 
 if TYPE_CHECKING:
     from megatron_ext.inference.perplexity import Perplexity
@@ -40,13 +39,20 @@ class EvaluateConfig:
     """Tokens of a window. Without it the training's sequence length."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+    """Processes that share every layer's matrices. Without it as many as the model allows."""
 
-    pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split."""
+    pipeline_model_parallel_size: int | None = None
+    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
+    they divide the layers; those that are left hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
+
+    bos: Switch = False
+    """Begin every window with the begin-of-text token. Without this and --no-bos as the model was trained."""
+
+    no_bos: Switch = False
+    """Begin every window without it."""
 
     output: str | None = None
     """JSON file for the result."""
@@ -54,6 +60,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
         check_at_least(self, 1, "pipeline_model_parallel_size")
+        one_of_two(self, "bos", "no_bos")
 
 
 def main() -> None:
@@ -65,12 +72,17 @@ def main() -> None:
         example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
     )["config"]
     from megatron_ext.data.manifest import check_dataset
+    from megatron_ext.data.same_file import refuse_same_dataset
     from megatron_ext.data.unigram import most_frequent_token, unigram_cross_entropy
-    from megatron_ext.families import FAMILIES
+    from megatron_ext.families import FAMILIES, window_begin
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import distributed
+    from megatron_ext.reports.output import check_writable, write_text
 
+    if config.output is not None:
+        check_writable("--output", config.output)
+    refuse_same_dataset("--data-path", config.data_path)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
     loaded = load_model(
@@ -80,27 +92,37 @@ def main() -> None:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
+        bos=one_of_two(config, "bos", "no_bos"),
     )
+    if distributed.rank() == 0:
+        print(f"{loaded.folder}: step {loaded.step}", flush=True)
+    length = config.seq_length or loaded.config.seq_length
+    loaded.model.check_length(length, f"--seq-length {length}")
+    begin = window_begin(loaded)
     vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
     guess = None if train is None else most_frequent_token(train, vocab_size)
     results = {}
     for prefix in config.data_path:
-        check_dataset(prefix, loaded.tokenizer.fingerprint())
+        check_dataset(prefix, loaded.tokenizer)
         found = evaluate_perplexity(
             [loaded.model],
             loaded.families,
             prefix,
-            sequence_length=config.seq_length or loaded.config.seq_length,
+            sequence_length=length,
             micro_batch_size=config.micro_batch_size,
             max_tokens=config.max_tokens,
             guess=guess,
+            begin=begin,
         )
         entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
-        results[prefix], line = _report(found, entropy)
+        entry, line = _report(found, entropy)
+        results[prefix] = {**entry, "step": loaded.step}
+        if begin is not None:
+            line += f"; every window begins with {loaded.tokenizer.inv_vocab[begin.token]}"
         if distributed.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and distributed.rank() == 0:
-        Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+        write_text(config.output, json.dumps(results, indent=2) + "\n")
     distributed.shutdown()
 
 

@@ -10,12 +10,13 @@ here; npt_layers, rank and modulation_scale must be the checkpoint's; the rest i
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least, flag
+from megatron_ext.config.flags import Switch, check_at_least, flag, one_of_two
+from megatron_ext.config.text import argument_text, read_lines
 from megatron_ext.config.training import TrainingConfig
 
 
@@ -71,6 +72,13 @@ class EvaluateNPTConfig:
     seed: int = 1234
     """Of the sampled continuations, the same for both models."""
 
+    bos: Switch = False
+    """Begin every window and prompt with the begin-of-text token. Without this and --no-bos as the model was
+    trained."""
+
+    no_bos: Switch = False
+    """Begin them without it."""
+
     npt_layers: str | None = None
     """The checkpoint's NPT layers must be these."""
 
@@ -81,10 +89,11 @@ class EvaluateNPTConfig:
     """The checkpoint's NP scale must be this."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+    """Processes that share every layer's matrices. Without it as many as the model allows."""
 
-    pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split."""
+    pipeline_model_parallel_size: int | None = None
+    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
+    they divide the layers; those that are left hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
@@ -93,6 +102,7 @@ class EvaluateNPTConfig:
         check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
         check_at_least(self, 1, "pipeline_model_parallel_size")
         check_at_least(self, 0, "max_new_tokens")
+        one_of_two(self, "bos", "no_bos")
 
 
 def main() -> None:
@@ -123,6 +133,7 @@ def main() -> None:
 
             write_text(config.html, evaluation_page(report))
         print_summary(report)
+        print(f"{report['checkpoint']}: step {report['step']}")
         print(
             f"written: {', '.join(path for path in (config.output, config.html) if path is not None)}",
             flush=True,
@@ -133,6 +144,7 @@ def main() -> None:
 def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     """The whole report on the first rank, None on the others."""
     from megatron_ext.data.manifest import check_dataset
+    from megatron_ext.families import window_begin
     from megatron_ext.inference.generation import Sampling
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.npt.attach import draw
@@ -148,18 +160,26 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         sampling = Sampling(**{name: getattr(config, name) for name in names})
     prompts = _prompts(config)
     loaded, families, settings = _load(config, stored)
+    length = config.seq_length or loaded.config.seq_length
+    loaded.model.check_length(length, f"--seq-length {length}")
     prompts = prompts or held_out_prompts(config.data_path, loaded.tokenizer)
     # First, as a prompt that does not fit should be told at once.
     generations = (
-        paired_generations(loaded.model, families, loaded.tokenizer, prompts, sampling)
+        paired_generations(
+            loaded.model,
+            families,
+            loaded.tokenizer,
+            prompts,
+            replace(sampling, stop_tokens=loaded.stop_tokens),
+        )
         if sampling is not None and prompts
         else []
     )
-    length = config.seq_length or loaded.config.seq_length
     on: dict[str, Any] = {
         "sequence_length": length,
         "micro_batch_size": config.micro_batch_size,
         "max_tokens": config.max_tokens,
+        "begin": window_begin(loaded),
     }
     report = evaluate_npt([loaded.model], families, settings, config.data_path, **on)
     # Last, as it takes the place of the trained weights.
@@ -171,6 +191,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     report["perplexity"] |= untrained_figures(untrained.loss, report["perplexity"]["base_loss"], seed)
     about = {
         "checkpoint": config.checkpoint,
+        "step": loaded.step,
         "npt_weights": config.npt_weights,
         "data_path": config.data_path,
         "evaluation_config": {**asdict(config), "seq_length": length},
@@ -211,6 +232,7 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
+        bos=one_of_two(config, "bos", "no_bos"),
     )
     families = list(loaded.families)
     if own is None:
@@ -236,10 +258,9 @@ def _check_expected(config: EvaluateNPTConfig, settings: Any, num_layers: int) -
 
 
 def _prompts(config: EvaluateNPTConfig) -> list[str]:
-    texts = list(config.prompts)
+    texts = [argument_text("--prompts", text) for text in config.prompts]
     if config.prompts_file is not None:
-        content = Path(config.prompts_file).read_text(encoding="utf-8")
-        texts += [line for line in content.splitlines() if line.strip()]
+        texts += read_lines("--prompts-file", config.prompts_file)
         if not texts:
             raise ValueError(f"--prompts-file {config.prompts_file}: holds no prompt")
     if not all(texts):

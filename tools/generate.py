@@ -7,13 +7,14 @@ from masks that become tokens, the most confident first.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least, flag_name
+from megatron_ext.config.flags import Repeated, Switch, check_at_least, flag_name, one_of_two
+from megatron_ext.config.text import argument_text, read_lines
 
 if TYPE_CHECKING:
+    from megatron_ext.data.tokenizers import Tokenizer
     from megatron_ext.inference.loading import LoadedModel
 
 
@@ -26,6 +27,18 @@ class GenerateConfig:
 
     prompt: tuple[str, ...] = ()
     """Texts to continue."""
+
+    stop: Repeated[str] = ()
+    """A text that ends a continuation, which is cut before it; several: the flag again for each."""
+
+    stop_id: Repeated[int] = ()
+    """A token that ends a continuation, besides the model's own end tokens; several likewise."""
+
+    bos: Switch = False
+    """Begin every prompt with the begin-of-text token. Without this and --no-bos as the model was trained."""
+
+    no_bos: Switch = False
+    """Begin every prompt without it."""
 
     prompt_file: str | None = None
     """File with a prompt on each line; - is standard input (single process)."""
@@ -55,10 +68,11 @@ class GenerateConfig:
     """Seed of the choice."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it all that `torchrun` has started."""
+    """Processes that share every layer's matrices. Without it as many as the model allows."""
 
-    pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split."""
+    pipeline_model_parallel_size: int | None = None
+    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
+    they divide the layers; those that are left hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
@@ -67,6 +81,9 @@ class GenerateConfig:
         check_at_least(
             self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "diffusion_steps"
         )
+        one_of_two(self, "bos", "no_bos")
+        if not all(self.stop):
+            raise ValueError("--stop '': must not be empty")
         if not self.prompt and self.prompt_file is None:
             raise ValueError("--prompt: missing (or --prompt-file)")
 
@@ -93,15 +110,28 @@ def main() -> None:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         bf16=config.bf16,
+        bos=one_of_two(config, "bos", "no_bos"),
     )
+    if distributed.rank() == 0:
+        print(f"{loaded.folder}: step {loaded.step}", file=sys.stderr, flush=True)
     tokenizer = loaded.tokenizer
     prompts = [tokenizer.tokenize(text) for text in texts]
-    found = _generate(config, loaded, prompts)
+    found = _generate(config, loaded, [tokenizer.begin(prompt) for prompt in prompts])
     if distributed.rank() == 0:
         for prompt, new in zip(prompts, found, strict=True):
-            print(tokenizer.detokenize(prompt + new), flush=True)
+            print(_shown(tokenizer, prompt, new, _stops(config)), flush=True)
             print("-" * 40, flush=True)
     distributed.shutdown()
+
+
+def _shown(tokenizer: "Tokenizer", prompt: list[int], new: list[int], stops: tuple[str, ...]) -> str:
+    """The prompt with its continuation, which is cut before the first stop text."""
+    from megatron_ext.inference.stopping import cut_at_any
+
+    kept = cut_at_any(tokenizer.detokenize(new), stops)
+    if kept == tokenizer.detokenize(new):
+        return tokenizer.detokenize(prompt + new)  # together: a letter may lie across the two
+    return tokenizer.detokenize(prompt) + kept
 
 
 def _sampling(config: GenerateConfig) -> dict[str, Any]:
@@ -117,9 +147,11 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
         ValueError: the model was not trained for the sampler.
     """
     from megatron_ext.inference.generation import Sampling, generate
+    from megatron_ext.inference.stopping import ends_with_any
     from megatron_ext.progressive.sampling import DiffusionSampling, generate_by_unmasking, objective_of
 
     objective, tokenizer = objective_of(loaded.families), loaded.tokenizer
+    stop_tokens = (*loaded.stop_tokens, *config.stop_id)
     arguments = loaded.model, loaded.families, prompts
     if config.sampler == "diffusion" or (config.sampler is None and objective and objective.masks_tokens):
         for name in ("top_k", "top_p"):
@@ -130,22 +162,25 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
             steps=config.diffusion_steps,
             temperature=config.temperature,
             seed=config.seed,
-            stop_token=tokenizer.eod,
+            stop_tokens=stop_tokens,
         )
         return generate_by_unmasking(*arguments, unmasking, tokenizer.vocab_size)
     if objective is not None and objective.bidirectional:
         raise ValueError(
             f"--sampler autoregressive: the model was trained for {objective.kind}, where every token sees all others"
         )
-    sampling = Sampling(**_sampling(config), stop_token=tokenizer.eod)
-    return generate(*arguments, sampling, tokenizer.vocab_size)
+    sampling = Sampling(**_sampling(config), stop_tokens=stop_tokens)
+    return generate(*arguments, sampling, tokenizer.vocab_size, ends_with_any(tokenizer, _stops(config)))
+
+
+def _stops(config: GenerateConfig) -> tuple[str, ...]:
+    return tuple(argument_text("--stop", text) for text in config.stop)
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
-    texts = list(config.prompt)
+    texts = [argument_text("--prompt", text) for text in config.prompt]
     if config.prompt_file is not None:
-        content = sys.stdin.read() if config.prompt_file == "-" else Path(config.prompt_file).read_text()
-        texts += [line for line in content.splitlines() if line.strip()]
+        texts += read_lines("--prompt-file", config.prompt_file)
     if not all(texts) or not texts:
         raise ValueError(f"--prompt {list(config.prompt)}: a prompt must not be empty")
     return texts

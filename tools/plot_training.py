@@ -72,8 +72,9 @@ def _draw_losses(axes: Any, config: PlotConfig, curves: dict[str, Curve]) -> Non
     if "lm loss validation" in curves:
         axes.plot(*curves["lm loss validation"], "o-", color="tab:orange", markersize=4, label="validation")
     if config.evaluation is not None:
-        found = next(iter(json.loads(Path(config.evaluation).read_text()).values()))
-        axes.plot(curves["lm loss"][0][-1], found["loss"], "s", color="tab:red", label="held out")
+        found = next(iter(json.loads(Path(config.evaluation).read_text(encoding="utf-8")).values()))
+        step = found.get("step", curves["lm loss"][0][-1])
+        axes.plot(step, found["loss"], "s", color="tab:red", label="held out")
         if "unigram_cross_entropy" in found:
             axes.axhline(
                 found["unigram_cross_entropy"], color="grey", linestyle="--", label="unigram entropy"

@@ -14,23 +14,34 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.flags import check_at_least
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.console import token_progress
 from megatron_ext.data.indexed import Index, bin_path, idx_path
 from megatron_ext.data.manifest import check_dataset, read_manifest, sha256_of, write_manifest
 from megatron_ext.data.per_layer.ids import count_tokens, write_aligned
+from megatron_ext.data.per_layer.table import (
+    number_densely,
+    read_table,
+    rows_of,
+    save_table,
+    table_path,
+)
 from megatron_ext.data.per_layer.vocab import (
+    SPECIAL,
     Strategy,
     TableArray,
     build_table,
     build_vocabulary,
     load_vocabulary,
-    save_table,
     save_vocabulary,
-    table_path,
     token_forms,
 )
+from megatron_ext.data.same_file import refuse_same_file
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+
+DEFAULT_VOCAB_SIZE = 10_000
+_MARKS = ("<|layer_start|>", "<|attention|>", "<|layer_end|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +63,8 @@ class PerLayerDataConfig:
     per_layer_vocab_file: str | None = None
     """Per-layer vocabulary (JSON): written when missing, else used. Strategy identity needs none."""
 
-    per_layer_vocab_size: int = 10000
-    """Entries of the per-layer vocabulary, special tokens included."""
+    per_layer_vocab_size: int | None = None
+    """Entries of the per-layer vocabulary at most, special tokens included. Default: 10000, or what the file has."""
 
     per_layer_strategy: Strategy = "syntax_focus"
     """How a token id becomes a per-layer id."""
@@ -64,6 +75,8 @@ class PerLayerDataConfig:
     def __post_init__(self) -> None:
         if self.per_layer_strategy != "identity" and self.per_layer_vocab_file is None:
             raise ValueError(f"--per-layer-strategy {self.per_layer_strategy} needs --per-layer-vocab-file")
+        check_at_least(self, 1, "per_layer_vocab_size")
+        refuse_same_file("--input", [(path, path) for path in self.input])
         if self.per_layer_output_prefix == self.output_prefix:
             raise ValueError(
                 f"--per-layer-output-prefix {self.output_prefix} would overwrite --output-prefix"
@@ -99,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source in sources.values():
         _require_tokenized(source, config)
     tokenizer = build_tokenizer(configs["tokenizer"])
-    indices = {key: check_dataset(source, tokenizer.fingerprint()) for key, source in sources.items()}
+    indices = {key: check_dataset(source, tokenizer) for key, source in sources.items()}
     table, vocab_size = _make_table(config, tokenizer, list(indices.values()))
     for key, index in indices.items():
         _write(config, key, index, table, tokenizer, vocab_size)
@@ -120,29 +133,68 @@ def _make_table(
     config: PerLayerDataConfig, tokenizer: Tokenizer, indices: list[Index]
 ) -> tuple[TableArray, int]:
     """The table [V] and the number of per-layer ids; writes vocabulary and table unless the strategy is identity."""
-    size, path, strategy = config.per_layer_vocab_size, config.per_layer_vocab_file, config.per_layer_strategy
+    path, strategy = config.per_layer_vocab_file, config.per_layer_strategy
     if strategy == "identity":
         return np.arange(tokenizer.vocab_size, dtype=np.int32), tokenizer.vocab_size
     assert path is not None
-    forms = token_forms(tokenizer)
+    vocabulary = _vocabulary(config, path, tokenizer, indices)
+    table = _stored_table(config, path, tokenizer)
+    if table is None:
+        by_vocabulary = build_table(strategy, token_forms(tokenizer), vocabulary, seed=config.seed)
+        table, entries = number_densely(by_vocabulary)
+        save_table(
+            path,
+            strategy,
+            table,
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+            seed=config.seed,
+            entries=entries,
+        )
+    marks = [SPECIAL[mark] for mark in _MARKS] if strategy == "attention_guidance" else []
+    used, rows = len(np.union1d(table, marks)), rows_of(table)
+    print(
+        f"{table_path(path, strategy)}: {len(table):,} token ids -> per-layer ids, {used:,} of {rows:,} rows used"
+    )
+    return table, rows
+
+
+def _vocabulary(
+    config: PerLayerDataConfig, path: str, tokenizer: Tokenizer, indices: list[Index]
+) -> dict[str, int]:
+    """The vocabulary, text -> id: from its file, or made from the tokens and written there."""
+    size = config.per_layer_vocab_size
     if Path(path).exists():
         vocabulary = load_vocabulary(path)
-        if len(vocabulary) > size:
-            raise ValueError(f"{path} has {len(vocabulary)} entries, more than --per-layer-vocab-size {size}")
+        if size is not None and len(vocabulary) > size:
+            raise ValueError(
+                f"{path} has {len(vocabulary)} entries, more than --per-layer-vocab-size {size};"
+                f" leave the flag out, or remove the file to have it made anew"
+            )
         print(f"{path}: used as it is, {len(vocabulary):,} entries")
-    else:
-        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-        with token_progress("counting", sum(index.num_tokens for index in indices)) as progress:
-            for index in indices:
-                counts += count_tokens(index, tokenizer.vocab_size, progress)
-        vocabulary = build_vocabulary(forms, counts, size)
-        save_vocabulary(path, vocabulary)
-        print(f"{path}: made from {counts.sum():,} tokens, {len(vocabulary):,} entries")
-    table = build_table(strategy, forms, vocabulary, seed=config.seed)
-    save_table(path, strategy, table, tokenizer_fingerprint=tokenizer.fingerprint(), seed=config.seed)
-    used = len(np.unique(table))
-    print(f"{table_path(path, strategy)}: {len(table):,} token ids -> {used:,} per-layer ids")
-    return table, len(vocabulary)
+        return vocabulary
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    with token_progress("counting", sum(index.num_tokens for index in indices)) as progress:
+        for index in indices:
+            counts += count_tokens(index, tokenizer.vocab_size, progress)
+    vocabulary = build_vocabulary(
+        token_forms(tokenizer), counts, DEFAULT_VOCAB_SIZE if size is None else size
+    )
+    save_vocabulary(path, vocabulary)
+    print(f"{path}: made from {counts.sum():,} tokens, {len(vocabulary):,} entries")
+    return vocabulary
+
+
+def _stored_table(config: PerLayerDataConfig, path: str, tokenizer: Tokenizer) -> TableArray | None:
+    """The table that is there for this vocabulary and tokenizer: other data was made with it, so it stays as it is."""
+    stored = read_table(path, config.per_layer_strategy)
+    if stored is None or (stored.tokenizer, stored.vocabulary) != (tokenizer.fingerprint(), sha256_of(path)):
+        return None
+    if config.per_layer_strategy == "random_subset" and stored.seed != config.seed:
+        raise ValueError(
+            f"--seed {config.seed}: {table_path(path, config.per_layer_strategy)} was drawn with --seed {stored.seed};"
+            f" give that, or another --per-layer-vocab-file"
+        )
+    return stored.table
 
 
 def _write(

@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_ext.config.cli import parse, run_main
 from megatron_ext.config.flags import check_at_least, check_choices
 from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.config.text import argument_text
 
 END_OF_TEXT = "<|endoftext|>"
 EXAMPLE = (
@@ -54,18 +55,21 @@ def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
     """Yields the documents' texts under all keys.
 
     Raises:
-        ValueError: a line is no document.
+        ValueError: a line is no document, or there is no text at all.
     """
     from megatron_ext.data.readers import iter_documents
 
-    left = max_characters
+    left, is_empty = max_characters, True
     for texts in iter_documents(inputs):
         for text in texts:
+            is_empty = is_empty and not text
             yield text if left is None else text[:left]
             if left is not None:
                 left -= len(text)
                 if left <= 0:
                     return
+    if is_empty:
+        raise ValueError(f"--input {' '.join(inputs.input)}: holds no text to train a tokenizer on")
 
 
 def main() -> None:
@@ -79,18 +83,22 @@ def main() -> None:
     config = configs["tokenizer"]
     from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_sentencepiece
 
+    special_tokens = tuple(argument_text("--special-tokens", token) for token in config.special_tokens)
     texts = documents(configs["input"], config.max_characters)
     if config.tokenizer_type == "GPT2BPETokenizer":
         size = train_byte_level_bpe(
-            texts, config.output_dir, config.vocab_size, config.special_tokens, config.min_frequency
+            texts, config.output_dir, config.vocab_size, special_tokens, config.min_frequency
         )
     else:
         size = train_sentencepiece(
-            texts, config.output_dir, config.vocab_size, config.model_type, config.special_tokens
+            texts, config.output_dir, config.vocab_size, config.model_type, special_tokens
         )
     print(f"{config.output_dir}: {config.tokenizer_type} of {size:,} tokens")
     if size < config.vocab_size:
-        print(f"fewer than --vocab-size {config.vocab_size}: the text does not yield more")
+        print(
+            f"fewer than --vocab-size {config.vocab_size}: the text yields no further pair that occurs"
+            f" --min-frequency {config.min_frequency} times; {size:,} is the size to go on with"
+        )
 
 
 if __name__ == "__main__":

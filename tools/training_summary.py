@@ -58,7 +58,7 @@ def main() -> None:
     console = Console(width=100)
     console.print(table)
     if config.evaluation is not None:
-        for prefix, found in json.loads(Path(config.evaluation).read_text()).items():
+        for prefix, found in json.loads(Path(config.evaluation).read_text(encoding="utf-8")).items():
             console.print(_describe(prefix, found), highlight=False, soft_wrap=True)
 
 
@@ -84,7 +84,8 @@ def _pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
 
 
 def _describe(prefix: str, found: dict[str, float]) -> str:
-    line = f"held-out {prefix}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+    step = f", step {found['step']}" if "step" in found else ""
+    line = f"held-out {prefix}{step}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
     if "unigram_cross_entropy" in found:
         entropy = found["unigram_cross_entropy"]
         line += f"; unigram entropy {entropy:.4f} (perplexity {math.exp(entropy):.2f})"

@@ -61,7 +61,7 @@ run "$PYTHON" tools/data.py verify "${datasets[@]}" "${tokenizer[@]}"
 echo "== 6. A few steps on it"
 run "$PYTHON" pretrain_gpt_per_layer.py \
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --swiglu --disable-bias-linear \
-    --use-per-layer-embedding --per-layer-hidden-size 32 --per-layer-vocab-size "$PER_LAYER_VOCAB_SIZE" \
+    --use-per-layer-embedding --per-layer-hidden-size 32 \
     --per-layer-strategy attention_guidance --per-layer-vocab-file "$OUT/per_layer_vocab.json" \
     --per-layer-data-path "$OUT/attention_guidance_text_document" \
     "${tokenizer[@]}" --data-path "$OUT/train_text_document" --split 100,0,0 --data-cache-path "$OUT/cache" \

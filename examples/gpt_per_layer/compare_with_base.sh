@@ -3,7 +3,7 @@
 #
 #     make quickstart && bash examples/gpt_per_layer/compare_with_base.sh
 #
-# Uses the quickstart's data (or that of the directory given). Two runs at a time, one core each; about six minutes.
+# Uses the quickstart's data (or that of the directory given). A second call trains again, in the place of the first. Two runs at a time, one core each; about six minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=${1:-runs/quickstart}
@@ -17,7 +17,7 @@ mkdir -p "$out"
 
 declare -A variant=(
     [base]=""
-    [003]="--use-per-layer-embedding --per-layer-vocab-size 2000 --per-layer-vocab-file $data/per_layer_vocab.json"
+    [003]="--use-per-layer-embedding --per-layer-vocab-file $data/per_layer_vocab.json"
     [gemma4]="--use-per-layer-embedding --per-layer-preset gemma4"
 )
 
@@ -30,7 +30,7 @@ train_and_evaluate() { # name seed
         --lr-decay-style cosine --lr-warmup-iters 50 --weight-decay 0.1 --adam-beta2 0.95 --num-workers 0 \
         --tokenizer-type GPT2BPETokenizer --vocab-file "$data/tokenizer/vocab.json" \
         --merge-file "$data/tokenizer/merges.txt" --data-path "$data/train_text_document" --split 100,0,0 \
-        --data-cache-path "$out/cache" --save "$run" --device-peak-tflops 0.1 >"$run.log" 2>&1
+        --data-cache-path "$out/cache" --save "$run" --overwrite-checkpoints --device-peak-tflops 0.1 >"$run.log" 2>&1
     "$python" tools/evaluate.py --load "$run" --data-path "$data/held_out_text_document" --micro-batch-size 16 \
         --output "$run.json" >>"$run.log" 2>&1
 }

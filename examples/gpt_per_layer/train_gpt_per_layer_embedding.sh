@@ -46,7 +46,7 @@ model=(
 )
 per_layer=(
     --use-per-layer-embedding
-    --per-layer-vocab-size "${PER_LAYER_VOCAB_SIZE:-10000}"
+    ${PER_LAYER_VOCAB_SIZE:+--per-layer-vocab-size "$PER_LAYER_VOCAB_SIZE"} # without it as many rows as there are ids
     --per-layer-hidden-size "${PER_LAYER_HIDDEN_SIZE:-2048}" # about a sixth of the hidden size
     --per-layer-combination-method "${PER_LAYER_COMBINATION_METHOD:-scaled_add}"
     --per-layer-gate-activation "${PER_LAYER_GATE_ACTIVATION:-silu}"

@@ -54,8 +54,7 @@ run "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" --log-dir "$OUT
     pretrain_gpt_per_layer.py \
     --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --num-attention-heads "$NUM_ATTENTION_HEADS" \
     --seq-length "$SEQ_LENGTH" --swiglu --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 \
-    --use-per-layer-embedding --per-layer-vocab-size "$PER_LAYER_VOCAB_SIZE" \
-    --per-layer-hidden-size "$PER_LAYER_HIDDEN_SIZE" --per-layer-strategy syntax_focus \
+    --use-per-layer-embedding --per-layer-hidden-size "$PER_LAYER_HIDDEN_SIZE" --per-layer-strategy syntax_focus \
     --per-layer-vocab-file "$OUT/per_layer_vocab.json" \
     --per-layer-data-path "$OUT/my_data_per_layer_text_document" \
     --log-per-layer-stats --log-per-layer-gradients --per-layer-stats-interval 100 \

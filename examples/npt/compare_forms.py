@@ -84,13 +84,13 @@ def main() -> int:
 
     found: dict[str, Any] = {}
     if Path(config.output).exists():
-        found = json.loads(Path(config.output).read_text())
+        found = json.loads(Path(config.output).read_text(encoding="utf-8"))
     for row in config.rows.split():
         for seed in config.seeds:
             key = f"{row}#{seed}#{config.steps}"
             if key not in found:
                 found[key] = train_and_evaluate(config, row, seed)
-                Path(config.output).write_text(json.dumps(found, indent=1))
+                Path(config.output).write_text(json.dumps(found, indent=1), encoding="utf-8")
                 print(key, {k: round(v, 5) for k, v in found[key].items()}, flush=True)
     table = Table(
         title=f"{config.steps} steps, {config.micro_batch_size} sequences each; perplexity NPT / base"

@@ -3,7 +3,7 @@
 #
 #   bash examples/npt/launch_training.sh [small|optimized|FILE.yaml] [FLAGS OF pretrain_npt.py ...]
 #
-# Without a name examples/npt/config.yaml. Flags win over the file. The base model and the data that these files name are
+# Without a name examples/npt/config.yaml. A second call goes on from the last checkpoint. Flags win over the file. The base model and the data that these files name are
 # made by `make quickstart` and `make npt`; other ones: --base-model-name CHECKPOINT --data-path PREFIX.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -4,7 +4,8 @@
 #   bash examples/npt/resume_training.sh CHECKPOINT [ADDITIONAL_STEPS=15000] [FLAGS OF pretrain_npt.py ...]
 #
 # Flags win over the run's configuration: --learning_rate, --batch_size, --curriculum_stages, ... New checkpoints are
-# written beside CHECKPOINT. The steps count from it, so give a newer one to go on after an interruption.
+# written beside CHECKPOINT. The steps count from it, so give a newer one to go on after an interruption. Where it is not the
+# newest, add --save DIRECTORY, or --overwrite-checkpoints to replace those after it.
 # The data are where the run found them; paths count from this project's directory.
 set -euo pipefail
 usage="usage: resume_training.sh CHECKPOINT [ADDITIONAL_STEPS] [FLAGS ...]"

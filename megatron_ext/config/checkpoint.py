@@ -15,7 +15,7 @@ class CheckpointConfig:
     """Saving and loading."""
 
     save: Annotated[str | None, flag(aliases=("--checkpoint_dir",))] = None
-    """Directory to write checkpoints to."""
+    """Directory to write checkpoints to: empty, missing, or the one that --load goes on from."""
 
     load: Annotated[str | None, flag(aliases=("--resume_from",))] = None
     """Directory to load a checkpoint from; an empty or missing one starts a new run."""
@@ -44,12 +44,18 @@ class CheckpointConfig:
     keep_last: int | None = None
     """Complete checkpoints to keep; older ones are removed after a save. Without it all are kept."""
 
+    overwrite_checkpoints: bool = False
+    """Let the run take the place of another one in --save, or of the steps after the one that is loaded: their
+    checkpoints are removed once this run has written its first."""
+
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_interval", "keep_last")
         check_at_least(self, 0, "ckpt_step")
         for name, value in (("--save-interval", self.save_interval), ("--keep-last", self.keep_last)):
             if value is not None and self.save is None:
                 raise ValueError(f"{name} {value}: needs --save")
+        if self.overwrite_checkpoints and self.save is None:
+            raise ValueError("--overwrite-checkpoints: needs --save")
         if self.ckpt_step is not None and self.load is None:
             raise ValueError(f"--ckpt-step {self.ckpt_step}: needs --load")
         if self.finetune and self.load is None:

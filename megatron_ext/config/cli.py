@@ -16,6 +16,7 @@ import io
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -23,7 +24,8 @@ from typing import Annotated, Any
 import tyro
 
 from megatron_ext.config.errors import exit_with_error, main_guard, run_main
-from megatron_ext.config.fields import Concerns, Flag, flags_of, given_flags, with_dashes
+from megatron_ext.config.fields import Concerns, Flag, flags_of, given_flags, missing_flags, with_dashes
+from megatron_ext.config.flags import check_numbers
 from megatron_ext.config.yaml_file import default_arguments, yaml_arguments
 
 __all__ = ["known_flags", "main_guard", "parse", "run_main"]
@@ -42,6 +44,7 @@ def parse(
     example: str = "",
     defaults: Callable[[Mapping[str, str]], Mapping[str, Mapping[str, Any]]] | None = None,
     sections: Mapping[str, Container[str]] = MappingProxyType({}),
+    supplied: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Reads the command line into configuration dataclasses.
 
@@ -53,6 +56,7 @@ def parse(
         example: a command that works, for `--help`.
         defaults: field's name -> text of the given flags of one value; gives concern's name -> field's name -> default.
         sections: YAML section's name -> further concerns whose flags it may hold, for files of earlier systems.
+        supplied: field's name -> where `defaults` takes its value from, for `--help`, which calls others required.
 
     Returns:
         An instance for every name (for a single class its name is `config`).
@@ -64,7 +68,7 @@ def parse(
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
         text = description + (f"\n\nExample: {example}" if example else "")
-        _call_tyro(by_name, tyro.conf.OmitArgPrefixes, ["--help"], prog, text)
+        _call_tyro(by_name, tyro.conf.OmitArgPrefixes, ["--help"], prog, text, supplied)
     from_yaml: list[str] = []
     try:
         arguments, path = _take_config_path(arguments)
@@ -78,14 +82,14 @@ def parse(
             from_defaults = default_arguments(chosen, flags, given)
             given |= given_flags(from_defaults, flags)
             arguments = from_defaults + arguments
-        missing = [flag.name for flag in flags if flag.is_required and flag.name not in given]
+        missing = missing_flags(by_name, flags, given, _given_values(from_yaml + arguments, flags))
         if missing:
-            raise ValueError(
-                f"missing required {'flag' if len(missing) == 1 else 'flags'} {', '.join(missing)}"
-            )
+            raise ValueError(f"missing required flag{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
         with _one_line_errors():
             # A name of "" lets a ValueError of a dataclass pass as it is; the marker used for --help would frame it.
             parsed = _call_tyro(by_name, tyro.conf.arg(name=""), from_yaml + arguments, prog, description)
+        for name in by_name:
+            check_numbers(getattr(parsed, name))
     except ValueError as error:
         message = str(error)
         from_file = {argument.partition("=")[0] for argument in from_yaml if argument.startswith("--")}
@@ -120,16 +124,47 @@ def _by_name(concerns: type[Any] | Concerns) -> dict[str, type[Any]]:
 
 
 def _call_tyro(
-    by_name: Concerns, marker: Any, arguments: Sequence[str], prog: str | None, description: str
+    by_name: Concerns,
+    marker: Any,
+    arguments: Sequence[str],
+    prog: str | None,
+    description: str,
+    supplied: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     # `parse` has read --config already; it is declared here for --help alone.
     config_flag = tyro.conf.arg(name="config", help=_CONFIG_HELP, metavar="FILE")
     fields: list[Any] = [("config_file", Annotated[str | None, config_flag], None)]
-    fields += [(name, Annotated[concern, marker]) for name, concern in by_name.items()]
+    fields += [
+        (name, Annotated[concern, marker], *_shown_defaults(concern, supplied))
+        for name, concern in by_name.items()
+    ]
     combined = dataclasses.make_dataclass("Flags", fields, kw_only=True)
     return tyro.cli(
         combined, prog=prog, description=description, args=arguments, config=(tyro.conf.DisallowNone,)
     )
+
+
+class _Words:
+    """A default that `--help` shows as words; tyro looks at its type alone."""
+
+    def __str__(self) -> str:
+        return str(self.words)  # type: ignore[attr-defined]
+
+
+def _shown_defaults(concern: type[Any], supplied: Mapping[str, str]) -> list[Any]:
+    """For `--help`: a default of the concern in which the supplied fields tell where they come from; or nothing."""
+    fields = {field.name: field for field in dataclasses.fields(concern)}
+    hints = typing.get_type_hints(concern)
+    if not supplied.keys() & fields.keys():
+        return []
+    shown = object.__new__(concern)
+    for name, field in fields.items():
+        value = field.default if field.default is not dataclasses.MISSING else tyro.MISSING_NONPROP
+        if name in supplied:
+            value = type("Supplied", (_Words, hints[name]), {})()
+            value.words = supplied[name]
+        object.__setattr__(shown, name, value)
+    return [dataclasses.field(default=shown)]
 
 
 def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -170,7 +205,7 @@ def _one_line_errors() -> Iterator[None]:
 def _unframed(framed: str) -> str:
     """Returns the text between the first rule, which is below the title, and the next."""
     message: list[str] = []
-    for line in framed.splitlines()[2:]:
+    for line in framed.split("\n")[2:]:
         text = line.strip(" |")
         if not text.strip("-"):
             break

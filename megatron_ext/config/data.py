@@ -7,7 +7,7 @@ and agree with each other is checked by `megatron_ext.data`.
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_ext.config.flags import check_at_least, flag
+from megatron_ext.config.flags import check_at_least, check_at_most, flag
 
 _Prefixes = Annotated[tuple[str, ...] | None, flag(metavar="[WEIGHT] PREFIX ...")]
 
@@ -32,7 +32,7 @@ class DataConfig:
     """Shares of training, validation and test in --data-path."""
 
     data_cache_path: str | None = None
-    """Directory for the sample index. Without it beside the dataset."""
+    """Directory for the sample index. Without it beside the dataset, or in memory where that cannot be written to."""
 
     num_workers: int = 2
     """Loader processes for each training process."""
@@ -48,6 +48,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "num_workers")
+        check_at_most(self, 1024, "num_workers")
         own = [
             name for name in ("train_data_path", "valid_data_path", "test_data_path") if getattr(self, name)
         ]

@@ -14,6 +14,25 @@ import tyro
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A boolean whose name is already a negation (`--no-load-optim`), so that it gets no `--no-` twin."""
 
+_LARGEST_FP32 = (2 - 2**-23) * 2.0**127
+
+
+_Value = typing.TypeVar("_Value")
+
+Repeated = tyro.conf.UseAppendAction[tuple[_Value, ...]]
+"""Values each given with its own flag (`--stop A --stop B`)."""
+
+
+def one_of_two(config: Any, name: str, negation: str) -> bool | None:
+    """Returns which of two switches is given, None for neither.
+
+    Raises:
+        ValueError: both are.
+    """
+    if getattr(config, name) and getattr(config, negation):
+        raise ValueError(f"{flag_name(name)}, {flag_name(negation)}: give one of them")
+    return True if getattr(config, name) else False if getattr(config, negation) else None
+
 
 def flag_name(field_name: str) -> str:
     """Returns the command-line flag of a dataclass field."""
@@ -37,6 +56,30 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= minimum:
             raise ValueError(f"{flag_name(name)} {value}: must be at least {minimum}")
+
+
+def check_at_most(config: Any, maximum: float, *names: str) -> None:
+    """Raises `ValueError` for the first named field whose value is set and lies above `maximum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value <= maximum:
+            raise ValueError(f"{flag_name(name)} {value}: must be at most {maximum}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises `ValueError` for the first field that holds no finite number of fp32, or a whole one beyond 64 bits.
+
+    `parse` calls it for every configuration; the dataclasses that Python code makes call it themselves.
+    """
+    for field in dataclasses.fields(config):
+        held = getattr(config, field.name)
+        for value in held if isinstance(held, tuple) else (held,):
+            if isinstance(value, float) and not abs(value) <= _LARGEST_FP32:
+                raise ValueError(
+                    f"{flag_name(field.name)} {value}: must be a finite number that fp32 can hold"
+                )
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{flag_name(field.name)} {value}: must be less than 2^63")
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -64,7 +107,7 @@ def check_choices(config: Any) -> None:
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        choices = _literal_values(hints[field.name])
+        choices = literal_values(hints[field.name])
         value = getattr(config, field.name)
         if choices and value is not None and value not in choices:
             raise ValueError(
@@ -72,7 +115,8 @@ def check_choices(config: Any) -> None:
             )
 
 
-def _literal_values(hint: Any) -> tuple[Any, ...]:
+def literal_values(hint: Any) -> tuple[Any, ...]:
+    """The choices of a type that is or holds a `Literal[...]`."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
-    return tuple(value for arg in typing.get_args(hint) for value in _literal_values(arg))
+    return tuple(value for arg in typing.get_args(hint) for value in literal_values(arg))

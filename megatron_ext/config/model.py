@@ -4,17 +4,45 @@ Names and defaults are Megatron's, but for the three that say otherwise: rotary 
 and `--num-query-groups` alone turns on grouped-query attention. What a family adds to a layer is the family's config.
 """
 
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_ext.config.flags import (
     Switch,
     check_at_least,
+    check_at_most,
     check_choices,
     check_fraction,
+    check_numbers,
     check_positive,
     flag,
+    flag_name,
 )
+
+_ROPE_SCALING = (
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+)
+
+
+def check_fits_window(window: int | None, length: int, asked: str) -> None:
+    """Raises `ValueError` for a sequence that is longer than a model's sliding window.
+
+    Args:
+        window: the model's `sliding_window`.
+        length: tokens of the sequence.
+        asked: the flags and values that ask for it, the beginning of the message.
+    """
+    if window is not None and length > window:
+        raise ValueError(
+            f"{asked}: a sequence of {length} tokens exceeds the model's sliding window of {window} "
+            "(--sliding-window); windows are not built yet, so a sequence must fit into one"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +75,10 @@ class ModelConfig:
 
     max_position_embeddings: int | None = None
     """Longest position the model is built for. Without it the sequence length."""
+
+    sliding_window: int | None = None
+    """Tokens that an attention layer of the model looks back over, as imported; attention here looks at all, which is
+    the same on sequences up to the window: longer ones are refused."""
 
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """How positions enter the model."""
@@ -122,6 +154,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self)
+        check_at_most(self, 10**5, "num_layers")
         check_at_least(
             self, 1, "num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size"
         )
@@ -132,25 +166,67 @@ class ModelConfig:
         check_fraction(self, "hidden_dropout", "attention_dropout")
         check_fraction(self, "rotary_percent", closed=True)
         self._check_heads()
+        self._check_mlp()
+        self._check_rotary()
         self._check_rotary_scaling()
+        self._check_window()
         if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
             raise ValueError(
                 f"--max-position-embeddings {self.max_position_embeddings}: less than --seq-length {self.seq_length}"
-            )
-        rotated = int(self.resolved_kv_channels * self.rotary_percent)
-        if self.position_embedding_type == "rope" and rotated % 2:
-            raise ValueError(
-                f"--rotary-percent {self.rotary_percent}: rotates {rotated} of a head's {self.resolved_kv_channels} "
-                "channels, the number must be even"
             )
         if self.attention_backend == "te" and self.transformer_impl == "local":
             raise ValueError(
                 "--attention-backend te: needs Transformer Engine, but --transformer-impl is local"
             )
 
+    def _check_mlp(self) -> None:
+        if self.resolved_ffn_hidden_size < 1:
+            raise ValueError(
+                f"--hidden-size {self.hidden_size}: the MLP's width that follows from it with --swiglu is 0 "
+                "(8/3 of it, down to a multiple of 64); give --ffn-hidden-size"
+            )
+
+    def _check_rotary(self) -> None:
+        """Rotary settings that would have no effect are refused, as a number of channels that cannot be rotated is."""
+        if self.position_embedding_type != "rope":
+            for name in (
+                "rotary_base",
+                "rotary_percent",
+                "rotary_seq_len_interpolation_factor",
+                *_ROPE_SCALING,
+            ):
+                self._require_default(
+                    name, f"--position-embedding-type rope, it is {self.position_embedding_type}"
+                )
+            return
+        if not self.use_rope_scaling:
+            for name in _ROPE_SCALING[1:]:
+                self._require_default(name, "--use-rope-scaling")
+        channels = self.resolved_kv_channels
+        rotated = int(channels * self.rotary_percent)
+        if rotated % 2 or not rotated:
+            sizes = f"--hidden-size {self.hidden_size}, --num-attention-heads {self.num_attention_heads}"
+            given = sizes if self.kv_channels is None else f"--kv-channels {channels}"
+            raise ValueError(
+                f"{given}: a head has {channels} channels, of which --rotary-percent {self.rotary_percent} "
+                f"rotates {rotated}; the number must be even"
+                f"{'' if rotated else ' and above 0'}"
+            )
+
+    def _require_default(self, name: str, needed: str) -> None:
+        value = getattr(self, name)
+        if value != type(self).__dataclass_fields__[name].default:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(f"{flag_name(name)}{shown}: has no effect, it needs {needed}")
+
+    def _check_window(self) -> None:
+        check_at_least(self, 1, "sliding_window")
+        check_fits_window(self.sliding_window, self.seq_length, f"--seq-length {self.seq_length}")
+
     def _check_rotary_scaling(self) -> None:
         names = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-        check_positive(self, *names, "rotary_seq_len_interpolation_factor")
+        check_positive(self, *names)
+        check_at_least(self, 1e-6, "rotary_seq_len_interpolation_factor")  # frequencies must stay finite
         check_at_least(self, 1, "rope_original_max_position_embeddings")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(
@@ -216,3 +292,18 @@ class ModelConfig:
     def resolved_max_position_embeddings(self) -> int:
         """Longest position, the default applied."""
         return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
+
+
+def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's section `model` with this machine's implementations where Transformer Engine is not installed.
+
+    Linear layers and attention compute the same in either implementation, and have the same weights.
+    """
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return dict(section)
+    others = {"transformer_engine": "auto", "te": "sdpa"}
+    names = ("transformer_impl", "attention_backend")
+    return {
+        **section,
+        **{name: others.get(section[name], section[name]) for name in names if name in section},
+    }

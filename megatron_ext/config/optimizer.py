@@ -6,7 +6,15 @@ The values are handed to mcore's `OptimizerConfig` and `OptimizerParamScheduler`
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_ext.config.flags import check_at_least, check_choices, check_fraction, check_positive, flag
+from megatron_ext.config.flags import (
+    check_at_least,
+    check_choices,
+    check_fraction,
+    check_numbers,
+    check_positive,
+    flag,
+    flag_name,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self)
         check_positive(self, "lr", "adam_eps", "lr_decay_iters", "lr_decay_samples")
         check_at_least(self, 0, "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples")
         check_at_least(self, 0, "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad")
@@ -108,7 +117,10 @@ class OptimizerSettings:
         if wants_wsd and not has_wsd:
             raise ValueError("--lr-decay-style WSD: needs --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
         if has_wsd and not wants_wsd:
-            raise ValueError(f"--lr-wsd-decay-iters: needs --lr-decay-style WSD, it is {self.lr_decay_style}")
+            name = "lr_wsd_decay_iters" if self.lr_wsd_decay_iters is not None else "lr_wsd_decay_samples"
+            raise ValueError(
+                f"{flag_name(name)} {getattr(self, name)}: needs --lr-decay-style WSD, it is {self.lr_decay_style}"
+            )
 
     def _check_weight_decay(self) -> None:
         ends = (self.start_weight_decay, self.end_weight_decay)

@@ -7,12 +7,21 @@ Only what one process count or flag pair can tell is checked here; checks agains
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.config.flags import check_at_least, check_choices, check_positive
+from megatron_ext.config.flags import (
+    check_at_least,
+    check_at_most,
+    check_choices,
+    check_numbers,
+    check_positive,
+)
+
+_MINUTES_OF_A_YEAR = 365 * 24 * 60
+_RECOMPUTED = ("core_attn",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Tensor, pipeline, context, sequence and data parallelism."""
+    """Tensor, pipeline, sequence and data parallelism."""
 
     tensor_model_parallel_size: int = 1
     """Processes that share every layer's matrices."""
@@ -24,7 +33,7 @@ class ParallelConfig:
     """Layers in one virtual stage; turns on the interleaved pipeline schedule."""
 
     context_parallel_size: int = 1
-    """Processes that share every sequence. CUDA only."""
+    """Processes that share every sequence; must be 1, as context parallelism is not built yet."""
 
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence among the tensor-parallel processes. No effect without them."""
@@ -47,7 +56,7 @@ class ParallelConfig:
     recompute_num_layers: int | None = None
     """With full recompute: layers in a group (uniform), or layers recomputed in a stage (block)."""
 
-    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_modules: tuple[str, ...] = _RECOMPUTED
     """With selective recompute: what is recomputed (core_attn, mlp, layernorm)."""
 
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
@@ -58,14 +67,25 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self)
         check_at_least(
             self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
         )
         check_at_least(self, 1, "num_layers_per_virtual_pipeline_stage", "recompute_num_layers")
         check_positive(self, "distributed_timeout_minutes")
+        check_at_most(self, _MINUTES_OF_A_YEAR, "distributed_timeout_minutes")
+        self._check_context()
         self._check_pipeline()
         self._check_overlap()
         self._check_recompute()
+
+    def _check_context(self) -> None:
+        # The engine alone would slice the rotary table, while batch and core attention stay whole: wrong positions.
+        if self.context_parallel_size > 1:
+            raise ValueError(
+                f"--context-parallel-size {self.context_parallel_size}: must be 1, as context parallelism is not built "
+                "yet; for long sequences use --tensor-model-parallel-size with --sequence-parallel, or recomputation"
+            )
 
     def _check_pipeline(self) -> None:
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size < 2:
@@ -85,6 +105,11 @@ class ParallelConfig:
         for module in self.recompute_modules:
             if module not in known:
                 raise ValueError(f"--recompute-modules {module}: must be one of {', '.join(known)}")
+        if self.recompute_modules != _RECOMPUTED and self.recompute_granularity != "selective":
+            raise ValueError(
+                f"--recompute-modules {' '.join(self.recompute_modules)}: needs --recompute-granularity selective, "
+                f"it is {self.recompute_granularity}"
+            )
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:
                 raise ValueError(

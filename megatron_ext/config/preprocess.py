@@ -14,10 +14,10 @@ class InputConfig:
     """Raw text: files, and what to do with a line that is not a document."""
 
     input: tuple[str, ...]
-    """Files, glob patterns, or - for standard input: .txt, .parquet, else JSON lines; .gz and .zst are unpacked."""
+    """Files, patterns, - for standard input: .txt, .parquet, .arrow, else JSON lines; .gz .zst .bz2 .xz on top."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line (columns of a parquet file) that hold text; each makes its own dataset."""
+    """Keys of a JSON line (columns of a .parquet or .arrow file) that hold text; each makes its own dataset."""
 
     text_unit: Literal["line", "file"] = "line"
     """What a document is in a .txt file: every line that is not blank, or the whole file."""
@@ -47,6 +47,9 @@ class PreprocessConfig:
 
     append_eod: bool = False
     """End every document that is not empty with the end-of-document token."""
+
+    prepend_bos: bool = False
+    """Begin every document that is not empty with the tokenizer's begin-of-text token."""
 
     workers: int | None = None
     """Worker processes. Default: every core this process may use."""

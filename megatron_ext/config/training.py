@@ -3,10 +3,11 @@
 The schedule of the learning rate is `optimizer.py`; saving is `checkpoint.py`.
 """
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from megatron_ext.config.flags import check_at_least, check_positive, flag
+from megatron_ext.config.flags import check_at_least, check_at_most, check_numbers, check_positive, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,12 @@ class TrainingConfig:
     """Print parameters, memory and FLOPs a step for this cut, build nothing, exit."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_at_least(self, 1, "micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
         check_at_least(self, 1, "train_iters", "train_samples", "eval_interval", "exit_interval")
         check_at_least(self, 1, "max_consecutive_nan_steps")
         check_at_least(self, 0, "eval_iters", "seed")
+        check_at_most(self, 2**32 - 1, "seed")  # numpy takes no larger one
         check_positive(self, "exit_duration_in_mins", "num_epochs")
         lengths = (self.train_iters, self.train_samples, self.num_epochs)
         given = [str(length) for length in lengths if length is not None]
@@ -74,6 +77,14 @@ class TrainingConfig:
                 f"--gradient-accumulation-steps {self.gradient_accumulation_steps}: "
                 f"cannot be given together with --global-batch-size {self.global_batch_size}"
             )
+
+    @classmethod
+    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+        """Flags that a command lacks, see `fields.missing_flags`."""
+        lengths = ("--train-iters", "--train-samples", "--num-epochs")
+        return (
+            [] if any(flag in given for flag in lengths) else [f"{lengths[0]} (or {', '.join(lengths[1:])})"]
+        )
 
     def resolved_global_batch_size(self, data_parallel_size: int) -> int:
         """Returns the sequences in one optimizer step, the default applied.

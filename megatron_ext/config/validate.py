@@ -6,6 +6,7 @@ concern can tell alone is checked in its own `__post_init__`.
 
 import os
 
+from megatron_ext.config.data import DataConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.config.parallel import ParallelConfig
@@ -17,6 +18,7 @@ def validate(
     parallel: ParallelConfig,
     training: TrainingConfig | None = None,
     optimizer: OptimizerSettings | None = None,
+    data: DataConfig | None = None,
     *,
     world_size: int | None = None,
 ) -> None:
@@ -27,6 +29,7 @@ def validate(
         parallel: the cut.
         training: batch sizes and length; left out by tools that do not train.
         optimizer: the schedules; left out by tools that do not train.
+        data: the samples' masks and positions; left out by tools that do not train.
         world_size: number of processes; `torchrun`'s WORLD_SIZE, or 1, by default.
     """
     if world_size is None:
@@ -35,6 +38,8 @@ def validate(
     _check_tensor_parallel(model, parallel)
     _check_pipeline(model, parallel)
     _check_sequence(model, parallel)
+    if data is not None:
+        _check_resets(model, data)
     if training is not None:
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
@@ -78,22 +83,27 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
-    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    length = model.seq_length
-    if context > 1:
-        if not _has_cuda():
-            raise ValueError(
-                f"--context-parallel-size {context}: needs CUDA, this machine has no CUDA device"
-            )
-        if length % (2 * context):
-            raise ValueError(f"--seq-length {length}: not divisible by 2 x --context-parallel-size {context}")
+    tensor, length = parallel.tensor_model_parallel_size, model.seq_length
     if "mlp" in parallel.recompute_modules and model.has_mlp_bias:
         # The engine's checkpoint of its MLP returns fc2's bias, and recomputes without end.
         raise ValueError("--recompute-modules mlp: needs --disable-bias-linear, without --add-mlp-bias")
-    if parallel.sequence_parallel and (length // context) % tensor:
+    if parallel.sequence_parallel and length % tensor:
         raise ValueError(
             f"--seq-length {length}: --sequence-parallel needs it divisible by --tensor-model-parallel-size {tensor}"
-            + (f" x --context-parallel-size {context}" if context > 1 else "")
+        )
+
+
+def _check_resets(model: ModelConfig, data: DataConfig) -> None:
+    """What a document's end resets must have an effect in the model, and the one that is meant."""
+    if data.reset_attention_mask and model.attention_backend == "te":
+        # Transformer Engine's causal attention makes its own mask and reads no other.
+        raise ValueError("--reset-attention-mask: needs --attention-backend sdpa or local, it is te")
+    positions_count = model.position_embedding_type == "learned_absolute" or data.reset_attention_mask
+    if data.reset_position_ids and not positions_count:
+        # Rotary attention sees differences of positions alone; within a document a reset leaves them as they are.
+        raise ValueError(
+            "--reset-position-ids: has no effect, it needs --reset-attention-mask, or --position-embedding-type "
+            f"learned_absolute (it is {model.position_embedding_type})"
         )
 
 
@@ -133,9 +143,3 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
         raise ValueError(
             f"--lr-wsd-decay-{unit} {wsd_decay}: more than the {decay} {unit} of the whole schedule"
         )
-
-
-def _has_cuda() -> bool:
-    import torch  # only here: importing it takes longer than everything else in this package
-
-    return torch.cuda.is_available()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_ext.config.fields import Concerns, Flag, did_you_mean, with_dashes
+from megatron_ext.config.megatron_flags import instead_of
 
 
 def yaml_arguments(
@@ -32,10 +33,12 @@ def yaml_arguments(
         sections: section's name -> further concerns whose flags it may hold.
 
     Raises:
-        ValueError: if the file is missing, is not a mapping of flags, or holds an unknown or repeated key.
+        ValueError: if the file is missing, is not a mapping of flags, or holds unknown keys, a repeated one, or a value
+            of a wrong type, also where the command line gives the flag.
     """
     flag_of = {name: flag for flag in flags for name in flag.names}
     arguments: list[str] = []
+    unknown: list[str] = []
     seen: set[str] = set()
     for section, key, value in _read(path, concerns):
         flag = flag_of.get(with_dashes(key))
@@ -46,13 +49,22 @@ def yaml_arguments(
                 if _belongs(flag, section, sections)
             ]
             where = f" in section {section}" if section is not None else ""
-            raise ValueError(f"{path}: unknown key {key}{where}{did_you_mean(key.replace('-', '_'), known)}")
+            unknown.append(f"{key}{where}{_instead_of(key, known)}")
+            continue
         if flag.name in seen:
             raise ValueError(f"{path}: {key} is given twice")
         seen.add(flag.name)
-        if flag.name not in given and value is not None:
-            arguments += _as_arguments(path, flag, key, value)
+        if value is not None:
+            read = _as_arguments(path, flag, key, value)
+            arguments += [] if flag.name in given else read
+    if unknown:
+        raise ValueError(f"{path}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}")
     return arguments
+
+
+def _instead_of(key: str, known: list[str]) -> str:
+    words = instead_of(with_dashes(key))
+    return f" ({words})" if words is not None else did_you_mean(key.replace("-", "_"), known)
 
 
 def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[str]]) -> bool:
@@ -80,12 +92,41 @@ def _as_arguments(path: str, flag: Flag, key: str, value: Any) -> list[str]:
             raise ValueError(f"{path}: {key} {value}: is neither true nor false")
         return [flag.name] if value else list(flag.negations[:1])
     if isinstance(value, list) and flag.takes_many:
+        for part in value:
+            _check_kind(path, flag, key, part)
         return [flag.name, *map(str, value)]
-    if isinstance(value, list) and flag.is_text and value and all(type(part) is int for part in value):
+    if isinstance(value, list) and flag.kind is str and value and all(type(part) is int for part in value):
         value = ",".join(map(str, value))  # numbers of layers, as the command line has them
     if isinstance(value, (list, dict)):
-        raise ValueError(f"{path}: {key} {value}: must be a single value, it is a {type(value).__name__}")
+        raise ValueError(f"{path}: {key} {value}: must be a single value, it is {_TYPES[type(value)]}")
+    _check_kind(path, flag, key, value)
     return [f"{flag.name}={value}"]
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+_TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a section",
+}
+
+
+def _check_kind(path: str, flag: Flag, key: str, value: Any) -> None:
+    """Raises `ValueError` for a value that the flag's type cannot be read from; YAML has 1e-4, say, as a text."""
+    found = f"it is {_TYPES.get(type(value), type(value).__name__)}"
+    if flag.choices:
+        wanted, fits = f"one of {', '.join(flag.choices)}", value in flag.choices
+    else:
+        wanted, fits = _KINDS.get(flag.kind, flag.kind.__name__), not isinstance(value, (bool, list, dict))
+        try:
+            flag.kind(str(value))
+        except (TypeError, ValueError):
+            fits = False
+    if not fits:
+        raise ValueError(f"{path}: {key} {value}: must be {wanted}, {found}")
 
 
 def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str, Any]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.data import DataConfig
 from megatron_ext.data.indexed import open_index
+from megatron_ext.data.same_file import refuse_same_dataset
 
 SPLITS = ("training", "validation", "test")
 Blend = tuple[list[str], list[float] | None]
@@ -73,6 +74,19 @@ def parse_blend(values: Sequence[str]) -> Blend:
         except ValueError:  # the first of each pair is not a weight: all are prefixes
             pass
     return [value.strip() for value in values], None
+
+
+def check_repeats(blends: Blends) -> None:
+    """Refuse a dataset that stands twice in one blend: it would have more weight than is said, or be counted twice.
+
+    Raises:
+        ValueError: names the flag and both spellings.
+    """
+    if blends.blend is not None:
+        refuse_same_dataset("--data-path", blends.blend[0])
+    for name, blend in zip(("train", "valid", "test"), blends.blend_per_split or [], strict=False):
+        if blend is not None:
+            refuse_same_dataset(f"--{name}-data-path", blend[0])
 
 
 def check_splits(blends: Blends, seq_length: int) -> None:

@@ -7,13 +7,11 @@ Without aligned data nothing is added here; the per-layer ids are then `table[to
 
 What mcore would answer with a hang or garbage is refused first, with one line on every rank: a missing or truncated
 file, another tokenizer, per-layer data of another shape, a split without documents (mcore loops for ever), a failing
-rank 0 (the others would wait at a barrier). Two things are added to mcore's cache of sample indices: its key holds
-the identity of the `.idx`, so data remade under the same name never meets a stale index; and a cache file that a
-killed run left truncated is made again.
+rank 0 (the others would wait at a barrier). The key of mcore's cache of sample indices also holds the identity of the
+`.idx`, so data remade under the same name never meets a stale index; see `index_cache` for what else is added.
 """
 
 import copy
-import glob
 import hashlib
 import json
 import os
@@ -31,7 +29,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.config.data import DataConfig
-from megatron_ext.data.blends import Blends, blends_of, check_splits
+from megatron_ext.data.blends import Blends, blends_of, check_repeats, check_splits
+from megatron_ext.data.index_cache import IN_MEMORY, choose_cache, through_cache
+from megatron_ext.data.index_size import check_index_size
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
@@ -73,8 +73,7 @@ class AlignedGPTDataset(GPTDataset):
     def _build_document_sample_shuffle_indices(
         self,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """mcore's, with the identity of the index file in the cache key and truncated cache files made again."""
-        assert self.config.path_to_cache is not None  # `build_datasets` sets it
+        """mcore's, with the identity of the index file in the cache key."""
         self.unique_identifiers["index_identity"] = _identity(self.dataset.path_prefix)
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers
@@ -82,15 +81,20 @@ class AlignedGPTDataset(GPTDataset):
         self.unique_description_hash = hashlib.md5(
             self.unique_description.encode(), usedforsecurity=False
         ).hexdigest()
-        try:
-            return super()._build_document_sample_shuffle_indices()
-        except (ValueError, EOFError):
-            if dist.is_initialized() and dist.get_rank() != 0:
-                raise
-            folder = glob.escape(self.config.path_to_cache)
-            for path in glob.glob(os.path.join(folder, f"{self.unique_description_hash}-*")):
-                os.unlink(path)
-            return super()._build_document_sample_shuffle_indices()
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        kinds = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")
+        return through_cache(
+            self, [f"{base}-{kind}" for kind in kinds], super()._build_document_sample_shuffle_indices
+        )
+
+
+class _Blend(BlendedDataset):
+    """mcore's blend, its cache written whole."""
+
+    def _build_indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
+        kinds = ("description.txt", "dataset_index.npy", "dataset_sample_index.npy")
+        return through_cache(self, [f"{base}-{kind}" for kind in kinds], super()._build_indices)
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -101,11 +105,13 @@ class _Builder(BlendedMegatronDatasetBuilder):
         cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
         """Rank 0 builds and writes the cache, then the others read it."""
-        if cls is BlendedDataset and not dist.is_initialized():
-            # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
-            uncached = copy.copy(args[-1])
-            uncached.path_to_cache = None
-            args = (*args[:-1], uncached)
+        if cls is BlendedDataset:
+            cls = _Blend
+            if not dist.is_initialized():
+                # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
+                uncached = copy.copy(args[-1])
+                uncached.path_to_cache = IN_MEMORY
+                args = (*args[:-1], uncached)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         dataset = _together(lambda: cls(*args) if is_first else None)
         return _together(lambda: dataset if is_first else cls(*args))
@@ -154,15 +160,18 @@ def build_datasets(
 
     def check() -> None:
         for prefix in blends.prefixes():
-            check_dataset(prefix, tokenizer.fingerprint())
+            check_dataset(prefix, tokenizer)
+        check_repeats(blends)
         check_splits(blends, seq_length)
+        check_index_size(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
             require_per_layer_files(prefix, per_layer)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 check_aligned(prefix, per_layer, strategy=per_layer_strategy, vocab_size=per_layer_vocab_size)
 
     _together(check)
-    config = _mcore_config(data, blends, seq_length, seed, tokenizer)
+    cache = choose_cache(data, blends.prefixes())
+    config = _mcore_config(data, blends, seq_length, seed, tokenizer, cache)
     if config.split_matrix is not None:
         config.split_matrix = [
             bounds if wanted else None
@@ -174,7 +183,7 @@ def build_datasets(
 
 
 def _mcore_config(
-    data: DataConfig, blends: Blends, seq_length: int, seed: int, tokenizer: Tokenizer
+    data: DataConfig, blends: Blends, seq_length: int, seed: int, tokenizer: Tokenizer, cache: str
 ) -> AlignedGPTDatasetConfig:
     """mcore's configuration of the datasets."""
     return AlignedGPTDatasetConfig(
@@ -183,8 +192,7 @@ def _mcore_config(
         blend=blends.blend,
         blend_per_split=blends.blend_per_split,
         split=data.split if blends.blend is not None else None,
-        path_to_cache=data.data_cache_path
-        or os.path.join(os.path.dirname(blends.prefixes()[0]), "index_cache"),
+        path_to_cache=cache,
         tokenizer=tokenizer,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
@@ -195,14 +203,13 @@ def _mcore_config(
 
 
 def _identity(prefix: str) -> str:
-    """What tells one index file from another of the same name: its size and a checksum of its two ends."""
+    """What tells one index file from another of the same name: its size and a checksum of all of it."""
     path = f"{prefix}.idx"
-    size = os.path.getsize(path)
+    checksum = 0
     with open(path, "rb") as stream:
-        checksum = zlib.crc32(stream.read(_IDENTITY_BYTES))
-        stream.seek(max(size - _IDENTITY_BYTES, 0))
-        checksum = zlib.crc32(stream.read(_IDENTITY_BYTES), checksum)
-    return f"{size}-{checksum:08x}"
+        while block := stream.read(_IDENTITY_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return f"{os.path.getsize(path)}-{checksum:08x}"
 
 
 def _together(action: Callable[[], Any]) -> Any:

@@ -13,13 +13,16 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.indexed import Index, bin_path, idx_path, open_index
+from megatron_ext.data.tokenizers.base import Tokenizer, in_words
 
 FORMAT = "megatron_ext.dataset/1"
+PREPENDED_BOS = "prepended_bos"
+"""Key of the tokenizer's description: the token that begins every document; missing where none does."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_BYTES = 1 << 18
 
@@ -147,12 +150,25 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     return manifest
 
 
-def check_dataset(prefix: str, tokenizer_fingerprint: str | None = None) -> Index:
+def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
+    """The begin-of-text token before every document of datasets, or nothing; None if it is not known or differs.
+
+    Args:
+        prefixes: paths without `.bin` or `.idx`.
+    """
+    described = [(manifest or {}).get("tokenizer") for manifest in map(read_manifest, prefixes)]
+    begins = {one.get(PREPENDED_BOS) for one in described if one is not None}
+    if None in described or len(begins) != 1:
+        return None
+    return [bos for bos in begins if bos is not None]
+
+
+def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Index:
     """Refuse a dataset whose files contradict each other or that another tokenizer made; constant time.
 
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
-        tokenizer_fingerprint: the run's tokenizer; compared when the manifest names one.
+        tokenizer: the run's, or its fingerprint; compared when the manifest names one.
 
     Returns:
         The opened index.
@@ -169,9 +185,13 @@ def check_dataset(prefix: str, tokenizer_fingerprint: str | None = None) -> Inde
         recorded, actual = manifest["sizes"][name], os.path.getsize(path)
         if recorded != actual:
             raise ValueError(f"{path} is {actual} bytes, but {manifest_path(prefix)} recorded {recorded}")
-    made_with = (manifest.get("tokenizer") or {}).get("fingerprint")
-    if tokenizer_fingerprint is not None and made_with not in (None, tokenizer_fingerprint):
+    made_with = manifest.get("tokenizer") or {}
+    ours = tokenizer.fingerprint() if isinstance(tokenizer, Tokenizer) else tokenizer
+    if ours is not None and made_with.get("fingerprint") not in (None, ours):
+        told = ours
+        if isinstance(tokenizer, Tokenizer):
+            told = in_words({**tokenizer.describe(), "files": tokenizer.files})
         raise ValueError(
-            f"{prefix} was made with the tokenizer {made_with}, but this run's is {tokenizer_fingerprint}"
+            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run's is {told}"
         )
     return index

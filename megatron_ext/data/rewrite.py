@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.data.indexed import Index, IntArray, bin_path, chunks, idx_path, open_index, write_index
-from megatron_ext.data.manifest import manifest_path, read_manifest, write_atomically, write_manifest
+from megatron_ext.data.manifest import (
+    PREPENDED_BOS,
+    manifest_path,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from megatron_ext.data.same_file import refuse_same_dataset
 
 _CHUNK_DOCUMENTS = 1 << 15
 _READ_BYTES = 1 << 23
@@ -85,9 +92,10 @@ def merge(prefixes: Sequence[str], output: str) -> None:
     """Concatenate datasets in the order given.
 
     Raises:
-        ValueError: token types, tokenizers or per-layer strategies differ, or an input is the output.
+        ValueError: token types, tokenizers or per-layer strategies differ, an input is given twice or is the output.
     """
     indices = [open_index(prefix) for prefix in prefixes]
+    refuse_same_dataset("merge", prefixes)
     dtypes = {index.dtype for index in indices}
     if len(dtypes) != 1:
         names = ", ".join(f"{index.prefix} is {index.dtype.name}" for index in indices)
@@ -109,7 +117,7 @@ def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> None:
         shares: share of the documents of each part, normalised here.
 
     Raises:
-        ValueError: the shares do not match the outputs or are not positive.
+        ValueError: the shares do not match the outputs, are not positive, or leave a part without a document.
     """
     if len(outputs) != len(shares) or not outputs:
         raise ValueError(f"--shares has {len(shares)} values, --output-prefix {len(outputs)}")
@@ -120,6 +128,11 @@ def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> None:
     _refuse_overwriting([prefix], outputs)
     index = open_index(prefix)
     bounds = [round(end * index.num_documents) for end in np.cumsum([0.0, *shares]) / sum(shares)]
+    for output, begin, end in zip(outputs, bounds[:-1], bounds[1:], strict=True):
+        if begin == end:
+            raise ValueError(
+                f"--shares {' '.join(map(str, shares))}: {output} would get none of the {index.num_documents} documents"
+            )
     described = _described([prefix])
     for output, begin, end in zip(outputs, bounds[:-1], bounds[1:], strict=True):
         with DatasetWriter(output, index.dtype) as writer:
@@ -223,6 +236,7 @@ def _described(prefixes: Sequence[str]) -> dict[str, Any]:
             }
         facts = {
             "tokenizer": (manifest.get("tokenizer") or {}).get("fingerprint"),
+            "token that begins a document": (manifest.get("tokenizer") or {}).get(PREPENDED_BOS),
             "per-layer strategy": per_layer and per_layer["strategy"],
             "per-layer vocabulary": per_layer and per_layer["vocab_checksum"],
         }

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from megatron_ext.data.loader_processes import LoaderContext
+
 Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 
 
@@ -85,6 +87,7 @@ def build_data_iterator(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
+        multiprocessing_context=LoaderContext() if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         # The loader draws a seed for its workers; from torch's own stream, a resumed run would get other dropout masks.
         generator=torch.Generator(),

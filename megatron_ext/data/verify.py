@@ -11,7 +11,8 @@ from megatron_ext.data.indexed import Index, bin_path, check_contiguous, idx_pat
 from megatron_ext.data.manifest import check_dataset, read_manifest, sha256_of
 from megatron_ext.data.per_layer.alignment import check_aligned
 from megatron_ext.data.per_layer.ids import check_bounds, derive
-from megatron_ext.data.per_layer.vocab import STRATEGIES, load_vocabulary, table_path
+from megatron_ext.data.per_layer.table import read_table, table_path
+from megatron_ext.data.per_layer.vocab import STRATEGIES, load_vocabulary
 
 _CHUNK_TOKENS = 1 << 20
 
@@ -103,13 +104,13 @@ def _check_per_layer(index: Index, source: str, per_layer: dict) -> list[str]:
     if strategy == "identity":
         table = np.arange(per_layer["vocab_size"])
     else:
-        path = Path(table_path(str(vocab_file), strategy))
-        if not path.is_file():
+        path = table_path(str(vocab_file), strategy)
+        stored = read_table(str(vocab_file), strategy)
+        if stored is None:
             return [aligned, f"per-layer ids: not checked, their table {path} is not here"]
         load_vocabulary(str(vocab_file))
-        with np.load(path, allow_pickle=False) as stored:
-            table = stored["table"]
-            made_for = str(stored["tokenizer"]), str(stored["vocabulary"])
+        table = stored.table
+        made_for = stored.tokenizer, stored.vocabulary
         if made_for != (tokenizer.get("fingerprint"), per_layer.get("vocab_checksum")):
             return [
                 aligned,

@@ -7,8 +7,11 @@ Prompts of different lengths share a batch: the shortest is read at once, the ot
 beside the first generated ones. Every rank takes part and gets the same tokens. No beam search, no batching over time.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -37,23 +40,45 @@ class Sampling:
     seed: int = 1234
     """Seed of the choice."""
 
-    stop_token: int | None = None
-    """A prompt's generation ends with this token."""
+    stop_tokens: tuple[int, ...] = ()
+    """A prompt's generation ends with any of these tokens."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        check_max_new_tokens(self.max_new_tokens)
+        check_temperature(self.temperature)
+        check_seed(self.seed)
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k}: must be 0 (all) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: must lie in [0, 1]")
 
 
+def check_max_new_tokens(count: int) -> None:
+    """Raises `ValueError` unless so many tokens can be numbered."""
+    if not 1 <= count < 2**31:
+        raise ValueError(f"--max-new-tokens {count}: must be at least 1 and below 2**31")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises `ValueError` unless it is a number from 0 on."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature {temperature}: must be a number, 0 (greedy) or more")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `ValueError` unless torch's generators take it."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed}: must lie in [0, 2**63)")
+
+
 @torch.no_grad()
 def generate(
-    model: GPTModel, families: list[Family], prompts: list[list[int]], sampling: Sampling, vocab_size: int
+    model: GPTModel,
+    families: list[Family],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    vocab_size: int,
+    is_end: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continues the prompts.
 
@@ -63,24 +88,25 @@ def generate(
         prompts: token ids, at least one each.
         sampling: how tokens are chosen.
         vocab_size: of the tokenizer; padded rows are never chosen.
+        is_end: of a prompt's new tokens: True ends its generation, the last token included.
 
     Returns:
         The new tokens of each prompt, on every rank; a stop token is left out.
 
     Raises:
-        ValueError: a prompt is empty or too long for the model's positions.
+        ValueError: a prompt is empty or too long, for the model's positions, its sliding window or the memory.
     """
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + sampling.max_new_tokens
     if min(lengths) == 0:
         raise ValueError("a prompt has no tokens; give at least one")
-    if total > model.max_sequence_length and model.position_embedding_type == "learned_absolute":
-        raise ValueError(
-            f"--max-new-tokens {sampling.max_new_tokens}: with a prompt of {max(lengths)} tokens exceeds the model's "
-            f"{model.max_sequence_length} positions"
-        )
+    model.check_length(
+        total, f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {max(lengths)} tokens"
+    )
     model.eval()
+    check_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
     tokens = _padded(prompts, total)
+    stops = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=tokens.device)
     context = StaticInferenceContext(len(prompts), total)
     generator = torch.Generator(device=tokens.device).manual_seed(sampling.seed)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
@@ -90,31 +116,66 @@ def generate(
         chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
-        finished |= ~in_prompt & (
-            tokens[:, end] == (-1 if sampling.stop_token is None else sampling.stop_token)
-        )
+        finished |= ~in_prompt & torch.isin(tokens[:, end], stops)
+        if is_end is not None:
+            new = [row[length : end + 1] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+            finished |= torch.tensor([bool(ids) and is_end(ids) for ids in new], device=tokens.device)
         finished |= torch.tensor(
             [end + 1 >= n + sampling.max_new_tokens for n in lengths], device=tokens.device
         )
         start, end = end, end + 1
-    return [_new_tokens(row, length, sampling) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    new = [_new_tokens(row, length, sampling) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    return new if is_end is None else [_until_end(ids, is_end) for ids in new]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
     """Next tokens [b] from logits [b, V]; see the formula at the top of this file."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
+
+
+def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """What the next tokens are drawn from, [b, V], at a temperature above 0; see the formula at the top."""
+    logits = tempered(logits, sampling.temperature)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if sampling.top_p:
         ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
+        sorted_probabilities = ordered.softmax(-1)
         # A token stays if those before it have not reached top_p: the most likely one always does.
-        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        dropped = sorted_probabilities.cumsum(-1) - sorted_probabilities >= sampling.top_p
+        dropped[..., 0] = False  # also where top_p is too small for a float
         logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    return logits.softmax(-1)
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits of the same softmax as `logits / temperature`, finite for any temperature above 0.
+
+    The largest becomes 0 before the division. Beyond 1e30 either way a temperature changes nothing any more.
+    """
+    logits = logits.float()
+    return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
+
+
+def check_memory(needed: int, max_new_tokens: int) -> None:
+    """Raises `ValueError` where a generation needs more bytes than are free: the system would end the process."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens}: needs about {needed / 2**30:,.1f} GiB of memory, "
+            f"{free / 2**30:,.1f} are free"
+        )
+
+
+def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
+    """Bytes of the tokens, of this rank's keys and values, and of the rotary table."""
+    config = model.config
+    groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+    values = 2 * len(model.decoder.layers) * groups * config.kv_channels
+    return total * (rows * (8 + values * config.params_dtype.itemsize) + 2 * 4 * config.kv_channels)
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:
@@ -173,4 +234,14 @@ def _share_from_last_stage(
 
 def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:
     new = row[length : length + sampling.max_new_tokens]
-    return new[: new.index(sampling.stop_token)] if sampling.stop_token in new else new
+    return new[: first_of(sampling.stop_tokens, new)]
+
+
+def first_of(wanted: Sequence[int], tokens: list[int]) -> int:
+    """The place of the first wanted token; the number of tokens where there is none."""
+    return next((place for place, token in enumerate(tokens) if token in wanted), len(tokens))
+
+
+def _until_end(new: list[int], is_end: Callable[[list[int]], bool]) -> list[int]:
+    """The new tokens with which a row has ended: others of its batch may have gone on."""
+    return next((new[:count] for count in range(1, len(new) + 1) if is_end(new[:count])), new)

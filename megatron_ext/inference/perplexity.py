@@ -5,6 +5,11 @@
 The dataset is read as one stream of tokens in windows of the sequence length; each window's first token is the last one
 of the window before it, so that every token but the very first is predicted exactly once. Free-running, no dropout.
 
+For a model whose texts begin with a begin-of-text token (`bos`) every window begins with it, then come the tokens that
+follow those of the window before: every token is predicted exactly once, the very first too. The token itself is
+context and never asked for, neither ours nor the data's own (unless it ends documents too); where a window of the data
+begins with it, it is not put there twice.
+
 A family that masks tokens asks for the masked ones instead, and may tell more of each token than its loss.
 """
 
@@ -26,6 +31,17 @@ from megatron_ext.training.output_loss import OutputLoss, the_one
 from megatron_ext.training.schedule import run_microbatches
 
 _GUESS = "guess"
+
+
+@dataclass(frozen=True)
+class Begin:
+    """What every window of an evaluation begins with."""
+
+    token: int
+    """The begin-of-text token."""
+
+    ends_documents: bool
+    """It is the end-of-document token too, so where the data has it, it is asked for as any other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +75,7 @@ def evaluate_perplexity(
     micro_batch_size: int,
     max_tokens: int | None = None,
     guess: int | None = None,
+    begin: Begin | None = None,
 ) -> Perplexity:
     """Measures the perplexity on every rank's share of the windows; all ranks get the result.
 
@@ -70,14 +87,16 @@ def evaluate_perplexity(
         micro_batch_size: windows at a time.
         max_tokens: at most so many tokens, from the dataset's beginning.
         guess: a token that is compared with those asked for.
+        begin: what every window begins with; None for nothing, and for a model that sees what lies ahead.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
-    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens)
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
     for chunk in chunks:
         chunk.eval()
-    loss = _Sums(the_one(family.evaluation_loss() for family in families), guess)
+    loss = the_one(family.evaluation_loss() for family in families)
+    loss = loss if guess is None else _WithGuess(loss, guess)
     sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     with torch.no_grad():
         for step in steps:
@@ -96,7 +115,11 @@ def evaluate_perplexity(
 
 
 def held_out_steps(
-    prefix: str, sequence_length: int, micro_batch_size: int, max_tokens: int | None = None
+    prefix: str,
+    sequence_length: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+    begin: Begin | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of a dataset, as many at a time as the pipeline has stages.
 
@@ -107,16 +130,23 @@ def held_out_steps(
         sequence_length: tokens of a window.
         micro_batch_size: windows of a micro-batch.
         max_tokens: at most so many tokens, from the dataset's beginning.
+        begin: what every window begins with, or None.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
     dataset = IndexedDataset(prefix)
     total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
-    total = total if max_tokens is None else min(total, max_tokens + 1)
     if total < 2:
         raise ValueError(f"{prefix}: has {total} tokens, at least 2 are needed")
-    batches = _micro_batches(_windows(dataset, total, sequence_length), sequence_length, micro_batch_size)
+    if max_tokens is not None:
+        total = min(total, max_tokens + (begin is None))
+    if begin is None:
+        windows = _windows(dataset, total, sequence_length)
+    else:
+        windows = _begun_windows(dataset, total, sequence_length, begin.token)
+    never_asked = begin.token if begin is not None and not begin.ends_documents else None
+    batches = _micro_batches(windows, sequence_length, micro_batch_size, never_asked)
     return _by_step(batches, parallel_state.get_pipeline_model_parallel_world_size())
 
 
@@ -128,10 +158,15 @@ def _by_step(batches: Iterator[Batch], stages: int) -> Iterator[list[Batch]]:
         yield step
 
 
-def _windows(dataset: IndexedDataset, total: int, length: int) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    """The stream's windows of `length + 1` tokens, overlapping by one; the last may be shorter."""
-    buffer: list[np.ndarray[Any, np.dtype[Any]]] = []
-    held = taken = 0
+def _windows(
+    dataset: IndexedDataset, total: int, length: int, first: int | None = None
+) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """The stream's windows of `length + 1` tokens, overlapping by one; the last may be shorter.
+
+    A `first` token comes before the stream's own and does not count to its `total`.
+    """
+    buffer: list[np.ndarray[Any, np.dtype[Any]]] = [] if first is None else [np.array([first])]
+    held, taken = len(buffer), 0
     for sequence in range(len(dataset.sequence_lengths)):
         if taken >= total:
             break
@@ -151,8 +186,21 @@ def _windows(dataset: IndexedDataset, total: int, length: int) -> Iterator[np.nd
         yield np.concatenate(buffer)
 
 
+def _begun_windows(
+    dataset: IndexedDataset, total: int, length: int, bos: int
+) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """The stream cut into pieces of `length` tokens, each begun with `bos`; the last may be shorter."""
+    begin = np.array([bos])
+    for window in _windows(dataset, total, length, first=bos):
+        tokens = window[1:]  # the one before them belongs to the window before
+        yield tokens if tokens[0] == bos else np.concatenate([begin, tokens])
+
+
 def _micro_batches(
-    windows: Iterator[np.ndarray[Any, np.dtype[Any]]], length: int, micro_batch_size: int
+    windows: Iterator[np.ndarray[Any, np.dtype[Any]]],
+    length: int,
+    micro_batch_size: int,
+    never_asked: int | None,
 ) -> Iterator[Batch]:
     """This data-parallel rank's micro-batches; every rank makes equally many, padded ones count nothing."""
     rank = parallel_state.get_data_parallel_rank()
@@ -165,6 +213,8 @@ def _micro_batches(
             values = torch.from_numpy(window.astype(np.int64))
             size = len(values) - 1
             tokens[row, :size], labels[row, :size], mask[row, :size] = values[:-1], values[1:], 1.0
+            if never_asked is not None:
+                mask[row, :size][values[1:] == never_asked] = 0.0
         yield {
             "tokens": tokens,
             "labels": labels,
@@ -173,23 +223,17 @@ def _micro_batches(
         }
 
 
-class _Sums(OutputLoss):
-    """Weighted sums, with the weights', in the place of means: windows may be shorter than others."""
+class _WithGuess(OutputLoss):
+    """A family's evaluation, and how often a guessed token is the one asked for."""
 
-    def __init__(self, of: OutputLoss, guess: int | None) -> None:
+    def __init__(self, of: OutputLoss, guess: int) -> None:
         self._of = of
         self._guess = guess
         self.reads = of.reads
-        self.names = (*of.names, *([] if guess is None else [_GUESS]))
+        self.names = (*of.names, _GUESS)
 
-    def __call__(
+    def of_tokens(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        found = self._of.of_tokens(model, batch, output)
-        if self._guess is not None:
-            found[_GUESS] = batch["labels"] == self._guess, (batch["loss_mask"] != 0)
-        sums = {
-            name: torch.stack([(values.double() * weights).sum(), weights.double().sum()])
-            for name, (values, weights) in found.items()
-        }
-        return sums["lm loss"][0].float(), sums
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        guessed = batch["labels"] == self._guess, batch["loss_mask"] != 0
+        return self._of.of_tokens(model, batch, output) | {_GUESS: guessed}

@@ -24,7 +24,8 @@ from megatron_ext.interop.hf_files import write_tensors
 from megatron_ext.interop.imported import Imported
 from megatron_ext.interop.importing import require_one_process
 from megatron_ext.interop.layout import Entry, entries, split
-from megatron_ext.interop.tokenizer_files import write_files
+from megatron_ext.interop.tokenizer_files import TOKENIZER_CONFIG, write_files
+from megatron_ext.interop.tokenizer_readback import check_read_back
 from megatron_ext.platform import distributed
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import read_run_config
@@ -96,6 +97,9 @@ def export_hf(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if imported is not None:
             notes += imported.write_files(folder, _directory_of(tokenizer_config))
+        if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
+            as_imported = imported is not None and config["model_type"] == imported.config["model_type"]
+            notes += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         write_tensors(folder, tensors, max_shard_size)
     return [f"{chosen}, {written_as}", *notes]
 

@@ -7,7 +7,7 @@
     qwen3        norms on queries and keys; attention_bias as in Llama
 
 Attention here looks at everything before a token. A model with a sliding window does the same on sequences up to the
-window, so it is imported for those: its longest position becomes the window.
+window, so it is imported for those: its longest position becomes the window, and whatever would go past it is refused.
 """
 
 from dataclasses import dataclass
@@ -111,6 +111,7 @@ def to_model_config(
         **_heads(config, kind, source),
         "seq_length": seq_length or min(positions, DEFAULT_SEQUENCE_LENGTH),
         "max_position_embeddings": positions,
+        "sliding_window": positions if notes else None,
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "swiglu": True,
         "qk_layernorm": kind == "qwen3",
@@ -260,9 +261,7 @@ def from_model_config(
     if imported is None:
         return {**config, **free}
     if imported["model_type"] != kind:
-        ids: dict[str, Any] = {
-            name: imported[name] for name in ("bos_token_id", "eos_token_id") if name in imported
-        }
+        ids = {name: value for name, value in imported.items() if name in ("bos_token_id", "eos_token_id")}
         return {**config, **free, **ids}
     kept = {name: value for name, value in imported.items() if name not in _REPLACED}
     config = {**kept, **config}

@@ -6,17 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import processors
+
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.data.tokenizers.bpe import LibraryTokenizer
+from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_ext.interop.diagnosis import check_no_pointer
 from megatron_ext.interop.hf_files import read_object
+from megatron_ext.interop.tokenizer_conversion import to_library
 
 TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = "tokenizer.model"
 FILES = (
     TOKENIZER_JSON,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -134,7 +139,7 @@ def copy_imported(tokenizer: Tokenizer, source: Path, target: Path) -> None:
 
 
 def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> list[str]:
-    """Writes a tokenizer as transformers reads it.
+    """Writes a tokenizer as transformers reads it; `tokenizer_readback` proves that it does.
 
     Args:
         config: where its files are.
@@ -143,35 +148,53 @@ def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> 
 
     Returns:
         The names of the files; none for a tokenizer that transformers does not have.
+
+    Raises:
+        ValueError: a SentencePiece model of a kind that has no tokenizer.json.
     """
     path = Path(config.tokenizer_model or "")
+    names = []
     if (
         config.tokenizer_type == "HuggingFaceTokenizer"
         and path.is_dir()
         and (path / TOKENIZER_JSON).is_file()
     ):
         names = copy_files(path, target)
-    elif config.tokenizer_type in ("GPT2BPETokenizer", "HuggingFaceTokenizer"):
-        from megatron_ext.data.tokenizers.bpe import LibraryTokenizer
-
-        assert isinstance(tokenizer, LibraryTokenizer)
-        (target / TOKENIZER_JSON).write_text(tokenizer.gigatoken_source(), encoding="utf-8")
-        names = [TOKENIZER_JSON]
-    elif config.tokenizer_type in ("Llama2Tokenizer", "SentencePieceTokenizer"):
-        shutil.copyfile(path, target / "tokenizer.model")
-        return ["tokenizer.model"]
     else:
-        return []
-    if "tokenizer_config.json" not in names:
+        library = to_library(tokenizer, f"--tokenizer-model {path}")
+        if library is None:
+            return []
+        if tokenizer.adds_bos and library.post_processor is None:
+            library.post_processor = _begin_with_bos(tokenizer)
+        text = library.to_str(pretty=True)
+        (target / TOKENIZER_JSON).write_text(text, encoding="utf-8")
+        names = [TOKENIZER_JSON]
+        if isinstance(tokenizer, SentencePieceTokenizer):  # for readers of SentencePiece models
+            (target / "tokenizer.model").write_bytes(tokenizer.serialized_model())
+            names.append("tokenizer.model")
+    if TOKENIZER_CONFIG not in names:
         text = json.dumps(_tokenizer_config(tokenizer), indent=2, ensure_ascii=False)
-        (target / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-        names.append("tokenizer_config.json")
+        (target / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+        names.append(TOKENIZER_CONFIG)
     return names
 
 
+def _begin_with_bos(tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    assert tokenizer.bos is not None
+    bos = tokenizer.inv_vocab[tokenizer.bos]
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos)]
+    )
+
+
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
+    found: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.inv_vocab[tokenizer.eod],
         "clean_up_tokenization_spaces": False,
     }
+    if tokenizer.bos is not None:
+        found["bos_token"] = tokenizer.inv_vocab[tokenizer.bos]
+    if not tokenizer.reads_special_tokens:
+        found["split_special_tokens"] = True
+    return found

@@ -113,6 +113,7 @@ def _build_chunk(
         vp_stage=vp_stage,
         channel=channel,
         stage=stage,
+        sliding_window=model.sliding_window,
     )
     if model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)

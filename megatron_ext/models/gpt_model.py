@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel as EngineGPTModel
 
+from megatron_ext.config.model import check_fits_window
 from megatron_ext.models.cross_entropy import cross_entropy
 from megatron_ext.models.extension import StageInfo, StageModule
 from megatron_ext.models.side_channel import SideChannel
@@ -30,8 +31,16 @@ HIDDEN_STATES = "hidden_states"
 class GPTModel(EngineGPTModel):
     """megatron-core's model, one pipeline chunk of it, with the families' stage modules."""
 
-    def __init__(self, *args: Any, channel: SideChannel, stage: StageInfo, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        channel: SideChannel,
+        stage: StageInfo,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.sliding_window = sliding_window
         self.channel = channel
         self.stage = stage
         self.stage_module_names: list[str] = []
@@ -47,6 +56,17 @@ class GPTModel(EngineGPTModel):
         for later in ("decoder", "output_layer"):
             if later in self._modules:
                 self._modules[later] = self._modules.pop(later)
+
+    def check_length(self, length: int, asked: str | None = None) -> None:
+        """Raises `ValueError` for sequences that the model cannot be run on.
+
+        Args:
+            length: tokens of a sequence, those in a KV cache and those still to be generated included.
+            asked: the flags and values that ask for it.
+        """
+        check_fits_window(self.sliding_window, length, asked or f"a sequence of {length} tokens")
+        if asked and length > self.max_sequence_length and self.position_embedding_type == "learned_absolute":
+            raise ValueError(f"{asked}: exceeds the model's {self.max_sequence_length} positions")
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes what the stage before has joined, [k * s, b, h], and splits it."""

@@ -130,3 +130,5 @@ def _core_attention(model: ModelConfig) -> type:
 def _require_te(asked_by: str) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(f"{asked_by}: Transformer Engine is not installed (pip install 'megatron-ext[te]')")
+    if not use_cuda():
+        raise ValueError(f"{asked_by}: Transformer Engine needs a CUDA device, and there is none here")

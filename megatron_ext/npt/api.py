@@ -33,6 +33,7 @@ from megatron_ext.npt.layers import deactivated, np_modules
 from megatron_ext.platform import distributed
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint_kinds import is_hugging_face
 from megatron_ext.training.family import Family
 
 Prompt = str | Sequence[int]
@@ -111,7 +112,7 @@ class NPTModel:
         """
         if distributed.world_size() > 1:
             raise ValueError(f"NPTModel: works in one process, not {distributed.world_size()}")
-        if find_checkpoint(str(path)) is not None:
+        if not is_hugging_face(Path(path)) and find_checkpoint(str(path)) is not None:
             if sha256 is not None and BaseCheckpoint.find(str(path)).sha256 != sha256:
                 raise ValueError(f"{path}: is not the checkpoint that was asked for")
             loaded = load_model(str(path), {NPTFamily.name: NPTFamily}, bf16=bf16)
@@ -229,7 +230,7 @@ class NPTModel:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop_token=self.tokenizer.eod,
+            stop_tokens=(self.tokenizer.eod,),
         )
         new = generate(self.model, self._families(), [self._ids(prompt)], sampling, self.vocab_size)[0]
         return self.tokenizer.detokenize(new) if isinstance(prompt, str) else new
@@ -239,6 +240,7 @@ class NPTModel:
         """Logits [b, s, V] of token ids [b, s]; of ids [s], [s, V]."""
         tokens = torch.as_tensor(ids, dtype=torch.long, device=torch.cuda.current_device())
         batch = tokens.view(-1, tokens.size(-1))
+        self.model.check_length(batch.size(1))
         positions = torch.arange(batch.size(1), device=batch.device).expand_as(batch)
         found: torch.Tensor = self.model(batch, positions, None)
         return found[..., : self.vocab_size].view(*tokens.shape, self.vocab_size)
@@ -274,9 +276,9 @@ class NPTModel:
             yield -float(log_p.gather(-1, labels.unsqueeze(-1)).sum())
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return (
-            self.tokenizer.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        )
+        if isinstance(prompt, str):
+            return self.tokenizer.begin(self.tokenizer.tokenize(prompt))
+        return [int(token) for token in prompt]
 
     def _families(self) -> list[Family]:
         return [] if self.settings is None else [NPTFamily(self.settings)]

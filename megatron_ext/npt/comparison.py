@@ -26,7 +26,7 @@ from megatron_ext.npt.layers import deactivated
 from megatron_ext.npt.moments import GeneratedVectors, delta_norms
 from megatron_ext.npt.output_loss import log_probabilities
 from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.output_loss import HiddenStates, OutputLoss
+from megatron_ext.training.output_loss import HiddenStates, NoLoss
 from megatron_ext.training.schedule import run_microbatches
 
 SAME_INPUT, FREE_RUNNING = "same_input", "free_running"
@@ -192,11 +192,8 @@ def add_to(totals: dict[Any, Sums], key: Any, sums: Sums) -> None:
     totals[key] = totals[key] + sums if key in totals else sums
 
 
-class _Compare(OutputLoss):
+class _Compare(NoLoss):
     """Adds up -log p of both models and KL(base || NPT), a few rows of the logits at a time."""
-
-    reads = "hidden"
-    names = ()
 
     def __init__(self, base: HiddenStates, findings: Findings) -> None:
         self._base = iter(base.values)
@@ -213,7 +210,7 @@ class _Compare(OutputLoss):
             part = slice(start, start + rows)
             ours, theirs = model.logits(output[part]), model.logits(base[part])
             self._findings.output += _compare_logits(theirs, ours, labels[part], mask[part], model)
-        return output.new_zeros(()), {}
+        return super().__call__(model, batch, output)
 
 
 def _compare_logits(

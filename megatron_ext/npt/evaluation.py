@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.inference.perplexity import held_out_steps
+from megatron_ext.inference.perplexity import Begin, held_out_steps
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.comparison import FREE_RUNNING, SAME_INPUT, Findings, add_to, compare
 from megatron_ext.npt.config import NPTModuleConfig
@@ -50,6 +50,7 @@ def evaluate_npt(
     sequence_length: int,
     micro_batch_size: int,
     max_tokens: int | None = None,
+    begin: Begin | None = None,
 ) -> dict[str, Any] | None:
     """Measures the NPT model beside its base model; collective.
 
@@ -61,6 +62,7 @@ def evaluate_npt(
         sequence_length: tokens of a window.
         micro_batch_size: windows at a time.
         max_tokens: at most so many tokens, from the dataset's beginning.
+        begin: what every window begins with, or None.
 
     Returns:
         The report without generations on the first rank, None on the others.
@@ -70,7 +72,7 @@ def evaluate_npt(
     """
     for chunk in chunks:
         chunk.eval()
-    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens)
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
     findings = compare(chunks, families, steps)
     sizes, norms = _parameters(chunks), _weight_norms(chunks)
     # Tensor-parallel ranks have found the same.

@@ -13,6 +13,7 @@ import torch
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.text import argument_text
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.base_parameters import base_parameters
@@ -170,7 +171,8 @@ class NPTFamily(Family):
         every = training.generation_steps if training is not None else None
         if training is not None and every and iteration % every == 0 and self.tokenizer is not None:
             self.begin_step(chunks, None)
-            text = paired_sample(chunks[0], families, self.tokenizer, training.generation_prompt)
+            prompt = argument_text("--generation-prompt", training.generation_prompt)
+            text = paired_sample(chunks[0], families, self.tokenizer, prompt)
             notes.append(Note(text=text, tag="samples"))
         return notes
 

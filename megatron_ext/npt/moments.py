@@ -14,8 +14,8 @@ as it is applied, normalisations included.
 Signatures, all for one `Modulation` and a, the attention output [s, b, h] ([s/t, b, h] under sequence parallel):
 
     vectors = GeneratedVectors(modulation, a)         outer_product on gate, up or fc1
-    vectors.reconstruction_error()                    mean (v_a - a)^2
-    vectors.attention_square()                        mean a^2; the MSE is divided by its root
+    vectors.reconstruction_error()                    [b], mean (v_a - a)^2 of a sequence
+    vectors.attention_square()                        [b], mean a^2 of a sequence; the MSE is divided by its root
     vectors.similarity()                              mean cosine of v_a and a
     vectors.a_square(), vectors.b_square()            mean v_a^2, mean v_b^2: their sum is the v regularisation
     vectors.a_norm(), vectors.b_norm()                mean |v_a|, mean |v_b|; no gradient
@@ -23,7 +23,8 @@ Signatures, all for one `Modulation` and a, the attention output [s, b, h] ([s/t
     delta_norms(modulation, a, x=None)                [s(/t), b], |delta|_F of every token; no gradient
     weight_norm(modulation, mlp)                      |W|_F of the base weight; no gradient
 
-All but `delta_norms` are fp32 scalars; means are over this rank's tokens, and over components where there are several.
+Where no shape is given the result is a fp32 scalar; means are over this rank's tokens, and over components where there
+are several.
 Tensor parallel: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
 Without sequence parallel every rank has the same values; each adds them to its loss as they are. Under sequence
 parallel every rank adds its values divided by t. Either way the gradients of all factors are right after the engine's
@@ -66,13 +67,13 @@ class GeneratedVectors:
         self._attention_output = attention_output
 
     def reconstruction_error(self) -> torch.Tensor:
-        """Mean of (v_a - a)^2 over tokens, components and h."""
+        """Mean of (v_a - a)^2 over the tokens of a sequence, components and h, [b]."""
         squares = self._a_squares - 2 * self._products + self._attention_squares
-        return squares.mean() / self._attention_output.size(-1)
+        return squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def attention_square(self) -> torch.Tensor:
-        """Mean of a^2 over tokens and h."""
-        return self._attention_squares.mean() / self._attention_output.size(-1)
+        """Mean of a^2 over the tokens of a sequence and h, [b]."""
+        return self._attention_squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def similarity(self) -> torch.Tensor:
         """Mean cosine of v_a and a over tokens and components."""

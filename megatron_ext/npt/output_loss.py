@@ -9,6 +9,7 @@ The vocabulary may be split over tensor-parallel ranks: the normaliser is reduce
 respect to a rank's logits, q - p, needs none of the others'. Source: documents 000, 001.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.plan import connect
 from megatron_ext.npt.teacher import OUTPUT
 from megatron_ext.training.family import Batch
-from megatron_ext.training.output_loss import OutputLoss, Reads, masked_mean
+from megatron_ext.training.output_loss import OutputLoss, Reads
 
 Group = dist.ProcessGroup
 
@@ -37,33 +38,34 @@ class NPTOutputLoss(OutputLoss):
         self.kind = kind
         self.reads: Reads = "logits" if fidelity_weight else "losses" if lm_weight else "hidden"
         self.names = ("lm loss", "fidelity_loss") if fidelity_weight else ("lm loss",) if lm_weight else ()
+        weights = {"lm loss": lm_weight, "fidelity_loss": fidelity_weight}
+        self.factors: Mapping[str, float] = {name: weight for name, weight in weights.items() if weight}
 
     def __call__(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See `OutputLoss`; the batch holds the teacher's output where fidelity has a weight."""
+        """See `OutputLoss`; where neither loss has a weight, layers' losses are all that is trained."""
         if self.reads == "hidden":
-            # Nothing of the output is trained; the layers below have losses of their own, which a pass must reach.
-            # (A copy: the engine scales a loss in place, which a view does not bear.)
-            return connect(output.new_zeros(()).float(), output).clone(), {}
+            # No loss uses the output, but backward must still reach the layer losses below.
+            return connect(output.new_zeros(()).float(), output), {}
+        return super().__call__(model, batch, output)
+
+    def of_tokens(
+        self, model: GPTModel, batch: Batch, output: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """See `OutputLoss`; the batch holds the teacher's output where fidelity has a weight."""
+        mask = batch["loss_mask"]
         if self.reads == "losses":
-            lm = masked_mean(output, batch["loss_mask"])
-            return self.lm_weight * lm, {"lm loss": lm.detach().clone()}
+            return {"lm loss": (output, mask)}
         logits = output.transpose(0, 1).contiguous()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_weight > 0):
-            lm = masked_mean(
-                # In-place work on logits that the other loss needs too is the engine's habit.
-                model.compute_language_model_loss(batch["labels"], logits.clone()),
-                batch["loss_mask"],
-            )
+            # The engine's loss works in place on the logits, which the other loss needs too.
+            lm = model.compute_language_model_loss(batch["labels"], logits.clone())
         with torch.no_grad():
             teacher = model.logits(batch[OUTPUT].to(model.config.params_dtype))
         measure = kl_divergence if self.kind == "kl" else logits_mse
-        fidelity = masked_mean(
-            measure(teacher, logits, model.pg_collection.tp).transpose(0, 1), batch["loss_mask"]
-        )
-        total = self.fidelity_weight * fidelity + (self.lm_weight * lm if self.lm_weight else 0.0)
-        return total, {"lm loss": lm.detach().clone(), "fidelity_loss": fidelity.detach().clone()}
+        fidelity = measure(teacher, logits, model.pg_collection.tp).transpose(0, 1)
+        return {"lm loss": (lm, mask), "fidelity_loss": (fidelity, mask)}
 
 
 def kl_divergence(base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:

@@ -13,7 +13,11 @@ from megatron_ext.training.family import Family
 
 
 def paired_generations(
-    model: GPTModel, families: list[Family], tokenizer: Tokenizer, prompts: list[str], sampling: Sampling
+    model: GPTModel,
+    families: list[Family],
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    sampling: Sampling,
 ) -> list[dict[str, Any]]:
     """Continues every prompt four times; collective, every rank gets the same.
 
@@ -31,13 +35,13 @@ def paired_generations(
     Raises:
         ValueError: a prompt has no tokens, or is too long.
     """
-    ids = [tokenizer.tokenize(prompt) for prompt in prompts]
+    ids = [tokenizer.begin(tokenizer.tokenize(prompt)) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise ValueError(f"--prompts {prompt!r}: has no tokens")
     found = []
     for mode, how in {"greedy": replace(sampling, temperature=0.0), "sampled": sampling}.items():
-        options: Any = (families, ids, replace(how, stop_token=tokenizer.eod), tokenizer.vocab_size)
+        options: Any = (families, ids, how, tokenizer.vocab_size)
         with deactivated([model]):
             base = generate(model, *options)
         ours = generate(model, *options)
@@ -72,7 +76,9 @@ def held_out_prompts(prefix: str, tokenizer: Tokenizer, *, count: int = 3, lengt
         if len(prompts) == count:
             break
         if first < len(dataset.sequence_lengths) and dataset.sequence_lengths[first] > length:
-            text = tokenizer.detokenize(dataset[int(first)][:length].tolist())
+            tokens = dataset[int(first)][:length].tolist()
+            begun = tokenizer.bos is not None and tokens[0] == tokenizer.bos
+            text = tokenizer.detokenize(tokens[begun:])
             if tokenizer.tokenize(text) and text not in prompts:
                 prompts.append(text)
     return prompts

@@ -1,14 +1,16 @@
 """What an NPT layer does in one training step beside being a layer: which input it gets, which losses it has.
 
     target              drop  a + MLP(LN2(h + a))    keep  MLP(LN2(h + a))           the base layer's, no gradient
-    direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6), times the layer's weight
+    direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) of a sequence, times the layer's weight
     equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's on the same input
-    reconstruction      MSE(v_a, a) / rms(a) + 0.5 (1 - cos(v_a, a))                            outer_product on gate
+    reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) of a sequence + 0.5 (1 - cos(v_a, a))     outer_product on gate
     regularization      low_rank |A|_F + |B|_F over all targets; outer_product mean v_a^2 + mean v_b^2 of gate
 
 Input of attention and of the MLP: `(1 - share) * teacher + share * student`, where the teacher's is what the base model
 gives this layer. A share of 0 leaves the student out: no gradient goes to the layers below.
-Source: documents 000, 001, 002. Means are over tokens; see `moments` for tensor and sequence parallel.
+Means are over all tokens of the global batch, masked ones too: they are inputs of the tokens after them. The documents
+divide by the rms of a whole micro-batch; here it is a sequence's, so that the loss does not depend on how the global
+batch is divided into micro-batches. See `moments` for tensor and sequence parallel. Source: documents 000, 001, 002.
 """
 
 from dataclasses import dataclass
@@ -134,12 +136,12 @@ class LayerPlan:
         weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
         if weights.direct_mlp or weights.equivalence:
             target = _target(module, layer, hidden_states, attention_output)
-            error = (mlp_output - target).float().square().mean()
+            error = (mlp_output - target).float().square().mean((0, 2))
             if weights.direct_mlp:
-                size = _mean_over_ranks(module, target.float().square().mean()).sqrt()
-                terms["mlp_direct_loss"] = (weights.direct_mlp, error / (size + 1e-6))
+                size = _mean_over_ranks(module, target.float().square().mean((0, 2))).sqrt()
+                terms["mlp_direct_loss"] = (weights.direct_mlp, (error / (size + 1e-6)).mean())
             if weights.equivalence and weights.equivalence_loss == "mse":
-                terms["equivalence_loss"] = (weights.equivalence, error)
+                terms["equivalence_loss"] = (weights.equivalence, error.mean())
             elif weights.equivalence:
                 keeps = module.settings.np_residual == "keep"
                 residual = hidden_states + attention_output if keeps else hidden_states
@@ -158,7 +160,7 @@ class LayerPlan:
             assert vectors is not None, "reconstruction is checked to be of outer_product"
             similarity = vectors.similarity()
             size = _mean_over_ranks(module, vectors.attention_square().detach()).sqrt()
-            error = vectors.reconstruction_error() / (size + 1e-6)
+            error = (vectors.reconstruction_error() / (size + 1e-6)).mean()
             terms["attention_reconstruction_loss"] = (weights.reconstruction, error + 0.5 * (1 - similarity))
         if weights.regularization:
             value = (

@@ -31,6 +31,7 @@ _OF_THE_PAST = (
     "load",
     "ckpt_step",
     "finetune",
+    "overwrite_checkpoints",
     "additional_steps",
     "load_npt_weights",
     "dry_run",

@@ -9,11 +9,11 @@ neither                        a model from scratch (with --no-freeze-base)
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.flags import flag_name
+from megatron_ext.config.model import on_this_machine
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.config.training import TrainingConfig
@@ -26,7 +26,7 @@ from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.family import NPTFamily
 from megatron_ext.npt.presets import with_preset
 from megatron_ext.npt.resume import loads_what_fits, resolved_layers, stored_run
-from megatron_ext.npt.samples import check_samples
+from megatron_ext.npt.samples import check_sample_length, check_samples
 from megatron_ext.npt.sequential import load_under, run_sequential
 from megatron_ext.npt.sequential_state import layer_of, with_layers
 from megatron_ext.npt.settings import NPTTrainingConfig
@@ -146,6 +146,8 @@ def make_families(
 ) -> list[Family]:
     """NPT alone; of its layers `trains`, or all, are trained."""
     total = total_steps(configs["training"], configs["parallel"])
+    if configs["npt"].generation_steps is not None:
+        check_sample_length(configs["npt"].generation_prompt, tokenizer, configs["model"])
     return [NPTFamily(configs["np"], configs["npt"], total_steps=total, trains=trains, tokenizer=tokenizer)]
 
 
@@ -200,7 +202,7 @@ def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
             return stored_run(folder.resolve(), stored, given)
         sections = {
             # Dropout would tell student and teacher apart.
-            "model": stored["model"] | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+            "model": on_this_machine(stored["model"]) | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
             "tokenizer": stored["tokenizer"],
         }
         if NPTFamily.name in stored["families"]:
@@ -234,13 +236,7 @@ def weights_defaults(given: Mapping[str, str]) -> dict[str, Any]:
 
 def _no_checkpoint(given: Mapping[str, str]) -> FileNotFoundError:
     name = "base_checkpoint" if "base_checkpoint" in given else "load"
-    path = given[name]
-    hint = (
-        "; a Hugging Face directory is imported with tools/convert_checkpoint.py"
-        if (Path(path) / "config.json").is_file()
-        else ""
-    )
-    return FileNotFoundError(f"{flag_name(name)} {path}: no checkpoint there{hint}")
+    return FileNotFoundError(f"{flag_name(name)} {given[name]}: no checkpoint there")
 
 
 def _has_other_layers(

@@ -4,6 +4,7 @@ Generation runs in the training's own model and cut, with a KV cache, as a user 
 sequence parallel nor virtual stages; such a run is refused before it starts.
 """
 
+from megatron_ext.config.model import ModelConfig, check_fits_window
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.inference.generation import Sampling, generate
@@ -32,6 +33,13 @@ def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> Non
             raise ValueError(f"--generation-steps {generation_steps}: generation does not know {flag}")
 
 
+def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raises `ValueError` where a sample would go past the model's sliding window."""
+    if model.sliding_window is not None:
+        length = len(tokenizer.tokenize(prompt)) + MAX_NEW_TOKENS
+        check_fits_window(model.sliding_window, length, f"--generation-prompt {prompt!r}")
+
+
 def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer, prompt: str) -> str:
     """A prompt's two continuations as Markdown, on every rank; collective.
 
@@ -47,11 +55,11 @@ def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer,
     tokens = tokenizer.tokenize(prompt)
     if not tokens:
         raise ValueError(f"--generation-prompt {prompt!r}: has no tokens")
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, stop_token=tokenizer.eod)
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, stop_tokens=(tokenizer.eod,))
     was_training = chunk.training
     with deactivated([chunk]):
-        base = generate(chunk, families, [tokens], sampling, tokenizer.vocab_size)[0]
-    ours = generate(chunk, families, [tokens], sampling, tokenizer.vocab_size)[0]
+        base = generate(chunk, families, [tokenizer.begin(tokens)], sampling, tokenizer.vocab_size)[0]
+    ours = generate(chunk, families, [tokenizer.begin(tokens)], sampling, tokenizer.vocab_size)[0]
     chunk.train(was_training)
     return "\n\n".join(
         f"**{name}**\n\n```\n{tokenizer.detokenize(tokens + new)}\n```"

@@ -41,6 +41,7 @@ from megatron_ext.training.checkpoint_files import find_checkpoint
 from megatron_ext.training.family import Family
 from megatron_ext.training.loop import EXIT_OK
 from megatron_ext.training.run import RunOptions, check_run, process_group, train
+from megatron_ext.training.run_directory import check_unused
 
 
 def run_sequential(configs: dict[str, Any], options: RunOptions) -> int:
@@ -54,7 +55,9 @@ def run_sequential(configs: dict[str, Any], options: RunOptions) -> int:
         ValueError, OSError: a user's mistake, told in one line.
     """
     _check(configs)
-    _read(Path(configs["checkpoint"].save), configs, options)
+    folder = Path(configs["checkpoint"].save)
+    check_unused(folder, "--mode sequential needs a --checkpoint-dir of its own", but_for=(store.INFO,))
+    _read(folder, configs, options)
     tokenizer = check_run(configs)
     with process_group(configs):
         # A directory named after the time may differ between ranks.
@@ -264,6 +267,10 @@ def _check(configs: Mapping[str, Any]) -> None:
     if checkpoint.load is not None or checkpoint.finetune:
         raise ValueError(
             f"--load {checkpoint.load}: must be a base model in --mode sequential, which goes on by --checkpoint-dir"
+        )
+    if checkpoint.overwrite_checkpoints:
+        raise ValueError(
+            "--overwrite-checkpoints: --mode sequential goes on with what is in --checkpoint-dir"
         )
     if training.skip_train:
         raise ValueError("--skip-train: there is nothing to do for it in --mode sequential")

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from megatron_ext.config.flags import check_at_least, check_choices, flag
+from megatron_ext.config.flags import check_at_least, check_at_most, check_choices, flag
 from megatron_ext.npt.config import NPTModuleConfig
 from megatron_ext.npt.curriculum import (
     STUDENT,
@@ -140,6 +140,7 @@ class NPTTrainingConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 0, "start_from_layer", "stage1_steps", "teacher_cache_gb", *_NUMBERS)
+        check_at_most(self, 2**20, "teacher_cache_gb")
         check_at_least(self, 1, "steps_per_layer", "generation_steps", "npt_log_interval", "additional_steps")
         if self.curriculum_stages is not None:
             parse_curriculum(self.curriculum_stages)

@@ -31,8 +31,6 @@ from megatron_ext.training.agreement import on_first_rank
 from megatron_ext.training.checkpoint import Progress
 
 TRAINING_STATE, MULTI_LAYER_STATE = "training_state.pt", "multi_layer_state.pt"
-FINAL = "final"
-"""Directory beside the checkpoints with the weights after the last step."""
 
 
 def write_state_files(
@@ -169,7 +167,9 @@ def replace_final(
         more: what else its `config.json` tells.
     """
     # Hidden under the names that a killed save's leftovers have, so that the next save removes or restores them.
-    writing, replaced, final = (root / f"{prefix}{FINAL}" for prefix in (files.WRITING, files.REPLACED, ""))
+    writing, replaced, final = (
+        root / f"{prefix}{files.FINAL}" for prefix in (files.WRITING, files.REPLACED, "")
+    )
     for leftover in (writing, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)

@@ -58,6 +58,14 @@ def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     unfinished = [
         f"{steps[step]}: incomplete, has no {files.CHECKSUMS}" for step in sorted(steps) if step > newest
     ]
+    try:
+        tracked = files.tracked_step(folder)
+        if tracked is not None and tracked not in steps:
+            unfinished.append(
+                f"{folder / files.TRACKER}: names step {tracked}, of which there is no checkpoint"
+            )
+    except ValueError as error:
+        unfinished.append(str(error))
     return {**steps, **complete}[newest], unfinished
 
 

@@ -17,6 +17,9 @@ _GEMMA4 = {
 }
 """What the preset sets; it stands in for a default, and refuses another choice."""
 
+_DEFAULT_ROWS = 10_000
+"""Document 003's number of rows, where nothing says how many ids there are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayerConfig:
@@ -28,8 +31,8 @@ class PerLayerConfig:
     per_layer_preset: Literal["gemma4"] | None = None
     """gemma4: Gemma 4's block. Sets token ids as ids, gelu_tanh, after_mlp, scaled_add, and a layer scalar."""
 
-    per_layer_vocab_size: int = 10000
-    """Rows of every per-layer table. With the strategy identity the tokenizer's vocabulary size takes its place."""
+    per_layer_vocab_size: int | None = None
+    """Rows of every per-layer table. Default: as many as the per-layer data has ids (else 10000)."""
 
     per_layer_hidden_size: int = 1024
     """Width of the per-layer embeddings."""
@@ -119,16 +122,19 @@ class PerLayerConfig:
         """True where a layer's output is multiplied by its `layer_scalar`."""
         return self.per_layer_preset == "gemma4"
 
-    def rows(self, vocab_size: int) -> int:
-        """Rows of a table, given the size of the tokenizer's vocabulary.
+    def rows(self, vocab_size: int, num_ids: int | None = None) -> int:
+        """Rows of a table.
+
+        Args:
+            vocab_size: size of the tokenizer's vocabulary.
+            num_ids: how many per-layer ids the run's vocabulary or data has, where that is known.
 
         Raises:
             ValueError: token ids are the ids, and another size than the tokenizer's was asked for.
         """
         if not self.uses_token_ids:
-            return self.per_layer_vocab_size
-        default = type(self).__dataclass_fields__["per_layer_vocab_size"].default
-        if self.per_layer_vocab_size not in (vocab_size, default):
+            return self.per_layer_vocab_size or num_ids or _DEFAULT_ROWS
+        if self.per_layer_vocab_size not in (vocab_size, None):
             raise ValueError(
                 f"--per-layer-vocab-size {self.per_layer_vocab_size}: the per-layer ids are the token ids, "
                 f"of which there are {vocab_size}"

@@ -4,8 +4,10 @@ The per-layer ids are a function of the token ids that the model is fed: `table[
 (strategy `identity`), or what an aligned dataset holds.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core.optimizer.optimizer_config import ParamKey
@@ -13,8 +15,11 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
-from megatron_ext.data.per_layer.vocab import load_per_layer_table
+from megatron_ext.data.blends import parse_blend
+from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.per_layer.table import load_per_layer_table, rows_of
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.gpt_model import GPTModel
@@ -65,6 +70,8 @@ class PerLayerFamily(Family):
         self.table = None if table is None else torch.as_tensor(table, dtype=torch.int64)
         if self.table is not None:
             _check_table(self.table, vocab_size, self.rows)
+        if settings.uses_token_ids:
+            self.free_on_resume = type(self).free_on_resume | {"per_layer_vocab_size"}
         logs = settings.log_per_layer_stats or settings.log_per_layer_gradients
         self.statistics_interval = settings.per_layer_stats_interval if logs else None
 
@@ -90,13 +97,22 @@ class PerLayerFamily(Family):
             raise ValueError(
                 "--use-per-layer-embedding: needs --per-layer-vocab-file or --per-layer-data-path to know the ids"
             )
+        if settings.per_layer_vocab_size is None and not settings.uses_token_ids:
+            rows = settings.rows(tokenizer.vocab_size, _num_ids(settings, table))
+            settings = replace(settings, per_layer_vocab_size=rows)
         return cls(settings, tokenizer.vocab_size, table)
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
         """The family that gave this `configuration()`; needs no file beside the checkpoint."""
         settings = configs_from_dict({"settings": PerLayerConfig}, configuration)["settings"]
+        if settings.uses_token_ids:  # older checkpoints store a default that has no meaning there
+            settings = replace(settings, per_layer_vocab_size=None)
         return cls(settings, configuration["vocab_size"], configuration["table"])
+
+    def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Raises `ValueError` unless the tensor-parallel ranks can share the per-layer hidden size."""
+        self.settings.check_cut(parallel.tensor_model_parallel_size)
 
     def configuration(self) -> dict[str, Any]:
         """PLE's settings, the vocabulary's size and the table of ids."""
@@ -168,6 +184,19 @@ class PerLayerFamily(Family):
         return stop_recording(chunks, self.settings)
 
 
+def _num_ids(settings: PerLayerConfig, table: "npt.ArrayLike | None") -> int | None:
+    """Per-layer ids of the run's table and aligned data; None where nothing tells.
+
+    Raises:
+        ValueError: a manifest cannot be read.
+    """
+    found = [] if table is None else [rows_of(np.asarray(table))]
+    for prefix in parse_blend(settings.per_layer_data_path or ())[0]:
+        manifest = (read_manifest(prefix) or {}).get("per_layer") or {}
+        found += [manifest["vocab_size"]] if manifest.get("vocab_size") else []
+    return max(found, default=None)
+
+
 def _check_table(table: torch.Tensor, vocab_size: int, rows: int) -> None:
     if len(table) != vocab_size:
         raise ValueError(
@@ -175,5 +204,6 @@ def _check_table(table: torch.Tensor, vocab_size: int, rows: int) -> None:
         )
     if int(table.min()) < 0 or int(table.max()) >= rows:
         raise ValueError(
-            f"--per-layer-vocab-size {rows}: the per-layer ids go up to {int(table.max())}, one row each is needed"
+            f"--per-layer-vocab-size {rows}: the per-layer ids go up to {int(table.max())}, one row each is needed;"
+            f" give at least {int(table.max()) + 1}, or leave the flag out"
         )

@@ -5,7 +5,9 @@ what `torchrun` puts into the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_
 is a single process.
 """
 
+import contextlib
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -14,7 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.platform import cpu
+from megatron_ext.platform import cpu, groups
+from megatron_ext.platform.parent import signal_at_parents_end
 
 
 def use_cuda() -> bool:
@@ -42,7 +45,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
     Args:
         parallel: how the run is cut.
-        seed: base of every random stream; those of tensor-parallel ranks and pipeline stages are derived from it.
+        seed: base of every random stream; those of tensor-parallel ranks, stages and model copies are derived from it.
 
     Raises:
         ValueError: the backend cannot serve this machine.
@@ -54,31 +57,55 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         cpu.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A launcher that is killed cannot end its processes: they would train on unseen. With this they save and leave.
+        signal_at_parents_end(signal.SIGTERM)
     if not dist.is_initialized():
         _join(backend, timedelta(minutes=parallel.distributed_timeout_minutes))
     set_parallel_state(parallel, seed)
 
 
+def use_gloo_twins() -> bool:
+    """True where megatron-core needs gloo groups beside its own, for checkpoints gathered in the CPU's memory."""
+    return use_cuda()
+
+
 def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
     """Sets megatron-core's parallel state and random streams; the process group must exist."""
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        # On NCCL the distributed optimizer's checkpoints gather over gloo; on gloo these are the same groups again.
-        create_gloo_process_groups=True,
-    )
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    with contextlib.nullcontext() if use_cuda() else groups.shared_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+            create_gloo_process_groups=use_gloo_twins(),
+        )
+    seed_streams(seed)
+
+
+def seed_streams(seed: int) -> int:
+    """Seeds torch's generator and the engine's named streams for this rank; the parallel state must be set.
+
+    Tensor-parallel ranks share one stream and have one each (the engine's part). Pipeline stages and model copies
+    differ in both: they hold other layers, or read other sequences, and need dropout masks of their own.
+
+    Returns:
+        The seed of this rank's stage and model copy, for generators of other libraries.
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    own = seed + 100 * stage + 100_000 * copy
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+    return own
 
 
 def shutdown() -> None:
     """Leaves the process group; safe to call twice."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
+        groups.forget()
         dist.destroy_process_group()
 
 

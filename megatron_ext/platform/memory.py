@@ -7,6 +7,7 @@ of data files that are mapped into memory. The peak is the process's own, since 
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -24,6 +25,23 @@ class MemoryUse:
 
     reserved: int
     """Held by torch's allocator on the GPU, unused blocks included; resident memory on the CPU."""
+
+
+def host_memory() -> int:
+    """Bytes of memory that the processes of this machine may use together: all of it, or their control group's part."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def device_memory() -> tuple[int, bool]:
+    """Bytes of memory of this process's device, and whether all processes of the machine share them (a CPU's)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory), False
+    return host_memory(), True
 
 
 def memory_use() -> MemoryUse:

@@ -59,7 +59,7 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
     if not directory.is_dir():
         raise ValueError(f"--cache-dir {directory}: is not a directory")
     try:
-        found = json.loads((directory / IDENTITY_FILE).read_text())["identity"]
+        found = json.loads((directory / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--cache-dir {directory}: is not empty and holds no activation cache") from None
     expected = json.loads(json.dumps(identity))
@@ -195,7 +195,7 @@ class ActivationCache:
         identity = self._directory / IDENTITY_FILE
         if not identity.exists():
             partial = identity.with_suffix(f".partial{dist.get_rank()}")
-            partial.write_text(json.dumps({"identity": self._identity}, indent=2) + "\n")
+            partial.write_text(json.dumps({"identity": self._identity}, indent=2) + "\n", encoding="utf-8")
             partial.rename(identity)
         for path in self._directory.iterdir():
             if path.is_dir() and path.name != self._fingerprint.hex():

@@ -20,7 +20,7 @@ from megatron_ext.models.spec import LINEARS
 from megatron_ext.progressive.lora import LoRAAdapter, add_adapters
 from megatron_ext.progressive.lora_config import AdapterShape
 from megatron_ext.progressive.precision import Precision, compute_dtype, mixed_linear
-from megatron_ext.progressive.quantization import PackedTensors, is_packed, packing
+from megatron_ext.progressive.quantization import PackedTensors, Part, check_part, is_packed, packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +111,17 @@ class AdaptedLinear(torch.nn.Module):
         """Freezes the weight and puts it into the layer's precision; again after it was loaded or changed."""
         self.weight.requires_grad_(False)
         if is_packed(self.precision):
-            values = self.read_weight(torch.float32)
-            packed = packing(str(self.precision)).pack(values)
+            packed = self._pack(self.read_weight(torch.float32))
             self.weight.data, self.weight_scales = packed.codes, packed.scales
         else:
             self.weight.data = self.weight.data.to(compute_dtype(self.precision, self.config.params_dtype))
         self.is_stored = True
+
+    def _pack(self, values: torch.Tensor) -> PackedTensors:
+        rows, row = values.shape
+        part = Part(rows=rows, row=row, splits_input=self.splits_input, pieces=2 if self.is_gated else 1)
+        check_part(str(self.precision), part, self.tp_group.size())
+        return packing(str(self.precision)).pack(values)
 
     def restore_weight(self) -> None:
         """Undoes `store_weight`: a plain weight in `trained_dtype`, which may then be trained; values stay."""
@@ -200,7 +205,7 @@ class AdaptedLinear(torch.nn.Module):
         """Values for a packed weight are packed."""
         key = f"{prefix}weight"
         if self.weight_scales is not None and key in state_dict:
-            packed = packing(str(self.precision)).pack(state_dict[key].to(self.weight.device))
+            packed = self._pack(state_dict[key].to(self.weight.device))
             state_dict[key] = packed.codes
             self.weight_scales = packed.scales
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.history import History, finished_checkpoint, read_history
+from megatron_ext.progressive.history import FILE, History, finished_checkpoint, read_history
 from megatron_ext.progressive.phases import JOINT, Phase
 from megatron_ext.progressive.plan import frozen_below
-from megatron_ext.progressive.quantization import is_packed, packing
+from megatron_ext.progressive.quantization import Part, check_part, is_packed
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.training.checkpoint import read_run_config
 from megatron_ext.training.checkpoint_compare import check_same_layers
+from megatron_ext.training.run_directory import check_unused
 
 
 def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
@@ -33,7 +35,7 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
         raise ValueError(
             f"--load {checkpoint.load}: a progressive training goes on in --save, which is {checkpoint.save}"
         )
-    for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step"):
+    for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step", "overwrite_checkpoints"):
         value = getattr(checkpoint, name)
         if value not in (None, False):
             flag = "--" + name.replace("_", "-")
@@ -48,7 +50,7 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
         raise ValueError(
             "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
         )
-    _check_stacks(config, phases)
+    _check_stacks(config, phases, configs["model"], configs["parallel"].tensor_model_parallel_size)
     _check_made_with(configs, check_history(Path(checkpoint.save), phases))
 
 
@@ -71,11 +73,12 @@ def _check_made_with(configs: dict[str, Any], history: History) -> None:
         )
 
 
-def _check_stacks(config: ProgressiveConfig, phases: list[Phase]) -> None:
-    """Raises `ValueError` where a precision's library is missing, or a cache is asked for that nothing would use."""
+def _check_stacks(config: ProgressiveConfig, phases: list[Phase], model: ModelConfig, ranks: int) -> None:
+    """Raises `ValueError` where a precision does not fit the model, or a cache is asked for that nothing would use."""
     for precision in {config.trunk_precision, *(stack.precision for stack in phases[-1].rack.stacks)}:
-        if is_packed(precision):
-            packing(str(precision))  # its library is there
+        if is_packed(precision):  # also where its library is missing
+            for part in _parts(model, ranks):
+                check_part(str(precision), part, ranks)
     caches = any(frozen_below(phase.rack, config, phase.trains) for phase in phases)
     if config.cache_dir is not None and not (caches and config.cache_activations):
         raise ValueError(
@@ -84,12 +87,26 @@ def _check_stacks(config: ProgressiveConfig, phases: list[Phase]) -> None:
         )
 
 
+def _parts(model: ModelConfig, ranks: int) -> list[Part]:
+    """A tensor-parallel rank's parts of a layer's four matrices."""
+    hidden, width = model.hidden_size, model.resolved_kv_channels
+    queries, keys = model.num_attention_heads * width, model.resolved_num_query_groups * width
+    inner, gates = model.resolved_ffn_hidden_size, 2 if model.swiglu else 1
+    return [
+        Part(rows=(queries + 2 * keys) // ranks, row=hidden, splits_input=False),
+        Part(rows=hidden, row=queries // ranks, splits_input=True),
+        Part(rows=gates * inner // ranks, row=hidden, splits_input=False, pieces=gates),
+        Part(rows=hidden, row=inner // ranks, splits_input=True),
+    ]
+
+
 def check_history(save: Path, phases: list[Phase]) -> History:
     """How far the training in a directory has come.
 
     Raises:
-        ValueError: it is another training than that of `phases`, or has come further.
+        ValueError: it is another training than that of `phases`, or has come further; or it is a run of another kind.
     """
+    check_unused(save, "a progressive training needs a directory of its own", but_for=(FILE,))
     history = read_history(save)
     there, planned = history.rack.stacks, phases[-1].rack.stacks
     if len(there) > len(planned):

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from megatron_ext.config.flags import check_at_least, check_choices, check_fraction, check_positive, flag_name
+from megatron_ext.config.flags import (
+    check_at_least,
+    check_at_most,
+    check_choices,
+    check_fraction,
+    check_positive,
+    flag_name,
+)
 from megatron_ext.progressive.lora_config import LoRAConfig
 
 T = TypeVar("T")
@@ -130,6 +137,7 @@ class ProgressiveConfig(LoRAConfig):
         check_at_least(self, 1, "target_stacks", "max_stacks", "time_embedding_dim", "time_per_stack")
         check_at_least(self, 1, "num_time_steps", "plateau_patience", "epoch_samples")
         check_at_least(self, 0, "joint_steps", "mask_token_id", "plateau_min_delta", "cache_max_gb")
+        check_at_most(self, 2**20, "cache_max_gb")
         check_fraction(self, "min_mask_fraction", "max_mask_fraction", closed=True)
         check_positive(self, "joint_lr")
         self._check_lists()

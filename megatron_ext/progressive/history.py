@@ -11,12 +11,14 @@ A phase is finished from the moment at which `progressive.json` says so.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.progressive.rack import Rack
 from megatron_ext.training import checkpoint_files as files
+from megatron_ext.training.run_directory import sections_of
 
 FILE = "progressive.json"
 FORMAT = "megatron_ext.progressive/1"
@@ -119,6 +121,27 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     if folder is None:
         raise FileNotFoundError(f"--save {save / name}: holds no checkpoint, but this phase is finished")
     return folder
+
+
+def stored_sections(save: Path, given: Mapping[str, str]) -> dict[str, Any]:
+    """Sections `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
+
+    Args:
+        save: the training's directory.
+        given: the flags of the command line by field name.
+
+    Raises:
+        ValueError, OSError: a file or a checkpoint is damaged or gone.
+    """
+    finished = read_history(save).finished
+    folder = (
+        finished_checkpoint(save, finished[-1].name)
+        if finished
+        else next((files.find_checkpoint(str(phase)) for phase in files.checkpoints_below(save)), None)
+    )
+    sections = {} if folder is None else sections_of(folder, given, ("model", "tokenizer"))
+    sections.get("model", {}).pop("num_layers", None)
+    return sections
 
 
 def publish_rack(save: Path, name: str) -> Path:

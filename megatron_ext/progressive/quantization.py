@@ -10,8 +10,9 @@ so NVFP4 saves memory on every machine and time on none.
 
 Packing what was unpacked (in fp32) gives the same bytes again. So a checkpoint holds the plain values under the
 weight's own name, can be loaded into a layer of any precision and at any cut, and a resumed run has the very weights it
-left. Scales belong to this rank's part of the matrix. NF4 does not depend on the cut where 64 divides a row of that
-part; NVFP4 has its one fp32 scale from this rank's part.
+left. Scales belong to this rank's part of the matrix, and a cut may not go through a block (`check_part`): the weights
+would differ from those of a single process by a tenth of their norm. NVFP4's one fp32 scale is a power of two, so
+that of a part gives the values of the whole matrix.
 """
 
 import contextlib
@@ -38,6 +39,9 @@ class PackedTensors:
 
 class Packing(Protocol):
     """A four-bit format."""
+
+    block_size: int
+    """Weights of a row-major matrix that follow one another and share a scale."""
 
     def pack(self, weight: torch.Tensor) -> PackedTensors:
         """Packs a matrix [output, input]."""
@@ -88,16 +92,7 @@ class NVFP4:
         self._library = _load("torchao.prototype.mx_formats.nvfp4_tensor", "nvfp4", "torchao")
 
     def pack(self, weight: torch.Tensor) -> PackedTensors:
-        """Packs a matrix [output, input]; 16 must divide the input.
-
-        Raises:
-            ValueError: 16 does not divide this rank's part of a row.
-        """
-        if weight.size(1) % self.block_size:
-            raise ValueError(
-                f"precision nvfp4: {self.block_size} must divide a linear layer's input on each tensor-parallel rank, "
-                f"which is {weight.size(1)}"
-            )
+        """Packs a matrix [output, input]; 16 must divide the input."""
         values = weight.detach().float().contiguous()
         # The library's own scale, largest / 2688, rounded up to a power of two: then packing again changes nothing.
         largest = self._library.per_tensor_amax_to_scale(values.abs().max())
@@ -136,6 +131,45 @@ def packing(precision: str) -> Packing:
 def is_packed(precision: str | None) -> bool:
     """True for a precision whose frozen weights are stored in four bits."""
     return precision in _PACKINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A tensor-parallel rank's part of a linear layer's matrix, [rows, row]."""
+
+    rows: int
+    """Outputs of the part."""
+
+    row: int
+    """Inputs of the part."""
+
+    splits_input: bool
+    """The ranks share the input (row-parallel), else the output."""
+
+    pieces: int = 1
+    """Parts of the output that are split over the ranks each by itself: 2 for [gate ; up]."""
+
+
+def check_part(precision: str, part: Part, ranks: int) -> None:
+    """Raises `ValueError` where a format's blocks do not fit a rank's part of a matrix.
+
+    Args:
+        precision: one that is packed.
+        part: of each rank.
+        ranks: tensor-parallel size.
+    """
+    block = packing(precision).block_size
+    where = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    if precision == "nvfp4" and part.row % block:
+        raise ValueError(
+            f"precision {precision}: {block} must divide a linear layer's input, which is {part.row}{where}"
+        )
+    together = part.row if part.splits_input else part.rows // part.pieces * part.row
+    if ranks > 1 and together % block:
+        raise ValueError(
+            f"precision {precision}: blocks of {block} weights would be cut, a row has {together}{where}; "
+            "choose another --tensor-model-parallel-size, or sizes that it leaves a multiple of the block"
+        )
 
 
 def _load(module: str, precision: str, package: str) -> Any:

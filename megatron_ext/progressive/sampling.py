@@ -16,6 +16,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.inference.generation import (
+    check_max_new_tokens,
+    check_memory,
+    check_seed,
+    check_temperature,
+    first_of,
+    tempered,
+)
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.objectives import Objective
 from megatron_ext.progressive.time_steps import TIME_STEP, time_step_of_fraction
@@ -38,16 +46,15 @@ class DiffusionSampling:
     seed: int = 1234
     """Seed of the choice."""
 
-    stop_token: int | None = None
-    """What is generated from this token on is left out."""
+    stop_tokens: tuple[int, ...] = ()
+    """What is generated from any of these tokens on is left out."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        check_max_new_tokens(self.max_new_tokens)
         if self.steps < 1:
             raise ValueError(f"--diffusion-steps {self.steps}: must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        check_temperature(self.temperature)
+        check_seed(self.seed)
 
 
 def objective_of(families: Iterable[Family]) -> Objective | None:
@@ -77,26 +84,27 @@ def generate_by_unmasking(
         The new tokens of each prompt, on every rank; those from a stop token on are left out.
 
     Raises:
-        ValueError: the model was not trained on masked tokens, or a prompt is too long for its positions.
+        ValueError: the model was not trained on masked tokens, or a prompt is too long for its positions or its window.
     """
     objective = objective_of(families)
     if objective is None or not objective.masks_tokens:
         raise ValueError("--sampler diffusion: the model was not trained on masked tokens (mlm, diffusion)")
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
-    if longest > model.max_sequence_length and model.position_embedding_type == "learned_absolute":
-        raise ValueError(
-            f"--max-new-tokens {sampling.max_new_tokens}: with a prompt of {max(map(len, prompts))} tokens exceeds "
-            f"the model's {model.max_sequence_length} positions"
-        )
+    longest = max(map(len, prompts))
+    model.check_length(
+        longest + sampling.max_new_tokens,
+        f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {longest} tokens",
+    )
     model.eval()
     generator = torch.Generator(device=torch.cuda.current_device()).manual_seed(sampling.seed)
     new: dict[int, list[int]] = {}
     for length in sorted(set(map(len, prompts))):
         members = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
         given = [prompts[number] for number in members]
+        rows = len(members) * (length + sampling.max_new_tokens)
+        check_memory(rows * vocab_size * 3 * 4, sampling.max_new_tokens)  # logits, probabilities, a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
-    return [_until(new[number], sampling.stop_token) for number in range(len(prompts))]
+    return [_until(new[number], sampling.stop_tokens) for number in range(len(prompts))]
 
 
 def _unmask_all(
@@ -149,7 +157,7 @@ def unmask(
         temperature: see the top of this file.
         generator: of the choice.
     """
-    probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
+    probabilities = tempered(logits, temperature or 1.0).softmax(-1)
     if temperature == 0:
         confidence, chosen = probabilities.max(-1)
     else:
@@ -198,5 +206,5 @@ def _share_from_last_stage(tokens: torch.Tensor) -> None:
     dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 
 
-def _until(tokens: list[int], stop_token: int | None) -> list[int]:
-    return tokens[: tokens.index(stop_token)] if stop_token in tokens else tokens
+def _until(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
+    return tokens[: first_of(stop_tokens, tokens)]

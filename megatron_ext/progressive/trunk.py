@@ -17,7 +17,7 @@ from megatron_ext.data.sample_ids import digest
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.adapted_layers import adapted_linears
 from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.output_loss import OutputLoss
+from megatron_ext.training.output_loss import NoLoss
 from megatron_ext.training.schedule import run_directly, run_microbatches
 
 _ABOVE = ("decoder.final_layernorm.", "output_layer.")
@@ -149,7 +149,7 @@ def run_trunk(
         chunk.run_layers(0, layers)
     try:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            run_microbatches(chunks, families, batches, _Nothing(), forward_only=True)
+            run_microbatches(chunks, families, batches, NoLoss(), forward_only=True)
         else:
             for batch in batches:
                 run_directly(chunks[0], families, batch)
@@ -160,15 +160,3 @@ def run_trunk(
             chunk.train(was_training)
             chunk.run_layers()
     return outputs
-
-
-class _Nothing(OutputLoss):
-    """The pass is for what happens on the way."""
-
-    reads = "hidden"
-    names = ()
-
-    def __call__(
-        self, model: GPTModel, batch: Batch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return output.new_zeros(()), {}

@@ -24,5 +24,7 @@ def write_text(path: str | Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None  # a full disk names no file
     finally:
         part.unlink(missing_ok=True)

@@ -77,21 +77,23 @@ class TrainingTrace:
     """Families' statistics, those of the last step in which they were due."""
 
 
-def synthetic_batches(sequence_length: int) -> Iterator[Batch]:
-    """Endless micro-batches of one sequence for this data-parallel rank; tokens follow a rule that can be learned."""
+def synthetic_batches(
+    sequence_length: int, micro_batch_size: int = 1, global_batch_size: int = GLOBAL_BATCH_SIZE
+) -> Iterator[Batch]:
+    """Endless micro-batches for this data-parallel rank; tokens follow a rule that can be learned."""
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
     step = 0
     while True:
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH_SIZE, sequence_length + 1), generator=generator)
+        tokens = torch.randint(0, VOCAB_SIZE, (global_batch_size, sequence_length + 1), generator=generator)
         tokens[:, 1::2] = (tokens[:, 0:-1:2] * 7 + 3) % VOCAB_SIZE
-        for sample in tokens[rank::size].split(1):
+        for samples in tokens.split(micro_batch_size)[rank::size]:
             yield {
-                "tokens": sample[:, :-1].contiguous(),
-                "labels": sample[:, 1:].contiguous(),
-                "loss_mask": torch.ones(1, sequence_length),
-                "position_ids": torch.arange(sequence_length).unsqueeze(0),
+                "tokens": samples[:, :-1].contiguous(),
+                "labels": samples[:, 1:].contiguous(),
+                "loss_mask": torch.ones(micro_batch_size, sequence_length),
+                "position_ids": torch.arange(sequence_length).expand(micro_batch_size, -1),
             }
         step += 1
 

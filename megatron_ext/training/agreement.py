@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_ext.config.errors import describe
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ def gather(action: Callable[[], T]) -> list[T]:
     except Exception as error:
         own = error
     found: list[tuple[str, str, T]] = [("", "", None)] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(found, (_kind(own), "" if own is None else str(own) or type(own).__name__, result))
+    dist.all_gather_object(found, (_kind(own), "" if own is None else describe(own), result))
     for rank, (kind, message, _) in enumerate(found):
         if kind == "ValueError":
             raise ValueError(message) from own

@@ -30,6 +30,7 @@ from megatron_ext.training.checkpoint_compare import check_same_model
 from megatron_ext.training.family import Family
 from megatron_ext.training.optimizer import gather_parameters
 from megatron_ext.training.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
+from megatron_ext.training.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
 
 IMPORTED = "hugging_face"
 """Section of `run_config` in which an import tells what it read beside the tensors; runs carry it along unread."""
@@ -101,11 +102,17 @@ class Checkpointer:
         self.name = name
         self.loads_what_fits = loads_what_fits
         self.note = note
+        self._goes_on_from: int | None = None
+        """The step from which the run goes on in --save; None where it begins there."""
+
+        self._has_saved = False
         if base is not None:
             self._keep_import(base.run_config())
 
     def save(self, progress: Progress) -> Path:
         """Saves the run after the step that `progress` tells; collective.
+
+        With `--overwrite-checkpoints` the first save removes the checkpoints whose place the run has taken.
 
         Returns:
             The checkpoint's directory.
@@ -131,7 +138,7 @@ class Checkpointer:
                     "nothing of it is left, earlier ones are intact"
                 ) from error
             raise
-        self._prune(root, iteration)
+        self._remove_older(root, name)
         return root / name
 
     def load(self) -> Progress | None:
@@ -147,7 +154,7 @@ class Checkpointer:
         if self.config.load is None:
             return None
         root = self.config.load
-        folder = on_first_rank(lambda: files.find_checkpoint(root, self.config.ckpt_step))
+        folder = on_first_rank(lambda: checkpoint_to_load(self.config))
         if folder is None:
             self.note(f"--load {root}: no checkpoint there, the run starts from scratch")
             return None
@@ -160,12 +167,18 @@ class Checkpointer:
         if self.config.finetune:
             self.note(f"loaded the model of {folder}; the run starts at step 0")
             return Progress()
-        scheduler_state.restore(self.scheduler, state["scheduler"], folder)
+        scheduler_state.restore(
+            self.scheduler, state["scheduler"], folder, run=self.run_config, stored=stored
+        )
         for family in self.families:
             family.load_state_dict(state["families"][family.name])
         progress = Progress(**state["progress"])
         self._load_random_state(folder, state, progress)
+        self._goes_on_from = step_to_go_on_from(self.config, folder)
         self.note(f"loaded {folder}: the run goes on after step {progress.iteration}")
+        later = on_first_rank(lambda: later_steps(self.config, self._goes_on_from))
+        if later and not self.config.overwrite_checkpoints:
+            self.note(f"note: {later} are in --save too, after it; the run writes its own over them")
         return progress
 
     def _keep_import(self, stored: dict[str, Any]) -> None:
@@ -260,22 +273,26 @@ class Checkpointer:
         if self.config.no_load_rng:
             return
         path = folder / random_state.file_name(dist.get_rank())
-        if _cut(self.models) == state["cut"] and all(gather(path.is_file)):
-            gather(lambda: random_state.load(path))
-            return
-        random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
-        why = (
-            "the run is cut differently" if _cut(self.models) != state["cut"] else "the checkpoint holds none"
-        )
-        self.note(f"random numbers are seeded anew at step {progress.iteration}: {why}")
+        same_cut = _cut(self.models) == state["cut"]
+        why = random_state.load(path) if same_cut else "the run is cut differently"
+        if why is not None:
+            random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
+            self.note(f"random numbers are seeded anew at step {progress.iteration}: {why}")
 
-    def _prune(self, root: Path, iteration: int) -> None:
-        keep = self.config.keep_last
-        if keep is not None and dist.get_rank() == 0:
+    def _remove_older(self, root: Path, name: str) -> None:
+        """Removes what a new checkpoint makes superfluous; a failure is only told. Collective."""
+        keep, iteration = self.config.keep_last, files.step_of(name) or 0
+        overwrites = self.config.overwrite_checkpoints and not self._has_saved
+        self._has_saved = True
+        if dist.get_rank() == 0:
             try:
-                files.prune(root, keep, iteration)
+                if overwrites:
+                    files.remove_overwritten(root, name, self._goes_on_from)
+                if keep is not None:
+                    files.prune(root, keep, iteration)
             except OSError as error:
-                self.note(f"--keep-last {keep}: an old checkpoint could not be removed: {error}")
+                flag = f"--keep-last {keep}" if keep is not None else "--overwrite-checkpoints"
+                self.note(f"{flag}: an old checkpoint could not be removed: {error}")
         dist.barrier()
 
 
@@ -340,12 +357,15 @@ def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
     return files.read_json(folder / files.RUN_CONFIG)
 
 
+def read_step(folder: Path) -> int:
+    """Optimizer steps that the model of a checkpoint, whose own directory is given, was trained for."""
+    return int(files.read_json(folder / files.STATE)["progress"]["iteration"])
+
+
 def _existing(path: str, ckpt_step: int | None) -> Path:
     folder = files.find_checkpoint(path, ckpt_step)
     if folder is None:
-        below = files.checkpoints_below(Path(path))
-        hint = f"; below it are those in {', '.join(map(str, below))}" if below else ""
-        raise FileNotFoundError(f"{path}: no checkpoint there{hint}")
+        raise FileNotFoundError(f"{path}: no checkpoint there")
     return folder
 
 

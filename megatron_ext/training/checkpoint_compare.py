@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ext.config.flags import flag_name
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.data.tokenizers.base import in_words
 from megatron_ext.training.family import Family
 
 _SHAPE = (
@@ -21,6 +22,7 @@ _SHAPE = (
     "swiglu",
     "normalization",
     "position_embedding_type",
+    "sliding_window",
     "disable_bias_linear",
     "add_qkv_bias",
     "add_attention_output_bias",
@@ -64,10 +66,25 @@ def check_same_model(
     check_same_layers(ours, stored, folder, finetune=finetune)
     if not finetune and run["tokenizer_fingerprint"] != stored["tokenizer_fingerprint"]:
         raise ValueError(
-            f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer; "
+            f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer "
+            f"({tokenizer_in_words(stored)}) than this run's ({tokenizer_in_words(run)}); "
             "with --finetune its weights are taken all the same"
         )
     _check_families(run["families"], stored["families"], families, folder)
+
+
+def tokenizer_in_words(run_config: Mapping[str, Any]) -> str:
+    """Class, size and files of a run's tokenizer."""
+    section = run_config.get("tokenizer", {})
+    files = [section[name] for name in ("tokenizer_model", "vocab_file", "merge_file") if section.get(name)]
+    return in_words(
+        {
+            "class": section.get("tokenizer_type"),
+            "vocab_size": run_config.get("vocab_size"),
+            "files": files,
+            "fingerprint": run_config["tokenizer_fingerprint"],
+        }
+    )
 
 
 def check_same_layers(

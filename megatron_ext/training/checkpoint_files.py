@@ -26,14 +26,22 @@ from typing import Any
 
 import torch
 
+from megatron_ext.training import checkpoint_kinds as kinds
+
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 RUN_CONFIG = "run_config.json"
+BEGIN = "begin_of_documents"
+"""Key of the run's configuration: the begin-of-text token of the documents it was trained on, if any, as a list; None
+where that is not known."""
 STATE = "state.json"
+FINAL = "final"
+"""Directory beside the checkpoints with the NP weights after the last step."""
 
 WRITING, REPLACED = ".writing.", ".replaced."
 """Beginnings of the hidden names of a directory that is being written, and of one that is being replaced."""
 _REMOVED = ".removed."
+_SHOWN = 8
 
 
 def check_writable(save: str) -> None:
@@ -64,62 +72,104 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def step_folders(root: Path) -> dict[int, Path]:
+    """Step -> directory of every checkpoint under `root`, complete or not, this program's or another's."""
+    found = {step_of(name): root / name for name in kinds.entries(root)}
+    return {
+        step: path for step, path in sorted(found.items(), key=lambda item: item[0] or 0) if step is not None
+    }
+
+
 def complete_checkpoints(root: Path) -> dict[int, Path]:
     """Step -> directory of every complete checkpoint under `root`, in ascending order."""
     found: dict[int, Path] = {}
     # A directory set aside by an interrupted replacement counts where its successor never arrived.
     for prefix in (REPLACED, ""):
-        for path in root.glob(f"{prefix}*"):
-            step = step_of(path.name.removeprefix(prefix))
-            if step is not None and (path / CHECKSUMS).is_file():
-                found[step] = path
+        for name in kinds.entries(root):
+            step = step_of(name.removeprefix(prefix))
+            if step is not None and (root / name / CHECKSUMS).is_file():
+                found[step] = root / name
     return dict(sorted(found.items()))
 
 
 def checkpoints_below(root: Path) -> list[Path]:
     """Directories of complete checkpoints in a directory's folders and in theirs: the stacks or layers of a series."""
     folders = [path for pattern in ("*/", "*/*/") for path in root.glob(pattern) if path.is_dir()]
-    return sorted(folder for folder in folders if complete_checkpoints(folder))
+    found = []
+    for folder in folders:
+        with contextlib.suppress(OSError):  # one that may not be read is none
+            found += [folder] if complete_checkpoints(folder) else []
+    return sorted(found)
 
 
 def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
-    """The checkpoint directory to load, None where there is no checkpoint.
+    """The checkpoint directory to load, None where there is nothing: no directory, or one without any checkpoint.
 
     Args:
         root: a directory of checkpoints, or one checkpoint's own directory.
-        ckpt_step: the step to load; without it the one that the tracker names, else the newest complete one.
+        ckpt_step: the step to load; without it the one that the tracker names, else the newest one.
 
     Raises:
         FileNotFoundError: `ckpt_step` is not there.
-        ValueError: the checkpoint to load is not complete.
+        ValueError: something is there that cannot be loaded: the checkpoint is not complete or another program's, the
+            tracker names none that is there, a model in another format, a file.
+        OSError: the directory cannot be read.
     """
     folder = Path(root)
-    if (folder / CHECKSUMS).is_file() and ckpt_step is None:
+    if CHECKSUMS in kinds.entries(folder) and ckpt_step in (None, step_of(folder.resolve().name)):
         return folder
     found = complete_checkpoints(folder)
-    if ckpt_step is None:
-        step = _tracked(folder)
-        unfinished = [path for path in folder.glob("*") if step is not None and step_of(path.name) == step]
-        if step not in found and unfinished:
-            raise ValueError(
-                f"{unfinished[0]}: not a complete checkpoint of this program, {CHECKSUMS} is missing"
+    if ckpt_step is not None:
+        if ckpt_step not in found:
+            raise FileNotFoundError(
+                f"--ckpt-step {ckpt_step}: no complete checkpoint of it in {root} (there: {_listed(found)})"
             )
-        if step not in found:
-            step = max(found, default=None)
-        return None if step is None else found[step]
-    if ckpt_step not in found:
-        there = ", ".join(map(str, found)) or "none"
-        raise FileNotFoundError(
-            f"--ckpt-step {ckpt_step}: no complete checkpoint of it in {root} (there: {there})"
-        )
-    return found[ckpt_step]
+        return found[ckpt_step]
+    named, tracked = {**step_folders(folder), **found}, tracked_step(folder)
+    step = max(named, default=None) if tracked is None else tracked
+    if step is not None and step in found:
+        return found[step]
+    _refuse_unreadable(folder, named.get(step) if step is not None else folder, found, tracked)
+    return None
 
 
-def _tracked(root: Path) -> int | None:
+def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], tracked: int | None) -> None:
+    """Raises `ValueError` unless there is nothing in `root` that somebody may have meant by it."""
+    others = f"; --ckpt-step takes another one (there: {_listed(found)})" if found else ""
+    if chosen is None:
+        raise ValueError(f"{root / TRACKER}: names step {tracked}, of which there is no checkpoint{others}")
+    reason = kinds.foreign(chosen)
+    if chosen != root:
+        reason = reason or f"not a complete checkpoint of this program, {CHECKSUMS} is missing"
+    elif reason is None and (below := checkpoints_below(root)):
+        more = ", ..." if len(below) > _SHOWN else ""
+        reason = f"no checkpoint there; below it are those in {', '.join(map(str, below[:_SHOWN]))}{more}"
+    if reason is not None:
+        raise ValueError(f"{chosen}: {reason}{others}")
+
+
+def tracked_step(root: Path) -> int | None:
+    """The step that the tracker names, None where there is no tracker.
+
+    Raises:
+        ValueError: it says something else.
+        OSError: it cannot be read.
+    """
     try:
-        return int((root / TRACKER).read_text())
-    except (OSError, ValueError):
+        text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    if text.isdecimal():
+        return int(text)
+    found = complete_checkpoints(root)
+    if text == "release" and not found:
+        raise ValueError(f"{root}: {kinds.OF_MEGATRON}")
+    others = f"; --ckpt-step takes one (there: {_listed(found)})" if found else ""
+    raise ValueError(f"{root / TRACKER}: says {text[:40]!r}, not a step{others}")
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
 
 
 def begin(root: Path, name: str) -> Path:
@@ -171,6 +221,25 @@ def prune(root: Path, keep_last: int, iteration: int) -> None:
     for path in complete[:-keep_last]:
         # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
         shutil.rmtree(path.rename(root / f"{_REMOVED}{path.name}"))
+
+
+def remove_overwritten(root: Path, name: str, kept_up_to: int | None) -> None:
+    """Removes the checkpoints of the run whose place a new run has taken, once that has published one; see `publish`.
+
+    Args:
+        root: the directory of checkpoints.
+        name: of the new run's checkpoint.
+        kept_up_to: the step from which the new run goes on; checkpoints up to it are its own. None: none are.
+    """
+    doomed = [
+        path
+        for step, path in step_folders(root).items()
+        if path.name != name and (kept_up_to is None or step > kept_up_to)
+    ]
+    doomed += [path for path in [root / FINAL] if path.is_dir() and kinds.holds_np_weights(path)]
+    # All renamed first, which is quick: what a kill then leaves is hidden, and removed when the next save starts.
+    for path in [path.rename(root / f"{_REMOVED}{path.name}") for path in doomed]:
+        shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> None:

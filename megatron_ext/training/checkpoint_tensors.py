@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -63,7 +64,11 @@ def model_state(
 def load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool = True) -> None:
     """Gives the chunks what the engine's reader has filled in; not strict where `model_state` left something out."""
     for index, model in enumerate(models):
-        model.load_state_dict(state[f"model{index}"], strict=strict)
+        found = model.load_state_dict(state[f"model{index}"], strict=False)
+        wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not _is_extra(name)]
+        assert not (strict and wrong), (
+            f"{wrong[0]}: not in both model and checkpoint, though these were compared"
+        )
 
 
 def write(state: ShardedStateDict, folder: Path) -> None:
@@ -108,7 +113,11 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
-    """Fills a sharded state dict; collective. Call `check` before."""
+    """Fills a sharded state dict; collective. Call `check` before.
+
+    An `_extra_state` that the checkpoint lacks is left out: Transformer Engine's norms have one (for FP8), others none.
+    """
+    state = _with_stored_extras(state, folder)
     with warnings.catch_warnings():
         # The engine calls torch's loader by its older name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
@@ -164,6 +173,28 @@ def check(
         raise ValueError(
             f"{folder}: holds {extra[0]} ({len(extra)} tensors in all) that this run's model lacks"
         )
+
+
+def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDict:
+    """The state dict without `_extra_state` objects that the checkpoint does not hold."""
+    if not any(isinstance(value, ShardedObject) for value in nested_values(state)):
+        return state
+    stored = load_sharded_metadata(str(folder)).values()
+    objects = {value.unique_key for value in stored if isinstance(value, ShardedObject)}
+
+    def is_there(name: Any, value: Any) -> bool:
+        return not (isinstance(value, ShardedObject) and _is_extra(str(name))) or value.unique_key in objects
+
+    def kept(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        return {name: kept(value) for name, value in part.items() if is_there(name, value)}
+
+    return kept(state)
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith("_extra_state")
 
 
 def _is_vocabulary(name: str) -> bool:

@@ -24,11 +24,11 @@ from megatron_ext.models.accounting import (
     hardware_flops_per_token,
     training_flops_per_token,
 )
-from megatron_ext.models.memory_estimate import Cut, StageMemory, estimate_memory
+from megatron_ext.models.memory_estimate import Cut, StageMemory
 from megatron_ext.platform import distributed
-from megatron_ext.training.costs import BASE, run_cost
 from megatron_ext.training.family import Family
-from megatron_ext.training.progress import compact, gibibytes
+from megatron_ext.training.planned_memory import plan_memory
+from megatron_ext.training.progress import binary_size, compact
 
 _PLAIN_WIDTH = 110
 
@@ -58,32 +58,22 @@ def print_dry_run(
     model, parallel, training = configs["model"], configs["parallel"], configs["training"]
     tokenizer = build_tokenizer(configs["tokenizer"])
     families = make_families(dict(configs), tokenizer)
+    for family in families:
+        family.check(model, parallel)
     copies = parallel.data_parallel_size(planned_world_size(parallel))
-    batch = training.resolved_global_batch_size(copies)
-    tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)
-    cost = run_cost(model, tokenizer.vocab_size, tensor, families, last_step)
-    cut = Cut(
-        model=model,
-        parallel=parallel,
-        vocab_size=tokenizer.vocab_size,
-        micro_batch_size=training.micro_batch_size,
-        num_microbatches=batch // (training.micro_batch_size * copies),
-        data_parallel_size=copies,
-        bf16=training.bf16,
-        work=cost.work,
-    )
-    _print(cut, training, cost.parts, Console(file=stream or sys.stdout))
+    cut, cost, memory = plan_memory(configs, tokenizer, families, copies)
+    _print(cut, training, cost.parts, memory, Console(file=stream or sys.stdout))
 
 
-def _print(cut: Cut, training: TrainingConfig, costs: dict[str, ModelCost], console: Console) -> None:
+def _print(
+    cut: Cut,
+    training: TrainingConfig,
+    costs: dict[str, ModelCost],
+    memory: list[StageMemory],
+    console: Console,
+) -> None:
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
-    families = [cost for name, cost in costs.items() if name != BASE]
-    memory = estimate_memory(
-        cut,
-        sum(cost.parameters for cost in families),
-        sum(cost.trained_parameters for cost in families),
-    )
     console.print("Dry run: nothing was built.", highlight=False)
     console.print(_describe(cut), highlight=False)
     console.print(_parameter_table(costs))
@@ -157,7 +147,7 @@ def _memory_table(stages: list[StageMemory]) -> Table:
             memory.optimizer_bytes,
             memory.activation_bytes,
         )
-        table.add_row(name, compact(memory.parameters), *map(gibibytes, (*sizes, memory.total_bytes)))
+        table.add_row(name, compact(memory.parameters), *map(binary_size, (*sizes, memory.total_bytes)))
     return table
 
 

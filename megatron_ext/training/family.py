@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.models.accounting import ModelCost
 from megatron_ext.models.extension import Extension
 from megatron_ext.models.gpt_model import GPTModel
@@ -51,6 +52,9 @@ class Family:
     def extension(self) -> Extension:
         """The family's contribution to the model."""
         raise TypeError(f"{type(self).__name__} must say what it adds to the model")
+
+    def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Raises `ValueError` where the family does not fit the model or its cut; called before anything is built."""
 
     def configuration(self) -> dict[str, Any]:
         """What a checkpoint must know to rebuild the family, as JSON values; see `Checkpointer`."""

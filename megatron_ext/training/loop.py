@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.errors import tell_launcher
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.training.checkpoint import Checkpointer, Progress
 from megatron_ext.training.family import Batch
@@ -89,9 +90,10 @@ class Loop:
                 progress, skipped = self._step(progress, batches)
                 not_finite_in_a_row = not_finite_in_a_row + 1 if skipped else 0
                 if not_finite_in_a_row >= self.training.max_consecutive_nan_steps:
-                    self.reporter.note(
+                    self._note_stop(
                         f"stopped at step {progress.iteration}: loss or gradient norm not finite in "
-                        f"{not_finite_in_a_row} steps in a row; no checkpoint was written of them"
+                        f"{not_finite_in_a_row} steps in a row; no checkpoint was written of them",
+                        EXIT_NOT_FINITE,
                     )
                     return EXIT_NOT_FINITE, progress
                 if self._is_due(progress.iteration, self.training.eval_interval):
@@ -101,7 +103,7 @@ class Loop:
                 if due or reason is not None or self.is_complete(progress):
                     self._save(progress, skipped)
                 if reason is not None:
-                    self.reporter.note(f"stopped after step {progress.iteration}: {reason}")
+                    self._note_stop(f"stopped after step {progress.iteration}: {reason}", code)
                     return code, progress
         self._evaluate_at_end(progress)
         return EXIT_OK, progress
@@ -134,6 +136,12 @@ class Loop:
             self.reporter.statistics(iteration, result.statistics)
         self._tell_notes(iteration, {**result.losses, **result.layer_losses})
         return progress, result.skipped
+
+    def _note_stop(self, text: str, code: int) -> None:
+        """Tells why the run ends before its last step; a launcher too, which would report a failure without reason."""
+        self.reporter.note(text)
+        if code != EXIT_OK:
+            tell_launcher(text)
 
     def _tell_notes(self, iteration: int, values: dict[str, float]) -> None:
         families = self.stepper.families

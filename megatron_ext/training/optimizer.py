@@ -24,6 +24,7 @@ from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import distributed
 from megatron_ext.training.family import Family
 from megatron_ext.training.gradients import mark_reduced_ranges
 
@@ -107,7 +108,9 @@ def build_optimizer(
     overrides = get_standard_config_overrides(config)
     for family in families:
         overrides.update(family.parameter_overrides(settings))
-    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(
+        config, chunks, config_overrides=overrides, use_gloo_process_groups=distributed.use_gloo_twins()
+    )
     _use_fused_kernel(optimizer)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     return optimizer

@@ -152,7 +152,8 @@ def _gathered(
     part: DistributedOptimizer, places: dict[torch.Tensor, Any], bucket: Any, ranges: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """A bucket's parameters with their whole state, gathered on the first data-parallel rank; nothing on others."""
-    group = part.data_parallel_group_gloo
+    # The copies are in the CPU's memory; where the group itself is gloo's there is no other.
+    group = part.data_parallel_group_gloo or part.data_parallel_group
     names = ("param", *_MOMENTS)
     own = torch.zeros(len(names), bucket.grad_data.numel() // group.size())
     for held, local in zip(_held_of_bucket(part, ranges), ranges["param_map"].values(), strict=True):

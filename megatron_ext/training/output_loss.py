@@ -1,9 +1,13 @@
 """From the last stage's output to what is differentiated. The default is cross-entropy; a family may bring another.
 
-loss of a micro-batch = sum(loss * mask) / sum(mask)
+    loss of a step = sum(value * weight) / sum(weight)        over all tokens of the global batch
+
+The weights of training tokens are the batch's `loss_mask`. A loss gives its sums for one micro-batch; the division by
+the global batch's weights is in `schedule` for gradients and in `step` for logged means, so that neither depends on
+how the global batch is divided into micro-batches and data-parallel ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -20,7 +24,10 @@ class OutputLoss:
     reads: Reads = "losses"
 
     names: tuple[str, ...] = ("lm loss",)
-    """What it gives for the log, in the same order on every stage."""
+    """The values that are logged, in the same order on every stage."""
+
+    factors: Mapping[str, float] = {"lm loss": 1.0}
+    """The values that are differentiated, and the factor of each; their tokens' weights are the `loss_mask`."""
 
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
@@ -33,26 +40,38 @@ class OutputLoss:
             output: as `reads` says.
 
         Returns:
-            The scalar to differentiate, and a detached scalar for each of `names`: means over the micro-batch.
+            The scalar to differentiate, a weighted sum over the micro-batch's tokens; and for each of `names` the
+            pair [weighted sum, sum of weights], detached, float64.
         """
-        means = {name: masked_mean(*pair) for name, pair in self.of_tokens(model, batch, output).items()}
-        return means["lm loss"], {name: value.detach().clone() for name, value in means.items()}
+        found = self.of_tokens(model, batch, output)
+        total = torch.zeros((), device=output.device)
+        for name, factor in self.factors.items():
+            values, weights = found[name]
+            total = total + factor * (values.float() * weights.float()).sum()
+        return total, {name: _sums(*pair) for name, pair in found.items()}
 
     def of_tokens(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """What a loss for evaluations has for every token: values and weights [b, s] for each of `names`.
-
-        The arguments are those of a call, which gives the means.
-        """
+        """Values and weights [b, s] of every token for each of `names`; the arguments are those of a call."""
         return {"lm loss": (output, batch["loss_mask"])}
 
 
-class HiddenStates(OutputLoss):
-    """No loss: keeps what the output layer would read, [s, b, h] ([s/t, b, h]), in the order of micro-batches."""
+class NoLoss(OutputLoss):
+    """No loss: the pass is for what happens on the way."""
 
     reads = "hidden"
     names = ()
+
+    def __call__(
+        self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See `OutputLoss`; the scalar is zero."""
+        return output.new_zeros(()), {}
+
+
+class HiddenStates(NoLoss):
+    """Keeps what the output layer would read, [s, b, h] ([s/t, b, h]), in the order of micro-batches."""
 
     def __init__(self) -> None:
         self.values: list[torch.Tensor] = []
@@ -60,9 +79,9 @@ class HiddenStates(OutputLoss):
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See `OutputLoss`; the scalar is zero."""
+        """See `NoLoss`."""
         self.values.append(output)
-        return output.new_zeros(()), {}
+        return super().__call__(model, batch, output)
 
 
 def the_one(brought: Iterable[OutputLoss | None]) -> OutputLoss:
@@ -77,7 +96,7 @@ def the_one(brought: Iterable[OutputLoss | None]) -> OutputLoss:
     return losses[0] if losses else OutputLoss()
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` [b, s] where `mask` [b, s] is not 0, in fp32."""
-    mask = mask.reshape(-1).float()
-    return (values.reshape(-1).float() * mask).sum() / mask.sum().clamp(min=1.0)
+def _sums(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[weighted sum, sum of weights] of values and weights [b, s], float64."""
+    weights = weights.detach().double()
+    return torch.stack([(values.detach().double() * weights).sum(), weights.sum()])

@@ -82,9 +82,12 @@ def compact(number: float) -> str:
     return f"{number:.3g}"
 
 
-def gibibytes(size: float) -> str:
-    """Bytes -> `1.50 GiB`."""
-    return f"{size / 2**30:.2f} GiB"
+def binary_size(size: float) -> str:
+    """Bytes -> `1.50 GiB`, in the largest unit of which there is at least a tenth."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 0.1 * 2**power:
+            return f"{size / 2**power:.2f} {unit}"
+    return f"{size:.0f} B"
 
 
 def clock(seconds: float) -> str:

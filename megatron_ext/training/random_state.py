@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from megatron_ext.platform import distributed
+from megatron_ext.platform.distributed import seed_streams
+from megatron_ext.training.agreement import gather
 from megatron_ext.training.checkpoint_files import write_tensors
+
+_CUDA_STATE_BYTES = 16
+"""Size of a CUDA generator's state (seed and offset); a CPU generator's, of its table, has 5056 bytes."""
 
 
 def capture() -> dict[str, Any]:
@@ -22,6 +27,7 @@ def capture() -> dict[str, Any]:
     legacy: Any = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
     return {
+        "device": distributed.device().type,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "engine": dict(get_cuda_rng_tracker().get_states()),
@@ -61,9 +67,34 @@ def save(path: Path) -> None:
     write_tensors(path, capture())
 
 
-def load(path: Path) -> None:
-    """Reads what `save` wrote."""
-    restore(torch.load(path, weights_only=True))
+def load(path: Path) -> str | None:
+    """Takes what `save` wrote; collective.
+
+    Args:
+        path: of this rank's file.
+
+    Returns:
+        Why nothing is taken, on any rank: a file is missing, or the generators are those of another kind of device.
+    """
+    if not all(gather(path.is_file)):
+        return "the checkpoint holds none"
+    state: dict[str, Any] = {}
+
+    def read() -> str:
+        state.update(torch.load(path, weights_only=True))
+        return _device_of(state)
+
+    kinds = gather(read)
+    ours = distributed.device().type
+    if any(kind != ours for kind in kinds):
+        return f"they are those of {' and '.join(sorted(set(kinds)))}, the run is on {ours}"
+    restore(state)
+    return None
+
+
+def _device_of(state: dict[str, Any]) -> str:
+    """The kind of device, cpu or cuda, whose generators these are; files of before it was noted tell by the size."""
+    return str(state.get("device") or ("cuda" if state["cuda"].numel() == _CUDA_STATE_BYTES else "cpu"))
 
 
 def reseed(seed: int, iteration: int) -> None:
@@ -74,10 +105,6 @@ def reseed(seed: int, iteration: int) -> None:
         iteration: the step at which the run goes on.
     """
     digest = hashlib.sha256(f"{seed}:{iteration}".encode()).digest()
-    stage_seed = (
-        int.from_bytes(digest[:4], "little") // 2 + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    )
-    random.seed(stage_seed)
-    np.random.seed(stage_seed)
-    torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    own = seed_streams(int.from_bytes(digest[:4], "little") // 2)
+    random.seed(own)
+    np.random.seed(own % 2**32)

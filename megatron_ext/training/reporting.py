@@ -27,7 +27,7 @@ from megatron_ext.platform import distributed
 from megatron_ext.platform.memory import memory_use
 from megatron_ext.platform.peak import DevicePeak, device_peak
 from megatron_ext.training.metrics import Interval, StepMetrics
-from megatron_ext.training.progress import Fields, clock, compact, gibibytes, open_progress
+from megatron_ext.training.progress import Fields, binary_size, clock, compact, open_progress
 from megatron_ext.training.tensorboard import TensorBoard
 from megatron_ext.training.wandb_run import WandbRun, check_wandb
 
@@ -107,6 +107,8 @@ class Reporter:
         if iteration % self._logging.tensorboard_log_interval == 0:
             self._write_step(iteration, metrics)
         interval_ends = iteration % self._logging.log_interval == 0 or iteration == self._total
+        if interval_ends:
+            self._raise_peak()
         self._progress.update(iteration, self._fields(iteration, metrics), interval_ends)
         if interval_ends:
             self._write_interval(iteration, metrics.consumed_samples)
@@ -134,7 +136,7 @@ class Reporter:
                 shown.append(f"{name.rpartition('/')[2].replace('_', ' ')} {loss:.4f}")
             if "/" in name:
                 continue
-            perplexity = math.exp(min(_LARGEST_EXPONENT, loss))
+            perplexity = math.exp(min(loss, _LARGEST_EXPONENT))  # in this order nan stays nan
             shown.append(f"{name} {loss:.6f} | ppl {perplexity:.4f}")
             if self._logging.log_validation_ppl:
                 self._scalar(f"{name} {split} ppl", perplexity, iteration, consumed_samples)
@@ -181,12 +183,24 @@ class Reporter:
         fields["ms/step"] = f"{1e3 * interval.seconds_per_step:.1f}"
         if self._peak is not None:
             fields["tokens/s"] = compact(interval.tokens_per_second)
-            fields["MFU"] = f"{100 * self._mfu():.1f}%"
-        fields["memory"] = gibibytes(memory_use().peak)
+            fields["MFU"] = f"{100 * self._mfu():.1f}%" + (" (above the baseline)" if self._mfu() > 1 else "")
+        fields["memory"] = binary_size(memory_use().peak)
         if self._skipped:
             fields["skipped"] = str(self._skipped)
         fields["ETA"] = clock((self._total - iteration) * interval.seconds_per_step)
         return fields
+
+    def _raise_peak(self) -> None:
+        """Replaces a measured peak that the interval has exceeded, and says so: the machine was busy at the start."""
+        if self._peak is None:
+            return
+        peak = self._peak.raised(self._flops_per_second_per_device())
+        if peak is not self._peak:
+            was, self._peak = self._peak, peak
+            self.note(
+                f"MFU counts against {peak.flops_per_second / 1e12:.4g} TFLOP/s a process from here on: the run is "
+                f"faster than the {was.flops_per_second / 1e12:.4g} measured at its start (the machine was busy then)"
+            )
 
     def _mfu(self) -> float:
         assert self._peak is not None

@@ -23,7 +23,8 @@ from megatron_ext.config.training import TrainingConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data.epochs import epoch_samples
 from megatron_ext.data.gpt_dataset import Dataset, build_datasets
-from megatron_ext.data.manifest import check_dataset
+from megatron_ext.data.loader_processes import loader_failures
+from megatron_ext.data.manifest import begin_of_documents, check_dataset
 from megatron_ext.data.repeated import RepeatedDataset
 from megatron_ext.data.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
@@ -32,15 +33,19 @@ from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import distributed
 from megatron_ext.training import scheduler_state
+from megatron_ext.training.agreement import gather, on_first_rank
 from megatron_ext.training.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint import Checkpointer, Progress
-from megatron_ext.training.checkpoint_files import check_writable, checkpoint_name
+from megatron_ext.training.checkpoint_files import BEGIN, check_writable, checkpoint_name
 from megatron_ext.training.costs import run_cost
+from megatron_ext.training.data_order import TRAINING_SAMPLES, tell_of_other_order
 from megatron_ext.training.dry_run import planned_world_size, print_dry_run
 from megatron_ext.training.family import Batch, Family
 from megatron_ext.training.loop import EXIT_OK, Data, Loop
 from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.planned_memory import check_memory
 from megatron_ext.training.reporting import Reporter
+from megatron_ext.training.run_directory import check_directories
 from megatron_ext.training.run_lock import run_lock
 from megatron_ext.training.step import Stepper
 
@@ -108,8 +113,11 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
         check_settings(configs)
         print_dry_run(configs, make_families)
         return EXIT_OK
-    tokenizer = check_run(configs)
+    writes = not configs["training"].skip_train
+    tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=writes))
     families = make_families(configs, tokenizer)
+    for family in families:
+        family.check(configs["model"], configs["parallel"])
     with process_group(configs):
         return train(configs, tokenizer, families, options)
 
@@ -123,7 +131,9 @@ def check_settings(configs: dict[str, Any]) -> None:
         configs["training"] = training = training.with_epochs(
             samples, parallel.data_parallel_size(world_size)
         )
-    validate(configs["model"], parallel, training, configs["optimizer"], world_size=world_size)
+    validate(
+        configs["model"], parallel, training, configs["optimizer"], configs["data"], world_size=world_size
+    )
 
 
 def check_run(
@@ -154,7 +164,7 @@ def process_group(configs: dict[str, Any]) -> Iterator[None]:
     distributed.initialize(configs["parallel"], seed)
     writes = not configs["training"].skip_train
     try:
-        with run_lock(configs["checkpoint"].save if writes else None):
+        with run_lock(configs["checkpoint"].save if writes else None), loader_failures():
             yield
     finally:
         distributed.shutdown()
@@ -168,7 +178,7 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
         raise ValueError("--data-path: missing (or --train-data-path)")
     for prefix in prefixes:
         try:
-            check_dataset(prefix, tokenizer.fingerprint())
+            check_dataset(prefix, tokenizer)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
     if configs["checkpoint"].save is not None and distributed.rank() == 0:
@@ -180,8 +190,12 @@ def train(
 ) -> int:
     """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
     training: TrainingConfig = configs["training"]
-    global_batch_size = training.resolved_global_batch_size(parallel_state.get_data_parallel_world_size())
+    copies = parallel_state.get_data_parallel_world_size()
+    gather(lambda: check_memory(configs, tokenizer, families, copies))
+    global_batch_size = training.resolved_global_batch_size(copies)
     run_config = run_configuration(configs, tokenizer)
+    run_config |= {TRAINING_SAMPLES: _training_samples(training, global_batch_size, options)}
+    tokenizer.begin_as(run_config[BEGIN])
     chunks = _build_model(configs, run_config, families, options)
     stepper = _build_stepper(configs, chunks, families, options, global_batch_size)
     checkpointer = Checkpointer(
@@ -197,6 +211,8 @@ def train(
     )
     progress = _begin(configs, checkpointer, stepper, options)
     data = options.data or _build_data(configs, tokenizer, families, global_batch_size, options)
+    if options.data is None:
+        tell_of_other_order(configs["checkpoint"], run_config, progress)
     with Reporter(
         configs["logging"],
         total_iterations=training.resolved_train_iters(global_batch_size),
@@ -274,6 +290,8 @@ def _begin(
     configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
 ) -> Progress:
     """Loads the run's checkpoint, or begins a run; how far it has come."""
+    writes = not configs["training"].skip_train
+    on_first_rank(lambda: check_directories(configs["checkpoint"], writes=writes))
     progress = checkpointer.load()
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)
@@ -294,12 +312,21 @@ def _flops_per_token(
 
 
 def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: all configurations and the vocabulary."""
+    """What a checkpoint says of the run that wrote it: all configurations, the vocabulary, how documents begin."""
+    data: DataConfig = configs["data"]
+    trained_on = data.data_path or data.train_data_path or ()
     return {
         **configs_to_dict(configs),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
+        BEGIN: begin_of_documents(prefix for prefix in trained_on if not is_number(prefix)),
     }
+
+
+def _training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
+    """Sequences for which the training set is made."""
+    taken = options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
+    return min(taken, options.epoch_samples or taken)
 
 
 def _build_data(
@@ -320,7 +347,7 @@ def _build_data(
         seq_length=configs["model"].seq_length,
         seed=training.seed,
         num_samples=(
-            min(trained, run_options.epoch_samples or trained),
+            _training_samples(training, global_batch_size, run_options),
             evaluated,
             evaluated,
         ),

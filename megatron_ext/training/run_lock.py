@@ -1,7 +1,7 @@
 """One run at a time writes to a directory of checkpoints.
 
-A run may live on unseen: `kill -9` of torchrun leaves its workers, which go on to train and save beside the run that is
-started in their place. So rank 0 holds a lock on a file in the directory while the run lasts.
+A run may still be there, unseen: after `kill -9` of torchrun its workers finish their step and save, and would do so
+beside the run that is started in their place. So rank 0 holds a lock on a file in the directory while the run lasts.
 
 It is a POSIX record lock: the operating system ends it with the process, however that ends; data workers forked from it
 do not hold it; a process does not lock itself out; other hosts see it where the file system passes locks on (NFS does).

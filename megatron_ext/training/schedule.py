@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -41,19 +42,22 @@ def run_microbatches(
         prepare: called on the micro-batches once they are on the device.
 
     Returns:
-        The output loss's second value for each micro-batch on the last stage, an empty list on the others.
+        The output loss's second value for each micro-batch on the last stage, an empty list on the others. With a
+        backward pass the gradients are those of the mean over the tokens of the whole global batch.
     """
     device = torch.device(torch.cuda.current_device())
     moved = [
         {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
     ]
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
+    _unwrapped(chunks[0]).check_length(sequence_length)
+    divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         # A stage's passes follow the schedule; what is made on the way must be there before it begins.
         prepared = list(prepared)
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, families, output_loss),
+        forward_step_func=partial(_forward_step, families, output_loss, divisor),
         # Every virtual stage works on the same micro-batches.
         data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -65,8 +69,24 @@ def run_microbatches(
     )
 
 
+def _mean_weight(batches: list[Batch]) -> torch.Tensor:
+    """Sum of the global batch's loss weights per micro-batch and data-parallel rank; 1 where no token counts.
+
+    The engine averages gradients over both, so a micro-batch's sum divided by this is its part of the global mean.
+    """
+    total = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(total, group=group)
+    mean = (total / (len(batches) * parallel_state.get_data_parallel_world_size())).float()
+    return torch.where(mean > 0, mean, 1.0)
+
+
 def _forward_step(
-    families: list[Family], output_loss: OutputLoss, batches: Iterator[Batch], model: Any
+    families: list[Family],
+    output_loss: OutputLoss,
+    divisor: torch.Tensor | None,
+    batches: Iterator[Batch],
+    model: Any,
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     chunk = _unwrapped(model)
@@ -78,7 +98,14 @@ def _forward_step(
             side_inputs=side_inputs(families, batch),
             labels=batch["labels"] if output_loss.reads == "losses" else None,
         )
-    return output, partial(output_loss, chunk, batch)
+    return output, partial(_loss, output_loss, chunk, batch, divisor)
+
+
+def _loss(
+    output_loss: OutputLoss, chunk: GPTModel, batch: Batch, divisor: torch.Tensor | None, output: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    total, sums = output_loss(chunk, batch, output)
+    return total if divisor is None else total / divisor, sums
 
 
 def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:

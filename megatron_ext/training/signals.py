@@ -4,7 +4,10 @@ A handler only sets a flag. At the end of a step all ranks agree on it, since a 
 another, and a save is collective. A second Ctrl-C ends the process at once; as `torchrun` passes on a SIGINT that the
 terminal has already sent to every process, one that follows within two seconds counts as the same.
 
-    exit code = 128 + number of the signal, the shell's own convention: SIGINT 130, SIGUSR1 138, SIGTERM 143
+    exit code = 128 + number of the signal, the shell's own convention: SIGHUP 129, SIGINT 130, SIGUSR1 138, SIGTERM 143
+
+Signals of a process group reach the loader processes too, which hold them back: see `data.loader_processes`. A SIGHUP
+that the run was started to ignore (`nohup`) stays ignored.
 """
 
 import signal
@@ -15,6 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+EXIT_SIGHUP = 128 + signal.SIGHUP
+"""Exit code of a run that saved and left on SIGHUP (its terminal was closed)."""
+
 EXIT_SIGINT = 128 + signal.SIGINT
 """Exit code of a run that saved and left on SIGINT (Ctrl-C)."""
 
@@ -24,7 +30,12 @@ EXIT_SIGUSR1 = 128 + signal.SIGUSR1
 EXIT_SIGTERM = 128 + signal.SIGTERM
 """Exit code of a run that saved and left on SIGTERM (preemption, `kill`)."""
 
-EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGUSR1: EXIT_SIGUSR1, signal.SIGTERM: EXIT_SIGTERM}
+EXIT_CODES = {
+    signal.SIGHUP: EXIT_SIGHUP,
+    signal.SIGINT: EXIT_SIGINT,
+    signal.SIGUSR1: EXIT_SIGUSR1,
+    signal.SIGTERM: EXIT_SIGTERM,
+}
 """Handled signal -> exit code."""
 
 
@@ -41,6 +52,8 @@ class SignalWatcher:
 
     def __enter__(self) -> "SignalWatcher":
         for number in EXIT_CODES:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

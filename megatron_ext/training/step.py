@@ -1,6 +1,6 @@
 """One training step, and one evaluation.
 
-    loss of a step = mean over micro-batches and model copies of a micro-batch's, see `output_loss`
+    loss of a step = weighted mean over the tokens of the global batch, see `output_loss`
 
 A step whose loss or gradient norm is not finite changes nothing: no parameter, no optimizer state, no schedule.
 """
@@ -133,7 +133,7 @@ class Stepper:
         outputs = run_microbatches(
             self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
         )
-        return _means(outputs, output_loss.names), LayerLosses.collect()
+        return _means(outputs, output_loss.names, of_nothing=0.0), LayerLosses.collect()
 
     def evaluate(
         self, make_batches: Callable[[], Iterator[Batch]], num_steps: int, split: str = "validation"
@@ -160,19 +160,18 @@ class Stepper:
     def _evaluate(self, batches: Iterator[Batch], num_steps: int) -> dict[str, float]:
         for chunk in self.chunks:
             chunk.eval()
-        results = []
+        outputs: list[dict[str, torch.Tensor]] = []
         loss = the_one(family.evaluation_loss() for family in self.families)
         LayerLosses.evaluating = True
         try:
             with torch.no_grad():
                 for _ in range(num_steps):
-                    outputs = run_microbatches(
+                    outputs += run_microbatches(
                         self.chunks, self.families, self._take(batches), loss, forward_only=True
                     )
-                    results.append(_means(outputs, loss.names) | LayerLosses.collect())
         finally:
             LayerLosses.evaluating = False
-        return {name: math.fsum(result[name] for result in results) / num_steps for name in results[0]}
+        return _means(outputs, loss.names, of_nothing=math.nan) | LayerLosses.collect()
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         """A step's micro-batches, as the families make them."""
@@ -218,14 +217,23 @@ def parameters_norm(models: list[GPTModel]) -> float:
     return math.sqrt(float(squares))
 
 
-def _means(outputs: list[dict[str, torch.Tensor]], names: tuple[str, ...]) -> dict[str, float]:
-    """Means over micro-batches and model copies, by name; the last stage knows them, every rank gets them."""
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=torch.cuda.current_device())
-    if outputs:
-        sums[-1] = len(outputs)
-        for place, name in enumerate(names):
-            sums[place] = torch.stack([output[name] for output in outputs]).double().sum()
+def _means(
+    outputs: list[dict[str, torch.Tensor]], names: tuple[str, ...], *, of_nothing: float
+) -> dict[str, float]:
+    """Weighted means over the tokens of micro-batches and model copies, by name, the same on every rank. Collective.
+
+    Args:
+        outputs: for each micro-batch the pair [weighted sum, sum of weights] by name; the last stage has them.
+        names: of the values.
+        of_nothing: the mean where no token counts.
+    """
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    for output in outputs:
+        sums += torch.stack([output[name] for name in names]) if names else 0.0
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # Other stages contribute nothing; the sum over stages is the last stage's value.
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+    return {
+        name: total / weight if weight else of_nothing
+        for name, (total, weight) in zip(names, sums.tolist(), strict=True)
+    }

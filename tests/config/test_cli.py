@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import pytest
 
+from megatron_ext.config import megatron_flags
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.cli import known_flags, main_guard, parse, run_main
 from megatron_ext.config.data import DataConfig
@@ -155,7 +156,23 @@ def test_a_yaml_file_is_flat_or_in_sections_and_explicit_flags_win(tmp_path: Pat
         ("model: {num_layer: 3}", ["num_layer", "section model", "did you mean num_layers?"]),
         ("num_layres: 3", ["num_layres", "did you mean num_layers?"]),
         ("model: {lr: 3}", ["unknown key lr", "section model"]),
-        ("num_layers: two", ["--num-layers", "two"]),
+        ("num_layers: two", ["num_layers two", "must be a whole number, it is text"]),
+        ("num_layers: 2.5", ["num_layers 2.5", "must be a whole number, it is a number"]),
+        ("num_layers: true", ["num_layers True", "must be a whole number, it is true or false"]),
+        (
+            "hidden_size: sixty",
+            ["hidden_size sixty", "must be a whole number"],
+        ),  # the command line gives it too
+        ("hidden_dropout: high", ["hidden_dropout high", "must be a number, it is text"]),
+        ("normalization: rms", ["normalization rms", "must be one of RMSNorm, LayerNorm"]),
+        ("recompute_modules: [mlp, [1]]", ["recompute_modules [1]", "must be text, it is a list"]),
+        (
+            "frobnicate: 1\nuse_mcore_models: true\nnum_layres: 2",
+            [
+                "unknown keys frobnicate, use_mcore_models (leave it out",
+                "num_layres (did you mean num_layers?)",
+            ],
+        ),
         ("micro_batch_size: [1, 2]", ["micro_batch_size", "[1, 2]"]),
         ("swiglu: 3", ["swiglu 3"]),
         ("lr: 1\nlearning_rate: 2", ["learning_rate", "twice"]),
@@ -182,8 +199,18 @@ def test_a_mistake_in_a_yaml_file_names_file_and_key(
     [
         ("--num-layer 2", ["unknown flag --num-layer ", "did you mean --num-layers?"]),
         ("--swiglu --frobnicate", ["unknown flag --frobnicate"]),
-        ("--num-layers 2", ["missing required flags --hidden-size, --num-attention-heads"]),
-        (f"{SHAPE} --train-iters 1", ["missing required flag --lr\n"]),
+        (
+            "--frobnicate --fp16 --num-layer 2",
+            ["unknown flags --frobnicate, --fp16 (use --bf16), --num-layer (did you mean"],
+        ),
+        (
+            "--num-layers 2",
+            [
+                "missing required flags --hidden-size, --num-attention-heads, --seq-length, --lr, --train-iters (or",
+                "--vocab-file (for --tokenizer-type GPT2BPETokenizer), --merge-file",
+            ],
+        ),
+        (f"{SHAPE} --train-iters 1 --tokenizer-type ByteLevelTokenizer", ["missing required flag --lr\n"]),
         (f"{SHAPE} {REST} --num-layers two", ["--num-layers", "'two'"]),
         (f"{SHAPE} {REST} --kv-channels", ["--kv-channels"]),
         (f"{SHAPE} {REST} --normalization rms", ["--normalization", "'rms'", "RMSNorm"]),
@@ -199,6 +226,62 @@ def test_a_mistake_on_the_command_line_is_one_line(
     message = refused(line, capsys)
     for word in words:
         assert word in message
+
+
+# The flags of Megatron-LM's published training scripts (examples/gpt3, llama, mixtral) that are not known here.
+MEGATRON_SCRIPTS = """
+--use-mcore-models --attention-softmax-in-fp32 --apply-layernorm-1p --rampup-batch-size --fp16 --decoupled-lr
+--decoupled-min-lr --grad-reduce-in-bf16 --cross-entropy-loss-fusion --manual-gc --empty-unused-memory-level
+--fp8-format --fp8-amax-history-len --fp8-amax-compute-algo --fp8-param-gather --mock-data --tiktoken-pattern
+--no-create-attention-mask-in-dataloader --no-mmap-bin-files --profile --profile-step-start --profile-step-end
+--ckpt-format --no-masked-softmax-fusion --no-position-embedding --num-experts --moe-router-topk --moe-grouped-gemm
+--moe-router-load-balancing-type --moe-aux-loss-coeff --moe-token-dispatcher-type --expert-model-parallel-size
+--use-flash-attn --no-async-tensor-model-parallel-allreduce --optimizer --no-gradient-accumulation-fusion
+--use-rotary-position-embeddings --data-impl --use-checkpoint-args --recompute-activations
+"""
+
+
+def test_every_unknown_flag_of_megatrons_scripts_is_named_with_what_to_use_here(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scripts = set(MEGATRON_SCRIPTS.split())
+    unknown = sorted(scripts - known_flags(CONCERNS))
+    assert len(unknown) >= 38
+    message = refused(unknown, capsys)
+    for flag_name in unknown:
+        assert re.search(rf"{flag_name} \((leave it out|use |not offered)", message), flag_name
+
+
+def test_what_the_table_of_megatrons_flags_names_is_known_here_and_its_keys_are_not() -> None:
+    known = known_flags(CONCERNS)
+    assert not known & {*megatron_flags._INSTEAD, *megatron_flags._SPEED}
+    for flag_name, words in megatron_flags._INSTEAD.items():
+        for named in re.findall(r"(?<!\w)--[\w-]+", words):
+            assert named in known, f"{flag_name}: {words}"
+
+
+def test_help_tells_where_a_required_flag_comes_from_if_it_is_not_given(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(
+            CONCERNS, ["--help"], prog="test", supplied={"num_layers": "that of --load", "lr": "the mode's"}
+        )
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert "Number of transformer layers. (default: 'that of --load')" in text
+    assert "Width of the residual stream. (required)" in text
+    assert "Longest position the model is built for. Without it the sequence length. (default: None)" in text
+
+
+@pytest.mark.parametrize("script", ["pretrain_npt.py", "pretrain_progressive.py"])
+def test_a_scripts_help_calls_required_only_what_nothing_else_gives(script: str) -> None:
+    root = Path(__file__).parents[2]
+    shown = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=root
+    )
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", shown.stdout).split())
+    assert "Number of transformer layers. (default: 'th" in text
+    assert "Number of transformer layers. (required)" not in text
 
 
 def test_a_long_value_stands_whole_in_the_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ BAD = [
     (ModelConfig, {"rope_scaling_factor": 0.0}, ["--rope-scaling-factor 0.0"]),
     (
         ModelConfig,
-        {"rope_high_freq_factor": 1.0},
+        {"use_rope_scaling": True, "rope_high_freq_factor": 1.0},
         ["--rope-high-freq-factor 1.0", "--rope-low-freq-factor 1.0"],
     ),
     (
@@ -82,6 +82,34 @@ BAD = [
         {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2.0},
         ["--rotary-seq-len-interpolation-factor 2.0", "--use-rope-scaling"],
     ),
+    # derived values
+    (
+        ModelConfig,
+        {"swiglu": True, "hidden_size": 16},
+        ["--hidden-size 16", "is 0", "give --ffn-hidden-size"],
+    ),
+    (ModelConfig, {"rotary_percent": 1e-3}, ["--rotary-percent 0.001", "rotates 0", "above 0"]),
+    # what would have no effect
+    (
+        ModelConfig,
+        {"position_embedding_type": "learned_absolute", "rotary_percent": 0.5},
+        ["--rotary-percent 0.5: has no effect", "--position-embedding-type rope, it is learned_absolute"],
+    ),
+    (
+        ModelConfig,
+        {"position_embedding_type": "none", "use_rope_scaling": True},
+        ["--use-rope-scaling: has no effect", "it is none"],
+    ),
+    (
+        ModelConfig,
+        {"rope_scaling_factor": 4.0},
+        ["--rope-scaling-factor 4.0: has no effect", "--use-rope-scaling"],
+    ),
+    (ModelConfig, {"sliding_window": 31}, ["--seq-length 32", "sliding window of 31"]),
+    (ModelConfig, {"sliding_window": 0}, ["--sliding-window 0"]),
+    (ModelConfig, {"num_layers": 10**12}, ["--num-layers 1000000000000", "at most 100000"]),
+    (ModelConfig, {"rotary_base": float("inf")}, ["--rotary-base inf", "finite"]),
+    (ModelConfig, {"seq_length": 2**63}, ["--seq-length 9223372036854775808", "2^63"]),
     (ModelConfig, {"kv_channels": 15}, ["--rotary-percent", "15"]),
     (ModelConfig, {"attention_backend": "te", "transformer_impl": "local"}, ["--attention-backend te"]),
     (ParallelConfig, {"tensor_model_parallel_size": 0}, ["--tensor-model-parallel-size 0"]),
@@ -106,6 +134,15 @@ BAD = [
         ["--recompute-method block", "--recompute-granularity full"],
     ),
     (ParallelConfig, {"recompute_modules": ("moe",)}, ["--recompute-modules moe", "core_attn"]),
+    (
+        ParallelConfig,
+        {"recompute_modules": ("mlp",)},
+        ["--recompute-modules mlp: needs --recompute-granularity selective, it is None"],
+    ),
+    (ParallelConfig, {"context_parallel_size": 2}, ["--context-parallel-size 2: must be 1"]),
+    (ParallelConfig, {"distributed_timeout_minutes": 10**9}, ["--distributed-timeout-minutes 1000000000"]),
+    (TrainingConfig, {"seed": 2**32}, ["--seed 4294967296", "at most 4294967295"]),
+    (TrainingConfig, {"train_iters": None, "num_epochs": float("inf")}, ["--num-epochs inf", "finite"]),
     (TrainingConfig, {"train_iters": None}, ["--train-iters", "--train-samples", "none is given"]),
     (TrainingConfig, {"train_samples": 7}, ["--train-iters", "--train-samples", "10", "7"]),
     (
@@ -115,6 +152,7 @@ BAD = [
     ),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
+    (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),
     (OptimizerSettings, {"min_lr": 1.0}, ["--min-lr 1.0", "--lr 0.001"]),
     (OptimizerSettings, {"lr_decay_style": "WSD"}, ["--lr-decay-style WSD", "--lr-wsd-decay-iters"]),
     (OptimizerSettings, {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 3}, ["--lr-warmup-fraction 0.1"]),
@@ -127,6 +165,8 @@ BAD = [
     (DataConfig, {"data_path": ("0.3", "a", "0.7")}, ["--data-path 0.3 a 0.7"]),
     (DataConfig, {"data_path": ("0.3", "a", "b", "c")}, ["--data-path 0.3 a b c", "'b'"]),
     (DataConfig, {"data_path": ("a",), "train_data_path": ("b",)}, ["--data-path", "--train-data-path"]),
+    (TokenizerConfig, {"vocab_size": 10**9}, ["--vocab-size 1000000000", "at most 16777216"]),
+    (DataConfig, {"num_workers": 10**6}, ["--num-workers 1000000", "at most 1024"]),
     (DataConfig, {"split": "1,2,x"}, ["--split 1,2,x"]),
     (DataConfig, {"split": "1,1,1,1"}, ["--split 1,1,1,1"]),
     (

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.config.cli import parse
+from megatron_ext.config.concerns import TRAINING
+from megatron_ext.config.data import DataConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import OptimizerSettings
 from megatron_ext.config.parallel import ParallelConfig
@@ -18,12 +21,13 @@ def check(world_size: int = 1, **changes: Any) -> None:
         ParallelConfig: {},
         TrainingConfig: {"train_iters": 10},
         OptimizerSettings: {"lr": 1e-3},
+        DataConfig: {},
     }
     for name, value in changes.items():
         owner = next(config_type for config_type in values if name in config_type.__dataclass_fields__)
         values[owner][name] = value
-    model, parallel, training, optimizer = (config_type(**kwargs) for config_type, kwargs in values.items())
-    validate(model, parallel, training, optimizer, world_size=world_size)
+    configs = (config_type(**kwargs) for config_type, kwargs in values.items())
+    validate(*configs, world_size=world_size)
 
 
 TP, PP, VP = (
@@ -58,7 +62,17 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {"global_batch_size": 3},
         "--global-batch-size 3: not divisible by --micro-batch-size 1 x data-parallel size 2",
     ),
-    (2, {"context_parallel_size": 2}, "--context-parallel-size 2: needs CUDA"),
+    (2, {"context_parallel_size": 2}, "--context-parallel-size 2: must be 1"),
+    (
+        1,
+        {"reset_position_ids": True},
+        "--reset-position-ids: has no effect, it needs --reset-attention-mask, or",
+    ),
+    (
+        1,
+        {"reset_attention_mask": True, "attention_backend": "te"},
+        "--reset-attention-mask: needs --attention-backend sdpa or local, it is te",
+    ),
     (
         2,
         {PP: 2, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
@@ -81,10 +95,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("world_size", "changes", "message"), BAD)
-def test_what_cannot_run_is_refused(
-    world_size: int, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_ext.config.validate._has_cuda", lambda: False)
+def test_what_cannot_run_is_refused(world_size: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is what is checked
         check(world_size, **changes)
     assert message in str(caught.value)
@@ -110,6 +121,8 @@ def test_what_cannot_run_is_refused(
                 "recompute_num_layers": 2,
             },
         ),
+        (1, {"reset_position_ids": True, "reset_attention_mask": True}),
+        (1, {"reset_position_ids": True, "position_embedding_type": "learned_absolute"}),
         (1, {"train_iters": None, "train_samples": 50, "lr_warmup_samples": 5, "lr_decay_samples": 40}),
     ],
 )
@@ -128,3 +141,16 @@ def test_virtual_stages_are_counted_and_a_single_one_is_no_interleaving() -> Non
     parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert parallel.virtual_pipeline_size(8) == 2
     assert parallel.virtual_pipeline_size(4) is None
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_context_parallelism_is_refused_on_every_machine_also_in_a_dry_run(
+    has_cuda: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)
+    shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1 --train-iters 1"
+    rest = "--tokenizer-type ByteLevelTokenizer --context-parallel-size 2 --dry-run"
+    with pytest.raises(SystemExit) as caught:
+        parse(TRAINING, f"{shape} {rest}".split())
+    assert caught.value.code == 2
+    assert "--context-parallel-size 2: must be 1" in capsys.readouterr().err

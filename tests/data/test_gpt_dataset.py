@@ -11,6 +11,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_ext.config.data import DataConfig
+from megatron_ext.data import gpt_dataset
 from megatron_ext.data.gpt_dataset import build_datasets
 from megatron_ext.data.indexed import open_index
 from megatron_ext.data.manifest import write_manifest
@@ -231,6 +232,15 @@ def test_data_made_again_under_the_same_name_does_not_meet_the_old_sample_index(
         DataConfig(data_path=(prefix,), split="1", data_cache_path=f"{tmp_path}/new"), (100, 0, 0)
     )
     assert_same_samples(train, fresh)
+
+
+def test_an_index_that_differs_in_its_middle_alone_is_another(tmp_path: Path) -> None:
+    content = bytearray(5 << 20)
+    (tmp_path / "d.idx").write_bytes(content)
+    before = gpt_dataset._identity(f"{tmp_path}/d")
+    content[len(content) // 2] = 1
+    (tmp_path / "d.idx").write_bytes(content)
+    assert gpt_dataset._identity(f"{tmp_path}/d") != before
 
 
 def test_a_cache_file_that_a_killed_run_left_truncated_is_made_again(tmp_path: Path) -> None:

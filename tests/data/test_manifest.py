@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.data.manifest import check_dataset, read_manifest, write_atomically, write_manifest
+from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer, NullTokenizer
 from megatron_ext.testing.datasets import write_dataset
 
 
@@ -54,6 +55,18 @@ def test_another_tokenizer_is_refused_and_the_same_passes(prefix: Any) -> None:
     check_dataset(prefix, None)
     with pytest.raises(ValueError, match="was made with the tokenizer made, but this run's is other"):
         check_dataset(prefix, "other")
+
+
+def test_tokenizers_are_told_apart_by_class_size_and_files(prefix: Any) -> None:
+    write_manifest(prefix, tool="t", tokenizer=ByteLevelTokenizer().describe(), inputs=[])
+    check_dataset(prefix, ByteLevelTokenizer())
+    ours = NullTokenizer(9)
+    ours.files = ("words/vocab.json",)
+    with pytest.raises(
+        ValueError, match="was made with the tokenizer ByteLevelTokenizer, 257 ids, fingerprint "
+    ) as error:
+        check_dataset(prefix, ours)
+    assert "this run's is NullTokenizer, 10 ids, words/vocab.json, fingerprint " in str(error.value)
 
 
 def test_files_replaced_under_a_manifest_are_refused(prefix: Any) -> None:

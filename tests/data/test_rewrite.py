@@ -58,6 +58,11 @@ def test_split_loses_and_reorders_nothing(
     folder = tmp_path_factory.mktemp("split")
     write_dataset(f"{folder}/d", documents)
     outputs = [f"{folder}/part{number}" for number in range(len(shares))]
+    bounds = np.round(np.cumsum([0.0, *shares]) / sum(shares) * len(documents))
+    if not np.diff(bounds).all():
+        with pytest.raises(ValueError, match=f"would get none of the {len(documents)} documents"):
+            split(f"{folder}/d", outputs, shares)
+        return
     split(f"{folder}/d", outputs, shares)
     parts = [read(output) for output in outputs]
     assert [document for part in parts for document in part] == documents

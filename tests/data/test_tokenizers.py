@@ -271,13 +271,13 @@ def test_gigatokens_cache_is_given_back_and_ids_stay_the_same(
 
     ours = gpt2(bpe_dir)
     encoder = Encoder(ours, "gigatoken")
-    load, loads = encoding._load_gigatoken, []
+    load, loads = encoding.load, []
 
     def counted(tokenizer: Any) -> Any:
         loads.append(tokenizer)
         return load(tokenizer)
 
-    monkeypatch.setattr(encoding, "_load_gigatoken", counted)
+    monkeypatch.setattr(encoding, "load", counted)
     monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 50)
     monkeypatch.setattr(encoding, "_CACHE_BYTES", 4 << 20)
     words = [f"{i * 7919 % 1_000_003:x}{i:o}" for i in range(200_000)]

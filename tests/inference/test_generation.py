@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.inference.generation import Sampling, choose, generate
+from megatron_ext.inference.generation import Sampling, choose, generate, probabilities
 from megatron_ext.models.build import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.per_layer.config import PerLayerConfig
@@ -100,7 +102,7 @@ def _greedy_and_sampled(name: str, cut: str) -> list[list[list[int]]]:
 def test_generation_ends_at_the_stop_token_and_leaves_it_out() -> None:
     whole = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], GREEDY)[0][0]
     stop = whole[0][3]
-    sampling = replace(GREEDY, stop_token=stop)
+    sampling = replace(GREEDY, stop_tokens=(stop,))
     found = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], sampling)[0][0]
     assert found == [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in whole]
 
@@ -114,9 +116,12 @@ def test_another_seed_gives_another_continuation() -> None:
 
 
 def test_bad_requests_are_refused_in_one_line() -> None:
-    no_tokens, too_long = run_distributed(_refused, 1)[0]
+    no_tokens, too_long, *too_many = run_distributed(_refused, 1)[0]
+    assert all(
+        f"--max-new-tokens {count}:" in line for count, line in zip((2 * 10**9, 2**70), too_many, strict=True)
+    )
     assert "has no tokens" in no_tokens
-    assert too_long.startswith("--max-new-tokens 12:") and "16 positions" in too_long
+    assert too_long.startswith("--max-new-tokens 12, after") and "16 positions" in too_long
 
 
 def _refused() -> list[str]:
@@ -125,6 +130,11 @@ def _refused() -> list[str]:
     for prompts, count in (([[1], []], 2), ([[1] * 5], 12)):
         with pytest.raises(ValueError, match=r".") as error:
             generate(model, families, prompts, replace(GREEDY, max_new_tokens=count), VOCAB_SIZE)
+        found.append(str(error.value))
+    model, families = _build("rope", CUTS["TP1"])
+    for count in (2 * 10**9, 2**70):
+        with pytest.raises(ValueError, match=r".") as error:
+            generate(model, families, [[1]], replace(GREEDY, max_new_tokens=count), VOCAB_SIZE)
         found.append(str(error.value))
     return found
 
@@ -165,6 +175,49 @@ def test_sampled_frequencies_follow_the_closed_form(sampling: Sampling, allowed:
         assert abs(found - wanted) <= 5 * math.sqrt(wanted * (1 - wanted) / DRAWS)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 0.7, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.0), (5, 0.0), (0, 0.6), (20, 0.9), (1, 0.5), (10**9, 1.0)]
+)
+def test_probabilities_equal_those_of_transformers_warpers(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(2)) * 4
+    warpers: list[Any] = [transformers.TemperatureLogitsWarper(temperature)]
+    warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [transformers.TopPLogitsWarper(top_p)] if top_p else []
+    expected = logits
+    for warper in warpers:
+        expected = warper(None, expected)
+    found = probabilities(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    torch.testing.assert_close(found, expected.softmax(-1), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-20])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature: float) -> None:
+    logits = torch.randn(64, 11, generator=torch.Generator().manual_seed(0)) * 100
+    logits[:, 3] = -math.inf
+    for top_k, top_p in ((0, 0.0), (3, 0.5), (0, 1e-50)):
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        assert torch.equal(choose(logits, sampling, torch.Generator().manual_seed(1)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e300])
+def test_a_huge_temperature_makes_all_tokens_alike(temperature: float) -> None:
+    logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)) * 100
+    logits[:, 3] = -math.inf
+    found = probabilities(logits, Sampling(temperature=temperature))
+    expected = torch.full((2, 8), 1 / 7)
+    expected[:, 3] = 0.0
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_top_p_too_small_for_a_float_takes_the_most_likely_token() -> None:
+    logits = torch.randn(64, 11, generator=torch.Generator().manual_seed(0))
+    chosen = choose(logits, Sampling(top_p=1e-60), torch.Generator().manual_seed(1))
+    assert torch.equal(chosen, logits.argmax(-1))
+
+
 def test_rows_of_a_batch_are_restricted_each_by_its_own_logits() -> None:
     logits = torch.tensor([[3.0, 0.0, 1.0], [0.0, 1.0, 3.0]]).repeat(500, 1)
     chosen = choose(logits, Sampling(top_k=2), torch.Generator().manual_seed(0)).view(500, 2)
@@ -183,8 +236,14 @@ def test_zero_temperature_takes_the_most_likely_token() -> None:
     [
         ({"max_new_tokens": 0}, "--max-new-tokens 0"),
         ({"temperature": -0.1}, "--temperature -0.1"),
+        ({"temperature": math.nan}, "--temperature nan"),
+        ({"temperature": math.inf}, "--temperature inf"),
         ({"top_k": -1}, "--top-k -1"),
         ({"top_p": 1.5}, "--top-p 1.5"),
+        ({"top_p": math.nan}, "--top-p nan"),
+        ({"top_p": -1e-9}, "--top-p -1e-09"),
+        ({"seed": -1}, "--seed -1"),
+        ({"seed": 2**63}, "--seed 9223372036854775808"),
     ],
 )
 def test_sampling_out_of_range_names_the_flag_and_its_value(options: dict[str, float], flag: str) -> None:

@@ -37,7 +37,8 @@ TIMESTAMP = r"_\d{8}_\d{6}"
 
 def flags_of(mode: str, folder: str, base: str, data: str) -> list[str]:
     """The command of a run in `folder`; the same for its start and for going on."""
-    shared = ["--base-checkpoint", base, "--data-path", data]
+    # The shared flags of the tests have no loader processes; a user's run has two.
+    shared = ["--base-checkpoint", base, "--data-path", data, "--num-workers", "2"]
     if mode == "sequential":
         return [*SEQUENTIAL, *shared, "--checkpoint-dir", folder]
     return [*MULTI_LAYER, *CURRICULUM, *shared, "--load", folder, "--save", folder]

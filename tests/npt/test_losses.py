@@ -79,7 +79,8 @@ def _step(stage: str, residual: str, kind: str) -> dict[str, float]:
         list(chunks), [family], [batch], output_loss,
         forward_only=False, prepare=lambda batches: family.prepare_batches(chunks, [family], batches),
     )  # fmt: skip
-    found = {name: float(value) for name, value in outputs[0].items()} | LayerLosses.collect()
+    means = {name: float(total / weight) for name, (total, weight) in outputs[0].items()}
+    found = means | LayerLosses.collect()
     family.begin_step(chunks, None)
     return found | _expected(chunks[0], batch, stage, residual, kind)
 

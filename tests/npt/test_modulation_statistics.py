@@ -109,7 +109,7 @@ def _measured(settings: NPTModuleConfig, parallel: ParallelConfig) -> dict[str, 
             values |= {f"{target}.{name}": getattr(vectors, name)() for name in NORMS}
         for number, (name, value) in enumerate(found.items()):
             values[f"{target}.{name}"] = value.detach()
-            loss = loss + (number + 1) * value
+            loss = loss + (number + 1) * value.mean()
     (loss / (2 if sp else 1)).backward()
     gradients: dict[str, Tensor] = {}
     for name, parameter in layer.feed_forward.named_parameters():
@@ -156,7 +156,7 @@ def expected(form: str) -> dict[str, Any]:
             quantities |= _vectors(settings, of_target, a)
         values |= {f"{target}.{name}": value for name, value in quantities.items()}
         trained = [value for name, value in quantities.items() if name not in NORMS]
-        loss = loss + sum((number + 1) * value for number, value in enumerate(trained))
+        loss = loss + sum((number + 1) * value.mean() for number, value in enumerate(trained))
     loss.backward()
     gradients = {
         f"{target}.{name}": value.grad
@@ -181,8 +181,8 @@ def _vectors(settings: NPTModuleConfig, factors: dict[str, Tensor], a: Tensor) -
         all_b.append(z @ factors["W_b_up"][columns])
     v_a, v_b, target = torch.stack(all_a), torch.stack(all_b), a.expand(len(all_a), *a.shape)
     return {
-        "reconstruction_error": torch.nn.functional.mse_loss(v_a, target),
-        "attention_square": a.square().mean(),
+        "reconstruction_error": (v_a - target).square().view(len(v_a), SEQUENCE, BATCH, -1).mean((0, 1, 3)),
+        "attention_square": a.square().view(SEQUENCE, BATCH, -1).mean((0, 2)),
         "similarity": torch.nn.functional.cosine_similarity(v_a, target, dim=-1).mean(),
         "a_square": v_a.square().mean(),
         "b_square": v_b.square().mean(),
@@ -236,7 +236,7 @@ def _zeros() -> dict[str, Tensor]:
         part.c_a.zero_()
     vectors = GeneratedVectors(part, torch.zeros(SEQUENCE, BATCH, HIDDEN))
     quantities = [getattr(vectors, name)() for name in VECTORS]
-    torch.stack([*quantities, factor_norm(part)]).sum().backward()
+    torch.stack([*(value.sum() for value in quantities), factor_norm(part)]).sum().backward()
     return {name: value.grad for name, value in part.named_parameters()}
 
 

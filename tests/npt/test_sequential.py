@@ -72,7 +72,7 @@ def test_a_layer_is_trained_on_top_of_trained_layers_which_stay_as_they_are(
 
 
 def _single(sequential_run: SequentialRun, layer: int, *more: str) -> Tensors:
-    folder = sequential_run.root / f"single-{layer}"
+    folder = sequential_run.root / f"single-{layer}{'-on-top' if more else ''}"
     flags = shlex.split(
         "--mode single_layer --np-rank 4 --train-iters 6 --stage1-steps 2 --lr 1e-2 --batch_size 2"
     )

@@ -12,7 +12,7 @@ from megatron_ext.per_layer.config import PerLayerConfig
 def test_defaults_are_those_of_document_003() -> None:
     config = PerLayerConfig()
     assert not config.use_per_layer_embedding
-    assert (config.per_layer_vocab_size, config.per_layer_hidden_size) == (10000, 1024)
+    assert (config.rows(vocab_size=777), config.per_layer_hidden_size) == (10000, 1024)
     assert (config.per_layer_combination_method, config.per_layer_gate_activation) == ("scaled_add", "silu")
     assert (config.per_layer_projection_dropout, config.per_layer_stats_interval) == (0.0, 100)
     assert config.per_layer_position == "before_layer"
@@ -61,6 +61,13 @@ def test_the_gemma4_preset_sets_ids_activation_and_position() -> None:
 def test_a_wrong_value_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         PerLayerConfig(**{"use_per_layer_embedding": True, **values})
+
+
+def test_without_the_flag_the_tables_have_as_many_rows_as_there_are_ids() -> None:
+    config = PerLayerConfig(use_per_layer_embedding=True)
+    assert config.rows(vocab_size=777, num_ids=359) == 359
+    given = PerLayerConfig(use_per_layer_embedding=True, per_layer_vocab_size=500)
+    assert given.rows(vocab_size=777, num_ids=359) == 500
 
 
 def test_a_cut_that_does_not_divide_the_hidden_size_is_named() -> None:

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,7 +69,10 @@ def test_ids_come_from_the_batch_else_from_the_table_else_they_are_the_tokens() 
 def test_a_table_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=f"has 3 tokens, the tokenizer {VOCAB}"):
         PerLayerFamily(_settings(), VOCAB, [0, 1, 2])
-    with pytest.raises(ValueError, match="--per-layer-vocab-size 20: the per-layer ids go up to 20"):
+    message = (
+        "--per-layer-vocab-size 20: the per-layer ids go up to 20, .* at least 21, or leave the flag out"
+    )
+    with pytest.raises(ValueError, match=message):
         PerLayerFamily(_settings(), VOCAB, [20] * VOCAB)
 
 
@@ -279,3 +284,36 @@ def test_a_configuration_without_ids_is_refused_at_the_start() -> None:
     aligned = dataclasses.replace(guided, per_layer_data_path=("prefix",))
     options = PerLayerFamily.from_tokenizer(aligned, tokenizer).dataset_options()
     assert options["per_layer_data_path"] == ("prefix",) and options["per_layer_vocab_size"] == ROWS
+
+
+def test_rows_follow_the_table_or_the_aligned_data_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    from megatron_ext.config.tokenizer import TokenizerConfig
+    from megatron_ext.data.manifest import write_manifest
+    from megatron_ext.data.per_layer.table import save_table
+    from megatron_ext.data.per_layer.vocab import SPECIAL, save_vocabulary
+    from megatron_ext.data.tokenizers import build_tokenizer
+    from megatron_ext.testing.datasets import write_dataset
+
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB))
+    vocab_file, aligned = str(tmp_path / "v.json"), str(tmp_path / "aligned")
+    save_vocabulary(vocab_file, SPECIAL)
+    table = np.arange(tokenizer.vocab_size, dtype=np.int32) % 23
+    save_table(vocab_file, "syntax_focus", table, tokenizer_fingerprint=tokenizer.fingerprint(), seed=1)
+    write_dataset(aligned, [[[1, 2, 3]]])
+    write_manifest(aligned, tool="test", tokenizer=None, inputs=[], extra={"per_layer": {"vocab_size": 31}})
+    unsized = _settings(per_layer_vocab_size=None)
+    from_table = dataclasses.replace(unsized, per_layer_vocab_file=vocab_file)
+    from_data = dataclasses.replace(unsized, per_layer_data_path=(aligned,))
+    for settings, rows in ((from_table, 23), (from_data, 31)):
+        family = PerLayerFamily.from_tokenizer(settings, tokenizer)
+        again = PerLayerFamily.from_configuration(json.loads(json.dumps(family.configuration())))
+        assert family.rows == again.rows == rows
+
+
+def test_a_checkpoint_with_token_ids_comes_back_whatever_size_an_earlier_version_stored() -> None:
+    family = PerLayerFamily(_settings(per_layer_strategy="identity", per_layer_vocab_size=None), VOCAB)
+    stored = json.loads(json.dumps(family.configuration()))
+    stored["settings"]["per_layer_vocab_size"] = 10_000
+    assert PerLayerFamily.from_configuration(stored).rows == VOCAB
+    assert "per_layer_vocab_size" in family.free_on_resume
+    assert "per_layer_vocab_size" not in PerLayerFamily(_settings(), VOCAB).free_on_resume

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.platform.peak import device_peak, known_tflops, measured_flops
+from megatron_ext.platform.peak import DevicePeak, device_peak, known_tflops, measured_flops
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,16 @@ def test_a_device_that_is_not_in_the_table_is_unknown(name: str) -> None:
 
 def test_the_users_figure_is_taken_as_it_is() -> None:
     assert device_peak(bf16=True, tflops=1.5).flops_per_second == 1.5e12
+
+
+def test_a_measured_peak_is_raised_to_what_a_run_reaches_and_a_known_one_is_not() -> None:
+    measured = DevicePeak(1e3, "measured", torch.float32)
+    raised = measured.raised(2e3)
+    assert raised.flops_per_second > 1e8, "measured anew"
+    assert raised.raised(1e30).flops_per_second == 1e30
+    assert measured.raised(1e3) is measured
+    given = device_peak(bf16=True, tflops=1.0)
+    assert given.raised(1e30) is given
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")

@@ -194,6 +194,21 @@ def test_growing_from_two_to_six_layers_by_one_call_equals_three(tmp_path: Path)
     assert all(torch.equal(value, apart[name]) for name, value in at_once.items())
 
 
+def refused_beside_checkpoints(folder: str) -> str:
+    distributed.shutdown = lambda: None
+    Path(folder, "iter_0000004").mkdir()
+    builder = ProgressiveRackBuilder(config=small_config(training_objective="clm"))
+    with pytest.raises(ValueError, match="needs a directory of its own") as caught:
+        ProgressiveTrainer(builder.config, save=folder).train_rack(builder, loader(), target_stacks=1)
+    return str(caught.value)
+
+
+def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    told = run_distributed(refused_beside_checkpoints, 1, str(tmp_path))[0]
+    assert told.startswith(f"--save {tmp_path}: holds another run (steps 4)")
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000004"]
+
+
 def train_masked() -> list[list[float]]:
     distributed.shutdown = lambda: None
     config = small_config(training_objective="mlm", trunk_strategy="qlora", stack_steps=24)

@@ -9,8 +9,9 @@ import torch
 from megatron_ext.progressive.adapted_layers import adapted_linears, weight_bytes
 from megatron_ext.progressive.adapted_linear import LayerSettings
 from megatron_ext.progressive.precision import mixed_linear
-from megatron_ext.progressive.quantization import _load, packing
+from megatron_ext.progressive.quantization import Part, _load, check_part, packing
 from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.training import CUTS
 from tests.progressive.helpers import DUAL, MODEL, build, some_tokens
 
 NF4_CODES = [
@@ -86,7 +87,37 @@ def test_a_missing_library_is_one_line() -> None:
 
 def test_nvfp4_refuses_a_row_that_16_does_not_divide() -> None:
     with pytest.raises(ValueError, match=r"^precision nvfp4: 16 must divide .*, which is 24$"):
-        packing("nvfp4").pack(torch.zeros(8, 24))
+        check_part("nvfp4", Part(rows=8, row=24, splits_input=False), 1)
+
+
+FOUR_BITS = {name: LayerSettings(precision=name, trains_base=False) for name in ("qlora", "nvfp4")}
+
+
+def _unpacked(precision: str, cut: str, ffn_hidden_size: int) -> list[tuple[str, torch.Tensor]]:
+    """This rank's parts of the stored weights; those of fc1 as [2, f/t, h]."""
+    model = replace(MODEL, num_layers=1, hidden_size=128, ffn_hidden_size=ffn_hidden_size)
+    found = []
+    for _, name, linear in adapted_linears(build({0: FOUR_BITS[precision]}, CUTS[cut], model=model)):
+        weight = linear.read_weight(torch.float32)
+        found.append((name, weight.view(2, -1, 128) if linear.is_gated else weight))
+    return found
+
+
+@pytest.mark.parametrize("precision", list(FOUR_BITS))
+def test_weights_in_four_bits_do_not_depend_on_the_cut(precision: str) -> None:
+    (whole,) = run_distributed(_unpacked, 1, precision, "TP1", 256)
+    parts = run_distributed(_unpacked, 2, precision, "TP2", 256)
+    for place, (name, expected) in enumerate(whole):
+        split = next(dim for dim, size in enumerate(expected.shape) if parts[0][place][1].shape[dim] != size)
+        assert torch.cat([rank[place][1] for rank in parts], dim=split).equal(expected), name
+
+
+def test_a_cut_through_a_block_is_refused() -> None:
+    message = (
+        "precision qlora: blocks of 64 weights would be cut, a row has 96 on each of 2 tensor-parallel ranks"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        run_distributed(_unpacked, 2, "qlora", "TP2", 192)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Unmasking: order, steps, determinism, and the same tokens at every cut."""
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -128,7 +129,7 @@ def test_the_tokens_follow_from_the_seed_and_are_the_same_at_every_cut() -> None
 def test_what_follows_a_stop_token_is_left_out() -> None:
     whole = _runs(1)[0]["TP1"]["greedy"][0]
     stop = whole[0][3]
-    cut_off, _ = run_distributed(_generate, 1, ParallelConfig(), replace(GREEDY, stop_token=stop))[0]
+    cut_off, _ = run_distributed(_generate, 1, ParallelConfig(), replace(GREEDY, stop_tokens=(stop,)))[0]
     assert cut_off[0] == whole[0][: whole[0].index(stop)]
 
 
@@ -145,7 +146,17 @@ def test_a_model_that_was_not_trained_on_masks_is_refused() -> None:
     assert "was not trained on masked tokens" in run_distributed(_by_a_causal_model, 1)[0]
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("max_new_tokens", 0), ("temperature", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2**31),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("seed", -1),
+    ],
+)
 def test_settings_out_of_range_name_their_flag(name: str, value: float) -> None:
     flag = {"steps": "--diffusion-steps"}.get(name, "--" + name.replace("_", "-"))
     with pytest.raises(ValueError, match=f"{flag} {value}"):

@@ -30,7 +30,8 @@ MODEL = [
         "--swiglu",
     ),
     *("--use-per-layer-embedding", "--per-layer-preset", "gemma4", "--per-layer-hidden-size", "8"),
-    *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCABULARY), "--num-workers", "0"),
+    # With loader processes, as many as a user's run has.
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCABULARY)),
     *("--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-2", "--eval-iters", "0"),
     *("--log-interval", "1", "--device-peak-tflops", "1"),
 ]
@@ -97,7 +98,11 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_tha
     where = ["--save", str(tmp_path / "checkpoint"), "--tensorboard-dir", str(tmp_path / "stopped")]
 
     with subprocess.Popen(
-        command(*flags, *where, processes=2), env=environment(), stdout=subprocess.PIPE, text=True
+        command(*flags, *where, processes=2),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         assert process.stdout is not None
         workers = []
@@ -108,7 +113,7 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_tha
                 break
         output = process.stdout.read()
     assert process.returncode != 0
-    assert "received SIGTERM, exit code 143" in output
+    assert "received SIGTERM, exit code 143" in output and "DataLoader" not in output
     assert not psutil.wait_procs(workers, timeout=20)[1]
     stopped_at = max(losses(tmp_path / "stopped"))
     assert stopped_at < 12
@@ -119,14 +124,21 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_tha
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("more", [[], ["--bf16"], ["--bf16", "--use-distributed-optimizer"]])
 def test_a_diverging_run_ends_with_its_own_exit_code_and_saves_nothing_broken(
-    data: str, tmp_path: Path
+    more: list[str], data: str, tmp_path: Path
 ) -> None:
     save = tmp_path / "checkpoint"
-    flags = ["--data-path", data, "--train-iters", "50", "--save", str(save), "--save-interval", "1"]
-    result = run(*flags, "--lr", "1e38", "--clip-grad", "0", "--max-consecutive-nan-steps", "3")
-    assert result.returncode == 3, result.stderr
-    assert "not finite in 3 steps in a row" in result.stdout
+    flags = ["--data-path", data, "--train-iters", "50", "--save", str(save), "--save-interval", "1", *more]
+    flags += ["--lr", "1e38", "--clip-grad", "0", "--max-consecutive-nan-steps", "3"]
+    result = run(*flags, processes=2 if more else 1)
+    told = "not finite in 3 steps in a row"
+    assert told in result.stdout
+    if more:
+        assert result.returncode == 1 and "exitcode  : 3 " in result.stderr, result.stderr
+        assert told in result.stderr.splitlines()[-2], "torchrun's report ends with it"
+    else:
+        assert result.returncode == 3, result.stderr
     good = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert f"step {good + 3}" in result.stdout and f"step {good + 4}" not in result.stdout
 
@@ -189,5 +201,6 @@ def test_a_mistake_under_torchrun_is_told_once_and_leaves_no_process(data: str, 
         result = run("--data-path", data, "--train-iters", "2", *flags, processes=2)
         assert result.returncode != 0
         assert told in one_line(result)
+        assert one_line(result) in result.stderr.splitlines()[-2], "torchrun's report ends with it"
         assert time.monotonic() - started < 120
         assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in (p.info["cmdline"] or [])]

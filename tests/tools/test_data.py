@@ -1,6 +1,10 @@
 """tools/data.py: what verify finds, what inspect shows."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +12,13 @@ import numpy as np
 import pytest
 
 from megatron_ext.data.indexed import open_index
-from megatron_ext.data.manifest import manifest_path, write_manifest
+from megatron_ext.data.manifest import manifest_path, sha256_of, write_manifest
 from megatron_ext.data.per_layer.ids import write_aligned
+from megatron_ext.data.per_layer.table import save_table
 from megatron_ext.data.per_layer.vocab import (
     build_table,
     build_vocabulary,
-    save_table,
     save_vocabulary,
-    sha256_of,
     token_forms,
 )
 from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer
@@ -23,6 +26,8 @@ from megatron_ext.testing.datasets import write_dataset
 from tools.data import main
 
 TEXTS = ["the cat", "a dog and a bird", "x = (1, 2)"]
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -184,12 +189,29 @@ def test_inspect_shows_counts_lengths_text_and_per_layer_ids(
 def test_merge_split_and_shuffle_are_commands(
     prefix: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["merge", prefix, prefix, "--output-prefix", f"{tmp_path}/two"]) == 0
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{prefix}.{suffix}", f"{tmp_path}/copy.{suffix}")
+    with pytest.raises(ValueError, match="are the same file; give it once"):
+        main(["merge", prefix, prefix, "--output-prefix", f"{tmp_path}/two"])
+    assert main(["merge", prefix, f"{tmp_path}/copy", "--output-prefix", f"{tmp_path}/two"]) == 0
     assert main(["shuffle", f"{tmp_path}/two", "--output-prefix", f"{tmp_path}/mixed", "--seed", "3"]) == 0
     parts = [f"{tmp_path}/x", f"{tmp_path}/y"]
     assert main(["split", f"{tmp_path}/mixed", "--output-prefix", *parts, "--shares", "3", "1"]) == 0
     assert f"{tmp_path}/x.bin/.idx: 6 documents" in capsys.readouterr().out
     assert main(["verify", f"{tmp_path}/two", f"{tmp_path}/mixed", *parts]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_inspect_shows_any_text_on_any_terminal(tmp_path: Path, encoding: str) -> None:
+    text = "one\u2028two\x0cthree\x85漢"
+    write_dataset(f"{tmp_path}/d", [[[*text.encode(), 256]]])
+    command = [sys.executable, str(ROOT / "tools" / "data.py"), "inspect", f"{tmp_path}/d", "--document", "0"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    result = subprocess.run(
+        [*command, "--tokenizer-type", "ByteLevelTokenizer"], env=environment, capture_output=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert text.encode(encoding, errors="backslashreplace") in result.stdout
 
 
 def test_an_unknown_command_is_refused() -> None:

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_ext.reports.events import read_curves
 from megatron_ext.training.tensorboard import TensorBoard
@@ -45,6 +47,30 @@ def test_the_picture_holds_the_losses_and_the_statistic_if_there_is_one(run: Pat
     for label in ("training", "validation", "held out", "unigram entropy"):
         assert f"<!-- {label} -->" in picture
     assert ("<!-- layer 01 -->" in picture) == (statistic == "per-layer/update-ratio")
+
+
+@pytest.mark.parametrize(("told", "step"), [({"step": 2}, 2), ({}, 3)])
+def test_the_held_out_mark_stands_at_the_step_that_was_evaluated(
+    run: Path, told: dict[str, int], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"held_out": {"loss": 2.5, "perplexity": 12.2, **told}}
+    (run / "evaluation.json").write_text(json.dumps(found))
+    figures: list[Any] = []
+    save = Figure.savefig
+
+    def recorded(figure: Any, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
+    config = PlotConfig(
+        tensorboard_dir=str(run / "tensorboard"),
+        output=str(run / "picture.svg"),
+        evaluation=str(run / "evaluation.json"),
+    )
+    draw(config, read_curves(config.tensorboard_dir))
+    (mark,) = [line for line in figures[0].axes[0].lines if line.get_label() == "held out"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([step], [2.5])
 
 
 def test_a_directory_without_losses_is_refused(tmp_path: Path) -> None:

@@ -182,7 +182,11 @@ def test_a_malformed_line_is_named_and_nothing_is_left(
 def start(*arguments: Any) -> Any:
     """Starts the tool on a slow tokenizer and returns it once some pieces are finished."""
     process = subprocess.Popen(
-        [*TOOL, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*TOOL, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     prefix = arguments[arguments.index("--output-prefix") + 1]
     deadline = time.monotonic() + 60
@@ -212,6 +216,8 @@ def children(process: Any) -> Any:
         ("parent", signal.SIGKILL, -signal.SIGKILL),
         ("parent", signal.SIGTERM, 143),
         ("parent", signal.SIGINT, 130),
+        ("group", signal.SIGTERM, 143),
+        ("group", signal.SIGINT, 130),
         ("worker", signal.SIGKILL, 3),
     ],
 )
@@ -222,11 +228,17 @@ def test_a_killed_run_leaves_nothing_finished_and_is_resumed(
     process = start(*arguments, "--workers", 2, "--encoder", "reference")
     workers = children(process)
     assert len(workers) == 2
-    # Held still, so that on a fast machine the run cannot finish before the signal arrives.
-    for pid in workers:
+    # Held still, so that on a fast machine the run cannot finish before the signal arrives; where it is to reach the
+    # workers too, the parent: else it would end them before they have it.
+    held = [process.pid] if victim == "group" else workers
+    for pid in held:
         os.kill(pid, signal.SIGSTOP)
-    os.kill(process.pid if victim == "parent" else workers[0], kill)
-    for pid in workers:
+    if victim == "group":
+        os.killpg(process.pid, kill)
+        time.sleep(0.2)
+    else:
+        os.kill(process.pid if victim == "parent" else workers[0], kill)
+    for pid in held:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
     _, stderr = process.communicate(timeout=20)
@@ -297,6 +309,39 @@ def test_mistakes_are_one_line(tmp_path: Path, tokenizer_flags: Any, flags: Any,
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "found"),
+    [
+        ("", [], "empty documents: 0, rejected lines: 0"),
+        ('{"text": ""}\n' * 2, [], "empty documents: 2, rejected lines: 0"),
+        ('{"text": ""}\n' * 2, ["--skip-empty"], "empty documents: 2, rejected lines: 0"),
+        ("oops\n", ["--on-error", "skip"], "empty documents: 0, rejected lines: 1"),
+    ],
+)
+def test_input_without_text_makes_no_dataset(
+    tmp_path: Path, tokenizer_flags: Any, content: Any, flags: Any, found: Any
+) -> None:
+    (tmp_path / "in.jsonl").write_text(content)
+    result = run(
+        "--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "c", *tokenizer_flags, *flags
+    )
+    assert result.returncode == 2
+    assert f"in.jsonl: holds no text ({found}); no dataset is made" in result.stderr
+    assert left_behind(tmp_path) == ["in.jsonl"]
+
+
+def test_a_quarantine_is_not_read_and_removed_by_the_same_prefix(
+    tmp_path: Path, tokenizer_flags: Any
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\noops\n')
+    quarantine = [*tokenizer_flags, "--on-error", "quarantine", "--output-prefix", tmp_path / "c"]
+    assert run("--input", tmp_path / "in.jsonl", *quarantine).returncode == 0
+    result = run("--input", tmp_path / "c_quarantined.jsonl", *quarantine)
+    assert result.returncode == 2
+    assert f"--output-prefix {tmp_path}/c writes that file; give another prefix" in result.stderr
+    assert (tmp_path / "c_quarantined.jsonl").read_text() == "oops\n"
 
 
 def test_help_shows_an_example_and_the_exit_codes() -> None:

@@ -13,7 +13,8 @@ from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.indexed import open_index
 from megatron_ext.data.manifest import check_dataset, read_manifest, write_manifest
 from megatron_ext.data.per_layer.alignment import check_aligned
-from megatron_ext.data.per_layer.vocab import STRATEGIES, load_per_layer_table
+from megatron_ext.data.per_layer.table import load_per_layer_table, rows_of, save_table, table_path
+from megatron_ext.data.per_layer.vocab import STRATEGIES
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.testing.datasets import write_dataset
 from tools.preprocess_per_layer_data import main
@@ -96,7 +97,13 @@ def test_document_003s_command_makes_vocabulary_table_and_aligned_data(
         vocabulary = json.loads((folder / "per_layer_vocab.json").read_text())
         assert len(vocabulary) <= 100
         assert {"the", "cat", "def", "(", "is", "not"} <= set(vocabulary)
-        assert f"{tokens.size:,} tokens" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"{tokens.size:,} tokens" in printed
+        rows = rows_of(table)
+        marks = {2, 3, 4} if strategy == "attention_guidance" else set()
+        assert f"{len({*table.tolist(), *marks})} of {rows} rows used" in printed
+        assert manifest["per_layer"]["vocab_size"] == rows < len(vocabulary)
+        assert {*range(15), *table.tolist()} == set(range(rows))
 
 
 def test_held_out_data_gets_the_training_vocabulary(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +128,34 @@ def test_held_out_data_gets_the_training_vocabulary(folder: Any, capsys: pytest.
     assert after == before
     assert "used as it is" in capsys.readouterr().out
     check_aligned(f"{folder}/held_out_text_document", f"{folder}/held_out_pl_text_document")
+
+
+def test_a_table_that_is_there_stays_as_it_is(folder: Any) -> None:
+    main(document_003(folder, "--per-layer-strategy", "random_subset"))
+    path, tokenizer = f"{folder}/per_layer_vocab.json", the_tokenizer(folder)
+    with pytest.raises(
+        ValueError, match=r"--seed 5: .*random_subset\.npz was drawn with --seed 1234; give that"
+    ):
+        main(document_003(folder, "--per-layer-strategy", "random_subset", "--seed", "5"))
+    sparse = np.full(
+        tokenizer.vocab_size, 90, dtype=np.int32
+    )  # as an earlier version numbered: by the vocabulary
+    save_table(path, "syntax_focus", sparse, tokenizer_fingerprint=tokenizer.fingerprint(), seed=1234)
+    before = Path(table_path(path, "syntax_focus")).read_bytes()
+    main(document_003(folder))
+    assert Path(table_path(path, "syntax_focus")).read_bytes() == before
+    assert set(open_index(f"{folder}/my_data_per_layer_text_document").tokens().tolist()) == {90}
+
+
+def test_without_a_size_a_vocabulary_of_any_size_is_used(
+    folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(document_003(folder))
+    monkeypatch.setattr("tools.preprocess_per_layer_data.DEFAULT_VOCAB_SIZE", 20)
+    flags = document_003(folder)
+    at = flags.index("--per-layer-vocab-size")
+    main(flags[:at] + flags[at + 2 :])
+    assert "per_layer_vocab.json: used as it is" in capsys.readouterr().out
 
 
 def test_missing_tokenized_data_names_the_command_that_makes_it(folder: Any) -> None:

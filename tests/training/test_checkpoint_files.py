@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.testing.checkpoint import RunSettings, TinyRun
 from megatron_ext.testing.distributed import run_distributed
 from megatron_ext.training import checkpoint_files as files
+from tests.training.kill_helpers import snapshots
 
 _SINGLE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())
 
@@ -36,7 +36,7 @@ def _states_during_a_save(folder: str) -> tuple[list[str], dict[int, float]]:
 
     The save is the hardest one: it replaces a checkpoint of the same step, and removes an older one.
     """
-    place, snapshots = f"{folder}/place", list[str]()
+    place = f"{folder}/place"
     first = _run(save=place)
     first.train(1)
     first.save()
@@ -46,23 +46,7 @@ def _states_during_a_save(folder: str) -> tuple[list[str], dict[int, float]]:
     (Path(place) / files.TRACKER).write_text("1")
     second = _run(load=place, save=place, keep_last=1)
     second.train(1)
-    active = True
-    changes = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
-
-    def before_change(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal active
-        opened = event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "wxa"
-        if active and (opened or event in changes):
-            active = False  # the copy changes files too
-            snapshots.append(f"{folder}/{len(snapshots)}")
-            shutil.copytree(place, snapshots[-1])
-            active = True
-
-    sys.addaudithook(before_change)
-    second.save()
-    active = False
-    shutil.copytree(place, f"{folder}/end")
-    return [*snapshots, f"{folder}/end"], expected | {2: _checksum(second)}
+    return snapshots(place, folder, second.save), expected | {2: _checksum(second)}
 
 
 def _checksum(run: TinyRun) -> float:
@@ -251,7 +235,8 @@ def test_the_tracker_names_the_checkpoint_to_load(tmp_path: Path) -> None:
     assert files.find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000001"
     assert files.find_checkpoint(str(tmp_path), 2) == tmp_path / "iter_0000002"
     assert files.find_checkpoint(str(tmp_path / "iter_0000002")) == tmp_path / "iter_0000002"
-    (tmp_path / files.TRACKER).write_text("77")
+    assert files.find_checkpoint(str(tmp_path / "iter_0000002"), 2) == tmp_path / "iter_0000002"
+    (tmp_path / files.TRACKER).unlink()
     assert files.find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000002"
     with pytest.raises(FileNotFoundError, match=r"--ckpt-step 5: .*there: 1, 2"):
         files.find_checkpoint(str(tmp_path), 5)

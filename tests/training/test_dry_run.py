@@ -105,7 +105,7 @@ def test_what_is_frozen_neither_counts_as_trained_nor_has_gradients(monkeypatch:
     assert [row[4].strip() for row in rows(text, "freezes")] == ["1,000"]
     assert [row[4].strip() for row in rows(text, "total")] == [f"{layer + 1000:,}"]
     (frozen,), (last,) = rows(text, "0"), rows(text, "15")
-    assert [cell.strip() for cell in frozen[3:5]] == ["0.00 GiB", "0.00 GiB"]
+    assert [cell.strip() for cell in frozen[3:5]] == ["32 B", "12 B"]  # the family's 8
     assert float(last[3].split()[0]) == pytest.approx(4 * layer / 8 / 2**30, abs=0.01)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.training.progress import clock, compact, gibibytes
+from megatron_ext.training.progress import binary_size, clock, compact
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,9 @@ def test_compact_keeps_three_digits(number: float, text: str) -> None:
 def test_times_and_sizes_have_their_units() -> None:
     assert clock(3723.4) == "1:02:03"
     assert clock(90000) == "1 day, 1:00:00"
-    assert gibibytes(3 * 2**29) == "1.50 GiB"
+    assert binary_size(3 * 2**29) == "1.50 GiB"
+    assert binary_size(2**30 / 10) == "0.10 GiB"
+    assert binary_size(2**30 / 11) == "93.09 MiB"
+    assert binary_size(2**11) == "2.00 KiB"
+    assert binary_size(5e12) == "4.55 TiB"
+    assert binary_size(0) == "0 B"

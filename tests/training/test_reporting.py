@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext.config.logging import LoggingConfig
+from megatron_ext.platform.peak import DevicePeak
 from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.tensorboard import SAMPLES_FOLDER
 from tests.training.reporting_helpers import BATCH, TOKENS, Terminal, metrics
@@ -171,6 +173,37 @@ def test_a_plain_line_comes_once_an_interval_with_means() -> None:
     assert fields[7].startswith("memory ")
     assert fields[7].endswith(" GiB")
     assert fields[8:] == ["ETA 0:00:00"]
+
+
+def test_an_mfu_above_100_percent_is_not_printed_without_saying_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    low = PEAK_TFLOPS / 1e6
+    with reporter(stream, total=4, device_peak_tflops=low) as report:
+        report.step(1, metrics(1))
+        report.step(2, metrics(2))
+    assert re.search(r"MFU \d{4,}\.\d% \(above the baseline\)", stream.getvalue())
+
+    busy = DevicePeak(low * 1e12, "measured matrix product, fp32", torch.float32)
+    monkeypatch.setattr("megatron_ext.training.reporting.device_peak", lambda *_: busy)
+    stream = io.StringIO()
+    with reporter(stream, total=4, device_peak_tflops=None) as report:
+        for iteration in range(1, 5):
+            report.step(iteration, metrics(iteration))
+    lines = stream.getvalue().splitlines()
+    assert (
+        len([line for line in lines if "from here on: the run is faster than the 5e-07 measured" in line])
+        == 1
+    )
+    shown = [float(mfu) for mfu in re.findall(r"MFU ([\d.]+)%", stream.getvalue())]
+    assert len(shown) == 2
+    assert max(shown) <= 100
+
+
+def test_a_loss_that_is_no_number_has_no_perplexity() -> None:
+    stream = io.StringIO()
+    with reporter(stream) as report:
+        report.validation(2, {"lm loss": math.nan}, consumed_samples=8)
+    assert stream.getvalue().splitlines()[-1] == "validation at step 2 | lm loss nan | ppl nan"
 
 
 def test_eta_is_the_remaining_steps_at_the_intervals_pace() -> None:

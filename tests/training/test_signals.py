@@ -27,7 +27,8 @@ def _codes(number: int, rank: int) -> list[int | None]:
 
 
 @pytest.mark.parametrize(
-    ("number", "rank", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGUSR1, 0, 138), (signal.SIGINT, 1, 130)]
+    ("number", "rank", "code"),
+    [(signal.SIGTERM, 1, 143), (signal.SIGUSR1, 0, 138), (signal.SIGINT, 1, 130), (signal.SIGHUP, 0, 129)],
 )
 def test_all_ranks_leave_with_the_code_of_a_signal_to_one_of_them(number: int, rank: int, code: int) -> None:
     assert run_distributed(_codes, 2, number, rank) == [[None, code]] * 2
@@ -45,6 +46,17 @@ def test_a_second_interrupt_ends_the_process_at_once_but_not_torchruns_copy_of_t
         now += 5.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_nohup_a_closed_terminal_is_no_reason_to_stop() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalWatcher():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_exit_codes_differ_from_each_other_and_from_those_of_errors() -> None:

@@ -73,7 +73,8 @@ def _check_manifests(
     entries = per_layer.get("vocab_size")
     if vocab_size is not None and entries is not None and entries > vocab_size:
         raise ValueError(
-            f"--per-layer-vocab-size {vocab_size} is too small: {per_layer_prefix} has {entries} ids"
+            f"--per-layer-vocab-size {vocab_size} is too small: {per_layer_prefix} has {entries} ids;"
+            f" give at least that, or leave the flag out"
         )
 
 

@@ -80,7 +80,7 @@ def write_aligned(
         table: [V] per-layer id of each token id.
         strategy: what the table was built for; `attention_guidance` adds its marks.
         eod: end-of-document token id of the main tokenizer.
-        per_layer_vocab_size: decides the id type, as mcore does for tokens.
+        per_layer_vocab_size: number of per-layer ids; decides their type, as mcore does for tokens.
         progress: called with the number of tokens done, chunk by chunk.
 
     Raises:

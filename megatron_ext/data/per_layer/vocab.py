@@ -14,7 +14,8 @@ white space, lower-cased. A strategy is how the table follows from a vocabulary 
     random_subset       a seeded random half of the vocabulary's forms keep their own id, the rest is <|unk|>
     identity            the token id itself; needs no vocabulary
 
-Because the ids are a function of the token ids, they cannot be misaligned with them.
+Because the ids are a function of the token ids, they cannot be misaligned with them. A strategy keeps a part of the
+vocabulary only, so the ids that a model and a dataset see are numbered anew, without holes: see `table`.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.manifest import sha256_of, write_atomically
+from megatron_ext.data.manifest import write_atomically
 from megatron_ext.data.tokenizers import Tokenizer
 
 Strategy = Literal["syntax_focus", "semantic_focus", "attention_guidance", "random_subset", "identity"]
@@ -173,7 +174,7 @@ def build_vocabulary(
 def build_table(
     strategy: Strategy, forms: list[TokenForm], vocabulary: Mapping[str, int], *, seed: int = 1234
 ) -> TableArray:
-    """The per-layer id of every main token, int32 [V].
+    """The vocabulary's id of every main token, int32 [V].
 
     Args:
         strategy: one of `STRATEGIES`; the table of `attention_guidance` is that of `syntax_focus`.
@@ -239,53 +240,3 @@ def load_vocabulary(path: str) -> dict[str, int]:
         if vocabulary.get(token) != number:
             raise ValueError(f"{path} is not a per-layer vocabulary: {token} must have id {number}")
     return vocabulary
-
-
-def table_path(vocab_file: str, strategy: Strategy) -> str:
-    """Where the table of a strategy is kept: beside the vocabulary, `NAME.STRATEGY.npz` for `NAME.json`."""
-    return f"{Path(vocab_file).with_suffix('')}.{strategy}.npz"
-
-
-def save_table(
-    vocab_file: str, strategy: Strategy, table: TableArray, *, tokenizer_fingerprint: str, seed: int
-) -> None:
-    """Write a table beside its vocabulary, by rename, with what it was made from."""
-    with write_atomically(table_path(vocab_file, strategy)) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream,
-            table=table,
-            seed=seed,
-            tokenizer=tokenizer_fingerprint,
-            vocabulary=sha256_of(vocab_file),
-        )
-
-
-def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file: str | None) -> TableArray:
-    """The table training needs to derive per-layer ids on the fly, int32 [V]; `identity` needs no file.
-
-    For `attention_guidance` the table is only the base that position then marks, so a training run must read the
-    aligned dataset instead; `per_layer_ids.document_ids` does the marking for a prompt.
-
-    Raises:
-        FileNotFoundError: the vocabulary or the table is missing.
-        ValueError: the table was made for another tokenizer or another version of the vocabulary.
-    """
-    if strategy == "identity":
-        return np.arange(tokenizer.vocab_size, dtype=np.int32)
-    if vocab_file is None:
-        raise ValueError(f"--per-layer-strategy {strategy} needs --per-layer-vocab-file")
-    load_vocabulary(vocab_file)
-    path = table_path(vocab_file, strategy)
-    remedy = f"make it with: python tools/preprocess_per_layer_data.py ... --per-layer-strategy {strategy}"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"per-layer table not found: {path}; {remedy}")
-    with np.load(path, allow_pickle=False) as stored:
-        table = stored["table"]
-        made_for = (str(stored["tokenizer"]), str(stored["vocabulary"]))
-    if made_for[0] != tokenizer.fingerprint():
-        raise ValueError(
-            f"{path} is for the tokenizer {made_for[0]}, this run's is {tokenizer.fingerprint()}; {remedy}"
-        )
-    if made_for[1] != sha256_of(vocab_file):
-        raise ValueError(f"{path} was made from another version of {vocab_file}; {remedy}")
-    return table

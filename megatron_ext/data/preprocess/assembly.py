@@ -50,7 +50,7 @@ def load_state(directory: Path, num_keys: int) -> State:
     path = directory / "state.json"
     if not path.is_file():
         return State(totals=ShardInfo(tokens=[0] * num_keys, empty=[0] * num_keys))
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     return State(**{**content, "totals": ShardInfo(**content["totals"])})
 
 
@@ -110,7 +110,7 @@ class Assembly:
             state.totals.empty[key] += info.empty[key]
         state.next_shard += 1
         temporary = self._directory / "state.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(state)))
+        temporary.write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
         os.replace(temporary, self._directory / "state.json")
         remove_shard(str(self._directory), index)
 

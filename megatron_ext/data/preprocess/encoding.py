@@ -2,8 +2,9 @@
 itself.
 
 `gigatoken` is some ten times faster than the library that defines a byte-level BPE, but it is another
-implementation. So it is used only after its ids equalled the reference's on a sample of the input, on texts
-with the special tokens in them, and on `PROBE_TEXTS`.
+implementation. It runs only where the tokenizer's own description (its tokenizer.json) asks for nothing that
+gigatoken leaves out, see `gigatoken.py`; and only after its ids equalled the reference's on a sample of the input, on
+texts with every added token in them, and on `PROBE_TEXTS`.
 """
 
 import os
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ext.data.preprocess.gigatoken import added_token_texts, left_out, load
 from megatron_ext.data.tokenizers.base import PROBE_TEXTS, Tokenizer
 
 _BATCH_CHARACTERS = 256 << 10
@@ -47,7 +49,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, name: EncoderName, fast: Any = None) -> None:
         self._tokenizer = tokenizer
-        self._fast = fast or (_load_gigatoken(tokenizer) if name == "gigatoken" else None)
+        self._fast = fast or (load(tokenizer) if name == "gigatoken" else None)
         # Not yet known: a worker that is forked after this counts its own memory.
         self._bytes_when_loaded: int | None = None
 
@@ -66,7 +68,7 @@ class Encoder:
             self._bytes_when_loaded = resident_bytes()
         if resident_bytes() - self._bytes_when_loaded > _CACHE_BYTES:
             self._fast = None  # before the new one is loaded
-            self._fast = _load_gigatoken(self._tokenizer)
+            self._fast = load(self._tokenizer)
             # What something else has taken meanwhile must not make every batch load it again.
             self._bytes_when_loaded = max(self._bytes_when_loaded, resident_bytes() - _CACHE_BYTES // 2)
 
@@ -104,29 +106,25 @@ def choose_encoder(
 def _load_or_refuse(tokenizer: Tokenizer) -> tuple[Any, str | None]:
     """Returns gigatoken's tokenizer, or why there is none."""
     try:
-        fast = _load_gigatoken(tokenizer)
+        source = tokenizer.gigatoken_source()
+        refusal = None if source is None else left_out(source)
+        fast = None if refusal is not None else load(tokenizer)
     except ModuleNotFoundError:
         return None, "gigatoken is not installed"
     except Exception as error:  # the library raises several kinds; any of them means "not this one"
-        return None, f"gigatoken cannot load this tokenizer ({str(error).splitlines()[0]})"
+        reason = str(error).partition("\n")[0]
+        return None, f"gigatoken cannot load this tokenizer ({reason})"
+    if refusal is not None:
+        return None, f"gigatoken does not implement {refusal}"
     return fast, None if fast is not None else "gigatoken does not support this tokenizer"
 
 
 def _difference(tokenizer: Tokenizer, fast: Any, sample: list[str]) -> str | None:
     """Returns where gigatoken's ids differ from the reference's; None where they do not."""
-    specials = [token for token in tokenizer.vocab if token.startswith("<") and token.endswith(">")][:32]
-    texts = [*sample, *PROBE_TEXTS, "", *(f"a{token} b {token}\n{token}c" for token in specials)]
-    for text in texts:
+    for text in chain(sample, PROBE_TEXTS, ("",), added_token_texts(tokenizer)):
         if fast.encode(text).tolist() != tokenizer.tokenize(text):
             return f"gigatoken's ids differ from the reference's on a sampled text that begins {text[:40]!r}"
     return None
-
-
-def _load_gigatoken(tokenizer: Tokenizer) -> Any:
-    import gigatoken
-
-    source = tokenizer.gigatoken_source()
-    return None if source is None else gigatoken.Tokenizer.from_json(source)
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
 from megatron_ext.config.tokenizer import TokenizerConfig
 from megatron_ext.data.indexed import bin_path, idx_path, optimal_dtype
-from megatron_ext.data.manifest import manifest_path, write_manifest
+from megatron_ext.data.manifest import PREPENDED_BOS, manifest_path, write_manifest
 from megatron_ext.data.preprocess.assembly import Assembly, load_state
 from megatron_ext.data.preprocess.encoding import Choice, choose_encoder
 from megatron_ext.data.preprocess.progress import ProgressDisplay
@@ -45,6 +45,7 @@ class Summary:
         totals: counts.
         seconds: wall time.
         resumed_shards: finished pieces taken over from a killed run.
+        note: for the user, or None.
     """
 
     prefixes: list[str]
@@ -52,6 +53,7 @@ class Summary:
     totals: ShardInfo
     seconds: float
     resumed_shards: int
+    note: str | None
 
 
 def dataset_prefix(output_prefix: str, key: str) -> str:
@@ -89,8 +91,11 @@ class Preprocessor:
         if config.resume and any(source.size() is None for source in self.sources):
             raise ValueError("--resume: standard input or a pipe cannot be read again")
         self.tokenizer: Tokenizer = build_tokenizer(tokenizer_config)
+        if config.prepend_bos and self.tokenizer.bos is None:
+            raise ValueError("--prepend-bos: the tokenizer's files name no begin-of-text token (bos_token)")
         self.chunk_bytes = chunk_size(self.sources)
         self.prefixes = [dataset_prefix(config.output_prefix, key) for key in inputs.json_keys]
+        self._refuse_own_output()
         self.choice: Choice | None = None
         self.resumed_shards = 0
 
@@ -119,7 +124,28 @@ class Preprocessor:
             raise
         finally:
             work.release()
-        return Summary(self.prefixes, self.choice, totals, time.monotonic() - begin, self.resumed_shards)
+        seconds = time.monotonic() - begin
+        return Summary(self.prefixes, self.choice, totals, seconds, self.resumed_shards, self._note())
+
+    def _note(self) -> str | None:
+        if self.config.prepend_bos or not self.tokenizer.adds_bos or self.tokenizer.bos is None:
+            return None
+        bos = self.tokenizer.inv_vocab[self.tokenizer.bos]
+        return f"the tokenizer's own configuration puts {bos} before a text, these documents have none (--prepend-bos)"
+
+    def _refuse_own_output(self) -> None:
+        """An older run's report or dataset, read as input, would be removed or replaced when this run ends."""
+        prefix = self.config.output_prefix
+        written = [rejected_path(prefix), quarantined_path(prefix)]
+        written += [
+            name(dataset) for dataset in self.prefixes for name in (bin_path, idx_path, manifest_path)
+        ]
+        for path in filter(os.path.exists, written):
+            for source in self.sources:
+                if source.path != "-" and os.path.samefile(source.path, path):
+                    raise ValueError(
+                        f"--input {source.path}: --output-prefix {prefix} writes that file; give another prefix"
+                    )
 
     def _plan(self) -> dict[str, Any]:
         """Everything the bytes of the result depend on, for `--resume` to compare."""
@@ -137,6 +163,7 @@ class Preprocessor:
             "tokenizer": self.tokenizer.fingerprint(),
             "chunk_bytes": self.chunk_bytes,
             "--append-eod": config.append_eod,
+            "--prepend-bos": config.prepend_bos,
             "--partitions": config.partitions,
             "--keep-sequential-samples": config.keep_sequential_samples,
             "--on-error": config.on_error,
@@ -150,6 +177,7 @@ class Preprocessor:
             dtype=np.dtype(optimal_dtype(self.tokenizer.vocab_size)).name,
             vocab_size=self.tokenizer.vocab_size,
             eod=self.tokenizer.eod if self.config.append_eod else None,
+            bos=self.tokenizer.bos if self.config.prepend_bos else None,
             on_error=self.config.on_error,
             skip_empty=self.config.skip_empty,
             max_line_bytes=self.inputs.max_line_bytes,
@@ -177,17 +205,32 @@ class Preprocessor:
         display = ProgressDisplay(total, config.log_interval)
         scheduler.run(settings, 1 if inputs.max_documents else workers, display, work.lock)
         self.resumed_shards = scheduler.resumed_shards
+        self._require_text(assembly.state.totals)
         unpublished = assembly.finish(options.dtype)
         for prefix in unpublished:
             write_manifest(
                 prefix,
                 tool=TOOL,
-                tokenizer=self.tokenizer.describe(),
+                tokenizer=self._description(),
                 inputs=[source.path for source in self.sources],
                 extra=self._manifest_extra(assembly.state.totals),
             )
         moves, stale = self._moves(work, assembly, unpublished)
         work.prepare(moves, stale)
+
+    def _description(self) -> dict[str, object]:
+        """The tokenizer as the manifest has it; with the token that begins every document, where one does."""
+        begun = {PREPENDED_BOS: self.tokenizer.bos} if self.config.prepend_bos else {}
+        return self.tokenizer.describe() | begun
+
+    def _require_text(self, totals: ShardInfo) -> None:
+        if any(totals.tokens):
+            return
+        raise ValueError(
+            f"--input {' '.join(self.inputs.input)}: holds no text (empty documents:"
+            f" {totals.documents + totals.skipped_empty:,}, rejected lines: {totals.rejected:,});"
+            f" no dataset is made"
+        )
 
     def _moves(
         self, work: WorkDirectory, assembly: Assembly, unpublished: list[str]
@@ -211,6 +254,7 @@ class Preprocessor:
             "options": {
                 "json_keys": list(self.inputs.json_keys),
                 "append_eod": self.config.append_eod,
+                "prepend_bos": self.config.prepend_bos,
                 "partitions": self.config.partitions,
                 "keep_sequential_samples": self.config.keep_sequential_samples,
                 "on_error": self.config.on_error,

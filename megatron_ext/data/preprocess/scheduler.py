@@ -231,7 +231,7 @@ class Scheduler:
     def _place(self, index: int, error: RejectedLine) -> str:
         """Returns the message for a line that stops the run: file, line, byte offset, reason."""
         chunk = self._pending[index]
-        if chunk.source.format == "parquet":
+        if chunk.source.has_columns:
             return f"{chunk.source.path}: row {(chunk.first_line or 0) + error.line + 1}: {error.reason}"
         first_line = chunk.first_line
         if first_line is None:

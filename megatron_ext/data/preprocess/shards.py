@@ -50,6 +50,9 @@ class ShardOptions:
     eod: int | None
     """Id that ends a document, None without `--append-eod`."""
 
+    bos: int | None
+    """Id that begins a document, None without `--prepend-bos`."""
+
     on_error: OnError
     """What to do with a line that is no document."""
 
@@ -162,7 +165,7 @@ class ShardWriter:
             self.keep_raw(reject.raw)
 
     def _encode(self, texts: list[str], encoder: Encoder | None) -> tuple[list[bytes], Ids]:
-        """Returns the tokens as bytes of the dataset's type, and each document's length with its end."""
+        """Returns the tokens as bytes of the dataset's type, and each document's length with its begin and end."""
         pieces: list[bytes] = []
         all_lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
         for ids, lengths in encoder.encode(texts) if encoder is not None else ():
@@ -170,13 +173,21 @@ class ShardWriter:
                 raise ValueError(
                     f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size}"
                 )
-            if self._options.eod is not None:
-                ends = np.cumsum(lengths)[lengths > 0]
-                ids = np.insert(ids, ends, self._options.eod)
-                lengths = lengths + (lengths > 0)
+            ids, lengths = self._framed(ids, lengths)
             pieces.append(ids.astype(self._options.dtype).tobytes())
             all_lengths.append(lengths)
         return pieces, np.concatenate(all_lengths)
+
+    def _framed(self, ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
+        """The ids with a begin and an end around each document that is not empty, where they are asked for."""
+        filled = lengths > 0
+        if self._options.eod is not None:
+            ids = np.insert(ids, np.cumsum(lengths)[filled], self._options.eod)
+            lengths = lengths + filled
+        if self._options.bos is not None:
+            ids = np.insert(ids, (np.cumsum(lengths) - lengths)[filled], self._options.bos)
+            lengths = lengths + filled
+        return ids, lengths
 
     def finish(self, input_bytes: int) -> ShardInfo:
         """Closes the files and writes the description, which makes the shard count as finished."""
@@ -185,7 +196,7 @@ class ShardWriter:
         self.info.files = {suffix: (file.size, file.crc) for suffix, file in self._files.items()}
         final = shard_path(self._options.directory, self._index, "json")
         temporary = final.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self.info)))
+        temporary.write_text(json.dumps(dataclasses.asdict(self.info)), encoding="utf-8")
         os.replace(temporary, final)
         return self.info
 
@@ -232,7 +243,7 @@ def read_finished_shard(directory: str, index: int, *, check: bool) -> ShardInfo
     path = shard_path(directory, index, "json")
     if not path.is_file():
         return None
-    info = ShardInfo(**json.loads(path.read_text()))
+    info = ShardInfo(**json.loads(path.read_text(encoding="utf-8")))
     if check:
         for suffix, (size, crc) in info.files.items():
             file = shard_path(directory, index, suffix)

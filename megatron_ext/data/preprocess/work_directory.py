@@ -13,14 +13,14 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 PLAN, PUBLISH, STATE = "plan.json", "publish.json", "state.json"
 _LOCK, _WORKERS_LOCK = "lock", "workers.lock"
 _ORPHAN_SECONDS = 60.0
 
 
-def hold_as_worker(directory: str) -> TextIO:
+def hold_as_worker(directory: str) -> BinaryIO:
     """Marks this process as writing in a working directory until the file returned is closed.
 
     A worker whose parent was killed may write a moment longer; the run that takes the directory up waits for it.
@@ -28,7 +28,7 @@ def hold_as_worker(directory: str) -> TextIO:
     Raises:
         EOFError: the parent is gone already, so another run may have taken the directory up.
     """
-    file = open(Path(directory, _WORKERS_LOCK), "w")  # noqa: SIM115 - held while the process lives
+    file = open(Path(directory, _WORKERS_LOCK), "wb")  # noqa: SIM115 - held while the process lives
     fcntl.flock(file, fcntl.LOCK_SH)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid != os.getppid():  # an orphan has a new parent
@@ -55,7 +55,7 @@ class WorkDirectory:
         self.path = Path(f"{output_prefix}.preprocess")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
-        self.lock = open(self.path / _LOCK, "w")  # noqa: SIM115 - held until the process ends or `remove`
+        self.lock = open(self.path / _LOCK, "wb")  # noqa: SIM115 - held until the process ends or `remove`
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,7 +71,7 @@ class WorkDirectory:
             self._write(PLAN, plan)
 
     def _wait_for_orphans(self) -> None:
-        with open(self.path / _WORKERS_LOCK, "w") as file:
+        with open(self.path / _WORKERS_LOCK, "wb") as file:
             deadline = time.monotonic() + _ORPHAN_SECONDS
             while True:
                 try:
@@ -86,7 +86,7 @@ class WorkDirectory:
                     time.sleep(0.05)
 
     def _check_plan(self, plan: dict[str, Any]) -> None:
-        before = json.loads((self.path / PLAN).read_text())
+        before = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
         for name, value in json.loads(json.dumps(plan)).items():
             if before.get(name) != value:
                 self.release()
@@ -102,7 +102,7 @@ class WorkDirectory:
 
     def _write(self, name: str, content: Any) -> None:
         temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, self.path / name)
 
     @property
@@ -116,7 +116,7 @@ class WorkDirectory:
 
     def publish(self) -> None:
         """Makes the renames that have not been made."""
-        todo = json.loads((self.path / PUBLISH).read_text())
+        todo = json.loads((self.path / PUBLISH).read_text(encoding="utf-8"))
         moves = [(Path(source), target) for source, target in todo["moves"]]
         made = {target for source, target in moves if not source.exists()}
         for path in todo["stale"]:

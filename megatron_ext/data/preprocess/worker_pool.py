@@ -177,18 +177,15 @@ class WorkerPool:
     def close(self) -> None:
         """Ends all workers now, whatever they do."""
         for connection, process in self._processes.items():
-            process.terminate()
+            process.kill()
             connection.close()
         for process in self._processes.values():
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.join()
 
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back; a process started within begins its life so, until `_work` has handlers."""
+    """Holds SIGINT and SIGTERM back; a process started within begins its life so, until `_work` ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
@@ -203,8 +200,8 @@ def _work(
     passed_on: tuple[type[Exception], ...],
     inherited: Sequence[Closable],
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    for number in _STOPPING:  # they reach the whole group, and the parent, which has to tell of it, ends us
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     try:
         for file in inherited:

@@ -1,21 +1,47 @@
-"""Unpacking of .gz and .zst, in pieces, with an error for a file that ends too early."""
+"""Unpacking of .gz, .zst, .bz2 and .xz, in pieces, with an error for a file that ends too early.
 
+A file may hold several packed pieces one after the other (gzip members, zstd frames, bzip2 and xz streams); they are
+read as one. The libraries' own file readers are not used for the last three: they take a file that was cut short for
+a complete one, or ignore what follows the first piece.
+"""
+
+import bz2
 import gzip
+import lzma
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from megatron_ext.data.optional import import_optional
+
+Compression = Literal["gz", "zst", "bz2", "xz"]
+SUFFIXES: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
+"""How a file's name says how it is packed."""
+
+MAX_ZSTD_WINDOW = 1 << 31
+"""Bytes of unpacked data that a zstd frame may look back on (`zstd --long=31`); they are kept in memory."""
 
 _PACKED_BYTES = 16 << 10
 
 
-def open_gzip(file: BinaryIO, path: str) -> Callable[[int], bytes]:
-    """Returns `read(n)` of the unpacked bytes of a gzip file, of one or several members.
+def open_packed(file: BinaryIO, path: str, compression: Compression) -> Callable[[int], bytes]:
+    """Returns `read(n)` of the unpacked bytes of a file; `n` is only a hint.
 
     Raises (from `read`):
-        ValueError: not gzip data, or cut short.
+        ValueError: not data of that kind, cut short, or more memory needed than is allowed.
     """
+    if compression == "gz":
+        return _open_gzip(file, path)
+    if compression == "bz2":
+        return _open_pieces(file, path, "bzip2", bz2.BZ2Decompressor, (OSError, ValueError))
+    if compression == "xz":
+        return _open_pieces(file, path, "xz", lzma.LZMADecompressor, (lzma.LZMAError,), padding=b"\0")
+    zstandard = import_optional("zstandard", f"--input {path}")
+    unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+    return _open_pieces(file, path, "zstd", unpacker.decompressobj, (zstandard.ZstdError,))
+
+
+def _open_gzip(file: BinaryIO, path: str) -> Callable[[int], bytes]:
     unpacked = gzip.GzipFile(fileobj=file)
 
     def read(size: int) -> bytes:
@@ -29,38 +55,58 @@ def open_gzip(file: BinaryIO, path: str) -> Callable[[int], bytes]:
     return read
 
 
-def open_zstd(file: BinaryIO, path: str) -> Callable[[int], bytes]:
-    """Returns `read(n)` of the unpacked bytes of a zstd file, of one or several frames; `n` is only a hint.
+def _open_pieces(
+    file: BinaryIO,
+    path: str,
+    kind: str,
+    new_piece: Callable[[], Any],
+    errors: tuple[type[Exception], ...],
+    padding: bytes = b"",
+) -> Callable[[int], bytes]:
+    """Reads pieces one after the other; `new_piece` makes an object with `decompress`, `eof` and `unused_data`.
 
-    The library's stream reader takes a file that was cut short for a complete one, so frames are followed here.
-
-    Raises (from `read`):
-        ValueError: not zstd data, or cut short.
+    `padding` may stand between pieces.
     """
-    zstandard = import_optional("zstandard", f"--input {path}")
-
-    unpacker = zstandard.ZstdDecompressor()
-    frame = unpacker.decompressobj()
+    piece = new_piece()
     rest, started = b"", False
 
     def read(size: int) -> bytes:
-        nonlocal frame, rest, started
+        nonlocal piece, rest, started
         out = b""
         while len(out) < min(size, _PACKED_BYTES):
             packed = rest or file.read(_PACKED_BYTES)
             rest = b""
             if not packed:
                 if started:
-                    raise ValueError(f"{path}: zstd data cut short")
+                    raise ValueError(f"{path}: {kind} data cut short")
                 break
+            if padding and not started and not (packed := packed.lstrip(padding)):
+                continue
             started = True
             try:
-                out += frame.decompress(packed)
-            except zstandard.ZstdError as error:
-                raise ValueError(f"{path}: not zstd data ({error})") from None
-            if frame.eof:
-                rest, started = frame.unused_data, False
-                frame = unpacker.decompressobj()
+                out += piece.decompress(packed)
+            except errors as error:
+                raise ValueError(f"{path}: {_reason(kind, error)}") from None
+            if piece.eof:
+                rest, started = piece.unused_data, False
+                piece = new_piece()
         return out
 
     return read
+
+
+def _reason(kind: str, error: Exception) -> str:
+    """What an unpacking library's error means."""
+    text = str(error)
+    if "too much memory" in text:
+        return (
+            f"its zstd window is above the limit of {MAX_ZSTD_WINDOW >> 30} GiB of memory; "
+            f"pack it again with a smaller one (zstd --long=31 or less)"
+        )
+    if "allocation" in text.lower():
+        return (
+            f"not enough memory to unpack it; its zstd window is up to {MAX_ZSTD_WINDOW >> 30} GiB ({text})"
+        )
+    if "ictionary" in text:
+        return f"packed with a zstd dictionary, without which it cannot be read ({text})"
+    return f"not {kind} data ({text})"

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.data.readers.columns import read_rows
 from megatron_ext.data.readers.lines import LINES, LONG, scan_lines
 from megatron_ext.data.readers.sources import MAX_CHUNK_BYTES, Chunk, expand_inputs, plan_chunks
 
 _BOM = b"\xef\xbb\xbf"
-_PARQUET_ROWS = 256
+_NO_OBJECT = ("malformed JSON", "expected a JSON object")
+_FIRST_LINE_HINT = " (JSON lines are one object a line; a file of plain text must be named .txt)"
 _decode_json = json.JSONDecoder().decode
 
 
@@ -18,8 +20,8 @@ class Reject:
     """A line that is not a document.
 
     Attributes:
-        line: counted from 0 within the chunk (a row of a parquet file).
-        offset: first byte in the unpacked source, None for parquet.
+        line: counted from 0 within the chunk (a row of a file of columns).
+        offset: first byte in the unpacked source, None for a row.
         reason: in words.
         raw: the line as it was read, for the quarantine; None where it was handed over in pieces.
     """
@@ -66,7 +68,7 @@ def read_chunk(
 
     Args:
         chunk: what to read.
-        keys: keys of a JSON line, columns of a parquet file; their number alone matters for plain text.
+        keys: keys of a JSON line, or columns; their number alone matters for plain text.
         max_line_bytes: a longer line is rejected.
         on_long_line: gets the pieces of a line too long to hold, after the batch that rejects it.
         limit: stop after this many documents.
@@ -109,8 +111,8 @@ def _read(
     if chunk.long_line:
         reject = _too_long(0, chunk.start, max_line_bytes)
         yield Batch([[] for _ in keys], rejects=[reject], lines=1, text_bytes=chunk.end - chunk.start)
-    elif chunk.source.format == "parquet":
-        yield from _read_row_group(chunk, keys, max_line_bytes)
+    elif chunk.source.has_columns:
+        yield from _read_columns(chunk, keys, max_line_bytes)
     elif chunk.source.format == "whole_text":
         yield _read_whole_file(chunk, max_line_bytes, on_long_line)
     elif chunk.data is not None:
@@ -173,7 +175,10 @@ def _parse_lines(
                 raise _NotADocument(_limit_message(max_line_bytes))
             texts = _json_texts(line, keys) if is_json else (_utf8(line.removesuffix(b"\r")),)
         except _NotADocument as error:
-            batch.rejects.append(Reject(first_line + number, offset, str(error), line + b"\n"))
+            reason = str(error)
+            if is_json and offset <= len(_BOM) and reason.startswith(_NO_OBJECT):
+                reason += _FIRST_LINE_HINT
+            batch.rejects.append(Reject(first_line + number, offset, reason, line + b"\n"))
             continue
         batch.places.append(first_line + number)
         for column, text in zip(batch.texts, texts, strict=True):
@@ -250,40 +255,22 @@ def _read_whole_file(
     return batch
 
 
-def _read_row_group(chunk: Chunk, keys: tuple[str, ...], max_line_bytes: int) -> Iterator[Batch]:
-    import pyarrow.parquet
-
+def _read_columns(chunk: Chunk, keys: tuple[str, ...], max_line_bytes: int) -> Iterator[Batch]:
     first_row = 0
-    with pyarrow.parquet.ParquetFile(chunk.source.path, pre_buffer=False, buffer_size=1 << 20) as file:
-        rows = file.iter_batches(
-            _PARQUET_ROWS, row_groups=[chunk.start], columns=list(keys), use_threads=False
-        )
-        for columns in rows:
-            batch = Batch([[] for _ in keys], lines=columns.num_rows, text_bytes=columns.nbytes)
-            values = [_column_values(columns.column(key)) for key in keys]
-            for row, record in enumerate(zip(*values, strict=True)):
-                try:
-                    texts = [_row_text(v, k, max_line_bytes) for v, k in zip(record, keys, strict=True)]
-                except _NotADocument as error:
-                    raw = json.dumps(dict(zip(keys, map(_printable, record), strict=True))).encode() + b"\n"
-                    batch.rejects.append(Reject(first_row + row, None, str(error), raw))
-                    continue
-                batch.places.append(first_row + row)
-                for column, text in zip(batch.texts, texts, strict=True):
-                    column.append(text)
-            first_row += columns.num_rows
-            yield batch
-
-
-def _column_values(column: "pyarrow.Array") -> list[bytes | None]:  # type: ignore[name-defined]  # noqa: F821
-    """Returns the values as bytes: a string column may hold invalid UTF-8, which must cost its own row alone."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    binary = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
-    values: list[bytes | None] = column.cast(binary).to_pylist()
-    return values
+    for size, columns in read_rows(chunk.source.path, chunk.source.format, chunk.start, keys):
+        batch = Batch([[] for _ in keys], lines=len(columns[0]), text_bytes=size)
+        for row, record in enumerate(zip(*columns, strict=True), first_row):
+            try:
+                texts = [_row_text(v, k, max_line_bytes) for v, k in zip(record, keys, strict=True)]
+            except _NotADocument as error:
+                raw = json.dumps(dict(zip(keys, map(_printable, record), strict=True))).encode() + b"\n"
+                batch.rejects.append(Reject(row, None, str(error), raw))
+                continue
+            batch.places.append(row)
+            for column, text in zip(batch.texts, texts, strict=True):
+                column.append(text)
+        first_row += batch.lines
+        yield batch
 
 
 def _row_text(value: bytes | None, key: str, max_line_bytes: int) -> str:

@@ -1,8 +1,8 @@
 """Which files to read, and how they are cut into chunks.
 
 plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
-.gz, .zst, standard input, a pipe   blocks of whole lines, unpacked by the parent process and sent to the workers
-.parquet                            one chunk for each row group
+packed, standard input, a pipe      blocks of whole lines, unpacked by the parent process and sent to the workers
+.parquet, .arrow, .feather          one chunk for each row group or record batch
 .txt with --text-unit file          one chunk for each file
 """
 
@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from megatron_ext.config.preprocess import InputConfig
-from megatron_ext.data.optional import import_optional
-from megatron_ext.data.readers.compression import open_gzip, open_zstd
+from megatron_ext.data.readers import columns
+from megatron_ext.data.readers.compression import SUFFIXES, Compression, open_packed
+from megatron_ext.data.readers.content import check_is_text
 from megatron_ext.data.readers.lines import LINES, LONG, LONG_END, scan_lines
+from megatron_ext.data.same_file import refuse_same_file
 
 STDIN = "-"
+_STDIN_DESCRIPTOR = 0
 MAX_CHUNK_BYTES = 16 << 20
 MIN_CHUNK_BYTES = 256 << 10
 STREAM_CHUNK_BYTES = 4 << 20
@@ -37,9 +40,14 @@ class Source:
     """
 
     path: str
-    format: Literal["json", "text", "whole_text", "parquet"]
-    compression: Literal["gz", "zst"] | None
+    format: Literal["json", "text", "whole_text", "parquet", "arrow"]
+    compression: Compression | None
     is_stream: bool
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether a document is a row of columns."""
+        return self.format in columns.UNITS
 
     def size(self) -> int | None:
         """Bytes on disk, None for standard input and pipes."""
@@ -55,7 +63,8 @@ class Chunk:
     Attributes:
         source_index: which source, counted in input order.
         source: the file.
-        start, end: bytes of the unpacked content; for parquet the row group's number and that number plus one.
+        start, end: bytes of the unpacked content; for columns the number of the row group or record batch, and
+            that number plus one.
         input_bytes: bytes on disk that reading it consumes, for the progress display.
         data: the content, where the source is a stream.
         first_line: lines (rows) of the source before the chunk, where that is known without reading it again.
@@ -72,7 +81,7 @@ class Chunk:
     long_line: bool = False
 
     def __str__(self) -> str:
-        unit = "row group" if self.source.format == "parquet" else "bytes"
+        unit = columns.UNITS.get(self.source.format, "bytes")
         return f"{self.source.path}, {unit} {self.start} to {self.end}"
 
 
@@ -80,20 +89,22 @@ def expand_inputs(config: InputConfig) -> list[Source]:
     """Returns the sources of `--input`, patterns in sorted order.
 
     Raises:
-        FileNotFoundError, ValueError: one line that names the argument.
+        FileNotFoundError, ValueError: one line that names the argument; also for a file that is named twice.
     """
-    sources = []
+    sources: list[Source] = []
+    spelled: list[tuple[str, str | int]] = []
     for argument in config.input:
         if argument == STDIN:
             sources.append(Source(STDIN, "json", None, True))
+            spelled.append((STDIN, _STDIN_DESCRIPTOR))
             continue
         paths = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
         if not paths:
             kind = "matches no file" if glob.has_magic(argument) else "no such file"
             raise FileNotFoundError(f"--input {argument}: {kind}")
         sources += [_source(path, config) for path in paths]
-    if sum(source.path == STDIN for source in sources) > 1:
-        raise ValueError("--input -: standard input can be given once")
+        spelled += [(path if path == argument else f"{path} (of {argument})", path) for path in paths]
+    refuse_same_file("--input", spelled)
     return sources
 
 
@@ -104,18 +115,31 @@ def _source(path: str, config: InputConfig) -> Source:
     if not os.access(path, os.R_OK):
         raise PermissionError(f"--input {path}: not readable")
     name, suffix = os.path.splitext(path)
-    compression: Literal["gz", "zst"] | None = None
-    if suffix in (".gz", ".zst"):
-        compression = "gz" if suffix == ".gz" else "zst"
+    compression = SUFFIXES.get(suffix.lower())
+    if compression is not None:
         suffix = os.path.splitext(name)[1]
-    is_stream = compression is not None or not stat.S_ISREG(mode)
-    if suffix == ".parquet":
+    suffix = suffix.lower()
+    is_regular = stat.S_ISREG(mode)
+    is_stream = compression is not None or not is_regular
+    if suffix in columns.FORMATS:
+        file_format = columns.FORMATS[suffix]
         if is_stream:
             raise ValueError(
-                f"--input {path}: a parquet file must be a plain file, it packs its columns itself"
+                f"--input {path}: a {suffix} file must be a plain file, it packs its columns itself"
             )
-        _check_columns(path, config.json_keys)
-        return Source(path, "parquet", None, False)
+        columns.check_columns(path, file_format, config.json_keys)
+        return Source(path, file_format, None, False)
+    source = _text_source(path, suffix, compression, is_stream, config)
+    if is_regular:  # the content of a pipe is looked at when it comes
+        file, read = open_stream(source)
+        with file:
+            check_is_text(read, path)
+    return source
+
+
+def _text_source(
+    path: str, suffix: str, compression: Compression | None, is_stream: bool, config: InputConfig
+) -> Source:
     if suffix != ".txt":
         return Source(path, "json", compression, is_stream)
     if len(config.json_keys) > 1:
@@ -125,26 +149,6 @@ def _source(path: str, config: InputConfig) -> Source:
     if is_stream:
         raise ValueError(f"--text-unit file: {path} must be a plain .txt file")
     return Source(path, "whole_text", None, False)
-
-
-def _check_columns(path: str, keys: tuple[str, ...]) -> None:
-    """Raises `ValueError` where the parquet file cannot be read or lacks a text column."""
-    import_optional("pyarrow", f"--input {path}")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"--input {path}: not a parquet file ({str(error).splitlines()[0]})") from None
-    for key in keys:
-        if key not in schema.names:
-            raise ValueError(f"--json-keys {key}: {path} has the columns {', '.join(schema.names)}")
-        kind = schema.field(key).type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ValueError(f"--json-keys {key}: in {path} that column holds {kind}, not strings")
 
 
 def chunk_size(sources: list[Source]) -> int:
@@ -170,8 +174,8 @@ def plan_chunks(
     for index, source in enumerate(sources):
         if source.is_stream:
             yield from _stream_chunks(index, source, max_line_bytes, on_long_line)
-        elif source.format == "parquet":
-            yield from _row_groups(index, source)
+        elif source.has_columns:
+            yield from _column_chunks(index, source)
         else:
             size = source.size() or 0
             step = max(size, 1) if source.format == "whole_text" else chunk_bytes
@@ -180,15 +184,13 @@ def plan_chunks(
                 yield Chunk(index, source, start, end, end - start)
 
 
-def _row_groups(index: int, source: Source) -> Iterator[Chunk]:
-    import pyarrow.parquet
-
-    metadata = pyarrow.parquet.read_metadata(source.path)
-    share = (source.size() or 0) // max(metadata.num_row_groups, 1)
+def _column_chunks(index: int, source: Source) -> Iterator[Chunk]:
+    counts = list(columns.row_counts(source.path, source.format))
+    share = (source.size() or 0) // max(len(counts), 1)
     rows = 0
-    for group in range(metadata.num_row_groups):
-        yield Chunk(index, source, group, group + 1, share, first_line=rows)
-        rows += metadata.row_group(group).num_rows
+    for part, count in enumerate(counts):
+        yield Chunk(index, source, part, part + 1, share, first_line=rows)
+        rows += count
 
 
 def open_stream(source: Source) -> tuple[BinaryIO, Callable[[int], bytes]]:
@@ -196,10 +198,8 @@ def open_stream(source: Source) -> tuple[BinaryIO, Callable[[int], bytes]]:
     if source.path == STDIN:
         return sys.stdin.buffer, sys.stdin.buffer.read
     file = open(source.path, "rb")  # noqa: SIM115 - the caller closes it
-    if source.compression == "gz":
-        return file, open_gzip(file, source.path)
-    if source.compression == "zst":
-        return file, open_zstd(file, source.path)
+    if source.compression is not None:
+        return file, open_packed(file, source.path, source.compression)
     return file, file.read
 
 
@@ -234,10 +234,27 @@ class _StreamCutter:
         self._start = self.position
 
 
+def _checked(read: Callable[[int], bytes], path: str) -> Callable[[int], bytes]:
+    """`read`, after a look at the beginning of the content."""
+    head: bytes | None = None
+
+    def checked(size: int) -> bytes:
+        nonlocal head
+        if head is None:
+            head = check_is_text(read, path)
+        if head:
+            data, head = head, b""
+            return data
+        return read(size)
+
+    return checked
+
+
 def _stream_chunks(
     index: int, source: Source, max_line_bytes: int, on_long_line: Callable[[bytes], None] | None
 ) -> Iterator[Chunk]:
     file, read = open_stream(source)
+    read = _checked(read, source.path)
     cutter = _StreamCutter(index, source, file.tell if source.compression else None)
     announced = False
     with file:

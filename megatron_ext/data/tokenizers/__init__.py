@@ -21,6 +21,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         FileNotFoundError, ValueError: one line that names the flag and the file.
     """
     tokenizer = _build(config)
+    tokenizer.files = config.files()
     if config.vocab_size is not None and config.tokenizer_type not in ("TikTokenizer", "NullTokenizer"):
         tokenizer.reserve(config.vocab_size)
     return tokenizer

@@ -10,6 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cached_property
 
 PROBE_TEXTS = (
@@ -29,12 +30,21 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of ids, special tokens included; every id is below it.
         eod: id of the end-of-document token.
+        bos: id of the begin-of-text token that the tokenizer's own files name, None without one.
+        adds_bos: the tokenizer's own configuration puts `bos` before a text. `tokenize` never does: who makes a text's
+            beginning decides it (`--prepend-bos` in preprocessing, generation, evaluation).
+        reads_special_tokens: a special token that a text spells out becomes its id; else its letters are tokenized.
         reserved_ids: ids at the end of `vocab_size` that no text gives; see `reserve`.
+        files: where it was read from, for messages.
     """
 
     vocab_size: int
     eod: int
+    bos: int | None = None
+    adds_bos: bool = False
+    reads_special_tokens: bool = True
     reserved_ids: int = 0
+    files: tuple[str, ...] = ()
 
     def reserve(self, vocab_size: int) -> None:
         """Makes `vocab_size` at least so large: a pretrained model may have more embeddings than its tokenizer tokens.
@@ -46,7 +56,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text. No token is added; a special token spelled out in the text becomes its id."""
+        """Returns the ids of a text. No token is added; see `reads_special_tokens` for one that is spelled out."""
 
     @abstractmethod
     def detokenize(self, ids: list[int]) -> str:
@@ -61,6 +71,28 @@ class Tokenizer(ABC):
     def inv_vocab(self) -> dict[int, str]:
         """Id -> token, the inverse of `vocab`."""
         return {token_id: token for token, token_id in self.vocab.items()}
+
+    def begin(self, ids: list[int]) -> list[int]:
+        """Returns the ids of a text's beginning: `bos` before them where `adds_bos` says so, but not a second one."""
+        if not self.adds_bos or self.bos is None or ids[:1] == [self.bos]:
+            return list(ids)
+        return [self.bos, *ids]
+
+    def begin_as(self, documents: list[int] | None) -> None:
+        """Begins texts as the documents do that a model was trained on: with a token, or none; None is not known."""
+        if documents is not None:
+            self.adds_bos = bool(documents)
+            self.bos = documents[0] if documents else self.bos
+
+    def choose_bos(self, adds_bos: bool | None) -> None:
+        """Sets `adds_bos`; None leaves it as the tokenizer's own files say.
+
+        Raises:
+            ValueError: it shall be added, and the tokenizer has none.
+        """
+        if adds_bos and self.bos is None:
+            raise ValueError("--bos: the tokenizer's files name no begin-of-text token (bos_token)")
+        self.adds_bos = self.adds_bos if adds_bos is None else adds_bos
 
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text; equal to `tokenize` on each."""
@@ -79,10 +111,15 @@ class Tokenizer(ABC):
             self.eod,
             self.vocab_size - self.reserved_ids,
             ids,
+            *self._further_probes(),
         ]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     _takes_any_text = True
+
+    def _further_probes(self) -> list[object]:
+        """What else tells this tokenizer from others; empty where the vocabulary and the texts show its behaviour."""
+        return []
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 (hex) of the vocabulary, the eod id and the ids of `PROBE_TEXTS`.
@@ -105,3 +142,18 @@ class Tokenizer(ABC):
             "eod": self.eod,
             "fingerprint": self.fingerprint(),
         }
+
+
+def in_words(description: Mapping[str, object]) -> str:
+    """Names a tokenizer in a message by its class, size, files and the beginning of its fingerprint, where known.
+
+    Args:
+        description: as `Tokenizer.describe` gives it, perhaps with `files`.
+    """
+    size, fingerprint = description.get("vocab_size"), str(description.get("fingerprint"))
+    files = description.get("files")
+    parts = [str(description.get("class") or "")]
+    parts += [f"{size:,} ids"] if isinstance(size, int) else []
+    parts += [" + ".join(map(str, files))] if isinstance(files, list | tuple) and files else []
+    told = ", ".join(part for part in parts if part)
+    return f"{told}, fingerprint {fingerprint[:8]}" if told else fingerprint

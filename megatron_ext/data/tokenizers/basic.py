@@ -15,6 +15,7 @@ class ByteLevelTokenizer(Tokenizer):
 
     vocab_size = 257
     eod = 256
+    reads_special_tokens = False
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the bytes of a text."""

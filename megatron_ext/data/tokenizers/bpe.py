@@ -8,6 +8,7 @@ directory that holds one (or files that `transformers` can convert); it never do
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -26,9 +27,12 @@ class LibraryTokenizer(Tokenizer):
         backend: the library's object; its padding and truncation are switched off.
         eod_token: the end-of-document token, which must be in the vocabulary.
         source: what to name in an error message.
+        bos_token: the begin-of-text token; what the backend's post-processor puts before a text goes before.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eod_token: str, source: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eod_token: str, source: str, bos_token: str | None = None
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -36,6 +40,11 @@ class LibraryTokenizer(Tokenizer):
         if eod is None:
             raise ValueError(f"{source}: the vocabulary has no {eod_token}, which ends a document")
         self.eod = eod
+        self.bos = None if bos_token is None else backend.token_to_id(bos_token)
+        self.reads_special_tokens = not backend.encode_special_tokens
+        before = _put_before_a_text(backend)
+        self.adds_bos = len(before) == 1
+        self.bos = before[0] if self.adds_bos else self.bos
         # An added token may have an id past the count (a vocabulary with gaps), so the largest id decides.
         self.vocab_size = max(backend.get_vocab_size(), max(backend.get_vocab().values()) + 1)
 
@@ -57,6 +66,15 @@ class LibraryTokenizer(Tokenizer):
     def vocab(self) -> dict[str, int]:
         """Token -> id, added tokens included."""
         return dict(self.backend.get_vocab())
+
+    def _further_probes(self) -> list[object]:
+        """The added tokens with a flag that says where in a text they count: no text of a fixed list need show it."""
+        normalizes = self.backend.normalizer is not None
+        return [
+            [token_id, token.single_word, token.lstrip, token.rstrip, token.normalized and normalizes]
+            for token_id, token in sorted(self.backend.get_added_tokens_decoder().items())
+            if token.single_word or token.lstrip or token.rstrip or (token.normalized and normalizes)
+        ]
 
     def gigatoken_source(self) -> str:
         """Returns the tokenizer.json."""
@@ -85,7 +103,8 @@ class GPT2BPETokenizer(LibraryTokenizer):
         backend.decoder = decoders.ByteLevel()
         if END_OF_TEXT in vocab:
             backend.add_special_tokens([END_OF_TEXT])
-        super().__init__(backend, END_OF_TEXT, f"--vocab-file {vocab_file}")
+        bos_token = configured_token(Path(vocab_file).parent, "bos_token")
+        super().__init__(backend, END_OF_TEXT, f"--vocab-file {vocab_file}", bos_token)
 
 
 class HuggingFaceTokenizer(LibraryTokenizer):
@@ -102,10 +121,13 @@ class HuggingFaceTokenizer(LibraryTokenizer):
             raise FileNotFoundError(f"{source}: no such file or directory (a name on a hub is not looked up)")
         file = path / "tokenizer.json" if path.is_dir() else path
         backend = _read_tokenizer_json(file, source) if file.is_file() else _convert_directory(path, source)
-        eod_token = _configured_eos(path if path.is_dir() else path.parent) or _first_known_eod(backend)
+        folder = path if path.is_dir() else path.parent
+        eod_token = configured_token(folder, "eos_token") or _first_known_eod(backend)
         if eod_token is None:
             raise ValueError(f"{source}: no end-of-document token; looked for {', '.join(EOD_CANDIDATES)}")
-        super().__init__(backend, eod_token, source)
+        if tokenizer_settings(folder).get("split_special_tokens"):
+            backend.encode_special_tokens = True
+        super().__init__(backend, eod_token, source, configured_token(folder, "bos_token"))
 
 
 def require_file(flag: str, path: str) -> None:
@@ -158,16 +180,45 @@ def _convert_directory(path: Path, source: str) -> tokenizers.Tokenizer:
         ) from None
 
 
-def _configured_eos(directory: Path) -> str | None:
-    """Returns `eos_token` of tokenizer_config.json or special_tokens_map.json, None where neither names one."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (directory / name).is_file():
-            token = json.loads((directory / name).read_text(encoding="utf-8")).get("eos_token")
-            if isinstance(token, dict):
-                token = token.get("content")
-            if token:
-                return str(token)
+def tokenizer_settings(directory: Path) -> dict[str, Any]:
+    """Returns the content of tokenizer_config.json, empty where there is none."""
+    return _read_settings(directory / "tokenizer_config.json")
+
+
+def configured_token(directory: Path, name: str) -> str | None:
+    """Returns a special token (`eos_token`, `bos_token`) as the files beside a tokenizer name it.
+
+    Args:
+        directory: where tokenizer_config.json and special_tokens_map.json are, if they are.
+        name: its key in them.
+    """
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_settings(directory / file).get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token:
+            return str(token)
     return None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
+def _put_before_a_text(backend: tokenizers.Tokenizer) -> list[int]:
+    """Returns the ids that the post-processor puts before a text's own."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    starts = range(len(whole) - len(plain) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
 
 
 def _first_known_eod(backend: tokenizers.Tokenizer) -> str | None:

@@ -1,14 +1,16 @@
 """`SentencePieceTokenizer` and `Llama2Tokenizer`: a SentencePiece model file.
 
-Both encode as mcore's class does: no token is added before or after the text. Llama 2's model differs in its
-file only.
+Both encode as mcore's class does: no token is added before or after the text. Llama 2's model begins every text with
+its `<s>`; another one does where a tokenizer_config.json beside its file says `add_bos_token`.
 """
 
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from megatron_ext.data.optional import import_optional
 from megatron_ext.data.tokenizers.base import Tokenizer
-from megatron_ext.data.tokenizers.bpe import EOD_CANDIDATES, require_file
+from megatron_ext.data.tokenizers.bpe import EOD_CANDIDATES, require_file, tokenizer_settings
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -31,6 +33,13 @@ class SentencePieceTokenizer(Tokenizer):
         self._path = tokenizer_model
         self.vocab_size = self._processor.get_piece_size()
         self.eod = self._find_eod()
+        bos: int = self._processor.bos_id()
+        self.bos = bos if bos >= 0 else None
+        told = tokenizer_settings(Path(tokenizer_model).parent).get("add_bos_token", self._begins_with_bos)
+        self.adds_bos = bool(told) and self.bos is not None
+
+    reads_special_tokens = False
+    _begins_with_bos = False
 
     def _find_eod(self) -> int:
         eos: int = self._processor.eos_id()
@@ -62,15 +71,30 @@ class SentencePieceTokenizer(Tokenizer):
         """Piece -> id."""
         return {self._processor.id_to_piece(i): i for i in range(self._processor.get_piece_size())}
 
+    @property
+    def is_unigram(self) -> bool:
+        """True for the algorithm that weighs whole segmentations, False for one that merges pairs."""
+        return bool(self.proto().trainer_spec.model_type == 1)
+
+    def proto(self) -> Any:
+        """Returns the model's pieces and settings, as SentencePiece's own `ModelProto`."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        message: Any = sentencepiece_model_pb2
+        return message.ModelProto.FromString(self.serialized_model())
+
+    def serialized_model(self) -> bytes:
+        """Returns the model as its file holds it."""
+        return Path(self._path).read_bytes()
+
     def gigatoken_source(self) -> bytes | str | None:
         """Returns the model converted to a tokenizer.json; None for what the conversion does not support."""
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
-        with open(self._path, "rb") as file:
-            try:
-                return sentencepiece_to_tokenizer_json(file.read())
-            except ValueError:
-                return None
+        try:
+            return sentencepiece_to_tokenizer_json(self.serialized_model())
+        except ValueError:
+            return None
 
     def __getstate__(self) -> str:
         return self._path
@@ -81,3 +105,5 @@ class SentencePieceTokenizer(Tokenizer):
 
 class Llama2Tokenizer(SentencePieceTokenizer):
     """Llama 2's SentencePiece model."""
+
+    _begins_with_bos = True

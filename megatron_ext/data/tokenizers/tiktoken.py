@@ -51,12 +51,22 @@ class TikTokenizer(Tokenizer):
         fill = tuple(f"<SPECIAL_{i}>" for i in range(len(SPECIAL_TOKENS), NUM_SPECIAL_TOKENS))
         self._special = {token: i for i, token in enumerate(SPECIAL_TOKENS + fill)}
         self._tokens = tokens[: self.vocab_size - NUM_SPECIAL_TOKENS]
-        self.eod = self._special["</s>"]
-        ranks = {token: i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
+        self.eod, self.bos = self._special["</s>"], self._special["<s>"]
         name = Path(tokenizer_model).stem
         self._encoding = tiktoken.Encoding(
-            name=name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self._special
+            name=name,
+            pat_str=PATTERN,
+            mergeable_ranks=self.mergeable_ranks(),
+            special_tokens=self._special,
         )
+
+    def mergeable_ranks(self) -> dict[bytes, int]:
+        """Returns the bytes of each token that is not special, with its id."""
+        return {token: i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
+
+    def special_tokens(self) -> dict[str, int]:
+        """Returns the special tokens with their ids."""
+        return dict(self._special)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of a text."""

@@ -1,6 +1,8 @@
 """Training a tokenizer on documents: byte-level BPE (library `tokenizers`) and SentencePiece (unigram or BPE)."""
 
+import contextlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -62,8 +64,9 @@ def train_byte_level_bpe(
         "tokenizer_config.json": json.dumps(settings, indent=2),
         "tokenizer.json": backend.to_str(pretty=True),
     }
-    for name, text in files.items():
-        with write_atomically(Path(output_dir, name)) as temporary:
+    with contextlib.ExitStack() as stack:  # all are written before the first is renamed: they belong together
+        temporaries = [stack.enter_context(write_atomically(Path(output_dir, name))) for name in files]
+        for temporary, text in zip(temporaries, files.values(), strict=True):
             temporary.write_text(text, encoding="utf-8")
     size: int = backend.get_vocab_size()
     return size
@@ -115,6 +118,10 @@ def train_sentencepiece(
             )
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1]
+            if largest := re.search(r"too high .* <= (\d+)", reason):
+                raise ValueError(
+                    f"--vocab-size {vocab_size}: the text yields {largest[1]} pieces at most; give at most that"
+                ) from None
             raise ValueError(f"--vocab-size {vocab_size}: SentencePiece cannot train it ({reason})") from None
     processor = sentencepiece.SentencePieceProcessor(model_file=str(Path(output_dir, "tokenizer.model")))
     size: int = processor.get_piece_size()

@@ -1,6 +1,5 @@
 """Per-layer vocabularies and tables, against expectations written by hand."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.data.per_layer.table import load_per_layer_table
 from megatron_ext.data.per_layer.vocab import (
     SPECIAL,
     SPECIAL_TOKENS,
@@ -16,11 +16,7 @@ from megatron_ext.data.per_layer.vocab import (
     build_table,
     build_vocabulary,
     form_of,
-    load_per_layer_table,
     load_vocabulary,
-    save_table,
-    save_vocabulary,
-    table_path,
     token_forms,
 )
 from megatron_ext.testing.datasets import ListTokenizer
@@ -140,28 +136,6 @@ def test_every_table_maps_every_token_into_the_vocabulary(pieces: Any, data: Any
         assert table.min() >= 0
         if strategy != "identity":
             assert table.max() < len(vocabulary)
-
-
-def test_table_is_kept_beside_its_vocabulary_and_checked_when_loaded(tokenizer: Any, tmp_path: Path) -> None:
-    path = str(tmp_path / "v.json")
-    vocabulary = vocabulary_of(tokenizer)
-    with pytest.raises(FileNotFoundError, match=r"per-layer vocabulary not found: .*v\.json"):
-        load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path)
-    save_vocabulary(path, vocabulary)
-    assert load_vocabulary(path) == json.loads((tmp_path / "v.json").read_text()) == vocabulary
-    with pytest.raises(
-        FileNotFoundError, match=r"table not found: .*v\.syntax_focus\.npz; make it with: python tools"
-    ):
-        load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path)
-    table = build_table("syntax_focus", token_forms(tokenizer), vocabulary)
-    save_table(path, "syntax_focus", table, tokenizer_fingerprint=tokenizer.fingerprint(), seed=1)
-    assert table_path(path, "syntax_focus") == str(tmp_path / "v.syntax_focus.npz")
-    assert np.array_equal(load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path), table)
-    with pytest.raises(ValueError, match="is for the tokenizer"):
-        load_per_layer_table("syntax_focus", tokenizer=ListTokenizer(PIECES[:-1]), vocab_file=path)
-    save_vocabulary(path, {**vocabulary, "new": len(vocabulary)})
-    with pytest.raises(ValueError, match="another version"):
-        load_per_layer_table("syntax_focus", tokenizer=tokenizer, vocab_file=path)
 
 
 @pytest.mark.parametrize(

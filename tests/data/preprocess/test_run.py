@@ -46,6 +46,7 @@ def options(
 ) -> Any:
     built = build_tokenizer(tokenizer)
     return ShardOptions(
+        bos=None,
         directory=str(directory),
         keys=keys,
         dtype=DType.optimal_dtype(built.vocab_size).__name__,

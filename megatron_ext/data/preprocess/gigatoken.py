@@ -1,0 +1,75 @@
+"""What of a tokenizer.json `gigatoken` does not implement, found by comparing it with `tokenizers`.
+
+gigatoken refuses most of what it cannot do when it loads a file. The settings below it accepts and ignores (0.10.0), so
+ids differ only in texts that a sample may not hold: they are looked for in the description itself.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_ext.data.tokenizers.base import Tokenizer
+
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip")
+_MODEL_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+
+
+def load(tokenizer: Tokenizer) -> Any:
+    """Returns gigatoken's form of a tokenizer, None where there is none.
+
+    Raises:
+        ModuleNotFoundError: gigatoken is not installed.
+        Exception: of several kinds, where it cannot load this one.
+    """
+    import gigatoken
+
+    source = tokenizer.gigatoken_source()
+    return None if source is None else gigatoken.Tokenizer.from_json(source)
+
+
+def left_out(tokenizer_json: str | bytes) -> str | None:
+    """Returns the first setting of a tokenizer.json that gigatoken would ignore, in words; None where there is none."""
+    content = json.loads(tokenizer_json)
+    for name in _MODEL_SETTINGS:
+        if content["model"].get(name):
+            return f"{name} {content['model'][name]!r}"
+    return _in_added_tokens(content) or _in_pre_tokenizer(content.get("pre_tokenizer"))
+
+
+def added_token_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields texts in which every added token stands beside letters, white space, punctuation and itself."""
+    source = tokenizer.gigatoken_source()
+    for token in json.loads(source).get("added_tokens", ()) if source is not None else ():
+        name = token["content"]
+        yield f"a{name}b {name}  {name}\n{name}\t1{name}{name}_{name}.{name.lower()}{name.upper()}"
+
+
+def _in_added_tokens(content: dict[str, Any]) -> str | None:
+    for token in content.get("added_tokens") or ():
+        flags = [name for name in _TOKEN_FLAGS if token.get(name)]
+        if token.get("normalized") and content.get("normalizer") is not None:
+            flags.append("normalized")
+        if flags:
+            return f"{flags[0]} of the added token {token['content']!r}"
+    return None
+
+
+def _in_pre_tokenizer(content: dict[str, Any] | None) -> str | None:
+    parts = _parts(content)
+    splits = [part for part in parts if part["type"] == "Split"]
+    for part in splits:
+        if part.get("invert") or part.get("behavior") != "Isolated":
+            return f"the splitting {part.get('behavior')}{', inverted' if part.get('invert') else ''}"
+    for part in parts:
+        # Alone, the byte-level step splits by GPT-2's pattern; behind a pattern of the tokenizer's own it must not.
+        if part["type"] == "ByteLevel" and part.get("use_regex", True) == bool(splits):
+            return f"ByteLevel with use_regex {part.get('use_regex', True)} {'behind' if splits else 'without'} Split"
+    return None
+
+
+def _parts(content: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if content is None:
+        return []
+    if content["type"] == "Sequence":
+        return [part for inner in content["pretokenizers"] for part in _parts(inner)]
+    return [content]

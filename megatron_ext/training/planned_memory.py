@@ -1,0 +1,82 @@
+"""What a run will need of its machine's memory, estimated before anything is built; refuses what cannot fit.
+
+The estimate is the dry run's. It leaves things out (see `models.memory_estimate`), so a run that passes may still fail.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.memory_estimate import Cut, StageMemory, estimate_memory
+from megatron_ext.platform.memory import device_memory
+from megatron_ext.training.costs import BASE, RunCost, run_cost
+from megatron_ext.training.family import Family
+from megatron_ext.training.progress import binary_size
+
+
+def plan_memory(
+    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
+) -> tuple[Cut, RunCost, list[StageMemory]]:
+    """How a run is cut, what its last step costs, and the memory of one rank of every pipeline stage.
+
+    Args:
+        configs: the run's configurations by name, checked.
+        tokenizer: of the run.
+        families: of the run.
+        copies: data-parallel size.
+    """
+    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    batch = training.resolved_global_batch_size(copies)
+    tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)
+    cost = run_cost(model, tokenizer.vocab_size, tensor, families, last_step)
+    cut = Cut(
+        model=model,
+        parallel=parallel,
+        vocab_size=tokenizer.vocab_size,
+        micro_batch_size=training.micro_batch_size,
+        num_microbatches=batch // (training.micro_batch_size * copies),
+        data_parallel_size=copies,
+        bf16=training.bf16,
+        work=cost.work,
+    )
+    of_families = [part for name, part in cost.parts.items() if name != BASE]
+    stages = estimate_memory(
+        cut,
+        sum(part.parameters for part in of_families),
+        sum(part.trained_parameters for part in of_families),
+    )
+    return cut, cost, stages
+
+
+def check_memory(
+    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
+) -> None:
+    """Raises `ValueError` where the estimate for this machine's ranks is more than the memory they have.
+
+    Args:
+        configs: see `plan_memory`.
+        tokenizer: see `plan_memory`.
+        families: see `plan_memory`.
+        copies: data-parallel size.
+    """
+    cut, _, stages = plan_memory(configs, tokenizer, families, copies)
+    limit, is_shared = device_memory()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
+    # Which stages a machine holds is not known here; of all of them the mean counts, on a device of its own the least.
+    totals = [stage.total_bytes for stage in stages]
+    needed = ranks * sum(totals) / len(totals) if is_shared else min(totals)
+    if needed <= limit:
+        return
+    largest = max(stages, key=lambda stage: stage.total_bytes)
+    held = largest.activation_bytes
+    model = cut.model
+    if held > largest.total_bytes - held:
+        flags = f"--seq-length {model.seq_length}, --micro-batch-size {cut.micro_batch_size}"
+    else:
+        flags = f"--num-layers {model.num_layers}, --hidden-size {model.hidden_size}"
+    raise ValueError(
+        f"{flags}: a step needs about {binary_size(needed)} on {ranks} process{'es' if ranks > 1 else ''} "
+        f"({binary_size(ranks * held)} of it activations), and {'this machine' if is_shared else 'the device'} has "
+        f"{binary_size(limit)}; --dry-run shows the parts"
+    )
