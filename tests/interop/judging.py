@@ -86,6 +86,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
     of_directory = ("_name_or_path", "architectures", "dtype", "auto_map")
     said_otherwise = ("hidden_act", "head_dim", "rope_parameters", "original_max_position_embeddings")
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    config["attention_dropout"] = config["attention_dropout"] or 0.0  # null is none
     return {name: value for name, value in config.items() if name not in of_directory + said_otherwise}
 
 

@@ -114,7 +114,8 @@ def test_an_export_has_the_tokenizer_and_transformers_loads_both(folder: Path, t
         alone(main, argv)
     assert alone(main, [*argv, "--overwrite", "--no-tokenizer", "--dtype", "bfloat16"]) == 0
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "out").values()} == {torch.bfloat16}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
