@@ -7,9 +7,9 @@ torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --use-per-layer-embedding 
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --tensor-model-parallel-size 2 --num-layers 4 "
@@ -30,7 +30,7 @@ def main() -> int:
         defaults=_defaults,
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
-    from megatron_ext.training.run import pretrain
+    from megatron_ext.training.pretrain import pretrain
 
     return pretrain(configs, _families)
 
@@ -39,13 +39,13 @@ def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
     """The shape of the model that is loaded, its tokenizer and per-layer settings; flags that are given win."""
     if "load" not in given:
         return {}
-    from megatron_ext.training.run_directory import stored_sections
+    from megatron_ext.training.checkpoint.run_directory import stored_sections
 
     return stored_sections(given, ("model", "tokenizer", "per_layer"))
 
 
 def _families(configs: dict[str, Any], tokenizer: Any) -> list[Any]:
-    from megatron_ext.per_layer.family import PerLayerFamily
+    from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 
     config: PerLayerConfig = configs["per_layer"]
     return [PerLayerFamily.from_tokenizer(config, tokenizer)] if config.use_per_layer_embedding else []

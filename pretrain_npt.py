@@ -7,10 +7,10 @@ torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.settings import NPTTrainingConfig, run_defaults
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig, run_defaults
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half "
@@ -39,7 +39,7 @@ def main() -> int:
         sections=DOCUMENT_SECTIONS,
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
-    from megatron_ext.npt.run import run
+    from megatron_ext.npt.runs.npt_run import run
 
     return run(configs)
 
@@ -48,7 +48,7 @@ def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
     """The mode's own, what made the NP weights that are loaded, and the shape of the model that is."""
     sections: dict[str, Any] = run_defaults(given)
     if "load_npt_weights" in given:
-        from megatron_ext.npt.run import weights_defaults
+        from megatron_ext.npt.runs.npt_run import weights_defaults
 
         sections |= weights_defaults(given)
     if not given.keys() & {"base_checkpoint", "load", "num_layers"}:
@@ -57,7 +57,7 @@ def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
             "--no-freeze-base and a shape, --num-layers and the rest"
         )
     if "base_checkpoint" in given or "load" in given:
-        from megatron_ext.npt.run import stored_defaults
+        from megatron_ext.npt.runs.npt_run import stored_defaults
 
         sections |= stored_defaults(given)
     return sections

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.defaults import run_defaults
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_defaults import run_defaults
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_progressive.py --target-stacks 3 --n-blocks 4 --stack-steps 200 "
@@ -34,7 +34,7 @@ def main() -> int:
         supplied={"num_layers": "those of the stacks"},
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
-    from megatron_ext.progressive.run import run
+    from megatron_ext.progressive.runs.progressive_run import run
 
     return run(configs)
 
@@ -43,7 +43,7 @@ def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
     """What follows from the stacks; and the shape and tokenizer of a training that is in --save already."""
     sections = run_defaults(given)
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
-        from megatron_ext.progressive.history import stored_sections
+        from megatron_ext.progressive.growth.training_history import stored_sections
 
         stored = stored_sections(Path(given["save"]), given)
         sections |= stored | {"model": sections["model"] | stored.get("model", {})}

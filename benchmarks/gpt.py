@@ -23,20 +23,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.models.accounting import ModelCost, model_cost
-from megatron_ext.models.build import build_model
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.platform.distributed import initialize, use_cuda
-from megatron_ext.platform.memory import memory_use
-from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
-from megatron_ext.training.step import Stepper
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import ModelCost, model_cost
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.platform.device_memory import memory_use
+from megatron_ext.platform.process_groups import initialize, use_cuda
+from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.training_step import Stepper
+from megatron_ext.training.interface.family_interface import Batch, Family
 
 
 @dataclass(frozen=True, kw_only=True)

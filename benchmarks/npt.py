@@ -26,19 +26,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.accounting import core_attention_flops_per_token, layer_flops_per_token
-from megatron_ext.models.build import build_model
-from megatron_ext.npt.accounting import npt_cost
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.extension import NPTExtension
-from megatron_ext.npt.materialised import materialised_mlp
-from megatron_ext.npt.memory import measure_memory, project_memory
+from megatron_ext.config.command_line.field_checks import check_at_least
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import core_attention_flops_per_token, layer_flops_per_token
+from megatron_ext.npt.evaluation.delta_memory import measure_memory, project_memory
+from megatron_ext.npt.modules.materialised_deltas import materialised_mlp
+from megatron_ext.npt.modules.npt_extension import NPTExtension
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_cost import npt_cost
 from megatron_ext.platform.allocations import AllocationCounter
-from megatron_ext.platform.distributed import initialize, use_cuda
+from megatron_ext.platform.process_groups import initialize, use_cuda
 
 SETTINGS = NPTModuleConfig(npt_layers="all", np_residual="keep")
 CASES = {

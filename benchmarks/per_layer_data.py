@@ -23,13 +23,13 @@ import tokenizers
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.corpus import write_corpus
-from megatron_ext.data.indexed import Index, open_index, write_index
-from megatron_ext.data.manifest import write_manifest
-from megatron_ext.data.per_layer.ids import count_tokens, write_aligned
-from megatron_ext.data.per_layer.vocab import (
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.corpora.python_corpus import write_corpus
+from megatron_ext.data.indexed.indexed_files import Index, open_index, write_index
+from megatron_ext.data.indexed.manifest import write_manifest
+from megatron_ext.data.per_layer.per_layer_ids import count_tokens, write_aligned
+from megatron_ext.data.per_layer.per_layer_vocab import (
     STRATEGIES,
     Strategy,
     TableArray,

@@ -25,8 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
+from megatron_ext.config.command_line.field_checks import check_at_least
+from megatron_ext.config.command_line.parse import parse, run_main
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = {
@@ -137,11 +137,11 @@ def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
 
 def _count(config: BenchmarkConfig, out: Path, name: str) -> None:
     """Trains all stacks for two steps each in this process; the last line says how many bytes of tensors it had."""
-    from megatron_ext.config.concerns import TRAINING
+    from megatron_ext.config.run_config import TRAINING
     from megatron_ext.platform.allocations import AllocationCounter
-    from megatron_ext.progressive.config import ProgressiveConfig
-    from megatron_ext.progressive.defaults import run_defaults
-    from megatron_ext.progressive.run import run
+    from megatron_ext.progressive.runs.progressive_run import run
+    from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+    from megatron_ext.progressive.settings.progressive_defaults import run_defaults
 
     short = replace(config, stack_steps=2, epochs=1)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,4 +4,4 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import megatron_ext.platform.distributed  # noqa: F401
+    import megatron_ext.platform.process_groups  # noqa: F401

@@ -19,19 +19,19 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.config.cli import known_flags, parse
-from megatron_ext.config.fields import flags_of
-from megatron_ext.config.logging import LoggingConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.accounting import model_cost
-from megatron_ext.per_layer.accounting import per_layer_cost
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY, VOCAB_SIZE, train_tiny
-from megatron_ext.training.metrics import StepMetrics
-from megatron_ext.training.reporting import Reporter
+from megatron_ext.config.command_line.flag_table import flags_of
+from megatron_ext.config.command_line.parse import known_flags, parse
+from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.costs.model_cost import model_cost
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_cost import per_layer_cost
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, train_tiny
+from megatron_ext.training.logging.reporter import Reporter
+from megatron_ext.training.logging.step_metrics import StepMetrics
 from tests.npt.run_helpers import MULTI_LAYER, make_base, train, write_data
 
 ROOT = Path(__file__).parents[1]

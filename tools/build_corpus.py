@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.data.corpus import write_corpus
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.data.corpora.python_corpus import write_corpus
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import Switch, check_at_least, flag_name
+from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag_name
+from megatron_ext.config.command_line.parse import parse, run_main
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -160,7 +160,7 @@ def run_export(config: ExportConfig) -> None:
         "no_tokenizer": config.no_tokenizer,
     }
     if config.merge_adapters or config.adapter_dir is not None:
-        from megatron_ext.plain_export import export_plain
+        from megatron_ext.registry.export_with_adapters import export_plain
 
         notes = export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
     else:

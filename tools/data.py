@@ -15,16 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.indexed import Index
-from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.corpora.dataset_checks import verify
+from megatron_ext.data.corpora.dataset_rewrite import length_histogram, merge, shuffle, split
+from megatron_ext.data.indexed.indexed_files import Index
+from megatron_ext.data.indexed.manifest import check_dataset, read_manifest
+from megatron_ext.data.indexed.same_file import refuse_same_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
-from megatron_ext.data.per_layer.table import row_names
-from megatron_ext.data.rewrite import length_histogram, merge, shuffle, split
-from megatron_ext.data.same_file import refuse_same_dataset
+from megatron_ext.data.per_layer.per_layer_table import row_names
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.data.verify import verify
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import Switch, check_at_least, one_of_two
+from megatron_ext.config.command_line.field_checks import Switch, check_at_least, one_of_two
+from megatron_ext.config.command_line.parse import parse, run_main
 
 if TYPE_CHECKING:
     from megatron_ext.inference.perplexity import Perplexity
@@ -71,14 +71,14 @@ def main() -> None:
         description="Perplexity of a checkpoint on indexed datasets.",
         example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
     )["config"]
-    from megatron_ext.data.manifest import check_dataset
-    from megatron_ext.data.same_file import refuse_same_dataset
-    from megatron_ext.data.unigram import most_frequent_token, unigram_cross_entropy
-    from megatron_ext.families import FAMILIES, window_begin
-    from megatron_ext.inference.loading import load_model
+    from megatron_ext.data.corpora.unigram import most_frequent_token, unigram_cross_entropy
+    from megatron_ext.data.indexed.manifest import check_dataset
+    from megatron_ext.data.indexed.same_file import refuse_same_dataset
+    from megatron_ext.inference.load_model import load_model
     from megatron_ext.inference.perplexity import evaluate_perplexity
-    from megatron_ext.platform import distributed
-    from megatron_ext.reports.output import check_writable, write_text
+    from megatron_ext.platform import process_groups
+    from megatron_ext.registry.known_families import FAMILIES, window_begin
+    from megatron_ext.reports.report_files import check_writable, write_text
 
     if config.output is not None:
         check_writable("--output", config.output)
@@ -94,7 +94,7 @@ def main() -> None:
         bf16=config.bf16,
         bos=one_of_two(config, "bos", "no_bos"),
     )
-    if distributed.rank() == 0:
+    if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", flush=True)
     length = config.seq_length or loaded.config.seq_length
     loaded.model.check_length(length, f"--seq-length {length}")
@@ -119,11 +119,11 @@ def main() -> None:
         results[prefix] = {**entry, "step": loaded.step}
         if begin is not None:
             line += f"; every window begins with {loaded.tokenizer.inv_vocab[begin.token]}"
-        if distributed.rank() == 0:
+        if process_groups.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
-    if config.output is not None and distributed.rank() == 0:
+    if config.output is not None and process_groups.rank() == 0:
         write_text(config.output, json.dumps(results, indent=2) + "\n")
-    distributed.shutdown()
+    process_groups.shutdown()
 
 
 def _report(found: "Perplexity", unigram_cross_entropy: float | None) -> tuple[dict[str, float], str]:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import Switch, check_at_least, flag, one_of_two
-from megatron_ext.config.text import argument_text, read_lines
-from megatron_ext.config.training import TrainingConfig
+from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag, one_of_two
+from megatron_ext.config.command_line.flag_text import argument_text, read_lines
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +115,10 @@ def main() -> None:
         example="python tools/evaluate_npt.py --checkpoint runs/npt --data-path held_out_text_document "
         "--output evaluation_report.json --html report.html",
     )["config"]
-    from megatron_ext.npt.summary import print_summary
-    from megatron_ext.platform import distributed
+    from megatron_ext.npt.evaluation.evaluation_summary import print_summary
+    from megatron_ext.platform import process_groups
     from megatron_ext.reports.charts import require_matplotlib
-    from megatron_ext.reports.output import check_writable, write_text
+    from megatron_ext.reports.report_files import check_writable, write_text
 
     for name, path in (("--output", config.output), ("--html", config.html)):
         if path is not None:
@@ -129,7 +129,7 @@ def main() -> None:
     if report is not None:
         write_text(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
         if config.html is not None:
-            from megatron_ext.npt.report import evaluation_page
+            from megatron_ext.npt.evaluation.evaluation_page import evaluation_page
 
             write_text(config.html, evaluation_page(report))
         print_summary(report)
@@ -138,19 +138,19 @@ def main() -> None:
             f"written: {', '.join(path for path in (config.output, config.html) if path is not None)}",
             flush=True,
         )
-    distributed.shutdown()
+    process_groups.shutdown()
 
 
 def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     """The whole report on the first rank, None on the others."""
-    from megatron_ext.data.manifest import check_dataset
-    from megatron_ext.families import window_begin
+    from megatron_ext.data.indexed.manifest import check_dataset
     from megatron_ext.inference.generation import Sampling
     from megatron_ext.inference.perplexity import evaluate_perplexity
-    from megatron_ext.npt.attach import draw
-    from megatron_ext.npt.evaluation import evaluate_npt, finite, untrained_figures
-    from megatron_ext.npt.paired_generation import held_out_prompts, paired_generations
-    from megatron_ext.training.checkpoint import read_run_config
+    from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
+    from megatron_ext.npt.evaluation.paired_generation import held_out_prompts, paired_generations
+    from megatron_ext.npt.weights.conversion import draw
+    from megatron_ext.registry.known_families import window_begin
+    from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
     stored = read_run_config(config.checkpoint, config.ckpt_step)
     check_dataset(config.data_path, stored["tokenizer_fingerprint"])
@@ -202,12 +202,12 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
 
 def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     """The loaded model with its NP components, families, NPT's settings."""
-    from megatron_ext.families import FAMILIES
-    from megatron_ext.inference.loading import load_model
-    from megatron_ext.npt.adapter import load_adapter
-    from megatron_ext.npt.adapter_files import read_adapter, read_adapter_file
-    from megatron_ext.npt.attach import attach
-    from megatron_ext.npt.family import NPTFamily
+    from megatron_ext.inference.load_model import load_model
+    from megatron_ext.npt.npt_family import NPTFamily
+    from megatron_ext.npt.weights.conversion import attach
+    from megatron_ext.npt.weights.np_factors import load_adapter
+    from megatron_ext.npt.weights.np_weight_files import read_adapter, read_adapter_file
+    from megatron_ext.registry.known_families import FAMILIES
 
     own = stored["families"].get(NPTFamily.name)
     settings = NPTFamily.from_configuration(own).settings if own is not None else None
@@ -244,7 +244,7 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
 
 
 def _check_expected(config: EvaluateNPTConfig, settings: Any, num_layers: int) -> None:
-    from megatron_ext.npt.config import choose_layers
+    from megatron_ext.npt.modules.npt_module_config import choose_layers
 
     found = settings.layers(num_layers)
     if config.npt_layers is not None and choose_layers(config.npt_layers, num_layers) != found:

@@ -9,13 +9,19 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import Repeated, Switch, check_at_least, flag_name, one_of_two
-from megatron_ext.config.text import argument_text, read_lines
+from megatron_ext.config.command_line.field_checks import (
+    Repeated,
+    Switch,
+    check_at_least,
+    flag_name,
+    one_of_two,
+)
+from megatron_ext.config.command_line.flag_text import argument_text, read_lines
+from megatron_ext.config.command_line.parse import parse, run_main
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizers import Tokenizer
-    from megatron_ext.inference.loading import LoadedModel
+    from megatron_ext.inference.load_model import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +102,10 @@ def main() -> None:
         description="Continue prompts with a checkpoint.",
         example='python tools/generate.py --load runs/ckpt --prompt "def main(" --temperature 0.8 --top-p 0.9',
     )["config"]
-    from megatron_ext.families import FAMILIES
     from megatron_ext.inference.generation import Sampling
-    from megatron_ext.inference.loading import load_model
-    from megatron_ext.platform import distributed
+    from megatron_ext.inference.load_model import load_model
+    from megatron_ext.platform import process_groups
+    from megatron_ext.registry.known_families import FAMILIES
 
     Sampling(**_sampling(config))  # a mistake in these is told before the model is loaded
     texts = _prompts(config)
@@ -112,16 +118,16 @@ def main() -> None:
         bf16=config.bf16,
         bos=one_of_two(config, "bos", "no_bos"),
     )
-    if distributed.rank() == 0:
+    if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", file=sys.stderr, flush=True)
     tokenizer = loaded.tokenizer
     prompts = [tokenizer.tokenize(text) for text in texts]
     found = _generate(config, loaded, [tokenizer.begin(prompt) for prompt in prompts])
-    if distributed.rank() == 0:
+    if process_groups.rank() == 0:
         for prompt, new in zip(prompts, found, strict=True):
             print(_shown(tokenizer, prompt, new, _stops(config)), flush=True)
             print("-" * 40, flush=True)
-    distributed.shutdown()
+    process_groups.shutdown()
 
 
 def _shown(tokenizer: "Tokenizer", prompt: list[int], new: list[int], stops: tuple[str, ...]) -> str:
@@ -148,7 +154,11 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
     """
     from megatron_ext.inference.generation import Sampling, generate
     from megatron_ext.inference.stopping import ends_with_any
-    from megatron_ext.progressive.sampling import DiffusionSampling, generate_by_unmasking, objective_of
+    from megatron_ext.progressive.objectives.unmasking import (
+        DiffusionSampling,
+        generate_by_unmasking,
+        objective_of,
+    )
 
     objective, tokenizer = objective_of(loaded.families), loaded.tokenizer
     stop_tokens = (*loaded.stop_tokens, *config.stop_id)

@@ -4,9 +4,9 @@
     python tools/memory_report.py --np-rank 16 --np-target gate --output report.json
 
 Measured at a few sizes: bytes a token that one converted layer takes beyond its base MLP, kept for the backward pass
-and at the peak, see `megatron_ext/npt/memory.py`. From them the same at the shape of a 7B model, and for a whole
-micro-batch over all converted layers. Document 002's 448 GB are one delta of [14336, 4096] in bf16 for each of 4096
-tokens.
+and at the peak, see `megatron_ext/npt/evaluation/delta_memory.py`. From them the same at the shape of a 7B model,
+and for a whole micro-batch over all converted layers. Document 002's 448 GB are one delta of [14336, 4096] in bf16 for
+each of 4096 tokens.
 """
 
 import json
@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.memory import SizeMemory, TokenBytes, measure_memory, project_memory
-from megatron_ext.platform.distributed import initialize
+from megatron_ext.config.command_line.field_checks import check_at_least
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.npt.evaluation.delta_memory import SizeMemory, TokenBytes, measure_memory, project_memory
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.platform.process_groups import initialize
 
 
 @dataclass(frozen=True, kw_only=True)

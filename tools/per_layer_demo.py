@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.config.validate import validate
-from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.cross_checks import validate
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 
 VOCAB_SIZE = 64
 STEPS = 20
@@ -50,11 +50,11 @@ def main() -> int:
     settings = replace(configs["per_layer"], **logged)
     settings.check_cut(parallel.tensor_model_parallel_size)
     validate(MODEL, parallel)
-    from megatron_ext.platform import distributed
+    from megatron_ext.platform import process_groups
 
     losses, statistics = train(settings, parallel)
-    is_first = distributed.rank() == 0
-    distributed.shutdown()
+    is_first = process_groups.rank() == 0
+    process_groups.shutdown()
     return report(settings, losses, statistics) if is_first else 0
 
 
@@ -62,13 +62,13 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
     """Loss of every step, and the last step's statistics."""
     import torch
 
-    from megatron_ext.models.build import build_model
-    from megatron_ext.per_layer.family import PerLayerFamily
-    from megatron_ext.platform import distributed
-    from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from megatron_ext.training.step import Stepper
+    from megatron_ext.models.build_model import build_model
+    from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+    from megatron_ext.platform import process_groups
+    from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+    from megatron_ext.training.engine.training_step import Stepper
 
-    distributed.initialize(parallel, seed=1)
+    process_groups.initialize(parallel, seed=1)
     family = PerLayerFamily(settings, VOCAB_SIZE, torch.arange(VOCAB_SIZE) % settings.rows(VOCAB_SIZE))
     extension = family.extension()
     chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=[extension])
@@ -76,7 +76,7 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
     wrapped = wrap_model(chunks, parallel, bf16=False)
     optimization = OptimizerSettings(lr=1e-2, lr_decay_style="constant")
     optimizer = build_optimizer(optimization, parallel, wrapped, [family], bf16=False)
-    batch = 4 * parallel.data_parallel_size(distributed.world_size())
+    batch = 4 * parallel.data_parallel_size(process_groups.world_size())
     scheduler = build_scheduler(optimization, TrainingConfig(train_iters=STEPS), optimizer, batch)
     stepper = Stepper(
         wrapped, [family], optimizer, scheduler, global_batch_size=batch, micro_batch_size=1, clip_grad=1.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.reports.charts import require_matplotlib
 from megatron_ext.reports.events import Curve, read_curves
 

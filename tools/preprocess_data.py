@@ -18,9 +18,9 @@ from types import FrameType
 if __name__ == "__main__":  # until there is something to put in order, Ctrl-C ends this without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
-from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.preprocess_config import InputConfig, PreprocessConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 
 EXIT_WORKER_DIED = 3
 EXAMPLE = (
@@ -57,7 +57,7 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-    from megatron_ext.data.preprocess.run import Preprocessor, quarantined_path, rejected_path
+    from megatron_ext.data.preprocess.preprocess import Preprocessor, quarantined_path, rejected_path
     from megatron_ext.data.preprocess.worker_pool import WorkerBug, WorkerDied
 
     output = configs["output"]

@@ -13,21 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.console import token_progress
-from megatron_ext.data.indexed import Index, bin_path, idx_path
-from megatron_ext.data.manifest import check_dataset, read_manifest, sha256_of, write_manifest
-from megatron_ext.data.per_layer.ids import count_tokens, write_aligned
-from megatron_ext.data.per_layer.table import (
+from megatron_ext.config.command_line.field_checks import check_at_least
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.files.console import token_progress
+from megatron_ext.data.indexed.indexed_files import Index, bin_path, idx_path
+from megatron_ext.data.indexed.manifest import check_dataset, read_manifest, sha256_of, write_manifest
+from megatron_ext.data.indexed.same_file import refuse_same_file
+from megatron_ext.data.per_layer.per_layer_ids import count_tokens, write_aligned
+from megatron_ext.data.per_layer.per_layer_table import (
     number_densely,
     read_table,
     rows_of,
     save_table,
     table_path,
 )
-from megatron_ext.data.per_layer.vocab import (
+from megatron_ext.data.per_layer.per_layer_vocab import (
     SPECIAL,
     Strategy,
     TableArray,
@@ -37,7 +38,6 @@ from megatron_ext.data.per_layer.vocab import (
     save_vocabulary,
     token_forms,
 )
-from megatron_ext.data.same_file import refuse_same_file
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
 DEFAULT_VOCAB_SIZE = 10_000

@@ -9,10 +9,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.command_line.parse import parse, run_main
 
 if TYPE_CHECKING:
-    from megatron_ext.progressive.report import Table
+    from megatron_ext.progressive.report.comparison_page import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,11 @@ def main() -> None:
         example="python tools/progressive_report.py --runs grown=runs/grown whole=runs/end_to_end --reference whole "
         "--html report.html",
     )["config"]
-    from megatron_ext.progressive.figures import compare
-    from megatron_ext.progressive.report import notes, phases_table, report_page, runs_table
-    from megatron_ext.progressive.results import read_run
+    from megatron_ext.progressive.report.comparison_figures import compare
+    from megatron_ext.progressive.report.comparison_page import notes, phases_table, report_page, runs_table
+    from megatron_ext.progressive.report.training_results import read_run
     from megatron_ext.reports.charts import require_matplotlib
-    from megatron_ext.reports.output import check_writable, write_text
+    from megatron_ext.reports.report_files import check_writable, write_text
 
     for flag, path in (("--html", config.html), ("--output", config.output)):
         if path is not None:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least, check_choices
-from megatron_ext.config.preprocess import InputConfig
-from megatron_ext.config.text import argument_text
+from megatron_ext.config.command_line.field_checks import check_at_least, check_choices
+from megatron_ext.config.command_line.flag_text import argument_text
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.preprocess_config import InputConfig
 
 END_OF_TEXT = "<|endoftext|>"
 EXAMPLE = (
@@ -81,7 +81,7 @@ def main() -> None:
         example=EXAMPLE,
     )
     config = configs["tokenizer"]
-    from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_sentencepiece
+    from megatron_ext.data.corpora.train_tokenizer import train_byte_level_bpe, train_sentencepiece
 
     special_tokens = tuple(argument_text("--special-tokens", token) for token in config.special_tokens)
     texts = documents(configs["input"], config.max_characters)

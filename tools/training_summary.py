@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.flags import check_at_least
+from megatron_ext.config.command_line.field_checks import check_at_least
+from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.reports.events import read_curves
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.command_line.parse import parse, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Validate an NPT checkpoint: required files, their content, checksums.",
         example="python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000",
     )["config"]
-    from megatron_ext.npt.validation import choose_checkpoint, validate_checkpoint
+    from megatron_ext.npt.weights.checkpoint_validation import choose_checkpoint, validate_checkpoint
 
     if not Path(config.checkpoint).is_dir():
         raise FileNotFoundError(f"--checkpoint {config.checkpoint}: no such directory")

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.command_line.parse import parse, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ def main() -> None:
     )["config"]
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
-    from megatron_ext.reports.output import check_writable, write_text
     from megatron_ext.reports.page import Page
-    from megatron_ext.reports.training import training_charts
+    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.training_charts import training_charts
 
     target = config.html if config.html is not None else str(Path(config.output_dir or "", "x.svg"))
     check_writable("--html" if config.html is not None else "--output-dir", target)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.cli import parse, run_main
+from megatron_ext.config.command_line.parse import parse, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def main() -> int:
 
 def module_of(row: str, init_scale: float) -> Any:
     """NPT's settings of a row."""
-    from megatron_ext.npt.config import NPTModuleConfig
+    from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 
     layers, residual, form, target, rank, *more = row.split("/")
     outer = form == "outer_product"
@@ -131,14 +131,14 @@ def module_of(row: str, init_scale: float) -> Any:
 
 def run_configs(config: ComparisonConfig, stored: dict[str, Any], seed: int) -> dict[str, Any]:
     """The configurations of a row's training, on the model of the base's configuration `stored`."""
-    from megatron_ext.config.checkpoint import CheckpointConfig
-    from megatron_ext.config.concerns import TRAINING
-    from megatron_ext.config.data import DataConfig
-    from megatron_ext.config.logging import LoggingConfig
-    from megatron_ext.config.optimizer import OptimizerSettings
-    from megatron_ext.config.parallel import ParallelConfig
+    from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+    from megatron_ext.config.groups.data_config import DataConfig
+    from megatron_ext.config.groups.logging_config import LoggingConfig
+    from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+    from megatron_ext.config.groups.parallel_config import ParallelConfig
+    from megatron_ext.config.groups.training_config import TrainingConfig
+    from megatron_ext.config.run_config import TRAINING
     from megatron_ext.config.serialize import configs_from_dict
-    from megatron_ext.config.training import TrainingConfig
 
     read = configs_from_dict({name: TRAINING[name] for name in ("model", "tokenizer")}, stored)
     return {
@@ -161,11 +161,11 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
     """Perplexity ratios before and after training, the parameters' share and the seconds of a row."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_ext.data.tokenizers import build_tokenizer
-    from megatron_ext.npt.family import NPTFamily
-    from megatron_ext.npt.settings import NPTTrainingConfig
-    from megatron_ext.platform import distributed
-    from megatron_ext.training.base_checkpoint import BaseCheckpoint
-    from megatron_ext.training.run import RunOptions, train
+    from megatron_ext.npt.npt_family import NPTFamily
+    from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+    from megatron_ext.platform import process_groups
+    from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+    from megatron_ext.training.pretrain import RunOptions, train
 
     base = BaseCheckpoint.find(config.base_checkpoint)
     configs = run_configs(config, base.run_config(), seed)
@@ -189,7 +189,7 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
         found["ratio"] = perplexity_ratio(config, length, chunks, family, found)
 
     started = time.perf_counter()
-    distributed.initialize(configs["parallel"], seed)
+    process_groups.initialize(configs["parallel"], seed)
     options = RunOptions(base=base, prepare=before, finish=after)
     code = train(configs, build_tokenizer(configs["tokenizer"]), [family], options)
     if "ratio" not in found:
@@ -210,7 +210,7 @@ def perplexity_ratio(
 ) -> float:
     """Perplexity NPT / base on held-out text; the base's is measured once, into `found`."""
     from megatron_ext.inference.perplexity import evaluate_perplexity
-    from megatron_ext.npt.layers import deactivated
+    from megatron_ext.npt.modules.npt_layers import deactivated
 
     def measure() -> float:
         return evaluate_perplexity(

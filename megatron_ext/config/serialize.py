@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_ext.config.fields import Concerns, did_you_mean
+from megatron_ext.config.command_line.flag_table import Concerns, did_you_mean
 
 
 def configs_to_dict(configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

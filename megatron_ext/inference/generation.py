@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.family import Family, side_inputs
+from megatron_ext.training.interface.family_interface import Family, side_inputs
 
 
 @dataclass(frozen=True, kw_only=True)

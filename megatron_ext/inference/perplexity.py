@@ -26,9 +26,9 @@ from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.family import Batch, Family, make_batch
-from megatron_ext.training.output_loss import OutputLoss, the_one
-from megatron_ext.training.schedule import run_microbatches
+from megatron_ext.training.engine.microbatches import run_microbatches
+from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
+from megatron_ext.training.interface.output_losses import OutputLoss, the_one
 
 _GUESS = "guess"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron_ext.data.tokenizers import Tokenizer
-from megatron_ext.training.checkpoint import IMPORTED
+from megatron_ext.training.checkpoint.checkpointer import IMPORTED
 
 
 def stop_tokens(run_config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Hugging Face models of the Llama family, to and from checkpoints and built models; see docs/interop.md."""
 
-from megatron_ext.interop.exporting import export_checkpoint, export_hf
-from megatron_ext.interop.importing import HuggingFaceModel, import_checkpoint, load_hf
-from megatron_ext.interop.live import base_state, load_into
+from megatron_ext.interop.hf_export import export_checkpoint, export_hf
+from megatron_ext.interop.hf_import import HuggingFaceModel, import_checkpoint, load_hf
+from megatron_ext.interop.live_model_weights import base_state, load_into
 
 __all__ = [
     "HuggingFaceModel",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.layer import SLOTS
+from megatron_ext.models.transformer_layer import SLOTS
 
 ADAPTERS = "adapters"
 """Attribute under which a linear module holds what a family adds to it."""

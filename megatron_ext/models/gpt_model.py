@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel as EngineGPTModel
 
-from megatron_ext.config.model import check_fits_window
-from megatron_ext.models.cross_entropy import cross_entropy
-from megatron_ext.models.extension import StageInfo, StageModule
-from megatron_ext.models.side_channel import SideChannel
+from megatron_ext.config.groups.model_config import check_fits_window
+from megatron_ext.models.auxiliary_inputs import SideChannel
+from megatron_ext.models.model_extension import StageInfo, StageModule
+from megatron_ext.models.ops.cross_entropy import cross_entropy
 
 WORD_EMBEDDING = "word_embedding"
 """Name of the travelling stream that holds the word embedding as the first layer gets it, [s, b, h]."""

@@ -1,12 +1,12 @@
 """NPT, neuro-plastic transformer: the attention output changes the MLP's weights, token by token.
 
-For Python: `from megatron_ext.npt import NPTConfig, NPTModel` (or `NPTLlamaModel`), see `api`.
+For Python: `from megatron_ext.npt import NPTConfig, NPTModel` (or `NPTLlamaModel`), see `runs.npt_model`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_ext.npt.api import NPTConfig, NPTLlamaModel, NPTModel
+    from megatron_ext.npt.runs.npt_model import NPTConfig, NPTLlamaModel, NPTModel
 
 __all__ = ["NPTConfig", "NPTLlamaModel", "NPTModel"]
 
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
     """Imports the API when it is first asked for: the command line reads configurations without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from megatron_ext.npt import api
+    from megatron_ext.npt.runs import npt_model
 
-    return getattr(api, name)
+    return getattr(npt_model, name)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ext.platform.distributed import use_cuda
+from megatron_ext.platform.process_groups import use_cuda
 
 
 class AllocationCounter(TorchDispatchMode):

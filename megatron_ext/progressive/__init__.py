@@ -7,19 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_ext.progressive.builder import ProgressiveRackBuilder, create_stack_from_config
-    from megatron_ext.progressive.data_loader import ProgressiveDataLoader
-    from megatron_ext.progressive.masking import TimeStepMasking
-    from megatron_ext.progressive.stackwise_config import StackWiseConfig
-    from megatron_ext.progressive.trainer import ProgressiveTrainer
+    from megatron_ext.progressive.objectives.masking import TimeStepMasking
+    from megatron_ext.progressive.objectives.progressive_batches import ProgressiveDataLoader
+    from megatron_ext.progressive.runs.progressive_trainer import ProgressiveTrainer
+    from megatron_ext.progressive.runs.rack_builder import ProgressiveRackBuilder, create_stack_from_config
+    from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
 
 _MODULES = {
-    "ProgressiveDataLoader": "data_loader",
-    "ProgressiveRackBuilder": "builder",
-    "ProgressiveTrainer": "trainer",
-    "StackWiseConfig": "stackwise_config",
-    "TimeStepMasking": "masking",
-    "create_stack_from_config": "builder",
+    "ProgressiveDataLoader": "objectives.progressive_batches",
+    "ProgressiveRackBuilder": "runs.rack_builder",
+    "ProgressiveTrainer": "runs.progressive_trainer",
+    "StackWiseConfig": "settings.stackwise_config",
+    "TimeStepMasking": "objectives.masking",
+    "create_stack_from_config": "runs.rack_builder",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from megatron_ext.npt.config import NPTModuleConfig
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.testing.references import reference_activation, reference_rms_norm
 
 Tensor = torch.Tensor

@@ -1,3 +1,3 @@
 """What the fork server imports once, so that each test process starts at once. Starts no threads, no process group."""
 
-import megatron_ext.platform.distributed  # noqa: F401
+import megatron_ext.platform.process_groups  # noqa: F401

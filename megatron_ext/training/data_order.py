@@ -8,15 +8,15 @@ that a run needs are shuffled together. Then the run goes on, but the user is to
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.data import DataConfig
-from megatron_ext.config.flags import flag_name
+from megatron_ext.config.command_line.field_checks import flag_name
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.serialize import configs_from_dict
-from megatron_ext.data.epochs import shuffled_epochs
-from megatron_ext.platform import distributed
-from megatron_ext.training.agreement import print_on_first_rank
-from megatron_ext.training.checkpoint import Progress, read_run_config
-from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.data.datasets.epochs import shuffled_epochs
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.collectives import print_on_first_rank
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.checkpointer import Progress, read_run_config
 
 TRAINING_SAMPLES = "training_samples"
 """Key of a run's configuration: the sequences for which its training set was made."""
@@ -41,7 +41,7 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
     Raises:
         OSError, ValueError: the checkpoint or the run's data cannot be read.
     """
-    if config.load is None or progress.consumed_samples == 0 or distributed.rank() != 0:
+    if config.load is None or progress.consumed_samples == 0 or process_groups.rank() != 0:
         return
     if find_checkpoint(config.load, config.ckpt_step) is None:
         return

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.errors import tell_launcher
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.training.checkpoint import Checkpointer, Progress
-from megatron_ext.training.family import Batch
-from megatron_ext.training.metrics import StepMetrics
-from megatron_ext.training.reporting import Reporter
-from megatron_ext.training.signals import SignalWatcher
-from megatron_ext.training.step import Stepper, StepResult, parameters_norm
+from megatron_ext.config.command_line.error_lines import tell_launcher
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.training.checkpoint.checkpointer import Checkpointer, Progress
+from megatron_ext.training.engine.training_step import Stepper, StepResult, parameters_norm
+from megatron_ext.training.interface.family_interface import Batch
+from megatron_ext.training.logging.reporter import Reporter
+from megatron_ext.training.logging.step_metrics import StepMetrics
+from megatron_ext.training.stop_signals import SignalWatcher
 
 EXIT_OK = 0
 """The run is complete, or has stopped where `--exit-interval` or `--exit-duration-in-mins` says."""

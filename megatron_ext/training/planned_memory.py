@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.data.tokenizers import Tokenizer
-from megatron_ext.models.memory_estimate import Cut, StageMemory, estimate_memory
-from megatron_ext.platform.memory import device_memory
-from megatron_ext.training.costs import BASE, RunCost, run_cost
-from megatron_ext.training.family import Family
-from megatron_ext.training.progress import binary_size
+from megatron_ext.models.costs.memory_estimate import Cut, StageMemory, estimate_memory
+from megatron_ext.platform.device_memory import device_memory
+from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.logging.family_costs import BASE, RunCost, run_cost
+from megatron_ext.training.logging.progress_line import binary_size
 
 
 def plan_memory(

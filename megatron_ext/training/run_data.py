@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.data.gpt_dataset import Dataset, build_datasets
-from megatron_ext.data.repeated import RepeatedDataset
-from megatron_ext.data.samplers import build_data_iterator
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.data.datasets.gpt_dataset import Dataset, build_datasets
+from megatron_ext.data.datasets.repeated_samples import RepeatedDataset
+from megatron_ext.data.datasets.samplers import build_data_iterator
 from megatron_ext.data.tokenizers import Tokenizer
-from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.loop import Data
 from megatron_ext.training.run_options import RunOptions
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.checkpoint import Progress
-from megatron_ext.training.checkpoint_files import checkpoint_name
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint.checkpoint_files import checkpoint_name
+from megatron_ext.training.checkpoint.checkpointer import Progress
 from megatron_ext.training.loop import Data
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.flags import check_numbers, flag_name
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.config.command_line.field_checks import check_numbers, flag_name
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from tests.config.test_concerns import MINIMAL
 
 CONFIGS: dict[type[Any], dict[str, Any]] = {

@@ -10,18 +10,18 @@ from typing import Annotated, Any
 
 import pytest
 
-from megatron_ext.config import megatron_flags
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.cli import known_flags, main_guard, parse, run_main
-from megatron_ext.config.data import DataConfig
-from megatron_ext.config.flags import flag
-from megatron_ext.config.logging import LoggingConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.command_line import megatron_flags
+from megatron_ext.config.command_line.field_checks import flag
+from megatron_ext.config.command_line.parse import known_flags, main_guard, parse, run_main
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict, format_configs
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.config.training import TrainingConfig
 
 CONCERNS: dict[str, type[Any]] = {
     "model": ModelConfig,
@@ -37,10 +37,10 @@ SHAPE = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32
 REST = "--lr 1e-3 --train-iters 10 --tokenizer-type ByteLevelTokenizer"
 SCRIPT = """
 import sys
-from megatron_ext.config.cli import parse, run_main
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.validate import validate
+from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.cross_checks import validate
 
 def main():
     configs = parse({"model": ModelConfig, "parallel": ParallelConfig}, prog="train.py", description="Trains.",

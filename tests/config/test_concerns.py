@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.data import DataConfig
-from megatron_ext.config.logging import LoggingConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.config.training import TrainingConfig
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
 
 MINIMAL: dict[type[Any], dict[str, Any]] = {
     ModelConfig: {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32},

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.errors import run_main, tell_launcher
+from megatron_ext.config.command_line.error_lines import run_main, tell_launcher
 from megatron_ext.testing.torchrun import environment
 
 SCRIPT = """
 import os, sys, time
-from megatron_ext.config.errors import ProcessLost, run_main
+from megatron_ext.config.command_line.error_lines import ProcessLost, run_main
 
 def main():
     kind, rank = sys.argv[1], os.environ.get("RANK", "0")

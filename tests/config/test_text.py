@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.text import argument_text, read_lines
+from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted(ROOT.glob("pretrain_*.py"))]
@@ -86,7 +86,10 @@ def test_an_argument_is_the_same_text_in_every_locale() -> None:
     ids=["no locale", "latin-1", "utf-8"],
 )
 def test_any_text_is_printed_without_a_traceback(settings: dict[str, str], wanted: bytes) -> None:
-    script = "from megatron_ext.config.errors import run_main\nrun_main(lambda: print('\\xe9 \\u6f22\\u2028\\udcff'))"
+    script = (
+        "from megatron_ext.config.command_line.error_lines import run_main\n"
+        "run_main(lambda: print('\\xe9 \\u6f22\\u2028\\udcff'))"
+    )
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHONIO", "LC_"))
     }
@@ -98,7 +101,7 @@ def test_any_text_is_printed_without_a_traceback(settings: dict[str, str], wante
 def test_a_program_without_a_locale_runs_in_pythons_utf8_mode(tmp_path: Path) -> None:
     script = tmp_path / "tool.py"
     script.write_text(
-        "import sys\nfrom megatron_ext.config.errors import run_main\n"
+        "import sys\nfrom megatron_ext.config.command_line.error_lines import run_main\n"
         "def main():\n    print(sys.argv[1:], sys.flags.utf8_mode, open(__file__[:-2] + 'txt').read())\n"
         "if __name__ == '__main__':\n    run_main(main)\n",
         encoding="utf-8",

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.config.data import DataConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.config.validate import validate
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.cross_checks import validate
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.run_config import TRAINING
 
 
 def check(world_size: int = 1, **changes: Any) -> None:

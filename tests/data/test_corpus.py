@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.data import corpus
+from megatron_ext.data.corpora import python_corpus as corpus
 
 MODULES: dict[str, str | bytes] = {
     "one.py": '"""First module."""\n\ndef f():\n    """Does f."""\n',

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ext.config.data import DataConfig
-from megatron_ext.data.epochs import epoch_samples, shuffled_epochs
-from megatron_ext.data.gpt_dataset import build_datasets
-from megatron_ext.testing.datasets import ListTokenizer, write_dataset
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.datasets.epochs import epoch_samples, shuffled_epochs
+from megatron_ext.data.datasets.gpt_dataset import build_datasets
+from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
 
 SEQ = 16
 TOKENIZER = ListTokenizer([f"t{number}" for number in range(60000)])

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.preprocess.encoding import choose_encoder
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 

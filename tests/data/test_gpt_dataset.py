@@ -10,14 +10,14 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_ext.config.data import DataConfig
-from megatron_ext.data import gpt_dataset
-from megatron_ext.data.gpt_dataset import build_datasets
-from megatron_ext.data.indexed import open_index
-from megatron_ext.data.manifest import write_manifest
-from megatron_ext.data.per_layer.ids import write_aligned
-from megatron_ext.testing.datasets import ListTokenizer, write_dataset
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.datasets import gpt_dataset
+from megatron_ext.data.datasets.gpt_dataset import build_datasets
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.data.indexed.manifest import write_manifest
+from megatron_ext.data.per_layer.per_layer_ids import write_aligned
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
 
 VOCAB = 300
 TOKENIZER = ListTokenizer([f"t{number}" for number in range(VOCAB)])

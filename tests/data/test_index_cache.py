@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.config.data import DataConfig
-from megatron_ext.data.gpt_dataset import build_datasets
-from megatron_ext.testing.datasets import ListTokenizer, write_dataset
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.datasets.gpt_dataset import build_datasets
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
 from tests.data.test_gpt_dataset import assert_same_samples, make
 from tests.data.test_gpt_dataset import build as build_all
 

@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from megatron_ext.data.indexed import DTYPE_CODES, check_contiguous, open_index, optimal_dtype, write_index
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.data.indexed.indexed_files import (
+    DTYPE_CODES,
+    check_contiguous,
+    open_index,
+    optimal_dtype,
+    write_index,
+)
+from megatron_ext.testing.tiny_datasets import write_dataset
 
 sequences = st.lists(st.integers(0, 255), min_size=1, max_size=5)
 documents_of_sequences = st.lists(st.lists(sequences, max_size=3), max_size=8)
@@ -126,7 +132,7 @@ def test_full_check_finds_a_wrong_entry(tmp_path: Path, offset: Any, value: Any,
 def test_writing_an_index_leaves_a_complete_file_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_ext.data.manifest import write_atomically
+    from megatron_ext.data.indexed.manifest import write_atomically
 
     (tmp_path / "d.idx").write_bytes(b"old")
 

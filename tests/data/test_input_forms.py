@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.config.groups.preprocess_config import InputConfig
 from megatron_ext.data.readers import expand_inputs, iter_documents
 from tests.data.reader_helpers import json_lines, read_all, write
 

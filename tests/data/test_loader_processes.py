@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from megatron_ext.config.errors import ProcessLost
-from megatron_ext.data.loader_processes import HELD_BACK, loader_failures
+from megatron_ext.config.command_line.error_lines import ProcessLost
+from megatron_ext.data.datasets.loader_processes import HELD_BACK, loader_failures
 from megatron_ext.testing.torchrun import environment
-from megatron_ext.training.signals import EXIT_CODES
+from megatron_ext.training.stop_signals import EXIT_CODES
 
 PARENT = """
 import os, signal, sys, threading, time
 import torch
-from megatron_ext.data.samplers import build_data_iterator
+from megatron_ext.data.datasets.samplers import build_data_iterator
 
 class Samples(torch.utils.data.Dataset):
     def __len__(self):

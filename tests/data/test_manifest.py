@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.data.manifest import check_dataset, read_manifest, write_atomically, write_manifest
-from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer, NullTokenizer
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.data.indexed.manifest import check_dataset, read_manifest, write_atomically, write_manifest
+from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer, NullTokenizer
+from megatron_ext.testing.tiny_datasets import write_dataset
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_files_are_not(tm
     for name in ("d.bin.17.tmp", "d.bin.17.lengths.tmp", "d.bin.keep", "e.bin.17.tmp"):
         (tmp_path / name).write_text("left")
     script = f"""
-from megatron_ext.data.manifest import write_atomically
+from megatron_ext.data.indexed.manifest import write_atomically
 with write_atomically({str(tmp_path / "d.bin")!r}) as temporary:
     temporary.write_text("living")
     print(temporary, flush=True)

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.config.groups.preprocess_config import InputConfig
 from megatron_ext.data.readers import expand_inputs, iter_documents, lines, sources
 from tests.data.reader_helpers import json_lines, read_all, write
 

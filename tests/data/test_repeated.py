@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.data.repeated import RepeatedDataset
+from megatron_ext.data.datasets.repeated_samples import RepeatedDataset
 
 DATA = [{"tokens": torch.tensor([number])} for number in range(14)]
 

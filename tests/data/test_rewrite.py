@@ -10,11 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ext.data import rewrite
-from megatron_ext.data.indexed import check_contiguous, open_index
-from megatron_ext.data.manifest import read_manifest, write_manifest
-from megatron_ext.data.rewrite import DatasetWriter, length_histogram, merge, permuted, shuffle, split
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.data.corpora import dataset_rewrite as rewrite
+from megatron_ext.data.corpora.dataset_rewrite import (
+    DatasetWriter,
+    length_histogram,
+    merge,
+    permuted,
+    shuffle,
+    split,
+)
+from megatron_ext.data.indexed.indexed_files import check_contiguous, open_index
+from megatron_ext.data.indexed.manifest import read_manifest, write_manifest
+from megatron_ext.testing.tiny_datasets import write_dataset
 
 sequences = st.lists(st.integers(0, 200), min_size=1, max_size=6)
 documents_of_sequences = st.lists(st.lists(sequences, max_size=3), max_size=12)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.data.samplers import SequentialBatchSampler, build_data_iterator
+from megatron_ext.data.datasets.samplers import SequentialBatchSampler, build_data_iterator
 
 
 class Numbers(torch.utils.data.Dataset):

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.tokenizers.text import libraries as mcore
 
-from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.corpora.train_tokenizer import train_byte_level_bpe, train_sentencepiece
 from megatron_ext.data.preprocess.encoding import Encoder, choose_encoder
 from megatron_ext.data.tokenizers import build_tokenizer
-from megatron_ext.data.tokenizers.base import PROBE_TEXTS
-from megatron_ext.data.tokenizers.training import train_byte_level_bpe, train_sentencepiece
+from megatron_ext.data.tokenizers.tokenizer import PROBE_TEXTS
 
 TEXTS = (*PROBE_TEXTS, "", " ", "x", "\u2028", "a" * 500, "\x00\x01")
 

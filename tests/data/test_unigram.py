@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.data.unigram import most_frequent_token, unigram_cross_entropy
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.data.corpora.unigram import most_frequent_token, unigram_cross_entropy
+from megatron_ext.testing.tiny_datasets import write_dataset
 
 
 def test_the_guess_is_the_training_datas_and_the_rest_the_other_datas(tmp_path: Path) -> None:

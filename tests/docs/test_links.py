@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.config.fields import flags_of, with_dashes
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.progressive.config import ProgressiveConfig
+from megatron_ext.config.command_line.flag_table import flags_of, with_dashes
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from tests.docs.links import ROOT, anchors_of, broken_links, links_of
 
 PAGES = sorted(

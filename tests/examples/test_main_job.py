@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_ext.data.per_layer.vocab import STRATEGIES
+from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "data" / "main_job.sh"
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.defaults import run_defaults
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_defaults import run_defaults
 
 FOLDER = Path(__file__).parents[2] / "examples" / "progressive"
 REST = ["--data-path", "corpus", "--tokenizer-type", "ByteLevelTokenizer", "--save", "racks"]

@@ -8,17 +8,17 @@ import pytest
 import torch
 import transformers
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.inference.generation import Sampling, choose, generate, probabilities
-from megatron_ext.models.build import build_model
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
-from megatron_ext.training.family import Family
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.training.interface.family_interface import Family
 
 ROPE = replace(TINY, init_method_std=0.3, hidden_dropout=0.5, attention_dropout=0.5)
 """Weights large enough that the tokens differ; dropout, which must be off."""

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer
-from megatron_ext.inference.layout import choose_layout
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer
+from megatron_ext.inference.choose_layout import choose_layout
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.testing.tiny_training import TINY
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.inference.perplexity import Perplexity, evaluate_perplexity
-from megatron_ext.models.build import build_model
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.2, hidden_dropout=0.5)
 LENGTHS = [[30, 1], [], [25, 16], [3]]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.run_distributed import run_distributed
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -9,10 +9,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.interop import export_hf, load_hf, load_into
-from megatron_ext.models.build import build_model
-from megatron_ext.platform.distributed import initialize
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize
 from tests.interop.family import SIZES, Kind, tokens
 
 

@@ -10,16 +10,16 @@ import pytest
 import sentencepiece
 import transformers
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.run_config import TRAINING
 from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_ext.interop import export_checkpoint, import_checkpoint
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.training.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.checkpoint import read_run_config
-from megatron_ext.training.run import pretrain
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from megatron_ext.training.pretrain import pretrain
 from megatron_ext.training.run_options import RunOptions
 from tests.interop.family import KINDS, Kind, alone
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.inference.loading import load_model
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop import (
     base_state,
     export_checkpoint,
@@ -21,12 +21,12 @@ from megatron_ext.interop import (
     load_hf,
     load_into,
 )
-from megatron_ext.models.build import build_model
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.rotary import rotary_frequencies
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY
+from megatron_ext.models.ops.rotary import rotary_frequencies
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY
 from tests.interop.family import KINDS, SIZES, Kind, alone, logits_of, tensors_in, tokens
 
 CUT_KINDS = ("Llama, all biases", "Qwen3")

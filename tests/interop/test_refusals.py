@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop import export_checkpoint, export_hf, import_checkpoint, load_hf
-from megatron_ext.interop.directory import complete_directory
-from megatron_ext.interop.hf_config import choose_architecture
-from megatron_ext.testing.training import TINY
+from megatron_ext.interop.formats.hf_config import choose_architecture
+from megatron_ext.interop.output_directory import complete_directory
+from megatron_ext.testing.tiny_training import TINY
 from tests.interop.family import KINDS, SIZES
 
 LLAMA = replace(TINY, untie_embeddings_and_output_weights=True)

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.accounting import (
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import (
     ModelCost,
     hardware_flops_per_token,
     model_cost,
     training_flops_per_token,
 )
-from megatron_ext.models.build import build_model
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
 
 VOCAB, SEQUENCE, BATCH = 300, 16, 2
 BASE = ModelConfig(

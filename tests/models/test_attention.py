@@ -9,12 +9,12 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.attention import SDPAttention
-from megatron_ext.models.transformer_config import build_transformer_config
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.engine_config import build_transformer_config
+from megatron_ext.models.ops.attention import SDPAttention
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY
 
 HEADS, SIZE, BATCH = 4, 8, 2
 SHAPES = {

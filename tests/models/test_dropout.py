@@ -7,10 +7,10 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_ext.models.build import build_model
-from megatron_ext.platform.distributed import initialize, seed_streams
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize, seed_streams
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import (
     CUTS,
     TINY,
     VOCAB_SIZE,

@@ -9,14 +9,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.models.extension import Extension
-from megatron_ext.models.layer_loss import LayerLosses
-from megatron_ext.models.side_channel import SideView
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.attached_losses import LayerLosses
+from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.model_extension import Extension
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import (
     CUTS,
     GLOBAL_BATCH_SIZE,
     TINY,
@@ -27,7 +27,7 @@ from megatron_ext.testing.training import (
     train_tiny,
     with_full_recompute,
 )
-from megatron_ext.training.family import Family
+from megatron_ext.training.interface.family_interface import Family
 
 WEIGHT = 30.0
 

@@ -8,20 +8,20 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.accounting import layer_parameters
-from megatron_ext.models.build import build_model
-from megatron_ext.models.memory_estimate import (
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.memory_estimate import (
     Cut,
     estimate_memory,
     layer_activation_bytes,
     stage_activation_bytes,
     stage_parameters,
 )
-from megatron_ext.models.step_work import StepWork, Use
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.models.costs.model_cost import layer_parameters
+from megatron_ext.models.costs.step_work import StepWork, Use
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
 
 VOCAB, SEQUENCE, BATCH = 300, 32, 2
 MODEL = ModelConfig(

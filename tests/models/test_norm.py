@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.models.norm import LayerNorm, Norm, RMSNorm
+from megatron_ext.models.ops.norm import LayerNorm, Norm, RMSNorm
 
 HIDDEN = 24
 EPS = 1e-3

@@ -15,15 +15,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.attention import SDPAttention
-from megatron_ext.models.build import build_model, padded_vocab_size
-from megatron_ext.models.norm import Norm
-from megatron_ext.models.transformer_config import build_transformer_config
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY, VOCAB_SIZE
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model, padded_vocab_size
+from megatron_ext.models.engine_config import build_transformer_config
+from megatron_ext.models.ops.attention import SDPAttention
+from megatron_ext.models.ops.norm import Norm
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
 
 GPT2 = replace(
     TINY,

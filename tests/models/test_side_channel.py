@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.models.side_channel import SideChannel, SideStream
+from megatron_ext.models.auxiliary_inputs import SideChannel, SideStream
 
 ROWS, BATCH, HIDDEN = 4, 2, 6
 NOTE = SideStream(name="note", width=3)

@@ -11,14 +11,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.models.extension import Extension, StageInfo, StageModule
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.auxiliary_inputs import SideStream, SideView
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import WORD_EMBEDDING
-from megatron_ext.models.side_channel import SideStream, SideView
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import (
     CUTS,
     TINY,
     VOCAB_SIZE,
@@ -27,7 +27,7 @@ from megatron_ext.testing.training import (
     train_tiny,
     with_full_recompute,
 )
-from megatron_ext.training.family import Batch, Family
+from megatron_ext.training.interface.family_interface import Batch, Family
 
 STEPS = 3
 NOTE, TRAIL = 5, 3

@@ -10,16 +10,16 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model, padded_vocab_size
-from megatron_ext.models.extension import Extension
-from megatron_ext.models.init import CHECKPOINT_METADATA
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.extension import PerLayerExtension
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model, padded_vocab_size
+from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.models.model_extension import Extension
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 UNTIED = replace(TINY, untie_embeddings_and_output_weights=True, position_embedding_type="learned_absolute")
 Shard = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.npt.kill_and_resume import flags_of
 from tests.npt.run_helpers import make_base, train, write_data
 

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_ext.testing.distributed import run_and_kill, run_distributed
+from megatron_ext.testing.run_distributed import run_and_kill, run_distributed
 from tests.npt.run_helpers import DATA, MULTI_LAYER, make_base, train, write_data
 
 SEQUENTIAL = shlex.split(

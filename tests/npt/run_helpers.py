@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.platform import distributed
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.training.run import pretrain
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.platform import process_groups
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.training.pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 64
@@ -104,4 +104,4 @@ def _script() -> Any:
 
 def _stay() -> None:
     """Keeps the process group for the next run: the tests' processes join one only."""
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.testing.accounting import StepFigures, measured_and_predicted
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.testing.counted_flops import StepFigures, measured_and_predicted
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY
 
 MODEL = replace(TINY, attention_backend="local", untie_embeddings_and_output_weights=True)
 OUTER = NPTModuleConfig(np_form="outer_product", np_rank=4, np_target="gate+up", npt_layers="1,3")

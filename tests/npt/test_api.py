@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
 from megatron_ext.npt import NPTConfig, NPTLlamaModel, NPTModel
-from megatron_ext.npt.adapter import gather_adapter
-from megatron_ext.npt.adapter_files import write_adapter
-from megatron_ext.npt.extension import NPTExtension
+from megatron_ext.npt.modules.npt_extension import NPTExtension
+from megatron_ext.npt.weights.np_factors import gather_adapter
+from megatron_ext.npt.weights.np_weight_files import write_adapter
 from tests.interop.family import KINDS, LENGTH, alone, logits_of, tokens
 
 KIND = KINDS["Llama, grouped queries"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ext.npt.adapter_files import read_adapter_file
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.state_files import replace_final
-from megatron_ext.testing.checkpoint import read_plain
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.weights.np_weight_files import read_adapter_file
+from megatron_ext.npt.weights.state_files import replace_final
+from megatron_ext.testing.checkpoint_runs import read_plain
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from tests.npt.run_helpers import MULTI_LAYER, make_base, train, write_data
 from tools.validate_checkpoint import main as validate
 

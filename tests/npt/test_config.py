@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.cli import parse
-from megatron_ext.npt.config import NPTModuleConfig, choose_layers
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig, choose_layers
 
 
 @pytest.mark.parametrize(

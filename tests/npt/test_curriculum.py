@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.npt.curriculum import (
+from megatron_ext.npt.objective.curriculum import (
     format_curriculum,
     parse_curriculum,
     proportional_curriculum,

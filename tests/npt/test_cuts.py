@@ -8,16 +8,16 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.models.init import CHECKPOINT_METADATA
-from megatron_ext.npt.adapter import gather_adapter, load_adapter
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import (
     CUTS,
     TINY,
     VOCAB_SIZE,
@@ -27,7 +27,7 @@ from megatron_ext.testing.training import (
     train_tiny,
     with_full_recompute,
 )
-from megatron_ext.training.family import Family
+from megatron_ext.training.interface.family_interface import Family
 
 STEPS = 2
 MODEL = replace(TINY, init_method_std=0.1)

@@ -11,21 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.inference.perplexity import evaluate_perplexity
-from megatron_ext.models.accounting import model_cost
-from megatron_ext.models.build import build_model
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.attach import draw
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.evaluation import distribution, evaluate_npt, finite, untrained_figures
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.npt.layers import deactivated, np_modules
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.npt.evaluation.npt_evaluation import distribution, evaluate_npt, finite, untrained_figures
+from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.conversion import draw
+from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_delta
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.2, hidden_dropout=0.5)
 LAYERS = (1, 3)

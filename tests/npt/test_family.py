@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.accounting import model_cost
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.adapter import gather_adapter, load_adapter
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.npt.layers import deactivated, np_modules
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun, read_plain
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE
-from megatron_ext.training.family import Family
+from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE
+from megatron_ext.training.interface.family_interface import Family
 
 SINGLE = ParallelConfig()
 OUTER = NPTModuleConfig(np_form="outer_product", np_rank=4, num_np_components=2, np_target="gate+up+down")

@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.inference.generation import Sampling, generate
-from megatron_ext.models.build import build_model
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.npt.layers import deactivated
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.npt.modules.npt_layers import deactivated
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.3, hidden_dropout=0.5, attention_dropout=0.5)
 """Weights large enough that the tokens differ; dropout, which must be off."""

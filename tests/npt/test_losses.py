@@ -8,19 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.attached_losses import LayerLosses
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.layer_loss import LayerLosses
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.npt.layers import deactivated
-from megatron_ext.npt.output_loss import kl_divergence, logits_mse
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY, VOCAB_SIZE, synthetic_batches
-from megatron_ext.training.schedule import run_microbatches
+from megatron_ext.npt.modules.npt_layers import deactivated
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.fidelity_loss import kl_divergence, logits_mse
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.engine.microbatches import run_microbatches
 
 MODEL = replace(TINY, init_method_std=0.2, make_vocab_size_divisible_by=VOCAB_SIZE)
 NPT_LAYERS = (1, 3)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.extension import NPTExtension
-from megatron_ext.npt.moments import GeneratedVectors, delta_norms, factor_norm, weight_norm
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.npt.modules.npt_extension import NPTExtension
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm, weight_norm
+from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_delta
+from megatron_ext.testing.run_distributed import run_distributed
 
 Tensor = torch.Tensor
 

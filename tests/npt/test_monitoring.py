@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.npt.monitoring import CollapseWatch
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.npt.objective.npt_monitoring import CollapseWatch
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.npt.run_helpers import MULTI_LAYER, make_base, train, write_data
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import (
     CUTS,
     TINY,
     WORLD_SIZES,
@@ -20,7 +20,7 @@ from megatron_ext.testing.training import (
     train_tiny,
     with_full_recompute,
 )
-from megatron_ext.training.family import Family
+from megatron_ext.training.interface.family_interface import Family
 
 MODEL = replace(TINY, init_method_std=0.1)
 STEPS = 3

@@ -7,15 +7,15 @@ import pytest
 import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.config.data import DataConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.data.epochs import epoch_samples
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.presets import with_preset
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.data.datasets.epochs import epoch_samples
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.runs.dataset_presets import with_preset
+from megatron_ext.testing.run_distributed import run_distributed
 from pretrain_npt import DOCUMENT_SECTIONS
 from tests.npt.run_helpers import DATA, ROOT, make_base, train, write_data
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.extension import NPTExtension
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.npt.modules.npt_extension import NPTExtension
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_feed_forward
+from megatron_ext.testing.run_distributed import run_distributed
 
 SEQUENCE, BATCH = 3, 2
 MODEL = ModelConfig(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.testing.checkpoint import read_plain
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.checkpoint_runs import read_plain
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.npt.run_helpers import MULTI_LAYER, ROOT, make_base, train, write_data
 
 CURRICULUM = ["--curriculum-stages", "teacher:2,mixed:3:0.3:0.6,student:3"]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.logging import LoggingConfig
+from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.npt import NPTModel
-from megatron_ext.npt.sequential import layer_logging
-from megatron_ext.npt.sequential_state import layer_of
-from megatron_ext.npt.settings import run_defaults
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.npt.objective.npt_training_config import run_defaults
+from megatron_ext.npt.runs.sequential_files import layer_of
+from megatron_ext.npt.runs.sequential_run import layer_logging
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.interop.family import alone
 from tests.npt.conftest import SequentialRun
 from tests.npt.kill_and_resume import differences
@@ -246,7 +246,7 @@ def test_damaged_files_are_named(
 
 
 def _read_all(folder: Path) -> None:
-    from megatron_ext.npt.sequential_state import read_accumulated, read_state
+    from megatron_ext.npt.runs.sequential_files import read_accumulated, read_state
 
     state = read_state(folder)
     assert state is not None

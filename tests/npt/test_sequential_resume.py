@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training.step import Stepper
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.engine.training_step import Stepper
 from tests.npt.conftest import SequentialRun
 from tests.npt.kill_and_resume import differences, weights_of
 from tests.npt.run_helpers import train

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.npt.adapter_files import write_adapter
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.run import weights_defaults
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.npt.start import objective
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.runs.npt_run import weights_defaults
+from megatron_ext.npt.runs.start_message import objective
+from megatron_ext.npt.weights.np_weight_files import write_adapter
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.npt.conftest import SequentialRun
 from tests.npt.run_helpers import DATA, train
 

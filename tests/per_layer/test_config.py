@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.cli import parse
-from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 
 
 def test_defaults_are_those_of_document_003() -> None:

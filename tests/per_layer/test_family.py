@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.accounting import model_cost
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.references import reference_rms_norm
-from megatron_ext.training.optimizer import build_optimizer, wrap_model
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.engine.optimizer import build_optimizer, wrap_model
 
 VOCAB, ROWS, WIDTH = 64, 20, 8
 MODEL = ModelConfig(
@@ -272,7 +272,7 @@ def test_the_init_method_decides_how_weights_are_drawn() -> None:
 
 
 def test_a_configuration_without_ids_is_refused_at_the_start() -> None:
-    from megatron_ext.config.tokenizer import TokenizerConfig
+    from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
     from megatron_ext.data.tokenizers import build_tokenizer
 
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB))
@@ -287,12 +287,12 @@ def test_a_configuration_without_ids_is_refused_at_the_start() -> None:
 
 
 def test_rows_follow_the_table_or_the_aligned_data_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:
-    from megatron_ext.config.tokenizer import TokenizerConfig
-    from megatron_ext.data.manifest import write_manifest
-    from megatron_ext.data.per_layer.table import save_table
-    from megatron_ext.data.per_layer.vocab import SPECIAL, save_vocabulary
+    from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+    from megatron_ext.data.indexed.manifest import write_manifest
+    from megatron_ext.data.per_layer.per_layer_table import save_table
+    from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL, save_vocabulary
     from megatron_ext.data.tokenizers import build_tokenizer
-    from megatron_ext.testing.datasets import write_dataset
+    from megatron_ext.testing.tiny_datasets import write_dataset
 
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB))
     vocab_file, aligned = str(tmp_path / "v.json"), str(tmp_path / "aligned")

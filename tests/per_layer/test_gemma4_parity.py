@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.auxiliary_inputs import SideChannel
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.side_channel import SideChannel
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.extension import PerLayerExtension
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
 
 LAYERS, HIDDEN, WIDTH, VOCAB, SEQUENCE, BATCH = 3, 48, 16, 40, 7, 2
 EPS = 1e-6

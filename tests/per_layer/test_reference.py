@@ -8,16 +8,16 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.per_layer.block import ACTIVATIONS, PerLayerBlock
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.extension import PerLayerExtension
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.per_layer.per_layer_block import ACTIVATIONS, PerLayerBlock
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
+from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.references import reference_per_layer_block, reference_per_layer_vector
+from megatron_ext.testing.run_distributed import run_distributed
 
 METHODS = ("scaled_add", "concat", "gated")
 POSITIONS = ("before_layer", "after_mlp")

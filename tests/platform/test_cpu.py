@@ -8,12 +8,12 @@ import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
 from megatron_ext.platform import cpu
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, train_tiny, with_full_recompute
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, train_tiny, with_full_recompute
 
 
 def test_adapter_refuses_a_machine_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +27,8 @@ def test_adapter_refuses_a_machine_with_a_cuda_device(monkeypatch: pytest.Monkey
 def test_import_of_the_package_patches_nothing() -> None:
     code = (
         "import torch; before = (torch.cuda.Stream, torch.empty, torch.Tensor.to, torch.cuda.current_device);"
-        "import megatron_ext.platform.distributed, megatron_ext.models.build, megatron_ext.training.step;"
+        "import megatron_ext.platform.process_groups, megatron_ext.models.build_model;"
+        "import megatron_ext.training.engine.training_step;"
         "assert before == (torch.cuda.Stream, torch.empty, torch.Tensor.to, torch.cuda.current_device)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

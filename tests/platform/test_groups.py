@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.platform.distributed import initialize, set_parallel_state
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.platform.process_groups import initialize, set_parallel_state
+from megatron_ext.testing.run_distributed import run_distributed
 
 _THREADS_OF_A_GROUP = 3
 GETTERS = (

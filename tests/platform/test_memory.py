@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.platform.memory import memory_use
+from megatron_ext.platform.device_memory import memory_use
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at resident memory")

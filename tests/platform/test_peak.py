@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.platform.peak import DevicePeak, device_peak, known_tflops, measured_flops
+from megatron_ext.platform.peak_rate import DevicePeak, device_peak, known_tflops, measured_flops
 
 
 @pytest.mark.parametrize(

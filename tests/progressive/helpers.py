@@ -7,18 +7,18 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.models.extension import Extension
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.lora.lora_config import AdapterShape
+from megatron_ext.lora.parallel_linear import LayerSettings, linear_modules
+from megatron_ext.lora.trainable_layers import adapted_linears, prepare_layers
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.init import initialize_parameters
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.progressive.adapted_layers import adapted_linears, prepare_layers
-from megatron_ext.progressive.adapted_linear import LayerSettings, linear_modules
-from megatron_ext.progressive.lora_config import AdapterShape
-from megatron_ext.testing.training import TINY, VOCAB_SIZE
-from megatron_ext.training.family import Family
+from megatron_ext.models.initialization import initialize_parameters
+from megatron_ext.models.model_extension import Extension
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
+from megatron_ext.training.interface.family_interface import Family
 
 MODEL = replace(TINY, init_method_std=0.1, untie_embeddings_and_output_weights=True)
 STACK = AdapterShape(rank=4, alpha=8)

@@ -9,25 +9,25 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.models.extension import Extension, StageInfo
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.progressive.activation_cache import ActivationCache
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.objectives import Objective
-from megatron_ext.progressive.time_embedding import TimeEmbedding, time_embedding
-from megatron_ext.progressive.time_steps import TIME_STEP
-from megatron_ext.progressive.trunk import trunk_tensors, without_dropout
-from megatron_ext.testing.training import TINY, VOCAB_SIZE
-from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
-from megatron_ext.training.output_loss import OutputLoss
-from megatron_ext.training.step import Stepper
+from megatron_ext.models.model_extension import Extension, StageInfo
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.progressive.cache.activation_cache import ActivationCache
+from megatron_ext.progressive.cache.frozen_trunk import trunk_tensors, without_dropout
+from megatron_ext.progressive.objectives.stack_objective import Objective
+from megatron_ext.progressive.objectives.time_embedding import TimeEmbedding, time_embedding
+from megatron_ext.progressive.objectives.time_steps import TIME_STEP
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
+from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.training_step import Stepper
+from megatron_ext.training.interface.family_interface import Batch, Family
+from megatron_ext.training.interface.output_losses import OutputLoss
 
 MASK = VOCAB_SIZE - 1
 """Never among the data's tokens."""

@@ -8,9 +8,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.progressive.history import Finished, History, write_history
-from megatron_ext.progressive.rack import Rack
-from megatron_ext.training.tensorboard import TensorBoard
+from megatron_ext.progressive.growth.rack import Rack
+from megatron_ext.progressive.growth.training_history import Finished, History, write_history
+from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 
 RACK = Rack().grown("append", 2, "full").grown("prepend", 2, "bfloat16")
 DATASET = "held_out"

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.platform import distributed
-from megatron_ext.testing.checkpoint import read_plain
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.platform import process_groups
+from megatron_ext.testing.checkpoint_runs import read_plain
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 64
@@ -45,7 +45,7 @@ def train(data: str, save: str, *flags: str) -> tuple[int, str]:
         SystemExit: one that the command line finds.
     """
     # The tests' processes join one process group only.
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     output, argv = io.StringIO(), sys.argv
     sys.argv = ["pretrain_progressive.py", *FLAGS, "--data-path", data, "--save", save, *flags]
     try:
@@ -79,4 +79,4 @@ def stored(save: str | Path, phase: str) -> dict[str, torch.Tensor]:
 
 def join() -> None:
     """Makes this process one that may read checkpoints."""
-    distributed.initialize(ParallelConfig(), seed=1)
+    process_groups.initialize(ParallelConfig(), seed=1)

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.family import ProgressiveFamily
-from megatron_ext.progressive.plan import Trains
-from megatron_ext.progressive.rack import planned_rack
-from megatron_ext.testing.accounting import StepFigures, measured_and_predicted
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY, VOCAB_SIZE
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.growth.trunk_strategy import Trains
+from megatron_ext.progressive.progressive_family import ProgressiveFamily
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.testing.counted_flops import StepFigures, measured_and_predicted
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
 
 MODEL = replace(TINY, num_layers=5, attention_backend="local", untie_embeddings_and_output_weights=True)
 TIED = replace(MODEL, untie_embeddings_and_output_weights=False)

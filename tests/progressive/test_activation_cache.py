@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.progressive import activation_cache
-from megatron_ext.progressive.activation_cache import ActivationCache, check_cache_directory
-from megatron_ext.progressive.trunk import trunk_fingerprint
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, WORLD_SIZES, with_full_recompute
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.progressive.cache import activation_cache
+from megatron_ext.progressive.cache.activation_cache import ActivationCache, check_cache_directory
+from megatron_ext.progressive.cache.frozen_trunk import trunk_fingerprint
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, WORLD_SIZES, with_full_recompute
 from tests.progressive.helpers import DUAL, STACK, build
 from tests.progressive.objective_helpers import (
     MLM,

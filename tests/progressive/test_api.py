@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.data.sample_ids import sample_ids
-from megatron_ext.platform import distributed
+from megatron_ext.data.datasets.sample_ids import sample_ids
+from megatron_ext.platform import process_groups
 from megatron_ext.progressive import (
     ProgressiveDataLoader,
     ProgressiveRackBuilder,
@@ -16,7 +16,7 @@ from megatron_ext.progressive import (
     TimeStepMasking,
     create_stack_from_config,
 )
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.run_distributed import run_distributed
 
 DOCUMENT = """
 model: {vocab_size: 60, d_model: 32, d_ff: 48, n_heads: 4, seq_length: 16}
@@ -132,7 +132,7 @@ def test_stacks_are_appended_and_prepended_with_precisions_of_their_own(tmp_path
 
 
 def frozen_by_hand() -> dict[str, set[str]]:
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     builder = ProgressiveRackBuilder(vocab_size=60, d_model=32, d_ff=48, n_heads=4)
     builder.config.training.progressive.n_blocks = 1
     for _ in range(3):
@@ -172,7 +172,7 @@ def small_config(**progressive: Any) -> StackWiseConfig:
 
 
 def train_at_once_and_step_by_step(folder: str) -> tuple[list[Any], list[dict[str, torch.Tensor]]]:
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     racks, results = [], []
     for name, targets in (("at_once", (3,)), ("apart", (1, 2, 3))):
         builder = ProgressiveRackBuilder(config=small_config(training_objective="clm"))
@@ -195,7 +195,7 @@ def test_growing_from_two_to_six_layers_by_one_call_equals_three(tmp_path: Path)
 
 
 def refused_beside_checkpoints(folder: str) -> str:
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     Path(folder, "iter_0000004").mkdir()
     builder = ProgressiveRackBuilder(config=small_config(training_objective="clm"))
     with pytest.raises(ValueError, match="needs a directory of its own") as caught:
@@ -210,7 +210,7 @@ def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) ->
 
 
 def train_masked() -> list[list[float]]:
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     config = small_config(training_objective="mlm", trunk_strategy="qlora", stack_steps=24)
     config.training.progressive.time_interpretation = "input"
     config.training.progressive.time_encoding_type = "learned"

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.plan import why_uncached
-from megatron_ext.progressive.rack import planned_rack
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training.checkpoint import load_weights
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.growth.trunk_strategy import why_uncached
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint.checkpointer import load_weights
 from tests.progressive import run_helpers
 from tests.progressive.run_helpers import ROOT, VOCABULARY, losses_of, stored, train, write_data
 from tests.progressive.test_growth import TRUNK, grown_model, logits

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.progressive import cache_store
-from megatron_ext.progressive.cache_store import DiskStore, MemoryStore
+from megatron_ext.progressive.cache import activation_store as cache_store
+from megatron_ext.progressive.cache.activation_store import DiskStore, MemoryStore
 
 SHAPE, BYTES = (4, 3), 48
 KEYS = [bytes([number] * 16) for number in range(6)]

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.lora.trainable_layers import Plan, adapted_linears
 from megatron_ext.models.base_parameters import ADAPTERS
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.progressive.adapted_layers import Plan, adapted_linears
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun, read_plain
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS
 from tests.progressive.helpers import DUAL, MODEL, MakeAdapted
 
 PLAN: Plan = {

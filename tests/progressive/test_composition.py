@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.run_config import TRAINING
 from megatron_ext.data.tokenizers import Tokenizer
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.platform import distributed
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.defaults import run_defaults
-from megatron_ext.progressive.run import run
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training.family import Family
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.platform import process_groups
+from megatron_ext.progressive.runs.progressive_run import run
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_defaults import run_defaults
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.interface.family_interface import Family
 from tests.progressive.run_helpers import FLAGS, losses_of, stored, write_data
 
 GROWTH = (
@@ -51,7 +51,7 @@ def others(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
 
 
 def train(data: str, save: str, *flags: str) -> list[float]:
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     arguments = [*FLAGS, "--data-path", data, "--save", save, *GROWTH, *flags]
     configs = parse({**TRAINING, "progressive": ProgressiveConfig}, arguments, defaults=run_defaults)
     output = io.StringIO()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.base_parameters import ADAPTERS
-from megatron_ext.models.init import CHECKPOINT_METADATA
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import (
     CUTS,
     WORLD_SIZES,
     TrainingTrace,

@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.init import CHECKPOINT_METADATA, parameter_shards
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.family import ProgressiveFamily, Trunk
-from megatron_ext.progressive.growth import layer_of
-from megatron_ext.progressive.rack import planned_rack
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY
-from megatron_ext.training.checkpoint import load_weights
-from megatron_ext.training.checkpoint_files import find_checkpoint
-from megatron_ext.training.optimizer import build_optimizer, wrap_model
+from megatron_ext.models.initialization import CHECKPOINT_METADATA, parameter_shards
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.progressive.growth.grown_weights import layer_of
+from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.checkpointer import load_weights
+from megatron_ext.training.engine.optimizer import build_optimizer, wrap_model
 from tests.progressive.run_helpers import VOCABULARY, losses_of, stored, train, write_data
 
 STEPS = ("--stack-steps", "2")

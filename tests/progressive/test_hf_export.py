@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.families import FAMILIES
-from megatron_ext.inference.loading import load_model
-from megatron_ext.platform import distributed
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.hf_export import check_plain
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.inference.load_model import load_model
+from megatron_ext.platform import process_groups
+from megatron_ext.progressive.rack_export import check_plain
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.registry.known_families import FAMILIES
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.progressive.run_helpers import VOCABULARY, train, write_data
 from tools.convert_checkpoint import main
 
@@ -46,7 +46,7 @@ def message_of(*argv: str) -> str:
 
 def exports(folder: str) -> dict[str, Any]:
     """Trains each rack, exports it in all ways, and notes our logits and what is refused."""
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     data = write_data(Path(folder))
     found: dict[str, Any] = {}
     for name, flags in RACKS.items():

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.lora.adapter import LoRAAdapter
+from megatron_ext.lora.parallel_linear import LayerSettings
+from megatron_ext.lora.trainable_layers import adapted_linears, merge_adapters
 from megatron_ext.models.base_parameters import base_parameter_ids
-from megatron_ext.models.build import build_model
-from megatron_ext.models.extension import Extension
+from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.progressive.adapted_layers import adapted_linears, merge_adapters
-from megatron_ext.progressive.adapted_linear import LayerSettings
-from megatron_ext.progressive.lora import LoRAAdapter
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, VOCAB_SIZE
+from megatron_ext.models.model_extension import Extension
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE
 from tests.progressive.helpers import DUAL, MODEL, AdaptedExtension, build, logits_of, some_tokens
 
 ADAPTED = dict.fromkeys(range(4), DUAL)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.progressive.lora_config import AdapterShape, LoRAConfig
+from megatron_ext.lora.lora_config import AdapterShape, LoRAConfig
 
 
 def ranks(config: LoRAConfig, stacks: int = 4) -> list[tuple[int, float]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.platform import distributed
+from megatron_ext.platform import process_groups
 from megatron_ext.reports.events import read_curves
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.progressive.run_helpers import ROOT, losses_of, train, write_data
 
 FLAGS = (
@@ -28,7 +28,7 @@ def _generate(load: str, *flags: str) -> str:
 
 def _tool(name: str, *flags: str) -> str:
     """What a script of `tools` prints; in this process."""
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     specification = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)

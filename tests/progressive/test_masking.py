@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.masking import TimeStepMasking
-from megatron_ext.progressive.time_steps import mask_fraction, time_step_of_fraction, time_step_of_stack
+from megatron_ext.progressive.objectives.masking import TimeStepMasking
+from megatron_ext.progressive.objectives.time_steps import (
+    mask_fraction,
+    time_step_of_fraction,
+    time_step_of_stack,
+)
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 CONFIG = ProgressiveConfig(max_stacks=6)
 INPUT = replace(CONFIG, time_interpretation="input")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.progressive.run_helpers import losses_of, stored, train, write_data
 
 PRECISIONS = ("full", "half", "bfloat16", "qlora", "nvfp4")

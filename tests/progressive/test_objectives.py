@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.inference.perplexity import evaluate_perplexity
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.objectives import ACCURACY, Objective, reserve_mask_token
-from megatron_ext.progressive.time_embedding import sinusoidal
-from megatron_ext.progressive.time_steps import TIME_STEP
-from megatron_ext.testing.datasets import ListTokenizer, write_dataset
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.progressive.objectives.stack_objective import ACCURACY, Objective, reserve_mask_token
+from megatron_ext.progressive.objectives.time_embedding import sinusoidal
+from megatron_ext.progressive.objectives.time_steps import TIME_STEP
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
+from megatron_ext.testing.tiny_training import (
     CUTS,
     VOCAB_SIZE,
     WORLD_SIZES,

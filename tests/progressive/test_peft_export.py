@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.interop import base_state, export_hf
-from megatron_ext.progressive.adapted_layers import adapted_linears
-from megatron_ext.progressive.adapted_linear import LayerSettings
-from megatron_ext.progressive.lora_config import AdapterShape
-from megatron_ext.progressive.peft_export import export_peft
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, VOCAB_SIZE
+from megatron_ext.interop.peft_export import export_peft
+from megatron_ext.lora.lora_config import AdapterShape
+from megatron_ext.lora.parallel_linear import LayerSettings
+from megatron_ext.lora.trainable_layers import adapted_linears
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE
 from tests.progressive.helpers import DUAL, MODEL, build, logits_of, some_tokens
 
 OTHER = replace(DUAL, adapters={"stack": AdapterShape(rank=8, alpha=3)}, trained_adapters=frozenset())

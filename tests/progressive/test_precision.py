@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.progressive.adapted_layers import adapted_linears, weight_bytes
-from megatron_ext.progressive.adapted_linear import LayerSettings
-from megatron_ext.progressive.precision import mixed_linear
-from megatron_ext.progressive.quantization import Part, _load, check_part, packing
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS
+from megatron_ext.lora.four_bit_weights import Part, _load, check_part, packing
+from megatron_ext.lora.linear_precision import mixed_linear
+from megatron_ext.lora.parallel_linear import LayerSettings
+from megatron_ext.lora.trainable_layers import adapted_linears, weight_bytes
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS
 from tests.progressive.helpers import DUAL, MODEL, build, some_tokens
 
 NF4_CODES = [

@@ -5,9 +5,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.progressive.figures import compare
-from megatron_ext.progressive.report import growth_blocks, phases_table, report_page, runs_table
-from megatron_ext.progressive.results import read_run
+from megatron_ext.progressive.report.comparison_figures import compare
+from megatron_ext.progressive.report.comparison_page import (
+    growth_blocks,
+    phases_table,
+    report_page,
+    runs_table,
+)
+from megatron_ext.progressive.report.training_results import read_run
 from tests.progressive.report_helpers import of_before, write_grown, write_whole
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.progressive.figures import compare, loss_at, phase_figures
-from megatron_ext.progressive.history import History, read_history, write_history
-from megatron_ext.progressive.plan import frozen_below, layer_plan, stack_treatments
-from megatron_ext.progressive.rack import planned_rack
-from megatron_ext.progressive.results import read_run
-from megatron_ext.training.tensorboard import TensorBoard
+from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.growth.training_history import History, read_history, write_history
+from megatron_ext.progressive.growth.trunk_strategy import frozen_below, layer_plan, stack_treatments
+from megatron_ext.progressive.report.comparison_figures import compare, loss_at, phase_figures
+from megatron_ext.progressive.report.training_results import read_run
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 from tests.progressive.report_helpers import DATASET, GROWN, RACK, phase, write_grown, write_whole
 
 

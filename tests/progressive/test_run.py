@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.run_distributed import run_distributed
 from tests.progressive.run_helpers import losses_of, stored, train, write_data
 
 Tensors = dict[str, torch.Tensor]

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.progressive.sampling import DiffusionSampling, generate_by_unmasking, unmask
-from megatron_ext.progressive.time_steps import mask_fraction
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, VOCAB_SIZE, WORLD_SIZES
-from megatron_ext.training.family import Batch
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.progressive.objectives.time_steps import mask_fraction
+from megatron_ext.progressive.objectives.unmasking import DiffusionSampling, generate_by_unmasking, unmask
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.training.interface.family_interface import Batch
 from tests.progressive.objective_helpers import MASK, MLM, MODEL, ObjectiveFamily
 
 GREEDY = DiffusionSampling(max_new_tokens=8, steps=4, temperature=0)

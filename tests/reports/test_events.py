@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.reports.events import find_runs, layer_groups, plain_curves, read_curves, stages
-from megatron_ext.training.tensorboard import TensorBoard
+from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 
 
 def _write(folder: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.reports.output import check_writable, write_text
+from megatron_ext.reports.report_files import check_writable, write_text
 
 
 def test_folders_are_made_and_nothing_else_is_left(tmp_path: Path) -> None:

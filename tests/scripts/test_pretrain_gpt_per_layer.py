@@ -12,7 +12,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.testing.tiny_datasets import write_dataset
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "pretrain_gpt_per_layer.py")

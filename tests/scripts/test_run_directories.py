@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.training import checkpoint_files as files
+from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.scripts.test_pretrain_gpt_per_layer import environment, losses
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.platform import distributed
-from megatron_ext.testing.checkpoint import read_plain
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.platform import process_groups
+from megatron_ext.testing.checkpoint_runs import read_plain
+from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.torchrun import Ended, Running, run_until, torchrun
-from megatron_ext.training.checkpoint_files import find_checkpoint
-from megatron_ext.training.run_lock import LOCK_FILE
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.run_lock import LOCK_FILE
 from tests.npt.run_helpers import VOCABULARY, make_base, write_data
 
 GPT, NPT, PROGRESSIVE = (f"pretrain_{name}.py" for name in ("gpt_per_layer", "npt", "progressive"))
@@ -95,7 +95,7 @@ def ended(result: Ended) -> str:
 
 def tensors_of(save: str, newest: str) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint, with the optimizer's."""
-    distributed.initialize(ParallelConfig(), seed=1)
+    process_groups.initialize(ParallelConfig(), seed=1)
     folder = find_checkpoint(f"{save}/{newest}")
     assert folder is not None
     return read_plain(str(folder))

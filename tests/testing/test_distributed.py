@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.testing.distributed import run_distributed
+from megatron_ext.testing.run_distributed import run_distributed
 
 
 def _rank_and_sum(value: int) -> tuple[int, str, torch.Tensor]:

@@ -16,16 +16,16 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.indexed import open_index
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.data.corpora.train_tokenizer import train_sentencepiece
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.data.indexed.manifest import read_manifest
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.data.tokenizers.training import train_sentencepiece
-from megatron_ext.inference.loading import load_model
-from megatron_ext.training.checkpoint import read_run_config
-from megatron_ext.training.run import pretrain
+from megatron_ext.inference.load_model import load_model
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from megatron_ext.training.pretrain import pretrain
 from tests.interop.family import KINDS, alone
 from tools import convert_checkpoint, evaluate, generate, preprocess_data
 

@@ -14,20 +14,20 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.run_config import TRAINING
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.inference.generation import Sampling, generate
-from megatron_ext.inference.loading import load_model
+from megatron_ext.inference.load_model import load_model
 from megatron_ext.inference.perplexity import evaluate_perplexity
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.training.checkpoint import read_run_config
-from megatron_ext.training.run import pretrain
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from megatron_ext.training.pretrain import pretrain
 from tests.interop.family import KINDS, LENGTH, Kind, alone, logits_of, tensors_in, tokens
 from tools.convert_checkpoint import ExportConfig, main
 

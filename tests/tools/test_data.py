@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ext.data.indexed import open_index
-from megatron_ext.data.manifest import manifest_path, sha256_of, write_manifest
-from megatron_ext.data.per_layer.ids import write_aligned
-from megatron_ext.data.per_layer.table import save_table
-from megatron_ext.data.per_layer.vocab import (
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.data.indexed.manifest import manifest_path, sha256_of, write_manifest
+from megatron_ext.data.per_layer.per_layer_ids import write_aligned
+from megatron_ext.data.per_layer.per_layer_table import save_table
+from megatron_ext.data.per_layer.per_layer_vocab import (
     build_table,
     build_vocabulary,
     save_vocabulary,
     token_forms,
 )
-from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer
+from megatron_ext.testing.tiny_datasets import write_dataset
 from tools.data import main
 
 TEXTS = ["the cat", "a dog and a bird", "x = (1, 2)"]

@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.errors import main_guard
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.manifest import write_manifest
-from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer, NullTokenizer
-from megatron_ext.npt.adapter import gather_adapter
-from megatron_ext.npt.adapter_files import write_adapter
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.platform import distributed
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY
-from megatron_ext.training.family import Family
+from megatron_ext.config.command_line.error_lines import main_guard
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.indexed.manifest import write_manifest
+from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer, NullTokenizer
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.np_factors import gather_adapter
+from megatron_ext.npt.weights.np_weight_files import write_adapter
+from megatron_ext.platform import process_groups
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.testing.tiny_training import TINY
+from megatron_ext.training.interface.family_interface import Family
 from tools.evaluate_npt import main
 
 MODEL = replace(TINY, init_method_std=0.2)
@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _tool(arguments: list[str]) -> str:
     """What the tool prints; the process group stays, it is the test's."""
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     sys.argv = ["tools/evaluate_npt.py", *arguments]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.per_layer.config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from tools.per_layer_demo import MODEL, SHOWN, report
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron_ext.reports.events import read_curves
-from megatron_ext.training.tensorboard import TensorBoard
+from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 from tools.plot_training import PlotConfig, draw
 
 

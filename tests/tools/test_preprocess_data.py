@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.corpora.train_tokenizer import train_byte_level_bpe
+from megatron_ext.data.indexed.manifest import check_dataset, read_manifest
 from megatron_ext.data.tokenizers import build_tokenizer
-from megatron_ext.data.tokenizers.training import train_byte_level_bpe
 
 ROOT = Path(__file__).parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]

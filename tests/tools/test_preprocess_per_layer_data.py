@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.indexed import open_index
-from megatron_ext.data.manifest import check_dataset, read_manifest, write_manifest
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.data.indexed.manifest import check_dataset, read_manifest, write_manifest
 from megatron_ext.data.per_layer.alignment import check_aligned
-from megatron_ext.data.per_layer.table import load_per_layer_table, rows_of, save_table, table_path
-from megatron_ext.data.per_layer.vocab import STRATEGIES
+from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of, save_table, table_path
+from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES
 from megatron_ext.data.tokenizers import build_tokenizer
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.testing.tiny_datasets import write_dataset
 from tools.preprocess_per_layer_data import main
 
 TEXTS = [f"The cat number {number} is not on the mat, def f(x{number}): return x" for number in range(40)]

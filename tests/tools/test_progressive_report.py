@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.errors import main_guard
+from megatron_ext.config.command_line.error_lines import main_guard
 from tests.progressive.report_helpers import write_grown, write_whole
 from tools.progressive_report import main
 

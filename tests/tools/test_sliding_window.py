@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.config.errors import main_guard
-from megatron_ext.npt.api import NPTModel
-from megatron_ext.testing.datasets import write_dataset
-from megatron_ext.training.checkpoint import read_run_config
+from megatron_ext.config.command_line.error_lines import main_guard
+from megatron_ext.npt.runs.npt_model import NPTModel
+from megatron_ext.testing.tiny_datasets import write_dataset
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from pretrain_gpt_per_layer import main as pretrain_gpt
 from pretrain_npt import main as pretrain_npt
 from tests.interop.family import Kind, alone

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.errors import main_guard
-from megatron_ext.training.tensorboard import TensorBoard
+from megatron_ext.config.command_line.error_lines import main_guard
+from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 from tools.visualize_training import main
 
 TAGS = ("lm loss", "lm loss validation", "lm loss validation ppl", "grad norm")

@@ -2,7 +2,7 @@
 
 import io
 
-from megatron_ext.training.metrics import StepMetrics
+from megatron_ext.training.logging.step_metrics import StepMetrics
 
 BATCH, TOKENS = 4, 3000
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training import checkpoint_files as files
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.training.kill_helpers import snapshots
 
 _SINGLE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())

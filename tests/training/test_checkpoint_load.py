@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.testing.checkpoint import SCHEDULE, RunSettings, TinyRun
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import TINY
-from megatron_ext.training.checkpoint import load_weights, read_run_config
-from megatron_ext.training.checkpoint_compare import check_same_model
-from megatron_ext.training.family import Family
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.testing.checkpoint_runs import SCHEDULE, RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import TINY
+from megatron_ext.training.checkpoint.checkpointer import load_weights, read_run_config
+from megatron_ext.training.checkpoint.same_run_checks import check_same_model
+from megatron_ext.training.interface.family_interface import Family
 
 _ALONE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())
 
@@ -177,8 +177,8 @@ def test_fp32_and_bf16_runs_load_one_anothers_checkpoints(saved: str, tmp_path: 
 def _logits(folder: str, parallel: ParallelConfig) -> torch.Tensor:
     from megatron.core import parallel_state
 
-    from megatron_ext.models.build import build_model
-    from megatron_ext.platform.distributed import initialize
+    from megatron_ext.models.build_model import build_model
+    from megatron_ext.platform.process_groups import initialize
 
     stored = read_run_config(folder)
     initialize(parallel, seed=5)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun, read_plain
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, VOCAB_SIZE
-from megatron_ext.training.family import Family
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE
+from megatron_ext.training.interface.family_interface import Family
 
 _ROWS = 24
 _PLE = PerLayerConfig(use_per_layer_embedding=True, per_layer_vocab_size=_ROWS, per_layer_hidden_size=8)
@@ -55,7 +55,7 @@ def _load_save_and_train(source: str, target: str, parallel: ParallelConfig) -> 
 
 
 def _differences(first: str, second: str) -> tuple[int, list[str]]:
-    from megatron_ext.platform.distributed import initialize
+    from megatron_ext.platform.process_groups import initialize
 
     initialize(_SINGLE, seed=1)
     ours, theirs = (read_plain(f"{folder}/iter_0000002") for folder in (first, second))

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.testing.checkpoint import TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, WORLD_SIZES
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, WORLD_SIZES
 
 _DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True)
 _DISTRIBUTED_PP2 = ParallelConfig(use_distributed_optimizer=True, pipeline_model_parallel_size=2)
@@ -100,7 +100,7 @@ def _load_save_and_train(source: str, target: str, settings: RunSettings) -> tup
 
 
 def _whole_tensors(*folders: str) -> list[dict[str, torch.Tensor]]:
-    from megatron_ext.platform.distributed import initialize
+    from megatron_ext.platform.process_groups import initialize
 
     initialize(ParallelConfig(), seed=1)
     return [read_plain(f"{folder}/iter_0000002") for folder in folders]
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_a_cut_goes_on_in_a_single_process(cut: str, bf16: bool,
 
 def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
     """Names of parameters whose value or moments are not the slice of the checkpoint's whole tensors."""
-    from megatron_ext.models.init import CHECKPOINT_METADATA, parameter_shards
+    from megatron_ext.models.initialization import CHECKPOINT_METADATA, parameter_shards
 
     run = TinyRun(RunSettings(parallel=parallel, checkpoint=CheckpointConfig(load=source)))
     whole, wrong, seen = read_plain(f"{source}/iter_0000002"), [], 0

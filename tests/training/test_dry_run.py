@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.models.accounting import ModelCost
-from megatron_ext.models.step_work import StepWork, Use
-from megatron_ext.training.dry_run import planned_world_size, print_dry_run
-from megatron_ext.training.family import Family
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.run_config import TRAINING
+from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.models.costs.step_work import StepWork, Use
+from megatron_ext.training.dry_run_report import planned_world_size, print_dry_run
+from megatron_ext.training.interface.family_interface import Family
 from tests.training.reporting_helpers import Terminal
 
 GPT3 = ModelConfig(
@@ -165,5 +165,5 @@ def test_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("torch.distributed.init_process_group", refuse)
     monkeypatch.setattr("torch.nn.Module.__init__", refuse)
-    assert "megatron_ext.models.build" in sys.modules
+    assert "megatron_ext.models.build_model" in sys.modules
     assert "Dry run" in dry_run(monkeypatch)

@@ -13,14 +13,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.interop.checkpoint import CheckpointState, write_checkpoint
-from megatron_ext.models.attention import SDPAttention
-from megatron_ext.models.norm import LayerNorm, RMSNorm
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training.checkpoint import load_weights, read_run_config
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.interop.checkpoint_without_model import CheckpointState, write_checkpoint
+from megatron_ext.models.ops.attention import SDPAttention
+from megatron_ext.models.ops.norm import LayerNorm, RMSNorm
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint.checkpointer import load_weights, read_run_config
 
 _CUTS = {1: ParallelConfig(), 2: ParallelConfig(tensor_model_parallel_size=2)}
 _STATE = torch.tensor([7, 7, 7], dtype=torch.uint8)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import (
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import (
     CUTS,
     TINY,
     VOCAB_SIZE,
@@ -21,7 +21,7 @@ from megatron_ext.testing.training import (
     train_tiny,
     with_full_recompute,
 )
-from megatron_ext.training.family import Family
+from megatron_ext.training.interface.family_interface import Family
 
 STEPS = 20
 BF16_STEPS = 5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.testing.tiny_datasets import write_dataset
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (

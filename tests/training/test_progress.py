@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.training.progress import binary_size, clock, compact
+from megatron_ext.training.logging.progress_line import binary_size, clock, compact
 
 
 @pytest.mark.parametrize(

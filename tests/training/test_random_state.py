@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.testing.checkpoint import TINY_WITH_DROPOUT, RunSettings, TinyRun
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training import checkpoint_files as files
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint import checkpoint_files as files
 
 _DATA_PARALLEL = RunSettings(
     parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=TINY_WITH_DROPOUT

@@ -15,10 +15,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.config.logging import LoggingConfig
-from megatron_ext.platform.peak import DevicePeak
-from megatron_ext.training.reporting import Reporter
-from megatron_ext.training.tensorboard import SAMPLES_FOLDER
+from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.platform.peak_rate import DevicePeak
+from megatron_ext.training.logging.reporter import Reporter
+from megatron_ext.training.logging.tensorboard_writer import SAMPLES_FOLDER
 from tests.training.reporting_helpers import BATCH, TOKENS, Terminal, metrics
 
 PEAK_TFLOPS = 0.5
@@ -139,8 +139,8 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
 
 def test_a_killed_run_keeps_its_finished_intervals(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from megatron_ext.config.logging import LoggingConfig;"
-        "from megatron_ext.training.reporting import Reporter;"
+        "import os, signal, sys; from megatron_ext.config.groups.logging_config import LoggingConfig;"
+        "from megatron_ext.training.logging.reporter import Reporter;"
         "from tests.training.reporting_helpers import metrics;"
         "logging = LoggingConfig(log_interval=2, tensorboard_dir=sys.argv[1], device_peak_tflops=1);"
         "report = Reporter(logging, total_iterations=9, flops_per_token=lambda _: 1.0);"
@@ -184,7 +184,7 @@ def test_an_mfu_above_100_percent_is_not_printed_without_saying_so(monkeypatch: 
     assert re.search(r"MFU \d{4,}\.\d% \(above the baseline\)", stream.getvalue())
 
     busy = DevicePeak(low * 1e12, "measured matrix product, fp32", torch.float32)
-    monkeypatch.setattr("megatron_ext.training.reporting.device_peak", lambda *_: busy)
+    monkeypatch.setattr("megatron_ext.training.logging.reporter.device_peak", lambda *_: busy)
     stream = io.StringIO()
     with reporter(stream, total=4, device_peak_tflops=None) as report:
         for iteration in range(1, 5):

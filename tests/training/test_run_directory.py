@@ -14,20 +14,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.cli import parse
-from megatron_ext.config.concerns import TRAINING
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.command_line.parse import parse
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.run_config import TRAINING
 from megatron_ext.npt import NPTModel
-from megatron_ext.npt.validation import choose_checkpoint
-from megatron_ext.platform import distributed
-from megatron_ext.testing.checkpoint import RunSettings, TinyRun
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training import checkpoint_files as files
-from megatron_ext.training.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.checkpoint import read_run_config
-from megatron_ext.training.run import check_run, process_group, train
-from megatron_ext.training.run_directory import check_directories
+from megatron_ext.npt.weights.checkpoint_validation import choose_checkpoint
+from megatron_ext.platform import process_groups
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint import checkpoint_files as files
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from megatron_ext.training.checkpoint.run_directory import check_directories
+from megatron_ext.training.pretrain import check_run, process_group, train
 from tests.npt.run_helpers import MODEL, write_data
 from tests.training.kill_helpers import snapshots
 
@@ -213,7 +213,7 @@ def test_nothing_there_is_a_new_run_also_beside_the_logs_of_its_own_directory(tm
 
 NO_ACCESS = """
 import sys
-from megatron_ext.training.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 try:
     print(find_checkpoint(sys.argv[1]))
 except OSError as error:
@@ -307,7 +307,7 @@ def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) ->
 
 
 def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
-    distributed.shutdown = lambda: None  # the tests' processes join one process group only
+    process_groups.shutdown = lambda: None  # the tests' processes join one process group only
     flags = [*MODEL, "--lr", "1e-2", "--train-iters", "1", "--data-path", data, "--save", f"{folder}/run"]
     configs = parse(dict(TRAINING), flags)
     tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=True))

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.platform import distributed
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training.run import process_group
-from megatron_ext.training.run_lock import LOCK_FILE, release_lock, take_lock
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.platform import process_groups
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint.run_lock import LOCK_FILE, release_lock, take_lock
+from megatron_ext.training.pretrain import process_group
 
 HOLD = f"""
 import fcntl, os, sys, time
@@ -43,7 +43,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def _start(folder: str, *, skip_train: bool = False) -> str:
     """What a run says that starts and ends at once."""
     # The tests' processes join one process group only.
-    distributed.shutdown = lambda: None
+    process_groups.shutdown = lambda: None
     configs = {
         "training": TrainingConfig(train_iters=1, skip_train=skip_train),
         "parallel": ParallelConfig(),

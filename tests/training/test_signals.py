@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.training.signals import EXIT_CODES, SignalWatcher
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.stop_signals import EXIT_CODES, SignalWatcher
 
 
 def _codes(number: int, rank: int) -> list[int | None]:
     """What the ranks agree on before and after one of them gets a signal."""
-    from megatron_ext.config.parallel import ParallelConfig
-    from megatron_ext.platform.distributed import initialize
+    from megatron_ext.config.groups.parallel_config import ParallelConfig
+    from megatron_ext.platform.process_groups import initialize
 
     initialize(ParallelConfig(), seed=1)
     before = signal.getsignal(number)

@@ -11,16 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
-from megatron_ext.training.family import Batch
-from megatron_ext.training.optimizer import build_optimizer, build_scheduler, gather_parameters, wrap_model
-from megatron_ext.training.step import Stepper
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
+from megatron_ext.training.engine.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gather_parameters,
+    wrap_model,
+)
+from megatron_ext.training.engine.training_step import Stepper
+from megatron_ext.training.interface.family_interface import Batch
 
 _OVERLAPPED = replace(CUTS["DP2 distributed optimizer"], overlap_grad_reduce=True, overlap_param_gather=True)
 _CUTS = {

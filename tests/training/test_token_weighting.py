@@ -13,22 +13,22 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from megatron_ext.config.optimizer import OptimizerSettings
-from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.training import TrainingConfig
-from megatron_ext.models.build import build_model
-from megatron_ext.npt.config import NPTModuleConfig
-from megatron_ext.npt.family import NPTFamily
-from megatron_ext.npt.settings import NPTTrainingConfig
-from megatron_ext.per_layer.config import PerLayerConfig
-from megatron_ext.per_layer.family import PerLayerFamily
-from megatron_ext.platform.distributed import initialize
-from megatron_ext.progressive.config import ProgressiveConfig
-from megatron_ext.testing.distributed import run_distributed
-from megatron_ext.testing.training import CUTS, TINY, VOCAB_SIZE, synthetic_batches
-from megatron_ext.training.family import Batch, Family
-from megatron_ext.training.optimizer import build_optimizer, build_scheduler, wrap_model
-from megatron_ext.training.step import Stepper
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.training_step import Stepper
+from megatron_ext.training.interface.family_interface import Batch, Family
 from tests.progressive.objective_helpers import MLM, ObjectiveFamily
 
 GLOBAL_BATCH_SIZE = 8

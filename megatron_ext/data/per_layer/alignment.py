@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.indexed import IntArray, bin_path, chunks, idx_path, open_index, release
-from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.data.indexed.indexed_files import IntArray, bin_path, chunks, idx_path, open_index, release
+from megatron_ext.data.indexed.manifest import check_dataset, read_manifest
 
 _REMEDY = "make it with: python tools/preprocess_per_layer_data.py"
 

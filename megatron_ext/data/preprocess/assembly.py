@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.indexed import bin_path, chunks, idx_path, write_index
+from megatron_ext.data.indexed.indexed_files import bin_path, chunks, idx_path, write_index
 from megatron_ext.data.preprocess.shards import ShardInfo, remove_shard, shard_path
 from megatron_ext.data.readers import Source
 

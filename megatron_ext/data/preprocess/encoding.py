@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.data.preprocess.gigatoken import added_token_texts, left_out, load
-from megatron_ext.data.tokenizers.base import PROBE_TEXTS, Tokenizer
+from megatron_ext.data.tokenizers.tokenizer import PROBE_TEXTS, Tokenizer
 
 _BATCH_CHARACTERS = 256 << 10
 _CACHE_BYTES = 160 << 20

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.data.tokenizers.base import Tokenizer
+from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip")
 _MODEL_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.config.tokenizer import TokenizerConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.preprocess.assembly import Assembly
 from megatron_ext.data.preprocess.encoding import Encoder, EncoderName
-from megatron_ext.data.preprocess.progress import ProgressDisplay
+from megatron_ext.data.preprocess.preprocess_progress import ProgressDisplay
 from megatron_ext.data.preprocess.shards import (
     RejectedLine,
     ShardInfo,

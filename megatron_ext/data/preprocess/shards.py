@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_ext.config.preprocess import OnError
+from megatron_ext.config.groups.preprocess_config import OnError
 from megatron_ext.data.preprocess.encoding import Encoder, Ids
 from megatron_ext.data.readers import Batch, Chunk, Reject, read_chunk
 

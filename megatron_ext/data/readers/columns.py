@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from megatron_ext.data.optional import import_optional
+from megatron_ext.data.files.optional_packages import import_optional
 
 Format = Literal["parquet", "arrow"]
 

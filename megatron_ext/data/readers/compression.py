@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, Literal
 
-from megatron_ext.data.optional import import_optional
+from megatron_ext.data.files.optional_packages import import_optional
 
 Compression = Literal["gz", "zst", "bz2", "xz"]
 SUFFIXES: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.config.groups.preprocess_config import InputConfig
 from megatron_ext.data.readers.columns import read_rows
 from megatron_ext.data.readers.lines import LINES, LONG, scan_lines
 from megatron_ext.data.readers.sources import MAX_CHUNK_BYTES, Chunk, expand_inputs, plan_chunks

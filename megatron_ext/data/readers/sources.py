@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-from megatron_ext.config.preprocess import InputConfig
+from megatron_ext.config.groups.preprocess_config import InputConfig
+from megatron_ext.data.indexed.same_file import refuse_same_file
 from megatron_ext.data.readers import columns
 from megatron_ext.data.readers.compression import SUFFIXES, Compression, open_packed
 from megatron_ext.data.readers.content import check_is_text
 from megatron_ext.data.readers.lines import LINES, LONG, LONG_END, scan_lines
-from megatron_ext.data.same_file import refuse_same_file
 
 STDIN = "-"
 _STDIN_DESCRIPTOR = 0

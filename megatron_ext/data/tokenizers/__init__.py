@@ -6,8 +6,8 @@ Libraries are imported when their type is built, so that a tool starts quickly.
 
 from typing import TypeVar
 
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.tokenizers.base import Tokenizer
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["Tokenizer", "build_tokenizer"]
 
@@ -47,7 +47,7 @@ def _build(config: TokenizerConfig) -> Tokenizer:
         from megatron_ext.data.tokenizers.tiktoken import TikTokenizer
 
         return TikTokenizer(_given(config.tokenizer_model), config.vocab_size)
-    from megatron_ext.data.tokenizers.basic import ByteLevelTokenizer, NullTokenizer
+    from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer, NullTokenizer
 
     if kind == "ByteLevelTokenizer":
         return ByteLevelTokenizer()

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.optional import import_optional
-from megatron_ext.data.tokenizers.base import Tokenizer
+from megatron_ext.data.files.optional_packages import import_optional
 from megatron_ext.data.tokenizers.bpe import EOD_CANDIDATES, require_file, tokenizer_settings
+from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -10,9 +10,9 @@ import json
 from functools import cached_property
 from pathlib import Path
 
-from megatron_ext.data.optional import import_optional
-from megatron_ext.data.tokenizers.base import Tokenizer
+from megatron_ext.data.files.optional_packages import import_optional
 from megatron_ext.data.tokenizers.bpe import require_file
+from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 NUM_SPECIAL_TOKENS = 1000
 DEFAULT_VOCAB_SIZE = 2**17

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ext.data.indexed import open_index
-from megatron_ext.data.per_layer import ids as ids_module
-from megatron_ext.data.per_layer.ids import count_tokens, document_ids, write_aligned
-from megatron_ext.data.per_layer.vocab import SPECIAL, STRATEGIES
-from megatron_ext.testing.datasets import write_dataset
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.data.per_layer import per_layer_ids as ids_module
+from megatron_ext.data.per_layer.per_layer_ids import count_tokens, document_ids, write_aligned
+from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL, STRATEGIES
+from megatron_ext.testing.tiny_datasets import write_dataset
 
 VOCAB = 50
 EOD = 49

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ext.data.per_layer.table import (
+from megatron_ext.data.per_layer.per_layer_table import (
     load_per_layer_table,
     number_densely,
     read_table,
@@ -16,7 +16,7 @@ from megatron_ext.data.per_layer.table import (
     save_table,
     table_path,
 )
-from megatron_ext.data.per_layer.vocab import (
+from megatron_ext.data.per_layer.per_layer_vocab import (
     SPECIAL_TOKENS,
     STRATEGIES,
     build_table,
@@ -25,7 +25,7 @@ from megatron_ext.data.per_layer.vocab import (
     save_vocabulary,
     token_forms,
 )
-from megatron_ext.testing.datasets import ListTokenizer
+from megatron_ext.testing.tiny_datasets import ListTokenizer
 
 WORDS = [f"word{letter * count}" for letter in "abcdefghij" for count in range(1, 21)]
 PIECES = ["<eod>", "<s>", "\u2581the", "The", "(", ".", "def", "7", "1984", "\n", *WORDS, "of", "return", ";"]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.data.per_layer.table import load_per_layer_table
-from megatron_ext.data.per_layer.vocab import (
+from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table
+from megatron_ext.data.per_layer.per_layer_vocab import (
     SPECIAL,
     SPECIAL_TOKENS,
     STRATEGIES,
@@ -19,7 +19,7 @@ from megatron_ext.data.per_layer.vocab import (
     load_vocabulary,
     token_forms,
 )
-from megatron_ext.testing.datasets import ListTokenizer
+from megatron_ext.testing.tiny_datasets import ListTokenizer
 
 OCCURRENCES = {
     "<eod>": 10, "▁the": 50, "The": 5, "▁cat": 20, "s": 8, "▁": 3, "\n": 9, "\n\n": 1, "7": 7, "▁1984": 4, "(": 6,

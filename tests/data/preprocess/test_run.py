@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_ext.config.preprocess import InputConfig, PreprocessConfig
-from megatron_ext.config.tokenizer import TokenizerConfig
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.config.groups.preprocess_config import InputConfig, PreprocessConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.indexed.manifest import read_manifest
 from megatron_ext.data.preprocess import assembly as assembly_module
 from megatron_ext.data.preprocess.assembly import Assembly
 from megatron_ext.data.preprocess.encoding import Encoder
-from megatron_ext.data.preprocess.run import Preprocessor
+from megatron_ext.data.preprocess.preprocess import Preprocessor
 from megatron_ext.data.preprocess.shards import (
     RejectedLine,
     ShardOptions,

@@ -1,0 +1,1 @@
+"""From arguments and YAML to the dataclasses: flags, checks of values, error lines."""

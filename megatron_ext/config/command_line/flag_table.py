@@ -1,0 +1,161 @@
+"""The flags that a set of configuration dataclasses ("concerns") makes: one for every field, plus its aliases.
+
+Everything is read from the dataclasses; there is no list of flags anywhere.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from megatron_ext.config.command_line.field_checks import literal_values
+from megatron_ext.config.command_line.megatron_flags import instead_of
+
+Concerns = Mapping[str, type[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One field of one concern, as the command line sees it."""
+
+    concern: str
+    """Name of the concern: the section of a YAML file, the group of `--help`."""
+
+    names: tuple[str, ...]
+    """Its flag, then the aliases, in dashes."""
+
+    negations: tuple[str, ...]
+    """The flags that set a boolean to false; empty for others, and for a boolean that is a negation itself."""
+
+    takes_many: bool
+    """True for a field of several values."""
+
+    kind: type
+    """What a value is: bool, int, float or str (choices are texts); of several values each."""
+
+    choices: tuple[str, ...]
+    """The values that are allowed; empty where any is."""
+
+    is_required: bool
+    """True if the field has no default."""
+
+    @property
+    def is_switch(self) -> bool:
+        """True for a boolean."""
+        return self.kind is bool
+
+    @property
+    def name(self) -> str:
+        """The flag that the field's own name makes."""
+        return self.names[0]
+
+
+def flags_of(concerns: Concerns) -> list[Flag]:
+    """Returns the flags of all fields.
+
+    Raises:
+        TypeError: if two fields claim one flag, which is a defect of the dataclasses.
+    """
+    flags = [
+        _flag(concern, field, hints[field.name])
+        for concern, config_type in concerns.items()
+        for hints in [typing.get_type_hints(config_type, include_extras=True)]
+        for field in dataclasses.fields(config_type)
+    ]
+    owner: dict[str, Flag] = {}
+    for flag in flags:
+        for spelling in flag.names + flag.negations:
+            if spelling in owner:
+                raise TypeError(f"{spelling} is declared by {owner[spelling].concern} and by {flag.concern}")
+            owner[spelling] = flag
+    return flags
+
+
+def with_dashes(flag: str) -> str:
+    """Returns `--a_b` as `--a-b`."""
+    return "--" + flag.removeprefix("--").replace("_", "-")
+
+
+def given_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> set[str]:
+    """Returns the (first) names of the flags that `arguments` hold.
+
+    Raises:
+        ValueError: if some are unknown; the message names all, each with what to use in its place.
+    """
+    name_of = {spelling: flag.name for flag in flags for spelling in flag.names + flag.negations}
+    given = set()
+    unknown: dict[str, None] = {}
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        spelled = argument.partition("=")[0]
+        name = name_of.get(with_dashes(spelled))
+        if name is None:
+            unknown[spelled] = None
+        else:
+            given.add(name)
+    if unknown:
+        known = [*name_of, "--config"]
+        told = ", ".join(spelled + _instead_of(with_dashes(spelled), known) for spelled in unknown)
+        raise ValueError(f"unknown flag{'s' if len(unknown) > 1 else ''} {told}")
+    return given
+
+
+def missing_flags(
+    concerns: Concerns, flags: Sequence[Flag], given: Container[str], values: Mapping[str, str]
+) -> list[str]:
+    """Returns all flags that a command lacks: those without a default, and what concerns ask for besides.
+
+    A concern with the class method `missing(given, values)` gives its own, of which any one of several may be needed.
+
+    Args:
+        concerns: the dataclasses by name.
+        flags: their flags.
+        given: (first) names of the flags that are given.
+        values: field's name -> text of the given flags of one value.
+    """
+    missing = [flag.name for flag in flags if flag.is_required and flag.name not in given]
+    for concern in concerns.values():
+        if hasattr(concern, "missing"):
+            missing += concern.missing(given, values)
+    return missing
+
+
+def did_you_mean(unknown: str, known: Iterable[str]) -> str:
+    """Returns ` (did you mean X?)` for the nearest known name, or nothing if none is near."""
+    near = difflib.get_close_matches(unknown, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _kind(hint: Any) -> type:
+    """The type of a value under `| None`, `tuple[...]` and `Literal[...]`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return str
+    parts = [part for part in typing.get_args(hint) if part not in (type(None), ...)]
+    return _kind(parts[0]) if parts else hint
+
+
+def _instead_of(unknown: str, known: Iterable[str]) -> str:
+    words = instead_of(unknown)
+    return f" ({words})" if words is not None else did_you_mean(unknown, known)
+
+
+def _flag(concern: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
+    metadata: Sequence[Any] = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *metadata = typing.get_args(hint)
+    aliases = [alias for item in metadata for alias in getattr(item, "aliases", None) or ()]
+    names = (with_dashes(field.name), *aliases)
+    has_negations = hint is bool and tyro.conf.FlagCreatePairsOff not in metadata
+    return Flag(
+        concern=concern,
+        names=names,
+        negations=tuple("--no-" + name[2:] for name in names) if has_negations else (),
+        takes_many=any(typing.get_origin(part) in (tuple, list) for part in (hint, *typing.get_args(hint))),
+        kind=_kind(hint),
+        choices=literal_values(hint),
+        is_required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+    )

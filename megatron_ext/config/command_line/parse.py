@@ -1,0 +1,220 @@
+"""The command line and YAML: the one place that reads either.
+
+`parse` makes one flat set of flags from the fields of the configuration dataclasses ("concerns"), reads
+`--config file.yaml` first and the command line over it, and gives the dataclasses back by name:
+
+    configs = parse({"model": ModelConfig, "parallel": ParallelConfig}, prog="pretrain_x.py", description="...")
+    configs["model"].num_layers
+
+A script may give defaults that follow from what was given (a mode, a checkpoint to load); they come last of all.
+Nothing here imports torch, so `--help` and a mistyped flag answer at once.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any
+
+import tyro
+
+from megatron_ext.config.command_line.error_lines import exit_with_error, main_guard, run_main
+from megatron_ext.config.command_line.field_checks import check_numbers
+from megatron_ext.config.command_line.flag_table import (
+    Concerns,
+    Flag,
+    flags_of,
+    given_flags,
+    missing_flags,
+    with_dashes,
+)
+from megatron_ext.config.command_line.yaml_file import default_arguments, yaml_arguments
+
+__all__ = ["known_flags", "main_guard", "parse", "run_main"]
+
+_CONFIG_HELP = (
+    "YAML file of flags, flat or in sections named as the groups below; flags on the command line win."
+)
+
+
+def parse(
+    concerns: type[Any] | Concerns,
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "",
+    example: str = "",
+    defaults: Callable[[Mapping[str, str]], Mapping[str, Mapping[str, Any]]] | None = None,
+    sections: Mapping[str, Container[str]] = MappingProxyType({}),
+    supplied: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Reads the command line into configuration dataclasses.
+
+    Args:
+        concerns: the dataclasses by name (the name is the `--help` group and the YAML section), or a single one.
+        argv: arguments without the program's name; the process's own by default.
+        prog: the program's name for `--help`.
+        description: what the program does, for `--help`.
+        example: a command that works, for `--help`.
+        defaults: field's name -> text of the given flags of one value; gives concern's name -> field's name -> default.
+        sections: YAML section's name -> further concerns whose flags it may hold, for files of earlier systems.
+        supplied: field's name -> where `defaults` takes its value from, for `--help`, which calls others required.
+
+    Returns:
+        An instance for every name (for a single class its name is `config`).
+
+    Raises:
+        SystemExit: code 2 after a user's mistake, told in one line on rank 0; code 0 after `--help`.
+    """
+    by_name = _by_name(concerns)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in arguments or "--help" in arguments:
+        text = description + (f"\n\nExample: {example}" if example else "")
+        _call_tyro(by_name, tyro.conf.OmitArgPrefixes, ["--help"], prog, text, supplied)
+    from_yaml: list[str] = []
+    try:
+        arguments, path = _take_config_path(arguments)
+        flags = flags_of(by_name)
+        given = given_flags(arguments, flags)
+        if path is not None:
+            from_yaml = yaml_arguments(path, by_name, flags, given, sections)
+            given |= given_flags(from_yaml, flags)
+        if defaults is not None:
+            chosen = defaults(_given_values(from_yaml + arguments, flags))
+            from_defaults = default_arguments(chosen, flags, given)
+            given |= given_flags(from_defaults, flags)
+            arguments = from_defaults + arguments
+        missing = missing_flags(by_name, flags, given, _given_values(from_yaml + arguments, flags))
+        if missing:
+            raise ValueError(f"missing required flag{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+        with _one_line_errors():
+            # A name of "" lets a ValueError of a dataclass pass as it is; the marker used for --help would frame it.
+            parsed = _call_tyro(by_name, tyro.conf.arg(name=""), from_yaml + arguments, prog, description)
+        for name in by_name:
+            check_numbers(getattr(parsed, name))
+    except ValueError as error:
+        message = str(error)
+        from_file = {argument.partition("=")[0] for argument in from_yaml if argument.startswith("--")}
+        if from_file.intersection(re.findall(r"--[\w-]+", message)):
+            message += f" (see {path})"
+        exit_with_error(message)
+    return {name: getattr(parsed, name) for name in by_name}
+
+
+def known_flags(concerns: type[Any] | Concerns) -> frozenset[str]:
+    """Returns every spelling that the command line accepts for these concerns, in dashes."""
+    spellings = (flag.names + flag.negations for flag in flags_of(_by_name(concerns)))
+    return frozenset({"--config", "--help"}.union(*spellings))
+
+
+def _given_values(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, str]:
+    """Field's name -> text, of flags that have one value; the last one counts, as on any command line."""
+    name_of = {spelling: flag.name[2:].replace("-", "_") for flag in flags for spelling in flag.names}
+    values = {}
+    for place, argument in enumerate(arguments):
+        spelled, equals, value = argument.partition("=")
+        name = name_of.get(with_dashes(spelled)) if argument.startswith("--") else None
+        if name is not None and equals:
+            values[name] = value
+        elif name is not None and place + 1 < len(arguments) and not arguments[place + 1].startswith("--"):
+            values[name] = arguments[place + 1]
+    return values
+
+
+def _by_name(concerns: type[Any] | Concerns) -> dict[str, type[Any]]:
+    return dict(concerns) if isinstance(concerns, Mapping) else {"config": concerns}
+
+
+def _call_tyro(
+    by_name: Concerns,
+    marker: Any,
+    arguments: Sequence[str],
+    prog: str | None,
+    description: str,
+    supplied: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
+    # `parse` has read --config already; it is declared here for --help alone.
+    config_flag = tyro.conf.arg(name="config", help=_CONFIG_HELP, metavar="FILE")
+    fields: list[Any] = [("config_file", Annotated[str | None, config_flag], None)]
+    fields += [
+        (name, Annotated[concern, marker], *_shown_defaults(concern, supplied))
+        for name, concern in by_name.items()
+    ]
+    combined = dataclasses.make_dataclass("Flags", fields, kw_only=True)
+    return tyro.cli(
+        combined, prog=prog, description=description, args=arguments, config=(tyro.conf.DisallowNone,)
+    )
+
+
+class _Words:
+    """A default that `--help` shows as words; tyro looks at its type alone."""
+
+    def __str__(self) -> str:
+        return str(self.words)  # type: ignore[attr-defined]
+
+
+def _shown_defaults(concern: type[Any], supplied: Mapping[str, str]) -> list[Any]:
+    """For `--help`: a default of the concern in which the supplied fields tell where they come from; or nothing."""
+    fields = {field.name: field for field in dataclasses.fields(concern)}
+    hints = typing.get_type_hints(concern)
+    if not supplied.keys() & fields.keys():
+        return []
+    shown = object.__new__(concern)
+    for name, field in fields.items():
+        value = field.default if field.default is not dataclasses.MISSING else tyro.MISSING_NONPROP
+        if name in supplied:
+            value = type("Supplied", (_Words, hints[name]), {})()
+            value.words = supplied[name]
+        object.__setattr__(shown, name, value)
+    return [dataclasses.field(default=shown)]
+
+
+def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """Takes `--config PATH` or `--config=PATH` out of the arguments."""
+    rest: list[str] = []
+    path: str | None = None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            path = next(remaining, None)
+            if path is None or path.startswith("--"):
+                raise ValueError("--config: needs a file")
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    return rest, path
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turns tyro's framed error into a `ValueError` of one line, without the frame and the help below it."""
+    framed = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"  # else the message would be wrapped, and cut within a long word
+    try:
+        # Standard output too: tyro looks at it to choose colours and the frame's characters.
+        with contextlib.redirect_stderr(framed), contextlib.redirect_stdout(framed):
+            yield
+    except SystemExit:
+        raise ValueError(_unframed(framed.getvalue())) from None
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _unframed(framed: str) -> str:
+    """Returns the text between the first rule, which is below the title, and the next."""
+    message: list[str] = []
+    for line in framed.split("\n")[2:]:
+        text = line.strip(" |")
+        if not text.strip("-"):
+            break
+        message.append(text)
+    return " ".join(message).removeprefix("Error parsing ") or " ".join(framed.split())

@@ -1,0 +1,145 @@
+"""Checks that concern several configurations at once: the cut against the model, the batch and the schedule.
+
+They run before any process group starts; each raises one `ValueError` that names the flag and its value. What one
+concern can tell alone is checked in its own `__post_init__`.
+"""
+
+import os
+
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+
+
+def validate(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig | None = None,
+    optimizer: OptimizerSettings | None = None,
+    data: DataConfig | None = None,
+    *,
+    world_size: int | None = None,
+) -> None:
+    """Raises `ValueError` for the first contradiction between the configurations.
+
+    Args:
+        model: the base model.
+        parallel: the cut.
+        training: batch sizes and length; left out by tools that do not train.
+        optimizer: the schedules; left out by tools that do not train.
+        data: the samples' masks and positions; left out by tools that do not train.
+        world_size: number of processes; `torchrun`'s WORLD_SIZE, or 1, by default.
+    """
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    data_parallel_size = parallel.data_parallel_size(world_size)
+    _check_tensor_parallel(model, parallel)
+    _check_pipeline(model, parallel)
+    _check_sequence(model, parallel)
+    if data is not None:
+        _check_resets(model, data)
+    if training is not None:
+        _check_batch(parallel, training, data_parallel_size)
+        if optimizer is not None:
+            _check_schedule(training, optimizer)
+
+
+def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
+    size = parallel.tensor_model_parallel_size
+    divided = (
+        ("--num-attention-heads", model.num_attention_heads),
+        ("--hidden-size", model.hidden_size),
+        ("--ffn-hidden-size", model.resolved_ffn_hidden_size),
+    )
+    for flag, value in divided:
+        if value % size:
+            raise ValueError(f"{flag} {value}: not divisible by --tensor-model-parallel-size {size}")
+    groups = model.resolved_num_query_groups
+    if groups % size and size % groups:
+        raise ValueError(
+            f"--num-query-groups {groups}: neither a multiple nor a divisor of --tensor-model-parallel-size {size}"
+        )
+
+
+def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
+    stages = parallel.pipeline_model_parallel_size
+    if model.num_layers % stages:
+        raise ValueError(
+            f"--num-layers {model.num_layers}: not divisible by --pipeline-model-parallel-size {stages}"
+        )
+    layers = model.num_layers // stages
+    virtual_layers = parallel.num_layers_per_virtual_pipeline_stage
+    if virtual_layers is not None and layers % virtual_layers:
+        raise ValueError(
+            f"--num-layers-per-virtual-pipeline-stage {virtual_layers}: "
+            f"does not divide the {layers} layers of a pipeline stage"
+        )
+    chunk = virtual_layers if virtual_layers is not None else layers
+    recomputed = parallel.recompute_num_layers
+    if recomputed is not None and recomputed > chunk:
+        raise ValueError(f"--recompute-num-layers {recomputed}: a pipeline stage has only {chunk} layers")
+
+
+def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
+    tensor, length = parallel.tensor_model_parallel_size, model.seq_length
+    if "mlp" in parallel.recompute_modules and model.has_mlp_bias:
+        # The engine's checkpoint of its MLP returns fc2's bias, and recomputes without end.
+        raise ValueError("--recompute-modules mlp: needs --disable-bias-linear, without --add-mlp-bias")
+    if parallel.sequence_parallel and length % tensor:
+        raise ValueError(
+            f"--seq-length {length}: --sequence-parallel needs it divisible by --tensor-model-parallel-size {tensor}"
+        )
+
+
+def _check_resets(model: ModelConfig, data: DataConfig) -> None:
+    """What a document's end resets must have an effect in the model, and the one that is meant."""
+    if data.reset_attention_mask and model.attention_backend == "te":
+        # Transformer Engine's causal attention makes its own mask and reads no other.
+        raise ValueError("--reset-attention-mask: needs --attention-backend sdpa or local, it is te")
+    positions_count = model.position_embedding_type == "learned_absolute" or data.reset_attention_mask
+    if data.reset_position_ids and not positions_count:
+        # Rotary attention sees differences of positions alone; within a document a reset leaves them as they are.
+        raise ValueError(
+            "--reset-position-ids: has no effect, it needs --reset-attention-mask, or --position-embedding-type "
+            f"learned_absolute (it is {model.position_embedding_type})"
+        )
+
+
+def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parallel_size: int) -> None:
+    global_batch_size = training.resolved_global_batch_size(data_parallel_size)
+    if training.train_samples is not None and training.train_samples < global_batch_size:
+        raise ValueError(
+            f"--train-samples {training.train_samples}: less than one global batch of {global_batch_size}"
+        )
+    micro_batches = global_batch_size // (training.micro_batch_size * data_parallel_size)
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and micro_batches % stages:
+        raise ValueError(
+            f"--global-batch-size {global_batch_size}: makes {micro_batches} micro-batches a step; "
+            f"with virtual stages their number must be a multiple of --pipeline-model-parallel-size {stages}"
+        )
+
+
+def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
+    """The schedule counts in the unit of the run's length, and the warm-up ends before the decay does."""
+    counts_samples = training.train_samples is not None
+    unit, other = ("samples", "iters") if counts_samples else ("iters", "samples")
+    for kind in ("decay", "warmup", "wsd_decay"):
+        value = getattr(optimizer, f"lr_{kind}_{other}")
+        if value:
+            flag = f"--lr-{kind.replace('_', '-')}"
+            raise ValueError(
+                f"{flag}-{other} {value}: the run's length is given by --train-{unit}, use {flag}-{unit}"
+            )
+    length = training.train_samples if counts_samples else training.train_iters
+    decay = getattr(optimizer, f"lr_decay_{unit}") or length
+    warmup = getattr(optimizer, f"lr_warmup_{unit}")
+    if warmup >= decay:
+        raise ValueError(f"--lr-warmup-{unit} {warmup}: must be less than the {decay} {unit} of the decay")
+    wsd_decay = getattr(optimizer, f"lr_wsd_decay_{unit}")
+    if wsd_decay is not None and wsd_decay > decay:
+        raise ValueError(
+            f"--lr-wsd-decay-{unit} {wsd_decay}: more than the {decay} {unit} of the whole schedule"
+        )

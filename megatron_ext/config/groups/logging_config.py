@@ -1,0 +1,58 @@
+"""What a run prints, and what it writes to TensorBoard and W&B.
+
+A family's own statistics have their flags in the family's config.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ext.config.command_line.field_checks import check_at_least, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Progress lines, TensorBoard and W&B."""
+
+    log_interval: int = 100
+    """Optimizer steps between two progress lines."""
+
+    tensorboard_dir: str | None = None
+    """Directory for TensorBoard's event files."""
+
+    tensorboard_log_interval: int = 1
+    """Optimizer steps between two TensorBoard values."""
+
+    wandb_project: str | None = None
+    """W&B project to log to. Needs the wandb extra."""
+
+    wandb_exp_name: str | None = None
+    """Name of the W&B run."""
+
+    wandb_tags: tuple[str, ...] | None = None
+    """Tags of the W&B run."""
+
+    wandb_save_dir: str | None = None
+    """Directory for W&B's own files."""
+
+    log_params_norm: bool = False
+    """Compute and log the norm of all parameters."""
+
+    log_throughput: bool = True
+    """Log tokens a second and the part of the device's peak in use (MFU)."""
+
+    log_memory: bool = False
+    """Write memory in use and its peak to TensorBoard; the progress line always shows the peak."""
+
+    log_validation_ppl: bool = True
+    """Log the validation perplexity beside the loss."""
+
+    device_peak_tflops: float | None = None
+    """The device's peak for MFU, in TFLOP/s. Without it a table of known devices, else a short measurement."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "log_interval", "tensorboard_log_interval")
+        check_positive(self, "device_peak_tflops")
+        for name in ("wandb_exp_name", "wandb_tags", "wandb_save_dir"):
+            value = getattr(self, name)
+            if value is not None and self.wandb_project is None:
+                text = " ".join(value) if isinstance(value, tuple) else value
+                raise ValueError(f"--{name.replace('_', '-')} {text}: needs --wandb-project")

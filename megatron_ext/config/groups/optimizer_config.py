@@ -1,0 +1,140 @@
+"""AdamW, gradient clipping, and the schedules of learning rate and weight decay.
+
+The values are handed to mcore's `OptimizerConfig` and `OptimizerParamScheduler`, whose names these are.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from megatron_ext.config.command_line.field_checks import (
+    check_at_least,
+    check_choices,
+    check_fraction,
+    check_numbers,
+    check_positive,
+    flag,
+    flag_name,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Learning rate, weight decay, AdamW and clipping."""
+
+    lr: Annotated[float, flag(aliases=("--learning_rate",))]
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+
+    lr_decay_style: Literal["linear", "cosine", "constant", "WSD"] = "linear"
+    """Shape of the decay after the warm-up."""
+
+    lr_decay_iters: int | None = None
+    """Optimizer steps over which the learning rate decays. Without it the whole run."""
+
+    lr_decay_samples: int | None = None
+    """The same in sequences, for runs with --train-samples."""
+
+    lr_warmup_iters: int = 0
+    """Optimizer steps over which the learning rate rises to its peak."""
+
+    lr_warmup_samples: int = 0
+    """The same in sequences, for runs with --train-samples."""
+
+    lr_warmup_fraction: float | None = None
+    """The same as a part of the decay steps."""
+
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warm-up."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """With --lr-decay-style WSD: shape of the final decay."""
+
+    lr_wsd_decay_iters: int | None = None
+    """With --lr-decay-style WSD: optimizer steps of the final decay."""
+
+    lr_wsd_decay_samples: int | None = None
+    """The same in sequences, for runs with --train-samples."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+
+    start_weight_decay: float | None = None
+    """Weight decay at the start, with --weight-decay-incr-style linear or cosine."""
+
+    end_weight_decay: float | None = None
+    """Weight decay at the end, with --weight-decay-incr-style linear or cosine."""
+
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight decay moves from start to end."""
+
+    adam_beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+
+    adam_beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+
+    clip_grad: Annotated[float, flag(aliases=("--max_grad_norm",))] = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+    override_opt_param_scheduler: bool = False
+    """On --load, take the schedule from the flags and not from the checkpoint."""
+
+    use_checkpoint_opt_param_scheduler: bool = False
+    """On --load, take the schedule from the checkpoint and ignore the flags."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(self)
+        check_positive(self, "lr", "adam_eps", "lr_decay_iters", "lr_decay_samples")
+        check_at_least(self, 0, "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples")
+        check_at_least(self, 0, "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad")
+        check_at_least(self, 1, "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+        check_fraction(self, "adam_beta1", "adam_beta2", "lr_warmup_fraction")
+        self._check_learning_rate()
+        self._check_weight_decay()
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise ValueError(
+                "--override-opt-param-scheduler: contradicts --use-checkpoint-opt-param-scheduler"
+            )
+
+    def _check_learning_rate(self) -> None:
+        if self.min_lr > self.lr:
+            raise ValueError(f"--min-lr {self.min_lr}: above --lr {self.lr}")
+        if self.lr_warmup_init > self.lr:
+            raise ValueError(f"--lr-warmup-init {self.lr_warmup_init}: above --lr {self.lr}")
+        if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
+            raise ValueError(
+                f"--lr-warmup-fraction {self.lr_warmup_fraction}: cannot be given together with "
+                "--lr-warmup-iters or --lr-warmup-samples"
+            )
+        wants_wsd = self.lr_decay_style == "WSD"
+        has_wsd = self.lr_wsd_decay_iters is not None or self.lr_wsd_decay_samples is not None
+        if wants_wsd and not has_wsd:
+            raise ValueError("--lr-decay-style WSD: needs --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
+        if has_wsd and not wants_wsd:
+            name = "lr_wsd_decay_iters" if self.lr_wsd_decay_iters is not None else "lr_wsd_decay_samples"
+            raise ValueError(
+                f"{flag_name(name)} {getattr(self, name)}: needs --lr-decay-style WSD, it is {self.lr_decay_style}"
+            )
+
+    def _check_weight_decay(self) -> None:
+        ends = (self.start_weight_decay, self.end_weight_decay)
+        if self.weight_decay_incr_style == "constant":
+            if ends != (None, None):
+                raise ValueError(
+                    "--start-weight-decay, --end-weight-decay: need --weight-decay-incr-style linear or cosine"
+                )
+        elif self.start_weight_decay is None or self.end_weight_decay is None:
+            raise ValueError(
+                f"--weight-decay-incr-style {self.weight_decay_incr_style}: "
+                "needs both --start-weight-decay and --end-weight-decay"
+            )
+        elif self.end_weight_decay < self.start_weight_decay:
+            raise ValueError(
+                f"--end-weight-decay {self.end_weight_decay}: below --start-weight-decay {self.start_weight_decay}"
+            )

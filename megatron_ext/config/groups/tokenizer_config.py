@@ -1,0 +1,72 @@
+"""Which tokenizer turns text into ids. Building it is `megatron_ext.data.tokenizers`."""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.config.command_line.field_checks import (
+    check_at_least,
+    check_at_most,
+    check_choices,
+    flag_name,
+)
+
+TokenizerType = Literal[
+    "GPT2BPETokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+]
+
+_NEEDS = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "Llama2Tokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
+    "NullTokenizer": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer and its files."""
+
+    tokenizer_type: TokenizerType = "GPT2BPETokenizer"
+    """Kind of tokenizer."""
+
+    tokenizer_model: str | None = None
+    """Its file or local directory (Hugging Face, SentencePiece, Llama 2, tiktoken)."""
+
+    vocab_file: str | None = None
+    """GPT-2 BPE's vocab.json."""
+
+    merge_file: str | None = None
+    """GPT-2 BPE's merges.txt."""
+
+    vocab_size: int | None = None
+    """Number of ids: needed by NullTokenizer, a lower bound for the others."""
+
+    @classmethod
+    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+        """Flags that a command lacks, see `fields.missing_flags`."""
+        kind = values.get("tokenizer_type", cls.tokenizer_type)
+        lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if flag_name(name) not in given]
+        return [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "vocab_size")
+        check_at_most(self, 2**24, "vocab_size")  # a vocabulary is listed in memory
+        for name in _NEEDS.get(self.tokenizer_type, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"--tokenizer-type {self.tokenizer_type}: needs {flag_name(name)}")
+
+    def files(self) -> tuple[str, ...]:
+        """Paths of what it is read from."""
+        return tuple(
+            path for path in (self.tokenizer_model, self.vocab_file, self.merge_file) if path is not None
+        )

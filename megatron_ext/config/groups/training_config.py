@@ -1,0 +1,131 @@
+"""How long and on what batches a run trains, when it evaluates and when it ends.
+
+The schedule of the learning rate is `optimizer.py`; saving is `checkpoint.py`.
+"""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from megatron_ext.config.command_line.field_checks import (
+    check_at_least,
+    check_at_most,
+    check_numbers,
+    check_positive,
+    flag,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Batch sizes, length of the run, evaluation, precision and seeds."""
+
+    micro_batch_size: Annotated[int, flag(aliases=("--batch_size",))] = 1
+    """Sequences that one process works on at a time."""
+
+    global_batch_size: int | None = None
+    """Sequences in one optimizer step over all processes. Without it micro batch size * data-parallel size."""
+
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches in one optimizer step: another way to give the global batch size."""
+
+    train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
+    """Optimizer steps of the whole run; this or --train-samples."""
+
+    train_samples: int | None = None
+    """Sequences of the whole run; this or --train-iters."""
+
+    num_epochs: float | None = None
+    """Passes over the training data, in place of --train-iters; made into steps when the run starts."""
+
+    eval_interval: int = 1000
+    """Optimizer steps between two evaluations on the validation set."""
+
+    eval_iters: int = 100
+    """Global batches in one evaluation; 0 turns evaluation off."""
+
+    exit_interval: int | None = None
+    """Save and exit at the first step that is a multiple of this."""
+
+    exit_duration_in_mins: float | None = None
+    """Save and exit after so many minutes."""
+
+    seed: int = 1234
+    """Seed of the initial weights, the dropout and the order of the data."""
+
+    bf16: Annotated[bool, flag(aliases=("--mixed_precision",))] = False
+    """Compute in bfloat16 with fp32 main weights; without it everything is fp32."""
+
+    max_consecutive_nan_steps: int = 3
+    """So many steps in a row with a loss or gradient that is not finite end the run; each one is skipped."""
+
+    skip_train: bool = False
+    """Only evaluate, then exit."""
+
+    dry_run: bool = False
+    """Print parameters, memory and FLOPs a step for this cut, build nothing, exit."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_at_least(self, 1, "micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
+        check_at_least(self, 1, "train_iters", "train_samples", "eval_interval", "exit_interval")
+        check_at_least(self, 1, "max_consecutive_nan_steps")
+        check_at_least(self, 0, "eval_iters", "seed")
+        check_at_most(self, 2**32 - 1, "seed")  # numpy takes no larger one
+        check_positive(self, "exit_duration_in_mins", "num_epochs")
+        lengths = (self.train_iters, self.train_samples, self.num_epochs)
+        given = [str(length) for length in lengths if length is not None]
+        if len(given) != 1:
+            told = "none is given" if not given else f"given are {', '.join(given)}"
+            raise ValueError(f"--train-iters, --train-samples or --num-epochs: exactly one is needed, {told}")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps is not None:
+            raise ValueError(
+                f"--gradient-accumulation-steps {self.gradient_accumulation_steps}: "
+                f"cannot be given together with --global-batch-size {self.global_batch_size}"
+            )
+
+    @classmethod
+    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+        """Flags that a command lacks, see `fields.missing_flags`."""
+        lengths = ("--train-iters", "--train-samples", "--num-epochs")
+        return (
+            [] if any(flag in given for flag in lengths) else [f"{lengths[0]} (or {', '.join(lengths[1:])})"]
+        )
+
+    def resolved_global_batch_size(self, data_parallel_size: int) -> int:
+        """Returns the sequences in one optimizer step, the default applied.
+
+        Raises:
+            ValueError: if the global batch is not a whole number of micro-batches on every model copy.
+        """
+        samples_at_once = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size is None:
+            return samples_at_once * (self.gradient_accumulation_steps or 1)
+        if self.global_batch_size % samples_at_once:
+            raise ValueError(
+                f"--global-batch-size {self.global_batch_size}: not divisible by --micro-batch-size "
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size}"
+            )
+        return self.global_batch_size
+
+    def resolved_train_iters(self, global_batch_size: int) -> int:
+        """Returns the optimizer steps of the whole run (Megatron's rounding: the last partial batch is left out).
+
+        A length in epochs must have been made into steps before, see `with_epochs`.
+        """
+        if self.train_iters is not None:
+            return self.train_iters
+        assert self.train_samples is not None
+        return self.train_samples // global_batch_size
+
+    def with_epochs(self, epoch_samples: int, data_parallel_size: int) -> "TrainingConfig":
+        """The same with `num_epochs` made into `train_iters`, at least one.
+
+        Args:
+            epoch_samples: sequences in the training data.
+            data_parallel_size: copies of the model.
+        """
+        assert self.num_epochs is not None
+        samples = int(self.num_epochs * epoch_samples)
+        steps = max(1, samples // self.resolved_global_batch_size(data_parallel_size))
+        return replace(self, train_iters=steps, num_epochs=None)

@@ -1,0 +1,1 @@
+"""Corpora: built, tokenizers trained on them, datasets checked and rewritten."""

@@ -1,0 +1,131 @@
+"""The full verification of a dataset: every pointer, token id and checksum, and the derivation of per-layer ids.
+
+`manifest.check_dataset` is the cheap check of a training run; this one reads all of the data once or twice.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.indexed.indexed_files import Index, bin_path, check_contiguous, idx_path
+from megatron_ext.data.indexed.manifest import check_dataset, read_manifest, sha256_of
+from megatron_ext.data.per_layer.alignment import check_aligned
+from megatron_ext.data.per_layer.per_layer_ids import check_bounds, derive
+from megatron_ext.data.per_layer.per_layer_table import read_table, table_path
+from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES, load_vocabulary
+
+_CHUNK_TOKENS = 1 << 20
+
+
+def verify(
+    prefix: str,
+    *,
+    tokenizer_fingerprint: str | None = None,
+    vocab_size: int | None = None,
+    source: str | None = None,
+) -> list[str]:
+    """Check everything that can be checked.
+
+    Args:
+        prefix: the dataset, without `.bin` or `.idx`.
+        tokenizer_fingerprint: compared with the manifest's where both are known.
+        vocab_size: upper bound of the token ids, where the manifest records none.
+        source: for per-layer data, the main dataset it is aligned with; the manifest's by default.
+
+    Returns:
+        What was checked and found right, and what could not be checked and why; one line each.
+
+    Raises:
+        FileNotFoundError, ValueError: the first thing found wrong.
+    """
+    index = check_dataset(prefix, tokenizer_fingerprint)
+    check_contiguous(index)
+    lines = [
+        f"index: {index.num_documents:,} documents, {index.num_sequences:,} sequences, {index.num_tokens:,} tokens"
+    ]
+    manifest = read_manifest(prefix)
+    per_layer = (manifest or {}).get("per_layer")
+    if manifest is None:
+        lines.append("manifest: none, so checksums and tokenizer are not checked")
+    else:
+        lines.append(_check_manifest(index, manifest))
+        recorded = (per_layer or manifest.get("tokenizer") or {}).get("vocab_size")
+        vocab_size = vocab_size if recorded is None else recorded
+    lines.append(_check_tokens(index, vocab_size))
+    source = source if source is not None else (per_layer or {}).get("source")
+    if source is not None:
+        lines += _check_per_layer(index, source, per_layer or {})
+    return lines
+
+
+def _check_manifest(index: Index, manifest: dict) -> str:
+    """Counts, type and checksums."""
+    counts = {"documents": index.num_documents, "sequences": index.num_sequences, "tokens": index.num_tokens}
+    if manifest["counts"] != counts or manifest["dtype"] != index.dtype.name:
+        raise ValueError(
+            f"{index.prefix}: the manifest records {manifest['counts']} of {manifest['dtype']},"
+            f" the index has {counts} of {index.dtype.name}"
+        )
+    for name, path in (("bin", bin_path(index.prefix)), ("idx", idx_path(index.prefix))):
+        actual = sha256_of(path)
+        if actual != manifest["checksums"][name]:
+            raise ValueError(
+                f"{path}: checksum {actual}, but the manifest records {manifest['checksums'][name]}"
+            )
+    fingerprint = (manifest.get("tokenizer") or {}).get("fingerprint", "unknown")
+    return f"manifest: counts and checksums agree; tokenizer {fingerprint}"
+
+
+def _check_tokens(index: Index, vocab_size: int | None) -> str:
+    """Smallest and largest token id, against the vocabulary where it is known."""
+    low, high = None, None
+    for chunk in index.token_chunks(_CHUNK_TOKENS):
+        if vocab_size is not None:
+            check_bounds(index, chunk, vocab_size)
+        low = int(chunk.min()) if low is None else min(low, int(chunk.min()))
+        high = int(chunk.max()) if high is None else max(high, int(chunk.max()))
+    if low is not None and low < 0:
+        raise ValueError(f"{bin_path(index.prefix)} holds token id {low}")
+    known = "the vocabulary's size is not known" if vocab_size is None else f"all below {vocab_size:,}"
+    return "tokens: none" if low is None else f"tokens: ids {low:,} to {high:,}, {known}"
+
+
+def _check_per_layer(index: Index, source: str, per_layer: dict) -> list[str]:
+    """Alignment with the main dataset, and every id against the table where it is at hand."""
+    if not Path(idx_path(source)).is_file():
+        return [f"alignment: not checked, the main data {source} is not here (--source names another place)"]
+    check_aligned(source, index.prefix)
+    aligned = f"alignment: documents and lengths equal those of {source}"
+    strategy, vocab_file = per_layer.get("strategy"), per_layer.get("vocab_file")
+    if strategy not in STRATEGIES:
+        return [aligned, "per-layer ids: not checked, the manifest names no strategy"]
+    main = check_dataset(source)
+    tokenizer = (read_manifest(index.prefix) or {}).get("tokenizer") or {}
+    if strategy == "identity":
+        table = np.arange(per_layer["vocab_size"])
+    else:
+        path = table_path(str(vocab_file), strategy)
+        stored = read_table(str(vocab_file), strategy)
+        if stored is None:
+            return [aligned, f"per-layer ids: not checked, their table {path} is not here"]
+        load_vocabulary(str(vocab_file))
+        table = stored.table
+        made_for = stored.tokenizer, stored.vocabulary
+        if made_for != (tokenizer.get("fingerprint"), per_layer.get("vocab_checksum")):
+            return [
+                aligned,
+                f"per-layer ids: not checked, {path} was made since, from another vocabulary or tokenizer",
+            ]
+    position = 0
+    with open(bin_path(index.prefix), "rb") as stream:
+        for expected in derive(main, table.astype(index.dtype), strategy, eod=tokenizer["eod"]):
+            ids = np.fromfile(stream, dtype=index.dtype, count=len(expected))
+            wrong = expected != ids
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                raise ValueError(
+                    f"{bin_path(index.prefix)}: per-layer id {position + at} is {ids[at]},"
+                    f" but {strategy} gives {expected[at]}"
+                )
+            position += len(expected)
+    return [aligned, f"per-layer ids: all are what {strategy} gives"]

@@ -1,0 +1,1 @@
+"""Training datasets over indexed files: blends, epochs, samplers, loader processes."""

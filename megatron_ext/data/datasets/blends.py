@@ -1,0 +1,164 @@
+"""Which datasets a run reads, in mcore's terms: blends of weighted prefixes, and which documents each split gets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.data.indexed.same_file import refuse_same_dataset
+
+SPLITS = ("training", "validation", "test")
+Blend = tuple[list[str], list[float] | None]
+
+
+@dataclass(frozen=True)
+class Blends:
+    """The datasets of a run; exactly one of `blend` and `blend_per_split` is set."""
+
+    blend: Blend | None
+    """One blend that `split` divides."""
+
+    blend_per_split: list[Blend | None] | None
+    """A blend for training, validation and test each; None where no samples are needed."""
+
+    split: tuple[float, float, float]
+    """Normalised shares of training, validation and test in `blend`."""
+
+    num_samples: tuple[int, int, int]
+    """Samples needed of each split; 0 where a split has no share or no path."""
+
+    per_layer: dict[str, str] | None
+    """Prefix -> prefix of its aligned per-layer data."""
+
+    def prefixes(self) -> list[str]:
+        """Every prefix that is read, once, in order."""
+        blends = [self.blend] if self.blend is not None else self.blend_per_split or []
+        return list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
+
+
+def blends_of(
+    data: DataConfig, num_samples: tuple[int, int, int], per_layer_data_path: Sequence[str] | None
+) -> Blends:
+    """The blends of a configuration.
+
+    Args:
+        data: the configuration.
+        num_samples: samples needed of each split; 0 leaves a split out, as a share of 0 or a missing path does.
+        per_layer_data_path: prefixes of the aligned data in the order of the main ones.
+
+    Raises:
+        ValueError: no data is given, or the per-layer prefixes do not match the main ones.
+    """
+    own = [data.train_data_path, data.valid_data_path, data.test_data_path]
+    if data.data_path is None and not any(own):
+        raise ValueError("no data: give --data-path, or --train-data-path and --valid-data-path")
+    if data.data_path is not None:
+        prefixes, weights = parse_blend(data.data_path)
+        per_layer = _pair(("--data-path", prefixes, weights), per_layer_data_path)
+        shares = _shares(data.split)
+        return Blends((prefixes, weights), None, shares, _only_where(shares, num_samples), per_layer)
+    wanted = _only_where(own, num_samples)
+    blends = [
+        parse_blend(path) if path and number else None for path, number in zip(own, wanted, strict=True)
+    ]
+    prefixes = [prefix for path in own if path for prefix in parse_blend(path)[0]]
+    per_layer = _pair(("--train-, --valid- and --test-data-path", prefixes, None), per_layer_data_path)
+    return Blends(None, blends, (0.0, 0.0, 0.0), wanted, per_layer)
+
+
+def parse_blend(values: Sequence[str]) -> Blend:
+    """(prefixes, weights) of a flag's values: `PREFIX ...`, or `WEIGHT PREFIX WEIGHT PREFIX ...`."""
+    if len(values) % 2 == 0:
+        try:
+            return [value.strip() for value in values[1::2]], [float(value) for value in values[::2]]
+        except ValueError:  # the first of each pair is not a weight: all are prefixes
+            pass
+    return [value.strip() for value in values], None
+
+
+def check_repeats(blends: Blends) -> None:
+    """Refuse a dataset that stands twice in one blend: it would have more weight than is said, or be counted twice.
+
+    Raises:
+        ValueError: names the flag and both spellings.
+    """
+    if blends.blend is not None:
+        refuse_same_dataset("--data-path", blends.blend[0])
+    for name, blend in zip(("train", "valid", "test"), blends.blend_per_split or [], strict=False):
+        if blend is not None:
+            refuse_same_dataset(f"--{name}-data-path", blend[0])
+
+
+def check_splits(blends: Blends, seq_length: int) -> None:
+    """Refuse a split that needs samples and has no tokens, or too few for one sample in a blend without weights.
+
+    mcore would repeat an empty split for ever.
+
+    Raises:
+        ValueError: names the dataset, the split and what it holds.
+    """
+    for number, (name, wanted) in enumerate(zip(SPLITS, blends.num_samples, strict=True)):
+        if not wanted:
+            continue
+        if blends.blend is not None:
+            prefixes, weights = blends.blend
+            bounds = (sum(blends.split[:number]), sum(blends.split[: number + 1]))
+        else:
+            assert blends.blend_per_split is not None
+            prefixes, weights = blends.blend_per_split[number] or ([], None)
+            bounds = (0.0, 1.0)
+        minimum = seq_length + 1 if weights is None and len(prefixes) > 1 else 2
+        for prefix in prefixes:
+            _check_split(prefix, name, bounds, minimum)
+
+
+def tokens_between(prefix: str, begin: float, end: float) -> int:
+    """Tokens between two shares of a dataset's sequences; rounds them as mcore does."""
+    index = open_index(prefix)
+    first, last = (round(bound * index.num_sequences) for bound in (begin, end))
+    return int(index.sequence_start(last) - index.sequence_start(first))
+
+
+def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: int) -> None:
+    """Refuse one split of one dataset when it holds fewer than `minimum` tokens."""
+    tokens = tokens_between(prefix, *bounds)
+    if tokens < minimum:
+        index = open_index(prefix)
+        begin, end = (round(bound * index.num_sequences) for bound in bounds)
+        raise ValueError(
+            f"{prefix}: the {name} split has {end - begin} of {index.num_sequences} sequences and {tokens} tokens,"
+            f" at least {minimum} are needed: change --split (a share of 0 leaves it out) or give more data"
+        )
+
+
+def _shares(split: str) -> tuple[float, float, float]:
+    """Normalised shares of "969, 30, 1"; missing ones are 0."""
+    parts = [float(part) for part in split.split(",")]
+    parts += [0.0] * (3 - len(parts))
+    total = sum(parts)
+    return parts[0] / total, parts[1] / total, parts[2] / total
+
+
+def _only_where(given: Sequence[object], num_samples: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The numbers of samples, 0 where there is nothing to draw them from."""
+    train, valid, test = (number if source else 0 for source, number in zip(given, num_samples, strict=True))
+    return train, valid, test
+
+
+def _pair(
+    main: tuple[str, list[str], list[float] | None], per_layer: Sequence[str] | None
+) -> dict[str, str] | None:
+    """Prefix -> per-layer prefix; `main` is the flag's name, its prefixes and its weights."""
+    if per_layer is None:
+        return None
+    flag, prefixes, weights = main
+    paired, own_weights = parse_blend(per_layer)
+    if len(paired) != len(prefixes):
+        raise ValueError(f"--per-layer-data-path has {len(paired)} prefixes, {flag} has {len(prefixes)}")
+    if own_weights is not None and own_weights != weights:
+        raise ValueError(f"--per-layer-data-path has the weights {own_weights}, {flag} has {weights}")
+    result: dict[str, str] = {}
+    for prefix, aligned in zip(prefixes, paired, strict=True):
+        if result.setdefault(prefix, aligned) != aligned:
+            raise ValueError(f"--per-layer-data-path pairs {prefix} with both {result[prefix]} and {aligned}")
+    return result

@@ -1,0 +1,72 @@
+"""How many samples one pass over the training data has, for runs whose length is given in epochs.
+
+    samples = sum over datasets of (tokens of the training split - 1) // sequence length
+
+as mcore's `GPTDataset` counts them. A blend's weights change how often a dataset is drawn, not how long an epoch is.
+"""
+
+import math
+
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.datasets.blends import blends_of, tokens_between
+
+_SURPLUS = 0.005
+"""What mcore adds to the samples that a weighted blend needs of a dataset (`mid_level_dataset_surplus`)."""
+
+_SHUFFLED_APART_BELOW = 0.8
+"""Part of an epoch below which mcore shuffles the last epoch apart from those before it."""
+
+
+def epoch_samples(data: DataConfig, seq_length: int) -> int:
+    """Sequences of `seq_length` tokens in the training data.
+
+    Raises:
+        OSError: a dataset is not there.
+        ValueError: no data is given, a dataset is damaged, or all of it is less than one sequence.
+    """
+    samples = sum(max(0, tokens - 1) // seq_length for tokens in _training_blend(data)[0])
+    if samples == 0:
+        raise ValueError(f"--num-epochs: the training data has less than one sequence of {seq_length} tokens")
+    return samples
+
+
+def shuffled_epochs(data: DataConfig, seq_length: int, num_samples: int) -> list[tuple[int, bool]]:
+    """What mcore's order of the training samples depends on besides data, split, sequence length and seed.
+
+    Args:
+        data: the training data.
+        seq_length: tokens of a sample.
+        num_samples: that the whole run takes.
+
+    Returns:
+        For each dataset how many epochs are shuffled, and whether the last one is shuffled apart. Runs of other lengths
+        for which this is equal take the same samples in the same order, as far as the shorter one goes.
+
+    Raises:
+        OSError, ValueError: see `epoch_samples`.
+    """
+    tokens, weights = _training_blend(data)
+    if weights is None and len(tokens) > 1:
+        return [(1, False)] * len(tokens)  # a blend without weights lasts one epoch
+    if weights is None:
+        wanted = [num_samples]
+    else:
+        parts = [math.ceil(num_samples * weight / sum(weights)) for weight in weights]
+        wanted = [math.ceil(part * (1 + _SURPLUS)) for part in parts]
+    return [_epochs(*pair, seq_length) for pair in zip(tokens, wanted, strict=True)]
+
+
+def _epochs(tokens: int, num_samples: int, seq_length: int) -> tuple[int, bool]:
+    epochs = max(1, -(-(num_samples * seq_length + 1) // tokens))
+    of_last = num_samples - ((epochs - 1) * tokens - 1) // seq_length
+    of_each = (tokens - 1) // seq_length
+    return epochs, epochs > 1 and of_last < int(_SHUFFLED_APART_BELOW * of_each)
+
+
+def _training_blend(data: DataConfig) -> tuple[list[int], list[float] | None]:
+    """Tokens of the training split of each dataset, and the blend's weights."""
+    blends = blends_of(data, (1, 0, 0), None)
+    blend = blends.blend if blends.blend is not None else (blends.blend_per_split or [None])[0]
+    share = blends.split[0] if blends.blend is not None else 1.0
+    prefixes, weights = blend if blend is not None else ([], None)
+    return [tokens_between(prefix, 0.0, share) for prefix in prefixes], weights

@@ -1,0 +1,239 @@
+"""Training, validation and test samples: mcore's `GPTDataset`, blended, split and cached, with per-layer ids beside it.
+
+A sample holds `tokens`, `labels`, `loss_mask`, `position_ids`, each [s] (`labels[i]` is the token after
+`tokens[i]`), an `attention_mask` [1, s, s] where `--reset-attention-mask` asks for one, and, when aligned per-layer
+data is given, `per_layer_ids` [s]: the ids of `tokens`, read with the very same document, sample and shuffle indices.
+Without aligned data nothing is added here; the per-layer ids are then `table[tokens]`, taken where the batch is made.
+
+What mcore would answer with a hang or garbage is refused first, with one line on every rank: a missing or truncated
+file, another tokenizer, per-layer data of another shape, a split without documents (mcore loops for ever), a failing
+rank 0 (the others would wait at a barrier). The key of mcore's cache of sample indices also holds the identity of the
+`.idx`, so data remade under the same name never meets a stale index; see `index_cache` for what else is added.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.data.datasets.blends import Blends, blends_of, check_repeats, check_splits
+from megatron_ext.data.datasets.index_cache import IN_MEMORY, choose_cache, through_cache
+from megatron_ext.data.datasets.index_size import check_index_size
+from megatron_ext.data.indexed.manifest import check_dataset
+from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
+from megatron_ext.data.tokenizers import Tokenizer
+
+_IDENTITY_BYTES = 1 << 20
+Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
+
+
+@dataclass
+class AlignedGPTDatasetConfig(GPTDatasetConfig):
+    """mcore's configuration, and where the aligned per-layer data of each dataset is."""
+
+    per_layer_prefixes: dict[str, str] | None = None
+    """Prefix of the main data -> prefix of its per-layer data; None without aligned data."""
+
+
+class AlignedGPTDataset(GPTDataset):
+    """mcore's `GPTDataset`; adds `per_layer_ids` [s] int64 to a sample when its per-layer data is known."""
+
+    config: AlignedGPTDatasetConfig
+
+    def __init__(self, indexed_dataset: IndexedDataset, dataset_path: str, *args: Any) -> None:
+        super().__init__(indexed_dataset, dataset_path, *args)
+        self._per_layer: AlignedGPTDataset | None = None
+        if self.config.per_layer_prefixes is not None:
+            # The same sample indices over another file: a shallow copy that shares all arrays.
+            self._per_layer = copy.copy(self)
+            self._per_layer.dataset = IndexedDataset(self.config.per_layer_prefixes[dataset_path])
+            self._per_layer._pad_token_id = 0  # padded positions carry no loss
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """Sample number `idx` (mcore asks for None to pad a batch: sample 0 without loss)."""
+        sample: dict[str, torch.Tensor] = super().__getitem__(idx)
+        if self._per_layer is not None:
+            ids, _ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
+            sample["per_layer_ids"] = torch.from_numpy(ids[: sample["tokens"].numel()])
+        return sample
+
+    def _build_document_sample_shuffle_indices(
+        self,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        """mcore's, with the identity of the index file in the cache key."""
+        self.unique_identifiers["index_identity"] = _identity(self.dataset.path_prefix)
+        self.unique_description = json.dumps(
+            self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers
+        )
+        self.unique_description_hash = hashlib.md5(
+            self.unique_description.encode(), usedforsecurity=False
+        ).hexdigest()
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        kinds = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")
+        return through_cache(
+            self, [f"{base}-{kind}" for kind in kinds], super()._build_document_sample_shuffle_indices
+        )
+
+
+class _Blend(BlendedDataset):
+    """mcore's blend, its cache written whole."""
+
+    def _build_indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
+        kinds = ("description.txt", "dataset_index.npy", "dataset_sample_index.npy")
+        return through_cache(self, [f"{base}-{kind}" for kind in kinds], super()._build_indices)
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """mcore's builder, but an error on rank 0 becomes an error on every rank instead of an endless barrier."""
+
+    @staticmethod
+    def build_generic_dataset(  # the signature is mcore's
+        cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        """Rank 0 builds and writes the cache, then the others read it."""
+        if cls is BlendedDataset:
+            cls = _Blend
+            if not dist.is_initialized():
+                # mcore's cache of a blend asks for the rank; without a process group the blend is not cached.
+                uncached = copy.copy(args[-1])
+                uncached.path_to_cache = IN_MEMORY
+                args = (*args[:-1], uncached)
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        dataset = _together(lambda: cls(*args) if is_first else None)
+        return _together(lambda: dataset if is_first else cls(*args))
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
+    ) -> list[list[Any]]:
+        """Every dataset in turn, each on rank 0 first; [split][prefix]."""
+        built = [
+            self._build_megatron_dataset_splits(prefix, split, sizes)
+            for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
+        ]
+        return [list(of_split) for of_split in zip(*built, strict=True)]
+
+
+def build_datasets(
+    data: DataConfig,
+    *,
+    seq_length: int,
+    seed: int,
+    num_samples: tuple[int, int, int],
+    tokenizer: Tokenizer,
+    per_layer_data_path: tuple[str, ...] | list[str] | None = None,
+    per_layer_strategy: str | None = None,
+    per_layer_vocab_size: int | None = None,
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """Build the training, validation and test sets; every rank calls it, with or without a process group.
+
+    Args:
+        data: blends, splits and cache.
+        seq_length: s, tokens of a sample.
+        seed: shuffles documents and samples.
+        num_samples: samples needed of (train, valid, test); a set of which none are needed, or that has no share of
+            --split or no path of its own, is None. Sets repeat their documents, shuffled anew each time, until they
+            hold that many samples; a blend without weights is one epoch at most.
+        tokenizer: the run's.
+        per_layer_data_path: prefixes of the aligned per-layer data, in the order of the main ones (training,
+            validation, test where these are given apart); weights may stand before them and must be the same.
+        per_layer_strategy: the strategy the aligned data must have been made with, where its manifest tells.
+        per_layer_vocab_size: rows of the per-layer embedding, which the ids must fit, where the manifest tells.
+
+    Raises:
+        FileNotFoundError, ValueError: one line, on every rank, about what is wrong with the data.
+    """
+    blends = blends_of(data, num_samples, per_layer_data_path)
+
+    def check() -> None:
+        for prefix in blends.prefixes():
+            check_dataset(prefix, tokenizer)
+        check_repeats(blends)
+        check_splits(blends, seq_length)
+        check_index_size(blends, seq_length)
+        for prefix, per_layer in (blends.per_layer or {}).items():
+            require_per_layer_files(prefix, per_layer)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                check_aligned(prefix, per_layer, strategy=per_layer_strategy, vocab_size=per_layer_vocab_size)
+
+    _together(check)
+    cache = choose_cache(data, blends.prefixes())
+    config = _mcore_config(data, blends, seq_length, seed, tokenizer, cache)
+    if config.split_matrix is not None:
+        config.split_matrix = [
+            bounds if wanted else None
+            for bounds, wanted in zip(config.split_matrix, blends.num_samples, strict=True)
+        ]
+    builder = _Builder(AlignedGPTDataset, list(blends.num_samples), lambda: True, config)
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+def _mcore_config(
+    data: DataConfig, blends: Blends, seq_length: int, seed: int, tokenizer: Tokenizer, cache: str
+) -> AlignedGPTDatasetConfig:
+    """mcore's configuration of the datasets."""
+    return AlignedGPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend=blends.blend,
+        blend_per_split=blends.blend_per_split,
+        split=data.split if blends.blend is not None else None,
+        path_to_cache=cache,
+        tokenizer=tokenizer,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=data.reset_attention_mask,  # plain causal attention makes its own
+        per_layer_prefixes=blends.per_layer,
+    )
+
+
+def _identity(prefix: str) -> str:
+    """What tells one index file from another of the same name: its size and a checksum of all of it."""
+    path = f"{prefix}.idx"
+    checksum = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(_IDENTITY_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return f"{os.path.getsize(path)}-{checksum:08x}"
+
+
+def _together(action: Callable[[], Any]) -> Any:
+    """Run something on every rank; when it fails on one, raise the first such error on all."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return result
+    kinds = [None] * dist.get_world_size()
+    dist.all_gather_object(kinds, None if error is None else (type(error).__name__, str(error)))
+    if error is not None:
+        raise error
+    for rank, kind in enumerate(kinds):
+        if kind is not None:
+            name, message = kind
+            raise (
+                FileNotFoundError(message)
+                if name == "FileNotFoundError"
+                else ValueError(f"{message} (rank {rank})")
+            )
+    return result

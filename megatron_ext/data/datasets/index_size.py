@@ -1,0 +1,49 @@
+"""The size of the index of samples, which is made in memory before training: refuses one that does not fit.
+
+mcore lists every document of every pass over a dataset, and a place in that list for every sample.
+"""
+
+import math
+
+from megatron_ext.data.datasets.blends import SPLITS, Blends, tokens_between
+from megatron_ext.data.indexed.indexed_files import open_index
+from megatron_ext.platform.device_memory import host_memory
+
+_BYTES_OF_A_DOCUMENT = 20
+"""For each pass: two numbers of 64 bits and one of 32, while the list is made."""
+
+_BYTES_OF_A_SAMPLE = 12
+"""Two numbers of 32 bits for its beginning, one for its place in the order."""
+
+_LENGTH_FLAGS = {"training": "--train-iters, --global-batch-size or --seq-length"}
+
+
+def check_index_size(blends: Blends, seq_length: int) -> None:
+    """Raises `ValueError` for a dataset whose index would take more than this machine's memory.
+
+    Args:
+        blends: the run's datasets; the splits that are read have documents.
+        seq_length: tokens of a sample.
+    """
+    limit = host_memory()
+    for number, (name, samples) in enumerate(zip(SPLITS, blends.num_samples, strict=True)):
+        if not samples:
+            continue
+        blend = blends.blend if blends.blend is not None else (blends.blend_per_split or [])[number]
+        prefixes, weights = blend or ([], None)
+        if len(prefixes) > 1 and weights is None:
+            continue  # at most one pass
+        begin = sum(blends.split[:number]) if blends.blend is not None else 0.0
+        end = sum(blends.split[: number + 1]) if blends.blend is not None else 1.0
+        for prefix, weight in zip(prefixes, weights or [1.0], strict=True):
+            wanted = math.ceil(samples * weight / sum(weights or [1.0]))
+            documents = round((end - begin) * open_index(prefix).num_sequences)
+            passes = math.ceil((wanted * seq_length + 1) / tokens_between(prefix, begin, end))
+            needed = passes * documents * _BYTES_OF_A_DOCUMENT + wanted * _BYTES_OF_A_SAMPLE
+            if needed > limit:
+                flags = _LENGTH_FLAGS.get(name, "--eval-iters, --global-batch-size or --seq-length")
+                raise ValueError(
+                    f"{prefix}: {wanted:,} {name} samples of {seq_length:,} tokens are {passes:,} passes over its "
+                    f"documents, whose index takes {needed / 2**30:,.0f} GiB, and this machine has "
+                    f"{limit / 2**30:,.0f} GiB; lower {flags}"
+                )

@@ -1,0 +1,77 @@
+"""Loader processes that end with their run, and with nothing else.
+
+torch's launcher, a terminal and a scheduler send their signals to a whole process group. The run takes one as a wish to
+save and leave; its loader processes must go on meanwhile, since the step that the run finishes needs their batches, and
+torch raises in the run when one of them dies. So they are forked with these signals blocked, and keep them so: there is
+no moment at which a signal would find them without protection, and torch's own handlers change nothing of it.
+
+A blocked SIGTERM is of no use to the parent either, which therefore ends a process that does not leave by itself with
+SIGKILL. The system sends the same where the parent dies, also by SIGKILL: no loader process is left behind. (What
+counts is the thread that forks; a run forks from its main thread.)
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
+from typing import Any
+
+from megatron_ext.config.command_line.error_lines import ProcessLost
+from megatron_ext.platform.parent_process import signal_at_parents_end
+
+HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_DIED = "DataLoader worker (pid"
+
+
+class _Handle(Popen):
+    """The parent's handle on a loader process."""
+
+    def _launch(self, process_obj: Any) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        try:
+            super()._launch(process_obj)  # type: ignore[misc]  # typeshed does not have it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def terminate(self) -> None:
+        """Ends the process now."""
+        self.kill()
+
+
+class _LoaderProcess(ForkProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Popen:
+        return _Handle(process_obj)
+
+    def run(self) -> None:
+        """What torch has a loader process do."""
+        signal_at_parents_end(signal.SIGKILL)
+        if os.getppid() != self._parent_pid:  # type: ignore[attr-defined]  # typeshed does not have it
+            os._exit(1)  # it has ended already
+        super().run()
+
+
+class LoaderContext(ForkContext):
+    """`DataLoader(multiprocessing_context=LoaderContext())`: forks, also where Python's default is another."""
+
+    Process = _LoaderProcess
+
+
+@contextlib.contextmanager
+def loader_failures() -> Iterator[None]:
+    """Within it the death of a loader process, which torch raises wherever the run may be, is told in one line.
+
+    Raises:
+        ProcessLost: a loader process has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error).strip()
+        if not message.startswith(_DIED):
+            raise
+        raise ProcessLost(
+            f"--num-workers: {message.rstrip('.')}; lower it if memory is short; --load goes on where the run saved"
+        ) from error

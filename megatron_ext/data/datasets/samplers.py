@@ -1,0 +1,95 @@
+"""Which samples a data-parallel rank reads, in which order: Megatron's sequential sampler, by consumed samples.
+
+With d data-parallel ranks and micro-batches of b samples, step k of rank r holds the samples
+
+    consumed + k * b * d + r * b + (0 .. b - 1)
+
+so all ranks together read b * d consecutive samples in each step, and a global batch holds the same samples whatever
+d is. The dataset's own shuffle index makes the order random; nothing here draws a random number, so a run resumes
+anywhere from its count of consumed samples, also with another d. Past the end of the dataset (built for the samples
+the run needs, so that only a blend without weights can end) the numbering starts again at sample 0.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from megatron_ext.data.datasets.loader_processes import LoaderContext
+
+Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
+
+
+class SequentialBatchSampler(Sampler[list[int]]):
+    """The endless sequence of micro-batches of one data-parallel rank, as lists of sample numbers."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        consumed_samples: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        """Check and keep the arguments; see `build_data_iterator`."""
+        if num_samples < 1:
+            raise ValueError("the dataset has no samples")
+        if consumed_samples < 0 or micro_batch_size < 1:
+            raise ValueError(
+                f"consumed samples {consumed_samples}, micro-batch size {micro_batch_size}: out of range"
+            )
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ValueError(f"data-parallel rank {data_parallel_rank} is not one of {data_parallel_size}")
+        self.num_samples = num_samples
+        self.first = consumed_samples + data_parallel_rank * micro_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.step = micro_batch_size * data_parallel_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield micro-batches for ever."""
+        start = self.first
+        while True:
+            yield [number % self.num_samples for number in range(start, start + self.micro_batch_size)]
+            start += self.step
+
+
+def build_data_iterator(
+    dataset: Dataset,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    num_workers: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The micro-batches of one data-parallel rank, endless; each value is [micro_batch_size, ...].
+
+    Args:
+        dataset: samples as dictionaries of tensors.
+        consumed_samples: samples all ranks together have read before; 0 at the start of a run.
+        micro_batch_size: samples of one micro-batch.
+        data_parallel_rank: this rank among the `data_parallel_size` that read different samples.
+        data_parallel_size: number of such ranks.
+        num_workers: loader processes; 0 reads in this process.
+
+    Raises:
+        ValueError: an argument is out of range or the dataset is empty.
+    """
+    sampler = SequentialBatchSampler(
+        len(dataset),  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
+        consumed_samples=consumed_samples,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        multiprocessing_context=LoaderContext() if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        # The loader draws a seed for its workers; from torch's own stream, a resumed run would get other dropout masks.
+        generator=torch.Generator(),
+    )
+    return iter(loader)

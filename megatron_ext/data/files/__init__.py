@@ -1,0 +1,1 @@
+"""Console output and optional packages of the data tools."""

@@ -1,0 +1,1 @@
+"""Indexed datasets on disk and the manifest beside them."""

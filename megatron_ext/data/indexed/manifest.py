@@ -1,0 +1,197 @@
+"""The manifest beside a dataset, `PREFIX.json`: what made it, from what, with which tokenizer, and its checksums.
+
+`check_dataset` is the cheap check every training run makes at start-up: constant time, whatever the size. A full
+verification, checksums included, is `tools/data.py verify`. A dataset without a manifest (one made by Megatron-LM)
+passes every check that needs none. It does not record the time, so equal inputs give equal manifests.
+"""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.data.indexed.indexed_files import Index, bin_path, idx_path, open_index
+from megatron_ext.data.tokenizers.tokenizer import Tokenizer, in_words
+
+FORMAT = "megatron_ext.dataset/1"
+PREPENDED_BOS = "prepended_bos"
+"""Key of the tokenizer's description: the token that begins every document; missing where none does."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_BYTES = 1 << 18
+
+
+def manifest_path(prefix: str) -> str:
+    """Path of a dataset's manifest."""
+    return f"{prefix}.json"
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the same directory; rename it to `path` on success, remove it on any failure.
+
+    The directory is made when missing. A killed process leaves at most files ending in `.tmp`, which the next writer of
+    the same path removes; it knows them by the lock that a living writer holds.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno not in _DISK_FULL or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(target.parent)) from None  # `write` names no file
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of a path left: TARGET.PID.tmp, and beside it TARGET.PID.NAME.tmp."""
+    for leftover in target.parent.glob(f"{glob.escape(target.name)}.*[0-9].tmp"):
+        with contextlib.suppress(OSError), leftover.open("rb") as held:  # locked, or gone meanwhile: leave it
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in target.parent.glob(f"{glob.escape(leftover.stem)}.*tmp"):
+                path.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_READ_BYTES))  # one for all reads: fresh memory costs more than the hash
+    with open(path, "rb", buffering=0) as stream:
+        while size := stream.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def tool_version() -> str:
+    """Version of the installed package, or "unknown" when it runs from a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("megatron-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write_manifest(
+    prefix: str,
+    *,
+    tool: str,
+    tokenizer: dict[str, Any] | None,
+    inputs: list[str],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write `PREFIX.json` for the finished `PREFIX.bin` and `PREFIX.idx`, by rename.
+
+    Args:
+        prefix: path of the dataset without `.bin` or `.idx`.
+        tool: name of the command that made it.
+        tokenizer: what made the ids; its key `fingerprint` is what `check_dataset` compares. None if not known.
+        inputs: the files the data was made from, in order; "-" is standard input.
+        extra: more top-level keys, for example the per-layer strategy.
+
+    Raises:
+        ValueError: `extra` would replace a key of the manifest, or the two files contradict each other.
+    """
+    index = open_index(prefix)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "tool": tool,
+        "tool_version": tool_version(),
+        "tokenizer": tokenizer,
+        "inputs": [
+            {"path": path, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
+            for path in inputs
+        ],
+        "counts": {
+            "documents": index.num_documents,
+            "sequences": index.num_sequences,
+            "tokens": index.num_tokens,
+        },
+        "dtype": index.dtype.name,
+        "sizes": {"bin": os.path.getsize(bin_path(prefix)), "idx": os.path.getsize(idx_path(prefix))},
+        "checksums": {"bin": sha256_of(bin_path(prefix)), "idx": sha256_of(idx_path(prefix))},
+    }
+    clash = sorted(manifest.keys() & (extra or {}).keys())
+    if clash:
+        raise ValueError(f"extra manifest keys {clash} would replace the manifest's own")
+    manifest.update(extra or {})
+    with write_atomically(manifest_path(prefix)) as temporary:
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        # A path that is not UTF-8 comes as lone surrogates; as \udcXX they are JSON's own escapes.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+    """The manifest of a dataset, or None when there is none.
+
+    Raises:
+        ValueError: the file is not a manifest.
+    """
+    path = manifest_path(prefix)
+    if not os.path.isfile(path):
+        return None
+    try:
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a dataset manifest (format {FORMAT})")
+    return manifest
+
+
+def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
+    """The begin-of-text token before every document of datasets, or nothing; None if it is not known or differs.
+
+    Args:
+        prefixes: paths without `.bin` or `.idx`.
+    """
+    described = [(manifest or {}).get("tokenizer") for manifest in map(read_manifest, prefixes)]
+    begins = {one.get(PREPENDED_BOS) for one in described if one is not None}
+    if None in described or len(begins) != 1:
+        return None
+    return [bos for bos in begins if bos is not None]
+
+
+def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Index:
+    """Refuse a dataset whose files contradict each other or that another tokenizer made; constant time.
+
+    Args:
+        prefix: path of the dataset without `.bin` or `.idx`.
+        tokenizer: the run's, or its fingerprint; compared when the manifest names one.
+
+    Returns:
+        The opened index.
+
+    Raises:
+        FileNotFoundError: `.bin` or `.idx` is missing.
+        ValueError: a size contradicts the index or the manifest, or the tokenizer is another.
+    """
+    index = open_index(prefix)
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return index
+    for name, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
+        recorded, actual = manifest["sizes"][name], os.path.getsize(path)
+        if recorded != actual:
+            raise ValueError(f"{path} is {actual} bytes, but {manifest_path(prefix)} recorded {recorded}")
+    made_with = manifest.get("tokenizer") or {}
+    ours = tokenizer.fingerprint() if isinstance(tokenizer, Tokenizer) else tokenizer
+    if ours is not None and made_with.get("fingerprint") not in (None, ours):
+        told = ours
+        if isinstance(tokenizer, Tokenizer):
+            told = in_words({**tokenizer.describe(), "files": tokenizer.files})
+        raise ValueError(
+            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run's is {told}"
+        )
+    return index

@@ -1,0 +1,202 @@
+"""Per-layer ids for a whole tokenized dataset, written as an aligned dataset in one vectorised pass.
+
+    ids[i] = table[tokens[i]]
+
+and for `attention_guidance`, by position in the document (0 is its first token), the first rule that holds:
+
+    <|layer_end|>    the document's end-of-document token, where it has one
+    <|layer_start|>  position 0
+    <|attention|>    positions 10, 20, 30, ...
+    else             table[tokens[i]]
+
+The aligned dataset has the same documents and sequence lengths as its source, so one set of sample indices reads both.
+Everything streams: memory does not grow with the dataset. No text is read, nothing is tokenized.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.data.indexed.indexed_files import (
+    Index,
+    IntArray,
+    bin_path,
+    check_contiguous,
+    idx_path,
+    optimal_dtype,
+    write_index,
+)
+from megatron_ext.data.indexed.manifest import manifest_path, write_atomically
+from megatron_ext.data.per_layer.per_layer_vocab import SPECIAL, Strategy, TableArray
+
+ATTENTION_PERIOD = 10
+_CHUNK_TOKENS = 1 << 18  # 256K tokens: the work arrays stay in the cache
+_CHUNK_DOCUMENTS = 1 << 18
+
+Progress = Callable[[int], None]
+
+
+def count_tokens(
+    index: Index, vocab_size: int, progress: Progress = lambda tokens: None
+) -> npt.NDArray[np.int64]:
+    """How often each token id occurs, int64 [V].
+
+    Args:
+        index: the tokenized dataset.
+        vocab_size: V of the main tokenizer.
+        progress: called with the number of tokens done, chunk by chunk.
+
+    Raises:
+        ValueError: a token id is not below V.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for chunk in index.token_chunks(_CHUNK_TOKENS):
+        check_bounds(index, chunk, vocab_size)
+        counts += np.bincount(chunk, minlength=vocab_size)
+        progress(len(chunk))
+    return counts
+
+
+def write_aligned(
+    index: Index,
+    output_prefix: str,
+    table: TableArray,
+    strategy: Strategy,
+    *,
+    eod: int,
+    per_layer_vocab_size: int,
+    progress: Progress = lambda tokens: None,
+) -> None:
+    """Write `output_prefix.bin` and `.idx`, aligned with `index`; both by rename, the index last.
+
+    An older dataset of that name stops looking finished (its index and manifest are removed) before its tokens are
+    replaced, so no moment shows new ids under an old index.
+
+    Args:
+        index: the tokenized dataset.
+        output_prefix: path of the aligned dataset without `.bin` or `.idx`.
+        table: [V] per-layer id of each token id.
+        strategy: what the table was built for; `attention_guidance` adds its marks.
+        eod: end-of-document token id of the main tokenizer.
+        per_layer_vocab_size: number of per-layer ids; decides their type, as mcore does for tokens.
+        progress: called with the number of tokens done, chunk by chunk.
+
+    Raises:
+        ValueError: a token id is not below V, or the source's index is not back to back.
+    """
+    check_contiguous(index)
+    dtype = optimal_dtype(per_layer_vocab_size)
+    with (
+        write_atomically(idx_path(output_prefix)) as idx_temporary,
+        write_atomically(bin_path(output_prefix)) as bin_temporary,
+    ):
+        with bin_temporary.open("wb") as stream:
+            for ids in derive(index, table.astype(dtype), strategy, eod=eod):
+                stream.write(ids.data)
+                progress(len(ids))
+            stream.flush()
+            os.fsync(stream.fileno())
+        write_index(idx_temporary, dtype, index.lengths, index.document_indices)
+        for stale in (idx_path(output_prefix), manifest_path(output_prefix)):
+            if os.path.exists(stale):
+                os.unlink(stale)
+
+
+def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> Iterator[IntArray]:
+    """Yield the per-layer ids of a tokenized dataset, chunk by chunk, in the table's type.
+
+    Args:
+        index: the tokenized dataset.
+        table: [V] per-layer id of each token id.
+        strategy: what the table was built for; `attention_guidance` adds its marks.
+        eod: end-of-document token id of the main tokenizer.
+
+    Raises:
+        ValueError: a token id is not below V.
+    """
+    begin = 0
+    for chunk in index.token_chunks(_CHUNK_TOKENS):
+        check_bounds(index, chunk, len(table))
+        ids = np.take(table, chunk, mode="clip")  # bounds are checked; "clip" skips a second check
+        if strategy == "attention_guidance":
+            _mark(index, ids, chunk, begin, eod)
+            index.release()
+        begin += len(chunk)
+        yield ids
+
+
+def document_ids(
+    tokens: IntArray, table: TableArray, strategy: Strategy, *, eod: int
+) -> npt.NDArray[np.int32]:
+    """Per-layer ids of the start of one document, for example of a prompt, int32 [n].
+
+    Args:
+        tokens: [n] token ids; an `eod` in last place ends the document.
+        table: [V] per-layer id of each token id.
+        strategy: as the table was built.
+        eod: end-of-document token id.
+    """
+    ids = table[tokens]
+    if strategy == "attention_guidance" and len(tokens):
+        ids[ATTENTION_PERIOD::ATTENTION_PERIOD] = SPECIAL["<|attention|>"]
+        ids[0] = SPECIAL["<|layer_start|>"]
+        if tokens[-1] == eod:
+            ids[-1] = SPECIAL["<|layer_end|>"]
+    return ids
+
+
+def _mark(index: Index, ids: IntArray, tokens: IntArray, begin: int, eod: int) -> None:
+    """Put the marks of `attention_guidance` into the ids of tokens `begin` .. `begin + len(ids) - 1`, in place."""
+    end = begin + len(ids)
+    for starts, ends in _documents_between(index, begin, end):
+        # Marks start + 10, start + 20, ... of each document, cut to [begin, end).
+        first = np.maximum(1, -((starts - begin) // ATTENTION_PERIOD))
+        last = -((starts - np.minimum(ends, end)) // ATTENTION_PERIOD)  # first multiple that is past the end
+        count = np.maximum(last - first, 0)
+        running = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        ids[np.repeat(starts + ATTENTION_PERIOD * first - begin, count) + ATTENTION_PERIOD * running] = (
+            SPECIAL["<|attention|>"]
+        )
+        ids[starts[starts >= begin] - begin] = SPECIAL["<|layer_start|>"]
+        final = ends[ends <= end] - 1 - begin
+        ids[final[tokens[final] == eod]] = SPECIAL["<|layer_end|>"]
+
+
+def _documents_between(
+    index: Index, begin: int, end: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Yield (starts, ends), int64 token offsets of the non-empty documents that overlap tokens [begin, end)."""
+    document = _document_at(index, begin)
+    while document < index.num_documents:
+        upto = min(document + _CHUNK_DOCUMENTS, index.num_documents)
+        bounds = index.document_starts(document, upto + 1)
+        inside = bounds[:-1] < end
+        keep = inside & (bounds[1:] > bounds[:-1])
+        yield bounds[:-1][keep], bounds[1:][keep]
+        if not inside.all():
+            return
+        document = upto
+
+
+def _document_at(index: Index, token: int) -> int:
+    """The last document that starts at or before a token offset, by bisection of the memory-mapped index."""
+    low, high = 0, index.num_documents
+    while high - low > 1:
+        middle = (low + high) // 2
+        if index.document_starts(middle, middle + 1)[0] <= token:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def check_bounds(index: Index, tokens: IntArray, vocab_size: int) -> None:
+    """Raise `ValueError` if a token id is not in [0, V)."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"{bin_path(index.prefix)} holds token id {wrong}, but the vocabulary has {vocab_size} ids"
+        )

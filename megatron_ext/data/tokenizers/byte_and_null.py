@@ -1,0 +1,69 @@
+"""Tokenizers without a file: `ByteLevelTokenizer` (UTF-8 bytes) and `NullTokenizer` (ids written as numbers).
+
+mcore's byte-level class gives its special tokens the ids 0 and 1 by default, which are also bytes; here the
+byte values keep 0..255 and the end-of-document token follows them.
+"""
+
+from functools import cached_property
+
+from megatron_ext.data.tokenizers.bpe import END_OF_TEXT
+from megatron_ext.data.tokenizers.tokenizer import Tokenizer
+
+
+class ByteLevelTokenizer(Tokenizer):
+    """One id for each UTF-8 byte; 256 ends a document; 257 ids."""
+
+    vocab_size = 257
+    eod = 256
+    reads_special_tokens = False
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the bytes of a text."""
+        return list(text.encode("utf-8"))
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Returns the text of bytes; `<|endoftext|>` for 256."""
+        pieces = (END_OF_TEXT.encode() if i == self.eod else bytes([i]) for i in map(int, ids))
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """`<0x41>` -> 65, and `<|endoftext|>` -> 256."""
+        return {**{f"<0x{byte:02X}>": byte for byte in range(256)}, END_OF_TEXT: self.eod}
+
+
+class NullTokenizer(Tokenizer):
+    """A text is ids in decimal, separated by white space; for benchmarks and tests.
+
+    Args:
+        vocab_size: number of ids that may occur; the end-of-document id follows them, so there are `vocab_size + 1`.
+    """
+
+    _takes_any_text = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self.eod = vocab_size
+        self.vocab_size = vocab_size + 1
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the numbers of a text.
+
+        Raises:
+            ValueError: a word is not a number in `[0, vocab_size)`.
+        """
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError:
+            raise ValueError("NullTokenizer: the text is not a list of numbers") from None
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"NullTokenizer: a number lies outside [0, {self.vocab_size})")
+        return ids
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Returns the ids in decimal, separated by a space."""
+        return " ".join(map(str, map(int, ids)))
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Decimal -> id."""
+        return {str(i): i for i in range(self.vocab_size)}

@@ -1,0 +1,323 @@
+"""A Llama-family config.json as a `ModelConfig`, and back. What cannot be expressed exactly is an error of one line.
+
+    model_type   beyond Llama's RMSNorm, rotary positions, SwiGLU and grouped-query attention
+    llama        attention_bias: biases in q, k, v, o; mlp_bias: in gate, up, down; rope scaling `llama3`, `linear`
+    mistral      a sliding window
+    qwen2        biases in q, k and v
+    qwen3        norms on queries and keys; attention_bias as in Llama
+
+Attention here looks at everything before a token. A model with a sliding window does the same on sequences up to the
+window, so it is imported for those: its longest position becomes the window, and whatever would go past it is refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.hf_fields import check_fields, sliding_window
+from megatron_ext.interop.formats.hf_rope import read_rotary
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Architecture -> model_type of the models that can be imported and exported."""
+
+DEFAULT_SEQUENCE_LENGTH = 4096
+
+# Values of Hugging Face's classes where a config.json leaves a field out; they differ between models.
+_DEFAULT_HEAD_SIZE = {"qwen3": 128}
+_DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a config.json says, in our terms."""
+
+    model: ModelConfig
+    vocab_size: int
+    architecture: str
+    notes: tuple[str, ...]
+    """For the user: what is not taken over as it stands."""
+
+
+def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
+    """The architecture of a config.json, and notes for the user.
+
+    transformers goes by `model_type`; `architectures` only tells which head the model was saved with.
+
+    Raises:
+        ValueError: none that can be imported.
+    """
+    kind, named = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(named, list) or any(name not in ARCHITECTURES for name in named):
+        what = ", ".join(map(str, named)) if isinstance(named, list) else named
+        raise ValueError(f"{source}: architectures {what}: must be one of {', '.join(ARCHITECTURES)}")
+    kinds = {model_type: name for name, model_type in ARCHITECTURES.items()}
+    if kind is None and named:
+        raise ValueError(
+            f"{source}: model_type is missing, by which transformers chooses the model; "
+            f"for {named[0]} it is {ARCHITECTURES[named[0]]}"
+        )
+    if kind not in kinds:
+        raise ValueError(
+            f"{source}: model_type {kind}: must be one of {', '.join(kinds)}"
+            + (f" (transformers goes by it, not by architectures {named[0]})" if named else "")
+        )
+    if named and kinds[kind] not in named:
+        return kinds[kind], (f"imported as {kinds[kind]} by its model_type, not as {named[0]}",)
+    return kinds[kind], ()
+
+
+def to_model_config(
+    config: dict[str, Any],
+    source: str,
+    *,
+    seq_length: int | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+) -> Source:
+    """What a config.json describes.
+
+    Args:
+        config: the file's content.
+        source: the file, named in errors.
+        seq_length: tokens of a training sequence; by default the longest position, at most 4096.
+        make_vocab_size_divisible_by: by default the greatest power of two up to 128 that leaves nothing to pad.
+
+    Raises:
+        ValueError: the model cannot be expressed.
+    """
+    architecture, notes = read_architecture(config, source)
+    kind = ARCHITECTURES[architecture]
+    field_notes = check_fields(config, kind, source)
+    vocab_size: int = config["vocab_size"]
+    longest: int = config.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+    rotary, rotary_notes = read_rotary(config, longest, source)
+    positions, window_notes = _longest_position(config, kind, longest, source)
+    if seq_length is not None and seq_length > positions:
+        raise ValueError(
+            f"--seq-length {seq_length}: {source} describes a model for up to {positions} tokens"
+        )
+    divisor = make_vocab_size_divisible_by or next(
+        d for d in (128, 64, 32, 16, 8, 4, 2, 1) if vocab_size % d == 0
+    )
+    fields: dict[str, Any] = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        **_heads(config, kind, source),
+        "seq_length": seq_length or min(positions, DEFAULT_SEQUENCE_LENGTH),
+        "max_position_embeddings": positions,
+        "sliding_window": positions if notes else None,
+        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "swiglu": True,
+        "qk_layernorm": kind == "qwen3",
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "hidden_dropout": 0.0,
+        "attention_dropout": float(config.get("attention_dropout") or 0.0),
+        "init_method_std": config.get("initializer_range", 0.02),
+        "make_vocab_size_divisible_by": divisor,
+        **_biases(config, kind),
+        **rotary,
+    }
+    notes += (*window_notes, *field_notes, *rotary_notes)
+    try:
+        return Source(ModelConfig(**fields), vocab_size, architecture, notes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: describes no model that can be built ({error})") from None
+
+
+def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(kind))
+    groups = heads if groups is None else groups
+    if heads % groups:
+        raise ValueError(f"{source}: num_key_value_heads {groups}: must divide num_attention_heads {heads}")
+    if kind == "llama" and hidden % heads:
+        raise ValueError(f"{source}: num_attention_heads {heads}: must divide hidden_size {hidden}")
+    size = config.get("head_dim", _DEFAULT_HEAD_SIZE.get(kind))
+    width = hidden // heads if size is None else size
+    if width % 2 or width == 0:
+        what = f"head_dim {width}" if size is not None else f"hidden_size {hidden} / {heads} heads = {width}"
+        raise ValueError(f"{source}: {what}: must be an even number")
+    if hidden % heads:  # transformers rounds down
+        size = width
+    return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
+
+
+def _longest_position(
+    config: dict[str, Any], kind: str, positions: int, source: str
+) -> tuple[int, tuple[str, ...]]:
+    window = sliding_window(config, kind, source)
+    if window is None or window >= positions:
+        return positions, ()
+    note = (
+        f"sliding window {window}: attention here has no window, which is the same for sequences up to {window} "
+        "tokens; the model is imported for those"
+    )
+    return window, (note,)
+
+
+def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
+    attention = kind in ("llama", "qwen3") and bool(config.get("attention_bias"))
+    mlp = kind == "llama" and bool(config.get("mlp_bias"))
+    if attention and mlp:
+        return {"disable_bias_linear": False}
+    return {
+        "disable_bias_linear": True,
+        "add_qkv_bias": attention or kind == "qwen2",
+        "add_attention_output_bias": attention,
+        "add_mlp_bias": mlp,
+    }
+
+
+def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
+    """The architecture that expresses a model exactly.
+
+    Args:
+        model: the base model.
+        wanted: an architecture of `ARCHITECTURES`, or None for the first that does.
+
+    Raises:
+        ValueError: there is none, or not the wanted one; it names the flag that stands in the way.
+    """
+    obstacles = {
+        "--normalization": (model.normalization, "RMSNorm"),
+        "--position-embedding-type": (model.position_embedding_type, "rope"),
+        "--rotary-percent": (model.rotary_percent, 1.0),
+        "--swiglu": (model.swiglu, True),
+    }
+    for flag, (ours, theirs) in obstacles.items():
+        if ours != theirs:
+            raise ValueError(
+                f"{flag} {ours}: a Llama-family model has {theirs}, so this one cannot be exported"
+            )
+    fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind)]
+    if wanted is not None and wanted not in ARCHITECTURES:
+        raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")
+    if wanted is not None and wanted not in fitting:
+        raise ValueError(
+            f"--architecture {wanted}: does not have this model's biases or query and key norms"
+            + (f"; {', '.join(fitting)} does" if fitting else "")
+        )
+    if not fitting:
+        raise ValueError(
+            "no Llama-family model has this model's combination of biases and query and key norms"
+        )
+    return wanted or fitting[0]
+
+
+def _fits(model: ModelConfig, kind: str) -> bool:
+    qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
+    if kind == "llama":
+        is_even = model.hidden_size % model.num_attention_heads == 0  # transformers demands it of Llama alone
+        return qkv == output and not model.qk_layernorm and is_even
+    if kind == "mistral":
+        return not (qkv or output or mlp or model.qk_layernorm)
+    if kind == "qwen2":
+        return qkv and not (output or mlp or model.qk_layernorm)
+    return qkv == output and not mlp and model.qk_layernorm
+
+
+_REPLACED = {
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "dtype",
+    "transformers_version",
+    "quantization_config",
+    "auto_map",
+    "name_or_path",
+    "_name_or_path",
+    "_commit_hash",
+}
+"""Fields of an imported config.json that are not written again: ours stand for them, or they told of its directory."""
+
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+def from_model_config(
+    model: ModelConfig,
+    vocab_size: int,
+    architecture: str,
+    dtype: str,
+    imported: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The config.json of a model, in the words that both transformers 4 and 5 read.
+
+    Args:
+        model: the base model.
+        vocab_size: rows of the embedding, without padding.
+        architecture: as `choose_architecture` gave it.
+        dtype: as in `float32`.
+        imported: the config.json that the model was imported from, for what it says beyond the model.
+    """
+    kind = ARCHITECTURES[architecture]
+    free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
+    config = _of_model(model, vocab_size, kind, dtype)
+    if imported is None:
+        return {**config, **free}
+    if imported["model_type"] != kind:
+        ids = {name: value for name, value in imported.items() if name in ("bos_token_id", "eos_token_id")}
+        return {**config, **free, **ids}
+    kept = {name: value for name, value in imported.items() if name not in _REPLACED}
+    config = {**kept, **config}
+    window, longest = sliding_window(imported, kind), model.resolved_max_position_embeddings
+    if window is None or window >= longest:
+        config = {name: value for name, value in config.items() if name not in _WINDOW}
+        config |= {name: imported[name] for name in _WINDOW if name in imported}
+    if (
+        window == longest
+    ):  # imported for sequences up to its window; the same model with the window back in place
+        config["max_position_embeddings"] = imported.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+    return config
+
+
+def _of_model(model: ModelConfig, vocab_size: int, kind: str, dtype: str) -> dict[str, Any]:
+    architecture = next(name for name, model_type in ARCHITECTURES.items() if model_type == kind)
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.resolved_ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.resolved_num_query_groups,
+        "head_dim": model.resolved_kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.resolved_max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": _rope_scaling(model),
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": model.attention_dropout,
+        "torch_dtype": dtype,
+    }
+    if kind in ("llama", "qwen3"):
+        config["attention_bias"] = model.has_qkv_bias
+    if kind == "llama":
+        config["mlp_bias"] = model.has_mlp_bias
+    if kind != "llama":
+        config["sliding_window"] = None
+    if kind.startswith("qwen"):
+        config["use_sliding_window"] = False
+    return config
+
+
+def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    if model.rotary_seq_len_interpolation_factor is not None:
+        return {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
+    if not model.use_rope_scaling:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": model.rope_scaling_factor,
+        "low_freq_factor": model.rope_low_freq_factor,
+        "high_freq_factor": model.rope_high_freq_factor,
+        "original_max_position_embeddings": model.rope_original_max_position_embeddings,
+    }

@@ -1,0 +1,275 @@
+"""Tensors of a Hugging Face directory: one safetensors file, or several and their index.
+
+A tensor is read when it is asked for, and written files hold at most as much as a user allows, so that neither side
+needs more memory than a tensor or a file. Pickled weights (`pytorch_model.bin`) are not read.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.directory_diagnosis import (
+    check_no_pointer,
+    describe_missing,
+    other_names,
+    what_is_there,
+)
+from megatron_ext.interop.formats.weight_layout import Entry, Shape, join
+
+CONFIG = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_READ_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
+"""Stored type -> type it is given in. The engine trains in fp32 and bf16; fp16 becomes fp32, without loss."""
+
+
+def read_config(model_dir: str | Path) -> dict[str, Any]:
+    """The config.json of a directory.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is not a JSON object.
+    """
+    folder = Path(model_dir)
+    if folder.is_file():
+        raise NotADirectoryError(f"--model-dir {model_dir}: a file, not a Hugging Face directory")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--model-dir {model_dir}: no such directory (a name on a hub is not looked up)"
+        )
+    there = None if (folder / CONFIG).is_file() else what_is_there(folder)
+    return read_object(
+        folder / CONFIG, f"--model-dir {model_dir}: no config.json in it" + (f"; {there}" if there else "")
+    )
+
+
+def read_object(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object of a file.
+
+    Raises:
+        FileNotFoundError: with the text `missing`.
+        ValueError: it is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(missing)
+    check_no_pointer(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+class SafetensorsFiles:
+    """The tensors of a directory by name.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, a file is missing or damaged, or the index does not fit.
+    """
+
+    def __init__(self, model_dir: str | Path) -> None:
+        """Reads the headers of all files. None stays open: what is mapped of it would count as memory in use.
+
+        Args:
+            model_dir: the directory.
+        """
+        self.folder = Path(model_dir)
+        self._headers: dict[str, tuple[Shape, str]] = {}
+        self._file_of: dict[str, str] = {}
+        index = self.folder / INDEX
+        listed = _indexed_files(index) if index.is_file() else [SINGLE_FILE]
+        self._check_present(listed)
+        for file in listed:
+            self._open(file)
+        if index.is_file():
+            self._check_index(read_object(index, "")["weight_map"])
+
+    def _check_present(self, listed: list[str]) -> None:
+        missing = [file for file in listed if not (self.folder / file).is_file()]
+        if not missing:
+            return
+        what = describe_missing(self.folder / missing[0])
+        if listed == [SINGLE_FILE] and not (self.folder / SINGLE_FILE).is_symlink():
+            there = what_is_there(self.folder)
+            what = f"neither {SINGLE_FILE} nor {INDEX} in it" + (f"; {there}" if there else "")
+        elif len(listed) > 1:
+            what += f" ({len(missing)} of the {len(listed)} files in {INDEX}); copy the whole directory again"
+        raise FileNotFoundError(f"--model-dir {self.folder}: {what}")
+
+    def _open(self, file: str) -> None:
+        path = self.folder / file
+        check_no_pointer(path)
+        try:
+            with safe_open(str(path), framework="pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+                headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
+        for name, header in headers.items():
+            if name in self._file_of:
+                raise ValueError(f"{path}: holds {name}, as does {self._file_of[name]}")
+            self._file_of[name], self._headers[name] = file, header
+
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
+        for name in sorted(set(weight_map) | set(self._file_of)):
+            listed, found = weight_map.get(name), self._file_of.get(name)
+            if listed != found:
+                where = f"is in {found}" if found else "is in no file"
+                raise ValueError(
+                    f"{self.folder / INDEX}: {name} {where}, the index says {listed or 'nothing of it'}"
+                )
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, from the file's header."""
+        return self._headers[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that `read` gives a tensor in.
+
+        Raises:
+            ValueError: the file's type is not one that can be imported.
+        """
+        stored = self._headers[name][1]
+        if stored not in _READ_AS:
+            raise ValueError(
+                f"{self.folder / self._file_of[name]}: {name} is {stored}, must be {', '.join(_READ_AS)}"
+            )
+        return _READ_AS[stored]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU."""
+        with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor.to(self.dtype(name))
+
+
+def _indexed_files(index: Path) -> list[str]:
+    weight_map = read_object(index, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map")
+    files = sorted({str(file) for file in weight_map.values()})
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index}: {file}: not a file of this directory")
+    return files
+
+
+class HuggingFaceState(Mapping[str, torch.Tensor]):
+    """A checkpoint's tensors by global name, made from Hugging Face's when they are asked for."""
+
+    def __init__(self, files: SafetensorsFiles, model: ModelConfig, found: list[Entry]) -> None:
+        """Args:
+        files: where they come from.
+        model: the base model.
+        found: its `layout.entries`.
+
+        Raises:
+            ValueError: a tensor is missing, superfluous, or of another shape or type.
+        """
+        self._files = files
+        self._model = model
+        self._entries = {entry.name: entry for entry in found}
+        _check(files, found, tied=not model.untie_embeddings_and_output_weights)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        return join(entry, [self._files.read(part) for part, _ in entry.parts], self._model)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> Shape:
+        """Whole shape of a tensor, without reading it."""
+        return self._entries[name].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """fp32 where any tensor is, else bf16."""
+        types = {self._files.dtype(part) for entry in self._entries.values() for part, _ in entry.parts}
+        return torch.bfloat16 if types == {torch.bfloat16} else torch.float32
+
+
+def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
+    wanted = dict(part for entry in found for part in entry.parts)
+    missing = [name for name in wanted if name not in files.names]
+    extra = sorted(name for name in files.names - set(wanted) if not name.endswith(".rotary_emb.inv_freq"))
+    other = other_names(files.names, wanted) if missing or extra else None
+    if other is not None:
+        raise ValueError(f"--model-dir {files.folder}: {other}")
+    if missing:
+        raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its safetensors files")
+    if tied and "lm_head.weight" in extra:
+        # Saved by some although config.json says that the embedding serves; harmless where it is the same.
+        if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+            raise ValueError(
+                f"--model-dir {files.folder}: lm_head.weight differs from the embedding, to which config.json ties it"
+            )
+        extra.remove("lm_head.weight")
+    if extra:
+        raise ValueError(f"--model-dir {files.folder}: {_listed(extra)} not part of the model in config.json")
+    for name, shape in wanted.items():
+        if files.shape(name) != shape:
+            raise ValueError(
+                f"--model-dir {files.folder}: {name} has shape {list(files.shape(name))}, "
+                f"by config.json it should be {list(shape)}"
+            )
+        files.dtype(name)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]],
+    max_shard_size: int,
+) -> list[str]:
+    """Writes tensors into safetensors files of at most `max_shard_size` bytes, with an index where there are several.
+
+    Args:
+        folder: an empty directory.
+        tensors: groups that are read together: name and size in bytes of each, and what reads them.
+        max_shard_size: bytes; a group that is larger has a file for itself.
+
+    Returns:
+        The names of the files.
+    """
+    shards: list[list[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]] = [[]]
+    size = total = 0
+    for group in tensors:
+        group_size = sum(part for _, part in group[0])
+        if shards[-1] and size + group_size > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(group)
+        size, total = size + group_size, total + group_size
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = [SINGLE_FILE] if len(shards) == 1 else names
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(names, shards, strict=True):
+        held: dict[str, torch.Tensor] = {}
+        for parts, read in shard:
+            held |= {name: tensor.contiguous() for (name, _), tensor in zip(parts, read(), strict=True)}
+        weight_map |= dict.fromkeys(held, file)
+        save_file(held, str(folder / file), metadata={"format": "pt"})
+    if len(names) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return names

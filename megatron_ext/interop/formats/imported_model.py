@@ -1,0 +1,199 @@
+"""What an imported model brought beside its tensors, and how it gets into checkpoints and out again.
+
+    {save}/hugging_face/            the small files that stood beside the weights, as they were
+    run_config.json, `hugging_face`
+        config                      content of config.json
+        generation_config           content of generation_config.json, or null
+        eos_token_ids               ids that end a generation, as transformers would take them from the two
+        folder, files               the directory above, and the names in it
+
+Every run that starts from an imported model keeps the section while it keeps the model's tokenizer
+(`training.checkpoint`). The tokenizer's own files are carried by `tokenizer_files`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.interop.formats.hf_files import CONFIG, INDEX, read_object
+from megatron_ext.interop.formats.tokenizer_files import FILES
+from megatron_ext.training.checkpoint.checkpointer import IMPORTED
+
+FOLDER = "hugging_face"
+GENERATION_CONFIG = "generation_config.json"
+
+_CHAT_TEMPLATE, _CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".npz",
+)
+_CODE = (".py", ".pyc", ".sh", ".so", ".ipynb")
+_LARGEST = 32 * 2**20
+
+_DEFAULT_EOS = {"llama": 2, "mistral": 2}
+"""Ids of transformers' classes where a config.json has no `eos_token_id`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What a model's directory says beyond its tensors and its tokenizer."""
+
+    config: dict[str, Any]
+    """Content of config.json."""
+
+    generation_config: dict[str, Any] | None = None
+    """Content of generation_config.json, None where there is none."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids that end a generation."""
+
+    folder: str | None = None
+    """Where the files are."""
+
+    files: tuple[str, ...] = ()
+    """Names of the small files to keep."""
+
+    @classmethod
+    def read(cls, model_dir: str | Path, config: dict[str, Any]) -> tuple["Imported", list[str]]:
+        """Reads a directory; also the names of what is left behind.
+
+        Raises:
+            ValueError: generation_config.json is not JSON, or its ids are none.
+        """
+        path = Path(model_dir, GENERATION_CONFIG)
+        generation = read_object(path, "") if path.is_file() else None
+        files, left = _sort_files(Path(model_dir))
+        ids = _eos_token_ids(config, generation or {}, path)
+        imported = cls(
+            config=config,
+            generation_config=generation,
+            eos_token_ids=ids,
+            folder=str(model_dir),
+            files=tuple(files),
+        )
+        return imported, left
+
+    @classmethod
+    def of_run(cls, *run_configs: Mapping[str, Any]) -> "Imported | None":
+        """The first that a configuration in a checkpoint tells of, None for models that were not imported."""
+        for run_config in run_configs:
+            section = run_config.get(IMPORTED)
+            if section is not None and "config" in section:
+                lists = {name: tuple(section[name]) for name in ("eos_token_ids", "files")}
+                return cls(**{**section, **lists})
+            if section is not None:  # a checkpoint of a version that kept config.json alone
+                return cls(config=section)
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        """The section of run_config.json; `of_run` reads it."""
+        return asdict(self)
+
+    def copy_files(self, save: Path) -> None:
+        """Copies the files into the directory of a checkpoint that is being written."""
+        if self.files:
+            (save / FOLDER).mkdir()
+        for name in self.files:
+            _copy(Path(self.folder or "", name), save / FOLDER / name)
+
+    def placed(self, save: str | Path) -> "Imported":
+        """The same with its files where `copy_files` has put them, once `save` is there."""
+        return replace(self, folder=os.path.abspath(Path(save, FOLDER)) if self.files else None)
+
+    def write_files(self, target: Path, tokenizer_dir: Path | None) -> list[str]:
+        """Writes what an export keeps, but for config.json and the tokenizer's files; returns notes for the user.
+
+        Args:
+            target: the directory, with the tokenizer's files in it.
+            tokenizer_dir: where the tokenizer's files came from, None for none.
+        """
+        places = [Path(self.folder)] if self.folder is not None else []
+        places += [tokenizer_dir.parent / FOLDER] if tokenizer_dir is not None else []
+        kept, gone = [], []
+        if self.generation_config is not None:
+            text = json.dumps(self.generation_config, indent=2, ensure_ascii=False)
+            (target / GENERATION_CONFIG).write_text(text + "\n", encoding="utf-8")
+            kept.append(GENERATION_CONFIG)
+        for name in self.files:
+            source = next((place / name for place in places if (place / name).exists()), None)
+            if source is None:
+                gone.append(name)
+            elif not (target / name).exists():
+                _copy(source, target / name)
+                kept.append(name)
+        if tokenizer_dir is not None:
+            _keep_chat_template(tokenizer_dir, target)
+        notes = [f"kept as imported: {', '.join(kept)}"] if kept else []
+        if gone:
+            notes.append(f"not written, as {self.folder} is not there any more: {', '.join(gone)}")
+        return notes
+
+
+def _sort_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the small files to keep, and of what is left behind although somebody may miss it."""
+    of_others = {CONFIG, GENERATION_CONFIG, *FILES} - {_CHAT_TEMPLATE}
+    read = _weights_read(folder)
+    kept, left = [], []
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name.startswith(".") or name in of_others or name in read or name.endswith(".index.json"):
+            continue
+        is_kept = path.is_file() and path.suffix not in _WEIGHTS + _CODE and path.stat().st_size <= _LARGEST
+        if is_kept or (name == _CHAT_TEMPLATES and path.is_dir()):
+            kept.append(name)
+        else:
+            left.append(f"{name}/" if path.is_dir() else name)
+    return kept, left
+
+
+def _weights_read(folder: Path) -> set[str]:
+    if (folder / INDEX).is_file():
+        return set(map(str, read_object(folder / INDEX, "").get("weight_map", {}).values()))
+    return {"model.safetensors"}
+
+
+def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    of_model = config.get("eos_token_id", _DEFAULT_EOS.get(config["model_type"]))
+    found = generation.get("eos_token_id", of_model)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{path}: eos_token_id {found}: must be ids")
+    return tuple(ids)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
+    """A tokenizer that was written anew has no chat template; the imported one's is its configuration's."""
+    before, after = tokenizer_dir / _TOKENIZER_CONFIG, target / _TOKENIZER_CONFIG
+    if not (before.is_file() and after.is_file()) or (target / _CHAT_TEMPLATE).exists():
+        return
+    template, content = read_object(before, "").get("chat_template"), read_object(after, "")
+    if template is not None and "chat_template" not in content:
+        text = json.dumps({**content, "chat_template": template}, indent=2, ensure_ascii=False)
+        after.write_text(text + "\n", encoding="utf-8")
+
+
+def left_behind(names: Iterable[str]) -> list[str]:
+    """A note that names what an import does not take along; none where there is nothing."""
+    listed = ", ".join(names)
+    return [f"left behind: {listed}"] if listed else []

@@ -1,0 +1,201 @@
+"""Tokenizers of ours as one tokenizer.json of Hugging Face's `tokenizers`, with equal ids.
+
+    byte-level BPE, Hugging Face      the library's object itself
+    SentencePiece                     unigram or BPE over the whole text, as SentencePiece segments it
+    tiktoken                          byte-level BPE whose merges are found from the ranks
+    bytes                             byte-level BPE without a merge
+
+transformers has a conversion of SentencePiece models too, but it assumes one kind of model and gives other ids for
+others. What differs in the two libraries is said where it is dealt with. Whoever writes the result reads it back.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.data.tokenizers.bpe import LibraryTokenizer
+from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer
+from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from megatron_ext.data.tokenizers.tiktoken import PATTERN, TikTokenizer
+
+_SPACE = "\u2581"
+_WAVE_DASH, _NO_CHARACTER = "\uff5e", "\ufdd0"
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+
+def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None:
+    """Returns an object of `tokenizers` that gives a tokenizer's ids; None where it has none.
+
+    Args:
+        tokenizer: any of ours.
+        source: its file, for errors.
+
+    Raises:
+        ValueError: a SentencePiece model of a kind that `tokenizers` cannot express.
+    """
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer.backend
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _from_sentencepiece(tokenizer.proto(), source)
+    if isinstance(tokenizer, TikTokenizer):
+        return _from_ranks(tokenizer)
+    return _from_bytes(tokenizer) if isinstance(tokenizer, ByteLevelTokenizer) else None
+
+
+def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
+    trainer, rules, pieces = proto.trainer_spec, proto.normalizer_spec, list(proto.pieces)
+    unsupported = {
+        "model type (only unigram and bpe)": trainer.model_type not in (_UNIGRAM, _BPE),
+        "escape_whitespaces=false": not rules.escape_whitespaces,
+        "treat_whitespace_as_suffix=true": trainer.treat_whitespace_as_suffix,
+        "unused pieces": any(piece.type == _UNUSED for piece in pieces),
+    }
+    for what, is_so in unsupported.items():
+        if is_so:
+            raise ValueError(
+                f"{source}: has {what}, which no tokenizer.json expresses; --no-tokenizer leaves it out"
+            )
+    symbols = [piece.piece for piece in pieces if piece.type == _USER_DEFINED]
+    is_bpe = trainer.model_type == _BPE
+    library = tokenizers.Tokenizer(
+        _merging_model(pieces, trainer, bool(symbols)) if is_bpe else _unigram_model(pieces, trainer)
+    )
+    library.normalizer = normalizers.Sequence(list(_normalizers(rules)))
+    splits = [re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True)]
+    if is_bpe and symbols:
+        splits += _guards(pieces)
+    if splits:
+        # SentencePiece never segments across a symbol of the user's, and keeps it whole.
+        library.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(splits)), "isolated")
+    steps: list[Any] = [
+        decoders.Replace(_SPACE, " "),
+        decoders.Replace(trainer.unk_piece, trainer.unk_surface),
+    ]
+    steps += [decoders.ByteFallback(), decoders.Fuse()]
+    if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", 1, 0))
+    library.decoder = decoders.Sequence(steps)
+    library.encode_special_tokens = True
+    return library
+
+
+def _normalizers(rules: Any) -> Iterator[Any]:
+    if rules.precompiled_charsmap:
+        # `Precompiled` knows a letter with its marks only up to five bytes, so NFKC composes them before. It would also
+        # replace the wave dash, which SentencePiece's rules keep: a code point that is no character stands for it.
+        composed = "nfkc" in rules.name
+        if composed:
+            yield normalizers.Replace(_WAVE_DASH, _NO_CHARACTER)
+            yield normalizers.NFKC()
+        yield normalizers.Precompiled(rules.precompiled_charsmap)
+        if composed:
+            yield normalizers.Replace(_NO_CHARACTER, _WAVE_DASH)
+    if rules.remove_extra_whitespaces:
+        yield normalizers.Replace(Regex(r"\A +| +\z"), "")
+        yield normalizers.Replace(Regex(" {2,}"), " ")
+    if rules.add_dummy_prefix:
+        yield normalizers.Prepend(_SPACE)
+    yield normalizers.Replace(" ", _SPACE)
+
+
+def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
+    """The pieces with their scores; those that no text gives get a score that loses against their own letters."""
+    score_of = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
+    unknown = min(score_of.values(), default=0.0) - 10.0
+    vocab = []
+    for piece in pieces:
+        spelled = sum(score_of.get(letter, unknown) for letter in piece.piece) - 1.0
+        vocab.append((piece.piece, score_of.get(piece.piece, spelled)))
+    return models.Unigram(vocab, trainer.unk_id, trainer.byte_fallback)
+
+
+def _merging_model(pieces: list[Any], trainer: Any, has_symbols: bool) -> models.BPE:
+    """SentencePiece merges any two neighbours that make a piece, the best piece first: so each way is a merge here."""
+    number = {piece.piece: i for i, piece in enumerate(pieces)}
+    normal = {piece.piece for piece in pieces if piece.type == _NORMAL}
+    merges: list[tuple[str, str]] = []
+    for piece in sorted((piece for piece in pieces if piece.type == _NORMAL), key=lambda piece: -piece.score):
+        text = piece.piece
+        ways = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        known = [(left, right) for left, right in ways if left in normal and right in normal]
+        merges += sorted(known, key=lambda way: (number[way[0]], number[way[1]]))
+    return models.BPE(
+        vocab=number,
+        merges=merges,
+        unk_token=trainer.unk_piece,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+        ignore_merges=has_symbols,  # a symbol is found whole, there is no merge that makes it
+    )
+
+
+def _guards(pieces: list[Any]) -> Iterator[str]:
+    """Patterns that cut what spells a piece no text gives (`</s>`, `<0x41>`), where no piece reaches across the cut."""
+    pairs = {
+        pair
+        for piece in pieces
+        if piece.type in (_NORMAL, _USER_DEFINED)
+        for pair in zip(piece.piece, piece.piece[1:], strict=False)
+    }
+    for piece in pieces:
+        if piece.type in (_CONTROL, _UNKNOWN, _BYTE):
+            text = piece.piece
+            cut = next((i for i in range(1, len(text)) if (text[i - 1], text[i]) not in pairs), None)
+            if cut is not None:
+                yield f"(?<={re.escape(text[:cut])})(?={re.escape(text[cut:])})"
+
+
+def _from_ranks(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
+    ranks = tokenizer.mergeable_ranks()
+    merges: list[tuple[int, bytes, bytes]] = []
+    for token, rank in ranks.items():
+        ways = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        known = [(left, right) for left, right in ways if left in ranks and right in ranks]
+        merges += [
+            (rank, left, right)
+            for left, right in sorted(known, key=lambda way: (ranks[way[0]], ranks[way[1]]))
+        ]
+    merges.sort(key=lambda merge: merge[0])
+    special = tokenizer.special_tokens()
+    library = _byte_level(ranks, [(left, right) for _, left, right in merges], PATTERN, special)
+    library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return library
+
+
+def _from_bytes(tokenizer: ByteLevelTokenizer) -> tokenizers.Tokenizer:
+    library = _byte_level({bytes([i]): i for i in range(256)}, [], None, {})
+    # Its text is bytes and nothing else, the end-of-document token's name too.
+    library.add_special_tokens(
+        [AddedToken(tokenizer.inv_vocab[tokenizer.eod], special=True, normalized=False)]
+    )
+    library.encode_special_tokens = True
+    return library
+
+
+def _byte_level(
+    ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]], pattern: str | None, special: dict[str, int]
+) -> tokenizers.Tokenizer:
+    spelled = {token: "".join(_LETTER[byte] for byte in token) for token in ids}
+    vocab = {**{spelled[token]: number for token, number in ids.items()}, **special}
+    pairs = [(spelled[left], spelled[right]) for left, right in merges]
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    splits = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    library.pre_tokenizer = pre_tokenizers.Sequence([*splits, plain])
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def _letters() -> list[str]:
+    """GPT-2's letter for each byte: itself where it prints, else the next one from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]
+
+
+_LETTER = _letters()

@@ -1,0 +1,144 @@
+"""Reads an exported tokenizer with transformers' own `AutoTokenizer` and compares it with ours.
+
+Compared are the ids of `PROBE_TEXTS`, of texts in which every special and added token stands, and of the text of every
+single id; the text of the probes' ids; the ids of the end and the begin of a text, and what is put before a text.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from megatron_ext.data.tokenizers.tokenizer import PROBE_TEXTS
+from megatron_ext.interop.formats.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
+
+_GENERAL_CLASS = "PreTrainedTokenizerFast"
+_FURTHER_TEXTS = (
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "x",
+    " lead",
+    "trail ",
+    "a  b   c",
+    "line\r\nline\rline\x0b\x0c\x85\u2028",
+    "0123456789 3.14 1,000,000 ½ ٣ Ⅷ",
+    "cafe\u0301 café \u1112\u1161\u11ab 한 ﬁ Å \u212b ｶﾞ ～ …",
+    "\u0000\u0001\ufffd\U0010fffd",
+    "<0x41><0x0A> ▁ ▁▁x Ġ Ċ",
+    "🙂🙂🏽👩‍👩‍👧 🇩🇪 𝔘 אב ab אב",
+)
+
+
+def check_read_back(
+    folder: Path, tokenizer: Tokenizer, shown: str | Path, *, as_imported: bool = False
+) -> list[str]:
+    """Raises unless `AutoTokenizer` reads from a directory what was written there.
+
+    transformers builds some models' tokenizers anew, by its own idea of their class, instead of taking tokenizer.json
+    as it is. Where the directory is not read right, its tokenizer_config.json gets the general class and is read again.
+
+    Args:
+        folder: a Hugging Face directory with config.json and the tokenizer's files.
+        tokenizer: what it must equal.
+        shown: the directory as the user calls it.
+        as_imported: these files and this kind of model were imported together, so a difference was there before; it is
+            told, not refused.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError: it is read as another tokenizer, with a text on which they differ.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return ["transformers is not installed: the exported tokenizer was not read back with it"]
+    difference = _difference(transformers, folder, tokenizer)
+    notes = []
+    if difference is not None:
+        before = (folder / TOKENIZER_CONFIG).read_bytes()
+        former = _set_class(folder)
+        notes = [
+            f"tokenizer_class is {_GENERAL_CLASS}: as {former} transformers gives other ids ({difference})"
+        ]
+        left = _difference(transformers, folder, tokenizer)
+        if left is not None and not as_imported:
+            raise ValueError(
+                f"--model-dir {shown}: transformers reads the tokenizer differently ({left}); "
+                "--no-tokenizer leaves it out, another --architecture may be read right"
+            )
+        if left is not None:
+            (folder / TOKENIZER_CONFIG).write_bytes(before)
+            notes = [
+                f"transformers reads this tokenizer, as that of the imported directory, otherwise than its "
+                f"{TOKENIZER_JSON} says ({difference})"
+            ]
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_unigram:
+        notes.append(
+            "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts the same pieces "
+            "may stand in another order where both orders are equally likely (runs of white space)"
+        )
+    return notes
+
+
+def _set_class(folder: Path) -> str | None:
+    """Writes the general class into tokenizer_config.json; returns the class that it had."""
+    path = folder / TOKENIZER_CONFIG
+    content = json.loads(path.read_text(encoding="utf-8"))
+    former: str | None = content.get("tokenizer_class")
+    content["tokenizer_class"] = _GENERAL_CLASS
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return former
+
+
+def _difference(transformers: Any, folder: Path, ours: Tokenizer) -> str | None:
+    """Says in what `AutoTokenizer` differs; None where it does not."""
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # of any kind; the user needs to know that it cannot be read
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    named = {"eos_token_id": (theirs.eos_token_id, ours.eod), "bos_token_id": (theirs.bos_token_id, ours.bos)}
+    for name, (their_id, our_id) in named.items():
+        if their_id != our_id and our_id is not None:
+            return f"{name} is {their_id} instead of {our_id}"
+    before = theirs("")["input_ids"][:1] == [ours.bos]
+    if before != ours.adds_bos and ours.bos is not None:
+        return f"it puts {'a' if before else 'no'} begin-of-text token before a text"
+    texts = list(_texts(ours))
+    found_ids = theirs(texts, add_special_tokens=False)["input_ids"]
+    for text, found, wanted in zip(texts, found_ids, ours.tokenize_batch(texts), strict=True):
+        if found != wanted:
+            return f"{text[:40]!r} gives {_around(found, wanted)} instead of {_around(wanted, found)}"
+    return _text_difference(theirs, ours)
+
+
+def _text_difference(theirs: Any, ours: Tokenizer) -> str | None:
+    for text in (*PROBE_TEXTS, *_FURTHER_TEXTS):
+        ids = ours.tokenize(text)
+        found = theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        wanted = ours.detokenize(ids)
+        if found != wanted:
+            return f"the ids of {text[:40]!r} become {found[:40]!r}"
+    return None
+
+
+def _texts(ours: Tokenizer) -> Iterator[str]:
+    yield from PROBE_TEXTS
+    yield from _FURTHER_TEXTS
+    for number in (ours.eod, ours.bos):
+        if number is not None:
+            token = ours.inv_vocab[number]
+            yield f"a{token}b {token} {token}{token}\n{token}"
+    yield from (ours.detokenize([number]) for number in sorted(ours.inv_vocab))
+
+
+def _around(ids: list[int], others: list[int]) -> list[int]:
+    """The ids near the first place where they differ from others."""
+    place = next((i for i, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), 0)
+    return ids[max(place - 2, 0) : place + 6]

@@ -1,0 +1,152 @@
+"""Names and layouts of a Llama-family model's tensors: Hugging Face's against a checkpoint's, in both directions.
+
+    checkpoint                                                   Hugging Face
+    embedding.word_embeddings.weight          [V_pad, h]         model.embed_tokens.weight [V, h]
+    decoder.layers.{i}.input_layernorm.weight                    model.layers.{i}.input_layernorm.weight
+      self_attention.linear_qkv.{weight,bias} [(n + 2g) d, ..]   self_attn.{q,k,v}_proj.{weight,bias}
+      self_attention.{q,k}_layernorm.weight   [d]                self_attn.{q,k}_norm.weight
+      self_attention.linear_proj.{weight,bias}                   self_attn.o_proj.{weight,bias}
+      pre_mlp_layernorm.weight                                   post_attention_layernorm.weight
+      mlp.linear_fc1.{weight,bias}            [2 f, ..]          mlp.{gate,up}_proj.{weight,bias}: gate, then up
+      mlp.linear_fc2.{weight,bias}                               mlp.down_proj.{weight,bias}
+    decoder.final_layernorm.weight                               model.norm.weight
+    output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], where it is not the embedding
+
+The fused projection is ordered by key/value group: the group's n/g query heads, its key head, its value head. Both
+sides rotate halves of a head, so no channel moves. Names are global; no tensor here depends on a cut.
+Letters: h hidden, f FFN, n query heads, g key/value heads, d head size, V vocabulary. No I/O.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_ext.config.groups.model_config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint and the Hugging Face tensors that it is made of."""
+
+    name: str
+    """Global name in a checkpoint."""
+
+    shape: Shape
+    """Whole shape in a checkpoint."""
+
+    parts: tuple[tuple[str, Shape], ...]
+    """Name and shape of each Hugging Face tensor."""
+
+    kind: Literal["same", "rows", "groups", "vocabulary"]
+    """How parts make the tensor: one part, rows one after the other, rows by key/value group, rows and padding."""
+
+
+def entries(model: ModelConfig, vocab_size: int, padded_vocab_size: int) -> list[Entry]:
+    """All tensors of a model that `hf_config` can express, in the order of use.
+
+    Args:
+        model: the base model.
+        vocab_size: rows of the Hugging Face embedding.
+        padded_vocab_size: rows of the checkpoint's.
+    """
+    hidden = model.hidden_size
+    found = [
+        _vocabulary("embedding.word_embeddings", "model.embed_tokens", model, vocab_size, padded_vocab_size)
+    ]
+    for layer in range(model.num_layers):
+        found += _layer_entries(model, f"decoder.layers.{layer}", f"model.layers.{layer}")
+    found.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
+    if model.untie_embeddings_and_output_weights:
+        found.append(_vocabulary("output_layer", "lm_head", model, vocab_size, padded_vocab_size))
+    return found
+
+
+def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    """The checkpoint's tensor from the Hugging Face tensors of `entry.parts`, in their order and shapes.
+
+    Args:
+        entry: of `entries(model, ...)`.
+        parts: the tensors.
+        model: the base model.
+    """
+    if entry.kind == "same":
+        return parts[0]
+    if entry.kind == "rows":
+        return torch.cat(list(parts))
+    if entry.kind == "vocabulary":
+        padded = parts[0].new_zeros(entry.shape)
+        padded[: parts[0].size(0)] = parts[0]
+        return padded
+    groups = model.resolved_num_query_groups
+    by_group = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
+    return torch.cat(by_group, dim=1).reshape(entry.shape)
+
+
+def split(entry: Entry, tensor: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
+    """The Hugging Face tensors of `entry.parts` from the checkpoint's tensor; the inverse of `join`.
+
+    Args:
+        entry: of `entries(model, ...)`.
+        tensor: of `entry.shape`.
+        model: the base model.
+    """
+    shapes = [shape for _, shape in entry.parts]
+    if entry.kind == "same":
+        return [tensor]
+    if entry.kind == "vocabulary":
+        return [tensor[: shapes[0][0]]]
+    if entry.kind == "rows":
+        return list(tensor.split([shape[0] for shape in shapes]))
+    groups = model.resolved_num_query_groups
+    by_group = tensor.reshape(groups, tensor.size(0) // groups, *tensor.shape[1:])
+    pieces = by_group.split([shape[0] // groups for shape in shapes], dim=1)
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _layer_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
+    hidden, ffn, head = model.hidden_size, model.resolved_ffn_hidden_size, model.resolved_kv_channels
+    queries, keys = model.num_attention_heads * head, model.resolved_num_query_groups * head
+    attention, mlp = f"{ours}.self_attention", f"{ours}.mlp"
+    qkv = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
+    qkv = [(f"{theirs}.self_attn.{name}", rows) for name, rows in qkv]
+    gate_up = [(f"{theirs}.mlp.gate_proj", ffn), (f"{theirs}.mlp.up_proj", ffn)]
+    output, down = [(f"{theirs}.self_attn.o_proj", hidden)], [(f"{theirs}.mlp.down_proj", hidden)]
+    found = [_same(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight", (hidden,))]
+    found += _linear(f"{attention}.linear_qkv", qkv, hidden, "groups", model.has_qkv_bias)
+    if model.qk_layernorm:
+        for letter in "qk":
+            name = f"{theirs}.self_attn.{letter}_norm.weight"
+            found.append(_same(f"{attention}.{letter}_layernorm.weight", name, (head,)))
+    found += _linear(f"{attention}.linear_proj", output, queries, "same", model.has_attention_output_bias)
+    norm = f"{theirs}.post_attention_layernorm.weight"
+    found.append(_same(f"{ours}.pre_mlp_layernorm.weight", norm, (hidden,)))
+    found += _linear(f"{mlp}.linear_fc1", gate_up, hidden, "rows", model.has_mlp_bias)
+    return found + _linear(f"{mlp}.linear_fc2", down, ffn, "same", model.has_mlp_bias)
+
+
+def _linear(
+    name: str,
+    outputs: list[tuple[str, int]],
+    width: int,
+    kind: Literal["same", "rows", "groups"],
+    has_bias: bool,
+) -> list[Entry]:
+    """Weight, and bias where there is one, of a linear layer made of those with `outputs` (name, output size)."""
+    total = sum(rows for _, rows in outputs)
+    weights = tuple((f"{part}.weight", (rows, width)) for part, rows in outputs)
+    biases = tuple((f"{part}.bias", (rows,)) for part, rows in outputs)
+    found = [Entry(f"{name}.weight", (total, width), weights, kind)]
+    return [*found, Entry(f"{name}.bias", (total,), biases, kind)] if has_bias else found
+
+
+def _same(name: str, theirs: str, shape: Shape) -> Entry:
+    return Entry(name, shape, ((theirs, shape),), "same")
+
+
+def _vocabulary(name: str, theirs: str, model: ModelConfig, rows: int, padded_rows: int) -> Entry:
+    part = (f"{theirs}.weight", (rows, model.hidden_size))
+    return Entry(f"{name}.weight", (padded_rows, model.hidden_size), (part,), "vocabulary")

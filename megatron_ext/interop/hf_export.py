@@ -1,0 +1,244 @@
+"""A base model of ours as a Hugging Face directory of the Llama family, which `from_pretrained` loads."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.interop.checkpoint_without_model import CheckpointState
+from megatron_ext.interop.formats.hf_config import (
+    choose_architecture,
+    from_model_config,
+    read_architecture,
+)
+from megatron_ext.interop.formats.hf_files import write_tensors
+from megatron_ext.interop.formats.imported_model import Imported
+from megatron_ext.interop.formats.tokenizer_files import TOKENIZER_CONFIG, write_files
+from megatron_ext.interop.formats.tokenizer_readback import check_read_back
+from megatron_ext.interop.formats.weight_layout import Entry, entries, split
+from megatron_ext.interop.hf_import import require_one_process
+from megatron_ext.interop.output_directory import check_free, complete_directory
+from megatron_ext.platform import process_groups
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+
+DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_hf(
+    model: ModelConfig,
+    vocab_size: int,
+    state: Mapping[str, torch.Tensor],
+    model_dir: str | Path,
+    *,
+    tokenizer_config: TokenizerConfig | None = None,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    imported: Imported | None = None,
+) -> list[str]:
+    """Writes a Hugging Face directory, complete or not at all.
+
+    Args:
+        model: the base model.
+        vocab_size: embeddings to write; further rows of `state` are padding.
+        state: whole tensors of the base model by global name: of a checkpoint, of `base_state`, of `load_hf`.
+        model_dir: the directory.
+        tokenizer_config: the tokenizer to write beside the model, or None for none.
+        architecture: as in `LlamaForCausalLM`; by default the first that expresses the model, or the imported one.
+        dtype: float32, bfloat16 or float16; by default the tensors'.
+        max_shard_size: bytes of a safetensors file.
+        overwrite: replace what is in `model_dir`.
+        imported: what the directory held that the model was imported from, as `load_hf(...).imported`.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError: the model cannot be expressed, tensors are missing or superfluous, or `model_dir` holds something.
+        OSError: it cannot be written.
+    """
+    check_free(model_dir, "--model-dir", overwrite=overwrite)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if architecture is None and imported is not None:
+        architecture, _ = read_architecture(imported.config, "imported config.json")
+    chosen = choose_architecture(model, architecture)
+    tokenizer = build_tokenizer(tokenizer_config) if tokenizer_config is not None else None
+    found = _entries_of(model, vocab_size, state)
+    first = _dtype(state, found[0].name)
+    written_as = dtype or next(name for name, kind in DTYPES.items() if kind == first)
+    config = from_model_config(
+        model, vocab_size, chosen, written_as, imported.config if imported is not None else None
+    )
+    tensors = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
+    notes = []
+    with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
+        if tokenizer is not None and tokenizer_config is not None:
+            if write_files(tokenizer_config, tokenizer, folder):
+                if "eos_token_id" in config and config["eos_token_id"] is None:
+                    config["eos_token_id"] = tokenizer.eod
+            else:
+                notes.append(
+                    f"transformers has no {tokenizer_config.tokenizer_type}: no tokenizer is written"
+                )
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if imported is not None:
+            notes += imported.write_files(folder, _directory_of(tokenizer_config))
+        if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
+            as_imported = imported is not None and config["model_type"] == imported.config["model_type"]
+            notes += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
+        write_tensors(folder, tensors, max_shard_size)
+    return [f"{chosen}, {written_as}", *notes]
+
+
+def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor]) -> list[Entry]:
+    """The model's tensors, compared by name with those that there are."""
+    found = entries(model, vocab_size, vocab_size)
+    wanted = {entry.name for entry in found}
+    for names, what in (
+        (wanted - set(state), "lacks"),
+        (set(state) - wanted, "has, beyond a Llama-family model,"),
+    ):
+        if names:
+            raise ValueError(f"the model to export {what} {min(names)} ({len(names)} tensors in all)")
+    return found
+
+
+def _tensors(
+    found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> Iterator[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]:
+    """For `write_tensors`: each entry's parts with their sizes, and what reads them."""
+    for entry in found:
+        size = (dtype or _dtype(state, entry.name)).itemsize
+        sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]
+
+        def read(entry: Entry = entry) -> list[torch.Tensor]:
+            whole = state[entry.name].detach().cpu()
+            if entry.kind == "vocabulary":
+                whole = whole[: entry.shape[0]]
+            if whole.shape != entry.shape:
+                raise ValueError(f"{entry.name} has shape {list(whole.shape)} instead of {list(entry.shape)}")
+            return [part.to(dtype or part.dtype) for part in split(entry, whole, model)]
+
+        yield sizes, read
+
+
+def _dtype(state: Mapping[str, torch.Tensor], name: str) -> torch.dtype:
+    return state.dtype(name) if isinstance(state, CheckpointState) else state[name].dtype
+
+
+def _directory_of(tokenizer: TokenizerConfig | None) -> Path | None:
+    if tokenizer is None or tokenizer.tokenizer_model is None:
+        return None
+    path = Path(tokenizer.tokenizer_model)
+    return path if path.is_dir() else path.parent
+
+
+def export_checkpoint(
+    load: str,
+    model_dir: str | Path,
+    *,
+    ckpt_step: int | None = None,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    base_only: bool = False,
+    tokenizer_model: str | None = None,
+    no_tokenizer: bool = False,
+) -> list[str]:
+    """Writes a checkpoint's model as a Hugging Face directory.
+
+    Args:
+        load: a directory of checkpoints, or one checkpoint's own.
+        model_dir: see `export_hf`, as all that is not named here.
+        ckpt_step: the step instead of the newest.
+        base_only: leave out what families added to a frozen base.
+        tokenizer_model: where the tokenizer's files are, if not where training found them.
+        no_tokenizer: write none.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError, OSError: as `export_hf`; or the checkpoint cannot be read or holds families.
+    """
+    require_one_process()
+    check_free(model_dir, "--model-dir", overwrite=overwrite)
+    run_config = read_run_config(load, ckpt_step)
+    configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, run_config)
+    _check_families(run_config["families"], load, base_only=base_only)
+    choose_architecture(configs["model"], architecture)
+    tokenizer = (
+        None if no_tokenizer else _tokenizer_config(configs["tokenizer"], tokenizer_model, run_config, load)
+    )
+    folder = find_checkpoint(load, ckpt_step)
+    assert folder is not None, "its configuration has been read"
+    process_groups.initialize(ParallelConfig(), seed=1234)
+    try:
+        # A frozen base is not saved again with what was trained on top of it.
+        base = BaseCheckpoint.of_run(run_config)
+        folders = (folder,) if base is None else (folder, base.folder)
+        state = CheckpointState(*folders, only=_base_names(configs["model"]) if base_only else None)
+        return export_hf(
+            configs["model"],
+            run_config["vocab_size"],
+            state,
+            model_dir,
+            tokenizer_config=tokenizer,
+            architecture=architecture,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            imported=Imported.of_run(run_config, base.run_config() if base is not None else {}),
+        )
+    finally:
+        process_groups.shutdown()
+
+
+def _base_names(model: ModelConfig) -> set[str]:
+    return {entry.name for entry in entries(model, 1, 1)}
+
+
+def _check_families(families: dict[str, Any], load: str, *, base_only: bool) -> None:
+    for name, configuration in families.items():
+        if not base_only:
+            raise ValueError(
+                f"--load {load}: holds the family {name}, which no Llama-family model has; "
+                "--base-only exports a frozen base without it, --merge-adapters a rack with its adapters merged"
+            )
+        if not _value(configuration, "freeze_base"):
+            raise ValueError(
+                f"--base-only: the base model of {load} was trained together with the family {name} "
+                "and is no model without it"
+            )
+
+
+def _value(configuration: Any, name: str) -> Any:
+    """The value of a field, wherever it is nested."""
+    if not isinstance(configuration, dict):
+        return None
+    return configuration.get(name) or any(_value(inner, name) for inner in configuration.values())
+
+
+def _tokenizer_config(
+    config: TokenizerConfig, tokenizer_model: str | None, run_config: dict[str, Any], load: str
+) -> TokenizerConfig:
+    if tokenizer_model is not None:
+        config = replace(config, tokenizer_model=tokenizer_model)
+    if build_tokenizer(config).fingerprint() != run_config["tokenizer_fingerprint"]:
+        raise ValueError(f"--load {load}: was trained with another tokenizer than {config.tokenizer_model}")
+    return config

@@ -1,0 +1,168 @@
+"""An adapter in the format of Hugging Face `peft`, over the model that `interop.export_hf` writes.
+
+    adapter_config.json, adapter_model.safetensors       PeftModel.from_pretrained(base, directory)
+
+A fused projection's adapter becomes one for each of its parts: the rows of B go to the part they belong to, A to all
+parts. B A has the same rows as before, so the function is the same. Each adapter is exported by itself; `peft` adds
+several up when all are active:
+
+    model = PeftModel.from_pretrained(base, "stack", adapter_name="stack")
+    model.load_adapter("progressive", adapter_name="progressive")
+    model.base_model.set_adapter(["stack", "progressive"])
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop.formats.hf_config import choose_architecture
+from megatron_ext.interop.formats.weight_layout import Entry, entries, split
+from megatron_ext.interop.output_directory import check_free, complete_directory
+from megatron_ext.lora.adapter import LoRAAdapter
+from megatron_ext.lora.lora_config import AdapterShape
+from megatron_ext.lora.trainable_layers import adapted_linears
+from megatron_ext.models.base_parameters import ADAPTERS
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.platform.collectives import gather, on_first_rank
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+
+ADAPTER_FLAG = "--adapter-dir"
+"""Under which the command line knows the directory."""
+
+
+def gather_adapter(chunks: list[GPTModel], name: str) -> dict[str, torch.Tensor]:
+    """The factors of an adapter, whole, on the CPU of every rank: `decoder.layers.{i}.{linear}.A` and `.B`. Collective.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        name: the adapter's.
+    """
+    infix = f".{ADAPTERS}.{name}."
+    pieces = []
+    for chunk in chunks:
+        for key, value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).items():
+            if infix not in key:
+                continue
+            shards = value.build() if isinstance(value, ShardedTensorFactory) else [value]
+            pieces += [_piece(shard) for shard in shards if not any(shard.replica_id)]
+    whole: dict[str, torch.Tensor] = {}
+    for key, shape, offset, values in sorted(
+        (piece for rank in gather(lambda: pieces) for piece in rank), key=lambda piece: piece[:3]
+    ):
+        target = whole.setdefault(key.replace(infix, "."), torch.empty(shape, dtype=values.dtype))
+        target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+    return whole
+
+
+def _piece(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]:
+    return shard.key, shard.global_shape, shard.global_offset, shard.data.detach().cpu().clone()
+
+
+def export_peft(
+    chunks: list[GPTModel],
+    name: str,
+    model: ModelConfig,
+    directory: str | Path,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes one adapter of all layers that have it; collective, the first rank writes, complete or not at all.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        name: the adapter's.
+        model: the base model.
+        directory: missing or empty, unless `overwrite`.
+        base_model: directory of the exported base model, told in adapter_config.json.
+        overwrite: replace what is in `directory`.
+
+    Raises:
+        ValueError: no layer has the adapter, `directory` holds something, or the model is no Llama.
+        OSError: it cannot be written.
+    """
+    choose_architecture(model, None)
+    shapes = _shapes(chunks, name)
+    if not shapes:
+        raise ValueError(f"adapter {name}: no layer of the model has it")
+    factors = gather_adapter(chunks, name)
+
+    def write() -> None:
+        from safetensors.torch import save_file  # of the extra `hf`
+
+        check_free(directory, ADAPTER_FLAG, overwrite=overwrite)
+        with complete_directory(directory, ADAPTER_FLAG, overwrite=overwrite) as folder:
+            config = peft_config(shapes, model.num_layers, base_model)
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(peft_tensors(factors, model), str(folder / TENSORS_FILE), metadata={"format": "pt"})
+
+    on_first_rank(write)
+
+
+def peft_tensors(factors: dict[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    """`peft`'s names and tensors from those of `gather_adapter`."""
+    found: dict[str, torch.Tensor] = {}
+    for entry in entries(model, 1, 1):
+        linear = entry.name.removesuffix(".weight")
+        if f"{linear}.A" not in factors:
+            continue
+        a, b = factors[f"{linear}.A"], factors[f"{linear}.B"]
+        for (part, _), rows in zip(entry.parts, split(_for_rows(entry, b.size(1)), b, model), strict=True):
+            prefix = f"base_model.model.{part.removesuffix('.weight')}"
+            found[f"{prefix}.lora_A.weight"] = a.clone()
+            found[f"{prefix}.lora_B.weight"] = rows.clone()
+    return found
+
+
+def _for_rows(entry: Entry, rank: int) -> Entry:
+    """The entry of a weight made that of a matrix with the same rows, and `rank` columns."""
+    parts = tuple((name, (shape[0], rank)) for name, shape in entry.parts)
+    return replace(entry, shape=(entry.shape[0], rank), parts=parts)
+
+
+def peft_config(shapes: dict[int, AdapterShape], num_layers: int, base_model: str | None) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Args:
+        shapes: rank and alpha by layer, of the layers that have the adapter.
+        num_layers: of the model.
+        base_model: where the base model is, or None.
+    """
+    usual = Counter(shapes.values()).most_common(1)[0][0]
+    others = {rf"model\.layers\.{i}\..*": shape for i, shape in shapes.items() if shape != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": usual.rank,
+        "lora_alpha": usual.alpha,
+        "rank_pattern": {key: shape.rank for key, shape in others.items()},
+        "alpha_pattern": {key: shape.alpha for key, shape in others.items()},
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "layers_to_transform": sorted(shapes) if len(shapes) < num_layers else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _shapes(chunks: list[GPTModel], name: str) -> dict[int, AdapterShape]:
+    """Rank and alpha by layer, over the whole model; collective."""
+    local = {
+        number: adapter.shape
+        for number, _, linear in adapted_linears(chunks)
+        for found, adapter in linear.adapters.items()
+        if found == name and isinstance(adapter, LoRAAdapter)
+    }
+    return {number: shape for rank in gather(lambda: local) for number, shape in rank.items()}

@@ -1,0 +1,1 @@
+"""LoRA adapters, frozen layers, and precision by layer down to four bits."""

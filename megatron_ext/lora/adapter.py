@@ -1,0 +1,139 @@
+"""LoRA on a linear layer that tensor-parallel ranks share: the factors of one adapter, and how several add up.
+
+    y = W x + sum over adapters of (alpha / r) B A x             A: [r, input], B: [output, r]   (arXiv 2106.09685)
+
+A is drawn from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), of the whole input at any cut; B is zero.
+
+    over a column-parallel W    A whole on every rank, B split over the output as W is. `A x` is made from this rank's
+                                rows and then copied (gathered under sequence parallel) to all ranks: the gradient of
+                                A is whole, while copying x, as the base layer does, would leave it partial.
+    over a row-parallel W       A split over the input as W is, its products are summed (and scattered under sequence
+                                parallel); B whole on every rank.
+
+Factors that are whole and see this rank's rows only are marked `sequence_parallel`: the engine sums their gradients.
+All adapters of a linear layer share one communication and two products. There is no dropout.
+Source: document 004.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megatron_ext.lora.lora_config import AdapterShape
+
+
+class LoRAAdapter(MegatronModule):
+    """The factors A and B of one adapter of one linear layer; this rank's part of them."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        input_size: int,
+        output_size: int,
+        shape: AdapterShape,
+        tp_group: Any,
+        *,
+        splits_input: bool,
+        is_gated: bool = False,
+    ) -> None:
+        """Args:
+        config: the engine's configuration.
+        input_size: of the whole linear layer.
+        output_size: of the whole linear layer.
+        shape: rank and alpha.
+        tp_group: the tensor-parallel group.
+        splits_input: the base is row-parallel; else it is column-parallel.
+        is_gated: the output is [gate ; up], each split over the ranks by itself.
+        """
+        super().__init__(config)
+        self.shape = shape
+        self.tp_group = tp_group
+        self.is_gated = is_gated
+        self.split_dims = {"A": 1} if splits_input else {"B": 0}
+        """Dimension of each factor that is split over the tensor-parallel ranks; the other factor is whole."""
+        self._add_factor("A", [shape.rank, input_size])
+        self.A.init_uniform = input_size**-0.5
+        self._add_factor("B", [output_size, shape.rank])
+        self.B.init_std = 0.0
+
+    def _add_factor(self, name: str, shape: list[int]) -> None:
+        split = self.split_dims.get(name)
+        if split is not None:
+            shape[split] //= self.tp_group.size()
+        values = torch.zeros(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        factor = torch.nn.Parameter(values)
+        if split is not None:
+            set_tensor_model_parallel_attributes(factor, True, split, 2 if self.is_gated else 1)
+        else:
+            factor.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        self.register_parameter(name, factor)
+
+    def delta(self) -> torch.Tensor:
+        """(alpha / r) B A: this rank's part of what the adapter adds to the weight, in fp32."""
+        return self.shape.scale * (self.B.float() @ self.A.float())
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The factors under `{prefix}A` and `{prefix}B`, at any tensor-parallel size."""
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            self.split_dims,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        if self.is_gated:
+            state[f"{prefix}B"] = apply_swiglu_sharded_factory(state[f"{prefix}B"], sharded_offsets)
+        return state
+
+
+def add_adapters(
+    output: torch.Tensor, x: torch.Tensor, adapters: Iterable[LoRAAdapter], *, splits_input: bool
+) -> torch.Tensor:
+    """What the base computed, with the adapters' contributions.
+
+    Args:
+        output: of the base, [s, b, output(/t)]; [s/t, b, output] for a row-parallel base under sequence parallel.
+        x: input of the base, [s, b, input(/t)]; [s/t, b, input] for a column-parallel base under sequence parallel.
+        adapters: at least one.
+        splits_input: the base is row-parallel.
+    """
+    adapters = list(adapters)
+    products = F.linear(x, _joined([adapter.A for adapter in adapters], 0))
+    group, sequence_parallel = adapters[0].tp_group, adapters[0].config.sequence_parallel
+    if group.size() > 1:
+        if splits_input:
+            to_all = (
+                reduce_scatter_to_sequence_parallel_region
+                if sequence_parallel
+                else reduce_from_tensor_model_parallel_region
+            )
+        else:
+            to_all = (
+                gather_from_sequence_parallel_region
+                if sequence_parallel
+                else copy_to_tensor_model_parallel_region
+            )
+        products = to_all(products, group=group)
+    factor = _joined([adapter.shape.scale * adapter.B for adapter in adapters], 1)
+    rows = torch.addmm(output.flatten(0, -2), products.flatten(0, -2), factor.t())
+    return rows.view_as(output)
+
+
+def _joined(factors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(factors, dim=dim)

@@ -1,0 +1,156 @@
+"""Builds the model chunks of this rank: the base model, with every family's slots, streams and stage modules.
+
+One rank holds one chunk, or several with the interleaved pipeline schedule. The chunks' parameters do not depend on the
+cut (see `init`).
+"""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.auxiliary_inputs import SideChannel, SideStream
+from megatron_ext.models.engine_config import build_transformer_config
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.initialization import initialize_parameters
+from megatron_ext.models.layer_spec import block_spec, layer_spec
+from megatron_ext.models.model_extension import Extension, StageInfo
+from megatron_ext.models.ops.rotary import rotary_frequencies
+
+
+def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size: int) -> int:
+    """The vocabulary's rows: a multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
+
+    Unlike Megatron-LM's it does not grow with the tensor-parallel size while that divides the multiple, so checkpoints
+    and initial weights keep their shape when the cut changes.
+    """
+    multiple = model.make_vocab_size_divisible_by
+    while multiple % tensor_parallel_size:
+        multiple += model.make_vocab_size_divisible_by
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    vocab_size: int,
+    seed: int,
+    bf16: bool = False,
+    extensions: list[Extension] | None = None,
+) -> list[GPTModel]:
+    """The chunks of this rank, initialised, on this rank's device.
+
+    Args:
+        model: the base model.
+        parallel: the cut; the parallel state must be set up for it.
+        vocab_size: size of the tokenizer's vocabulary, before padding.
+        seed: the weights are a function of this and the parameters' names alone.
+        bf16: parameters in bfloat16.
+        extensions: the families that take part.
+
+    Raises:
+        ValueError: two families want the same slot or linear module of a layer, or the same stream.
+    """
+    extensions = extensions or []
+    config = build_transformer_config(model, parallel, bf16=bf16)
+    sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
+    channel = SideChannel(_merged_streams(config, extensions), sequence_parallel_size)
+    virtual = config.virtual_pipeline_model_parallel_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
+    vocab = padded_vocab_size(vocab_size, model, parallel.tensor_model_parallel_size)
+    chunks = []
+    for vp_stage in range(virtual or 1):
+        chunk = _build_chunk(model, config, channel, extensions, vocab, vp_stage if virtual else None)
+        initialize_parameters(chunk, seed, model.init_method_std, model.num_layers)
+        chunks.append(chunk)
+    return chunks
+
+
+def _merged_streams(config: TransformerConfig, extensions: list[Extension]) -> list[SideStream]:
+    """Streams of all families; one that several ask for alike (the word embedding) is carried once."""
+    streams = [stream for extension in extensions for stream in extension.streams(config)]
+    return list(dict.fromkeys(streams))
+
+
+def _build_chunk(
+    model: ModelConfig,
+    config: TransformerConfig,
+    channel: SideChannel,
+    extensions: list[Extension],
+    vocab_size: int,
+    vp_stage: int | None,
+) -> GPTModel:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stage = _stage_info(config, vp_stage)
+    layers = [
+        layer_spec(
+            model,
+            channel,
+            _merged("slot", number, [(e.name, e.slots(config, number)) for e in extensions]),
+            _merged("linear", number, [(e.name, e.linears(config, number)) for e in extensions]),
+            bidirectional=any(extension.bidirectional for extension in extensions),
+        )
+        for number in stage.layer_numbers
+    ]
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(model, layers),
+        vocab_size=vocab_size,
+        max_sequence_length=model.resolved_max_position_embeddings,
+        pre_process=stage.is_first,
+        post_process=stage.is_last,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+        channel=channel,
+        stage=stage,
+        sliding_window=model.sliding_window,
+    )
+    if model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
+        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
+    for extension in extensions:
+        module = extension.stage_module(config, stage, groups)
+        if module is not None:
+            chunk.add_stage_module(extension.name, module)
+    # The engine makes its position embedding in fp32 whatever `params_dtype` says.
+    return chunk.to(device=torch.device(torch.cuda.current_device()), dtype=config.params_dtype)
+
+
+def _merged(
+    kind: str, layer_number: int, contributions: list[tuple[str, dict[str, ModuleSpec]]]
+) -> dict[str, ModuleSpec]:
+    """The slots, or the linear modules, that all families bring to a layer."""
+    merged: dict[str, ModuleSpec] = {}
+    for family, modules in contributions:
+        for name, spec in modules.items():
+            if name in merged:
+                raise ValueError(
+                    f"layer {layer_number}: '{family}' wants the {kind} '{name}', which is taken"
+                )
+            merged[name] = spec
+    return merged
+
+
+def _stage_info(config: TransformerConfig, vp_stage: int | None) -> StageInfo:
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    last_rank = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    chunk = vp_stage or 0
+    offset = get_transformer_layer_offset(config, vp_stage, rank)
+    count = get_num_layers_to_build(config, vp_stage, rank)
+    first = rank == 0 and chunk == 0
+    return StageInfo(
+        layer_numbers=tuple(range(offset, offset + count)),
+        is_first=first,
+        is_last=rank == last_rank and chunk == last_chunk,
+        owns_replicas=first,
+    )

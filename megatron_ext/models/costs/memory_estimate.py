@@ -1,0 +1,243 @@
+"""An estimate of the memory of each rank: parameters, gradients, optimizer state and activations.
+
+Bytes for one parameter, with D data-parallel ranks:
+
+              parameters  gradients  AdamW            AdamW, distributed optimizer
+    fp32      4           4          8                8 / D
+    bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
+
+Frozen parameters have neither gradients nor optimizer state; they are counted in the run's precision, also where a
+family packs them. Activations are what the layers keep for the backward pass, tensor by tensor as this engine's layers
+save them; see `layer_activation_bytes`. Under the 1F1B schedule stage i of P holds P - i micro-batches at once, under
+the interleaved schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Without full recompute a layer that no gradient reaches
+keeps nothing; one whose weights are frozen is counted as if they trained.
+It leaves out what comes and goes within an operation, the allocator's gaps, communication buffers, and the activations
+of families; leave a margin.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import padded_vocab_size
+from megatron_ext.models.costs.model_cost import (
+    attention_width,
+    embedding_parameters,
+    layer_parameters,
+    norm_parameters,
+    qkv_width,
+)
+from megatron_ext.models.costs.step_work import StepWork, Use
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Memory of one rank on a pipeline stage."""
+
+    parameters: int
+    """Parameters that the rank holds."""
+
+    trained_parameters: int
+    """Those of them that train."""
+
+    parameter_bytes: float
+    gradient_bytes: float
+    optimizer_bytes: float
+    activation_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        """All four."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a run is cut and what it works on, as far as memory goes."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    vocab_size: int
+    """The tokenizer's, before padding."""
+
+    micro_batch_size: int
+    num_microbatches: int
+    """In one step, on one model copy."""
+
+    data_parallel_size: int
+    bf16: bool = False
+
+    work: StepWork | None = None
+    """What a step does with the base model; None where everything trains."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return self.micro_batch_size * self.model.seq_length // self.parallel.context_parallel_size
+
+    @property
+    def element_bytes(self) -> int:
+        """Size of an activation or a parameter."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the word embedding."""
+        return padded_vocab_size(self.vocab_size, self.model, self.parallel.tensor_model_parallel_size)
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks on a rank: 1, or the virtual stages of the interleaved schedule."""
+        return self.parallel.virtual_pipeline_size(self.model.num_layers) or 1
+
+    @property
+    def layers_per_chunk(self) -> int:
+        """Layers in one chunk."""
+        return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
+
+    def layers_of(self, stage: int, least: Use) -> int:
+        """Layers of a stage, all its chunks', with which a step does at least so much."""
+        if self.work is None:
+            return self.chunks * self.layers_per_chunk
+        stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
+        firsts = [(chunk * stages + stage) * size for chunk in range(self.chunks)]
+        return sum(use >= least for first in firsts for use in self.work.layers[first : first + size])
+
+
+def estimate_memory(
+    cut: Cut, family_parameters: int = 0, trained_family_parameters: int | None = None
+) -> list[StageMemory]:
+    """The memory of one rank of every pipeline stage, first to last.
+
+    Args:
+        cut: the run.
+        family_parameters: of all families over the whole model; taken to be spread evenly over tensor-parallel ranks
+            and stages.
+        trained_family_parameters: those of them that train; None for all.
+    """
+    parallel = cut.parallel
+    stages = parallel.pipeline_model_parallel_size
+    if trained_family_parameters is None:
+        trained_family_parameters = family_parameters
+    family, trained_family = (
+        -(-number // (parallel.tensor_model_parallel_size * stages))
+        for number in (family_parameters, trained_family_parameters)
+    )
+    shards = (
+        cut.data_parallel_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+    )
+    result = []
+    for stage in range(stages):
+        parameters = stage_parameters(cut, stage) + family
+        trained = stage_parameters(cut, stage, trained=True) + trained_family
+        result.append(
+            StageMemory(
+                parameters=parameters,
+                trained_parameters=trained,
+                parameter_bytes=parameters * cut.element_bytes,
+                gradient_bytes=4.0 * trained,
+                optimizer_bytes=(12.0 if cut.bf16 else 8.0) * trained / shards,
+                activation_bytes=stage_activation_bytes(cut, stage),
+            )
+        )
+    return result
+
+
+def stage_parameters(cut: Cut, stage: int, *, trained: bool = False) -> int:
+    """The base model's parameters on one rank of a stage.
+
+    Word embedding and output layer, where they share their weights, are one matrix on a single stage and a copy on the
+    last one of several.
+
+    Args:
+        cut: the run.
+        stage: number of the stage, from 0.
+        trained: only those that train.
+    """
+    model, tensor = cut.model, cut.parallel.tensor_model_parallel_size
+    stages = cut.parallel.pipeline_model_parallel_size
+    work = cut.work if trained else None
+    layers = cut.layers_of(stage, Use.TRAINED if trained else Use.SKIPPED)
+    parameters = layers * layer_parameters(model, tensor)
+    if stage == 0 and (work is None or work.trains_embedding):
+        parameters += embedding_parameters(model, cut.padded_vocab, tensor)
+    if stage == stages - 1 and (work is None or work.head is Use.TRAINED):
+        parameters += norm_parameters(model, model.hidden_size)
+        if model.untie_embeddings_and_output_weights or stages > 1:
+            parameters += cut.padded_vocab * model.hidden_size // tensor
+    return parameters
+
+
+def stage_activation_bytes(cut: Cut, stage: int) -> float:
+    """Activations that one rank of a stage holds at once."""
+    model, parallel = cut.model, cut.parallel
+    sequence_split = _sequence_split(parallel)
+    in_flight = _chunks_in_flight(cut, stage)
+    layer = layer_activation_bytes(cut)
+    layer_input = cut.tokens * model.hidden_size * cut.element_bytes / sequence_split
+    if parallel.recompute_granularity != "full":
+        total = in_flight * cut.layers_of(stage, Use.PARTIAL) / cut.chunks * layer
+    else:
+        group = parallel.recompute_num_layers or 1
+        if parallel.recompute_method == "uniform":
+            kept, again = -(-cut.layers_per_chunk // group) * layer_input, group * layer
+        else:
+            recomputed = min(group, cut.layers_per_chunk)
+            kept, again = recomputed * layer_input + (cut.layers_per_chunk - recomputed) * layer, layer
+        total = in_flight * kept + again
+    if stage == 0 and model.hidden_dropout > 0:
+        total += in_flight / cut.chunks * cut.tokens * model.hidden_size / sequence_split
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        total += head_activation_bytes(cut)
+    return total
+
+
+def layer_activation_bytes(cut: Cut) -> float:
+    """What one layer keeps of one micro-batch for the backward pass, on one rank, nothing recomputed in full.
+
+    Sizes a token: inputs and outputs of the two norms (4h); the fused projection's output ((n + 2g) d), queries and
+    keys again where they are rotated or normalized ((n + g) d; n d more for grouped queries that are normalized),
+    attention's output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte (as on a GPU).
+    A core attention that is not fused adds its scores (n s): in fp32, once more in bf16, and twice with dropout.
+    """
+    model, parallel = cut.model, cut.parallel
+    size, tensor = cut.element_bytes, parallel.tensor_model_parallel_size
+    again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
+    norms = 2 * model.hidden_size * (1 if "layernorm" in again else 2)
+    whole = norms * size + 2 * model.hidden_size * (model.hidden_dropout > 0)
+    attention = qkv_width(model) + attention_width(model)
+    if model.position_embedding_type == "rope" or model.qk_layernorm:
+        attention += (qkv_width(model) + attention_width(model)) // 2
+    if model.qk_layernorm and model.resolved_num_query_groups < model.num_attention_heads:
+        attention += attention_width(model)  # grouped queries are copied out of the projection's output
+    mlp = 0 if "mlp" in again else (3 if model.swiglu else 2) * model.resolved_ffn_hidden_size
+    shared = float((attention + mlp) * size)
+    if model.attention_backend == "local" and "core_attn" not in again:
+        shared += _score_bytes(cut)
+    return cut.tokens * (whole / _sequence_split(parallel) + shared / tensor)
+
+
+def head_activation_bytes(cut: Cut) -> float:
+    """Final norm, logits and loss of one micro-batch: the logits, and their fp32 softmax for the backward pass."""
+    hidden = 2 * cut.model.hidden_size * cut.element_bytes / _sequence_split(cut.parallel)
+    logits = (4 + cut.element_bytes) * cut.padded_vocab / cut.parallel.tensor_model_parallel_size
+    return cut.tokens * (hidden + logits)
+
+
+def _score_bytes(cut: Cut) -> float:
+    model, size = cut.model, cut.element_bytes
+    for_each = 4 + size * cut.bf16 + (1 + size) * (model.attention_dropout > 0)
+    return for_each * model.num_attention_heads * model.seq_length
+
+
+def _sequence_split(parallel: ParallelConfig) -> int:
+    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+
+def _chunks_in_flight(cut: Cut, stage: int) -> int:
+    """Chunks whose forward pass is done and whose backward pass is not, at the worst moment of a step."""
+    stages, chunks = cut.parallel.pipeline_model_parallel_size, cut.chunks
+    if chunks == 1:
+        return min(cut.num_microbatches, stages - stage)
+    warmup = 2 * (stages - stage - 1) + (chunks - 1) * stages
+    return min(cut.num_microbatches * chunks, warmup + 1)

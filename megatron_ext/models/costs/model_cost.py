@@ -1,0 +1,188 @@
+"""What a model costs: its parameters, and the FLOPs of its matrix products for one token.
+
+    linear layer           2 * inputs * outputs
+    core attention         2 * (2 * s * n * d)        scores and weighted sum, over all s keys
+    layer                  linear(h, (n + 2g) d) + attention + linear(n d, h) + MLP
+    forward                L * layer + linear(h, V)
+    forward and backward   3 * forward                every product has two in the backward pass
+
+Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, V padded vocabulary.
+This is the usual 6ND + attention (arXiv 2204.02311, appendix B), with N the weights that take part in a product: the
+word embedding's lookup is none, the output layer is one, also when both share their weights. Attention is counted over
+the full s x s square although it is causal, as the convention has it; norms, activations and softmax are not counted.
+Where not everything trains, a product has one gradient or none, and layers may be passed over or run more often: see
+`step_work`. A family tells its own part as another `ModelCost`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import padded_vocab_size
+from megatron_ext.models.costs.step_work import StepWork, Use
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What the base model, or a family's part of a model, costs."""
+
+    parameters: int
+    """Distinct parameters of the whole model; what ranks or stages hold twice counts once."""
+
+    forward_flops_per_token: float
+    """FLOPs of the matrix products in one forward pass, for one token."""
+
+    trained: int | None = None
+    """Those of the parameters that train; None for all."""
+
+    training_flops: float | None = None
+    """FLOPs of the matrix products of a training step, for one token; None for three times the forward pass's."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that train."""
+        return self.parameters if self.trained is None else self.trained
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward for a token."""
+        if self.training_flops is None:
+            return 3.0 * self.forward_flops_per_token
+        return self.training_flops
+
+
+def model_cost(
+    model: ModelConfig, vocab_size: int, tensor_parallel_size: int = 1, work: StepWork | None = None
+) -> ModelCost:
+    """Cost of the base model.
+
+    Args:
+        model: the base model.
+        vocab_size: the tokenizer's; it is padded as the built model's is.
+        tensor_parallel_size: takes part in the padding.
+        work: what a training step does with it; None where everything trains.
+    """
+    vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
+    parameters = model.num_layers * layer_parameters(model) + norm_parameters(model, model.hidden_size)
+    parameters += embedding_parameters(model, vocab)
+    if model.untie_embeddings_and_output_weights:
+        parameters += vocab * model.hidden_size
+    head = 2.0 * model.hidden_size * vocab
+    flops = model.num_layers * layer_flops_per_token(model) + head
+    if work is None:
+        return ModelCost(parameters, flops)
+    attention = core_attention_flops_per_token(model)
+    of_weights, of_attention = work.layer_passes
+    training = of_weights * (layer_flops_per_token(model) - attention) + of_attention * attention
+    return ModelCost(
+        parameters, flops, _trained_parameters(model, vocab, work), training + work.head_passes * head
+    )
+
+
+def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
+    parameters = work.layers.count(Use.TRAINED) * layer_parameters(model)
+    if work.head is Use.TRAINED:
+        parameters += norm_parameters(model, model.hidden_size)
+        parameters += vocab * model.hidden_size * model.untie_embeddings_and_output_weights
+    return parameters + embedding_parameters(model, vocab) * work.trains_embedding
+
+
+def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
+    """Model FLOPs of forward and backward for a token: what MFU counts, whatever is recomputed."""
+    return sum(cost.training_flops_per_token for cost in costs)
+
+
+def hardware_flops_per_token(
+    model: ModelConfig, parallel: ParallelConfig, costs: Iterable[ModelCost]
+) -> float:
+    """The same with the FLOPs that activation recomputation spends again.
+
+    A family's part is taken to be recomputed like the layers it sits in, and frozen layers like those that train. What
+    a fused attention kernel recomputes inside its own backward pass is not counted.
+
+    Args:
+        model: the base model.
+        parallel: tells what is recomputed.
+        costs: the base model's cost first, then the families'.
+    """
+    base, *families = costs
+    again = recomputed_flops_per_token(model, parallel)
+    share = recomputed_layers(model, parallel) / model.num_layers
+    again += share * sum(cost.forward_flops_per_token for cost in families)
+    return training_flops_per_token([base, *families]) + again
+
+
+def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """FLOPs of the base model's forward pass that are spent a second time in the backward pass."""
+    if parallel.recompute_granularity == "selective":
+        again = core_attention_flops_per_token(model) * ("core_attn" in parallel.recompute_modules)
+        return model.num_layers * (again + mlp_flops_per_token(model) * ("mlp" in parallel.recompute_modules))
+    return recomputed_layers(model, parallel) * layer_flops_per_token(model)
+
+
+def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Layers that full recompute runs twice, over the whole model."""
+    if parallel.recompute_granularity != "full":
+        return 0
+    if parallel.recompute_method == "uniform":
+        return model.num_layers
+    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_size(model.num_layers) or 1)
+    return chunks * min(parallel.recompute_num_layers or 0, model.num_layers // chunks)
+
+
+def layer_flops_per_token(model: ModelConfig) -> float:
+    """Forward FLOPs of one layer for one token."""
+    projections = 2.0 * model.hidden_size * (qkv_width(model) + attention_width(model))
+    return projections + core_attention_flops_per_token(model) + mlp_flops_per_token(model)
+
+
+def core_attention_flops_per_token(model: ModelConfig) -> float:
+    """Forward FLOPs of scores and weighted sum of one layer, for one token over the full sequence."""
+    return 4.0 * model.seq_length * attention_width(model)
+
+
+def mlp_flops_per_token(model: ModelConfig) -> float:
+    """Forward FLOPs of one MLP for one token."""
+    matrices = 3 if model.swiglu else 2
+    return 2.0 * matrices * model.hidden_size * model.resolved_ffn_hidden_size
+
+
+def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
+    """Parameters of one layer, or of a tensor-parallel rank's part of it.
+
+    Matrices and the biases of column-parallel layers are shared among the ranks; norms and the biases that are added
+    after the reduction are on every rank.
+    """
+    hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
+    fc1_width = 2 * ffn if model.swiglu else ffn
+    shared = hidden * (qkv_width(model) + attention_width(model)) + hidden * (fc1_width + ffn)
+    shared += qkv_width(model) * model.has_qkv_bias + fc1_width * model.has_mlp_bias
+    replicated = 2 * norm_parameters(model, hidden)
+    replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
+    if model.qk_layernorm:
+        replicated += 2 * norm_parameters(model, model.resolved_kv_channels)
+    return shared // tensor_parallel_size + replicated
+
+
+def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_size: int = 1) -> int:
+    """Parameters of word and position embedding, or of a tensor-parallel rank's part of them."""
+    words = padded_vocab * model.hidden_size // tensor_parallel_size
+    if model.position_embedding_type != "learned_absolute":
+        return words
+    return words + model.resolved_max_position_embeddings * model.hidden_size
+
+
+def norm_parameters(model: ModelConfig, width: int) -> int:
+    """Parameters of one norm."""
+    return width if model.normalization == "RMSNorm" else 2 * width
+
+
+def attention_width(model: ModelConfig) -> int:
+    """Width of all query heads together, `n * d`."""
+    return model.num_attention_heads * model.resolved_kv_channels
+
+
+def qkv_width(model: ModelConfig) -> int:
+    """Width of the fused projection's output, `(n + 2g) * d`."""
+    return attention_width(model) + 2 * model.resolved_num_query_groups * model.resolved_kv_channels

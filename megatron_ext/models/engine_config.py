@@ -1,0 +1,91 @@
+"""From our configuration to megatron-core's `TransformerConfig`.
+
+The only place where the two vocabularies meet. What a family adds is not in here.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.platform.process_groups import use_cuda
+
+
+def build_transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False
+) -> TransformerConfig:
+    """megatron-core's configuration of the base model and its cut.
+
+    Args:
+        model: the base model.
+        parallel: the cut.
+        bf16: parameters and activations in bfloat16 (the optimizer keeps fp32 copies), else fp32.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    pipeline = parallel.pipeline_model_parallel_size
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.resolved_ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.resolved_num_query_groups,
+        kv_channels=model.resolved_kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        # The engine's name for "the layer spec brings the activation": ours, see `swiglu`.
+        use_te_activation_func=model.swiglu,
+        add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        attention_softmax_in_fp32=True,
+        # `init.initialize_parameters` draws every parameter. The engine's own initialisation must still run: it also
+        # marks which parameters are sharded, and without the marks the gradient norm forgets ranks 1 and up.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        init_method_std=model.init_method_std,
+        use_cpu_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(model.num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=_recompute_modules(parallel),
+        # `True` sends forward and backward tensors in one batch; with interleaving that gave wrong gradients on gloo.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=pipeline > 1,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=use_cuda(),
+        masked_softmax_fusion=False,
+        cuda_graph_scope=[],
+    )
+    # Not a field: the engine then sums, over stages, the gradients of parameters marked `pipeline_parallel`.
+    config.has_cond_embedder = True
+    return config
+
+
+def _recompute_modules(parallel: ParallelConfig) -> list[str] | None:
+    if parallel.recompute_granularity != "selective":
+        return None
+    # The engine's recomputation of a norm asks Transformer Engine for its FP8 state, with or without FP8.
+    if "layernorm" in parallel.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError("--recompute-modules layernorm: needs Transformer Engine, which is not installed")
+    return list(parallel.recompute_modules)
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -1,0 +1,124 @@
+"""Core attention on `torch.nn.functional.scaled_dot_product_attention`: flash kernels on GPU and CPU, no [s, s] scores.
+
+Shapes: `s_q`, `s_k` query and key lengths, `b` micro-batch, `n` query heads and `g` key/value heads of this
+tensor-parallel rank, `d` head size. Input [s_q, b, n, d] and [s_k, b, g, d]; output [s_q, b, n * d].
+Under a KV cache the queries are the last `s_q` of `s_k` positions.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.models.ops.rotary import rotate
+
+
+class SDPAttention(torch.nn.Module):
+    """megatron-core's core-attention interface over torch's fused attention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+        self._angles: torch.Tensor | None = None
+        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def take_rotary(self, angles: torch.Tensor | None) -> None:
+        """Makes this module rotate queries and keys itself, in place of the engine's slower way; see `rotary`.
+
+        Args:
+            angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation.
+        """
+        if angles is not self._angles:
+            self._angles, self._cos_sin = angles, None
+
+    def _rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries are the last of the keys' positions; a KV cache holds keys that are not rotated yet."""
+        if self._angles is None:
+            return query, key
+        if self._cos_sin is None:
+            half = self._angles[..., : self._angles.size(-1) // 2]
+            self._cos_sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+        end, start = key.size(0), key.size(0) - query.size(0)
+        cos, sin = self._cos_sin
+        return rotate(query, cos[start:end], sin[start:end]), rotate(key, cos[:end], sin[:end])
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attention of [s_q, b, n, d] queries over [s_k, b, g, d] keys and values.
+
+        Args:
+            query: [s_q, b, n, d].
+            key: [s_k, b, g, d], `g` divides `n`.
+            value: [s_k, b, g, d].
+            attention_mask: [b, 1, s_q, s_k], True where attention is forbidden, or None.
+            attn_mask_type: overrides the module's own; the engine passes `no_mask` when decoding with a cache.
+            attention_bias: not supported.
+            packed_seq_params: not supported.
+
+        Returns:
+            [s_q, b, n * d].
+        """
+        assert attention_bias is None and packed_seq_params is None, (
+            "SDPAttention takes neither bias nor packed sequences"
+        )
+        query, key = self._rotated(query, key)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        mask, causal = self._mask(query, key, attention_mask, attn_mask_type or self.attn_mask_type)
+        dropout = self.dropout if self.training else 0.0
+        with self._random_stream(dropout):
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.size(1) != key.size(1),
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask(
+        self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, kind: AttnMaskType
+    ) -> tuple[torch.Tensor | None, bool]:
+        """The mask for torch's call (True where attention is allowed) and whether plain causal masking does."""
+        queries, keys = query.size(2), key.size(2)
+        decoding = kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
+        if attention_mask is not None and not decoding:
+            return attention_mask.logical_not(), False
+        if queries == keys:
+            return None, kind is not AttnMaskType.no_mask
+        if queries == 1:
+            return None, False
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        return allowed.tril(diagonal=keys - queries), False
+
+    def _random_stream(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        """Heads differ between tensor ranks, so their dropout must; under sequence parallel it already does."""
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return tensor_parallel.get_cuda_rng_tracker().fork()

@@ -1,0 +1,76 @@
+"""Rotary position embedding in few passes over memory, and its frequencies where they are scaled.
+
+    [x1 ; x2] -> [x1 cos - x2 sin ; x2 cos + x1 sin]                 (arXiv 2104.09864, halves as in GPT-NeoX and Llama)
+
+Equal to the engine's own to the bit, which builds a rotated copy of its input and joins parts that need no joining.
+Shapes: input [s, b, n, d]; cos and sin [s, 1, 1, r / 2]; only the first r of the d values of a head are rotated.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_ext.config.groups.model_config import ModelConfig
+
+
+def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
+    """Radians a position for each pair of channels, `base^(-2i/r)`, scaled as the configuration says.
+
+    Linear scaling divides all by its factor F (arXiv 2306.15595). Llama 3's (arXiv 2407.21783, section 3.4.3) looks at
+    the turns `t` that a frequency makes over the original length: at most `low` turns are slowed F times, at least
+    `high` are kept, and between them `w = (t - low) / (high - low)` blends the two. The engine has Llama 3's with
+    thresholds and original length fixed.
+
+    Args:
+        model: the base model.
+
+    Returns:
+        [r / 2], fp32, on the CPU.
+    """
+    rotated = int(model.resolved_kv_channels * model.rotary_percent)
+    frequencies = 1.0 / model.rotary_base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    if model.rotary_seq_len_interpolation_factor is not None:
+        return frequencies / model.rotary_seq_len_interpolation_factor
+    if not model.use_rope_scaling:
+        return frequencies
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    turns = model.rope_original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return torch.lerp(frequencies / model.rope_scaling_factor, frequencies, kept)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(values, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates queries or keys.
+
+    Args:
+        values: [s, b, n, d].
+        cos: [s, 1, 1, r / 2], in the precision of `values`.
+        sin: likewise.
+
+    Returns:
+        [s, b, n, d].
+    """
+    return _Rotate.apply(values, cos, sin)
+
+
+def _rotated(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.size(-1)
+    first, second, rest = values.split([half, half, values.size(-1) - 2 * half], dim=-1)
+    result = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    torch.mul(first, cos, out=result[..., :half]).sub_(second * sin)
+    torch.mul(second, cos, out=result[..., half : 2 * half]).add_(first * sin)
+    result[..., 2 * half :] = rest
+    return result

@@ -1,0 +1,1 @@
+"""NPT beside its base model: comparison, report, generations."""

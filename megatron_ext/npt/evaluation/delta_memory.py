@@ -1,0 +1,140 @@
+"""Memory of the NP components of one layer in a training step, factored and materialised, from measured bytes a token.
+
+Measured is the MLP alone, base weights frozen, as in the documents' training: what is kept for the backward pass, and
+the peak of forward and backward, each at two numbers of tokens, so that weights and their gradients fall out of the
+difference. Subtracted is what the base MLP takes. That leaves, in bytes a token, with f proportional to h,
+
+    materialised    c h^2           the deltas, their gradients
+    factored        c0 + c1 h       r-sized products, gradients of h's size on their way
+
+The constants come from measured sizes by least squares, and give any other size, a 7B model's among them. Of L layers
+everything kept is kept at once, what is above it in the peak is one layer's: L kept + (peak - kept).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.npt.modules.materialised_deltas import materialised_mlp
+from megatron_ext.npt.modules.npt_extension import NPTExtension
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.platform.allocations import AllocationCounter
+
+_TOKENS = {"base": (512, 1024), "factored": (512, 1024), "materialised": (2, 4)}
+"""Two numbers of tokens for each form, enough that activations outweigh the gradients of weights."""
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes a token of one converted layer, beyond the base MLP's."""
+
+    kept: float
+    """From the forward to the backward pass."""
+
+    peak: float
+    """At the worst moment of a training step, those kept included."""
+
+    def of(self, tokens: int, layers: int) -> float:
+        """Bytes of `layers` layers at once, a micro-batch of `tokens` tokens."""
+        return tokens * (layers * self.kept + self.peak - self.kept)
+
+
+@dataclass(frozen=True)
+class SizeMemory:
+    """Both forms at one size."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    factored: TokenBytes
+    materialised: TokenBytes
+
+
+def measure_memory(
+    settings: NPTModuleConfig, hidden_size: int, ffn_hidden_size: int, bf16: bool = False
+) -> SizeMemory:
+    """Measures one size. The process must be initialised (`platform.distributed.initialize`), without cuts.
+
+    Args:
+        settings: form, target and rank; a layer choice is not looked at.
+        hidden_size: h.
+        ffn_hidden_size: f.
+        bf16: weights and activations in bfloat16, else in fp32.
+    """
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=1,
+        seq_length=max(max(tokens) for tokens in _TOKENS.values()),
+        swiglu="fc1" not in settings.targets,
+        disable_bias_linear=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    extension = NPTExtension(replace(settings, npt_layers="all"))
+    chunks = build_model(model, ParallelConfig(), vocab_size=64, seed=1, bf16=bf16, extensions=[extension])
+    layer: Any = chunks[0].decoder.layers[0]
+    layer.mlp.requires_grad_(False)
+    forms: dict[str, Callable[..., torch.Tensor]] = {
+        "base": lambda normed, _: layer.mlp(normed)[0],
+        "factored": lambda *inputs: layer.feed_forward.modulated_mlp(layer.mlp, *inputs),
+        "materialised": lambda *inputs: materialised_mlp(layer.feed_forward, layer.mlp, *inputs),
+    }
+    found = {name: _bytes_per_token(layer, run, hidden_size, _TOKENS[name]) for name, run in forms.items()}
+    base = found["base"]
+    factored, materialised = (
+        TokenBytes(found[name].kept - base.kept, found[name].peak - base.peak)
+        for name in ("factored", "materialised")
+    )
+    return SizeMemory(hidden_size, ffn_hidden_size, factored, materialised)
+
+
+def project_memory(measured: Sequence[SizeMemory], hidden_size: int, ffn_hidden_size: int) -> SizeMemory:
+    """The size [h, f] from measured ones, at least two, of like f / h; see the formulas at the top of this file."""
+
+    def fit(read: Callable[[SizeMemory], float], powers: list[int]) -> float:
+        rows = [[float(size.hidden_size) ** power for power in powers] for size in measured]
+        matrix = torch.tensor(rows, dtype=torch.float64)
+        right = torch.tensor([read(size) for size in measured], dtype=torch.float64).unsqueeze(1)
+        constants = torch.linalg.lstsq(matrix, right).solution.flatten().tolist()
+        return sum(c * float(hidden_size) ** power for c, power in zip(constants, powers, strict=True))
+
+    ratios = [size.ffn_hidden_size / size.hidden_size for size in measured]
+    wider = ffn_hidden_size / hidden_size / (sum(ratios) / len(ratios))
+    return SizeMemory(
+        hidden_size,
+        ffn_hidden_size,
+        TokenBytes(fit(lambda m: m.factored.kept, [0, 1]), fit(lambda m: m.factored.peak, [0, 1])),
+        TokenBytes(
+            wider * fit(lambda m: m.materialised.kept, [2]), wider * fit(lambda m: m.materialised.peak, [2])
+        ),
+    )
+
+
+def _bytes_per_token(
+    layer: torch.nn.Module, run: Callable[..., torch.Tensor], hidden_size: int, tokens: tuple[int, int]
+) -> TokenBytes:
+    few, many = (_step_bytes(layer, run, hidden_size, count) for count in tokens)
+    kept, peak = ((b - a) / (tokens[1] - tokens[0]) for a, b in zip(few, many, strict=True))
+    return TokenBytes(kept, peak)
+
+
+def _step_bytes(
+    layer: torch.nn.Module, run: Callable[..., torch.Tensor], hidden_size: int, tokens: int
+) -> tuple[int, int]:
+    """Bytes kept after the forward pass, its output included, and the peak of forward and backward."""
+    parameter = next(layer.parameters())
+    shape = (tokens, 1, hidden_size)
+    inputs = [torch.randn(shape).to(parameter).requires_grad_() for _ in range(2)]
+    gradient = torch.randn(shape).to(parameter)
+    layer.zero_grad(set_to_none=True)
+    with AllocationCounter() as counter:
+        output = run(*inputs)
+        kept = counter.current
+        output.backward(gradient)
+        return kept, counter.peak

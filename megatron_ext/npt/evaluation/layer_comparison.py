@@ -1,0 +1,234 @@
+"""An NPT model beside its base model on the same tokens: what one rank sees of both, as sums.
+
+For every micro-batch two passes, the base model's (NP components off) and the NPT model's, both free-running. Besides
+
+    same input      each NPT layer is also run on the input that the base model gives this layer (teacher-forced)
+    free-running    each NPT layer's output in the NPT model's own run
+
+and both are compared with the base layer's output. Of the NPT run also: the norm of every token's delta, the sizes of
+v_a and v_b, and on the last stage log p(token) of both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v).
+Only tokens that count (`loss_mask`) are compared. Shapes: hidden states [s, b, h], no sequence parallel.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.transformer_layer import ExtendedTransformerLayer
+from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
+from megatron_ext.npt.modules.npt_layers import deactivated
+from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms
+from megatron_ext.npt.objective.fidelity_loss import log_probabilities
+from megatron_ext.training.engine.microbatches import run_microbatches
+from megatron_ext.training.interface.family_interface import Batch, Family
+from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
+
+SAME_INPUT, FREE_RUNNING = "same_input", "free_running"
+"""How an NPT layer's output came about, see above."""
+
+_LOGITS_AT_ONCE = 1 << 24
+"""Values of a rank's part of the logits that are made at a time."""
+
+Sums = npt.NDArray[np.float64]
+
+
+@dataclass
+class Findings:
+    """Sums over tokens; those of several data-parallel ranks add up, those of pipeline stages stand side by side."""
+
+    layers: dict[tuple[str, int], Sums] = field(default_factory=dict)
+    """(how, layer) -> tokens, squares of the difference, cosines, squares of the base output, squares of what the base
+    layer adds to its input."""
+
+    vectors: dict[tuple[int, str], Sums] = field(default_factory=dict)
+    """(layer, target) -> tokens, |v_a|, |v_b|, cosine of v_a and the attention output."""
+
+    deltas: dict[tuple[int, str], list[npt.NDArray[np.float32]]] = field(default_factory=dict)
+    """(layer, target) -> |delta|_F of every token."""
+
+    output: Sums = field(default_factory=lambda: np.zeros(4))
+    """Tokens, -log p of the base model, -log p of the NPT model, KL."""
+
+
+@torch.no_grad()
+def compare(chunks: list[GPTModel], families: list[Family], steps: Any) -> Findings:
+    """Runs both models over this rank's micro-batches; collective over the model-parallel ranks.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.
+        families: asked for the model's side inputs.
+        steps: micro-batches, as `held_out_steps` gives them.
+    """
+    findings = Findings()
+    with _Observer(chunks, findings) as observer:
+        for step in steps:
+            masks = [batch["loss_mask"].to(torch.cuda.current_device()) > 0 for batch in step]
+            outputs = HiddenStates()
+            observer.begin(masks, base=True)
+            with deactivated(chunks):
+                run_microbatches(chunks, families, step, outputs, forward_only=True)
+            observer.begin(masks, base=False)
+            run_microbatches(chunks, families, step, _Compare(outputs, findings), forward_only=True)
+    return findings
+
+
+class _Observer:
+    """Within it the NPT layers' forward passes leave their findings."""
+
+    def __init__(self, chunks: list[GPTModel], findings: Findings) -> None:
+        self._chunks = chunks
+        self._findings = findings
+        self._is_base = True
+        self._masks: list[torch.Tensor] = []
+        self._passes: dict[int, int] = {}
+        """Layer -> micro-batches seen in this run; a stage sees them in order."""
+        self._base: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        """Layer -> its input and output in the base model for each micro-batch."""
+        self._attention: torch.Tensor | None = None
+        self._activated: torch.Tensor | None = None
+
+    def __enter__(self) -> "_Observer":
+        self._hooks: list[Any] = []
+        for chunk in self._chunks:
+            for layer in chunk.decoder.layers:
+                if not isinstance(layer.feed_forward, NPFeedForward):
+                    continue
+                slot = layer.feed_forward
+                self._hooks += [
+                    layer.register_forward_hook(self._after_layer, with_kwargs=True),
+                    slot.register_forward_pre_hook(self._before_feed_forward),
+                    slot.register_forward_hook(self._after_feed_forward),
+                    layer.mlp.linear_fc2.register_forward_pre_hook(self._before_fc2),
+                ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin(self, masks: list[torch.Tensor], *, base: bool) -> None:
+        """Another run over the micro-batches whose tokens count where `masks` [b, s] is True."""
+        self._masks, self._is_base, self._passes = masks, base, {}
+        if base:
+            self._base = {}
+
+    def _after_layer(
+        self, layer: ExtendedTransformerLayer, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        number = layer.layer_number - 1
+        index = self._passes[number] = self._passes.get(number, -1) + 1
+        mask = self._masks[index].t()
+        if not self._is_base:
+            self._add(FREE_RUNNING, number, output[0], self._base[number][index], mask)
+            return
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        # `detach`: the schedule may free what it has sent on.
+        base = hidden_states.detach(), output[0].detach()
+        self._base.setdefault(number, []).append(base)
+        layer.feed_forward.active = True
+        same_input, _ = layer.forward(*args, **kwargs)
+        layer.feed_forward.active = False
+        self._add(SAME_INPUT, number, same_input, base, mask)
+
+    def _add(
+        self,
+        how: str,
+        number: int,
+        output: torch.Tensor,
+        base: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+    ) -> None:
+        ours, theirs, inputs = output[mask].double(), base[1][mask].double(), base[0][mask].double()
+        values = torch.stack(
+            [
+                (ours - theirs).square().sum(),
+                torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).sum(),
+                theirs.square().sum(),
+                (theirs - inputs).square().sum(),
+            ]
+        )
+        sums = np.array([len(ours), *values.tolist()])
+        add_to(self._findings.layers, (how, number), sums)
+
+    def _before_feed_forward(self, slot: NPFeedForward, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        layer, hidden_states, attend, side = inputs
+        return layer, hidden_states, partial(self._attend, attend), side
+
+    def _attend(self, attend: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        attention_output: torch.Tensor = attend(hidden_states)
+        self._attention = attention_output
+        return attention_output
+
+    def _before_fc2(self, linear: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._activated = inputs[0]
+
+    def _after_feed_forward(self, slot: NPFeedForward, inputs: Any, output: torch.Tensor) -> None:
+        if self._is_base:
+            return
+        number = slot.layer_number - 1
+        mask = self._masks[self._passes.get(number, -1) + 1].t()
+        if not bool(mask.any()):
+            return
+        assert self._attention is not None and self._activated is not None
+        attention, activated = self._attention[mask], self._activated[mask]
+        for target, part in slot.modulations.items():
+            norms = delta_norms(part, attention, activated if part.reads_ffn else None)
+            self._findings.deltas.setdefault((number, target), []).append(norms.float().cpu().numpy())
+            if slot.settings.np_form == "outer_product" and not part.reads_ffn:
+                vectors = GeneratedVectors(part, attention)
+                means = [vectors.a_norm(), vectors.b_norm(), vectors.similarity()]
+                sums = len(attention) * np.array([1.0, *map(float, means)])
+                add_to(self._findings.vectors, (number, target), sums)
+
+
+def add_to(totals: dict[Any, Sums], key: Any, sums: Sums) -> None:
+    """Adds sums to those of a key, if there are any."""
+    totals[key] = totals[key] + sums if key in totals else sums
+
+
+class _Compare(NoLoss):
+    """Adds up -log p of both models and KL(base || NPT), a few rows of the logits at a time."""
+
+    def __init__(self, base: HiddenStates, findings: Findings) -> None:
+        self._base = iter(base.values)
+        self._findings = findings
+
+    def __call__(
+        self, model: GPTModel, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        base = next(self._base)
+        mask, labels = batch["loss_mask"].t() > 0, batch["labels"].t()
+        vocabulary = model.output_layer.output_size_per_partition
+        rows = max(1, _LOGITS_AT_ONCE // (vocabulary * output.size(1)))
+        for start in range(0, len(output), rows):
+            part = slice(start, start + rows)
+            ours, theirs = model.logits(output[part]), model.logits(base[part])
+            self._findings.output += _compare_logits(theirs, ours, labels[part], mask[part], model)
+        return super().__call__(model, batch, output)
+
+
+def _compare_logits(
+    base: torch.Tensor, ours: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, model: GPTModel
+) -> Sums:
+    """Tokens, -log p of both, KL; logits [s, b, V/t], labels and mask [s, b]."""
+    group = model.pg_collection.tp
+    log_p, log_q = log_probabilities(base, group), log_probabilities(ours, group)
+    begin = group.rank() * log_p.size(-1)
+    here = (labels >= begin) & (labels < begin + log_p.size(-1))
+    index = (labels - begin).clamp(0, log_p.size(-1) - 1).unsqueeze(-1)
+    values = torch.stack(
+        [
+            -log_p.gather(-1, index).squeeze(-1) * here,
+            -log_q.gather(-1, index).squeeze(-1) * here,
+            (log_p.exp() * (log_p - log_q)).sum(-1),
+        ]
+    )
+    if group.size() > 1:
+        dist.all_reduce(values, group=group)
+    return np.array([int(mask.sum()), *values[:, mask].double().sum(-1).tolist()])

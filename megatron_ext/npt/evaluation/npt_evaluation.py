@@ -1,0 +1,285 @@
+"""The evaluation of an NPT model against its base model, as one dictionary of JSON values; docs/npt_evaluation.md tells
+every key.
+
+    perplexity_ratio    perplexity of the NPT model / of the base model, free-running, on the same tokens
+    relative_error      |NPT output - base output|_F / |base output|_F of a layer
+    update_relative_error  the same difference / |base output - base input|_F: what the base layer adds to its input.
+                        Most of an output is the residual stream, so the other figures look well for a layer that
+                        does nothing; this one is 1 then.
+
+Values that are not finite become null. Everything works at any tensor x pipeline x data cut; the first rank gets all.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.inference.perplexity import Begin, held_out_steps
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.evaluation.layer_comparison import FREE_RUNNING, SAME_INPUT, Findings, add_to, compare
+from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.modules.vector_norms import weight_norm
+from megatron_ext.training.interface.family_interface import Family
+
+FORMAT = "megatron_ext.npt_evaluation/1"
+DELTA_THRESHOLD = 0.01
+"""Document 002 expects the average Frobenius norm of the deltas below this."""
+RATIO_TOLERANCE = 0.05
+"""Document 002 expects a perplexity ratio this near to 1."""
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+_BINS = 50
+_MODES = {
+    SAME_INPUT: "teacher-forced: the NPT layer and the base layer on the base model's own input of the layer",
+    FREE_RUNNING: "free-running: hidden states after the layer, in the NPT model's own run and in the base model's",
+}
+
+
+def evaluate_npt(
+    chunks: list[GPTModel],
+    families: list[Family],
+    settings: NPTModuleConfig,
+    prefix: str,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+    begin: Begin | None = None,
+) -> dict[str, Any] | None:
+    """Measures the NPT model beside its base model; collective.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped, built with NP components; without sequence parallel.
+        families: asked for the model's side inputs.
+        settings: of the NP components.
+        prefix: held-out indexed dataset without `.bin` and `.idx`; it exists and is whole.
+        sequence_length: tokens of a window.
+        micro_batch_size: windows at a time.
+        max_tokens: at most so many tokens, from the dataset's beginning.
+        begin: what every window begins with, or None.
+
+    Returns:
+        The report without generations on the first rank, None on the others.
+
+    Raises:
+        ValueError: the dataset has fewer than two tokens.
+    """
+    for chunk in chunks:
+        chunk.eval()
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
+    findings = compare(chunks, families, steps)
+    sizes, norms = _parameters(chunks), _weight_norms(chunks)
+    # Tensor-parallel ranks have found the same.
+    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+    gathered = _gather((findings, sizes, norms) if speaks else None)
+    if gathered is None:
+        return None
+    found = _merged([part[0] for part in gathered])
+    stage_sizes = {number: size for part in gathered for number, size in part[1].items()}
+    return finite(
+        {
+            "format": FORMAT,
+            "npt_config": asdict(settings),
+            **_output(found),
+            "layer_wise_equivalence": {
+                how: _layers(found, how, chunks[0].config.hidden_size) for how in (SAME_INPUT, FREE_RUNNING)
+            },
+            "weight_delta": _deltas(found, {key: norm for part in gathered for key, norm in part[2].items()}),
+            "generated_vectors": _vectors(found),
+            "parameters": _counts(stage_sizes),
+        }
+    )
+
+
+def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[str, Any]:
+    """What the report tells of the same conversion with NP components as they are drawn, to judge the ratio by.
+
+    Args:
+        loss: of that model, on the same tokens.
+        base_loss: of the base model, as the report has it.
+        seed: of the initial values.
+    """
+    ratio = math.nan if base_loss is None else _exp(loss - base_loss)
+    return dict(
+        finite(
+            {
+                "untrained": _exp(loss),
+                "untrained_ratio": ratio,
+                "untrained_loss": loss,
+                "untrained_seed": seed,
+            }
+        )
+    )
+
+
+def finite(value: Any) -> Any:
+    """The value with numbers that JSON cannot hold replaced by None, and keys as texts."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[str, Any]:
+    """Mean, standard deviation, extremes, percentiles and, where asked for, a histogram of finite values."""
+    values = values.astype(np.float64)
+    good = values[np.isfinite(values)]
+    found: dict[str, Any] = {"count": len(values), "not_finite": len(values) - len(good)}
+    if not len(good):
+        return found | dict.fromkeys(("mean", "std", "min", "max", "percentiles"), None)
+    marks = np.percentile(good, PERCENTILES)
+    found |= {
+        "mean": float(good.mean()),
+        "std": float(good.std()),
+        "min": float(good.min()),
+        "max": float(good.max()),
+        "percentiles": {f"p{p}": float(mark) for p, mark in zip(PERCENTILES, marks, strict=True)},
+    }
+    if histogram:
+        counts, edges = np.histogram(good, bins=_BINS)
+        found["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return found
+
+
+def _gather(part: Any) -> list[Any] | None:
+    """What every rank but those that bring None has to say, on the first rank."""
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(part, gathered, dst=0)
+    return None if gathered is None else [found for found in gathered if found is not None]
+
+
+def _merged(parts: list[Findings]) -> Findings:
+    whole = Findings()
+    for part in parts:
+        whole.output = whole.output + part.output
+        for of_layer, sums in part.layers.items():
+            add_to(whole.layers, of_layer, sums)
+        for of_target, sums in part.vectors.items():
+            add_to(whole.vectors, of_target, sums)
+        for place, norms in part.deltas.items():
+            whole.deltas.setdefault(place, []).extend(norms)
+    return whole
+
+
+def _output(found: Findings) -> dict[str, Any]:
+    tokens, base, ours, kl = found.output.tolist()
+    ratio = _exp((ours - base) / tokens)
+    return {
+        "perplexity": {
+            "base": _exp(base / tokens),
+            "npt": _exp(ours / tokens),
+            "perplexity_ratio": ratio,
+            "base_loss": base / tokens,
+            "npt_loss": ours / tokens,
+            "tokens": int(tokens),
+            "expected_within": RATIO_TOLERANCE,
+            "as_expected": abs(ratio - 1) <= RATIO_TOLERANCE,
+        },
+        "logit_kl": {"mean": kl / tokens},
+    }
+
+
+def _layers(found: Findings, how: str, width: int) -> dict[str, Any]:
+    layers = {}
+    for (kind, number), sums in sorted(found.layers.items()):
+        if kind != how:
+            continue
+        tokens, error, cosine, output, update = sums.tolist()
+        layers[number] = {
+            "mse": error / (tokens * width),
+            "cosine_similarity": cosine / tokens,
+            "relative_error": _root_of_ratio(error, output),
+            "update_relative_error": _root_of_ratio(error, update),
+        }
+    return {"measured": _MODES[how], "layers": layers}
+
+
+def _deltas(found: Findings, norms: dict[tuple[int, str], float]) -> dict[str, Any]:
+    layers: dict[int, dict[str, Any]] = {}
+    values = {place: np.concatenate(parts) for place, parts in sorted(found.deltas.items())}
+    relative = {place: value / norms[place] for place, value in values.items()}
+    for (number, target), value in values.items():
+        layers.setdefault(number, {})[target] = {
+            "frobenius_norm": distribution(value, histogram=True),
+            "relative_norm": distribution(relative[number, target]),
+            "weight_norm": norms[number, target],
+        }
+    nothing = np.zeros(0)  # of layers that are off
+    overall = distribution(np.concatenate([nothing, *values.values()]), histogram=True)
+    average = overall["mean"]
+    return {
+        "average_frobenius_norm": average,
+        "expected_below": DELTA_THRESHOLD,
+        "as_expected": average is not None and average < DELTA_THRESHOLD,
+        "frobenius_norm": overall,
+        "relative_norm": distribution(np.concatenate([nothing, *relative.values()]), histogram=True),
+        "layers": layers,
+    }
+
+
+def _vectors(found: Findings) -> dict[str, Any] | None:
+    layers: dict[int, dict[str, Any]] = {}
+    for (number, target), sums in sorted(found.vectors.items()):
+        names = ("v_a_norm", "v_b_norm", "v_a_attention_similarity")
+        layers.setdefault(number, {})[target] = dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=True))
+    return {"layers": layers} if layers else None
+
+
+def _counts(sizes: dict[int, tuple[int, int]]) -> dict[str, Any]:
+    ours, layers = (sum(column) for column in zip(*sizes.values(), strict=True))
+    return {
+        "np": ours,
+        "converted_layers": layers,
+        "np_share_of_converted_layers": ours / layers,
+        "layers": {number: {"np": own, "layer": layer} for number, (own, layer) in sorted(sizes.items())},
+    }
+
+
+def _parameters(chunks: list[GPTModel]) -> dict[int, tuple[int, int]]:
+    """Layer -> parameters of its NP components, and its own, over all tensor-parallel ranks."""
+    sizes: dict[int, tuple[int, int]] = {}
+    for layer in _npt_layers(chunks):
+        counted = {"np": 0, "layer": 0}
+        for name, parameter in layer.named_parameters():
+            is_split = getattr(parameter, "tensor_model_parallel", False)
+            ranks = layer.feed_forward.tp_group.size() if is_split else 1
+            counted["np" if name.startswith("feed_forward.") else "layer"] += parameter.numel() * ranks
+        sizes[layer.layer_number - 1] = counted["np"], counted["layer"]
+    return sizes
+
+
+def _weight_norms(chunks: list[GPTModel]) -> dict[tuple[int, str], float]:
+    return {
+        (layer.layer_number - 1, target): float(weight_norm(part, layer.mlp))
+        for layer in _npt_layers(chunks)
+        for target, part in layer.feed_forward.modulations.items()
+    }
+
+
+def _npt_layers(chunks: list[GPTModel]) -> list[Any]:
+    return [
+        layer
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        if isinstance(layer.feed_forward, NPFeedForward)
+    ]
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _root_of_ratio(above: float, below: float) -> float:
+    return math.sqrt(above / below) if below else math.nan if above else 0.0

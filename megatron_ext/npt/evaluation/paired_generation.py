@@ -1,0 +1,93 @@
+"""The base model's and the NPT model's continuations of the same prompts: greedy, and sampled with the same seed."""
+
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.inference.generation import Sampling, generate
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.npt_layers import deactivated
+from megatron_ext.training.interface.family_interface import Family
+
+
+def paired_generations(
+    model: GPTModel,
+    families: list[Family],
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    sampling: Sampling,
+) -> list[dict[str, Any]]:
+    """Continues every prompt four times; collective, every rank gets the same.
+
+    Args:
+        model: this rank's only chunk, unwrapped, built with NP components.
+        families: asked for the model's side inputs.
+        tokenizer: the model's.
+        prompts: texts.
+        sampling: for the sampled continuations; the greedy ones differ in the temperature alone.
+
+    Returns:
+        For each prompt and mode: `prompt`, `mode` (greedy or sampled), `seed`, `temperature`, `base` and `npt` (the new
+        text), `identical` and `first_difference`, the number of equal tokens at the beginning.
+
+    Raises:
+        ValueError: a prompt has no tokens, or is too long.
+    """
+    ids = [tokenizer.begin(tokenizer.tokenize(prompt)) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise ValueError(f"--prompts {prompt!r}: has no tokens")
+    found = []
+    for mode, how in {"greedy": replace(sampling, temperature=0.0), "sampled": sampling}.items():
+        options: Any = (families, ids, how, tokenizer.vocab_size)
+        with deactivated([model]):
+            base = generate(model, *options)
+        ours = generate(model, *options)
+        found += [
+            {
+                "prompt": prompt,
+                "mode": mode,
+                "seed": how.seed,
+                "temperature": how.temperature,
+                "base": tokenizer.detokenize(theirs),
+                "npt": tokenizer.detokenize(mine),
+                "identical": theirs == mine,
+                "first_difference": _common(theirs, mine),
+            }
+            for prompt, theirs, mine in zip(prompts, base, ours, strict=True)
+        ]
+    return sorted(found, key=lambda pair: prompts.index(str(pair["prompt"])))
+
+
+def held_out_prompts(prefix: str, tokenizer: Tokenizer, *, count: int = 3, length: int = 16) -> list[str]:
+    """The beginnings of the first documents that are long enough.
+
+    Args:
+        prefix: indexed dataset without `.bin` and `.idx`.
+        tokenizer: whose ids it holds.
+        count: at most so many prompts.
+        length: tokens of each.
+    """
+    dataset = IndexedDataset(prefix)
+    prompts: list[str] = []
+    for first in dataset.document_indices[:-1]:
+        if len(prompts) == count:
+            break
+        if first < len(dataset.sequence_lengths) and dataset.sequence_lengths[first] > length:
+            tokens = dataset[int(first)][:length].tolist()
+            begun = tokenizer.bos is not None and tokens[0] == tokenizer.bos
+            text = tokenizer.detokenize(tokens[begun:])
+            if tokenizer.tokenize(text) and text not in prompts:
+                prompts.append(text)
+    return prompts
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    equal = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        equal += 1
+    return equal

@@ -1,0 +1,67 @@
+"""Samples of text in the course of a run: the base model's continuation of a prompt beside the NPT model's, greedy.
+
+Generation runs in the training's own model and cut, with a KV cache, as a user would generate later. It knows neither
+sequence parallel nor virtual stages; such a run is refused before it starts.
+"""
+
+from megatron_ext.config.groups.model_config import ModelConfig, check_fits_window
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.inference.generation import Sampling, generate
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.npt_layers import deactivated
+from megatron_ext.training.interface.family_interface import Family
+
+MAX_NEW_TOKENS = 40
+"""Tokens of a sample after its prompt."""
+
+
+def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> None:
+    """Raises `ValueError` where samples are asked for and the cut does not allow them."""
+    if generation_steps is None:
+        return
+    for flag, is_in_the_way in (
+        ("--sequence-parallel", parallel.sequence_parallel),
+        (
+            "--num-layers-per-virtual-pipeline-stage",
+            parallel.num_layers_per_virtual_pipeline_stage is not None,
+        ),
+        ("--context-parallel-size", parallel.context_parallel_size > 1),
+        ("--overlap-param-gather", parallel.overlap_param_gather),
+    ):
+        if is_in_the_way:
+            raise ValueError(f"--generation-steps {generation_steps}: generation does not know {flag}")
+
+
+def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raises `ValueError` where a sample would go past the model's sliding window."""
+    if model.sliding_window is not None:
+        length = len(tokenizer.tokenize(prompt)) + MAX_NEW_TOKENS
+        check_fits_window(model.sliding_window, length, f"--generation-prompt {prompt!r}")
+
+
+def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer, prompt: str) -> str:
+    """A prompt's two continuations as Markdown, on every rank; collective.
+
+    Args:
+        chunk: this rank's only chunk, unwrapped; its layers run free.
+        families: asked for the model's side inputs.
+        tokenizer: the run's.
+        prompt: a text.
+
+    Raises:
+        ValueError: the prompt has no tokens, or is too long.
+    """
+    tokens = tokenizer.tokenize(prompt)
+    if not tokens:
+        raise ValueError(f"--generation-prompt {prompt!r}: has no tokens")
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, stop_tokens=(tokenizer.eod,))
+    was_training = chunk.training
+    with deactivated([chunk]):
+        base = generate(chunk, families, [tokenizer.begin(tokens)], sampling, tokenizer.vocab_size)[0]
+    ours = generate(chunk, families, [tokenizer.begin(tokens)], sampling, tokenizer.vocab_size)[0]
+    chunk.train(was_training)
+    return "\n\n".join(
+        f"**{name}**\n\n```\n{tokenizer.detokenize(tokens + new)}\n```"
+        for name, new in (("base", base), ("npt", ours))
+    )

@@ -1,0 +1,1 @@
+"""The modules of an NPT layer and their configuration."""

@@ -1,0 +1,79 @@
+"""The MLP of an NPT layer with every token's deltas built as matrices: what the factored form saves, for reports.
+
+    y = W x + delta x,      delta [n, output, input], one matrix a token and target
+
+as document 002's first version had it. One process, no tensor parallelism; never used in training.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
+from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
+
+
+def materialised_mlp(
+    feed_forward: NPFeedForward, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor
+) -> torch.Tensor:
+    """MLP*(n) [s, b, h]; takes and gives what `NPFeedForward.modulated_mlp` does.
+
+    Args:
+        feed_forward: the NP components.
+        mlp: the base MLP.
+        normed: n.
+        attention_output: a.
+    """
+    parts = feed_forward.modulations
+    inner, bias = mlp.linear_fc1(normed)
+    halves = list(inner.chunk(2, dim=-1)) if "fc1" not in parts else [inner]
+    for index, target in enumerate(("gate", "up") if "fc1" not in parts else ("fc1",)):
+        if target in parts:
+            halves[index] = halves[index] + _apply(parts[target], normed, attention_output)
+    inner = torch.cat(halves, dim=-1)
+    activated = mlp.activation_func(inner if bias is None else inner + bias)
+    output, bias = mlp.linear_fc2(activated)
+    if bias is not None:
+        output = output + bias
+    return output + _apply(parts["down"], activated, attention_output) if "down" in parts else output
+
+
+def materialised_deltas(
+    modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor
+) -> torch.Tensor:
+    """[n, output, input], with gradient.
+
+    Args:
+        modulation: of any form and target.
+        x: [n, input]; what outer_product on `down` is normalised by.
+        attention_output: a, [n, h].
+    """
+    settings = modulation.settings
+    if isinstance(modulation, LowRankModulation):
+        reader = modulation.A_in if modulation.reads_ffn else modulation.A
+        code = torch.tanh(attention_output @ modulation.A) * settings.np_scale
+        return (modulation.B.t() * code.unsqueeze(1)) @ reader.t()
+    assert isinstance(modulation, OuterProductModulation)
+    z = modulation.code(attention_output)
+    if settings.np_normalize:
+        z = z * modulation.inverse_rms(z).unsqueeze(-1)
+    components = (settings.num_np_components, settings.np_rank)
+    v_a = torch.einsum("nkr,kri->nki", z, modulation.W_a_up.float().unflatten(0, components))
+    v_a = v_a * settings.np_rank**-0.5
+    if settings.has_affine:
+        v_a = v_a + modulation.c_a
+    if modulation.divides_by_read:
+        v_a = v_a * modulation.inverse_rms(modulation.by_component(x @ modulation.W_a_up.t())).unsqueeze(-1)
+    else:
+        v_a = v_a * modulation.input_size**-0.5
+    v_b = torch.einsum("nkr,kro->nko", z, modulation.W_b_up.float().unflatten(0, components))
+    factor = settings.np_scale / math.sqrt(settings.total_rank)
+    return (v_b * factor).to(x.dtype).mT @ v_a.to(x.dtype)
+
+
+def _apply(modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+    """delta x, in x's shape but for the last dimension."""
+    rows = x.flatten(0, -2)
+    deltas = materialised_deltas(modulation, rows, attention_output.flatten(0, -2))
+    return torch.bmm(deltas, rows.unsqueeze(-1)).view(*x.shape[:-1], modulation.output_size)

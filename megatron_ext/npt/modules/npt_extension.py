@@ -1,0 +1,47 @@
+"""NPT as the model sees it: the feed-forward slot of the chosen layers, and a way for the teacher's inputs to them."""
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.models.auxiliary_inputs import SideStream
+from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
+from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.layer_losses import TEACHER
+from megatron_ext.npt.objective.teacher import TeacherInputs
+
+
+class NPTExtension(Extension):
+    """NP components in the layers that `--npt-layers` names."""
+
+    name = "npt"
+
+    def __init__(self, settings: NPTModuleConfig) -> None:
+        """Args:
+        settings: NPT's configuration.
+        """
+        self.settings = settings
+
+    def streams(self, config: TransformerConfig) -> list[SideStream]:
+        """The teacher's inputs of a stage's NPT layers; only some training steps bring them."""
+        return [SideStream(name=TEACHER, width=None)]
+
+    def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
+        """The feed-forward of a chosen layer.
+
+        Raises:
+            ValueError: the layers or the target do not fit the model.
+        """
+        self.settings.check_model(config.gated_linear_unit)
+        if layer_number not in self.settings.layers(config.num_layers):
+            return {}
+        return {"feed_forward": ModuleSpec(module=NPFeedForward, params={"settings": self.settings})}
+
+    def stage_module(
+        self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
+    ) -> StageModule | None:
+        """What packs the teacher's inputs, on stages that have NPT layers."""
+        chosen = self.settings.layers(config.num_layers)
+        layers = tuple(number for number in stage.layer_numbers if number in chosen)
+        return TeacherInputs(layers) if layers else None

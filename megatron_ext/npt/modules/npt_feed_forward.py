@@ -1,0 +1,153 @@
+"""The feed-forward of an NPT layer, a slot module: the base MLP with weights that the attention output changes.
+
+    n = LN2(h)                                    the MLP reads the layer's input; a acts through the weights alone
+    drop    output = h + MLP*(n)
+    keep    output = h + a + MLP*(n)
+
+    MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + delta_gate, delta_up) n)          see `modulation` for the deltas
+
+Norm and weights are the layer's own. Gate and up are the two halves of fc1, as in the engine; an MLP without a gate has
+fc1 alone. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inner tensors [s, b, f/t].
+Source: documents 000, 001 and 002.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.models.ops.add_product import add_product
+from megatron_ext.npt.modules.modulation import FORMS, Modulation
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.layer_losses import LayerPlan
+
+
+class NPFeedForward(MegatronModule):
+    """NP components of one layer, one `Modulation` a target, and the MLP that they change."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        *,
+        settings: NPTModuleConfig,
+    ) -> None:
+        """Args:
+        config: the engine's configuration.
+        layer_number: of the layer in the whole model, from 1.
+        pg_collection: the process groups.
+        settings: NPT's configuration.
+        """
+        super().__init__(config)
+        self.settings = settings
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.active = True
+        """False: the layer does what the base layer does, on the engine's own code path."""
+        self.plan: LayerPlan | None = None
+        """What the present training step asks of the layer; None outside training."""
+        for target in settings.targets:
+            self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
+
+    @property
+    def modulations(self) -> dict[str, Modulation]:
+        """The NP components by target."""
+        return {target: self.get_submodule(target) for target in self.settings.targets}
+
+    def forward(
+        self,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attend: Callable[[torch.Tensor], torch.Tensor],
+        side: SideView | None,
+    ) -> torch.Tensor:
+        """The layer's output [s, b, h].
+
+        Args:
+            layer: the layer, whose norms and MLP are used.
+            hidden_states: h, the layer's input.
+            attend: gives a, the attention's output with bias and dropout, for the attention's input.
+            side: the side streams; read where the plan blends in the teacher's input.
+        """
+        plan = self.plan
+        attention_input = mlp_input = hidden_states
+        if plan is not None and side is not None:
+            attention_input, mlp_input = plan.inputs(hidden_states, side)
+        attention_output = attend(attention_input)
+        mlp_output = self._mlp(layer, mlp_input, attention_output)
+        keeps = self.settings.np_residual == "keep"
+        residual = mlp_input + attention_output if keeps else mlp_input
+        add = layer.mlp_bda(layer.training, self.config.bias_dropout_fusion)
+        output = add((mlp_output, None), residual, layer.hidden_dropout)
+        if plan is None:
+            return output
+        return plan.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
+
+    def _mlp(self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+        """MLP*(n), recomputed in the backward pass where the run says so."""
+        normed = layer.pre_mlp_layernorm(hidden_states)
+        if not layer.recompute_mlp:
+            return self.modulated_mlp(layer.mlp, normed, attention_output)
+        if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
+            # What is recomputed gets gradients only if an input does; here the parameters alone need them.
+            normed = normed.detach().requires_grad_()
+        run = partial(self.modulated_mlp, layer.mlp)
+        return tensor_parallel.checkpoint(run, False, normed, attention_output)
+
+    def modulated_mlp(self, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+        """MLP*(n), biases included, [s, b, h].
+
+        Args:
+            mlp: the base MLP.
+            normed: n.
+            attention_output: a.
+        """
+        inner, bias = mlp.linear_fc1(normed)
+        inner = self._add_to_fc1(inner, normed, attention_output)
+        if bias is not None:
+            inner = inner + bias
+        activated = mlp.activation_func(inner)
+        output, bias = mlp.linear_fc2(activated)
+        if bias is not None:
+            output = output + bias
+        down = self.modulations.get("down")
+        if down is not None:
+            output = add_product(output, down.coefficients(activated, attention_output), down.output_factor)
+        return output
+
+    def _add_to_fc1(
+        self, inner: torch.Tensor, normed: torch.Tensor, attention_output: torch.Tensor
+    ) -> torch.Tensor:
+        """W_fc1 n [s, b, 2 f/t] (or f/t) with the deltas of its parts; `up` is the second half."""
+        parts = [modulation for target, modulation in self.modulations.items() if target != "down"]
+        coefficients = self._for_all_ranks([part.coefficients(normed, attention_output) for part in parts])
+        for index, (part, u) in enumerate(zip(parts, coefficients, strict=True)):
+            factor = part.output_factor
+            inner = add_product(inner, u, factor, start=index * factor.size(1))
+        return inner
+
+    def _for_all_ranks(self, coefficients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Every u with the full sequence [s, b, k r], at the border of the part that is split over f.
+
+        The gradient of u is summed over the ranks here. a and n are on this side of the border, not copied: the
+        gradients of all factors that read them are whole.
+        """
+        if self.tp_group.size() == 1:
+            return coefficients
+        joined = torch.cat(coefficients, dim=-1)
+        if self.config.sequence_parallel:
+            joined = gather_from_sequence_parallel_region(joined, group=self.tp_group)
+        else:
+            joined = copy_to_tensor_model_parallel_region(joined, group=self.tp_group)
+        return list(joined.split(self.settings.total_rank, dim=-1))

@@ -1,0 +1,152 @@
+"""What a user chooses about NP components: form, target, rank, residual, initial values, and the layers that have them.
+
+The defaults are document 002's: `low_rank`, gate, rank 16, attention residual dropped, upper half of the layers.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive, flag
+
+_TARGETS: dict[str, tuple[str, ...]] = {
+    "gate": ("gate",),
+    "gate+up": ("gate", "up"),
+    "gate+up+down": ("gate", "up", "down"),
+    "fc1": ("fc1",),
+    # the documents' words
+    "single": ("gate",),
+    "dual": ("gate", "up"),
+    "triple": ("gate", "up", "down"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPTModuleConfig:
+    """NP components: the attention output changes the weights of the MLP, token by token."""
+
+    npt_layers: Annotated[str, flag(aliases=("--layers", "--train_layers"))] = "upper_half"
+    """Layers with NP components: all, upper_half, lower_half, or numbers and ranges from 0, as 0,3,5 or -1 or 4:8
+    (the end is left out)."""
+
+    np_form: Literal["low_rank", "outer_product"] = "low_rank"
+    """How the attention output makes the delta: B diag(tanh(a A)) A^T (document 002), or v_b v_a^T (000 and 001)."""
+
+    np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
+    """The modulated weights. single, dual and triple stand for the first three; fc1 is for an MLP without a gate."""
+
+    np_rank: Annotated[int, flag(aliases=("--rank",))] = 16
+    """Rank of the generated factors."""
+
+    num_np_components: int = 1
+    """Number of deltas that add up, each with its own factors. k components of low_rank are one of k times the rank."""
+
+    np_affine: bool = True
+    """outer_product: add a learned constant to v_a. Without it the delta is the same for a and -a."""
+
+    np_normalize: bool = True
+    """outer_product: keep s and z in scale, whatever the size of the attention output. Without it large outputs count
+    with their square, and training may diverge."""
+
+    np_residual: Literal["keep", "drop"] = "drop"
+    """Whether the attention output is also added to the residual stream, as in the base layer."""
+
+    np_scale: Annotated[float, flag(aliases=("--modulation_scale",))] = 1.0
+    """Factor on every delta."""
+
+    np_init_scale: float = 0.01
+    """Standard deviation of the output factors' contribution under the strategy improved: how small deltas start."""
+
+    np_init_strategy: Literal["improved", "conservative"] = "improved"
+    """improved: deltas start small, and all factors have gradients at once. conservative: output factors start at zero,
+    and so do all deltas."""
+
+    freeze_base: bool = True
+    """Train NP parameters only; the base model's weights stay as they are."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "np_rank", "num_np_components")
+        check_positive(self, "np_scale", "np_init_scale")
+        if self.np_form == "low_rank":
+            for name, flag in (("np_affine", "--no-np-affine"), ("np_normalize", "--no-np-normalize")):
+                if not getattr(self, name):
+                    raise ValueError(f"{flag}: is about --np-form outer_product, not {self.np_form}")
+        parse_layers(self.npt_layers)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modulated weights one by one: of `gate`, `up`, `down`, `fc1`."""
+        return _TARGETS[self.np_target]
+
+    @property
+    def total_rank(self) -> int:
+        """Rank of all components together."""
+        return self.num_np_components * self.np_rank
+
+    @property
+    def has_affine(self) -> bool:
+        """True where `v_a` has its learned constant."""
+        return self.np_form == "outer_product" and self.np_affine
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Numbers of the chosen layers, from 0, ascending.
+
+        Raises:
+            ValueError: a number or range does not fit a model of `num_layers` layers.
+        """
+        return choose_layers(self.npt_layers, num_layers)
+
+    def check_model(self, gated: bool) -> None:
+        """Raises `ValueError` unless the MLP, gated or not, has the target's weights."""
+        if gated == ("fc1" in self.targets):
+            kind, choices = ("gated", "gate, gate+up, gate+up+down") if gated else ("not gated", "fc1")
+            raise ValueError(f"--np-target {self.np_target}: the MLP is {kind}, choose from {choices}")
+
+
+def parse_layers(text: str) -> list[int | tuple[int | None, int | None]]:
+    """The parts of a layer choice: numbers, and ranges (start, end). A word as `all` has one part, a range.
+
+    Raises:
+        ValueError: the text is no layer choice.
+    """
+    if text in ("all", "upper_half", "lower_half"):
+        return [(None, None)]
+    parts: list[int | tuple[int | None, int | None]] = []
+    for part in text.split(","):
+        try:
+            numbers = [int(number) if number.strip() else None for number in part.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 2:
+            parts.append((numbers[0], numbers[1]))
+        elif len(numbers) == 1 and numbers[0] is not None:
+            parts.append(numbers[0])
+        else:
+            raise ValueError(
+                f"--npt-layers {text}: must be all, upper_half, lower_half, or numbers and ranges as 0,3,5 or -1 or 4:8"
+            )
+    return parts
+
+
+def choose_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Layer numbers, from 0, ascending, that a layer choice means in a model of `num_layers` layers.
+
+    `lower_half` are the first L // 2 layers, `upper_half` the others. Negative numbers count from the end.
+
+    Raises:
+        ValueError: the text is no layer choice, or one of its parts names no layer of the model.
+    """
+    half = num_layers // 2
+    words = {"all": (0, num_layers), "upper_half": (half, num_layers), "lower_half": (0, half)}
+    chosen: set[int] = set()
+    for part in [words[text]] if text in words else parse_layers(text):
+        start, end = part if isinstance(part, tuple) else (part, part)
+        first = 0 if start is None else start + num_layers * (start < 0)
+        if isinstance(part, tuple):
+            last = num_layers if end is None else end + num_layers * (end < 0)
+        else:
+            last = first + 1
+        if not 0 <= first < last <= num_layers:
+            raise ValueError(f"--npt-layers {text}: does not fit a model of {num_layers} layers")
+        chosen.update(range(first, last))
+    return tuple(sorted(chosen))

@@ -1,0 +1,262 @@
+"""Sizes of what NP components generate, from r-sized quantities: losses and monitoring without v_a, v_b or a delta.
+
+    outer_product    z = a W_down            v_a = z W_a_up / sqrt(r) + c_a            v_b = z W_b_up
+                     |v_a|^2 = z^ G z^,      z^ = [z / sqrt(r) ; 1],  G = [W_a_up ; c_a] [W_a_up ; c_a]^T
+                     v_a . a = z . (W_a_up a) / sqrt(r) + c_a . a
+                     |delta|_F^2 = c^2 sum_kl (v_a,k . v_a,l) (v_b,k . v_b,l)
+    low_rank         |delta|_F^2 = scale^2 t^T (A^T A * B B^T) t,  t = tanh(a A)
+
+`GeneratedVectors` holds the documents' plain v_a and v_b: z as it is, also where `--np-normalize` divides z by its root
+mean square, and without the factor that v_a has for reading x, 1 / sqrt(input). The attention reconstruction of stage 1
+asks v_a to equal a, size included, which a function of a's direction alone could not. `delta_norms` is about the delta
+as it is applied, normalisations included.
+
+Signatures, all for one `Modulation` and a, the attention output [s, b, h] ([s/t, b, h] under sequence parallel):
+
+    vectors = GeneratedVectors(modulation, a)         outer_product on gate, up or fc1
+    vectors.reconstruction_error()                    [b], mean (v_a - a)^2 of a sequence
+    vectors.attention_square()                        [b], mean a^2 of a sequence; the MSE is divided by its root
+    vectors.similarity()                              mean cosine of v_a and a
+    vectors.a_square(), vectors.b_square()            mean v_a^2, mean v_b^2: their sum is the v regularisation
+    vectors.a_norm(), vectors.b_norm()                mean |v_a|, mean |v_b|; no gradient
+    factor_norm(modulation)                           sum of the factors' Frobenius norms: |A|_F + |B|_F for low_rank
+    delta_norms(modulation, a, x=None)                [s(/t), b], |delta|_F of every token; no gradient
+    weight_norm(modulation, mlp)                      |W|_F of the base weight; no gradient
+
+Where no shape is given the result is a fp32 scalar; means are over this rank's tokens, and over components where there
+are several.
+Tensor parallel: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
+Without sequence parallel every rank has the same values; each adds them to its loss as they are. Under sequence
+parallel every rank adds its values divided by t. Either way the gradients of all factors are right after the engine's
+own reduction, which sums those of replicated factors over the group under sequence parallel.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+
+from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
+
+_TINY = 1e-16
+"""Least square of a norm that is divided by or derived: a vector of zeros has cosine 0 and gradient 0."""
+
+
+class GeneratedVectors:
+    """v_a and v_b, in the documents' plain form, of every token; what several methods need is computed once."""
+
+    def __init__(self, modulation: Modulation, attention_output: torch.Tensor) -> None:
+        """Args:
+        modulation: of the form outer_product, target `gate`, `up` or `fc1`.
+        attention_output: a, [s, b, h] ([s/t, b, h] under sequence parallel).
+
+        Raises:
+            ValueError: another form, or the target `down`, whose v_a has another width than a.
+        """
+        if not isinstance(modulation, OuterProductModulation) or modulation.reads_ffn:
+            raise ValueError(
+                "v_a and v_b: must be of --np-form outer_product, on a target that reads the hidden state"
+            )
+        self._modulation = modulation
+        self._attention_output = attention_output
+
+    def reconstruction_error(self) -> torch.Tensor:
+        """Mean of (v_a - a)^2 over the tokens of a sequence, components and h, [b]."""
+        squares = self._a_squares - 2 * self._products + self._attention_squares
+        return squares.mean((0, 2)) / self._attention_output.size(-1)
+
+    def attention_square(self) -> torch.Tensor:
+        """Mean of a^2 over the tokens of a sequence and h, [b]."""
+        return self._attention_squares.mean((0, 2)) / self._attention_output.size(-1)
+
+    def similarity(self) -> torch.Tensor:
+        """Mean cosine of v_a and a over tokens and components."""
+        lengths = self._a_squares.clamp_min(_TINY).sqrt() * self._attention_squares.clamp_min(_TINY).sqrt()
+        return (self._products / lengths).mean()
+
+    def a_square(self) -> torch.Tensor:
+        """Mean of v_a^2 over tokens, components and h."""
+        return self._a_squares.mean() / self._modulation.input_size
+
+    def b_square(self) -> torch.Tensor:
+        """Mean of v_b^2 over tokens, components and f. Collective over the tensor-parallel group."""
+        return self._b_squares.mean() / self._modulation.output_size
+
+    def a_norm(self) -> torch.Tensor:
+        """Mean of |v_a| over tokens and components, without gradient."""
+        return self._a_squares.detach().clamp_min(0).sqrt().mean()
+
+    def b_norm(self) -> torch.Tensor:
+        """Mean of |v_b| over tokens and components, without gradient. Collective over the tensor-parallel group."""
+        return self._b_squares.detach().clamp_min(0).sqrt().mean()
+
+    @functools.cached_property
+    def _code(self) -> torch.Tensor:
+        """z [.., k, r] in fp32, not normalised."""
+        return self._modulation.code(self._attention_output)
+
+    @functools.cached_property
+    def _a_squares(self) -> torch.Tensor:
+        """|v_a|^2 [.., k]."""
+        reader = _reader(self._modulation)
+        return _quadratic(_extended(self._modulation, self._code), reader @ reader.mT)
+
+    @functools.cached_property
+    def _b_squares(self) -> torch.Tensor:
+        """|v_b|^2 [.., k]."""
+        writer = _by_component(self._modulation, self._modulation.W_b_up)
+        return _quadratic(self._code, _sum_over_ranks(self._modulation, writer @ writer.mT))
+
+    @functools.cached_property
+    def _products(self) -> torch.Tensor:
+        """v_a . a [.., k]."""
+        settings = self._modulation.settings
+        read = self._modulation.read(self._attention_output)
+        found = (self._code * self._modulation.by_component(read)).sum(-1) * settings.np_rank**-0.5
+        return found + read[..., settings.total_rank :] if settings.has_affine else found
+
+    @functools.cached_property
+    def _attention_squares(self) -> torch.Tensor:
+        """|a|^2 [.., 1]."""
+        return self._attention_output.float().square().sum(-1, keepdim=True)
+
+
+def factor_norm(modulation: Modulation) -> torch.Tensor:
+    """The sum of the Frobenius norms of a target's factors, each whole, with gradient.
+
+    For low_rank |A|_F + |B|_F, `down` has |A_in|_F too: the regularisation of document 002. Collective over the
+    tensor-parallel group.
+    """
+    norms = []
+    for name, factor in modulation.named_parameters():
+        square = factor.float().square().sum()
+        if name in modulation.split_dims:
+            square = _sum_over_ranks(modulation, square)
+        norms.append(square.clamp_min(_TINY).sqrt())
+    return torch.stack(norms).sum()
+
+
+@torch.no_grad()
+def delta_norms(
+    modulation: Modulation, attention_output: torch.Tensor, x: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The Frobenius norm of every token's delta, as it is applied: [s, b] ([s/t, b] under sequence parallel), fp32.
+
+    Collective over the tensor-parallel group.
+
+    Args:
+        modulation: of any form and target.
+        attention_output: a.
+        x: the target's input, as `Modulation.coefficients` takes it; needed for outer_product on `down` with
+            `np_normalize`, whose delta depends on it.
+
+    Raises:
+        ValueError: x is needed and missing.
+    """
+    if isinstance(modulation, LowRankModulation):
+        reader = modulation.A_in if modulation.reads_ffn else modulation.A
+        of_inputs = _gram(modulation, reader.float().t(), modulation.reads_ffn)
+        of_outputs = _gram(modulation, modulation.B.float(), not modulation.reads_ffn)
+        code = torch.tanh(attention_output @ modulation.A).float()
+        squares = ((code @ (of_inputs * of_outputs)) * code).sum(-1)
+        return squares.clamp_min(0).sqrt() * modulation.settings.np_scale
+    assert isinstance(modulation, OuterProductModulation)
+    return _outer_product_norms(modulation, attention_output, x)
+
+
+def _outer_product_norms(
+    modulation: OuterProductModulation, attention_output: torch.Tensor, x: torch.Tensor | None
+) -> torch.Tensor:
+    settings = modulation.settings
+    code = modulation.code(attention_output)
+    if settings.np_normalize:
+        code = code * modulation.inverse_rms(code).unsqueeze(-1)
+    reader, writer = _reader(modulation), _by_component(modulation, modulation.W_b_up)
+    of_a = _gram(modulation, reader.flatten(0, 1), modulation.reads_ffn)
+    of_b = _gram(modulation, writer.flatten(0, 1), not modulation.reads_ffn)
+    products = _cross(_extended(modulation, code), of_a) * _cross(code, of_b)
+    if modulation.divides_by_read:
+        if x is None:
+            raise ValueError("delta_norms: the delta of `down` depends on its input, x must be given")
+        inverse = modulation.inverse_rms(modulation.by_component(modulation.read_whole(x)))
+        products = products * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    else:
+        products = products / modulation.input_size
+    factor = settings.np_scale / math.sqrt(settings.total_rank)
+    return products.sum((-2, -1)).clamp_min(0).sqrt() * factor
+
+
+@torch.no_grad()
+def weight_norm(modulation: Modulation, mlp: Any) -> torch.Tensor:
+    """|W|_F of the base weight that a target modulates, whole. Collective over the tensor-parallel group.
+
+    Args:
+        modulation: of the target.
+        mlp: the layer's MLP; gate and up are the two halves of fc1.
+    """
+    if modulation.target in ("gate", "up"):
+        weight = mlp.linear_fc1.weight.chunk(2)[modulation.target == "up"]
+    else:
+        weight = (mlp.linear_fc2 if modulation.reads_ffn else mlp.linear_fc1).weight
+    square = weight.float().square().sum()
+    dist.all_reduce(square, group=modulation.groups.tp)
+    return square.sqrt()
+
+
+def _by_component(modulation: Modulation, factor: torch.Tensor) -> torch.Tensor:
+    """[k r, n] -> [k, r, n] in fp32."""
+    return factor.float().unflatten(0, (modulation.settings.num_np_components, modulation.settings.np_rank))
+
+
+def _reader(modulation: OuterProductModulation) -> torch.Tensor:
+    """[W_a_up ; c_a] [k, r + 1, input] in fp32, r rows without c_a."""
+    rows = _by_component(modulation, modulation.W_a_up)
+    return (
+        torch.cat([rows, modulation.c_a.float().unsqueeze(1)], 1) if modulation.settings.has_affine else rows
+    )
+
+
+def _extended(modulation: OuterProductModulation, code: torch.Tensor) -> torch.Tensor:
+    """[z / sqrt(r) ; 1] [.., k, r + 1], which multiplies `_reader`."""
+    code = code * modulation.settings.np_rank**-0.5
+    return torch.nn.functional.pad(code, (0, 1), value=1.0) if modulation.settings.has_affine else code
+
+
+def _quadratic(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """z G z of every component: [.., k, r] and [k, r, r] -> [.., k]."""
+    return (torch.einsum("...ki,kij->...kj", code, gram) * code).sum(-1)
+
+
+def _cross(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """z_k G_kl z_l of every two components: [.., k, r] and [k r, k r] -> [.., k, k]."""
+    blocks = gram.unflatten(0, code.shape[-2:]).unflatten(-1, code.shape[-2:])
+    return torch.einsum("...ki,kilj,...lj->...kl", code, blocks, code)
+
+
+def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.Tensor:
+    """rows rows^T, summed over the ranks where they hold parts of the rows. Without gradient."""
+    gram = rows @ rows.t()
+    if is_split:
+        dist.all_reduce(gram, group=modulation.groups.tp)
+    return gram
+
+
+def _sum_over_ranks(modulation: Modulation, part: torch.Tensor) -> torch.Tensor:
+    """The sum of the tensor-parallel ranks' parts.
+
+    Without sequence parallel every rank derives the same loss from it: its gradient is the part's. Under sequence
+    parallel ranks' losses differ and add up: the part's gradient is the sum of theirs.
+    """
+    group = modulation.groups.tp
+    if group.size() == 1:
+        return part
+    whole = reduce_from_tensor_model_parallel_region(part, group=group)
+    if modulation.config.sequence_parallel:
+        whole = copy_to_tensor_model_parallel_region(whole, group=group)
+    return whole

@@ -1,0 +1,178 @@
+"""What NP components add to a model: parameters, FLOPs of their matrix products for a token, and a training step's.
+
+    target           low_rank                      outer_product                       affine
+    gate, up, fc1    k r (h + f)                   k r (2 h + f)                       k h       parameters
+                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k h     FLOPs
+    down             k r (2 h + f)                 k r (2 h + f)                       k f       parameters
+                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k f     FLOPs
+
+for every converted layer and target. low_rank reads x and a with one factor, A: one set of parameters, two products.
+
+A training step with a frozen base (`npt_work`):
+
+    layers below the first that trains      forward only
+    the first layer that trains             forward; fc2's input gradient; NP: gradients of the factors, of u
+    layers above                            forward and input gradients; NP: all gradients, or those of its inputs
+    teacher, where a loss or a blend asks   one more forward pass, and the output layer's
+    direct MLP, equivalence                 one more forward pass of the MLP
+
+A layer whose input is wholly the teacher's is like the first. A pass that only carries a gradient of zero to the layers
+below counts: it is run. Left out are the losses on the factors alone (reconstruction, regularization) and what
+`--npt-log-interval` measures: r-sized products.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.models.costs.model_cost import (
+    ModelCost,
+    attention_width,
+    core_attention_flops_per_token,
+    mlp_flops_per_token,
+    qkv_width,
+)
+from megatron_ext.models.costs.step_work import StepWork, Use
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_training_config import Objective
+
+
+def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
+    """Cost of the NP components in `model`.
+
+    Args:
+        settings: NPT's configuration.
+        model: the base model.
+
+    Raises:
+        ValueError: the layers or the target do not fit the model.
+    """
+    settings.check_model(model.swiglu)
+    layers = len(settings.layers(model.num_layers))
+    flops = sum(sum(products) for products in _products(settings, model).values())
+    return ModelCost(
+        parameters=layers * _layer_parameters(settings, model), forward_flops_per_token=float(layers * flops)
+    )
+
+
+def npt_work(
+    settings: NPTModuleConfig, model: ModelConfig, objective: Objective, weights: Mapping[int, float]
+) -> StepWork:
+    """What a training step does.
+
+    Args:
+        settings: NPT's configuration.
+        model: the base model.
+        objective: of the step.
+        weights: number of each NPT layer that trains -> weight of its losses.
+    """
+    converted = settings.layers(model.num_layers)
+    uses, flops, reached = [], 0.0, not settings.freeze_base
+    for number in range(model.num_layers):
+        if number not in converted:
+            uses.append(_plain_use(settings, reached))
+            continue
+        trains = number in weights
+        layer = _layer(settings, objective, reached, trains)
+        uses.append(layer.use)
+        flops += _np_flops(settings, model, layer) + _base_flops(model, layer)
+        if trains and weights[number] and (objective.layer.direct_mlp or objective.layer.equivalence):
+            flops += mlp_flops_per_token(model)
+        reached = reached or trains
+    reads = objective.lm > 0 or objective.fidelity > 0
+    return StepWork(
+        layers=tuple(uses),
+        head=_plain_use(settings, True),
+        trains_embedding=not settings.freeze_base,
+        head_forwards=reads + (objective.fidelity > 0),
+        further_forwards=int(objective.reads_teacher),
+        trained_parameters=len(weights) * _layer_parameters(settings, model),
+        flops_per_token=flops,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """Where gradients go in an NPT layer."""
+
+    use: Use
+    trains: bool
+    """Its NP components."""
+
+    to_attention: bool
+    """The attention's input has a gradient."""
+
+    to_mlp: bool
+    """The MLP's input has one."""
+
+    @property
+    def any(self) -> bool:
+        return self.trains or self.to_attention or self.to_mlp
+
+
+def _layer(settings: NPTModuleConfig, objective: Objective, reached: bool, trains: bool) -> _Layer:
+    """The layer, whose input has a gradient if it is `reached`. Layers that do not train get the student's states."""
+    stage = objective.stage
+    to_attention = reached and (not trains or stage.attention_share > 0)
+    to_mlp = reached and (not trains or stage.mlp_share > 0)
+    if not settings.freeze_base:
+        return _Layer(use=Use.TRAINED, trains=trains, to_attention=True, to_mlp=True)
+    if to_attention and to_mlp:
+        use = Use.GRADIENT
+    else:
+        use = Use.PARTIAL if trains or to_attention or to_mlp else Use.FORWARD
+    return _Layer(use=use, trains=trains, to_attention=to_attention, to_mlp=to_mlp)
+
+
+def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
+    if not settings.freeze_base:
+        return Use.TRAINED
+    return Use.GRADIENT if reached else Use.FORWARD
+
+
+def _base_flops(model: ModelConfig, layer: _Layer) -> float:
+    """Backward FLOPs of the frozen base in a layer that is PARTIAL: fc2's, and what of the rest has a gradient."""
+    if layer.use is not Use.PARTIAL:
+        return 0.0
+    hidden, fc2 = model.hidden_size, 2.0 * model.hidden_size * model.resolved_ffn_hidden_size
+    fc1 = mlp_flops_per_token(model) - fc2
+    projections = 2.0 * hidden * (qkv_width(model) + attention_width(model))
+    attention = projections + 2 * core_attention_flops_per_token(model)
+    return fc2 + fc1 * layer.to_mlp + attention * layer.to_attention
+
+
+def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> float:
+    """FLOPs of a layer's NP components, forward and backward."""
+    total = 0
+    for target, (of_input, of_attention, of_output) in _products(settings, model).items():
+        input_has_gradient = layer.any if target == "down" else layer.to_mlp
+        total += (1 + layer.trains) * (of_input + of_attention + of_output)
+        total += of_input * input_has_gradient + of_attention * layer.to_attention + of_output * layer.any
+    return float(total)
+
+
+def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """Target -> FLOPs a token of a layer's products: what reads x, what reads a, what u is multiplied with."""
+    rank = settings.total_rank
+    found = {}
+    for target in settings.targets:
+        inner, outer = _sizes(target, model)
+        affine = settings.num_np_components * inner * settings.has_affine
+        found[target] = (2 * (rank * inner + affine), 2 * rank * model.hidden_size, 2 * rank * outer)
+    return found
+
+
+def _layer_parameters(settings: NPTModuleConfig, model: ModelConfig) -> int:
+    rank, parameters = settings.total_rank, 0
+    for target in settings.targets:
+        inner, outer = _sizes(target, model)
+        shares = settings.np_form == "low_rank" and target != "down"
+        affine = settings.num_np_components * inner * settings.has_affine
+        parameters += rank * (inner + outer + model.hidden_size * (not shares)) + affine
+    return parameters
+
+
+def _sizes(target: str, model: ModelConfig) -> tuple[int, int]:
+    """Input and output size of a target's weight."""
+    widths = (model.hidden_size, model.resolved_ffn_hidden_size)
+    return widths[::-1] if target == "down" else widths

@@ -1,0 +1,214 @@
+"""NPT's part in a training run: its part of the model, the frozen base, its cost, and what each step trains.
+
+Without a training configuration (in tools that evaluate or generate) only the model.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.config.command_line.flag_text import argument_text
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.base_parameters import base_parameters
+from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.models.costs.step_work import StepWork
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.evaluation.training_samples import paired_sample
+from megatron_ext.npt.modules.npt_extension import NPTExtension
+from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_cost import npt_cost, npt_work
+from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
+from megatron_ext.npt.objective.layer_losses import TEACHER, LayerPlan
+from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
+from megatron_ext.npt.objective.npt_training_config import PLAIN_LM, NPTTrainingConfig, Objective
+from megatron_ext.npt.objective.teacher import Teacher
+from megatron_ext.npt.weights.state_files import multi_layer_state, write_state_files
+from megatron_ext.training.interface.family_interface import Batch, Family, Note
+from megatron_ext.training.interface.output_losses import OutputLoss
+
+
+class NPTFamily(Family):
+    """NP components in a run."""
+
+    name = "npt"
+
+    free_on_resume = frozenset({"np_init_scale", "np_init_strategy"})
+
+    def __init__(
+        self,
+        settings: NPTModuleConfig,
+        training: NPTTrainingConfig | None = None,
+        *,
+        total_steps: int = 0,
+        trains: tuple[int, ...] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Args:
+        settings: NPT's configuration.
+        training: what is trained, and how; None outside training.
+        total_steps: optimizer steps of the run, which the curriculum shares out.
+        trains: numbers of the layers that are trained; the other NPT layers are frozen. None for all.
+        tokenizer: the run's, for samples of text.
+        """
+        self.settings = settings
+        self.training = training
+        self.total_steps = total_steps
+        self.trains = trains
+        self.tokenizer = tokenizer
+        self.watch = CollapseWatch()
+        if training is not None and training.allow_layer_mismatch:
+            self.free_on_resume |= {"npt_layers"}
+        self.teacher = Teacher(int(training.teacher_cache_gb * 2**30) if training is not None else 0)
+        self._objective: Objective | None = None
+        self._records = False
+        self._base_losses: dict[str, float] = {}
+
+    @classmethod
+    def from_configuration(cls, configuration: dict[str, Any]) -> "NPTFamily":
+        """The family that gave this `configuration()`."""
+        return cls(configs_from_dict({"settings": NPTModuleConfig}, configuration)["settings"])
+
+    def configuration(self) -> dict[str, Any]:
+        """NPT's settings."""
+        return dict(configs_to_dict({"settings": self.settings}))
+
+    def extension(self) -> NPTExtension:
+        """NPT's part of the model."""
+        return NPTExtension(self.settings)
+
+    def cost(self, model: ModelConfig) -> ModelCost:
+        """Parameters and FLOPs that NPT adds to `model`."""
+        return npt_cost(self.settings, model)
+
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
+        """What the step trains and runs; a teacher's pass that the cache has spared is not counted."""
+        training, layers = self.training, self._trained(model.num_layers)
+        objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
+        weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
+        work = npt_work(self.settings, model, objective, weights)
+        return replace(work, further_forwards=0) if self.teacher.cache.has_spared else work
+
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        """Freezes the base model, unless `--no-freeze-base`, and the NPT layers that are not trained."""
+        if self.settings.freeze_base:
+            for chunk in chunks:
+                for parameter in base_parameters(chunk):
+                    parameter.requires_grad_(False)
+        for number, module in np_modules(chunks).items():
+            if self.trains is not None and number not in self.trains:
+                module.requires_grad_(False)
+
+    def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
+        """Tells the NPT layers what this step asks of them; in an evaluation they run free, without losses."""
+        training = self.training
+        self._objective = None
+        for module in np_modules(chunks).values():
+            module.plan = None
+        if training is None or iteration is None:
+            return
+        self._objective = objective = training.objective(iteration, self.total_steps)
+        self._records = iteration % training.npt_log_interval == 0
+        weights = training.weights_of_layers(self._trained(chunks[0].config.num_layers))
+        for chunk in chunks:
+            modules = np_modules([chunk])
+            for place, (number, module) in enumerate(modules.items()):
+                if number in weights:
+                    module.plan = self._plan(objective, weights[number], (place, len(modules)))
+
+    def output_loss(self) -> OutputLoss | None:
+        """Cross-entropy and fidelity with their weights of this step."""
+        if self._objective is None or self.training is None:
+            return None
+        return NPTOutputLoss(self._objective.lm, self._objective.fidelity, self.training.fidelity_loss)
+
+    def prepare_batches(
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
+    ) -> Iterable[Batch]:
+        """Lets the teacher run, where the step's losses or inputs need it."""
+        objective = self._objective
+        if objective is None:
+            return batches
+        if not objective.reads_teacher:
+            return batches
+        layers = self.settings.layers(chunks[0].config.num_layers) if objective.stage.blends else ()
+        return self.teacher.add_states(
+            chunks, families, batches, layers=layers, output=objective.fidelity > 0
+        )
+
+    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The teacher's inputs, where the micro-batch has them."""
+        return {name: value for name, value in batch.items() if name.startswith(f"{TEACHER}/layer_")}
+
+    def evaluation(
+        self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
+    ) -> dict[str, float]:
+        """The frozen base model's loss on the same batches, and the ratio of the perplexities."""
+        if not self.settings.freeze_base:
+            return {}
+        if split not in self._base_losses:
+            with deactivated(chunks):
+                self._base_losses[split] = evaluate()
+        base = self._base_losses[split]
+        return {"base lm loss": base, "npt/perplexity_ratio": math.exp(loss - base)}
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The total of all losses, means over layers, and where the curriculum is."""
+        return summarize(values, self._objective) if self._objective is not None else {}
+
+    def after_step(
+        self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
+    ) -> list[Note]:
+        """A warning where a layer's v_a or v_b has vanished, and the samples of text."""
+        notes = [Note(text=line) for line in self.watch.look(values)]
+        training = self.training
+        every = training.generation_steps if training is not None else None
+        if training is not None and every and iteration % every == 0 and self.tokenizer is not None:
+            self.begin_step(chunks, None)
+            prompt = argument_text("--generation-prompt", training.generation_prompt)
+            text = paired_sample(chunks[0], families, self.tokenizer, prompt)
+            notes.append(Note(text=text, tag="samples"))
+        return notes
+
+    def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
+        """Document 001's files, in a training's checkpoints."""
+        if self.training is None:
+            return
+        weights = self.training.weights_of_layers(self._trained(chunks[0].config.num_layers))
+        stages = self.training.stages(self.total_steps)
+        multi_layer = multi_layer_state(weights, stages, self.teacher.cache, state["progress"]["iteration"])
+        write_state_files(folder, chunks, self.settings, state, multi_layer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the watch over v_a and v_b has seen."""
+        return {"watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        if "watch" in state:
+            self.watch.load_state_dict(state["watch"])
+
+    def _trained(self, num_layers: int) -> tuple[int, ...]:
+        return self.settings.layers(num_layers) if self.trains is None else self.trains
+
+    def _plan(self, objective: Objective, weight: float, place: tuple[int, int]) -> LayerPlan:
+        layer = objective.layer
+        return LayerPlan(
+            weights=replace(
+                layer,
+                direct_mlp=weight * layer.direct_mlp,
+                equivalence=weight * layer.equivalence,
+                reconstruction=weight * layer.reconstruction,
+                regularization=weight * layer.regularization,
+            ),
+            attention_share=objective.stage.attention_share,
+            mlp_share=objective.stage.mlp_share,
+            place=place,
+            records=self._records,
+        )

@@ -1,0 +1,1 @@
+"""What NPT trains: curriculum, teacher, losses of layers and output, monitoring."""

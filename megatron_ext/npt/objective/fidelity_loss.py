@@ -1,0 +1,131 @@
+"""NPT's losses on the model's output, of the student that runs as its curriculum says.
+
+    lm          cross-entropy
+    fidelity    kl     token mean of KL(base || NPT) = sum_v p_v (log p_v - log q_v)
+                mse    token mean of the mean square of the logits' difference
+    total       lm_weight * lm + fidelity_weight * fidelity
+
+The vocabulary may be split over tensor-parallel ranks: the normaliser is reduced over them, and the gradient with
+respect to a rank's logits, q - p, needs none of the others'. Source: documents 000, 001.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.objective.layer_losses import connect
+from megatron_ext.npt.objective.teacher import OUTPUT
+from megatron_ext.training.interface.family_interface import Batch
+from megatron_ext.training.interface.output_losses import OutputLoss, Reads
+
+Group = dist.ProcessGroup
+
+
+class NPTOutputLoss(OutputLoss):
+    """Weighted sum of cross-entropy and fidelity."""
+
+    def __init__(self, lm_weight: float, fidelity_weight: float, kind: Literal["kl", "mse"]) -> None:
+        """Args:
+        lm_weight: of the cross-entropy.
+        fidelity_weight: of the fidelity.
+        kind: how fidelity is measured.
+        """
+        self.lm_weight = lm_weight
+        self.fidelity_weight = fidelity_weight
+        self.kind = kind
+        self.reads: Reads = "logits" if fidelity_weight else "losses" if lm_weight else "hidden"
+        self.names = ("lm loss", "fidelity_loss") if fidelity_weight else ("lm loss",) if lm_weight else ()
+        weights = {"lm loss": lm_weight, "fidelity_loss": fidelity_weight}
+        self.factors: Mapping[str, float] = {name: weight for name, weight in weights.items() if weight}
+
+    def __call__(
+        self, model: GPTModel, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See `OutputLoss`; where neither loss has a weight, layers' losses are all that is trained."""
+        if self.reads == "hidden":
+            # No loss uses the output, but backward must still reach the layer losses below.
+            return connect(output.new_zeros(()).float(), output), {}
+        return super().__call__(model, batch, output)
+
+    def of_tokens(
+        self, model: GPTModel, batch: Batch, output: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """See `OutputLoss`; the batch holds the teacher's output where fidelity has a weight."""
+        mask = batch["loss_mask"]
+        if self.reads == "losses":
+            return {"lm loss": (output, mask)}
+        logits = output.transpose(0, 1).contiguous()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_weight > 0):
+            # The engine's loss works in place on the logits, which the other loss needs too.
+            lm = model.compute_language_model_loss(batch["labels"], logits.clone())
+        with torch.no_grad():
+            teacher = model.logits(batch[OUTPUT].to(model.config.params_dtype))
+        measure = kl_divergence if self.kind == "kl" else logits_mse
+        fidelity = measure(teacher, logits, model.pg_collection.tp).transpose(0, 1)
+        return {"lm loss": (lm, mask), "fidelity_loss": (fidelity, mask)}
+
+
+def kl_divergence(base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
+    """KL(base || model) of every token in nats, [s, b], from logits [s, b, V/t]; no gradient to `base`.
+
+    Args:
+        base: logits of the reference.
+        model: logits of the model.
+        group: over which the vocabulary is split.
+    """
+    return _KLDivergence.apply(base, model, group)
+
+
+def logits_mse(base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
+    """Mean square of the logits' difference over the vocabulary, [s, b], from [s, b, V/t]; see `kl_divergence`."""
+    return _LogitsMSE.apply(base, model, group)
+
+
+def log_probabilities(logits: torch.Tensor, group: Group) -> torch.Tensor:
+    """log softmax in fp32 over a vocabulary that is split over the group, [s, b, V/t]; no gradient."""
+    logits = logits.detach().float()
+    largest = logits.max(-1, keepdim=True).values
+    if group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    shifted = logits - largest
+    return shifted - _summed(shifted.exp().sum(-1, keepdim=True), group).log()
+
+
+class _KLDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
+        log_p, log_q = log_probabilities(base, group), log_probabilities(model, group)
+        p = log_p.exp()
+        divergence = _summed((p * (log_p - log_q)).sum(-1), group)
+        ctx.dtype = model.dtype
+        ctx.save_for_backward(log_q.exp_().sub_(p))
+        return divergence
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return None, (difference * grads[0].unsqueeze(-1)).to(ctx.dtype), None
+
+
+class _LogitsMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
+        difference = model.detach().float() - base.float()
+        ctx.size = difference.size(-1) * group.size()
+        ctx.dtype = model.dtype
+        ctx.save_for_backward(difference)
+        return _summed(difference.square().sum(-1), group) / ctx.size
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return None, (difference * (grads[0].unsqueeze(-1) * (2 / ctx.size))).to(ctx.dtype), None
+
+
+def _summed(value: torch.Tensor, group: Group) -> torch.Tensor:
+    if group.size() > 1:
+        dist.all_reduce(value, group=group)
+    return value

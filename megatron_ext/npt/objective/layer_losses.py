@@ -1,0 +1,234 @@
+"""What an NPT layer does in one training step beside being a layer: which input it gets, which losses it has.
+
+    target              drop  a + MLP(LN2(h + a))    keep  MLP(LN2(h + a))           the base layer's, no gradient
+    direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) of a sequence, times the layer's weight
+    equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's on the same input
+    reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) of a sequence + 0.5 (1 - cos(v_a, a))     outer_product on gate
+    regularization      low_rank |A|_F + |B|_F over all targets; outer_product mean v_a^2 + mean v_b^2 of gate
+
+Input of attention and of the MLP: `(1 - share) * teacher + share * student`, where the teacher's is what the base model
+gives this layer. A share of 0 leaves the student out: no gradient goes to the layers below.
+Means are over all tokens of the global batch, masked ones too: they are inputs of the tokens after them. The documents
+divide by the rms of a whole micro-batch; here it is a sequence's, so that the loss does not depend on how the global
+batch is divided into micro-batches. See `moments` for tensor and sequence parallel. Source: documents 000, 001, 002.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_ext.models.attached_losses import LayerLosses
+from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm
+
+TEACHER = "npt_teacher"
+"""Side stream with the teacher's inputs of this stage's NPT layers, packed as [layers, s, b, h]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """Weights of a layer's losses; 0 leaves one out."""
+
+    direct_mlp: float = 0.0
+    """Direct MLP."""
+
+    equivalence: float = 0.0
+    """Equivalence."""
+
+    equivalence_loss: Literal["mse", "cosine"] = "mse"
+    """How equivalence is measured."""
+
+    reconstruction: float = 0.0
+    """Attention reconstruction."""
+
+    regularization: float = 0.0
+    """Regularization."""
+
+    @property
+    def any(self) -> bool:
+        """True where a layer has a loss at all."""
+        return any((self.direct_mlp, self.equivalence, self.reconstruction, self.regularization))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """The present step of one layer."""
+
+    weights: LayerWeights
+    """Of its losses."""
+
+    attention_share: float = 1.0
+    """The student's share in the attention's input."""
+
+    mlp_share: float = 1.0
+    """The student's share in the MLP's input and in the residual."""
+
+    place: tuple[int, int] = (0, 1)
+    """Place of the layer among the NPT layers of its chunk, and their number."""
+
+    records: bool = False
+    """Log sizes of v_a, v_b and the deltas too."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True unless both inputs are the student's."""
+        return min(self.attention_share, self.mlp_share) < 1
+
+    @property
+    def is_cut_off(self) -> bool:
+        """True where nothing of the student enters the layer."""
+        return max(self.attention_share, self.mlp_share) == 0
+
+    def inputs(self, hidden_states: torch.Tensor, side: SideView) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention's and the MLP's input [s, b, h], from the student's [s, b, h] and the side streams."""
+        if not self.needs_teacher:
+            return hidden_states, hidden_states
+        teacher = side.read_part(TEACHER, *self.place)
+        attention_input = _blended(teacher, hidden_states, self.attention_share)
+        if self.mlp_share == self.attention_share:
+            return attention_input, attention_input
+        return attention_input, _blended(teacher, hidden_states, self.mlp_share)
+
+    def attach(
+        self,
+        module: Any,
+        layer: Any,
+        inputs: tuple[torch.Tensor, torch.Tensor],
+        attention_output: torch.Tensor,
+        mlp_output: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """The layer's output with its losses attached.
+
+        Args:
+            module: the layer's `NPFeedForward`.
+            layer: the layer.
+            inputs: h as the layer gets it, and as the MLP gets it.
+            attention_output: a.
+            mlp_output: MLP*(n).
+            output: the layer's output.
+        """
+        student, hidden_states = inputs
+        terms = self._terms(module, layer, hidden_states, attention_output, mlp_output)
+        losses = [weight * value for weight, value in terms.values() if weight]
+        share = 1 / module.tp_group.size() if module.config.sequence_parallel else 1.0
+        if self.is_cut_off:
+            output = connect(output, student)
+        values = {name: value for name, (_, value) in terms.items()}
+        total = torch.stack(losses).sum() if losses else None
+        if total is not None:
+            values["npt_loss"] = total
+        _record(module, values)
+        return output if total is None else LayerLosses.attach(output, share * total)
+
+    def _terms(
+        self,
+        module: Any,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attention_output: torch.Tensor,
+        mlp_output: torch.Tensor,
+    ) -> dict[str, tuple[float, torch.Tensor]]:
+        """Name -> weight and value, over this rank's tokens."""
+        weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
+        if weights.direct_mlp or weights.equivalence:
+            target = _target(module, layer, hidden_states, attention_output)
+            error = (mlp_output - target).float().square().mean((0, 2))
+            if weights.direct_mlp:
+                size = _mean_over_ranks(module, target.float().square().mean((0, 2))).sqrt()
+                terms["mlp_direct_loss"] = (weights.direct_mlp, (error / (size + 1e-6)).mean())
+            if weights.equivalence and weights.equivalence_loss == "mse":
+                terms["equivalence_loss"] = (weights.equivalence, error.mean())
+            elif weights.equivalence:
+                keeps = module.settings.np_residual == "keep"
+                residual = hidden_states + attention_output if keeps else hidden_states
+                cosine = F.cosine_similarity((residual + mlp_output).float(), (residual + target).float(), -1)
+                terms["equivalence_loss"] = (weights.equivalence, (1 - cosine).mean())
+        return terms | self._factor_terms(module, attention_output)
+
+    def _factor_terms(
+        self, module: Any, attention_output: torch.Tensor
+    ) -> dict[str, tuple[float, torch.Tensor]]:
+        weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
+        has_vectors = module.settings.np_form == "outer_product"
+        first = next(iter(module.modulations.values()))
+        vectors = GeneratedVectors(first, attention_output) if has_vectors else None
+        if weights.reconstruction:
+            assert vectors is not None, "reconstruction is checked to be of outer_product"
+            similarity = vectors.similarity()
+            size = _mean_over_ranks(module, vectors.attention_square().detach()).sqrt()
+            error = (vectors.reconstruction_error() / (size + 1e-6)).mean()
+            terms["attention_reconstruction_loss"] = (weights.reconstruction, error + 0.5 * (1 - similarity))
+        if weights.regularization:
+            value = (
+                vectors.a_square() + vectors.b_square()
+                if vectors is not None
+                else torch.stack([factor_norm(part) for part in module.modulations.values()]).sum()
+            )
+            terms["regularization_loss"] = (weights.regularization, value)
+        if self.records:
+            with torch.no_grad():
+                if vectors is not None:
+                    terms["v_a_attention_similarity"] = (0.0, vectors.similarity().detach())
+                    terms["v_a_norm"] = (0.0, vectors.a_norm())
+                    terms["v_b_norm"] = (0.0, vectors.b_norm())
+                terms["delta_norm"] = (0.0, delta_norms(first, attention_output).mean())
+        return terms
+
+
+def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
+    """Logs scalars of a layer, means over this rank's tokens, reduced together."""
+    if values:
+        means = _mean_over_ranks(module, torch.stack([value.detach() for value in values.values()]))
+        for name, mean in zip(values, means, strict=True):
+            LayerLosses.record(f"{name}/layer_{module.layer_number - 1}", mean)
+
+
+def connect(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`value`, from which a backward pass also reaches `other`, with a gradient of zero.
+
+    The layers below must be reached although nothing of them is used: their own losses begin there, and a pipeline
+    stage waits for its gradient.
+    """
+    return _Connect.apply(value, other)
+
+
+class _Connect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(other)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        (other,) = ctx.saved_tensors
+        return grads[0], torch.zeros_like(other) if ctx.needs_input_grad[1] else None
+
+
+def _blended(teacher: torch.Tensor, student: torch.Tensor, share: float) -> torch.Tensor:
+    if share == 0:
+        return teacher
+    return student if share == 1 else torch.lerp(teacher, student, share)
+
+
+@torch.no_grad()
+def _target(
+    module: Any, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
+) -> torch.Tensor:
+    """What MLP*(n) should be: see the formulas at the top of this file."""
+    output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states + attention_output))
+    if bias is not None:
+        output = output + bias
+    return output if module.settings.np_residual == "keep" else output + attention_output
+
+
+def _mean_over_ranks(module: Any, value: torch.Tensor) -> torch.Tensor:
+    """A mean over this rank's tokens -> over all ranks' under sequence parallel; detached."""
+    value = value.detach().clone()
+    if module.config.sequence_parallel:
+        dist.all_reduce(value, group=module.tp_group)
+        value /= module.tp_group.size()
+    return value

@@ -1,0 +1,1 @@
+"""NPT runs: joint, layer by layer, and the Python API."""

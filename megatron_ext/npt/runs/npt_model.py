@@ -1,0 +1,293 @@
+"""NPT from Python, in the documents' words, in a single process:
+
+    model = NPTModel.from_pretrained("llama")                    a Hugging Face directory, or a checkpoint of ours
+    model.load_npt_weights("run/final/npt_weights.safetensors")
+    print(model.generate("The function returns"))
+
+`from_pretrained` starts what megatron-core needs of a process group; `torchrun` is not needed, and nothing is
+downloaded. Training is `pretrain_npt.py`'s. Source: document 000.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.inference.generation import Sampling, generate
+from megatron_ext.inference.load_model import load_model
+from megatron_ext.interop import load_hf, load_into
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.conversion import convert, draw
+from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.npt.weights.np_weight_files import (
+    STEM,
+    check_same_meaning,
+    read_adapter_file,
+    write_adapter,
+)
+from megatron_ext.platform import process_groups
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.incomplete_checkpoints import is_hugging_face
+from megatron_ext.training.interface.family_interface import Family
+
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
+
+
+class NPTConfig:
+    """How a model's layers are converted, under the names of documents 000 and 001, with their defaults."""
+
+    def __init__(
+        self,
+        layers_to_convert: str | Sequence[int] = "upper_half",
+        np_rank: int = 256,
+        single_layer_mode: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Args:
+        layers_to_convert: numbers from 0, or a choice as --npt-layers takes it.
+        np_rank: rank of the generated factors.
+        single_layer_mode: it is one layer, of the form outer_product, as `--mode single_layer` trains it.
+        **settings: further fields of `NPTModuleConfig`; the form is outer_product if none is given.
+
+        Raises:
+            ValueError: a value is not allowed, or there is no such field.
+        """
+        layers = layers_to_convert
+        self.single_layer_mode = single_layer_mode
+        known = {"np_form": "outer_product", **settings}
+        unknown = sorted(known.keys() - NPTModuleConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise ValueError(f"NPTConfig: unknown setting {unknown[0]} {known[unknown[0]]!r}")
+        text = layers if isinstance(layers, str) else ",".join(map(str, layers))
+        self.module = NPTModuleConfig(npt_layers=text, np_rank=np_rank, **known)
+        """The same as the command line's configuration."""
+        if single_layer_mode and self.module.np_form != "outer_product":
+            raise ValueError(
+                f"NPTConfig: single_layer_mode is of np_form outer_product, not {settings['np_form']}"
+            )
+
+    def __repr__(self) -> str:
+        return f"NPTConfig({self.module})"
+
+
+class NPTModel:
+    """A base model whose layers can be converted; without converted layers it is the base model."""
+
+    def __init__(self, model: GPTModel, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """Args:
+        model: whole, on this process, unwrapped.
+        config: its configuration.
+        tokenizer: its tokenizer.
+        vocab_size: ids that it knows; rows beyond are padding.
+        """
+        self.model = model.eval()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.settings: NPTModuleConfig | None = None
+        """NPT's settings, None while no layer is converted."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, bf16: bool = False, sha256: str | None = None
+    ) -> "NPTModel":
+        """A model from a local directory.
+
+        Args:
+            path: a Hugging Face directory of the Llama family; or a checkpoint of this project, or a directory of
+                them. One of an NPT run finds its base by itself, and its layers are converted.
+            bf16: compute in bfloat16.
+            sha256: of the checkpoint, as `training_info.json` names its base; another one is refused.
+
+        Raises:
+            FileNotFoundError: there is no model.
+            ValueError: it is damaged, of an unknown kind, or another one.
+        """
+        if process_groups.world_size() > 1:
+            raise ValueError(f"NPTModel: works in one process, not {process_groups.world_size()}")
+        if not is_hugging_face(Path(path)) and find_checkpoint(str(path)) is not None:
+            if sha256 is not None and BaseCheckpoint.find(str(path)).sha256 != sha256:
+                raise ValueError(f"{path}: is not the checkpoint that was asked for")
+            loaded = load_model(str(path), {NPTFamily.name: NPTFamily}, bf16=bf16)
+            model = cls(loaded.model, loaded.config, loaded.tokenizer, loaded.tokenizer.vocab_size)
+            families = [family for family in loaded.families if isinstance(family, NPTFamily)]
+            model.settings = families[0].settings if families else None
+            return model
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"{path}: no such directory; models are not downloaded")
+        found = load_hf(path)
+        parallel = ParallelConfig()
+        process_groups.initialize(parallel, seed=1234)
+        config = replace(found.model, hidden_dropout=0.0, attention_dropout=0.0)
+        chunks = build_model(config, parallel, vocab_size=found.vocab_size, seed=1234, bf16=bf16)
+        load_into(chunks, found.state)
+        return cls(chunks[0], config, found.tokenizer, found.vocab_size)
+
+    @property
+    def npt_layers(self) -> tuple[int, ...]:
+        """Numbers of the converted layers."""
+        return tuple(np_modules([self.model]))
+
+    def convert_to_npt(self, config: NPTConfig | NPTModuleConfig, *, seed: int = 1234) -> None:
+        """Gives layers their NP components, with initial values; all other weights stay as they are.
+
+        Args:
+            config: which layers, and how.
+            seed: of the initial values, which are those of a training run with this seed.
+
+        Raises:
+            ValueError: it does not fit the model, or layers are converted already.
+        """
+        module = config.module if isinstance(config, NPTConfig) else config
+        if self.settings is not None:
+            raise ValueError(f"convert_to_npt: layers {self.npt_layers} are converted already")
+        layers = module.layers(self.config.num_layers)
+        if isinstance(config, NPTConfig) and config.single_layer_mode and len(layers) != 1:
+            raise ValueError(f"NPTConfig: single_layer_mode converts one layer, not {len(layers)}")
+        convert([self.model], module)
+        draw([self.model], seed)
+        self.settings = module
+
+    def load_npt_weights(self, weights: str | Path | Mapping[str, torch.Tensor]) -> None:
+        """Takes NP weights, all of them or none.
+
+        Args:
+            weights: tensors by name; or a file, `.pt` or `.safetensors`. Where a file tells the configuration that made
+                it, layers are converted by it if none are yet, and it must mean the same if some are.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: no layer is converted, or the weights do not fit; the message lists the differences.
+        """
+        if isinstance(weights, Mapping):
+            tensors, settings = dict(weights), None
+        else:
+            tensors, settings = read_adapter_file(str(weights))
+        if self.settings is not None:
+            if settings is not None:
+                check_same_meaning(str(weights), settings, self.settings)
+            load_adapter([self.model], tensors)
+            return
+        if settings is None:
+            raise ValueError("load_npt_weights: no layer is converted; call convert_to_npt first")
+        slots = [(layer, layer.feed_forward) for layer in self.model.decoder.layers]
+        self.convert_to_npt(settings)
+        try:
+            load_adapter([self.model], tensors)
+        except ValueError:
+            for layer, slot in slots:
+                layer.feed_forward = slot
+            self.settings = None
+            raise
+
+    def save_npt_weights(self, path: str | Path) -> None:
+        """Writes the NP weights: NAME.pt, NAME.safetensors, and the configuration, `config.json`, beside them.
+
+        Args:
+            path: a directory, where NAME is npt_weights; or a file NAME.pt or NAME.safetensors.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: no layer is converted.
+        """
+        if self.settings is None:
+            raise ValueError("save_npt_weights: no layer is converted; call convert_to_npt first")
+        is_file = Path(path).suffix in (".pt", ".safetensors")
+        folder = Path(path).parent if is_file else Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = gather_adapter([self.model])
+        write_adapter(folder, tensors, self.settings, stem=Path(path).stem if is_file else STEM)
+
+    def deactivated(self, layers: Collection[int] | None = None) -> AbstractContextManager[None]:
+        """Within it the named layers, or all, are base layers, bit for bit."""
+        return deactivated([self.model], layers)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int = 1234,
+    ) -> Any:
+        """Continues a text, or token ids; returns the new part in the same kind. See `inference.generation`.
+
+        Raises:
+            ValueError: the prompt is empty or too long, or a setting is out of range.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_tokens=(self.tokenizer.eod,),
+        )
+        new = generate(self.model, self._families(), [self._ids(prompt)], sampling, self.vocab_size)[0]
+        return self.tokenizer.detokenize(new) if isinstance(prompt, str) else new
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Logits [b, s, V] of token ids [b, s]; of ids [s], [s, V]."""
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=torch.cuda.current_device())
+        batch = tokens.view(-1, tokens.size(-1))
+        self.model.check_length(batch.size(1))
+        positions = torch.arange(batch.size(1), device=batch.device).expand_as(batch)
+        found: torch.Tensor = self.model(batch, positions, None)
+        return found[..., : self.vocab_size].view(*tokens.shape, self.vocab_size)
+
+    def loss(self, text: Prompt) -> float:
+        """Mean of -log p(token) in nats over a text or token ids, each from those before it in its window.
+
+        Windows have the model's sequence length; each begins with the last token of the one before.
+
+        Raises:
+            ValueError: there are fewer than two tokens.
+        """
+        ids = self._ids(text)
+        if len(ids) < 2:
+            raise ValueError(f"perplexity: needs at least two tokens, not {len(ids)}")
+        total = sum(self._window_losses(ids))
+        return total / (len(ids) - 1)
+
+    def perplexity(self, text: Prompt) -> float:
+        """exp(loss) of a text or token ids, see `loss`."""
+        return float(torch.tensor(self.loss(text), dtype=torch.float64).exp())
+
+    def __repr__(self) -> str:
+        config, layers = self.config, ", ".join(map(str, self.npt_layers)) or "none"
+        return f"NPTModel(layers={config.num_layers}, hidden_size={config.hidden_size}, converted={layers})"
+
+    def _window_losses(self, ids: list[int]) -> Iterator[float]:
+        length = self.config.seq_length
+        for start in range(0, len(ids) - 1, length):
+            window = ids[start : start + length + 1]
+            log_p = self.logits(window[:-1]).double().log_softmax(-1)
+            labels = torch.tensor(window[1:], device=log_p.device)
+            yield -float(log_p.gather(-1, labels.unsqueeze(-1)).sum())
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.begin(self.tokenizer.tokenize(prompt))
+        return [int(token) for token in prompt]
+
+    def _families(self) -> list[Family]:
+        return [] if self.settings is None else [NPTFamily(self.settings)]
+
+
+NPTLlamaModel = NPTModel
+"""Document 000's name."""

@@ -1,0 +1,257 @@
+"""An NPT run, whatever its mode: which base is under it, what it starts with, what its checkpoints are called.
+
+--load CKPT                    CKPT is a base model's: the run starts on top of it
+--load RUN                     RUN holds NPT checkpoints: the run goes on, on the base that they name
+--base-checkpoint CKPT --load RUN      starts on CKPT where RUN holds nothing yet, and else goes on
+neither                        a model from scratch (with --no-freeze-base)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from megatron_ext.config.command_line.field_checks import flag_name
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.model_config import on_this_machine
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.evaluation.training_samples import check_sample_length, check_samples
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.runs import start_message as start
+from megatron_ext.npt.runs.dataset_presets import with_preset
+from megatron_ext.npt.runs.sequential_files import layer_of, with_layers
+from megatron_ext.npt.runs.sequential_run import load_under, run_sequential
+from megatron_ext.npt.weights.np_factors import load_adapter
+from megatron_ext.npt.weights.np_weight_files import read_adapter, read_adapter_settings
+from megatron_ext.npt.weights.npt_resume import loads_what_fits, resolved_layers, stored_run
+from megatron_ext.npt.weights.state_files import write_final
+from megatron_ext.platform import process_groups
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.pretrain import pretrain
+from megatron_ext.training.run_options import RunOptions
+
+
+def run(configs: dict[str, Any]) -> int:
+    """Trains; returns the process's exit code.
+
+    Args:
+        configs: `config.concerns.TRAINING`, `npt` (NPTTrainingConfig) and `np` (NPTModuleConfig).
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    training: NPTTrainingConfig = configs["npt"]
+    prepare_configs(configs)
+    module: NPTModuleConfig = configs["np"]
+    base, configs["checkpoint"] = find_base(training, configs["checkpoint"])
+    if base is None and module.freeze_base and not configs["training"].dry_run:
+        raise ValueError(
+            "--freeze-base: there is no base model; give --load or --base-checkpoint, or --no-freeze-base"
+        )
+    if training.mode == "sequential" and not configs["training"].dry_run:
+        return run_sequential(configs, RunOptions(base=base, checkpoint_name=checkpoint_name))
+    load, trains, words = _starting_weights(configs)
+    if training.mode == "sequential":  # a dry run, of the last layer's training
+        trains = configs["np"].layers(configs["model"].num_layers)[-1:]
+        configs["npt"] = replace(training, layer_weights="uniform")
+    options = RunOptions(
+        base=base,
+        checkpoint_name=checkpoint_name,
+        loads_what_fits=_has_other_layers(training, configs["np"], configs["checkpoint"]),
+        prepare=partial(_prepare, configs, base, load, words, trains),
+        finish=partial(write_final, configs),
+    )
+    return pretrain(configs, partial(make_families, trains=trains), options)
+
+
+Load = Callable[[list[GPTModel]], None]
+
+
+def _starting_weights(configs: dict[str, Any]) -> tuple[Load, tuple[int, ...] | None, str]:
+    """What loads the NP weights to start with, the layers that are trained (None for all), and the same in words.
+
+    Where a single layer is trained on top of others, these become layers of the run.
+    """
+    training, module = configs["npt"], configs["np"]
+    fresh = start.fresh(module, configs["training"].seed)
+    path = training.load_npt_weights
+    if path is None:
+        return RunOptions.prepare, None, fresh
+    weights = read_adapter(path, module)
+    if training.mode != "single_layer":
+        return partial(_start_with, weights), None, f"from {path}"
+    (layer,) = trains = module.layers(configs["model"].num_layers)
+    earlier = {key: tensor for key, tensor in weights.items() if layer_of(key) != layer}
+    if not earlier:
+        return partial(_start_with, weights), trains, f"from {path}"
+    configs["np"] = with_layers(module, [layer, *map(layer_of, earlier)])
+    return partial(load_under, layer, earlier), trains, f"from {path}, {fresh} in layer {layer}"
+
+
+def _prepare(
+    configs: dict[str, Any],
+    base: BaseCheckpoint | None,
+    load: Load,
+    words: str,
+    trains: tuple[int, ...] | None,
+    chunks: list[GPTModel],
+) -> None:
+    """Loads the NP weights to start with, and tells what begins."""
+    load(chunks)
+    path = configs["checkpoint"].load
+    folder = find_checkpoint(path, configs["checkpoint"].ckpt_step) if path is not None else None
+    start.tell_start(
+        chunks,
+        configs,
+        base,
+        weights=words if folder is None else f"from {folder}",
+        total_steps=total_steps(configs["training"], configs["parallel"]),
+        trains=trains,
+    )
+
+
+def prepare_configs(configs: dict[str, Any]) -> None:
+    """Checks NPT's configurations against the others, and settles what they leave open.
+
+    On --load the command line's schedule counts, not the checkpoint's.
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    training: NPTTrainingConfig = configs["npt"]
+    num_layers = configs["model"].num_layers
+    training.check_module(configs["np"], num_layers)
+    check_samples(training.generation_steps, configs["parallel"])
+    configs["np"] = replace(configs["np"], npt_layers=resolved_layers(configs["np"], num_layers))
+    configs["data"] = with_preset(configs["data"], training.dataset_preset, training.dataset_presets_file)
+    if not configs["optimizer"].use_checkpoint_opt_param_scheduler:
+        configs["optimizer"] = replace(configs["optimizer"], override_opt_param_scheduler=True)
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's directory, as document 001's."""
+    return f"checkpoint-{step}"
+
+
+def make_families(
+    configs: dict[str, Any], tokenizer: Tokenizer, trains: tuple[int, ...] | None = None
+) -> list[Family]:
+    """NPT alone; of its layers `trains`, or all, are trained."""
+    total = total_steps(configs["training"], configs["parallel"])
+    if configs["npt"].generation_steps is not None:
+        check_sample_length(configs["npt"].generation_prompt, tokenizer, configs["model"])
+    return [NPTFamily(configs["np"], configs["npt"], total_steps=total, trains=trains, tokenizer=tokenizer)]
+
+
+def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
+    """Optimizer steps of the run."""
+    copies = parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
+    return training.resolved_train_iters(training.resolved_global_batch_size(copies))
+
+
+def find_base(
+    training: NPTTrainingConfig, checkpoint: CheckpointConfig
+) -> tuple[BaseCheckpoint | None, CheckpointConfig]:
+    """The base under the run, and the checkpoint configuration without it.
+
+    Raises:
+        OSError: `--load` or `--base-checkpoint` is not there.
+        ValueError: a checkpoint is not complete.
+    """
+    folder = find_checkpoint(checkpoint.load, checkpoint.ckpt_step) if checkpoint.load is not None else None
+    stored = read_run_config(str(folder)) if folder is not None else {}
+    goes_on = NPTFamily.name in stored.get("families", {})
+    if training.base_checkpoint is not None:
+        base: BaseCheckpoint | None = BaseCheckpoint.find(training.base_checkpoint)
+    elif goes_on:
+        base = BaseCheckpoint.of_run(stored)
+    else:
+        base = BaseCheckpoint.find(checkpoint.load, checkpoint.ckpt_step) if checkpoint.load else None
+    if goes_on or folder is None:
+        return base, checkpoint
+    if training.base_checkpoint is not None:
+        raise ValueError(f"--load {checkpoint.load}: holds a base model, and --base-checkpoint names one too")
+    return base, replace(checkpoint, load=None, ckpt_step=None)
+
+
+def stored_defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """Sections `model` and `tokenizer` of the checkpoint that a run loads, and `np` of one that it continues.
+
+    Args:
+        given: the flags of the command line by field name.
+
+    Raises:
+        OSError: none is there, and the flags do not tell the model's shape either.
+    """
+    paths = [path for name in ("load", "base_checkpoint") if (path := given.get(name)) is not None]
+    step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdigit() else None
+    for path in paths:
+        folder = find_checkpoint(path, step)
+        if folder is None:
+            continue
+        stored = read_run_config(str(folder))
+        if "additional_steps" in given:
+            return stored_run(folder.resolve(), stored, given)
+        sections = {
+            # Dropout would tell student and teacher apart.
+            "model": on_this_machine(stored["model"]) | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+            "tokenizer": stored["tokenizer"],
+        }
+        if NPTFamily.name in stored["families"]:
+            sections["np"] = stored["families"][NPTFamily.name]["settings"]
+        return sections
+    if "base_checkpoint" in given or "num_layers" not in given:
+        raise _no_checkpoint(given)
+    return {}
+
+
+def weights_defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """Section `np` as the file of `--load-npt-weights` tells it; what is given stays, and is compared with it later.
+
+    Args:
+        given: the flags of the command line by field name.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or its configuration cannot.
+    """
+    settings = read_adapter_settings(given["load_npt_weights"])
+    if settings is None:
+        return {}
+    # Whether the base is trained too is no matter of the weights; a single layer may be another one than the file's.
+    left_out = {"freeze_base"} | ({"npt_layers"} if given.get("mode") == "single_layer" else set())
+    if given.get("np_form", settings.np_form) != settings.np_form:
+        # These are of the file's form alone, and the other form is refused later: the error should be about the form.
+        left_out |= {"np_affine", "np_normalize"}
+    section = configs_to_dict({"np": settings})["np"]
+    return {"np": {name: value for name, value in section.items() if name not in left_out}}
+
+
+def _no_checkpoint(given: Mapping[str, str]) -> FileNotFoundError:
+    name = "base_checkpoint" if "base_checkpoint" in given else "load"
+    return FileNotFoundError(f"{flag_name(name)} {given[name]}: no checkpoint there")
+
+
+def _has_other_layers(
+    training: NPTTrainingConfig, module: NPTModuleConfig, checkpoint: CheckpointConfig
+) -> bool:
+    folder = find_checkpoint(checkpoint.load, checkpoint.ckpt_step) if checkpoint.load is not None else None
+    if folder is None:
+        if training.additional_steps is not None:
+            raise ValueError(
+                f"--additional-steps {training.additional_steps}: --load names no run to go on with"
+            )
+        return False
+    return loads_what_fits(training, module, read_run_config(str(folder)), folder)
+
+
+def _start_with(weights: Mapping[str, Any], chunks: list[GPTModel]) -> None:
+    load_adapter(chunks, dict(weights))

@@ -1,0 +1,202 @@
+"""Files of a sequential run, document 000's, each replaced by a rename:
+
+    {checkpoint-dir}/training_info.json                     trained layers, the one in progress, the base, settings
+    {checkpoint-dir}/accumulated_npt_weights.pt             the trained layers' NP factors, by the keys of `adapter`
+    {checkpoint-dir}/accumulated_npt_weights.safetensors    the same, with NPT's settings; what a run goes on from
+    {checkpoint-dir}/config.json                            NPT's settings, for the .pt
+    {checkpoint-dir}/load_model.py                          a module whose `load_model()` gives the model
+    {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     its own run: checkpoint-{step}/, final/npt_weights.pt
+
+A layer counts as trained from the moment at which `training_info.json` says so, the last thing written; by then the
+accumulated weights hold it. Weights of layers that it does not name are ignored: the run was ended in between, and
+will find the same again.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.weights.np_weight_files import read_adapter_file, write_adapter
+from megatron_ext.training.checkpoint import checkpoint_files as files
+
+INFO, STEM, LOADER = "training_info.json", "accumulated_npt_weights", "load_model.py"
+FORMAT = "megatron_ext.npt_sequential/1"
+CHECKPOINTS = "checkpoints"
+"""Directory of checkpoints in a layer's directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialState:
+    """How far a sequential run has come."""
+
+    settings: NPTModuleConfig
+    """NPT's settings, with the layers that were asked for."""
+
+    base: dict[str, str]
+    """The base checkpoint, as `BaseCheckpoint.as_json` gives it."""
+
+    trained: dict[int, str] = field(default_factory=dict)
+    """Layers that are trained, in the order of training -> name of their directory."""
+
+    current: tuple[int, str] | None = None
+    """The layer in progress and the name of its directory."""
+
+    def started(self, layer: int, name: str) -> "SequentialState":
+        """The same with a layer in progress."""
+        return replace(self, current=(layer, name))
+
+    def finished(self) -> "SequentialState":
+        """The same with the layer in progress trained."""
+        assert self.current is not None
+        layer, name = self.current
+        return replace(self, trained={**self.trained, layer: name}, current=None)
+
+    @property
+    def settings_of_trained(self) -> NPTModuleConfig:
+        """NPT's settings with the trained layers as theirs; there is at least one."""
+        return with_layers(self.settings, self.trained)
+
+
+def with_layers(settings: NPTModuleConfig, layers: Iterable[int]) -> NPTModuleConfig:
+    """The settings for these layers."""
+    return replace(settings, npt_layers=",".join(map(str, sorted(set(layers)))))
+
+
+def read_state(folder: Path) -> SequentialState | None:
+    """The state of the run in a directory, None where none has begun.
+
+    Raises:
+        ValueError: `training_info.json` is damaged, or another program's.
+        OSError: it cannot be read.
+    """
+    path = folder / INFO
+    if not path.is_file():
+        return None
+    info = files.read_json(path)
+    if info.get("format") != FORMAT:
+        raise ValueError(f"{path}: not of a sequential run of this program")
+    try:
+        current = info["layer_in_progress"]
+        return SequentialState(
+            settings=configs_from_dict({"np": NPTModuleConfig}, info)["np"],
+            base=info["base_checkpoint"],
+            trained={
+                layer: Path(info["layer_checkpoints"][str(layer)]).name for layer in info["trained_layers"]
+            },
+            current=(current["layer"], Path(current["checkpoint"]).name) if current else None,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, {error} is missing or wrong") from None
+
+
+def write_state(folder: Path, state: SequentialState) -> None:
+    """Replaces `training_info.json`."""
+    paths = {str(layer): str(folder / name) for layer, name in state.trained.items()}
+    in_progress = None
+    if state.current is not None:
+        in_progress = {"layer": state.current[0], "checkpoint": str(folder / state.current[1])}
+    info = {
+        "trained_layers": list(state.trained),
+        "layer_checkpoints": paths,
+        "layer_in_progress": in_progress,
+        "format": FORMAT,
+        "base_checkpoint": state.base,
+        **configs_to_dict({"np": state.settings}),
+    }
+    _replace(folder / INFO, json.dumps(info, indent=2))
+
+
+def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Tensor]:
+    """The NP factors of the trained layers.
+
+    Raises:
+        OSError: the file is not there, or cannot be read.
+        ValueError: it is damaged, or lacks a layer.
+    """
+    if not state.trained:
+        return {}
+    path = folder / f"{STEM}.safetensors"
+    tensors, _ = read_adapter_file(str(path))
+    chosen = {key: tensor for key, tensor in tensors.items() if layer_of(key) in state.trained}
+    missing = set(state.trained) - {layer_of(key) for key in chosen}
+    if missing:
+        raise ValueError(
+            f"{path}: holds no layer {', '.join(map(str, sorted(missing)))}, which {INFO} says is trained"
+        )
+    return chosen
+
+
+def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replaces the accumulated weights and the module that loads them.
+
+    Args:
+        folder: of the run.
+        state: with all layers of `tensors` trained.
+        tensors: their NP factors.
+    """
+    more = {"trained_layers": list(state.trained), "base_checkpoint": state.base}
+    write_adapter(folder, tensors, state.settings_of_trained, more, STEM)
+    _replace(folder / LOADER, _LOADER.format(base=state.base["path"], sha256=state.base["sha256"], stem=STEM))
+
+
+def layer_of(key: str) -> int:
+    """The layer in a key of `adapter`.
+
+    Raises:
+        ValueError: the key has none.
+    """
+    number = key.removeprefix("layer_").partition("_np.")[0]
+    if not number.isdigit():
+        raise ValueError(f"{key}: not a name of an NP factor, as layer_0_np.gate.W_down")
+    return int(number)
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    files.write_text(part, text)
+    os.replace(part, path)
+    files.fsync_path(path.parent)
+
+
+_LOADER = '''"""Loads a model whose layers were trained one after the other. Written by pretrain_npt.py.
+
+In Python, with this directory on the path:
+
+    from load_model import load_model
+    print(load_model().generate("The "))
+"""
+
+from pathlib import Path
+
+from megatron_ext.npt import NPTModel
+
+BASE = {base!r}
+"""Checkpoint of the base model on which the layers were trained."""
+
+BASE_SHA256 = {sha256!r}
+"""Digest of its manifest, by which another checkpoint is told from it."""
+
+WEIGHTS = Path(__file__).resolve().parent / "{stem}.safetensors"
+"""NP factors of the trained layers, with the configuration that made them."""
+
+
+def load_model(base: str = BASE) -> NPTModel:
+    """The base model with the trained layers converted.
+
+    Args:
+        base: where the base checkpoint is now, if it has been moved.
+    """
+    model = NPTModel.from_pretrained(base, sha256=BASE_SHA256)
+    model.load_npt_weights(WEIGHTS)
+    return model
+
+
+if __name__ == "__main__":
+    print(load_model())
+'''

@@ -1,0 +1,297 @@
+"""Sequential training: one NPT layer after the other, lower layers first, each on top of those that are trained.
+
+    model of layer N      the base, the trained layers (active, frozen) and N; later layers are base layers
+    optimizer, schedule   new for every layer, over --steps-per-layer steps, the first --stage1-steps of them stage 1
+    data                  goes on: the k-th layer reads what follows the k-th part of the one order of the whole run
+    random numbers        seeded anew at every layer's start
+
+All layers are trained by one command in one process group. Each has its own run with its own checkpoints, and the
+command may be ended at any moment: given again, it goes on, and ends with the same weights, bit for bit. See
+`sequential_state` for the files. Source: document 000.
+"""
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig, choose_layers
+from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.runs import sequential_files as store
+from megatron_ext.npt.runs import start_message as start
+from megatron_ext.npt.runs.sequential_files import SequentialState, with_layers
+from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.npt.weights.np_weight_files import check_same_meaning
+from megatron_ext.npt.weights.state_files import replace_final
+from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.training.checkpoint import random_state
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.checkpointer import Progress
+from megatron_ext.training.checkpoint.run_directory import check_unused
+from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.loop import EXIT_OK
+from megatron_ext.training.pretrain import check_run, process_group, train
+from megatron_ext.training.run_options import RunOptions
+
+
+def run_sequential(configs: dict[str, Any], options: RunOptions) -> int:
+    """Trains all layers; returns the process's exit code.
+
+    Args:
+        configs: as `run.run` has prepared them; `checkpoint.save` is the directory of the run.
+        options: with the base.
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    _check(configs)
+    folder = Path(configs["checkpoint"].save)
+    check_unused(folder, "--mode sequential needs a --checkpoint-dir of its own", but_for=(store.INFO,))
+    _read(folder, configs, options)
+    tokenizer = check_run(configs)
+    with process_group(configs):
+        # A directory named after the time may differ between ranks.
+        folder = Path(on_first_rank(lambda: str(configs["checkpoint"].save)))
+        return _Sequence(folder, configs, tokenizer, options).run()
+
+
+class _Sequence:
+    """The run in its process group."""
+
+    def __init__(
+        self, folder: Path, configs: dict[str, Any], tokenizer: Tokenizer, options: RunOptions
+    ) -> None:
+        self.folder = folder
+        self.configs = configs
+        self.tokenizer = tokenizer
+        self.options = options
+        self.started = time.monotonic()
+        self.state = on_first_rank(lambda: _read(folder, configs, options))
+        self.tensors: dict[str, torch.Tensor] = {}
+        """NP factors of the trained layers, whole."""
+
+    def run(self) -> int:
+        """Trains what is left; returns the exit code."""
+        gather(self._read_tensors)
+        layers = _remaining(self.state, self.configs)
+        if not layers:
+            print_on_first_rank(
+                f"training already complete: layers {_listed(self.state.trained)} are trained in {self.folder}"
+            )
+            return EXIT_OK
+        for place, layer in enumerate(layers):
+            print_on_first_rank(
+                f"layer {layer} ({place + 1} of {len(layers)} to train), on top of trained layers: "
+                f"{_listed(self.state.trained) or 'none'}"
+            )
+            code = self._train(layer, len(layers) - place)
+            if code != EXIT_OK or layer not in self.state.trained:
+                return code
+            gc.collect()
+        print_on_first_rank(
+            f"all layers are trained; {self.folder / store.LOADER} loads the model with {_listed(self.state.trained)}"
+        )
+        return EXIT_OK
+
+    def _train(self, layer: int, remaining: int) -> int:
+        """One layer's run; afterwards the layer is among the trained ones if it came to its end."""
+        self.state = on_first_rank(lambda: self._begin(layer))
+        configs, steps = self._configs_of(layer), self.configs["npt"].steps_per_layer
+        family = NPTFamily(
+            configs["np"], configs["npt"], total_steps=steps, trains=(layer,), tokenizer=self.tokenizer
+        )
+        families: list[Family] = [family]
+        copies = parallel_state.get_data_parallel_world_size()
+        samples = steps * configs["training"].resolved_global_batch_size(copies)
+        place = len(self.state.trained)
+        random_state.reseed(configs["training"].seed, place * steps)
+        options = replace(
+            self.options,
+            prepare=partial(self._prepare, layer, configs),
+            finish=partial(self._finish, layer, configs),
+            first_sample=place * samples,
+            samples=(place + remaining) * samples,
+        )
+        return train(configs, self.tokenizer, families, options)
+
+    def _prepare(self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel]) -> None:
+        """Loads the trained layers' weights; tells what begins."""
+        load_under(layer, self.tensors, chunks)
+        load = configs["checkpoint"].load
+        own = start.fresh(configs["np"], configs["training"].seed) if load is None else f"from {load}"
+        earlier = f"as trained before in layer {_listed(self.state.trained)}, " if self.state.trained else ""
+        weights, steps = f"{earlier}{own} in layer {layer}", configs["npt"].steps_per_layer
+        start.tell_start(
+            chunks, configs, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
+        )
+
+    def _read_tensors(self) -> None:
+        self.tensors = store.read_accumulated(self.folder, self.state)
+
+    def _begin(self, layer: int) -> SequentialState:
+        """Records that the layer is in progress, in the directory that it had where it was so before."""
+        name = f"layer_{layer}_{time.strftime('%Y%m%d_%H%M%S')}"
+        if self.state.current is not None and self.state.current[0] == layer:
+            name = self.state.current[1]
+        state = self.state.started(layer, name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        store.write_state(self.folder, state)
+        return state
+
+    def _configs_of(self, layer: int) -> dict[str, Any]:
+        assert self.state.current is not None
+        name, settings = self.state.current[1], self.configs["np"]
+        npt: NPTTrainingConfig = self.configs["npt"]
+        weights = npt.weights_of_layers(_layers(self.configs))
+        folder = str(self.folder / name / store.CHECKPOINTS)
+        goes_on = on_first_rank(lambda: find_checkpoint(folder) is not None)
+        return {
+            **self.configs,
+            "np": with_layers(settings, [*self.state.trained, layer]),
+            "npt": replace(npt, layer_weights=str(weights[layer])),
+            "training": self._training(),
+            "checkpoint": replace(self.configs["checkpoint"], save=folder, load=folder if goes_on else None),
+            "logging": layer_logging(self.configs["logging"], name, layer, npt.model_size),
+        }
+
+    def _training(self) -> TrainingConfig:
+        """`--exit-duration-in-mins` counts from the command's start."""
+        training: TrainingConfig = self.configs["training"]
+        if training.exit_duration_in_mins is None:
+            return training
+        gone = (time.monotonic() - self.started) / 60
+        return replace(training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone))
+
+    def _finish(
+        self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel], progress: Progress
+    ) -> None:
+        """Keeps the layer's weights, and then counts it as trained."""
+        own = {key: value for key, value in gather_adapter(chunks).items() if store.layer_of(key) == layer}
+        tensors = self.tensors | own
+        state = self.state.finished()
+
+        def write() -> None:
+            settings = with_layers(configs["np"], [layer])
+            more = {"global_step": progress.iteration, "consumed_samples": progress.consumed_samples}
+            replace_final(Path(configs["checkpoint"].save), own, settings, more)
+            store.write_accumulated(self.folder, state, tensors)
+            store.write_state(self.folder, state)
+
+        on_first_rank(write)
+        self.tensors, self.state = tensors, state
+
+
+def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPTModel]) -> None:
+    """Loads the factors of all NPT layers but one, whose factors stay as they were drawn. Collective.
+
+    Args:
+        layer: that one.
+        tensors: of the others.
+        chunks: this rank's model chunks, unwrapped.
+
+    Raises:
+        ValueError: the tensors do not fit; the message lists the differences.
+    """
+    own = {key: value for key, value in gather_adapter(chunks).items() if store.layer_of(key) == layer}
+    load_adapter(chunks, {**tensors, **own})
+
+
+def _read(folder: Path, configs: Mapping[str, Any], options: RunOptions) -> SequentialState:
+    """What the directory holds, checked against the flags; a new run's state where it holds nothing."""
+    assert options.base is not None
+    settings: NPTModuleConfig = configs["np"]
+    found = store.read_state(folder)
+    if found is None:
+        state = SequentialState(settings=settings, base=options.base.as_json())
+    else:
+        check_same_meaning(str(folder / store.INFO), found.settings, settings)
+        if found.base["sha256"] != options.base.sha256:
+            raise ValueError(
+                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on {found.base['path']}"
+            )
+        state = replace(found, settings=settings, base=options.base.as_json())
+    _remaining(state, configs)
+    return state
+
+
+def _remaining(state: SequentialState, configs: Mapping[str, Any]) -> list[int]:
+    """The layers that are to be trained, in this order.
+
+    Raises:
+        ValueError: `--start-from-layer` leaves out layers that are not trained.
+    """
+    start = configs["npt"].start_from_layer
+    left = [layer for layer in _layers(configs) if layer not in state.trained]
+    skipped = [layer for layer in left if start is not None and layer < start]
+    if skipped:
+        raise ValueError(
+            f"--start-from-layer {start}: of the layers below it {_listed(skipped)} are not trained in "
+            f"--checkpoint-dir {configs['checkpoint'].save}"
+        )
+    return left
+
+
+def _layers(configs: Mapping[str, Any]) -> tuple[int, ...]:
+    return choose_layers(configs["np"].npt_layers, configs["model"].num_layers)
+
+
+def _check(configs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for flags that the other modes have and this one has not."""
+    npt: NPTTrainingConfig = configs["npt"]
+    training, checkpoint = configs["training"], configs["checkpoint"]
+    steps, stage1 = npt.steps_per_layer, npt.stage1_steps
+    if training.train_iters != steps:
+        given = training.train_iters if training.train_iters is not None else training.train_samples
+        raise ValueError(
+            f"--train-iters (--train-samples) {given}: --mode sequential trains every layer for --steps-per-layer "
+            f"{steps} steps"
+        )
+    if stage1 >= steps:
+        raise ValueError(f"--stage1-steps {stage1}: leaves nothing of --steps-per-layer {steps}")
+    if not configs["np"].freeze_base:
+        raise ValueError("--no-freeze-base: --mode sequential trains NP components only")
+    if npt.load_npt_weights is not None:
+        raise ValueError(
+            f"--load-npt-weights {npt.load_npt_weights}: --mode sequential finds trained layers in --checkpoint-dir"
+        )
+    if checkpoint.load is not None or checkpoint.finetune:
+        raise ValueError(
+            f"--load {checkpoint.load}: must be a base model in --mode sequential, which goes on by --checkpoint-dir"
+        )
+    if checkpoint.overwrite_checkpoints:
+        raise ValueError(
+            "--overwrite-checkpoints: --mode sequential goes on with what is in --checkpoint-dir"
+        )
+    if training.skip_train:
+        raise ValueError("--skip-train: there is nothing to do for it in --mode sequential")
+    start, layers = npt.start_from_layer, _layers(configs)
+    if start is not None and start not in layers:
+        raise ValueError(f"--start-from-layer {start}: is none of the layers {_listed(layers)}")
+
+
+def layer_logging(logging: LoggingConfig, name: str, layer: int, model_size: str | None) -> LoggingConfig:
+    """Every layer's curves in a place of their own, under document 000's names."""
+    changes: dict[str, Any] = {}
+    if logging.tensorboard_dir is not None:
+        changes["tensorboard_dir"] = str(Path(logging.tensorboard_dir, name))
+    if logging.wandb_project is not None:
+        stamp = name.removeprefix(f"layer_{layer}_")
+        run = [f"layer_{layer}", *([model_size] if model_size else []), stamp]
+        changes["wandb_exp_name"] = "_".join(run)
+        changes["wandb_tags"] = (*(logging.wandb_tags or ()), "sequential", f"layer_{layer}")
+    return replace(logging, **changes)
+
+
+def _listed(layers: Mapping[int, str] | list[int] | tuple[int, ...]) -> str:
+    return ", ".join(map(str, sorted(layers)))

@@ -1,0 +1,1 @@
+"""NP weights: conversion, files, resuming, validation."""

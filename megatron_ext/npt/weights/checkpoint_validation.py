@@ -1,0 +1,147 @@
+"""Is a checkpoint of document 001 whole? One of this program, or a plain directory of the document's files.
+
+Every file is loaded with weights_only: nothing in it is executed. What else a resumed run needs is covered
+by the checksums, where the directory has them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS
+from megatron_ext.npt.weights.state_files import MULTI_LAYER_STATE, TRAINING_STATE
+from megatron_ext.training.checkpoint import checkpoint_files as files
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    WEIGHTS: (),
+    TRAINING_STATE: ("global_step", "optimizer_state_dict", "scheduler_state_dict"),
+    MULTI_LAYER_STATE: ("layers_to_train", "curriculum_schedule", "current_stage_index"),
+}
+"""File -> keys that it must have."""
+
+
+@dataclass
+class Validation:
+    """What was found."""
+
+    problems: list[str] = field(default_factory=list)
+    """Empty where the checkpoint is whole."""
+
+    facts: list[str] = field(default_factory=list)
+    """Step, layers, stage, sizes."""
+
+
+def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint in a directory of checkpoints that is to be validated, and what is wrong with newer ones.
+
+    Args:
+        folder: a directory of checkpoints; any other is taken for a checkpoint's own.
+
+    Returns:
+        The newest complete one; without any the newest, as the document's plain directories have no checksums.
+
+    Raises:
+        FileNotFoundError: the directory is no checkpoint and holds none.
+    """
+    if any((folder / name).exists() for name in (files.CHECKSUMS, *REQUIRED)):
+        return folder, []
+    steps = {step: path for path in folder.iterdir() if (step := files.step_of(path.name)) is not None}
+    if not steps:
+        where = "; a sequential run has them in layer_*/checkpoints" if any(folder.glob("layer_*")) else ""
+        raise FileNotFoundError(
+            f"--checkpoint {folder}: neither a checkpoint nor a directory of checkpoints{where}"
+        )
+    complete = files.complete_checkpoints(folder)
+    newest = max(complete or steps)
+    unfinished = [
+        f"{steps[step]}: incomplete, has no {files.CHECKSUMS}" for step in sorted(steps) if step > newest
+    ]
+    try:
+        tracked = files.tracked_step(folder)
+        if tracked is not None and tracked not in steps:
+            unfinished.append(
+                f"{folder / files.TRACKER}: names step {tracked}, of which there is no checkpoint"
+            )
+    except ValueError as error:
+        unfinished.append(str(error))
+    return {**steps, **complete}[newest], unfinished
+
+
+def validate_checkpoint(folder: Path) -> Validation:
+    """Looks at every file of a checkpoint.
+
+    Args:
+        folder: the checkpoint's own directory.
+    """
+    found = Validation()
+    states = {name: _load(folder / name, keys, found) for name, keys in REQUIRED.items()}
+    weights, training, layers = states.values()
+    if weights is not None:
+        _describe_weights(weights, found)
+    if training is not None:
+        found.facts.append(f"step: {training['global_step']}")
+    if layers is not None:
+        found.facts.append(f"NPT layers: {', '.join(map(str, layers['layers_to_train']))}")
+        _describe_stage(layers, found)
+    if (folder / CONFIG).is_file():
+        _attempt(lambda: files.read_json(folder / CONFIG), found)
+    if (folder / files.CHECKSUMS).is_file():
+        before = len(found.problems)
+        _attempt(lambda: files.verify(folder), found)
+        if len(found.problems) == before:
+            count = len(files.read_json(folder / files.CHECKSUMS)["files"])
+            found.facts.append(f"checksums: {count} files match")
+    else:
+        found.facts.append("checksums: none here, so damage inside a file may go unseen")
+    return found
+
+
+def _load(path: Path, keys: tuple[str, ...], found: Validation) -> dict[str, Any] | None:
+    if not path.is_file():
+        found.problems.append(f"missing: {path.name}")
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler meets
+        found.problems.append(f"cannot be loaded: {path.name} ({type(error).__name__})")
+        return None
+    lacking = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if not isinstance(state, dict) or lacking:
+        found.problems.append(f"{path.name}: lacks {', '.join(lacking) or 'named entries'}")
+        return None
+    return state
+
+
+def _describe_weights(weights: dict[str, Any], found: Validation) -> None:
+    others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        found.problems.append(f"{WEIGHTS}: {others[0]} is no tensor")
+        return
+    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        found.problems.append(f"{WEIGHTS}: {broken[0]} is not finite ({len(broken)} tensors in all)")
+    count = sum(value.numel() for value in weights.values())
+    found.facts.append(f"NP weights: {len(weights)} tensors, {count:,} numbers")
+
+
+def _describe_stage(state: dict[str, Any], found: Validation) -> None:
+    schedule, index = state["curriculum_schedule"], state["current_stage_index"]
+    if not schedule:
+        return
+    if not isinstance(index, int) or not 0 <= index < len(schedule):
+        found.problems.append(
+            f"{MULTI_LAYER_STATE}: current_stage_index {index} is not one of {len(schedule)} stages"
+        )
+        return
+    stage = schedule[index]
+    name = stage["name"] if isinstance(stage, dict) and "name" in stage else stage
+    found.facts.append(f"stage: {name} ({index + 1} of {len(schedule)})")
+
+
+def _attempt(action: Any, found: Validation) -> None:
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        found.problems.append(str(error))

@@ -1,0 +1,67 @@
+"""Puts NP components into a model that was built without them, for evaluation and generation beside its base.
+
+A training run builds its model with `NPTExtension` instead: there the components are in checkpoints and the optimizer.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.initialization import initialize_parameters
+from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
+from megatron_ext.npt.modules.npt_layers import np_modules
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.weights.np_factors import load_adapter
+
+
+def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
+    """Gives the layers that the settings name NP components of which nothing is drawn yet.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped, without NP components.
+        settings: of the NP components.
+
+    Raises:
+        ValueError: the settings do not fit the model.
+    """
+    config = chunks[0].config
+    settings.check_model(config.gated_linear_unit)
+    chosen = settings.layers(config.num_layers)
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            if layer.layer_number - 1 in chosen:
+                layer.feed_forward = NPFeedForward(
+                    layer.config, layer.layer_number, layer.pg_collection, settings=settings
+                ).train(layer.training)
+
+
+@torch.no_grad()
+def draw(chunks: list[GPTModel], seed: int) -> None:
+    """Gives all NP components the initial values of a training run with this seed, whatever they hold.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        seed: the run's.
+    """
+    for chunk in chunks:
+        parameters = [p for module in np_modules([chunk]).values() for p in module.parameters()]
+        for parameter in parameters:
+            parameter.zero_()  # the affine constants, and what `conservative` starts with, are not drawn
+        config = chunk.config
+        initialize_parameters(chunk, seed, config.init_method_std, config.num_layers, only=parameters)
+
+
+def attach(chunks: list[GPTModel], settings: NPTModuleConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Converts the layers that the settings name. Collective over pipeline-parallel ranks.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped, without NP components.
+        settings: of the NP components.
+        tensors: their factors, as `gather_adapter` gives them.
+
+    Raises:
+        ValueError: the settings or the factors do not fit the model.
+    """
+    convert(chunks, settings)
+    load_adapter(chunks, dict(tensors))

@@ -1,0 +1,138 @@
+"""A model's NP components as plain tensors, and back: whole, on one process or any cut.
+
+    layer_{i}_np.{target}.{name}            i from 0 over the whole model; names and shapes as in `modulation`
+    layer_{i}_np.{target}.{name}.{k}        where there are several components, one tensor each
+
+For one component c_a is a vector; every other factor is a matrix.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.modulation import Modulation
+from megatron_ext.npt.modules.npt_layers import np_modules
+
+_ROWS = ("B", "W_a_up", "W_b_up", "c_a")
+"""Factors whose components lie below one another; those of the others lie side by side."""
+_SHOWN = 5
+"""Differences of a kind that an error message lists."""
+
+
+def gather_adapter(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
+    """All NP factors of the model, on the CPU of every rank. Collective over tensor- and pipeline-parallel ranks.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+    """
+    local = {
+        key: tensor.cpu().clone()
+        for prefix, part, name, parameter in _parameters(chunks)
+        for key, tensor in _components(prefix, part, name, _whole(part, name, parameter.detach()))
+    }
+    return _sorted(_merged(local))
+
+
+def load_adapter(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:
+    """Takes what `gather_adapter` gave. Collective over pipeline-parallel ranks.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        tensors: by key, whole.
+
+    Raises:
+        ValueError: a key is missing, unknown, or of another shape; the message lists the differences. Nothing is
+            loaded then.
+    """
+    places = {
+        key: (part, name, place)
+        for prefix, part, name, parameter in _parameters(chunks)
+        for key, place in _components(prefix, part, name, parameter.detach())
+    }
+    shapes = {key: _whole_shape(part, name, place) for key, (part, name, place) in places.items()}
+    _check({key: tuple(tensor.shape) for key, tensor in tensors.items()}, _merged(shapes))
+    for key, (part, name, place) in places.items():
+        place.copy_(_local(part, name, tensors[key], place))
+
+
+def _parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, Modulation, str, torch.nn.Parameter]]:
+    for number, module in np_modules(chunks).items():
+        for target, part in module.modulations.items():
+            for name, parameter in part.named_parameters():
+                yield f"layer_{number}_np.{target}.{name}", part, name, parameter
+
+
+def _components(
+    key: str, part: Modulation, name: str, factor: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of a factor, one a component."""
+    count = part.settings.num_np_components
+    for number, view in enumerate(factor.chunk(count, dim=0 if name in _ROWS else 1)):
+        yield key if count == 1 else f"{key}.{number}", view.squeeze(0) if name == "c_a" else view
+
+
+def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:
+    group = part.groups.tp
+    if name not in part.split_dims or group.size() == 1:
+        return local
+    pieces = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(pieces, local.contiguous(), group=group)
+    return torch.cat(pieces, dim=part.split_dims[name])
+
+
+def _split_dim(part: Modulation, name: str, place: torch.Tensor) -> int | None:
+    """The dimension of a component that is split over the ranks: a vector has only one."""
+    return min(part.split_dims[name], place.dim() - 1) if name in part.split_dims else None
+
+
+def _whole_shape(part: Modulation, name: str, place: torch.Tensor) -> tuple[int, ...]:
+    shape = list(place.shape)
+    dim = _split_dim(part, name, place)
+    if dim is not None:
+        shape[dim] *= part.groups.tp.size()
+    return tuple(shape)
+
+
+def _local(part: Modulation, name: str, tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    dim = _split_dim(part, name, place)
+    if dim is None:
+        return tensor
+    return tensor.narrow(dim, part.groups.tp.rank() * place.size(dim), place.size(dim))
+
+
+def _merged(local: dict[str, Any]) -> dict[str, Any]:
+    """The entries of all pipeline stages."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(stages, local, group=group)
+    return {key: value for stage in stages for key, value in stage.items()}
+
+
+def _sorted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In the order of layers."""
+    return dict(sorted(tensors.items(), key=lambda item: int(item[0].split("_")[1])))
+
+
+def _check(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    shapes = [
+        f"{key} is {list(found[key])}, must be {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    differences = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": shapes,
+    }
+    texts = [f"{kind}: {_listed(items)}" for kind, items in differences.items() if items]
+    if texts:
+        raise ValueError(f"the NP weights do not fit the model; {'; '.join(texts)}")
+
+
+def _listed(items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more

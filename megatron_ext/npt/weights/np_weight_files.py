@@ -1,0 +1,142 @@
+"""NP weights as files: `npt_weights.pt` or `.safetensors`, tensors only, beside the configuration that made them.
+
+    npt_weights.pt             torch's format, {key: tensor}; loaded with weights_only
+    npt_weights.safetensors    the same, with the configuration in its metadata
+    config.json                the configuration: NPT's settings under "np", and what else the writer tells
+
+Keys are those of `adapter`. Documents 000 and 001 write their .pt the same way, with other factors' names.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.training.checkpoint import checkpoint_files as files
+
+STEM, CONFIG = "npt_weights", "config.json"
+WEIGHTS = f"{STEM}.pt"
+_FREE = frozenset({"np_init_scale", "np_init_strategy", "freeze_base", "npt_layers"})
+"""Settings that do not decide what the weights mean; the layers are in the keys."""
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    settings: NPTModuleConfig,
+    more: Mapping[str, Any] | None = None,
+    stem: str = STEM,
+) -> None:
+    """Writes the three files, each by rename.
+
+    Args:
+        folder: exists.
+        tensors: as `adapter.gather_adapter` gives them.
+        settings: NPT's configuration.
+        more: what else `config.json` tells.
+        stem: the weights are `{stem}.pt` and `{stem}.safetensors`.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    config = configs_to_dict({"np": settings})
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    weights, safe_weights = f"{stem}.pt", f"{stem}.safetensors"
+    parts = {name: folder / f".{name}.part" for name in (weights, safe_weights, CONFIG)}
+    files.write_tensors(parts[weights], contiguous)
+    save_file(contiguous, parts[safe_weights], metadata={"format": "pt", "np": json.dumps(config["np"])})
+    files.write_text(parts[CONFIG], json.dumps({**config, **(more or {})}, indent=1))
+    files.digests(folder, [part.name for part in parts.values()])  # forces them to the disk
+    for name, part in parts.items():
+        part.replace(folder / name)
+    files.fsync_path(folder)
+
+
+def read_adapter(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor]:
+    """Reads NP weights, and refuses those of another configuration where theirs is known.
+
+    Args:
+        path: a `.pt` or `.safetensors` file.
+        settings: the run's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else, or weights of another form, target, scale, ...
+    """
+    tensors, config = read_adapter_file(path)
+    if config is not None:
+        check_same_meaning(path, config, settings)
+    return tensors
+
+
+def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleConfig) -> None:
+    """Raises `ValueError`, naming `path` and the differences, where weights of one mean something else in the other."""
+    ours, theirs = (configs_to_dict({"np": config})["np"] for config in (settings, stored))
+    differences = [
+        f"{name} is {theirs[name]}, here {ours[name]}"
+        for name in ours
+        if name not in _FREE and ours[name] != theirs[name]
+    ]
+    if differences:
+        raise ValueError(f"{path}: was made with another configuration: {'; '.join(differences)}")
+
+
+def read_adapter_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:
+    """The tensors, and the configuration that made them: of the file itself, or of `config.json` beside it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    settings, file = read_adapter_settings(path), Path(path)
+    return _read_safe(file) if file.suffix == ".safetensors" else _read_pt(file), settings
+
+
+def read_adapter_settings(path: str) -> NPTModuleConfig | None:
+    """The configuration alone, see `read_adapter_file`; None where nothing tells it."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    config = _settings_of_safe(file) if file.suffix == ".safetensors" else None
+    if config is None and (file.parent / CONFIG).is_file():
+        config = files.read_json(file.parent / CONFIG).get("np")
+    return configs_from_dict({"np": NPTModuleConfig}, {"np": config})["np"] if config is not None else None
+
+
+def _read_pt(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler meets
+        raise ValueError(f"{file}: not a file of tensors ({type(error).__name__})") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
+    ):
+        raise ValueError(f"{file}: holds something else than named tensors")
+    return tensors
+
+
+def _read_safe(file: Path) -> dict[str, torch.Tensor]:
+    with _opened(file) as opened:
+        return {key: opened.get_tensor(key) for key in list(opened.keys())}
+
+
+def _settings_of_safe(file: Path) -> dict[str, Any] | None:
+    with _opened(file) as opened:
+        config = (opened.metadata() or {}).get("np")
+    return json.loads(config) if config else None
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged, not safetensors ({error})") from None

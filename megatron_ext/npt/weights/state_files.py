@@ -1,0 +1,184 @@
+"""Document 001's files: in every NPT checkpoint, and in `final/` after the last step.
+
+    npt_weights.pt          all NP factors, whole, by the keys of `adapter`
+    training_state.pt       global_step, batch_count, optimizer_state_dict, scheduler_state_dict, scaler_state_dict
+    multi_layer_state.pt    layers_to_train, curriculum_schedule, current_stage_index, layer_weights, teacher_cache
+    config.json             the run's whole configuration; NPT's settings under "np"
+
+They are for people and other programs: tensors and plain values, loaded with weights_only. A resumed run reads the
+files that are described in `training.checkpoint_files`, which lie in the same directory; Adam's moments are there only,
+cut as the run is, and `optimizer_state_dict["state"]` says under which names.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.curriculum import Stage, stage_index
+from megatron_ext.npt.objective.teacher import TeacherCache
+from megatron_ext.npt.weights.np_factors import gather_adapter
+from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, write_adapter
+from megatron_ext.platform.collectives import on_first_rank
+from megatron_ext.training.checkpoint import checkpoint_files as files
+from megatron_ext.training.checkpoint.checkpointer import Progress
+
+TRAINING_STATE, MULTI_LAYER_STATE = "training_state.pt", "multi_layer_state.pt"
+
+
+def write_state_files(
+    folder: Path,
+    chunks: list[GPTModel],
+    settings: NPTModuleConfig,
+    state: Mapping[str, Any],
+    multi_layer: Mapping[str, Any],
+) -> None:
+    """Writes the four files; collective.
+
+    Args:
+        folder: the checkpoint's directory while it is being written.
+        chunks: this rank's model chunks, unwrapped.
+        settings: NPT's configuration.
+        state: as `Family.write_files` gets it.
+        multi_layer: as `multi_layer_state` makes it.
+    """
+    tensors = gather_adapter(chunks)
+
+    def write() -> None:
+        files.write_tensors(folder / WEIGHTS, tensors)
+        files.write_tensors(folder / TRAINING_STATE, training_state(state))
+        files.write_tensors(folder / MULTI_LAYER_STATE, dict(multi_layer))
+        config = {**state["run_config"], **configs_to_dict({"np": settings})}
+        files.write_text(folder / CONFIG, json.dumps(config, indent=1))
+
+    on_first_rank(write)
+
+
+def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Document 001's training state, of plain values.
+
+    `batch_count` counts the micro-batches of a model copy, in the present micro-batch size.
+
+    Args:
+        state: as `Family.write_files` gets it.
+    """
+    progress, run = state["progress"], state["run_config"]
+    cut, optimizer = state["cut"], run.get("optimizer", {})
+    shares = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    copies = cut["world_size"]
+    for share in shares:
+        copies //= cut[share]
+    at_once = copies * run["training"]["micro_batch_size"]
+    constants = {
+        "betas": (optimizer.get("adam_beta1"), optimizer.get("adam_beta2")),
+        "eps": optimizer.get("adam_eps"),
+        "weight_decay": optimizer.get("weight_decay"),
+    }
+    return {
+        "global_step": progress["iteration"],
+        "batch_count": progress["consumed_samples"] // at_once,
+        "optimizer_state_dict": {
+            "step": state["optimizer_step"],
+            "param_groups": [{**group, **constants} for group in state["scheduler"]["groups"]],
+            "state": {
+                "format": "torch_dist",
+                "files": "*.distcp",
+                "exp_avg": "optimizer.state.exp_avg.{parameter}",
+                "exp_avg_sq": "optimizer.state.exp_avg_sq.{parameter}",
+            },
+        },
+        "scheduler_state_dict": dict(state["scheduler"]),
+        # As torch's GradScaler gives it where nothing is scaled: fp32 and bf16 need no loss scale.
+        "scaler_state_dict": {},
+        "consumed_samples": progress["consumed_samples"],
+        "skipped_steps": progress["skipped_steps"],
+    }
+
+
+def multi_layer_state(
+    weights: Mapping[int, float], stages: tuple[Stage, ...], cache: TeacherCache, iteration: int
+) -> dict[str, Any]:
+    """Document 001's multi-layer state, of plain values.
+
+    Args:
+        weights: layer -> weight of its losses.
+        stages: the curriculum.
+        cache: the teacher's, on this rank.
+        iteration: steps done; the stage is that of the next one, in which a resumed run begins.
+    """
+    return {
+        "layers_to_train": sorted(weights),
+        "curriculum_schedule": [
+            {
+                "name": stage.name,
+                "steps": stage.steps,
+                "attn_ratio": stage.attention_share,
+                "mlp_ratio": stage.mlp_share,
+            }
+            for stage in stages
+        ],
+        "current_stage_index": stage_index(stages, iteration + 1),
+        "layer_weights": dict(sorted(weights.items())),
+        "teacher_cache": {
+            "hits": cache.hits,
+            "misses": cache.misses,
+            "sequences": len(cache.states),
+            "bytes": cache.bytes,
+            "max_bytes": cache.max_bytes,
+        },
+    }
+
+
+def write_final(configs: Mapping[str, Any], chunks: list[GPTModel], progress: Progress) -> None:
+    """Writes `final/` under `--save`, whole or not at all; collective. Without `--save` nothing.
+
+    Args:
+        configs: the run's, with `checkpoint` and `np`.
+        chunks: this rank's model chunks, unwrapped.
+        progress: how far the run has come.
+
+    Raises:
+        OSError: it could not be written, on every rank.
+    """
+    save = configs["checkpoint"].save
+    if save is None:
+        return
+    tensors = gather_adapter(chunks)
+    more = {**configs_to_dict(configs), **asdict(progress), "global_step": progress.iteration}
+    on_first_rank(lambda: replace_final(Path(save), tensors, configs["np"], more))
+
+
+def replace_final(
+    root: Path, tensors: Mapping[str, torch.Tensor], settings: NPTModuleConfig, more: Mapping[str, Any]
+) -> None:
+    """Writes `final/`, whole or not at all; on one rank.
+
+    Args:
+        root: the directory of checkpoints.
+        tensors: NP factors.
+        settings: of them.
+        more: what else its `config.json` tells.
+    """
+    # Hidden under the names that a killed save's leftovers have, so that the next save removes or restores them.
+    writing, replaced, final = (
+        root / f"{prefix}{files.FINAL}" for prefix in (files.WRITING, files.REPLACED, "")
+    )
+    for leftover in (writing, replaced):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    writing.mkdir(parents=True)
+    write_adapter(writing, tensors, settings, more)
+    files.digests(writing, [path.name for path in writing.iterdir()])  # forces them to the disk
+    if final.exists():
+        final.rename(replaced)
+    writing.rename(final)
+    files.fsync_path(root)
+    if replaced.exists():
+        shutil.rmtree(replaced)

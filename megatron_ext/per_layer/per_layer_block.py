@@ -1,0 +1,104 @@
+"""The PLE block of one layer, a slot module.
+
+    x <- x + PostNorm_h( W_out( act(W_gate x) * dropout(c) ) )            gemma4 also: x <- x * layer_scalar
+
+`c` is the layer's part of the stream `per_layer`, [s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel
+over p; under sequence parallelism x is [s / t, b, h]. The post-norm is an RMSNorm whatever the base model's norm.
+Source: Gemma 3n and Gemma 4; document 003's PerLayerGate.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.models.ops.norm import RMSNorm
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_STREAM
+from megatron_ext.per_layer.sharded_weight import initial_std, mark
+from megatron_ext.per_layer.statistics_recorder import Recorder
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+class PerLayerBlock(MegatronModule):
+    """Gates a layer's per-layer vector into the residual stream; see the formula at the top of this file."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        *,
+        settings: PerLayerConfig,
+        stage_layers: int,
+    ) -> None:
+        """Args:
+        config: the engine's configuration.
+        layer_number: of the layer in the whole model, from 1.
+        pg_collection: the process groups; p is split over the tensor-parallel one.
+        settings: PLE's configuration.
+        stage_layers: number of layers of a stage.
+        """
+        super().__init__(config)
+        self.settings = settings
+        self.layer_number = layer_number
+        self.stage_layers = stage_layers
+        hidden, width = config.hidden_size, settings.per_layer_hidden_size
+        common = {
+            "config": config,
+            "init_method": config.init_method,
+            "bias": False,
+            "skip_bias_add": False,
+            "tp_group": pg_collection.tp,
+        }
+        self.gate = ColumnParallelLinear(hidden, width, gather_output=False, **common)
+        self.projection = RowParallelLinear(width, hidden, input_is_parallel=True, **common)
+        self.post_norm = RMSNorm(config, hidden, config.layernorm_epsilon)
+        mark(self.gate.weight, initial_std(settings, config.init_method_std, width, hidden))
+        mark(self.projection.weight, initial_std(settings, config.init_method_std, hidden, width))
+        mark(self.post_norm.weight, 0.0)
+        if settings.has_layer_scalar:
+            ones = torch.ones(1, dtype=config.params_dtype, device=torch.cuda.current_device())
+            self.register_buffer("layer_scalar", ones)
+        self.activation = ACTIVATIONS[settings.per_layer_gate_activation]
+        self.recorder: Recorder | None = None
+
+    def forward(self, hidden_states: torch.Tensor, side: SideView) -> torch.Tensor:
+        """[s, b, h] -> [s, b, h] ([s / t, b, h] under sequence parallelism)."""
+        combined = side.read_part(
+            PER_LAYER_STREAM, (self.layer_number - 1) % self.stage_layers, self.stage_layers
+        )
+        activated = self.activation(self.gate(hidden_states)[0])
+        update = self.post_norm(self.projection(activated * self._dropped(combined))[0])
+        # Recomputation runs this twice, first without gradients: the pass that has them is recorded.
+        if self.recorder is not None and torch.is_grad_enabled():
+            self.recorder.add_mean("gate_activation", activated.unsqueeze(0))
+            self.recorder.add_squares("update", update.unsqueeze(0))
+            self.recorder.add_squares("residual", hidden_states.unsqueeze(0))
+        output = hidden_states + update
+        return output * self.layer_scalar if self.settings.has_layer_scalar else output
+
+    def _dropped(self, combined: torch.Tensor) -> torch.Tensor:
+        rate = self.settings.per_layer_projection_dropout
+        if rate == 0.0 or not self.training:
+            return combined
+        # Ranks hold different parts of p and need different masks; under sequence parallelism they draw apart already.
+        with contextlib.ExitStack() as stack:
+            if not self.config.sequence_parallel:
+                stack.enter_context(tensor_parallel.get_cuda_rng_tracker().fork())
+            return F.dropout(combined, rate)

@@ -1,0 +1,29 @@
+"""What PLE adds to a model: parameters, and FLOPs of its matrix products for a token.
+
+    parameters   Vp L p + h L p + p + L (2 h p + h)          + 2 p p L for concat and gated
+    FLOPs        L 6 h p  forward                            + L 4 p p for concat and gated
+
+Table, context projection, shared norm, then gate, output projection and post-norm of every layer. A look-up has no
+FLOPs.
+"""
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+
+
+def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> ModelCost:
+    """Cost of PLE in `model`.
+
+    Args:
+        settings: PLE's configuration.
+        model: the base model.
+        rows: Vp, rows of a table (`PerLayerConfig.rows`).
+    """
+    layers, hidden, width = model.num_layers, model.hidden_size, settings.per_layer_hidden_size
+    combination = 0 if settings.per_layer_combination_method == "scaled_add" else 2 * width * width
+    of_a_layer = rows * width + 3 * hidden * width + hidden + combination
+    return ModelCost(
+        parameters=layers * of_a_layer + width,
+        forward_flops_per_token=float(layers * (6 * hidden * width + 2 * combination)),
+    )

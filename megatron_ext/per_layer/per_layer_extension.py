@@ -1,0 +1,59 @@
+"""PLE as the model sees it: two side streams, one slot of every layer, one module a stage.
+
+The word embedding travels from stage to stage; the per-layer vectors go to the layers of the stage that makes them.
+"""
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.models.auxiliary_inputs import SideStream
+from megatron_ext.models.gpt_model import WORD_EMBEDDING
+from megatron_ext.models.model_extension import Extension, StageInfo
+from megatron_ext.per_layer.per_layer_block import PerLayerBlock
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_STREAM, PerLayerInputs
+
+
+class PerLayerExtension(Extension):
+    """Per-layer embedding in every layer."""
+
+    name = "per_layer"
+
+    def __init__(self, settings: PerLayerConfig, rows: int) -> None:
+        """Args:
+        settings: PLE's configuration.
+        rows: Vp, rows of every table (`PerLayerConfig.rows`).
+        """
+        self.settings = settings
+        self.rows = rows
+
+    def streams(self, config: TransformerConfig) -> list[SideStream]:
+        """The travelling word embedding, and the stage's per-layer vectors packed as [L, s, b, p / t].
+
+        Raises:
+            ValueError: the per-layer hidden size does not divide over the tensor-parallel ranks.
+        """
+        self.settings.check_cut(config.tensor_model_parallel_size)
+        width = self.settings.per_layer_hidden_size // config.tensor_model_parallel_size
+        return [
+            SideStream(name=WORD_EMBEDDING, width=config.hidden_size, to_layers=False, travels=True),
+            SideStream(name=PER_LAYER_STREAM, width=stage_layers(config) * width, full_sequence=True),
+        ]
+
+    def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
+        """The block, in the slot that `--per-layer-position` names."""
+        params = {"settings": self.settings, "stage_layers": stage_layers(config)}
+        return {self.settings.per_layer_position: ModuleSpec(module=PerLayerBlock, params=params)}
+
+    def stage_module(
+        self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
+    ) -> PerLayerInputs:
+        """Tables and projections of the stage's layers."""
+        return PerLayerInputs(config, self.settings, stage, pg_collection, self.rows)
+
+
+def stage_layers(config: TransformerConfig) -> int:
+    """Number of layers of a stage (of one chunk, with the interleaved schedule)."""
+    chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    return config.num_layers // chunks

@@ -1,0 +1,209 @@
+"""PLE's part in a training run: its part of the model, its ids, its optimizer settings and its statistics.
+
+The per-layer ids are a function of the token ids that the model is fed: `table[tokens]`, the tokens themselves
+(strategy `identity`), or what an aligned dataset holds.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.data.datasets.blends import parse_blend
+from megatron_ext.data.indexed.manifest import read_manifest
+from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_cost import per_layer_cost
+from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
+from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_IDS, stage_module
+from megatron_ext.per_layer.per_layer_statistics import start_recording, stop_recording
+from megatron_ext.training.interface.family_interface import Batch, Family
+
+
+class PerLayerFamily(Family):
+    """Per-layer embedding in a run."""
+
+    name = "per_layer"
+
+    free_on_resume = frozenset(
+        {
+            "per_layer_projection_dropout",
+            "per_layer_init_method",
+            "per_layer_init_std",
+            "per_layer_lr_scale",
+            "per_layer_weight_decay",
+            "freeze_per_layer_embedding",
+            "per_layer_vocab_file",
+            "per_layer_data_path",
+            "log_per_layer_stats",
+            "log_per_layer_gradients",
+            "per_layer_stats_interval",
+        }
+    )
+
+    def __init__(
+        self, settings: PerLayerConfig, vocab_size: int, table: "npt.ArrayLike | torch.Tensor | None" = None
+    ) -> None:
+        """Args:
+        settings: PLE's configuration.
+        vocab_size: size of the tokenizer's vocabulary.
+        table: [V] per-layer id of each token id. Not needed with the strategy `identity`, nor where every batch
+            holds `per_layer_ids`.
+
+        Raises:
+            ValueError: the table does not fit the vocabulary, or its ids do not fit the embedding.
+        """
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.rows = settings.rows(vocab_size)
+        self.table = None if table is None else torch.as_tensor(table, dtype=torch.int64)
+        if self.table is not None:
+            _check_table(self.table, vocab_size, self.rows)
+        if settings.uses_token_ids:
+            self.free_on_resume = type(self).free_on_resume | {"per_layer_vocab_size"}
+        logs = settings.log_per_layer_stats or settings.log_per_layer_gradients
+        self.statistics_interval = settings.per_layer_stats_interval if logs else None
+
+    @classmethod
+    def from_tokenizer(cls, settings: PerLayerConfig, tokenizer: Tokenizer) -> "PerLayerFamily":
+        """The family of a run: ids from the aligned dataset, or from the table beside `--per-layer-vocab-file`.
+
+        Raises:
+            ValueError: neither says what the ids are.
+            FileNotFoundError: the vocabulary or its table is missing.
+        """
+        table = None
+        if settings.per_layer_vocab_file is not None and not settings.uses_token_ids:
+            table = load_per_layer_table(
+                settings.per_layer_strategy, tokenizer=tokenizer, vocab_file=settings.per_layer_vocab_file
+            )
+        aligned = settings.per_layer_data_path is not None
+        if not aligned and settings.per_layer_strategy == "attention_guidance":
+            raise ValueError(
+                "--per-layer-strategy attention_guidance: depends on positions, so it needs --per-layer-data-path"
+            )
+        if not aligned and table is None and not settings.uses_token_ids:
+            raise ValueError(
+                "--use-per-layer-embedding: needs --per-layer-vocab-file or --per-layer-data-path to know the ids"
+            )
+        if settings.per_layer_vocab_size is None and not settings.uses_token_ids:
+            rows = settings.rows(tokenizer.vocab_size, _num_ids(settings, table))
+            settings = replace(settings, per_layer_vocab_size=rows)
+        return cls(settings, tokenizer.vocab_size, table)
+
+    @classmethod
+    def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
+        """The family that gave this `configuration()`; needs no file beside the checkpoint."""
+        settings = configs_from_dict({"settings": PerLayerConfig}, configuration)["settings"]
+        if settings.uses_token_ids:  # older checkpoints store a default that has no meaning there
+            settings = replace(settings, per_layer_vocab_size=None)
+        return cls(settings, configuration["vocab_size"], configuration["table"])
+
+    def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Raises `ValueError` unless the tensor-parallel ranks can share the per-layer hidden size."""
+        self.settings.check_cut(parallel.tensor_model_parallel_size)
+
+    def configuration(self) -> dict[str, Any]:
+        """PLE's settings, the vocabulary's size and the table of ids."""
+        return {
+            **configs_to_dict({"settings": self.settings}),
+            "vocab_size": self.vocab_size,
+            "table": None if self.table is None else self.table.tolist(),
+        }
+
+    def extension(self) -> PerLayerExtension:
+        """PLE's part of the model."""
+        return PerLayerExtension(self.settings, self.rows)
+
+    def dataset_options(self) -> dict[str, Any]:
+        """The aligned per-layer datasets, and what they must have been made with."""
+        if self.settings.per_layer_data_path is None:
+            return {}
+        return {
+            "per_layer_data_path": self.settings.per_layer_data_path,
+            "per_layer_strategy": self.settings.per_layer_strategy,
+            "per_layer_vocab_size": self.rows,
+        }
+
+    def cost(self, model: ModelConfig) -> ModelCost:
+        """Parameters and FLOPs that PLE adds to `model`."""
+        return per_layer_cost(self.settings, model, self.rows)
+
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        """Freezes the tables where `--freeze-per-layer-embedding` asks for it."""
+        if self.settings.freeze_per_layer_embedding:
+            for chunk in chunks:
+                stage_module(chunk).freeze_tables()
+
+    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The per-layer ids [b, s] of a batch.
+
+        Raises:
+            ValueError: the batch has none and there is no table to derive them.
+        """
+        if PER_LAYER_IDS in batch:
+            return {PER_LAYER_IDS: batch[PER_LAYER_IDS]}
+        tokens = batch["tokens"]
+        if self.settings.uses_token_ids:
+            return {PER_LAYER_IDS: tokens}
+        if self.table is None:
+            raise ValueError(
+                "the batch has no per_layer_ids, and without --per-layer-vocab-file none can be derived"
+            )
+        if self.table.device != tokens.device:
+            self.table = self.table.to(tokens.device)
+        return {PER_LAYER_IDS: self.table[tokens]}
+
+    def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
+        """`--per-layer-lr-scale` and `--per-layer-weight-decay`, for all of PLE's parameters."""
+        override: dict[str, Any] = {}
+        if self.settings.per_layer_lr_scale != 1.0:
+            override["max_lr"] = settings.lr * self.settings.per_layer_lr_scale
+            override["min_lr"] = settings.min_lr * self.settings.per_layer_lr_scale
+        if self.settings.per_layer_weight_decay is not None:
+            override["start_wd"] = override["end_wd"] = self.settings.per_layer_weight_decay
+        return {ParamKey(attr="per_layer"): ParamGroupOverride(**override)} if override else {}
+
+    def begin_statistics(self, chunks: list[GPTModel]) -> None:
+        """PLE's modules start to record."""
+        start_recording(chunks)
+
+    def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
+        """See `per_layer.statistics`."""
+        return stop_recording(chunks, self.settings)
+
+
+def _num_ids(settings: PerLayerConfig, table: "npt.ArrayLike | None") -> int | None:
+    """Per-layer ids of the run's table and aligned data; None where nothing tells.
+
+    Raises:
+        ValueError: a manifest cannot be read.
+    """
+    found = [] if table is None else [rows_of(np.asarray(table))]
+    for prefix in parse_blend(settings.per_layer_data_path or ())[0]:
+        manifest = (read_manifest(prefix) or {}).get("per_layer") or {}
+        found += [manifest["vocab_size"]] if manifest.get("vocab_size") else []
+    return max(found, default=None)
+
+
+def _check_table(table: torch.Tensor, vocab_size: int, rows: int) -> None:
+    if len(table) != vocab_size:
+        raise ValueError(
+            f"--per-layer-vocab-file: its table has {len(table)} tokens, the tokenizer {vocab_size}"
+        )
+    if int(table.min()) < 0 or int(table.max()) >= rows:
+        raise ValueError(
+            f"--per-layer-vocab-size {rows}: the per-layer ids go up to {int(table.max())}, one row each is needed;"
+            f" give at least {int(table.max()) + 1}, or leave the flag out"
+        )

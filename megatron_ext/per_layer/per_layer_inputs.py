@@ -1,0 +1,178 @@
+"""The stage module of PLE: makes the per-layer vectors of all layers of one pipeline stage, in one go.
+
+    stream `per_layer`  [L, s, b, p / t]   from the word embedding [s, b, h] (which travels from stage to stage) and the
+                                           per-layer ids [b, s] (which every stage gets from its data iterator)
+
+L is the number of layers of the stage. All rows of the sequence are here on every tensor-parallel rank, under sequence
+parallelism too: the word embedding is gathered once a stage. The formulas are in `combination`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+
+from megatron_ext.models.gpt_model import WORD_EMBEDDING
+from megatron_ext.models.model_extension import StageInfo, StageModule
+from megatron_ext.per_layer.combination import gather_parts, look_up, multiply, norm_across_shards, project
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.sharded_weight import ShardedWeight, initial_std, initial_table_std
+from megatron_ext.per_layer.statistics_recorder import Recorder
+
+PER_LAYER_STREAM = "per_layer"
+"""The side stream to the layers."""
+
+PER_LAYER_IDS = "per_layer_ids"
+"""The side input: integer ids [b, s]."""
+
+
+class PerLayerWeights(torch.nn.Module):
+    """What one layer owns at stage level: its table, its context projection and, for two methods, its combination."""
+
+    def __init__(
+        self, config: TransformerConfig, settings: PerLayerConfig, groups: ProcessGroupCollection, rows: int
+    ) -> None:
+        super().__init__()
+        width, hidden, std = settings.per_layer_hidden_size, config.hidden_size, config.init_method_std
+        table_std = initial_table_std(settings, std, rows, width)
+        self.embedding = ShardedWeight(config, groups, (rows, width), dim=1, std=table_std)
+        context_std = initial_std(settings, std, width, hidden)
+        self.context_projection = ShardedWeight(config, groups, (width, hidden), dim=0, std=context_std)
+        if settings.per_layer_combination_method != "scaled_add":
+            combination_std = initial_std(settings, std, width, 2 * width)
+            self.combination = ShardedWeight(config, groups, (width, 2 * width), dim=0, std=combination_std)
+
+
+class PerLayerInputs(StageModule):
+    """The per-layer vectors of a stage's layers."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        settings: PerLayerConfig,
+        stage: StageInfo,
+        groups: ProcessGroupCollection,
+        rows: int,
+    ) -> None:
+        """Args:
+        config: the engine's configuration.
+        settings: PLE's.
+        stage: the layers of this stage, and whether it counts and saves the shared norm.
+        groups: the process groups; p is split over the tensor-parallel one.
+        rows: Vp, rows of every table.
+        """
+        super().__init__()
+        self.config, self.settings, self.stage, self.groups = config, settings, stage, groups
+        self.layers = torch.nn.ModuleList(
+            PerLayerWeights(config, settings, groups, rows) for _ in stage.layer_numbers
+        )
+        width = settings.per_layer_hidden_size
+        self.norm = ShardedWeight(config, groups, (width,), dim=0, std=0.0, value=1.0)
+        _mark_replicated(self.norm.weight, is_owner=stage.owns_replicas)
+        self.token_scale = settings.per_layer_embed_scale * width**0.5
+        self.recorder: Recorder | None = None
+
+    def forward(
+        self, side_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The stream `per_layer`; without ids it is the projected word embedding alone.
+
+        Args:
+            side_inputs: `per_layer_ids` [b, s], or nothing.
+            travelling: `word_embedding` [s, b, h], [s / t, b, h] under sequence parallelism.
+
+        Returns:
+            `per_layer`: [L, n, p / t], n = s * b.
+        """
+        embedding = self._whole_sequence(travelling[WORD_EMBEDDING])
+        projected = project(embedding, [layer.context_projection() for layer in self.weights()])
+        ids = side_inputs.get(PER_LAYER_IDS)
+        if ids is None:
+            return {PER_LAYER_STREAM: self._normed(projected, scale=1.0)}
+        token = look_up(ids.t(), [layer.embedding() for layer in self.weights()])
+        return {PER_LAYER_STREAM: self._combine(projected, token)}
+
+    def weights(self) -> list[PerLayerWeights]:
+        """What the stage's layers own, in their order."""
+        return cast(list[PerLayerWeights], list(self.layers))
+
+    def freeze_tables(self) -> None:
+        """The tables get no gradient and do not change."""
+        for layer in self.weights():
+            layer.embedding.weight.requires_grad_(False)
+
+    def _whole_sequence(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Every rank's part of p gets the same [s, b, h]; their gradients are summed on the way back."""
+        if self.groups.tp.size() == 1:
+            return embedding
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(embedding, group=self.groups.tp)
+        return copy_to_tensor_model_parallel_region(embedding, group=self.groups.tp)
+
+    def _normed(self, projected: torch.Tensor, scale: float) -> torch.Tensor:
+        # RMSNorm(x * h**-0.5) with eps is RMSNorm(x) with h * eps: the factor costs nothing.
+        eps = self.config.layernorm_epsilon * self.config.hidden_size
+        return norm_across_shards(projected, self.norm(), eps, scale=scale, group=self.groups.tp)
+
+    def _combine(self, projected: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """[n, L * q] and unscaled rows [L, n, q] -> [L, n, q]."""
+        if self.settings.per_layer_combination_method == "scaled_add":
+            context = self._normed(projected, scale=0.5**0.5)
+            combined = torch.add(context, token, alpha=self.token_scale * 0.5**0.5)
+            if self.recorder is not None:
+                self.recorder.add_parts(context, token, self.token_scale * 0.5**0.5)
+            return combined
+        context, token = self._normed(projected, scale=1.0), token * self.token_scale
+        weights = [layer.combination() for layer in self.weights()]
+        mixed = multiply(gather_parts(context, token, self.groups.tp), weights)
+        if self.settings.per_layer_combination_method == "concat":
+            return mixed
+        gate = torch.sigmoid(mixed)
+        if self.recorder is not None:
+            self.recorder.add_mean("combination_gate", gate)
+        return torch.lerp(context, token, gate)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Global names `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every cut,
+        under this stage's own: those of `state_dict`.
+        """
+        state: dict[str, Any] = {}
+        for place, (number, layer) in enumerate(zip(self.stage.layer_numbers, self.weights(), strict=True)):
+            for name, part in cast(Iterator[tuple[str, ShardedWeight]], layer.named_children()):
+                own, in_model = (f"{prefix}layers.{index}.{name}." for index in (place, number))
+                shards = part.sharded_state_dict(in_model, sharded_offsets, metadata)
+                state |= {own + key.removeprefix(in_model): shard for key, shard in shards.items()}
+        # The copies of later stages are replicas of the first one's.
+        replica = (self.stage.layer_numbers[0], 0, self.groups.dp_cp.rank())
+        key = f"{prefix}norm.weight"
+        state[key] = make_tp_sharded_tensor_for_checkpoint(
+            self.norm.weight,
+            key,
+            0,
+            replica_id=replica,
+            tp_group=self.groups.tp,
+            dp_cp_group=self.groups.dp_cp,
+        )
+        return state
+
+
+def stage_module(model: torch.nn.Module) -> PerLayerInputs:
+    """PLE's stage module of a model chunk."""
+    return cast(PerLayerInputs, model.get_submodule("per_layer"))
+
+
+def _mark_replicated(weight: torch.nn.Parameter, *, is_owner: bool) -> None:
+    """A weight that every stage has: the engine sums its gradient over stages and counts it once."""
+    weight.pipeline_parallel = True  # type: ignore[attr-defined]
+    weight.shared = not is_owner  # type: ignore[attr-defined]
+    # A bucket of its own, cut alike on every stage, so that the distributed optimizer's ranks sum the same values.
+    weight.shared_embedding = True  # type: ignore[attr-defined]

@@ -1,0 +1,127 @@
+"""Starts and ends a run: the device, the process group, megatron-core's parallel state and its random streams.
+
+The same call serves a laptop (CPU, gloo, one process or several under `torchrun`) and a cluster (CUDA, NCCL). It reads
+what `torchrun` puts into the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it, the run
+is a single process.
+"""
+
+import contextlib
+import os
+import signal
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.platform import cpu
+from megatron_ext.platform import shared_gloo_groups as groups
+from megatron_ext.platform.parent_process import signal_at_parents_end
+
+
+def use_cuda() -> bool:
+    """True where a CUDA device is present."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda() else torch.device("cpu")
+
+
+def world_size() -> int:
+    """Number of processes of the run as `torchrun` tells, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank as `torchrun` tells, 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Joins the process group and sets up the parallel state and the random streams.
+
+    Args:
+        parallel: how the run is cut.
+        seed: base of every random stream; those of tensor-parallel ranks, stages and model copies are derived from it.
+
+    Raises:
+        ValueError: the backend cannot serve this machine.
+    """
+    backend = _backend(parallel.distributed_backend)
+    # One queue keeps communication ahead of the computation that overlaps it; the engine warns without it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if use_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        cpu.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A launcher that is killed cannot end its processes: they would train on unseen. With this they save and leave.
+        signal_at_parents_end(signal.SIGTERM)
+    if not dist.is_initialized():
+        _join(backend, timedelta(minutes=parallel.distributed_timeout_minutes))
+    set_parallel_state(parallel, seed)
+
+
+def use_gloo_twins() -> bool:
+    """True where megatron-core needs gloo groups beside its own, for checkpoints gathered in the CPU's memory."""
+    return use_cuda()
+
+
+def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
+    """Sets megatron-core's parallel state and random streams; the process group must exist."""
+    parallel_state.destroy_model_parallel()
+    with contextlib.nullcontext() if use_cuda() else groups.shared_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+            create_gloo_process_groups=use_gloo_twins(),
+        )
+    seed_streams(seed)
+
+
+def seed_streams(seed: int) -> int:
+    """Seeds torch's generator and the engine's named streams for this rank; the parallel state must be set.
+
+    Tensor-parallel ranks share one stream and have one each (the engine's part). Pipeline stages and model copies
+    differ in both: they hold other layers, or read other sequences, and need dropout masks of their own.
+
+    Returns:
+        The seed of this rank's stage and model copy, for generators of other libraries.
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    own = seed + 100 * stage + 100_000 * copy
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+    return own
+
+
+def shutdown() -> None:
+    """Leaves the process group; safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        groups.forget()
+        dist.destroy_process_group()
+
+
+def _backend(requested: str) -> str:
+    if requested == "nccl" and not use_cuda():
+        raise ValueError(
+            "--distributed-backend nccl needs a CUDA device, and this machine has none: use gloo or auto"
+        )
+    if requested == "auto":
+        return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"
+    return requested
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,1 @@
+"""The frozen trunk and the cache of its outputs."""

@@ -1,0 +1,1 @@
+"""Racks, stacks, phases, and how a stack gets its first weights."""

@@ -1,0 +1,145 @@
+"""The phases of a progressive training: which stack trains when, for how many steps, with which learning rate.
+
+    progressive_stack_{i}      the rack of stacks 0 .. i; stack i trains over its trunk
+    progressive_joint          the complete rack, nothing frozen, for --joint-steps
+    progressive_end_to_end     with --no-enabled, in the place of all others: the complete rack for all their steps
+
+Every phase has a learning-rate schedule of its own, from the warm-up on. Steps and samples are counted on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ext.config.cross_checks import validate
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.progressive.growth.rack import Rack, planned_rack
+from megatron_ext.progressive.growth.trunk_strategy import Trains
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+
+JOINT = "progressive_joint"
+END_TO_END = "progressive_end_to_end"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One run of the engine."""
+
+    name: str
+    """Of its directory of checkpoints."""
+
+    rack: Rack
+    """The stacks of its model."""
+
+    trains: Trains
+    """What trains."""
+
+    steps: int
+    """Optimizer steps, if no plateau ends it."""
+
+    lr: float
+    """Peak learning rate."""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        if self.name == JOINT:
+            return f"joint phase, all {len(self.rack.stacks)} stacks"
+        if self.name == END_TO_END:
+            return f"end to end, all {len(self.rack.stacks)} stacks"
+        stack = self.rack.newest
+        return f"stack {stack.index} of {stack.n_blocks} layers over {self.rack.num_layers - stack.n_blocks}"
+
+
+def stack_name(index: int) -> str:
+    """Name of a stack's phase, document 004's."""
+    return f"progressive_stack_{index}"
+
+
+def plan_phases(
+    config: ProgressiveConfig,
+    training: TrainingConfig,
+    optimizer: OptimizerSettings,
+    *,
+    global_batch_size: int,
+    sequence_length: int,
+    rack: Rack | None = None,
+) -> list[Phase]:
+    """All phases in their order.
+
+    Args:
+        config: of progressive training.
+        training: its length is that of every stack where `config` gives none.
+        optimizer: peak learning rate.
+        global_batch_size: sequences in a step.
+        sequence_length: tokens in a sequence.
+        rack: of all stacks; by default what `config` asks for.
+
+    Raises:
+        ValueError: a stack has fewer tokens than a step takes.
+    """
+    steps = [
+        _steps(config, index, training, global_batch_size, sequence_length)
+        for index in range(config.num_stacks)
+    ]
+    whole = rack or planned_rack(config, config.num_stacks)
+    lr = optimizer.lr
+    if not config.enabled:
+        total = sum(steps) + config.joint_steps
+        return [Phase(name=END_TO_END, rack=whole, trains="all", steps=total, lr=lr)]
+    phases = [
+        Phase(
+            name=stack_name(index),
+            rack=whole.first(index + 1),
+            trains="newest",
+            steps=count,
+            lr=lr,
+        )
+        for index, count in enumerate(steps)
+    ]
+    if config.joint_steps:
+        joint = Phase(
+            name=JOINT, rack=whole, trains="all", steps=config.joint_steps, lr=config.joint_lr or lr
+        )
+        phases.append(joint)
+    return phases
+
+
+def _steps(
+    config: ProgressiveConfig, index: int, training: TrainingConfig, global_batch_size: int, length: int
+) -> int:
+    if config.stack_tokens is not None:
+        tokens = config.stack_tokens[index if len(config.stack_tokens) > 1 else 0]
+        if tokens < global_batch_size * length:
+            raise ValueError(
+                f"--stack-tokens {tokens}: a step takes {global_batch_size * length} ({global_batch_size} sequences of "
+                f"{length})"
+            )
+        return tokens // (global_batch_size * length)
+    if config.stack_steps is not None:
+        return config.stack_steps[index if len(config.stack_steps) > 1 else 0]
+    return training.resolved_train_iters(global_batch_size)
+
+
+def configs_of(configs: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
+    """The configurations of a phase's run: its layers, its own number of steps and learning rate."""
+    optimizer = configs["optimizer"]
+    return {
+        **configs,
+        "model": replace(configs["model"], num_layers=phase.rack.num_layers),
+        "training": replace(
+            configs["training"], train_iters=phase.steps, train_samples=None, num_epochs=None
+        ),
+        "optimizer": replace(optimizer, lr=phase.lr, min_lr=min(optimizer.min_lr, phase.lr)),
+    }
+
+
+def check_phases(configs: Mapping[str, Any], phases: list[Phase], world_size: int) -> None:
+    """Raises `ValueError` unless every phase's model and schedule fit the cut, naming the phase."""
+    for phase in phases:
+        own = configs_of(configs, phase)
+        try:
+            validate(own["model"], own["parallel"], own["training"], own["optimizer"], world_size=world_size)
+        except ValueError as error:
+            raise ValueError(f"{error} ({phase.name})") from None

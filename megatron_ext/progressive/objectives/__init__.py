@@ -1,0 +1,1 @@
+"""What a stack is trained for: masks, time, sampling by unmasking."""

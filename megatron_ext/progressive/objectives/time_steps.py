@@ -1,0 +1,85 @@
+"""Time: a step t of T, and the part of the tokens that is masked at it.
+
+    fraction(t) = min + (max - min) t / (T - 1)                  by default from 0.15 to 0.9
+
+    depth    t follows from the stack's index i:
+             linear         min(i * time_per_stack, T - 1)
+             exponential    min(floor(time_per_stack * e^(i/2)), T - 1)
+             custom         a function (stack_idx, max_stacks, num_time_steps) -> t, by dotted name
+    input    u ~ U[0, 1] for every sequence, t = floor(u T); see `masking` and `time_embedding`
+
+Source: document 004.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+
+TIME_STEP = "time_step"
+"""Batch field and side input: the time step of each sequence, integer [b]."""
+
+
+def time_step_of_stack(config: ProgressiveConfig, stack_idx: int) -> int:
+    """The time step that `depth` gives to a stack.
+
+    Args:
+        config: mapping and number of time steps.
+        stack_idx: the order in which stacks are made, from 0.
+
+    Raises:
+        ValueError: the custom function cannot be found, fails, or gives no time step.
+    """
+    steps = config.resolved_num_time_steps
+    if config.stack_time_mapping == "linear":
+        return min(stack_idx * config.time_per_stack, steps - 1)
+    if config.stack_time_mapping == "exponential":
+        return min(math.floor(config.time_per_stack * math.exp(stack_idx / 2)), steps - 1)
+    name = config.custom_time_mapping or ""
+    found = load_function(name, "--custom-time-mapping")(stack_idx, config.max_stacks, steps)
+    if not isinstance(found, int) or not 0 <= found < steps:
+        raise ValueError(
+            f"--custom-time-mapping {name}: gives {found!r} for stack {stack_idx}; "
+            f"a time step is a whole number from 0 to {steps - 1}"
+        )
+    return found
+
+
+def mask_fraction(config: ProgressiveConfig, time_step: torch.Tensor) -> torch.Tensor:
+    """Part of the tokens that is masked at each time step, float64, of the shape of `time_step`."""
+    last = max(1, config.resolved_num_time_steps - 1)
+    span = config.max_mask_fraction - config.min_mask_fraction
+    return config.min_mask_fraction + span * time_step.double() / last
+
+
+def time_step_of_fraction(config: ProgressiveConfig, fraction: float) -> int:
+    """The time step at which a part of the tokens is masked; outside the range of `mask_fraction` the nearest."""
+    last = config.resolved_num_time_steps - 1
+    span = config.max_mask_fraction - config.min_mask_fraction
+    if span == 0:
+        return last
+    return min(last, max(0, round((fraction - config.min_mask_fraction) / span * last)))
+
+
+def load_function(name: str, flag: str) -> Callable[..., Any]:
+    """The function that a user names.
+
+    Args:
+        name: `package.module.function`.
+        flag: where the name comes from, for the message.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{flag} {name}: not found: {error}") from None
+    if not callable(function):
+        raise ValueError(f"{flag} {name}: is not a function")
+    return function

@@ -1,0 +1,210 @@
+"""Generation by a masked-diffusion model: all new tokens begin as mask tokens, and become tokens over some steps.
+
+In step i of n the model predicts every masked token from all tokens that are there, before and after it; the most
+confident predictions stay, ceil(masked / (n - i)) of them, so that after n steps none is masked. Temperature 0 chooses
+the most likely token, others draw from softmax(logits / T). Confidence is the probability of the chosen token to five
+digits; of equals the first comes first.
+
+Prompts of one length share a batch; there is no KV cache, as every token sees every other. Every rank takes part and
+gets the same tokens, at any tensor x pipeline cut. Source: document 004; arXiv 2202.04200, 2502.09992.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.inference.generation import (
+    check_max_new_tokens,
+    check_memory,
+    check_seed,
+    check_temperature,
+    first_of,
+    tempered,
+)
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.progressive.objectives.stack_objective import Objective
+from megatron_ext.progressive.objectives.time_steps import TIME_STEP, time_step_of_fraction
+from megatron_ext.training.interface.family_interface import Family, side_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSampling:
+    """How masks become tokens."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate after each prompt."""
+
+    steps: int = 32
+    """Forward passes; more than there are new tokens count as so many."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+
+    seed: int = 1234
+    """Seed of the choice."""
+
+    stop_tokens: tuple[int, ...] = ()
+    """What is generated from any of these tokens on is left out."""
+
+    def __post_init__(self) -> None:
+        check_max_new_tokens(self.max_new_tokens)
+        if self.steps < 1:
+            raise ValueError(f"--diffusion-steps {self.steps}: must be at least 1")
+        check_temperature(self.temperature)
+        check_seed(self.seed)
+
+
+def objective_of(families: Iterable[Family]) -> Objective | None:
+    """The objective that one of a model's families was trained for, None for a plain model."""
+    found = (getattr(family, "objective", None) for family in families)
+    return next((objective for objective in found if isinstance(objective, Objective)), None)
+
+
+@torch.no_grad()
+def generate_by_unmasking(
+    model: GPTModel,
+    families: list[Family],
+    prompts: list[list[int]],
+    sampling: DiffusionSampling,
+    vocab_size: int,
+) -> list[list[int]]:
+    """Continues the prompts, which may be empty.
+
+    Args:
+        model: this rank's only chunk, unwrapped, without sequence parallel.
+        families: asked for the model's side inputs; one of them has the objective.
+        prompts: token ids.
+        sampling: how tokens are chosen.
+        vocab_size: of the tokenizer; other rows, and the mask token, are never chosen.
+
+    Returns:
+        The new tokens of each prompt, on every rank; those from a stop token on are left out.
+
+    Raises:
+        ValueError: the model was not trained on masked tokens, or a prompt is too long for its positions or its window.
+    """
+    objective = objective_of(families)
+    if objective is None or not objective.masks_tokens:
+        raise ValueError("--sampler diffusion: the model was not trained on masked tokens (mlm, diffusion)")
+    longest = max(map(len, prompts))
+    model.check_length(
+        longest + sampling.max_new_tokens,
+        f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {longest} tokens",
+    )
+    model.eval()
+    generator = torch.Generator(device=torch.cuda.current_device()).manual_seed(sampling.seed)
+    new: dict[int, list[int]] = {}
+    for length in sorted(set(map(len, prompts))):
+        members = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+        given = [prompts[number] for number in members]
+        rows = len(members) * (length + sampling.max_new_tokens)
+        check_memory(rows * vocab_size * 3 * 4, sampling.max_new_tokens)  # logits, probabilities, a copy
+        tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
+        new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
+    return [_until(new[number], sampling.stop_tokens) for number in range(len(prompts))]
+
+
+def _unmask_all(
+    model: GPTModel,
+    families: list[Family],
+    objective: Objective,
+    prompts: list[list[int]],
+    sampling: DiffusionSampling,
+    vocab_size: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Prompts of one length and their continuations, [b, s]."""
+    assert objective.mask_token_id is not None
+    mask_token, device = objective.mask_token_id, torch.cuda.current_device()
+    given = torch.tensor(prompts, dtype=torch.long, device=device)
+    tokens = torch.cat([given, given.new_full((len(prompts), sampling.max_new_tokens), mask_token)], dim=1)
+    masked = torch.zeros_like(tokens, dtype=torch.bool)
+    masked[:, given.size(1) :] = True
+    steps = min(sampling.steps, sampling.max_new_tokens)
+    left = sampling.max_new_tokens
+    for step in range(steps):
+        count = -(-left // (steps - step))
+        time_step = time_step_of_fraction(objective.config, left / tokens.size(1))
+        logits = _forward(model, families, tokens, time_step)
+        if logits is not None:
+            logits[:, :, vocab_size:] = float("-inf")
+            logits[:, :, mask_token] = float("-inf")
+            tokens = unmask(tokens, masked, logits, count, sampling.temperature, generator)
+        _share_from_last_stage(tokens)
+        masked &= tokens == mask_token
+        left -= count
+    return tokens
+
+
+def unmask(
+    tokens: torch.Tensor,
+    masked: torch.Tensor,
+    logits: torch.Tensor,
+    count: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Tokens [b, s] with the `count` most confident predictions of each row in their places.
+
+    Args:
+        tokens: [b, s].
+        masked: [b, s], where a prediction is wanted; at least `count` in every row.
+        logits: [b, s, V].
+        count: predictions that stay.
+        temperature: see the top of this file.
+        generator: of the choice.
+    """
+    probabilities = tempered(logits, temperature or 1.0).softmax(-1)
+    if temperature == 0:
+        confidence, chosen = probabilities.max(-1)
+    else:
+        drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
+        chosen = drawn.view(tokens.shape)
+        confidence = probabilities.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    # Among mask tokens alone all places are alike; without rounding, the cut's rounding errors would choose one.
+    ranked = confidence.round(decimals=5).masked_fill(~masked, -1.0).sort(dim=1, descending=True, stable=True)
+    places = ranked.indices[:, :count]
+    return tokens.scatter(1, places, chosen.gather(1, places))
+
+
+def _forward(
+    model: GPTModel, families: list[Family], tokens: torch.Tensor, time_step: int
+) -> torch.Tensor | None:
+    """Logits [b, s, V] on the last stage, None on the others."""
+    rows, length = tokens.shape
+    batch = {
+        "tokens": tokens,
+        "position_ids": torch.arange(length, device=tokens.device).expand(rows, length),
+        TIME_STEP: torch.full((rows,), time_step, device=tokens.device),
+    }
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if not model.pre_process:
+        hidden_size = model.config.hidden_size
+        shape = (length * model.channel.pipeline_factor(hidden_size), rows, hidden_size)
+        received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
+        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+        model.set_input_tensor(received)
+    output = model(
+        tokens,
+        batch["position_ids"],
+        None,
+        side_inputs=side_inputs(families, batch),
+        runtime_gather_output=True,
+    )
+    if model.post_process:
+        return output
+    dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+    return None
+
+
+def _share_from_last_stage(tokens: torch.Tensor) -> None:
+    """Tensor ranks choose alike (same logits, same generator); the other stages learn the tokens, in place."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+
+
+def _until(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
+    return tokens[: first_of(stop_tokens, tokens)]

@@ -1,0 +1,126 @@
+"""What progressive training adds to a model, parameters and FLOPs for a token, and what a step trains and runs.
+
+    LoRA adapters of a layer, of rank r in sum     r (input + output)     parameters, for each of its four linear layers
+                                                   2 r (input + output)   FLOPs
+    time embedding                                 h d (+ T d if learned) parameters; 2 h d FLOPs a sequence
+
+    layer                                     a training step
+    trains                                    forward and both gradients
+    frozen, over something that trains        forward and input gradients (a prepended stack's trunk)
+    frozen, over nothing that trains          forward only (an appended stack's trunk); nothing where the cache has it
+    only its adapters train                   forward, input gradients, the adapters' gradients; in the lowest such
+                                              layer, over a frozen embedding, no input gradients of qkv
+
+Head and final norm always train. Unpacking weights of four bits is no product, and is not counted.
+"""
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.lora.parallel_linear import LayerSettings
+from megatron_ext.lora.trainable_layers import Plan
+from megatron_ext.models.costs.model_cost import (
+    ModelCost,
+    attention_width,
+    core_attention_flops_per_token,
+    layer_flops_per_token,
+    qkv_width,
+)
+from megatron_ext.models.costs.step_work import StepWork, Use
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+
+
+def progressive_cost(plan: Plan, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
+    """Cost of adapters and time embedding.
+
+    Args:
+        plan: of all layers.
+        config: of the run.
+        model: the base model.
+    """
+    adapters = sum(_adapter_parameters(settings, model) for settings in plan.values())
+    return ModelCost(
+        parameters=adapters + _time_parameters(config, model),
+        forward_flops_per_token=2.0 * adapters + _time_flops(config, model),
+    )
+
+
+def progressive_work(
+    plan: Plan, config: ProgressiveConfig, model: ModelConfig, *, trains_embedding: bool, cached_layers: int
+) -> StepWork:
+    """What a training step does.
+
+    Args:
+        plan: of all layers.
+        config: of the run.
+        model: the base model.
+        trains_embedding: word and time embedding train.
+        cached_layers: first layers whose output the activation cache has given.
+    """
+    uses, trained, flops, reached = [], 0, 0.0, trains_embedding
+    for number in range(model.num_layers):
+        settings = plan[number]
+        use = _use(settings, reached) if number >= cached_layers else Use.SKIPPED
+        uses.append(use)
+        trained += _adapter_parameters(settings, model) * bool(settings.trained_adapters)
+        flops += _adapter_flops(settings, model, use)
+        if use is Use.PARTIAL:
+            into_qkv = 2.0 * model.hidden_size * qkv_width(model)
+            flops += layer_flops_per_token(model) + core_attention_flops_per_token(model) - into_qkv
+        reached = reached or use >= Use.PARTIAL
+    time = _time_flops(config, model)
+    # The encoded time is a constant; a learned table gets a gradient.
+    flops += (
+        time * (1 + trains_embedding * (1 + (config.time_encoding_type == "learned"))) * (not cached_layers)
+    )
+    return StepWork(
+        layers=tuple(uses),
+        trains_embedding=trains_embedding,
+        trained_parameters=trained + _time_parameters(config, model) * trains_embedding,
+        flops_per_token=flops,
+    )
+
+
+def _use(settings: LayerSettings, reached: bool) -> Use:
+    if settings.trains_base:
+        return Use.TRAINED
+    if reached:
+        return Use.GRADIENT
+    return Use.PARTIAL if settings.trained_adapters else Use.FORWARD
+
+
+def _adapter_flops(settings: LayerSettings, model: ModelConfig, use: Use) -> float:
+    """FLOPs of a layer's adapters, forward and backward."""
+    if use is Use.SKIPPED:
+        return 0.0
+    rank, trains = _rank(settings), bool(settings.trained_adapters)
+    total = 0
+    for number, (inner, outer) in enumerate(_linears(model)):
+        input_has_gradient = use > Use.PARTIAL or (use is Use.PARTIAL and number > 0)
+        total += rank * (inner + outer) * (1 + trains)
+        total += rank * (inner * input_has_gradient + outer * (trains or input_has_gradient))
+    return 2.0 * total
+
+
+def _adapter_parameters(settings: LayerSettings, model: ModelConfig) -> int:
+    return _rank(settings) * sum(inner + outer for inner, outer in _linears(model))
+
+
+def _rank(settings: LayerSettings) -> int:
+    return sum(shape.rank for shape in settings.adapters.values())
+
+
+def _linears(model: ModelConfig) -> list[tuple[int, int]]:
+    """Input and output sizes of a layer's linear modules, in the order of `spec.LINEARS`."""
+    hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
+    width = attention_width(model)
+    return [(hidden, qkv_width(model)), (width, hidden), (hidden, ffn * (1 + model.swiglu)), (ffn, hidden)]
+
+
+def _time_parameters(config: ProgressiveConfig, model: ModelConfig) -> int:
+    if not config.embeds_time:
+        return 0
+    table = config.resolved_num_time_steps if config.time_encoding_type == "learned" else 0
+    return (model.hidden_size + table) * config.time_embedding_dim
+
+
+def _time_flops(config: ProgressiveConfig, model: ModelConfig) -> float:
+    return 2.0 * model.hidden_size * config.time_embedding_dim * config.embeds_time / model.seq_length

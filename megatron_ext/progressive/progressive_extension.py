@@ -1,0 +1,42 @@
+"""Progressive training as the model sees it: adapted linear layers, attention to both sides, a time embedding."""
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.lora.four_bit_weights import is_packed
+from megatron_ext.lora.linear_precision import compute_dtype
+from megatron_ext.lora.parallel_linear import linear_modules
+from megatron_ext.lora.trainable_layers import Plan
+from megatron_ext.models.model_extension import Extension, StageInfo
+from megatron_ext.progressive.objectives.time_embedding import TimeEmbedding, time_embedding
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+
+
+class ProgressiveExtension(Extension):
+    """The linear layers that a plan asks for, and what the objective asks of the model."""
+
+    name = "progressive"
+
+    def __init__(self, plan: Plan, config: ProgressiveConfig) -> None:
+        """Args:
+        plan: layer number -> what is done to it.
+        config: objective and time.
+        """
+        self.plan = plan
+        self.config = config
+        self.bidirectional = config.bidirectional
+
+    def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
+        """The four linear layers of a layer; none of ours where the engine's would do."""
+        settings = self.plan[layer_number]
+        is_plain = compute_dtype(settings.precision, config.params_dtype) is config.params_dtype
+        if not settings.adapters and is_plain and not is_packed(settings.precision):
+            return {}
+        return linear_modules(settings)
+
+    def stage_module(
+        self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
+    ) -> TimeEmbedding | None:
+        """The time embedding, on the first stage, where time is an input."""
+        return time_embedding(config, self.config, stage) if self.config.embeds_time else None

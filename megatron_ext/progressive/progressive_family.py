@@ -1,0 +1,316 @@
+"""Progressive training's part in a run: the rack's layers as their phase wants them, grown from a checkpoint.
+
+One phase is one run of the engine: the newest stack over its trunk, or the whole rack together. The model is built with
+all its layers, takes the trunk from the last phase's checkpoint, freezes what the phase freezes, and trains.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.lora.trainable_layers import merge_adapters, prepare_layers, weight_bytes
+from megatron_ext.models.costs.model_cost import ModelCost
+from megatron_ext.models.costs.step_work import StepWork
+from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.models.initialization import initialize_parameters
+from megatron_ext.platform.collectives import gather
+from megatron_ext.progressive import rack_export
+from megatron_ext.progressive.cache.activation_cache import ActivationCache
+from megatron_ext.progressive.cache.frozen_trunk import without_dropout
+from megatron_ext.progressive.growth import grown_weights as growth
+from megatron_ext.progressive.growth.plateau import Plateau
+from megatron_ext.progressive.growth.rack import Rack
+from megatron_ext.progressive.growth.trunk_strategy import Trains, finished_plan, frozen_below, layer_plan
+from megatron_ext.progressive.objectives.stack_objective import Objective
+from megatron_ext.progressive.objectives.time_steps import TIME_STEP
+from megatron_ext.progressive.progressive_cost import progressive_cost, progressive_work
+from megatron_ext.progressive.progressive_extension import ProgressiveExtension
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.training.checkpoint.parameter_count import count_parameters
+from megatron_ext.training.interface.family_interface import Batch, Family, Note
+from megatron_ext.training.interface.output_losses import OutputLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """What a model grows from."""
+
+    folder: Path
+    """A checkpoint's own directory."""
+
+    rack: Rack
+    """Its stacks."""
+
+    trains: Trains
+    """What its phase trained."""
+
+
+class ProgressiveFamily(Family):
+    """A rack in a run."""
+
+    name = "progressive"
+
+    free_on_resume = frozenset(
+        {
+            *("enabled", "target_stacks", "max_stacks", "n_blocks", "building_mode", "new_stack_precision"),
+            *("growth_init", "stack_steps", "stack_tokens", "joint_steps", "joint_lr", "qlora_configs"),
+            *("plateau_patience", "plateau_min_delta", "cache_activations", "cache_dir", "cache_max_gb"),
+        }
+    )
+
+    def __init__(
+        self,
+        config: ProgressiveConfig,
+        rack: Rack,
+        trains: Trains = "none",
+        *,
+        trunk: Trunk | None = None,
+        mask_token_id: int | None = None,
+        cache_identity: Mapping[str, Any] | None = None,
+        frozen: dict[int, str] | None = None,
+        seed: int = 0,
+        tokens_per_step: int = 0,
+        statistics_interval: int | None = None,
+    ) -> None:
+        """Args:
+        config: of the run.
+        rack: all stacks of the model.
+        trains: what trains.
+        trunk: what the model grows from; None for one that is new, or loaded as it is.
+        mask_token_id: see `objectives.reserve_mask_token`; None where nothing is masked.
+        cache_identity: what tells runs apart whose caches must not be mixed; None for no activation cache.
+        frozen: stack index -> `frozen` or `qlora`, for stacks that are treated so whatever the strategy.
+        seed: of the run.
+        tokens_per_step: in an optimizer step, for the log.
+        statistics_interval: steps between two of our values in the log.
+        """
+        self.config = config
+        self.rack = rack
+        self.trains = trains
+        self.trunk = trunk
+        self.seed = seed
+        self.tokens_per_step = tokens_per_step
+        self.statistics_interval = statistics_interval
+        self.plan = layer_plan(rack, config, trains, frozen)
+        self.losses: list[float] = []
+        """Of the steps of this process."""
+
+        self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
+        self.earlier_steps: dict[str, int] = {}
+        """Global name -> updates in earlier phases, of parameters whose optimizer state goes on."""
+        self.parameters: dict[str, int] = {}
+        """`trainable` and `frozen`, of the whole model."""
+
+        self.mask_token_id = mask_token_id
+        moves = "qlora" in (frozen or {}).values()
+        self.trunk_layers = 0 if moves else frozen_below(rack, config, trains)
+        caches = config.cache_activations and self.trunk_layers > 0
+        self.cache: ActivationCache | None = None
+        if cache_identity is not None and caches:
+            self.cache = ActivationCache(config, trunk_layers=self.trunk_layers, identity=cache_identity)
+        self.objective: Objective | None = None
+        if mask_token_id is not None or not config.masks_tokens:
+            self.objective = Objective(
+                config,
+                stack_idx=rack.newest.index,
+                seed=seed,
+                mask_token_id=mask_token_id,
+                fixed_masks=caches,
+            )
+        self._iteration = 0
+
+    @classmethod
+    def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
+        """The family that gave this `configuration()`, as inference wants it."""
+        config = configs_from_dict({"settings": ProgressiveConfig}, configuration)["settings"]
+        family = cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
+        family.plan = finished_plan(family.rack, config, configuration["trains"])
+        return family
+
+    def configuration(self) -> dict[str, Any]:
+        """The rack, what trains, and all settings."""
+        return {
+            "rack": self.rack.as_json(),
+            "trains": self.trains,
+            "mask_token": self.mask_token_id,
+            **configs_to_dict({"settings": self.config}),
+        }
+
+    def extension(self) -> ProgressiveExtension:
+        """The layers' linear modules, attention and time embedding."""
+        return ProgressiveExtension(self.plan, self.config)
+
+    def cost(self, model: ModelConfig) -> ModelCost:
+        """Adapters and time embedding."""
+        return progressive_cost(self.plan, self.config, model)
+
+    def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
+        """What the step trains and runs. The trunk is not run where the activation cache gave all micro-batches.
+
+        A cache is judged by the last step; before the run, and on a step of which a part was found, the trunk counts.
+        """
+        spared = self.cache is not None and self.cache.has_spared
+        return progressive_work(
+            self.plan,
+            self.config,
+            model,
+            trains_embedding=self.trains_embedding,
+            cached_layers=self.trunk_layers if spared else 0,
+        )
+
+    def prepare_model(self, chunks: list[GPTModel]) -> None:
+        """Takes over the trunk, starts the new stack, freezes what the phase freezes."""
+        if self.trunk is not None:
+            self._grow(chunks, self.trunk)
+        prepare_layers(chunks, self.plan)
+        if not self.trains_embedding:
+            for chunk in chunks:
+                for module in (getattr(chunk, name, None) for name in ("embedding", self.name)):
+                    if chunk.stage.is_first and module is not None:
+                        module.requires_grad_(False)
+        if self.trunk is not None:
+            self.earlier_steps = growth.survivors(chunks, self.trunk.folder, self._sources(self.trunk))
+        self.parameters = count_parameters(chunks)
+
+    @property
+    def trains_embedding(self) -> bool:
+        """With the first stack, in the joint phase, with a trunk that trains, and where asked."""
+        asked = self.config.train_embedding or self.config.trunk_strategy == "trained"
+        return self.trains == "all" or len(self.rack.stacks) == 1 or asked
+
+    def carry_optimizer(self, chunks: list[GPTModel], optimizer: MegatronOptimizer) -> None:
+        """Gives a new run's optimizer what the trunk's had; for `RunOptions.begin`."""
+        if self.trunk is not None:
+            growth.carry_optimizer(chunks, optimizer, self.trunk.folder, self._sources(self.trunk))
+
+    def make_batch(self, batch: Batch) -> Batch:
+        """What the objective makes of a micro-batch."""
+        return batch if self.objective is None else self.objective.make_batch(batch)
+
+    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Time steps, and the hidden states at the end of the trunk, where the micro-batch has them."""
+        wanted = [HIDDEN_STATES, *([TIME_STEP] if self.config.embeds_time else [])]
+        return {name: batch[name] for name in wanted if name in batch}
+
+    def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
+        """Notes the step; in an evaluation the model runs all its layers."""
+        self._iteration = iteration or self._iteration
+        if self.cache is not None and iteration is None:
+            self.cache.release(chunks)
+
+    def prepare_batches(
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
+    ) -> Iterable[Batch]:
+        """What the trunk makes of the micro-batches, from the cache or from the trunk; without a cache the trunk has no
+        dropout all the same.
+        """
+        if self.cache is not None:
+            return self.cache.prepare(chunks, families, batches)
+        if self.trunk_layers:
+            without_dropout(chunks, self.trunk_layers)
+        return batches
+
+    def close(self) -> None:
+        """Closes the cache's files."""
+        if self.cache is not None:
+            self.cache.close()
+
+    def evaluation_loss(self) -> OutputLoss | None:
+        """Loss and accuracy on masked tokens, where tokens are masked."""
+        return None if self.objective is None else self.objective.evaluation_loss()
+
+    def check_plain(self, *, as_adapters: bool) -> None:
+        """Refuses a rack that sees ahead, and one without adapters where they are wanted."""
+        rack_export.check_plain(self.config, self.plan, as_adapters=as_adapters)
+
+    def merge(self, chunks: list[GPTModel]) -> list[str]:
+        """Adds all adapters to their weights."""
+        merge_adapters(chunks)
+        return rack_export.precision_notes(self.rack, self.plan)
+
+    def write_adapters(
+        self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
+    ) -> list[str]:
+        """A directory for each adapter."""
+        written = rack_export.write_adapters(chunks, model, directory, base_model, overwrite=overwrite)
+        return [*written, *rack_export.precision_notes(self.rack, self.plan)]
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The loss by stack, and all tokens so far."""
+        name = "joint" if self.trains == "all" else f"stack_{self.rack.newest.index}"
+        found = {"progressive/total_tokens": float(self._iteration * self.tokens_per_step)}
+        if "lm loss" in values:
+            found[f"progressive/loss_{name}"] = values["lm loss"]
+        return found
+
+    def after_step(
+        self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
+    ) -> list[Note]:
+        """Looks for a plateau."""
+        self.losses.append(values["lm loss"])
+        was_reached = self.plateau.is_reached
+        self.plateau.add(values["lm loss"])
+        if self.plateau.is_reached and not was_reached:
+            config = self.config
+            text = (
+                f"plateau at step {iteration}: the mean loss of {config.plateau_patience} steps is not "
+                f"{config.plateau_min_delta:g} below that of the {config.plateau_patience} before"
+            )
+            return [Note(text=text)]
+        return []
+
+    def is_complete(self) -> bool:
+        """True on a plateau."""
+        return self.plateau.is_reached
+
+    def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
+        """How many parameters train and do not, and the stacks of the rack."""
+        counts = {f"progressive/{name}_parameters": float(n) for name, n in self.parameters.items()}
+        cached = self.cache.values() if self.cache is not None else {}
+        return {**counts, **cached, "progressive/stacks": float(len(self.rack.stacks))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The watch for a plateau, and the updates of earlier phases."""
+        return {"plateau": self.plateau.state_dict(), "earlier_steps": self.earlier_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the former; the latter follow from the trunk's checkpoint."""
+        self.plateau.load_state_dict(state["plateau"])
+
+    def _sources(self, trunk: Trunk) -> dict[int, int]:
+        return self.rack.layers_of_other(trunk.rack)
+
+    def _grow(self, chunks: list[GPTModel], trunk: Trunk) -> None:
+        is_new = len(trunk.rack.stacks) < len(self.rack.stacks)
+        if is_new:
+            config = chunks[0].config
+            seed = stack_seed(self.seed, self.rack.newest.index)
+            for chunk in chunks:
+                initialize_parameters(chunk, seed, config.init_method_std, config.num_layers)
+        growth.read_trunk(chunks, trunk.folder, self._sources(trunk))
+        if is_new:
+            plan = layer_plan(trunk.rack, self.config, trunk.trains)
+            growth.start_new_layers(
+                chunks, trunk.folder, self.rack, trunk.rack, plan, self.config.growth_init
+            )
+
+
+def stack_seed(seed: int, index: int) -> int:
+    """Seed of a stack's initial weights: those of equal layer numbers in different stacks must differ."""
+    digest = hashlib.sha256(f"{seed}:stack {index}".encode()).digest()
+    return int.from_bytes(digest[:6], "little")
+
+
+def stack_bytes(chunks: list[GPTModel], rack: Rack) -> dict[int, int]:
+    """Bytes of the weights of every stack, as they are stored, by its index; the most on any rank. Collective."""
+    own = weight_bytes(chunks)
+    local = {stack.index: sum(own.get(layer, 0) for layer in layers) for stack, layers in rack.layers()}
+    found = gather(lambda: local)
+    return {index: max(part[index] for part in found) for index in local}

@@ -1,0 +1,1 @@
+"""Progressive runs side by side."""

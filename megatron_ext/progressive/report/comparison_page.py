@@ -1,0 +1,246 @@
+"""Progressive trainings side by side: two tables, and one HTML page with a timeline of each run's growth.
+
+In a timeline every stack is a rectangle from its birth on, layer 0 at the embedding; a stack that is prepended shifts
+the others up. Its colour says what the phase does with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_ext.progressive.report.comparison_figures import Comparison, PhaseFigures, RunFigures
+from megatron_ext.progressive.report.training_results import ProgressiveRun
+from megatron_ext.reports.charts import bar_chart, curves_chart
+from megatron_ext.reports.events import Curve
+from megatron_ext.reports.page import Page
+from megatron_ext.reports.timeline import Block, Kind, timeline_chart
+
+Cell = str | int | float | None
+
+_MEBI = 2**20
+_KINDS = {
+    "trained": Kind(name="trains", colour="#0072B2", text_colour="white"),
+    "adapters": Kind(name="its adapters train", colour="#E69F00", text_colour="black"),
+    "frozen": Kind(name="frozen", colour="#A8A8A8", text_colour="black"),
+    "cached": Kind(name="frozen, activations kept", colour="#DADADA", text_colour="black"),
+}
+_HELD_OUT = {
+    "loss": "held-out loss",
+    "unigram_cross_entropy": "unigram entropy",
+    "masked_token_accuracy": "masked-token accuracy",
+    "unigram_accuracy": "unigram guess",
+}
+"""Figure of tools/evaluate.py -> its column; what is not here follows from these."""
+
+_NOT_NOTED = Kind(name="not noted", colour="#F6F0D8", text_colour="black")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What the console and the page show."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+def runs_table(comparison: Comparison) -> Table:
+    """A row a run; columns that no run has are left out."""
+    moment = comparison.equal_seconds
+    datasets = list(dict.fromkeys(dataset for run in comparison.runs for dataset in run.evaluation))
+    rows = []
+    for run in comparison.runs:
+        cells: dict[str, Cell] = {
+            "run": run.name,
+            "layers": run.layers,
+            "steps": run.steps,
+            "tokens": run.tokens,
+            "training, s": _short(run.training_seconds),
+            "step of the last phase, ms": _scaled(run.last_step_seconds, 1e3),
+            f"step / {comparison.reference}": run.last_step_ratio,
+            f"cached step / {comparison.reference}": run.cached_step_ratio,
+            "peak memory, MiB": _scaled(run.peak_memory_bytes, 1 / _MEBI),
+            f"memory / {comparison.reference}": run.peak_memory_ratio,
+            "trained at the end": run.trainable_parameters,
+            "validation loss": run.validation_loss,
+            f"the same after {moment or 0:.4g} s": run.equal_time_loss,
+        }
+        for dataset in datasets:
+            where = f" ({dataset})" if len(datasets) > 1 else ""
+            for figure, label in _HELD_OUT.items():
+                cells[f"{label}{where}"] = run.evaluation.get(dataset, {}).get(figure)
+        rows.append(cells)
+    return _table("Runs", rows)
+
+
+def phases_table(comparison: Comparison) -> Table:
+    """A row a run and phase; columns that no phase has are left out."""
+    return _table("Phases", [_phase_cells(run, phase) for run in comparison.runs for phase in run.phases])
+
+
+def _phase_cells(run: RunFigures, phase: PhaseFigures) -> dict[str, Cell]:
+    weights = " + ".join(f"{size / _MEBI:.3g}" for size in phase.stack_bytes)
+    return {
+        "run": run.name,
+        "phase": _title(phase.name),
+        "layers": phase.layers,
+        "steps": phase.steps,
+        "trained": phase.trainable_parameters,
+        "frozen": phase.frozen_parameters,
+        "step, ms": _scaled(phase.step_seconds, 1e3),
+        "first epoch, ms": _scaled(phase.first_epoch_step_seconds, 1e3),
+        "from the cache, ms": _scaled(phase.cached_step_seconds, 1e3),
+        "peak memory, MiB": _scaled(phase.peak_memory_bytes, 1 / _MEBI),
+        "stacks, MiB": weights,
+        "validation loss": phase.validation_loss,
+    }
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader of the tables must know."""
+    found = [
+        "A step's time is the median of its phase; with and without the activation cache, the mean of both medians by "
+        "the numbers of their steps. Training time is the sum over all steps, without start-up, "
+        "evaluation and checkpoints. Peak memory is the process's highest since it began."
+    ]
+    if comparison.equal_seconds is not None:
+        found.append(
+            f"The quickest run trained for {comparison.equal_seconds:.4g} s; the others' validation loss at that "
+            "moment lies on the line between the evaluations before and after it."
+        )
+    unclocked = [run.name for run in comparison.runs if not run.times_steps]
+    if unclocked:
+        found.append(
+            f"No step times were logged by {', '.join(unclocked)}: training time is there the phases' wall time, all "
+            "included."
+        )
+    found.append("Losses of masked objectives at different times (mask fractions) are of different tasks.")
+    return found
+
+
+def report_page(runs: Sequence[ProgressiveRun], comparison: Comparison) -> str:
+    """The page's HTML.
+
+    Args:
+        runs: as they were read.
+        comparison: of the same runs.
+    """
+    page = Page("Progressive training")
+    for table in (runs_table(comparison), phases_table(comparison)):
+        page.heading(table.title)
+        page.table(table.columns, table.rows)
+    for note in notes(comparison):
+        page.paragraph(note)
+    for run, figures in zip(runs, comparison.runs, strict=True):
+        page.heading(f"Growth: {run.name}")
+        page.pictures([(growth_timeline(run), _TIMELINE_CAPTION)])
+        page.pictures(_phase_charts(figures))
+    charts = _loss_charts(runs)
+    if charts:
+        page.heading("All runs")
+        page.pictures(charts)
+    return page.html()
+
+
+_TIMELINE_CAPTION = (
+    "Layers over steps, layer 0 next to the embedding; what each phase does with each stack, and its precision. Below, "
+    "the losses; a validation at a phase's last step is of the model before it grows."
+)
+
+
+def growth_timeline(run: ProgressiveRun) -> str:
+    """The picture of a run's growth as SVG."""
+    bands = [
+        (
+            _title(phase.name.removeprefix("progressive_")),
+            float(phase.first_iteration),
+            float(phase.iteration),
+        )
+        for phase in run.phases
+    ]
+    return timeline_chart(
+        growth_blocks(run),
+        bands,
+        y_label="layer",
+        line=("training", _curve(run.losses)) if run.losses else None,
+        points=("validation", _curve(run.validation)) if run.validation else None,
+        curves_label="loss",
+    )
+
+
+def growth_blocks(run: ProgressiveRun) -> list[Block]:
+    """A rectangle for every stack in every phase from its birth on."""
+    blocks = []
+    for phase in run.phases:
+        for stack, layers in run.rack.first(len(phase.stack_bytes)).layers():
+            noted = bool(phase.stack_treatments)
+            precision = phase.stack_precisions[stack.index] if noted else stack.precision
+            number = f"stack {stack.index}"
+            own = f"{number}, {precision}" if precision is not None else number
+            blocks.append(
+                Block(
+                    begin=phase.first_iteration,
+                    end=phase.iteration,
+                    rows=layers,
+                    kind=_KINDS[phase.stack_treatments[stack.index]] if noted else _NOT_NOTED,
+                    labels=(own, number, str(stack.index)),
+                )
+            )
+    return blocks
+
+
+def _phase_charts(figures: RunFigures) -> list[tuple[str, str]]:
+    names = [_title(phase.name) for phase in figures.phases]
+    memory = [phase.peak_memory_bytes / _MEBI for phase in figures.phases]
+    charts = [
+        (
+            bar_chart(dict(zip(names, memory, strict=True)), y_label="peak memory, MiB"),
+            "Highest since the process began.",
+        )
+    ]
+    times = {
+        _title(phase.name): phase.step_seconds * 1e3
+        for phase in figures.phases
+        if phase.step_seconds is not None
+    }
+    if times:
+        charts.append((bar_chart(times, y_label="step, ms"), "A step of the phase."))
+    return charts
+
+
+def _loss_charts(runs: Sequence[ProgressiveRun]) -> list[tuple[str, str]]:
+    charts = []
+    for what, found in (
+        ("training time, s", {run.name: run.validation_by_seconds() for run in runs}),
+        ("tokens", {run.name: run.validation_by_tokens() for run in runs}),
+    ):
+        curves = {name: curve for name, curve in found.items() if curve[0]}
+        if curves:
+            svg = curves_chart(curves, y_label="validation loss", x_label=what)
+            charts.append((svg, f"Validation loss over {what.removesuffix(', s')}."))
+    return charts
+
+
+def _table(title: str, rows: list[dict[str, Cell]]) -> Table:
+    columns = [
+        name
+        for name in dict.fromkeys(key for row in rows for key in row)
+        if any(r[name] is not None for r in rows)
+    ]
+    return Table(title=title, columns=columns, rows=[[row[name] for name in columns] for row in rows])
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _curve(values: Mapping[int, float]) -> Curve:
+    return list(values), list(values.values())
+
+
+def _scaled(value: float | None, factor: float) -> float | int | None:
+    return None if value is None else _short(value * factor)
+
+
+def _short(value: float) -> float | int:
+    """Whole numbers from 1000 on."""
+    return round(value) if abs(value) >= 1000 else value

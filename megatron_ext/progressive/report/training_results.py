@@ -1,0 +1,145 @@
+"""What a finished progressive training left behind, read as plain numbers: its phases, and its steps by time and loss.
+
+    {save}/progressive.json      every finished phase; must be there
+    {save}/tensorboard/          what --tensorboard-dir was given, over all phases and restarts; may be missing
+    {save}/evaluation.json       of tools/evaluate.py --output; may be missing
+
+Nothing is computed here but each step's time; `figures` compares runs. Steps of an unfinished phase are left out.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from megatron_ext.progressive.growth.rack import Rack
+from megatron_ext.progressive.growth.training_history import FILE, Finished, read_history
+from megatron_ext.reports.events import Curve, read_curves
+from megatron_ext.training.checkpoint.checkpoint_files import read_json
+
+TENSORBOARD = "tensorboard"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveRun:
+    """One training."""
+
+    name: str
+    """What the reader calls it."""
+
+    rack: Rack
+    """Of the last finished phase."""
+
+    phases: tuple[Finished, ...]
+    """Those that are finished, in their order; at least one."""
+
+    step_seconds: tuple[float, ...] = ()
+    """Time of step 1, 2, ... without start-up, evaluation and checkpoints; empty where it was not logged."""
+
+    losses: Mapping[int, float]
+    """Step -> training loss."""
+
+    validation: Mapping[int, float]
+    """Step -> validation loss; that at a phase's last step is of the model before it grows."""
+
+    hit_rate: Mapping[int, float]
+    """Step -> part of the samples that were in the activation cache, over the log interval that it lies in."""
+
+    tokens_per_step: float | None = None
+    """Tokens of the training set; None where it was not logged."""
+
+    evaluation: Mapping[str, Mapping[str, float]]
+    """Dataset -> name of a figure -> its value."""
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return self.phases[-1].iteration
+
+    @property
+    def training_seconds(self) -> float:
+        """Of all steps; the phases' wall time where steps' times were not logged."""
+        return sum(self.step_seconds) or sum(phase.seconds for phase in self.phases)
+
+    def validation_by_seconds(self) -> tuple[list[float], list[float]]:
+        """Seconds of training and validation loss; empty where steps' times were not logged."""
+        if not self.step_seconds:
+            return [], []
+        clock = list(accumulate(self.step_seconds))
+        return [clock[step - 1] for step in self.validation], list(self.validation.values())
+
+    def validation_by_tokens(self) -> tuple[list[float], list[float]]:
+        """Tokens trained on and validation loss; empty where tokens were not logged."""
+        if self.tokens_per_step is None:
+            return [], []
+        return [step * self.tokens_per_step for step in self.validation], list(self.validation.values())
+
+
+def read_run(name: str, directory: str | Path) -> ProgressiveRun:
+    """Reads the --save directory of a progressive training.
+
+    Args:
+        name: for tables and legends.
+        directory: see the module's text.
+
+    Raises:
+        FileNotFoundError: it has no progressive.json, or its folder `tensorboard` holds no event files.
+        ValueError: a file is damaged, or no phase is finished.
+    """
+    folder = Path(directory)
+    if not (folder / FILE).is_file():
+        raise FileNotFoundError(f"--runs {name}={directory}: holds no {FILE}")
+    history = read_history(folder)
+    phases = history.finished
+    if not phases:
+        raise ValueError(f"--runs {name}={directory}: no phase of this training is finished")
+    curves = read_curves(folder / TENSORBOARD, flag="--runs") if (folder / TENSORBOARD).is_dir() else {}
+    end = phases[-1].iteration
+    found = {tag: _by_step(curve, end) for tag, curve in curves.items()}
+    seconds = _every_step(found.get("iteration-time", {}), phases)
+    tokens = [total / step for step, total in found.get("progressive/total_tokens", {}).items()]
+    return ProgressiveRun(
+        name=name,
+        rack=history.rack.first(len(phases[-1].stack_bytes)),
+        phases=phases,
+        step_seconds=tuple(seconds.values()) if len(seconds) == end else (),
+        losses=found.get("lm loss", {}),
+        validation=found.get("lm loss validation", {}),
+        hit_rate=_every_step(found.get("cache/hit_rate", {}), phases),
+        tokens_per_step=tokens[-1] if tokens else None,
+        evaluation=_read_evaluation(folder / EVALUATION),
+    )
+
+
+def _by_step(curve: Curve, last: int) -> dict[int, float]:
+    """Step -> value, ascending; where a run began again from nothing a step's later value counts."""
+    values = dict(zip(*curve, strict=True))
+    return {step: values[step] for step in sorted(values) if 0 < step <= last and math.isfinite(values[step])}
+
+
+def _every_step(logged: Mapping[int, float], phases: Sequence[Finished]) -> dict[int, float]:
+    """Every step of the phases that have logged anything -> the value of the log interval that it lies in.
+
+    A plateau may end a phase within an interval: the steps after the last logged one are given its value.
+    """
+    values = {}
+    for phase in phases:
+        ends = [step for step in logged if phase.first_iteration < step <= phase.iteration]
+        for step in range(phase.first_iteration + 1, phase.iteration + 1) if ends else ():
+            values[step] = logged[ends[min(bisect_left(ends, step), len(ends) - 1)]]
+    return values
+
+
+def _read_evaluation(path: Path) -> dict[str, dict[str, float]]:
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            dataset: {figure: float(value) for figure, value in figures.items()}
+            for dataset, figures in read_json(path).items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path}: damaged, or not of tools/evaluate.py") from None

@@ -1,0 +1,1 @@
+"""Progressive runs, and the Python API."""

@@ -1,0 +1,202 @@
+"""Document 004's `ProgressiveTrainer`: grows and trains a rack from a Python program, on batches of the caller's.
+
+    trainer = ProgressiveTrainer(config)
+    results = trainer.train_rack(rack_builder=builder, dataloader=dataloader, target_stacks=6)
+    rack = builder.build_rack()
+
+It is the training of `pretrain_progressive.py` (see `run`): the same phases, checkpoints and files. Given a directory,
+a training that was ended goes on.
+"""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.collectives import on_first_rank
+from megatron_ext.progressive.growth.phases import check_phases, plan_phases
+from megatron_ext.progressive.objectives.progressive_batches import plain_batch
+from megatron_ext.progressive.progressive_family import Trunk
+from megatron_ext.progressive.runs.progressive_run import Growth
+from megatron_ext.progressive.runs.rack_builder import ProgressiveRackBuilder
+from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
+from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
+from megatron_ext.training.checkpoint.run_lock import run_lock
+from megatron_ext.training.interface.family_interface import Batch
+from megatron_ext.training.loop import Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackResult:
+    """One phase of a training."""
+
+    name: str
+    """`progressive_stack_{i}`, `progressive_joint` or `progressive_end_to_end`."""
+
+    losses: list[float]
+    """Of the steps that were done in this call."""
+
+    iterations: int
+    """Steps over the whole training at its end."""
+
+    trainable_parameters: int
+    frozen_parameters: int
+    seconds: float
+    """Wall time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResults:
+    """What a training gave."""
+
+    stacks: list[StackResult]
+    """Its phases in their order."""
+
+    checkpoint: Path
+    """The last phase's checkpoint."""
+
+
+class ProgressiveTrainer:
+    """Trains racks."""
+
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        *,
+        save: str | Path | None = None,
+        logging: LoggingConfig | None = None,
+    ) -> None:
+        """Args:
+        config: of the training; may be changed until a training begins.
+        save: directory of the checkpoints; by default a temporary one, which ends with the process.
+        logging: what is printed and written.
+
+        Raises:
+            ValueError: as `StackWiseConfig.validate`.
+        """
+        config.validate()
+        self.config = config
+        self.logging = logging or LoggingConfig(log_throughput=False)
+        if save is None:
+            save = tempfile.mkdtemp(prefix="progressive_")
+            atexit.register(shutil.rmtree, save, ignore_errors=True)
+        self.save = Path(save)
+
+    def train_rack(
+        self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
+    ) -> TrainingResults:
+        """Trains the builder's stacks one after the other, adding stacks until there are `target_stacks`. Collective.
+
+        Args:
+            rack_builder: afterwards its `build_rack` gives the trained rack.
+            dataloader: batches of this data-parallel rank, all with the same number of rows; read again and again.
+                See `ProgressiveDataLoader` for what a batch may be.
+            target_stacks: of the complete rack.
+
+        Raises:
+            ValueError: the rack has more stacks, the directory holds another training, or a batch is none.
+        """
+        if target_stacks < rack_builder.num_stacks:
+            raise ValueError(f"target_stacks {target_stacks}: the rack has {rack_builder.num_stacks} stacks")
+        while rack_builder.num_stacks < target_stacks:
+            rack_builder.add_stack()
+        configs = self._configs(rack_builder, dataloader, target_stacks)
+        process_groups.initialize(configs["parallel"], configs["training"].seed)
+        save = Path(on_first_rank(lambda: str(self.save)))
+        configs["checkpoint"] = CheckpointConfig(save=str(save))
+        copies = parallel_state.get_data_parallel_world_size()
+        phases = plan_phases(
+            configs["progressive"],
+            configs["training"],
+            configs["optimizer"],
+            global_batch_size=configs["training"].resolved_global_batch_size(copies),
+            sequence_length=configs["model"].seq_length,
+            rack=rack_builder.rack,
+        )
+        check_phases(configs, phases, process_groups.world_size())
+        batches = partial(_endless, dataloader, configs["training"].micro_batch_size, copies)
+        with run_lock(str(save)):
+            growth = Growth(
+                configs,
+                phases,
+                build_tokenizer(configs["tokenizer"]),
+                data=Data(train=batches, valid=None, test=None),
+                frozen=rack_builder.frozen,
+            )
+            growth.run()
+        last = phases[-1]
+        folder = on_first_rank(lambda: find_checkpoint(str(save / last.name)))
+        assert folder is not None
+        rack_builder.trained = Trunk(folder=folder.resolve(), rack=last.rack, trains=last.trains)
+        stacks = [
+            StackResult(
+                name=phase.name,
+                losses=growth.losses.get(phase.name, []),
+                iterations=phase.iteration,
+                trainable_parameters=phase.trainable_parameters,
+                frozen_parameters=phase.frozen_parameters,
+                seconds=phase.seconds,
+            )
+            for phase in growth.history.finished
+        ]
+        return TrainingResults(stacks=stacks, checkpoint=folder)
+
+    def train_progressively(
+        self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
+    ) -> TrainingResults:
+        """Document 004's other name of `train_rack`."""
+        return self.train_rack(rack_builder, dataloader, target_stacks)
+
+    def _configs(
+        self, builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
+    ) -> dict[str, Any]:
+        configs = self.config.configs(target_stacks)
+        first = plain_batch(next(iter(dataloader)))["tokens"]
+        if first.size(1) > configs["model"].seq_length:
+            raise ValueError(
+                f"model.seq_length {configs['model'].seq_length}: the loader's sequences have {first.size(1)} tokens"
+            )
+        return {
+            **configs,
+            "model": replace(configs["model"], num_layers=builder.rack.num_layers, seq_length=first.size(1)),
+            "training": replace(configs["training"], micro_batch_size=first.size(0)),
+            "tokenizer": TokenizerConfig(
+                tokenizer_type="NullTokenizer", vocab_size=builder.config.vocab_size
+            ),
+            "logging": self.logging,
+        }
+
+
+def _endless(
+    dataloader: Iterable[Any], micro_batch_size: int, copies: int, consumed_samples: int
+) -> Iterator[Batch]:
+    """The loader's batches for ever, each with its `epoch` [b], from where a training is."""
+    return islice(
+        _epochs(dataloader, micro_batch_size), consumed_samples // (micro_batch_size * copies), None
+    )
+
+
+def _epochs(dataloader: Iterable[Any], micro_batch_size: int) -> Iterator[Batch]:
+    for epoch in count():
+        empty = True
+        for batch in map(plain_batch, dataloader):
+            rows = batch["tokens"].size(0)
+            if rows != micro_batch_size:
+                raise ValueError(f"a batch of {rows} rows after one of {micro_batch_size}: drop the last one")
+            empty = False
+            yield {"epoch": torch.full((rows,), epoch), **batch}
+        if empty:
+            raise ValueError("the data loader gives no batch; a generator can be read once only, give a list")

@@ -1,0 +1,210 @@
+"""Document 004's `ProgressiveRackBuilder`: stacks are added one by one, and the rack is built, in a Python program.
+
+    builder = ProgressiveRackBuilder(config=config, building_mode="append", default_precision="full")
+    builder.append_stack(n_blocks=4)
+    builder.prepend_stack(n_blocks=4, precision="half")
+    rack = builder.build_rack()
+
+A rack that was trained (`ProgressiveTrainer`) is built with its trained weights; stacks that were added since are new.
+A process of its own is enough; under torchrun with `parallel` set every process builds its part.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ext.data.tokenizers.byte_and_null import NullTokenizer
+from megatron_ext.data.tokenizers.tokenizer import Tokenizer
+from megatron_ext.lora.trainable_layers import prepare_layers
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
+from megatron_ext.progressive.growth.rack import Rack, Stack
+from megatron_ext.progressive.growth.trunk_strategy import Trains, layer_plan
+from megatron_ext.progressive.objectives.stack_objective import reserve_mask_token
+from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk
+from megatron_ext.progressive.settings.progressive_config import MODES, PRECISIONS
+from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
+
+
+def create_stack_from_config(stack_id: int, n_blocks: int | None, config: StackWiseConfig) -> Stack:
+    """A stack as a configuration wants it; a builder gives it its place.
+
+    Args:
+        stack_id: the order in which stacks are made, from 0.
+        n_blocks: its layers; by default the configuration's.
+        config: precision, and `n_blocks` where none is given.
+
+    Raises:
+        ValueError: as `StackWiseConfig.validate`.
+    """
+    progressive = config.progressive_config(stack_id + 1)
+    blocks = progressive.blocks_of(stack_id) if n_blocks is None else n_blocks
+    return Stack(index=stack_id, n_blocks=_blocks(blocks), precision=progressive.precision_of(stack_id))
+
+
+class ProgressiveRackBuilder:
+    """Racks, stack by stack."""
+
+    def __init__(
+        self,
+        *,
+        config: StackWiseConfig | None = None,
+        building_mode: str | None = None,
+        default_precision: str | None = None,
+        **model: Any,
+    ) -> None:
+        """Args:
+        config: everything; or, without it, `model`.
+        building_mode: where `add_stack` puts a stack; by default the configuration's.
+        default_precision: of stacks that are given none; by default the configuration's.
+        **model: `vocab_size`, `d_model`, `d_ff`, `n_heads` and other keys of the section `model`.
+
+        Raises:
+            ValueError: both or neither, an unknown word, or as `StackWiseConfig.validate`.
+        """
+        if (config is None) == (not model):
+            raise ValueError(
+                "ProgressiveRackBuilder: give a config, or vocab_size, d_model, d_ff and n_heads"
+            )
+        self.config = config if config is not None else StackWiseConfig(model=model)
+        self.config.validate()
+        self.building_mode = _word("building_mode", building_mode, MODES)
+        self.default_precision = _word("default_precision", default_precision, PRECISIONS)
+        self.rack = Rack()
+        self.frozen: dict[int, str] = {}
+        """Stack index -> `frozen` or `qlora`, of stacks that were treated so by hand."""
+
+        self.trained: Trunk | None = None
+        """The checkpoint of the stacks that are trained."""
+
+        self.chunks: list[GPTModel] = []
+        """The model that was built last."""
+
+    @property
+    def num_stacks(self) -> int:
+        """Stacks so far."""
+        return len(self.rack.stacks)
+
+    def append_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
+        """Adds a stack after all others.
+
+        Args:
+            n_blocks: its layers; by default the configuration's.
+            precision: full, half, bfloat16, nvfp4 or qlora; by default the builder's or the configuration's.
+
+        Raises:
+            ValueError: an unknown precision, no layers, or more than `max_stacks`.
+        """
+        return self._add("append", n_blocks, precision)
+
+    def prepend_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
+        """Adds a stack before all others; as `append_stack`."""
+        return self._add("prepend", n_blocks, precision)
+
+    def add_stack(self) -> Stack:
+        """Adds a stack where the building mode puts it, as the configuration wants it."""
+        index = self.num_stacks
+        mode = self.building_mode
+        if mode is None:
+            mode = self.config.progressive_config(index + 1).mode_of(index) if index else "append"
+        return self._add(mode, None, None)
+
+    def freeze_trunk(self, trunk_indices: list[int]) -> None:
+        """From now on nothing trains in these stacks, adapters neither.
+
+        Raises:
+            ValueError: there is no such stack.
+        """
+        self._freeze(trunk_indices, "frozen")
+
+    def freeze_all_but_qlora(self, trunk_indices: list[int]) -> None:
+        """From now on only the adapters train in these stacks.
+
+        Raises:
+            ValueError: there is no such stack, or stacks have no adapters.
+        """
+        if not self.config.progressive_config(max(1, self.num_stacks)).qlora_enabled:
+            raise ValueError("freeze_all_but_qlora: qlora_enabled is false, stacks have no adapters")
+        self._freeze(trunk_indices, "qlora")
+
+    def build_rack(self, trains: Trains = "newest") -> GPTModel:
+        """The model of all stacks, with what is trained of it; this process's part.
+
+        Args:
+            trains: `newest`, as in the training of the newest stack, `all`, or `none`.
+
+        Raises:
+            ValueError: there is no stack, or the cut does not fit the model.
+        """
+        if not self.num_stacks:
+            raise ValueError("build_rack: the rack has no stack; call append_stack first")
+        configs = self.config.configs(self.num_stacks)
+        parallel, training = configs["parallel"], configs["training"]
+        model = replace(configs["model"], num_layers=self.rack.num_layers)
+        if not dist.is_initialized() or not self.chunks:
+            process_groups.initialize(parallel, training.seed)
+        family = ProgressiveFamily(
+            configs["progressive"],
+            self.rack,
+            trains,
+            trunk=self.trained,
+            mask_token_id=self.mask_token_id,
+            frozen=self.frozen,
+            seed=training.seed,
+        )
+        self.chunks = build_model(
+            model,
+            parallel,
+            vocab_size=self.vocab_size,
+            seed=training.seed,
+            bf16=training.bf16,
+            extensions=[family.extension()],
+        )
+        family.prepare_model(self.chunks)
+        return self.chunks[0]
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """Id of the mask token, where the objective asks for one: the configuration's, or one after the vocabulary."""
+        return self._vocabulary()[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the model, an end-of-document and a mask token included."""
+        return self._vocabulary()[0].vocab_size
+
+    def _vocabulary(self) -> tuple[Tokenizer, int | None]:
+        config = self.config.progressive_config(max(1, self.num_stacks))
+        tokenizer = NullTokenizer(self.config.vocab_size)
+        mask = reserve_mask_token(tokenizer, config.mask_token_id) if config.masks_tokens else None
+        return tokenizer, mask
+
+    def _add(self, mode: str, n_blocks: int | None, precision: str | None) -> Stack:
+        index = self.num_stacks
+        stack = create_stack_from_config(index, n_blocks, self.config)
+        chosen = _word("precision", precision or self.default_precision, PRECISIONS) or stack.precision
+        self.rack = self.rack.grown(mode, stack.n_blocks, chosen)
+        return self.rack.newest
+
+    def _freeze(self, indices: list[int], how: str) -> None:
+        for index in indices:
+            if not 0 <= index < self.num_stacks:
+                raise ValueError(f"trunk_indices {index}: the rack has stacks 0 to {self.num_stacks - 1}")
+        self.frozen |= dict.fromkeys(indices, how)
+        if self.chunks and self.chunks[0].config.num_layers == self.rack.num_layers:
+            config = self.config.progressive_config(self.num_stacks)
+            prepare_layers(self.chunks, layer_plan(self.rack, config, "newest", self.frozen))
+
+
+def _word(name: str, value: str | None, choices: tuple[str, ...]) -> str | None:
+    if value is not None and value not in choices:
+        raise ValueError(f"{name} {value}: must be one of {', '.join(choices)}")
+    return value
+
+
+def _blocks(n_blocks: int) -> int:
+    if n_blocks < 1:
+        raise ValueError(f"n_blocks {n_blocks}: must be at least 1")
+    return n_blocks

@@ -1,0 +1,102 @@
+"""A checkpoint with adapters as a Hugging Face directory: the adapters merged, or beside it in the format of `peft`.
+
+The model is built and loaded, on one process in fp32; its families say what they are for a plain model. Checkpoints of
+base models are exported tensor by tensor, without being built, by `interop.export_checkpoint`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.inference.load_model import load_model
+from megatron_ext.interop import base_state, export_hf
+from megatron_ext.interop.formats.hf_config import choose_architecture
+from megatron_ext.interop.formats.imported_model import Imported
+from megatron_ext.interop.hf_export import DEFAULT_MAX_SHARD_SIZE
+from megatron_ext.interop.hf_import import require_one_process
+from megatron_ext.interop.output_directory import check_free
+from megatron_ext.platform import process_groups
+from megatron_ext.registry.known_families import FAMILIES
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+
+
+def export_plain(
+    load: str,
+    model_dir: str,
+    *,
+    adapter_dir: str | None = None,
+    ckpt_step: int | None = None,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    tokenizer_model: str | None = None,
+    no_tokenizer: bool = False,
+) -> list[str]:
+    """Writes a checkpoint's model with its adapters merged, or its base model and the adapters apart.
+
+    Args:
+        load: a directory of checkpoints, or one checkpoint's own.
+        model_dir: see `export_hf`, as all that is not named here.
+        adapter_dir: gets a directory for each adapter; None merges them.
+        ckpt_step: the step instead of the newest.
+        dtype: by default the run's.
+        tokenizer_model: where the tokenizer's files are, if not where training found them.
+        no_tokenizer: write none.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError, OSError: as `export_hf`; or a family of the checkpoint cannot be merged, or has no adapters.
+    """
+    require_one_process()
+    check_free(model_dir, "--model-dir", overwrite=overwrite)
+    if adapter_dir is not None:
+        check_free(adapter_dir, "--adapter-dir", overwrite=overwrite)
+    stored = read_run_config(load, ckpt_step)
+    configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
+    choose_architecture(configs["model"], architecture)
+    _check_families(stored["families"], load, as_adapters=adapter_dir is not None)
+    tokenizer: TokenizerConfig = configs["tokenizer"]
+    if tokenizer_model is not None:
+        tokenizer = replace(tokenizer, tokenizer_model=tokenizer_model)
+    try:
+        loaded = load_model(load, FAMILIES, ckpt_step=ckpt_step, tokenizer=tokenizer)
+        chunks, notes = [loaded.model], list[str]()
+        for family in loaded.families:
+            if adapter_dir is None:
+                notes += family.merge(chunks)
+            else:
+                notes += family.write_adapters(
+                    chunks, loaded.config, Path(adapter_dir), model_dir, overwrite=overwrite
+                )
+        written = export_hf(
+            loaded.config,
+            stored["vocab_size"],
+            base_state(chunks),
+            model_dir,
+            tokenizer_config=None if no_tokenizer else tokenizer,
+            architecture=architecture,
+            dtype=dtype or ("bfloat16" if stored["training"]["bf16"] else "float32"),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            imported=Imported.of_run(stored),
+        )
+    finally:
+        process_groups.shutdown()
+    return [*written, *notes]
+
+
+def _check_families(families: dict[str, Any], load: str, *, as_adapters: bool) -> None:
+    """Before the model is loaded, which may take long."""
+    if not families:
+        raise ValueError(f"--load {load}: is a base model, without adapters; export it as it is")
+    for name in families.keys() & FAMILIES.keys():
+        try:
+            FAMILIES[name].from_configuration(families[name]).check_plain(as_adapters=as_adapters)
+        except ValueError as error:
+            raise ValueError(f"--load {load}: {error}") from None

@@ -1,0 +1,123 @@
+"""A tiny run that can be saved and loaded, for tests: model, optimizer, schedule, step and checkpointer at any cut."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.checkpoint.checkpointer import Checkpointer, Progress
+from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.training_step import Stepper
+from megatron_ext.training.interface.family_interface import Family
+
+TINY_WITH_DROPOUT = replace(TINY, hidden_dropout=0.1, attention_dropout=0.1)
+"""Every step draws random numbers, of both the shared and the rank's own stream."""
+
+SCHEDULE = OptimizerSettings(
+    lr=1e-2, min_lr=1e-3, weight_decay=0.1, lr_decay_style="cosine", lr_warmup_iters=2
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a tiny run is made of; picklable."""
+
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    model: ModelConfig = TINY
+    optimizer: OptimizerSettings = SCHEDULE
+    bf16: bool = False
+    vocab_size: int = VOCAB_SIZE
+    tokenizer: str = "numbers"
+    tokenizer_config: TokenizerConfig | None = None
+    """For checkpoints that `inference.loading` reads; `tokenizer` is its fingerprint then."""
+
+    make_families: Callable[[], list[Family]] = list
+
+
+class TinyRun:
+    """A run in the making; every process of the cut makes one. Loads at once where the settings say so."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.notes: list[str] = []
+        parallel, bf16, families = settings.parallel, settings.bf16, settings.make_families()
+        initialize(parallel, seed=1)
+        self.chunks = build_model(
+            settings.model,
+            parallel,
+            vocab_size=settings.vocab_size,
+            seed=1,
+            bf16=bf16,
+            extensions=[family.extension() for family in families],
+        )
+        for family in families:
+            family.prepare_model(self.chunks)
+        wrapped = wrap_model(self.chunks, parallel, bf16=bf16)
+        self.optimizer = build_optimizer(settings.optimizer, parallel, wrapped, families, bf16=bf16)
+        training = TrainingConfig(train_iters=10, bf16=bf16)
+        self.scheduler = build_scheduler(settings.optimizer, training, self.optimizer, GLOBAL_BATCH_SIZE)
+        self.stepper = Stepper(
+            wrapped,
+            families,
+            self.optimizer,
+            self.scheduler,
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            micro_batch_size=1,
+            clip_grad=1.0,
+        )
+        sections: dict[str, object] = {"model": settings.model, "training": training}
+        if settings.tokenizer_config is not None:
+            sections["tokenizer"] = settings.tokenizer_config
+        run_config = configs_to_dict(sections)
+        self.checkpointer = Checkpointer(
+            settings.checkpoint,
+            chunks=list(wrapped),
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            run_config={
+                **run_config,
+                "vocab_size": settings.vocab_size,
+                "tokenizer_fingerprint": settings.tokenizer,
+            },
+            families=families,
+            note=self.notes.append,
+        )
+        self.progress = self.checkpointer.load() or Progress()
+        self._batches = synthetic_batches(settings.model.seq_length)
+        for _ in range(self.progress.consumed_samples // parallel_state.get_data_parallel_world_size()):
+            next(self._batches)
+
+    def train(self, steps: int) -> list[float]:
+        """Trains and returns the losses."""
+        losses = []
+        for _ in range(steps):
+            self.progress.iteration += 1
+            losses.append(self.stepper.train(self._batches, self.progress.iteration).loss)
+            self.progress.consumed_samples += GLOBAL_BATCH_SIZE
+        return losses
+
+    def save(self) -> Path:
+        """Saves a checkpoint."""
+        return self.checkpointer.save(self.progress)
+
+
+def read_plain(folder: str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, as megatron-core's own reader gives them; needs a process group."""
+    with warnings.catch_warnings():
+        # The engine calls torch's loader by its older name.
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        return dist_checkpointing.load_plain_tensors(folder)

@@ -1,0 +1,188 @@
+"""Trains tiny models in tests, at any cut, on deterministic data, and brings results to one place for comparison.
+
+Sample `i` of global batch `k` is the same whatever the cut; data-parallel rank `r` takes its share as the sampler does.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.training_step import Stepper
+from megatron_ext.training.interface.family_interface import Batch, Family
+
+VOCAB_SIZE = 96
+GLOBAL_BATCH_SIZE = 4
+
+TINY = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=48,
+    seq_length=16,
+    swiglu=True,
+    disable_bias_linear=True,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+"""A Llama-like model that every cut of up to four processes divides."""
+
+CUTS: dict[str, ParallelConfig] = {
+    "TP1": ParallelConfig(),
+    "TP2": ParallelConfig(tensor_model_parallel_size=2),
+    "PP2": ParallelConfig(pipeline_model_parallel_size=2),
+    "PP2 interleaved": ParallelConfig(
+        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+    ),
+    "TP2xPP2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "DP2": ParallelConfig(),
+    "DP2 distributed optimizer": ParallelConfig(use_distributed_optimizer=True),
+    "TP2+SP": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+}
+"""The cuts that must agree with the single process."""
+
+WORLD_SIZES = {name: 4 if name == "TP2xPP2" else 1 if name == "TP1" else 2 for name in CUTS}
+
+
+def with_full_recompute(parallel: ParallelConfig) -> ParallelConfig:
+    """The same cut, every layer recomputed in the backward pass."""
+    return replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+@dataclass
+class TrainingTrace:
+    """What a short training gives, gathered so that cuts can be compared."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    layer_losses: list[dict[str, float]] = field(default_factory=list)
+    first_gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = field(
+        default_factory=list
+    )
+    """This rank's gradients of the first step: name, global shape, offset, values."""
+
+    statistics: dict[str, float] = field(default_factory=dict)
+    """Families' statistics, those of the last step in which they were due."""
+
+
+def synthetic_batches(
+    sequence_length: int, micro_batch_size: int = 1, global_batch_size: int = GLOBAL_BATCH_SIZE
+) -> Iterator[Batch]:
+    """Endless micro-batches for this data-parallel rank; tokens follow a rule that can be learned."""
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
+    step = 0
+    while True:
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, VOCAB_SIZE, (global_batch_size, sequence_length + 1), generator=generator)
+        tokens[:, 1::2] = (tokens[:, 0:-1:2] * 7 + 3) % VOCAB_SIZE
+        for samples in tokens.split(micro_batch_size)[rank::size]:
+            yield {
+                "tokens": samples[:, :-1].contiguous(),
+                "labels": samples[:, 1:].contiguous(),
+                "loss_mask": torch.ones(micro_batch_size, sequence_length),
+                "position_ids": torch.arange(sequence_length).expand(micro_batch_size, -1),
+            }
+        step += 1
+
+
+def train_tiny(
+    parallel: ParallelConfig,
+    steps: int,
+    make_families: Callable[[], list[Family]] = list,
+    model: ModelConfig = TINY,
+    bf16: bool = False,
+) -> TrainingTrace:
+    """Trains `model` for `steps` steps at this cut; runs in every process of the cut.
+
+    Args:
+        parallel: the cut.
+        steps: optimizer steps of a global batch of 4 sequences.
+        make_families: makes the families of the run; a module-level function.
+        model: the base model.
+        bf16: precision.
+    """
+    initialize(parallel, seed=1)
+    families = make_families()
+    extensions = [family.extension() for family in families]
+    chunks = build_model(model, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=extensions)
+    for family in families:
+        family.prepare_model(chunks)
+    wrapped = wrap_model(chunks, parallel, bf16=bf16)
+    settings = OptimizerSettings(lr=5e-3, weight_decay=0.1, lr_decay_style="constant")
+    optimizer = build_optimizer(settings, parallel, wrapped, families, bf16=bf16)
+    scheduler = build_scheduler(settings, TrainingConfig(train_iters=steps), optimizer, GLOBAL_BATCH_SIZE)
+    stepper = Stepper(
+        wrapped,
+        families,
+        optimizer,
+        scheduler,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        micro_batch_size=1,
+        clip_grad=1.0,
+    )
+    batches = synthetic_batches(model.seq_length)
+    trace = TrainingTrace()
+    for iteration in range(1, steps + 1):
+        result = stepper.train(batches, iteration)
+        trace.losses.append(result.loss)
+        trace.grad_norms.append(result.grad_norm)
+        trace.layer_losses.append(result.layer_losses)
+        trace.statistics |= result.statistics
+        if iteration == 1 and not parallel.use_distributed_optimizer:
+            trace.first_gradients = local_gradients(chunks, result.grad_norm, clip=1.0)
+    return trace
+
+
+def local_gradients(
+    chunks: list[GPTModel], grad_norm: float, clip: float
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+    """This rank's gradients by global name, with global shape and offset, the clipping undone."""
+    undo = max(1.0, (grad_norm + 1.0e-6) / clip)
+    found = []
+    for chunk in chunks:
+        for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
+            for parameter, shards in _parameter_shards(value):
+                gradient = getattr(parameter, "main_grad", None)
+                if gradient is None:
+                    continue
+                pieces = (
+                    gradient.split([s.data.shape[0] for s in shards], dim=0)
+                    if len(shards) > 1
+                    else [gradient]
+                )
+                for shard, piece in zip(shards, pieces, strict=True):
+                    found.append(
+                        (shard.key, shard.global_shape, shard.global_offset, piece.detach().clone() * undo)
+                    )
+    return found
+
+
+def _parameter_shards(value: object) -> Iterator[tuple[torch.Tensor, list[ShardedTensor]]]:
+    if isinstance(value, ShardedTensor) and isinstance(value.data, torch.nn.Parameter):
+        yield value.data, [value]
+    elif isinstance(value, ShardedTensorFactory):
+        pieces = value.build()
+        yield value.data, list(pieces.values()) if isinstance(pieces, dict) else list(pieces)
+
+
+def assemble(traces: list[TrainingTrace]) -> dict[str, torch.Tensor]:
+    """The full gradients from all ranks' shards, by global name."""
+    full: dict[str, torch.Tensor] = {}
+    for trace in traces:
+        for key, shape, offset, values in trace.first_gradients:
+            target = full.setdefault(key, torch.full(shape, float("nan")))
+            target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+    return full

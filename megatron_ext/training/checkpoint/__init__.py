@@ -1,0 +1,1 @@
+"""Checkpoints: files, tensors, optimizer and random state, the run directory and its lock."""

@@ -1,0 +1,212 @@
+"""Model and optimizer tensors to and from a directory, in megatron-core's `torch_dist` format.
+
+Written without the engine's helper processes: its own writer starts a process manager and forks, which costs seconds
+on a tiny model, forbids daemonic callers, and lets a full disk on rank 0 hang the others. The writer of
+`torch.distributed.checkpoint`, given the engine's state dict and planner, makes the same files in this process and
+tells every rank of a failure. Read with the engine's own reader.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.platform.collectives import gather
+from megatron_ext.training.checkpoint import checkpoint_files as files
+from megatron_ext.training.checkpoint.optimizer_state import PREFIX
+
+_WORD_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def model_state(
+    models: list[GPTModel], keeps: Callable[[str, torch.Tensor], bool] | None = None
+) -> ShardedStateDict:
+    """The sharded state dict of this rank's chunks; names in it are global and do not tell how layers are cut.
+
+    Args:
+        models: the chunks, unwrapped.
+        keeps: (global name, the model's own tensor) -> whether it is in; without it all are.
+    """
+    states = {}
+    for index, model in enumerate(models):
+        state = model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        if keeps is not None:
+            state = {
+                name: value
+                for name, value in state.items()
+                if not isinstance(value, ShardedTensor | ShardedTensorFactory) or keeps(value.key, value.data)
+            }
+        states[f"model{index}"] = state
+    return states
+
+
+def load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool = True) -> None:
+    """Gives the chunks what the engine's reader has filled in; not strict where `model_state` left something out."""
+    for index, model in enumerate(models):
+        found = model.load_state_dict(state[f"model{index}"], strict=False)
+        wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not _is_extra(name)]
+        assert not (strict and wrong), (
+            f"{wrong[0]}: not in both model and checkpoint, though these were compared"
+        )
+
+
+def write(state: ShardedStateDict, folder: Path) -> None:
+    """Writes all tensors of a sharded state dict; collective.
+
+    Raises:
+        OSError: a rank could not write; every rank raises it.
+    """
+    sharded, common = save_preprocess(state)
+    groups: dict[str, list[Any]] = defaultdict(list)
+    for shard in nested_values(sharded):
+        if is_main_replica(shard.replica_id):
+            groups[shard.unique_key if isinstance(shard, ShardedObject) else shard.key].append(shard)
+    try:
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(groups),
+            storage_writer=_Writer(folder, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+    except torch_checkpoint.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise OSError(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__) from cause
+
+    def write_rest() -> None:
+        if dist.get_rank() == 0:
+            files.write_tensors(folder / "common.pt", common)
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+    gather(write_rest)
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """torch's writer, telling why a file could not be written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        """Writes this rank's files."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # `torch.save` hides the system's error ("No space left on device") behind one of its own.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
+    """Fills a sharded state dict; collective. Call `check` before.
+
+    An `_extra_state` that the checkpoint lacks is left out: Transformer Engine's norms have one (for FP8), others none.
+    """
+    state = _with_stored_extras(state, folder)
+    with warnings.catch_warnings():
+        # The engine calls torch's loader by its older name.
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> global shape of every tensor in a checkpoint whose checksums have been verified."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
+    return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+
+
+def check(
+    state: ShardedStateDict,
+    stored: dict[str, tuple[int, ...]],
+    folder: Path,
+    *,
+    same_vocabulary: bool,
+    whole: bool = True,
+) -> None:
+    """Finds out whether the checkpoint has every tensor of the run, in its shape, and no more of the model; collective.
+
+    Args:
+        state: what is to be loaded.
+        stored: name -> global shape in the checkpoint.
+        folder: the checkpoint, named in errors.
+        same_vocabulary: the tokenizers' sizes agree, so that the embedding may be padded differently.
+        whole: the checkpoint may hold no more of the model than is to be loaded.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    wanted = {shard.key: tuple(shard.global_shape) for shard in _shards(state)}
+    everywhere: dict[str, tuple[int, ...]] = {}
+    for part in gather(lambda: wanted):
+        everywhere |= part
+    for name, shape in sorted(everywhere.items()):
+        if name not in stored:
+            hint = "; add --no-load-optim" if name.startswith(PREFIX) else ""
+            raise ValueError(f"{folder}: holds no {name}, which this run has{hint}")
+        if stored[name] == shape or (
+            same_vocabulary and stored[name][1:] == shape[1:] and _is_vocabulary(name)
+        ):
+            continue
+        if _is_vocabulary(name):
+            raise ValueError(
+                f"{folder}: a vocabulary of {stored[name][0]} rows, this run's tokenizer asks for {shape[0]}; "
+                "use the tokenizer of the checkpoint (--tokenizer-type, --tokenizer-model, --vocab-file)"
+            )
+        raise ValueError(f"{folder}: {name} has shape {list(stored[name])}, in this run {list(shape)}")
+    extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
+    if extra and whole:
+        raise ValueError(
+            f"{folder}: holds {extra[0]} ({len(extra)} tensors in all) that this run's model lacks"
+        )
+
+
+def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDict:
+    """The state dict without `_extra_state` objects that the checkpoint does not hold."""
+    if not any(isinstance(value, ShardedObject) for value in nested_values(state)):
+        return state
+    stored = load_sharded_metadata(str(folder)).values()
+    objects = {value.unique_key for value in stored if isinstance(value, ShardedObject)}
+
+    def is_there(name: Any, value: Any) -> bool:
+        return not (isinstance(value, ShardedObject) and _is_extra(str(name))) or value.unique_key in objects
+
+    def kept(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        return {name: kept(value) for name, value in part.items() if is_there(name, value)}
+
+    return kept(state)
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith("_extra_state")
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.endswith((_WORD_EMBEDDING, "output_layer.weight", "output_layer.bias"))
+
+
+def _shards(state: ShardedStateDict) -> list[ShardedTensor]:
+    found = []
+    for value in nested_values(state):
+        pieces = [value]
+        if isinstance(value, ShardedTensorFactory):
+            built = value.build()
+            pieces = list(nested_values(built)) if isinstance(built, dict | list) else [built]
+        found += [piece for piece in pieces if isinstance(piece, ShardedTensor)]
+    return found

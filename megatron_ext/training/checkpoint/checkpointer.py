@@ -1,0 +1,398 @@
+"""Saves and loads runs: model, optimizer, schedule, random numbers, progress, families' state, configuration.
+
+At the same cut a run goes on bit for bit. At any other tensor-, pipeline- and data-parallel size model, optimizer and
+schedule are the same, and the random numbers are seeded anew. Files and guarantees are described in `checkpoint_files`
+and in docs/checkpoints.md.
+"""
+
+import json
+from collections.abc import Callable, Container
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.models.base_parameters import base_parameter_ids
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.training.checkpoint import checkpoint_files as files
+from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
+from megatron_ext.training.checkpoint import random_state, scheduler_state
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
+from megatron_ext.training.checkpoint.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
+from megatron_ext.training.checkpoint.same_run_checks import check_same_model
+from megatron_ext.training.engine.optimizer import gather_parameters
+from megatron_ext.training.interface.family_interface import Family
+
+IMPORTED = "hugging_face"
+"""Section of `run_config` in which an import tells what it read beside the tensors; runs carry it along unread."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come."""
+
+    iteration: int = 0
+    """Steps done, skipped ones included."""
+
+    consumed_samples: int = 0
+    """Sequences taken from the training set."""
+
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite."""
+
+
+class Checkpointer:
+    """Saves and loads one run."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        run_config: dict[str, Any],
+        families: list[Family],
+        base: BaseCheckpoint | None = None,
+        name: Callable[[int], str] = files.checkpoint_name,
+        loads_what_fits: bool = False,
+        note: Callable[[str], None] = print_on_first_rank,
+    ) -> None:
+        """Args:
+        config: where, how often and what.
+        chunks: this rank's model chunks, wrapped or not.
+        optimizer: over `chunks`.
+        scheduler: over `optimizer`.
+        run_config: the configuration as JSON values: a section a concern (`model` and `training` are looked into),
+            `vocab_size` and `tokenizer_fingerprint`. The families' sections are added here.
+        families: their configuration, state and files are saved.
+        base: has been loaded under the run; what is frozen is left out of the run's checkpoints then.
+        name: step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads.
+        loads_what_fits: tensors that only the checkpoint or only the run has are left alone, and the optimizer starts
+            anew.
+        note: takes a line for the user, on every rank.
+        """
+        self.config = config
+        self.chunks = chunks
+        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.families = families
+        self.run_config = {
+            **run_config,
+            "families": {f.name: f.configuration() for f in families},
+            "base_checkpoint": base.as_json() if base is not None else None,
+        }
+        self.base = base
+        self.name = name
+        self.loads_what_fits = loads_what_fits
+        self.note = note
+        self._goes_on_from: int | None = None
+        """The step from which the run goes on in --save; None where it begins there."""
+
+        self._has_saved = False
+        if base is not None:
+            self._keep_import(base.run_config())
+
+    def save(self, progress: Progress) -> Path:
+        """Saves the run after the step that `progress` tells; collective.
+
+        With `--overwrite-checkpoints` the first save removes the checkpoints whose place the run has taken.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            OSError: it could not be written, on every rank; what was written is removed, earlier ones are intact.
+        """
+        assert self.config.save is not None, "saving needs --save"
+        gather_parameters(self.chunks)
+        root, iteration = Path(self.config.save), progress.iteration
+        name = self.name(iteration)
+        try:
+            on_first_rank(lambda: files.begin(root, name))
+            self._write(files.writing_folder(root, name), progress)
+            on_first_rank(lambda: files.publish(root, name))
+        except BaseException as error:
+            if dist.get_rank() == 0:
+                files.discard(root, name)
+            if isinstance(error, OSError):
+                dist.barrier()  # no rank may end the run while rank 0 still removes files
+                left = "nothing of it is left"
+                if (root / name).is_dir():
+                    left = (
+                        f"it is whole, but {files.TRACKER} does not name it: --ckpt-step {iteration} loads it"
+                    )
+                raise OSError(
+                    f"--save {root}: the checkpoint of step {iteration} could not be written ({error}); "
+                    f"{left}, earlier ones are intact"
+                ) from error
+            raise
+        self._remove_older(root, name)
+        return root / name
+
+    def load(self) -> Progress | None:
+        """Loads the checkpoint that the configuration names; collective.
+
+        Returns:
+            The run's progress, at its start with `--finetune`; None where there is nothing to load.
+
+        Raises:
+            ValueError: the checkpoint is damaged, of another model, or lacks what is to be loaded.
+            OSError: it cannot be read, or `--ckpt-step` is not there.
+        """
+        if self.config.load is None:
+            return None
+        root = self.config.load
+        folder = on_first_rank(lambda: checkpoint_to_load(self.config))
+        if folder is None:
+            self.note(f"--load {root}: no checkpoint there, the run starts from scratch")
+            return None
+        stored, state = _read_verified(folder)
+        self._check_base(stored, folder)
+        check_same_model(self.run_config, stored, self.families, folder, finetune=self.config.finetune)
+        self._keep_import(stored)
+        same_vocabulary = stored["vocab_size"] == self.run_config["vocab_size"]
+        self._load_tensors(folder, state, same_vocabulary)
+        if self.config.finetune:
+            self.note(f"loaded the model of {folder}; the run starts at step 0")
+            return Progress()
+        scheduler_state.restore(
+            self.scheduler, state["scheduler"], folder, run=self.run_config, stored=stored
+        )
+        for family in self.families:
+            family.load_state_dict(state["families"][family.name])
+        progress = Progress(**state["progress"])
+        self._load_random_state(folder, state, progress)
+        self._goes_on_from = step_to_go_on_from(self.config, folder)
+        self.note(f"loaded {folder}: the run goes on after step {progress.iteration}")
+        later = on_first_rank(lambda: later_steps(self.config, self._goes_on_from))
+        if later and not self.config.overwrite_checkpoints:
+            self.note(f"note: {later} are in --save too, after it; the run writes its own over them")
+        return progress
+
+    def _keep_import(self, stored: dict[str, Any]) -> None:
+        """Ids and files of an imported model are those of its tokenizer: with another one they mean nothing."""
+        if IMPORTED not in stored:
+            return
+        if stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
+            self.run_config[IMPORTED] = stored[IMPORTED]
+        else:
+            self.note(
+                "another tokenizer than the imported model's: an export will not have its generation configuration "
+                "and files"
+            )
+
+    def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
+        """What the run's checkpoints hold of the model, where asked for without names that are not `known`.
+
+        On top of a base that is what the base lacks, frozen or not, and what is trained.
+        """
+        of_base = base_parameter_ids(self.models)
+
+        def keeps(name: str, value: torch.Tensor) -> bool:
+            is_ours = self.base is None or id(value) not in of_base or value.requires_grad
+            return is_ours and (known is None or name in known)
+
+        return tensors.model_state(self.models, None if self.base is None and known is None else keeps)
+
+    def _check_base(self, stored: dict[str, Any], folder: Path) -> None:
+        theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
+        if (theirs and theirs["sha256"]) != (ours and ours["sha256"]):
+            raise ValueError(
+                f"{folder}: was trained on top of {theirs['path'] if theirs else 'nothing'}, "
+                f"this run on top of {ours['path'] if ours else 'nothing'}"
+            )
+
+    def _write(self, folder: Path, progress: Progress) -> None:
+        state = self._model_state()
+        step = None
+        if not self.config.no_save_optim:
+            optimizer = OptimizerState(self.optimizer, state)
+            step = max(gather(optimizer.step))
+            held = optimizer.sharded(is_loading=False)
+            # On a rank that saves nothing of it there is no entry: the engine would report an empty one.
+            state |= {"optimizer": held} if held else {}
+        tensors.write(state, folder)
+        rank, random_file = dist.get_rank(), random_state.file_name(dist.get_rank())
+
+        def write_rest() -> None:
+            if not self.config.no_save_rng:
+                random_state.save(folder / random_file)
+            if rank == 0:
+                files.write_text(folder / files.RUN_CONFIG, json.dumps(self.run_config, indent=1))
+                files.write_text(folder / files.STATE, json.dumps(self._state(progress, step), indent=1))
+
+        gather(write_rest)
+        for family in self.families:
+            told = {**self._state(progress, step), "run_config": self.run_config}
+            family.write_files(self.models, folder, told)
+        own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
+        on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
+
+    def _state(self, progress: Progress, optimizer_step: int | None) -> dict[str, Any]:
+        return {
+            "progress": asdict(progress),
+            "optimizer_step": optimizer_step,
+            "scheduler": scheduler_state.capture(self.scheduler),
+            "families": {family.name: family.state_dict() for family in self.families},
+            "cut": _cut(self.models),
+        }
+
+    def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
+        stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+        wanted = self._model_state(stored if self.loads_what_fits else None)
+        whole = not self.loads_what_fits
+        tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary, whole=whole)
+        optimizer = None
+        if not (self.config.finetune or self.config.no_load_optim or self.loads_what_fits):
+            if state["optimizer_step"] is None:
+                raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
+            optimizer = OptimizerState(self.optimizer, wanted)
+            main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
+            wanted |= {"optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
+            tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
+        loaded = tensors.read(wanted, folder)
+        tensors.load_model_state(self.models, loaded, strict=self.base is None and whole)
+        if optimizer is None:
+            self.optimizer.reload_model_params()
+        else:
+            optimizer.restore(loaded.get("optimizer", {}), state["optimizer_step"])
+
+    def _load_random_state(self, folder: Path, state: dict[str, Any], progress: Progress) -> None:
+        if self.config.no_load_rng:
+            return
+        path = folder / random_state.file_name(dist.get_rank())
+        same_cut = _cut(self.models) == state["cut"]
+        why = random_state.load(path) if same_cut else "the run is cut differently"
+        if why is not None:
+            random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
+            self.note(f"random numbers are seeded anew at step {progress.iteration}: {why}")
+
+    def _remove_older(self, root: Path, name: str) -> None:
+        """Removes what a new checkpoint makes superfluous; a failure is only told. Collective."""
+        keep, iteration = self.config.keep_last, files.step_of(name) or 0
+        overwrites = self.config.overwrite_checkpoints and not self._has_saved
+        self._has_saved = True
+        if dist.get_rank() == 0:
+            try:
+                if overwrites:
+                    files.remove_overwritten(root, name, self._goes_on_from)
+                if keep is not None:
+                    files.prune(root, keep, iteration)
+            except OSError as error:
+                flag = f"--keep-last {keep}" if keep is not None else "--overwrite-checkpoints"
+                self.note(f"{flag}: an old checkpoint could not be removed: {error}")
+        dist.barrier()
+
+
+def load_weights(
+    path: str,
+    chunks: list[torch.nn.Module],
+    families: list[Family],
+    *,
+    vocab_size: int | None = None,
+    ckpt_step: int | None = None,
+) -> Path:
+    """Loads the model alone, at any cut, for tools that evaluate, generate or convert; collective.
+
+    Where the checkpoint was made on top of a base, that is loaded first.
+
+    Args:
+        path: a directory of checkpoints, or one checkpoint's own.
+        chunks: this rank's model chunks, wrapped or not, built as `read_run_config` tells.
+        families: those of the model.
+        vocab_size: the tokenizer's size; where it is the checkpoint's, the vocabulary may be padded differently.
+        ckpt_step: the step to load instead of the newest.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another model.
+        OSError: there is none, or it cannot be read.
+    """
+    folder = on_first_rank(lambda: _existing(path, ckpt_step))
+    stored, _ = _read_verified(folder)
+    models: list[GPTModel] = unwrap_model(chunks)
+    shapes = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+    base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
+    of_base = base_parameter_ids(models)
+    if base is not None:
+        base.load(models, stored, families)
+    wanted = tensors.model_state(
+        models, None if base is None else lambda name, value: name in shapes or id(value) not in of_base
+    )
+    tensors.check(wanted, shapes, folder, same_vocabulary=vocab_size == stored["vocab_size"])
+    tensors.load_model_state(models, tensors.read(wanted, folder), strict=base is None)
+    return folder
+
+
+def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
+    """The configuration with which a checkpoint was made; needs no process group.
+
+    Args:
+        path: a directory of checkpoints, or one checkpoint's own.
+        ckpt_step: the step to look at instead of the newest.
+
+    Returns:
+        A section a concern (`model`, ...), `vocab_size`, and `families`: name -> its configuration.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: there is no checkpoint, or it cannot be read.
+    """
+    folder = _existing(path, ckpt_step)
+    files.verify(folder, names=[files.RUN_CONFIG])
+    return files.read_json(folder / files.RUN_CONFIG)
+
+
+def read_step(folder: Path) -> int:
+    """Optimizer steps that the model of a checkpoint, whose own directory is given, was trained for."""
+    return int(files.read_json(folder / files.STATE)["progress"]["iteration"])
+
+
+def _existing(path: str, ckpt_step: int | None) -> Path:
+    folder = files.find_checkpoint(path, ckpt_step)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: no checkpoint there")
+    return folder
+
+
+def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run configuration and state of a checkpoint all of whose files match their checksums; collective."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    gather(lambda: files.verify(folder, rank, size))
+    return gather(
+        lambda: (files.read_json(folder / files.RUN_CONFIG), files.read_json(folder / files.STATE))
+    )[rank]
+
+
+def _files_of(folder: Path, rank: int) -> list[str]:
+    """Files that a rank has written, relative to the checkpoint; rank 0 answers for all that bear no rank."""
+    names = [str(path.relative_to(folder)) for path in folder.glob(f"__{rank}_*.distcp")]
+    names += [name for name in [random_state.file_name(rank)] if (folder / name).is_file()]
+    if rank == 0:
+        names += [p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(".distcp")]
+    return names
+
+
+def _cut(models: list[GPTModel]) -> dict[str, int]:
+    """What must be equal for each rank to find its own random numbers."""
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "model_chunks": len(models),
+        "sequence_parallel": int(models[0].config.sequence_parallel),
+    }

@@ -1,0 +1,146 @@
+"""Is a checkpoint one of this run's model? Compares configurations before any tensor is read, and names the flag.
+
+What only says how a run trains (dropout, batch size, the cut, ...) may differ.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.command_line.field_checks import flag_name
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.data.tokenizers.tokenizer import in_words
+from megatron_ext.training.interface.family_interface import Family
+
+_SHAPE = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "swiglu",
+    "normalization",
+    "position_embedding_type",
+    "sliding_window",
+    "disable_bias_linear",
+    "add_qkv_bias",
+    "add_attention_output_bias",
+    "add_mlp_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+)
+"""Fields of `ModelConfig` that decide which tensors a layer has, and what is computed with them."""
+
+_MEANING = (
+    "rotary_base",
+    "rotary_percent",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+    "norm_epsilon",
+)
+"""Fields that a fine-tuning may change on purpose."""
+
+
+def check_same_model(
+    run: Mapping[str, Any], stored: Mapping[str, Any], families: list[Family], folder: Path, *, finetune: bool
+) -> None:
+    """Compares a run's configuration with a checkpoint's.
+
+    Args:
+        run: the run's `run_config`, with sections `model` and `families` and `tokenizer_fingerprint`.
+        stored: the checkpoint's.
+        families: the run's families; each tells which of its fields may differ.
+        folder: the checkpoint, named in errors.
+        finetune: rotary base and the like, and the tokenizer, may differ.
+
+    Raises:
+        ValueError: naming the flag and both values.
+    """
+    ours = _model(run)
+    _same("num_layers", ours.num_layers, _model(stored).num_layers, folder)
+    check_same_layers(ours, stored, folder, finetune=finetune)
+    if not finetune and run["tokenizer_fingerprint"] != stored["tokenizer_fingerprint"]:
+        raise ValueError(
+            f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer "
+            f"({tokenizer_in_words(stored)}) than this run's ({tokenizer_in_words(run)}); "
+            "with --finetune its weights are taken all the same"
+        )
+    _check_families(run["families"], stored["families"], families, folder)
+
+
+def tokenizer_in_words(run_config: Mapping[str, Any]) -> str:
+    """Class, size and files of a run's tokenizer."""
+    section = run_config.get("tokenizer", {})
+    files = [section[name] for name in ("tokenizer_model", "vocab_file", "merge_file") if section.get(name)]
+    return in_words(
+        {
+            "class": section.get("tokenizer_type"),
+            "vocab_size": run_config.get("vocab_size"),
+            "files": files,
+            "fingerprint": run_config["tokenizer_fingerprint"],
+        }
+    )
+
+
+def check_same_layers(
+    ours: ModelConfig, stored: Mapping[str, Any], folder: Path, *, finetune: bool = False
+) -> None:
+    """Compares all but the number of layers.
+
+    Args:
+        ours: the run's model.
+        stored: the checkpoint's configuration.
+        folder: the checkpoint, named in errors.
+        finetune: see `check_same_model`.
+
+    Raises:
+        ValueError: naming the flag and both values.
+    """
+    theirs = _model(stored)
+    for name in _SHAPE if finetune else _SHAPE + _MEANING:
+        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
+    if ours.position_embedding_type == "learned_absolute":
+        name = "max_position_embeddings"
+        _same(name, _resolved(ours, name), _resolved(theirs, name), folder)
+
+
+def _check_families(
+    run: Mapping[str, Any], stored: Mapping[str, Any], families: list[Family], folder: Path
+) -> None:
+    for name in sorted(set(run) ^ set(stored)):
+        there, here = ("has", "this run has not") if name in stored else ("has not", "this run has")
+        raise ValueError(f"{folder}: the checkpoint {there} the family {name}, {here}")
+    for family in families:
+        ours, theirs = _leaves(run[family.name]), _leaves(stored[family.name])
+        for name in sorted(set(ours) | set(theirs)):
+            if name not in family.free_on_resume:
+                _same(name, ours.get(name), theirs.get(name), folder)
+
+
+def _same(name: str, ours: Any, theirs: Any, folder: Path) -> None:
+    if ours == theirs:
+        return
+    if isinstance(ours, list) and isinstance(theirs, list):
+        raise ValueError(f"{flag_name(name)}: the checkpoint {folder} was made with another one")
+    raise ValueError(f"{flag_name(name)} {ours}: the checkpoint {folder} was made with {theirs}")
+
+
+def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a family's configuration by field name, wherever they are nested."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= _leaves(value) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def _model(configuration: Mapping[str, Any]) -> ModelConfig:
+    return configs_from_dict({"model": ModelConfig}, configuration)["model"]
+
+
+def _resolved(model: ModelConfig, name: str) -> Any:
+    return getattr(model, f"resolved_{name}", getattr(model, name))

@@ -1,0 +1,166 @@
+"""`--dry-run`: what a run would cost, computed from its configuration alone.
+
+Nothing is built: no process group, no model. Only the tokenizer is made, for the size of its vocabulary (a
+NullTokenizer with --vocab-size stands in for one that is not there yet). The number of processes is WORLD_SIZE, which
+`torchrun` sets and which may be set by hand to plan for a cluster; without it, one copy of the model is assumed.
+Where steps differ in what they train and run, as under a curriculum, all figures are the last step's.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.models.costs.memory_estimate import Cut, StageMemory
+from megatron_ext.models.costs.model_cost import (
+    ModelCost,
+    hardware_flops_per_token,
+    training_flops_per_token,
+)
+from megatron_ext.platform import process_groups
+from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.logging.progress_line import binary_size, compact
+from megatron_ext.training.planned_memory import plan_memory
+
+_PLAIN_WIDTH = 110
+
+
+def planned_world_size(parallel: ParallelConfig) -> int:
+    """Processes of the planned run: WORLD_SIZE, or as many as one copy of the model needs."""
+    return int(os.environ.get("WORLD_SIZE") or parallel.model_parallel_size)
+
+
+def print_dry_run(
+    configs: Mapping[str, Any],
+    make_families: Callable[[dict[str, Any], Tokenizer], list[Family]],
+    stream: TextIO | None = None,
+) -> None:
+    """Prints parameters, memory of each rank and FLOPs a step, on rank 0.
+
+    Args:
+        configs: the run's configurations by name, checked against each other for `planned_world_size` processes.
+        make_families: makes the families from configurations and tokenizer.
+        stream: where to print; standard output by default.
+
+    Raises:
+        ValueError: the tokenizer cannot be made, or the families refuse their configuration.
+    """
+    if process_groups.rank() != 0:
+        return
+    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    tokenizer = build_tokenizer(configs["tokenizer"])
+    families = make_families(dict(configs), tokenizer)
+    for family in families:
+        family.check(model, parallel)
+    copies = parallel.data_parallel_size(planned_world_size(parallel))
+    cut, cost, memory = plan_memory(configs, tokenizer, families, copies)
+    _print(cut, training, cost.parts, memory, Console(file=stream or sys.stdout))
+
+
+def _print(
+    cut: Cut,
+    training: TrainingConfig,
+    costs: dict[str, ModelCost],
+    memory: list[StageMemory],
+    console: Console,
+) -> None:
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    console.print("Dry run: nothing was built.", highlight=False)
+    console.print(_describe(cut), highlight=False)
+    console.print(_parameter_table(costs))
+    console.print(_memory_table(memory))
+    console.print(_flops_table(cut, training, list(costs.values())))
+
+
+def _describe(cut: Cut) -> str:
+    parallel, model = cut.parallel, cut.model
+    processes = cut.data_parallel_size * parallel.model_parallel_size
+    sizes = f"data {cut.data_parallel_size} x tensor {parallel.tensor_model_parallel_size}"
+    sizes += f" x pipeline {parallel.pipeline_model_parallel_size}"
+    if cut.chunks > 1:
+        sizes += f" ({cut.chunks} virtual stages each)"
+    if parallel.context_parallel_size > 1:
+        sizes += f" x context {parallel.context_parallel_size}"
+    batch = cut.micro_batch_size * cut.num_microbatches * cut.data_parallel_size
+    return (
+        f"{processes} processes = {sizes}; {'bf16' if cut.bf16 else 'fp32'}\n"
+        f"a step = {batch} sequences of {model.seq_length} tokens; on each model copy {cut.num_microbatches} "
+        f"micro-batches of {cut.micro_batch_size}"
+    )
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, safe_box=True)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _parameter_table(costs: dict[str, ModelCost]) -> Table:
+    table = _table("Parameters", "part", "parameters", "", "share", "trained", "forward FLOPs a token")
+    total = ModelCost(
+        sum(cost.parameters for cost in costs.values()),
+        sum(cost.forward_flops_per_token for cost in costs.values()),
+        sum(cost.trained_parameters for cost in costs.values()),
+    )
+    for name, cost in {**costs, "total": total}.items():
+        share = f"{100 * cost.parameters / total.parameters:.1f}%"
+        shown = (
+            f"{cost.parameters:,}",
+            compact(cost.parameters),
+            share,
+            f"{cost.trained_parameters:,}",
+            compact(cost.forward_flops_per_token),
+        )
+        table.add_row(name, *shown)
+    return table
+
+
+def _memory_table(stages: list[StageMemory]) -> Table:
+    table = _table(
+        "Memory of one rank (estimate; see models/costs/memory_estimate.py)",
+        "stage",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "total",
+    )
+    # Stages between the first and the last differ in the micro-batches they hold, or not at all.
+    for memory, group in groupby(enumerate(stages), key=lambda numbered: numbered[1]):
+        numbers = [number for number, _ in group]
+        name = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+        sizes = (
+            memory.parameter_bytes,
+            memory.gradient_bytes,
+            memory.optimizer_bytes,
+            memory.activation_bytes,
+        )
+        table.add_row(name, compact(memory.parameters), *map(binary_size, (*sizes, memory.total_bytes)))
+    return table
+
+
+def _flops_table(cut: Cut, training: TrainingConfig, costs: list[ModelCost]) -> Table:
+    processes = cut.data_parallel_size * cut.parallel.model_parallel_size
+    batch = cut.micro_batch_size * cut.num_microbatches * cut.data_parallel_size
+    tokens = batch * cut.model.seq_length
+    iterations = training.resolved_train_iters(batch)
+    table = _table("FLOPs (forward and backward)", "", "a token", "a step", "a step and process", "the run")
+    for name, for_token in (
+        ("model (what MFU counts)", training_flops_per_token(costs)),
+        ("with recomputation", hardware_flops_per_token(cut.model, cut.parallel, costs)),
+    ):
+        step = for_token * tokens
+        table.add_row(name, *map(compact, (for_token, step, step / processes, step * iterations)))
+    return table

@@ -1,0 +1,1 @@
+"""One training step on the engine: micro-batches, optimizer, gradient norms."""

@@ -1,0 +1,137 @@
+"""Runs micro-batches through the model on megatron-core's pipeline schedules (none, 1F1B, interleaved).
+
+Callers see one function for every cut; what differs (one iterator a virtual stage, longer tensors between stages when
+side streams travel) is settled here.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.interface.family_interface import Batch, Family, side_inputs
+from megatron_ext.training.interface.output_losses import OutputLoss
+
+Prepare = Callable[[list[Batch]], Iterable[Batch]]
+"""Adds fields to micro-batches on the device, as `Family.prepare_batches`."""
+
+
+def run_microbatches(
+    chunks: list[Any],
+    families: list[Family],
+    batches: list[Batch],
+    output_loss: OutputLoss,
+    *,
+    forward_only: bool,
+    prepare: Prepare = list,
+) -> list[dict[str, torch.Tensor]]:
+    """Forward (and backward) on every micro-batch.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        families: asked for the model's side inputs.
+        batches: micro-batches of equal shape, `tokens` [b, s].
+        output_loss: called on the last stage.
+        forward_only: no backward pass.
+        prepare: called on the micro-batches once they are on the device.
+
+    Returns:
+        The output loss's second value for each micro-batch on the last stage, an empty list on the others. With a
+        backward pass the gradients are those of the mean over the tokens of the whole global batch.
+    """
+    device = torch.device(torch.cuda.current_device())
+    moved = [
+        {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
+    ]
+    micro_batch_size, sequence_length = moved[0]["tokens"].shape
+    _unwrapped(chunks[0]).check_length(sequence_length)
+    divisor = None if forward_only else _mean_weight(moved)
+    prepared = prepare(moved)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        # A stage's passes follow the schedule; what is made on the way must be there before it begins.
+        prepared = list(prepared)
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, families, output_loss, divisor),
+        # Every virtual stage works on the same micro-batches.
+        data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(moved),
+        # Side streams travel as further rows, so between stages the sequence is longer.
+        seq_length=sequence_length * _pipeline_factor(_unwrapped(chunks[0])),
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _mean_weight(batches: list[Batch]) -> torch.Tensor:
+    """Sum of the global batch's loss weights per micro-batch and data-parallel rank; 1 where no token counts.
+
+    The engine averages gradients over both, so a micro-batch's sum divided by this is its part of the global mean.
+    """
+    total = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(total, group=group)
+    mean = (total / (len(batches) * parallel_state.get_data_parallel_world_size())).float()
+    return torch.where(mean > 0, mean, 1.0)
+
+
+def _forward_step(
+    families: list[Family],
+    output_loss: OutputLoss,
+    divisor: torch.Tensor | None,
+    batches: Iterator[Batch],
+    model: Any,
+) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    chunk = _unwrapped(model)
+    with chunk.without_head() if output_loss.reads == "hidden" else contextlib.nullcontext():
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            side_inputs=side_inputs(families, batch),
+            labels=batch["labels"] if output_loss.reads == "losses" else None,
+        )
+    return output, partial(_loss, output_loss, chunk, batch, divisor)
+
+
+def _loss(
+    output_loss: OutputLoss, chunk: GPTModel, batch: Batch, divisor: torch.Tensor | None, output: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    total, sums = output_loss(chunk, batch, output)
+    return total if divisor is None else total / divisor, sums
+
+
+def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:
+    """What the output layer would read of one micro-batch, [s, b, h] ([s/t, b, h]), without a pipeline.
+
+    Not by the engine's schedule, which may be under way.
+
+    Args:
+        chunk: the whole model, unwrapped.
+        families: asked for the model's side inputs.
+        batch: on the device.
+    """
+    with chunk.without_head():
+        return chunk(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            side_inputs=side_inputs(families, batch),
+        )
+
+
+def _unwrapped(chunk: Any) -> GPTModel:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _pipeline_factor(chunk: GPTModel) -> int:
+    return chunk.channel.pipeline_factor(chunk.config.hidden_size)

@@ -1,0 +1,239 @@
+"""One training step, and one evaluation.
+
+    loss of a step = weighted mean over the tokens of the global batch, see `output_loss`
+
+A step whose loss or gradient norm is not finite changes nothing: no parameter, no optimizer state, no schedule.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron_ext.models.attached_losses import LayerLosses
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.engine.microbatches import run_microbatches
+from megatron_ext.training.engine.optimizer import unwrap_model
+from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
+from megatron_ext.training.interface.output_losses import the_one
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did; the same on every rank."""
+
+    losses: dict[str, float]
+    """Means before the update, by name: `lm loss` in nats a token, or what a family trains for in its place; and what
+    families make of a step's values."""
+
+    layer_losses: dict[str, float]
+    """Losses attached to layers, and what else layers have recorded, by name."""
+
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping."""
+
+    params_norm: float | None
+    """Global L2 norm of the parameters before the update, where it is asked for."""
+
+    skipped: bool
+    """Loss or gradient was not finite; nothing was changed."""
+
+    statistics: dict[str, float]
+    """Families' statistics of this step, where they were due; complete on rank 0."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy a token in nats; nan where the family that brings the output loss leaves it out."""
+        return self.losses.get("lm loss", math.nan)
+
+
+class Stepper:
+    """Runs steps and evaluations of one model."""
+
+    def __init__(
+        self,
+        chunks: list[Any],
+        families: list[Family],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        clip_grad: float,
+        log_params_norm: bool = False,
+    ) -> None:
+        """Args:
+        chunks: the wrapped model chunks of this rank.
+        families: asked for their model inputs and statistics.
+        optimizer: over `chunks`.
+        scheduler: stepped by the global batch.
+        global_batch_size: sequences in a step.
+        micro_batch_size: sequences in a micro-batch.
+        clip_grad: largest gradient norm, 0 for none.
+        log_params_norm: compute the parameters' norm in every step.
+        """
+        self.chunks = chunks
+        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.families = families
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.global_batch_size = global_batch_size
+        self.clip_grad = clip_grad
+        self.log_params_norm = log_params_norm
+        copies = parallel_state.get_data_parallel_world_size()
+        self.num_microbatches = global_batch_size // (micro_batch_size * copies)
+
+    def train(self, batches: Iterator[Batch], iteration: int) -> StepResult:
+        """Forward, backward and update on the next micro-batches.
+
+        Args:
+            batches: endless; `num_microbatches` are taken.
+            iteration: number of this step, from 1; families' statistics are due at multiples of their interval.
+        """
+        for family in self.families:
+            family.begin_step(self.models, iteration)
+        due = [f for f in self.families if f.statistics_interval and iteration % f.statistics_interval == 0]
+        for family in due:
+            family.begin_statistics(self.models)
+        losses, layer_losses = self.forward_backward(batches)
+        statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
+        params_norm = parameters_norm(self.models) if self.log_params_norm else None
+        grad_norm, skipped = self._update(losses)
+        values = losses | layer_losses
+        summaries = {
+            name: value for family in self.families for name, value in family.summary(values).items()
+        }
+        return StepResult(
+            losses=losses | summaries,
+            layer_losses=layer_losses,
+            grad_norm=grad_norm,
+            params_norm=params_norm,
+            skipped=skipped,
+            statistics=statistics,
+        )
+
+    def forward_backward(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, float]]:
+        """Leaves the gradients of the next micro-batches in the model; returns the losses and the layers' values."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        LayerLosses.scale = 1.0 / self.num_microbatches
+        taken = self._take(batches)
+        output_loss = the_one(family.output_loss() for family in self.families)
+        outputs = run_microbatches(
+            self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
+        )
+        return _means(outputs, output_loss.names, of_nothing=0.0), LayerLosses.collect()
+
+    def evaluate(
+        self, make_batches: Callable[[], Iterator[Batch]], num_steps: int, split: str = "validation"
+    ) -> dict[str, float]:
+        """Mean losses over `num_steps` global batches without gradients: `lm loss`, the layers' and the families' own.
+
+        Args:
+            make_batches: gives the evaluation's batches, the same ones whenever it is called.
+            num_steps: global batches.
+            split: what the batches are of, for families.
+        """
+        for family in self.families:
+            family.begin_step(self.models, None)
+        losses = self._evaluate(make_batches(), num_steps)
+        for family in self.families:
+            losses |= family.evaluation(
+                self.models,
+                split,
+                losses["lm loss"],
+                lambda: self._evaluate(make_batches(), num_steps)["lm loss"],
+            )
+        return losses
+
+    def _evaluate(self, batches: Iterator[Batch], num_steps: int) -> dict[str, float]:
+        for chunk in self.chunks:
+            chunk.eval()
+        outputs: list[dict[str, torch.Tensor]] = []
+        loss = the_one(family.evaluation_loss() for family in self.families)
+        LayerLosses.evaluating = True
+        try:
+            with torch.no_grad():
+                for _ in range(num_steps):
+                    outputs += run_microbatches(
+                        self.chunks, self.families, self._take(batches), loss, forward_only=True
+                    )
+        finally:
+            LayerLosses.evaluating = False
+        return _means(outputs, loss.names, of_nothing=math.nan) | LayerLosses.collect()
+
+    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
+        """A step's micro-batches, as the families make them."""
+        return [make_batch(self.families, batch) for batch in islice(batches, self.num_microbatches)]
+
+    def _prepare(self, batches: list[Batch]) -> Iterable[Batch]:
+        prepared: Iterable[Batch] = batches
+        for family in self.families:
+            prepared = family.prepare_batches(self.models, self.families, list(prepared))
+        return prepared
+
+    def _update(self, losses: dict[str, float]) -> tuple[float, bool]:
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not all(math.isfinite(value) for value in (*losses.values(), norm)):
+            return norm, True
+        if self.clip_grad > 0:
+            clip_gradients(self.optimizer, norm, self.clip_grad)
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=self.global_batch_size)
+        return norm, False
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
+    """Scales this rank's gradients in place so that their global norm, `norm`, does not exceed `largest`.
+
+    Without Apex and Transformer Engine the engine's own clipping makes a scaled copy first.
+    """
+    factor = largest / (norm + 1.0e-6)
+    gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+    if factor < 1.0 and gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def parameters_norm(models: list[GPTModel]) -> float:
+    """Global L2 norm of all parameters; what is replicated over tensor ranks or stages counts once. Collective."""
+    squares = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    for model in models:
+        for parameter in model.parameters():
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+                squares += parameter.detach().double().square().sum()
+    dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
+    return math.sqrt(float(squares))
+
+
+def _means(
+    outputs: list[dict[str, torch.Tensor]], names: tuple[str, ...], *, of_nothing: float
+) -> dict[str, float]:
+    """Weighted means over the tokens of micro-batches and model copies, by name, the same on every rank. Collective.
+
+    Args:
+        outputs: for each micro-batch the pair [weighted sum, sum of weights] by name; the last stage has them.
+        names: of the values.
+        of_nothing: the mean where no token counts.
+    """
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    for output in outputs:
+        sums += torch.stack([output[name] for name in names]) if names else 0.0
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    # Other stages contribute nothing; the sum over stages is the last stage's value.
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return {
+        name: total / weight if weight else of_nothing
+        for name, (total, weight) in zip(names, sums.tolist(), strict=True)
+    }

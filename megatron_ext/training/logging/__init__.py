@@ -1,0 +1,1 @@
+"""Metrics, progress line, TensorBoard, Weights & Biases."""

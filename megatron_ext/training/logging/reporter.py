@@ -1,0 +1,268 @@
+"""Tells how a run goes: progress on the screen, TensorBoard, W&B. Rank 0 speaks, the others are silent.
+
+The loop calls, on every rank alike (only rank 0's arguments matter; nothing here is collective):
+
+    reporter.step(iteration, StepMetrics(...))          after every optimizer step
+    reporter.statistics(iteration, {tag: value})        what families measured
+    reporter.validation(iteration, {"lm loss": 2.3}, consumed_samples=...)
+    reporter.note("saved step 100 to ...")
+    reporter.close()                                    or use it as a context manager, to end it after errors too
+
+TensorBoard's tags are Megatron-LM's: `lm loss`, `learning-rate`, `grad-norm`, `params-norm`, `batch-size`,
+`iteration-time`, `throughput` (TFLOP/s a device), `mem-allocated-bytes`, ..., `lm loss validation`,
+`lm loss validation ppl`. Its own are `tokens-per-second`, `mfu`, `skipped-iterations`, `nan-iterations`.
+Values of single steps are written as they are; printed losses, speed and MFU are means over the log interval.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+from megatron_ext.config.groups.logging_config import LoggingConfig
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.device_memory import memory_use
+from megatron_ext.platform.peak_rate import DevicePeak, device_peak
+from megatron_ext.training.logging.progress_line import Fields, binary_size, clock, compact, open_progress
+from megatron_ext.training.logging.step_metrics import Interval, StepMetrics
+from megatron_ext.training.logging.tensorboard_writer import TensorBoard
+from megatron_ext.training.logging.wandb_run import WandbRun, check_wandb
+
+_LARGEST_EXPONENT = 20.0
+"""Losses above it have this one's perplexity, as in Megatron-LM, so that early values do not flatten the curve."""
+
+
+class Reporter:
+    """Progress, TensorBoard and W&B of one run. Build it on every rank: all measure an unknown device's peak."""
+
+    def __init__(
+        self,
+        logging: LoggingConfig,
+        *,
+        total_iterations: int,
+        flops_per_token: Callable[[int], float],
+        bf16: bool = False,
+        iteration: int = 0,
+        consumed_samples: int = 0,
+        configuration: Mapping[str, Any] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        """Opens the outputs on rank 0.
+
+        Args:
+            logging: what to write, and where.
+            total_iterations: optimizer steps of the whole run.
+            flops_per_token: the step that was just done -> its model FLOPs of forward and backward for a token, all
+                families included (see `models.accounting`); for throughput and MFU.
+            bf16: the run's precision, which decides the device's peak.
+            iteration: steps done before this run (0 for a new one); the next is `iteration + 1`.
+            consumed_samples: sequences used in them.
+            configuration: concern's name -> its dataclass or JSON values; written as text.
+            rank: this process's; `torchrun`'s by default.
+            world_size: number of processes; `torchrun`'s by default.
+            stream: where progress goes; standard output by default.
+
+        Raises:
+            ValueError: the TensorBoard directory cannot be written, or W&B is asked for and not installed.
+        """
+        check_wandb(logging)
+        self._logging = logging
+        self._total = total_iterations
+        self._devices = process_groups.world_size() if world_size is None else world_size
+        self._flops_per_token = flops_per_token
+        self._peak: DevicePeak | None = None
+        if logging.log_throughput:
+            self._peak = device_peak(bf16, logging.device_peak_tflops)
+        self._interval = Interval()
+        self._skipped = self._nan = 0
+        self._is_silent = (process_groups.rank() if rank is None else rank) != 0
+        if self._is_silent:
+            return
+        texts = {name: _json_values(value) for name, value in (configuration or {}).items()}
+        self._tensorboard = _open_tensorboard(logging, iteration, consumed_samples, texts)
+        self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
+        self._progress = open_progress(stream or sys.stdout, total_iterations, iteration)
+        if self._peak is not None:
+            rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s a process ({self._peak.source})"
+            self.note(f"MFU counts against {rate}")
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def step(self, iteration: int, metrics: StepMetrics) -> None:
+        """Takes the result of one optimizer step; the only call that must come for every step."""
+        if self._is_silent:
+            return
+        self._interval.add(metrics, self._flops_per_token(iteration))
+        self._skipped += metrics.skipped
+        self._nan += metrics.has_nan
+        if iteration % self._logging.tensorboard_log_interval == 0:
+            self._write_step(iteration, metrics)
+        interval_ends = iteration % self._logging.log_interval == 0 or iteration == self._total
+        if interval_ends:
+            self._raise_peak()
+        self._progress.update(iteration, self._fields(iteration, metrics), interval_ends)
+        if interval_ends:
+            self._write_interval(iteration, metrics.consumed_samples)
+            self._interval = Interval()
+            self._flush()
+
+    def validation(
+        self, iteration: int, losses: Mapping[str, float], *, consumed_samples: int, split: str = "validation"
+    ) -> None:
+        """Takes the result of an evaluation.
+
+        Args:
+            iteration: steps done so far.
+            losses: mean losses by name; the perplexity is added, but not for a layer's own loss (a name with `/`), of
+                which only ratios (`..._ratio`) and accuracies are printed.
+            consumed_samples: sequences used in training so far.
+            split: `validation` or `test`; part of the tags.
+        """
+        if self._is_silent:
+            return
+        shown = []
+        for name, loss in losses.items():
+            self._scalar(f"{name} {split}", loss, iteration, consumed_samples)
+            if name.endswith(("_ratio", "_accuracy")):
+                shown.append(f"{name.rpartition('/')[2].replace('_', ' ')} {loss:.4f}")
+            if "/" in name:
+                continue
+            perplexity = math.exp(min(loss, _LARGEST_EXPONENT))  # in this order nan stays nan
+            shown.append(f"{name} {loss:.6f} | ppl {perplexity:.4f}")
+            if self._logging.log_validation_ppl:
+                self._scalar(f"{name} {split} ppl", perplexity, iteration, consumed_samples)
+        self.note(" | ".join([f"{split} at step {iteration}", *shown]))
+        self._flush()
+
+    def statistics(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Writes a family's measurements under their own tags; nothing is printed."""
+        if self._is_silent:
+            return
+        for tag, value in values.items():
+            self._scalar(tag, value, iteration)
+        self._flush()
+
+    def text(self, tag: str, text: str, iteration: int) -> None:
+        """Writes a text in Markdown to TensorBoard."""
+        if not self._is_silent and self._tensorboard is not None:
+            self._tensorboard.text(tag, text, iteration)
+
+    def note(self, text: str) -> None:
+        """Prints a line, on rank 0 only."""
+        if not self._is_silent:
+            self._progress.note(text)
+
+    def close(self) -> None:
+        """Ends the progress display and closes the files; safe to call twice."""
+        if self._is_silent:
+            return
+        self._is_silent = True
+        self._progress.close()
+        for output in (self._tensorboard, self._wandb):
+            if output is not None:
+                output.close()
+
+    def _fields(self, iteration: int, metrics: StepMetrics) -> Fields:
+        interval = self._interval
+        # A name with `/` belongs to a layer: TensorBoard shows it, a line would overflow.
+        fields = {name: f"{loss:.4f}" for name, loss in interval.losses.items() if "/" not in name}
+        fields["lr"] = f"{metrics.learning_rate:.3e}"
+        if metrics.grad_norm is not None:
+            fields["grad norm"] = f"{metrics.grad_norm:.3f}"
+        if metrics.params_norm is not None:
+            fields["params norm"] = f"{metrics.params_norm:.3f}"
+        fields["ms/step"] = f"{1e3 * interval.seconds_per_step:.1f}"
+        if self._peak is not None:
+            fields["tokens/s"] = compact(interval.tokens_per_second)
+            fields["MFU"] = f"{100 * self._mfu():.1f}%" + (" (above the baseline)" if self._mfu() > 1 else "")
+        fields["memory"] = binary_size(memory_use().peak)
+        if self._skipped:
+            fields["skipped"] = str(self._skipped)
+        fields["ETA"] = clock((self._total - iteration) * interval.seconds_per_step)
+        return fields
+
+    def _raise_peak(self) -> None:
+        """Replaces a measured peak that the interval has exceeded, and says so: the machine was busy at the start."""
+        if self._peak is None:
+            return
+        peak = self._peak.raised(self._flops_per_second_per_device())
+        if peak is not self._peak:
+            was, self._peak = self._peak, peak
+            self.note(
+                f"MFU counts against {peak.flops_per_second / 1e12:.4g} TFLOP/s a process from here on: the run is "
+                f"faster than the {was.flops_per_second / 1e12:.4g} measured at its start (the machine was busy then)"
+            )
+
+    def _mfu(self) -> float:
+        assert self._peak is not None
+        return self._flops_per_second_per_device() / self._peak.flops_per_second
+
+    def _flops_per_second_per_device(self) -> float:
+        return self._interval.flops_per_second / self._devices
+
+    def _write_step(self, iteration: int, metrics: StepMetrics) -> None:
+        values = {"learning-rate": metrics.learning_rate, "batch-size": float(metrics.batch_size)}
+        if not metrics.skipped:
+            values |= metrics.losses
+        if metrics.grad_norm is not None:
+            values["grad-norm"] = metrics.grad_norm
+        if metrics.params_norm is not None:
+            values["params-norm"] = metrics.params_norm
+        for tag, value in values.items():
+            self._scalar(tag, value, iteration, metrics.consumed_samples)
+
+    def _write_interval(self, iteration: int, consumed_samples: int) -> None:
+        values = {
+            "iteration-time": self._interval.seconds_per_step,
+            "consumed-samples": float(consumed_samples),
+        }
+        if self._peak is not None:
+            values["throughput"] = self._flops_per_second_per_device() / 1e12
+            values["tokens-per-second"] = self._interval.tokens_per_second
+            values["mfu"] = self._mfu()
+        if self._logging.log_memory:
+            memory = memory_use()
+            values["mem-allocated-bytes"] = float(memory.current)
+            values["mem-max-allocated-bytes"] = float(memory.peak)
+            values["mem-reserved-bytes"] = float(memory.reserved)
+        values["skipped-iterations"] = float(self._skipped)
+        values["nan-iterations"] = float(self._nan)
+        for tag, value in values.items():
+            self._scalar(tag, value, iteration)
+
+    def _scalar(self, tag: str, value: float, iteration: int, consumed_samples: int | None = None) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.scalar(tag, value, iteration, consumed_samples)
+        if self._wandb is not None:
+            self._wandb.scalar(tag, value, iteration)
+
+    def _flush(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+
+def _open_tensorboard(
+    logging: LoggingConfig, iteration: int, consumed_samples: int, texts: Mapping[str, Any]
+) -> TensorBoard | None:
+    if logging.tensorboard_dir is None:
+        return None
+    tensorboard = TensorBoard(logging.tensorboard_dir, iteration=iteration, consumed_samples=consumed_samples)
+    for name, values in texts.items():
+        tensorboard.text(f"configuration/{name}", f"```json\n{json.dumps(values, indent=2)}\n```", iteration)
+    return tensorboard
+
+
+def _json_values(value: Any) -> Any:
+    """A configuration as JSON values: dataclasses become mappings, anything unknown its text."""
+    is_config = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    plain = dataclasses.asdict(value) if is_config else value
+    return json.loads(json.dumps(plain, default=str))

@@ -1,0 +1,277 @@
+"""A whole pretraining run: from configurations and families to an exit code.
+
+    check -> tokenizer -> process group -> families -> model -> optimizer -> checkpoint -> data -> loop
+
+What a user may have got wrong is checked before the process group starts, where it can be known by then.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from megatron.core import parallel_state
+
+from megatron_ext.config.cross_checks import validate
+from megatron_ext.config.groups.data_config import DataConfig, is_number
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.data.datasets.epochs import epoch_samples
+from megatron_ext.data.datasets.loader_processes import loader_failures
+from megatron_ext.data.indexed.manifest import begin_of_documents, check_dataset
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import training_flops_per_token
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.collectives import gather, on_first_rank
+from megatron_ext.training.checkpoint import scheduler_state
+from megatron_ext.training.checkpoint.checkpoint_files import BEGIN, check_writable
+from megatron_ext.training.checkpoint.checkpointer import Checkpointer, Progress
+from megatron_ext.training.checkpoint.run_directory import check_directories
+from megatron_ext.training.checkpoint.run_lock import run_lock
+from megatron_ext.training.data_order import TRAINING_SAMPLES, tell_of_other_order
+from megatron_ext.training.dry_run_report import planned_world_size, print_dry_run
+from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.training_step import Stepper
+from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.logging.family_costs import run_cost
+from megatron_ext.training.logging.reporter import Reporter
+from megatron_ext.training.loop import EXIT_OK, Loop
+from megatron_ext.training.planned_memory import check_memory
+from megatron_ext.training.run_data import build_data, training_samples
+from megatron_ext.training.run_options import PLAIN, RunOptions
+
+MakeFamilies = Callable[[dict[str, Any], Tokenizer], list[Family]]
+"""Makes the families of a run from its configurations and tokenizer."""
+
+
+def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunOptions = PLAIN) -> int:
+    """Runs pretraining.
+
+    Args:
+        configs: an instance for every name in `config.concerns.TRAINING`, and the families' own configurations.
+        make_families: called once.
+        options: what differs from plain pretraining.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    if configs["training"].dry_run:
+        check_settings(configs)
+        print_dry_run(configs, make_families)
+        return EXIT_OK
+    writes = not configs["training"].skip_train
+    tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=writes))
+    families = make_families(configs, tokenizer)
+    for family in families:
+        family.check(configs["model"], configs["parallel"])
+    with process_group(configs):
+        return train(configs, tokenizer, families, options)
+
+
+def check_settings(configs: dict[str, Any]) -> None:
+    """Makes a length in epochs into steps; raises `ValueError` unless the configurations and the processes fit."""
+    parallel, training = configs["parallel"], configs["training"]
+    world_size = planned_world_size(parallel) if training.dry_run else process_groups.world_size()
+    if training.num_epochs is not None:
+        samples = epoch_samples(configs["data"], configs["model"].seq_length)
+        configs["training"] = training = training.with_epochs(
+            samples, parallel.data_parallel_size(world_size)
+        )
+    validate(
+        configs["model"], parallel, training, configs["optimizer"], configs["data"], world_size=world_size
+    )
+
+
+def check_run(
+    configs: dict[str, Any], check_others: Callable[[Tokenizer], None] = lambda tokenizer: None
+) -> Tokenizer:
+    """All that can be found out before the process group starts; the tokenizer.
+
+    Args:
+        configs: see `pretrain`.
+        check_others: what the caller checks; called before anything is written.
+
+    Raises:
+        ValueError, OSError: a user's mistake, told in one line.
+    """
+    check_settings(configs)
+    tokenizer = build_tokenizer(configs["tokenizer"])
+    check_others(tokenizer)
+    _check_files(configs, tokenizer)
+    return tokenizer
+
+
+@contextmanager
+def process_group(configs: dict[str, Any]) -> Iterator[None]:
+    """Within it the process group is there, the random streams are seeded, and no other run writes to `--save`."""
+    seed = configs["training"].seed
+    random.seed(seed)
+    np.random.seed(seed)
+    process_groups.initialize(configs["parallel"], seed)
+    writes = not configs["training"].skip_train
+    try:
+        with run_lock(configs["checkpoint"].save if writes else None), loader_failures():
+            yield
+    finally:
+        process_groups.shutdown()
+
+
+def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
+    data: DataConfig = configs["data"]
+    paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
+    prefixes = [prefix for path in paths for prefix in path or () if not is_number(prefix)]
+    if not prefixes:
+        raise ValueError("--data-path: missing (or --train-data-path)")
+    for prefix in prefixes:
+        try:
+            check_dataset(prefix, tokenizer)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--data-path {prefix}: {error}") from error
+    if configs["checkpoint"].save is not None and process_groups.rank() == 0:
+        check_writable(configs["checkpoint"].save)
+
+
+def train(
+    configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family], options: RunOptions = PLAIN
+) -> int:
+    """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
+    training: TrainingConfig = configs["training"]
+    copies = parallel_state.get_data_parallel_world_size()
+    gather(lambda: check_memory(configs, tokenizer, families, copies))
+    global_batch_size = training.resolved_global_batch_size(copies)
+    run_config = run_configuration(configs, tokenizer)
+    run_config |= {TRAINING_SAMPLES: training_samples(training, global_batch_size, options)}
+    tokenizer.begin_as(run_config[BEGIN])
+    chunks = _build_model(configs, run_config, families, options)
+    stepper = _build_stepper(configs, chunks, families, options, global_batch_size)
+    checkpointer = Checkpointer(
+        configs["checkpoint"],
+        chunks=stepper.chunks,
+        optimizer=stepper.optimizer,
+        scheduler=stepper.scheduler,
+        run_config=run_config,
+        families=families,
+        base=options.base,
+        name=options.checkpoint_name,
+        loads_what_fits=options.loads_what_fits,
+    )
+    progress = _begin(configs, checkpointer, stepper, options)
+    data = options.data or build_data(configs, tokenizer, families, global_batch_size, options)
+    if options.data is None:
+        tell_of_other_order(configs["checkpoint"], run_config, progress)
+    with Reporter(
+        configs["logging"],
+        total_iterations=training.resolved_train_iters(global_batch_size),
+        flops_per_token=partial(_flops_per_token, configs, tokenizer.vocab_size, families),
+        bf16=training.bf16,
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_samples,
+        configuration=configs,
+    ) as reporter:
+        loop = Loop(
+            training,
+            configs["checkpoint"],
+            stepper,
+            checkpointer,
+            reporter,
+            data,
+            sequence_length=configs["model"].seq_length,
+        )
+        if training.skip_train:
+            return loop.evaluate_only(progress)
+        code, progress = loop.run(progress)
+        if loop.is_complete(progress):
+            options.finish(chunks, progress)
+        return code
+
+
+def _build_model(
+    configs: dict[str, Any], run_config: dict[str, Any], families: list[Family], options: RunOptions
+) -> list[GPTModel]:
+    """This rank's chunks, the base loaded, frozen where families freeze; not wrapped."""
+    chunks = build_model(
+        configs["model"],
+        configs["parallel"],
+        vocab_size=run_config["vocab_size"],
+        seed=configs["training"].seed,
+        bf16=configs["training"].bf16,
+        extensions=[family.extension() for family in families],
+    )
+    if options.base is not None:
+        named = {**run_config, "families": {family.name: family.configuration() for family in families}}
+        options.base.load(chunks, named, families)
+    for family in families:
+        family.prepare_model(chunks)
+    options.prepare(chunks)
+    return chunks
+
+
+def _build_stepper(
+    configs: dict[str, Any],
+    chunks: list[GPTModel],
+    families: list[Family],
+    options: RunOptions,
+    global_batch_size: int,
+) -> Stepper:
+    """The wrapped model with its optimizer and schedule."""
+    parallel, training = configs["parallel"], configs["training"]
+    wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
+    optimizer = build_optimizer(configs["optimizer"], parallel, wrapped, families, bf16=training.bf16)
+    if options.first_iteration:
+        steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
+        training = replace(training, train_iters=steps, train_samples=None)
+    return Stepper(
+        wrapped,
+        families,
+        optimizer,
+        build_scheduler(configs["optimizer"], training, optimizer, global_batch_size),
+        global_batch_size=global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        clip_grad=configs["optimizer"].clip_grad,
+        log_params_norm=configs["logging"].log_params_norm,
+    )
+
+
+def _begin(
+    configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
+) -> Progress:
+    """Loads the run's checkpoint, or begins a run; how far it has come."""
+    writes = not configs["training"].skip_train
+    on_first_rank(lambda: check_directories(configs["checkpoint"], writes=writes))
+    progress = checkpointer.load()
+    if progress is None:
+        options.begin(stepper.models, stepper.optimizer)
+        progress = Progress(iteration=options.first_iteration, consumed_samples=options.first_sample)
+    if configs["optimizer"].override_opt_param_scheduler and configs["training"].train_iters is not None:
+        # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
+        done = progress.iteration - options.first_iteration - progress.skipped_steps
+        scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
+    return progress
+
+
+def _flops_per_token(
+    configs: dict[str, Any], vocab_size: int, families: list[Family], iteration: int
+) -> float:
+    tensor = configs["parallel"].tensor_model_parallel_size
+    cost = run_cost(configs["model"], vocab_size, tensor, families, iteration)
+    return training_flops_per_token(cost.parts.values())
+
+
+def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it: all configurations, the vocabulary, how documents begin."""
+    data: DataConfig = configs["data"]
+    trained_on = data.data_path or data.train_data_path or ()
+    return {
+        **configs_to_dict(configs),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        BEGIN: begin_of_documents(prefix for prefix in trained_on if not is_number(prefix)),
+    }
