@@ -98,7 +98,12 @@ def export_hf(
         if imported is not None:
             notes += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
-            as_imported = imported is not None and config["model_type"] == imported.config["model_type"]
+            # What has been trained on ids of ours must be read with them, though the import was read otherwise.
+            as_imported = (
+                imported is not None
+                and not imported.is_trained
+                and config["model_type"] == imported.config["model_type"]
+            )
             notes += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         write_tensors(folder, tensors, max_shard_size)
     return [f"{chosen}, {written_as}", *notes]
@@ -203,7 +208,9 @@ def export_checkpoint(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            imported=Imported.of_run(run_config, base.run_config() if base is not None else {}),
+            imported=Imported.of_run(
+                *([base.run_config()] if base is not None and base_only else []), run_config
+            ),
         )
     finally:
         process_groups.shutdown()

@@ -67,6 +67,9 @@ class Imported:
     files: tuple[str, ...] = ()
     """Names of the small files to keep."""
 
+    is_trained: bool = False
+    """A run has trained the model since, on the ids that the tokenizer has here; `of_run` finds it out."""
+
     @classmethod
     def read(cls, model_dir: str | Path, config: dict[str, Any]) -> tuple["Imported", list[str]]:
         """Reads a directory; also the names of what is left behind.
@@ -94,14 +97,14 @@ class Imported:
             section = run_config.get(IMPORTED)
             if section is not None and "config" in section:
                 lists = {name: tuple(section[name]) for name in ("eos_token_ids", "files")}
-                return cls(**{**section, **lists})
+                return cls(**{**section, **lists}, is_trained="training" in run_config)
             if section is not None:  # a checkpoint of a version that kept config.json alone
-                return cls(config=section)
+                return cls(config=section, is_trained="training" in run_config)
         return None
 
     def as_json(self) -> dict[str, Any]:
         """The section of run_config.json; `of_run` reads it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "is_trained"}
 
     def copy_files(self, save: Path) -> None:
         """Copies the files into the directory of a checkpoint that is being written."""
