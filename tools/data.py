@@ -11,7 +11,7 @@ Exit codes: 0 all is well, 1 verify found a broken dataset, 2 a wrong flag or fi
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 @dataclass(frozen=True, kw_only=True)
 class OptionalTokenizerConfig(TokenizerConfig):
     """The tokenizer, if its ids are to be compared or decoded."""
+
+    @classmethod
+    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+        """No flag is required; `__post_init__` checks those that are given."""
+        return []
 
     def __post_init__(self) -> None:
         """Check the flags when any of them is given."""

@@ -25,13 +25,15 @@ T = TypeVar("T")
 
 
 def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
-    """The directory of the sample indices, or `IN_MEMORY`; collective, the first rank decides.
+    """The directory of the sample indices, or `IN_MEMORY`; collective, the first rank decides between the two.
 
     Args:
         data: `--data-cache-path` is taken as it is.
         prefixes: the datasets; by default the indices lie beside the first.
     """
-    chosen = [_choose(data, prefixes[0]) if (not dist.is_initialized() or dist.get_rank() == 0) else None]
+    if data.data_cache_path is not None:
+        return data.data_cache_path
+    chosen = [_beside(prefixes[0]) if not dist.is_initialized() or dist.get_rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen)
     assert chosen[0] is not None
@@ -41,9 +43,7 @@ def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
     return chosen[0]
 
 
-def _choose(data: DataConfig, prefix: str) -> str:
-    if data.data_cache_path is not None:
-        return data.data_cache_path
+def _beside(prefix: str) -> str:
     path = os.path.join(os.path.dirname(prefix), "index_cache")
     try:
         os.makedirs(path, exist_ok=True)

@@ -57,7 +57,8 @@ def _told(message: str) -> Iterator[None]:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{message} ({str(error).splitlines()[0]})") from None
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"{message} ({first_line})") from None
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def to_model_config(
         **_heads(config, kind, source),
         "seq_length": seq_length or min(positions, DEFAULT_SEQUENCE_LENGTH),
         "max_position_embeddings": positions,
-        "sliding_window": positions if notes else None,
+        "sliding_window": positions if window_notes else None,
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "swiglu": True,
         "qk_layernorm": kind == "qwen3",
