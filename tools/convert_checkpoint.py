@@ -138,6 +138,13 @@ def run_import(config: ImportConfig) -> None:
     )
     save = shlex.quote(config.save)
     rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
+    tokenizer = found.tokenizer_config
+    if tokenizer.tokenizer_model is not None:
+        print("data for it, with its own tokenizer:")
+        print(
+            f"    python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod "
+            f"--tokenizer-type {tokenizer.tokenizer_type} --tokenizer-model {shlex.quote(tokenizer.tokenizer_model)}"
+        )
     print("train it, or convert it to NPT:")
     print(
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"

@@ -203,6 +203,14 @@ class Loop:
         evaluated = (
             self._is_due(progress.iteration, self.training.eval_interval) and not self.training.skip_train
         )
+        remaining = {
+            "validation": self.data.valid is not None and not evaluated,
+            "test": self.data.test is not None,
+        }
+        names = " and ".join(name for name, is_due in remaining.items() if is_due)
+        if names:
+            steps = f"{self.training.eval_iters} step{'s' if self.training.eval_iters > 1 else ''}"
+            self.reporter.note(f"evaluating on {names} data, {steps} each (--eval-iters)")
         if self.data.valid is not None and not evaluated:
             self._report(progress, self.data.valid, "validation")
         if self.data.test is not None:

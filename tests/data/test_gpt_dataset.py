@@ -196,7 +196,7 @@ def test_manifests_of_another_strategy_vocabulary_or_version_are_refused(tmp_pat
 
 def test_data_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
     prefix = make(f"{tmp_path}/d", documents=3, aligned=False)
-    with pytest.raises(ValueError, match="the validation split has 0 of 3 sequences and 0 tokens"):
+    with pytest.raises(ValueError, match="the validation split has 0 of 3 documents and 0 tokens"):
         build(DataConfig(data_path=(prefix,), split="99,1"))  # mcore would loop for ever
     with pytest.raises(ValueError, match="no data: give --data-path"):
         build(DataConfig())

@@ -280,7 +280,17 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
         assert _message(**allowed) == ""
     check_directories(CheckpointConfig(save=here), writes=False)  # --skip-train
     with pytest.raises(ValueError, match="no checkpoint there, and --skip-train has no other model"):
-        check_directories(CheckpointConfig(load=str(tmp_path / "new")), writes=False)
+        new = str(tmp_path / "new")
+        check_directories(CheckpointConfig(load=new, save=new), writes=False)
+
+
+def test_a_load_without_a_checkpoint_is_a_start_from_scratch_only_where_the_run_saves(tmp_path: Path) -> None:
+    new, misspelt = str(tmp_path / "new"), str(tmp_path / "mispelt")
+    assert _message(load=new, save=new) == ""
+    for save in ({"save": new}, {}):
+        assert _message(load=misspelt, **save).startswith(
+            f"--load {misspelt}: no checkpoint there; leave it out"
+        )
 
 
 @pytest.mark.parametrize("name", ["progressive.json", "training_info.json"])

@@ -126,8 +126,9 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
         index = open_index(prefix)
         begin, end = (round(bound * index.num_sequences) for bound in bounds)
         raise ValueError(
-            f"{prefix}: the {name} split has {end - begin} of {index.num_sequences} sequences and {tokens} tokens,"
-            f" at least {minimum} are needed: change --split (a share of 0 leaves it out) or give more data"
+            f"{prefix}: the {name} split has {end - begin} of {index.num_sequences} documents and {tokens} tokens,"
+            f" at least {minimum} tokens are needed: change --split (for example 90,10,0: no test data)"
+            f" or give more data"
         )
 
 

@@ -10,8 +10,11 @@ import copy
 import errno
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -20,6 +23,9 @@ from megatron_ext.config.groups.data_config import DataConfig
 
 IN_MEMORY = ""
 """mcore's sign that no index is written."""
+
+_BUILDING = ".building-"
+_REMAINS_SECONDS = 24 * 3600
 
 T = TypeVar("T")
 
@@ -95,10 +101,18 @@ def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -
         ) from error
 
 
+def _remove_remains(cache: str) -> None:
+    """Removes what killed runs have left; a directory of today may be another run's that is building now."""
+    for path in Path(cache).glob(f"{_BUILDING}*"):
+        if time.time() - path.stat().st_mtime > _REMAINS_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _build_apart(dataset: Any, cache: str, engine: Callable[[], T]) -> T:
     os.makedirs(cache, exist_ok=True)
+    _remove_remains(cache)
     config = dataset.config
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as folder:
+    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=cache) as folder:
         dataset.config = copy.copy(config)
         dataset.config.path_to_cache = folder
         try:

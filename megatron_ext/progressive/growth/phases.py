@@ -49,7 +49,7 @@ class Phase:
         if self.name == END_TO_END:
             return f"end to end, all {len(self.rack.stacks)} stacks"
         stack = self.rack.newest
-        return f"stack {stack.index} of {stack.n_blocks} layers over {self.rack.num_layers - stack.n_blocks}"
+        return f"stack {stack.index}: {stack.n_blocks} layers over a trunk of {self.rack.num_layers - stack.n_blocks}"
 
 
 def stack_name(index: int) -> str:

@@ -70,18 +70,21 @@ def check_unused(save: Path, remedy: str, but_for: Collection[str] = ()) -> None
 
 
 def checkpoint_to_load(config: CheckpointConfig) -> Path | None:
-    """The checkpoint that a run begins with, None where it begins from scratch.
+    """The checkpoint that a run begins with, None where it begins from scratch: without --load, or in --save itself.
 
     Raises:
-        ValueError, OSError: see `find_checkpoint`; or a directory other than --save holds anything else.
+        ValueError, OSError: see `find_checkpoint`; or a directory other than --save holds none.
     """
     if config.load is None:
         return None
     folder = files.find_checkpoint(config.load, config.ckpt_step)
-    names = [name for name in kinds.entries(Path(config.load)) if not name.startswith(".")]
-    if folder is None and names and not _same(config.load, config.save):
-        # In --save itself other things may lie before the first checkpoint does: logs, curves.
-        raise ValueError(f"--load {config.load}: holds no checkpoint (there: {_listed(names)})")
+    if folder is None and not _same(config.load, config.save):
+        # In --save itself nothing, or other things (logs, curves), may lie before the first checkpoint does.
+        names = [name for name in kinds.entries(Path(config.load)) if not name.startswith(".")]
+        there = f"holds no checkpoint (there: {_listed(names)})" if names else "no checkpoint there"
+        raise ValueError(
+            f"--load {config.load}: {there}; leave it out to start from scratch, or give the directory of --save"
+        )
     return folder
 
 
