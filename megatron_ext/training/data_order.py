@@ -46,6 +46,10 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
     if find_checkpoint(config.load, config.ckpt_step) is None:
         return
     stored = read_run_config(config.load, config.ckpt_step)
+    if (
+        "data" not in run or "data" not in stored
+    ):  # batches of the caller's own, in an order that is not known here
+        return
     reasons = [
         f"{flag_name(name)} is {_text(run[section][name])} here and {_text(stored[section][name])} in the checkpoint"
         for section, name in _DECIDING

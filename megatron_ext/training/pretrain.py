@@ -267,8 +267,8 @@ def _flops_per_token(
 
 def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it: all configurations, the vocabulary, how documents begin."""
-    data: DataConfig = configs["data"]
-    trained_on = data.data_path or data.train_data_path or ()
+    data: DataConfig | None = configs.get("data")  # None where the caller brings batches of its own
+    trained_on = (data.data_path or data.train_data_path or ()) if data is not None else ()
     return {
         **configs_to_dict(configs),
         "vocab_size": tokenizer.vocab_size,

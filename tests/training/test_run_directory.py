@@ -279,8 +279,8 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
     ):
         assert _message(**allowed) == ""
     check_directories(CheckpointConfig(save=here), writes=False)  # --skip-train
+    new = str(tmp_path / "new")
     with pytest.raises(ValueError, match="no checkpoint there, and --skip-train has no other model"):
-        new = str(tmp_path / "new")
         check_directories(CheckpointConfig(load=new, save=new), writes=False)
 
 
