@@ -45,20 +45,25 @@ _SHOWN = 8
 
 
 def check_writable(save: str) -> None:
-    """Creates the directory and a file in it, and removes the file; call before training.
+    """Creates a file in the directory and removes it, and the directories made for it; call before training.
 
     Raises:
         OSError: naming `--save` and the reason.
     """
-    probe = Path(save, f".probe.{os.getpid()}")
+    folder = Path(save)
+    probe = folder / f".probe.{os.getpid()}"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        Path(save).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
         raise OSError(f"--save {save}: not writable: {error.strerror}") from None
+    with contextlib.suppress(OSError):  # another run may have begun there
+        for path in made:  # the run makes them again; one that is refused after this leaves none
+            path.rmdir()
 
 
 def checkpoint_name(iteration: int) -> str:
