@@ -13,6 +13,7 @@ counts is the thread that forks; a run forks from its main thread.)
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
@@ -23,6 +24,7 @@ from megatron_ext.platform.parent_process import signal_at_parents_end
 
 HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _DIED = "DataLoader worker (pid"
+_SECONDS_TO_END = 5.0
 
 
 class _Handle(Popen):
@@ -36,8 +38,16 @@ class _Handle(Popen):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
-        """Ends the process now."""
-        self.kill()
+        """Ends the process now, on purpose: torch's handler, which takes its end for a failure, is away meanwhile."""
+        if threading.current_thread() is not threading.main_thread():
+            self.kill()
+            return
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            self.kill()
+            self.wait(_SECONDS_TO_END)
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 class _LoaderProcess(ForkProcess):
