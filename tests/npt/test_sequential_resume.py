@@ -64,7 +64,8 @@ def _train_until(point: int, flags: list[str], told: str) -> None:
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights_bit_for_bit(
     sequential_run: SequentialRun, tmp_path: Path
 ) -> None:
-    flags, told = sequential_run.flags(tmp_path / "run"), tmp_path / "killed"
+    # With loader processes, as a user's run has them; the uninterrupted run read its data itself.
+    flags, told = [*sequential_run.flags(tmp_path / "run"), "--num-workers", "2"], tmp_path / "killed"
     for point in POINTS:
         with pytest.raises(RuntimeError, match="exit code -9"):
             run_distributed(_train_until, 1, point, flags, str(told))
