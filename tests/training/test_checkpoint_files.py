@@ -210,7 +210,10 @@ def test_a_directory_that_cannot_be_written_is_found_before_training(tmp_path: P
     with pytest.raises(OSError, match="--save .*/file/checkpoints: not writable: Not a directory"):
         files.check_writable(str(tmp_path / "file" / "checkpoints"))
     files.check_writable(str(tmp_path / "new" / "checkpoints"))
-    assert _names(tmp_path / "new" / "checkpoints") == []
+    assert not (tmp_path / "new").exists()  # a run that is refused after this leaves none
+    (tmp_path / "there").mkdir()
+    files.check_writable(str(tmp_path / "there"))
+    assert _names(tmp_path / "there") == []
 
 
 def _make_complete(root: Path, *steps: int) -> None:
