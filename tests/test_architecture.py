@@ -10,6 +10,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "megatron_ext"
 FAMILIES = {"per_layer", "npt", "progressive"}
 
+BELOW_FAMILIES = {
+    "reports",
+    "interop",
+    "inference",
+    "lora",
+    "training",
+    "models",
+    "data",
+    "config",
+    "platform",
+}
+
 # What each folder may import, beside itself. Scripts, tools, benchmarks and tests may import everything.
 ALLOWED = {
     "platform": {"config"},
@@ -21,45 +33,10 @@ ALLOWED = {
     "inference": {"training", "models", "data", "config", "platform"},
     "interop": {"lora", "training", "models", "data", "config", "platform"},
     "reports": set[str](),
-    **{
-        family: {
-            "reports",
-            "interop",
-            "inference",
-            "lora",
-            "training",
-            "models",
-            "data",
-            "config",
-            "platform",
-        }
-        for family in FAMILIES
-    },
-    "registry": {
-        *FAMILIES,
-        "interop",
-        "inference",
-        "lora",
-        "training",
-        "models",
-        "data",
-        "config",
-        "platform",
-    },
+    **dict.fromkeys(FAMILIES, BELOW_FAMILIES),
+    "registry": FAMILIES | BELOW_FAMILIES,
     # Tools of the tests: may build anything, and nothing but tests may import them.
-    "testing": {
-        *FAMILIES,
-        "registry",
-        "reports",
-        "interop",
-        "inference",
-        "lora",
-        "training",
-        "models",
-        "data",
-        "config",
-        "platform",
-    },
+    "testing": {"registry"} | FAMILIES | BELOW_FAMILIES,
 }
 
 SOURCES = sorted(ROOT.joinpath(PACKAGE).rglob("*.py"))
