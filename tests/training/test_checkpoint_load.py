@@ -139,7 +139,9 @@ def test_a_checkpoint_without_optimizer_says_how_to_load_it(tmp_path: Path) -> N
     assert any("the checkpoint holds none" in note for note in found["notes"])
 
 
-def test_a_missing_step_is_an_error_and_an_empty_directory_of_the_run_a_start(saved: str, tmp_path: Path) -> None:
+def test_a_missing_step_is_an_error_and_an_empty_directory_of_the_run_a_start(
+    saved: str, tmp_path: Path
+) -> None:
     error = run_distributed(_loading_errors, 1, saved, [(_ALONE, {"ckpt_step": 3})])[0][0]
     assert error == f"--ckpt-step 3: no complete checkpoint of it in {saved} (there: 2)"
     found = run_distributed(_losses_and_start, 1, str(tmp_path), _ALONE, {"save": str(tmp_path)})[0]

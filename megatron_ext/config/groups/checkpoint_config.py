@@ -18,7 +18,7 @@ class CheckpointConfig:
     """Directory to write checkpoints to: empty, missing, or the one that --load goes on from."""
 
     load: Annotated[str | None, flag(aliases=("--resume_from",))] = None
-    """Directory to load a checkpoint from; an empty or missing one starts a new run."""
+    """Directory to load a checkpoint from; where it is `--save` too and holds none, a new run starts."""
 
     save_interval: Annotated[int | None, flag(aliases=("--save_steps",))] = None
     """Optimizer steps between two checkpoints. Without it only at the end."""
