@@ -203,18 +203,13 @@ class Loop:
         evaluated = (
             self._is_due(progress.iteration, self.training.eval_interval) and not self.training.skip_train
         )
-        remaining = {
-            "validation": self.data.valid is not None and not evaluated,
-            "test": self.data.test is not None,
-        }
-        names = " and ".join(name for name, is_due in remaining.items() if is_due)
-        if names:
+        due = {"validation": None if evaluated else self.data.valid, "test": self.data.test}
+        remaining = {name: batches for name, batches in due.items() if batches is not None}
+        if remaining:
             steps = f"{self.training.eval_iters} step{'s' if self.training.eval_iters > 1 else ''}"
-            self.reporter.note(f"evaluating on {names} data, {steps} each (--eval-iters)")
-        if self.data.valid is not None and not evaluated:
-            self._report(progress, self.data.valid, "validation")
-        if self.data.test is not None:
-            self._report(progress, self.data.test, "test")
+            self.reporter.note(f"evaluating on {' and '.join(remaining)} data, {steps} each (--eval-iters)")
+        for name, batches in remaining.items():
+            self._report(progress, batches, name)
 
     def _report(self, progress: Progress, batches: Batches, split: str) -> None:
         self.reporter.validation(
