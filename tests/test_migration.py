@@ -90,10 +90,11 @@ def concerns_of(command: str) -> dict[str, Any]:
         raise _Captured({"config": concerns} if isinstance(concerns, type) else dict(concerns))
 
     path = ROOT / command.split()[0]
-    specification = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: another test may have imported the script, and pickles its functions by name.
+    specification = importlib.util.spec_from_file_location(f"captured_{path.stem}", path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[specification.name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
     module.parse = capture  # type: ignore[attr-defined]
     argv = sys.argv

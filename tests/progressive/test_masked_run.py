@@ -29,10 +29,10 @@ def _generate(load: str, *flags: str) -> str:
 def _tool(name: str, *flags: str) -> str:
     """What a script of `tools` prints; in this process."""
     process_groups.shutdown = lambda: None
-    specification = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    specification = importlib.util.spec_from_file_location(f"called_{name}", ROOT / "tools" / f"{name}.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # its dataclass is looked up there
+    sys.modules[specification.name] = module  # its dataclass is looked up there
     specification.loader.exec_module(module)
     output, argv = io.StringIO(), sys.argv
     sys.argv = [f"{name}.py", *flags]
