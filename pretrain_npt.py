@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.run_config import TRAINING
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig, run_defaults
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig, npt_run_defaults
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half "
@@ -39,14 +39,14 @@ def main() -> int:
         sections=DOCUMENT_SECTIONS,
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
-    from megatron_ext.npt.runs.npt_run import run
+    from megatron_ext.npt.runs.npt_run import run_npt
 
-    return run(configs)
+    return run_npt(configs)
 
 
 def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
     """The mode's own, what made the NP weights that are loaded, and the shape of the model that is."""
-    sections: dict[str, Any] = run_defaults(given)
+    sections: dict[str, Any] = npt_run_defaults(given)
     if "load_npt_weights" in given:
         from megatron_ext.npt.runs.npt_run import weights_defaults
 

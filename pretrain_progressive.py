@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.run_config import TRAINING
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.progressive.settings.progressive_defaults import run_defaults
+from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_progressive.py --target-stacks 3 --n-blocks 4 --stack-steps 200 "
@@ -34,14 +34,14 @@ def main() -> int:
         supplied={"num_layers": "those of the stacks"},
     )
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
-    from megatron_ext.progressive.runs.progressive_run import run
+    from megatron_ext.progressive.runs.progressive_run import run_progressive
 
-    return run(configs)
+    return run_progressive(configs)
 
 
 def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
     """What follows from the stacks; and the shape and tokenizer of a training that is in --save already."""
-    sections = run_defaults(given)
+    sections = progressive_run_defaults(given)
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
         from megatron_ext.progressive.growth.training_history import stored_sections
 

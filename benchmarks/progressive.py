@@ -128,7 +128,9 @@ def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
     found = {}
     for name in config.strategies:
         command = [sys.executable, __file__, *shape, f"--output-dir={out}", f"--count={name}"]
-        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        lines = subprocess.run_progressive(
+            command, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.splitlines()
         found[name] = int(lines[-1])
     for name, size in found.items():
         ratio = f", {size / found['end_to_end']:.3f} of end_to_end" if "end_to_end" in found else ""
@@ -139,9 +141,9 @@ def _count(config: BenchmarkConfig, out: Path, name: str) -> None:
     """Trains all stacks for two steps each in this process; the last line says how many bytes of tensors it had."""
     from megatron_ext.config.run_config import TRAINING
     from megatron_ext.platform.allocations import AllocationCounter
-    from megatron_ext.progressive.runs.progressive_run import run
+    from megatron_ext.progressive.runs.progressive_run import run_progressive
     from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-    from megatron_ext.progressive.settings.progressive_defaults import run_defaults
+    from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
 
     short = replace(config, stack_steps=2, epochs=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -149,9 +151,11 @@ def _count(config: BenchmarkConfig, out: Path, name: str) -> None:
         flags = _flags(
             short, out, name, {**changed, "eval-interval": 1000, "eval-iters": 0, "split": "100,0,0"}
         )
-        configs = parse({**TRAINING, "progressive": ProgressiveConfig}, flags, defaults=run_defaults)
+        configs = parse(
+            {**TRAINING, "progressive": ProgressiveConfig}, flags, defaults=progressive_run_defaults
+        )
         with AllocationCounter() as counter:
-            run(configs)
+            run_progressive(configs)
         print(counter.peak)
 
 
@@ -216,7 +220,7 @@ def _flags(
 
 def _run(script: str, *arguments: str) -> None:
     print("$ python", script, *arguments, flush=True)
-    subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
+    subprocess.run_progressive([sys.executable, str(ROOT / script), *arguments], check=True)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ class _Captured(Exception):
 def concerns_of(command: str) -> dict[str, Any]:
     """The configuration classes that a script's command line fills."""
 
-    def capture(concerns: Any, *arguments: Any, **options: Any) -> None:
-        raise _Captured({"config": concerns} if isinstance(concerns, type) else dict(concerns))
+    def capture(groups: Any, *arguments: Any, **options: Any) -> None:
+        raise _Captured({"config": groups} if isinstance(groups, type) else dict(groups))
 
     path = ROOT / command.split()[0]
     # A name of its own: another test may have imported the script, and pickles its functions by name.
@@ -110,17 +110,17 @@ def concerns_of(command: str) -> dict[str, Any]:
 
 def parsed_value(command: str, flag: str, sample: str) -> Any:
     """The value of the field behind `flag` after `command flag sample` has been parsed."""
-    concerns = concerns_of(command)
+    groups = concerns_of(command)
     given = [*shlex.split(NEEDED[command]), flag, *shlex.split(sample)]
-    configs = parse(concerns, given)
-    field = next(known for known in flags_of(concerns) if flag.replace("_", "-") in known.names)
-    return getattr(configs[field.concern], field.name[2:].replace("-", "_"))
+    configs = parse(groups, given)
+    field = next(known for known in flags_of(groups) if flag.replace("_", "-") in known.names)
+    return getattr(configs[field.group], field.name[2:].replace("-", "_"))
 
 
 def default_value(command: str, flag: str) -> Any:
-    concerns = concerns_of(command)
-    field = next(known for known in flags_of(concerns) if flag.replace("_", "-") in known.names)
-    return concerns[field.concern].__dataclass_fields__[field.name[2:].replace("-", "_")].default
+    groups = concerns_of(command)
+    field = next(known for known in flags_of(groups) if flag.replace("_", "-") in known.names)
+    return groups[field.group].__dataclass_fields__[field.name[2:].replace("-", "_")].default
 
 
 FLAGS = rows_under("Flags")
@@ -259,13 +259,13 @@ def test_every_state_key_is_in_its_file_of_a_checkpoint(npt_run: Path) -> None:
 def test_every_configuration_key_is_a_flag_that_its_section_may_hold() -> None:
     from pretrain_npt import DOCUMENT_SECTIONS
 
-    concerns = concerns_of("pretrain_npt.py")
+    groups = concerns_of("pretrain_npt.py")
     for row in rows_under("Configuration keys"):
         section, key = quoted(row[0])[0].split(": ")
         named = f"--{key.replace('_', '-')}"
-        field = next(known for known in flags_of(concerns) if named in known.names)
+        field = next(known for known in flags_of(groups) if named in known.names)
         assert field.name == quoted(row[1])[0]
-        assert field.concern in (section, *DOCUMENT_SECTIONS[section])
+        assert field.group in (section, *DOCUMENT_SECTIONS[section])
         if row[2]:
             assert str(default_value("pretrain_npt.py", named)) == row[2]
 

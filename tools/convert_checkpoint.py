@@ -109,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(__doc__)
             return 0
         raise ValueError(f"unknown command {command!r}: one of {', '.join(_COMMANDS)}")
-    concern, run, example = _COMMANDS[command]
+    group, run, example = _COMMANDS[command]
     config = parse(
-        concern,
+        group,
         arguments[1:],
         prog=f"tools/convert_checkpoint.py {command}",
         description=str(run.__doc__),
@@ -169,12 +169,12 @@ def run_export(config: ExportConfig) -> None:
     if config.merge_adapters or config.adapter_dir is not None:
         from megatron_ext.registry.export_with_adapters import export_plain
 
-        notes = export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
+        messages = export_plain(config.load, config.model_dir, adapter_dir=config.adapter_dir, **options)
     else:
         from megatron_ext.interop import export_checkpoint
 
-        notes = export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
-    for line in notes:
+        messages = export_checkpoint(config.load, config.model_dir, base_only=config.base_only, **options)
+    for line in messages:
         print(f"{config.model_dir}: {line}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.data.corpora.dataset_checks import verify
+from megatron_ext.data.corpora.dataset_checks import verify_dataset
 from megatron_ext.data.corpora.dataset_rewrite import length_histogram, merge, shuffle, split
 from megatron_ext.data.indexed.indexed_files import Index
 from megatron_ext.data.indexed.manifest import check_dataset, read_manifest
@@ -127,15 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(__doc__)
             return 0
         raise ValueError(f"unknown command {command!r}: one of {', '.join(_COMMANDS)}")
-    concern, run, wants_tokenizer, example = _COMMANDS[command]
+    group, run, wants_tokenizer, example = _COMMANDS[command]
     rest = arguments[1:]
     if rest and not rest[0].startswith("-"):
         rest = ["--prefix", *rest]
-    concerns: dict[str, type[Any]] = {"data": concern}
+    groups: dict[str, type[Any]] = {"data": group}
     if wants_tokenizer:
-        concerns["tokenizer"] = OptionalTokenizerConfig
+        groups["tokenizer"] = OptionalTokenizerConfig
     configs = parse(
-        concerns,
+        groups,
         rest,
         prog=f"tools/data.py {command}",
         description=str(run.__doc__),
@@ -153,7 +153,7 @@ def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
     refuse_same_dataset("verify", config.prefix)
     for prefix in config.prefix:
         try:
-            lines = verify(
+            lines = verify_dataset(
                 prefix,
                 tokenizer_fingerprint=tokenizer.fingerprint() if tokenizer else None,
                 vocab_size=tokenizer.vocab_size if tokenizer else None,

@@ -205,17 +205,17 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
     from megatron_ext.inference.load_model import load_model
     from megatron_ext.npt.npt_family import NPTFamily
     from megatron_ext.npt.weights.conversion import attach
-    from megatron_ext.npt.weights.np_factors import load_adapter
-    from megatron_ext.npt.weights.np_weight_files import read_adapter, read_adapter_file
+    from megatron_ext.npt.weights.np_factors import load_np_factors
+    from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, read_np_weights
     from megatron_ext.registry.known_families import FAMILIES
 
     own = stored["families"].get(NPTFamily.name)
     settings = NPTFamily.from_configuration(own).settings if own is not None else None
     tensors = None
     if settings is not None and config.npt_weights is not None:
-        tensors = read_adapter(config.npt_weights, settings)
+        tensors = read_np_weights(config.npt_weights, settings)
     elif config.npt_weights is not None:
-        tensors, settings = read_adapter_file(config.npt_weights)
+        tensors, settings = read_np_weight_file(config.npt_weights)
         if settings is None:
             raise ValueError(
                 f"--npt-weights {config.npt_weights}: no config.json beside it tells how it was made"
@@ -239,7 +239,7 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
         attach([loaded.model], settings, tensors or {})
         families.append(NPTFamily(settings))
     elif tensors is not None:
-        load_adapter([loaded.model], tensors)
+        load_np_factors([loaded.model], tensors)
     return loaded, families, settings
 
 

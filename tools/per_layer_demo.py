@@ -48,7 +48,7 @@ def main() -> int:
     parallel: ParallelConfig = configs["parallel"]
     logged = {"log_per_layer_stats": True, "log_per_layer_gradients": True, "per_layer_stats_interval": 1}
     settings = replace(configs["per_layer"], **logged)
-    settings.check_cut(parallel.tensor_model_parallel_size)
+    settings.check_layout(parallel.tensor_model_parallel_size)
     validate(MODEL, parallel)
     from megatron_ext.platform import process_groups
 

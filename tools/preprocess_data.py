@@ -74,8 +74,8 @@ def main() -> int:
     totals = summary.totals
     if summary.choice is not None:
         print(f"tokenized by {summary.choice.encoder}: {summary.choice.reason}")
-    if summary.note is not None:
-        print(f"note: {summary.note}")
+    if summary.message is not None:
+        print(f"note: {summary.message}")
     if summary.resumed_shards:
         print(f"resumed: {summary.resumed_shards} finished pieces taken over")
     for prefix, tokens, empty in zip(summary.prefixes, totals.tokens, totals.empty, strict=True):

@@ -51,8 +51,13 @@ def main() -> None:
         example="python tools/progressive_report.py --runs grown=runs/grown whole=runs/end_to_end --reference whole "
         "--html report.html",
     )["config"]
-    from megatron_ext.progressive.report.comparison_figures import compare
-    from megatron_ext.progressive.report.comparison_page import notes, phases_table, report_page, runs_table
+    from megatron_ext.progressive.report.comparison_figures import compare_runs
+    from megatron_ext.progressive.report.comparison_page import (
+        messages,
+        phases_table,
+        report_page,
+        runs_table,
+    )
     from megatron_ext.progressive.report.training_results import read_run
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.report_files import check_writable, write_text
@@ -64,14 +69,14 @@ def main() -> None:
         require_matplotlib(f"--html {config.html}")
     named = (text.partition("=") for text in config.runs)
     runs = [read_run(name, directory) for name, _, directory in named]
-    comparison = compare(runs, config.reference)
+    comparison = compare_runs(runs, config.reference)
     if config.output is not None:
         write_text(config.output, json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n")
     if config.html is not None:
         write_text(config.html, report_page(runs, comparison))
     for table in (runs_table(comparison), phases_table(comparison)):
         _print(table)
-    print("\n".join(notes(comparison)))
+    print("\n".join(messages(comparison)))
     written = [path for path in (config.output, config.html) if path is not None]
     if written:
         print(f"written: {', '.join(written)}")

@@ -26,7 +26,7 @@ def validate(
 
     Args:
         model: the base model.
-        parallel: the cut.
+        parallel: the parallel layout.
         training: batch sizes and length; left out by tools that do not train.
         optimizer: the schedules; left out by tools that do not train.
         data: the samples' masks and positions; left out by tools that do not train.

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_ext.config.command_line.flag_table import Concerns, did_you_mean
+from megatron_ext.config.command_line.flag_table import ConfigGroups, did_you_mean
 
 
 def configs_to_dict(configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -17,7 +17,7 @@ def configs_to_dict(configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: _plain(dataclasses.asdict(config)) for name, config in configs.items()}
 
 
-def configs_from_dict(concerns: Concerns, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def configs_from_dict(groups: ConfigGroups, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Builds the configurations that `configs_to_dict` took apart, checks included.
 
     Args:
@@ -28,7 +28,7 @@ def configs_from_dict(concerns: Concerns, values: Mapping[str, Mapping[str, Any]
         ValueError: if a concern is missing, or holds a key that is not its field or a value that its checks refuse.
     """
     configs = {}
-    for name, config_type in concerns.items():
+    for name, config_type in groups.items():
         if name not in values:
             raise ValueError(f"the configuration has no section {name}, only {', '.join(values)}")
         known = [field.name for field in dataclasses.fields(config_type)]

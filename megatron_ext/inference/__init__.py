@@ -1,1 +1,1 @@
-"""What is done with a trained model: load it at any cut, generate text, measure perplexity."""
+"""What is done with a trained model: load it at any parallel layout, generate text, measure perplexity."""

@@ -1,4 +1,4 @@
-"""Autoregressive generation with a KV cache, at any tensor x pipeline cut.
+"""Autoregressive generation with a KV cache, at any tensor x pipeline layout.
 
     p(next) = softmax(logits / temperature), restricted to the top_k most likely tokens and to the smallest set of them
     whose probabilities reach top_p; temperature 0 takes the most likely token (greedy).
@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.interface.family_interface import Family, side_inputs
+from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def generate(
 
     Args:
         model: this rank's only chunk, unwrapped, without sequence parallel.
-        families: asked for the model's side inputs.
+        families: asked for the model's auxiliary inputs.
         prompts: token ids, at least one each.
         sampling: how tokens are chosen.
         vocab_size: of the tokenizer; padded rows are never chosen.
@@ -200,7 +200,7 @@ def _forward(
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
-        rows = (end - start) * model.channel.pipeline_factor(hidden_size)
+        rows = (end - start) * model.auxiliary.pipeline_factor(hidden_size)
         shape = (rows, len(tokens), hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
@@ -209,7 +209,7 @@ def _forward(
         inputs,
         positions,
         None,
-        side_inputs=side_inputs(families, batch),
+        auxiliary_inputs=auxiliary_inputs(families, batch),
         inference_context=context,
         runtime_gather_output=True,
     )

@@ -1,4 +1,5 @@
-"""Rebuilds the model of a checkpoint, families included, at any tensor x pipeline cut, for evaluation and generation.
+"""Rebuilds the model of a checkpoint, families included, at any tensor x pipeline layout, for evaluation and
+generation.
 
 Everything needed is in the checkpoint: configurations, vocabulary size, families. Only the tokenizer's files are
 outside it; where they have moved, the caller gives new paths.
@@ -80,7 +81,8 @@ def load_model(
             where that is known, else as the tokenizer's own files say.
 
     Raises:
-        ValueError: the cut does not fit the model, the tokenizer is another one, the checkpoint is damaged or of a
+        ValueError: the parallel layout does not fit the model, the tokenizer is another one, the checkpoint is
+        damaged or of a
             family that the caller does not know.
         OSError: something cannot be read.
     """

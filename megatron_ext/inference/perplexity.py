@@ -28,7 +28,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
-from megatron_ext.training.interface.output_losses import OutputLoss, the_one
+from megatron_ext.training.interface.output_losses import OutputLoss, select_output_loss
 
 _GUESS = "guess"
 
@@ -81,7 +81,7 @@ def evaluate_perplexity(
 
     Args:
         chunks: this rank's model chunks.
-        families: asked for what the model is fed and asked, its side inputs, and values besides the loss.
+        families: asked for what the model is fed and asked, its auxiliary inputs, and values besides the loss.
         prefix: indexed dataset without `.bin` and `.idx`; it exists and is whole.
         sequence_length: tokens of a window.
         micro_batch_size: windows at a time.
@@ -95,7 +95,7 @@ def evaluate_perplexity(
     steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
     for chunk in chunks:
         chunk.eval()
-    loss = the_one(family.evaluation_loss() for family in families)
+    loss = select_output_loss(family.evaluation_loss() for family in families)
     loss = loss if guess is None else _WithGuess(loss, guess)
     sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Our checkpoints as plain tensors by global name: written without a run, read without a model; one process.
 
 A checkpoint of an imported model is that of step 0 of a run that has not begun: no optimizer, no schedule, no random
-state. Everything that loads a model loads it, at any cut; a run takes it up with `--finetune`.
+state. Everything that loads a model loads it, at any parallel layout; a run takes it up with `--finetune`.
 """
 
 import json
@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors
-from megatron_ext.training.checkpoint.checkpointer import Progress
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.checkpoint.optimizer_state import PREFIX
 
 
@@ -38,7 +38,11 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
     folder = files.begin(root, name)
     shards = {name: ShardedTensor.from_rank_offsets(name, state[name]) for name in state}
     checkpoint_tensors.write({**shards, **_extra_states(state)}, folder)
-    progress: dict[str, Any] = {"progress": asdict(Progress()), "optimizer_step": None, "scheduler": None}
+    progress: dict[str, Any] = {
+        "progress": asdict(TrainingProgress()),
+        "optimizer_step": None,
+        "scheduler": None,
+    }
     files.write_text(folder / files.STATE, json.dumps({**progress, "families": {}, "cut": {}}, indent=1))
     files.write_text(folder / files.RUN_CONFIG, json.dumps(run_config, indent=1))
     written = [path.name for path in folder.iterdir() if path.is_file()]
@@ -68,7 +72,7 @@ class CheckpointState(Mapping[str, torch.Tensor]):
         """
         self._stored: dict[str, tuple[Path, ShardedTensor]] = {}
         for folder in folders:
-            files.verify(folder)
+            files.verify_checkpoint(folder)
             for name, shard in dist_checkpointing.load_tensors_metadata(str(folder)).items():
                 if not name.startswith(PREFIX) and (only is None or name in only):
                     self._stored.setdefault(name, (folder, shard))

@@ -84,19 +84,19 @@ def export_hf(
         model, vocab_size, chosen, written_as, imported.config if imported is not None else None
     )
     tensors = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
-    notes = []
+    messages = []
     with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
         if tokenizer is not None and tokenizer_config is not None:
             if write_files(tokenizer_config, tokenizer, folder):
                 if "eos_token_id" in config and config["eos_token_id"] is None:
                     config["eos_token_id"] = tokenizer.eod
             else:
-                notes.append(
+                messages.append(
                     f"transformers has no {tokenizer_config.tokenizer_type}: no tokenizer is written"
                 )
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if imported is not None:
-            notes += imported.write_files(folder, _directory_of(tokenizer_config))
+            messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
             # What has been trained on ids of ours must be read with them, though the import was read otherwise.
             as_imported = (
@@ -104,9 +104,9 @@ def export_hf(
                 and not imported.is_trained
                 and config["model_type"] == imported.config["model_type"]
             )
-            notes += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
+            messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         write_tensors(folder, tensors, max_shard_size)
-    return [f"{chosen}, {written_as}", *notes]
+    return [f"{chosen}, {written_as}", *messages]
 
 
 def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor]) -> list[Entry]:

@@ -56,7 +56,7 @@ class HuggingFaceModel:
     imported: Imported
     """What the directory holds beside the tensors and the tokenizer, for an export."""
 
-    notes: tuple[str, ...]
+    messages: tuple[str, ...]
     """For the user: what was not taken over as it stands."""
 
 
@@ -84,7 +84,7 @@ def load_hf(
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     model = source.model
-    config, tokenizer, note = imported_tokenizer(model_dir, source.vocab_size)
+    config, tokenizer, message = imported_tokenizer(model_dir, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
     state = HuggingFaceState(SafetensorsFiles(model_dir), model, entries(model, source.vocab_size, padded))
     imported, left = Imported.read(model_dir, content)
@@ -96,7 +96,7 @@ def load_hf(
         state=state,
         dtype=state.dtype,
         imported=imported,
-        notes=(*source.notes, *([note] if note else []), *left_behind(left)),
+        messages=(*source.messages, *([message] if message else []), *left_behind(left)),
     )
 
 
@@ -106,7 +106,7 @@ def import_checkpoint(
     *,
     seq_length: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
-    note: Callable[[str], None] = print,
+    message: Callable[[str], None] = print,
 ) -> HuggingFaceModel:
     """Writes a Hugging Face model as a checkpoint, complete or not at all.
 
@@ -156,8 +156,8 @@ def import_checkpoint(
             write_checkpoint(folder, found.state, run_config)
     finally:
         process_groups.shutdown()
-    for line in found.notes:
-        note(f"note: {line}")
+    for line in found.messages:
+        message(f"note: {line}")
     return replace(found, tokenizer_config=tokenizer)
 
 

@@ -12,7 +12,8 @@ from megatron_ext.platform.collectives import gather
 
 @torch.no_grad()
 def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None:
-    """Fills the base model's parameters at the present cut; what families have added is left alone. Collective.
+    """Fills the base model's parameters at the present parallel layout; what families have added is left alone.
+    Collective.
 
     Args:
         chunks: this rank's model chunks, built from `state`'s `ModelConfig` and vocabulary, with or without families.

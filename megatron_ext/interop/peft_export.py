@@ -39,7 +39,7 @@ ADAPTER_FLAG = "--adapter-dir"
 """Under which the command line knows the directory."""
 
 
-def gather_adapter(chunks: list[GPTModel], name: str) -> dict[str, torch.Tensor]:
+def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Tensor]:
     """The factors of an adapter, whole, on the CPU of every rank: `decoder.layers.{i}.{linear}.A` and `.B`. Collective.
 
     Args:
@@ -94,7 +94,7 @@ def export_peft(
     shapes = _shapes(chunks, name)
     if not shapes:
         raise ValueError(f"adapter {name}: no layer of the model has it")
-    factors = gather_adapter(chunks, name)
+    factors = gather_lora_factors(chunks, name)
 
     def write() -> None:
         from safetensors.torch import save_file  # of the extra `hf`

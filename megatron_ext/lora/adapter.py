@@ -2,7 +2,8 @@
 
     y = W x + sum over adapters of (alpha / r) B A x             A: [r, input], B: [output, r]   (arXiv 2106.09685)
 
-A is drawn from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), of the whole input at any cut; B is zero.
+A is drawn from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), of the whole input at any parallel layout; B
+is zero.
 
     over a column-parallel W    A whole on every rank, B split over the output as W is. `A x` is made from this rank's
                                 rows and then copied (gathered under sequence parallel) to all ranks: the gradient of

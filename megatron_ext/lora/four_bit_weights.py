@@ -9,10 +9,10 @@ Both store weights only: a product unpacks them and is computed in the run's pre
 so NVFP4 saves memory on every machine and time on none.
 
 Packing what was unpacked (in fp32) gives the same bytes again. So a checkpoint holds the plain values under the
-weight's own name, can be loaded into a layer of any precision and at any cut, and a resumed run has the very weights it
-left. Scales belong to this rank's part of the matrix, and a cut may not go through a block (`check_part`): the weights
-would differ from those of a single process by a tenth of their norm. NVFP4's one fp32 scale is a power of two, so
-that of a part gives the values of the whole matrix.
+weight's own name, can be loaded into a layer of any precision and at any parallel layout, and a resumed run has the
+very weights it left. Scales belong to this rank's part of the matrix, and a cut may not go through a block
+(`check_part`): the weights would differ from those of a single process by a tenth of their norm. NVFP4's one fp32
+scale is a power of two, so that of a part gives the values of the whole matrix.
 """
 
 import contextlib

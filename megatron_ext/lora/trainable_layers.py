@@ -13,10 +13,10 @@ from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import SLOTS
 
-Plan = Mapping[int, LayerSettings]
+SettingsByLayer = Mapping[int, LayerSettings]
 
 
-def prepare_layers(chunks: list[GPTModel], plan: Plan) -> None:
+def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:
     """Freezes what a plan freezes, frees what it trains, and puts frozen weights into their precision.
 
     Call it before the model is wrapped, and again after weights were loaded into it from outside a checkpoint of

@@ -1,6 +1,6 @@
 """Named tensors that travel beside the hidden states: through the layers of a stage, and from stage to stage.
 
-A family declares `SideStream`s; their widths add up. Two ways of travel:
+A family declares `AuxiliaryStream`s; their widths add up. Two ways of travel:
 
 * to the layers: the engine hands one extra tensor, `context`, to every layer and treats it as a real input of
   activation recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat,
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideStream:
+class AuxiliaryStream:
     """One named tensor [s, b, width] beside the hidden states."""
 
     name: str
@@ -41,21 +41,21 @@ class SideStream:
     """True: it is sent to the next pipeline stage."""
 
 
-class SideChannel:
+class AuxiliaryInputs:
     """The layout of all streams of a run, and the two ways of travel."""
 
-    def __init__(self, streams: list[SideStream], sequence_parallel_size: int = 1) -> None:
+    def __init__(self, streams: list[AuxiliaryStream], sequence_parallel_size: int = 1) -> None:
         names = [stream.name for stream in streams]
         if len(set(names)) != len(names):
-            raise ValueError(f"side streams must have different names, got {names}")
+            raise ValueError(f"auxiliary streams must have different names, got {names}")
         if any(stream.travels and stream.full_sequence for stream in streams):
             raise ValueError(
-                "a side stream that travels between stages has the hidden states' rows, not the full sequence"
+                "an auxiliary stream that travels between stages has the hidden states' rows, not the full sequence"
             )
         # The stream of open width comes last: its places are what the others leave.
         self._to_layers = sorted((s for s in streams if s.to_layers), key=lambda stream: stream.width is None)
         if sum(stream.width is None for stream in streams) > 1:
-            raise ValueError("at most one side stream may leave its width open")
+            raise ValueError("at most one auxiliary stream may leave its width open")
         self._travelling = [stream for stream in streams if stream.travels]
         self._sequence_parallel_size = sequence_parallel_size
 
@@ -109,10 +109,10 @@ class SideChannel:
         ]
         return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
-    def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "SideView":
+    def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
         """What a slot of a layer reads from and writes to; `hidden_states` [s, b, h] tells the row counts."""
         rows, batch = hidden_states.shape[:2]
-        return SideView(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
+        return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 
 
 class _Read(torch.autograd.Function):
@@ -140,12 +140,12 @@ class _Read(torch.autograd.Function):
         return later, None, None
 
 
-class SideView:
+class LayerInputs:
     """The streams as one layer sees them."""
 
     def __init__(
         self,
-        streams: list[SideStream],
+        streams: list[AuxiliaryStream],
         packed: torch.Tensor | None,
         rows: int,
         batch: int,
@@ -178,7 +178,7 @@ class SideView:
         How a stream that has something for every layer of a stage gives a layer its own. The gradient of the packed
         tensor is one buffer that every reader adds its part to, not a full one for each.
         """
-        assert self.packed is not None, f"no side stream was packed, and '{name}' was asked for"
+        assert self.packed is not None, f"no auxiliary stream was packed, and '{name}' was asked for"
         start, rows, batch, width = self._places[name]
         size = rows * batch * width // parts
         value, self.packed = _Read.apply(self.packed, start + part * size, size)
@@ -186,7 +186,7 @@ class SideView:
 
     def write(self, name: str, value: torch.Tensor) -> None:
         """Replaces the stream for the slots and layers that follow on this stage; the next stage does not see it."""
-        assert self.packed is not None, f"no side stream was packed, and '{name}' was written"
+        assert self.packed is not None, f"no auxiliary stream was packed, and '{name}' was written"
         start, *shape = self._places[name]
         end = start + shape[0] * shape[1] * shape[2]
         self.packed = torch.cat([self.packed[:start], value.reshape(-1), self.packed[end:]])

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.auxiliary_inputs import SideChannel, SideStream
+from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStream
 from megatron_ext.models.engine_config import build_transformer_config
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import initialize_parameters
@@ -60,19 +60,19 @@ def build_model(
     extensions = extensions or []
     config = build_transformer_config(model, parallel, bf16=bf16)
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
-    channel = SideChannel(_merged_streams(config, extensions), sequence_parallel_size)
+    auxiliary = AuxiliaryInputs(_merged_streams(config, extensions), sequence_parallel_size)
     virtual = config.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
     vocab = padded_vocab_size(vocab_size, model, parallel.tensor_model_parallel_size)
     chunks = []
     for vp_stage in range(virtual or 1):
-        chunk = _build_chunk(model, config, channel, extensions, vocab, vp_stage if virtual else None)
+        chunk = _build_chunk(model, config, auxiliary, extensions, vocab, vp_stage if virtual else None)
         initialize_parameters(chunk, seed, model.init_method_std, model.num_layers)
         chunks.append(chunk)
     return chunks
 
 
-def _merged_streams(config: TransformerConfig, extensions: list[Extension]) -> list[SideStream]:
+def _merged_streams(config: TransformerConfig, extensions: list[Extension]) -> list[AuxiliaryStream]:
     """Streams of all families; one that several ask for alike (the word embedding) is carried once."""
     streams = [stream for extension in extensions for stream in extension.streams(config)]
     return list(dict.fromkeys(streams))
@@ -81,7 +81,7 @@ def _merged_streams(config: TransformerConfig, extensions: list[Extension]) -> l
 def _build_chunk(
     model: ModelConfig,
     config: TransformerConfig,
-    channel: SideChannel,
+    auxiliary: AuxiliaryInputs,
     extensions: list[Extension],
     vocab_size: int,
     vp_stage: int | None,
@@ -91,7 +91,7 @@ def _build_chunk(
     layers = [
         layer_spec(
             model,
-            channel,
+            auxiliary,
             _merged("slot", number, [(e.name, e.slots(config, number)) for e in extensions]),
             _merged("linear", number, [(e.name, e.linears(config, number)) for e in extensions]),
             bidirectional=any(extension.bidirectional for extension in extensions),
@@ -111,7 +111,7 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         pg_collection=groups,
         vp_stage=vp_stage,
-        channel=channel,
+        auxiliary=auxiliary,
         stage=stage,
         sliding_window=model.sliding_window,
     )

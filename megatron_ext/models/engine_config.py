@@ -21,7 +21,7 @@ def build_transformer_config(
 
     Args:
         model: the base model.
-        parallel: the cut.
+        parallel: the parallel layout.
         bf16: parameters and activations in bfloat16 (the optimizer keeps fp32 copies), else fp32.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32

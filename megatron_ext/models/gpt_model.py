@@ -1,7 +1,7 @@
-"""megatron-core's GPTModel with side inputs: what families need beside token ids, on every pipeline stage.
+"""megatron-core's GPTModel with auxiliary inputs: what families need beside token ids, on every pipeline stage.
 
     stage in    hidden states and travelling streams (the first stage starts them from the word embedding)
-    stage       family modules turn side inputs and travelling streams into the streams of this stage's layers
+    stage       family modules turn auxiliary inputs and travelling streams into the streams of this stage's layers
     run_layers  layers may be passed over: a forward pass may end at a layer, or start there from known hidden states
     stage out   hidden states joined with the travelling streams; the last stage returns logits or losses
 
@@ -17,7 +17,7 @@ import torch
 from megatron.core.models.gpt import GPTModel as EngineGPTModel
 
 from megatron_ext.config.groups.model_config import check_fits_window
-from megatron_ext.models.auxiliary_inputs import SideChannel
+from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.models.ops.cross_entropy import cross_entropy
 
@@ -34,14 +34,14 @@ class GPTModel(EngineGPTModel):
     def __init__(
         self,
         *args: Any,
-        channel: SideChannel,
+        auxiliary: AuxiliaryInputs,
         stage: StageInfo,
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.sliding_window = sliding_window
-        self.channel = channel
+        self.auxiliary = auxiliary
         self.stage = stage
         self.stage_module_names: list[str] = []
         self._received: dict[str, torch.Tensor] = {}
@@ -72,7 +72,7 @@ class GPTModel(EngineGPTModel):
         """Takes what the stage before has joined, [k * s, b, h], and splits it."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if tensor is not None:
-            tensor, self._received = self.channel.split(tensor)
+            tensor, self._received = self.auxiliary.split(tensor)
         super().set_input_tensor(tensor)
 
     def forward(
@@ -80,7 +80,7 @@ class GPTModel(EngineGPTModel):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        side_inputs: dict[str, torch.Tensor] | None = None,
+        auxiliary_inputs: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One stage.
@@ -89,42 +89,42 @@ class GPTModel(EngineGPTModel):
             input_ids: [b, s].
             position_ids: [b, s].
             attention_mask: [b, 1, s, s], True where forbidden, or None for plain causal attention.
-            side_inputs: the families' batch fields by name.
+            auxiliary_inputs: the families' batch fields by name.
             **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
 
         Returns:
-            Losses [b, s] or logits on the last stage, else what `SideChannel.join` gives.
+            Losses [b, s] or logits on the last stage, else what `AuxiliaryInputs.join` gives.
         """
         travelling, self._received = self._received, {}
-        side_inputs = side_inputs or {}
+        auxiliary_inputs = auxiliary_inputs or {}
         recomputes = self.training and self.config.recompute_granularity == "full"
-        if self.pre_process and (self.stage_module_names or self.channel.travels or recomputes):
+        if self.pre_process and (self.stage_module_names or self.auxiliary.travels or recomputes):
             embedding = self.embedding(input_ids=input_ids, position_ids=position_ids)
             for name in self.stage_module_names:
-                embedding = getattr(self, name).embed(embedding, side_inputs)
+                embedding = getattr(self, name).embed(embedding, auxiliary_inputs)
             if recomputes and torch.is_grad_enabled() and not embedding.requires_grad:
                 # Under a frozen embedding: a recomputed layer gets gradients only if its input does.
                 embedding.requires_grad_()
             kwargs["decoder_input"] = embedding
             travelling = {WORD_EMBEDDING: embedding}
         if self._starts_from_known:
-            kwargs |= self._known_start(side_inputs[HIDDEN_STATES], recomputes)
+            kwargs |= self._known_start(auxiliary_inputs[HIDDEN_STATES], recomputes)
         streams = dict(travelling)
         for name in self.stage_module_names:
-            streams |= getattr(self, name)(side_inputs, travelling)
-        packed = self.channel.pack(streams) if self.channel.reaches_layers else None
+            streams |= getattr(self, name)(auxiliary_inputs, travelling)
+        packed = self.auxiliary.pack(streams) if self.auxiliary.reaches_layers else None
         if packed is not None:
             kwargs["extra_block_kwargs"] = {"context": packed}
         output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         if self._runs_none and not self.stage.is_last:
             output = output.clone()  # a stage frees what it has sent, and this is what it has received
-        return output if self.stage.is_last else self.channel.join(output, streams)
+        return output if self.stage.is_last else self.auxiliary.join(output, streams)
 
     def run_layers(self, start: int = 0, end: int | None = None) -> None:
         """From now on runs the layers of `range(start, end)` only (numbers over the whole model); all by default.
 
         Where it starts later than at layer 0, the chunk that holds layer `start` takes the hidden states that this
-        layer reads from the side input `HIDDEN_STATES`; chunks before it send on what they get.
+        layer reads from the auxiliary input `HIDDEN_STATES`; chunks before it send on what they get.
         """
         for layer in self.decoder.layers:
             number = layer.layer_number - 1

@@ -1,4 +1,5 @@
-"""Draws every parameter from a generator seeded by its global name, so that weights do not depend on the cut.
+"""Draws every parameter from a generator seeded by its global name, so that weights do not depend on the parallel
+layout.
 
 The sharded state dict knows each local parameter's global name, shape and offset, whatever the tensor and pipeline
 parallel sizes; the full tensor is drawn and the local part kept. A parameter says how it is drawn with the attribute
@@ -18,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_ext.models.gpt_model import GPTModel
 
 CHECKPOINT_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-"""Passed to every `sharded_state_dict`: layers may differ, and optimizer states load at any cut."""
+"""Passed to every `sharded_state_dict`: layers may differ, and optimizer states load at any parallel layout."""
 
 _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.models.auxiliary_inputs import SideChannel
+from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.norm import Norm
 from megatron_ext.models.ops.swiglu import SwiGLU
@@ -31,7 +31,7 @@ LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 def layer_spec(
     model: ModelConfig,
-    channel: SideChannel,
+    auxiliary: AuxiliaryInputs,
     slots: dict[str, ModuleSpec],
     linears: dict[str, ModuleSpec],
     bidirectional: bool = False,
@@ -40,7 +40,7 @@ def layer_spec(
 
     Args:
         model: the base model; chooses attention, norm and linear implementations.
-        channel: layout of the side streams.
+        auxiliary: layout of the auxiliary streams.
         slots: slot name -> module, from the families.
         linears: name in `LINEARS` -> module in its place, from the families.
         bidirectional: every position attends to all others.
@@ -78,7 +78,7 @@ def layer_spec(
         mlp_bda=get_bias_dropout_add,
         **slots,
     )
-    return ModuleSpec(module=ExtendedTransformerLayer, params={"channel": channel}, submodules=submodules)
+    return ModuleSpec(module=ExtendedTransformerLayer, params={"auxiliary": auxiliary}, submodules=submodules)
 
 
 def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:

@@ -1,4 +1,4 @@
-"""What a family adds to a model: slot modules, side streams, one module per pipeline stage.
+"""What a family adds to a model: slot modules, auxiliary streams, one module per pipeline stage.
 
 A family does not build the model; it hands an `Extension` to `models.build`. Several extensions form one model.
 Every method has a default that adds nothing.
@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.models.auxiliary_inputs import SideStream
+from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +32,24 @@ class StageInfo:
 
 
 class StageModule(torch.nn.Module):
-    """A family's module on one pipeline stage: makes the side streams that the stage's layers read."""
+    """A family's module on one pipeline stage: makes the auxiliary streams that the stage's layers read."""
 
-    def embed(self, embedding: torch.Tensor, side_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the first layer gets; called on the first stage, before anything reads the word embedding.
 
         Args:
             embedding: [s, b, h], [s/t, b, h] under sequence parallel.
-            side_inputs: the family's batch fields.
+            auxiliary_inputs: the family's batch fields.
         """
         return embedding
 
     def forward(
-        self, side_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
+        self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Values for the family's streams.
 
         Args:
-            side_inputs: the family's batch fields on every stage, such as integer ids [b, s].
+            auxiliary_inputs: the family's batch fields on every stage, such as integer ids [b, s].
             travelling: streams from the stage before (and, on the first stage, those it starts), [s, b, width].
         """
         return {}
@@ -64,7 +64,7 @@ class Extension:
     bidirectional: bool = False
     """Every position attends to all others, not only to those before it."""
 
-    def streams(self, config: TransformerConfig) -> list[SideStream]:
+    def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
         """Side streams of the family. A travelling stream named `word_embedding` is started by the model itself."""
         return []
 

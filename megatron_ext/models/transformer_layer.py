@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_ext.models.auxiliary_inputs import SideChannel
+from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.ops.attention import SDPAttention
 
 SLOTS = ("before_layer", "feed_forward", "after_mlp")
@@ -46,10 +46,10 @@ class ExtendedTransformerLayer(TransformerLayer):
     """megatron-core's layer with the slots of `ExtendedLayerSubmodules`."""
 
     def __init__(
-        self, *args: Any, submodules: ExtendedLayerSubmodules, channel: SideChannel, **kwargs: Any
+        self, *args: Any, submodules: ExtendedLayerSubmodules, auxiliary: AuxiliaryInputs, **kwargs: Any
     ) -> None:
         super().__init__(*args, submodules=submodules, **kwargs)
-        self.channel = channel
+        self.auxiliary = auxiliary
         for slot in SLOTS:
             module = build_module(
                 getattr(submodules, slot),
@@ -68,30 +68,32 @@ class ExtendedTransformerLayer(TransformerLayer):
 
         Args:
             hidden_states: [s, b, h].
-            context: the packed side streams, see `side_channel`.
+            context: the packed auxiliary streams, see `auxiliary_inputs`.
             **kwargs: what megatron-core's block passes on (mask, rotary embedding, KV cache, ...).
 
         Returns:
-            The output [s, b, h] and the side streams for the next layer.
+            The output [s, b, h] and the auxiliary streams for the next layer.
         """
         if self.skipped:
             return hidden_states, context
-        side = self.channel.open(context, hidden_states)
+        layer_inputs = self.auxiliary.open(context, hidden_states)
         if isinstance(self.self_attention.core_attention, SDPAttention):
             self.self_attention.core_attention.take_rotary(kwargs.pop("rotary_pos_emb", None))
         if not isinstance(self.before_layer, IdentityOp):
-            hidden_states = self.before_layer(hidden_states, side)
+            hidden_states = self.before_layer(hidden_states, layer_inputs)
         if isinstance(self.feed_forward, IdentityOp) or not self.feed_forward.active:
             hidden_states, _ = super().forward(hidden_states=hidden_states, **kwargs)
         else:
-            hidden_states = self.feed_forward(self, hidden_states, partial(self.attend, **kwargs), side)
+            hidden_states = self.feed_forward(
+                self, hidden_states, partial(self.attend, **kwargs), layer_inputs
+            )
         if not isinstance(self.after_mlp, IdentityOp):
-            hidden_states = self.after_mlp(hidden_states, side)
+            hidden_states = self.after_mlp(hidden_states, layer_inputs)
         # A slot may return a view (an attached loss does), but a pipeline stage frees what it has sent: no view.
         hidden_states = make_viewless_tensor(
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
-        return hidden_states, side.packed
+        return hidden_states, layer_inputs.packed
 
     def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`Attention(LN1(x))` after the output projection, bias and dropout included, residual not: [s, b, h]."""

@@ -34,7 +34,7 @@ from megatron_ext.models.costs.model_cost import (
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.npt_training_config import Objective
+from megatron_ext.npt.objective.npt_training_config import StepObjective
 
 
 def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
@@ -56,7 +56,7 @@ def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
 
 
 def npt_work(
-    settings: NPTModuleConfig, model: ModelConfig, objective: Objective, weights: Mapping[int, float]
+    settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, weights: Mapping[int, float]
 ) -> StepWork:
     """What a training step does.
 
@@ -110,7 +110,7 @@ class _Layer:
         return self.trains or self.to_attention or self.to_mlp
 
 
-def _layer(settings: NPTModuleConfig, objective: Objective, reached: bool, trains: bool) -> _Layer:
+def _layer(settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool) -> _Layer:
     """The layer, whose input has a gradient if it is `reached`. Layers that do not train get the student's states."""
     stage = objective.stage
     to_attention = reached and (not trains or stage.attention_share > 0)

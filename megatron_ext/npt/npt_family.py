@@ -25,12 +25,12 @@ from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
-from megatron_ext.npt.objective.layer_losses import TEACHER, LayerPlan
+from megatron_ext.npt.objective.layer_losses import TEACHER, LayerStepLosses
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
-from megatron_ext.npt.objective.npt_training_config import PLAIN_LM, NPTTrainingConfig, Objective
+from megatron_ext.npt.objective.npt_training_config import PLAIN_LM, NPTTrainingConfig, StepObjective
 from megatron_ext.npt.objective.teacher import Teacher
 from megatron_ext.npt.weights.state_files import multi_layer_state, write_state_files
-from megatron_ext.training.interface.family_interface import Batch, Family, Note
+from megatron_ext.training.interface.family_interface import Batch, Family, Message
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 
@@ -66,7 +66,7 @@ class NPTFamily(Family):
         if training is not None and training.allow_layer_mismatch:
             self.free_on_resume |= {"npt_layers"}
         self.teacher = Teacher(int(training.teacher_cache_gb * 2**30) if training is not None else 0)
-        self._objective: Objective | None = None
+        self._objective: StepObjective | None = None
         self._records = False
         self._base_losses: dict[str, float] = {}
 
@@ -93,7 +93,7 @@ class NPTFamily(Family):
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
         weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
         work = npt_work(self.settings, model, objective, weights)
-        return replace(work, further_forwards=0) if self.teacher.cache.has_spared else work
+        return replace(work, further_forwards=0) if self.teacher.cache.was_skipped else work
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Freezes the base model, unless `--no-freeze-base`, and the NPT layers that are not trained."""
@@ -142,7 +142,7 @@ class NPTFamily(Family):
             chunks, families, batches, layers=layers, output=objective.fidelity > 0
         )
 
-    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The teacher's inputs, where the micro-batch has them."""
         return {name: value for name, value in batch.items() if name.startswith(f"{TEACHER}/layer_")}
 
@@ -164,17 +164,17 @@ class NPTFamily(Family):
 
     def after_step(
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
-    ) -> list[Note]:
+    ) -> list[Message]:
         """A warning where a layer's v_a or v_b has vanished, and the samples of text."""
-        notes = [Note(text=line) for line in self.watch.look(values)]
+        messages = [Message(text=line) for line in self.watch.look(values)]
         training = self.training
         every = training.generation_steps if training is not None else None
         if training is not None and every and iteration % every == 0 and self.tokenizer is not None:
             self.begin_step(chunks, None)
             prompt = argument_text("--generation-prompt", training.generation_prompt)
             text = paired_sample(chunks[0], families, self.tokenizer, prompt)
-            notes.append(Note(text=text, tag="samples"))
-        return notes
+            messages.append(Message(text=text, tag="samples"))
+        return messages
 
     def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
         """Document 001's files, in a training's checkpoints."""
@@ -197,9 +197,9 @@ class NPTFamily(Family):
     def _trained(self, num_layers: int) -> tuple[int, ...]:
         return self.settings.layers(num_layers) if self.trains is None else self.trains
 
-    def _plan(self, objective: Objective, weight: float, place: tuple[int, int]) -> LayerPlan:
+    def _plan(self, objective: StepObjective, weight: float, place: tuple[int, int]) -> LayerStepLosses:
         layer = objective.layer
-        return LayerPlan(
+        return LayerStepLosses(
             weights=replace(
                 layer,
                 direct_mlp=weight * layer.direct_mlp,

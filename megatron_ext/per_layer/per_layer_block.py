@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.ops.norm import RMSNorm
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_STREAM
@@ -78,9 +78,9 @@ class PerLayerBlock(MegatronModule):
         self.activation = ACTIVATIONS[settings.per_layer_gate_activation]
         self.recorder: Recorder | None = None
 
-    def forward(self, hidden_states: torch.Tensor, side: SideView) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
         """[s, b, h] -> [s, b, h] ([s / t, b, h] under sequence parallelism)."""
-        combined = side.read_part(
+        combined = layer_inputs.read_part(
             PER_LAYER_STREAM, (self.layer_number - 1) % self.stage_layers, self.stage_layers
         )
         activated = self.activation(self.gate(hidden_states)[0])

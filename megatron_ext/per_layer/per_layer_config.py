@@ -147,7 +147,7 @@ class PerLayerConfig:
             )
         return vocab_size
 
-    def check_cut(self, tensor_parallel_size: int) -> None:
+    def check_layout(self, tensor_parallel_size: int) -> None:
         """Raises `ValueError` unless the tensor-parallel ranks can share the per-layer hidden size evenly."""
         if self.per_layer_hidden_size % tensor_parallel_size:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""PLE as the model sees it: two side streams, one slot of every layer, one module a stage.
+"""PLE as the model sees it: two auxiliary streams, one slot of every layer, one module a stage.
 
 The word embedding travels from stage to stage; the per-layer vectors go to the layers of the stage that makes them.
 """
@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.models.auxiliary_inputs import SideStream
+from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 from megatron_ext.models.gpt_model import WORD_EMBEDDING
 from megatron_ext.models.model_extension import Extension, StageInfo
 from megatron_ext.per_layer.per_layer_block import PerLayerBlock
@@ -28,17 +28,17 @@ class PerLayerExtension(Extension):
         self.settings = settings
         self.rows = rows
 
-    def streams(self, config: TransformerConfig) -> list[SideStream]:
+    def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
         """The travelling word embedding, and the stage's per-layer vectors packed as [L, s, b, p / t].
 
         Raises:
             ValueError: the per-layer hidden size does not divide over the tensor-parallel ranks.
         """
-        self.settings.check_cut(config.tensor_model_parallel_size)
+        self.settings.check_layout(config.tensor_model_parallel_size)
         width = self.settings.per_layer_hidden_size // config.tensor_model_parallel_size
         return [
-            SideStream(name=WORD_EMBEDDING, width=config.hidden_size, to_layers=False, travels=True),
-            SideStream(name=PER_LAYER_STREAM, width=stage_layers(config) * width, full_sequence=True),
+            AuxiliaryStream(name=WORD_EMBEDDING, width=config.hidden_size, to_layers=False, travels=True),
+            AuxiliaryStream(name=PER_LAYER_STREAM, width=stage_layers(config) * width, full_sequence=True),
         ]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:

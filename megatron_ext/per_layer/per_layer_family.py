@@ -112,7 +112,7 @@ class PerLayerFamily(Family):
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Raises `ValueError` unless the tensor-parallel ranks can share the per-layer hidden size."""
-        self.settings.check_cut(parallel.tensor_model_parallel_size)
+        self.settings.check_layout(parallel.tensor_model_parallel_size)
 
     def configuration(self) -> dict[str, Any]:
         """PLE's settings, the vocabulary's size and the table of ids."""
@@ -146,7 +146,7 @@ class PerLayerFamily(Family):
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
 
-    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The per-layer ids [b, s] of a batch.
 
         Raises:

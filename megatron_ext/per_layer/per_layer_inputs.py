@@ -27,10 +27,10 @@ from megatron_ext.per_layer.sharded_weight import ShardedWeight, initial_std, in
 from megatron_ext.per_layer.statistics_recorder import Recorder
 
 PER_LAYER_STREAM = "per_layer"
-"""The side stream to the layers."""
+"""The auxiliary stream to the layers."""
 
 PER_LAYER_IDS = "per_layer_ids"
-"""The side input: integer ids [b, s]."""
+"""The auxiliary input: integer ids [b, s]."""
 
 
 class PerLayerWeights(torch.nn.Module):
@@ -80,12 +80,12 @@ class PerLayerInputs(StageModule):
         self.recorder: Recorder | None = None
 
     def forward(
-        self, side_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
+        self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The stream `per_layer`; without ids it is the projected word embedding alone.
 
         Args:
-            side_inputs: `per_layer_ids` [b, s], or nothing.
+            auxiliary_inputs: `per_layer_ids` [b, s], or nothing.
             travelling: `word_embedding` [s, b, h], [s / t, b, h] under sequence parallelism.
 
         Returns:
@@ -93,7 +93,7 @@ class PerLayerInputs(StageModule):
         """
         embedding = self._whole_sequence(travelling[WORD_EMBEDDING])
         projected = project(embedding, [layer.context_projection() for layer in self.weights()])
-        ids = side_inputs.get(PER_LAYER_IDS)
+        ids = auxiliary_inputs.get(PER_LAYER_IDS)
         if ids is None:
             return {PER_LAYER_STREAM: self._normed(projected, scale=1.0)}
         token = look_up(ids.t(), [layer.embedding() for layer in self.weights()])
@@ -142,8 +142,8 @@ class PerLayerInputs(StageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Global names `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every cut,
-        under this stage's own: those of `state_dict`.
+        """Global names `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every
+        parallel layout, under this stage's own: those of `state_dict`.
         """
         state: dict[str, Any] = {}
         for place, (number, layer) in enumerate(zip(self.stage.layer_numbers, self.weights(), strict=True)):

@@ -11,8 +11,8 @@
     gradient-norm               of the gradients of all parameters that are the layer's own
 
 The last two belong to `--log-per-layer-gradients`, the others to `--log-per-layer-stats`. Every value is global: each
-rank contributes sums to one matrix [quantity, layer] such that the sum over all ranks is right, whatever the cut; what
-several ranks hold alike is divided by their number.
+rank contributes sums to one matrix [quantity, layer] such that the sum over all ranks is right, whatever the parallel
+layout; what several ranks hold alike is divided by their number.
 """
 
 import math

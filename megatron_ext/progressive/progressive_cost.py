@@ -16,7 +16,7 @@ Head and final norm always train. Unpacking weights of four bits is no product, 
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.lora.parallel_linear import LayerSettings
-from megatron_ext.lora.trainable_layers import Plan
+from megatron_ext.lora.trainable_layers import SettingsByLayer
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
     attention_width,
@@ -28,7 +28,7 @@ from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 
-def progressive_cost(plan: Plan, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
+def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
     """Cost of adapters and time embedding.
 
     Args:
@@ -44,7 +44,12 @@ def progressive_cost(plan: Plan, config: ProgressiveConfig, model: ModelConfig) 
 
 
 def progressive_work(
-    plan: Plan, config: ProgressiveConfig, model: ModelConfig, *, trains_embedding: bool, cached_layers: int
+    plan: SettingsByLayer,
+    config: ProgressiveConfig,
+    model: ModelConfig,
+    *,
+    trains_embedding: bool,
+    cached_layers: int,
 ) -> StepWork:
     """What a training step does.
 

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ext.lora.four_bit_weights import is_packed
 from megatron_ext.lora.linear_precision import compute_dtype
 from megatron_ext.lora.parallel_linear import linear_modules
-from megatron_ext.lora.trainable_layers import Plan
+from megatron_ext.lora.trainable_layers import SettingsByLayer
 from megatron_ext.models.model_extension import Extension, StageInfo
 from megatron_ext.progressive.objectives.time_embedding import TimeEmbedding, time_embedding
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -18,7 +18,7 @@ class ProgressiveExtension(Extension):
 
     name = "progressive"
 
-    def __init__(self, plan: Plan, config: ProgressiveConfig) -> None:
+    def __init__(self, plan: SettingsByLayer, config: ProgressiveConfig) -> None:
         """Args:
         plan: layer number -> what is done to it.
         config: objective and time.

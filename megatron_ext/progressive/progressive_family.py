@@ -27,14 +27,19 @@ from megatron_ext.progressive.cache.frozen_trunk import without_dropout
 from megatron_ext.progressive.growth import grown_weights as growth
 from megatron_ext.progressive.growth.plateau import Plateau
 from megatron_ext.progressive.growth.rack import Rack
-from megatron_ext.progressive.growth.trunk_strategy import Trains, finished_plan, frozen_below, layer_plan
-from megatron_ext.progressive.objectives.stack_objective import Objective
+from megatron_ext.progressive.growth.trunk_strategy import (
+    Trains,
+    frozen_below,
+    settings_after_training,
+    settings_by_layer,
+)
+from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.progressive_cost import progressive_cost, progressive_work
 from megatron_ext.progressive.progressive_extension import ProgressiveExtension
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.training.checkpoint.parameter_count import count_parameters
-from megatron_ext.training.interface.family_interface import Batch, Family, Note
+from megatron_ext.training.interface.family_interface import Batch, Family, Message
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 
@@ -98,7 +103,7 @@ class ProgressiveFamily(Family):
         self.seed = seed
         self.tokens_per_step = tokens_per_step
         self.statistics_interval = statistics_interval
-        self.plan = layer_plan(rack, config, trains, frozen)
+        self.plan = settings_by_layer(rack, config, trains, frozen)
         self.losses: list[float] = []
         """Of the steps of this process."""
 
@@ -115,9 +120,9 @@ class ProgressiveFamily(Family):
         self.cache: ActivationCache | None = None
         if cache_identity is not None and caches:
             self.cache = ActivationCache(config, trunk_layers=self.trunk_layers, identity=cache_identity)
-        self.objective: Objective | None = None
+        self.objective: StackObjective | None = None
         if mask_token_id is not None or not config.masks_tokens:
-            self.objective = Objective(
+            self.objective = StackObjective(
                 config,
                 stack_idx=rack.newest.index,
                 seed=seed,
@@ -131,7 +136,7 @@ class ProgressiveFamily(Family):
         """The family that gave this `configuration()`, as inference wants it."""
         config = configs_from_dict({"settings": ProgressiveConfig}, configuration)["settings"]
         family = cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
-        family.plan = finished_plan(family.rack, config, configuration["trains"])
+        family.plan = settings_after_training(family.rack, config, configuration["trains"])
         return family
 
     def configuration(self) -> dict[str, Any]:
@@ -156,7 +161,7 @@ class ProgressiveFamily(Family):
 
         A cache is judged by the last step; before the run, and on a step of which a part was found, the trunk counts.
         """
-        spared = self.cache is not None and self.cache.has_spared
+        spared = self.cache is not None and self.cache.was_skipped
         return progressive_work(
             self.plan,
             self.config,
@@ -176,7 +181,9 @@ class ProgressiveFamily(Family):
                     if chunk.stage.is_first and module is not None:
                         module.requires_grad_(False)
         if self.trunk is not None:
-            self.earlier_steps = growth.survivors(chunks, self.trunk.folder, self._sources(self.trunk))
+            self.earlier_steps = growth.parameters_with_state(
+                chunks, self.trunk.folder, self._sources(self.trunk)
+            )
         self.parameters = count_parameters(chunks)
 
     @property
@@ -185,16 +192,16 @@ class ProgressiveFamily(Family):
         asked = self.config.train_embedding or self.config.trunk_strategy == "trained"
         return self.trains == "all" or len(self.rack.stacks) == 1 or asked
 
-    def carry_optimizer(self, chunks: list[GPTModel], optimizer: MegatronOptimizer) -> None:
+    def carry_optimizer_state(self, chunks: list[GPTModel], optimizer: MegatronOptimizer) -> None:
         """Gives a new run's optimizer what the trunk's had; for `RunOptions.begin`."""
         if self.trunk is not None:
-            growth.carry_optimizer(chunks, optimizer, self.trunk.folder, self._sources(self.trunk))
+            growth.carry_optimizer_state(chunks, optimizer, self.trunk.folder, self._sources(self.trunk))
 
     def make_batch(self, batch: Batch) -> Batch:
         """What the objective makes of a micro-batch."""
         return batch if self.objective is None else self.objective.make_batch(batch)
 
-    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Time steps, and the hidden states at the end of the trunk, where the micro-batch has them."""
         wanted = [HIDDEN_STATES, *([TIME_STEP] if self.config.embeds_time else [])]
         return {name: batch[name] for name in wanted if name in batch}
@@ -252,7 +259,7 @@ class ProgressiveFamily(Family):
 
     def after_step(
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
-    ) -> list[Note]:
+    ) -> list[Message]:
         """Looks for a plateau."""
         self.losses.append(values["lm loss"])
         was_reached = self.plateau.is_reached
@@ -263,7 +270,7 @@ class ProgressiveFamily(Family):
                 f"plateau at step {iteration}: the mean loss of {config.plateau_patience} steps is not "
                 f"{config.plateau_min_delta:g} below that of the {config.plateau_patience} before"
             )
-            return [Note(text=text)]
+            return [Message(text=text)]
         return []
 
     def is_complete(self) -> bool:
@@ -296,7 +303,7 @@ class ProgressiveFamily(Family):
                 initialize_parameters(chunk, seed, config.init_method_std, config.num_layers)
         growth.read_trunk(chunks, trunk.folder, self._sources(trunk))
         if is_new:
-            plan = layer_plan(trunk.rack, self.config, trunk.trains)
+            plan = settings_by_layer(trunk.rack, self.config, trunk.trains)
             growth.start_new_layers(
                 chunks, trunk.folder, self.rack, trunk.rack, plan, self.config.growth_init
             )

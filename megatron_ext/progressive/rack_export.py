@@ -9,13 +9,13 @@ from pathlib import Path
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.peft_export import ADAPTER_FLAG, export_peft
 from megatron_ext.lora.four_bit_weights import is_packed
-from megatron_ext.lora.trainable_layers import Plan, adapted_linears
+from megatron_ext.lora.trainable_layers import SettingsByLayer, adapted_linears
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 
-def check_plain(config: ProgressiveConfig, plan: Plan, *, as_adapters: bool) -> None:
+def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters: bool) -> None:
     """Raises `ValueError` for a rack that has no Llama architecture, or no adapters where they are asked for."""
     if config.bidirectional:
         raise ValueError(
@@ -36,13 +36,13 @@ def write_adapters(
     return [f"adapter {name} in peft's format: {directory / name}" for name in names]
 
 
-def precision_notes(rack: Rack, plan: Plan) -> list[str]:
+def precision_notes(rack: Rack, plan: SettingsByLayer) -> list[str]:
     """What the user should know of stacks that were stored in four bits or computed in 16."""
-    notes = []
+    messages = []
     for stack, layers in rack.layers():
         precision = plan[layers.start].precision
         if is_packed(precision):
-            notes.append(f"stack {stack.index}: {precision}, dequantised")
+            messages.append(f"stack {stack.index}: {precision}, dequantised")
         elif precision in ("half", "bfloat16"):
-            notes.append(f"stack {stack.index}: was computed in {precision}, its weights are exported")
-    return notes
+            messages.append(f"stack {stack.index}: was computed in {precision}, its weights are exported")
+    return messages

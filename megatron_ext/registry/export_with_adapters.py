@@ -66,12 +66,12 @@ def export_plain(
         tokenizer = replace(tokenizer, tokenizer_model=tokenizer_model)
     try:
         loaded = load_model(load, FAMILIES, ckpt_step=ckpt_step, tokenizer=tokenizer)
-        chunks, notes = [loaded.model], list[str]()
+        chunks, messages = [loaded.model], list[str]()
         for family in loaded.families:
             if adapter_dir is None:
-                notes += family.merge(chunks)
+                messages += family.merge(chunks)
             else:
-                notes += family.write_adapters(
+                messages += family.write_adapters(
                     chunks, loaded.config, Path(adapter_dir), model_dir, overwrite=overwrite
                 )
         written = export_hf(
@@ -88,7 +88,7 @@ def export_plain(
         )
     finally:
         process_groups.shutdown()
-    return [*written, *notes]
+    return [*written, *messages]
 
 
 def _check_families(families: dict[str, Any], load: str, *, as_adapters: bool) -> None:

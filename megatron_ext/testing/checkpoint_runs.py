@@ -1,4 +1,6 @@
-"""A tiny run that can be saved and loaded, for tests: model, optimizer, schedule, step and checkpointer at any cut."""
+"""A tiny run that can be saved and loaded, for tests: model, optimizer, schedule, step and checkpointer at any
+parallel layout.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from megatron_ext.config.serialize import configs_to_dict
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, TINY, VOCAB_SIZE, synthetic_batches
-from megatron_ext.training.checkpoint.checkpointer import Checkpointer, Progress
+from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
@@ -53,7 +55,7 @@ class TinyRun:
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
-        self.notes: list[str] = []
+        self.messages: list[str] = []
         parallel, bf16, families = settings.parallel, settings.bf16, settings.make_families()
         initialize(parallel, seed=1)
         self.chunks = build_model(
@@ -94,9 +96,9 @@ class TinyRun:
                 "tokenizer_fingerprint": settings.tokenizer,
             },
             families=families,
-            note=self.notes.append,
+            message=self.messages.append,
         )
-        self.progress = self.checkpointer.load() or Progress()
+        self.progress = self.checkpointer.load() or TrainingProgress()
         self._batches = synthetic_batches(settings.model.seq_length)
         for _ in range(self.progress.consumed_samples // parallel_state.get_data_parallel_world_size()):
             next(self._batches)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.costs.memory_estimate import Cut, estimate_memory
+from megatron_ext.models.costs.memory_estimate import ParallelLayout, estimate_memory
 from megatron_ext.models.costs.model_cost import training_flops_per_token
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, VOCAB_SIZE, synthetic_batches
@@ -71,7 +71,7 @@ def measured_and_predicted(
 
 def _predicted(cost: RunCost, model: ModelConfig, parallel: ParallelConfig) -> StepFigures:
     base, *families = cost.parts.values()
-    cut = Cut(
+    layout = ParallelLayout(
         model=model,
         parallel=parallel,
         vocab_size=VOCAB_SIZE,
@@ -81,7 +81,7 @@ def _predicted(cost: RunCost, model: ModelConfig, parallel: ParallelConfig) -> S
         work=cost.work,
     )
     own = [sum(part.parameters for part in families), sum(part.trained_parameters for part in families)]
-    (memory,) = estimate_memory(cut, *own)
+    (memory,) = estimate_memory(layout, *own)
     assert memory.trained_parameters == base.trained_parameters + own[1]
     return StepFigures(
         trained=memory.trained_parameters,

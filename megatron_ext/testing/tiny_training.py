@@ -1,6 +1,8 @@
-"""Trains tiny models in tests, at any cut, on deterministic data, and brings results to one place for comparison.
+"""Trains tiny models in tests, at any parallel layout, on deterministic data, and brings results to one place for
+comparison.
 
-Sample `i` of global batch `k` is the same whatever the cut; data-parallel rank `r` takes its share as the sampler does.
+Sample `i` of global batch `k` is the same whatever the parallel layout; data-parallel rank `r` takes its share as the
+sampler does.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,9 +39,9 @@ TINY = ModelConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-"""A Llama-like model that every cut of up to four processes divides."""
+"""A Llama-like model that every parallel layout of up to four processes divides."""
 
-CUTS: dict[str, ParallelConfig] = {
+LAYOUTS: dict[str, ParallelConfig] = {
     "TP1": ParallelConfig(),
     "TP2": ParallelConfig(tensor_model_parallel_size=2),
     "PP2": ParallelConfig(pipeline_model_parallel_size=2),
@@ -53,7 +55,7 @@ CUTS: dict[str, ParallelConfig] = {
 }
 """The cuts that must agree with the single process."""
 
-WORLD_SIZES = {name: 4 if name == "TP2xPP2" else 1 if name == "TP1" else 2 for name in CUTS}
+WORLD_SIZES = {name: 4 if name == "TP2xPP2" else 1 if name == "TP1" else 2 for name in LAYOUTS}
 
 
 def with_full_recompute(parallel: ParallelConfig) -> ParallelConfig:
@@ -108,7 +110,7 @@ def train_tiny(
     """Trains `model` for `steps` steps at this cut; runs in every process of the cut.
 
     Args:
-        parallel: the cut.
+        parallel: the parallel layout.
         steps: optimizer steps of a global batch of 4 sequences.
         make_families: makes the families of the run; a module-level function.
         model: the base model.

@@ -50,7 +50,7 @@ class Ended:
     seconds: float
     """From the signal to the end."""
 
-    survivors: list[psutil.Process]
+    parameters_with_state: list[psutil.Process]
     """Processes of the run that live ten seconds after it."""
 
 
@@ -88,12 +88,12 @@ def run_until(
             act(running)
             rest, _ = process.communicate(timeout=timeout)
             seconds = time.monotonic() - started
-            survivors = psutil.wait_procs(everyone, timeout=10)[1]
+            parameters_with_state = psutil.wait_procs(everyone, timeout=10)[1]
         finally:
             for one in everyone:
                 if one.is_running():
                     one.kill()
-    return Ended(process.returncode, "".join(running.lines) + rest, seconds, survivors)
+    return Ended(process.returncode, "".join(running.lines) + rest, seconds, parameters_with_state)
 
 
 def _reaches(running: Running, moment: str | Path) -> bool:

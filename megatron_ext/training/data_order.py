@@ -16,7 +16,7 @@ from megatron_ext.data.datasets.epochs import shuffled_epochs
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import print_on_first_rank
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
-from megatron_ext.training.checkpoint.checkpointer import Progress, read_run_config
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress, read_run_config
 
 TRAINING_SAMPLES = "training_samples"
 """Key of a run's configuration: the sequences for which its training set was made."""
@@ -30,7 +30,7 @@ _DECIDING = (
 )
 
 
-def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progress: Progress) -> None:
+def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progress: TrainingProgress) -> None:
     """Prints a line where the order of the training samples is not that of the checkpoint that was loaded.
 
     Args:

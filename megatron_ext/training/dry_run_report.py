@@ -19,7 +19,7 @@ from rich.table import Table
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_ext.models.costs.memory_estimate import Cut, StageMemory
+from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
     hardware_flops_per_token,
@@ -61,12 +61,12 @@ def print_dry_run(
     for family in families:
         family.check(model, parallel)
     copies = parallel.data_parallel_size(planned_world_size(parallel))
-    cut, cost, memory = plan_memory(configs, tokenizer, families, copies)
-    _print(cut, training, cost.parts, memory, Console(file=stream or sys.stdout))
+    layout, cost, memory = plan_memory(configs, tokenizer, families, copies)
+    _print(layout, training, cost.parts, memory, Console(file=stream or sys.stdout))
 
 
 def _print(
-    cut: Cut,
+    layout: ParallelLayout,
     training: TrainingConfig,
     costs: dict[str, ModelCost],
     memory: list[StageMemory],
@@ -75,26 +75,26 @@ def _print(
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     console.print("Dry run: nothing was built.", highlight=False)
-    console.print(_describe(cut), highlight=False)
+    console.print(_describe(layout), highlight=False)
     console.print(_parameter_table(costs))
     console.print(_memory_table(memory))
-    console.print(_flops_table(cut, training, list(costs.values())))
+    console.print(_flops_table(layout, training, list(costs.values())))
 
 
-def _describe(cut: Cut) -> str:
-    parallel, model = cut.parallel, cut.model
-    processes = cut.data_parallel_size * parallel.model_parallel_size
-    sizes = f"data {cut.data_parallel_size} x tensor {parallel.tensor_model_parallel_size}"
+def _describe(layout: ParallelLayout) -> str:
+    parallel, model = layout.parallel, layout.model
+    processes = layout.data_parallel_size * parallel.model_parallel_size
+    sizes = f"data {layout.data_parallel_size} x tensor {parallel.tensor_model_parallel_size}"
     sizes += f" x pipeline {parallel.pipeline_model_parallel_size}"
-    if cut.chunks > 1:
-        sizes += f" ({cut.chunks} virtual stages each)"
+    if layout.chunks > 1:
+        sizes += f" ({layout.chunks} virtual stages each)"
     if parallel.context_parallel_size > 1:
         sizes += f" x context {parallel.context_parallel_size}"
-    batch = cut.micro_batch_size * cut.num_microbatches * cut.data_parallel_size
+    batch = layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
     return (
-        f"{processes} processes = {sizes}; {'bf16' if cut.bf16 else 'fp32'}\n"
-        f"a step = {batch} sequences of {model.seq_length} tokens; on each model copy {cut.num_microbatches} "
-        f"micro-batches of {cut.micro_batch_size}"
+        f"{processes} processes = {sizes}; {'bf16' if layout.bf16 else 'fp32'}\n"
+        f"a step = {batch} sequences of {model.seq_length} tokens; on each model copy {layout.num_microbatches} "
+        f"micro-batches of {layout.micro_batch_size}"
     )
 
 
@@ -151,15 +151,15 @@ def _memory_table(stages: list[StageMemory]) -> Table:
     return table
 
 
-def _flops_table(cut: Cut, training: TrainingConfig, costs: list[ModelCost]) -> Table:
-    processes = cut.data_parallel_size * cut.parallel.model_parallel_size
-    batch = cut.micro_batch_size * cut.num_microbatches * cut.data_parallel_size
-    tokens = batch * cut.model.seq_length
+def _flops_table(layout: ParallelLayout, training: TrainingConfig, costs: list[ModelCost]) -> Table:
+    processes = layout.data_parallel_size * layout.parallel.model_parallel_size
+    batch = layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
+    tokens = batch * layout.model.seq_length
     iterations = training.resolved_train_iters(batch)
     table = _table("FLOPs (forward and backward)", "", "a token", "a step", "a step and process", "the run")
     for name, for_token in (
         ("model (what MFU counts)", training_flops_per_token(costs)),
-        ("with recomputation", hardware_flops_per_token(cut.model, cut.parallel, costs)),
+        ("with recomputation", hardware_flops_per_token(layout.model, layout.parallel, costs)),
     ):
         step = for_token * tokens
         table.add_row(name, *map(compact, (for_token, step, step / processes, step * iterations)))

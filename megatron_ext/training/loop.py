@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.training.checkpoint.checkpointer import Checkpointer, Progress
+from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import Stepper, StepResult, parameters_norm
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.logging.reporter import Reporter
@@ -71,14 +71,14 @@ class Loop:
         self.sequence_length = sequence_length
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
 
-    def run(self, progress: Progress) -> tuple[int, Progress]:
+    def run(self, progress: TrainingProgress) -> tuple[int, TrainingProgress]:
         """Trains from `progress` to the end.
 
         Returns:
             The process's exit code, see `signals`, and how far the run has come.
         """
         if progress.iteration >= self.total_iterations:
-            self.reporter.note(
+            self.reporter.message(
                 f"training already complete: step {progress.iteration} of {self.total_iterations}; a larger "
                 "--train-iters (--max-steps) continues it"
             )
@@ -108,17 +108,17 @@ class Loop:
         self._evaluate_at_end(progress)
         return EXIT_OK, progress
 
-    def is_complete(self, progress: Progress) -> bool:
+    def is_complete(self, progress: TrainingProgress) -> bool:
         """True after the last step, or where a family has seen enough."""
         enough = any(family.is_complete() for family in self.stepper.families)
         return enough or progress.iteration >= self.total_iterations
 
-    def evaluate_only(self, progress: Progress) -> int:
+    def evaluate_only(self, progress: TrainingProgress) -> int:
         """Evaluates the loaded model on validation and test data (`--skip-train`); returns the exit code."""
         self._evaluate_at_end(progress)
         return EXIT_OK
 
-    def _step(self, progress: Progress, batches: Iterator[Batch]) -> tuple[Progress, bool]:
+    def _step(self, progress: TrainingProgress, batches: Iterator[Batch]) -> tuple[TrainingProgress, bool]:
         iteration = progress.iteration + 1
         # Read before the step: the schedule moves at its end.
         learning_rate = get_canonical_lr_for_logging(self.stepper.optimizer.param_groups) or 0.0
@@ -134,26 +134,26 @@ class Loop:
         self.reporter.step(iteration, self._metrics(result, progress, learning_rate, seconds))
         if result.statistics:
             self.reporter.statistics(iteration, result.statistics)
-        self._tell_notes(iteration, {**result.losses, **result.layer_losses})
+        self._report_messages(iteration, {**result.losses, **result.layer_losses})
         return progress, result.skipped
 
     def _note_stop(self, text: str, code: int) -> None:
         """Tells why the run ends before its last step; a launcher too, which would report a failure without reason."""
-        self.reporter.note(text)
+        self.reporter.message(text)
         if code != EXIT_OK:
             tell_launcher(text)
 
-    def _tell_notes(self, iteration: int, values: dict[str, float]) -> None:
+    def _report_messages(self, iteration: int, values: dict[str, float]) -> None:
         families = self.stepper.families
         for family in families:
-            for note in family.after_step(self.stepper.models, families, iteration, values):
-                if note.tag is None:
-                    self.reporter.note(note.text)
+            for message in family.after_step(self.stepper.models, families, iteration, values):
+                if message.tag is None:
+                    self.reporter.message(message.text)
                 else:
-                    self.reporter.text(note.tag, note.text, iteration)
+                    self.reporter.text(message.tag, message.text, iteration)
 
     def _metrics(
-        self, result: StepResult, progress: Progress, learning_rate: float, seconds: float
+        self, result: StepResult, progress: TrainingProgress, learning_rate: float, seconds: float
     ) -> StepMetrics:
         return StepMetrics(
             losses={**result.losses, **result.layer_losses},
@@ -168,7 +168,7 @@ class Loop:
         )
 
     def _reason_to_stop(
-        self, progress: Progress, started: float, signals: SignalWatcher
+        self, progress: TrainingProgress, started: float, signals: SignalWatcher
     ) -> tuple[str | None, int]:
         """Why to leave after this step (None to go on) and the exit code; the same on every rank."""
         code = signals.agreed_exit_code()
@@ -181,7 +181,7 @@ class Loop:
             return f"--exit-interval {interval}", EXIT_OK
         return None, EXIT_OK
 
-    def _save(self, progress: Progress, skipped: bool) -> None:
+    def _save(self, progress: TrainingProgress, skipped: bool) -> None:
         """Saves, but for a model that is broken: a skipped step left it as it was, and it may not be finite already."""
         if self.checkpoint.save is None or (
             skipped and not math.isfinite(parameters_norm(self.stepper.models))
@@ -189,15 +189,15 @@ class Loop:
             return
         started = time.perf_counter()
         path = self.checkpointer.save(progress)
-        self.reporter.note(
+        self.reporter.message(
             f"saved step {progress.iteration} to {path} in {time.perf_counter() - started:.1f} s"
         )
 
-    def _evaluate(self, progress: Progress) -> None:
+    def _evaluate(self, progress: TrainingProgress) -> None:
         if self.data.valid is not None and self.training.eval_iters > 0:
             self._report(progress, self.data.valid, "validation")
 
-    def _evaluate_at_end(self, progress: Progress) -> None:
+    def _evaluate_at_end(self, progress: TrainingProgress) -> None:
         if self.training.eval_iters == 0:
             return
         evaluated = (
@@ -207,11 +207,13 @@ class Loop:
         remaining = {name: batches for name, batches in due.items() if batches is not None}
         if remaining:
             steps = f"{self.training.eval_iters} step{'s' if self.training.eval_iters > 1 else ''}"
-            self.reporter.note(f"evaluating on {' and '.join(remaining)} data, {steps} each (--eval-iters)")
+            self.reporter.message(
+                f"evaluating on {' and '.join(remaining)} data, {steps} each (--eval-iters)"
+            )
         for name, batches in remaining.items():
             self._report(progress, batches, name)
 
-    def _report(self, progress: Progress, batches: Batches, split: str) -> None:
+    def _report(self, progress: TrainingProgress, batches: Batches, split: str) -> None:
         self.reporter.validation(
             progress.iteration,
             self.stepper.evaluate(lambda: batches(0), self.training.eval_iters, split),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.data.tokenizers import Tokenizer
-from megatron_ext.models.costs.memory_estimate import Cut, StageMemory, estimate_memory
+from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory, estimate_memory
 from megatron_ext.platform.device_memory import device_memory
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.family_costs import BASE, RunCost, run_cost
@@ -17,7 +17,7 @@ from megatron_ext.training.logging.progress_line import binary_size
 
 def plan_memory(
     configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
-) -> tuple[Cut, RunCost, list[StageMemory]]:
+) -> tuple[ParallelLayout, RunCost, list[StageMemory]]:
     """How a run is cut, what its last step costs, and the memory of one rank of every pipeline stage.
 
     Args:
@@ -30,7 +30,7 @@ def plan_memory(
     batch = training.resolved_global_batch_size(copies)
     tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)
     cost = run_cost(model, tokenizer.vocab_size, tensor, families, last_step)
-    cut = Cut(
+    layout = ParallelLayout(
         model=model,
         parallel=parallel,
         vocab_size=tokenizer.vocab_size,
@@ -42,11 +42,11 @@ def plan_memory(
     )
     of_families = [part for name, part in cost.parts.items() if name != BASE]
     stages = estimate_memory(
-        cut,
+        layout,
         sum(part.parameters for part in of_families),
         sum(part.trained_parameters for part in of_families),
     )
-    return cut, cost, stages
+    return layout, cost, stages
 
 
 def check_memory(
@@ -60,7 +60,7 @@ def check_memory(
         families: see `plan_memory`.
         copies: data-parallel size.
     """
-    cut, _, stages = plan_memory(configs, tokenizer, families, copies)
+    layout, _, stages = plan_memory(configs, tokenizer, families, copies)
     limit, is_shared = device_memory()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
     # Which stages a machine holds is not known here; of all of them the mean counts, on a device of its own the least.
@@ -70,9 +70,9 @@ def check_memory(
         return
     largest = max(stages, key=lambda stage: stage.total_bytes)
     held = largest.activation_bytes
-    model = cut.model
+    model = layout.model
     if held > largest.total_bytes - held:
-        flags = f"--seq-length {model.seq_length}, --micro-batch-size {cut.micro_batch_size}"
+        flags = f"--seq-length {model.seq_length}, --micro-batch-size {layout.micro_batch_size}"
     else:
         flags = f"--num-layers {model.num_layers}, --hidden-size {model.hidden_size}"
     raise ValueError(

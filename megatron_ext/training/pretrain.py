@@ -30,7 +30,7 @@ from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import gather, on_first_rank
 from megatron_ext.training.checkpoint import scheduler_state
 from megatron_ext.training.checkpoint.checkpoint_files import BEGIN, check_writable
-from megatron_ext.training.checkpoint.checkpointer import Checkpointer, Progress
+from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.checkpoint.run_directory import check_directories
 from megatron_ext.training.checkpoint.run_lock import run_lock
 from megatron_ext.training.data_order import TRAINING_SAMPLES, tell_of_other_order
@@ -242,14 +242,14 @@ def _build_stepper(
 
 def _begin(
     configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
-) -> Progress:
+) -> TrainingProgress:
     """Loads the run's checkpoint, or begins a run; how far it has come."""
     writes = not configs["training"].skip_train
     on_first_rank(lambda: check_directories(configs["checkpoint"], writes=writes))
     progress = checkpointer.load()
     if progress is None:
         options.begin(stepper.models, stepper.optimizer)
-        progress = Progress(iteration=options.first_iteration, consumed_samples=options.first_sample)
+        progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
     if configs["optimizer"].override_opt_param_scheduler and configs["training"].train_iters is not None:
         # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
         done = progress.iteration - options.first_iteration - progress.skipped_steps

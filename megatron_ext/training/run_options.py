@@ -8,7 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.checkpoint_files import checkpoint_name
-from megatron_ext.training.checkpoint.checkpointer import Progress
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.loop import Data
 
 
@@ -31,7 +31,7 @@ class RunOptions:
     begin: Callable[[list[GPTModel], MegatronOptimizer], None] = lambda chunks, optimizer: None
     """Called before the first step of a run that is not loaded from a checkpoint; collective."""
 
-    finish: Callable[[list[GPTModel], Progress], None] = lambda chunks, progress: None
+    finish: Callable[[list[GPTModel], TrainingProgress], None] = lambda chunks, progress: None
     """Called after the last step; collective."""
 
     first_sample: int = 0

@@ -115,8 +115,8 @@ def test_underscores_dashes_and_equals_signs_mean_the_same() -> None:
         ("--resume_from x", "checkpoint", "load", "x"),
     ],
 )
-def test_the_documents_names_set_the_same_fields(alias: str, concern: str, field: str, value: object) -> None:
-    assert getattr(parsed(alias)[concern], field) == value
+def test_the_documents_names_set_the_same_fields(alias: str, group: str, field: str, value: object) -> None:
+    assert getattr(parsed(alias)[group], field) == value
 
 
 def test_the_documents_names_serve_for_required_flags_too() -> None:

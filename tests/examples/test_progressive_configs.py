@@ -7,7 +7,7 @@ import pytest
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.run_config import TRAINING
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.progressive.settings.progressive_defaults import run_defaults
+from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
 
 FOLDER = Path(__file__).parents[2] / "examples" / "progressive"
 REST = ["--data-path", "corpus", "--tokenizer-type", "ByteLevelTokenizer", "--save", "racks"]
@@ -25,8 +25,10 @@ REST = ["--data-path", "corpus", "--tokenizer-type", "ByteLevelTokenizer", "--sa
     ],
 )
 def test_an_example_file_parses_to_what_it_promises(name: str, expected: dict[str, object]) -> None:
-    concerns = {**TRAINING, "progressive": ProgressiveConfig}
-    configs = parse(concerns, ["--config", str(FOLDER / f"{name}.yaml"), *REST], defaults=run_defaults)
+    groups = {**TRAINING, "progressive": ProgressiveConfig}
+    configs = parse(
+        groups, ["--config", str(FOLDER / f"{name}.yaml"), *REST], defaults=progressive_run_defaults
+    )
     found = vars(configs["progressive"])
     assert {key: found[key] for key in expected} == expected
     assert configs["progressive"].num_stacks == 3

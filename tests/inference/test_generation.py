@@ -1,4 +1,6 @@
-"""Generation with a KV cache gives what full forward passes give, at any cut; sampling follows its formula."""
+"""Generation with a KV cache gives what full forward passes give, at any parallel layout; sampling follows its
+formula.
+"""
 
 import math
 from dataclasses import replace
@@ -17,7 +19,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 from megatron_ext.training.interface.family_interface import Family
 
 ROPE = replace(TINY, init_method_std=0.3, hidden_dropout=0.5, attention_dropout=0.5)
@@ -50,18 +52,18 @@ def _build(name: str, parallel: ParallelConfig) -> tuple[GPTModel, list[Family]]
 
 def _by_full_passes(name: str, count: int) -> list[list[int]]:
     """Each token is the argmax of a forward pass over everything before it, without a cache."""
-    model, families = _build(name, CUTS["TP1"])
+    model, families = _build(name, LAYOUTS["TP1"])
     model.eval()
     found = []
     for prompt in PROMPTS:
         tokens = list(prompt)
         for _ in range(count):
             batch = {"tokens": torch.tensor([tokens])}
-            side_inputs = {
-                key: value for family in families for key, value in family.side_inputs(batch).items()
+            auxiliary_inputs = {
+                key: value for family in families for key, value in family.auxiliary_inputs(batch).items()
             }
             positions = torch.arange(len(tokens)).unsqueeze(0)
-            logits = model(batch["tokens"], positions, None, side_inputs=side_inputs)
+            logits = model(batch["tokens"], positions, None, auxiliary_inputs=auxiliary_inputs)
             tokens.append(int(logits[0, -1, :VOCAB_SIZE].argmax()))
         found.append(tokens[len(prompt) :])
     return found
@@ -70,7 +72,7 @@ def _by_full_passes(name: str, count: int) -> list[list[int]]:
 def _generated(
     name: str, cut: str, batches: list[list[list[int]]], sampling: Sampling
 ) -> list[list[list[int]]]:
-    model, families = _build(name, CUTS[cut])
+    model, families = _build(name, LAYOUTS[cut])
     return [generate(model, families, prompts, sampling, VOCAB_SIZE) for prompts in batches]
 
 
@@ -125,13 +127,13 @@ def test_bad_requests_are_refused_in_one_line() -> None:
 
 
 def _refused() -> list[str]:
-    model, families = _build("learned positions", CUTS["TP1"])
+    model, families = _build("learned positions", LAYOUTS["TP1"])
     found = []
     for prompts, count in (([[1], []], 2), ([[1] * 5], 12)):
         with pytest.raises(ValueError, match=r".") as error:
             generate(model, families, prompts, replace(GREEDY, max_new_tokens=count), VOCAB_SIZE)
         found.append(str(error.value))
-    model, families = _build("rope", CUTS["TP1"])
+    model, families = _build("rope", LAYOUTS["TP1"])
     for count in (2 * 10**9, 2**70):
         with pytest.raises(ValueError, match=r".") as error:
             generate(model, families, [[1]], replace(GREEDY, max_new_tokens=count), VOCAB_SIZE)

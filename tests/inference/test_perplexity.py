@@ -1,4 +1,4 @@
-"""Perplexity equals torch's cross-entropy over the same stream of tokens, at every cut."""
+"""Perplexity equals torch's cross-entropy over the same stream of tokens, at every parallel layout."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_datasets import write_dataset
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.2, hidden_dropout=0.5)
 LENGTHS = [[30, 1], [], [25, 16], [3]]
@@ -68,9 +68,11 @@ def _measured(parallel: ParallelConfig, prefix: str, batch: int, max_tokens: int
 
 
 @pytest.mark.parametrize("cut", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2"])
-def test_perplexity_equals_cross_entropy_at_every_cut(cut: str, prefix: str, direct: list[float]) -> None:
+def test_perplexity_equals_cross_entropy_at_every_parallel_layout(
+    cut: str, prefix: str, direct: list[float]
+) -> None:
     assert len(direct) == TOKENS - 1
-    for found in run_distributed(_measured, WORLD_SIZES[cut], CUTS[cut], prefix, 2, None):
+    for found in run_distributed(_measured, WORLD_SIZES[cut], LAYOUTS[cut], prefix, 2, None):
         assert found.tokens == TOKENS - 1
         assert found.loss == pytest.approx(math.fsum(direct) / len(direct), rel=1e-6)
         assert found.perplexity == pytest.approx(math.exp(math.fsum(direct) / len(direct)), rel=1e-5)
@@ -79,7 +81,7 @@ def test_perplexity_equals_cross_entropy_at_every_cut(cut: str, prefix: str, dir
 @pytest.mark.parametrize("cut", ["TP1", "DP2"])
 def test_only_the_tokens_asked_for_are_counted(cut: str, prefix: str, direct: list[float]) -> None:
     limits = [1, 16, 17, 40, 1000]
-    results = run_distributed(_measured_up_to, WORLD_SIZES[cut], CUTS[cut], prefix, limits)[0]
+    results = run_distributed(_measured_up_to, WORLD_SIZES[cut], LAYOUTS[cut], prefix, limits)[0]
     for limit, found in zip(limits, results, strict=True):
         counted = direct[:limit]
         assert found.tokens == len(counted)

@@ -249,7 +249,7 @@ def _sentencepiece(folder: Path) -> None:
 
 def _import(path: str) -> tuple[list[str], list[int]]:
     notes: list[str] = []
-    found = import_checkpoint(f"{path}/hf", f"{path}/checkpoint", note=notes.append)
+    found = import_checkpoint(f"{path}/hf", f"{path}/checkpoint", message=notes.append)
     return notes, found.tokenizer.tokenize("the lead")
 
 

@@ -192,5 +192,5 @@ def test_what_stands_beside_a_model_and_is_not_taken_is_told(saved: Path, tmp_pa
     (folder / "README.md").write_text("A model.\n")
     (folder / ".gitattributes").write_text("x\n")
     found = load_hf(folder)
-    assert "left behind: modeling_x.py, onnx/, training_args.bin" in found.notes
+    assert "left behind: modeling_x.py, onnx/, training_args.bin" in found.messages
     assert found.imported.files == ("README.md",)

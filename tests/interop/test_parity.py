@@ -1,4 +1,6 @@
-"""Imported models compute what transformers computes, at any cut; exported ones are the same again, to the bit."""
+"""Imported models compute what transformers computes, at any parallel layout; exported ones are the same again, to
+the bit.
+"""
 
 import json
 from dataclasses import replace
@@ -26,7 +28,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.ops.rotary import rotary_frequencies
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY
 from tests.interop.family import KINDS, SIZES, Kind, alone, logits_of, tensors_in, tokens
 
 CUT_KINDS = ("Llama, all biases", "Qwen3")
@@ -112,7 +114,7 @@ def test_an_exported_model_keeps_its_type_and_its_files_their_size(folder: Path)
 
 
 def _whole_logits(model: GPTModel) -> torch.Tensor:
-    """Logits on every rank, whatever the cut of two processes."""
+    """Logits on every rank, whatever the parallel layout of two processes."""
     ids, stages = tokens(), parallel_state.get_pipeline_model_parallel_world_size()
     positions = torch.arange(ids.size(1)).expand_as(ids)
     if stages > 1 and dist.get_rank() == 1:
@@ -132,7 +134,7 @@ def _cut_logits(path: str) -> dict[tuple[str, str, str], torch.Tensor]:
     found = {}
     for cut in ("TP2", "PP2"):
         for name in CUT_KINDS:
-            parallel = CUTS[cut]
+            parallel = LAYOUTS[cut]
             loaded = load_model(
                 f"{path}/checkpoint-{name}",
                 {},

@@ -158,7 +158,7 @@ def test_a_sliding_window_bounds_the_longest_position_and_is_told(saved: Path, t
     _config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=20)(tmp_path / "hf")
     found = load_hf(tmp_path / "hf")
     assert found.model.max_position_embeddings == found.model.seq_length == 20
-    assert "sliding window 20" in found.notes[0]
+    assert "sliding window 20" in found.messages[0]
     _config(sliding_window=None)(tmp_path / "hf")
     assert load_hf(tmp_path / "hf").model.max_position_embeddings == SIZES["max_position_embeddings"]
 

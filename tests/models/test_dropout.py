@@ -11,7 +11,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize, seed_streams
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     TINY,
     VOCAB_SIZE,
     TrainingTrace,
@@ -25,8 +25,8 @@ SHARED, OWN = "the stream of replicated activations", "the stream of split activ
 
 
 def _drawn(cut: str, reseeded: bool) -> dict[str, torch.Tensor]:
-    initialize(CUTS[cut], seed=1)
-    if reseeded:  # as a run does that goes on at another cut
+    initialize(LAYOUTS[cut], seed=1)
+    if reseeded:  # as a run does that goes on at another parallel layout
         seed_streams(5)
     with get_cuda_rng_tracker().fork():
         own = torch.rand(64)
@@ -48,8 +48,8 @@ def test_stages_and_model_copies_draw_apart_and_tensor_parallel_ranks_share_one_
 
 def _dropped_embedding(cut: str) -> torch.Tensor:
     """Where the embedding's dropout has put zeros: [s, b, h] ([s/t, b, h] under sequence parallel)."""
-    initialize(CUTS[cut], seed=1)
-    chunk = build_model(WITH_DROPOUT, CUTS[cut], vocab_size=VOCAB_SIZE, seed=1)[0].train()
+    initialize(LAYOUTS[cut], seed=1)
+    chunk = build_model(WITH_DROPOUT, LAYOUTS[cut], vocab_size=VOCAB_SIZE, seed=1)[0].train()
     tokens = torch.arange(TINY.seq_length).unsqueeze(0)
     return chunk.embedding(input_ids=tokens, position_ids=tokens).detach() == 0
 
@@ -63,7 +63,7 @@ def test_masks_agree_where_activations_are_replicated_and_differ_elsewhere(cut: 
 
 @functools.cache
 def _trained(cut: str, recompute: bool) -> list[TrainingTrace]:
-    parallel = with_full_recompute(CUTS[cut]) if recompute else CUTS[cut]
+    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
     return run_distributed(train_tiny, 1 if cut == "TP1" else 2, parallel, 2, list, WITH_DROPOUT)
 
 

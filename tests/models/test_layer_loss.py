@@ -11,14 +11,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.attached_losses import LayerLosses
-from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.model_extension import Extension
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
     GLOBAL_BATCH_SIZE,
+    LAYOUTS,
     TINY,
     VOCAB_SIZE,
     WORLD_SIZES,
@@ -46,7 +46,7 @@ class SquareLoss(MegatronModule):
         super().__init__(config)
         self.number = layer_number
 
-    def forward(self, hidden_states: torch.Tensor, side: SideView) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
         """[s, b, h], unchanged."""
         loss = square_loss(hidden_states, self.number)
         return LayerLosses.attach(hidden_states, loss, f"square/layer_{self.number}")
@@ -116,7 +116,7 @@ def _by_hand() -> ByHand:
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("cut", ["TP1", "TP2", "PP2", "PP2 interleaved", "DP2"])
 def test_gradients_equal_those_of_the_summed_loss(cut: str, recompute: bool, by_hand: ByHand) -> None:
-    parallel = with_full_recompute(CUTS[cut]) if recompute else CUTS[cut]
+    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
     traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, 1, families)
     output_loss, layer_losses, gradients = by_hand
     for trace in traces:
@@ -131,7 +131,7 @@ def test_gradients_equal_those_of_the_summed_loss(cut: str, recompute: bool, by_
 
 def test_attached_losses_dominate_the_comparison(by_hand: ByHand) -> None:
     """Without them the gradients are others, so the test above would notice their absence."""
-    base = assemble(run_distributed(train_tiny, 1, CUTS["TP1"], 1))
+    base = assemble(run_distributed(train_tiny, 1, LAYOUTS["TP1"], 1))
     gradient = by_hand[2]["embedding.word_embeddings.weight"]
     plain = base["embedding.word_embeddings.weight"]
     assert torch.linalg.norm(plain - gradient) > 0.1 * torch.linalg.norm(gradient)

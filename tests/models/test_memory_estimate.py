@@ -12,7 +12,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.memory_estimate import (
-    Cut,
+    ParallelLayout,
     estimate_memory,
     layer_activation_bytes,
     stage_activation_bytes,
@@ -41,7 +41,7 @@ UNTIED = replace(
     normalization="LayerNorm",
     position_embedding_type="learned_absolute",
 )
-CUTS = {
+LAYOUTS = {
     "TP2": ParallelConfig(tensor_model_parallel_size=2),
     "PP2": ParallelConfig(pipeline_model_parallel_size=2),
     "PP2 interleaved": ParallelConfig(
@@ -73,8 +73,8 @@ def cut_of(
     micro_batches: int = 8,
     copies: int = 1,
     bf16: bool = False,
-) -> Cut:
-    return Cut(
+) -> ParallelLayout:
+    return ParallelLayout(
         model=model,
         parallel=parallel,
         vocab_size=VOCAB,
@@ -139,9 +139,9 @@ def saved() -> dict[str, tuple[float, float]]:
     return run_distributed(saved_bytes_of_all, 1)[0]
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_parameters_of_every_rank_equal_those_of_the_built_model(name: str) -> None:
-    parallel = CUTS[name]
+    parallel = LAYOUTS[name]
     ranks = run_distributed(local_parameters, 2, parallel)
     for rank, built in enumerate(ranks):
         stage = rank if parallel.pipeline_model_parallel_size > 1 else 0
@@ -174,7 +174,7 @@ def test_chunks_in_flight_are_those_of_the_engines_schedule(
         pipeline_model_parallel_size=stages,
         num_layers_per_virtual_pipeline_stage=1 if chunks > 1 else None,
     )
-    cut = cut_of(model, parallel, micro_batches=micro_batches)
+    layout = cut_of(model, parallel, micro_batches=micro_batches)
     for stage in range(stages - 1):  # the last one also holds the logits
         group = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
         engine = SimpleNamespace(
@@ -182,7 +182,7 @@ def test_chunks_in_flight_are_those_of_the_engines_schedule(
         )
         total, _, warmup, _ = get_pp_rank_microbatches(micro_batches, chunks, stages, p2p_communicator=engine)
         held = min(total, warmup + 1)
-        assert stage_activation_bytes(cut, stage) == held * layer_activation_bytes(cut)
+        assert stage_activation_bytes(layout, stage) == held * layer_activation_bytes(layout)
 
 
 @pytest.mark.parametrize(

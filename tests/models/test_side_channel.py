@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from megatron_ext.models.auxiliary_inputs import SideChannel, SideStream
+from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs, AuxiliaryStream
 
 ROWS, BATCH, HIDDEN = 4, 2, 6
-NOTE = SideStream(name="note", width=3)
-TRAIL = SideStream(name="trail", width=2, travels=True)
-WORDS = SideStream(name="words", width=HIDDEN, travels=True, to_layers=False)
-WHOLE = SideStream(name="whole", width=1, full_sequence=True)
+NOTE = AuxiliaryStream(name="note", width=3)
+TRAIL = AuxiliaryStream(name="trail", width=2, travels=True)
+WORDS = AuxiliaryStream(name="words", width=HIDDEN, travels=True, to_layers=False)
+WHOLE = AuxiliaryStream(name="whole", width=1, full_sequence=True)
 STREAMS = [NOTE, TRAIL, WORDS, WHOLE]
 
 
@@ -26,43 +26,43 @@ def hidden() -> torch.Tensor:
 
 
 def test_split_gives_back_what_join_was_given() -> None:
-    channel, streams, states = SideChannel(STREAMS), values(), hidden()
-    joined = channel.join(states, streams)
+    auxiliary, streams, states = AuxiliaryInputs(STREAMS), values(), hidden()
+    joined = auxiliary.join(states, streams)
     # 2 + 6 values a token beside the 6 of the hidden states fill two further rows.
     assert joined.shape == (3 * ROWS, BATCH, HIDDEN)
-    assert channel.pipeline_factor(HIDDEN) == 3
-    found, travelling = channel.split(joined)
+    assert auxiliary.pipeline_factor(HIDDEN) == 3
+    found, travelling = auxiliary.split(joined)
     assert torch.equal(found, states) and found.is_contiguous()
     assert set(travelling) == {"trail", "words"}
     assert all(torch.equal(travelling[name], streams[name]) for name in travelling)
 
 
 def test_without_travelling_streams_the_hidden_states_are_sent_as_they_are() -> None:
-    channel, states = SideChannel([NOTE]), hidden()
-    assert channel.join(states, values()) is states
-    found, travelling = channel.split(states)
-    assert found is states and travelling == {} and channel.pipeline_factor(HIDDEN) == 1
+    auxiliary, states = AuxiliaryInputs([NOTE]), hidden()
+    assert auxiliary.join(states, values()) is states
+    found, travelling = auxiliary.split(states)
+    assert found is states and travelling == {} and auxiliary.pipeline_factor(HIDDEN) == 1
 
 
 @pytest.mark.parametrize("sequence_parallel", [1, 2])
 def test_layers_read_what_was_packed(sequence_parallel: int) -> None:
-    channel, streams = SideChannel(STREAMS, sequence_parallel), values(sequence_parallel)
-    view = channel.open(channel.pack(streams), hidden())
+    auxiliary, streams = AuxiliaryInputs(STREAMS, sequence_parallel), values(sequence_parallel)
+    view = auxiliary.open(auxiliary.pack(streams), hidden())
     for name in ("whole", "note", "trail", "note"):
         assert torch.equal(view.read(name), streams[name])
 
 
 def test_parts_of_a_stream_are_its_layers_own() -> None:
     parts = torch.randn(3, ROWS, BATCH, 2)
-    channel = SideChannel([NOTE, SideStream(name="layers", width=6)])
-    view = channel.open(channel.pack({"note": values()["note"], "layers": parts}), hidden())
+    auxiliary = AuxiliaryInputs([NOTE, AuxiliaryStream(name="layers", width=6)])
+    view = auxiliary.open(auxiliary.pack({"note": values()["note"], "layers": parts}), hidden())
     for number in (2, 0, 1):
         assert torch.equal(view.read_part("layers", number, 3), parts[number])
 
 
 def test_write_replaces_one_stream_and_leaves_the_others() -> None:
-    channel, streams = SideChannel(STREAMS), values()
-    view = channel.open(channel.pack(streams), hidden())
+    auxiliary, streams = AuxiliaryInputs(STREAMS), values()
+    view = auxiliary.open(auxiliary.pack(streams), hidden())
     view.write("trail", streams["trail"] * 2)
     assert torch.equal(view.read("trail"), streams["trail"] * 2)
     assert torch.equal(view.read("note"), streams["note"])
@@ -70,13 +70,13 @@ def test_write_replaces_one_stream_and_leaves_the_others() -> None:
 
 
 def test_gradients_of_reads_parts_and_writes_equal_plain_tensors() -> None:
-    channel = SideChannel([NOTE, TRAIL, SideStream(name="layers", width=4)])
+    auxiliary = AuxiliaryInputs([NOTE, TRAIL, AuxiliaryStream(name="layers", width=4)])
     leaves = {
         "note": values()["note"].requires_grad_(),
         "trail": values()["trail"].requires_grad_(),
         "layers": torch.randn(2, ROWS, BATCH, 2).requires_grad_(),
     }
-    view = channel.open(channel.pack(leaves), hidden())
+    view = auxiliary.open(auxiliary.pack(leaves), hidden())
     first = view.read("note")
     part = view.read_part("layers", 1, 2)
     view.write("trail", view.read("trail").tanh() + part)
@@ -93,9 +93,9 @@ def test_gradients_of_reads_parts_and_writes_equal_plain_tensors() -> None:
 
 
 def test_stream_that_nobody_reads_gets_no_gradient_and_spoils_none() -> None:
-    channel = SideChannel([NOTE, TRAIL])
+    auxiliary = AuxiliaryInputs([NOTE, TRAIL])
     streams = {name: value.requires_grad_() for name, value in values().items()}
-    view = channel.open(channel.pack(streams), hidden())
+    view = auxiliary.open(auxiliary.pack(streams), hidden())
     view.read("note").sum().backward()
     assert torch.equal(streams["note"].grad, torch.ones_like(streams["note"]))  # type: ignore[arg-type]
     assert torch.equal(streams["trail"].grad, torch.zeros_like(streams["trail"]))  # type: ignore[arg-type]
@@ -103,9 +103,9 @@ def test_stream_that_nobody_reads_gets_no_gradient_and_spoils_none() -> None:
 
 def test_streams_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="different names"):
-        SideChannel([NOTE, SideStream(name="note", width=5)])
+        AuxiliaryInputs([NOTE, AuxiliaryStream(name="note", width=5)])
 
 
 def test_full_sequence_cannot_travel() -> None:
     with pytest.raises(ValueError, match="not the full sequence"):
-        SideChannel([SideStream(name="x", width=1, full_sequence=True, travels=True)])
+        AuxiliaryInputs([AuxiliaryStream(name="x", width=1, full_sequence=True, travels=True)])

@@ -12,14 +12,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.auxiliary_inputs import SideStream, SideView
+from megatron_ext.models.auxiliary_inputs import AuxiliaryStream, LayerInputs
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import WORD_EMBEDDING
 from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     TINY,
     VOCAB_SIZE,
     WORLD_SIZES,
@@ -47,9 +47,9 @@ class Reader(MegatronModule):
         self.weight.init_std = 0.1  # type: ignore[attr-defined]
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden_states: torch.Tensor, side: SideView) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]."""
-        streams = [side.read(f"{self.prefix}_{name}") for name in ("note", "trail", "ids")]
+        streams = [layer_inputs.read(f"{self.prefix}_{name}") for name in ("note", "trail", "ids")]
         rows = len(hidden_states)
         if len(streams[2]) != rows:
             streams[2] = streams[2][self.tp.rank() * rows : (self.tp.rank() + 1) * rows]
@@ -65,9 +65,9 @@ class Writer(MegatronModule):
         super().__init__(config)
         self.prefix = prefix
 
-    def forward(self, hidden_states: torch.Tensor, side: SideView) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
         """[s, b, h], unchanged."""
-        side.write(f"{self.prefix}_note", hidden_states[..., :NOTE] * 2)
+        layer_inputs.write(f"{self.prefix}_note", hidden_states[..., :NOTE] * 2)
         return hidden_states
 
 
@@ -86,7 +86,7 @@ class EngineFeedForward(MegatronModule):
         layer: Any,
         hidden_states: torch.Tensor,
         attend: Callable[[torch.Tensor], torch.Tensor],
-        side: SideView,
+        layer_inputs: LayerInputs,
     ) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]."""
         hidden_states = hidden_states + attend(hidden_states)
@@ -103,12 +103,12 @@ class Streams(StageModule):
         self.prefix = prefix
 
     def forward(
-        self, side_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
+        self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """All streams of the family."""
         embedding = travelling[WORD_EMBEDDING]
         trail = travelling.get(f"{self.prefix}_trail", embedding[..., :TRAIL].square())
-        ids = (side_inputs[f"{self.prefix}_ids"].t() % 3).to(embedding.dtype).unsqueeze(-1)
+        ids = (auxiliary_inputs[f"{self.prefix}_ids"].t() % 3).to(embedding.dtype).unsqueeze(-1)
         note = embedding[..., :NOTE] * 20
         return {f"{self.prefix}_note": note, f"{self.prefix}_trail": trail, f"{self.prefix}_ids": ids}
 
@@ -119,13 +119,13 @@ class SlotExtension(Extension):
     def __init__(self, name: str, reads_in: str, *, writes: bool = False, feeds: bool = False) -> None:
         self.name, self.reads_in, self.writes, self.feeds = name, reads_in, writes, feeds
 
-    def streams(self, config: TransformerConfig) -> list[SideStream]:
+    def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
         """Word embedding and `trail` travel; `note` and `ids` are for the layers."""
         return [
-            SideStream(name=WORD_EMBEDDING, width=config.hidden_size, to_layers=False, travels=True),
-            SideStream(name=f"{self.name}_note", width=NOTE),
-            SideStream(name=f"{self.name}_trail", width=TRAIL, travels=True),
-            SideStream(name=f"{self.name}_ids", width=1, full_sequence=True),
+            AuxiliaryStream(name=WORD_EMBEDDING, width=config.hidden_size, to_layers=False, travels=True),
+            AuxiliaryStream(name=f"{self.name}_note", width=NOTE),
+            AuxiliaryStream(name=f"{self.name}_trail", width=TRAIL, travels=True),
+            AuxiliaryStream(name=f"{self.name}_ids", width=1, full_sequence=True),
         ]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
@@ -158,7 +158,7 @@ class SlotFamily(Family):
         """The extension it was made with."""
         return self._extension
 
-    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """`{name}_ids`."""
         return {f"{self.name}_ids": batch["tokens"]}
 
@@ -181,18 +181,18 @@ def two_families() -> list[Family]:
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("cut", ["TP1", "PP2", "TP2+SP"])
-def test_layers_read_what_the_layer_before_wrote_at_every_cut(cut: str, recompute: bool) -> None:
+def test_layers_read_what_the_layer_before_wrote_at_every_parallel_layout(cut: str, recompute: bool) -> None:
     assert_same_as_single_process(cut, recompute, writer)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("cut", ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP2xPP2"])
-def test_streams_travel_with_their_gradients_at_every_cut(cut: str, recompute: bool) -> None:
+def test_streams_travel_with_their_gradients_at_every_parallel_layout(cut: str, recompute: bool) -> None:
     assert_same_as_single_process(cut, recompute, reader)
 
 
 @pytest.mark.parametrize("cut", ["TP1", "PP2", "PP2 interleaved"])
-def test_two_families_form_one_model_at_every_cut(cut: str) -> None:
+def test_two_families_form_one_model_at_every_parallel_layout(cut: str) -> None:
     assert_same_as_single_process(cut, True, two_families)
 
 
@@ -204,9 +204,9 @@ def assert_same_as_single_process(
 ) -> None:
     """Losses of a few steps, and the first step's gradients of every parameter."""
     if make_families not in _single:
-        _single[make_families] = run_distributed(train_tiny, 1, CUTS["TP1"], STEPS, make_families)
+        _single[make_families] = run_distributed(train_tiny, 1, LAYOUTS["TP1"], STEPS, make_families)
     single = _single[make_families]
-    parallel = with_full_recompute(CUTS[cut]) if recompute else CUTS[cut]
+    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
     traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, STEPS, make_families)
     for trace in traces:
         assert trace.losses == pytest.approx(single[0].losses, rel=2e-6)
@@ -220,7 +220,7 @@ def assert_same_as_single_process(
 
 def test_streams_change_the_model() -> None:
     """The comparisons above are of something: without the family the losses are others."""
-    base, read = (run_distributed(train_tiny, 1, CUTS["TP1"], 1, make)[0] for make in (list, reader))
+    base, read = (run_distributed(train_tiny, 1, LAYOUTS["TP1"], 1, make)[0] for make in (list, reader))
     assert abs(base.losses[0] - read.losses[0]) > 1e-4
 
 
@@ -276,4 +276,4 @@ def _pipeline_factor() -> int:
     initialize(ParallelConfig(), seed=1)
     extensions = [family.extension() for family in two_families()]
     chunk = build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)[0]
-    return chunk.channel.pipeline_factor(TINY.hidden_size)
+    return chunk.auxiliary.pipeline_factor(TINY.hidden_size)

@@ -19,7 +19,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 UNTIED = replace(TINY, untie_embeddings_and_output_weights=True, position_embedding_type="learned_absolute")
 Shard = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
@@ -27,8 +27,8 @@ Shard = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
 
 @pytest.mark.parametrize("cut", ["TP2", "PP2", "PP2 interleaved", "TP2xPP2", "TP2+SP"])
 def test_every_shard_is_a_slice_of_the_single_process_weight(cut: str) -> None:
-    whole = {name: values for name, _, _, values in run_distributed(_weights, 1, CUTS["TP1"])[0]}
-    ranks = run_distributed(_weights, WORLD_SIZES[cut], CUTS[cut])
+    whole = {name: values for name, _, _, values in run_distributed(_weights, 1, LAYOUTS["TP1"])[0]}
+    ranks = run_distributed(_weights, WORLD_SIZES[cut], LAYOUTS[cut])
     covered = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in whole.items()}
     for name, shape, offset, values in (shard for rank in ranks for shard in rank):
         place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
@@ -64,7 +64,7 @@ def _weights(parallel: ParallelConfig) -> list[Shard]:
                     piece.global_offset,
                     values,
                 )
-    return _joined(list(found.values())) if parallel == CUTS["TP1"] else list(found.values())
+    return _joined(list(found.values())) if parallel == LAYOUTS["TP1"] else list(found.values())
 
 
 def _joined(shards: list[Shard]) -> list[Shard]:
@@ -98,9 +98,9 @@ class HidingExtension(Extension):
 
 
 def test_split_weight_that_is_saved_as_if_whole_is_refused() -> None:
-    run_distributed(_build_hiding, 1, CUTS["TP1"])
+    run_distributed(_build_hiding, 1, LAYOUTS["TP1"])
     with pytest.raises(RuntimeError, match="is split over tensor-parallel ranks, but"):
-        run_distributed(_build_hiding, 2, CUTS["TP2"])
+        run_distributed(_build_hiding, 2, LAYOUTS["TP2"])
 
 
 def _build_hiding(parallel: ParallelConfig) -> None:

@@ -11,8 +11,8 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.npt import NPTConfig, NPTLlamaModel, NPTModel
 from megatron_ext.npt.modules.npt_extension import NPTExtension
-from megatron_ext.npt.weights.np_factors import gather_adapter
-from megatron_ext.npt.weights.np_weight_files import write_adapter
+from megatron_ext.npt.weights.np_factors import gather_np_factors
+from megatron_ext.npt.weights.np_weight_files import write_np_weights
 from tests.interop.family import KINDS, LENGTH, alone, logits_of, tokens
 
 KIND = KINDS["Llama, grouped queries"]
@@ -63,7 +63,7 @@ def _converted(path: str) -> dict[str, bool]:
         seed=1234,
         extensions=[NPTExtension(NPTConfig(**CONFIG).module)],  # type: ignore[arg-type]
     )
-    ours, theirs = gather_adapter([model.model]), gather_adapter(trained)
+    ours, theirs = gather_np_factors([model.model]), gather_np_factors(trained)
     with model.deactivated():
         off = model.logits(tokens())
     with model.deactivated([1]):
@@ -124,7 +124,7 @@ def _refusals(path: str) -> dict[str, str]:
     unfit = Path(path, "unfit")
     unfit.mkdir()
     chosen = {key: tensor for key, tensor in weights.items() if key.startswith("layer_1_")}
-    write_adapter(unfit, chosen, NPTConfig("0,1").module)
+    write_np_weights(unfit, chosen, NPTConfig("0,1").module)
     found = {
         "unconverted": _message(model.load_npt_weights, weights),
         "unfit file": _message(model.load_npt_weights, unfit / "npt_weights.safetensors"),
@@ -134,12 +134,12 @@ def _refusals(path: str) -> dict[str, str]:
     found["two layers"] = _message(model.convert_to_npt, NPTConfig("0,1", single_layer_mode=True))
     found["no such layer"] = _message(model.convert_to_npt, NPTConfig([9]))
     model.convert_to_npt(NPTConfig([0, 1], np_rank=8))
-    before = gather_adapter([model.model])
+    before = gather_np_factors([model.model])
     found["twice"] = _message(model.convert_to_npt, NPTConfig())
     found["tensors"] = _message(model.load_npt_weights, weights)
     found["file"] = _message(model.load_npt_weights, f"{path}/accumulated_npt_weights.pt")
     found["one token"] = _message(model.perplexity, [1])
-    after = gather_adapter([model.model])
+    after = gather_np_factors([model.model])
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
     return found
 

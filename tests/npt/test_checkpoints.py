@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.weights.np_weight_files import read_adapter_file
+from megatron_ext.npt.weights.np_weight_files import read_np_weight_file
 from megatron_ext.npt.weights.state_files import replace_final
 from megatron_ext.testing.checkpoint_runs import read_plain
 from megatron_ext.testing.run_distributed import run_distributed
@@ -89,7 +89,7 @@ def test_np_weights_are_the_checkpoints_own_tensors(run: tuple[Path, dict[str, t
 def test_final_holds_the_weights_of_the_last_step_and_nothing_is_left_beside_it(
     run: tuple[Path, dict[str, torch.Tensor]],
 ) -> None:
-    weights, settings = read_adapter_file(str(run[0] / "final" / "npt_weights.pt"))
+    weights, settings = read_np_weight_file(str(run[0] / "final" / "npt_weights.pt"))
     expected = _load(run[0] / "checkpoint-4" / "npt_weights.pt")
     safe = load_file(run[0] / "final" / "npt_weights.safetensors")
     for other in (weights, safe):

@@ -1,4 +1,6 @@
-"""The same NPT run at every cut: losses, gradient norms, first gradients, checkpoint keys, adapters; with PLE too."""
+"""The same NPT run at every parallel layout: losses, gradient norms, first gradients, checkpoint keys, adapters; with
+PLE too.
+"""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +15,12 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     TINY,
     VOCAB_SIZE,
     WORLD_SIZES,
@@ -32,7 +34,7 @@ from megatron_ext.training.interface.family_interface import Family
 STEPS = 2
 MODEL = replace(TINY, init_method_std=0.1)
 FULL, SELECTIVE = " recomputed", " MLP recomputed"
-CASES = [*CUTS, *(f"{cut}{FULL}" for cut in ("TP1", "TP2+SP", "PP2 interleaved")), f"TP2+SP{SELECTIVE}"]
+CASES = [*LAYOUTS, *(f"{cut}{FULL}" for cut in ("TP1", "TP2+SP", "PP2 interleaved")), f"TP2+SP{SELECTIVE}"]
 
 OUTER = NPTModuleConfig(
     npt_layers="all",
@@ -84,7 +86,7 @@ class Run:
 
 
 def _train(cuts: dict[str, ParallelConfig], bf16: bool = False) -> dict[str, dict[str, Run]]:
-    """Every variant at every cut, in one set of processes."""
+    """Every variant at every parallel layout, in one set of processes."""
     return {
         cut: {
             name: Run(
@@ -112,9 +114,9 @@ def _model(
                 if isinstance(shard, ShardedTensor) and not any(shard.replica_id)
             ]
     assert len(set(found)) == len(found), "a tensor has two owners"
-    adapter = gather_adapter(chunks)
-    load_adapter(chunks, {key: 2 * tensor for key, tensor in adapter.items()})
-    for key, tensor in gather_adapter(chunks).items():
+    adapter = gather_np_factors(chunks)
+    load_np_factors(chunks, {key: 2 * tensor for key, tensor in adapter.items()})
+    for key, tensor in gather_np_factors(chunks).items():
         assert torch.equal(tensor, 2 * adapter[key]), key
     return {(key, shape) for key, shape, _ in found}, adapter
 
@@ -131,7 +133,7 @@ def _cut(case: str) -> str:
 
 
 def _parallel(case: str) -> ParallelConfig:
-    parallel = CUTS[_cut(case)]
+    parallel = LAYOUTS[_cut(case)]
     if case.endswith(SELECTIVE):
         return replace(parallel, recompute_granularity="selective", recompute_modules=("core_attn", "mlp"))
     return with_full_recompute(parallel) if case.endswith(FULL) else parallel
@@ -223,6 +225,6 @@ def test_adapters_are_named_by_layer_target_factor_and_component(variant: str) -
 
 
 def test_bf16_follows_fp32() -> None:
-    rounded = run_distributed(_train, 2, {"TP2+SP": CUTS["TP2+SP"]}, True)[0]["TP2+SP"]
+    rounded = run_distributed(_train, 2, {"TP2+SP": LAYOUTS["TP2+SP"]}, True)[0]["TP2+SP"]
     for variant, run in rounded.items():
         assert run.trace.losses == pytest.approx(runs(1)[0]["TP1"][variant].trace.losses, rel=2e-2), variant

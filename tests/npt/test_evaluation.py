@@ -1,4 +1,6 @@
-"""The evaluation's figures equal those computed by hand from whole logits and hidden states, at every cut."""
+"""The evaluation's figures equal those computed by hand from whole logits and hidden states, at every parallel
+layout.
+"""
 
 import json
 import math
@@ -25,7 +27,7 @@ from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_delta
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_datasets import write_dataset
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.2, hidden_dropout=0.5)
 LAYERS = (1, 3)
@@ -153,7 +155,7 @@ def by_hand(name: str, prefix: str) -> dict[str, Any]:
 def reports(name: str, prefix: str) -> dict[str, dict[str, Any]]:
     found = {}
     for cut in ("TP1", "TP2", "PP2", "DP2"):
-        results = run_distributed(_evaluated, WORLD_SIZES[cut], name, CUTS[cut], prefix)
+        results = run_distributed(_evaluated, WORLD_SIZES[cut], name, LAYOUTS[cut], prefix)
         assert results[0] is not None and not any(results[1:]), "the first rank has the report, alone"
         found[cut] = results[0]
     return found
@@ -303,7 +305,7 @@ def test_drawn_again_the_model_is_the_converted_one_that_nothing_has_trained(cut
 
 def _drawn_again(cut: str, prefix: str) -> list[float]:
     """The loss of a model as it is built, with other NP factors, and after `draw`."""
-    model, family = _build("outer drop", CUTS[cut])
+    model, family = _build("outer drop", LAYOUTS[cut])
     losses = []
     for change in (lambda: None, lambda: _disturb(model), lambda: draw([model], 1)):
         change()

@@ -19,11 +19,11 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE
 from megatron_ext.training.interface.family_interface import Family
 
 SINGLE = ParallelConfig()
@@ -214,10 +214,10 @@ def _differences(first: str, second: str) -> tuple[set[str], list[str]]:
 
 
 CHECKPOINTED = {
-    "TP2+SP": (OUTER, CUTS["TP2+SP"], 2),
-    "PP2, a stage without NP layers": (OUTER, CUTS["PP2"], 2),
-    "PP2 interleaved": (LOW_RANK, CUTS["PP2 interleaved"], 2),
-    "DP2 distributed optimizer": (OUTER, CUTS["DP2 distributed optimizer"], 2),
+    "TP2+SP": (OUTER, LAYOUTS["TP2+SP"], 2),
+    "PP2, a stage without NP layers": (OUTER, LAYOUTS["PP2"], 2),
+    "PP2 interleaved": (LOW_RANK, LAYOUTS["PP2 interleaved"], 2),
+    "DP2 distributed optimizer": (OUTER, LAYOUTS["DP2 distributed optimizer"], 2),
 }
 
 
@@ -236,7 +236,7 @@ def test_weights_and_moments_move_between_cuts(case: str, tmp_path: Path) -> Non
 
 def _adapter_errors() -> list[str]:
     chunk = _build(OUTER, _model_config(OUTER))
-    before = gather_adapter([chunk])
+    before = gather_np_factors([chunk])
     key = "layer_2_np.gate.W_down.1"
     missing = {name: tensor for name, tensor in before.items() if name != key}
     other_rank = {**before, key: before[key][:, :3]}
@@ -245,9 +245,9 @@ def _adapter_errors() -> list[str]:
     for tensors in (missing, other_rank, unknown, {}):
         doubled = {name: 2 * tensor for name, tensor in tensors.items()}
         with pytest.raises(ValueError, match="do not fit") as error:
-            load_adapter([chunk], doubled)
+            load_np_factors([chunk], doubled)
         errors.append(str(error.value))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in gather_adapter([chunk]).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in gather_np_factors([chunk]).items())
     return errors
 
 

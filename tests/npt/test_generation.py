@@ -1,4 +1,4 @@
-"""Generation with a KV cache through NPT layers gives what full forward passes give, at any cut."""
+"""Generation with a KV cache through NPT layers gives what full forward passes give, at any parallel layout."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.3, hidden_dropout=0.5, attention_dropout=0.5)
 """Weights large enough that the tokens differ; dropout, which must be off."""
@@ -40,7 +40,7 @@ def _build(name: str, parallel: ParallelConfig) -> tuple[GPTModel, NPTFamily]:
 @torch.no_grad()
 def _by_full_passes(name: str) -> tuple[list[list[int]], list[list[int]]]:
     """Each token is the argmax of a forward pass over everything before it, without a cache; NP on, and off."""
-    model, _ = _build(name, CUTS["TP1"])
+    model, _ = _build(name, LAYOUTS["TP1"])
     model.eval()
 
     def continued(prompt: list[int]) -> list[int]:
@@ -61,9 +61,9 @@ def _with_cache(name: str, parallel: ParallelConfig) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_cached_generation_equals_full_passes_at_every_cut(name: str) -> None:
+def test_cached_generation_equals_full_passes_at_every_parallel_layout(name: str) -> None:
     expected, base = run_distributed(_by_full_passes, 1, name)[0]
     assert expected != base, "the NP components change what is generated"
     for cut in ("TP1", "TP2", "PP2"):
-        for tokens in run_distributed(_with_cache, WORLD_SIZES[cut], name, CUTS[cut]):
+        for tokens in run_distributed(_with_cache, WORLD_SIZES[cut], name, LAYOUTS[cut]):
             assert tokens == expected, cut

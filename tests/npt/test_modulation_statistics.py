@@ -48,7 +48,7 @@ FORMS = {
     for k in (1, 3)
 }
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
-CUTS = {"TP1": ParallelConfig(), "TP2": TP2, "TP2+SP": replace(TP2, sequence_parallel=True)}
+LAYOUTS = {"TP1": ParallelConfig(), "TP2": TP2, "TP2+SP": replace(TP2, sequence_parallel=True)}
 VECTORS = ("reconstruction_error", "attention_square", "similarity", "a_square", "b_square")
 NORMS = ("a_norm", "b_norm")
 
@@ -86,8 +86,8 @@ def _inputs() -> tuple[Tensor, Tensor]:
 
 
 def _measure(cut: str) -> dict[str, dict[str, Any]]:
-    initialize(CUTS[cut], seed=3)
-    return {name: _measured(settings, CUTS[cut]) for name, settings in FORMS.items()}
+    initialize(LAYOUTS[cut], seed=3)
+    return {name: _measured(settings, LAYOUTS[cut]) for name, settings in FORMS.items()}
 
 
 def _measured(settings: NPTModuleConfig, parallel: ParallelConfig) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _measured(settings: NPTModuleConfig, parallel: ParallelConfig) -> dict[str, 
 @functools.cache
 def measured(cut: str) -> list[dict[str, dict[str, Any]]]:
     """By rank and form."""
-    return run_distributed(_measure, CUTS[cut].tensor_model_parallel_size, cut)
+    return run_distributed(_measure, LAYOUTS[cut].tensor_model_parallel_size, cut)
 
 
 @functools.cache
@@ -199,12 +199,12 @@ def _close(found: Tensor, right: Tensor, name: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", LAYOUTS)
 def test_every_quantity_and_gradient_is_that_of_the_vectors_and_deltas_themselves(
     cut: str, form: str
 ) -> None:
     right, ranks = expected(form), [of_rank[form] for of_rank in measured(cut)]
-    split = CUTS[cut].sequence_parallel
+    split = LAYOUTS[cut].sequence_parallel
     for name, value in right["values"].items():
         parts = [rank["values"][name] for rank in ranks]
         per_token, over_tokens = name.endswith("delta_norms"), name.split(".")[1] in (*VECTORS, *NORMS)

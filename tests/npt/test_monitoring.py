@@ -148,7 +148,9 @@ def _sampled_at(folder: str, data: str, base: str, cut: list[str]) -> Any:
     [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]],
     ids=["TP2", "PP2"],
 )
-def test_samples_are_the_same_at_every_cut_that_is_allowed(cut: list[str], tmp_path: Path) -> None:
+def test_samples_are_the_same_at_every_parallel_layout_that_is_allowed(
+    cut: list[str], tmp_path: Path
+) -> None:
     data, texts = write_data(tmp_path), []
     base = run_distributed(make_base, 1, str(tmp_path), data)[0]
     for processes, flags in ((1, []), (2, cut)):

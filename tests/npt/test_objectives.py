@@ -1,4 +1,6 @@
-"""What NPT trains for: each loss against a plain float64 computation, and the same training at every cut."""
+"""What NPT trains for: each loss against a plain float64 computation, and the same training at every parallel
+layout.
+"""
 
 import functools
 from dataclasses import replace
@@ -12,7 +14,7 @@ from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     TINY,
     WORLD_SIZES,
     TrainingTrace,
@@ -25,7 +27,7 @@ from megatron_ext.training.interface.family_interface import Family
 MODEL = replace(TINY, init_method_std=0.1)
 STEPS = 3
 FULL = " recomputed"
-CASES = [*CUTS, *(f"{cut}{FULL}" for cut in ("TP1", "TP2+SP", "PP2 interleaved"))]
+CASES = [*LAYOUTS, *(f"{cut}{FULL}" for cut in ("TP1", "TP2+SP", "PP2 interleaved"))]
 
 OUTER = NPTModuleConfig(npt_layers="1,2,3", np_form="outer_product", np_rank=8, np_init_scale=0.1)
 LOW_RANK = NPTModuleConfig(npt_layers="upper_half", np_target="gate+up+down", np_rank=8, np_residual="keep")
@@ -77,7 +79,7 @@ def runs(world_size: int) -> list[dict[str, dict[str, TrainingTrace]]]:
     cuts = {}
     for case in CASES:
         if _world_size(case) == world_size:
-            parallel = CUTS[case.removesuffix(FULL)]
+            parallel = LAYOUTS[case.removesuffix(FULL)]
             cuts[case] = with_full_recompute(parallel) if case.endswith(FULL) else parallel
     return run_distributed(_train, world_size, cuts)
 

@@ -14,8 +14,8 @@ import torch
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.npt import NPTModel
-from megatron_ext.npt.objective.npt_training_config import run_defaults
-from megatron_ext.npt.runs.sequential_files import layer_of
+from megatron_ext.npt.objective.npt_training_config import npt_run_defaults
+from megatron_ext.npt.runs.sequential_files import layer_of_np_key
 from megatron_ext.npt.runs.sequential_run import layer_logging
 from megatron_ext.testing.run_distributed import run_distributed
 from tests.interop.family import alone
@@ -33,7 +33,7 @@ def _weights(path: Path) -> Tensors:
 
 
 def _of_layer(tensors: Tensors, layer: int) -> Tensors:
-    return {key: tensor for key, tensor in tensors.items() if layer_of(key) == layer}
+    return {key: tensor for key, tensor in tensors.items() if layer_of_np_key(key) == layer}
 
 
 def test_the_files_are_document_000s(sequential_run: SequentialRun) -> None:
@@ -47,7 +47,7 @@ def test_the_files_are_document_000s(sequential_run: SequentialRun) -> None:
     assert names == {*files, "training_info.json", "config.json"}
     accumulated = _weights(sequential_run.folder / "accumulated_npt_weights.pt")
     finals = [_weights(sequential_run.layer(layer) / "final" / "npt_weights.pt") for layer in (0, 1, 3)]
-    assert [{layer_of(key) for key in tensors} for tensors in finals] == [{0}, {1}, {3}]
+    assert [{layer_of_np_key(key) for key in tensors} for tensors in finals] == [{0}, {1}, {3}]
     assert not differences(accumulated, finals[0] | finals[1] | finals[2])
 
 
@@ -62,7 +62,7 @@ def test_a_layer_is_trained_on_top_of_trained_layers_which_stay_as_they_are(
             for step in (2, 4, 6)
         ]
         for tensors in steps:
-            assert sorted({layer_of(key) for key in tensors}) == layers
+            assert sorted({layer_of_np_key(key) for key in tensors}) == layers
             for earlier in layers[:-1]:
                 final = _weights(sequential_run.layer(earlier) / "final" / "npt_weights.pt")
                 assert not differences(_of_layer(tensors, earlier), final)
@@ -136,7 +136,7 @@ def test_two_tensor_parallel_processes_train_the_same_layers(sequential_run: Seq
     )
     for key, tensor in cut_run.items():
         torch.testing.assert_close(tensor, whole[key], atol=1e-4, rtol=1e-3)
-    assert {layer_of(key) for key in cut_run} == {0, 1}
+    assert {layer_of_np_key(key) for key in cut_run} == {0, 1}
 
 
 def _load_model(folder: str) -> tuple[torch.Tensor, Tensors, str]:
@@ -176,7 +176,7 @@ def test_a_finished_run_says_so_and_more_layers_go_on_top(sequential_run: Sequen
     code, output = run_distributed(train, 1, *more)[0]
     assert code == 0 and "layer 2 (1 of 1 to train), on top of trained layers: 0, 1, 3" in output
     after = _weights(moved / "accumulated_npt_weights.pt")
-    assert {layer_of(key) for key in after} == {0, 1, 2, 3}
+    assert {layer_of_np_key(key) for key in after} == {0, 1, 2, 3}
     assert not differences({key: after[key] for key in before}, before)
 
 
@@ -254,7 +254,7 @@ def _read_all(folder: Path) -> None:
 
 
 def test_the_modes_defaults_are_document_000s() -> None:
-    defaults = run_defaults({"mode": "sequential"})
+    defaults = npt_run_defaults({"mode": "sequential"})
     assert defaults["np"] == {"np_form": "outer_product", "np_rank": 256}
     assert defaults["training"] == {"micro_batch_size": 2, "train_iters": 2000}
     assert defaults["optimizer"] == {"lr": 5e-4}

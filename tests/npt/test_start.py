@@ -10,7 +10,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs.npt_run import weights_defaults
 from megatron_ext.npt.runs.start_message import objective
-from megatron_ext.npt.weights.np_weight_files import write_adapter
+from megatron_ext.npt.weights.np_weight_files import write_np_weights
 from megatron_ext.testing.run_distributed import run_distributed
 from tests.npt.conftest import SequentialRun
 from tests.npt.run_helpers import DATA, train
@@ -78,7 +78,7 @@ def test_losses_without_weight_are_not_told() -> None:
 def test_the_files_settings_are_defaults_but_for_what_is_no_matter_of_the_weights(
     name: str, tmp_path: Path
 ) -> None:
-    write_adapter(tmp_path, {"layer_1_np.gate.c": torch.ones(1)}, SETTINGS)
+    write_np_weights(tmp_path, {"layer_1_np.gate.c": torch.ones(1)}, SETTINGS)
     given = {"load_npt_weights": str(tmp_path / name)}
     section = weights_defaults(given)["np"]
     assert NPTModuleConfig(**section) == replace(SETTINGS, freeze_base=True)

@@ -72,9 +72,9 @@ def test_without_the_flag_the_tables_have_as_many_rows_as_there_are_ids() -> Non
 
 def test_a_cut_that_does_not_divide_the_hidden_size_is_named() -> None:
     config = PerLayerConfig(use_per_layer_embedding=True, per_layer_hidden_size=6)
-    config.check_cut(3)
+    config.check_layout(3)
     with pytest.raises(ValueError, match="--per-layer-hidden-size 6: not divisible by"):
-        config.check_cut(4)
+        config.check_layout(4)
 
 
 def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_are_the_ids() -> None:

@@ -1,4 +1,6 @@
-"""The same run at every cut: losses, gradient norms, first gradients of all parameters, statistics, checkpoint keys."""
+"""The same run at every parallel layout: losses, gradient norms, first gradients of all parameters, statistics,
+checkpoint keys.
+"""
 
 import functools
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     TINY,
     VOCAB_SIZE,
     WORLD_SIZES,
@@ -28,13 +30,13 @@ from megatron_ext.training.interface.family_interface import Family
 STEPS = 2
 RECOMPUTED = " recomputed"
 OVERLAPPED = "DP2 overlapped distributed optimizer"
-EVERY_CUT = {
-    **CUTS,
+EVERY_LAYOUT = {
+    **LAYOUTS,
     OVERLAPPED: ParallelConfig(
         use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
     ),
 }
-CASES = [*EVERY_CUT, f"TP2+SP{RECOMPUTED}", f"PP2 interleaved{RECOMPUTED}"]
+CASES = [*EVERY_LAYOUT, f"TP2+SP{RECOMPUTED}", f"PP2 interleaved{RECOMPUTED}"]
 ROWS = 24
 TABLE = [token % ROWS for token in range(VOCAB_SIZE)]
 DOCUMENT_003 = PerLayerConfig(
@@ -74,7 +76,7 @@ class Run:
 
 
 def _train(cuts: dict[str, ParallelConfig], bf16: bool = False) -> dict[str, dict[str, Run]]:
-    """Every variant at every cut, in one set of processes."""
+    """Every variant at every parallel layout, in one set of processes."""
     return {
         cut: {
             name: Run(train_tiny(parallel, STEPS, _Make(name), bf16=bf16), _saved(parallel, name))
@@ -101,7 +103,7 @@ def _saved(parallel: ParallelConfig, variant: str) -> set[tuple[str, tuple[int, 
 def runs(world_size: int) -> list[dict[str, dict[str, Run]]]:
     """All runs with this number of processes, by rank, cut and variant."""
     cuts = {
-        name: EVERY_CUT[name.removesuffix(RECOMPUTED)] for name in CASES if _world_size(name) == world_size
+        name: EVERY_LAYOUT[name.removesuffix(RECOMPUTED)] for name in CASES if _world_size(name) == world_size
     }
     for name in cuts:
         if name.endswith(RECOMPUTED):
@@ -163,6 +165,6 @@ def test_what_a_layer_owns_at_stage_level_is_saved_under_the_layers_global_numbe
 
 
 def test_bf16_follows_fp32() -> None:
-    rounded = run_distributed(_train, 2, {"TP2+SP": CUTS["TP2+SP"]}, True)[0]["TP2+SP"]
+    rounded = run_distributed(_train, 2, {"TP2+SP": LAYOUTS["TP2+SP"]}, True)[0]["TP2+SP"]
     for variant, run in rounded.items():
         assert run.trace.losses == pytest.approx(runs(1)[0]["TP1"][variant].trace.losses, rel=1e-2), variant

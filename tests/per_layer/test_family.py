@@ -56,14 +56,14 @@ def test_ids_come_from_the_batch_else_from_the_table_else_they_are_the_tokens() 
     tokens = torch.tensor([[3, 5, 63]])
     family = PerLayerFamily(_settings(), VOCAB, TABLE)
     torch.testing.assert_close(
-        family.side_inputs({"tokens": tokens})["per_layer_ids"], torch.tensor([[1, 15, 1]])
+        family.auxiliary_inputs({"tokens": tokens})["per_layer_ids"], torch.tensor([[1, 15, 1]])
     )
     ready = torch.tensor([[9, 9, 9]])
-    assert family.side_inputs({"tokens": tokens, "per_layer_ids": ready})["per_layer_ids"] is ready
+    assert family.auxiliary_inputs({"tokens": tokens, "per_layer_ids": ready})["per_layer_ids"] is ready
     gemma = PerLayerFamily(_settings(per_layer_preset="gemma4", per_layer_vocab_size=VOCAB), VOCAB)
-    assert gemma.side_inputs({"tokens": tokens})["per_layer_ids"] is tokens
+    assert gemma.auxiliary_inputs({"tokens": tokens})["per_layer_ids"] is tokens
     with pytest.raises(ValueError, match="the batch has no per_layer_ids"):
-        PerLayerFamily(_settings(), VOCAB).side_inputs({"tokens": tokens})
+        PerLayerFamily(_settings(), VOCAB).auxiliary_inputs({"tokens": tokens})
 
 
 def test_a_table_that_does_not_fit_is_refused() -> None:
@@ -178,7 +178,7 @@ def _statistics(method: str) -> tuple[dict[str, float], dict[str, float], bool]:
     positions = torch.arange(MODEL.seq_length).expand_as(tokens)
     family.begin_statistics([model])
     model(
-        tokens, positions, None, labels=tokens, side_inputs=family.side_inputs({"tokens": tokens})
+        tokens, positions, None, labels=tokens, auxiliary_inputs=family.auxiliary_inputs({"tokens": tokens})
     ).mean().backward()
     for parameter in model.parameters():
         parameter.main_grad = parameter.grad

@@ -6,7 +6,7 @@ import torch
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.auxiliary_inputs import SideChannel
+from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
@@ -120,11 +120,11 @@ def _run_both() -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
 
     word_embedding = embeddings[1].transpose(0, 1)
     streams = ours.per_layer({"per_layer_ids": tokens}, {"word_embedding": word_embedding})
-    channel: SideChannel = ours.channel
-    side = channel.open(channel.pack(streams), word_embedding)
+    auxiliary: AuxiliaryInputs = ours.auxiliary
+    layer_inputs = auxiliary.open(auxiliary.pack(streams), word_embedding)
     output = word_embedding
     for layer in ours.decoder.layers:
-        output = layer.after_mlp(output, side)
+        output = layer.after_mlp(output, layer_inputs)
     output = output.transpose(0, 1)
 
     direction = torch.randn(output.shape)

@@ -83,8 +83,8 @@ def _outcome(model: GPTModel, hidden_states: torch.Tensor, direction: torch.Tens
 def _ours(
     model: GPTModel, tokens: torch.Tensor, ids: torch.Tensor | None, direction: torch.Tensor
 ) -> Outcome:
-    side_inputs = {} if ids is None else {"per_layer_ids": ids}
-    logits = model(tokens, torch.zeros_like(tokens), None, side_inputs=side_inputs)
+    auxiliary_inputs = {} if ids is None else {"per_layer_ids": ids}
+    logits = model(tokens, torch.zeros_like(tokens), None, auxiliary_inputs=auxiliary_inputs)
     return _outcome(model, logits, direction)
 
 

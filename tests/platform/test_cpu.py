@@ -13,7 +13,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform import cpu
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, train_tiny, with_full_recompute
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, train_tiny, with_full_recompute
 
 
 def test_adapter_refuses_a_machine_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,14 +78,14 @@ def _installed_calls() -> dict[str, bool]:
 
 
 def test_random_streams_differ_over_tensor_ranks_only_where_they_must() -> None:
-    default, forked, after = zip(*run_distributed(_random_streams, 2, CUTS["TP2"]), strict=True)
+    default, forked, after = zip(*run_distributed(_random_streams, 2, LAYOUTS["TP2"]), strict=True)
     assert torch.equal(default[0], default[1])
     assert not torch.equal(forked[0], forked[1])
     assert torch.equal(after[0], after[1]), "the default stream has moved"
 
 
 def test_random_streams_differ_over_pipeline_stages() -> None:
-    default, forked, _ = zip(*run_distributed(_random_streams, 2, CUTS["PP2"]), strict=True)
+    default, forked, _ = zip(*run_distributed(_random_streams, 2, LAYOUTS["PP2"]), strict=True)
     assert not torch.equal(default[0], default[1])
     assert not torch.equal(forked[0], forked[1])
 
@@ -104,7 +104,7 @@ DROPOUT = replace(TINY, hidden_dropout=0.3, attention_dropout=0.3)
 @pytest.mark.parametrize("cut", ["TP2", "TP2+SP"])
 def test_dropout_masks_of_attention_heads_differ_over_tensor_ranks(cut: str) -> None:
     """Both ranks run attention on equal heads of ones: what differs is the mask."""
-    first, second = run_distributed(_attention_of_equal_heads, 2, CUTS[cut])
+    first, second = run_distributed(_attention_of_equal_heads, 2, LAYOUTS[cut])
     assert not torch.equal(first, second)
 
 
@@ -121,7 +121,7 @@ def _attention_of_equal_heads(parallel: ParallelConfig) -> torch.Tensor:
 
 
 def test_dropout_training_keeps_replicated_activations_and_weights_equal_over_tensor_ranks() -> None:
-    first, second = run_distributed(_replicated_values, 2, CUTS["TP2"])
+    first, second = run_distributed(_replicated_values, 2, LAYOUTS["TP2"])
     assert first.keys() == second.keys() and len(first) > DROPOUT.num_layers
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -152,14 +152,14 @@ def _replicated_values(parallel: ParallelConfig) -> dict[str, torch.Tensor]:
 
 def test_recomputation_draws_the_same_dropout_masks() -> None:
     """Full recomputation changes neither losses nor gradients of a training with dropout, at tensor parallel 2."""
-    plain = run_distributed(train_tiny, 2, CUTS["TP2"], 3, list, DROPOUT)[0]
-    recomputed = run_distributed(train_tiny, 2, with_full_recompute(CUTS["TP2"]), 3, list, DROPOUT)[0]
+    plain = run_distributed(train_tiny, 2, LAYOUTS["TP2"], 3, list, DROPOUT)[0]
+    recomputed = run_distributed(train_tiny, 2, with_full_recompute(LAYOUTS["TP2"]), 3, list, DROPOUT)[0]
     assert recomputed.losses == plain.losses
     assert recomputed.grad_norms == pytest.approx(plain.grad_norms, rel=1e-6)
 
 
 def test_parallel_state_follows_the_cut() -> None:
-    for rank, sizes in enumerate(run_distributed(_sizes, 4, CUTS["TP2xPP2"])):
+    for rank, sizes in enumerate(run_distributed(_sizes, 4, LAYOUTS["TP2xPP2"])):
         assert sizes == (2, 2, 1, rank % 2, rank // 2)
 
 

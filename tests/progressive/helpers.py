@@ -71,7 +71,7 @@ class MakeAdapted:
 
 
 def draw_b(chunks: list[GPTModel], std: float) -> None:
-    """Gives the adapters' B values, which do not depend on the cut; A's gradient is zero while B is."""
+    """Gives the adapters' B values, which do not depend on the parallel layout; A's gradient is zero while B is."""
     for _, _, linear in adapted_linears(chunks):
         for adapter in linear.adapters.values():
             adapter.B.init_std = std  # type: ignore[union-attr]

@@ -19,7 +19,7 @@ from megatron_ext.models.model_extension import Extension, StageInfo
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.progressive.cache.activation_cache import ActivationCache
 from megatron_ext.progressive.cache.frozen_trunk import trunk_tensors, without_dropout
-from megatron_ext.progressive.objectives.stack_objective import Objective
+from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_embedding import TimeEmbedding, time_embedding
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -42,7 +42,7 @@ class ObjectiveExtension(Extension):
 
     name = "objective"
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: StackObjective) -> None:
         self.objective = objective
         self.bidirectional = objective.bidirectional
 
@@ -67,7 +67,7 @@ class ObjectiveFamily(Family):
         identity: dict[str, Any] | None = None,
     ) -> None:
         masks = config.training_objective in ("mlm", "diffusion")
-        self.objective = Objective(
+        self.objective = StackObjective(
             config,
             stack_idx=1 if trunk_layers else 0,
             seed=mask_seed,
@@ -90,7 +90,7 @@ class ObjectiveFamily(Family):
     def make_batch(self, batch: Batch) -> Batch:
         return self.objective.make_batch(batch)
 
-    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: batch[name] for name in (TIME_STEP, HIDDEN_STATES) if name in batch}
 
     def prepare_batches(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.growth.trunk_strategy import Trains
 from megatron_ext.progressive.progressive_family import ProgressiveFamily
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -55,7 +55,7 @@ def _figures() -> dict[str, tuple[StepFigures, StepFigures]]:
     found = {}
     for name, (config, trains, model) in CASES.items():
         family = ProgressiveFamily(
-            config, planned_rack(config, 2), trains, mask_token_id=config.mask_token_id, cache_identity={}
+            config, rack_of(config, 2), trains, mask_token_id=config.mask_token_id, cache_identity={}
         )
         epochs = 1 + ("second epoch" in name)
         found[name] = measured_and_predicted(family, model, 1, earlier_steps=epochs - 1)

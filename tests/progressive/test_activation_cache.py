@@ -15,7 +15,7 @@ from megatron_ext.progressive.cache import activation_cache
 from megatron_ext.progressive.cache.activation_cache import ActivationCache, check_cache_directory
 from megatron_ext.progressive.cache.frozen_trunk import trunk_fingerprint
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, WORLD_SIZES, with_full_recompute
+from megatron_ext.testing.tiny_training import LAYOUTS, WORLD_SIZES, with_full_recompute
 from tests.progressive.helpers import DUAL, STACK, build
 from tests.progressive.objective_helpers import (
     MLM,
@@ -48,16 +48,16 @@ class Case:
 
 
 CASES = {
-    **{cut: Case(CUTS[cut], WORLD_SIZES[cut]) for cut in CUTS if cut != "TP2xPP2"},
+    **{cut: Case(LAYOUTS[cut], WORLD_SIZES[cut]) for cut in LAYOUTS if cut != "TP2xPP2"},
     "one layer above": Case(ParallelConfig(), 1, trunk=3),
     "time embedding": Case(ParallelConfig(), 1, config=INPUT),
     "clm": Case(ParallelConfig(), 1, config=CLM),
     "dropout above the trunk": Case(ParallelConfig(), 1, model=DROPOUT),
-    "bf16": Case(CUTS["TP2+SP"], 2, bf16=True),
+    "bf16": Case(LAYOUTS["TP2+SP"], 2, bf16=True),
     "recomputed": Case(with_full_recompute(ParallelConfig()), 1, trunk=1),
-    "PP2, trunk ends on the second stage": Case(CUTS["PP2"], 2, trunk=3),
-    "PP2 recomputed, trunk ends on the first stage": Case(with_full_recompute(CUTS["PP2"]), 2, trunk=1),
-    "PP2 interleaved, chunks of trunk alone": Case(CUTS["PP2 interleaved"], 2, trunk=3),
+    "PP2, trunk ends on the second stage": Case(LAYOUTS["PP2"], 2, trunk=3),
+    "PP2 recomputed, trunk ends on the first stage": Case(with_full_recompute(LAYOUTS["PP2"]), 2, trunk=1),
+    "PP2 interleaved, chunks of trunk alone": Case(LAYOUTS["PP2 interleaved"], 2, trunk=3),
 }
 
 
@@ -267,7 +267,7 @@ def _moved_between_ranks(folder: str) -> list[float]:
     rates = []
     for first in (0, 1):
         family = ObjectiveFamily(config, trunk_layers=2, cached=True)
-        trained = train(CUTS["DP2"], family, 2, first=first)
+        trained = train(LAYOUTS["DP2"], family, 2, first=first)
         rates += [value["cache/hit_rate"] for value in trained.values]
     return rates
 

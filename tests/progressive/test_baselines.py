@@ -16,7 +16,7 @@ import torch
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
-from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.growth.trunk_strategy import why_uncached
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
@@ -117,6 +117,6 @@ def test_a_qlora_trunk_ignores_the_cache_and_says_so(found: dict[str, Any]) -> N
 )
 def test_what_keeps_a_trunk_from_being_cached_is_named(changes: dict[str, Any], reason: str | None) -> None:
     config = ProgressiveConfig(target_stacks=2, **changes)
-    told = why_uncached(planned_rack(config, 2), config, "newest")
+    told = why_uncached(rack_of(config, 2), config, "newest")
     assert told is None if reason is None else reason in str(told)
-    assert why_uncached(planned_rack(config, 1), config, "newest") is None
+    assert why_uncached(rack_of(config, 1), config, "newest") is None

@@ -9,15 +9,15 @@ import torch
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.lora.trainable_layers import Plan, adapted_linears
+from megatron_ext.lora.trainable_layers import SettingsByLayer, adapted_linears
 from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS
+from megatron_ext.testing.tiny_training import LAYOUTS
 from tests.progressive.helpers import DUAL, MODEL, MakeAdapted
 
-PLAN: Plan = {
+PLAN: SettingsByLayer = {
     0: replace(DUAL, precision="qlora"),
     1: replace(DUAL, precision="nvfp4"),
     2: replace(DUAL, precision="half", trained_adapters=frozenset({"progressive"})),
@@ -27,10 +27,10 @@ WIDE = replace(MODEL, hidden_size=128, ffn_hidden_size=128)
 """Of which a half is a multiple of the formats' block."""
 
 CASES = {
-    "one process": (CUTS["TP1"], 1, False),
-    "TP2+SP": (CUTS["TP2+SP"], 2, False),
-    "PP2 bf16": (CUTS["PP2"], 2, True),
-    "DP2 distributed optimizer bf16": (CUTS["DP2 distributed optimizer"], 2, True),
+    "one process": (LAYOUTS["TP1"], 1, False),
+    "TP2+SP": (LAYOUTS["TP2+SP"], 2, False),
+    "PP2 bf16": (LAYOUTS["PP2"], 2, True),
+    "DP2 distributed optimizer bf16": (LAYOUTS["DP2 distributed optimizer"], 2, True),
 }
 
 

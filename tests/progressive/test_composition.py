@@ -1,4 +1,6 @@
-"""The families in one model: per-layer embedding, NPT layers and a grown stack, at every cut, saved and resumed."""
+"""The families in one model: per-layer embedding, NPT layers and a grown stack, at every parallel layout, saved and
+resumed.
+"""
 
 import contextlib
 import io
@@ -16,9 +18,9 @@ from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform import process_groups
-from megatron_ext.progressive.runs.progressive_run import run
+from megatron_ext.progressive.runs.progressive_run import run_progressive
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.progressive.settings.progressive_defaults import run_defaults
+from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.training.interface.family_interface import Family
 from tests.progressive.run_helpers import FLAGS, losses_of, stored, write_data
@@ -32,7 +34,7 @@ GROWTH = (
     "--building-mode",
     "prepend",
 )
-CUTS = {
+LAYOUTS = {
     "TP1": (),
     "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "PP2": ("--pipeline-model-parallel-size", "2"),
@@ -53,19 +55,21 @@ def others(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
 def train(data: str, save: str, *flags: str) -> list[float]:
     process_groups.shutdown = lambda: None
     arguments = [*FLAGS, "--data-path", data, "--save", save, *GROWTH, *flags]
-    configs = parse({**TRAINING, "progressive": ProgressiveConfig}, arguments, defaults=run_defaults)
+    configs = parse(
+        {**TRAINING, "progressive": ProgressiveConfig}, arguments, defaults=progressive_run_defaults
+    )
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert run(configs, others) == 0
+        assert run_progressive(configs, others) == 0
     return losses_of(output.getvalue())
 
 
 def at_cuts(data: str, folder: str, cuts: list[str]) -> dict[str, Result]:
     found = {}
     for cut in cuts:
-        losses = train(data, f"{folder}/{cut}", *CUTS[cut])
+        losses = train(data, f"{folder}/{cut}", *LAYOUTS[cut])
         for stop in (("--exit-interval", "3"), ()) if cut != "TP1" else ():
-            train(data, f"{folder}/{cut} resumed", *CUTS[cut], *stop)
+            train(data, f"{folder}/{cut} resumed", *LAYOUTS[cut], *stop)
         found[cut] = losses, stored(f"{folder}/{cut}", "progressive_rack")
         if cut != "TP1":
             found[f"{cut} resumed"] = losses, stored(f"{folder}/{cut} resumed", "progressive_rack")

@@ -1,4 +1,6 @@
-"""Adapted layers at every cut: losses, gradients, what is saved and what moves, against the single process."""
+"""Adapted layers at every parallel layout: losses, gradients, what is saved and what moves, against the single
+process.
+"""
 
 import functools
 from dataclasses import dataclass, replace
@@ -12,7 +14,7 @@ from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     WORLD_SIZES,
     TrainingTrace,
     assemble,
@@ -23,10 +25,10 @@ from tests.progressive.helpers import DUAL, MODEL, MakeAdapted, build
 
 STEPS = 2
 CASES = {
-    **{cut: (CUTS[cut], WORLD_SIZES[cut]) for cut in CUTS},
-    "TP2+SP recomputed": (with_full_recompute(CUTS["TP2+SP"]), 2),
+    **{cut: (LAYOUTS[cut], WORLD_SIZES[cut]) for cut in LAYOUTS},
+    "TP2+SP recomputed": (with_full_recompute(LAYOUTS["TP2+SP"]), 2),
     "TP2+SP selective": (
-        replace(CUTS["TP2+SP"], recompute_granularity="selective", recompute_modules=("core_attn", "mlp")),
+        replace(LAYOUTS["TP2+SP"], recompute_granularity="selective", recompute_modules=("core_attn", "mlp")),
         2,
     ),
 }

@@ -13,8 +13,8 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA, parameter_shards
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.progressive.growth.grown_weights import layer_of
-from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.growth.grown_weights import layer_of_name
+from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
@@ -121,7 +121,7 @@ def test_trunk_has_progressive_adapters_from_the_first_growth_after_it(
     ]
 
 
-CUTS = {
+LAYOUTS = {
     "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "PP2": ("--pipeline-model-parallel-size", "2"),
     "DP2": ("--use-distributed-optimizer",),
@@ -132,7 +132,7 @@ def grow_at_cuts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors
     results = {}
     flags = ("--building-mode", "prepend", "append", "--growth-init", "zero", *STEPS, "--target-stacks", "3")
     for name in ("TP2", "PP2"):
-        cut = CUTS[name]
+        cut = LAYOUTS[name]
         save = f"{folder}/{name}"
         _, output = train(data, save, *flags, *cut)
         results[name] = (
@@ -142,7 +142,7 @@ def grow_at_cuts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors
         )
     outputs = [
         train(data, f"{folder}/changing", *flags, "--target-stacks", str(target), *cut)[1]
-        for target, cut in enumerate(CUTS.values(), start=1)
+        for target, cut in enumerate(LAYOUTS.values(), start=1)
     ]
     losses = [loss for output in outputs for loss in losses_of(output)]
     phases = [stored(f"{folder}/changing", f"progressive_stack_{i}") for i in range(2)]
@@ -160,7 +160,7 @@ def at_cuts(
 
 
 @pytest.mark.parametrize("cut", ["TP2", "PP2", "another cut for every stack"])
-def test_growth_at_every_cut_equals_the_single_process(
+def test_growth_at_every_parallel_layout_equals_the_single_process(
     at_cuts: dict[str, tuple[list[float], Tensors, Tensors]],
     grown: tuple[list[Tensors], list[float]],
     cut: str,
@@ -177,7 +177,7 @@ def head_and_new_layer(data: str, folder: str) -> tuple[str, torch.Tensor, torch
     chunks, families = grown_model(folder, growth_init="random")
     wrapped = wrap_model(chunks, ParallelConfig(), bf16=False)
     optimizer = build_optimizer(OptimizerSettings(lr=1e-3), ParallelConfig(), wrapped, families, bf16=False)
-    families[0].carry_optimizer(chunks, optimizer)
+    families[0].carry_optimizer_state(chunks, optimizer)
     state = optimizer.chained_optimizers[0].optimizer.state
     head, new = chunks[0].output_layer.weight, chunks[0].decoder.layers[3].mlp.linear_fc2.weight
     counts = {"head": int(state[head]["step"]), "new layer": int(state[new]["step"])}
@@ -199,7 +199,7 @@ def logits_before_and_after(data: str, folder: str) -> dict[str, torch.Tensor]:
     """Logits of a trained stack, and of models that have just grown from it."""
     train(data, folder, *STEPS, "--target-stacks", "1")
     config = replace(CONFIG, target_stacks=1)
-    family = ProgressiveFamily(config, planned_rack(config, 1))
+    family = ProgressiveFamily(config, rack_of(config, 1))
     chunks = build_model(
         TRUNK, ParallelConfig(), vocab_size=VOCABULARY, seed=9, extensions=[family.extension()]
     )
@@ -244,7 +244,7 @@ def test_copied_layers_have_the_weights_and_the_adapters_product_of_their_source
     sources = {"copy": {2: 0, 3: 1, 4: 0}, "interleave": {2: 0, 3: 0, 4: 1}}
     for how, pairs in sources.items():
         for key, offset, values in (shard for rank in ranks for shard in rank[how]):
-            number = layer_of(key)
+            number = layer_of_name(key)
             if number not in pairs or ".adapters." in key:
                 continue
             source = key.replace(f"layers.{number}.", f"layers.{pairs[number]}.")
@@ -263,8 +263,8 @@ def grown_model(folder: str, parallel: ParallelConfig | None = None, **changes: 
     where = find_checkpoint(f"{folder}/progressive_stack_0")
     assert where is not None
     initialize(parallel, seed=1)
-    trunk = Trunk(folder=where, rack=planned_rack(config, 1), trains="newest")
-    rack = planned_rack(config, 2)
+    trunk = Trunk(folder=where, rack=rack_of(config, 1), trains="newest")
+    rack = rack_of(config, 2)
     family = ProgressiveFamily(config, rack, "newest", trunk=trunk)
     model = replace(TRUNK, num_layers=rack.num_layers)
     chunks = build_model(model, parallel, vocab_size=VOCABULARY, seed=1, extensions=[family.extension()])

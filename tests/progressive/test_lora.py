@@ -15,7 +15,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.model_extension import Extension
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE
+from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE
 from tests.progressive.helpers import DUAL, MODEL, AdaptedExtension, build, logits_of, some_tokens
 
 ADAPTED = dict.fromkeys(range(4), DUAL)
@@ -70,7 +70,7 @@ def _empty_and_plain(parallel: ParallelConfig, biased: bool) -> bool:
 
 @pytest.mark.parametrize(("cut", "biased"), [("TP1", False), ("TP2", True), ("TP2+SP", False)])
 def test_without_adapters_losses_and_gradients_are_the_engines_to_the_bit(cut: str, biased: bool) -> None:
-    assert all(run_distributed(_empty_and_plain, 1 if cut == "TP1" else 2, CUTS[cut], biased))
+    assert all(run_distributed(_empty_and_plain, 1 if cut == "TP1" else 2, LAYOUTS[cut], biased))
 
 
 def _initial() -> tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]], dict[str, int]]:
@@ -121,7 +121,7 @@ def _merged(parallel: ParallelConfig, precision: str | None) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("precision", [None, "qlora"])
 def test_a_merged_model_computes_what_the_adapted_one_did(precision: str | None) -> None:
-    ranks, single = (run_distributed(_merged, size, CUTS[f"TP{size}"], precision) for size in (2, 1))
+    ranks, single = (run_distributed(_merged, size, LAYOUTS[f"TP{size}"], precision) for size in (2, 1))
     for before, after, left in (*ranks, *single):
         assert left == 0
         assert float((before - after).abs().max()) < 3e-6 * float(before.abs().max())

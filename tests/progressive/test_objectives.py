@@ -1,4 +1,4 @@
-"""Objectives: what the model is fed and asked, what it may see, and that it learns; at every cut."""
+"""Objectives: what the model is fed and asked, what it may see, and that it learns; at every parallel layout."""
 
 import functools
 from dataclasses import replace
@@ -10,14 +10,14 @@ import torch
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.inference.perplexity import evaluate_perplexity
-from megatron_ext.progressive.objectives.stack_objective import ACCURACY, Objective, reserve_mask_token
+from megatron_ext.progressive.objectives.stack_objective import ACCURACY, StackObjective, reserve_mask_token
 from megatron_ext.progressive.objectives.time_embedding import sinusoidal
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     VOCAB_SIZE,
     WORLD_SIZES,
     assemble,
@@ -36,14 +36,14 @@ CONFIGS = {
         INPUT, training_objective="diffusion", time_encoding_type="learned", num_time_steps=20
     ),
 }
-CASES = {cut: (CUTS[cut], WORLD_SIZES[cut]) for cut in ("TP1", "TP2", "PP2", "PP2 interleaved", "TP2+SP")}
+CASES = {cut: (LAYOUTS[cut], WORLD_SIZES[cut]) for cut in ("TP1", "TP2", "PP2", "PP2 interleaved", "TP2+SP")}
 CASES["TP1 recomputed"] = with_full_recompute(ParallelConfig()), 1
 STEPS = 2
 
 
-def _objective(config: ProgressiveConfig, fixed: bool = False) -> Objective:
+def _objective(config: ProgressiveConfig, fixed: bool = False) -> StackObjective:
     mask = MASK if config.training_objective in ("mlm", "diffusion") else None
-    return Objective(config, stack_idx=1, seed=1, mask_token_id=mask, fixed_masks=fixed)
+    return StackObjective(config, stack_idx=1, seed=1, mask_token_id=mask, fixed_masks=fixed)
 
 
 def _batch(rows: int = 3) -> dict[str, torch.Tensor]:

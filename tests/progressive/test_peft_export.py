@@ -18,7 +18,7 @@ from megatron_ext.lora.lora_config import AdapterShape
 from megatron_ext.lora.parallel_linear import LayerSettings
 from megatron_ext.lora.trainable_layers import adapted_linears
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE
+from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE
 from tests.progressive.helpers import DUAL, MODEL, build, logits_of, some_tokens
 
 OTHER = replace(DUAL, adapters={"stack": AdapterShape(rank=8, alpha=3)}, trained_adapters=frozenset())
@@ -73,7 +73,7 @@ def test_peft_gives_the_same_logits_with_both_adapters(plan: str, tmp_path: Path
 def test_a_cut_model_writes_the_same_files(tmp_path: Path) -> None:
     plan = "ranks and layers differ"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder, size, parallel in ((whole, 1, ParallelConfig()), (cut, 4, CUTS["TP2xPP2"])):
+    for folder, size, parallel in ((whole, 1, ParallelConfig()), (cut, 4, LAYOUTS["TP2xPP2"])):
         folder.mkdir()
         run_distributed(_write, size, str(folder), plan, parallel)
     for name in DUAL.adapters:

@@ -11,7 +11,7 @@ from megatron_ext.lora.linear_precision import mixed_linear
 from megatron_ext.lora.parallel_linear import LayerSettings
 from megatron_ext.lora.trainable_layers import adapted_linears, weight_bytes
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS
+from megatron_ext.testing.tiny_training import LAYOUTS
 from tests.progressive.helpers import DUAL, MODEL, build, some_tokens
 
 NF4_CODES = [
@@ -97,7 +97,7 @@ def _unpacked(precision: str, cut: str, ffn_hidden_size: int) -> list[tuple[str,
     """This rank's parts of the stored weights; those of fc1 as [2, f/t, h]."""
     model = replace(MODEL, num_layers=1, hidden_size=128, ffn_hidden_size=ffn_hidden_size)
     found = []
-    for _, name, linear in adapted_linears(build({0: FOUR_BITS[precision]}, CUTS[cut], model=model)):
+    for _, name, linear in adapted_linears(build({0: FOUR_BITS[precision]}, LAYOUTS[cut], model=model)):
         weight = linear.read_weight(torch.float32)
         found.append((name, weight.view(2, -1, 128) if linear.is_gated else weight))
     return found

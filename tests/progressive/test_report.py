@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.progressive.report.comparison_figures import compare
+from megatron_ext.progressive.report.comparison_figures import compare_runs
 from megatron_ext.progressive.report.comparison_page import (
     growth_blocks,
     phases_table,
@@ -35,7 +35,7 @@ def test_stacks_of_which_nothing_was_noted_are_drawn_as_such(tmp_path: Path) -> 
 
 def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
     runs = [read_run("grown", write_grown(tmp_path / "g")), read_run("whole", write_whole(tmp_path / "w"))]
-    one, two = compare(runs[1:]), compare(runs, "whole")
+    one, two = compare_runs(runs[1:]), compare_runs(runs, "whole")
     assert {"step / whole", "held-out loss", "tokens"} <= set(runs_table(two).columns)
     alone = runs_table(one).columns
     assert not [name for name in alone if "/" in name or "held-out" in name or "the same after" in name]
@@ -45,7 +45,7 @@ def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
 
 def test_the_page_shows_both_tables_and_every_runs_growth(tmp_path: Path) -> None:
     runs = [read_run("grown", write_grown(tmp_path / "g")), read_run("whole", write_whole(tmp_path / "w"))]
-    page = report_page(runs, compare(runs, "whole"))
+    page = report_page(runs, compare_runs(runs, "whole"))
     assert page.count("<table>") == 2
     pictures = [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)", page)]
     assert len(pictures) == 2 * 3 + 2, "a timeline and two bar charts a run, two charts of all"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.progressive.growth.rack import planned_rack
+from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.growth.training_history import History, read_history, write_history
-from megatron_ext.progressive.growth.trunk_strategy import frozen_below, layer_plan, stack_treatments
-from megatron_ext.progressive.report.comparison_figures import compare, loss_at, phase_figures
+from megatron_ext.progressive.growth.trunk_strategy import frozen_below, settings_by_layer, stack_treatments
+from megatron_ext.progressive.report.comparison_figures import compare_runs, loss_at, phase_figures
 from megatron_ext.progressive.report.training_results import read_run
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.training.logging.tensorboard_writer import TensorBoard
@@ -26,7 +26,7 @@ def test_every_step_has_the_time_of_its_log_interval(tmp_path: Path) -> None:
 
 def test_runs_are_compared_at_their_end_and_when_the_quickest_ended(tmp_path: Path) -> None:
     runs = [read_run("grown", write_grown(tmp_path / "g")), read_run("whole", write_whole(tmp_path / "w"))]
-    found = compare(runs, "whole")
+    found = compare_runs(runs, "whole")
     grown, whole = found.runs
     assert found.equal_seconds == 10
     assert (grown.equal_time_loss, whole.equal_time_loss) == (2, 3.5), "after 8 s 4, after 16 s 2"
@@ -39,9 +39,9 @@ def test_runs_are_compared_at_their_end_and_when_the_quickest_ended(tmp_path: Pa
     assert (first.name, first.steps, first.step_seconds, first.validation_loss) == ("stack_0", 4, 2, 3)
     assert (second.layers, second.frozen_parameters, second.step_seconds) == (4, 1000, 0.5)
     assert loss_at(runs[1], 7.9) is None, "no evaluation yet"
-    assert compare(runs[:1]).equal_seconds is None
+    assert compare_runs(runs[:1]).equal_seconds is None
     with pytest.raises(ValueError, match="--reference other: no such run; --runs has grown, whole"):
-        compare(runs, "other")
+        compare_runs(runs, "other")
 
 
 def test_first_epoch_and_cached_steps_are_told_apart(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_steps_after_the_last_logged_one_have_its_time(tmp_path: Path) -> None:
 def test_without_event_files_the_phases_wall_time_stands_for_the_training_time(tmp_path: Path) -> None:
     write_history(tmp_path / "silent", History(rack=RACK, finished=GROWN))
     runs = [read_run("silent", tmp_path / "silent"), read_run("whole", write_whole(tmp_path / "whole"))]
-    found = compare(runs, "silent")
+    found = compare_runs(runs, "silent")
     silent = found.runs[0]
     assert (silent.training_seconds, silent.times_steps, silent.last_step_seconds) == (14, False, None)
     assert found.equal_seconds is None
@@ -119,9 +119,9 @@ def test_a_phase_notes_what_it_does_with_each_stack(
     settings: dict[str, object], cached: bool, treatments: list[str]
 ) -> None:
     config = ProgressiveConfig(target_stacks=3, **settings)  # type: ignore[arg-type]
-    rack = planned_rack(config, 3)
+    rack = rack_of(config, 3)
     below = frozen_below(rack, config, "newest") if cached else 0
-    assert stack_treatments(rack, layer_plan(rack, config, "newest"), below) == treatments
+    assert stack_treatments(rack, settings_by_layer(rack, config, "newest"), below) == treatments
 
 
 def test_a_history_of_before_treatments_were_noted_is_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Unmasking: order, steps, determinism, and the same tokens at every cut."""
+"""Unmasking: order, steps, determinism, and the same tokens at every parallel layout."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from megatron_ext.platform.process_groups import initialize
 from megatron_ext.progressive.objectives.time_steps import mask_fraction
 from megatron_ext.progressive.objectives.unmasking import DiffusionSampling, generate_by_unmasking, unmask
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE, WORLD_SIZES
 from megatron_ext.training.interface.family_interface import Batch
 from tests.progressive.objective_helpers import MASK, MLM, MODEL, ObjectiveFamily
 
@@ -56,9 +56,9 @@ class _Recording(ObjectiveFamily):
 
     fed: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         self.fed.append((batch["tokens"].clone(), batch["time_step"].clone()))
-        return super().side_inputs(batch)
+        return super().auxiliary_inputs(batch)
 
 
 def _generate(
@@ -91,7 +91,7 @@ def _all(
 
 @functools.cache
 def _runs(world_size: int):  # type: ignore[no-untyped-def]
-    cuts = {cut: CUTS[cut] for cut in ("TP1", "TP2", "PP2") if WORLD_SIZES[cut] == world_size}
+    cuts = {cut: LAYOUTS[cut] for cut in ("TP1", "TP2", "PP2") if WORLD_SIZES[cut] == world_size}
     return run_distributed(_all, world_size, cuts)
 
 
@@ -117,7 +117,7 @@ def test_a_prompt_stays_and_as_many_masks_go_in_every_step() -> None:
     assert lengths.count((1, 9)) == 8 and lengths.count((2, 11)) == 8
 
 
-def test_the_tokens_follow_from_the_seed_and_are_the_same_at_every_cut() -> None:
+def test_the_tokens_follow_from_the_seed_and_are_the_same_at_every_parallel_layout() -> None:
     expected = {name: found for name, (found, _) in _runs(1)[0]["TP1"].items()}
     assert expected["drawn"] != expected["another seed"]
     assert expected["greedy"] != expected["drawn"]

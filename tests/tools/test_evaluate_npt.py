@@ -20,8 +20,8 @@ from megatron_ext.data.indexed.manifest import write_manifest
 from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer, NullTokenizer
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.np_factors import gather_adapter
-from megatron_ext.npt.weights.np_weight_files import write_adapter
+from megatron_ext.npt.weights.np_factors import gather_np_factors
+from megatron_ext.npt.weights.np_weight_files import write_np_weights
 from megatron_ext.platform import process_groups
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.run_distributed import run_distributed
@@ -58,7 +58,7 @@ def _make(folder: Path) -> None:
     )
     npt.save()
     folder.joinpath("adapter").mkdir()
-    write_adapter(folder / "adapter", gather_adapter(list(npt.chunks)), SETTINGS)
+    write_np_weights(folder / "adapter", gather_np_factors(list(npt.chunks)), SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def _losses_and_start(folder: str, settings: RunSettings, checkpoint: dict[str, 
         "weights": float(
             sum(p.detach().double().abs().sum() for chunk in run.chunks for p in chunk.parameters())
         ),
-        "notes": run.notes,
+        "notes": run.messages,
         "loss": run.train(1)[0],
     }
 
@@ -196,7 +196,7 @@ def _logits(folder: str, parallel: ParallelConfig) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def test_tools_rebuild_the_model_from_the_checkpoint_at_any_cut(saved: str) -> None:
+def test_tools_rebuild_the_model_from_the_checkpoint_at_any_parallel_layout(saved: str) -> None:
     expected = run_distributed(_logits, 1, saved, ParallelConfig())[0]
     assert expected.abs().max() > 0.1
     for found in run_distributed(_logits, 2, saved, ParallelConfig(tensor_model_parallel_size=2)):

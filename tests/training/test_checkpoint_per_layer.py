@@ -1,4 +1,6 @@
-"""Checkpoints of a run with a family: its parameters, their moments and its configuration are in them, at any cut."""
+"""Checkpoints of a run with a family: its parameters, their moments and its configuration are in them, at any
+parallel layout.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +13,15 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, VOCAB_SIZE
+from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE
 from megatron_ext.training.interface.family_interface import Family
 
 _ROWS = 24
 _PLE = PerLayerConfig(use_per_layer_embedding=True, per_layer_vocab_size=_ROWS, per_layer_hidden_size=8)
 _DISTRIBUTED_PP2 = ParallelConfig(use_distributed_optimizer=True, pipeline_model_parallel_size=2)
 _CASES = {
-    "TP2+SP": (CUTS["TP2+SP"], 2),
-    "PP2 interleaved": (CUTS["PP2 interleaved"], 2),
+    "TP2+SP": (LAYOUTS["TP2+SP"], 2),
+    "PP2 interleaved": (LAYOUTS["PP2 interleaved"], 2),
     "DP2xPP2 distributed optimizer": (_DISTRIBUTED_PP2, 4),
 }
 _SINGLE = ParallelConfig()

@@ -11,19 +11,19 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, WORLD_SIZES
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, WORLD_SIZES
 
 _DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True)
 _DISTRIBUTED_PP2 = ParallelConfig(use_distributed_optimizer=True, pipeline_model_parallel_size=2)
-_CUTS = {**CUTS, "DP2xPP2 distributed optimizer": _DISTRIBUTED_PP2}
+_CUTS = {**LAYOUTS, "DP2xPP2 distributed optimizer": _DISTRIBUTED_PP2}
 _SIZES = {**WORLD_SIZES, "DP2xPP2 distributed optimizer": 4}
 _RESUMED = {
-    "TP1": (CUTS["TP1"], 1, False),
-    "TP2": (CUTS["TP2"], 2, False),
-    "PP2": (CUTS["PP2"], 2, False),
-    "PP2 interleaved": (CUTS["PP2 interleaved"], 2, False),
+    "TP1": (LAYOUTS["TP1"], 1, False),
+    "TP2": (LAYOUTS["TP2"], 2, False),
+    "PP2": (LAYOUTS["PP2"], 2, False),
+    "PP2 interleaved": (LAYOUTS["PP2 interleaved"], 2, False),
     "DP2 distributed optimizer": (_DISTRIBUTED, 2, False),
-    "TP1 bf16": (CUTS["TP1"], 1, True),
+    "TP1 bf16": (LAYOUTS["TP1"], 1, True),
     "DP2 distributed optimizer bf16": (_DISTRIBUTED, 2, True),
 }
 
@@ -96,7 +96,7 @@ def _train_and_save(folder: str, settings: RunSettings, steps: int) -> list[floa
 def _load_save_and_train(source: str, target: str, settings: RunSettings) -> tuple[list[float], list[str]]:
     run = TinyRun(replace(settings, checkpoint=CheckpointConfig(load=source, save=target)))
     run.save()
-    return run.train(2), run.notes
+    return run.train(2), run.messages
 
 
 def _whole_tensors(*folders: str) -> list[dict[str, torch.Tensor]]:
@@ -127,7 +127,7 @@ def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
 
 
 @pytest.mark.parametrize("cut", [name for name in _CUTS if name != "TP1"])
-def test_a_single_process_checkpoint_goes_on_at_every_cut(
+def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
     cut: str, single_process: tuple[str, list[float]], tmp_path: Path
 ) -> None:
     source, losses = single_process
@@ -194,7 +194,7 @@ def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
 def test_every_rank_holds_its_slice_of_parameters_and_moments(
     cut: str, single_process: tuple[str, list[float]]
 ) -> None:
-    for wrong in run_distributed(_moments_of_parameters, _SIZES[cut], single_process[0], CUTS[cut]):
+    for wrong in run_distributed(_moments_of_parameters, _SIZES[cut], single_process[0], LAYOUTS[cut]):
         assert wrong == []
 
 

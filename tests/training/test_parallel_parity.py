@@ -12,7 +12,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
-    CUTS,
+    LAYOUTS,
     TINY,
     VOCAB_SIZE,
     WORLD_SIZES,
@@ -26,7 +26,7 @@ from megatron_ext.training.interface.family_interface import Family
 STEPS = 20
 BF16_STEPS = 5
 RECOMPUTE = ("none", "full")
-WITH_GRADIENTS = [name for name, parallel in CUTS.items() if not parallel.use_distributed_optimizer]
+WITH_GRADIENTS = [name for name, parallel in LAYOUTS.items() if not parallel.use_distributed_optimizer]
 """Cuts that keep whole reduced gradients; the distributed optimizer keeps the part it updates."""
 
 
@@ -46,7 +46,7 @@ def run(
 ) -> list[TrainingTrace]:
     """Every rank's trace of a short training; each is run once for all tests."""
     steps = BF16_STEPS if bf16 else STEPS
-    parallel = _with(CUTS[cut], recompute)
+    parallel = _with(LAYOUTS[cut], recompute)
     return run_distributed(train_tiny, WORLD_SIZES[cut], parallel, steps, make_families, TINY, bf16)
 
 
@@ -60,7 +60,7 @@ def _with(parallel: ParallelConfig, recompute: str) -> ParallelConfig:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", LAYOUTS)
 def test_base_model_has_the_losses_of_a_single_process(cut: str, recompute: str) -> None:
     assert_same_losses(run(cut, recompute), run("TP1"))
 
@@ -72,7 +72,7 @@ def test_base_model_has_the_gradients_of_a_single_process(cut: str, recompute: s
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", LAYOUTS)
 def test_per_layer_embedding_has_the_losses_of_a_single_process(cut: str, recompute: str) -> None:
     assert_same_losses(run(cut, recompute, per_layer_embedding), run("TP1", "none", per_layer_embedding))
 
@@ -105,7 +105,7 @@ def test_as_many_micro_batches_as_stages_and_overlapped_communication_change_not
     assert_same_losses(traces, run("TP1", "none", make_families))
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", LAYOUTS)
 def test_bf16_follows_fp32_within_its_rounding(cut: str) -> None:
     rounded, exact = run(cut, bf16=True), run("TP1")[0]
     for trace in rounded:

@@ -33,7 +33,7 @@ def _save_and_go_on(folder: str) -> list[float]:
 
 def _load_and_go_on(folder: str) -> tuple[list[float], list[str]]:
     run = _run(load=folder)
-    return run.train(2), run.notes
+    return run.train(2), run.messages
 
 
 def _rewrite(folder: Path, rank: int, device: str | None, size: int | None) -> None:

@@ -242,7 +242,7 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
         report.step(2, metrics(2))
         report.validation(2, {"lm loss": 1.0}, consumed_samples=8)
         report.statistics(2, {"tag": 1.0})
-        report.note("text")
+        report.message("text")
     assert stream.getvalue() == ""
     assert not (tmp_path / "events").exists()
 
@@ -261,7 +261,7 @@ def test_a_terminal_gets_a_live_bar_and_notes_above_it() -> None:
     with reporter(stream) as report:
         for iteration in range(1, 5):
             report.step(iteration, metrics(iteration))
-        report.note("saved step 4 [to] a/folder")
+        report.message("saved step 4 [to] a/folder")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     last = text[text.index("saved step 4 [to] a/folder") :]
     assert "step 4/4" in last

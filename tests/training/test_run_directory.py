@@ -307,7 +307,7 @@ def _remains_of_a_kill(folder: str) -> str:
     run = _run(load=folder, save=folder)
     run.train(1)
     run.save()
-    return " ".join(run.notes) + (Path(folder) / files.TRACKER).read_text()
+    return " ".join(run.messages) + (Path(folder) / files.TRACKER).read_text()
 
 
 def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) -> None:

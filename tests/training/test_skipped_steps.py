@@ -17,7 +17,7 @@ from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
 from megatron_ext.training.engine.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -27,9 +27,11 @@ from megatron_ext.training.engine.optimizer import (
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch
 
-_OVERLAPPED = replace(CUTS["DP2 distributed optimizer"], overlap_grad_reduce=True, overlap_param_gather=True)
+_OVERLAPPED = replace(
+    LAYOUTS["DP2 distributed optimizer"], overlap_grad_reduce=True, overlap_param_gather=True
+)
 _CUTS = {
-    **{name: CUTS[name] for name in ("TP1", "DP2", "DP2 distributed optimizer", "TP2", "PP2")},
+    **{name: LAYOUTS[name] for name in ("TP1", "DP2", "DP2 distributed optimizer", "TP2", "PP2")},
     "DP2 distributed optimizer, overlapped": _OVERLAPPED,
 }
 _POISONS = ("weight", "loss", "gradient")

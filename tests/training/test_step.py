@@ -17,7 +17,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
 from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch
@@ -67,7 +67,7 @@ def snapshot(chunks: list[GPTModel], stepper: Stepper) -> dict[str, torch.Tensor
 @pytest.mark.parametrize("poison", ["weight", "mask"])
 @pytest.mark.parametrize("cut", ["DP2", "DP2 distributed optimizer", "TP2", "PP2", "TP2xPP2"])
 def test_nan_on_one_rank_changes_nothing_on_any(cut: str, poison: str) -> None:
-    results = run_distributed(_poisoned, WORLD_SIZES[cut], CUTS[cut], poison)
+    results = run_distributed(_poisoned, WORLD_SIZES[cut], LAYOUTS[cut], poison)
     for before, after, moments, skipped, healed in results:
         assert skipped == [False, True, False]
         assert before.keys() == after.keys()
@@ -168,7 +168,7 @@ def _masked_loss() -> tuple[float, float]:
 
 @pytest.mark.parametrize("cut", ["TP1", "DP2 distributed optimizer"])
 def test_three_steps_equal_a_float64_adamw(cut: str) -> None:
-    for name, (found, expected, start) in run_distributed(_against_adamw, WORLD_SIZES[cut], CUTS[cut])[
+    for name, (found, expected, start) in run_distributed(_against_adamw, WORLD_SIZES[cut], LAYOUTS[cut])[
         0
     ].items():
         # Relative to what the steps have changed.

@@ -25,7 +25,7 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import CUTS, TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, synthetic_batches
 from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch, Family
@@ -124,7 +124,7 @@ def _measure(cases: dict[str, tuple[int, str, int]]) -> dict[tuple[str, str], Fo
     found = {}
     for name, (_, layout, micro_batch_size) in cases.items():
         for objective in OBJECTIVES:
-            stepper = make_stepper(CUTS[layout], micro_batch_size, objective)
+            stepper = make_stepper(LAYOUTS[layout], micro_batch_size, objective)
             validation = stepper.evaluate(lambda size=micro_batch_size: masked_batches(size), 2)["lm loss"]  # type: ignore[misc]
             step = stepper.train(masked_batches(micro_batch_size), 1)
             found[name, objective] = Found(step.loss, step.grad_norm, step.layer_losses, validation)

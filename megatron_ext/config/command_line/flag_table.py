@@ -1,4 +1,4 @@
-"""The flags that a set of configuration dataclasses ("concerns") makes: one for every field, plus its aliases.
+"""The flags that a set of configuration dataclasses ("config groups") makes: one for every field, plus its aliases.
 
 Everything is read from the dataclasses; there is no list of flags anywhere.
 """
@@ -14,15 +14,15 @@ import tyro
 from megatron_ext.config.command_line.field_checks import literal_values
 from megatron_ext.config.command_line.megatron_flags import instead_of
 
-Concerns = Mapping[str, type[Any]]
+ConfigGroups = Mapping[str, type[Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """One field of one concern, as the command line sees it."""
+    """One field of one group, as the command line sees it."""
 
-    concern: str
-    """Name of the concern: the section of a YAML file, the group of `--help`."""
+    group: str
+    """Name of the group: the section of a YAML file, the group of `--help`."""
 
     names: tuple[str, ...]
     """Its flag, then the aliases, in dashes."""
@@ -53,15 +53,15 @@ class Flag:
         return self.names[0]
 
 
-def flags_of(concerns: Concerns) -> list[Flag]:
+def flags_of(groups: ConfigGroups) -> list[Flag]:
     """Returns the flags of all fields.
 
     Raises:
         TypeError: if two fields claim one flag, which is a defect of the dataclasses.
     """
     flags = [
-        _flag(concern, field, hints[field.name])
-        for concern, config_type in concerns.items()
+        _flag(group, field, hints[field.name])
+        for group, config_type in groups.items()
         for hints in [typing.get_type_hints(config_type, include_extras=True)]
         for field in dataclasses.fields(config_type)
     ]
@@ -69,7 +69,7 @@ def flags_of(concerns: Concerns) -> list[Flag]:
     for flag in flags:
         for spelling in flag.names + flag.negations:
             if spelling in owner:
-                raise TypeError(f"{spelling} is declared by {owner[spelling].concern} and by {flag.concern}")
+                raise TypeError(f"{spelling} is declared by {owner[spelling].group} and by {flag.group}")
             owner[spelling] = flag
     return flags
 
@@ -105,22 +105,22 @@ def given_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> set[str]:
 
 
 def missing_flags(
-    concerns: Concerns, flags: Sequence[Flag], given: Container[str], values: Mapping[str, str]
+    groups: ConfigGroups, flags: Sequence[Flag], given: Container[str], values: Mapping[str, str]
 ) -> list[str]:
-    """Returns all flags that a command lacks: those without a default, and what concerns ask for besides.
+    """Returns all flags that a command lacks: those without a default, and what groups ask for besides.
 
-    A concern with the class method `missing(given, values)` gives its own, of which any one of several may be needed.
+    A group with the class method `missing(given, values)` gives its own, of which any one of several may be needed.
 
     Args:
-        concerns: the dataclasses by name.
+        groups: the dataclasses by name.
         flags: their flags.
         given: (first) names of the flags that are given.
         values: field's name -> text of the given flags of one value.
     """
     missing = [flag.name for flag in flags if flag.is_required and flag.name not in given]
-    for concern in concerns.values():
-        if hasattr(concern, "missing"):
-            missing += concern.missing(given, values)
+    for group in groups.values():
+        if hasattr(group, "missing"):
+            missing += group.missing(given, values)
     return missing
 
 
@@ -143,7 +143,7 @@ def _instead_of(unknown: str, known: Iterable[str]) -> str:
     return f" ({words})" if words is not None else did_you_mean(unknown, known)
 
 
-def _flag(concern: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
+def _flag(group: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
     metadata: Sequence[Any] = ()
     if typing.get_origin(hint) is Annotated:
         hint, *metadata = typing.get_args(hint)
@@ -151,7 +151,7 @@ def _flag(concern: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
     names = (with_dashes(field.name), *aliases)
     has_negations = hint is bool and tyro.conf.FlagCreatePairsOff not in metadata
     return Flag(
-        concern=concern,
+        group=group,
         names=names,
         negations=tuple("--no-" + name[2:] for name in names) if has_negations else (),
         takes_many=any(typing.get_origin(part) in (tuple, list) for part in (hint, *typing.get_args(hint))),

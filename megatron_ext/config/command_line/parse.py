@@ -1,6 +1,6 @@
 """The command line and YAML: the one place that reads either.
 
-`parse` makes one flat set of flags from the fields of the configuration dataclasses ("concerns"), reads
+`parse` makes one flat set of flags from the fields of the configuration dataclasses ("config groups"), reads
 `--config file.yaml` first and the command line over it, and gives the dataclasses back by name:
 
     configs = parse({"model": ModelConfig, "parallel": ParallelConfig}, prog="pretrain_x.py", description="...")
@@ -26,7 +26,7 @@ import tyro
 from megatron_ext.config.command_line.error_lines import exit_with_error, main_guard, run_main
 from megatron_ext.config.command_line.field_checks import check_numbers
 from megatron_ext.config.command_line.flag_table import (
-    Concerns,
+    ConfigGroups,
     Flag,
     flags_of,
     given_flags,
@@ -43,7 +43,7 @@ _CONFIG_HELP = (
 
 
 def parse(
-    concerns: type[Any] | Concerns,
+    groups: type[Any] | ConfigGroups,
     argv: Sequence[str] | None = None,
     *,
     prog: str | None = None,
@@ -56,13 +56,13 @@ def parse(
     """Reads the command line into configuration dataclasses.
 
     Args:
-        concerns: the dataclasses by name (the name is the `--help` group and the YAML section), or a single one.
+        groups: the dataclasses by name (the name is the `--help` group and the YAML section), or a single one.
         argv: arguments without the program's name; the process's own by default.
         prog: the program's name for `--help`.
         description: what the program does, for `--help`.
         example: a command that works, for `--help`.
-        defaults: field's name -> text of the given flags of one value; gives concern's name -> field's name -> default.
-        sections: YAML section's name -> further concerns whose flags it may hold, for files of earlier systems.
+        defaults: field's name -> text of the given flags of one value; gives group's name -> field's name -> default.
+        sections: YAML section's name -> further groups whose flags it may hold, for files of earlier systems.
         supplied: field's name -> where `defaults` takes its value from, for `--help`, which calls others required.
 
     Returns:
@@ -71,7 +71,7 @@ def parse(
     Raises:
         SystemExit: code 2 after a user's mistake, told in one line on rank 0; code 0 after `--help`.
     """
-    by_name = _by_name(concerns)
+    by_name = _by_name(groups)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
         text = description + (f"\n\nExample: {example}" if example else "")
@@ -106,9 +106,9 @@ def parse(
     return {name: getattr(parsed, name) for name in by_name}
 
 
-def known_flags(concerns: type[Any] | Concerns) -> frozenset[str]:
-    """Returns every spelling that the command line accepts for these concerns, in dashes."""
-    spellings = (flag.names + flag.negations for flag in flags_of(_by_name(concerns)))
+def known_flags(groups: type[Any] | ConfigGroups) -> frozenset[str]:
+    """Returns every spelling that the command line accepts for these groups, in dashes."""
+    spellings = (flag.names + flag.negations for flag in flags_of(_by_name(groups)))
     return frozenset({"--config", "--help"}.union(*spellings))
 
 
@@ -126,12 +126,12 @@ def _given_values(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, 
     return values
 
 
-def _by_name(concerns: type[Any] | Concerns) -> dict[str, type[Any]]:
-    return dict(concerns) if isinstance(concerns, Mapping) else {"config": concerns}
+def _by_name(groups: type[Any] | ConfigGroups) -> dict[str, type[Any]]:
+    return dict(groups) if isinstance(groups, Mapping) else {"config": groups}
 
 
 def _call_tyro(
-    by_name: Concerns,
+    by_name: ConfigGroups,
     marker: Any,
     arguments: Sequence[str],
     prog: str | None,
@@ -142,8 +142,7 @@ def _call_tyro(
     config_flag = tyro.conf.arg(name="config", help=_CONFIG_HELP, metavar="FILE")
     fields: list[Any] = [("config_file", Annotated[str | None, config_flag], None)]
     fields += [
-        (name, Annotated[concern, marker], *_shown_defaults(concern, supplied))
-        for name, concern in by_name.items()
+        (name, Annotated[group, marker], *_shown_defaults(group, supplied)) for name, group in by_name.items()
     ]
     combined = dataclasses.make_dataclass("Flags", fields, kw_only=True)
     return tyro.cli(
@@ -158,13 +157,13 @@ class _Words:
         return str(self.words)  # type: ignore[attr-defined]
 
 
-def _shown_defaults(concern: type[Any], supplied: Mapping[str, str]) -> list[Any]:
-    """For `--help`: a default of the concern in which the supplied fields tell where they come from; or nothing."""
-    fields = {field.name: field for field in dataclasses.fields(concern)}
-    hints = typing.get_type_hints(concern)
+def _shown_defaults(group: type[Any], supplied: Mapping[str, str]) -> list[Any]:
+    """For `--help`: a default of the group in which the supplied fields tell where they come from; or nothing."""
+    fields = {field.name: field for field in dataclasses.fields(group)}
+    hints = typing.get_type_hints(group)
     if not supplied.keys() & fields.keys():
         return []
-    shown = object.__new__(concern)
+    shown = object.__new__(group)
     for name, field in fields.items():
         value = field.default if field.default is not dataclasses.MISSING else tyro.MISSING_NONPROP
         if name in supplied:

@@ -1,6 +1,6 @@
 """Reads a configuration file into command-line arguments.
 
-The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by concern name, or both; a section may
+The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by group name, or both; a section may
 stand inside another one (document 004 has `training: {progressive: ...}`). As its values become arguments, they go
 through the same checks as what a user types.
 """
@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from megatron_ext.config.command_line.flag_table import Concerns, Flag, did_you_mean, with_dashes
+from megatron_ext.config.command_line.flag_table import ConfigGroups, Flag, did_you_mean, with_dashes
 from megatron_ext.config.command_line.megatron_flags import instead_of
 
 
 def yaml_arguments(
     path: str,
-    concerns: Concerns,
+    groups: ConfigGroups,
     flags: Sequence[Flag],
     given: Container[str],
     sections: Mapping[str, Container[str]] = MappingProxyType({}),
@@ -27,10 +27,10 @@ def yaml_arguments(
 
     Args:
         path: the YAML file.
-        concerns: the dataclasses by section name.
+        groups: the dataclasses by section name.
         flags: their flags.
         given: names of the flags on the command line, which win.
-        sections: section's name -> further concerns whose flags it may hold.
+        sections: section's name -> further groups whose flags it may hold.
 
     Raises:
         ValueError: if the file is missing, is not a mapping of flags, or holds unknown keys, a repeated one, or a value
@@ -40,7 +40,7 @@ def yaml_arguments(
     arguments: list[str] = []
     unknown: list[str] = []
     seen: set[str] = set()
-    for section, key, value in _read(path, concerns):
+    for section, key, value in _read(path, groups):
         flag = flag_of.get(with_dashes(key))
         if flag is None or not _belongs(flag, section, sections):
             known = [
@@ -68,14 +68,14 @@ def _instead_of(key: str, known: list[str]) -> str:
 
 
 def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[str]]) -> bool:
-    return section in (None, flag.concern) or flag.concern in sections.get(section or "", ())
+    return section in (None, flag.group) or flag.group in sections.get(section or "", ())
 
 
 def default_arguments(
     sections: Mapping[str, Mapping[str, Any]], flags: Sequence[Flag], given: Container[str]
 ) -> list[str]:
-    """Returns defaults, by concern and field, as arguments, without those that are given; `None` is left out."""
-    flag_of = {(flag.concern, flag.name): flag for flag in flags}
+    """Returns defaults, by group and field, as arguments, without those that are given; `None` is left out."""
+    flag_of = {(flag.group, flag.name): flag for flag in flags}
     arguments: list[str] = []
     for section, values in sections.items():
         for key, value in values.items():

@@ -17,7 +17,7 @@ from megatron_ext.data.per_layer.per_layer_vocab import STRATEGIES, load_vocabul
 _CHUNK_TOKENS = 1 << 20
 
 
-def verify(
+def verify_dataset(
     prefix: str,
     *,
     tokenizer_fingerprint: str | None = None,

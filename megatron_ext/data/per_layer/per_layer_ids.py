@@ -35,11 +35,11 @@ ATTENTION_PERIOD = 10
 _CHUNK_TOKENS = 1 << 18  # 256K tokens: the work arrays stay in the cache
 _CHUNK_DOCUMENTS = 1 << 18
 
-Progress = Callable[[int], None]
+ReportTokens = Callable[[int], None]
 
 
 def count_tokens(
-    index: Index, vocab_size: int, progress: Progress = lambda tokens: None
+    index: Index, vocab_size: int, progress: ReportTokens = lambda tokens: None
 ) -> npt.NDArray[np.int64]:
     """How often each token id occurs, int64 [V].
 
@@ -67,7 +67,7 @@ def write_aligned(
     *,
     eod: int,
     per_layer_vocab_size: int,
-    progress: Progress = lambda tokens: None,
+    progress: ReportTokens = lambda tokens: None,
 ) -> None:
     """Write `output_prefix.bin` and `.idx`, aligned with `index`; both by rename, the index last.
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megatron_ext.data.indexed.indexed_files import bin_path, chunks, idx_path, write_index
 from megatron_ext.data.preprocess.shards import ShardInfo, remove_shard, shard_path
-from megatron_ext.data.readers import Source
+from megatron_ext.data.readers import TextSource
 
 _COPY_UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)
 
@@ -70,7 +70,7 @@ class Assembly:
     REJECTED = "rejected.jsonl"
     QUARANTINED = "quarantined.jsonl"
 
-    def __init__(self, directory: Path, num_keys: int, partitions: int, sources: list[Source]) -> None:
+    def __init__(self, directory: Path, num_keys: int, partitions: int, sources: list[TextSource]) -> None:
         self._directory = directory
         self._num_keys, self._partitions = num_keys, partitions
         self._sources = sources

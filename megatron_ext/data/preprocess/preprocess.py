@@ -53,7 +53,7 @@ class Summary:
     totals: ShardInfo
     seconds: float
     resumed_shards: int
-    note: str | None
+    message: str | None
 
 
 def dataset_prefix(output_prefix: str, key: str) -> str:
@@ -125,9 +125,9 @@ class Preprocessor:
         finally:
             work.release()
         seconds = time.monotonic() - begin
-        return Summary(self.prefixes, self.choice, totals, seconds, self.resumed_shards, self._note())
+        return Summary(self.prefixes, self.choice, totals, seconds, self.resumed_shards, self._message())
 
-    def _note(self) -> str | None:
+    def _message(self) -> str | None:
         if self.config.prepend_bos or not self.tokenizer.adds_bos or self.tokenizer.bos is None:
             return None
         bos = self.tokenizer.inv_vocab[self.tokenizer.bos]

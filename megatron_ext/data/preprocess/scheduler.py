@@ -20,8 +20,15 @@ from megatron_ext.data.preprocess.shards import (
     remove_shard,
 )
 from megatron_ext.data.preprocess.work_directory import hold_as_worker
-from megatron_ext.data.preprocess.worker_pool import Closable, Done, Failed, Report, TaskFunction, WorkerPool
-from megatron_ext.data.preprocess.worker_pool import Progress as WorkerProgress
+from megatron_ext.data.preprocess.worker_pool import (
+    Closable,
+    Done,
+    Failed,
+    Report,
+    TaskFunction,
+    WorkerPool,
+    WorkerProgress,
+)
 from megatron_ext.data.readers import Chunk, read_chunk
 from megatron_ext.data.readers.lines import count_line_starts
 from megatron_ext.data.tokenizers import build_tokenizer

@@ -42,7 +42,7 @@ class WorkerBug(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class WorkerProgress:
     """A report of a running task."""
 
     value: Any
@@ -132,7 +132,7 @@ class WorkerPool:
         except (BrokenPipeError, ConnectionResetError):
             raise self._death(connection) from None
 
-    def wait(self, timeout: float) -> list[Progress | Done | Failed]:
+    def wait(self, timeout: float) -> list[WorkerProgress | Done | Failed]:
         """Returns what the workers said since the last call, after at most `timeout` seconds.
 
         Raises:
@@ -141,7 +141,7 @@ class WorkerPool:
         """
         sentinels = {process.sentinel: connection for connection, process in self._processes.items()}
         ready = wait([*self._processes, *sentinels], timeout)
-        messages: list[Progress | Done | Failed] = []
+        messages: list[WorkerProgress | Done | Failed] = []
         for connection in [item for item in ready if item in self._processes]:
             try:
                 kind, value = connection.recv()
@@ -153,9 +153,9 @@ class WorkerPool:
             raise self._death(dead[0])
         return messages
 
-    def _message(self, connection: Any, kind: str, value: Any) -> Progress | Done | Failed:
+    def _message(self, connection: Any, kind: str, value: Any) -> WorkerProgress | Done | Failed:
         if kind == "progress":
-            return Progress(value)
+            return WorkerProgress(value)
         if kind == "bug":
             raise WorkerBug(value)
         if connection not in self._running:

@@ -6,13 +6,13 @@ workers, so that a run can be resumed with another number.
 """
 
 from megatron_ext.data.readers.documents import Batch, Reject, iter_documents, read_chunk
-from megatron_ext.data.readers.sources import Chunk, Source, expand_inputs, plan_chunks
+from megatron_ext.data.readers.sources import Chunk, TextSource, expand_inputs, plan_chunks
 
 __all__ = [
     "Batch",
     "Chunk",
     "Reject",
-    "Source",
+    "TextSource",
     "expand_inputs",
     "iter_documents",
     "plan_chunks",

@@ -29,7 +29,7 @@ STREAM_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """One input file.
 
     Attributes:
@@ -72,7 +72,7 @@ class Chunk:
     """
 
     source_index: int
-    source: Source
+    source: TextSource
     start: int
     end: int
     input_bytes: int
@@ -85,17 +85,17 @@ class Chunk:
         return f"{self.source.path}, {unit} {self.start} to {self.end}"
 
 
-def expand_inputs(config: InputConfig) -> list[Source]:
+def expand_inputs(config: InputConfig) -> list[TextSource]:
     """Returns the sources of `--input`, patterns in sorted order.
 
     Raises:
         FileNotFoundError, ValueError: one line that names the argument; also for a file that is named twice.
     """
-    sources: list[Source] = []
+    sources: list[TextSource] = []
     spelled: list[tuple[str, str | int]] = []
     for argument in config.input:
         if argument == STDIN:
-            sources.append(Source(STDIN, "json", None, True))
+            sources.append(TextSource(STDIN, "json", None, True))
             spelled.append((STDIN, _STDIN_DESCRIPTOR))
             continue
         paths = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
@@ -108,7 +108,7 @@ def expand_inputs(config: InputConfig) -> list[Source]:
     return sources
 
 
-def _source(path: str, config: InputConfig) -> Source:
+def _source(path: str, config: InputConfig) -> TextSource:
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise ValueError(f"--input {path}: is a directory (a pattern such as {path}/*.jsonl names its files)")
@@ -128,7 +128,7 @@ def _source(path: str, config: InputConfig) -> Source:
                 f"--input {path}: a {suffix} file must be a plain file, it packs its columns itself"
             )
         columns.check_columns(path, file_format, config.json_keys)
-        return Source(path, file_format, None, False)
+        return TextSource(path, file_format, None, False)
     source = _text_source(path, suffix, compression, is_stream, config)
     if is_regular:  # the content of a pipe is looked at when it comes
         file, read = open_stream(source)
@@ -139,26 +139,26 @@ def _source(path: str, config: InputConfig) -> Source:
 
 def _text_source(
     path: str, suffix: str, compression: Compression | None, is_stream: bool, config: InputConfig
-) -> Source:
+) -> TextSource:
     if suffix != ".txt":
-        return Source(path, "json", compression, is_stream)
+        return TextSource(path, "json", compression, is_stream)
     if len(config.json_keys) > 1:
         raise ValueError(f"--json-keys {' '.join(config.json_keys)}: {path} is plain text, which has no keys")
     if config.text_unit == "line":
-        return Source(path, "text", compression, is_stream)
+        return TextSource(path, "text", compression, is_stream)
     if is_stream:
         raise ValueError(f"--text-unit file: {path} must be a plain .txt file")
-    return Source(path, "whole_text", None, False)
+    return TextSource(path, "whole_text", None, False)
 
 
-def chunk_size(sources: list[Source]) -> int:
+def chunk_size(sources: list[TextSource]) -> int:
     """Returns the bytes of a byte range: the 64th part of the input, within limits."""
     total = sum(source.size() or 0 for source in sources)
     return min(max(total // 64, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
 
 
 def plan_chunks(
-    sources: list[Source],
+    sources: list[TextSource],
     chunk_bytes: int,
     max_line_bytes: int,
     on_long_line: Callable[[bytes], None] | None = None,
@@ -184,7 +184,7 @@ def plan_chunks(
                 yield Chunk(index, source, start, end, end - start)
 
 
-def _column_chunks(index: int, source: Source) -> Iterator[Chunk]:
+def _column_chunks(index: int, source: TextSource) -> Iterator[Chunk]:
     counts = list(columns.row_counts(source.path, source.format))
     share = (source.size() or 0) // max(len(counts), 1)
     rows = 0
@@ -193,7 +193,7 @@ def _column_chunks(index: int, source: Source) -> Iterator[Chunk]:
         rows += count
 
 
-def open_stream(source: Source) -> tuple[BinaryIO, Callable[[int], bytes]]:
+def open_stream(source: TextSource) -> tuple[BinaryIO, Callable[[int], bytes]]:
     """Opens a stream: the file on disk (for its position) and a function that reads unpacked bytes."""
     if source.path == STDIN:
         return sys.stdin.buffer, sys.stdin.buffer.read
@@ -206,7 +206,7 @@ def open_stream(source: Source) -> tuple[BinaryIO, Callable[[int], bytes]]:
 class _StreamCutter:
     """Collects the spans of a stream into chunks, and keeps count of bytes and lines."""
 
-    def __init__(self, index: int, source: Source, packed_position: Callable[[], int] | None) -> None:
+    def __init__(self, index: int, source: TextSource, packed_position: Callable[[], int] | None) -> None:
         self._index, self._source, self._packed_position = index, source, packed_position
         self._parts: list[bytes] = []
         self._start, self.position, self._line, self._consumed = 0, 0, 0, 0
@@ -251,7 +251,7 @@ def _checked(read: Callable[[int], bytes], path: str) -> Callable[[int], bytes]:
 
 
 def _stream_chunks(
-    index: int, source: Source, max_line_bytes: int, on_long_line: Callable[[bytes], None] | None
+    index: int, source: TextSource, max_line_bytes: int, on_long_line: Callable[[bytes], None] | None
 ) -> Iterator[Chunk]:
     file, read = open_stream(source)
     read = _checked(read, source.path)

@@ -34,13 +34,13 @@ _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3":
 
 
 @dataclass(frozen=True)
-class Source:
+class HFModel:
     """What a config.json says, in our terms."""
 
     model: ModelConfig
     vocab_size: int
     architecture: str
-    notes: tuple[str, ...]
+    messages: tuple[str, ...]
     """For the user: what is not taken over as it stands."""
 
 
@@ -78,7 +78,7 @@ def to_model_config(
     *,
     seq_length: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
-) -> Source:
+) -> HFModel:
     """What a config.json describes.
 
     Args:
@@ -90,7 +90,7 @@ def to_model_config(
     Raises:
         ValueError: the model cannot be expressed.
     """
-    architecture, notes = read_architecture(config, source)
+    architecture, messages = read_architecture(config, source)
     kind = ARCHITECTURES[architecture]
     field_notes = check_fields(config, kind, source)
     vocab_size: int = config["vocab_size"]
@@ -123,9 +123,9 @@ def to_model_config(
         **_biases(config, kind),
         **rotary,
     }
-    notes += (*window_notes, *field_notes, *rotary_notes)
+    messages += (*window_notes, *field_notes, *rotary_notes)
     try:
-        return Source(ModelConfig(**fields), vocab_size, architecture, notes)
+        return HFModel(ModelConfig(**fields), vocab_size, architecture, messages)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: describes no model that can be built ({error})") from None
 
@@ -154,11 +154,11 @@ def _longest_position(
     window = sliding_window(config, kind, source)
     if window is None or window >= positions:
         return positions, ()
-    note = (
+    message = (
         f"sliding window {window}: attention here has no window, which is the same for sequences up to {window} "
         "tokens; the model is imported for those"
     )
-    return window, (note,)
+    return window, (message,)
 
 
 def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:

@@ -140,16 +140,16 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
         if name in _REFUSED and value not in _REFUSED[name]:
             raise ValueError(f"{source}: {name} {_short(value)}: {_reason(name, value)}")
     _check_values(config, kind, source)
-    notes = []
+    messages = []
     known = {*types, *_REFUSED, *_WITHOUT_EFFECT}
     unknown = sorted(name for name, value in config.items() if value and name not in known)
     if unknown:
-        notes.append(
+        messages.append(
             f"{', '.join(unknown)}: not a field of transformers' {kind} configuration, ignored here as there"
         )
     if config.get("auto_map"):
-        notes.append("auto_map: code of the directory is not run, transformers' own class is meant")
-    return notes
+        messages.append("auto_map: code of the directory is not run, transformers' own class is meant")
+    return messages
 
 
 def _check_type(name: str, value: Any, types: tuple[type, ...], source: str) -> None:

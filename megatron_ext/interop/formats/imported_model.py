@@ -140,10 +140,10 @@ class Imported:
                 kept.append(name)
         if tokenizer_dir is not None:
             _keep_chat_template(tokenizer_dir, target)
-        notes = [f"kept as imported: {', '.join(kept)}"] if kept else []
+        messages = [f"kept as imported: {', '.join(kept)}"] if kept else []
         if gone:
-            notes.append(f"not written, as {self.folder} is not there any more: {', '.join(gone)}")
-        return notes
+            messages.append(f"not written, as {self.folder} is not there any more: {', '.join(gone)}")
+        return messages
 
 
 def _sort_files(folder: Path) -> tuple[list[str], list[str]]:

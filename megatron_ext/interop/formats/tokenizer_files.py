@@ -78,21 +78,21 @@ def imported_tokenizer(
     for name in FILES:
         if (folder / name).is_file():
             check_no_pointer(folder / name)
-    config, note = _configuration(folder, vocab_size)
+    config, message = _configuration(folder, vocab_size)
     try:
         tokenizer = build_tokenizer(config)
     except ValueError as error:
         raise ValueError(str(error).replace("--tokenizer-model", "--model-dir")) from None
     if config.tokenizer_type == "NullTokenizer":
-        return config, tokenizer, note
+        return config, tokenizer, message
     if config.tokenizer_type == "SentencePieceTokenizer":
-        note = _lacking_tokens(folder, tokenizer.vocab_size)
+        message = _lacking_tokens(folder, tokenizer.vocab_size)
     if tokenizer.vocab_size > vocab_size:
-        note = f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings: the others are zero"
+        message = f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings: the others are zero"
     elif tokenizer.vocab_size < vocab_size:
         config = replace(config, vocab_size=vocab_size)
         tokenizer = build_tokenizer(config)
-    return config, tokenizer, note
+    return config, tokenizer, message
 
 
 def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str | None]:
@@ -104,8 +104,8 @@ def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str 
         return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path), None
     others = [path.name for pattern in _NOT_READ for path in sorted(folder.glob(pattern))]
     what = f" ({', '.join(others)} cannot be read)" if others else ""
-    note = f"no {TOKENIZER_JSON}{what}: the checkpoint is for token ids, not text"
-    return TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1), note
+    message = f"no {TOKENIZER_JSON}{what}: the checkpoint is for token ids, not text"
+    return TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1), message
 
 
 def _lacking_tokens(folder: Path, pieces: int) -> str | None:

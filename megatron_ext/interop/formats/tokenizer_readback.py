@@ -60,11 +60,11 @@ def check_read_back(
     except ModuleNotFoundError:
         return ["transformers is not installed: the exported tokenizer was not read back with it"]
     difference = _difference(transformers, folder, tokenizer)
-    notes = []
+    messages = []
     if difference is not None:
         before = (folder / TOKENIZER_CONFIG).read_bytes()
         former = _set_class(folder)
-        notes = [
+        messages = [
             f"tokenizer_class is {_GENERAL_CLASS}: as {former} transformers gives other ids ({difference})"
         ]
         left = _difference(transformers, folder, tokenizer)
@@ -75,16 +75,16 @@ def check_read_back(
             )
         if left is not None:
             (folder / TOKENIZER_CONFIG).write_bytes(before)
-            notes = [
+            messages = [
                 f"transformers reads this tokenizer, as that of the imported directory, otherwise than its "
                 f"{TOKENIZER_JSON} says ({difference})"
             ]
     if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_unigram:
-        notes.append(
+        messages.append(
             "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts the same pieces "
             "may stand in another order where both orders are equally likely (runs of white space)"
         )
-    return notes
+    return messages
 
 
 def _set_class(folder: Path) -> str | None:

@@ -52,7 +52,7 @@ class StageMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class ParallelLayout:
     """How a run is cut and what it works on, as far as memory goes."""
 
     model: ModelConfig
@@ -105,7 +105,7 @@ class Cut:
 
 
 def estimate_memory(
-    cut: Cut, family_parameters: int = 0, trained_family_parameters: int | None = None
+    layout: ParallelLayout, family_parameters: int = 0, trained_family_parameters: int | None = None
 ) -> list[StageMemory]:
     """The memory of one rank of every pipeline stage, first to last.
 
@@ -115,7 +115,7 @@ def estimate_memory(
             and stages.
         trained_family_parameters: those of them that train; None for all.
     """
-    parallel = cut.parallel
+    parallel = layout.parallel
     stages = parallel.pipeline_model_parallel_size
     if trained_family_parameters is None:
         trained_family_parameters = family_parameters
@@ -124,26 +124,28 @@ def estimate_memory(
         for number in (family_parameters, trained_family_parameters)
     )
     shards = (
-        cut.data_parallel_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+        layout.data_parallel_size * parallel.context_parallel_size
+        if parallel.use_distributed_optimizer
+        else 1
     )
     result = []
     for stage in range(stages):
-        parameters = stage_parameters(cut, stage) + family
-        trained = stage_parameters(cut, stage, trained=True) + trained_family
+        parameters = stage_parameters(layout, stage) + family
+        trained = stage_parameters(layout, stage, trained=True) + trained_family
         result.append(
             StageMemory(
                 parameters=parameters,
                 trained_parameters=trained,
-                parameter_bytes=parameters * cut.element_bytes,
+                parameter_bytes=parameters * layout.element_bytes,
                 gradient_bytes=4.0 * trained,
-                optimizer_bytes=(12.0 if cut.bf16 else 8.0) * trained / shards,
-                activation_bytes=stage_activation_bytes(cut, stage),
+                optimizer_bytes=(12.0 if layout.bf16 else 8.0) * trained / shards,
+                activation_bytes=stage_activation_bytes(layout, stage),
             )
         )
     return result
 
 
-def stage_parameters(cut: Cut, stage: int, *, trained: bool = False) -> int:
+def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = False) -> int:
     """The base model's parameters on one rank of a stage.
 
     Word embedding and output layer, where they share their weights, are one matrix on a single stage and a copy on the
@@ -154,45 +156,45 @@ def stage_parameters(cut: Cut, stage: int, *, trained: bool = False) -> int:
         stage: number of the stage, from 0.
         trained: only those that train.
     """
-    model, tensor = cut.model, cut.parallel.tensor_model_parallel_size
-    stages = cut.parallel.pipeline_model_parallel_size
-    work = cut.work if trained else None
-    layers = cut.layers_of(stage, Use.TRAINED if trained else Use.SKIPPED)
+    model, tensor = layout.model, layout.parallel.tensor_model_parallel_size
+    stages = layout.parallel.pipeline_model_parallel_size
+    work = layout.work if trained else None
+    layers = layout.layers_of(stage, Use.TRAINED if trained else Use.SKIPPED)
     parameters = layers * layer_parameters(model, tensor)
     if stage == 0 and (work is None or work.trains_embedding):
-        parameters += embedding_parameters(model, cut.padded_vocab, tensor)
+        parameters += embedding_parameters(model, layout.padded_vocab, tensor)
     if stage == stages - 1 and (work is None or work.head is Use.TRAINED):
         parameters += norm_parameters(model, model.hidden_size)
         if model.untie_embeddings_and_output_weights or stages > 1:
-            parameters += cut.padded_vocab * model.hidden_size // tensor
+            parameters += layout.padded_vocab * model.hidden_size // tensor
     return parameters
 
 
-def stage_activation_bytes(cut: Cut, stage: int) -> float:
+def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
     """Activations that one rank of a stage holds at once."""
-    model, parallel = cut.model, cut.parallel
+    model, parallel = layout.model, layout.parallel
     sequence_split = _sequence_split(parallel)
-    in_flight = _chunks_in_flight(cut, stage)
-    layer = layer_activation_bytes(cut)
-    layer_input = cut.tokens * model.hidden_size * cut.element_bytes / sequence_split
+    in_flight = _chunks_in_flight(layout, stage)
+    layer = layer_activation_bytes(layout)
+    layer_input = layout.tokens * model.hidden_size * layout.element_bytes / sequence_split
     if parallel.recompute_granularity != "full":
-        total = in_flight * cut.layers_of(stage, Use.PARTIAL) / cut.chunks * layer
+        total = in_flight * layout.layers_of(stage, Use.PARTIAL) / layout.chunks * layer
     else:
         group = parallel.recompute_num_layers or 1
         if parallel.recompute_method == "uniform":
-            kept, again = -(-cut.layers_per_chunk // group) * layer_input, group * layer
+            kept, again = -(-layout.layers_per_chunk // group) * layer_input, group * layer
         else:
-            recomputed = min(group, cut.layers_per_chunk)
-            kept, again = recomputed * layer_input + (cut.layers_per_chunk - recomputed) * layer, layer
+            recomputed = min(group, layout.layers_per_chunk)
+            kept, again = recomputed * layer_input + (layout.layers_per_chunk - recomputed) * layer, layer
         total = in_flight * kept + again
     if stage == 0 and model.hidden_dropout > 0:
-        total += in_flight / cut.chunks * cut.tokens * model.hidden_size / sequence_split
+        total += in_flight / layout.chunks * layout.tokens * model.hidden_size / sequence_split
     if stage == parallel.pipeline_model_parallel_size - 1:
-        total += head_activation_bytes(cut)
+        total += head_activation_bytes(layout)
     return total
 
 
-def layer_activation_bytes(cut: Cut) -> float:
+def layer_activation_bytes(layout: ParallelLayout) -> float:
     """What one layer keeps of one micro-batch for the backward pass, on one rank, nothing recomputed in full.
 
     Sizes a token: inputs and outputs of the two norms (4h); the fused projection's output ((n + 2g) d), queries and
@@ -200,8 +202,8 @@ def layer_activation_bytes(cut: Cut) -> float:
     attention's output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte (as on a GPU).
     A core attention that is not fused adds its scores (n s): in fp32, once more in bf16, and twice with dropout.
     """
-    model, parallel = cut.model, cut.parallel
-    size, tensor = cut.element_bytes, parallel.tensor_model_parallel_size
+    model, parallel = layout.model, layout.parallel
+    size, tensor = layout.element_bytes, parallel.tensor_model_parallel_size
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
     norms = 2 * model.hidden_size * (1 if "layernorm" in again else 2)
     whole = norms * size + 2 * model.hidden_size * (model.hidden_dropout > 0)
@@ -213,20 +215,20 @@ def layer_activation_bytes(cut: Cut) -> float:
     mlp = 0 if "mlp" in again else (3 if model.swiglu else 2) * model.resolved_ffn_hidden_size
     shared = float((attention + mlp) * size)
     if model.attention_backend == "local" and "core_attn" not in again:
-        shared += _score_bytes(cut)
-    return cut.tokens * (whole / _sequence_split(parallel) + shared / tensor)
+        shared += _score_bytes(layout)
+    return layout.tokens * (whole / _sequence_split(parallel) + shared / tensor)
 
 
-def head_activation_bytes(cut: Cut) -> float:
+def head_activation_bytes(layout: ParallelLayout) -> float:
     """Final norm, logits and loss of one micro-batch: the logits, and their fp32 softmax for the backward pass."""
-    hidden = 2 * cut.model.hidden_size * cut.element_bytes / _sequence_split(cut.parallel)
-    logits = (4 + cut.element_bytes) * cut.padded_vocab / cut.parallel.tensor_model_parallel_size
-    return cut.tokens * (hidden + logits)
+    hidden = 2 * layout.model.hidden_size * layout.element_bytes / _sequence_split(layout.parallel)
+    logits = (4 + layout.element_bytes) * layout.padded_vocab / layout.parallel.tensor_model_parallel_size
+    return layout.tokens * (hidden + logits)
 
 
-def _score_bytes(cut: Cut) -> float:
-    model, size = cut.model, cut.element_bytes
-    for_each = 4 + size * cut.bf16 + (1 + size) * (model.attention_dropout > 0)
+def _score_bytes(layout: ParallelLayout) -> float:
+    model, size = layout.model, layout.element_bytes
+    for_each = 4 + size * layout.bf16 + (1 + size) * (model.attention_dropout > 0)
     return for_each * model.num_attention_heads * model.seq_length
 
 
@@ -234,10 +236,10 @@ def _sequence_split(parallel: ParallelConfig) -> int:
     return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
 
-def _chunks_in_flight(cut: Cut, stage: int) -> int:
+def _chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
     """Chunks whose forward pass is done and whose backward pass is not, at the worst moment of a step."""
-    stages, chunks = cut.parallel.pipeline_model_parallel_size, cut.chunks
+    stages, chunks = layout.parallel.pipeline_model_parallel_size, layout.chunks
     if chunks == 1:
-        return min(cut.num_microbatches, stages - stage)
+        return min(layout.num_microbatches, stages - stage)
     warmup = 2 * (stages - stage - 1) + (chunks - 1) * stages
-    return min(cut.num_microbatches * chunks, warmup + 1)
+    return min(layout.num_microbatches * chunks, warmup + 1)

@@ -57,12 +57,12 @@ class Findings:
 
 
 @torch.no_grad()
-def compare(chunks: list[GPTModel], families: list[Family], steps: Any) -> Findings:
+def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -> Findings:
     """Runs both models over this rank's micro-batches; collective over the model-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.
-        families: asked for the model's side inputs.
+        families: asked for the model's auxiliary inputs.
         steps: micro-batches, as `held_out_steps` gives them.
     """
     findings = Findings()

@@ -21,7 +21,13 @@ from megatron.core import parallel_state
 
 from megatron_ext.inference.perplexity import Begin, held_out_steps
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.evaluation.layer_comparison import FREE_RUNNING, SAME_INPUT, Findings, add_to, compare
+from megatron_ext.npt.evaluation.layer_comparison import (
+    FREE_RUNNING,
+    SAME_INPUT,
+    Findings,
+    add_to,
+    compare_layers,
+)
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.modules.vector_norms import weight_norm
@@ -56,7 +62,7 @@ def evaluate_npt(
 
     Args:
         chunks: this rank's model chunks, unwrapped, built with NP components; without sequence parallel.
-        families: asked for the model's side inputs.
+        families: asked for the model's auxiliary inputs.
         settings: of the NP components.
         prefix: held-out indexed dataset without `.bin` and `.idx`; it exists and is whole.
         sequence_length: tokens of a window.
@@ -73,7 +79,7 @@ def evaluate_npt(
     for chunk in chunks:
         chunk.eval()
     steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
-    findings = compare(chunks, families, steps)
+    findings = compare_layers(chunks, families, steps)
     sizes, norms = _parameters(chunks), _weight_norms(chunks)
     # Tensor-parallel ranks have found the same.
     speaks = parallel_state.get_tensor_model_parallel_rank() == 0

@@ -23,7 +23,7 @@ def paired_generations(
 
     Args:
         model: this rank's only chunk, unwrapped, built with NP components.
-        families: asked for the model's side inputs.
+        families: asked for the model's auxiliary inputs.
         tokenizer: the model's.
         prompts: texts.
         sampling: for the sampled continuations; the greedy ones differ in the temperature alone.

@@ -45,7 +45,7 @@ def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer,
 
     Args:
         chunk: this rank's only chunk, unwrapped; its layers run free.
-        families: asked for the model's side inputs.
+        families: asked for the model's auxiliary inputs.
         tokenizer: the run's.
         prompt: a text.
 

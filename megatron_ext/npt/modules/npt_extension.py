@@ -4,7 +4,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.models.auxiliary_inputs import SideStream
+from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -23,9 +23,9 @@ class NPTExtension(Extension):
         """
         self.settings = settings
 
-    def streams(self, config: TransformerConfig) -> list[SideStream]:
+    def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
         """The teacher's inputs of a stage's NPT layers; only some training steps bring them."""
-        return [SideStream(name=TEACHER, width=None)]
+        return [AuxiliaryStream(name=TEACHER, width=None)]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
         """The feed-forward of a chosen layer.

@@ -25,11 +25,11 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.ops.add_product import add_product
 from megatron_ext.npt.modules.modulation import FORMS, Modulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.layer_losses import LayerPlan
+from megatron_ext.npt.objective.layer_losses import LayerStepLosses
 
 
 class NPFeedForward(MegatronModule):
@@ -55,7 +55,7 @@ class NPFeedForward(MegatronModule):
         self.tp_group = pg_collection.tp
         self.active = True
         """False: the layer does what the base layer does, on the engine's own code path."""
-        self.plan: LayerPlan | None = None
+        self.plan: LayerStepLosses | None = None
         """What the present training step asks of the layer; None outside training."""
         for target in settings.targets:
             self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
@@ -70,7 +70,7 @@ class NPFeedForward(MegatronModule):
         layer: Any,
         hidden_states: torch.Tensor,
         attend: Callable[[torch.Tensor], torch.Tensor],
-        side: SideView | None,
+        layer_inputs: LayerInputs | None,
     ) -> torch.Tensor:
         """The layer's output [s, b, h].
 
@@ -78,12 +78,12 @@ class NPFeedForward(MegatronModule):
             layer: the layer, whose norms and MLP are used.
             hidden_states: h, the layer's input.
             attend: gives a, the attention's output with bias and dropout, for the attention's input.
-            side: the side streams; read where the plan blends in the teacher's input.
+            side: the auxiliary streams; read where the plan blends in the teacher's input.
         """
         plan = self.plan
         attention_input = mlp_input = hidden_states
-        if plan is not None and side is not None:
-            attention_input, mlp_input = plan.inputs(hidden_states, side)
+        if plan is not None and layer_inputs is not None:
+            attention_input, mlp_input = plan.inputs(hidden_states, layer_inputs)
         attention_output = attend(attention_input)
         mlp_output = self._mlp(layer, mlp_input, attention_output)
         keeps = self.settings.np_residual == "keep"

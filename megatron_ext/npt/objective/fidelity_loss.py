@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.objective.layer_losses import connect
+from megatron_ext.npt.objective.layer_losses import attach_zero_gradient
 from megatron_ext.npt.objective.teacher import OUTPUT
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.interface.output_losses import OutputLoss, Reads
@@ -47,7 +47,7 @@ class NPTOutputLoss(OutputLoss):
         """See `OutputLoss`; where neither loss has a weight, layers' losses are all that is trained."""
         if self.reads == "hidden":
             # No loss uses the output, but backward must still reach the layer losses below.
-            return connect(output.new_zeros(()).float(), output), {}
+            return attach_zero_gradient(output.new_zeros(()).float(), output), {}
         return super().__call__(model, batch, output)
 
     def of_tokens(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_ext.models.attached_losses import LayerLosses
-from megatron_ext.models.auxiliary_inputs import SideView
+from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm
 
 TEACHER = "npt_teacher"
@@ -54,7 +54,7 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPlan:
+class LayerStepLosses:
     """The present step of one layer."""
 
     weights: LayerWeights
@@ -78,15 +78,17 @@ class LayerPlan:
         return min(self.attention_share, self.mlp_share) < 1
 
     @property
-    def is_cut_off(self) -> bool:
+    def ignores_student(self) -> bool:
         """True where nothing of the student enters the layer."""
         return max(self.attention_share, self.mlp_share) == 0
 
-    def inputs(self, hidden_states: torch.Tensor, side: SideView) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention's and the MLP's input [s, b, h], from the student's [s, b, h] and the side streams."""
+    def inputs(
+        self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention's and the MLP's input [s, b, h], from the student's [s, b, h] and the auxiliary streams."""
         if not self.needs_teacher:
             return hidden_states, hidden_states
-        teacher = side.read_part(TEACHER, *self.place)
+        teacher = layer_inputs.read_part(TEACHER, *self.place)
         attention_input = _blended(teacher, hidden_states, self.attention_share)
         if self.mlp_share == self.attention_share:
             return attention_input, attention_input
@@ -115,8 +117,8 @@ class LayerPlan:
         terms = self._terms(module, layer, hidden_states, attention_output, mlp_output)
         losses = [weight * value for weight, value in terms.values() if weight]
         share = 1 / module.tp_group.size() if module.config.sequence_parallel else 1.0
-        if self.is_cut_off:
-            output = connect(output, student)
+        if self.ignores_student:
+            output = attach_zero_gradient(output, student)
         values = {name: value for name, (_, value) in terms.items()}
         total = torch.stack(losses).sum() if losses else None
         if total is not None:
@@ -187,7 +189,7 @@ def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
             LayerLosses.record(f"{name}/layer_{module.layer_number - 1}", mean)
 
 
-def connect(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def attach_zero_gradient(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`value`, from which a backward pass also reaches `other`, with a gradient of zero.
 
     The layers below must be reached although nothing of them is used: their own losses begin there, and a pipeline

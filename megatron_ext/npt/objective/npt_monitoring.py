@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.npt.objective.npt_training_config import Objective
+from megatron_ext.npt.objective.npt_training_config import StepObjective
 
 NORMS = ("v_a_norm", "v_b_norm")
 """Sizes that must not vanish."""
@@ -31,7 +31,7 @@ _LOSSES = (
 _TOTAL = "npt_loss"
 
 
-def summarize(values: Mapping[str, float], objective: Objective) -> dict[str, float]:
+def summarize(values: Mapping[str, float], objective: StepObjective) -> dict[str, float]:
     """Totals and means of a step's values.
 
     Args:

@@ -195,13 +195,15 @@ class NPTTrainingConfig:
             return parse_curriculum(self.curriculum_stages)
         return proportional_curriculum(total_steps) if self.mode == "multi_layer" else (STUDENT,)
 
-    def objective(self, iteration: int, total_steps: int) -> "Objective":
+    def objective(self, iteration: int, total_steps: int) -> "StepObjective":
         """What step `iteration` (from 1) trains."""
         stages = self.stages(total_steps)
         index = stage_index(stages, iteration)
         if self.reconstructs and iteration <= self.stage1_steps:
-            return Objective(layer=LayerWeights(reconstruction=1.0), stage=stages[index], stage_index=index)
-        return Objective(
+            return StepObjective(
+                layer=LayerWeights(reconstruction=1.0), stage=stages[index], stage_index=index
+            )
+        return StepObjective(
             layer=LayerWeights(
                 direct_mlp=self.weight("direct_mlp_weight"),
                 equivalence=self.weight("equivalence_weight"),
@@ -219,7 +221,7 @@ _NUMBERS = tuple(name for name in NPTTrainingConfig.__annotations__ if name.ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class StepObjective:
     """What one step trains."""
 
     layer: LayerWeights
@@ -243,11 +245,11 @@ class Objective:
         return self.stage.blends or self.fidelity > 0
 
 
-PLAIN_LM = Objective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
+PLAIN_LM = StepObjective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
 """Cross-entropy alone: what a family without a training configuration trains for."""
 
 
-def run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def npt_run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Defaults that follow from the mode: concern's name -> field's name -> value.
 
     Args:

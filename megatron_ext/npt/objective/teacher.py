@@ -45,13 +45,13 @@ class TeacherInputs(StageModule):
         self.layers = layers
 
     def forward(
-        self, side_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
+        self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The stream, in micro-batches that bring it."""
         names = [input_name(layer) for layer in self.layers]
-        if not names or names[0] not in side_inputs:
+        if not names or names[0] not in auxiliary_inputs:
             return {}
-        return {TEACHER: torch.stack([side_inputs[name] for name in names])}
+        return {TEACHER: torch.stack([auxiliary_inputs[name] for name in names])}
 
 
 @dataclass
@@ -73,7 +73,7 @@ class TeacherCache:
     misses: int = 0
     """Micro-batches computed."""
 
-    has_spared: bool = False
+    was_skipped: bool = False
     """The last micro-batch was found."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
@@ -84,8 +84,8 @@ class TeacherCache:
         found = all(row is not None and row.keys() >= set(names) for row in rows)
         agreed = torch.tensor([found], dtype=torch.int32, device=batch["tokens"].device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
-        self.has_spared = bool(agreed)
-        if not self.has_spared:
+        self.was_skipped = bool(agreed)
+        if not self.was_skipped:
             self.misses += 1
             return None
         self.hits += 1

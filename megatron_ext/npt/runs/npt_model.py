@@ -28,12 +28,12 @@ from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.weights.conversion import convert, draw
-from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import (
     STEM,
     check_same_meaning,
-    read_adapter_file,
-    write_adapter,
+    read_np_weight_file,
+    write_np_weights,
 )
 from megatron_ext.platform import process_groups
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
@@ -174,18 +174,18 @@ class NPTModel:
         if isinstance(weights, Mapping):
             tensors, settings = dict(weights), None
         else:
-            tensors, settings = read_adapter_file(str(weights))
+            tensors, settings = read_np_weight_file(str(weights))
         if self.settings is not None:
             if settings is not None:
                 check_same_meaning(str(weights), settings, self.settings)
-            load_adapter([self.model], tensors)
+            load_np_factors([self.model], tensors)
             return
         if settings is None:
             raise ValueError("load_npt_weights: no layer is converted; call convert_to_npt first")
         slots = [(layer, layer.feed_forward) for layer in self.model.decoder.layers]
         self.convert_to_npt(settings)
         try:
-            load_adapter([self.model], tensors)
+            load_np_factors([self.model], tensors)
         except ValueError:
             for layer, slot in slots:
                 layer.feed_forward = slot
@@ -207,8 +207,8 @@ class NPTModel:
         is_file = Path(path).suffix in (".pt", ".safetensors")
         folder = Path(path).parent if is_file else Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = gather_adapter([self.model])
-        write_adapter(folder, tensors, self.settings, stem=Path(path).stem if is_file else STEM)
+        tensors = gather_np_factors([self.model])
+        write_np_weights(folder, tensors, self.settings, stem=Path(path).stem if is_file else STEM)
 
     def deactivated(self, layers: Collection[int] | None = None) -> AbstractContextManager[None]:
         """Within it the named layers, or all, are base layers, bit for bit."""

@@ -25,10 +25,10 @@ from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.dataset_presets import with_preset
-from megatron_ext.npt.runs.sequential_files import layer_of, with_layers
+from megatron_ext.npt.runs.sequential_files import layer_of_np_key, with_layers
 from megatron_ext.npt.runs.sequential_run import load_under, run_sequential
-from megatron_ext.npt.weights.np_factors import load_adapter
-from megatron_ext.npt.weights.np_weight_files import read_adapter, read_adapter_settings
+from megatron_ext.npt.weights.np_factors import load_np_factors
+from megatron_ext.npt.weights.np_weight_files import read_np_settings, read_np_weights
 from megatron_ext.npt.weights.npt_resume import loads_what_fits, resolved_layers, stored_run
 from megatron_ext.npt.weights.state_files import write_final
 from megatron_ext.platform import process_groups
@@ -40,7 +40,7 @@ from megatron_ext.training.pretrain import pretrain
 from megatron_ext.training.run_options import RunOptions
 
 
-def run(configs: dict[str, Any]) -> int:
+def run_npt(configs: dict[str, Any]) -> int:
     """Trains; returns the process's exit code.
 
     Args:
@@ -86,14 +86,14 @@ def _starting_weights(configs: dict[str, Any]) -> tuple[Load, tuple[int, ...] | 
     path = training.load_npt_weights
     if path is None:
         return RunOptions.prepare, None, fresh
-    weights = read_adapter(path, module)
+    weights = read_np_weights(path, module)
     if training.mode != "single_layer":
         return partial(_start_with, weights), None, f"from {path}"
     (layer,) = trains = module.layers(configs["model"].num_layers)
-    earlier = {key: tensor for key, tensor in weights.items() if layer_of(key) != layer}
+    earlier = {key: tensor for key, tensor in weights.items() if layer_of_np_key(key) != layer}
     if not earlier:
         return partial(_start_with, weights), trains, f"from {path}"
-    configs["np"] = with_layers(module, [layer, *map(layer_of, earlier)])
+    configs["np"] = with_layers(module, [layer, *map(layer_of_np_key, earlier)])
     return partial(load_under, layer, earlier), trains, f"from {path}, {fresh} in layer {layer}"
 
 
@@ -109,7 +109,7 @@ def _prepare(
     load(chunks)
     path = configs["checkpoint"].load
     folder = find_checkpoint(path, configs["checkpoint"].ckpt_step) if path is not None else None
-    start.tell_start(
+    start.print_start(
         chunks,
         configs,
         base,
@@ -223,7 +223,7 @@ def weights_defaults(given: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         OSError, ValueError: the file cannot be read, or its configuration cannot.
     """
-    settings = read_adapter_settings(given["load_npt_weights"])
+    settings = read_np_settings(given["load_npt_weights"])
     if settings is None:
         return {}
     # Whether the base is trained too is no matter of the weights; a single layer may be another one than the file's.
@@ -254,4 +254,4 @@ def _has_other_layers(
 
 
 def _start_with(weights: Mapping[str, Any], chunks: list[GPTModel]) -> None:
-    load_adapter(chunks, dict(weights))
+    load_np_factors(chunks, dict(weights))

@@ -22,7 +22,7 @@ import torch
 
 from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.weights.np_weight_files import read_adapter_file, write_adapter
+from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, write_np_weights
 from megatron_ext.training.checkpoint import checkpoint_files as files
 
 INFO, STEM, LOADER = "training_info.json", "accumulated_npt_weights", "load_model.py"
@@ -122,9 +122,9 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
     if not state.trained:
         return {}
     path = folder / f"{STEM}.safetensors"
-    tensors, _ = read_adapter_file(str(path))
-    chosen = {key: tensor for key, tensor in tensors.items() if layer_of(key) in state.trained}
-    missing = set(state.trained) - {layer_of(key) for key in chosen}
+    tensors, _ = read_np_weight_file(str(path))
+    chosen = {key: tensor for key, tensor in tensors.items() if layer_of_np_key(key) in state.trained}
+    missing = set(state.trained) - {layer_of_np_key(key) for key in chosen}
     if missing:
         raise ValueError(
             f"{path}: holds no layer {', '.join(map(str, sorted(missing)))}, which {INFO} says is trained"
@@ -141,11 +141,11 @@ def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str
         tensors: their NP factors.
     """
     more = {"trained_layers": list(state.trained), "base_checkpoint": state.base}
-    write_adapter(folder, tensors, state.settings_of_trained, more, STEM)
+    write_np_weights(folder, tensors, state.settings_of_trained, more, STEM)
     _replace(folder / LOADER, _LOADER.format(base=state.base["path"], sha256=state.base["sha256"], stem=STEM))
 
 
-def layer_of(key: str) -> int:
+def layer_of_np_key(key: str) -> int:
     """The layer in a key of `adapter`.
 
     Raises:

@@ -31,13 +31,13 @@ from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs import sequential_files as store
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.sequential_files import SequentialState, with_layers
-from megatron_ext.npt.weights.np_factors import gather_adapter, load_adapter
+from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import check_same_meaning
 from megatron_ext.npt.weights.state_files import replace_final
 from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
 from megatron_ext.training.checkpoint import random_state
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
-from megatron_ext.training.checkpoint.checkpointer import Progress
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.checkpoint.run_directory import check_unused
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.loop import EXIT_OK
@@ -132,7 +132,7 @@ class _Sequence:
         own = start.fresh(configs["np"], configs["training"].seed) if load is None else f"from {load}"
         earlier = f"as trained before in layer {_listed(self.state.trained)}, " if self.state.trained else ""
         weights, steps = f"{earlier}{own} in layer {layer}", configs["npt"].steps_per_layer
-        start.tell_start(
+        start.print_start(
             chunks, configs, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
         )
 
@@ -174,10 +174,14 @@ class _Sequence:
         return replace(training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone))
 
     def _finish(
-        self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel], progress: Progress
+        self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel], progress: TrainingProgress
     ) -> None:
         """Keeps the layer's weights, and then counts it as trained."""
-        own = {key: value for key, value in gather_adapter(chunks).items() if store.layer_of(key) == layer}
+        own = {
+            key: value
+            for key, value in gather_np_factors(chunks).items()
+            if store.layer_of_np_key(key) == layer
+        }
         tensors = self.tensors | own
         state = self.state.finished()
 
@@ -203,8 +207,10 @@ def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPT
     Raises:
         ValueError: the tensors do not fit; the message lists the differences.
     """
-    own = {key: value for key, value in gather_adapter(chunks).items() if store.layer_of(key) == layer}
-    load_adapter(chunks, {**tensors, **own})
+    own = {
+        key: value for key, value in gather_np_factors(chunks).items() if store.layer_of_np_key(key) == layer
+    }
+    load_np_factors(chunks, {**tensors, **own})
 
 
 def _read(folder: Path, configs: Mapping[str, Any], options: RunOptions) -> SequentialState:

@@ -17,7 +17,7 @@ from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.parameter_count import count_parameters
 
 
-def tell_start(
+def print_start(
     chunks: list[GPTModel],
     configs: Mapping[str, Any],
     base: BaseCheckpoint | None,

@@ -89,7 +89,7 @@ def validate_checkpoint(folder: Path) -> Validation:
         _attempt(lambda: files.read_json(folder / CONFIG), found)
     if (folder / files.CHECKSUMS).is_file():
         before = len(found.problems)
-        _attempt(lambda: files.verify(folder), found)
+        _attempt(lambda: files.verify_checkpoint(folder), found)
         if len(found.problems) == before:
             count = len(files.read_json(folder / files.CHECKSUMS)["files"])
             found.facts.append(f"checksums: {count} files match")

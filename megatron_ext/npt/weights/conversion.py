@@ -12,7 +12,7 @@ from megatron_ext.models.initialization import initialize_parameters
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_layers import np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.weights.np_factors import load_adapter
+from megatron_ext.npt.weights.np_factors import load_np_factors
 
 
 def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
@@ -64,4 +64,4 @@ def attach(chunks: list[GPTModel], settings: NPTModuleConfig, tensors: Mapping[s
         ValueError: the settings or the factors do not fit the model.
     """
     convert(chunks, settings)
-    load_adapter(chunks, dict(tensors))
+    load_np_factors(chunks, dict(tensors))

@@ -23,7 +23,7 @@ _SHOWN = 5
 """Differences of a kind that an error message lists."""
 
 
-def gather_adapter(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
+def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
     """All NP factors of the model, on the CPU of every rank. Collective over tensor- and pipeline-parallel ranks.
 
     Args:
@@ -37,7 +37,7 @@ def gather_adapter(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
     return _sorted(_merged(local))
 
 
-def load_adapter(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:
+def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:
     """Takes what `gather_adapter` gave. Collective over pipeline-parallel ranks.
 
     Args:

@@ -27,7 +27,7 @@ _FREE = frozenset({"np_init_scale", "np_init_strategy", "freeze_base", "npt_laye
 """Settings that do not decide what the weights mean; the layers are in the keys."""
 
 
-def write_adapter(
+def write_np_weights(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     settings: NPTModuleConfig,
@@ -59,7 +59,7 @@ def write_adapter(
     files.fsync_path(folder)
 
 
-def read_adapter(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor]:
+def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor]:
     """Reads NP weights, and refuses those of another configuration where theirs is known.
 
     Args:
@@ -70,7 +70,7 @@ def read_adapter(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor
         OSError: it cannot be read.
         ValueError: it holds something else, or weights of another form, target, scale, ...
     """
-    tensors, config = read_adapter_file(path)
+    tensors, config = read_np_weight_file(path)
     if config is not None:
         check_same_meaning(path, config, settings)
     return tensors
@@ -88,18 +88,18 @@ def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleCo
         raise ValueError(f"{path}: was made with another configuration: {'; '.join(differences)}")
 
 
-def read_adapter_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:
+def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:
     """The tensors, and the configuration that made them: of the file itself, or of `config.json` beside it.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it holds something else.
     """
-    settings, file = read_adapter_settings(path), Path(path)
+    settings, file = read_np_settings(path), Path(path)
     return _read_safe(file) if file.suffix == ".safetensors" else _read_pt(file), settings
 
 
-def read_adapter_settings(path: str) -> NPTModuleConfig | None:
+def read_np_settings(path: str) -> NPTModuleConfig | None:
     """The configuration alone, see `read_adapter_file`; None where nothing tells it."""
     file = Path(path)
     if not file.is_file():

@@ -118,7 +118,7 @@ def loads_what_fits(
 
 
 def _curriculum(folder: Path) -> str:
-    files.verify(folder, names=[MULTI_LAYER_STATE])
+    files.verify_checkpoint(folder, names=[MULTI_LAYER_STATE])
     state = torch.load(folder / MULTI_LAYER_STATE, weights_only=True)
     stages = [
         Stage(

@@ -24,11 +24,11 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import Stage, stage_index
 from megatron_ext.npt.objective.teacher import TeacherCache
-from megatron_ext.npt.weights.np_factors import gather_adapter
-from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, write_adapter
+from megatron_ext.npt.weights.np_factors import gather_np_factors
+from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, write_np_weights
 from megatron_ext.platform.collectives import on_first_rank
 from megatron_ext.training.checkpoint import checkpoint_files as files
-from megatron_ext.training.checkpoint.checkpointer import Progress
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 
 TRAINING_STATE, MULTI_LAYER_STATE = "training_state.pt", "multi_layer_state.pt"
 
@@ -49,7 +49,7 @@ def write_state_files(
         state: as `Family.write_files` gets it.
         multi_layer: as `multi_layer_state` makes it.
     """
-    tensors = gather_adapter(chunks)
+    tensors = gather_np_factors(chunks)
 
     def write() -> None:
         files.write_tensors(folder / WEIGHTS, tensors)
@@ -136,7 +136,7 @@ def multi_layer_state(
     }
 
 
-def write_final(configs: Mapping[str, Any], chunks: list[GPTModel], progress: Progress) -> None:
+def write_final(configs: Mapping[str, Any], chunks: list[GPTModel], progress: TrainingProgress) -> None:
     """Writes `final/` under `--save`, whole or not at all; collective. Without `--save` nothing.
 
     Args:
@@ -150,7 +150,7 @@ def write_final(configs: Mapping[str, Any], chunks: list[GPTModel], progress: Pr
     save = configs["checkpoint"].save
     if save is None:
         return
-    tensors = gather_adapter(chunks)
+    tensors = gather_np_factors(chunks)
     more = {**configs_to_dict(configs), **asdict(progress), "global_step": progress.iteration}
     on_first_rank(lambda: replace_final(Path(save), tensors, configs["np"], more))
 
@@ -174,7 +174,7 @@ def replace_final(
         if leftover.exists():
             shutil.rmtree(leftover)
     writing.mkdir(parents=True)
-    write_adapter(writing, tensors, settings, more)
+    write_np_weights(writing, tensors, settings, more)
     files.digests(writing, [path.name for path in writing.iterdir()])  # forces them to the disk
     if final.exists():
         final.rename(replaced)

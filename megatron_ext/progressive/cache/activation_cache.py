@@ -37,7 +37,7 @@ from megatron_ext.progressive.cache.frozen_trunk import (
     trunk_version,
 )
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.training.interface.family_interface import Batch, Family, side_inputs
+from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 IDENTITY_FILE = "cache.json"
 
@@ -92,7 +92,7 @@ class ActivationCache:
         self._fingerprint = b""
         self._store: Store | None = None
         self._hits = self._misses = 0
-        self.has_spared = False
+        self.was_skipped = False
         """The trunk was not run in the last step, for any of its micro-batches."""
 
     def prepare(
@@ -102,8 +102,8 @@ class ActivationCache:
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            families: all families of the run; one gives the batch field `HIDDEN_STATES` to the model as a side input.
-            batches: the micro-batches of a step, on the device.
+            families: all families of the run; one gives the batch field `HIDDEN_STATES` to the model as an auxiliary
+            input. batches: the micro-batches of a step, on the device.
 
         Raises:
             ValueError: something of the trunk trains.
@@ -117,7 +117,7 @@ class ActivationCache:
         hits = self._agree([not holds or value is not None for value in found], batches[0]["tokens"].device)
         self._hits += sum(hits)
         self._misses += len(hits) - sum(hits)
-        self.has_spared = all(hits)
+        self.was_skipped = all(hits)
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             agreed = [value if hit else None for value, hit in zip(found, hits, strict=True)]
             return self._one_by_one(chunks, families, batches, keys, agreed)
@@ -203,7 +203,9 @@ class ActivationCache:
 
     def _keys(self, families: list[Family], batch: Batch) -> list[bytes]:
         """A key for each sequence of a micro-batch; the size of the micro-batch may change a bit of the result."""
-        read = {"tokens": batch["tokens"], "positions": batch["position_ids"]} | side_inputs(families, batch)
+        read = {"tokens": batch["tokens"], "positions": batch["position_ids"]} | auxiliary_inputs(
+            families, batch
+        )
         if "attention_mask" in batch:
             read["attention_mask"] = batch["attention_mask"]
         rows = batch["tokens"].size(0)

@@ -2,7 +2,7 @@
 
 The trunk is everything that makes the input of layer k: embedding, what families add to it, and layers 0 .. k - 1. Its
 fingerprint is a digest of all these weights, of the adapters' scale and the precision, and of the configurations; it is
-another one at another cut.
+another one at another parallel layout.
 """
 
 import json

@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_ext.lora.adapter import LoRAAdapter
-from megatron_ext.lora.trainable_layers import Plan, adapted_linears
+from megatron_ext.lora.trainable_layers import SettingsByLayer, adapted_linears
 from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
@@ -42,7 +42,7 @@ _NEW = "of_new_layers."
 _OUTPUT_PROJECTIONS = (LINEARS[1], LINEARS[3])
 
 
-def layer_of(name: str) -> int | None:
+def layer_of_name(name: str) -> int | None:
     """Number of the layer in a global name, None where it has none."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
@@ -50,7 +50,7 @@ def layer_of(name: str) -> int | None:
 
 def renamed(name: str, sources: Mapping[int, int]) -> str | None:
     """A global name with the layer's number changed; None where `sources` does not have the layer."""
-    layer = layer_of(name)
+    layer = layer_of_name(name)
     if layer is None:
         return name
     if layer not in sources:
@@ -70,13 +70,18 @@ def read_trunk(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int])
     Raises:
         ValueError: the checkpoint is damaged, lacks a tensor, or has it in another shape.
     """
-    gather(lambda: files.verify(folder, dist.get_rank(), dist.get_world_size()))
+    gather(lambda: files.verify_checkpoint(folder, dist.get_rank(), dist.get_world_size()))
     _read_layers(chunks, folder, sources, everything=True)
 
 
 @torch.no_grad()
 def start_new_layers(
-    chunks: list[GPTModel], folder: Path, rack: Rack, trunk: Rack, trunk_plan: Plan, how: GrowthInit
+    chunks: list[GPTModel],
+    folder: Path,
+    rack: Rack,
+    trunk: Rack,
+    trunk_settings: SettingsByLayer,
+    how: GrowthInit,
 ) -> None:
     """Gives the newest stack's layers, which are drawn already, their initial weights; collective.
 
@@ -85,7 +90,7 @@ def start_new_layers(
         folder: the trunk's checkpoint, verified.
         rack: the model's.
         trunk: the checkpoint's.
-        trunk_plan: what the trunk's layers had there, for their adapters.
+        trunk_settings: what the trunk's layers had there, for their adapters.
         how: see above.
     """
     new = rack.layers_of(rack.newest.index)
@@ -98,7 +103,7 @@ def start_new_layers(
         rounds = _rounds(_sources(rack, trunk, how))
         for sources in rounds:
             _read_layers(chunks, folder, sources, everything=False)
-            _add_deltas(chunks, folder, sources, trunk_plan)
+            _add_deltas(chunks, folder, sources, trunk_settings)
 
 
 def _zero_output_projections(layer: torch.nn.Module) -> None:
@@ -153,14 +158,16 @@ def _read_layers(
             is_adapter = ADAPTERS in value.key.split(".")
             wanted = not value.key.startswith(_NEW) and not (is_adapter and value.key not in stored)
             if not everything:
-                wanted = wanted and not is_adapter and layer_of(value.key) is not None
+                wanted = wanted and not is_adapter and layer_of_name(value.key) is not None
             if not wanted:
                 del chunk[name]
     tensors.check(state, stored, folder, same_vocabulary=True, whole=False)
     tensors.load_model_state(chunks, _read(state, folder), strict=False)
 
 
-def _add_deltas(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], plan: Plan) -> None:
+def _add_deltas(
+    chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], plan: SettingsByLayer
+) -> None:
     """Adds the adapters of the copied layers to the copies' weights."""
     metadata = ensure_metadata_has_dp_cp_group(dict(CHECKPOINT_METADATA))
     found: list[tuple[Any, LoRAAdapter]] = []
@@ -197,7 +204,7 @@ def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**{name: {} for name in state}, **tensors.read(state, folder)}
 
 
-def survivors(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> dict[str, int]:
+def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> dict[str, int]:
     """Marks the parameters that train and whose optimizer state a checkpoint holds; collective.
 
     Args:
@@ -225,12 +232,12 @@ def survivors(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) 
     return {name: count for part in gather(lambda: local) for name, count in part.items()}
 
 
-def carry_optimizer(
+def carry_optimizer_state(
     chunks: list[GPTModel], optimizer: MegatronOptimizer, folder: Path, sources: Mapping[int, int]
 ) -> None:
     """Gives the optimizer of a grown model the states of the parameters that had one; collective.
 
-    Call `survivors` before the optimizer is built.
+    Call `parameters_with_state` before the optimizer is built.
 
     Args:
         chunks: this rank's chunks, unwrapped.

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ext.config.cross_checks import validate
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.progressive.growth.rack import Rack, planned_rack
+from megatron_ext.progressive.growth.rack import Rack, rack_of
 from megatron_ext.progressive.growth.trunk_strategy import Trains
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
@@ -57,7 +57,7 @@ def stack_name(index: int) -> str:
     return f"progressive_stack_{index}"
 
 
-def plan_phases(
+def list_phases(
     config: ProgressiveConfig,
     training: TrainingConfig,
     optimizer: OptimizerSettings,
@@ -83,7 +83,7 @@ def plan_phases(
         _steps(config, index, training, global_batch_size, sequence_length)
         for index in range(config.num_stacks)
     ]
-    whole = rack or planned_rack(config, config.num_stacks)
+    whole = rack or rack_of(config, config.num_stacks)
     lr = optimizer.lr
     if not config.enabled:
         total = sum(steps) + config.joint_steps
@@ -136,7 +136,7 @@ def configs_of(configs: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
 
 
 def check_phases(configs: Mapping[str, Any], phases: list[Phase], world_size: int) -> None:
-    """Raises `ValueError` unless every phase's model and schedule fit the cut, naming the phase."""
+    """Raises `ValueError` unless every phase's model and schedule fit the parallel layout, naming the phase."""
     for phase in phases:
         own = configs_of(configs, phase)
         try:

@@ -97,7 +97,7 @@ class Rack:
         return cls(stacks=tuple(Stack(**stack) for stack in value))
 
 
-def planned_rack(config: ProgressiveConfig, num_stacks: int) -> Rack:
+def rack_of(config: ProgressiveConfig, num_stacks: int) -> Rack:
     """The rack of the first `num_stacks` stacks that a configuration asks for."""
     rack = Rack()
     for index in range(num_stacks):

@@ -16,7 +16,7 @@ from typing import Literal, cast
 from megatron_ext.lora.four_bit_weights import is_packed
 from megatron_ext.lora.linear_precision import Precision
 from megatron_ext.lora.parallel_linear import LayerSettings
-from megatron_ext.lora.trainable_layers import Plan
+from megatron_ext.lora.trainable_layers import SettingsByLayer
 from megatron_ext.progressive.growth.rack import Rack, Stack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
@@ -27,9 +27,9 @@ TREATMENTS = ("trained", "adapters", "frozen", "cached")
 """What a phase does with a stack: all trains, its adapters alone, nothing, nothing and what it gives is kept."""
 
 
-def layer_plan(
+def settings_by_layer(
     rack: Rack, config: ProgressiveConfig, trains: Trains, frozen: dict[int, str] | None = None
-) -> Plan:
+) -> SettingsByLayer:
     """Layer number -> what progressive training does to it.
 
     Args:
@@ -71,7 +71,7 @@ def _settings(
     )
 
 
-def finished_plan(rack: Rack, config: ProgressiveConfig, trained: Trains) -> Plan:
+def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trains) -> SettingsByLayer:
     """The plan of a phase that is over: nothing trains, adapters and precisions are those that it left.
 
     Args:
@@ -79,14 +79,14 @@ def finished_plan(rack: Rack, config: ProgressiveConfig, trained: Trains) -> Pla
         config: of the run.
         trained: what the phase trained.
     """
-    plan = layer_plan(rack, config, trained)
+    plan = settings_by_layer(rack, config, trained)
     return {
         layer: replace(settings, trains_base=False, trained_adapters=frozenset())
         for layer, settings in plan.items()
     }
 
 
-def stack_treatments(rack: Rack, plan: Plan, cached_layers: int) -> list[str]:
+def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> list[str]:
     """What a phase does with every stack, by the stack's index: `TREATMENTS`.
 
     Args:

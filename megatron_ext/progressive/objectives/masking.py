@@ -20,7 +20,7 @@ from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
 
 
 @dataclass(frozen=True)
-class DrawnMasks:
+class SampledMasks:
     """The masks of a micro-batch."""
 
     masks: torch.Tensor
@@ -61,7 +61,7 @@ class TimeStepMasking:
         """The masks [b, s] of a batch, as `draw` gives them; a batch may also be its token ids alone."""
         return self.draw(batch if isinstance(batch, Mapping) else {"tokens": batch}, stack_idx).masks
 
-    def draw(self, batch: Mapping[str, torch.Tensor], stack_idx: int) -> DrawnMasks:
+    def draw(self, batch: Mapping[str, torch.Tensor], stack_idx: int) -> SampledMasks:
         """The masks of a micro-batch, on the device of its tokens.
 
         Args:
@@ -83,7 +83,7 @@ class TimeStepMasking:
         counts = (mask_fraction(self.config, time_steps) * eligible.sum(1)).round().clamp(min=1)
         order = numbers[:, 1:].masked_fill(~eligible, 2.0).argsort(1).argsort(1)
         masks = (order < counts.unsqueeze(1)) & eligible
-        return DrawnMasks(masks.to(tokens.device), time_steps.to(tokens.device))
+        return SampledMasks(masks.to(tokens.device), time_steps.to(tokens.device))
 
     def _generator(self, sample: bytes, epoch: int, stack_idx: int) -> torch.Generator:
         place = (0, 0) if self.fixed else (epoch, stack_idx)

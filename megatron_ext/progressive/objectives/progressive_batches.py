@@ -19,7 +19,7 @@ import torch
 
 from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.progressive.objectives.masking import TimeStepMasking
-from megatron_ext.progressive.objectives.stack_objective import Objective
+from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.training.interface.family_interface import Batch
 
 
@@ -53,7 +53,7 @@ class ProgressiveDataLoader:
             raise ValueError(f"mask_token_id: needed for the objective {config.training_objective}")
         self.base_dataloader = base_dataloader
         self.trunk_activations = (trunk_activations or {}) if cache_activations else {}
-        self.objective = Objective(
+        self.objective = StackObjective(
             config,
             stack_idx=stack_idx,
             seed=masking_strategy.seed,

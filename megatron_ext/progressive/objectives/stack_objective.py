@@ -62,7 +62,7 @@ def mask_token_of(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int
     return mask_token_id
 
 
-class Objective:
+class StackObjective:
     """The objective of one stack."""
 
     def __init__(

@@ -40,15 +40,15 @@ class TimeEmbedding(StageModule):
             # Under sequence parallel a rank sees its rows only; the engine sums the gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def embed(self, embedding: torch.Tensor, side_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`embedding` [s, b, h] with that of the side input `time_step` [b] added.
+    def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`embedding` [s, b, h] with that of the auxiliary input `time_step` [b] added.
 
         Raises:
             ValueError: the batch has no time steps.
         """
-        if TIME_STEP not in side_inputs:
+        if TIME_STEP not in auxiliary_inputs:
             raise ValueError("--time-interpretation input: the batch has no time_step [b]")
-        steps = side_inputs[TIME_STEP]
+        steps = auxiliary_inputs[TIME_STEP]
         encoded = self.table[steps] if self.learned else sinusoidal(steps, self.projection.size(1))
         return embedding + encoded.to(self.projection.dtype) @ self.projection.t()
 

@@ -21,7 +21,7 @@ import torch
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 TIME_STEP = "time_step"
-"""Batch field and side input: the time step of each sequence, integer [b]."""
+"""Batch field and auxiliary input: the time step of each sequence, integer [b]."""
 
 
 def time_step_of_stack(config: ProgressiveConfig, stack_idx: int) -> int:

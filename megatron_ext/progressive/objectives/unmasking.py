@@ -6,7 +6,7 @@ the most likely token, others draw from softmax(logits / T). Confidence is the p
 digits; of equals the first comes first.
 
 Prompts of one length share a batch; there is no KV cache, as every token sees every other. Every rank takes part and
-gets the same tokens, at any tensor x pipeline cut. Source: document 004; arXiv 2202.04200, 2502.09992.
+gets the same tokens, at any tensor x pipeline layout. Source: document 004; arXiv 2202.04200, 2502.09992.
 """
 
 from collections.abc import Iterable
@@ -25,9 +25,9 @@ from megatron_ext.inference.generation import (
     tempered,
 )
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.progressive.objectives.stack_objective import Objective
+from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP, time_step_of_fraction
-from megatron_ext.training.interface.family_interface import Family, side_inputs
+from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,10 @@ class DiffusionSampling:
         check_seed(self.seed)
 
 
-def objective_of(families: Iterable[Family]) -> Objective | None:
+def objective_of(families: Iterable[Family]) -> StackObjective | None:
     """The objective that one of a model's families was trained for, None for a plain model."""
     found = (getattr(family, "objective", None) for family in families)
-    return next((objective for objective in found if isinstance(objective, Objective)), None)
+    return next((objective for objective in found if isinstance(objective, StackObjective)), None)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def generate_by_unmasking(
 
     Args:
         model: this rank's only chunk, unwrapped, without sequence parallel.
-        families: asked for the model's side inputs; one of them has the objective.
+        families: asked for the model's auxiliary inputs; one of them has the objective.
         prompts: token ids.
         sampling: how tokens are chosen.
         vocab_size: of the tokenizer; other rows, and the mask token, are never chosen.
@@ -110,7 +110,7 @@ def generate_by_unmasking(
 def _unmask_all(
     model: GPTModel,
     families: list[Family],
-    objective: Objective,
+    objective: StackObjective,
     prompts: list[list[int]],
     sampling: DiffusionSampling,
     vocab_size: int,
@@ -183,7 +183,7 @@ def _forward(
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
-        shape = (length * model.channel.pipeline_factor(hidden_size), rows, hidden_size)
+        shape = (length * model.auxiliary.pipeline_factor(hidden_size), rows, hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
         model.set_input_tensor(received)
@@ -191,7 +191,7 @@ def _forward(
         tokens,
         batch["position_ids"],
         None,
-        side_inputs=side_inputs(families, batch),
+        auxiliary_inputs=auxiliary_inputs(families, batch),
         runtime_gather_output=True,
     )
     if model.post_process:

@@ -106,7 +106,7 @@ class Comparison:
     runs: list[RunFigures]
 
 
-def compare(runs: Sequence[ProgressiveRun], reference: str | None = None) -> Comparison:
+def compare_runs(runs: Sequence[ProgressiveRun], reference: str | None = None) -> Comparison:
     """The figures of all runs, in their order.
 
     Args:

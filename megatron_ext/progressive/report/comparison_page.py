@@ -95,7 +95,7 @@ def _phase_cells(run: RunFigures, phase: PhaseFigures) -> dict[str, Cell]:
     }
 
 
-def notes(comparison: Comparison) -> list[str]:
+def messages(comparison: Comparison) -> list[str]:
     """What a reader of the tables must know."""
     found = [
         "A step's time is the median of its phase; with and without the activation cache, the mean of both medians by "
@@ -128,8 +128,8 @@ def report_page(runs: Sequence[ProgressiveRun], comparison: Comparison) -> str:
     for table in (runs_table(comparison), phases_table(comparison)):
         page.heading(table.title)
         page.table(table.columns, table.rows)
-    for note in notes(comparison):
-        page.paragraph(note)
+    for message in messages(comparison):
+        page.paragraph(message)
     for run, figures in zip(runs, comparison.runs, strict=True):
         page.heading(f"Growth: {run.name}")
         page.pictures([(growth_timeline(run), _TIMELINE_CAPTION)])

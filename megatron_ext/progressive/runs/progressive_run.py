@@ -28,7 +28,7 @@ from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.progressive.cache.activation_cache import check_cache_directory
-from megatron_ext.progressive.growth.phases import Phase, check_phases, configs_of, plan_phases
+from megatron_ext.progressive.growth.phases import Phase, check_phases, configs_of, list_phases
 from megatron_ext.progressive.growth.training_checks import check_history, check_settings
 from megatron_ext.progressive.growth.training_history import (
     Finished,
@@ -43,7 +43,7 @@ from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.training.checkpoint import random_state
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
-from megatron_ext.training.checkpoint.checkpointer import Progress
+from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.dry_run_report import planned_world_size
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.progress_line import compact
@@ -52,7 +52,9 @@ from megatron_ext.training.pretrain import MakeFamilies, check_run, pretrain, pr
 from megatron_ext.training.run_options import RunOptions
 
 
-def run(configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tokenizer: []) -> int:
+def run_progressive(
+    configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tokenizer: []
+) -> int:
     """Trains; returns the process's exit code.
 
     Args:
@@ -100,7 +102,7 @@ def _identity(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 def _phases(configs: dict[str, Any], world_size: int) -> list[Phase]:
     training: TrainingConfig = configs["training"]
     copies = configs["parallel"].data_parallel_size(world_size)
-    phases = plan_phases(
+    phases = list_phases(
         configs["progressive"],
         training,
         configs["optimizer"],
@@ -218,7 +220,7 @@ class Growth:
             random_state.reseed(configs["training"].seed, first)
         options = RunOptions(
             prepare=partial(self._report, phase, family),
-            begin=family.carry_optimizer,
+            begin=family.carry_optimizer_state,
             finish=partial(self._finish, phase, family, first, time.monotonic()),
             first_sample=before.consumed_samples if before is not None else 0,
             first_iteration=first,
@@ -276,7 +278,7 @@ class Growth:
         first: int,
         started: float,
         chunks: list[GPTModel],
-        progress: Progress,
+        progress: TrainingProgress,
     ) -> None:
         sizes = stack_bytes(chunks, phase.rack)
         peak = max(gather(lambda: memory_use().peak))

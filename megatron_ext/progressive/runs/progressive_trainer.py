@@ -27,7 +27,7 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import on_first_rank
-from megatron_ext.progressive.growth.phases import check_phases, plan_phases
+from megatron_ext.progressive.growth.phases import check_phases, list_phases
 from megatron_ext.progressive.objectives.progressive_batches import plain_batch
 from megatron_ext.progressive.progressive_family import Trunk
 from megatron_ext.progressive.runs.progressive_run import Growth
@@ -118,7 +118,7 @@ class ProgressiveTrainer:
         save = Path(on_first_rank(lambda: str(self.save)))
         configs["checkpoint"] = CheckpointConfig(save=str(save))
         copies = parallel_state.get_data_parallel_world_size()
-        phases = plan_phases(
+        phases = list_phases(
             configs["progressive"],
             configs["training"],
             configs["optimizer"],

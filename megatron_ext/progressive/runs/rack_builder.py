@@ -21,7 +21,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.progressive.growth.rack import Rack, Stack
-from megatron_ext.progressive.growth.trunk_strategy import Trains, layer_plan
+from megatron_ext.progressive.growth.trunk_strategy import Trains, settings_by_layer
 from megatron_ext.progressive.objectives.stack_objective import reserve_mask_token
 from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk
 from megatron_ext.progressive.settings.progressive_config import MODES, PRECISIONS
@@ -136,7 +136,7 @@ class ProgressiveRackBuilder:
             trains: `newest`, as in the training of the newest stack, `all`, or `none`.
 
         Raises:
-            ValueError: there is no stack, or the cut does not fit the model.
+            ValueError: there is no stack, or the parallel layout does not fit the model.
         """
         if not self.num_stacks:
             raise ValueError("build_rack: the rack has no stack; call append_stack first")
@@ -195,7 +195,7 @@ class ProgressiveRackBuilder:
         self.frozen |= dict.fromkeys(indices, how)
         if self.chunks and self.chunks[0].config.num_layers == self.rack.num_layers:
             config = self.config.progressive_config(self.num_stacks)
-            prepare_layers(self.chunks, layer_plan(self.rack, config, "newest", self.frozen))
+            prepare_layers(self.chunks, settings_by_layer(self.rack, config, "newest", self.frozen))
 
 
 def _word(name: str, value: str | None, choices: tuple[str, ...]) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 _LENGTHS = ("train_iters", "train_samples", "num_epochs")
 
 
-def run_defaults(given: Mapping[str, str]) -> dict[str, Any]:
+def progressive_run_defaults(given: Mapping[str, str]) -> dict[str, Any]:
     """Sections of defaults.
 
     Args:

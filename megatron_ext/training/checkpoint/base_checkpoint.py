@@ -66,7 +66,7 @@ class BaseCheckpoint:
 
     def run_config(self) -> dict[str, Any]:
         """The configuration with which it was made."""
-        files.verify(self.folder, names=[files.RUN_CONFIG])
+        files.verify_checkpoint(self.folder, names=[files.RUN_CONFIG])
         return files.read_json(self.folder / files.RUN_CONFIG)
 
     def load(self, models: list[GPTModel], run_config: dict[str, Any], families: list[Family]) -> None:
@@ -81,7 +81,7 @@ class BaseCheckpoint:
             ValueError: it is damaged, or of another model.
         """
         rank, size = dist.get_rank(), dist.get_world_size()
-        gather(lambda: files.verify(self.folder, rank, size))
+        gather(lambda: files.verify_checkpoint(self.folder, rank, size))
         stored = self.run_config()
         shared = [family for family in families if family.name in stored["families"]]
         ours = {**run_config, "families": {f.name: run_config["families"][f.name] for f in shared}}

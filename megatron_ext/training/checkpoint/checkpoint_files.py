@@ -283,7 +283,9 @@ def write_checksums(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         fsync_path(path)
 
 
-def verify(folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] | None = None) -> None:
+def verify_checkpoint(
+    folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] | None = None
+) -> None:
     """Compares files with the manifest.
 
     Args:

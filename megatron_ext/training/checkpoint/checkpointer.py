@@ -37,7 +37,7 @@ IMPORTED = "hugging_face"
 
 
 @dataclass(kw_only=True)
-class Progress:
+class TrainingProgress:
     """How far a run has come."""
 
     iteration: int = 0
@@ -65,7 +65,7 @@ class Checkpointer:
         base: BaseCheckpoint | None = None,
         name: Callable[[int], str] = files.checkpoint_name,
         loads_what_fits: bool = False,
-        note: Callable[[str], None] = print_on_first_rank,
+        message: Callable[[str], None] = print_on_first_rank,
     ) -> None:
         """Args:
         config: where, how often and what.
@@ -95,7 +95,7 @@ class Checkpointer:
         self.base = base
         self.name = name
         self.loads_what_fits = loads_what_fits
-        self.note = note
+        self.message = message
         self._goes_on_from: int | None = None
         """The step from which the run goes on in --save; None where it begins there."""
 
@@ -103,7 +103,7 @@ class Checkpointer:
         if base is not None:
             self._keep_import(base.run_config())
 
-    def save(self, progress: Progress) -> Path:
+    def save(self, progress: TrainingProgress) -> Path:
         """Saves the run after the step that `progress` tells; collective.
 
         With `--overwrite-checkpoints` the first save removes the checkpoints whose place the run has taken.
@@ -140,7 +140,7 @@ class Checkpointer:
         self._remove_older(root, name)
         return root / name
 
-    def load(self) -> Progress | None:
+    def load(self) -> TrainingProgress | None:
         """Loads the checkpoint that the configuration names; collective.
 
         Returns:
@@ -155,7 +155,7 @@ class Checkpointer:
         root = self.config.load
         folder = on_first_rank(lambda: checkpoint_to_load(self.config))
         if folder is None:
-            self.note(f"--load {root}: no checkpoint there, the run starts from scratch")
+            self.message(f"--load {root}: no checkpoint there, the run starts from scratch")
             return None
         stored, state = _read_verified(folder)
         self._check_base(stored, folder)
@@ -164,20 +164,20 @@ class Checkpointer:
         same_vocabulary = stored["vocab_size"] == self.run_config["vocab_size"]
         self._load_tensors(folder, state, same_vocabulary)
         if self.config.finetune:
-            self.note(f"loaded the model of {folder}; the run starts at step 0")
-            return Progress()
-        scheduler_state.restore(
+            self.message(f"loaded the model of {folder}; the run starts at step 0")
+            return TrainingProgress()
+        scheduler_state.restore_scheduler(
             self.scheduler, state["scheduler"], folder, run=self.run_config, stored=stored
         )
         for family in self.families:
             family.load_state_dict(state["families"][family.name])
-        progress = Progress(**state["progress"])
+        progress = TrainingProgress(**state["progress"])
         self._load_random_state(folder, state, progress)
         self._goes_on_from = step_to_go_on_from(self.config, folder)
-        self.note(f"loaded {folder}: the run goes on after step {progress.iteration}")
+        self.message(f"loaded {folder}: the run goes on after step {progress.iteration}")
         later = on_first_rank(lambda: later_steps(self.config, self._goes_on_from))
         if later and not self.config.overwrite_checkpoints:
-            self.note(f"note: {later} are in --save too, after it; the run writes its own over them")
+            self.message(f"note: {later} are in --save too, after it; the run writes its own over them")
         return progress
 
     def _keep_import(self, stored: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class Checkpointer:
         if stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
             self.run_config[IMPORTED] = stored[IMPORTED]
         else:
-            self.note(
+            self.message(
                 "another tokenizer than the imported model's: an export will not have its generation configuration "
                 "and files"
             )
@@ -213,7 +213,7 @@ class Checkpointer:
                 f"this run on top of {ours['path'] if ours else 'nothing'}"
             )
 
-    def _write(self, folder: Path, progress: Progress) -> None:
+    def _write(self, folder: Path, progress: TrainingProgress) -> None:
         state = self._model_state()
         step = None
         if not self.config.no_save_optim:
@@ -239,11 +239,11 @@ class Checkpointer:
         own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
         on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
 
-    def _state(self, progress: Progress, optimizer_step: int | None) -> dict[str, Any]:
+    def _state(self, progress: TrainingProgress, optimizer_step: int | None) -> dict[str, Any]:
         return {
             "progress": asdict(progress),
             "optimizer_step": optimizer_step,
-            "scheduler": scheduler_state.capture(self.scheduler),
+            "scheduler": scheduler_state.scheduler_state_of(self.scheduler),
             "families": {family.name: family.state_dict() for family in self.families},
             "cut": _cut(self.models),
         }
@@ -268,7 +268,7 @@ class Checkpointer:
         else:
             optimizer.restore(loaded.get("optimizer", {}), state["optimizer_step"])
 
-    def _load_random_state(self, folder: Path, state: dict[str, Any], progress: Progress) -> None:
+    def _load_random_state(self, folder: Path, state: dict[str, Any], progress: TrainingProgress) -> None:
         if self.config.no_load_rng:
             return
         path = folder / random_state.file_name(dist.get_rank())
@@ -276,7 +276,7 @@ class Checkpointer:
         why = random_state.load(path) if same_cut else "the run is cut differently"
         if why is not None:
             random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
-            self.note(f"random numbers are seeded anew at step {progress.iteration}: {why}")
+            self.message(f"random numbers are seeded anew at step {progress.iteration}: {why}")
 
     def _remove_older(self, root: Path, name: str) -> None:
         """Removes what a new checkpoint makes superfluous; a failure is only told. Collective."""
@@ -291,7 +291,7 @@ class Checkpointer:
                     files.prune(root, keep, iteration)
             except OSError as error:
                 flag = f"--keep-last {keep}" if keep is not None else "--overwrite-checkpoints"
-                self.note(f"{flag}: an old checkpoint could not be removed: {error}")
+                self.message(f"{flag}: an old checkpoint could not be removed: {error}")
         dist.barrier()
 
 
@@ -303,7 +303,7 @@ def load_weights(
     vocab_size: int | None = None,
     ckpt_step: int | None = None,
 ) -> Path:
-    """Loads the model alone, at any cut, for tools that evaluate, generate or convert; collective.
+    """Loads the model alone, at any parallel layout, for tools that evaluate, generate or convert; collective.
 
     Where the checkpoint was made on top of a base, that is loaded first.
 
@@ -352,7 +352,7 @@ def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
         OSError: there is no checkpoint, or it cannot be read.
     """
     folder = _existing(path, ckpt_step)
-    files.verify(folder, names=[files.RUN_CONFIG])
+    files.verify_checkpoint(folder, names=[files.RUN_CONFIG])
     return files.read_json(folder / files.RUN_CONFIG)
 
 
@@ -371,7 +371,7 @@ def _existing(path: str, ckpt_step: int | None) -> Path:
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run configuration and state of a checkpoint all of whose files match their checksums; collective."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    gather(lambda: files.verify(folder, rank, size))
+    gather(lambda: files.verify_checkpoint(folder, rank, size))
     return gather(
         lambda: (files.read_json(folder / files.RUN_CONFIG), files.read_json(folder / files.STATE))
     )[rank]

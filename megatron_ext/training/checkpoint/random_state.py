@@ -22,7 +22,7 @@ _CUDA_STATE_BYTES = 16
 """Size of a CUDA generator's state (seed and offset); a CPU generator's, of its table, has 5056 bytes."""
 
 
-def capture() -> dict[str, Any]:
+def random_state_now() -> dict[str, Any]:
     """The state of all generators; tensors, numbers and dictionaries of them."""
     legacy: Any = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
@@ -38,7 +38,7 @@ def capture() -> dict[str, Any]:
     }
 
 
-def restore(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any]) -> None:
     """Takes what `capture` gave."""
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
@@ -64,7 +64,7 @@ def file_name(rank: int) -> str:
 
 def save(path: Path) -> None:
     """Writes the state of all generators to a file."""
-    write_tensors(path, capture())
+    write_tensors(path, random_state_now())
 
 
 def load(path: Path) -> str | None:
@@ -88,7 +88,7 @@ def load(path: Path) -> str | None:
     ours = process_groups.device().type
     if any(kind != ours for kind in kinds):
         return f"they are those of {' and '.join(sorted(set(kinds)))}, the run is on {ours}"
-    restore(state)
+    restore_random_state(state)
     return None
 
 

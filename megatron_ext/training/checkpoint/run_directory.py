@@ -105,7 +105,7 @@ def stored_sections(given: Mapping[str, str], names: Sequence[str]) -> dict[str,
 
 def sections_of(folder: Path, given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     """The same of a checkpoint's own directory."""
-    files.verify(folder, names=[files.RUN_CONFIG])
+    files.verify_checkpoint(folder, names=[files.RUN_CONFIG])
     stored = files.read_json(folder / files.RUN_CONFIG)
     found = {name: stored[name] for name in names if name in stored}
     if "model" in found:

@@ -39,14 +39,14 @@ _WITHOUT_EFFECT_IF_CONSTANT = {
 _GROUP_FIELDS = ("max_lr", "min_lr")
 
 
-def capture(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
+def scheduler_state_of(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
     """The schedule as JSON values, and the rates of the parameter groups, which families may scale."""
     groups = [{name: group[name] for name in _GROUP_FIELDS} for group in scheduler.optimizer.param_groups]
     shape = {name: getattr(scheduler, name) for name in _SETTINGS}
     return {"num_steps": scheduler.num_steps, "shape": shape, "groups": groups}
 
 
-def restore(
+def restore_scheduler(
     scheduler: OptimizerParamScheduler,
     state: dict[str, Any] | None,
     folder: Path,

@@ -1,7 +1,7 @@
 """Runs micro-batches through the model on megatron-core's pipeline schedules (none, 1F1B, interleaved).
 
 Callers see one function for every cut; what differs (one iterator a virtual stage, longer tensors between stages when
-side streams travel) is settled here.
+auxiliary streams travel) is settled here.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.interface.family_interface import Batch, Family, side_inputs
+from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 Prepare = Callable[[list[Batch]], Iterable[Batch]]
@@ -35,7 +35,7 @@ def run_microbatches(
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
-        families: asked for the model's side inputs.
+        families: asked for the model's auxiliary inputs.
         batches: micro-batches of equal shape, `tokens` [b, s].
         output_loss: called on the last stage.
         forward_only: no backward pass.
@@ -95,7 +95,7 @@ def _forward_step(
             batch["tokens"],
             batch["position_ids"],
             batch.get("attention_mask"),
-            side_inputs=side_inputs(families, batch),
+            auxiliary_inputs=auxiliary_inputs(families, batch),
             labels=batch["labels"] if output_loss.reads == "losses" else None,
         )
     return output, partial(_loss, output_loss, chunk, batch, divisor)
@@ -115,7 +115,7 @@ def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch
 
     Args:
         chunk: the whole model, unwrapped.
-        families: asked for the model's side inputs.
+        families: asked for the model's auxiliary inputs.
         batch: on the device.
     """
     with chunk.without_head():
@@ -123,7 +123,7 @@ def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch
             batch["tokens"],
             batch["position_ids"],
             batch.get("attention_mask"),
-            side_inputs=side_inputs(families, batch),
+            auxiliary_inputs=auxiliary_inputs(families, batch),
         )
 
 
@@ -134,4 +134,4 @@ def _unwrapped(chunk: Any) -> GPTModel:
 
 
 def _pipeline_factor(chunk: GPTModel) -> int:
-    return chunk.channel.pipeline_factor(chunk.config.hidden_size)
+    return chunk.auxiliary.pipeline_factor(chunk.config.hidden_size)

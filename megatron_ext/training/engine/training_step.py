@@ -24,7 +24,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.engine.optimizer import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
-from megatron_ext.training.interface.output_losses import the_one
+from megatron_ext.training.interface.output_losses import select_output_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Stepper:
         self.optimizer.zero_grad()
         LayerLosses.scale = 1.0 / self.num_microbatches
         taken = self._take(batches)
-        output_loss = the_one(family.output_loss() for family in self.families)
+        output_loss = select_output_loss(family.output_loss() for family in self.families)
         outputs = run_microbatches(
             self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
         )
@@ -161,7 +161,7 @@ class Stepper:
         for chunk in self.chunks:
             chunk.eval()
         outputs: list[dict[str, torch.Tensor]] = []
-        loss = the_one(family.evaluation_loss() for family in self.families)
+        loss = select_output_loss(family.evaluation_loss() for family in self.families)
         LayerLosses.evaluating = True
         try:
             with torch.no_grad():

@@ -27,7 +27,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Note:
+class Message:
     """What a family has to say after a step."""
 
     text: str
@@ -54,7 +54,9 @@ class Family:
         raise TypeError(f"{type(self).__name__} must say what it adds to the model")
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Raises `ValueError` where the family does not fit the model or its cut; called before anything is built."""
+        """Raises `ValueError` where the family does not fit the model or its parallel layout; called before anything
+        is built.
+        """
 
     def configuration(self) -> dict[str, Any]:
         """What a checkpoint must know to rebuild the family, as JSON values; see `Checkpointer`."""
@@ -88,7 +90,7 @@ class Family:
         """
         return batch
 
-    def side_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The family's inputs to the model on every pipeline stage, from a micro-batch on this rank's device."""
         return {}
 
@@ -155,7 +157,7 @@ class Family:
 
     def after_step(
         self, chunks: list[GPTModel], families: list["Family"], iteration: int, values: Mapping[str, float]
-    ) -> list[Note]:
+    ) -> list[Message]:
         """Called after a training step; collective, what rank 0 returns is told.
 
         Args:
@@ -219,9 +221,9 @@ class Family:
         """Takes what `state_dict` gave."""
 
 
-def side_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:
-    """The side inputs of all families of a run."""
-    return {name: value for family in families for name, value in family.side_inputs(batch).items()}
+def auxiliary_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:
+    """The auxiliary inputs of all families of a run."""
+    return {name: value for family in families for name, value in family.auxiliary_inputs(batch).items()}
 
 
 def make_batch(families: Iterable[Family], batch: Batch) -> Batch:

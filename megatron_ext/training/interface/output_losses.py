@@ -84,7 +84,7 @@ class HiddenStates(NoLoss):
         return super().__call__(model, batch, output)
 
 
-def the_one(brought: Iterable[OutputLoss | None]) -> OutputLoss:
+def select_output_loss(brought: Iterable[OutputLoss | None]) -> OutputLoss:
     """The loss that one of the families brings, or cross-entropy.
 
     Raises:

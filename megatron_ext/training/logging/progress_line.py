@@ -32,9 +32,9 @@ class PlainProgress:
                 f"step {iteration:{width}d}/{self._total}",
                 *(f"{name} {text}" for name, text in fields.items()),
             ]
-            self.note(" | ".join(shown))
+            self.message(" | ".join(shown))
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Prints a line of its own."""
         print(text, file=self._stream, flush=True)
 
@@ -57,7 +57,7 @@ class LiveProgress:
         shown = [Text(f"{name} {text}") for name, text in fields.items()]
         self._live.update(Group(self._bar, Columns(shown, padding=(0, 3, 0, 0))))
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Prints a line above the bar."""
         self._live.console.print(text, markup=False, highlight=False)
 

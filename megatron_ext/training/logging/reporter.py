@@ -89,7 +89,7 @@ class Reporter:
         self._progress = open_progress(stream or sys.stdout, total_iterations, iteration)
         if self._peak is not None:
             rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s a process ({self._peak.source})"
-            self.note(f"MFU counts against {rate}")
+            self.message(f"MFU counts against {rate}")
 
     def __enter__(self) -> "Reporter":
         return self
@@ -140,7 +140,7 @@ class Reporter:
             shown.append(f"{name} {loss:.6f} | ppl {perplexity:.4f}")
             if self._logging.log_validation_ppl:
                 self._scalar(f"{name} {split} ppl", perplexity, iteration, consumed_samples)
-        self.note(" | ".join([f"{split} at step {iteration}", *shown]))
+        self.message(" | ".join([f"{split} at step {iteration}", *shown]))
         self._flush()
 
     def statistics(self, iteration: int, values: Mapping[str, float]) -> None:
@@ -156,10 +156,10 @@ class Reporter:
         if not self._is_silent and self._tensorboard is not None:
             self._tensorboard.text(tag, text, iteration)
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Prints a line, on rank 0 only."""
         if not self._is_silent:
-            self._progress.note(text)
+            self._progress.message(text)
 
     def close(self) -> None:
         """Ends the progress display and closes the files; safe to call twice."""
@@ -197,7 +197,7 @@ class Reporter:
         peak = self._peak.raised(self._flops_per_second_per_device())
         if peak is not self._peak:
             was, self._peak = self._peak, peak
-            self.note(
+            self.message(
                 f"MFU counts against {peak.flops_per_second / 1e12:.4g} TFLOP/s a process from here on: the run is "
                 f"faster than the {was.flops_per_second / 1e12:.4g} measured at its start (the machine was busy then)"
             )

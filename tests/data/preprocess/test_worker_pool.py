@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.data.preprocess.worker_pool import Done, Failed, Progress, WorkerBug, WorkerDied, WorkerPool
+from megatron_ext.data.preprocess.worker_pool import (
+    Done,
+    Failed,
+    WorkerBug,
+    WorkerDied,
+    WorkerPool,
+    WorkerProgress,
+)
 
 
 def make_worker(argument: int) -> Any:
@@ -53,7 +60,7 @@ def test_every_task_is_answered_once_with_its_result_failure_or_progress() -> No
     finally:
         pool.close()
     assert sorted(m.result for m in messages if isinstance(m, Done)) == [10 * i for i in range(40)]
-    assert sorted(m.value for m in messages if isinstance(m, Progress)) == list(range(40))
+    assert sorted(m.value for m in messages if isinstance(m, WorkerProgress)) == list(range(40))
     ((failed),) = [m for m in messages if isinstance(m, Failed)]
     assert (failed.task, str(failed.error)) == (-5, "negative: -5")
 
