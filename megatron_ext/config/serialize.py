@@ -42,7 +42,7 @@ def configs_from_dict(groups: ConfigGroups, values: Mapping[str, Mapping[str, An
 
 
 def format_configs(configs: Mapping[str, Any]) -> str:
-    """Returns the effective configuration as YAML, one section a concern, every field with its value."""
+    """Returns the effective configuration as YAML, one section per config group, every field with its value."""
     return yaml.safe_dump(configs_to_dict(configs), sort_keys=False, default_flow_style=None, width=100)
 
 

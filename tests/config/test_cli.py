@@ -105,7 +105,7 @@ def test_underscores_dashes_and_equals_signs_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("alias", "concern", "field", "value"),
+    ("alias", "group", "field", "value"),
     [
         ("--batch_size 3", "training", "micro_batch_size", 3),
         ("--gradient_accumulation_steps 4", "training", "gradient_accumulation_steps", 4),

@@ -88,7 +88,7 @@ def imported_tokenizer(
     if config.tokenizer_type == "SentencePieceTokenizer":
         message = _lacking_tokens(folder, tokenizer.vocab_size)
     if tokenizer.vocab_size > vocab_size:
-        message = f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings: the others are zero"
+        message = f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings: the rest are zero"
     elif tokenizer.vocab_size < vocab_size:
         config = replace(config, vocab_size=vocab_size)
         tokenizer = build_tokenizer(config)
