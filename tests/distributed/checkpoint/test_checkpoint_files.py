@@ -1,0 +1,263 @@
+"""What is on the disk: complete or not there, whatever kills the save; damage is found before it is read."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.training.checkpoint import checkpoint_files as files
+from tests.integration.scripts.kill_helpers import snapshots
+
+_SINGLE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())
+
+
+def _run(**checkpoint: Any) -> TinyRun:
+    return TinyRun(replace(_SINGLE, checkpoint=CheckpointConfig(**checkpoint)))
+
+
+def _names(folder: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def _states_during_a_save(folder: str) -> tuple[list[str], dict[int, float]]:
+    """Copies the directory before each change that a save makes to it: that is what a kill at that moment leaves.
+
+    The save is the hardest one: it replaces a checkpoint of the same step, and removes an older one.
+    """
+    place = f"{folder}/place"
+    first = _run(save=place)
+    first.train(1)
+    first.save()
+    expected = {1: _checksum(first)}
+    first.train(1)
+    first.save()
+    (Path(place) / files.TRACKER).write_text("1")
+    second = _run(load=place, save=place, keep_last=1)
+    second.train(1)
+    return snapshots(place, folder, second.save), expected | {2: _checksum(second)}
+
+
+def _checksum(run: TinyRun) -> float:
+    return float(sum(p.detach().double().abs().sum() for chunk in run.chunks for p in chunk.parameters()))
+
+
+def _load_and_save_again(folders: list[str]) -> list[tuple[int, float, list[str]]]:
+    found = []
+    for folder in folders:
+        run = _run(load=folder, save=folder)
+        found.append((run.progress.iteration, _checksum(run)))
+        run.save()
+    return [(*result, _names(folder)) for result, folder in zip(found, folders, strict=True)]
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint_loadable(tmp_path: Path) -> None:
+    folders, expected = run_distributed(_states_during_a_save, 1, str(tmp_path))[0]
+    assert len(folders) > 20
+    results = run_distributed(_load_and_save_again, 1, folders)[0]
+    for iteration, checksum, names in results:
+        assert checksum == expected[iteration]
+        # The next save has removed what the kill left.
+        assert not [name for name in names if name.startswith(".")]
+    steps = [iteration for iteration, _, _ in results]
+    assert steps == sorted(steps) and set(steps) == {1, 2}
+
+
+def _save_for_ever(folder: str) -> None:
+    run = _run(save=folder)
+    run.train(1)
+    while True:
+        run.save()
+        run.progress.iteration += 1
+
+
+def _load_progress(folder: str) -> int:
+    return _run(load=folder).progress.iteration
+
+
+def test_a_run_killed_while_saving_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    for milliseconds in (10, 60, 110):
+        folder = tmp_path / str(milliseconds)
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_save_for_ever, args=(str(folder),)
+        )
+        process.start()
+        try:
+            deadline = time.monotonic() + 120
+            while not (folder / "iter_0000002").exists() and process.is_alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(milliseconds / 1000)
+        finally:
+            process.kill()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL
+        newest = max(files.complete_checkpoints(folder))
+        assert run_distributed(_load_progress, 1, str(folder))[0] in (newest, newest - 1)
+
+
+def _save_once(folder: str) -> None:
+    run = _run(save=folder)
+    run.train(1)
+    run.save()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run_distributed(_save_once, 1, str(folder))
+    return folder
+
+
+def _loading_errors(folders: list[str]) -> list[str]:
+    errors = []
+    for folder in folders:
+        with pytest.raises((ValueError, OSError)) as caught:
+            _run(load=folder)
+        errors.append(str(caught.value))
+    return errors
+
+
+def _truncate(folder: Path, name: str) -> None:
+    path = folder / "iter_0000001" / name
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _flip_a_bit(folder: Path, name: str) -> None:
+    path = folder / "iter_0000001" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _remove(folder: Path, name: str) -> None:
+    (folder / "iter_0000001" / name).unlink()
+
+
+def test_a_damaged_file_is_refused_in_one_line_that_names_it(saved: Path, tmp_path: Path) -> None:
+    damages = [
+        (damage, name)
+        for damage in (_truncate, _flip_a_bit, _remove)
+        for name in ("__0_0.distcp", ".metadata", "state.json", "rng/rank_00000.pt")
+    ]
+    damages += [(_truncate, files.CHECKSUMS), (_remove, files.CHECKSUMS)]
+    folders: list[Path] = []
+    for index, (damage, name) in enumerate(damages):
+        folders.append(tmp_path / str(index))
+        shutil.copytree(saved, folders[-1])
+        damage(folders[-1], name)
+    errors = run_distributed(_loading_errors, 1, [str(folder) for folder in folders])[0]
+    for folder, (_, name), error in zip(folders, damages, errors, strict=True):
+        assert str(folder / "iter_0000001") in error and Path(name).name in error
+        assert "\n" not in error
+
+
+def _save_without_space(folder: str, limit: int | None, limited_rank: int) -> tuple[str, list[str]]:
+    import resource
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    parallel = ParallelConfig(tensor_model_parallel_size=world_size)
+    run = TinyRun(RunSettings(parallel=parallel, checkpoint=CheckpointConfig(save=folder)))
+    run.train(1)
+    run.save()
+    run.train(1)
+    if limit is not None and int(os.environ["RANK"]) == limited_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        run.save()
+    return str(caught.value), _names(folder)
+
+
+@pytest.mark.parametrize("limited_rank", [0, 1])
+@pytest.mark.parametrize("limit", [100, 100_000])
+def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_leaves_nothing(
+    limited_rank: int, limit: int, tmp_path: Path
+) -> None:
+    for error, names in run_distributed(
+        _save_without_space, 2, str(tmp_path), limit, limited_rank, timeout=60
+    ):
+        assert error.startswith(f"--save {tmp_path}: the checkpoint of step 2 could not be written (")
+        assert "\n" not in error
+        assert names == ["iter_0000001", files.TRACKER]
+    assert run_distributed(_load_progress, 1, str(tmp_path))[0] == 1
+
+
+def test_a_full_disk_fails_the_save_and_leaves_nothing(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small file system")
+    try:
+        error, names = run_distributed(_save_without_space, 1, str(tmp_path), None, 0, timeout=60)[0]
+        assert "No space left on device" in error
+        assert names == ["iter_0000001", files.TRACKER]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--save .*/file/checkpoints: not writable: Not a directory"):
+        files.check_writable(str(tmp_path / "file" / "checkpoints"))
+    files.check_writable(str(tmp_path / "new" / "checkpoints"))
+    assert not (tmp_path / "new").exists()  # a run that is refused after this leaves none
+    (tmp_path / "there").mkdir()
+    files.check_writable(str(tmp_path / "there"))
+    assert _names(tmp_path / "there") == []
+
+
+def _make_complete(root: Path, *steps: int) -> None:
+    for step in steps:
+        folder = files.begin(root, files.checkpoint_name(step))
+        files.write_checksums(folder, {})
+        files.publish(root, files.checkpoint_name(step))
+
+
+def test_the_newest_checkpoints_are_kept_and_later_ones_of_another_run_untouched(tmp_path: Path) -> None:
+    _make_complete(tmp_path, 9, 1, 2, 3, 4)
+    files.prune(tmp_path, keep_last=2, iteration=4)
+    assert list(files.complete_checkpoints(tmp_path)) == [3, 4, 9]
+    assert (tmp_path / files.TRACKER).read_text() == "4"
+
+
+def test_the_tracker_names_the_checkpoint_to_load(tmp_path: Path) -> None:
+    assert files.find_checkpoint(str(tmp_path)) is None
+    assert files.find_checkpoint(str(tmp_path / "missing")) is None
+    _make_complete(tmp_path, 1, 2)
+    (tmp_path / files.TRACKER).write_text("1")
+    assert files.find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000001"
+    assert files.find_checkpoint(str(tmp_path), 2) == tmp_path / "iter_0000002"
+    assert files.find_checkpoint(str(tmp_path / "iter_0000002")) == tmp_path / "iter_0000002"
+    assert files.find_checkpoint(str(tmp_path / "iter_0000002"), 2) == tmp_path / "iter_0000002"
+    (tmp_path / files.TRACKER).unlink()
+    assert files.find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000002"
+    with pytest.raises(FileNotFoundError, match=r"--ckpt-step 5: .*there: 1, 2"):
+        files.find_checkpoint(str(tmp_path), 5)
+
+
+def test_a_checkpoint_that_is_not_complete_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / files.TRACKER).write_text("3")
+    with pytest.raises(ValueError, match="iter_0000003: not a complete checkpoint"):
+        files.find_checkpoint(str(tmp_path))
+
+
+def test_checksums_are_those_of_the_system_tool(saved: Path) -> None:
+    folder = saved / "iter_0000001"
+    manifest = json.loads((folder / files.CHECKSUMS).read_text())["files"]
+    everything = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert set(manifest) == everything - {files.CHECKSUMS}
+    for name, entry in manifest.items():
+        line = subprocess.run(["sha256sum", folder / name], capture_output=True, text=True, check=True)
+        assert line.stdout.split()[0] == entry["sha256"]
+        assert (folder / name).stat().st_size == entry["size"]

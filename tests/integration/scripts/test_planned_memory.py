@@ -1,0 +1,64 @@
+"""A run that cannot fit into the machine is refused within seconds, before anything large is allocated."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.testing.tiny_datasets import write_dataset
+
+ROOT = Path(__file__).parents[3]
+FLAGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 99 "
+    "--num-workers 0 --eval-iters 1 --split 80,15,5"
+)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("data") / "data")
+    write_dataset(path, [[list(range(50))] for _ in range(60)])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            "--seq-length 50000000 --train-iters 10",
+            ["--seq-length 50000000, --micro-batch-size 1", "activations"],
+        ),
+        ("--seq-length 16 --train-iters 10 --micro-batch-size 9999999", ["--micro-batch-size 9999999"]),
+        (
+            "--seq-length 16 --train-iters 10 --ffn-hidden-size 9999999999",
+            ["--num-layers 2, --hidden-size 32"],
+        ),
+        ("--seq-length 16 --train-iters 999999999999", ["999,999,999,999 training samples", "--train-iters"]),
+        ("--seq-length 16 --train-iters 9 --eval-iters 999999999999", ["validation samples", "--eval-iters"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_exit_code_2_without_allocating_it(
+    flags: str, words: list[str], prefix: str
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # torch alone maps several
+
+    done = subprocess.run(
+        [sys.executable, "pretrain_gpt_per_layer.py", *FLAGS.split(), *flags.split(), "--data-path", prefix],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        preexec_fn=limit,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "this machine has" in errors[0]
+    for word in words:
+        assert word in errors[0]

@@ -1,0 +1,126 @@
+"""A changed config.json before two judges: transformers' own class, and an import; in a process group of one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.interop import export_hf, load_hf, load_into
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize
+from tests.unit.interop.hf_models import SIZES, Kind, tokens
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one config.json."""
+
+    refusal: str | None
+    """The import's error, None where it was taken over."""
+
+    theirs: str | None
+    """transformers' error, None where it loads and computes logits."""
+
+    difference: float | None
+    """Greatest difference of logits between the two, where both load; over the positions that the import is for."""
+
+    has_effect: bool | None
+    """Whether transformers' logits differ from those without the change, where it loads."""
+
+    lost: frozenset[str] = frozenset()
+    """Fields that transformers' configuration object has otherwise after an export, `logits` if these differ."""
+
+
+def judge(path: str, kind: Kind, changes: list[dict[str, Any]]) -> list[Verdict]:
+    """A verdict for each change of the configuration of `kind`.
+
+    Args:
+        path: a directory to write into.
+        kind: the model without the change.
+        changes: fields of config.json to add or replace; `...` removes one.
+    """
+    initialize(ParallelConfig(), seed=1)
+    transformers.logging.set_verbosity(50)
+    transformers.logging.disable_progress_bar()
+    plain = _theirs(_write(Path(path, "plain"), kind, {}))
+    return [_verdict(Path(path, str(i)), kind, change, plain) for i, change in enumerate(changes)]
+
+
+def _verdict(folder: Path, kind: Kind, change: dict[str, Any], plain: torch.Tensor) -> Verdict:
+    try:
+        _write(folder, kind, change)
+        theirs, error = _theirs(folder), None
+    except Exception as refusal:  # whatever transformers raises is a refusal
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(_content(kind, change)))
+        theirs, error = None, f"{type(refusal).__name__}: {refusal}"
+    same_shape = theirs is not None and theirs.shape == plain.shape
+    has_effect = None if theirs is None else not (same_shape and torch.equal(theirs, plain))
+    try:
+        source = load_hf(folder)
+    except (ValueError, OSError) as refusal:
+        return Verdict(str(refusal), error, None, has_effect)
+    if theirs is None:
+        return Verdict(None, error, None, None)
+    chunks = build_model(source.model, ParallelConfig(), vocab_size=source.vocab_size, seed=7)
+    load_into(chunks, source.state)
+    length = min(tokens().size(1), source.model.max_position_embeddings or 0)
+    ids = tokens()[:, :length] % source.vocab_size
+    with torch.no_grad():
+        ours = chunks[0].eval()(ids, torch.arange(ids.size(1)).expand_as(ids), None)
+    difference = float((ours - theirs[:, :length]).abs().max())
+    export_hf(source.model, source.vocab_size, dict(source.state), folder / "out", imported=source.imported)
+    before, after = _configuration(folder), _configuration(folder / "out")
+    lost = frozenset(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if not torch.equal(_theirs(folder / "out"), theirs):
+        lost |= {"logits"}
+    return Verdict(None, None, difference, has_effect, lost)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    of_directory = ("_name_or_path", "architectures", "dtype", "auto_map")
+    said_otherwise = ("hidden_act", "head_dim", "rope_parameters", "original_max_position_embeddings")
+    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    config["attention_dropout"] = config["attention_dropout"] or 0.0  # null is none
+    return {name: value for name, value in config.items() if name not in of_directory + said_otherwise}
+
+
+def _content(kind: Kind, change: dict[str, Any]) -> dict[str, Any]:
+    content = {"model_type": kind.name.lower(), **SIZES, **kind.changes, **change}
+    return {name: value for name, value in content.items() if value is not ...}
+
+
+def _write(folder: Path, kind: Kind, change: dict[str, Any]) -> Path:
+    """A directory with exactly this config.json, and the weights of the model that transformers builds from it."""
+    content = _content(kind, change)
+    text = json.dumps(content)
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.15, generator=generator).add_(1.0 if "norm" in name else 0.0)
+    tied = content.get("tie_word_embeddings", False)
+    tensors = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def _theirs(folder: Path) -> torch.Tensor:
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    model, found = loaded
+    assert not any(found.values()), found
+    output = model.eval()(tokens() % model.config.vocab_size)
+    logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return logits

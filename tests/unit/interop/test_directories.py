@@ -1,0 +1,196 @@
+"""A directory from which no model can be read: one line says what is in it and what to do, and nothing is written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ext.interop import import_checkpoint
+from tests.unit.interop.hf_models import KINDS
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama: `one`, a single file of weights; `many`, several and their index."""
+    path = tmp_path_factory.mktemp("saved")
+    KINDS["Llama"].build().save_pretrained(path / "one")
+    KINDS["Llama"].build().save_pretrained(path / "many", max_shard_size="30KB")
+    return path
+
+
+def _renamed(name: str, *, config: bool = True) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / name)
+        if not config:
+            (folder / "config.json").unlink()
+
+    return change
+
+
+def _tensors(rename: Callable[[str], str]) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+    return change
+
+
+def _base_model(folder: Path) -> None:
+    """As `LlamaModel` saves itself, whatever its config.json says since."""
+    shutil.rmtree(folder)
+    model = KINDS["Llama"].build().model
+    model.save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "architectures": ["LlamaForCausalLM"]}))
+
+
+def _adapter(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    peft.LoraConfig(target_modules=["q_proj"], r=2).save_pretrained(str(folder))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.ones(2, 32)}, folder / "adapter_model.safetensors")
+
+
+def _adapter_with_config(folder: Path) -> None:
+    content = (folder / "config.json").read_text()
+    _adapter(folder)
+    (folder / "config.json").write_text(content)
+
+
+def _link(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.symlink(folder / "blobs" / "0", folder / WEIGHTS)
+
+
+def _cache(folder: Path) -> None:
+    shutil.move(folder, folder.with_name("moved"))
+    shutil.copytree(folder.with_name("moved"), folder / "snapshots" / "a1b2")
+    shutil.rmtree(folder.with_name("moved"))
+
+
+def _pointer(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(POINTER)
+
+
+def _quantized(content: dict[str, Any]) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": content}))
+
+    return change
+
+
+DIRECTORIES: dict[str, Callable[[Path], Any]] = {
+    r"no config.json in it; it holds model-q4.gguf: a model in the format of llama.cpp; .*gguf_file": _renamed(
+        "model-q4.gguf", config=False
+    ),
+    r"neither .* in it; it holds model-q4.gguf: a model in the format of llama.cpp": _renamed(
+        "model-q4.gguf"
+    ),
+    r"no config.json in it; it holds consolidated.safetensors: the model in its maker's own format": _renamed(
+        "consolidated.safetensors", config=False
+    ),
+    r"it holds consolidated.00.pth: the model in Meta's format": _renamed("consolidated.00.pth"),
+    r"it holds model.fp16.safetensors: a variant, which is not read; .*rename it": _renamed(
+        "model.fp16.safetensors"
+    ),
+    r"it holds pytorch_model.bin: pickled weights, which are not read; .*save_pretrained": _renamed(
+        "pytorch_model.bin"
+    ),
+    r"it holds tf_model.h5: TensorFlow's weights": _renamed("tf_model.h5"),
+    r"it holds my-model.safetensors: weights under another name; rename": _renamed("my-model.safetensors"),
+    r"no config.json in it; it holds adapter_config.json: a peft adapter, .*merge_and_unload": _adapter,
+    r"neither .* in it; it holds adapter_config.json: a peft adapter": _adapter_with_config,
+    r"no config.json in it; it is a cache of the hub; the model is .*snapshots/a1b2": _cache,
+    r"all tensors are named language_model....: a part of a larger model": _tensors(
+        lambda name: f"language_model.{name}"
+    ),
+    r"all tensors are named model.language_model....: a part": _tensors(
+        lambda name: f"model.language_model.{name}"
+    ),
+    r"the tensors' names lack the beginning model.: saved from the model without its head": _base_model,
+    r"quantized \(GPTQ or AWQ: tensors ....qweight\) and cannot be imported; save them dequantized": _tensors(
+        lambda name: name.replace("q_proj.weight", "q_proj.qweight")
+    ),
+    r"quantization_config .*: awq weights cannot be imported; save them dequantized": _quantized(
+        {"quant_method": "awq", "bits": 4}
+    ),
+    r"quantization_config .*: bitsandbytes weights cannot be imported": _quantized(
+        {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    ),
+    r"model.safetensors: a pointer of git-lfs, not the file itself; fetch the files with `git lfs pull`": _pointer(
+        WEIGHTS
+    ),
+    r"tokenizer.json: a pointer of git-lfs": _pointer("tokenizer.json"),
+    r"tokenizer.model: a pointer of git-lfs": _pointer("tokenizer.model"),
+    r"model.safetensors is a link to a file that is missing": _link,
+}
+
+
+@pytest.mark.parametrize("message", DIRECTORIES)
+def test_what_a_directory_holds_is_named_with_what_to_do_and_nothing_is_left(
+    message: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(saved / "one", folder)
+    DIRECTORIES[message](folder)
+    with pytest.raises((ValueError, OSError), match=f"{folder}.*{message}") as caught:
+        import_checkpoint(folder, tmp_path / "out" / "ckpt")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_shards_and_pointers_among_them_are_told(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(saved / "many", folder)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    shards[1].write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{shards[1].name}: a pointer of git-lfs"):
+        import_checkpoint(folder, tmp_path / "out")
+    shards[1].unlink()
+    shards[2].unlink()
+    expected = (
+        f"{shards[1].name} is missing .2 of the {len(shards)} files in {INDEX}.; copy the whole directory"
+    )
+    with pytest.raises(FileNotFoundError, match=expected):
+        import_checkpoint(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_directory_of_another_format_is_one_line_and_exit_code_two(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "one", tmp_path / "hf")
+    (tmp_path / "hf" / WEIGHTS).rename(tmp_path / "hf" / "model.fp16.safetensors")
+    script = str(Path(__file__).parents[3] / "tools" / "convert_checkpoint.py")
+    argv = [sys.executable, script, "import", "--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert "model.fp16.safetensors" in result.stderr and not (tmp_path / "c").exists()
+
+
+def test_what_stands_beside_a_model_and_is_not_taken_is_told(saved: Path, tmp_path: Path) -> None:
+    from megatron_ext.interop import load_hf
+
+    folder = tmp_path / "hf"
+    shutil.copytree(saved / "one", folder)
+    torch.save({}, folder / "training_args.bin")
+    (folder / "modeling_x.py").write_text("raise SystemExit\n")
+    (folder / "onnx").mkdir()
+    (folder / "README.md").write_text("A model.\n")
+    (folder / ".gitattributes").write_text("x\n")
+    found = load_hf(folder)
+    assert "left behind: modeling_x.py, onnx/, training_args.bin" in found.messages
+    assert found.imported.files == ("README.md",)

@@ -1,0 +1,247 @@
+"""Each field of transformers' configuration classes is taken over, refused by name, or without effect on logits."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.unit.interop.hf_models import LLAMA3_SCALING, Kind, alone
+from tests.unit.interop.judging import Verdict, judge
+
+TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
+ALL = ("Llama", "Mistral", "Qwen2", "Qwen3")
+QWEN = ("Qwen2", "Qwen3")
+BASES = {
+    "Llama": Kind("Llama"),
+    "Mistral": Kind("Mistral", {"sliding_window": None}),
+    "Qwen2": Kind("Qwen2"),
+    "Qwen3": Kind("Qwen3", {"head_dim": 8}),
+}
+FULL, MIXED = ["full_attention"] * 4, ["full_attention", "sliding_attention"] * 2
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
+
+# Field -> changes of config.json, and what becomes of each. Every field of the classes is in here.
+FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "vocab_size": [({"vocab_size": 101}, TAKEN)],
+    "hidden_size": [({"hidden_size": 48}, TAKEN)],
+    "intermediate_size": [({"intermediate_size": 40}, TAKEN)],
+    "num_hidden_layers": [({"num_hidden_layers": 3}, TAKEN)],
+    "num_attention_heads": [({"num_attention_heads": 8, "num_key_value_heads": 4}, TAKEN)],
+    "num_key_value_heads": [({"num_key_value_heads": 1}, TAKEN), ({"num_key_value_heads": 3}, REFUSED)],
+    "head_dim": [({"head_dim": 12}, TAKEN), ({"head_dim": 0}, REFUSED), ({"head_dim": 7}, REFUSED)],
+    "hidden_act": [
+        ({"hidden_act": "swish"}, SAME),
+        ({"hidden_act": "gelu"}, REFUSED),
+        ({"hidden_act": "gelu_pytorch_tanh"}, REFUSED),
+    ],
+    "max_position_embeddings": [({"max_position_embeddings": 50}, SAME)],
+    "initializer_range": [({"initializer_range": 0.5}, SAME)],
+    "rms_norm_eps": [({"rms_norm_eps": 0.1}, TAKEN), ({"rms_norm_eps": 0.0}, REFUSED)],
+    "use_cache": [({"use_cache": False}, SAME)],
+    "pad_token_id": [({"pad_token_id": 5}, SAME), ({"pad_token_id": 500}, REFUSED)],
+    "bos_token_id": [({"bos_token_id": 7}, SAME)],
+    "eos_token_id": [({"eos_token_id": [3, 5, 9]}, SAME)],
+    "pretraining_tp": [({"pretraining_tp": 2}, SAME)],
+    "tie_word_embeddings": [
+        ({"tie_word_embeddings": True}, TAKEN),
+        ({"tie_word_embeddings": None}, REFUSED),
+    ],
+    "rope_parameters": [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, TAKEN),
+        ({"rope_parameters": {"rope_theta": 500}}, TAKEN),
+        ({"rope_parameters": {"factor": 4.0}, "rope_theta": 500.0}, TAKEN),
+        ({"rope_parameters": LLAMA3_SCALING}, TAKEN),
+        ({"rope_parameters": {**LLAMA3_SCALING, "attention_factor": 2.0}}, TAKEN),
+        ({"rope_parameters": {"type": "linear", "factor": 3}}, TAKEN),
+        ({"rope_parameters": {"rope_type": "linear", "type": "default", "factor": 3.0}}, TAKEN),
+        ({"rope_parameters": {"type": "linear", "rope_type": "default", "factor": 3.0}}, SAME),
+        ({"rope_parameters": YARN}, REFUSED),
+        ({"rope_parameters": LONGROPE}, REFUSED),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 5e3}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, REFUSED),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}}, REFUSED),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, REFUSED),
+    ],
+    "attention_bias": [({"attention_bias": True}, TAKEN)],
+    "mlp_bias": [({"mlp_bias": True}, TAKEN)],
+    "attention_dropout": [({"attention_dropout": 0.5}, SAME), ({"attention_dropout": 1.5}, REFUSED)],
+    "sliding_window": [({"sliding_window": 16}, TAKEN), ({"sliding_window": 0}, REFUSED)],
+    "use_sliding_window": [
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, TAKEN)
+    ],
+    "max_window_layers": [
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, TAKEN),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}, SAME),
+    ],
+    "layer_types": [
+        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": FULL}, SAME),
+        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": MIXED}, TAKEN),
+        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": ["attention"] * 4}, SAME),
+        ({"layer_types": MIXED}, REFUSED),
+        ({"layer_types": FULL[:3]}, REFUSED),
+        ({"layer_types": ["chunked_attention"] * 4}, REFUSED),
+    ],
+    # Of the base class.
+    "transformers_version": [({"transformers_version": "4.40.0"}, SAME)],
+    "architectures": [
+        ({"architectures": ["LlamaForSequenceClassification"]}, REFUSED),
+        ({"architectures": None}, SAME),
+    ],
+    "output_hidden_states": [({"output_hidden_states": True}, SAME)],
+    "return_dict": [({"return_dict": False}, REFUSED)],
+    "dtype": [({"dtype": "bfloat16"}, SAME), ({"dtype": "float7"}, REFUSED)],
+    "chunk_size_feed_forward": [({"chunk_size_feed_forward": 2}, SAME)],
+    "is_encoder_decoder": [({"is_encoder_decoder": True}, SAME)],
+    "id2label": [({"id2label": {"0": "a", "1": "b", "2": "c"}}, SAME)],
+    "label2id": [({"label2id": {"a": 0, "b": 1}}, SAME)],
+    "problem_type": [({"problem_type": "regression"}, SAME)],
+}
+
+# What a class takes beside its fields: names of earlier versions, and what code shared by all models reads.
+BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "rope_theta": [
+        ({"rope_theta": 500.0}, TAKEN),
+        ({"rope_theta": 500}, TAKEN),
+        ({"rope_theta": "10000"}, REFUSED),
+        ({"rope_theta": None}, REFUSED),
+    ],
+    "rope_scaling": [
+        ({"rope_scaling": None, "rope_theta": 500.0}, TAKEN),
+        ({"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0}, TAKEN),
+        ({"rope_scaling": LLAMA3_SCALING, "rope_parameters": {"rope_theta": 7.0}}, TAKEN),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, REFUSED),
+        ({"rope_scaling": {**YARN, "type": "yarn"}}, REFUSED),
+        ({"rope_scaling": {"type": "linear", "factor": "3"}}, REFUSED),
+    ],
+    "original_max_position_embeddings": [
+        ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 16}, TAKEN),
+        ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": None}, REFUSED),
+        ({"original_max_position_embeddings": 16}, SAME),
+    ],
+    "partial_rotary_factor": [
+        ({"partial_rotary_factor": 1.0}, SAME),
+        ({"partial_rotary_factor": 0.5}, REFUSED),
+    ],
+    "torch_dtype": [({"torch_dtype": "bfloat16"}, SAME)],
+    "num_labels": [({"num_labels": 3}, SAME)],
+    "output_attentions": [({"output_attentions": True}, SAME)],
+    "name_or_path": [({"name_or_path": "x", "_name_or_path": "y", "_commit_hash": "z"}, SAME)],
+    "auto_map": [({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, SAME)],
+    "temperature": [({"temperature": 0.3, "do_sample": True, "max_length": 7}, SAME)],
+    "attention_multiplier": [({"attention_multiplier": 2.0, "no_rope_layers": [0, 1, 0, 1]}, SAME)],
+    "is_causal": [({"is_causal": False}, REFUSED)],
+    "per_layer_config": [({"per_layer_config": {"1": {"intermediate_size": 40}}}, REFUSED)],
+    "attention_chunk_size": [({"attention_chunk_size": 8}, REFUSED)],
+    "quantization_config": [({"quantization_config": {"quant_method": "awq", "bits": 4}}, REFUSED)],
+    "transformers_weights": [({"transformers_weights": "other.safetensors"}, REFUSED)],
+    "configuration_files": [({"configuration_files": ["config.4.0.0.json"]}, REFUSED)],
+    "text_config": [({"text_config": {"hidden_size": 16}}, REFUSED)],
+    "model_type": [
+        ({"model_type": "granite"}, REFUSED),
+        ({"model_type": "smollm3"}, REFUSED),
+        ({"model_type": ...}, REFUSED),
+    ],
+}
+# Where a family differs from what is said above.
+OTHERWISE: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
+    ("Llama", "num_attention_heads"): [
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, TAKEN),
+        ({"num_attention_heads": 6, "head_dim": 8}, REFUSED),
+    ],
+    **{
+        (family, "sliding_window"): [({"sliding_window": 16}, SAME), ({"sliding_window": 0}, SAME)]
+        for family in QWEN
+    },
+    ("Mistral", "hidden_size"): [({"hidden_size": 34}, TAKEN)],
+    ("Mistral", "layer_types"): [({"layer_types": MIXED, "sliding_window": 16}, REFUSED)],
+}
+NOT_IN_ITS_CLASS: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
+    "Llama": {
+        "sliding_window": [({"sliding_window": 16}, REFUSED)],
+        "layer_types": [({"layer_types": FULL}, SAME), ({"layer_types": MIXED}, REFUSED)],
+    },
+    "Mistral": {
+        "layer_types": OTHERWISE["Mistral", "layer_types"],
+        "attention_bias": [({"attention_bias": True, "mlp_bias": True}, SAME)],
+    },
+    "Qwen2": {
+        "head_dim": [({"head_dim": 12}, TAKEN), ({"head_dim": None}, REFUSED)],
+        "attention_bias": [({"attention_bias": True, "mlp_bias": True}, SAME)],
+    },
+    "Qwen3": {"mlp_bias": [({"mlp_bias": True}, SAME)]},
+}
+
+
+def _class_fields(family: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(getattr(transformers, f"{family}Config"))]
+
+
+def _cases(family: str) -> list[tuple[str, dict[str, Any], str]]:
+    of_class = {name: OTHERWISE.get((family, name), FIELDS[name]) for name in _class_fields(family)}
+    sections = (of_class, NOT_IN_ITS_CLASS[family], BESIDE)
+    return [(name, *case) for section in sections for name, cases in section.items() for case in cases]
+
+
+def _check(name: str, change: dict[str, Any], verdict: Verdict, expected: str | None) -> str | None:
+    """What is wrong with a verdict, None where all is well."""
+    if verdict.refusal is not None:
+        named = any(word in verdict.refusal for word in _names(name, change))
+        is_expected = expected in (REFUSED, None) and named and "\n" not in verdict.refusal
+        return None if is_expected else f"refused: {verdict.refusal}"
+    if verdict.difference is None:
+        return f"taken over, but transformers refuses: {verdict.theirs}"
+    if not verdict.difference < 1e-5:
+        return f"taken over with a difference of {verdict.difference}"
+    if verdict.lost:
+        return f"lost on export: {sorted(verdict.lost)}"
+    effect = TAKEN if verdict.has_effect else SAME
+    return None if expected in (effect, None) else f"{effect}, expected: {expected}"
+
+
+def _names(name: str, change: dict[str, Any]) -> set[str]:
+    return {
+        name,
+        *change,
+        *(["rope scaling", "rope_theta", "partial_rotary_factor"] if "rope" in name else []),
+    }
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_field_of_the_class_is_taken_over_or_refused_by_name_or_without_effect(
+    family: str, tmp_path: Path
+) -> None:
+    cases = _cases(family)
+    verdicts = alone(judge, str(tmp_path), BASES[family], [change for _, change, _ in cases])
+    wrong = [
+        f"{change}: {message}"
+        for (name, change, expected), verdict in zip(cases, verdicts, strict=True)
+        if (message := _check(name, change, verdict, expected))
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert {name for name, _, _ in cases} >= set(_class_fields(family))
+
+
+ODD = ("x", "10", None, 0, -1, 1, True, 1.5, 2.0, [1], {"a": 1})
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_value_that_transformers_refuses_in_any_field_is_refused_by_name(
+    family: str, tmp_path: Path
+) -> None:
+    own = set(_class_fields(family)) - {f.name for f in dataclasses.fields(transformers.PretrainedConfig)} | {
+        "rope_theta",
+        "rope_scaling",
+    }
+    changes = [{name: value} for name in sorted(own) for value in ODD]
+    verdicts = alone(judge, str(tmp_path), BASES[family], changes)
+    wrong = [
+        f"{change}: {message}"
+        for change, verdict in zip(changes, verdicts, strict=True)
+        if (message := _check(next(iter(change)), change, verdict, None))
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,238 @@
+"""What cannot be imported or exported is told in one line that names it, and nothing is left behind."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.interop import export_checkpoint, export_hf, import_checkpoint, load_hf
+from megatron_ext.interop.formats.hf_config import choose_architecture
+from megatron_ext.interop.output_directory import complete_directory
+from megatron_ext.testing.tiny_training import TINY
+from tests.unit.interop.hf_models import KINDS, SIZES
+
+LLAMA = replace(TINY, untie_embeddings_and_output_weights=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with a single file of weights."""
+    path = tmp_path_factory.mktemp("saved") / "hf"
+    KINDS["Llama"].build().save_pretrained(path)
+    return path
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return rewrite
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _index(weight_map: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return write
+
+
+_ROPE = "rope scaling {}: only llama3, linear and default can be imported"
+MISTAKES: dict[str, Callable[[Path], Any]] = {
+    "no such directory": shutil.rmtree,
+    "no config.json in it": lambda folder: (folder / "config.json").unlink(),
+    "config.json: not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "config.json: not a JSON object": lambda folder: (folder / "config.json").write_text("[]"),
+    "architectures GemmaForCausalLM: must be one of LlamaForCausalLM": _config(
+        architectures=["GemmaForCausalLM"]
+    ),
+    "model_type gpt2: must be one of llama": _config(architectures=None, model_type="gpt2"),
+    "hidden_act gelu: must be silu": _config(hidden_act="gelu"),
+    r"quantization_config .*: gptq weights cannot be imported; save them dequantized": _config(
+        quantization_config={"quant_method": "gptq", "bits": 4}
+    ),
+    _ROPE.format("yarn"): _config(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+    _ROPE.format("dynamic"): _config(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    "rope scaling llama3: low_freq_factor is missing": _config(
+        rope_scaling={"rope_type": "llama3", "factor": 2.0}
+    ),
+    "hidden_size null: must be int": _config(hidden_size=None),
+    "num_key_value_heads 3: must divide num_attention_heads 4": _config(num_key_value_heads=3),
+    "--seq-length 65: .* describes a model for up to 64 tokens": lambda folder: 65,
+    "model.layers.1.mlp.up_proj.weight is missing": _weights(
+        lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")
+    ),
+    "model.layers.0.x and 1 more are not part of the model": _weights(
+        lambda tensors: tensors.update({"model.layers.0.x": torch.ones(1), "model.layers.0.y": torch.ones(1)})
+    ),
+    r"model.norm.weight has shape \[31\], by config.json it should be \[32\]": _weights(
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})
+    ),
+    "model.norm.weight is I64, must be F32, BF16, F16": _weights(
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.long)})
+    ),
+    "lm_head.weight differs from the embedding": _config(tie_word_embeddings=True),
+    "model.safetensors: damaged or no safetensors file": _truncate,
+    "holds pytorch_model.bin: pickled weights, which are not read": _pickle_only,
+    "neither model.safetensors nor model.safetensors.index.json": lambda folder: (
+        folder / "model.safetensors"
+    ).unlink(),
+    "model-2.safetensors is missing": _index({"a": "model.safetensors", "b": "model-2.safetensors"}),
+    "/etc/x: not a file of this directory": _index({"a": "/etc/x"}),
+    "has no weight_map": _index({}),
+    "lm_head.weight is in model.safetensors, the index says nothing of it": _index(
+        {"model.norm.weight": "model.safetensors"}
+    ),
+    "--model-dir .*tokenizer.json cannot be read as a tokenizer": lambda folder: (
+        (folder / "tokenizer.json").write_text("{}") and None
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_left(message: str, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(saved, folder)
+    seq_length = MISTAKES[message](folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        import_checkpoint(
+            folder, tmp_path / "out" / "ckpt", seq_length=seq_length if message.startswith("--seq") else None
+        )
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_holds_something_is_not_written_into(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("x")
+    with pytest.raises(ValueError, match=f"--save {tmp_path}: not empty"):
+        import_checkpoint(saved, tmp_path)
+    with pytest.raises(ValueError, match="--save .*kept: a file, not a directory"):
+        import_checkpoint(saved, tmp_path / "kept")
+    with pytest.raises(ValueError, match=f"--model-dir {tmp_path}: not empty"):
+        export_checkpoint("nowhere", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_tied_head_saved_beside_the_embedding_and_old_rotary_buffers_are_harmless(
+    saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "hf")
+    _config(tie_word_embeddings=True)(tmp_path / "hf")
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    _weights(tie)(tmp_path / "hf")
+    assert "output_layer.weight" not in load_hf(tmp_path / "hf").state
+
+
+def test_a_sliding_window_bounds_the_longest_position_and_is_told(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "hf")
+    _config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=20)(tmp_path / "hf")
+    found = load_hf(tmp_path / "hf")
+    assert found.model.max_position_embeddings == found.model.seq_length == 20
+    assert "sliding window 20" in found.messages[0]
+    _config(sliding_window=None)(tmp_path / "hf")
+    assert load_hf(tmp_path / "hf").model.max_position_embeddings == SIZES["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
+        ({"swiglu": False}, "--swiglu False"),
+        ({"rotary_percent": 0.5}, "--rotary-percent 0.5"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "no Llama-family model has this model's combination"),
+    ],
+)
+def test_a_model_that_no_llama_family_config_expresses_is_refused(
+    changes: dict[str, Any], flag: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=flag):
+        export_hf(replace(LLAMA, **changes), 96, {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "architecture"),
+    [
+        (LLAMA, "LlamaForCausalLM"),
+        (replace(LLAMA, disable_bias_linear=False), "LlamaForCausalLM"),
+        (replace(LLAMA, add_qkv_bias=True), "Qwen2ForCausalLM"),
+        (replace(LLAMA, qk_layernorm=True), "Qwen3ForCausalLM"),
+    ],
+)
+def test_the_architecture_follows_from_biases_and_norms(model: ModelConfig, architecture: str) -> None:
+    assert choose_architecture(model) == architecture
+    with pytest.raises(ValueError, match="--architecture GemmaForCausalLM: must be one of"):
+        choose_architecture(model, "GemmaForCausalLM")
+    if architecture != "LlamaForCausalLM":
+        with pytest.raises(ValueError, match="--architecture MistralForCausalLM: does not have"):
+            choose_architecture(model, "MistralForCausalLM")
+
+
+def test_tensors_that_are_missing_or_superfluous_stop_an_export(saved: Path, tmp_path: Path) -> None:
+    found = load_hf(saved)
+    tensors = dict(found.state)
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    for state, message in (
+        ({key: value for key, value in tensors.items() if key != name}, f"lacks {name}"),
+        ({**tensors, "extra": torch.ones(1)}, r"has, .*extra \(1 tensors"),
+        ({**tensors, name: torch.ones(3)}, rf"{name} has shape \[3\] instead of \[32, 48\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_hf(found.model, found.vocab_size, state, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(ValueError, match="not empty"), complete_directory(target, "--save"):
+        pass
+    with pytest.raises(OSError, match=re.escape(f"--save {target}: could not be written (disk full)")):
+        _write(target, OSError(28, "disk full"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "old"]
+    # A kill between setting the old one aside and renaming the new one.
+    target.rename(tmp_path / ".target.replaced")
+    with pytest.raises(KeyboardInterrupt):
+        _write(target, KeyboardInterrupt())
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "old"]
+    _write(target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "new"]
+
+
+def _write(target: Path, error: BaseException | None = None) -> None:
+    with complete_directory(target, "--save", overwrite=True) as folder:
+        (folder / "new").touch()
+        if error is not None:
+            raise error
