@@ -256,7 +256,10 @@ def _feed_forward_losses(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_two_families_in_one_slot_are_refused() -> None:
     message = run_distributed(_error_of_one_slot, 1)[0]
-    assert message == "layer 0: 'second' wants the slot 'before_layer', which is taken"
+    assert message == (
+        "layer 0: 'second' uses the slot 'before_layer', which another family already uses; "
+        "apply them to different layers"
+    )
 
 
 def _error_of_one_slot() -> str:

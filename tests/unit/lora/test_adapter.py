@@ -146,7 +146,10 @@ def _two_families() -> str:
 
 def test_two_families_cannot_bring_the_same_linear_layer() -> None:
     message = run_distributed(_two_families, 1)[0]
-    assert message == "layer 0: 'adapted' wants the linear 'linear_qkv', which is taken"
+    assert message == (
+        "layer 0: 'adapted' uses the linear 'linear_qkv', which another family already uses; "
+        "apply them to different layers"
+    )
 
 
 def test_contradictory_settings_are_refused() -> None:

@@ -107,5 +107,5 @@ def test_streams_of_one_name_are_refused() -> None:
 
 
 def test_full_sequence_cannot_travel() -> None:
-    with pytest.raises(ValueError, match="not the full sequence"):
+    with pytest.raises(ValueError, match="travels=True and full_sequence=True"):
         AuxiliaryInputs([AuxiliaryStream(name="x", width=1, full_sequence=True, travels=True)])
