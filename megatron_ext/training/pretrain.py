@@ -1,8 +1,9 @@
 """A whole pretraining run: from configurations and families to an exit code.
 
-    check -> tokenizer -> process group -> families -> model -> optimizer -> checkpoint -> data -> loop
+    check -> tokenizer -> families -> process group -> model -> optimizer -> checkpoint -> data -> loop
 
-What a user may have got wrong is checked before the process group starts, where it can be known by then.
+User errors are checked before the process group starts wherever that is possible, so that they are reported at once and
+no rank waits for another.
 """
 
 import random
@@ -46,22 +47,22 @@ from megatron_ext.training.run_data import build_data, training_samples
 from megatron_ext.training.run_options import PLAIN, RunOptions
 
 MakeFamilies = Callable[[dict[str, Any], Tokenizer], list[Family]]
-"""Makes the families of a run from its configurations and tokenizer."""
+"""Builds the families of a run from its configurations and tokenizer."""
 
 
 def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunOptions = PLAIN) -> int:
     """Runs pretraining.
 
     Args:
-        configs: an instance for every name in `config.concerns.TRAINING`, and the families' own configurations.
-        make_families: called once.
-        options: what differs from plain pretraining.
+        configs: the config groups by name: those of every training run, and the families' own.
+        make_families: builds the families; called once.
+        options: deviations from plain pretraining.
 
     Returns:
         The process's exit code.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     if configs["training"].dry_run:
         check_settings(configs)
@@ -77,7 +78,11 @@ def pretrain(configs: dict[str, Any], make_families: MakeFamilies, options: RunO
 
 
 def check_settings(configs: dict[str, Any]) -> None:
-    """Makes a length in epochs into steps; raises `ValueError` unless the configurations and the processes fit."""
+    """Converts a run length in epochs to steps, and checks the configurations against each other.
+
+    Raises:
+        ValueError: settings contradict each other, or do not fit the number of processes.
+    """
     parallel, training = configs["parallel"], configs["training"]
     world_size = planned_world_size(parallel) if training.dry_run else process_groups.world_size()
     if training.num_epochs is not None:
@@ -93,14 +98,14 @@ def check_settings(configs: dict[str, Any]) -> None:
 def check_run(
     configs: dict[str, Any], check_others: Callable[[Tokenizer], None] = lambda tokenizer: None
 ) -> Tokenizer:
-    """All that can be found out before the process group starts; the tokenizer.
+    """Checks everything that can be checked before the process group starts, and returns the tokenizer.
 
     Args:
         configs: see `pretrain`.
-        check_others: what the caller checks; called before anything is written.
+        check_others: the caller's own checks; called before anything is written.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     check_settings(configs)
     tokenizer = build_tokenizer(configs["tokenizer"])
@@ -111,7 +116,7 @@ def check_run(
 
 @contextmanager
 def process_group(configs: dict[str, Any]) -> Iterator[None]:
-    """Within it the process group is there, the random streams are seeded, and no other run writes to `--save`."""
+    """Context in which the process group exists, random generators are seeded, and `--save` is locked by this run."""
     seed = configs["training"].seed
     random.seed(seed)
     np.random.seed(seed)
@@ -129,7 +134,7 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
     paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
     prefixes = [prefix for path in paths for prefix in path or () if not is_number(prefix)]
     if not prefixes:
-        raise ValueError("--data-path: missing (or --train-data-path)")
+        raise ValueError("no training data was given; pass --data-path or --train-data-path")
     for prefix in prefixes:
         try:
             check_dataset(prefix, tokenizer)
@@ -142,7 +147,17 @@ def _check_files(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
 def train(
     configs: dict[str, Any], tokenizer: Tokenizer, families: list[Family], options: RunOptions = PLAIN
 ) -> int:
-    """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
+    """Trains in an existing process group; `pretrain` without its checks. Collective.
+
+    Args:
+        configs: see `pretrain`.
+        tokenizer: the tokenizer of the training data.
+        families: already checked against the model and its parallel layout.
+        options: deviations from plain pretraining.
+
+    Returns:
+        The process's exit code.
+    """
     training: TrainingConfig = configs["training"]
     copies = parallel_state.get_data_parallel_world_size()
     gather(lambda: check_memory(configs, tokenizer, families, copies))
@@ -196,7 +211,7 @@ def train(
 def _build_model(
     configs: dict[str, Any], run_config: dict[str, Any], families: list[Family], options: RunOptions
 ) -> list[GPTModel]:
-    """This rank's chunks, the base loaded, frozen where families freeze; not wrapped."""
+    """Builds this rank's chunks, loads the base model's weights, and lets the families freeze parameters."""
     chunks = build_model(
         configs["model"],
         configs["parallel"],
@@ -221,11 +236,11 @@ def _build_stepper(
     options: RunOptions,
     global_batch_size: int,
 ) -> Stepper:
-    """The wrapped model with its optimizer and schedule."""
     parallel, training = configs["parallel"], configs["training"]
     wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
     optimizer = build_optimizer(configs["optimizer"], parallel, wrapped, families, bf16=training.bf16)
     if options.first_iteration:
+        # Every training of a series has a learning-rate schedule of its own, although step numbers continue.
         steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
         training = replace(training, train_iters=steps, train_samples=None)
     return Stepper(
@@ -243,7 +258,7 @@ def _build_stepper(
 def _begin(
     configs: dict[str, Any], checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
 ) -> TrainingProgress:
-    """Loads the run's checkpoint, or begins a run; how far it has come."""
+    """Loads the run's checkpoint, or begins a new run; returns the progress."""
     writes = not configs["training"].skip_train
     on_first_rank(lambda: check_directories(configs["checkpoint"], writes=writes))
     progress = checkpointer.load()
@@ -251,7 +266,8 @@ def _begin(
         options.begin(stepper.models, stepper.optimizer)
         progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
     if configs["optimizer"].override_opt_param_scheduler and configs["training"].train_iters is not None:
-        # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
+        # The schedule counts samples. After a change of the batch size, --override-opt-param-scheduler places it at the
+        # number of steps that are done.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress
@@ -266,8 +282,8 @@ def _flops_per_token(
 
 
 def run_configuration(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: all configurations, the vocabulary, how documents begin."""
-    data: DataConfig | None = configs.get("data")  # None where the caller brings batches of its own
+    """Returns what a checkpoint stores about its run: all config groups, the vocabulary, and how documents begin."""
+    data: DataConfig | None = configs.get("data")  # None if the caller supplies the batches
     trained_on = (data.data_path or data.train_data_path or ()) if data is not None else ()
     return {
         **configs_to_dict(configs),

@@ -1,7 +1,7 @@
-"""Norms of single gradients after the backward pass, as the optimizer sees them.
+"""Norms of single parameters' gradients after data-parallel reduction.
 
-Without the distributed optimizer every data-parallel rank ends with the whole reduced gradient in `main_grad`. With it
-a rank ends with its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
+Without the distributed optimizer every data-parallel rank has the whole reduced gradient in `main_grad`. With it a rank
+has only its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
 """
 
 import torch
@@ -10,7 +10,10 @@ from megatron.core.distributed import DistributedDataParallel
 
 
 def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
-    """Tells each parameter which range of its flat gradient this rank reduces, under the distributed optimizer."""
+    """Stores in each parameter's `reduced_range` which part of its flat gradient this rank reduces.
+
+    Does nothing without the distributed optimizer.
+    """
     for chunk in wrapped:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
@@ -25,10 +28,13 @@ def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
 
 
 def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's part of the squared norm of a gradient: a float64 scalar; the parts of all model copies add up to it.
+    """Returns this rank's part of a gradient's squared norm; the parts of all data-parallel ranks add up to it.
 
     Args:
-        parameter: of a model that `wrap_model` has wrapped; a frozen one has no gradient and gives 0.
+        parameter: a parameter of a model wrapped by `wrap_model`; a frozen one has no gradient and gives 0.
+
+    Returns:
+        A scalar, float64.
     """
     gradient = getattr(parameter, "main_grad", None)
     if gradient is None:

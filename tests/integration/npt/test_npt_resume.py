@@ -57,7 +57,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
     found = run_distributed(_straight_and_resumed, processes, str(tmp_path), data, more)[0]
     stopped, resumed, again = found["outputs"]
     assert "stopped after step 4" in stopped and "the run goes on after step 4" in resumed
-    assert "training already complete: step 8 of 8" in again and "step 9" not in again
+    assert "training is already complete: step 8 of 8" in again and "step 9" not in again
     for straight, other in zip(*found["states"], strict=True):
         assert straight and _equal(straight, other)
     assert {name.split(".")[0] for name in found["states"][0][0]} == {"optimizer", "decoder"}

@@ -170,7 +170,7 @@ def test_a_finished_run_says_so_and_more_layers_go_on_top(sequential_run: Sequen
     shutil.copytree(sequential_run.folder, moved)
     before = _weights(sequential_run.folder / "accumulated_npt_weights.pt")
     again = run_distributed(train, 1, *sequential_run.flags(moved))[0]
-    assert again == (0, f"training already complete: layers 0, 1, 3 are trained in {moved}\n")
+    assert again == (0, f"training is already complete: layers 0, 1, 3 are trained in {moved}\n")
     # Their run is in the middle of the layers: what lies above it is trained already, and active.
     more = [*sequential_run.flags(moved), "--layers", "all", "--start-from-layer", "2"]
     code, output = run_distributed(train, 1, *more)[0]
