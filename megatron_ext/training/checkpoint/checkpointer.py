@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import unwrap_model
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.models.base_parameters import base_parameter_ids
@@ -29,7 +28,7 @@ from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
 from megatron_ext.training.checkpoint.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
-from megatron_ext.training.engine.optimizer import gather_parameters
+from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
 from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
@@ -83,7 +82,7 @@ class Checkpointer:
         """
         self.config = config
         self.chunks = chunks
-        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.models: list[GPTModel] = unwrap_models(chunks)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.families = families
@@ -323,7 +322,7 @@ def load_weights(
     """
     folder = on_first_rank(lambda: _existing(path, ckpt_step))
     stored, _ = _read_verified(folder)
-    models: list[GPTModel] = unwrap_model(chunks)
+    models: list[GPTModel] = unwrap_models(chunks)
     shapes = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
     base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
     of_base = base_parameter_ids(models)
