@@ -11,10 +11,14 @@ from megatron.core.optimizer import MegatronOptimizer
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
-    """Scales this rank's gradients in place so that their global norm, `norm`, does not exceed `largest`.
+    """Scales this rank's gradients in place so that their global norm does not exceed `largest`.
 
-    Without Apex and Transformer Engine the engine's own clipping makes a scaled copy first.
+    Args:
+        optimizer: holds the gradients.
+        norm: their global L2 norm.
+        largest: the limit of the norm.
     """
+    # Not the engine's clipping: without Apex and Transformer Engine it allocates a scaled copy of all gradients.
     factor = largest / (norm + 1.0e-6)
     gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
     if factor < 1.0 and gradients:
