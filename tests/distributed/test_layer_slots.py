@@ -265,7 +265,7 @@ def test_two_families_in_one_slot_are_refused() -> None:
 def _error_of_one_slot() -> str:
     initialize(ParallelConfig(), seed=1)
     extensions: list[Extension] = [SlotExtension(name, "before_layer") for name in ("first", "second")]
-    with pytest.raises(ValueError, match="wants the slot") as error:
+    with pytest.raises(ValueError, match="uses the slot") as error:
         build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
     return str(error.value)
 

@@ -65,7 +65,7 @@ def test_random_numbers_of_another_device_are_seeded_anew_on_every_rank(
     for losses, notes in found:
         assert (
             notes[0]
-            == f"random numbers are seeded anew at step 2: they are those of {kinds}, the run is on cpu"
+            == f"random generators are re-seeded at step 2: the checkpoint's are for {kinds}, but the run uses cpu"
         )
         assert losses[0] == pytest.approx(straight[0][0], rel=0.05) and losses != straight[0]
 

@@ -56,7 +56,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
     data = write_data(tmp_path)
     found = run_distributed(_straight_and_resumed, processes, str(tmp_path), data, more)[0]
     stopped, resumed, again = found["outputs"]
-    assert "stopped after step 4" in stopped and "the run goes on after step 4" in resumed
+    assert "stopped after step 4" in stopped and "the run continues after step 4" in resumed
     assert "training is already complete: step 8 of 8" in again and "step 9" not in again
     for straight, other in zip(*found["states"], strict=True):
         assert straight and _equal(straight, other)
@@ -134,7 +134,7 @@ def test_another_curriculums_stage_follows_from_the_step(changed: dict[str, Any]
 
 
 def test_the_same_layers_by_other_words_are_the_same(changed: dict[str, Any]) -> None:
-    assert "the run goes on after step 4" in changed["same layers"]
+    assert "the run continues after step 4" in changed["same layers"]
     assert "warning" not in changed["same layers"]
 
 

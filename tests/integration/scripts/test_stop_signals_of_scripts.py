@@ -116,7 +116,7 @@ def test_a_run_that_sigterm_to_its_group_stops_saves_and_goes_on_to_the_tensors_
     assert result.code != 0 and found is not None, output
     assert f"saved step {found[1]} to" in output and "DataLoader" not in output
     resumed = run_until(command(script, data, stopped, base=base), "step", lambda running: None)
-    assert resumed.code == 0 and f"goes on after step {found[1]}" in resumed.output, resumed.output
+    assert resumed.code == 0 and f"continues after step {found[1]}" in resumed.output, resumed.output
     newest = "progressive_rack" if script == PROGRESSIVE else ""
     expected, tensors = (run_distributed(tensors_of, 1, str(save), newest)[0] for save in (straight, stopped))
     assert expected.keys() == tensors.keys() and any(name.startswith("optimizer") for name in expected)

@@ -102,7 +102,7 @@ def test_stream_that_nobody_reads_gets_no_gradient_and_spoils_none() -> None:
 
 
 def test_streams_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(ValueError, match="distinct names"):
         AuxiliaryInputs([NOTE, AuxiliaryStream(name="note", width=5)])
 
 

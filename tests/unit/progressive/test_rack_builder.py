@@ -205,7 +205,7 @@ def refused_beside_checkpoints(folder: str) -> str:
 
 def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
     told = run_distributed(refused_beside_checkpoints, 1, str(tmp_path))[0]
-    assert told.startswith(f"--save {tmp_path}: holds another run (steps 4)")
+    assert told.startswith(f"--save {tmp_path}: contains another run (steps 4)")
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000004"]
 
 
