@@ -317,7 +317,8 @@ def _remains_of_a_kill(folder: str) -> str:
 
 def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) -> None:
     assert (
-        "--save also contains later checkpoints of steps 2" in run_distributed(_remains_of_a_kill, 1, str(tmp_path))[0]
+        "--save also contains later checkpoints of steps 2"
+        in run_distributed(_remains_of_a_kill, 1, str(tmp_path))[0]
     )
 
 
