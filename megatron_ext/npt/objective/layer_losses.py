@@ -14,7 +14,7 @@ batch is divided into micro-batches. See `moments` for tensor and sequence paral
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,34 +23,10 @@ import torch.nn.functional as F
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm
+from megatron_ext.npt.objective.step_objective import LayerWeights
 
 TEACHER = "npt_teacher"
 """Side stream with the teacher's inputs of this stage's NPT layers, packed as [layers, s, b, h]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """Weights of a layer's losses; 0 leaves one out."""
-
-    direct_mlp: float = 0.0
-    """Direct MLP."""
-
-    equivalence: float = 0.0
-    """Equivalence."""
-
-    equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How equivalence is measured."""
-
-    reconstruction: float = 0.0
-    """Attention reconstruction."""
-
-    regularization: float = 0.0
-    """Regularization."""
-
-    @property
-    def any(self) -> bool:
-        """True where a layer has a loss at all."""
-        return any((self.direct_mlp, self.equivalence, self.reconstruction, self.regularization))
 
 
 @dataclass(frozen=True, kw_only=True)
