@@ -74,7 +74,9 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
     from megatron_ext.models.build_model import build_model
     from megatron_ext.per_layer.per_layer_family import PerLayerFamily
     from megatron_ext.platform import process_groups
-    from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+    from megatron_ext.training.engine.data_parallel import wrap_model
+    from megatron_ext.training.engine.lr_schedule import build_scheduler
+    from megatron_ext.training.engine.optimizer import build_optimizer
     from megatron_ext.training.engine.training_step import Stepper
 
     process_groups.initialize(parallel, seed=1)

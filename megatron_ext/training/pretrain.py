@@ -37,7 +37,9 @@ from megatron_ext.training.checkpoint.run_directory import check_directories
 from megatron_ext.training.checkpoint.run_lock import run_lock
 from megatron_ext.training.data_order import TRAINING_SAMPLES, tell_of_other_order
 from megatron_ext.training.dry_run_report import planned_world_size, print_dry_run
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.family_costs import run_cost

@@ -1,6 +1,6 @@
 """How long and on what batches a run trains, when it evaluates and when it ends.
 
-The schedule of the learning rate is `optimizer.py`; saving is `checkpoint.py`.
+The schedule of the learning rate is in `lr_schedule.py`; saving is in `checkpointer.py`.
 """
 
 from collections.abc import Mapping
