@@ -7,6 +7,7 @@ in `config`, the models and schedules of the phases in `phases`.
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.lora.four_bit_weights import Part, check_part, is_packed
@@ -38,8 +39,9 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
     for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step", "overwrite_checkpoints"):
         value = getattr(checkpoint, name)
         if value not in (None, False):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: a progressive training goes on from its own checkpoints, whole")
+            raise ValueError(
+                f"{flag_name(name)}: a progressive training goes on from its own checkpoints, whole"
+            )
     if config.training_objective == "custom":
         raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
     if configs["training"].skip_train:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ext.config.command_line.field_checks import flag_name
+
 _LENGTHS = ("train_iters", "train_samples", "num_epochs")
 
 
@@ -20,7 +22,7 @@ def progressive_run_defaults(given: Mapping[str, str]) -> dict[str, Any]:
             f"--num-layers {given['num_layers']}: follows from --target-stacks and --n-blocks, leave it out"
         )
     lengths = [name for name in ("stack_steps", "stack_tokens", *_LENGTHS) if name in given]
-    flags = ["--" + name.replace("_", "-") for name in lengths]
+    flags = list(map(flag_name, lengths))
     if not flags:
         raise ValueError("--stack-steps: missing (or --stack-tokens, or --train-iters for every stack)")
     if len(flags) > 1:
