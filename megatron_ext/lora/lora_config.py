@@ -14,7 +14,12 @@ A stack has at most two adapters, which add up (dual LoRA, docs/design/progressi
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive
+from megatron_ext.config.command_line.field_checks import (
+    check_at_least,
+    check_choices,
+    check_positive,
+    flag_name,
+)
 
 STACK = "stack"
 PROGRESSIVE = "progressive"
@@ -82,9 +87,8 @@ class LoRAConfig:
         ):
             value = getattr(self, name)
             if value is not None and self.qlora_strategy != strategy:
-                flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} {value} requires --qlora-strategy {strategy} (got {self.qlora_strategy})"
+                    f"{flag_name(name)} {value} requires --qlora-strategy {strategy} (got {self.qlora_strategy})"
                 )
         if self.qlora_strategy == "variable":
             self._listed()

@@ -15,6 +15,7 @@ from megatron_ext.config.command_line.field_checks import (
     check_positive,
     flag_name,
 )
+from megatron_ext.config.run_config import RunConfig
 
 _GEMMA4 = {
     "per_layer_combination_method": "scaled_add",
@@ -160,3 +161,11 @@ class PerLayerConfig:
                 f"--per-layer-hidden-size {self.per_layer_hidden_size}: must be divisible by "
                 f"--tensor-model-parallel-size {tensor_parallel_size}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerRunConfig(RunConfig):
+    """Configuration of a run with per-layer embedding."""
+
+    per_layer: PerLayerConfig
+    """Per-layer embedding."""

@@ -5,9 +5,8 @@ this check may still run out of memory.
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory, estimate_memory
 from megatron_ext.platform.device_memory import device_memory
@@ -17,17 +16,17 @@ from megatron_ext.training.logging.progress_line import binary_size
 
 
 def plan_memory(
-    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
+    config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int
 ) -> tuple[ParallelLayout, RunCost, list[StageMemory]]:
     """Returns a run's parallel layout, the cost of its last step, and the memory per rank of every pipeline stage.
 
     Args:
-        configs: the run's config groups by name, already checked.
+        config: the run's configuration, resolved.
         tokenizer: gives the vocabulary size.
         families: add their parameters and FLOPs.
         copies: data-parallel size.
     """
-    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    model, parallel, training = config.model, config.parallel, config.training
     batch = training.resolved_global_batch_size(copies)
     tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)
     cost = run_cost(model, tokenizer.vocab_size, tensor, families, last_step)
@@ -50,15 +49,13 @@ def plan_memory(
     return layout, cost, stages
 
 
-def check_memory(
-    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
-) -> None:
+def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int) -> None:
     """Checks that the estimate for this machine's ranks fits into its memory; the arguments are those of `plan_memory`.
 
     Raises:
         ValueError: the estimate exceeds the memory.
     """
-    layout, _, stages = plan_memory(configs, tokenizer, families, copies)
+    layout, _, stages = plan_memory(config, tokenizer, families, copies)
     limit, is_shared = device_memory()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
     # Which stages run on this machine is unknown here. For shared memory assume the mean over all stages, for a device

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import on_this_machine
 from megatron_ext.training.checkpoint import checkpoint_files as files
@@ -93,23 +94,22 @@ def checkpoint_to_load(config: CheckpointConfig) -> Path | None:
     return folder
 
 
-def stored_sections(given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """Returns sections of the configuration of the checkpoint of `--load`, as defaults of the run that loads it.
+def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Found]:
+    """Returns config groups of the checkpoint of `--load`, as defaults of the run that loads it.
 
     Args:
-        given: the flags of the command line by field name, including `load`.
-        names: the wanted sections; the tokenizer's is omitted if `--tokenizer-type` differs.
+        given: name of a field -> value, from command line and YAML file; without `load` the result is empty.
+        names: the wanted groups; the tokenizer's is omitted if `--tokenizer-type` differs.
 
     Raises:
         ValueError, OSError: see `find_checkpoint`; or the configuration file is damaged.
     """
-    step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdecimal() else None
-    folder = files.find_checkpoint(given["load"], step)
-    return {} if folder is None else sections_of(folder, given, names)
+    folder = files.find_checkpoint(given["load"], given.get("ckpt_step")) if "load" in given else None
+    return [] if folder is None else [Found(f"checkpoint {folder}", sections_of(folder, given, names))]
 
 
-def sections_of(folder: Path, given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """Returns the same as `stored_sections` for the directory of one checkpoint."""
+def sections_of(folder: Path, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Returns config groups of one checkpoint, by name; the arguments are those of `stored_defaults`."""
     files.verify_checkpoint(folder, names=[files.RUN_CONFIG])
     stored = files.read_json(folder / files.RUN_CONFIG)
     found = {name: stored[name] for name in names if name in stored}
