@@ -76,7 +76,7 @@ def test_files_of_before_the_device_was_noted_still_give_the_run_that_never_stop
         _rewrite(tmp_path, rank, None, None)
     for rank, (losses, notes) in enumerate(run_distributed(_load_and_go_on, 2, str(tmp_path))):
         assert losses == straight[rank]
-        assert not any("anew" in note for note in notes)
+        assert not any("re-seeded" in note for note in notes)
 
 
 def test_the_file_names_its_device(tmp_path: Path) -> None:

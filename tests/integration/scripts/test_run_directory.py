@@ -266,7 +266,7 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
     here, other = str(saved), tmp_path / "other"
     shutil.copytree(saved, other)
     assert f"--save {here}: contains another run (steps 1, 2)" in _message(save=here)
-    assert f"give --load {other}," in _message(load=here, save=str(other))
+    assert f"pass --load {other};" in _message(load=here, save=str(other))
     assert "without --finetune" in _message(load=here, save=here, finetune=True)
     assert "steps 2, which are later than the loaded step 1" in _message(load=here, save=here, ckpt_step=1)
     assert "steps 2, which are later than the loaded step 1" in _message(

@@ -156,7 +156,7 @@ def _with_schedule(**changes: Any) -> RunSettings:
 def test_another_schedule_needs_a_word_which_one_counts(saved: str) -> None:
     changed = _with_schedule(lr=5e-3)
     error = run_distributed(_loading_errors, 1, saved, [(changed, {})])[0][0]
-    assert error.startswith("--lr 0.005: the schedule in ") and "was made with 0.01; add" in error
+    assert error.startswith("--lr 0.005: the schedule in ") and "was made with 0.01; to continue" in error
     assert "--override-opt-param-scheduler" in error
     ours = _with_schedule(lr=5e-3, override_opt_param_scheduler=True)
     theirs = _with_schedule(lr=5e-3, use_checkpoint_opt_param_scheduler=True)
