@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_with_the_differences_and_changes_nothing(f
     assert "missing: layer_0_np.gate" in found["unfit file"] and "unknown" not in found["unfit file"]
     assert "no layer is converted" in found["nothing to save"]
     assert found["two layers"] == "NPTConfig: single_layer_mode converts one layer, not 2"
-    assert "--npt-layers 9: does not fit a model of 4 layers" in found["no such layer"]
+    assert "--npt-layers 9: out of range for a model of 4 layers" in found["no such layer"]
     assert found["twice"] == "convert_to_npt: layers (0, 1) are converted already"
     assert "unknown: layer_2_np.gate" in found["tensors"] and "of another shape: layer_0" in found["tensors"]
     assert "np_rank is 256, here 8" in found["file"]
