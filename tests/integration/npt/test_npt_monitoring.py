@@ -125,7 +125,7 @@ def _refused(cut: list[str]) -> str:
     ],
 )
 def test_samples_are_refused_at_a_cut_that_generation_does_not_know(cut: list[str], flag: str) -> None:
-    assert run_distributed(_refused, 1, cut)[0] == f"--generation-steps 5: generation does not know {flag}"
+    assert run_distributed(_refused, 1, cut)[0] == f"--generation-steps 5: generation does not support {flag}"
 
 
 def _sampled_at(folder: str, data: str, base: str, cut: list[str]) -> Any:

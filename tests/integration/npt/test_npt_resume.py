@@ -140,17 +140,17 @@ def test_the_same_layers_by_other_words_are_the_same(changed: dict[str, Any]) ->
 
 def test_other_layers_are_refused_unless_what_fits_is_asked_for(changed: dict[str, Any]) -> None:
     assert re.match(
-        r"--npt-layers 1,2: the checkpoint \S+checkpoint-4 was made with 2,3; --allow-layer-mismatch",
+        r"--npt-layers 1,2: the checkpoint \S+checkpoint-4 was made with 2,3; add --allow-layer-mismatch",
         changed["mismatch"],
     )
-    assert changed["nothing shared"].endswith("no layer is in both")
+    assert changed["nothing shared"].endswith("they have no layer in common")
 
 
 def test_with_other_layers_the_shared_ones_go_on_and_the_optimizer_starts_anew(
     changed: dict[str, Any],
 ) -> None:
     warning = next(line for line in changed["layers"].splitlines() if line.startswith("warning"))
-    assert "NP weights of layers 2 are taken" in warning
+    assert "loading NP weights for layers 2 only" in warning
     before, after = changed["before"], changed["after"]
     assert {key.split("_")[1] for key in after[0]} == {"1", "2"}
     for key, tensor in after[0].items():

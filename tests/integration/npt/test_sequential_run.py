@@ -188,14 +188,14 @@ def _refused(*flags: str) -> str:
 
 REFUSED = {
     "another rank": (["--np-rank", "8"], "was made with another configuration: np_rank is 4, here 8"),
-    "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not trained in"),
-    "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: is none of the layers 0, 1, 3"),
+    "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not yet trained in"),
+    "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: must be one of the layers 0, 1, 3"),
     "--train-iters": (
         ["--train-iters", "9"],
         "9: --mode sequential trains every layer for --steps-per-layer 6",
     ),
-    "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: leaves nothing of --steps-per-layer 6"),
-    "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains NP components only"),
+    "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
+    "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains only NP components"),
     "weights": (["--load-npt-weights", "PT"], "finds trained layers in --checkpoint-dir"),
     "another base": (["--base-checkpoint", "OTHER"], "were trained on"),
     "a run": (["--load", "RUN"], "must be a base model in --mode sequential"),
@@ -227,9 +227,9 @@ def test_what_does_not_fit_is_one_line(sequential_run: SequentialRun) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"format": "another"}, "not of a sequential run"),
+        ({"format": "another"}, "was not written by a sequential run"),
         ({"layer_checkpoints": {}}, "damaged"),
-        ({"trained_layers": [0, 1, 2]}, "holds no layer 2"),
+        ({"trained_layers": [0, 1, 2]}, "layer 2 is missing"),
     ],
 )
 def test_damaged_files_are_named(
