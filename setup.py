@@ -25,6 +25,7 @@ EXTRAS = {
     "lora": ["peft"],
     "quantization": ["bitsandbytes", "torchao"],
     "plots": ["matplotlib"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # The versions that megatron-core 0.16.1 names.
     "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12.0"],
     "wandb": ["wandb"],
