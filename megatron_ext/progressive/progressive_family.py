@@ -20,7 +20,7 @@ from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
 from megatron_ext.models.initialization import initialize_parameters
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import gather_or_raise
 from megatron_ext.progressive import rack_export
 from megatron_ext.progressive.cache.activation_cache import ActivationCache
 from megatron_ext.progressive.cache.frozen_trunk import without_dropout
@@ -319,5 +319,5 @@ def stack_bytes(chunks: list[GPTModel], rack: Rack) -> dict[int, int]:
     """Bytes of the weights of every stack, as they are stored, by its index; the most on any rank. Collective."""
     own = weight_bytes(chunks)
     local = {stack.index: sum(own.get(layer, 0) for layer in layers) for stack, layers in rack.layers()}
-    found = gather(lambda: local)
+    found = gather_or_raise(lambda: local)
     return {index: max(part[index] for part in found) for index in local}

@@ -29,7 +29,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import training_flops_per_token
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
-from megatron_ext.platform.collectives import gather, on_first_rank
+from megatron_ext.platform.collectives import on_every_rank, on_first_rank
 from megatron_ext.training.checkpoint import scheduler_state
 from megatron_ext.training.checkpoint.checkpoint_files import BEGIN, check_writable
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
@@ -146,7 +146,7 @@ def train(
     """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
     training = config.training
     copies = parallel_state.get_data_parallel_world_size()
-    gather(lambda: check_memory(config, tokenizer, families, copies))
+    on_every_rank(lambda: check_memory(config, tokenizer, families, copies))
     global_batch_size = training.resolved_global_batch_size(copies)
     run_config = run_configuration(config, tokenizer)
     run_config |= {TRAINING_SAMPLES: training_samples(training, global_batch_size, options)}

@@ -34,7 +34,11 @@ from megatron_ext.npt.runs.sequential_files import SequentialState, with_layers
 from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import check_same_meaning
 from megatron_ext.npt.weights.state_files import replace_final
-from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.platform.collectives import (
+    on_every_rank,
+    on_first_rank,
+    print_on_first_rank,
+)
 from megatron_ext.training.checkpoint import random_state
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
@@ -83,7 +87,7 @@ class _Sequence:
 
     def run(self) -> int:
         """Trains what is left; returns the exit code."""
-        gather(self._read_tensors)
+        on_every_rank(self._read_tensors)
         layers = _remaining(self.state, self.config)
         if not layers:
             print_on_first_rank(

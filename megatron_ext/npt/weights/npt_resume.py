@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.flag_table import groups_of
 from megatron_ext.config.serialize import group_from_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -59,9 +60,8 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
         raise ValueError(f"--additional-steps {steps}: must be at least 1")
     for name in ("train_iters", "train_samples", "num_epochs"):
         if name in given:
-            flag = name.replace("_", "-")
             raise ValueError(
-                f"--additional-steps {steps}: cannot be given together with --{flag} {given[name]}"
+                f"--additional-steps {steps}: cannot be given together with {flag_name(name)} {given[name]}"
             )
     if "npt" not in stored:
         raise ValueError(f"--additional-steps {steps}: {folder} holds no NPT run to go on with")

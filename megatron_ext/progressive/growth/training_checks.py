@@ -6,6 +6,7 @@ in `config`, the models and schedules of the phases in `phases`.
 
 from pathlib import Path
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.lora.four_bit_weights import Part, check_part, is_packed
 from megatron_ext.progressive.growth.phases import JOINT, Phase
@@ -36,8 +37,9 @@ def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
     for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step", "overwrite_checkpoints"):
         value = getattr(checkpoint, name)
         if value not in (None, False):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: a progressive training goes on from its own checkpoints, whole")
+            raise ValueError(
+                f"{flag_name(name)}: a progressive training goes on from its own checkpoints, whole"
+            )
     if own.training_objective == "custom":
         raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
     if config.training.skip_train:

@@ -24,7 +24,7 @@ from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
-from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.platform.collectives import gather_or_raise, on_first_rank, print_on_first_rank
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.progressive.cache.activation_cache import check_cache_directory
 from megatron_ext.progressive.growth.phases import Phase, check_phases, config_of, list_phases
@@ -276,7 +276,7 @@ class Growth:
         progress: TrainingProgress,
     ) -> None:
         sizes = stack_bytes(chunks, phase.rack)
-        peak = max(gather(lambda: memory_use().peak))
+        peak = max(gather_or_raise(lambda: memory_use().peak))
         finished = Finished(
             name=phase.name,
             first_iteration=first,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -34,7 +35,7 @@ def stack_defaults(given: Mapping[str, Any]) -> Found:
             f"--num-layers {given['num_layers']}: follows from --target-stacks and --n-blocks, leave it out"
         )
     lengths = [name for name in ("stack_steps", "stack_tokens", *_LENGTHS) if name in given]
-    flags = ["--" + name.replace("_", "-") for name in lengths]
+    flags = list(map(flag_name, lengths))
     if not flags:
         raise ValueError("--stack-steps: missing (or --stack-tokens, or --train-iters for every stack)")
     if len(flags) > 1:
