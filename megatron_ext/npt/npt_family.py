@@ -26,6 +26,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
 from megatron_ext.npt.objective.layer_losses import TEACHER, LayerStepLosses
+from megatron_ext.npt.objective.npt_charts import NPT_CHARTS
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
 from megatron_ext.npt.objective.npt_training_config import PLAIN_LM, NPTTrainingConfig, StepObjective
 from megatron_ext.npt.objective.teacher import Teacher
@@ -38,6 +39,8 @@ class NPTFamily(Family):
     """NP components in a run."""
 
     name = "npt"
+
+    charts = NPT_CHARTS
 
     free_on_resume = frozenset({"np_init_scale", "np_init_strategy"})
 
