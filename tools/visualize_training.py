@@ -51,7 +51,7 @@ def main() -> None:
         prog="tools/visualize_training.py",
         description=str(__doc__),
         example="python tools/visualize_training.py --tensorboard-dir runs/npt/tensorboard --html training.html",
-    )["config"]
+    )
     from megatron_ext.registry.known_charts import KNOWN_CHARTS
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
