@@ -25,7 +25,7 @@ help:
 install: $(STAMP)
 
 # The stamp is written last, so that an interrupted install is taken up again.
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.10 to 3.13" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
