@@ -17,7 +17,7 @@ from megatron_ext.inference.choose_layout import choose_layout
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.tiny_training import TINY
 
@@ -91,7 +91,7 @@ def _save(folder: str) -> None:
 def test_evaluation_and_generation_of_a_model_with_an_odd_number_of_heads_run_on_two_processes(
     tmp_path: Path,
 ) -> None:
-    run_distributed(_save, 1, str(tmp_path / "run"))
+    run_single(_save, str(tmp_path / "run"))
     write_dataset(str(tmp_path / "data"), [[[1, 2, 3, 4] * 20]])
     outputs = {}
     for processes in (1, 2):

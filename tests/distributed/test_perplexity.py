@@ -13,6 +13,7 @@ from megatron_ext.inference.perplexity import Perplexity, evaluate_perplexity
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
@@ -39,7 +40,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory, stream: torch.Tensor) -> st
 @pytest.fixture(scope="module")
 def direct(stream: torch.Tensor) -> list[float]:
     """-log p of every token but the first."""
-    return run_distributed(_direct, 1, stream)[0]
+    return run_single(_direct, stream)
 
 
 def _direct(stream: torch.Tensor) -> list[float]:
@@ -95,4 +96,4 @@ def _measured_up_to(parallel: ParallelConfig, prefix: str, limits: list[int]) ->
 def test_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "one"), [[[7]]])
     with pytest.raises(RuntimeError, match="one: has 1 tokens, at least 2 are needed"):
-        run_distributed(_measured, 1, ParallelConfig(), str(tmp_path / "one"), 1, None)
+        run_single(_measured, ParallelConfig(), str(tmp_path / "one"), 1, None)

@@ -22,6 +22,7 @@ from megatron_ext.progressive.runs.progressive_run import run_progressive
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.interface.family_interface import Family
 from tests.integration.progressive.progressive_run_helpers import FLAGS, losses_of, stored, write_data
 
@@ -80,7 +81,7 @@ def at_cuts(data: str, folder: str, cuts: list[str]) -> dict[str, Result]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("composition")
     data = write_data(Path(folder))
-    single: dict[str, Result] = run_distributed(at_cuts, 1, data, str(folder), ["TP1"])[0]
+    single: dict[str, Result] = run_single(at_cuts, data, str(folder), ["TP1"])
     return single | run_distributed(at_cuts, 2, data, str(folder), ["TP2", "PP2"])[0]
 
 

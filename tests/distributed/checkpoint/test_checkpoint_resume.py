@@ -11,6 +11,7 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, WORLD_SIZES
 
 _DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True)
@@ -115,7 +116,7 @@ def test_a_checkpoint_has_the_last_steps_weights_where_their_gathering_overlaps_
         losses = run_distributed(_train_and_save, 2, str(tmp_path / name), settings, 2)
         assert losses[0] == losses[1]
     folders = [str(tmp_path / name) for name in ("plain", "overlapped")]
-    _assert_equal(*run_distributed(_whole_tensors, 1, *folders)[0])
+    _assert_equal(*run_single(_whole_tensors, *folders))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     """A checkpoint of two steps in one process, and the losses of the next two."""
     folder = str(tmp_path_factory.mktemp("single"))
     settings = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=TINY)
-    return folder, run_distributed(_train_and_save, 1, folder, settings, 2)[0]
+    return folder, run_single(_train_and_save, folder, settings, 2)
 
 
 @pytest.mark.parametrize("cut", [name for name in _CUTS if name != "TP1"])
@@ -137,7 +138,7 @@ def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
         # Adam without its moments, or with those of another parameter, is off in the second digit.
         assert found == pytest.approx(losses, rel=1e-5)
         assert any("seeded anew" in note for note in notes)
-    written, rewritten = run_distributed(_whole_tensors, 1, source, target)[0]
+    written, rewritten = run_single(_whole_tensors, source, target)
     assert len(written) == 3 * sum(not name.startswith("optimizer.") for name in written)
     _assert_equal(written, rewritten)
 
@@ -156,9 +157,9 @@ def test_a_checkpoint_of_a_cut_goes_on_in_a_single_process(cut: str, bf16: bool,
     source, target = f"{tmp_path}/cut", f"{tmp_path}/single"
     losses = run_distributed(_train_and_save, _SIZES[cut], source, settings, 2)[0]
     alone = replace(settings, parallel=ParallelConfig())
-    found, _ = run_distributed(_load_save_and_train, 1, source, target, alone)[0]
+    found, _ = run_single(_load_save_and_train, source, target, alone)
     assert found == pytest.approx(losses, rel=1e-2 if bf16 else 1e-5)
-    _assert_equal(*run_distributed(_whole_tensors, 1, source, target)[0])
+    _assert_equal(*run_single(_whole_tensors, source, target))
 
 
 def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
@@ -204,9 +205,9 @@ def test_padding_between_the_distributed_optimizers_buckets_is_not_mistaken_for_
     alone = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=model)
     cut = replace(alone, parallel=_DISTRIBUTED_PP2)
     first, second, third = (f"{tmp_path}/{name}" for name in ("single", "cut", "again"))
-    losses = run_distributed(_train_and_save, 1, first, alone, 2)[0]
+    losses = run_single(_train_and_save, first, alone, 2)
     found, _ = run_distributed(_load_save_and_train, 4, first, second, cut)[0]
-    again, _ = run_distributed(_load_save_and_train, 1, second, third, alone)[0]
-    _assert_equal(*run_distributed(_whole_tensors, 1, first, second)[0])
+    again, _ = run_single(_load_save_and_train, second, third, alone)
+    _assert_equal(*run_single(_whole_tensors, first, second))
     assert found == pytest.approx(losses, rel=1e-5)
     assert again == losses

@@ -18,6 +18,7 @@ from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import load_weights
@@ -73,9 +74,7 @@ def grow_prepended_and_appended(data: str, folder: str) -> tuple[list[Tensors], 
 @pytest.fixture(scope="module")
 def grown(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Tensors], list[float]]:
     folder = str(tmp_path_factory.mktemp("grown"))
-    found: tuple[list[Tensors], list[float]] = run_distributed(grow_prepended_and_appended, 1, data, folder)[
-        0
-    ]
+    found: tuple[list[Tensors], list[float]] = run_single(grow_prepended_and_appended, data, folder)
     return found
 
 
@@ -194,7 +193,7 @@ def head_and_new_layer(data: str, folder: str) -> tuple[str, torch.Tensor, torch
 def test_a_learning_rate_schedule_starts_again_with_every_stack_while_optimizer_states_go_on(
     data: str, tmp_path: Path
 ) -> None:
-    output, before, after, counts = run_distributed(head_and_new_layer, 1, data, str(tmp_path))[0]
+    output, before, after, counts = run_single(head_and_new_layer, data, str(tmp_path))
     assert output.count("lr 1.000e-02") == 2
     assert before.abs().max() > 0
     assert torch.equal(before, after)
@@ -219,7 +218,7 @@ def logits_before_and_after(data: str, folder: str) -> dict[str, torch.Tensor]:
 
 
 def test_zero_growth_leaves_the_logits_exactly_as_they_were(data: str, tmp_path: Path) -> None:
-    found = run_distributed(logits_before_and_after, 1, data, str(tmp_path))[0]
+    found = run_single(logits_before_and_after, data, str(tmp_path))
     for mode in ("append", "prepend"):
         assert torch.equal(found[f"{mode} zero"], found["trunk"])
         assert not torch.allclose(found[f"{mode} random"], found["trunk"], atol=1e-2)

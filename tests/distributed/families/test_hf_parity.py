@@ -28,6 +28,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.ops.rotary import rotary_frequencies
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY
 from tests.unit.interop.hf_models import KINDS, SIZES, Kind, alone, logits_of, tensors_in, tokens
 
@@ -177,7 +178,7 @@ def _through_memory(path: str) -> str:
 def test_a_model_in_memory_exports_to_what_it_was_loaded_from_and_refuses_another_models_tensors(
     folder: Path,
 ) -> None:
-    error = run_distributed(_through_memory, 1, str(folder))[0]
+    error = run_single(_through_memory, str(folder))
     before, after = tensors_in(folder / "hf-Qwen2"), tensors_in(folder / "live")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

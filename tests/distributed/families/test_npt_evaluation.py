@@ -26,6 +26,7 @@ from megatron_ext.npt.weights.conversion import draw
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_delta
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
@@ -148,7 +149,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def by_hand(name: str, prefix: str) -> dict[str, Any]:
-    return run_distributed(_by_hand, 1, name, prefix)[0]
+    return run_single(_by_hand, name, prefix)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +259,7 @@ def test_the_average_delta_norm_is_held_against_document_002(reports: dict[str, 
 
 
 def test_with_np_off_the_ratio_is_one_and_no_distance_is_left(prefix: str) -> None:
-    report = run_distributed(_off, 1, prefix)[0]
+    report = run_single(_off, prefix)
     assert report["perplexity"]["perplexity_ratio"] == 1.0
     assert report["perplexity"]["base_loss"] == report["perplexity"]["npt_loss"]
     assert report["logit_kl"]["mean"] == 0.0
@@ -284,7 +285,7 @@ def _off(prefix: str) -> dict[str, Any] | None:
 def test_the_perplexities_are_those_of_tools_evaluate(
     prefix: str, reports: dict[str, Any], name: str
 ) -> None:
-    base, ours = run_distributed(_perplexities, 1, name, prefix)[0]
+    base, ours = run_single(_perplexities, name, prefix)
     assert reports["TP1"]["perplexity"]["base"] == pytest.approx(base, rel=1e-6)
     assert reports["TP1"]["perplexity"]["npt"] == pytest.approx(ours, rel=1e-6)
 
@@ -343,4 +344,4 @@ def test_a_distribution_counts_what_is_not_finite() -> None:
 def test_a_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "one"), [[[7]]])
     with pytest.raises(RuntimeError, match="one: has 1 tokens, at least 2 are needed"):
-        run_distributed(_evaluated, 1, "outer drop", ParallelConfig(), str(tmp_path / "one"))
+        run_single(_evaluated, "outer drop", ParallelConfig(), str(tmp_path / "one"))

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.npt_run_helpers import MULTI_LAYER, make_base, train, write_data
 
 
@@ -48,7 +49,7 @@ def _run(folder: str, data: str) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, EventAccumulator]:
     folder = tmp_path_factory.mktemp("run")
-    output = run_distributed(_run, 1, str(folder), write_data(folder))[0]
+    output = run_single(_run, str(folder), write_data(folder))
     events = EventAccumulator(str(folder / "logs"))
     events.Reload()
     return output, events
@@ -125,7 +126,7 @@ def _refused(cut: list[str]) -> str:
     ],
 )
 def test_samples_are_refused_at_a_cut_that_generation_does_not_know(cut: list[str], flag: str) -> None:
-    assert run_distributed(_refused, 1, cut)[0] == f"--generation-steps 5: generation does not know {flag}"
+    assert run_single(_refused, cut) == f"--generation-steps 5: generation does not know {flag}"
 
 
 def _sampled_at(folder: str, data: str, base: str, cut: list[str]) -> Any:
@@ -152,7 +153,7 @@ def test_samples_are_the_same_at_every_parallel_layout_that_is_allowed(
     cut: list[str], tmp_path: Path
 ) -> None:
     data, texts = write_data(tmp_path), []
-    base = run_distributed(make_base, 1, str(tmp_path), data)[0]
+    base = run_single(make_base, str(tmp_path), data)
     for processes, flags in ((1, []), (2, cut)):
         folder = tmp_path / str(processes)
         assert run_distributed(_sampled_at, processes, str(folder), data, base, flags)[0][0] == 0

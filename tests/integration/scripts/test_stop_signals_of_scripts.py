@@ -16,7 +16,7 @@ import torch
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform import process_groups
 from megatron_ext.testing.checkpoint_runs import read_plain
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.torchrun import Ended, Running, run_until, torchrun
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.run_lock import LOCK_FILE
@@ -61,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def base(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base model for NPT."""
     folder = tmp_path_factory.mktemp("base")
-    made: str = run_distributed(make_base, 1, str(folder), data)[0]
+    made: str = run_single(make_base, str(folder), data)
     return made
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_sigterm_to_its_group_stops_saves_and_goes_on_to_the_tensors_
     resumed = run_until(command(script, data, stopped, base=base), "step", lambda running: None)
     assert resumed.code == 0 and f"goes on after step {found[1]}" in resumed.output, resumed.output
     newest = "progressive_rack" if script == PROGRESSIVE else ""
-    expected, tensors = (run_distributed(tensors_of, 1, str(save), newest)[0] for save in (straight, stopped))
+    expected, tensors = (run_single(tensors_of, str(save), newest) for save in (straight, stopped))
     assert expected.keys() == tensors.keys() and any(name.startswith("optimizer") for name in expected)
     assert not [name for name, tensor in expected.items() if not torch.equal(tensor, tensors[name])]
 

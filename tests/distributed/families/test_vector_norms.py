@@ -18,6 +18,7 @@ from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms,
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_delta
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 
 Tensor = torch.Tensor
 
@@ -241,7 +242,7 @@ def _zeros() -> dict[str, Tensor]:
 
 
 def test_zeros_have_finite_gradients() -> None:
-    for name, gradient in run_distributed(_zeros, 1)[0].items():
+    for name, gradient in run_single(_zeros).items():
         assert torch.isfinite(gradient).all(), name
 
 
@@ -258,4 +259,4 @@ def _refusals() -> None:
 
 
 def test_what_is_not_defined_is_refused() -> None:
-    run_distributed(_refusals, 1)
+    run_single(_refusals)
