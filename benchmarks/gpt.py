@@ -34,7 +34,9 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.platform.process_groups import initialize, use_cuda
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch, Family
 
@@ -100,7 +102,7 @@ def main() -> None:
     """Runs the benchmark and prints one table for each precision."""
     config: BenchmarkConfig = parse(
         BenchmarkConfig, prog="benchmarks/gpt.py", description="Speed of a training step against its peers."
-    )["config"]
+    )
     if config.worker is not None:
         _serve(config, *config.worker.split("/"))
         return

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ext.config.command_line.flag_text import argument_text
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.base_parameters import base_parameters
 from megatron_ext.models.costs.model_cost import ModelCost
@@ -23,11 +23,13 @@ from megatron_ext.npt.evaluation.training_samples import paired_sample
 from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
-from megatron_ext.npt.objective.layer_losses import TEACHER, LayerStepLosses
+from megatron_ext.npt.objective.layer_losses import LayerStepLosses
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
-from megatron_ext.npt.objective.npt_training_config import PLAIN_LM, NPTTrainingConfig, StepObjective
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.objective.step_objective import PLAIN_LM, StepObjective
 from megatron_ext.npt.objective.teacher import Teacher
 from megatron_ext.npt.weights.state_files import multi_layer_state, write_state_files
 from megatron_ext.training.interface.family_interface import Batch, Family, Message
@@ -73,11 +75,11 @@ class NPTFamily(Family):
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "NPTFamily":
         """The family that gave this `configuration()`."""
-        return cls(configs_from_dict({"settings": NPTModuleConfig}, configuration)["settings"])
+        return cls(group_in(NPTModuleConfig, configuration, "settings"))
 
     def configuration(self) -> dict[str, Any]:
         """NPT's settings."""
-        return dict(configs_to_dict({"settings": self.settings}))
+        return {"settings": group_to_dict(self.settings)}
 
     def extension(self) -> NPTExtension:
         """NPT's part of the model."""
@@ -110,7 +112,7 @@ class NPTFamily(Family):
         training = self.training
         self._objective = None
         for module in np_modules(chunks).values():
-            module.plan = None
+            module.step = None
         if training is None or iteration is None:
             return
         self._objective = objective = training.objective(iteration, self.total_steps)
@@ -120,7 +122,7 @@ class NPTFamily(Family):
             modules = np_modules([chunk])
             for place, (number, module) in enumerate(modules.items()):
                 if number in weights:
-                    module.plan = self._plan(objective, weights[number], (place, len(modules)))
+                    module.step = self._layer_step(objective, weights[number], (place, len(modules)))
 
     def output_loss(self) -> OutputLoss | None:
         """Cross-entropy and fidelity with their weights of this step."""
@@ -197,7 +199,7 @@ class NPTFamily(Family):
     def _trained(self, num_layers: int) -> tuple[int, ...]:
         return self.settings.layers(num_layers) if self.trains is None else self.trains
 
-    def _plan(self, objective: StepObjective, weight: float, place: tuple[int, int]) -> LayerStepLosses:
+    def _layer_step(self, objective: StepObjective, weight: float, place: tuple[int, int]) -> LayerStepLosses:
         layer = objective.layer
         return LayerStepLosses(
             weights=replace(

@@ -20,7 +20,9 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch, Family
 

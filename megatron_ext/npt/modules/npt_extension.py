@@ -8,8 +8,7 @@ from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.layer_losses import TEACHER
-from megatron_ext.npt.objective.teacher import TeacherInputs
+from megatron_ext.npt.modules.teacher_inputs import TEACHER, TeacherInputs
 
 
 class NPTExtension(Extension):

@@ -27,9 +27,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.ops.add_product import add_product
+from megatron_ext.npt.modules.layer_step import LayerStep
 from megatron_ext.npt.modules.modulation import FORMS, Modulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.layer_losses import LayerStepLosses
 
 
 class NPFeedForward(MegatronModule):
@@ -55,7 +55,7 @@ class NPFeedForward(MegatronModule):
         self.tp_group = pg_collection.tp
         self.active = True
         """False: the layer does what the base layer does, on the engine's own code path."""
-        self.plan: LayerStepLosses | None = None
+        self.step: LayerStep | None = None
         """What the present training step asks of the layer; None outside training."""
         for target in settings.targets:
             self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
@@ -78,21 +78,21 @@ class NPFeedForward(MegatronModule):
             layer: the layer, whose norms and MLP are used.
             hidden_states: h, the layer's input.
             attend: gives a, the attention's output with bias and dropout, for the attention's input.
-            side: the auxiliary streams; read where the plan blends in the teacher's input.
+            layer_inputs: the auxiliary streams; read where the step blends in the teacher's input.
         """
-        plan = self.plan
+        step = self.step
         attention_input = mlp_input = hidden_states
-        if plan is not None and layer_inputs is not None:
-            attention_input, mlp_input = plan.inputs(hidden_states, layer_inputs)
+        if step is not None and layer_inputs is not None:
+            attention_input, mlp_input = step.inputs(hidden_states, layer_inputs)
         attention_output = attend(attention_input)
         mlp_output = self._mlp(layer, mlp_input, attention_output)
         keeps = self.settings.np_residual == "keep"
         residual = mlp_input + attention_output if keeps else mlp_input
         add = layer.mlp_bda(layer.training, self.config.bias_dropout_fusion)
         output = add((mlp_output, None), residual, layer.hidden_dropout)
-        if plan is None:
+        if step is None:
             return output
-        return plan.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
+        return step.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
 
     def _mlp(self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """MLP*(n), recomputed in the backward pass where the run says so."""

@@ -14,7 +14,7 @@ batch is divided into micro-batches. See `moments` for tensor and sequence paral
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,39 +22,14 @@ import torch.nn.functional as F
 
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.auxiliary_inputs import LayerInputs
+from megatron_ext.npt.modules.layer_step import LayerStep
+from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm
-
-TEACHER = "npt_teacher"
-"""Side stream with the teacher's inputs of this stage's NPT layers, packed as [layers, s, b, h]."""
+from megatron_ext.npt.objective.step_objective import LayerWeights
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """Weights of a layer's losses; 0 leaves one out."""
-
-    direct_mlp: float = 0.0
-    """Direct MLP."""
-
-    equivalence: float = 0.0
-    """Equivalence."""
-
-    equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How equivalence is measured."""
-
-    reconstruction: float = 0.0
-    """Attention reconstruction."""
-
-    regularization: float = 0.0
-    """Regularization."""
-
-    @property
-    def any(self) -> bool:
-        """True where a layer has a loss at all."""
-        return any((self.direct_mlp, self.equivalence, self.reconstruction, self.regularization))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStepLosses:
+class LayerStepLosses(LayerStep):
     """The present step of one layer."""
 
     weights: LayerWeights
@@ -85,7 +60,7 @@ class LayerStepLosses:
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention's and the MLP's input [s, b, h], from the student's [s, b, h] and the auxiliary streams."""
+        """See `LayerStep`."""
         if not self.needs_teacher:
             return hidden_states, hidden_states
         teacher = layer_inputs.read_part(TEACHER, *self.place)
@@ -103,16 +78,7 @@ class LayerStepLosses:
         mlp_output: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """The layer's output with its losses attached.
-
-        Args:
-            module: the layer's `NPFeedForward`.
-            layer: the layer.
-            inputs: h as the layer gets it, and as the MLP gets it.
-            attention_output: a.
-            mlp_output: MLP*(n).
-            output: the layer's output.
-        """
+        """See `LayerStep`."""
         student, hidden_states = inputs
         terms = self._terms(module, layer, hidden_states, attention_output, mlp_output)
         losses = [weight * value for weight, value in terms.values() if weight]

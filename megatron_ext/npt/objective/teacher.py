@@ -17,41 +17,15 @@ from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.model_extension import StageModule
 from megatron_ext.models.transformer_layer import ExtendedTransformerLayer
 from megatron_ext.npt.modules.npt_layers import deactivated
-from megatron_ext.npt.objective.layer_losses import TEACHER
+from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name
 from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates
 
 OUTPUT = f"{TEACHER}/output"
 """Batch field: what the output layer reads in the teacher, [s, b, h] ([s/t, b, h] under sequence parallel)."""
-
-
-def input_name(layer: int) -> str:
-    """Batch field: the teacher's input of a layer (numbered from 0), [s, b, h] ([s/t, b, h])."""
-    return f"{TEACHER}/layer_{layer}"
-
-
-class TeacherInputs(StageModule):
-    """Packs the teacher's inputs of a chunk's NPT layers for them."""
-
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        """Args:
-        layers: numbers of the chunk's NPT layers, from 0.
-        """
-        super().__init__()
-        self.layers = layers
-
-    def forward(
-        self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The stream, in micro-batches that bring it."""
-        names = [input_name(layer) for layer in self.layers]
-        if not names or names[0] not in auxiliary_inputs:
-            return {}
-        return {TEACHER: torch.stack([auxiliary_inputs[name] for name in names])}
 
 
 @dataclass

@@ -13,13 +13,11 @@ layer's own adapters begin at zero. Optimizer states go with the parameters that
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -30,12 +28,12 @@ from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.models.layer_spec import LINEARS
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import merge_over_ranks, on_every_rank
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.progressive.settings.progressive_config import GrowthInit
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
-from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
+from megatron_ext.training.checkpoint.optimizer_state import PREFIX, OptimizerState
 
 _LAYER = re.compile(r"(?:(?<=\.)|^)layers\.(\d+)\.")
 _NEW = "of_new_layers."
@@ -70,7 +68,7 @@ def read_trunk(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int])
     Raises:
         ValueError: the checkpoint is damaged, lacks a tensor, or has it in another shape.
     """
-    gather(lambda: files.verify_checkpoint(folder, dist.get_rank(), dist.get_world_size()))
+    tensors.verify(folder)
     _read_layers(chunks, folder, sources, everything=True)
 
 
@@ -136,33 +134,26 @@ def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
     return rounds
 
 
-def _renamed_state(chunks: list[GPTModel], sources: Mapping[int, int]) -> dict[str, Any]:
-    """The model's sharded tensors under the names that the checkpoint has for them; new layers' under no name of it."""
-    state = tensors.model_state(chunks)
-    for chunk in state.values():
-        for name in [n for n, v in chunk.items() if not isinstance(v, ShardedTensor | ShardedTensorFactory)]:
-            del chunk[name]
-        for value in chunk.values():
-            value.key = renamed(value.key, sources) or f"{_NEW}{value.key}"
-    return state
+def _name_in_trunk(sources: Mapping[int, int]) -> Callable[[str], str]:
+    """Tells the name that the checkpoint has for a global name; for a new layer's one that it does not have."""
+    return lambda name: renamed(name, sources) or f"{_NEW}{name}"
 
 
 def _read_layers(
     chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], *, everything: bool
 ) -> None:
     """Reads layers from where `sources` says; with `everything` adapters and what lies outside the layers too."""
-    stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
-    state = _renamed_state(chunks, sources)
-    for chunk in state.values():
-        for name, value in list(chunk.items()):
-            is_adapter = ADAPTERS in value.key.split(".")
-            wanted = not value.key.startswith(_NEW) and not (is_adapter and value.key not in stored)
-            if not everything:
-                wanted = wanted and not is_adapter and layer_of_name(value.key) is not None
-            if not wanted:
-                del chunk[name]
-    tensors.check(state, stored, folder, same_vocabulary=True, whole=False)
-    tensors.load_model_state(chunks, _read(state, folder), strict=False)
+
+    def wanted(name: str, _: torch.Tensor, stored: Container[str]) -> bool:
+        if name.startswith(_NEW):
+            return False
+        if ADAPTERS in name.split("."):
+            return everything and name in stored
+        return everything or layer_of_name(name) is not None
+
+    tensors.load_into(
+        chunks, folder, wanted=wanted, rename=_name_in_trunk(sources), whole=False, same_vocabulary=True
+    )
 
 
 def _add_deltas(
@@ -190,18 +181,10 @@ def _add_deltas(
             sharded = adapter.sharded_state_dict(prefix, (), metadata)
             state[str(len(found))] = {key.removeprefix(prefix): value for key, value in sharded.items()}
             found.append((linear, adapter))
-    loaded = _read(state, folder)
+    loaded = tensors.read(state, folder)
     for place, (linear, adapter) in enumerate(found):
         adapter.load_state_dict(loaded[str(place)])
         linear.weight += adapter.delta().to(linear.weight.dtype)
-
-
-def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`tensors.read`, where a rank, or every one, may want nothing."""
-    if not any(gather(lambda: any(True for _ in nested_values(state)))):
-        return state
-    # The engine leaves out what is empty.
-    return {**{name: {} for name in state}, **tensors.read(state, folder)}
 
 
 def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> dict[str, int]:
@@ -215,12 +198,12 @@ def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping
     Returns:
         Global name -> Adam's updates so far, of all parameters in the model that have such a state.
     """
-    state_file = gather(lambda: files.read_json(folder / files.STATE))[dist.get_rank()]
+    state_file = on_every_rank(lambda: files.read_json(folder / files.STATE))
     steps = state_file["optimizer_step"]
     if steps is None:
         return {}
     earlier = state_file["families"]["progressive"]["earlier_steps"]
-    stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+    stored = tensors.stored_shapes(folder)
     local: dict[str, int] = {}
     for chunk in tensors.model_state(chunks).values():
         for value in chunk.values():
@@ -229,7 +212,7 @@ def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping
             name = renamed(value.key, sources)
             if name is not None and f"{PREFIX}exp_avg.{name}" in stored and value.data.requires_grad:
                 local[value.key] = value.data.earlier_steps = steps + earlier.get(name, 0)
-    return {name: count for part in gather(lambda: local) for name, count in part.items()}
+    return merge_over_ranks(local)
 
 
 def carry_optimizer_state(
@@ -245,12 +228,5 @@ def carry_optimizer_state(
         folder: the trunk's checkpoint.
         sources: number of each layer that the checkpoint has -> its number there.
     """
-    stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
-    state = OptimizerState(optimizer, _renamed_state(chunks, sources))
-    main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
-    wanted = {
-        number: held
-        for number, held in state.sharded(is_loading=True, with_main_params=main_params).items()
-        if held["exp_avg"].key in stored
-    }
-    state.restore(_read({"optimizer": wanted}, folder)["optimizer"], 0)
+    names = tensors.model_state(chunks, rename=_name_in_trunk(sources))
+    tensors.load_optimizer(OptimizerState(optimizer, names), folder, 0, whole=False, same_vocabulary=True)

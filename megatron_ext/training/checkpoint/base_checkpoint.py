@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform.collectives import gather
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
@@ -80,14 +77,15 @@ class BaseCheckpoint:
         Raises:
             ValueError: it is damaged, or of another model.
         """
-        rank, size = dist.get_rank(), dist.get_world_size()
-        gather(lambda: files.verify_checkpoint(self.folder, rank, size))
+        tensors.verify(self.folder)
         stored = self.run_config()
         shared = [family for family in families if family.name in stored["families"]]
         ours = {**run_config, "families": {f.name: run_config["families"][f.name] for f in shared}}
         check_same_model(ours, stored, shared, self.folder, finetune=False)
         base = base_parameter_ids(models)
-        shapes = gather(lambda: tensors.stored_shapes(self.folder))[rank]
-        wanted = tensors.model_state(models, lambda name, value: name in shapes or id(value) in base)
-        tensors.check(wanted, shapes, self.folder, same_vocabulary=stored["vocab_size"] == ours["vocab_size"])
-        tensors.load_model_state(models, tensors.read(wanted, self.folder), strict=False)
+        tensors.load_into(
+            models,
+            self.folder,
+            wanted=lambda name, value, names: name in names or id(value) in base,
+            same_vocabulary=stored["vocab_size"] == ours["vocab_size"],
+        )

@@ -8,7 +8,7 @@ tells every rank of a failure. Read with the engine's own reader.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +32,96 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import gather_or_raise, merge_over_ranks, on_every_rank
 from megatron_ext.training.checkpoint import checkpoint_files as files
-from megatron_ext.training.checkpoint.optimizer_state import PREFIX
+from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
+
+Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
+"""(Name in the checkpoint, the model's tensor, all names in the checkpoint) -> whether the tensor is read."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def model_state(
-    models: list[GPTModel], keeps: Callable[[str, torch.Tensor], bool] | None = None
+    models: list[GPTModel],
+    keeps: Callable[[str, torch.Tensor], bool] | None = None,
+    rename: Callable[[str], str] | None = None,
 ) -> ShardedStateDict:
-    """The sharded state dict of this rank's chunks; names in it are global and do not tell how layers are cut.
+    """The sharded state dict of this rank's chunks; names in it are global and do not depend on the parallel layout.
 
     Args:
         models: the chunks, unwrapped.
         keeps: (global name, the model's own tensor) -> whether it is in; without it all are.
+        rename: global name -> name in the checkpoint, which `keeps` then gets. What is no tensor is left out.
     """
     states = {}
     for index, model in enumerate(models):
         state = model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        if rename is not None:
+            state = {name: value for name, value in state.items() if _is_tensor(value)}
+            for value in state.values():
+                value.key = rename(value.key)
         if keeps is not None:
             state = {
                 name: value
                 for name, value in state.items()
-                if not isinstance(value, ShardedTensor | ShardedTensorFactory) or keeps(value.key, value.data)
+                if not _is_tensor(value) or keeps(value.key, value.data)
             }
         states[f"model{index}"] = state
     return states
 
 
-def load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool = True) -> None:
+def load_into(
+    models: list[GPTModel],
+    folder: Path,
+    *,
+    wanted: Wanted | None = None,
+    rename: Callable[[str], str] | None = None,
+    whole: bool = True,
+    same_vocabulary: bool,
+) -> None:
+    """Reads a checkpoint's tensors into a model; collective.
+
+    Args:
+        models: this rank's chunks, unwrapped.
+        folder: the checkpoint, whose files `verify` has compared with their checksums.
+        wanted: tells which tensors are read; without it every tensor of the model is.
+        rename: as in `model_state`.
+        whole: the checkpoint may hold no more of the model than is read.
+        same_vocabulary: the tokenizers' sizes agree, so that the embedding may be padded differently.
+
+    Raises:
+        ValueError: model and checkpoint differ, naming the tensor.
+    """
+    stored = stored_shapes(folder)
+    keeps = None if wanted is None else lambda name, value: wanted(name, value, stored)
+    state = model_state(models, keeps, rename)
+    check(state, stored, folder, same_vocabulary=same_vocabulary, whole=whole)
+    _load_model_state(models, read(state, folder), strict=wanted is None)
+
+
+def load_optimizer(
+    optimizer: OptimizerState, folder: Path, step: int, *, whole: bool = True, same_vocabulary: bool
+) -> None:
+    """Reads an optimizer's tensors from a checkpoint whose model is loaded, as `load_into` does; collective.
+
+    Args:
+        optimizer: gets them.
+        folder: the checkpoint.
+        step: updates done so far, as Adam counts them.
+        whole: False: parameters whose state the checkpoint lacks keep their own.
+        same_vocabulary: as in `load_into`.
+    """
+    stored = stored_shapes(folder)
+    main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
+    held = optimizer.sharded(is_loading=True, with_main_params=main_params)
+    if not whole:
+        held = {number: part for number, part in held.items() if part["exp_avg"].key in stored}
+    check({"optimizer": held}, stored, folder, same_vocabulary=same_vocabulary, whole=False)
+    optimizer.restore(read({"optimizer": held}, folder)["optimizer"], step)
+
+
+def _load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool) -> None:
     """Gives the chunks what the engine's reader has filled in; not strict where `model_state` left something out."""
     for index, model in enumerate(models):
         found = model.load_state_dict(state[f"model{index}"], strict=False)
@@ -97,7 +157,7 @@ def write(state: ShardedStateDict, folder: Path) -> None:
             files.write_tensors(folder / "common.pt", common)
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
-    gather(write_rest)
+    on_every_rank(write_rest)
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
@@ -113,21 +173,33 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
-    """Fills a sharded state dict; collective. Call `check` before.
+    """Fills a sharded state dict, of which a rank's part may be empty; collective. Call `check` before.
 
     An `_extra_state` that the checkpoint lacks is left out: Transformer Engine's norms have one (for FP8), others none.
     """
     state = _with_stored_extras(state, folder)
+    if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
+        return state
     with warnings.catch_warnings():
         # The engine calls torch's loader by its older name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
-        return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+        loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+    return {**{name: {} for name in state}, **loaded}  # the engine leaves out what is empty
+
+
+def verify(folder: Path) -> None:
+    """Compares a checkpoint's files with their checksums, each rank a part of them; raises as `verify_checkpoint`."""
+    on_every_rank(lambda: files.verify_checkpoint(folder, dist.get_rank(), dist.get_world_size()))
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> global shape of every tensor in a checkpoint whose checksums have been verified."""
-    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
-    return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+    """Name -> global shape of every tensor in a checkpoint whose checksums have been verified; collective."""
+
+    def own() -> dict[str, tuple[int, ...]]:
+        tensors = dist_checkpointing.load_tensors_metadata(str(folder))
+        return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+
+    return on_every_rank(own)
 
 
 def check(
@@ -151,9 +223,7 @@ def check(
         ValueError: naming the tensor.
     """
     wanted = {shard.key: tuple(shard.global_shape) for shard in _shards(state)}
-    everywhere: dict[str, tuple[int, ...]] = {}
-    for part in gather(lambda: wanted):
-        everywhere |= part
+    everywhere = merge_over_ranks(wanted)
     for name, shape in sorted(everywhere.items()):
         if name not in stored:
             hint = "; add --no-load-optim" if name.startswith(PREFIX) else ""
@@ -191,6 +261,10 @@ def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDi
         return {name: kept(value) for name, value in part.items() if is_there(name, value)}
 
     return kept(state)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, ShardedTensor | ShardedTensorFactory)
 
 
 def _is_extra(name: str) -> bool:

@@ -6,7 +6,7 @@ and in docs/checkpoints.md.
 """
 
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,24 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import unwrap_model
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.platform.collectives import (
+    gather_or_raise,
+    on_every_rank,
+    on_first_rank,
+    print_on_first_rank,
+)
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
 from megatron_ext.training.checkpoint import random_state, scheduler_state
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
+from megatron_ext.training.checkpoint.optimizer_state import OptimizerState
 from megatron_ext.training.checkpoint.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
-from megatron_ext.training.engine.optimizer import gather_parameters
+from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
 from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
@@ -83,7 +87,7 @@ class Checkpointer:
         """
         self.config = config
         self.chunks = chunks
-        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.models: list[GPTModel] = unwrap_models(chunks)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.families = families
@@ -192,18 +196,24 @@ class Checkpointer:
                 "and files"
             )
 
-    def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
-        """What the run's checkpoints hold of the model, where asked for without names that are not `known`.
+    def _keeps(self) -> Callable[[str, torch.Tensor], bool] | None:
+        """Tells which tensors of the model the run's checkpoints hold; None for all.
 
         On top of a base that is what the base lacks, frozen or not, and what is trained.
         """
+        if self.base is None:
+            return None
         of_base = base_parameter_ids(self.models)
+        return lambda _, value: id(value) not in of_base or value.requires_grad
 
-        def keeps(name: str, value: torch.Tensor) -> bool:
-            is_ours = self.base is None or id(value) not in of_base or value.requires_grad
-            return is_ours and (known is None or name in known)
-
-        return tensors.model_state(self.models, None if self.base is None and known is None else keeps)
+    def _wanted(self) -> tensors.Wanted | None:
+        """Tells which tensors of the model a load reads; None for all."""
+        keeps, fits = self._keeps(), self.loads_what_fits
+        if keeps is None and not fits:
+            return None
+        return lambda name, value, stored: (
+            (keeps is None or keeps(name, value)) and (not fits or name in stored)
+        )
 
     def _check_base(self, stored: dict[str, Any], folder: Path) -> None:
         theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
@@ -214,11 +224,11 @@ class Checkpointer:
             )
 
     def _write(self, folder: Path, progress: TrainingProgress) -> None:
-        state = self._model_state()
+        state = tensors.model_state(self.models, self._keeps())
         step = None
         if not self.config.no_save_optim:
             optimizer = OptimizerState(self.optimizer, state)
-            step = max(gather(optimizer.step))
+            step = max(gather_or_raise(optimizer.step))
             held = optimizer.sharded(is_loading=False)
             # On a rank that saves nothing of it there is no entry: the engine would report an empty one.
             state |= {"optimizer": held} if held else {}
@@ -232,11 +242,11 @@ class Checkpointer:
                 files.write_text(folder / files.RUN_CONFIG, json.dumps(self.run_config, indent=1))
                 files.write_text(folder / files.STATE, json.dumps(self._state(progress, step), indent=1))
 
-        gather(write_rest)
+        on_every_rank(write_rest)
         for family in self.families:
             told = {**self._state(progress, step), "run_config": self.run_config}
             family.write_files(self.models, folder, told)
-        own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
+        own = gather_or_raise(lambda: files.digests(folder, _files_of(folder, rank)))
         on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
 
     def _state(self, progress: TrainingProgress, optimizer_step: int | None) -> dict[str, Any]:
@@ -249,24 +259,21 @@ class Checkpointer:
         }
 
     def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
-        stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
-        wanted = self._model_state(stored if self.loads_what_fits else None)
-        whole = not self.loads_what_fits
-        tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary, whole=whole)
-        optimizer = None
-        if not (self.config.finetune or self.config.no_load_optim or self.loads_what_fits):
-            if state["optimizer_step"] is None:
-                raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
-            optimizer = OptimizerState(self.optimizer, wanted)
-            main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
-            wanted |= {"optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
-            tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
-        loaded = tensors.read(wanted, folder)
-        tensors.load_model_state(self.models, loaded, strict=self.base is None and whole)
-        if optimizer is None:
+        tensors.load_into(
+            self.models,
+            folder,
+            wanted=self._wanted(),
+            whole=not self.loads_what_fits,
+            same_vocabulary=same_vocabulary,
+        )
+        if self.config.finetune or self.config.no_load_optim or self.loads_what_fits:
             self.optimizer.reload_model_params()
-        else:
-            optimizer.restore(loaded.get("optimizer", {}), state["optimizer_step"])
+            return
+        step = state["optimizer_step"]
+        if step is None:
+            raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
+        optimizer = OptimizerState(self.optimizer, tensors.model_state(self.models, self._keeps()))
+        tensors.load_optimizer(optimizer, folder, step, same_vocabulary=same_vocabulary)
 
     def _load_random_state(self, folder: Path, state: dict[str, Any], progress: TrainingProgress) -> None:
         if self.config.no_load_rng:
@@ -323,17 +330,17 @@ def load_weights(
     """
     folder = on_first_rank(lambda: _existing(path, ckpt_step))
     stored, _ = _read_verified(folder)
-    models: list[GPTModel] = unwrap_model(chunks)
-    shapes = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+    models: list[GPTModel] = unwrap_models(chunks)
     base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
     of_base = base_parameter_ids(models)
     if base is not None:
         base.load(models, stored, families)
-    wanted = tensors.model_state(
-        models, None if base is None else lambda name, value: name in shapes or id(value) not in of_base
+    tensors.load_into(
+        models,
+        folder,
+        wanted=None if base is None else lambda name, value, names: name in names or id(value) not in of_base,
+        same_vocabulary=vocab_size == stored["vocab_size"],
     )
-    tensors.check(wanted, shapes, folder, same_vocabulary=vocab_size == stored["vocab_size"])
-    tensors.load_model_state(models, tensors.read(wanted, folder), strict=base is None)
     return folder
 
 
@@ -370,11 +377,10 @@ def _existing(path: str, ckpt_step: int | None) -> Path:
 
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run configuration and state of a checkpoint all of whose files match their checksums; collective."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    gather(lambda: files.verify_checkpoint(folder, rank, size))
-    return gather(
+    tensors.verify(folder)
+    return on_every_rank(
         lambda: (files.read_json(folder / files.RUN_CONFIG), files.read_json(folder / files.STATE))
-    )[rank]
+    )
 
 
 def _files_of(folder: Path, rank: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Norms of single gradients after the backward pass, as the optimizer sees them.
+"""Clips gradients by their global norm, and computes the norms of single gradients for statistics.
 
 Without the distributed optimizer every data-parallel rank ends with the whole reduced gradient in `main_grad`. With it
 a rank ends with its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
@@ -7,6 +7,18 @@ a rank ends with its own part of every bucket; the rest of `main_grad` is not re
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
+    """Scales this rank's gradients in place so that their global norm, `norm`, does not exceed `largest`.
+
+    Without Apex and Transformer Engine the engine's own clipping makes a scaled copy first.
+    """
+    factor = largest / (norm + 1.0e-6)
+    gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+    if factor < 1.0 and gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:

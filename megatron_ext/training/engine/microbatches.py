@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.engine.data_parallel import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 from megatron_ext.training.interface.output_losses import OutputLoss
 
@@ -50,7 +51,7 @@ def run_microbatches(
         {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
     ]
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
-    _unwrapped(chunks[0]).check_length(sequence_length)
+    unwrap_model(chunks[0]).check_length(sequence_length)
     divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -63,7 +64,7 @@ def run_microbatches(
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(moved),
         # Side streams travel as further rows, so between stages the sequence is longer.
-        seq_length=sequence_length * _pipeline_factor(_unwrapped(chunks[0])),
+        seq_length=sequence_length * _pipeline_factor(unwrap_model(chunks[0])),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
@@ -89,7 +90,7 @@ def _forward_step(
     model: Any,
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    chunk = _unwrapped(model)
+    chunk = unwrap_model(model)
     with chunk.without_head() if output_loss.reads == "hidden" else contextlib.nullcontext():
         output = model(
             batch["tokens"],
@@ -125,12 +126,6 @@ def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch
             batch.get("attention_mask"),
             auxiliary_inputs=auxiliary_inputs(families, batch),
         )
-
-
-def _unwrapped(chunk: Any) -> GPTModel:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _pipeline_factor(chunk: GPTModel) -> int:

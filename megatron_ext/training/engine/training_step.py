@@ -21,8 +21,9 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.engine.data_parallel import unwrap_models
+from megatron_ext.training.engine.gradient_norms import clip_gradients
 from megatron_ext.training.engine.microbatches import run_microbatches
-from megatron_ext.training.engine.optimizer import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import select_output_loss
 
@@ -82,7 +83,7 @@ class Stepper:
         log_params_norm: compute the parameters' norm in every step.
         """
         self.chunks = chunks
-        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.models: list[GPTModel] = unwrap_models(chunks)
         self.families = families
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -193,17 +194,6 @@ class Stepper:
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=self.global_batch_size)
         return norm, False
-
-
-def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
-    """Scales this rank's gradients in place so that their global norm, `norm`, does not exceed `largest`.
-
-    Without Apex and Transformer Engine the engine's own clipping makes a scaled copy first.
-    """
-    factor = largest / (norm + 1.0e-6)
-    gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
-    if factor < 1.0 and gradients:
-        torch._foreach_mul_(gradients, factor)
 
 
 def parameters_norm(models: list[GPTModel]) -> float:

@@ -18,12 +18,9 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
-from megatron_ext.training.engine.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    gather_parameters,
-    wrap_model,
-)
+from megatron_ext.training.engine.data_parallel import gather_parameters, wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch
 

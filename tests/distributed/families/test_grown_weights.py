@@ -22,7 +22,8 @@ from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import load_weights
-from megatron_ext.training.engine.optimizer import build_optimizer, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.optimizer import build_optimizer
 from tests.integration.progressive.progressive_run_helpers import (
     VOCABULARY,
     losses_of,

@@ -12,19 +12,23 @@ SHAPE = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32
 ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
-import sys
+from dataclasses import dataclass
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.cross_checks import validate
 
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    model: ModelConfig
+    parallel: ParallelConfig
+
 def main():
-    configs = parse({"model": ModelConfig, "parallel": ParallelConfig}, prog="train.py", description="Trains.",
-                    example="python train.py --num-layers 2")
-    validate(configs["model"], configs["parallel"])
-    if configs["model"].num_layers == 77:
+    flags = parse(Flags, prog="train.py", description="Trains.", example="python train.py --num-layers 2")
+    validate(flags.model, flags.parallel)
+    if flags.model.num_layers == 77:
         open("/no/such/folder/file")
-    if configs["model"].num_layers == 78:
+    if flags.model.num_layers == 78:
         raise RuntimeError("a defect")
     print("trained")
 
@@ -49,7 +53,7 @@ def test_a_scripts_help_calls_required_only_what_nothing_else_gives(script: str)
         [sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=root
     )
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", shown.stdout).split())
-    assert "Number of transformer layers. (default: 'th" in text
+    assert "Number of transformer layers. (default: th" in text
     assert "Number of transformer layers. (required)" not in text
 
 

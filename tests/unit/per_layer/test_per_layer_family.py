@@ -21,7 +21,8 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.references import reference_rms_norm
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.training.engine.optimizer import build_optimizer, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.optimizer import build_optimizer
 
 VOCAB, ROWS, WIDTH = 64, 20, 8
 MODEL = ModelConfig(

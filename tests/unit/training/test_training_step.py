@@ -16,7 +16,9 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, synthetic_batches
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch
 
