@@ -17,7 +17,7 @@ BASE = [
 ]
 
 EXTRAS = {
-    "test": ["pytest>=8", "hypothesis"],
+    "test": ["pytest>=8", "pytest-xdist", "hypothesis"],
     "dev": ["matplotlib", "mypy", "ruff"],
     "data": ["gigatoken", "pyarrow", "sentencepiece", "tiktoken", "zstandard"],
     "hf": ["transformers>=5"],

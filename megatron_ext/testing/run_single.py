@@ -7,6 +7,7 @@ Tests that need several ranks, or end their process, call `run_distributed`.
 import contextlib
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,9 +38,10 @@ def clean_process() -> Iterator[None]:
     """Within it a run may start; afterwards nothing of the run is left in the process.
 
     Restored are what torch, the engine and this package keep once per process: groups, parallel state, random
-    streams, attached losses, gradient mode, default type, threads; and the environment and the filters of warnings.
+    streams, attached losses, gradient mode, default type, threads; and the environment, the
+    command line and the filters of warnings.
     """
-    environment, threads = dict(os.environ), torch.get_num_threads()
+    environment, arguments, threads = dict(os.environ), sys.argv, torch.get_num_threads()
     random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     dtype, has_gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     torch.set_num_threads(1)
@@ -53,6 +55,7 @@ def clean_process() -> Iterator[None]:
         get_cuda_rng_tracker().reset()
         LayerLosses.scale, LayerLosses.evaluating = 1.0, False
         LayerLosses._sums, LayerLosses._counts = {}, {}
+        sys.argv = arguments
         os.environ.clear()
         os.environ.update(environment)
         torch.set_num_threads(threads)
