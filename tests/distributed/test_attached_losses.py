@@ -115,10 +115,10 @@ def _by_hand() -> ByHand:
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP1", "TP2", "PP2", "PP2 interleaved", "DP2"])
-def test_gradients_equal_those_of_the_summed_loss(cut: str, recompute: bool, by_hand: ByHand) -> None:
-    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
-    traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, 1, families)
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "PP2 interleaved", "DP2"])
+def test_gradients_equal_those_of_the_summed_loss(layout: str, recompute: bool, by_hand: ByHand) -> None:
+    parallel = with_full_recompute(LAYOUTS[layout]) if recompute else LAYOUTS[layout]
+    traces = run_distributed(train_tiny, WORLD_SIZES[layout], parallel, 1, families)
     output_loss, layer_losses, gradients = by_hand
     for trace in traces:
         assert trace.losses[0] == pytest.approx(output_loss, rel=1e-6)

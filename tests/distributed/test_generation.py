@@ -71,9 +71,9 @@ def _by_full_passes(name: str, count: int) -> list[list[int]]:
 
 
 def _generated(
-    name: str, cut: str, batches: list[list[list[int]]], sampling: Sampling
+    name: str, layout: str, batches: list[list[list[int]]], sampling: Sampling
 ) -> list[list[list[int]]]:
-    model, families = _build(name, LAYOUTS[cut])
+    model, families = _build(name, LAYOUTS[layout])
     return [generate(model, families, prompts, sampling, VOCAB_SIZE) for prompts in batches]
 
 
@@ -87,17 +87,19 @@ def test_greedy_generation_equals_the_argmax_of_full_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cut", "name"),
+    ("layout", "name"),
     [("TP2", "rope"), ("PP2", "rope"), ("TP2", "per-layer embedding"), ("TP2xPP2", "per-layer embedding")],
 )
-def test_every_rank_of_every_cut_gives_the_same_tokens(cut: str, name: str) -> None:
+def test_every_rank_of_every_layout_gives_the_same_tokens(layout: str, name: str) -> None:
     expected = run_single(_greedy_and_sampled, name, "TP1")
-    for found in run_distributed(_greedy_and_sampled, WORLD_SIZES[cut], name, cut):
+    for found in run_distributed(_greedy_and_sampled, WORLD_SIZES[layout], name, layout):
         assert found == expected
 
 
-def _greedy_and_sampled(name: str, cut: str) -> list[list[list[int]]]:
-    return [tokens for sampling in (GREEDY, SAMPLED) for tokens in _generated(name, cut, [PROMPTS], sampling)]
+def _greedy_and_sampled(name: str, layout: str) -> list[list[list[int]]]:
+    return [
+        tokens for sampling in (GREEDY, SAMPLED) for tokens in _generated(name, layout, [PROMPTS], sampling)
+    ]
 
 
 def test_generation_ends_at_the_stop_token_and_leaves_it_out() -> None:

@@ -1,4 +1,4 @@
-"""A run's initial weights do not depend on how it is cut."""
+"""A run's initial weights do not depend on how it is divided."""
 
 from dataclasses import replace
 
@@ -26,10 +26,10 @@ UNTIED = replace(TINY, untie_embeddings_and_output_weights=True, position_embedd
 Shard = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
 
 
-@pytest.mark.parametrize("cut", ["TP2", "PP2", "PP2 interleaved", "TP2xPP2", "TP2+SP"])
-def test_every_shard_is_a_slice_of_the_single_process_weight(cut: str) -> None:
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "PP2 interleaved", "TP2xPP2", "TP2+SP"])
+def test_every_shard_is_a_slice_of_the_single_process_weight(layout: str) -> None:
     whole = {name: values for name, _, _, values in run_single(_weights, LAYOUTS["TP1"])}
-    ranks = run_distributed(_weights, WORLD_SIZES[cut], LAYOUTS[cut])
+    ranks = run_distributed(_weights, WORLD_SIZES[layout], LAYOUTS[layout])
     covered = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in whole.items()}
     for name, shape, offset, values in (shard for rank in ranks for shard in rank):
         place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
@@ -157,5 +157,5 @@ def test_padded_vocabulary_is_the_next_multiple_that_the_ranks_divide(
     assert rows % multiple == 0 and rows % tensor_parallel == 0
 
 
-def test_padded_vocabulary_does_not_change_with_a_cut_that_divides_the_multiple() -> None:
+def test_padded_vocabulary_does_not_change_with_a_layout_that_divides_the_multiple() -> None:
     assert len({padded_vocab_size(50257, TINY, ranks) for ranks in (1, 2, 4, 8, 16)}) == 1

@@ -1,4 +1,4 @@
-"""Families' modules in the slots of a layer: streams, cuts, recomputation, several families at once."""
+"""Families' modules in the slots of a layer: streams, layouts, recomputation, several families at once."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -181,34 +181,36 @@ def two_families() -> list[Family]:
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP1", "PP2", "TP2+SP"])
-def test_layers_read_what_the_layer_before_wrote_at_every_parallel_layout(cut: str, recompute: bool) -> None:
-    assert_same_as_single_process(cut, recompute, writer)
+@pytest.mark.parametrize("layout", ["TP1", "PP2", "TP2+SP"])
+def test_layers_read_what_the_layer_before_wrote_at_every_parallel_layout(
+    layout: str, recompute: bool
+) -> None:
+    assert_same_as_single_process(layout, recompute, writer)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP2xPP2"])
-def test_streams_travel_with_their_gradients_at_every_parallel_layout(cut: str, recompute: bool) -> None:
-    assert_same_as_single_process(cut, recompute, reader)
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP2xPP2"])
+def test_streams_travel_with_their_gradients_at_every_parallel_layout(layout: str, recompute: bool) -> None:
+    assert_same_as_single_process(layout, recompute, reader)
 
 
-@pytest.mark.parametrize("cut", ["TP1", "PP2", "PP2 interleaved"])
-def test_two_families_form_one_model_at_every_parallel_layout(cut: str) -> None:
-    assert_same_as_single_process(cut, True, two_families)
+@pytest.mark.parametrize("layout", ["TP1", "PP2", "PP2 interleaved"])
+def test_two_families_form_one_model_at_every_parallel_layout(layout: str) -> None:
+    assert_same_as_single_process(layout, True, two_families)
 
 
 _single: dict[Callable[[], list[Family]], Any] = {}
 
 
 def assert_same_as_single_process(
-    cut: str, recompute: bool, make_families: Callable[[], list[Family]]
+    layout: str, recompute: bool, make_families: Callable[[], list[Family]]
 ) -> None:
     """Losses of a few steps, and the first step's gradients of every parameter."""
     if make_families not in _single:
         _single[make_families] = [run_single(train_tiny, LAYOUTS["TP1"], STEPS, make_families)]
     single = _single[make_families]
-    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
-    traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, STEPS, make_families)
+    parallel = with_full_recompute(LAYOUTS[layout]) if recompute else LAYOUTS[layout]
+    traces = run_distributed(train_tiny, WORLD_SIZES[layout], parallel, STEPS, make_families)
     for trace in traces:
         assert trace.losses == pytest.approx(single[0].losses, rel=2e-6)
     expected, found = assemble(single), assemble(traces)

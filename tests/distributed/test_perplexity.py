@@ -68,21 +68,21 @@ def _measured(parallel: ParallelConfig, prefix: str, batch: int, max_tokens: int
     )
 
 
-@pytest.mark.parametrize("cut", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2"])
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2"])
 def test_perplexity_equals_cross_entropy_at_every_parallel_layout(
-    cut: str, prefix: str, direct: list[float]
+    layout: str, prefix: str, direct: list[float]
 ) -> None:
     assert len(direct) == TOKENS - 1
-    for found in run_distributed(_measured, WORLD_SIZES[cut], LAYOUTS[cut], prefix, 2, None):
+    for found in run_distributed(_measured, WORLD_SIZES[layout], LAYOUTS[layout], prefix, 2, None):
         assert found.tokens == TOKENS - 1
         assert found.loss == pytest.approx(math.fsum(direct) / len(direct), rel=1e-6)
         assert found.perplexity == pytest.approx(math.exp(math.fsum(direct) / len(direct)), rel=1e-5)
 
 
-@pytest.mark.parametrize("cut", ["TP1", "DP2"])
-def test_only_the_tokens_asked_for_are_counted(cut: str, prefix: str, direct: list[float]) -> None:
+@pytest.mark.parametrize("layout", ["TP1", "DP2"])
+def test_only_the_tokens_asked_for_are_counted(layout: str, prefix: str, direct: list[float]) -> None:
     limits = [1, 16, 17, 40, 1000]
-    results = run_distributed(_measured_up_to, WORLD_SIZES[cut], LAYOUTS[cut], prefix, limits)[0]
+    results = run_distributed(_measured_up_to, WORLD_SIZES[layout], LAYOUTS[layout], prefix, limits)[0]
     for limit, found in zip(limits, results, strict=True):
         counted = direct[:limit]
         assert found.tokens == len(counted)

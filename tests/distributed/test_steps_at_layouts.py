@@ -14,9 +14,9 @@ from tests.unit.training.test_training_step import MODEL, against_adamw, assert_
 
 
 @pytest.mark.parametrize("poison", ["weight", "mask"])
-@pytest.mark.parametrize("cut", ["DP2", "DP2 distributed optimizer", "TP2", "PP2", "TP2xPP2"])
-def test_nan_on_one_rank_changes_nothing_on_any(cut: str, poison: str) -> None:
-    results = run_distributed(_poisoned, WORLD_SIZES[cut], LAYOUTS[cut], poison)
+@pytest.mark.parametrize("layout", ["DP2", "DP2 distributed optimizer", "TP2", "PP2", "TP2xPP2"])
+def test_nan_on_one_rank_changes_nothing_on_any(layout: str, poison: str) -> None:
+    results = run_distributed(_poisoned, WORLD_SIZES[layout], LAYOUTS[layout], poison)
     for before, after, moments, skipped, healed in results:
         assert skipped == [False, True, False]
         assert before.keys() == after.keys()

@@ -67,10 +67,10 @@ def _differences(first: str, second: str) -> tuple[int, list[str]]:
     return family, [name for name in ours if not ours[name].equal(theirs[name])]
 
 
-@pytest.mark.parametrize("cut", _CASES)
-def test_per_layer_parameters_and_moments_move_between_cuts(cut: str, tmp_path: Path) -> None:
-    parallel, world_size = _CASES[cut]
-    first, second = f"{tmp_path}/cut", f"{tmp_path}/single"
+@pytest.mark.parametrize("layout", _CASES)
+def test_per_layer_parameters_and_moments_move_between_layouts(layout: str, tmp_path: Path) -> None:
+    parallel, world_size = _CASES[layout]
+    first, second = f"{tmp_path}/layout", f"{tmp_path}/single"
     losses = run_distributed(_save_and_train, world_size, first, parallel)[0]
     found = run_single(_load_save_and_train, first, second, _SINGLE)
     assert found == pytest.approx(losses, rel=1e-5)

@@ -23,7 +23,7 @@ from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint.checkpointer import load_weights, read_run_config
 
-_CUTS = {1: ParallelConfig(), 2: ParallelConfig(tensor_model_parallel_size=2)}
+_LAYOUTS = {1: ParallelConfig(), 2: ParallelConfig(tensor_model_parallel_size=2)}
 _STATE = torch.tensor([7, 7, 7], dtype=torch.uint8)
 
 
@@ -37,7 +37,7 @@ def _with_extra_state() -> list[torch.Tensor]:
 
 
 def _settings(world_size: int, **checkpoint: Any) -> RunSettings:
-    return RunSettings(parallel=_CUTS[world_size], checkpoint=CheckpointConfig(**checkpoint))
+    return RunSettings(parallel=_LAYOUTS[world_size], checkpoint=CheckpointConfig(**checkpoint))
 
 
 def _save(folder: str, world_size: int, extra: bool) -> list[float]:

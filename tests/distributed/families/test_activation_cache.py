@@ -40,7 +40,7 @@ DROPOUT = replace(MODEL, hidden_dropout=0.3, attention_dropout=0.3)
 class Case:
     """A training, with and without cache."""
 
-    cut: ParallelConfig
+    layout: ParallelConfig
     world_size: int
     trunk: int = 2
     config: Any = MLM
@@ -49,7 +49,7 @@ class Case:
 
 
 CASES = {
-    **{cut: Case(LAYOUTS[cut], WORLD_SIZES[cut]) for cut in LAYOUTS if cut != "TP2xPP2"},
+    **{layout: Case(LAYOUTS[layout], WORLD_SIZES[layout]) for layout in LAYOUTS if layout != "TP2xPP2"},
     "one layer above": Case(ParallelConfig(), 1, trunk=3),
     "time embedding": Case(ParallelConfig(), 1, config=INPUT),
     "clm": Case(ParallelConfig(), 1, config=CLM),
@@ -74,7 +74,7 @@ def _both(cases: dict[str, Case], folder: str) -> dict[str, dict[str, Trained]]:
         }
         found[name] = {
             way: train(
-                case.cut,
+                case.layout,
                 ObjectiveFamily(config, trunk_layers=case.trunk, cached=cached),
                 STEPS,
                 model=case.model,

@@ -25,18 +25,18 @@ from tests.unit.progressive.progressive_helpers import (
 FOUR_BITS = {name: LayerSettings(precision=name, trains_base=False) for name in ("qlora", "nvfp4")}
 
 
-def _unpacked(precision: str, cut: str, ffn_hidden_size: int) -> list[tuple[str, torch.Tensor]]:
+def _unpacked(precision: str, layout: str, ffn_hidden_size: int) -> list[tuple[str, torch.Tensor]]:
     """This rank's parts of the stored weights; those of fc1 as [2, f/t, h]."""
     model = replace(MODEL, num_layers=1, hidden_size=128, ffn_hidden_size=ffn_hidden_size)
     found = []
-    for _, name, linear in adapted_linears(build({0: FOUR_BITS[precision]}, LAYOUTS[cut], model=model)):
+    for _, name, linear in adapted_linears(build({0: FOUR_BITS[precision]}, LAYOUTS[layout], model=model)):
         weight = linear.read_weight(torch.float32)
         found.append((name, weight.view(2, -1, 128) if linear.is_gated else weight))
     return found
 
 
 @pytest.mark.parametrize("precision", list(FOUR_BITS))
-def test_weights_in_four_bits_do_not_depend_on_the_cut(precision: str) -> None:
+def test_weights_in_four_bits_do_not_depend_on_the_layout(precision: str) -> None:
     whole = run_single(_unpacked, precision, "TP1", 256)
     parts = run_distributed(_unpacked, 2, precision, "TP2", 256)
     for place, (name, expected) in enumerate(whole):
@@ -44,7 +44,7 @@ def test_weights_in_four_bits_do_not_depend_on_the_cut(precision: str) -> None:
         assert torch.cat([rank[place][1] for rank in parts], dim=split).equal(expected), name
 
 
-def test_a_cut_through_a_block_is_refused() -> None:
+def test_a_layout_through_a_block_is_refused() -> None:
     message = (
         "precision qlora: blocks of 64 weights would be cut, a row has 96 on each of 2 tensor-parallel ranks"
     )
@@ -71,9 +71,9 @@ def _empty_and_plain(parallel: ParallelConfig, biased: bool) -> bool:
     return losses.equal(empty_losses) and gradients.keys() == empty_gradients.keys() and all(same)
 
 
-@pytest.mark.parametrize(("cut", "biased"), [("TP1", False), ("TP2", True), ("TP2+SP", False)])
-def test_without_adapters_losses_and_gradients_are_the_engines_to_the_bit(cut: str, biased: bool) -> None:
-    assert all(run_distributed(_empty_and_plain, 1 if cut == "TP1" else 2, LAYOUTS[cut], biased))
+@pytest.mark.parametrize(("layout", "biased"), [("TP1", False), ("TP2", True), ("TP2+SP", False)])
+def test_without_adapters_losses_and_gradients_are_the_engines_to_the_bit(layout: str, biased: bool) -> None:
+    assert all(run_distributed(_empty_and_plain, 1 if layout == "TP1" else 2, LAYOUTS[layout], biased))
 
 
 WIDE = replace(MODEL, hidden_size=128, ffn_hidden_size=128)
@@ -100,12 +100,12 @@ def test_a_merged_model_computes_what_the_adapted_one_did(precision: str | None)
     torch.testing.assert_close(whole, single[0][1], rtol=1e-5, atol=2e-5)
 
 
-def test_a_cut_model_writes_the_same_files(tmp_path: Path) -> None:
+def test_a_layout_model_writes_the_same_files(tmp_path: Path) -> None:
     plan = "ranks and layers differ"
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder, size, parallel in ((whole, 1, ParallelConfig()), (cut, 4, LAYOUTS["TP2xPP2"])):
+    whole, layout = tmp_path / "whole", tmp_path / "layout"
+    for folder, size, parallel in ((whole, 1, ParallelConfig()), (layout, 4, LAYOUTS["TP2xPP2"])):
         folder.mkdir()
         run_distributed(write_adapters, size, str(folder), plan, parallel)
     for name in DUAL.adapters:
-        first, second = ((side / name / "adapter_model.safetensors").read_bytes() for side in (whole, cut))
+        first, second = ((side / name / "adapter_model.safetensors").read_bytes() for side in (whole, layout))
         assert first == second

@@ -134,44 +134,44 @@ LAYOUTS = {
 }
 
 
-def grow_at_cuts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors, Tensors]]:
+def grow_at_layouts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors, Tensors]]:
     results = {}
     flags = ("--building-mode", "prepend", "append", "--growth-init", "zero", *STEPS, "--target-stacks", "3")
     for name in ("TP2", "PP2"):
-        cut = LAYOUTS[name]
+        layout = LAYOUTS[name]
         save = f"{folder}/{name}"
-        _, output = train(data, save, *flags, *cut)
+        _, output = train(data, save, *flags, *layout)
         results[name] = (
             losses_of(output),
             stored(save, "progressive_stack_0"),
             stored(save, "progressive_stack_1"),
         )
     outputs = [
-        train(data, f"{folder}/changing", *flags, "--target-stacks", str(target), *cut)[1]
-        for target, cut in enumerate(LAYOUTS.values(), start=1)
+        train(data, f"{folder}/changing", *flags, "--target-stacks", str(target), *layout)[1]
+        for target, layout in enumerate(LAYOUTS.values(), start=1)
     ]
     losses = [loss for output in outputs for loss in losses_of(output)]
     phases = [stored(f"{folder}/changing", f"progressive_stack_{i}") for i in range(2)]
-    results["another cut for every stack"] = losses, phases[0], phases[1]
+    results["another layout for every stack"] = losses, phases[0], phases[1]
     return results
 
 
 @pytest.fixture(scope="module")
-def at_cuts(
+def at_layouts(
     data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[float], Tensors, Tensors]]:
-    folder = str(tmp_path_factory.mktemp("cuts"))
-    found: dict[str, Any] = run_distributed(grow_at_cuts, 2, data, folder)[0]
+    folder = str(tmp_path_factory.mktemp("layouts"))
+    found: dict[str, Any] = run_distributed(grow_at_layouts, 2, data, folder)[0]
     return found
 
 
-@pytest.mark.parametrize("cut", ["TP2", "PP2", "another cut for every stack"])
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "another layout for every stack"])
 def test_growth_at_every_parallel_layout_equals_the_single_process(
-    at_cuts: dict[str, tuple[list[float], Tensors, Tensors]],
+    at_layouts: dict[str, tuple[list[float], Tensors, Tensors]],
     grown: tuple[list[Tensors], list[float]],
-    cut: str,
+    layout: str,
 ) -> None:
-    losses, first, second = at_cuts[cut]
+    losses, first, second = at_layouts[layout]
     assert losses == pytest.approx(grown[1], rel=2e-4)
     for old, new in {0: 2, 1: 3}.items():
         assert_same(layer(second, new), layer(first, old))

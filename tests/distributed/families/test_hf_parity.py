@@ -131,36 +131,36 @@ def _whole_logits(model: GPTModel) -> torch.Tensor:
     return results[-1]
 
 
-def _cut_logits(path: str) -> dict[tuple[str, str, str], torch.Tensor]:
+def _logits_at_layouts(path: str) -> dict[tuple[str, str, str], torch.Tensor]:
     found = {}
-    for cut in ("TP2", "PP2"):
+    for layout in ("TP2", "PP2"):
         for name in CUT_KINDS:
-            parallel = LAYOUTS[cut]
+            parallel = LAYOUTS[layout]
             loaded = load_model(
                 f"{path}/checkpoint-{name}",
                 {},
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             )
-            found[cut, name, "checkpoint"] = _whole_logits(loaded.model)
+            found[layout, name, "checkpoint"] = _whole_logits(loaded.model)
             source = load_hf(f"{path}/hf-{name}")
             chunks = build_model(source.model, parallel, vocab_size=source.vocab_size, seed=7)
             load_into(chunks, source.state)
-            found[cut, name, "in memory"] = _whole_logits(chunks[0].eval())
+            found[layout, name, "in memory"] = _whole_logits(chunks[0].eval())
     return found
 
 
 def test_a_model_loads_at_two_tensor_ranks_and_two_stages_from_a_checkpoint_and_in_memory(
     folder: Path,
 ) -> None:
-    found = run_distributed(_cut_logits, 2, str(folder))[1]
+    found = run_distributed(_logits_at_layouts, 2, str(folder))[1]
     assert len(found) == 8
-    for (cut, name, _), logits in found.items():
+    for (layout, name, _), logits in found.items():
         expected = logits_of(KINDS[name].build())
         vocabulary = expected.size(-1)
         torch.testing.assert_close(logits[..., :vocabulary], expected, atol=1e-5, rtol=0)
         # An odd vocabulary has a row of padding at two tensor ranks, which an import leaves zero.
-        assert logits.size(-1) == (98 if cut == "TP2" and name == "Llama, all biases" else vocabulary)
+        assert logits.size(-1) == (98 if layout == "TP2" and name == "Llama, all biases" else vocabulary)
 
 
 def _through_memory(path: str) -> str:

@@ -155,35 +155,35 @@ def by_hand(name: str, prefix: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def reports(name: str, prefix: str) -> dict[str, dict[str, Any]]:
     found = {}
-    for cut in ("TP1", "TP2", "PP2", "DP2"):
-        results = run_distributed(_evaluated, WORLD_SIZES[cut], name, LAYOUTS[cut], prefix)
+    for layout in ("TP1", "TP2", "PP2", "DP2"):
+        results = run_distributed(_evaluated, WORLD_SIZES[layout], name, LAYOUTS[layout], prefix)
         assert results[0] is not None and not any(results[1:]), "the first rank has the report, alone"
-        found[cut] = results[0]
+        found[layout] = results[0]
     return found
 
 
-CUT_NAMES = pytest.mark.parametrize("cut", ["TP1", "TP2", "PP2", "DP2"])
+LAYOUT_NAMES = pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "DP2"])
 
 
-@CUT_NAMES
+@LAYOUT_NAMES
 def test_perplexity_and_kl_equal_those_of_whole_logits(
-    cut: str, reports: dict[str, Any], by_hand: dict[str, Any]
+    layout: str, reports: dict[str, Any], by_hand: dict[str, Any]
 ) -> None:
-    found, loss = reports[cut]["perplexity"], by_hand["loss"]
+    found, loss = reports[layout]["perplexity"], by_hand["loss"]
     assert found["tokens"] == TOKENS - 1
     assert found["base"] == pytest.approx(math.exp(loss["base"]), rel=1e-5)
     assert found["npt"] == pytest.approx(math.exp(loss["npt"]), rel=1e-5)
     assert found["perplexity_ratio"] == pytest.approx(math.exp(loss["npt"] - loss["base"]), rel=1e-5)
-    assert reports[cut]["logit_kl"]["mean"] == pytest.approx(loss["kl"], rel=1e-4)
+    assert reports[layout]["logit_kl"]["mean"] == pytest.approx(loss["kl"], rel=1e-4)
     assert loss["kl"] > 0.01, "the models differ"
 
 
-@CUT_NAMES
+@LAYOUT_NAMES
 @pytest.mark.parametrize("how", ["same_input", "free_running"])
 def test_layer_figures_equal_those_of_whole_hidden_states(
-    cut: str, how: str, reports: dict[str, Any], by_hand: dict[str, Any]
+    layout: str, how: str, reports: dict[str, Any], by_hand: dict[str, Any]
 ) -> None:
-    layers = reports[cut]["layer_wise_equivalence"][how]["layers"]
+    layers = reports[layout]["layer_wise_equivalence"][how]["layers"]
     assert list(layers) == [str(number) for number in LAYERS]
     for number in LAYERS:
         ours, base = by_hand["layers"][how][number], by_hand["layers"]["base"][number]
@@ -197,12 +197,12 @@ def test_layer_figures_equal_those_of_whole_hidden_states(
         }
 
 
-@CUT_NAMES
+@LAYOUT_NAMES
 def test_delta_norms_are_those_of_materialised_deltas(
-    cut: str, reports: dict[str, Any], by_hand: dict[str, Any]
+    layout: str, reports: dict[str, Any], by_hand: dict[str, Any]
 ) -> None:
     for (number, target), values in by_hand["norms"].items():
-        found, expected = reports[cut]["weight_delta"]["layers"][str(number)][target], values.numpy()
+        found, expected = reports[layout]["weight_delta"]["layers"][str(number)][target], values.numpy()
         norms = found["frobenius_norm"]
         assert norms["count"] == TOKENS - 1
         assert norms["mean"] == pytest.approx(expected.mean(), rel=1e-4)
@@ -213,16 +213,16 @@ def test_delta_norms_are_those_of_materialised_deltas(
         assert found["relative_norm"]["mean"] == pytest.approx(norms["mean"] / found["weight_norm"])
 
 
-def test_every_cut_gives_the_report_of_one_process(reports: dict[str, Any]) -> None:
+def test_every_layout_gives_the_report_of_one_process(reports: dict[str, Any]) -> None:
     """Also what has no reference above: other targets, v_a and v_b, parameters."""
     one = dict(_numbers(reports["TP1"]))
-    for cut, report in reports.items():
+    for layout, report in reports.items():
         other = dict(_numbers(report))
-        assert other.keys() == one.keys(), cut
+        assert other.keys() == one.keys(), layout
         for key, value in one.items():
             if "histogram" not in key:
                 near = pytest.approx(value, rel=2e-4, abs=1e-7) if isinstance(value, float) else value
-                assert other[key] == near, (cut, key)
+                assert other[key] == near, (layout, key)
 
 
 def _numbers(value: Any, key: str = "") -> list[tuple[str, Any]]:
@@ -298,15 +298,17 @@ def _perplexities(name: str, prefix: str) -> tuple[float, float]:
     return base.perplexity, evaluate_perplexity([model], [family], prefix, **options).perplexity
 
 
-@pytest.mark.parametrize("cut", ["TP1", "TP2"])
-def test_drawn_again_the_model_is_the_converted_one_that_nothing_has_trained(cut: str, prefix: str) -> None:
-    fresh, trained, again = run_distributed(_drawn_again, WORLD_SIZES[cut], cut, prefix)[0]
+@pytest.mark.parametrize("layout", ["TP1", "TP2"])
+def test_drawn_again_the_model_is_the_converted_one_that_nothing_has_trained(
+    layout: str, prefix: str
+) -> None:
+    fresh, trained, again = run_distributed(_drawn_again, WORLD_SIZES[layout], layout, prefix)[0]
     assert again == fresh != trained
 
 
-def _drawn_again(cut: str, prefix: str) -> list[float]:
+def _drawn_again(layout: str, prefix: str) -> list[float]:
     """The loss of a model as it is built, with other NP factors, and after `draw`."""
-    model, family = _build("outer drop", LAYOUTS[cut])
+    model, family = _build("outer drop", LAYOUTS[layout])
     losses = []
     for change in (lambda: None, lambda: _disturb(model), lambda: draw([model], 1)):
         change()

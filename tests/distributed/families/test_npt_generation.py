@@ -65,6 +65,6 @@ def _with_cache(name: str, parallel: ParallelConfig) -> list[list[int]]:
 def test_cached_generation_equals_full_passes_at_every_parallel_layout(name: str) -> None:
     expected, base = run_single(_by_full_passes, name)
     assert expected != base, "the NP components change what is generated"
-    for cut in ("TP1", "TP2", "PP2"):
-        for tokens in run_distributed(_with_cache, WORLD_SIZES[cut], name, LAYOUTS[cut]):
-            assert tokens == expected, cut
+    for layout in ("TP1", "TP2", "PP2"):
+        for tokens in run_distributed(_with_cache, WORLD_SIZES[layout], name, LAYOUTS[layout]):
+            assert tokens == expected, layout

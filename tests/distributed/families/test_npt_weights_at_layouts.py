@@ -49,9 +49,9 @@ CHECKPOINTED = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINTED)
-def test_weights_and_moments_move_between_cuts(case: str, tmp_path: Path) -> None:
+def test_weights_and_moments_move_between_layouts(case: str, tmp_path: Path) -> None:
     settings, parallel, world_size = CHECKPOINTED[case]
-    first, second = f"{tmp_path}/cut", f"{tmp_path}/single"
+    first, second = f"{tmp_path}/layout", f"{tmp_path}/single"
     losses = run_distributed(_save_and_train, world_size, first, settings, parallel)[0]
     found = run_single(_load_save_and_train, first, second, settings)
     assert found == pytest.approx(losses, rel=1e-5)

@@ -86,9 +86,9 @@ def _inputs() -> tuple[Tensor, Tensor]:
     return a * sizes, torch.randn(SEQUENCE, BATCH, FFN, generator=generator)
 
 
-def _measure(cut: str) -> dict[str, dict[str, Any]]:
-    initialize(LAYOUTS[cut], seed=3)
-    return {name: _measured(settings, LAYOUTS[cut]) for name, settings in FORMS.items()}
+def _measure(layout: str) -> dict[str, dict[str, Any]]:
+    initialize(LAYOUTS[layout], seed=3)
+    return {name: _measured(settings, LAYOUTS[layout]) for name, settings in FORMS.items()}
 
 
 def _measured(settings: NPTModuleConfig, parallel: ParallelConfig) -> dict[str, Any]:
@@ -130,9 +130,9 @@ def _measured(settings: NPTModuleConfig, parallel: ParallelConfig) -> dict[str, 
 
 
 @functools.cache
-def measured(cut: str) -> list[dict[str, dict[str, Any]]]:
+def measured(layout: str) -> list[dict[str, dict[str, Any]]]:
     """By rank and form."""
-    return run_distributed(_measure, LAYOUTS[cut].tensor_model_parallel_size, cut)
+    return run_distributed(_measure, LAYOUTS[layout].tensor_model_parallel_size, layout)
 
 
 @functools.cache
@@ -200,12 +200,12 @@ def _close(found: Tensor, right: Tensor, name: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cut", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_quantity_and_gradient_is_that_of_the_vectors_and_deltas_themselves(
-    cut: str, form: str
+    layout: str, form: str
 ) -> None:
-    right, ranks = expected(form), [of_rank[form] for of_rank in measured(cut)]
-    split = LAYOUTS[cut].sequence_parallel
+    right, ranks = expected(form), [of_rank[form] for of_rank in measured(layout)]
+    split = LAYOUTS[layout].sequence_parallel
     for name, value in right["values"].items():
         parts = [rank["values"][name] for rank in ranks]
         per_token, over_tokens = name.endswith("delta_norms"), name.split(".")[1] in (*VECTORS, *NORMS)

@@ -129,15 +129,15 @@ def test_the_data_goes_on_from_layer_to_layer_and_the_schedule_begins_anew(
 
 def test_two_tensor_parallel_processes_train_the_same_layers(sequential_run: SequentialRun) -> None:
     folder = sequential_run.root / "tp2"
-    cut = ["--layers", "0,1", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
-    found = run_distributed(train, 2, *sequential_run.flags(folder), *cut)
+    layout = ["--layers", "0,1", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    found = run_distributed(train, 2, *sequential_run.flags(folder), *layout)
     assert [code for code, _ in found] == [0, 0] and found[1][1] == ""
-    whole, cut_run = (
+    whole, divided = (
         _weights(path / "accumulated_npt_weights.pt") for path in (sequential_run.folder, folder)
     )
-    for key, tensor in cut_run.items():
+    for key, tensor in divided.items():
         torch.testing.assert_close(tensor, whole[key], atol=1e-4, rtol=1e-3)
-    assert {layer_of_np_key(key) for key in cut_run} == {0, 1}
+    assert {layer_of_np_key(key) for key in divided} == {0, 1}
 
 
 def _load_model(folder: str) -> tuple[torch.Tensor, Tensors, str]:

@@ -51,8 +51,8 @@ def command(*flags: str) -> list[str]:
 
 
 def run(*flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    cut = TENSOR_PARALLEL if processes > 1 else []
-    return run_script("pretrain_gpt_per_layer.py", *MODEL, *cut, *flags, processes=processes)
+    layout = TENSOR_PARALLEL if processes > 1 else []
+    return run_script("pretrain_gpt_per_layer.py", *MODEL, *layout, *flags, processes=processes)
 
 
 def run_under_torchrun(*flags: str) -> subprocess.CompletedProcess[str]:

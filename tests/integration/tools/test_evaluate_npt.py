@@ -1,4 +1,4 @@
-"""tools/evaluate_npt.py from the command line: report and page at several cuts, adapters, and what is refused."""
+"""tools/evaluate_npt.py from the command line: report and page at several layouts, adapters, and what is refused."""
 
 import contextlib
 import html

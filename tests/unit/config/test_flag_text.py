@@ -49,7 +49,7 @@ def test_every_text_file_is_opened_with_its_encoding() -> None:
     assert found == []
 
 
-def test_nothing_is_cut_where_only_python_sees_a_line_end() -> None:
+def test_nothing_is_layout_where_only_python_sees_a_line_end() -> None:
     found = [
         f"{path}:{call.lineno}" for path in SOURCES for call, name in _calls(path) if name == "splitlines"
     ]

@@ -30,7 +30,7 @@ MODEL = replace(TINY, disable_bias_linear=False)
 def make_stepper(
     parallel: ParallelConfig, *, micro_batch_size: int = 1, clip_grad: float = 1.0, global_batch_size: int = 4
 ) -> tuple[list[GPTModel], Stepper]:
-    """A tiny model and its stepper at this cut."""
+    """A tiny model and its stepper at this layout."""
     initialize(parallel, seed=1)
     chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1)
     wrapped = wrap_model(chunks, parallel, bf16=False)
