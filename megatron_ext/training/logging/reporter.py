@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.platform.peak_rate import DevicePeak, device_peak
+from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.logging.progress_line import Fields, binary_size, clock, compact, open_progress
 from megatron_ext.training.logging.step_metrics import Interval, StepMetrics
 from megatron_ext.training.logging.tensorboard_writer import TensorBoard
@@ -48,6 +49,7 @@ class Reporter:
         *,
         total_iterations: int,
         flops_per_token: Callable[[int], float],
+        charts: Sequence[ScalarChart] = (),
         bf16: bool = False,
         iteration: int = 0,
         consumed_samples: int = 0,
@@ -63,6 +65,7 @@ class Reporter:
             total_iterations: optimizer steps of the whole run.
             flops_per_token: number of the step just done -> its model FLOPs per token, forward and backward, families
                 included; used for throughput and MFU.
+            charts: the families' charts for TensorBoard's Custom Scalars page.
             bf16: the run's precision, on which the device's peak rate depends.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
@@ -88,7 +91,7 @@ class Reporter:
         if self._is_silent:
             return
         texts = {name: _json_values(value) for name, value in (configuration or {}).items()}
-        self._tensorboard = _open_tensorboard(logging, iteration, consumed_samples, texts)
+        self._tensorboard = _open_tensorboard(logging, charts, iteration, consumed_samples, texts)
         self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
         self._progress = open_progress(stream or sys.stdout, total_iterations, iteration)
         if self._peak is not None:
@@ -198,6 +201,7 @@ class Reporter:
         if self._peak is None:
             return
         # A peak that was measured while other processes kept the machine busy is too low: MFU would exceed 100 %.
+        # A peak that was measured while other processes kept the machine busy is too low: MFU would exceed 100 %.
         peak = self._peak.raised(self._flops_per_second_per_device())
         if peak is not self._peak:
             was, self._peak = self._peak, peak
@@ -255,11 +259,17 @@ class Reporter:
 
 
 def _open_tensorboard(
-    logging: LoggingConfig, iteration: int, consumed_samples: int, texts: Mapping[str, Any]
+    logging: LoggingConfig,
+    charts: Sequence[ScalarChart],
+    iteration: int,
+    consumed_samples: int,
+    texts: Mapping[str, Any],
 ) -> TensorBoard | None:
     if logging.tensorboard_dir is None:
         return None
-    tensorboard = TensorBoard(logging.tensorboard_dir, iteration=iteration, consumed_samples=consumed_samples)
+    tensorboard = TensorBoard(
+        logging.tensorboard_dir, charts=charts, iteration=iteration, consumed_samples=consumed_samples
+    )
     for name, values in texts.items():
         tensorboard.text(f"configuration/{name}", f"```json\n{json.dumps(values, indent=2)}\n```", iteration)
     return tensorboard
