@@ -211,21 +211,21 @@ MISTAKES = {
     ("--target-stacks", "3", "--pipeline-model-parallel-size", "3"): "--pipeline-model-parallel-size 3",
     ("--target-stacks", "3", "--qlora-rank", "0"): "--qlora-rank 0: must be at least 1",
     ("--target-stacks", "3", "--new-stack-precision", "int3"): "--new-stack-precision int3: must be one of",
-    ("--target-stacks", "13"): "--target-stacks 13: more than --max-stacks 12",
-    ("--target-stacks", "3", "--num-layers", "6"): "--num-layers 6: follows from",
+    ("--target-stacks", "13"): "--target-stacks 13: must be at most --max-stacks 12",
+    ("--target-stacks", "3", "--num-layers", "6"): "--num-layers 6: omit it; it follows from",
     (
         "--target-stacks",
         "3",
         "--train-iters",
         "6",
-    ): "--stack-steps: cannot be given together with --train-iters",
+    ): "--stack-steps: cannot be combined with --train-iters",
     (
         "--target-stacks",
         "3",
         "--trunk-strategy",
         "qlora",
         "--no-qlora-enabled",
-    ): "--trunk-strategy qlora: trains",
+    ): "--trunk-strategy qlora trains",
 }
 
 
