@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_ext.config.command_line.flag_table import flags_of, with_dashes
-from megatron_ext.npt.npt_run_config import NPTRunConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
 from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from tests.unit.docs.links import ROOT, anchors_of, broken_links, links_of
