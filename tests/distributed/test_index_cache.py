@@ -160,11 +160,11 @@ def test_one_dataset_twice_in_a_blend_is_refused_with_both_names(tmp_path: Path)
 def build_on_this_rank(prefix: str, cache: str, file: str, misaligned: str) -> list[Any]:
     """Samples of a blend on one rank, then the errors of two builds that only rank 0 can notice."""
     data = DataConfig(data_path=("0.5", prefix, "0.5", prefix + "2"), data_cache_path=cache)
-    train, _, _ = build(data, (50, 0, 0), ["0.5", f"{prefix}_pl", "0.5", f"{prefix}2_pl"])
+    train, _, _ = build_all(data, (50, 0, 0), ["0.5", f"{prefix}_pl", "0.5", f"{prefix}2_pl"])
     results: list[Any] = [[train[number]["per_layer_ids"].tolist() for number in range(50)]]
     for bad_cache, per_layer in ((file, f"{prefix}_pl"), (cache, misaligned)):
         try:
-            build(DataConfig(data_path=(prefix,), data_cache_path=bad_cache), (50, 0, 0), [per_layer])
+            build_all(DataConfig(data_path=(prefix,), data_cache_path=bad_cache), (50, 0, 0), [per_layer])
         except (ValueError, OSError) as error:
             results.append(str(error))
     return results

@@ -113,7 +113,7 @@ def test_a_prompt_stays_and_as_many_masks_go_in_every_step() -> None:
     for tokens, steps in alone:
         share = float((tokens == MASK).double().mean())
         assert abs(float(mask_fraction(INPUT, steps)[0]) - min(share, 0.9)) < 0.01
-    lengths = [tokens.shape for tokens, _ in generated()["more steps than tokens"][1]]
+    lengths = [tuple(tokens.shape) for tokens, _ in generated()["more steps than tokens"][1]]
     assert lengths.count((1, 9)) == 8 and lengths.count((2, 11)) == 8
 
 
