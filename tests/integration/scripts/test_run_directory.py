@@ -290,7 +290,7 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
 
 
 def test_a_load_without_a_checkpoint_is_a_start_from_scratch_only_where_the_run_saves(tmp_path: Path) -> None:
-    new, misspelt = str(tmp_path / "new"), str(tmp_path / "mispelt")
+    new, misspelt = str(tmp_path / "new"), str(tmp_path / "misspelt")
     assert _message(load=new, save=new) == ""
     for save in ({"save": new}, {}):
         assert _message(load=misspelt, **save).startswith(
