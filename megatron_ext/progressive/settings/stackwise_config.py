@@ -199,7 +199,7 @@ def _made(config: type[G], values: Mapping[str, Any], section: str | None = None
 
 
 def _listed(configs: Any) -> Any:
-    """Document 004's `{0: {"rank": 8, "alpha": 16}, ...}` as the flag's text."""
+    """Converts `{0: {"rank": 8, "alpha": 16}, ...}` to the text of --qlora-configs."""
     if not isinstance(configs, Mapping):
         return configs
     try:
