@@ -197,7 +197,7 @@ REFUSED = {
     ),
     "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
     "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains only NP components"),
-    "weights": (["--load-npt-weights", "PT"], "finds trained layers in --checkpoint-dir"),
+    "weights": (["--load-npt-weights", "PT"], "reads trained layers from --checkpoint-dir"),
     "another base": (["--base-checkpoint", "OTHER"], "were trained on"),
     "a run": (["--load", "RUN"], "must be a base model in --mode sequential"),
 }
