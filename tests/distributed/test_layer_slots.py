@@ -247,13 +247,16 @@ def _feed_forward_losses(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_two_families_in_one_slot_are_refused() -> None:
     message = run_single(_error_of_one_slot)
-    assert message == "layer 0: 'second' wants the slot 'before_layer', which is taken"
+    assert (
+        message == "layer 0: 'second' uses the slot 'before_layer', which another family already uses; "
+        "apply them to different layers"
+    )
 
 
 def _error_of_one_slot() -> str:
     initialize(ParallelConfig(), seed=1)
     extensions: list[Extension] = [SlotExtension(name, "before_layer") for name in ("first", "second")]
-    with pytest.raises(ValueError, match="wants the slot") as error:
+    with pytest.raises(ValueError, match="uses the slot") as error:
         build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
     return str(error.value)
 

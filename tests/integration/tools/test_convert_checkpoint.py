@@ -182,7 +182,7 @@ def _finetuned(path: str, out: str) -> dict[str, Any]:
 
 def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path, tmp_path: Path) -> None:
     found = alone(_finetuned, str(folder), str(tmp_path))
-    assert "holds an imported model and no run to go on with" in found["errors"][1]
+    assert "contains an imported model and no run that could be continued" in found["errors"][1]
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]
@@ -217,7 +217,11 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
         ("npt", [], "holds the family npt, which no Llama-family model has; --base-only exports"),
         ("per_layer", [], "holds the family per_layer"),
         ("per_layer", ["--base-only"], "--base-only: the base model of .* was trained together with"),
-        ("base", ["--tokenizer-model", "x", "--ckpt-step", "7"], "--ckpt-step 7: no complete checkpoint"),
+        (
+            "base",
+            ["--tokenizer-model", "x", "--ckpt-step", "7"],
+            "contains no complete checkpoint of this step",
+        ),
         ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: does not have"),
     ):
         with pytest.raises((ValueError, OSError), match=message):

@@ -79,7 +79,7 @@ def test_values_may_be_set_as_the_document_does(tmp_path: Path) -> None:
         ("qlora_rank", "many", "qlora_rank many: must be a number"),
         ("enabled", "yes please", "enabled yes please: must be true or false"),
         ("target_stacks", 13, "--target-stacks 13: more than --max-stacks 12"),
-        ("qlora_rank_pattern", "increasing", "is for --qlora-strategy progressive"),
+        ("qlora_rank_pattern", "increasing", "requires --qlora-strategy progressive"),
         ("stack_time_mapping", "custom", "--custom-time-mapping None: goes with"),
         ("joint_lr", 1e-3, "--joint-lr 0.001: needs --joint-steps"),
     ],
@@ -205,7 +205,7 @@ def refused_beside_checkpoints(folder: str) -> str:
 
 def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
     told = run_single(refused_beside_checkpoints, str(tmp_path))
-    assert told.startswith(f"--save {tmp_path}: holds another run (steps 4)")
+    assert told.startswith(f"--save {tmp_path}: contains another run (steps 4)")
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000004"]
 
 
