@@ -111,7 +111,7 @@ def trunk_fingerprint(
     return digest([json.dumps(rest, sort_keys=True, default=str).encode(), *parts])
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return isinstance(value, (bool, int, float, str, torch.dtype))
 
 
