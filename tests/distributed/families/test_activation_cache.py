@@ -289,7 +289,10 @@ def _with_a_trunk_that_trains() -> str:
 
 def test_a_trunk_that_trains_is_refused_by_name() -> None:
     message = run_single(_with_a_trunk_that_trains)
-    assert "embedding.word_embeddings.weight belongs to the trunk and trains; untie it" in message
+    assert (
+        "embedding.word_embeddings.weight is trainable, but --cache-activations requires a frozen trunk; untie"
+        in message
+    )
 
 
 def test_a_directory_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
