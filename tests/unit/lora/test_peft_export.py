@@ -111,7 +111,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     messages: Any = run_distributed(_mistakes, 1, str(tmp_path))[0]
     assert messages == [
         f"--adapter-dir {tmp_path}/taken: not empty",
-        "adapter other: no layer of the model has it",
-        "--swiglu False: a Llama-family model has True, so this one cannot be exported",
+        "adapter other: no layer of the model has an adapter of this name",
+        "--swiglu False: the model cannot be exported; a Llama-family model requires True",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
