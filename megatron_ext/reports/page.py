@@ -1,6 +1,7 @@
-"""One HTML page that holds everything it shows: pictures embedded, no script, nothing fetched; it opens offline.
+"""Builds a self-contained HTML page: pictures are embedded, there are no scripts or requests, so it opens offline.
 
-Every text is escaped, and the page's own policy forbids scripts and requests: what a model generated cannot run.
+All text is escaped, and the page's security policy forbids scripts and requests, so text that a model generated cannot
+run.
 """
 
 import base64
@@ -27,9 +28,6 @@ class Page:
     """Collects the parts of a page from top to bottom."""
 
     def __init__(self, title: str) -> None:
-        """Args:
-        title: of the page.
-        """
         self._title = html.escape(title)
         self._parts: list[str] = [f"<h1>{self._title}</h1>"]
 
@@ -38,11 +36,11 @@ class Page:
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def paragraph(self, text: str) -> None:
-        """A paragraph of plain text."""
+        """Adds a paragraph of plain text."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
     def key_numbers(self, numbers: Sequence[tuple[str, str, str]]) -> None:
-        """The main figures side by side: label, value, and a remark below (may be empty)."""
+        """Adds the main figures side by side, each a (label, value, remark); the remark may be empty."""
         boxes = "".join(
             f"<div>{html.escape(label)}<b>{html.escape(value)}</b><small>{html.escape(remark)}</small></div>"
             for label, value, remark in numbers
@@ -50,25 +48,25 @@ class Page:
         self._parts.append(f'<div class="numbers">{boxes}</div>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> None:
-        """A table; numbers are written with four digits and stand to the right, None is left empty."""
+        """Adds a table; floats are written with four significant digits, None as an empty cell."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
         body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def pictures(self, pictures: Sequence[tuple[str, str]]) -> None:
-        """Pictures side by side: SVG text, and a caption that tells what is seen."""
+        """Adds pictures side by side, each an (SVG text, caption)."""
         figures = "".join(_figure(svg, caption) for svg, caption in pictures)
         self._parts.append(f'<div class="pictures">{figures}</div>')
 
     def beside(self, texts: Sequence[tuple[str, str]]) -> None:
-        """Longer texts side by side for comparison: label and text, line ends kept."""
+        """Adds longer texts side by side for comparison, each a (label, text); line breaks are kept."""
         columns = "".join(
             f"<div><b>{html.escape(label)}</b><pre>{html.escape(text)}</pre></div>" for label, text in texts
         )
         self._parts.append(f'<div class="beside">{columns}</div>')
 
     def html(self) -> str:
-        """The page."""
+        """Returns the whole page as text."""
         body = "\n".join(self._parts)
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -89,7 +87,7 @@ def _decimal(value: float) -> str:
 
 
 def _figure(svg: str, caption: str) -> str:
-    # As an image, not inline: the browser runs nothing in it, and names within two pictures cannot clash.
+    # An <img> instead of inline SVG: the browser runs nothing in it, and ids of two pictures cannot clash.
     data = base64.b64encode(svg.encode()).decode()
     text = html.escape(caption)
     return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""The charts of one training run, from its curves: losses together, every other tag by itself, heat maps of layers."""
+"""Draws the charts of one training run: related losses in one chart, other tags one each, layers as heat maps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from megatron_ext.reports.events import Curve, layer_groups, plain_curves, stage
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture."""
+    """One chart with its name and caption."""
 
     name: str
-    """The tag, or what the tags together are."""
+    """The tag, or the common name of several tags."""
 
     caption: str
-    """What is seen."""
+    """Text below the chart."""
 
     svg: str
-    """The picture."""
+    """The chart as SVG text."""
 
 
 def training_charts(
     curves: dict[str, Curve], wanted: Callable[[str], bool] = lambda tag: True
 ) -> list[Chart]:
-    """Charts of all wanted tags: first the losses and perplexities, then other curves, then heat maps.
+    """Draws all wanted tags: losses first, then perplexities, other curves, and heat maps of layers.
 
     Args:
-        curves: by tag.
-        wanted: tells whether a tag is drawn; the curriculum's stages are always shaded.
+        curves: tag -> curve.
+        wanted: returns True for a tag to draw. The stages of a curriculum are shaded in any case.
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]
     chosen = {tag: curve for tag, curve in curves.items() if wanted(tag)}
@@ -45,7 +45,7 @@ def training_charts(
 
 
 def _by_kind(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """Curves that share a chart: a tag with what other tags tell of it (`lm loss`, `lm loss validation`)."""
+    """Groups tags that share a chart: a tag and its variants, such as `lm loss` and `lm loss validation`."""
     kinds: dict[str, dict[str, Curve]] = {}
     for tag, curve in sorted(curves.items(), key=lambda item: (_rank(item[0]), item[0])):
         ends = " ppl" if tag.endswith(" ppl") else ""
@@ -56,7 +56,7 @@ def _by_kind(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
 
 
 def _rank(tag: str) -> int:
-    """Losses first, then perplexities, then the rest."""
+    """Sort key: losses first, then perplexities, then the rest."""
     return (
         0 if "loss" in tag and not tag.endswith(" ppl") else 1 if "ppl" in tag or "perplexity" in tag else 2
     )
