@@ -1,4 +1,4 @@
-"""What one rank finds out, every rank must know: a failure on one must not leave the others waiting in a collective."""
+"""Shares results and errors among all ranks, so that a failure on one does not leave the others in a collective."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 
 def gather(action: Callable[[], T]) -> list[T]:
-    """Runs `action` on every rank and gives every rank all results; collective.
+    """Runs `action` on every rank and returns all results on every rank. Collective.
 
     Args:
-        action: must not itself wait for other ranks. Its result must be picklable.
+        action: must not itself wait for other ranks; its result must be picklable.
 
     Returns:
-        The results in the order of ranks.
+        The results, ordered by rank.
 
     Raises:
-        ValueError: a rank raised one; so does every rank, with the message of the lowest.
-        OSError: likewise.
-        RuntimeError: another rank raised something else (the rank itself keeps its own exception).
+        ValueError: `action` raised a `ValueError` on some rank; raised on every rank with the lowest rank's message.
+        OSError: as `ValueError`.
+        RuntimeError: `action` raised another exception on another rank. The failing rank raises its own exception.
     """
     result, own = None, None
     try:
@@ -42,7 +42,7 @@ def gather(action: Callable[[], T]) -> list[T]:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0 and gives every rank its result; raises as `gather` does. Collective."""
+    """Runs `action` on rank 0 and returns its result on every rank; raises as `gather` does. Collective."""
     return gather(lambda: action() if dist.get_rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
