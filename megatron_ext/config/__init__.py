@@ -1,11 +1,9 @@
-"""Configuration: frozen dataclasses, one per concern, and the one place that reads the command line and YAML.
+"""Configuration: frozen dataclasses, and the one place that reads the command line and YAML files.
 
-    model parallel training optimizer checkpoint logging data tokenizer    the concerns; a family adds its own
-    validate      checks that concern several of them
-    cli           parse(): flags from the fields, `--config file.yaml`, one-line errors
-    fields flags  how a field becomes a flag; aliases; checks of values
-    serialize     to JSON and back, and as YAML text
-    errors        how a user's mistake ends a process
+    groups/          one dataclass per config group; a field is a flag, its docstring the help text
+    command_line/    parse(): flags, `--config file.yaml` and one-line errors
+    cross_checks     checks between several config groups
+    serialize        to JSON and YAML, and back
 
-Importing any of it imports neither torch nor megatron.
+Nothing here imports torch or megatron.
 """

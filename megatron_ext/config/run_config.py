@@ -21,4 +21,4 @@ TRAINING: dict[str, type[Any]] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
 }
-"""Name (group of `--help`, section of a YAML file) -> dataclass."""
+"""Name of the config group (heading in `--help`, section in a YAML file) -> dataclass."""

@@ -1,6 +1,6 @@
-"""Configurations as JSON-able dictionaries (for checkpoints and manifests) and as YAML text (for people).
+"""Converts configurations to dictionaries of JSON types (for checkpoints and manifests) and to YAML text.
 
-The text is a valid `--config` file: what a run prints can start the same run again.
+The YAML text is a valid `--config` file, so what a run prints can start the same run again.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ def configs_to_dict(configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def configs_from_dict(groups: ConfigGroups, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Builds the configurations that `configs_to_dict` took apart, checks included.
+    """Builds configurations from the result of `configs_to_dict`, and checks them.
 
     Args:
-        concerns: the dataclasses by name; names in `values` that are not among them are left alone.
-        values: as made by `configs_to_dict`.
+        groups: name -> dataclass of the groups to build; other names in `values` are ignored.
+        values: result of `configs_to_dict`.
 
     Raises:
-        ValueError: if a concern is missing, or holds a key that is not its field or a value that its checks refuse.
+        ValueError: a group is missing, or has an unknown key or an invalid value.
     """
     configs = {}
     for name, config_type in groups.items():

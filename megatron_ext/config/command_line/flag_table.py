@@ -1,7 +1,4 @@
-"""The flags that a set of configuration dataclasses ("config groups") makes: one for every field, plus its aliases.
-
-Everything is read from the dataclasses; there is no list of flags anywhere.
-"""
+"""Derives the command-line flags from the config groups: one flag per field, plus its aliases."""
 
 import dataclasses
 import difflib
@@ -19,37 +16,36 @@ ConfigGroups = Mapping[str, type[Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """One field of one group, as the command line sees it."""
+    """The flag of one field of a config group."""
 
     group: str
-    """Name of the group: the section of a YAML file, the group of `--help`."""
+    """Name of the group: the section in a YAML file and the heading in `--help`."""
 
     names: tuple[str, ...]
-    """Its flag, then the aliases, in dashes."""
+    """The flag, then its aliases, all with dashes."""
 
     negations: tuple[str, ...]
-    """The flags that set a boolean to false; empty for others, and for a boolean that is a negation itself."""
+    """Flags that set a boolean to false; empty for other types and for a `Switch`."""
 
     takes_many: bool
-    """True for a field of several values."""
+    """Whether the flag takes several values."""
 
     kind: type
-    """What a value is: bool, int, float or str (choices are texts); of several values each."""
+    """Type of one value: bool, int, float or str."""
 
     choices: tuple[str, ...]
-    """The values that are allowed; empty where any is."""
+    """Allowed values; empty if any value is."""
 
     is_required: bool
-    """True if the field has no default."""
+    """Whether the field has no default."""
 
     @property
     def is_switch(self) -> bool:
-        """True for a boolean."""
         return self.kind is bool
 
     @property
     def name(self) -> str:
-        """The flag that the field's own name makes."""
+        """The flag without its aliases."""
         return self.names[0]
 
 
@@ -57,7 +53,7 @@ def flags_of(groups: ConfigGroups) -> list[Flag]:
     """Returns the flags of all fields.
 
     Raises:
-        TypeError: if two fields claim one flag, which is a defect of the dataclasses.
+        TypeError: two fields have the same flag, which is a defect of the dataclasses.
     """
     flags = [
         _flag(group, field, hints[field.name])
@@ -80,10 +76,10 @@ def with_dashes(flag: str) -> str:
 
 
 def given_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> set[str]:
-    """Returns the (first) names of the flags that `arguments` hold.
+    """Returns the `Flag.name` of every flag in `arguments`.
 
     Raises:
-        ValueError: if some are unknown; the message names all, each with what to use in its place.
+        ValueError: flags are unknown; the message lists all of them, each with what to use instead.
     """
     name_of = {spelling: flag.name for flag in flags for spelling in flag.names + flag.negations}
     given = set()
@@ -107,15 +103,16 @@ def given_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> set[str]:
 def missing_flags(
     groups: ConfigGroups, flags: Sequence[Flag], given: Container[str], values: Mapping[str, str]
 ) -> list[str]:
-    """Returns all flags that a command lacks: those without a default, and what groups ask for besides.
+    """Returns all required flags that a command lacks.
 
-    A group with the class method `missing(given, values)` gives its own, of which any one of several may be needed.
+    These are flags without a default, and those that a group's class method `missing(given, values)` returns, such as
+    "one of several" or "required with --tokenizer-type X".
 
     Args:
-        groups: the dataclasses by name.
-        flags: their flags.
-        given: (first) names of the flags that are given.
-        values: field's name -> text of the given flags of one value.
+        groups: name -> dataclass.
+        flags: flags of the groups.
+        given: `Flag.name` of the flags that are given.
+        values: field name -> text, for the given flags that take one value.
     """
     missing = [flag.name for flag in flags if flag.is_required and flag.name not in given]
     for group in groups.values():
@@ -125,13 +122,13 @@ def missing_flags(
 
 
 def did_you_mean(unknown: str, known: Iterable[str]) -> str:
-    """Returns ` (did you mean X?)` for the nearest known name, or nothing if none is near."""
+    """Returns ` (did you mean X?)` for the most similar known name, or "" if none is similar."""
     near = difflib.get_close_matches(unknown, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _kind(hint: Any) -> type:
-    """The type of a value under `| None`, `tuple[...]` and `Literal[...]`."""
+    """The type of one value inside `| None`, `tuple[...]` and `Literal[...]`."""
     if typing.get_origin(hint) is typing.Literal:
         return str
     parts = [part for part in typing.get_args(hint) if part not in (type(None), ...)]

@@ -1,13 +1,13 @@
-"""The command line and YAML: the one place that reads either.
+"""Reads the command line and YAML files; nothing else does.
 
-`parse` makes one flat set of flags from the fields of the configuration dataclasses ("config groups"), reads
-`--config file.yaml` first and the command line over it, and gives the dataclasses back by name:
+`parse` derives a flat set of flags from the fields of the config groups, reads `--config file.yaml`, then the command
+line, which overrides it, and returns the dataclasses by name:
 
     configs = parse({"model": ModelConfig, "parallel": ParallelConfig}, prog="pretrain_x.py", description="...")
     configs["model"].num_layers
 
-A script may give defaults that follow from what was given (a mode, a checkpoint to load); they come last of all.
-Nothing here imports torch, so `--help` and a mistyped flag answer at once.
+A script may add defaults that depend on the flags (a mode, a checkpoint to load); YAML and flags override them.
+Nothing here imports torch, so that `--help` and errors in flags appear at once.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from megatron_ext.config.command_line.yaml_file import default_arguments, yaml_a
 __all__ = ["known_flags", "main_guard", "parse", "run_main"]
 
 _CONFIG_HELP = (
-    "YAML file of flags, flat or in sections named as the groups below; flags on the command line win."
+    "YAML file of flags, flat or in sections named like the groups below. The command line overrides it."
 )
 
 
@@ -56,20 +56,21 @@ def parse(
     """Reads the command line into configuration dataclasses.
 
     Args:
-        groups: the dataclasses by name (the name is the `--help` group and the YAML section), or a single one.
-        argv: arguments without the program's name; the process's own by default.
-        prog: the program's name for `--help`.
-        description: what the program does, for `--help`.
-        example: a command that works, for `--help`.
-        defaults: field's name -> text of the given flags of one value; gives group's name -> field's name -> default.
-        sections: YAML section's name -> further groups whose flags it may hold, for files of earlier systems.
-        supplied: field's name -> where `defaults` takes its value from, for `--help`, which calls others required.
+        groups: name -> dataclass (the name is the heading in `--help` and the section in YAML), or one dataclass.
+        argv: arguments without the program's name; the default is `sys.argv[1:]`.
+        prog: name of the program in `--help`.
+        description: description of the program in `--help`.
+        example: an example command for `--help`.
+        defaults: called with field name -> text of the given flags that take one value; returns group name -> field
+            name -> default.
+        sections: name of a YAML section -> further groups whose flags it may hold.
+        supplied: field name -> text that `--help` shows as its default, because `defaults` provides the value.
 
     Returns:
-        An instance for every name (for a single class its name is `config`).
+        Name -> instance; for a single dataclass the name is `config`.
 
     Raises:
-        SystemExit: code 2 after a user's mistake, told in one line on rank 0; code 0 after `--help`.
+        SystemExit: code 2 after a user error, which is printed as one line; code 0 after `--help`.
     """
     by_name = _by_name(groups)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -93,7 +94,7 @@ def parse(
         if missing:
             raise ValueError(f"missing required flag{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
         with _one_line_errors():
-            # A name of "" lets a ValueError of a dataclass pass as it is; the marker used for --help would frame it.
+            # With name="" tyro passes on a dataclass's ValueError unchanged; with the marker of --help it frames it.
             parsed = _call_tyro(by_name, tyro.conf.arg(name=""), from_yaml + arguments, prog, description)
         for name in by_name:
             check_numbers(getattr(parsed, name))
@@ -113,7 +114,7 @@ def known_flags(groups: type[Any] | ConfigGroups) -> frozenset[str]:
 
 
 def _given_values(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, str]:
-    """Field's name -> text, of flags that have one value; the last one counts, as on any command line."""
+    """Field name -> text, for the given flags that take one value; of a repeated flag the last one counts."""
     name_of = {spelling: flag.name[2:].replace("-", "_") for flag in flags for spelling in flag.names}
     values = {}
     for place, argument in enumerate(arguments):
@@ -138,7 +139,7 @@ def _call_tyro(
     description: str,
     supplied: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
-    # `parse` has read --config already; it is declared here for --help alone.
+    # `parse` has read --config already; it is declared here only for --help.
     config_flag = tyro.conf.arg(name="config", help=_CONFIG_HELP, metavar="FILE")
     fields: list[Any] = [("config_file", Annotated[str | None, config_flag], None)]
     fields += [
@@ -151,14 +152,14 @@ def _call_tyro(
 
 
 class _Words:
-    """A default that `--help` shows as words; tyro looks at its type alone."""
+    """A default that `--help` shows as a text; tyro checks only its type."""
 
     def __str__(self) -> str:
         return str(self.words)  # type: ignore[attr-defined]
 
 
 def _shown_defaults(group: type[Any], supplied: Mapping[str, str]) -> list[Any]:
-    """For `--help`: a default of the group in which the supplied fields tell where they come from; or nothing."""
+    """For `--help`: a default instance of the group that shows texts for the supplied fields; empty if it has none."""
     fields = {field.name: field for field in dataclasses.fields(group)}
     hints = typing.get_type_hints(group)
     if not supplied.keys() & fields.keys():
@@ -182,7 +183,7 @@ def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         if argument == "--config":
             path = next(remaining, None)
             if path is None or path.startswith("--"):
-                raise ValueError("--config: needs a file")
+                raise ValueError("--config: requires the path of a YAML file")
         elif argument.startswith("--config="):
             path = argument.partition("=")[2]
         else:
@@ -195,9 +196,9 @@ def _one_line_errors() -> Iterator[None]:
     """Turns tyro's framed error into a `ValueError` of one line, without the frame and the help below it."""
     framed = io.StringIO()
     columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"  # else the message would be wrapped, and cut within a long word
+    os.environ["COLUMNS"] = "1000"  # tyro would wrap the message, and break long words
     try:
-        # Standard output too: tyro looks at it to choose colours and the frame's characters.
+        # Redirect standard output too: tyro inspects it to choose colours and frame characters.
         with contextlib.redirect_stderr(framed), contextlib.redirect_stdout(framed):
             yield
     except SystemExit:
@@ -209,7 +210,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _unframed(framed: str) -> str:
-    """Returns the text between the first rule, which is below the title, and the next."""
+    """Returns the text of tyro's framed error: the lines between the rule below the title and the next rule."""
     message: list[str] = []
     for line in framed.split("\n")[2:]:
         text = line.strip(" |")

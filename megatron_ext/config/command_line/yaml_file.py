@@ -1,8 +1,7 @@
-"""Reads a configuration file into command-line arguments.
+"""Converts a YAML configuration file to command-line arguments, so that both go through the same checks.
 
-The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by group name, or both; a section may
-stand inside another one (document 004 has `training: {progressive: ...}`). As its values become arguments, they go
-through the same checks as what a user types.
+The file holds flags (`num_layers: 12`, with `-` or `_`), sections of flags by group name, or both. Sections may be
+nested, as in `training: {progressive: ...}` (docs/design/progressive_growth.md).
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -23,18 +22,18 @@ def yaml_arguments(
     given: Container[str],
     sections: Mapping[str, Container[str]] = MappingProxyType({}),
 ) -> list[str]:
-    """Returns the file's values as arguments, without those that the command line gives itself.
+    """Returns the file's values as arguments, except for flags that are on the command line.
 
     Args:
         path: the YAML file.
-        groups: the dataclasses by section name.
-        flags: their flags.
-        given: names of the flags on the command line, which win.
-        sections: section's name -> further groups whose flags it may hold.
+        groups: section name -> dataclass.
+        flags: flags of the groups.
+        given: `Flag.name` of the flags on the command line, which override the file.
+        sections: section name -> further groups whose flags it may hold.
 
     Raises:
-        ValueError: if the file is missing, is not a mapping of flags, or holds unknown keys, a repeated one, or a value
-            of a wrong type, also where the command line gives the flag.
+        ValueError: the file is missing or not a mapping of flags; or it has an unknown key, a repeated key, or a value
+            of the wrong type (checked even if the command line overrides it).
     """
     flag_of = {name: flag for flag in flags for name in flag.names}
     arguments: list[str] = []
@@ -74,7 +73,13 @@ def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[s
 def default_arguments(
     sections: Mapping[str, Mapping[str, Any]], flags: Sequence[Flag], given: Container[str]
 ) -> list[str]:
-    """Returns defaults, by group and field, as arguments, without those that are given; `None` is left out."""
+    """Returns defaults as arguments, except for flags that are given and values that are None.
+
+    Args:
+        sections: group name -> field name -> default.
+        flags: flags of the groups.
+        given: `Flag.name` of the flags that are given.
+    """
     flag_of = {(flag.group, flag.name): flag for flag in flags}
     arguments: list[str] = []
     for section, values in sections.items():
@@ -89,16 +94,16 @@ def default_arguments(
 def _as_arguments(path: str, flag: Flag, key: str, value: Any) -> list[str]:
     if flag.is_switch:
         if not isinstance(value, bool):
-            raise ValueError(f"{path}: {key} {value}: is neither true nor false")
+            raise ValueError(f"{path}: {key} {value}: must be true or false")
         return [flag.name] if value else list(flag.negations[:1])
     if isinstance(value, list) and flag.takes_many:
         for part in value:
             _check_kind(path, flag, key, part)
         return [flag.name, *map(str, value)]
     if isinstance(value, list) and flag.kind is str and value and all(type(part) is int for part in value):
-        value = ",".join(map(str, value))  # numbers of layers, as the command line has them
+        value = ",".join(map(str, value))  # a list of layers, which the command line takes as 1,2,3
     if isinstance(value, (list, dict)):
-        raise ValueError(f"{path}: {key} {value}: must be a single value, it is {_TYPES[type(value)]}")
+        raise ValueError(f"{path}: {key} {value}: must be a single value (got {_TYPES[type(value)]})")
     _check_kind(path, flag, key, value)
     return [f"{flag.name}={value}"]
 
@@ -115,18 +120,19 @@ _TYPES = {
 
 
 def _check_kind(path: str, flag: Flag, key: str, value: Any) -> None:
-    """Raises `ValueError` for a value that the flag's type cannot be read from; YAML has 1e-4, say, as a text."""
-    found = f"it is {_TYPES.get(type(value), type(value).__name__)}"
+    """Raises `ValueError` unless a value can be converted to the flag's type."""
+    found = f"(got {_TYPES.get(type(value), type(value).__name__)})"
     if flag.choices:
         wanted, fits = f"one of {', '.join(flag.choices)}", value in flag.choices
     else:
         wanted, fits = _KINDS.get(flag.kind, flag.kind.__name__), not isinstance(value, (bool, list, dict))
         try:
+            # Convert the text instead of comparing types: YAML 1.1 reads 1e-4 as a text.
             flag.kind(str(value))
         except (TypeError, ValueError):
             fits = False
     if not fits:
-        raise ValueError(f"{path}: {key} {value}: must be {wanted}, {found}")
+        raise ValueError(f"{path}: {key} {value}: must be {wanted} {found}")
 
 
 def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str, Any]]:
@@ -140,7 +146,7 @@ def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str
     if content is None:
         return
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must be a mapping of flags, it is a {type(content).__name__}")
+        raise ValueError(f"--config {path}: must be a mapping of flags (got {type(content).__name__})")
     for key, value in content.items():
         if key in sections and isinstance(value, dict):
             yield from _read_section(key, value, sections)
