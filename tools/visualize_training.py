@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Draws runs from their TensorBoard files: every curve, and a layer x step heat map of every tag `name/layer_N`.
+"""Draws all curves in the TensorBoard files of one or more runs, and a heat map for each group of tags `name/layer_N`.
 
-One HTML page that opens offline (--html), or a picture for every tag (--output-dir). A directory of several runs, as
-sequential training leaves, gives a section for each. Stages of a curriculum are shaded. Needs matplotlib.
+The output is one self-contained HTML page (--html), or a directory of pictures (--output-dir). Each run below the given
+directory gets its own section. Stages of a curriculum are shaded. Requires matplotlib.
 """
 
 import re
@@ -14,23 +14,23 @@ from megatron_ext.config.command_line.parse import parse, run_main
 
 @dataclass(frozen=True, kw_only=True)
 class VisualizeConfig:
-    """What to read and where to draw."""
+    """Runs to draw, and the output."""
 
     logdir: str
-    """Directory of TensorBoard files, or of folders with such files."""
+    """TensorBoard directory of a run, or a directory with several of them."""
 
     html: str | None = None
     """HTML file to write."""
 
     output_dir: str | None = None
-    """Directory for the pictures as SVG files, one a chart; with several runs a folder each."""
+    """Directory to write one SVG file per chart to; several runs get a subdirectory each."""
 
     tags: str = ""
-    """Regular expression: draw only tags in which it is found."""
+    """Draw only the tags that match this regular expression (a match anywhere counts)."""
 
     def __post_init__(self) -> None:
         if (self.html is None) == (self.output_dir is None):
-            raise ValueError("--html, --output-dir: give one of them")
+            raise ValueError("--html, --output-dir: give exactly one of them")
         try:
             re.compile(self.tags)
         except re.error as error:
@@ -38,7 +38,7 @@ class VisualizeConfig:
 
 
 def main() -> None:
-    """Reads, draws, prints what was written."""
+    """Draws the charts and prints where they are."""
     config: VisualizeConfig = parse(
         VisualizeConfig,
         prog="tools/visualize_training.py",
@@ -61,8 +61,8 @@ def main() -> None:
     count = sum(map(len, found.values()))
     if not count:
         raise ValueError(
-            f"--logdir {config.logdir}: its files hold no scalars"
-            + f" with --tags {config.tags}" * bool(config.tags)
+            f"--logdir {config.logdir}: the TensorBoard files have no scalars"
+            + f" that match --tags {config.tags}" * bool(config.tags)
         )
     if config.html is not None:
         page = Page(f"Training: {config.logdir}")

@@ -60,7 +60,7 @@ def test_several_runs_give_a_folder_of_pictures_each(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--logdir", "{tmp}"], "--html, --output-dir: give one of them"),
+        (["--logdir", "{tmp}"], "--html, --output-dir: give exactly one of them"),
         (["--logdir", "{tmp}/none", "--html", "{tmp}/x.html"], "--logdir"),
         (["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "["], "--tags ["),
         (
