@@ -59,11 +59,11 @@ class BenchmarkConfig:
 def main() -> None:
     """Builds the dataset, times every strategy and prints one table."""
     config: BenchmarkConfig = parse(
-        {"benchmark": BenchmarkConfig},
+        BenchmarkConfig,
         prog="benchmarks/per_layer_data.py",
         description=str(__doc__),
         example="python benchmarks/per_layer_data.py",
-    )["benchmark"]
+    )
     if hasattr(os, "sched_setaffinity"):  # run on one core only
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:

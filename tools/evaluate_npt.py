@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag, one_of_two
+from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag, flag_name, one_of_two
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.training_config import TrainingConfig
@@ -115,7 +115,7 @@ def main() -> None:
         description=str(__doc__),
         example="python tools/evaluate_npt.py --checkpoint runs/npt --data-path held_out_text_document "
         "--output evaluation_report.json --html report.html",
-    )["config"]
+    )
     from megatron_ext.npt.evaluation.evaluation_summary import print_summary
     from megatron_ext.platform import process_groups
     from megatron_ext.reports.charts import require_matplotlib
@@ -255,7 +255,7 @@ def _check_expected(config: EvaluateNPTConfig, settings: Any, num_layers: int) -
     for name in ("np_rank", "np_scale"):
         expected, actual = getattr(config, name), getattr(settings, name)
         if expected is not None and expected != actual:
-            raise ValueError(f"--{name.replace('_', '-')} {expected}: the checkpoint's value is {actual}")
+            raise ValueError(f"{flag_name(name)} {expected}: the checkpoint's value is {actual}")
 
 
 def _prompts(config: EvaluateNPTConfig) -> list[str]:

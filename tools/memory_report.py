@@ -64,16 +64,23 @@ class MemoryReportConfig:
         return [int(part) for part in parts]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryReportFlags:
+    """All flags of this tool."""
+
+    report: MemoryReportConfig
+    npt: NPTModuleConfig
+
+
 def main() -> None:
     """Measures the memory, projects it, and prints and writes the figures."""
-    configs = parse(
-        {"report": MemoryReportConfig, "npt": NPTModuleConfig},
+    flags = parse(
+        MemoryReportFlags,
         prog="tools/memory_report.py",
         description="Measure the memory of NP components in training: materialized against factored deltas.",
         example="python tools/memory_report.py --np-rank 16 --output report.json",
     )
-    config: MemoryReportConfig = configs["report"]
-    settings: NPTModuleConfig = configs["npt"]
+    config, settings = flags.report, flags.npt
     layers = len(settings.layers(config.projected_num_layers))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise FileNotFoundError(f"--output {config.output}: the directory of the file does not exist")

@@ -6,7 +6,7 @@ vocabulary file is used unchanged; give the training set's file to process a hel
 """
 
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class VocabularyConfig(TokenizerConfig):
     """The tokenizer of the tokenized data, and its files."""
 
     @classmethod
-    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+    def missing(cls, given: Mapping[str, Any]) -> list[str]:
         """Requires no flag: `__post_init__` may still find merges.txt, and checks the rest."""
         return []
 
@@ -104,10 +104,18 @@ class VocabularyConfig(TokenizerConfig):
         super().__post_init__()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PerLayerDataFlags:
+    """All flags of this tool."""
+
+    per_layer_data: PerLayerDataConfig
+    tokenizer: VocabularyConfig
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds the vocabulary and the table, and writes one aligned dataset per key."""
-    configs = parse(
-        {"per_layer_data": PerLayerDataConfig, "tokenizer": VocabularyConfig},
+    flags = parse(
+        PerLayerDataFlags,
         argv,
         prog="tools/preprocess_per_layer_data.py",
         description=str(__doc__),
@@ -115,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         " --per-layer-output-prefix data/train_per_layer --vocab-file data/vocab.json --merge-file data/merges.txt"
         " --per-layer-vocab-file data/per_layer_vocab.json --per-layer-vocab-size 5000",
     )
-    config: PerLayerDataConfig = configs["per_layer_data"]
+    config = flags.per_layer_data
     sources = {key: f"{config.output_prefix}_{key}_document" for key in config.json_keys}
     for source in sources.values():
         _require_tokenized(source, config)
-    tokenizer = build_tokenizer(configs["tokenizer"])
+    tokenizer = build_tokenizer(flags.tokenizer)
     indices = {key: check_dataset(source, tokenizer) for key, source in sources.items()}
     table, vocab_size = _make_table(config, tokenizer, list(indices.values()))
     for key, index in indices.items():

@@ -6,6 +6,7 @@ only one group is in the group's `__post_init__`.
 
 import os
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
@@ -131,7 +132,7 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
     for kind in ("decay", "warmup", "wsd_decay"):
         value = getattr(optimizer, f"lr_{kind}_{other}")
         if value:
-            flag = f"--lr-{kind.replace('_', '-')}"
+            flag = flag_name(f"lr_{kind}")
             raise ValueError(
                 f"{flag}-{other} {value}: the run's length is given by --train-{unit}, use {flag}-{unit}"
             )

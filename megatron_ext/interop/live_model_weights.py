@@ -7,7 +7,7 @@ import torch
 from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA, parameter_shards
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import gather_or_raise
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None
     Raises:
         ValueError: names or shapes of `state` and the model differ; raised on every rank.
     """
-    taken = set().union(*gather(lambda: _fill(chunks, state)))
+    taken = set().union(*gather_or_raise(lambda: _fill(chunks, state)))
     left = sorted(set(state) - taken)
     if left:
         raise ValueError(

@@ -30,7 +30,7 @@ from megatron_ext.lora.trainable_layers import adapted_linears
 from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
-from megatron_ext.platform.collectives import gather, on_first_rank
+from megatron_ext.platform.collectives import gather_or_raise, merge_over_ranks, on_first_rank
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -59,7 +59,7 @@ def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Te
             pieces += [_piece(shard) for shard in shards if not any(shard.replica_id)]
     whole: dict[str, torch.Tensor] = {}
     for key, shape, offset, values in sorted(
-        (piece for rank in gather(lambda: pieces) for piece in rank), key=lambda piece: piece[:3]
+        (piece for rank in gather_or_raise(lambda: pieces) for piece in rank), key=lambda piece: piece[:3]
     ):
         target = whole.setdefault(key.replace(infix, "."), torch.empty(shape, dtype=values.dtype))
         target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
@@ -176,4 +176,4 @@ def _shapes(chunks: list[GPTModel], name: str) -> dict[int, AdapterShape]:
         for found, adapter in linear.adapters.items()
         if found == name and isinstance(adapter, LoRAAdapter)
     }
-    return {number: shape for rank in gather(lambda: local) for number, shape in rank.items()}
+    return merge_over_ranks(local)

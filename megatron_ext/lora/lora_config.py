@@ -14,7 +14,12 @@ Two adapters a stack at most, which add up (document 004's dual LoRA):
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive
+from megatron_ext.config.command_line.field_checks import (
+    check_at_least,
+    check_choices,
+    check_positive,
+    flag_name,
+)
 
 STACK = "stack"
 PROGRESSIVE = "progressive"
@@ -81,9 +86,8 @@ class LoRAConfig:
         ):
             value = getattr(self, name)
             if value is not None and self.qlora_strategy != strategy:
-                flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} {value}: is for --qlora-strategy {strategy}, not {self.qlora_strategy}"
+                    f"{flag_name(name)} {value}: is for --qlora-strategy {strategy}, not {self.qlora_strategy}"
                 )
         if self.qlora_strategy == "variable":
             self._listed()

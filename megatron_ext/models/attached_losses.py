@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.platform.collectives import merge_over_ranks
+
 
 class _Attach(torch.autograd.Function):
     @staticmethod
@@ -70,10 +72,7 @@ class LayerLosses:
         """
         local = {name: float(total) / cls._counts[name] for name, total in cls._sums.items()}
         cls._sums, cls._counts = {}, {}
-        group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(stages, local, group=group)
-        merged = {name: value for stage in stages for name, value in stage.items()}
+        merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
         if not merged:
             return {}
         names = sorted(merged)

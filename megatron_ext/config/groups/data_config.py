@@ -7,7 +7,7 @@ files exist and match each other.
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_ext.config.command_line.field_checks import check_at_least, check_at_most, flag
+from megatron_ext.config.command_line.field_checks import check_at_least, check_at_most, flag, flag_name
 
 _Prefixes = Annotated[tuple[str, ...] | None, flag(metavar="[WEIGHT] PREFIX ...")]
 
@@ -53,27 +53,32 @@ class DataConfig:
             name for name in ("train_data_path", "valid_data_path", "test_data_path") if getattr(self, name)
         ]
         if self.data_path is not None and own:
-            raise ValueError(f"--data-path: cannot be given together with --{own[0].replace('_', '-')}")
+            raise ValueError(f"--data-path: cannot be given together with {flag_name(own[0])}")
         for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-            _check_blend(f"--{name.replace('_', '-')}", getattr(self, name))
+            _check_blend(flag_name(name), getattr(self, name))
         _check_split(self.split)
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The training data's prefixes, with weights between them where there are any; empty where none is given."""
+        return self.data_path or self.train_data_path or ()
 
-def _check_blend(flag_name: str, values: tuple[str, ...] | None) -> None:
+
+def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
     if values is None:
         return
     given = " ".join(values)
     if not values:
-        raise ValueError(f"{flag_name}: needs at least one prefix")
+        raise ValueError(f"{flag}: requires at least one prefix")
     if len(values) == 1 or not is_number(values[0]):
         return
     if len(values) % 2:
         raise ValueError(
-            f"{flag_name} {given}: weights and prefixes must alternate, but the last one has no partner"
+            f"{flag} {given}: weights and prefixes must alternate, but the last one has no partner"
         )
     for weight in values[::2]:
         if not is_number(weight) or not 0 < float(weight) < float("inf"):
-            raise ValueError(f"{flag_name} {given}: weight {weight!r} must be a number above 0")
+            raise ValueError(f"{flag} {given}: weight {weight!r} must be a number above 0")
 
 
 def _check_split(split: str) -> None:

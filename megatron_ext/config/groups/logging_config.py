@@ -5,7 +5,7 @@ Flags of a family's own statistics are in the family's config group.
 
 from dataclasses import dataclass
 
-from megatron_ext.config.command_line.field_checks import check_at_least, check_positive
+from megatron_ext.config.command_line.field_checks import check_at_least, check_positive, flag_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,4 +55,4 @@ class LoggingConfig:
             value = getattr(self, name)
             if value is not None and self.wandb_project is None:
                 text = " ".join(value) if isinstance(value, tuple) else value
-                raise ValueError(f"--{name.replace('_', '-')} {text}: needs --wandb-project")
+                raise ValueError(f"{flag_name(name)} {text}: needs --wandb-project")

@@ -1,8 +1,8 @@
 """Which tokenizer a run uses; `megatron_ext.data.tokenizers` builds it."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -51,10 +51,10 @@ class TokenizerConfig:
     """Number of ids: required by NullTokenizer, a lower bound for other tokenizers."""
 
     @classmethod
-    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+    def missing(cls, given: Mapping[str, Any]) -> list[str]:
         """Required flags that a command lacks, see `flag_table.missing_flags`."""
-        kind = values.get("tokenizer_type", cls.tokenizer_type)
-        lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if flag_name(name) not in given]
+        kind = given.get("tokenizer_type", cls.tokenizer_type)
+        lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if name not in given]
         return [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]
 
     def __post_init__(self) -> None:

@@ -3,9 +3,9 @@
 Flags of the learning-rate schedule are in `optimizer_config`, flags of saving in `checkpoint_config`.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -87,12 +87,10 @@ class TrainingConfig:
             )
 
     @classmethod
-    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+    def missing(cls, given: Mapping[str, Any]) -> list[str]:
         """Required flags that a command lacks, see `flag_table.missing_flags`."""
-        lengths = ("--train-iters", "--train-samples", "--num-epochs")
-        return (
-            [] if any(flag in given for flag in lengths) else [f"{lengths[0]} (or {', '.join(lengths[1:])})"]
-        )
+        lengths = {"train_iters", "train_samples", "num_epochs"}
+        return [] if given.keys() & lengths else ["--train-iters (or --train-samples, --num-epochs)"]
 
     def resolved_global_batch_size(self, data_parallel_size: int) -> int:
         """Returns the number of sequences per optimizer step, after defaults.

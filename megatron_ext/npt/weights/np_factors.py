@@ -7,7 +7,6 @@ For one component c_a is a vector; every other factor is a matrix.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from megatron.core import parallel_state
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.modulation import Modulation
 from megatron_ext.npt.modules.npt_layers import np_modules
+from megatron_ext.platform.collectives import merge_over_ranks
 
 _ROWS = ("B", "W_a_up", "W_b_up", "c_a")
 """Factors whose components lie below one another; those of the others lie side by side."""
@@ -34,11 +34,12 @@ def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
         for prefix, part, name, parameter in _parameters(chunks)
         for key, tensor in _components(prefix, part, name, _whole(part, name, parameter.detach()))
     }
-    return _sorted(_merged(local))
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return _sorted(merge_over_ranks(local, group))
 
 
 def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:
-    """Takes what `gather_adapter` gave. Collective over pipeline-parallel ranks.
+    """Takes what `gather_np_factors` gave. Collective over pipeline-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -54,7 +55,8 @@ def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) ->
         for key, place in _components(prefix, part, name, parameter.detach())
     }
     shapes = {key: _whole_shape(part, name, place) for key, (part, name, place) in places.items()}
-    _check({key: tuple(tensor.shape) for key, tensor in tensors.items()}, _merged(shapes))
+    expected = merge_over_ranks(shapes, parallel_state.get_pipeline_model_parallel_group())
+    _check({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected)
     for key, (part, name, place) in places.items():
         place.copy_(_local(part, name, tensors[key], place))
 
@@ -102,14 +104,6 @@ def _local(part: Modulation, name: str, tensor: torch.Tensor, place: torch.Tenso
     if dim is None:
         return tensor
     return tensor.narrow(dim, part.groups.tp.rank() * place.size(dim), place.size(dim))
-
-
-def _merged(local: dict[str, Any]) -> dict[str, Any]:
-    """The entries of all pipeline stages."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(stages, local, group=group)
-    return {key: value for stage in stages for key, value in stage.items()}
 
 
 def _sorted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

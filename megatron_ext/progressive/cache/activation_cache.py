@@ -28,7 +28,7 @@ from megatron.core import parallel_state
 from megatron_ext.config.command_line.error_lines import describe
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import on_every_rank
 from megatron_ext.progressive.cache.activation_store import DiskStore, MemoryStore, Store
 from megatron_ext.progressive.cache.frozen_trunk import (
     check_frozen,
@@ -159,7 +159,7 @@ class ActivationCache:
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
         if bool(same):
             return
-        gather(lambda: check_frozen(chunks, self._layers))
+        on_every_rank(lambda: check_frozen(chunks, self._layers))
         fingerprint = trunk_fingerprint(chunks, families, self._layers, self._identity)
         self._version = version
         if fingerprint != self._fingerprint:
@@ -174,7 +174,7 @@ class ActivationCache:
             self._store.close()
         self._store = MemoryStore(self._max_bytes if self._directory is None else 0)
         if self._directory is not None:
-            gather(lambda: self._open_directory(holds, shape, dtype))
+            on_every_rank(lambda: self._open_directory(holds, shape, dtype))
 
     def _open_directory(self, holds: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Opens this rank's store, if it keeps anything. All ranks clear up: hosts may have disks of their own."""

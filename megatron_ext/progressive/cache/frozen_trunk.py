@@ -10,12 +10,12 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.lora.trainable_layers import adapted_linears
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform.collectives import merge_over_ranks
 from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import NoLoss
@@ -87,10 +87,7 @@ def trunk_fingerprint(
                 adapter: str(getattr(module, "shape", None)) for adapter, module in linear.adapters.items()
             }
             local[f"{number}.{name}", rank] = f"{linear.precision} {shapes}".encode()
-    group = parallel_state.get_model_parallel_group()
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, local, group=group)
-    merged = {key: value for part in found for key, value in part.items()}
+    merged = merge_over_ranks(local, parallel_state.get_model_parallel_group())
     rest = {
         "identity": identity,
         "layers": layers,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -29,7 +28,7 @@ from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.models.layer_spec import LINEARS
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import merge_over_ranks, on_every_rank
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.progressive.settings.progressive_config import GrowthInit
 from megatron_ext.training.checkpoint import checkpoint_files as files
@@ -199,7 +198,7 @@ def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping
     Returns:
         Global name -> Adam's updates so far, of all parameters in the model that have such a state.
     """
-    state_file = gather(lambda: files.read_json(folder / files.STATE))[dist.get_rank()]
+    state_file = on_every_rank(lambda: files.read_json(folder / files.STATE))
     steps = state_file["optimizer_step"]
     if steps is None:
         return {}
@@ -213,7 +212,7 @@ def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping
             name = renamed(value.key, sources)
             if name is not None and f"{PREFIX}exp_avg.{name}" in stored and value.data.requires_grad:
                 local[value.key] = value.data.earlier_steps = steps + earlier.get(name, 0)
-    return {name: count for part in gather(lambda: local) for name, count in part.items()}
+    return merge_over_ranks(local)
 
 
 def carry_optimizer_state(

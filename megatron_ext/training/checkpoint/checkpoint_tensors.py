@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import gather_or_raise, merge_over_ranks, on_every_rank
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
 
@@ -157,7 +157,7 @@ def write(state: ShardedStateDict, folder: Path) -> None:
             files.write_tensors(folder / "common.pt", common)
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
-    gather(write_rest)
+    on_every_rank(write_rest)
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
@@ -178,7 +178,7 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
     An `_extra_state` that the checkpoint lacks is left out: Transformer Engine's norms have one (for FP8), others none.
     """
     state = _with_stored_extras(state, folder)
-    if not any(gather(lambda: any(True for _ in nested_values(state)))):
+    if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
         return state
     with warnings.catch_warnings():
         # The engine calls torch's loader by its older name.
@@ -189,7 +189,7 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
 
 def verify(folder: Path) -> None:
     """Compares a checkpoint's files with their checksums, each rank a part of them; raises as `verify_checkpoint`."""
-    gather(lambda: files.verify_checkpoint(folder, dist.get_rank(), dist.get_world_size()))
+    on_every_rank(lambda: files.verify_checkpoint(folder, dist.get_rank(), dist.get_world_size()))
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -199,7 +199,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         tensors = dist_checkpointing.load_tensors_metadata(str(folder))
         return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
 
-    return gather(own)[dist.get_rank()]
+    return on_every_rank(own)
 
 
 def check(
@@ -223,9 +223,7 @@ def check(
         ValueError: naming the tensor.
     """
     wanted = {shard.key: tuple(shard.global_shape) for shard in _shards(state)}
-    everywhere: dict[str, tuple[int, ...]] = {}
-    for part in gather(lambda: wanted):
-        everywhere |= part
+    everywhere = merge_over_ranks(wanted)
     for name, shape in sorted(everywhere.items()):
         if name not in stored:
             hint = "; add --no-load-optim" if name.startswith(PREFIX) else ""

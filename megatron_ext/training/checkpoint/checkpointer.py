@@ -20,7 +20,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.platform.collectives import (
+    gather_or_raise,
+    on_every_rank,
+    on_first_rank,
+    print_on_first_rank,
+)
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
 from megatron_ext.training.checkpoint import random_state, scheduler_state
@@ -223,7 +228,7 @@ class Checkpointer:
         step = None
         if not self.config.no_save_optim:
             optimizer = OptimizerState(self.optimizer, state)
-            step = max(gather(optimizer.step))
+            step = max(gather_or_raise(optimizer.step))
             held = optimizer.sharded(is_loading=False)
             # On a rank that saves nothing of it there is no entry: the engine would report an empty one.
             state |= {"optimizer": held} if held else {}
@@ -237,11 +242,11 @@ class Checkpointer:
                 files.write_text(folder / files.RUN_CONFIG, json.dumps(self.run_config, indent=1))
                 files.write_text(folder / files.STATE, json.dumps(self._state(progress, step), indent=1))
 
-        gather(write_rest)
+        on_every_rank(write_rest)
         for family in self.families:
             told = {**self._state(progress, step), "run_config": self.run_config}
             family.write_files(self.models, folder, told)
-        own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
+        own = gather_or_raise(lambda: files.digests(folder, _files_of(folder, rank)))
         on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
 
     def _state(self, progress: TrainingProgress, optimizer_step: int | None) -> dict[str, Any]:
@@ -373,9 +378,9 @@ def _existing(path: str, ckpt_step: int | None) -> Path:
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run configuration and state of a checkpoint all of whose files match their checksums; collective."""
     tensors.verify(folder)
-    return gather(
+    return on_every_rank(
         lambda: (files.read_json(folder / files.RUN_CONFIG), files.read_json(folder / files.STATE))
-    )[dist.get_rank()]
+    )
 
 
 def _files_of(folder: Path, rank: int) -> list[str]:

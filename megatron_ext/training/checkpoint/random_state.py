@@ -14,7 +14,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ext.platform import process_groups
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import gather_or_raise
 from megatron_ext.platform.process_groups import seed_streams
 from megatron_ext.training.checkpoint.checkpoint_files import write_tensors
 
@@ -76,7 +76,7 @@ def load(path: Path) -> str | None:
     Returns:
         Why nothing is taken, on any rank: a file is missing, or the generators are those of another kind of device.
     """
-    if not all(gather(path.is_file)):
+    if not all(gather_or_raise(path.is_file)):
         return "the checkpoint holds none"
     state: dict[str, Any] = {}
 
@@ -84,7 +84,7 @@ def load(path: Path) -> str | None:
         state.update(torch.load(path, weights_only=True))
         return _device_of(state)
 
-    kinds = gather(read)
+    kinds = gather_or_raise(read)
     ours = process_groups.device().type
     if any(kind != ours for kind in kinds):
         return f"they are those of {' and '.join(sorted(set(kinds)))}, the run is on {ours}"
