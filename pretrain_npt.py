@@ -18,7 +18,7 @@ EXAMPLE = (
 )
 
 
-# A YAML file as in docs/design/npt_curriculum.md has NPT's flags under `model`, losses and optimizer under `training`.
+# A YAML file as in docs/design/npt_equivalence.md has NPT's flags under `model`, losses and optimizer under `training`.
 DOCUMENT_SECTIONS = {"model": ("npt", "np"), "training": ("npt", "optimizer", "model")}
 
 BASE_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")

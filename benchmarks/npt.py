@@ -49,7 +49,7 @@ CASES = {
 MODES = ("trained", "frozen")
 WARM_UP = 2
 PROJECTED = (4096, 14336, 4096, 16)
-"""h, f, tokens and converted layers of the memory figure in docs/design/npt_curriculum.md."""
+"""h, f, tokens and converted layers of the memory figure in docs/design/npt_equivalence.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole story of per-layer GPT pretraining on real text, on two CPU cores in about five minutes: `make quickstart`.
-# Every command is printed before it runs. Everything it makes is under runs/quickstart, or the directory given.
+# `make quickstart`: pretrains a GPT with per-layer embeddings on real text, from corpus to generation, on two CPU cores
+# in about five minutes. Every command is printed before it runs. All output is under runs/quickstart, or the directory
+# given.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}

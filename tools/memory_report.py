@@ -5,7 +5,7 @@
 
 At a few sizes it measures the bytes per token that one converted layer needs beyond its base MLP, both kept for the
 backward pass and at the peak (`megatron_ext/npt/evaluation/delta_memory.py`). From these it projects to the shape of a
-7B model and to a whole micro-batch over all converted layers. The 448 GB of docs/design/npt_curriculum.md are one bf16
+7B model and to a whole micro-batch over all converted layers. The 448 GB of docs/design/npt_equivalence.md are one bf16
 delta of [14336, 4096] for each of 4096 tokens.
 """
 

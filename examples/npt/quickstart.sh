@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole story of NPT on two CPU cores, on real text: a small Llama-style base model, to Hugging Face format and back,
-# its upper half converted, trained layer by layer and then together, evaluated beside the base model.
+# `make npt`: NPT on two CPU cores, on real text. Pretrains a small Llama-style base model, converts it to Hugging Face's
+# format and back, converts its upper half to NPT, trains it layer by layer and then jointly, and evaluates it.
 #
 #     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; under six minutes
 #
-# Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
+# Data and tokenizer come from the directory of `make quickstart` (QUICKSTART) if they exist, else they are made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/npt}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Progressive growth on two CPU cores, on real text: one model of six layers trained five ways on the same tokens (three
-# stacks over a frozen and cached trunk, prepended stacks, a four-bit trunk with adapters, G_stack, end to end), and a rack
-# trained on masked tokens that generates by unmasking. Tables and one page compare them.
+# Progressive growth on two CPU cores, on real text. A model of six layers is trained in five ways on the same tokens
+# (three stacks on a frozen and cached trunk, prepended stacks, a 4-bit trunk with adapters, G_stack, end to end); tables
+# and one page compare them. Then a rack is trained on masked tokens and generates by unmasking.
 #
 #     bash examples/progressive/quickstart.sh [DIRECTORY]        `make progressive` does this; seven minutes
 #
-# Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
+# Data and tokenizer come from the directory of `make quickstart` (QUICKSTART) if they exist, else they are made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/progressive}
@@ -23,7 +23,7 @@ causal=("${common[@]}" --training-objective clm --micro-batch-size 4 --global-ba
     --stack-steps 80 --epoch-samples 400 --eval-interval 40)
 evaluate=(--data-path "$data/held_out_text_document" --max-tokens 60000)
 
-train() { # NAME FLAGS...: trains a rack, and evaluates it on held-out text
+train() { # NAME FLAGS...: trains a rack and evaluates it on held-out text
     local name=$1
     shift
     run "${torchrun[@]}" pretrain_progressive.py "$@" --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard"
