@@ -71,6 +71,7 @@ def main() -> int:
 
     output = flags.output
     try:
+        # Raise on a signal, so that the preprocessor's clean-up runs before the process ends.
         _handle_signals(_stop)
         summary = Preprocessor(flags.input, flags.tokenizer, output).run()
         _handle_signals(signal.SIG_DFL)

@@ -111,10 +111,12 @@ def generate(
     context = StaticInferenceContext(len(prompts), total)
     generator = torch.Generator(device=tokens.device).manual_seed(sampling.seed)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
+    # The first pass reads positions [0, shortest prompt); each later pass reads one position.
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
         logits = _forward(model, families, tokens, start, end, context)
         chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
+        # Rows whose prompt is longer keep their own next token instead of the chosen one.
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
         finished |= ~in_prompt & torch.isin(tokens[:, end], stops)
@@ -200,6 +202,7 @@ def _forward(
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
+        # Auxiliary inputs of families travel between stages as further rows of the hidden width.
         rows = (end - start) * model.auxiliary.pipeline_factor(hidden_size)
         shape = (rows, len(tokens), hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)

@@ -84,7 +84,7 @@ def load_model(
         OSError: a file cannot be read.
     """
     stored = read_run_config(path, ckpt_step)
-    stored["model"] = on_this_machine(stored["model"])
+    stored["model"] = on_this_machine(stored["model"])  # the run may have used Transformer Engine
     model = replace(group_in(ModelConfig, stored, "model"), hidden_dropout=0.0, attention_dropout=0.0)
     built = build_tokenizer(tokenizer or group_in(TokenizerConfig, stored, "tokenizer"))
     if built.fingerprint() != stored["tokenizer_fingerprint"]:

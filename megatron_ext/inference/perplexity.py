@@ -102,6 +102,7 @@ def evaluate_perplexity(
             made = [make_batch(families, batch) for batch in step]
             for output in run_microbatches(chunks, families, made, loss, forward_only=True):
                 sums += torch.stack([output[name] for name in loss.names])
+    # The first sum is over the ranks' windows; the second shares the result of the last stage with all stages.
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     means = {name: float(total / weight) for name, (total, weight) in zip(loss.names, sums, strict=True)}
@@ -139,7 +140,7 @@ def held_out_steps(
     if total < 2:
         raise ValueError(f"{prefix}: the dataset must have at least 2 tokens, got {total}")
     if max_tokens is not None:
-        total = min(total, max_tokens + (begin is None))
+        total = min(total, max_tokens + (begin is None))  # without `begin` the first token is not predicted
     if begin is None:
         windows = _windows(dataset, total, sequence_length)
     else:

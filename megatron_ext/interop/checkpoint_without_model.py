@@ -46,6 +46,7 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
     }
     files.write_text(folder / files.STATE, json.dumps({**progress, "families": {}, "cut": {}}, indent=1))
     files.write_text(folder / files.RUN_CONFIG, json.dumps(run_config, indent=1))
+    # Checksums come last, so that they cover all files; a checkpoint counts as complete only when it is published.
     written = [path.name for path in folder.iterdir() if path.is_file()]
     files.write_checksums(folder, files.digests(folder, written))
     files.publish(root, name)
@@ -76,6 +77,7 @@ class CheckpointState(Mapping[str, torch.Tensor]):
         for folder in folders:
             files.verify_checkpoint(folder)
             for name, shard in dist_checkpointing.load_tensors_metadata(str(folder)).items():
+                # Names under PREFIX belong to the optimizer's state.
                 if not name.startswith(PREFIX) and (only is None or name in only):
                     self._stored.setdefault(name, (folder, shard))
 

@@ -90,6 +90,7 @@ def export_hf(
     with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
         if tokenizer is not None and tokenizer_config is not None:
             if write_files(tokenizer_config, tokenizer, folder):
+                # Without an end token transformers would generate up to the maximum length.
                 if "eos_token_id" in config and config["eos_token_id"] is None:
                     config["eos_token_id"] = tokenizer.eod
             else:
@@ -200,6 +201,7 @@ def export_checkpoint(
     tokenizer = None if no_tokenizer else _tokenizer_config(tokens, tokenizer_model, run_config, load)
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
+    # mcore's checkpoint reader needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
         # A run on a frozen base saves only what it trained; the base itself stays in the checkpoint it came from.

@@ -149,6 +149,7 @@ def import_checkpoint(
         "families": {},
         IMPORTED: found.imported.placed(save).as_json(),
     }
+    # mcore's checkpoint writer needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
         with complete_directory(save, "--save") as folder:

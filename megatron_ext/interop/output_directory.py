@@ -57,12 +57,13 @@ def complete_directory(target: str | Path, flag: str, *, overwrite: bool = False
             shutil.rmtree(left_behind, ignore_errors=True)
         writing.mkdir()
         yield writing
+        # Flush the content before the rename, or a power failure could leave the new name with empty files.
         for file in writing.rglob("*"):
             fsync_path(file)
         if path.exists():
             path.rename(replaced)
         writing.rename(path)
-        fsync_path(path.parent)
+        fsync_path(path.parent)  # makes the rename itself durable
     except OSError as error:
         shutil.rmtree(writing, ignore_errors=True)
         reason = error.strerror or str(error)

@@ -55,6 +55,8 @@ def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Te
         for key, value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).items():
             if infix not in key:
                 continue
+            # A factory is a fused projection, whose parts are separate shards. A shard that several ranks hold has a
+            # replica_id other than zero on all but one of them.
             shards = value.build() if isinstance(value, ShardedTensorFactory) else [value]
             pieces += [_piece(shard) for shard in shards if not any(shard.replica_id)]
     whole: dict[str, torch.Tensor] = {}

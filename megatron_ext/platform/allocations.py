@@ -64,6 +64,7 @@ class AllocationCounter(TorchDispatchMode):
         self._known.add(storage)
         self._live += storage.nbytes()
         self._peak = max(self._peak, self._live)
+        # The size is bound now: a storage that is being finalized no longer has one.
         weakref.finalize(storage, self._free, storage.nbytes())
 
     def _free(self, size: int) -> None:

@@ -65,4 +65,4 @@ def _peak_resident() -> int:
         return int(marks[0]) * 1024
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB

@@ -72,7 +72,7 @@ def use_gloo_twins() -> bool:
 
 def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
     """Sets megatron-core's parallel state and random streams; the process group must exist. Collective."""
-    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_model_parallel()  # mcore refuses to set a state that is set already
     with contextlib.nullcontext() if use_cuda() else groups.shared_groups():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -123,4 +123,5 @@ def _join(backend: str, timeout: timedelta) -> None:
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
+        # A single process needs no rendezvous: an in-memory store opens no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -112,7 +112,7 @@ def _run_rank(
         import torch
         import torch.distributed as dist
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # several processes share the cores
         store = dist.FileStore(str(Path(folder, "rendezvous")), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         # The queue would pass tensors through shared memory, which disappears with this process.

@@ -159,7 +159,7 @@ def local_gradients(
         grad_norm: gradient norm of the step, before clipping.
         clip: the norm that the gradients were clipped to.
     """
-    undo = max(1.0, (grad_norm + 1.0e-6) / clip)
+    undo = max(1.0, (grad_norm + 1.0e-6) / clip)  # the inverse of mcore's clipping coefficient
     found = []
     for chunk in chunks:
         for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():

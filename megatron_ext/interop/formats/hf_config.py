@@ -99,6 +99,7 @@ def to_model_config(
         raise ValueError(
             f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}"
         )
+    # mcore pads the vocabulary to a multiple; the default divisor leaves the imported embedding unpadded.
     divisor = make_vocab_size_divisible_by or next(
         d for d in (128, 64, 32, 16, 8, 4, 2, 1) if vocab_size % d == 0
     )

@@ -81,6 +81,7 @@ def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", 1, 0))
     library.decoder = decoders.Sequence(steps)
+    # SentencePiece reads a control piece such as `</s>` in a text as ordinary letters.
     library.encode_special_tokens = True
     return library
 
@@ -107,7 +108,7 @@ def _normalizers(rules: Any) -> Iterator[Any]:
 def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
     """Pieces with scores. Pieces that text never yields (control, byte) score below their own letters, so they lose."""
     score_of = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
-    unknown = min(score_of.values(), default=0.0) - 10.0
+    unknown = min(score_of.values(), default=0.0) - 10.0  # SentencePiece's penalty for an unknown letter
     vocab = []
     for piece in pieces:
         spelled = sum(score_of.get(letter, unknown) for letter in piece.piece) - 1.0
@@ -158,6 +159,8 @@ def _guards(pieces: list[Any]) -> Iterator[str]:
 
 
 def _from_ranks(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
+    # tiktoken has no list of merges: it merges the pair whose result has the lowest rank. So every way to split a token
+    # in two becomes a merge, in the order of the token's rank.
     ranks = tokenizer.mergeable_ranks()
     merges: list[tuple[int, bytes, bytes]] = []
     for token, rank in ranks.items():

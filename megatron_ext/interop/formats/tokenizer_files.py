@@ -90,6 +90,7 @@ def imported_tokenizer(
             "the embeddings of the other ids are zero"
         )
     elif tokenizer.vocab_size < vocab_size:
+        # Models often have more embeddings than their tokenizer has ids; keep all rows of the checkpoint.
         config = replace(config, vocab_size=vocab_size)
         tokenizer = build_tokenizer(config)
     return config, tokenizer, message
@@ -105,6 +106,7 @@ def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str 
     others = [path.name for pattern in _NOT_READ for path in sorted(folder.glob(pattern))]
     what = f" ({', '.join(others)} cannot be read)" if others else ""
     message = f"no {TOKENIZER_JSON}{what}: the checkpoint takes token ids, not text"
+    # NullTokenizer adds an end-of-document id of its own.
     return TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1), message
 
 

@@ -87,6 +87,7 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> tor
         padded[: parts[0].size(0)] = parts[0]
         return padded
     groups = model.resolved_num_query_groups
+    # Rows of q, k and v are interleaved by group, so that a tensor-parallel shard of linear_qkv holds whole groups.
     by_group = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).reshape(entry.shape)
 
