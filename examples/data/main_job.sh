@@ -55,10 +55,10 @@ for strategy in syntax_focus semantic_focus attention_guidance random_subset ide
     datasets+=("$OUT/${strategy}_text_document")
 done
 
-echo "== 5. All of it verified: every pointer, id and checksum"
+echo "== 5. Verify every pointer, id and checksum"
 run "$PYTHON" tools/data.py verify "${datasets[@]}" "${tokenizer[@]}"
 
-echo "== 6. A few steps on it"
+echo "== 6. A few training steps"
 run "$PYTHON" pretrain_gpt_per_layer.py \
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --swiglu --disable-bias-linear \
     --use-per-layer-embedding --per-layer-hidden-size 32 \

@@ -49,10 +49,10 @@ class CheckpointConfig:
         check_at_least(self, 0, "ckpt_step")
         for name, value in (("--save-interval", self.save_interval), ("--keep-last", self.keep_last)):
             if value is not None and self.save is None:
-                raise ValueError(f"{name} {value}: needs --save")
+                raise ValueError(f"{name} {value}: requires --save")
         if self.overwrite_checkpoints and self.save is None:
-            raise ValueError("--overwrite-checkpoints: needs --save")
+            raise ValueError("--overwrite-checkpoints: requires --save")
         if self.ckpt_step is not None and self.load is None:
-            raise ValueError(f"--ckpt-step {self.ckpt_step}: needs --load")
+            raise ValueError(f"--ckpt-step {self.ckpt_step}: requires --load")
         if self.finetune and self.load is None:
-            raise ValueError("--finetune: needs --load")
+            raise ValueError("--finetune: requires --load")

@@ -55,4 +55,4 @@ class LoggingConfig:
             value = getattr(self, name)
             if value is not None and self.wandb_project is None:
                 text = " ".join(value) if isinstance(value, tuple) else value
-                raise ValueError(f"{flag_name(name)} {text}: needs --wandb-project")
+                raise ValueError(f"{flag_name(name)} {text}: requires --wandb-project")

@@ -245,7 +245,7 @@ class ModelConfig:
         if self.kv_channels is None and self.hidden_size % heads:
             raise ValueError(f"--num-attention-heads {heads}: must divide --hidden-size {self.hidden_size}")
         if self.group_query_attention and self.num_query_groups is None:
-            raise ValueError("--group-query-attention: needs --num-query-groups")
+            raise ValueError("--group-query-attention: requires --num-query-groups")
         if self.num_query_groups is not None and heads % self.num_query_groups:
             raise ValueError(
                 f"--num-query-groups {self.num_query_groups}: must divide --num-attention-heads {heads}"

@@ -115,7 +115,7 @@ class OptimizerSettings:
         wants_wsd = self.lr_decay_style == "WSD"
         has_wsd = self.lr_wsd_decay_iters is not None or self.lr_wsd_decay_samples is not None
         if wants_wsd and not has_wsd:
-            raise ValueError("--lr-decay-style WSD: needs --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
+            raise ValueError("--lr-decay-style WSD: requires --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
         if has_wsd and not wants_wsd:
             name = "lr_wsd_decay_iters" if self.lr_wsd_decay_iters is not None else "lr_wsd_decay_samples"
             raise ValueError(
@@ -127,7 +127,7 @@ class OptimizerSettings:
         if self.weight_decay_incr_style == "constant":
             if ends != (None, None):
                 raise ValueError(
-                    "--start-weight-decay, --end-weight-decay: need --weight-decay-incr-style linear or cosine"
+                    "--start-weight-decay, --end-weight-decay: require --weight-decay-incr-style linear or cosine"
                 )
         elif self.start_weight_decay is None or self.end_weight_decay is None:
             raise ValueError(

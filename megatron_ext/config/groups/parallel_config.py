@@ -95,9 +95,9 @@ class ParallelConfig:
 
     def _check_overlap(self) -> None:
         if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError("--overlap-param-gather: needs --use-distributed-optimizer")
+            raise ValueError("--overlap-param-gather: requires --use-distributed-optimizer")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("--overlap-param-gather: needs --overlap-grad-reduce")
+            raise ValueError("--overlap-param-gather: requires --overlap-grad-reduce")
 
     def _check_recompute(self) -> None:
         known = ("core_attn", "mlp", "layernorm")
@@ -112,7 +112,7 @@ class ParallelConfig:
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:
                 raise ValueError(
-                    "--recompute-granularity full: needs --recompute-method (uniform or block) "
+                    "--recompute-granularity full: requires --recompute-method (uniform or block) "
                     "and --recompute-num-layers"
                 )
         elif self.recompute_method is not None or self.recompute_num_layers is not None:

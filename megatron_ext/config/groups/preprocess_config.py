@@ -82,4 +82,4 @@ class PreprocessConfig:
         if self.keep_sequential_samples and self.partitions == 1:
             raise ValueError("--keep-sequential-samples: requires --partitions above 1 (got 1)")
         if os.path.basename(self.output_prefix) == "":
-            raise ValueError(f"--output-prefix {self.output_prefix!r}: needs a name after the directory")
+            raise ValueError(f"--output-prefix {self.output_prefix!r}: requires a name after the directory")

@@ -63,7 +63,7 @@ class TokenizerConfig:
         check_at_most(self, 2**24, "vocab_size")  # the vocabulary is kept as a list in memory
         for name in _NEEDS.get(self.tokenizer_type, ()):
             if getattr(self, name) is None:
-                raise ValueError(f"--tokenizer-type {self.tokenizer_type}: needs {flag_name(name)}")
+                raise ValueError(f"--tokenizer-type {self.tokenizer_type}: requires {flag_name(name)}")
 
     def files(self) -> tuple[str, ...]:
         """Paths of the tokenizer's files."""
