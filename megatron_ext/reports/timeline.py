@@ -56,7 +56,7 @@ def timeline_chart(
     """Draws the rectangles with named ranges of steps above them, and a chart of curves below if any are given.
 
     Args:
-        blocks: the rectangles.
+        blocks: the rectangles; at least one.
         bands: name, first and last step of consecutive ranges that cover the whole x axis.
         y_label: label of the rows.
         line: name and curve that is drawn as a thin line.

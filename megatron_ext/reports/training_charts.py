@@ -27,7 +27,7 @@ def training_charts(
     """Draws all wanted tags: losses first, then perplexities, other curves, and heat maps of layers.
 
     Args:
-        curves: tag -> curve.
+        curves: TensorBoard tag -> steps and values.
         wanted: returns True for a tag to draw. The stages of a curriculum are shaded in any case.
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]

@@ -60,7 +60,7 @@ class DataConfig:
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        """The training data's prefixes, with weights between them where there are any; empty where none is given."""
+        """Datasets of the training set, with their weights if these are given; empty if there are none."""
         return self.data_path or self.train_data_path or ()
 
 

@@ -252,7 +252,7 @@ def from_model_config(
     Args:
         model: configuration of the base model.
         vocab_size: rows of the embedding, without padding.
-        architecture: result of `choose_architecture`.
+        architecture: Hugging Face class from `choose_architecture`, such as `LlamaForCausalLM`.
         dtype: name of the dtype, such as `float32`.
         imported: content of the config.json that the model was imported from; its other fields are kept.
     """

@@ -123,7 +123,7 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
 
     Args:
         config: parsed content of the file.
-        kind: its model_type.
+        kind: model_type of the file, such as `llama`.
         source: path of the file, for error messages.
 
     Returns:
@@ -211,7 +211,7 @@ def sliding_window(config: Mapping[str, Any], kind: str, source: str = "config.j
 
     Args:
         config: parsed content of the file.
-        kind: its model_type.
+        kind: model_type of the file, such as `llama`.
         source: path of the file, for error messages.
 
     Raises:

@@ -54,7 +54,7 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     """Reads a file that holds one JSON object.
 
     Args:
-        path: the file.
+        path: path of the JSON file.
         missing: text of the error if there is no such file.
 
     Raises:
@@ -177,7 +177,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
     Args:
         files: the Hugging Face tensors.
         model: configuration of the base model.
-        found: the model's `weight_layout.entries`.
+        found: result of `weight_layout.entries` for the model.
 
     Raises:
         ValueError: a tensor is missing or superfluous, or has the wrong shape or dtype.

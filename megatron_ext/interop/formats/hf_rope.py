@@ -24,7 +24,7 @@ def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple
 
     Args:
         config: content of a config.json that has passed `check_fields`.
-        positions: its `max_position_embeddings`.
+        positions: maximum position of the model, in tokens.
         source: path of the file, for error messages.
 
     Raises:
