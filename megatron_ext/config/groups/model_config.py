@@ -150,7 +150,7 @@ class ModelConfig:
     """Core attention: torch's scaled_dot_product_attention, mcore's local one, or Transformer Engine's."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Linear layers: mcore's or Transformer Engine's; auto uses Transformer Engine if it is installed."""
+    """Linear layers: mcore's or Transformer Engine's; auto uses Transformer Engine on a GPU if it is installed."""
 
     def __post_init__(self) -> None:
         check_choices(self)

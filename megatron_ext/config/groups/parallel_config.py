@@ -35,7 +35,7 @@ class ParallelConfig:
     """Number of processes that each sequence is sharded over; must be 1 (context parallelism is not supported)."""
 
     sequence_parallel: bool = False
-    """Shard norms and dropout along the sequence over the tensor-parallel processes; no effect with one of them."""
+    """Shard norms and dropout along the sequence over tensor-parallel ranks. No effect without tensor parallelism."""
 
     use_distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel processes."""
