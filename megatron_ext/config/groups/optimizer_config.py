@@ -115,7 +115,9 @@ class OptimizerSettings:
         wants_wsd = self.lr_decay_style == "WSD"
         has_wsd = self.lr_wsd_decay_iters is not None or self.lr_wsd_decay_samples is not None
         if wants_wsd and not has_wsd:
-            raise ValueError("--lr-decay-style WSD: requires --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
+            raise ValueError(
+                "--lr-decay-style WSD: requires --lr-wsd-decay-iters (or --lr-wsd-decay-samples)"
+            )
         if has_wsd and not wants_wsd:
             name = "lr_wsd_decay_iters" if self.lr_wsd_decay_iters is not None else "lr_wsd_decay_samples"
             raise ValueError(

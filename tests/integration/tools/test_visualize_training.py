@@ -65,7 +65,7 @@ def test_several_runs_give_a_folder_of_pictures_each(tmp_path: Path, monkeypatch
         (["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "["], "--tags ["),
         (
             ["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "nothing"],
-            "no scalars with --tags nothing",
+            "no scalars that match --tags nothing",
         ),
         (["--logdir", "{tmp}/run", "--html", "{tmp}/run"], "--html"),
     ],

@@ -110,7 +110,7 @@ def _mistakes(folder: str) -> list[str]:
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     messages: Any = run_distributed(_mistakes, 1, str(tmp_path))[0]
     assert messages == [
-        f"--adapter-dir {tmp_path}/taken: not empty",
+        f"--adapter-dir {tmp_path}/taken: not empty; give a directory that is missing or empty",
         "adapter other: no layer of the model has an adapter of this name",
         "--swiglu False: the model cannot be exported; a Llama-family model requires True",
     ]
