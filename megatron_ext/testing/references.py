@@ -17,14 +17,20 @@ def reference_rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def reference_activation(values: Tensor, name: str) -> Tensor:
-    """The activation `name`: relu, gelu (exact), gelu_tanh, silu or swish."""
+    """The activation `name`: relu, gelu (exact), gelu_tanh, silu or swish.
+
+    Raises:
+        ValueError: the name is unknown; the test of a new activation needs its formula here.
+    """
     if name == "relu":
         return torch.where(values > 0, values, torch.zeros_like(values))
     if name == "gelu":
         return 0.5 * values * (1 + torch.erf(values / math.sqrt(2)))
     if name == "gelu_tanh":
         return 0.5 * values * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)))
-    return values / (1 + torch.exp(-values))
+    if name in ("silu", "swish"):
+        return values / (1 + torch.exp(-values))
+    raise ValueError(f"activation {name}: has no reference; write its formula into reference_activation")
 
 
 def reference_per_layer_vector(

@@ -16,6 +16,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.model_extension import Extension
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import (
     GLOBAL_BATCH_SIZE,
     LAYOUTS,
@@ -83,7 +84,7 @@ ByHand = tuple[float, dict[str, float], dict[str, torch.Tensor]]
 @pytest.fixture(scope="module")
 def by_hand() -> ByHand:
     """Output loss, losses of layers and gradients of their sum, from plain autograd on the base model."""
-    return run_distributed(_by_hand, 1)[0]
+    return run_single(_by_hand)
 
 
 def _by_hand() -> ByHand:
@@ -114,10 +115,10 @@ def _by_hand() -> ByHand:
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP1", "TP2", "PP2", "PP2 interleaved", "DP2"])
-def test_gradients_equal_those_of_the_summed_loss(cut: str, recompute: bool, by_hand: ByHand) -> None:
-    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
-    traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, 1, families)
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "PP2 interleaved", "DP2"])
+def test_gradients_equal_those_of_the_summed_loss(layout: str, recompute: bool, by_hand: ByHand) -> None:
+    parallel = with_full_recompute(LAYOUTS[layout]) if recompute else LAYOUTS[layout]
+    traces = run_distributed(train_tiny, WORLD_SIZES[layout], parallel, 1, families)
     output_loss, layer_losses, gradients = by_hand
     for trace in traces:
         assert trace.losses[0] == pytest.approx(output_loss, rel=1e-6)
@@ -131,14 +132,14 @@ def test_gradients_equal_those_of_the_summed_loss(cut: str, recompute: bool, by_
 
 def test_attached_losses_dominate_the_comparison(by_hand: ByHand) -> None:
     """Without them the gradients are others, so the test above would notice their absence."""
-    base = assemble(run_distributed(train_tiny, 1, LAYOUTS["TP1"], 1))
+    base = assemble([run_single(train_tiny, LAYOUTS["TP1"], 1)])
     gradient = by_hand[2]["embedding.word_embeddings.weight"]
     plain = base["embedding.word_embeddings.weight"]
     assert torch.linalg.norm(plain - gradient) > 0.1 * torch.linalg.norm(gradient)
 
 
 def test_collected_losses_are_forgotten_and_evaluation_counts_without_gradients() -> None:
-    after_training, in_evaluation, outside = run_distributed(_collect_modes, 1)[0]
+    after_training, in_evaluation, outside = run_single(_collect_modes)
     assert after_training == {"loss": pytest.approx(2.0)}
     assert in_evaluation == {"loss": pytest.approx(5.0)}
     assert outside == {}

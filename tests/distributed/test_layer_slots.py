@@ -1,4 +1,4 @@
-"""Families' modules in the slots of a layer: streams, cuts, recomputation, several families at once."""
+"""Families' modules in the slots of a layer: streams, layouts, recomputation, several families at once."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +18,7 @@ from megatron_ext.models.gpt_model import WORD_EMBEDDING
 from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import (
     LAYOUTS,
     TINY,
@@ -180,34 +181,36 @@ def two_families() -> list[Family]:
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP1", "PP2", "TP2+SP"])
-def test_layers_read_what_the_layer_before_wrote_at_every_parallel_layout(cut: str, recompute: bool) -> None:
-    assert_same_as_single_process(cut, recompute, writer)
+@pytest.mark.parametrize("layout", ["TP1", "PP2", "TP2+SP"])
+def test_layers_read_what_the_layer_before_wrote_at_every_parallel_layout(
+    layout: str, recompute: bool
+) -> None:
+    assert_same_as_single_process(layout, recompute, writer)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP2xPP2"])
-def test_streams_travel_with_their_gradients_at_every_parallel_layout(cut: str, recompute: bool) -> None:
-    assert_same_as_single_process(cut, recompute, reader)
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP2xPP2"])
+def test_streams_travel_with_their_gradients_at_every_parallel_layout(layout: str, recompute: bool) -> None:
+    assert_same_as_single_process(layout, recompute, reader)
 
 
-@pytest.mark.parametrize("cut", ["TP1", "PP2", "PP2 interleaved"])
-def test_two_families_form_one_model_at_every_parallel_layout(cut: str) -> None:
-    assert_same_as_single_process(cut, True, two_families)
+@pytest.mark.parametrize("layout", ["TP1", "PP2", "PP2 interleaved"])
+def test_two_families_form_one_model_at_every_parallel_layout(layout: str) -> None:
+    assert_same_as_single_process(layout, True, two_families)
 
 
 _single: dict[Callable[[], list[Family]], Any] = {}
 
 
 def assert_same_as_single_process(
-    cut: str, recompute: bool, make_families: Callable[[], list[Family]]
+    layout: str, recompute: bool, make_families: Callable[[], list[Family]]
 ) -> None:
     """Losses of a few steps, and the first step's gradients of every parameter."""
     if make_families not in _single:
-        _single[make_families] = run_distributed(train_tiny, 1, LAYOUTS["TP1"], STEPS, make_families)
+        _single[make_families] = [run_single(train_tiny, LAYOUTS["TP1"], STEPS, make_families)]
     single = _single[make_families]
-    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
-    traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, STEPS, make_families)
+    parallel = with_full_recompute(LAYOUTS[layout]) if recompute else LAYOUTS[layout]
+    traces = run_distributed(train_tiny, WORLD_SIZES[layout], parallel, STEPS, make_families)
     for trace in traces:
         assert trace.losses == pytest.approx(single[0].losses, rel=2e-6)
     expected, found = assemble(single), assemble(traces)
@@ -220,13 +223,13 @@ def assert_same_as_single_process(
 
 def test_streams_change_the_model() -> None:
     """The comparisons above are of something: without the family the losses are others."""
-    base, read = (run_distributed(train_tiny, 1, LAYOUTS["TP1"], 1, make)[0] for make in (list, reader))
+    base, read = (run_single(train_tiny, LAYOUTS["TP1"], 1, make) for make in (list, reader))
     assert abs(base.losses[0] - read.losses[0]) > 1e-4
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_feed_forward_slot_that_does_what_the_engine_does_is_bit_equal(bf16: bool) -> None:
-    with_slot, without = run_distributed(_feed_forward_losses, 1, bf16)[0]
+    with_slot, without = run_single(_feed_forward_losses, bf16)
     assert torch.equal(with_slot, without)
 
 
@@ -255,7 +258,7 @@ def _feed_forward_losses(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_two_families_in_one_slot_are_refused() -> None:
-    message = run_distributed(_error_of_one_slot, 1)[0]
+    message = run_single(_error_of_one_slot)
     assert message == "layer 0: 'second' wants the slot 'before_layer', which is taken"
 
 
@@ -269,7 +272,7 @@ def _error_of_one_slot() -> str:
 
 def test_widths_of_all_families_add_up_and_a_stream_that_several_want_travels_once() -> None:
     # The word embedding is as wide as the hidden states; the two short streams share another row of that width.
-    assert run_distributed(_pipeline_factor, 1)[0] == 1 + 1 + 1
+    assert run_single(_pipeline_factor) == 1 + 1 + 1
 
 
 def _pipeline_factor() -> int:

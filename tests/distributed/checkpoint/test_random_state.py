@@ -13,6 +13,7 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 
 _DATA_PARALLEL = RunSettings(
@@ -80,6 +81,6 @@ def test_files_of_before_the_device_was_noted_still_give_the_run_that_never_stop
 
 
 def test_the_file_names_its_device(tmp_path: Path) -> None:
-    run_distributed(_save_and_go_on, 1, str(tmp_path))
+    run_single(_save_and_go_on, str(tmp_path))
     state = torch.load(tmp_path / "iter_0000002" / "rng" / "rank_00000.pt", weights_only=True)
     assert state["device"] == "cpu" and os.path.exists(tmp_path / files.TRACKER)

@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.testing.checkpoint_runs import read_plain
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.npt_run_helpers import MULTI_LAYER, ROOT, make_base, train, write_data
 
 CURRICULUM = ["--curriculum-stages", "teacher:2,mixed:3:0.3:0.6,student:3"]
@@ -113,7 +114,7 @@ def _changed(folder: str, data: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("changed")
-    return run_distributed(_changed, 1, str(folder), write_data(folder))[0]
+    return run_single(_changed, str(folder), write_data(folder))
 
 
 def _rates(output: str) -> list[str]:
@@ -177,7 +178,7 @@ def _started(folder: str, data: str) -> None:
 
 
 def test_the_resume_script_needs_a_checkpoint_only_and_flags_win(tmp_path: Path) -> None:
-    run_distributed(_started, 1, str(tmp_path), write_data(tmp_path))
+    run_single(_started, str(tmp_path), write_data(tmp_path))
     script = str(ROOT / "examples" / "npt" / "resume_training.sh")
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     result = subprocess.run(

@@ -11,7 +11,7 @@ from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs.npt_run import weights_defaults
 from megatron_ext.npt.runs.start_message import objective
 from megatron_ext.npt.weights.np_weight_files import write_np_weights
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.conftest import SequentialRun
 from tests.integration.npt.npt_run_helpers import DATA, train
 
@@ -39,7 +39,7 @@ def test_a_run_tells_its_base_conversion_weights_and_losses_and_takes_the_weight
     weights = str(sequential_run.folder / "accumulated_npt_weights.pt")
     flags = ["--mode", "multi_layer", "--load", sequential_run.base, "--load-npt-weights", weights]
     flags += ["--data-path", sequential_run.data, "--train-iters", "1", "--lr", "1e-2", *DATA]
-    output, refused = run_distributed(_start, 1, flags, ["--np-rank", "8", "--np-form", "low_rank"])[0]
+    output, refused = run_single(_start, flags, ["--np-rank", "8", "--np-form", "low_rank"])
     # h = 32, f = 64: a layer has 3 h^2 + h^2 + 3 h f + 2 h, its NP component r (2 h + f) + h.
     own, ours = 3 * (4 * 32**2 + 3 * 32 * 64 + 2 * 32), 3 * (4 * (2 * 32 + 64) + 32)
     assert output.splitlines()[:3] == [

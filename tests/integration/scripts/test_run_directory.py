@@ -22,7 +22,7 @@ from megatron_ext.npt import NPTModel
 from megatron_ext.npt.weights.checkpoint_validation import choose_checkpoint
 from megatron_ext.platform import process_groups
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
@@ -49,7 +49,7 @@ def _save_steps(folder: str, *steps: int) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of steps 1 and 2."""
     folder = tmp_path_factory.mktemp("saved")
-    run_distributed(_save_steps, 1, str(folder), 1, 2)
+    run_single(_save_steps, str(folder), 1, 2)
     return folder
 
 
@@ -311,9 +311,7 @@ def _remains_of_a_kill(folder: str) -> str:
 
 
 def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) -> None:
-    assert (
-        "checkpoints of steps 2 are in --save too" in run_distributed(_remains_of_a_kill, 1, str(tmp_path))[0]
-    )
+    assert "checkpoints of steps 2 are in --save too" in run_single(_remains_of_a_kill, str(tmp_path))
 
 
 def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
@@ -331,7 +329,7 @@ def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
 
 
 def test_a_run_that_came_and_went_since_the_start_is_not_written_over(tmp_path: Path) -> None:
-    told = run_distributed(_meets_a_run_that_came_and_went, 1, str(tmp_path), write_data(tmp_path))[0]
+    told = run_single(_meets_a_run_that_came_and_went, str(tmp_path), write_data(tmp_path))
     assert told.startswith(f"--save {tmp_path}/run: holds another run (steps 3)")
 
 
@@ -370,8 +368,8 @@ def _load_and_go_on(folders: list[str]) -> list[tuple[int, float, list[int]]]:
 def test_a_kill_at_any_moment_of_overwriting_leaves_the_old_run_whole_or_the_new_one_to_load(
     load_step: int | None, tmp_path: Path
 ) -> None:
-    folders, expected = run_distributed(_overwrite, 1, str(tmp_path), load_step)[0]
-    results = run_distributed(_load_and_go_on, 1, folders)[0]
+    folders, expected = run_single(_overwrite, str(tmp_path), load_step)
+    results = run_single(_load_and_go_on, folders)
     new = (load_step or 0) + 1
     for step, checksum, there in results:
         assert checksum == expected[step]

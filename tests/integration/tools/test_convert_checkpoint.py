@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.pretrain import pretrain
@@ -246,9 +245,8 @@ def test_a_user_sees_one_line_and_exit_code_two(tmp_path: Path) -> None:
     kind: Kind = KINDS["Llama"]
     kind.build().save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"x" * 100)
-    script = str(ROOT / "tools" / "convert_checkpoint.py")
-    argv = [sys.executable, script, "import", "--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    flags = ["--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
+    result = run_script("tools/convert_checkpoint.py", "import", *flags)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "c").exists()

@@ -10,9 +10,9 @@ from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.data.datasets.epochs import epoch_samples
-from megatron_ext.npt.npt_run_config import NPTRunConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs.dataset_presets import with_preset
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from pretrain_npt import DOCUMENT_SECTIONS
 from tests.integration.npt.npt_run_helpers import DATA, ROOT, make_base, train, write_data
 
@@ -155,7 +155,7 @@ def _run(folder: str, prefix: str, config: str) -> str:
 
 def test_document_002s_file_trains(tmp_path: Path) -> None:
     prefix = write_data(tmp_path)
-    output = run_distributed(_run, 1, str(tmp_path), prefix, str(tmp_path / "config.yaml"))[0]
+    output = run_single(_run, str(tmp_path), prefix, str(tmp_path / "config.yaml"))
     samples = epoch_samples(DataConfig(data_path=(prefix,), split="90,10,0"), 16)
     steps = samples // 2 // 32
     assert f"step {steps}/{steps} | " in output and "equivalence_loss" in output

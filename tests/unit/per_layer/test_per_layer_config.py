@@ -70,7 +70,7 @@ def test_without_the_flag_the_tables_have_as_many_rows_as_there_are_ids() -> Non
     assert given.rows(vocab_size=777, num_ids=359) == 500
 
 
-def test_a_cut_that_does_not_divide_the_hidden_size_is_named() -> None:
+def test_a_layout_that_does_not_divide_the_hidden_size_is_named() -> None:
     config = PerLayerConfig(use_per_layer_embedding=True, per_layer_hidden_size=6)
     config.check_layout(3)
     with pytest.raises(ValueError, match="--per-layer-hidden-size 6: not divisible by"):
