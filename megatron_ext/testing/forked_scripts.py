@@ -1,6 +1,6 @@
 """Runs a script like a shell, but in processes that have torch and mcore imported already.
 
-The processes are forked from the server of `run_distributed`; a new Python process would need five seconds of a core for
+The processes are forked from the server of `run_distributed`; a new Python process would need five seconds for
 these imports. Tests of the launcher or of the imports must start the real command instead.
 """
 

@@ -127,7 +127,7 @@ def test_an_error_about_a_value_names_the_yaml_file_that_gives_it(
 def test_what_a_program_finds_is_checked_against_the_fields_type(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(RunConfig, GIVEN.split(), find=lambda _: [Found("checkpoint x", {"model": {"swiglu": 3}})])
-    assert capsys.readouterr().err == "error: checkpoint x: swiglu 3: is neither true nor false\n"
+    assert capsys.readouterr().err == "error: checkpoint x: swiglu 3: must be true or false\n"
 
 
 @pytest.mark.parametrize("config_type", [RunConfig, PerLayerRunConfig, NPTRunConfig, ProgressiveRunConfig])
