@@ -104,8 +104,8 @@ def test_all_wrong_values_of_a_yaml_file_are_reported_at_once(
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
         f"error: {path}: unknown key hidden_siz in section model (did you mean hidden_size?); "
-        "num_layers two: must be a whole number, it is text; swiglu 1: is neither true nor false; "
-        "seed [1]: must be a single value, it is a list\n"
+        "num_layers two: must be a whole number (got text); swiglu 1: must be true or false; "
+        "seed [1]: must be a single value (got a list)\n"
     )
 
 
