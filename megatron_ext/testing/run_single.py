@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ext.models.attached_losses import LayerLosses
-from megatron_ext.platform.process_groups import shutdown
+from megatron_ext.platform import process_groups
 
 
 def run_single(function: Callable[..., Any], *args: Any) -> Any:
@@ -39,6 +39,7 @@ def clean_process() -> Iterator[None]:
     It restores all global state of torch, mcore and this package (process groups, parallel state, random streams,
     attached losses, gradient mode, default dtype, threads), the environment, the command line and the warning filters.
     """
+    shutdown = process_groups.shutdown  # a test may replace it, to train several times in one group
     environment, arguments, threads = dict(os.environ), sys.argv, torch.get_num_threads()
     random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     dtype, has_gradients = torch.get_default_dtype(), torch.is_grad_enabled()
@@ -49,6 +50,7 @@ def clean_process() -> Iterator[None]:
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
+        process_groups.shutdown = shutdown
         shutdown()
         get_cuda_rng_tracker().reset()
         LayerLosses.scale, LayerLosses.evaluating = 1.0, False

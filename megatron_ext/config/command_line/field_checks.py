@@ -7,7 +7,10 @@ raise the one-line `ValueError` that a user sees.
 import dataclasses
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ Repeated = Annotated[tuple[_Value, ...], Spelling(is_repeated=True)]
 """Several values, each given by repeating the flag (`--stop A --stop B`)."""
 
 
-def one_of_two(config: Any, name: str, negation: str) -> bool | None:
+def one_of_two(config: object, name: str, negation: str) -> bool | None:
     """Returns True if the switch `name` is set, False if `negation` is set, and None if neither is.
 
     Raises:
@@ -65,7 +68,7 @@ def flag(*, aliases: Sequence[str] = (), metavar: str | None = None) -> Spelling
     return Spelling(aliases=tuple(flag_name(alias.lstrip("-")) for alias in aliases), metavar=metavar)
 
 
-def check_at_least(config: Any, minimum: float, *names: str) -> None:
+def check_at_least(config: object, minimum: float, *names: str) -> None:
     """Raises `ValueError` for the first named field whose value is set and lies below `minimum`."""
     for name in names:
         value = getattr(config, name)
@@ -73,7 +76,7 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be at least {minimum}")
 
 
-def check_at_most(config: Any, maximum: float, *names: str) -> None:
+def check_at_most(config: object, maximum: float, *names: str) -> None:
     """Raises `ValueError` for the first named field whose value is set and lies above `maximum`."""
     for name in names:
         value = getattr(config, name)
@@ -81,7 +84,7 @@ def check_at_most(config: Any, maximum: float, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be at most {maximum}")
 
 
-def check_numbers(config: Any) -> None:
+def check_numbers(config: "DataclassInstance") -> None:
     """Raises `ValueError` for the first float that is not finite in fp32, or integer that does not fit 64 bits.
 
     `parse` calls it for every group. Groups that Python code may build call it in their `__post_init__` too.
@@ -97,7 +100,7 @@ def check_numbers(config: Any) -> None:
                 raise ValueError(f"{flag_name(field.name)} {value}: must be less than 2^63")
 
 
-def check_positive(config: Any, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
     """Raises `ValueError` for the first named field whose value is set and is not above zero."""
     for name in names:
         value = getattr(config, name)
@@ -105,7 +108,7 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be above 0")
 
 
-def check_fraction(config: Any, *names: str, closed: bool = False) -> None:
+def check_fraction(config: object, *names: str, closed: bool = False) -> None:
     """Raises `ValueError` for the first named field whose value is set and lies outside [0, 1) ([0, 1] if closed)."""
     for name in names:
         value = getattr(config, name)
@@ -115,10 +118,10 @@ def check_fraction(config: Any, *names: str, closed: bool = False) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must lie in [0, 1{']' if closed else ')'}")
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: "DataclassInstance") -> None:
     """Raises `ValueError` for the first field typed `Literal[...]` whose value is not one of the choices.
 
-    tyro checks this on the command line; this check is for groups built in Python or from a checkpoint's JSON.
+    The command line is checked when it is parsed; this check is for groups built in Python or from JSON.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):

@@ -55,7 +55,7 @@ class Flag:
     is_required: bool
     """Whether the field has no default."""
 
-    default: Any
+    default: object
     """Default of the field, or None."""
 
     metavar: str | None

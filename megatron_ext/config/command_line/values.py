@@ -19,7 +19,7 @@ def from_words(flag: Flag, spelled: str, words: Sequence[str]) -> Any:
     return tuple(values) if flag.takes_many else values[0]
 
 
-def from_file(flag: Flag, key: str, value: Any) -> Any:
+def from_file(flag: Flag, key: str, value: object) -> Any:
     """Converts a value of a YAML or JSON file.
 
     Texts are converted as on the command line, because YAML 1.1 reads 1e-4 as a text. A list of integers may be given
@@ -54,7 +54,7 @@ def _from_word(flag: Flag, spelled: str, word: str) -> Any:
         raise ValueError(f"{spelled} {word!r}: must be {_KINDS[flag.kind]}") from None
 
 
-def _from_scalar(flag: Flag, key: str, value: Any) -> Any:
+def _from_scalar(flag: Flag, key: str, value: object) -> Any:
     if flag.is_switch:
         if not isinstance(value, bool):
             raise ValueError(f"{key} {value}: must be true or false")

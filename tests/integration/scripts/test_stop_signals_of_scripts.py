@@ -126,7 +126,7 @@ def test_a_run_that_sigterm_to_its_group_stops_saves_and_goes_on_to_the_tensors_
     found = re.search(r"stopped after step (\d+): received SIGTERM, exit code 143", output)
     assert result.code != 0 and found is not None, output
     assert f"saved step {found[1]} to" in output and "DataLoader" not in output
-    assert f"goes on after step {found[1]}" in finish(script, data, stopped, base=base)
+    assert f"continues after step {found[1]}" in finish(script, data, stopped, base=base)
     newest = "progressive_rack" if script == PROGRESSIVE else ""
     expected, tensors = (run_single(tensors_of, str(save), newest) for save in (straight, stopped))
     assert expected.keys() == tensors.keys() and any(name.startswith("optimizer") for name in expected)

@@ -182,7 +182,7 @@ def _finetuned(path: str, out: str) -> dict[str, Any]:
 
 def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path, tmp_path: Path) -> None:
     found = alone(_finetuned, str(folder), str(tmp_path))
-    assert "holds an imported model and no run to go on with" in found["errors"][1]
+    assert "contains an imported model and no run that could be continued" in found["errors"][1]
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]
@@ -221,7 +221,11 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
             ["--base-only"],
             "--base-only requires a base that was frozen; the base of .* was trained together with",
         ),
-        ("base", ["--tokenizer-model", "x", "--ckpt-step", "7"], "--ckpt-step 7: no complete checkpoint"),
+        (
+            "base",
+            ["--tokenizer-model", "x", "--ckpt-step", "7"],
+            "contains no complete checkpoint of this step",
+        ),
         ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: cannot express"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
@@ -232,7 +236,7 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["convert"], "unknown command 'convert': must be one of import, export"),
+        (["convert"], "unknown command 'convert': one of import, export"),
         ([], "unknown command ''"),
     ],
 )
