@@ -37,6 +37,7 @@ from megatron_ext.progressive.cache.frozen_trunk import (
     trunk_version,
 )
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.training.frozen_forward import FrozenForward
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 IDENTITY_FILE = "cache.json"
@@ -71,7 +72,7 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
             )
 
 
-class ActivationCache:
+class ActivationCache(FrozenForward):
     """The cache of one phase of training: one trunk."""
 
     def __init__(self, config: ProgressiveConfig, *, trunk_layers: int, identity: Mapping[str, Any]) -> None:
@@ -83,6 +84,7 @@ class ActivationCache:
         Raises:
             ValueError: the directory belongs to another run.
         """
+        super().__init__()
         check_cache_directory(config, identity)
         self._directory = None if config.cache_dir is None else Path(config.cache_dir)
         self._max_bytes = int(config.cache_max_gb * 2**30)
@@ -91,9 +93,6 @@ class ActivationCache:
         self._version: int | None = None
         self._fingerprint = b""
         self._store: Store | None = None
-        self._hits = self._misses = 0
-        self.was_skipped = False
-        """The trunk was not run in the last step, for any of its micro-batches."""
 
     def prepare(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
@@ -114,10 +113,7 @@ class ActivationCache:
         found: list[torch.Tensor | None] = [None] * len(batches)
         if holds:
             found = [self._find(of_batch) for of_batch in keys]
-        hits = self._agree([not holds or value is not None for value in found], batches[0]["tokens"].device)
-        self._hits += sum(hits)
-        self._misses += len(hits) - sum(hits)
-        self.was_skipped = all(hits)
+        hits = self.agree([not holds or value is not None for value in found], batches[0]["tokens"].device)
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             agreed = [value if hit else None for value, hit in zip(found, hits, strict=True)]
             return self._one_by_one(chunks, families, batches, keys, agreed)
@@ -143,12 +139,12 @@ class ActivationCache:
     def values(self) -> dict[str, float]:
         """`cache/hit_rate` of the micro-batches since the last call, `cache/bytes` over all processes. Collective."""
         sums = torch.tensor(
-            [self._hits, self._misses, 0 if self._store is None else self._store.size],
+            [self.hits, self.misses, 0 if self._store is None else self._store.size],
             dtype=torch.float64,
             device=torch.cuda.current_device(),
         )
         dist.all_reduce(sums)
-        self._hits = self._misses = 0
+        self.hits = self.misses = 0
         hits, misses, size = sums.tolist()
         return {"cache/hit_rate": hits / max(1.0, hits + misses), "cache/bytes": size}
 
@@ -230,12 +226,6 @@ class ActivationCache:
         assert self._store is not None
         for row, key in enumerate(keys):
             self._store.put(key, hidden_states[:, row])
-
-    def _agree(self, found: list[bool], device: torch.device) -> list[bool]:
-        """Which micro-batches all ranks of this model copy have."""
-        agreed = torch.tensor(found, dtype=torch.int32, device=device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
-        return [bool(value) for value in agreed.tolist()]
 
     def _one_by_one(
         self,
