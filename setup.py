@@ -14,7 +14,6 @@ BASE = [
     "tensorboard",
     "tokenizers",
     "torch>=2.6",
-    "tyro>=1.0,<2",
 ]
 
 EXTRAS = {

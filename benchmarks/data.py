@@ -241,7 +241,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 def main() -> None:
     """Parses the flags and prints the tables."""
-    config = parse(BenchmarkConfig, prog="benchmarks/data.py", description=str(__doc__))["config"]
+    config = parse(BenchmarkConfig, prog="benchmarks/data.py", description=str(__doc__))
     console = Console(width=120)
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as directory:
         files = Files(Path(directory))

@@ -102,7 +102,7 @@ def main() -> None:
     """Runs the benchmark and prints one table for each precision."""
     config: BenchmarkConfig = parse(
         BenchmarkConfig, prog="benchmarks/gpt.py", description="Speed of a training step against its peers."
-    )["config"]
+    )
     if config.worker is not None:
         _serve(config, *config.worker.split("/"))
         return

@@ -141,7 +141,7 @@ def main() -> None:
         prog="benchmarks/npt.py",
         description="Cost of NP components in one layer, forward and backward.",
         example="python benchmarks/npt.py --threads 1",
-    )["config"]
+    )
     if config.threads:
         torch.set_num_threads(config.threads)
     initialize(ParallelConfig(), seed=1)

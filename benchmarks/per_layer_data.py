@@ -60,11 +60,11 @@ class BenchmarkConfig:
 def main() -> None:
     """Build the dataset, time every strategy, print one table."""
     config: BenchmarkConfig = parse(
-        {"benchmark": BenchmarkConfig},
+        BenchmarkConfig,
         prog="benchmarks/per_layer_data.py",
         description=str(__doc__),
         example="python benchmarks/per_layer_data.py",
-    )["benchmark"]
+    )
     if hasattr(os, "sched_setaffinity"):  # one core
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:

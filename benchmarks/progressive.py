@@ -98,7 +98,7 @@ def main() -> None:
         BenchmarkConfig,
         prog="benchmarks/progressive.py",
         description="What progressive training saves: time, memory and loss by stack.",
-    )["config"]
+    )
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     out = Path(config.output_dir)
     if config.count is not None:
@@ -139,11 +139,9 @@ def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
 
 def _count(config: BenchmarkConfig, out: Path, name: str) -> None:
     """Trains all stacks for two steps each in this process; the last line says how many bytes of tensors it had."""
-    from megatron_ext.config.run_config import TRAINING
     from megatron_ext.platform.allocations import AllocationCounter
     from megatron_ext.progressive.runs.progressive_run import run_progressive
-    from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-    from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
+    from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig, stack_defaults
 
     short = replace(config, stack_steps=2, epochs=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -151,11 +149,9 @@ def _count(config: BenchmarkConfig, out: Path, name: str) -> None:
         flags = _flags(
             short, out, name, {**changed, "eval-interval": 1000, "eval-iters": 0, "split": "100,0,0"}
         )
-        configs = parse(
-            {**TRAINING, "progressive": ProgressiveConfig}, flags, defaults=progressive_run_defaults
-        )
+        run = parse(ProgressiveRunConfig, flags, find=lambda given: [stack_defaults(given)])
         with AllocationCounter() as counter:
-            run_progressive(configs)
+            run_progressive(run)
         print(counter.peak)
 
 

@@ -29,12 +29,11 @@ class CorpusConfig:
 def main() -> None:
     """Parse the flags, write both files, print what they hold."""
     config = parse(
-        {"corpus": CorpusConfig},
+        CorpusConfig,
         prog="tools/build_corpus.py",
         description=str(__doc__),
         example="python tools/build_corpus.py --output data/train.jsonl --held-out data/held_out.jsonl",
-    )["corpus"]
-    assert isinstance(config, CorpusConfig)
+    )
     counts = write_corpus(
         config.output,
         config.held_out,

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"tools/convert_checkpoint.py {command}",
         description=str(run.__doc__),
         example=f"python tools/convert_checkpoint.py {command} {example}",
-    )["config"]
+    )
     run(config)
     return 0
 

@@ -11,7 +11,7 @@ Exit codes: 0 all is well, 1 verify found a broken dataset, 2 a wrong flag or fi
 """
 
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class OptionalTokenizerConfig(TokenizerConfig):
     """The tokenizer, if its ids are to be compared or decoded."""
 
     @classmethod
-    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+    def missing(cls, given: Mapping[str, Any]) -> list[str]:
         """No flag is required; `__post_init__` checks those that are given."""
         return []
 
@@ -45,6 +45,10 @@ class OptionalTokenizerConfig(TokenizerConfig):
         """Whether any of the tokenizer's flags is given."""
         files = (self.tokenizer_model, self.vocab_file, self.merge_file, self.vocab_size)
         return any(files) or self.tokenizer_type != "GPT2BPETokenizer"
+
+    def build(self) -> Tokenizer | None:
+        """The tokenizer, if it is given."""
+        return build_tokenizer(self) if self.is_given() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,43 @@ class ShuffleConfig:
     """The order follows from it and the number of documents, so per-layer data stays aligned."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyFlags:
+    """All flags of `verify`."""
+
+    data: VerifyConfig
+    tokenizer: OptionalTokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags:
+    """All flags of `inspect`."""
+
+    data: InspectConfig
+    tokenizer: OptionalTokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFlags:
+    """All flags of `merge`."""
+
+    data: MergeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFlags:
+    """All flags of `split`."""
+
+    data: SplitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffleFlags:
+    """All flags of `shuffle`."""
+
+    data: ShuffleConfig
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -127,28 +168,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(__doc__)
             return 0
         raise ValueError(f"unknown command {command!r}: one of {', '.join(_COMMANDS)}")
-    group, run, wants_tokenizer, example = _COMMANDS[command]
+    flags_type, run, example = _COMMANDS[command]
     rest = arguments[1:]
     if rest and not rest[0].startswith("-"):
         rest = ["--prefix", *rest]
-    groups: dict[str, type[Any]] = {"data": group}
-    if wants_tokenizer:
-        groups["tokenizer"] = OptionalTokenizerConfig
-    configs = parse(
-        groups,
+    flags = parse(
+        flags_type,
         rest,
         prog=f"tools/data.py {command}",
         description=str(run.__doc__),
         example=f"python tools/data.py {command} {example}",
     )
-    if not wants_tokenizer:
-        return run(configs["data"])
-    tokenizer = build_tokenizer(configs["tokenizer"]) if configs["tokenizer"].is_given() else None
-    return run(configs["data"], tokenizer)
+    return run(flags)
 
 
-def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
+def run_verify(flags: VerifyFlags) -> int:
     """Read all of each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment of per-layer data."""
+    config, tokenizer = flags.data, flags.tokenizer.build()
     broken = 0
     refuse_same_dataset("verify", config.prefix)
     for prefix in config.prefix:
@@ -169,8 +205,9 @@ def run_verify(config: VerifyConfig, tokenizer: Tokenizer | None) -> int:
     return 1 if broken else 0
 
 
-def run_inspect(config: InspectConfig, tokenizer: Tokenizer | None) -> int:
+def run_inspect(flags: InspectFlags) -> int:
     """Show a dataset's counts and the lengths of its documents; one document, decoded where a tokenizer is given."""
+    config, tokenizer = flags.data, flags.tokenizer.build()
     index = check_dataset(config.prefix, tokenizer)
     manifest = read_manifest(config.prefix)
     print(f"{config.prefix}: {index.num_documents:,} documents, {index.num_sequences:,} sequences,")
@@ -236,22 +273,22 @@ def _names(inputs: list[dict[str, Any]]) -> str:
     )
 
 
-def run_merge(config: MergeConfig) -> int:
+def run_merge(flags: MergeFlags) -> int:
     """Concatenate datasets of the same token type and tokenizer."""
-    merge(config.prefix, config.output_prefix)
-    return _report(config.output_prefix)
+    merge(flags.data.prefix, flags.data.output_prefix)
+    return _report(flags.data.output_prefix)
 
 
-def run_split(config: SplitConfig) -> int:
+def run_split(flags: SplitFlags) -> int:
     """Cut a dataset into consecutive parts of whole documents; shuffle it first for random parts."""
-    split(config.prefix, config.output_prefix, config.shares)
-    return _report(*config.output_prefix)
+    split(flags.data.prefix, flags.data.output_prefix, flags.data.shares)
+    return _report(*flags.data.output_prefix)
 
 
-def run_shuffle(config: ShuffleConfig) -> int:
+def run_shuffle(flags: ShuffleFlags) -> int:
     """Write a dataset's documents in a random order."""
-    shuffle(config.prefix, config.output_prefix, seed=config.seed)
-    return _report(config.output_prefix)
+    shuffle(flags.data.prefix, flags.data.output_prefix, seed=flags.data.seed)
+    return _report(flags.data.output_prefix)
 
 
 def _report(*outputs: str) -> int:
@@ -262,17 +299,16 @@ def _report(*outputs: str) -> int:
     return 0
 
 
-_COMMANDS: dict[str, tuple[type[Any], Callable[..., int], bool, str]] = {
-    "verify": (VerifyConfig, run_verify, True, "data/train_text_document"),
+_COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int], str]] = {
+    "verify": (VerifyFlags, run_verify, "data/train_text_document"),
     "inspect": (
-        InspectConfig,
+        InspectFlags,
         run_inspect,
-        True,
         "data/train_text_document --document 0 --vocab-file vocab.json ...",
     ),
-    "merge": (MergeConfig, run_merge, False, "data/a data/b --output-prefix data/both"),
-    "split": (SplitConfig, run_split, False, "data/all --output-prefix data/train data/test --shares 95 5"),
-    "shuffle": (ShuffleConfig, run_shuffle, False, "data/all --output-prefix data/shuffled --seed 1"),
+    "merge": (MergeFlags, run_merge, "data/a data/b --output-prefix data/both"),
+    "split": (SplitFlags, run_split, "data/all --output-prefix data/train data/test --shares 95 5"),
+    "shuffle": (ShuffleFlags, run_shuffle, "data/all --output-prefix data/shuffled --seed 1"),
 }
 
 

@@ -70,7 +70,7 @@ def main() -> None:
         prog="tools/evaluate.py",
         description="Perplexity of a checkpoint on indexed datasets.",
         example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
-    )["config"]
+    )
     from megatron_ext.data.corpora.unigram import most_frequent_token, unigram_cross_entropy
     from megatron_ext.data.indexed.manifest import check_dataset
     from megatron_ext.data.indexed.same_file import refuse_same_dataset

@@ -114,7 +114,7 @@ def main() -> None:
         description=str(__doc__),
         example="python tools/evaluate_npt.py --checkpoint runs/npt --data-path held_out_text_document "
         "--output evaluation_report.json --html report.html",
-    )["config"]
+    )
     from megatron_ext.npt.evaluation.evaluation_summary import print_summary
     from megatron_ext.platform import process_groups
     from megatron_ext.reports.charts import require_matplotlib

@@ -101,7 +101,7 @@ def main() -> None:
         prog="tools/generate.py",
         description="Continue prompts with a checkpoint.",
         example='python tools/generate.py --load runs/ckpt --prompt "def main(" --temperature 0.8 --top-p 0.9',
-    )["config"]
+    )
     from megatron_ext.inference.generation import Sampling
     from megatron_ext.inference.load_model import load_model
     from megatron_ext.platform import process_groups

@@ -68,16 +68,23 @@ class MemoryReportConfig:
         return [int(part) for part in parts]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryReportFlags:
+    """All flags of this tool."""
+
+    report: MemoryReportConfig
+    npt: NPTModuleConfig
+
+
 def main() -> None:
     """Measures, projects, prints, writes."""
-    configs = parse(
-        {"report": MemoryReportConfig, "npt": NPTModuleConfig},
+    flags = parse(
+        MemoryReportFlags,
         prog="tools/memory_report.py",
         description="Memory of NP components in training: materialised against factored.",
         example="python tools/memory_report.py --np-rank 16 --output report.json",
     )
-    config: MemoryReportConfig = configs["report"]
-    settings: NPTModuleConfig = configs["npt"]
+    config, settings = flags.report, flags.npt
     layers = len(settings.layers(config.projected_num_layers))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise FileNotFoundError(f"--output {config.output}: its folder does not exist")

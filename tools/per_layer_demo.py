@@ -8,7 +8,7 @@ is not, 2 a wrong flag.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ext.config.command_line.parse import parse, run_main
@@ -35,19 +35,28 @@ MODEL = ModelConfig(
 SHOWN = ("embedding-norm", "embedding-gradient-norm", "gradient-norm", "gate-activation-mean", "update-ratio")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoFlags:
+    """All flags of this tool."""
+
+    per_layer: PerLayerConfig
+    parallel: ParallelConfig
+
+
 def main() -> int:
     """Parses the flags, trains, prints; returns the exit code."""
-    configs = parse(
-        {"per_layer": PerLayerConfig, "parallel": ParallelConfig},
+    flags = parse(
+        DemoFlags,
         ["--use-per-layer-embedding", *TINY, *sys.argv[1:]],
         prog="tools/per_layer_demo.py",
         description=str(__doc__),
         example="torchrun --nproc-per-node 2 tools/per_layer_demo.py --tensor-model-parallel-size 2 "
         "--per-layer-combination-method gated",
     )
-    parallel: ParallelConfig = configs["parallel"]
-    logged = {"log_per_layer_stats": True, "log_per_layer_gradients": True, "per_layer_stats_interval": 1}
-    settings = replace(configs["per_layer"], **logged)
+    parallel = flags.parallel
+    settings = replace(
+        flags.per_layer, log_per_layer_stats=True, log_per_layer_gradients=True, per_layer_stats_interval=1
+    )
     settings.check_layout(parallel.tensor_model_parallel_size)
     validate(MODEL, parallel)
     from megatron_ext.platform import process_groups

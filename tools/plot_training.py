@@ -37,7 +37,7 @@ def main() -> None:
         description=str(__doc__),
         example="python tools/plot_training.py --tensorboard-dir runs/quickstart/tensorboard "
         "--evaluation runs/quickstart/evaluation.json --output docs/images/quickstart.png",
-    )["config"]
+    )
     curves = read_curves(config.tensorboard_dir, required="lm loss")
     draw(config, curves)
     print(config.output)

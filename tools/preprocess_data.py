@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 if __name__ == "__main__":  # until there is something to put in order, Ctrl-C ends this without a traceback
@@ -44,10 +45,19 @@ def _handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Ha
         signal.signal(number, handler)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreprocessFlags:
+    """All flags of this tool."""
+
+    input: InputConfig
+    tokenizer: TokenizerConfig
+    output: PreprocessConfig
+
+
 def main() -> int:
     """Parses the flags, makes the datasets, prints a summary; returns the exit code."""
-    configs = parse(
-        {"input": InputConfig, "tokenizer": TokenizerConfig, "output": PreprocessConfig},
+    flags = parse(
+        PreprocessFlags,
         prog="tools/preprocess_data.py",
         description=str(__doc__),
         example=EXAMPLE,
@@ -60,10 +70,10 @@ def main() -> int:
     from megatron_ext.data.preprocess.preprocess import Preprocessor, quarantined_path, rejected_path
     from megatron_ext.data.preprocess.worker_pool import WorkerBug, WorkerDied
 
-    output = configs["output"]
+    output = flags.output
     try:
         _handle_signals(_stop)
-        summary = Preprocessor(configs["input"], configs["tokenizer"], output).run()
+        summary = Preprocessor(flags.input, flags.tokenizer, output).run()
         _handle_signals(signal.SIG_DFL)
     except (WorkerDied, WorkerBug) as error:
         print(f"error: {error}; --resume goes on from what is finished", file=sys.stderr)

@@ -6,7 +6,7 @@ that exists is used as it is: that is how a held-out set gets the training set's
 """
 
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class VocabularyConfig(TokenizerConfig):
     """The main tokenizer and its files."""
 
     @classmethod
-    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
+    def missing(cls, given: Mapping[str, Any]) -> list[str]:
         """None is known to be missing before merges.txt was looked for; see `__post_init__`."""
         return []
 
@@ -101,10 +101,18 @@ class VocabularyConfig(TokenizerConfig):
         super().__post_init__()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PerLayerDataFlags:
+    """All flags of this tool."""
+
+    per_layer_data: PerLayerDataConfig
+    tokenizer: VocabularyConfig
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, make the vocabulary and the table, write one aligned dataset for each key."""
-    configs = parse(
-        {"per_layer_data": PerLayerDataConfig, "tokenizer": VocabularyConfig},
+    flags = parse(
+        PerLayerDataFlags,
         argv,
         prog="tools/preprocess_per_layer_data.py",
         description=str(__doc__),
@@ -112,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         " --per-layer-output-prefix data/train_per_layer --vocab-file data/vocab.json --merge-file data/merges.txt"
         " --per-layer-vocab-file data/per_layer_vocab.json --per-layer-vocab-size 5000",
     )
-    config: PerLayerDataConfig = configs["per_layer_data"]
+    config = flags.per_layer_data
     sources = {key: f"{config.output_prefix}_{key}_document" for key in config.json_keys}
     for source in sources.values():
         _require_tokenized(source, config)
-    tokenizer = build_tokenizer(configs["tokenizer"])
+    tokenizer = build_tokenizer(flags.tokenizer)
     indices = {key: check_dataset(source, tokenizer) for key, source in sources.items()}
     table, vocab_size = _make_table(config, tokenizer, list(indices.values()))
     for key, index in indices.items():

@@ -50,7 +50,7 @@ def main() -> None:
         description=str(__doc__),
         example="python tools/progressive_report.py --runs grown=runs/grown whole=runs/end_to_end --reference whole "
         "--html report.html",
-    )["config"]
+    )
     from megatron_ext.progressive.report.comparison_figures import compare_runs
     from megatron_ext.progressive.report.comparison_page import (
         messages,

@@ -72,19 +72,27 @@ def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
         raise ValueError(f"--input {' '.join(inputs.input)}: holds no text to train a tokenizer on")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerFlags:
+    """All flags of this tool."""
+
+    input: InputConfig
+    tokenizer: TrainTokenizerConfig
+
+
 def main() -> None:
     """Parses the flags, trains, prints where the files are."""
-    configs = parse(
-        {"input": InputConfig, "tokenizer": TrainTokenizerConfig},
+    flags = parse(
+        TrainTokenizerFlags,
         prog="tools/train_tokenizer.py",
         description=str(__doc__),
         example=EXAMPLE,
     )
-    config = configs["tokenizer"]
+    config = flags.tokenizer
     from megatron_ext.data.corpora.train_tokenizer import train_byte_level_bpe, train_sentencepiece
 
     special_tokens = tuple(argument_text("--special-tokens", token) for token in config.special_tokens)
-    texts = documents(configs["input"], config.max_characters)
+    texts = documents(flags.input, config.max_characters)
     if config.tokenizer_type == "GPT2BPETokenizer":
         size = train_byte_level_bpe(
             texts, config.output_dir, config.vocab_size, special_tokens, config.min_frequency

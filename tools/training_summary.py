@@ -35,7 +35,7 @@ def main() -> None:
         prog="tools/training_summary.py",
         description="The losses of a run, from its TensorBoard files.",
         example="python tools/training_summary.py --tensorboard-dir runs/quickstart/tensorboard",
-    )["config"]
+    )
     from rich.console import Console
     from rich.table import Table
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tools/validate_checkpoint.py",
         description="Validate an NPT checkpoint: required files, their content, checksums.",
         example="python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000",
-    )["config"]
+    )
     from megatron_ext.npt.weights.checkpoint_validation import choose_checkpoint, validate_checkpoint
 
     if not Path(config.checkpoint).is_dir():

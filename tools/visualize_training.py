@@ -44,7 +44,7 @@ def main() -> None:
         prog="tools/visualize_training.py",
         description=str(__doc__),
         example="python tools/visualize_training.py --logdir runs/npt/tensorboard --html training.html",
-    )["config"]
+    )
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
     from megatron_ext.reports.page import Page

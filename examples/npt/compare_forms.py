@@ -15,9 +15,12 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config.command_line.parse import parse, run_main
+
+if TYPE_CHECKING:
+    from megatron_ext.config.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def main() -> int:
     """Runs the rows that are missing and prints all."""
     config: ComparisonConfig = parse(
         ComparisonConfig, prog="compare_forms.py", description="Compare forms of NPT."
-    )["config"]
+    )
     from rich.console import Console
     from rich.table import Table
 
@@ -129,32 +132,29 @@ def module_of(row: str, init_scale: float) -> Any:
     )
 
 
-def run_configs(config: ComparisonConfig, stored: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The configurations of a row's training, on the model of the base's configuration `stored`."""
-    from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+def run_config(config: ComparisonConfig, stored: dict[str, Any], seed: int) -> "RunConfig":
+    """The configuration of a row's training, on the model of the base's configuration `stored`."""
     from megatron_ext.config.groups.data_config import DataConfig
     from megatron_ext.config.groups.logging_config import LoggingConfig
+    from megatron_ext.config.groups.model_config import ModelConfig
     from megatron_ext.config.groups.optimizer_config import OptimizerSettings
-    from megatron_ext.config.groups.parallel_config import ParallelConfig
+    from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
     from megatron_ext.config.groups.training_config import TrainingConfig
-    from megatron_ext.config.run_config import TRAINING
-    from megatron_ext.config.serialize import configs_from_dict
+    from megatron_ext.config.run_config import RunConfig
+    from megatron_ext.config.serialize import group_in
 
-    read = configs_from_dict({name: TRAINING[name] for name in ("model", "tokenizer")}, stored)
-    return {
-        "model": replace(read["model"], hidden_dropout=0.0, attention_dropout=0.0),
-        "parallel": ParallelConfig(),
-        "training": TrainingConfig(
+    return RunConfig(
+        model=replace(group_in(ModelConfig, stored, "model"), hidden_dropout=0.0, attention_dropout=0.0),
+        training=TrainingConfig(
             micro_batch_size=config.micro_batch_size, train_iters=config.steps, eval_iters=0, seed=seed
         ),
-        "optimizer": OptimizerSettings(
+        optimizer=OptimizerSettings(
             lr=config.lr, min_lr=config.lr / 10, lr_decay_style="cosine", lr_warmup_iters=10, weight_decay=0.0
         ),
-        "data": DataConfig(data_path=(config.train_data,), split="100,0,0", num_workers=0),
-        "tokenizer": read["tokenizer"],
-        "checkpoint": CheckpointConfig(),
-        "logging": LoggingConfig(log_interval=50),
-    }
+        data=DataConfig(data_path=(config.train_data,), split="100,0,0", num_workers=0),
+        tokenizer=group_in(TokenizerConfig, stored, "tokenizer"),
+        logging=LoggingConfig(log_interval=50),
+    )
 
 
 def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[str, float]:
@@ -168,7 +168,7 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
     from megatron_ext.training.pretrain import RunOptions, train
 
     base = BaseCheckpoint.find(config.base_checkpoint)
-    configs = run_configs(config, base.run_config(), seed)
+    run = run_config(config, base.run_config(), seed)
     training = NPTTrainingConfig(
         mode="equivalence",
         equivalence_weight=config.equivalence_weight,
@@ -178,7 +178,7 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
         curriculum_stages=config.curriculum_stages,
     )
     family = NPTFamily(module_of(row, config.np_init_scale), training, total_steps=config.steps)
-    converted, length = family.settings.layers(configs["model"].num_layers), configs["model"].seq_length
+    converted, length = family.settings.layers(run.model.num_layers), run.model.seq_length
     found: dict[str, float] = {}
 
     def before(chunks: list[Any]) -> None:
@@ -189,9 +189,9 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
         found["ratio"] = perplexity_ratio(config, length, chunks, family, found)
 
     started = time.perf_counter()
-    process_groups.initialize(configs["parallel"], seed)
+    process_groups.initialize(run.parallel, seed)
     options = RunOptions(base=base, prepare=before, finish=after)
-    code = train(configs, build_tokenizer(configs["tokenizer"]), [family], options)
+    code = train(run, build_tokenizer(run.tokenizer), [family], options)
     if "ratio" not in found:
         sys.exit(code)  # stopped by a signal before its last step: no row
     found["seconds"] = time.perf_counter() - started

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ext.config.groups.model_config import ModelConfig, on_this_machine
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.data.tokenizers.tokenizer import in_words
 from megatron_ext.inference.choose_layout import choose_layout, describe_layout
@@ -88,9 +88,8 @@ def load_model(
     """
     stored = read_run_config(path, ckpt_step)
     stored["model"] = on_this_machine(stored["model"])
-    configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
-    model: ModelConfig = replace(configs["model"], hidden_dropout=0.0, attention_dropout=0.0)
-    built = build_tokenizer(tokenizer or configs["tokenizer"])
+    model = replace(group_in(ModelConfig, stored, "model"), hidden_dropout=0.0, attention_dropout=0.0)
+    built = build_tokenizer(tokenizer or group_in(TokenizerConfig, stored, "tokenizer"))
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
         raise ValueError(

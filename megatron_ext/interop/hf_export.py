@@ -11,7 +11,7 @@ import torch
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
 from megatron_ext.interop.formats.hf_config import (
@@ -184,12 +184,13 @@ def export_checkpoint(
     require_one_process()
     check_free(model_dir, "--model-dir", overwrite=overwrite)
     run_config = read_run_config(load, ckpt_step)
-    configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, run_config)
-    _check_families(run_config["families"], load, base_only=base_only)
-    choose_architecture(configs["model"], architecture)
-    tokenizer = (
-        None if no_tokenizer else _tokenizer_config(configs["tokenizer"], tokenizer_model, run_config, load)
+    model, tokens = (
+        group_in(ModelConfig, run_config, "model"),
+        group_in(TokenizerConfig, run_config, "tokenizer"),
     )
+    _check_families(run_config["families"], load, base_only=base_only)
+    choose_architecture(model, architecture)
+    tokenizer = None if no_tokenizer else _tokenizer_config(tokens, tokenizer_model, run_config, load)
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
     process_groups.initialize(ParallelConfig(), seed=1234)
@@ -197,9 +198,9 @@ def export_checkpoint(
         # A frozen base is not saved again with what was trained on top of it.
         base = BaseCheckpoint.of_run(run_config)
         folders = (folder,) if base is None else (folder, base.folder)
-        state = CheckpointState(*folders, only=_base_names(configs["model"]) if base_only else None)
+        state = CheckpointState(*folders, only=_base_names(model) if base_only else None)
         return export_hf(
-            configs["model"],
+            model,
             run_config["vocab_size"],
             state,
             model_dir,

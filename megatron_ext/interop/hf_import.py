@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.serialize import configs_to_dict, format_configs
+from megatron_ext.config.serialize import format_groups, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.interop.checkpoint_without_model import write_checkpoint
 from megatron_ext.interop.formats.hf_config import to_model_config
@@ -139,9 +138,9 @@ def import_checkpoint(
         within = os.path.relpath(tokenizer.tokenizer_model, model_dir)  # of a SentencePiece model, else "."
         place = os.path.abspath(Path(save, TOKENIZER_FOLDER, within))
         tokenizer = replace(tokenizer, tokenizer_model=place)
-    configs = {"model": found.model, "tokenizer": tokenizer}
     run_config = {
-        **configs_to_dict(configs),
+        "model": group_to_dict(found.model),
+        "tokenizer": group_to_dict(tokenizer),
         "vocab_size": found.vocab_size,
         "tokenizer_fingerprint": found.tokenizer.fingerprint(),
         "families": {},
@@ -152,7 +151,7 @@ def import_checkpoint(
         with complete_directory(save, "--save") as folder:
             copy_imported(found.tokenizer, Path(model_dir), folder / TOKENIZER_FOLDER)
             found.imported.copy_files(folder)
-            (folder / FLAGS_FILE).write_text(_flags(configs), encoding="utf-8")
+            (folder / FLAGS_FILE).write_text(_flags(found.model, tokenizer), encoding="utf-8")
             write_checkpoint(folder, found.state, run_config)
     finally:
         process_groups.shutdown()
@@ -170,8 +169,8 @@ def require_one_process() -> None:
         )
 
 
-def _flags(configs: dict[str, Any]) -> str:
+def _flags(model: ModelConfig, tokenizer: TokenizerConfig) -> str:
     head = (
         "# Imported model and tokenizer, for a training script's --config; flags on its command line win.\n"
     )
-    return head + format_configs(configs)
+    return head + format_groups({"model": model, "tokenizer": tokenizer})

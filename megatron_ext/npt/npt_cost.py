@@ -34,7 +34,7 @@ from megatron_ext.models.costs.model_cost import (
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.npt_training_config import StepObjective
+from megatron_ext.npt.objective.step_objective import StepObjective
 
 
 def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ext.config.command_line.flag_text import argument_text
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.base_parameters import base_parameters
 from megatron_ext.models.costs.model_cost import ModelCost
@@ -28,7 +28,8 @@ from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
 from megatron_ext.npt.objective.layer_losses import LayerStepLosses
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
-from megatron_ext.npt.objective.npt_training_config import PLAIN_LM, NPTTrainingConfig, StepObjective
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.objective.step_objective import PLAIN_LM, StepObjective
 from megatron_ext.npt.objective.teacher import Teacher
 from megatron_ext.npt.weights.state_files import multi_layer_state, write_state_files
 from megatron_ext.training.interface.family_interface import Batch, Family, Message
@@ -74,11 +75,11 @@ class NPTFamily(Family):
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "NPTFamily":
         """The family that gave this `configuration()`."""
-        return cls(configs_from_dict({"settings": NPTModuleConfig}, configuration)["settings"])
+        return cls(group_in(NPTModuleConfig, configuration, "settings"))
 
     def configuration(self) -> dict[str, Any]:
         """NPT's settings."""
-        return dict(configs_to_dict({"settings": self.settings}))
+        return {"settings": group_to_dict(self.settings)}
 
     def extension(self) -> NPTExtension:
         """NPT's part of the model."""

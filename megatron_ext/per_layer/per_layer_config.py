@@ -14,6 +14,7 @@ from megatron_ext.config.command_line.field_checks import (
     check_positive,
     flag_name,
 )
+from megatron_ext.config.run_config import RunConfig
 
 _GEMMA4 = {
     "per_layer_combination_method": "scaled_add",
@@ -154,3 +155,11 @@ class PerLayerConfig:
                 f"--per-layer-hidden-size {self.per_layer_hidden_size}: not divisible by "
                 f"--tensor-model-parallel-size {tensor_parallel_size}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerRunConfig(RunConfig):
+    """All that a run with per-layer embedding is told."""
+
+    per_layer: PerLayerConfig
+    """Per-layer embedding."""

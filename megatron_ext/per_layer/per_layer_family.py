@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.datasets.blends import parse_blend
 from megatron_ext.data.indexed.manifest import read_manifest
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of
@@ -105,7 +105,7 @@ class PerLayerFamily(Family):
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
         """The family that gave this `configuration()`; needs no file beside the checkpoint."""
-        settings = configs_from_dict({"settings": PerLayerConfig}, configuration)["settings"]
+        settings = group_in(PerLayerConfig, configuration, "settings")
         if settings.uses_token_ids:  # older checkpoints store a default that has no meaning there
             settings = replace(settings, per_layer_vocab_size=None)
         return cls(settings, configuration["vocab_size"], configuration["table"])
@@ -117,7 +117,7 @@ class PerLayerFamily(Family):
     def configuration(self) -> dict[str, Any]:
         """PLE's settings, the vocabulary's size and the table of ids."""
         return {
-            **configs_to_dict({"settings": self.settings}),
+            "settings": group_to_dict(self.settings),
             "vocab_size": self.vocab_size,
             "table": None if self.table is None else self.table.tolist(),
         }

@@ -14,7 +14,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.lora.trainable_layers import merge_adapters, prepare_layers, weight_bytes
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork
@@ -134,7 +134,7 @@ class ProgressiveFamily(Family):
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
         """The family that gave this `configuration()`, as inference wants it."""
-        config = configs_from_dict({"settings": ProgressiveConfig}, configuration)["settings"]
+        config = group_in(ProgressiveConfig, configuration, "settings")
         family = cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
         family.plan = settings_after_training(family.rack, config, configuration["trains"])
         return family
@@ -145,7 +145,7 @@ class ProgressiveFamily(Family):
             "rack": self.rack.as_json(),
             "trains": self.trains,
             "mask_token": self.mask_token_id,
-            **configs_to_dict({"settings": self.config}),
+            "settings": group_to_dict(self.config),
         }
 
     def extension(self) -> ProgressiveExtension:

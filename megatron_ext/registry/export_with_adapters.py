@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.serialize import group_in
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop import base_state, export_hf
 from megatron_ext.interop.formats.hf_config import choose_architecture
@@ -58,10 +58,10 @@ def export_plain(
     if adapter_dir is not None:
         check_free(adapter_dir, "--adapter-dir", overwrite=overwrite)
     stored = read_run_config(load, ckpt_step)
-    configs = configs_from_dict({"model": ModelConfig, "tokenizer": TokenizerConfig}, stored)
-    choose_architecture(configs["model"], architecture)
+    model = group_in(ModelConfig, stored, "model")
+    choose_architecture(model, architecture)
     _check_families(stored["families"], load, as_adapters=adapter_dir is not None)
-    tokenizer: TokenizerConfig = configs["tokenizer"]
+    tokenizer = group_in(TokenizerConfig, stored, "tokenizer")
     if tokenizer_model is not None:
         tokenizer = replace(tokenizer, tokenizer_model=tokenizer_model)
     try:

@@ -16,7 +16,7 @@ from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, TINY, VOCAB_SIZE, synthetic_batches
@@ -83,10 +83,9 @@ class TinyRun:
             micro_batch_size=1,
             clip_grad=1.0,
         )
-        sections: dict[str, object] = {"model": settings.model, "training": training}
+        run_config = {"model": group_to_dict(settings.model), "training": group_to_dict(training)}
         if settings.tokenizer_config is not None:
-            sections["tokenizer"] = settings.tokenizer_config
-        run_config = configs_to_dict(sections)
+            run_config["tokenizer"] = group_to_dict(settings.tokenizer_config)
         self.checkpointer = Checkpointer(
             settings.checkpoint,
             chunks=list(wrapped),

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.data_config import DataConfig
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.serialize import group_in
 from megatron_ext.data.datasets.epochs import shuffled_epochs
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import print_on_first_rank
@@ -67,7 +67,7 @@ def _other_epochs(run: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     ours, theirs = run[TRAINING_SAMPLES], stored.get(TRAINING_SAMPLES)
     if theirs is None or ours == theirs:
         return []
-    data: DataConfig = configs_from_dict({"data": DataConfig}, run)["data"]
+    data = group_in(DataConfig, run, "data")
     sequence_length = run["model"]["seq_length"]
     if shuffled_epochs(data, sequence_length, ours) == shuffled_epochs(data, sequence_length, theirs):
         return []

@@ -8,9 +8,9 @@ Where steps differ in what they train and run, as under a curriculum, all figure
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import groupby
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.run_config import C
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory
 from megatron_ext.models.costs.model_cost import (
@@ -39,15 +40,15 @@ def planned_world_size(parallel: ParallelConfig) -> int:
 
 
 def print_dry_run(
-    configs: Mapping[str, Any],
-    make_families: Callable[[dict[str, Any], Tokenizer], list[Family]],
+    config: C,
+    make_families: Callable[[C, Tokenizer], list[Family]],
     stream: TextIO | None = None,
 ) -> None:
     """Prints parameters, memory of each rank and FLOPs a step, on rank 0.
 
     Args:
-        configs: the run's configurations by name, checked against each other for `planned_world_size` processes.
-        make_families: makes the families from configurations and tokenizer.
+        config: of the run, resolved for `planned_world_size` processes.
+        make_families: makes the families from configuration and tokenizer.
         stream: where to print; standard output by default.
 
     Raises:
@@ -55,13 +56,13 @@ def print_dry_run(
     """
     if process_groups.rank() != 0:
         return
-    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
-    tokenizer = build_tokenizer(configs["tokenizer"])
-    families = make_families(dict(configs), tokenizer)
+    model, parallel, training = config.model, config.parallel, config.training
+    tokenizer = build_tokenizer(config.tokenizer)
+    families = make_families(config, tokenizer)
     for family in families:
         family.check(model, parallel)
     copies = parallel.data_parallel_size(planned_world_size(parallel))
-    layout, cost, memory = plan_memory(configs, tokenizer, families, copies)
+    layout, cost, memory = plan_memory(config, tokenizer, families, copies)
     _print(layout, training, cost.parts, memory, Console(file=stream or sys.stdout))
 
 

@@ -4,9 +4,8 @@ The estimate is the dry run's. It leaves things out (see `models.memory_estimate
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory, estimate_memory
 from megatron_ext.platform.device_memory import device_memory
@@ -16,17 +15,17 @@ from megatron_ext.training.logging.progress_line import binary_size
 
 
 def plan_memory(
-    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
+    config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int
 ) -> tuple[ParallelLayout, RunCost, list[StageMemory]]:
     """How a run is cut, what its last step costs, and the memory of one rank of every pipeline stage.
 
     Args:
-        configs: the run's configurations by name, checked.
+        config: of the run, resolved.
         tokenizer: of the run.
         families: of the run.
         copies: data-parallel size.
     """
-    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    model, parallel, training = config.model, config.parallel, config.training
     batch = training.resolved_global_batch_size(copies)
     tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)
     cost = run_cost(model, tokenizer.vocab_size, tensor, families, last_step)
@@ -49,18 +48,16 @@ def plan_memory(
     return layout, cost, stages
 
 
-def check_memory(
-    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
-) -> None:
+def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int) -> None:
     """Raises `ValueError` where the estimate for this machine's ranks is more than the memory they have.
 
     Args:
-        configs: see `plan_memory`.
+        config: see `plan_memory`.
         tokenizer: see `plan_memory`.
         families: see `plan_memory`.
         copies: data-parallel size.
     """
-    layout, _, stages = plan_memory(configs, tokenizer, families, copies)
+    layout, _, stages = plan_memory(config, tokenizer, families, copies)
     limit, is_shared = device_memory()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
     # Which stages a machine holds is not known here; of all of them the mean counts, on a device of its own the least.

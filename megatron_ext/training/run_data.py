@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.datasets.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.datasets.repeated_samples import RepeatedDataset
 from megatron_ext.data.datasets.samplers import build_data_iterator
@@ -24,7 +25,7 @@ def training_samples(training: TrainingConfig, global_batch_size: int, options: 
 
 
 def build_data(
-    configs: dict[str, Any],
+    config: RunConfig,
     tokenizer: Tokenizer,
     families: list[Family],
     global_batch_size: int,
@@ -35,15 +36,15 @@ def build_data(
     Raises:
         FileNotFoundError, ValueError: something is wrong with the data, in one line on every rank.
     """
-    training: TrainingConfig = configs["training"]
+    training = config.training
     options: dict[str, Any] = {}
     for family in families:
         options |= family.dataset_options()
     evaluated = training.eval_iters * global_batch_size
     trained = run_options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
     train, valid, test = build_datasets(
-        configs["data"],
-        seq_length=configs["model"].seq_length,
+        config.data,
+        seq_length=config.model.seq_length,
         seed=training.seed,
         num_samples=(
             training_samples(training, global_batch_size, run_options),
@@ -54,7 +55,7 @@ def build_data(
         **options,
     )
     if train is None:
-        raise ValueError(f"--split {configs['data'].split}: leaves no training data")
+        raise ValueError(f"--split {config.data.split}: leaves no training data")
     if run_options.epoch_samples is not None:
         train = RepeatedDataset(
             train,
@@ -63,7 +64,7 @@ def build_data(
             num_samples=trained,
             seed=training.seed,
         )
-    batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers, tokenizer.vocab_size)
+    batches = partial(_batches, training.micro_batch_size, config.data.num_workers, tokenizer.vocab_size)
     return Data(
         train=partial(batches, train),
         valid=partial(batches, valid) if valid is not None else None,

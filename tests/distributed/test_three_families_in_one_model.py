@@ -5,13 +5,11 @@ resumed.
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext.config.command_line.parse import parse
-from megatron_ext.config.run_config import TRAINING
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
@@ -19,8 +17,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform import process_groups
 from megatron_ext.progressive.runs.progressive_run import run_progressive
-from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig, stack_defaults
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.training.interface.family_interface import Family
 from tests.integration.progressive.progressive_run_helpers import FLAGS, losses_of, stored, write_data
@@ -42,12 +39,12 @@ LAYOUTS = {
 Result = tuple[list[float], dict[str, torch.Tensor]]
 
 
-def others(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
+def others(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> list[Family]:
     """PLE in all layers, NP components in every second one."""
     per_layer = PerLayerConfig(
         use_per_layer_embedding=True, per_layer_hidden_size=8, per_layer_strategy="identity"
     )
-    layers = ",".join(map(str, range(1, configs["model"].num_layers, 2)))
+    layers = ",".join(map(str, range(1, config.model.num_layers, 2)))
     plastic = NPTModuleConfig(npt_layers=layers, np_rank=4, freeze_base=False)
     return [PerLayerFamily(per_layer, tokenizer.vocab_size), NPTFamily(plastic)]
 
@@ -55,12 +52,10 @@ def others(configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
 def train(data: str, save: str, *flags: str) -> list[float]:
     process_groups.shutdown = lambda: None
     arguments = [*FLAGS, "--data-path", data, "--save", save, *GROWTH, *flags]
-    configs = parse(
-        {**TRAINING, "progressive": ProgressiveConfig}, arguments, defaults=progressive_run_defaults
-    )
+    config = parse(ProgressiveRunConfig, arguments, find=lambda given: [stack_defaults(given)])
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert run_progressive(configs, others) == 0
+        assert run_progressive(config, others) == 0
     return losses_of(output.getvalue())
 
 

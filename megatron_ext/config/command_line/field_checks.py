@@ -9,9 +9,25 @@ import typing
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import tyro
 
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """How a field appears on the command line, where its name and type alone do not say it."""
+
+    aliases: tuple[str, ...] = ()
+    """Further flags, in dashes."""
+
+    metavar: str | None = None
+    """What `--help` prints for the value."""
+
+    has_negation: bool = True
+    """For a boolean: `--x` has its `--no-x`."""
+
+    is_repeated: bool = False
+    """For several values: each is given with a flag of its own."""
+
+
+Switch = Annotated[bool, Spelling(has_negation=False)]
 """A boolean whose name is already a negation (`--no-load-optim`), so that it gets no `--no-` twin."""
 
 _LARGEST_FP32 = (2 - 2**-23) * 2.0**127
@@ -19,7 +35,7 @@ _LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
 _Value = typing.TypeVar("_Value")
 
-Repeated = tyro.conf.UseAppendAction[tuple[_Value, ...]]
+Repeated = Annotated[tuple[_Value, ...], Spelling(is_repeated=True)]
 """Values each given with its own flag (`--stop A --stop B`)."""
 
 
@@ -39,15 +55,14 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def flag(*, aliases: Sequence[str] = (), metavar: str | None = None) -> Any:
+def flag(*, aliases: Sequence[str] = (), metavar: str | None = None) -> Spelling:
     """Annotates a field with how it appears on the command line; use it inside `Annotated[...]`.
 
     Args:
         aliases: other names of the same flag, with `-` or `_`, such as `--learning_rate`.
         metavar: what `--help` prints for the value.
     """
-    spellings = tuple("--" + alias.lstrip("-").replace("_", "-") for alias in aliases)
-    return tyro.conf.arg(aliases=spellings or None, metavar=metavar)
+    return Spelling(aliases=tuple(flag_name(alias.lstrip("-")) for alias in aliases), metavar=metavar)
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:

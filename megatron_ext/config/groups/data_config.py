@@ -58,6 +58,11 @@ class DataConfig:
             _check_blend(flag_name(name), getattr(self, name))
         _check_split(self.split)
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The training data's prefixes, with weights between them where there are any; empty where none is given."""
+        return self.data_path or self.train_data_path or ()
+
 
 def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
     if values is None:

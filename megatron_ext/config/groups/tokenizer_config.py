@@ -1,8 +1,8 @@
 """Which tokenizer turns text into ids. Building it is `megatron_ext.data.tokenizers`."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -51,10 +51,10 @@ class TokenizerConfig:
     """Number of ids: needed by NullTokenizer, a lower bound for the others."""
 
     @classmethod
-    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
-        """Flags that a command lacks, see `fields.missing_flags`."""
-        kind = values.get("tokenizer_type", cls.tokenizer_type)
-        lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if flag_name(name) not in given]
+    def missing(cls, given: Mapping[str, Any]) -> list[str]:
+        """Flags that a command lacks, see `flag_table.missing_flags`."""
+        kind = given.get("tokenizer_type", cls.tokenizer_type)
+        lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if name not in given]
         return [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]
 
     def __post_init__(self) -> None:

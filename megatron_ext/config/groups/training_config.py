@@ -3,9 +3,9 @@
 The schedule of the learning rate is in `lr_schedule.py`; saving is in `checkpointer.py`.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -85,12 +85,10 @@ class TrainingConfig:
             )
 
     @classmethod
-    def missing(cls, given: Container[str], values: Mapping[str, str]) -> list[str]:
-        """Flags that a command lacks, see `fields.missing_flags`."""
-        lengths = ("--train-iters", "--train-samples", "--num-epochs")
-        return (
-            [] if any(flag in given for flag in lengths) else [f"{lengths[0]} (or {', '.join(lengths[1:])})"]
-        )
+    def missing(cls, given: Mapping[str, Any]) -> list[str]:
+        """Flags that a command lacks, see `flag_table.missing_flags`."""
+        lengths = {"train_iters", "train_samples", "num_epochs"}
+        return [] if given.keys() & lengths else ["--train-iters (or --train-samples, --num-epochs)"]
 
     def resolved_global_batch_size(self, data_parallel_size: int) -> int:
         """Returns the sequences in one optimizer step, the default applied.

@@ -14,7 +14,7 @@ batch is divided into micro-batches. See `moments` for tensor and sequence paral
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,31 +25,7 @@ from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.npt.modules.layer_step import LayerStep
 from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """Weights of a layer's losses; 0 leaves one out."""
-
-    direct_mlp: float = 0.0
-    """Direct MLP."""
-
-    equivalence: float = 0.0
-    """Equivalence."""
-
-    equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How equivalence is measured."""
-
-    reconstruction: float = 0.0
-    """Attention reconstruction."""
-
-    regularization: float = 0.0
-    """Regularization."""
-
-    @property
-    def any(self) -> bool:
-        """True where a layer has a loss at all."""
-        return any((self.direct_mlp, self.equivalence, self.reconstruction, self.regularization))
+from megatron_ext.npt.objective.step_objective import LayerWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.npt.objective.npt_training_config import StepObjective
+from megatron_ext.npt.objective.step_objective import StepObjective
 
 NORMS = ("v_a_norm", "v_b_norm")
 """Sizes that must not vanish."""

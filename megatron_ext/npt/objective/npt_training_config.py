@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from megatron_ext.config.command_line.field_checks import check_at_least, check_at_most, check_choices, flag
+from megatron_ext.config.command_line.merge import Found
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import (
     STUDENT,
@@ -28,7 +29,7 @@ from megatron_ext.npt.objective.curriculum import (
     proportional_curriculum,
     stage_index,
 )
-from megatron_ext.npt.objective.layer_losses import LayerWeights
+from megatron_ext.npt.objective.step_objective import LayerWeights, StepObjective
 
 Mode = Literal["equivalence", "single_layer", "sequential", "multi_layer", "lm"]
 
@@ -195,7 +196,7 @@ class NPTTrainingConfig:
             return parse_curriculum(self.curriculum_stages)
         return proportional_curriculum(total_steps) if self.mode == "multi_layer" else (STUDENT,)
 
-    def objective(self, iteration: int, total_steps: int) -> "StepObjective":
+    def objective(self, iteration: int, total_steps: int) -> StepObjective:
         """What step `iteration` (from 1) trains."""
         stages = self.stages(total_steps)
         index = stage_index(stages, iteration)
@@ -220,46 +221,16 @@ class NPTTrainingConfig:
 _NUMBERS = tuple(name for name in NPTTrainingConfig.__annotations__ if name.endswith("_weight"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepObjective:
-    """What one step trains."""
-
-    layer: LayerWeights
-    """Losses of every NPT layer, before the layer's own weight."""
-
-    fidelity: float = 0.0
-    """Weight of the fidelity."""
-
-    lm: float = 0.0
-    """Weight of the cross-entropy."""
-
-    stage: Stage
-    """The curriculum's stage."""
-
-    stage_index: int
-    """Its place in the curriculum."""
-
-    @property
-    def reads_teacher(self) -> bool:
-        """True where the teacher runs: its states enter the layers, or the output is compared with its."""
-        return self.stage.blends or self.fidelity > 0
-
-
-PLAIN_LM = StepObjective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
-"""Cross-entropy alone: what a family without a training configuration trains for."""
-
-
-def npt_run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Defaults that follow from the mode: concern's name -> field's name -> value.
+def mode_defaults(given: Mapping[str, Any]) -> Found:
+    """Values that follow from the mode.
 
     Args:
-        given: the flags of the command line by field name.
+        given: field's name -> value, of the command line and the YAML file.
     """
     mode = given.get("mode", "equivalence")
-    sections: dict[str, dict[str, Any]] = {"np": MODULE_DEFAULTS.get(mode, {})}
+    sections = {"np": MODULE_DEFAULTS[mode]}
     if mode == "sequential":
-        steps = given.get("steps_per_layer", "")
-        length = {"train_iters": int(steps) if steps.isdigit() else STEPS_PER_LAYER}
+        length = {"train_iters": given.get("steps_per_layer", STEPS_PER_LAYER)}
         folder = f"experiments/sequential_checkpoint_{time.strftime('%Y%m%d_%H%M%S')}"
         sections |= {
             "training": {
@@ -269,7 +240,7 @@ def npt_run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             "optimizer": {"lr": 5e-4},
             "checkpoint": {"save": folder},
         }
-    return sections
+    return Found(f"--mode {mode}", sections)
 
 
 def _numbers(text: str) -> list[float]:

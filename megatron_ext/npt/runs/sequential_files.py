@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, write_np_weights
 from megatron_ext.training.checkpoint import checkpoint_files as files
@@ -84,7 +84,7 @@ def read_state(folder: Path) -> SequentialState | None:
     try:
         current = info["layer_in_progress"]
         return SequentialState(
-            settings=configs_from_dict({"np": NPTModuleConfig}, info)["np"],
+            settings=group_in(NPTModuleConfig, info, "np"),
             base=info["base_checkpoint"],
             trained={
                 layer: Path(info["layer_checkpoints"][str(layer)]).name for layer in info["trained_layers"]
@@ -107,7 +107,7 @@ def write_state(folder: Path, state: SequentialState) -> None:
         "layer_in_progress": in_progress,
         "format": FORMAT,
         "base_checkpoint": state.base,
-        **configs_to_dict({"np": state.settings}),
+        "np": group_to_dict(state.settings),
     }
     _replace(folder / INFO, json.dumps(info, indent=2))
 

@@ -25,9 +25,9 @@ from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig, choose_layers
+from megatron_ext.npt.modules.npt_module_config import choose_layers
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs import sequential_files as store
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.sequential_files import SequentialState, with_layers
@@ -45,50 +45,50 @@ from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.checkpoint.run_directory import check_unused
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.loop import EXIT_OK
-from megatron_ext.training.pretrain import check_run, process_group, train
+from megatron_ext.training.pretrain import check_run, process_group, resolve, train
 from megatron_ext.training.run_options import RunOptions
 
 
-def run_sequential(configs: dict[str, Any], options: RunOptions) -> int:
+def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
     """Trains all layers; returns the process's exit code.
 
     Args:
-        configs: as `run.run` has prepared them; `checkpoint.save` is the directory of the run.
+        config: as `npt_run` has settled it; `checkpoint.save` is the directory of the run.
         options: with the base.
 
     Raises:
         ValueError, OSError: a user's mistake, told in one line.
     """
-    _check(configs)
-    folder = Path(configs["checkpoint"].save)
+    _check(config)
+    assert config.checkpoint.save is not None  # the mode has a default for it
+    folder = Path(config.checkpoint.save)
     check_unused(folder, "--mode sequential needs a --checkpoint-dir of its own", but_for=(store.INFO,))
-    _read(folder, configs, options)
-    tokenizer = check_run(configs)
-    with process_group(configs):
+    _read(folder, config, options)
+    config = resolve(config)
+    tokenizer = check_run(config)
+    with process_group(config.parallel, config.training, config.checkpoint):
         # A directory named after the time may differ between ranks.
-        folder = Path(on_first_rank(lambda: str(configs["checkpoint"].save)))
-        return _Sequence(folder, configs, tokenizer, options).run()
+        folder = Path(on_first_rank(lambda: str(config.checkpoint.save)))
+        return _Sequence(folder, config, tokenizer, options).run()
 
 
 class _Sequence:
     """The run in its process group."""
 
-    def __init__(
-        self, folder: Path, configs: dict[str, Any], tokenizer: Tokenizer, options: RunOptions
-    ) -> None:
+    def __init__(self, folder: Path, config: NPTRunConfig, tokenizer: Tokenizer, options: RunOptions) -> None:
         self.folder = folder
-        self.configs = configs
+        self.config = config
         self.tokenizer = tokenizer
         self.options = options
         self.started = time.monotonic()
-        self.state = on_first_rank(lambda: _read(folder, configs, options))
+        self.state = on_first_rank(lambda: _read(folder, config, options))
         self.tensors: dict[str, torch.Tensor] = {}
         """NP factors of the trained layers, whole."""
 
     def run(self) -> int:
         """Trains what is left; returns the exit code."""
         on_every_rank(self._read_tensors)
-        layers = _remaining(self.state, self.configs)
+        layers = _remaining(self.state, self.config)
         if not layers:
             print_on_first_rank(
                 f"training already complete: layers {_listed(self.state.trained)} are trained in {self.folder}"
@@ -111,33 +111,33 @@ class _Sequence:
     def _train(self, layer: int, remaining: int) -> int:
         """One layer's run; afterwards the layer is among the trained ones if it came to its end."""
         self.state = on_first_rank(lambda: self._begin(layer))
-        configs, steps = self._configs_of(layer), self.configs["npt"].steps_per_layer
+        config, steps = self._config_of(layer), self.config.npt.steps_per_layer
         family = NPTFamily(
-            configs["np"], configs["npt"], total_steps=steps, trains=(layer,), tokenizer=self.tokenizer
+            config.np, config.npt, total_steps=steps, trains=(layer,), tokenizer=self.tokenizer
         )
         families: list[Family] = [family]
         copies = parallel_state.get_data_parallel_world_size()
-        samples = steps * configs["training"].resolved_global_batch_size(copies)
+        samples = steps * config.training.resolved_global_batch_size(copies)
         place = len(self.state.trained)
-        random_state.reseed(configs["training"].seed, place * steps)
+        random_state.reseed(config.training.seed, place * steps)
         options = replace(
             self.options,
-            prepare=partial(self._prepare, layer, configs),
-            finish=partial(self._finish, layer, configs),
+            prepare=partial(self._prepare, layer, config),
+            finish=partial(self._finish, layer, config),
             first_sample=place * samples,
             samples=(place + remaining) * samples,
         )
-        return train(configs, self.tokenizer, families, options)
+        return train(config, self.tokenizer, families, options)
 
-    def _prepare(self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel]) -> None:
+    def _prepare(self, layer: int, config: NPTRunConfig, chunks: list[GPTModel]) -> None:
         """Loads the trained layers' weights; tells what begins."""
         load_under(layer, self.tensors, chunks)
-        load = configs["checkpoint"].load
-        own = start.fresh(configs["np"], configs["training"].seed) if load is None else f"from {load}"
+        load = config.checkpoint.load
+        own = start.fresh(config.np, config.training.seed) if load is None else f"from {load}"
         earlier = f"as trained before in layer {_listed(self.state.trained)}, " if self.state.trained else ""
-        weights, steps = f"{earlier}{own} in layer {layer}", configs["npt"].steps_per_layer
+        weights, steps = f"{earlier}{own} in layer {layer}", config.npt.steps_per_layer
         start.print_start(
-            chunks, configs, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
+            chunks, config, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
         )
 
     def _read_tensors(self) -> None:
@@ -153,34 +153,36 @@ class _Sequence:
         store.write_state(self.folder, state)
         return state
 
-    def _configs_of(self, layer: int) -> dict[str, Any]:
+    def _config_of(self, layer: int) -> NPTRunConfig:
         assert self.state.current is not None
-        name, settings = self.state.current[1], self.configs["np"]
-        npt: NPTTrainingConfig = self.configs["npt"]
-        weights = npt.weights_of_layers(_layers(self.configs))
+        name, settings = self.state.current[1], self.config.np
+        npt = self.config.npt
+        weights = npt.weights_of_layers(_layers(self.config))
         folder = str(self.folder / name / store.CHECKPOINTS)
         goes_on = on_first_rank(lambda: find_checkpoint(folder) is not None)
-        return {
-            **self.configs,
-            "np": with_layers(settings, [*self.state.trained, layer]),
-            "npt": replace(npt, layer_weights=str(weights[layer])),
-            "training": self._training(),
-            "checkpoint": replace(self.configs["checkpoint"], save=folder, load=folder if goes_on else None),
-            "logging": layer_logging(self.configs["logging"], name, layer, npt.model_size),
-        }
+        return replace(
+            self.config,
+            np=with_layers(settings, [*self.state.trained, layer]),
+            npt=replace(npt, layer_weights=str(weights[layer])),
+            training=self._training(),
+            checkpoint=replace(self.config.checkpoint, save=folder, load=folder if goes_on else None),
+            logging=layer_logging(self.config.logging, name, layer, npt.model_size),
+        )
 
     def _training(self) -> TrainingConfig:
         """`--exit-duration-in-mins` counts from the command's start."""
-        training: TrainingConfig = self.configs["training"]
+        training = self.config.training
         if training.exit_duration_in_mins is None:
             return training
         gone = (time.monotonic() - self.started) / 60
         return replace(training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone))
 
     def _finish(
-        self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel], progress: TrainingProgress
+        self, layer: int, config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress
     ) -> None:
         """Keeps the layer's weights, and then counts it as trained."""
+        save = config.checkpoint.save
+        assert save is not None
         own = {
             key: value
             for key, value in gather_np_factors(chunks).items()
@@ -190,9 +192,9 @@ class _Sequence:
         state = self.state.finished()
 
         def write() -> None:
-            settings = with_layers(configs["np"], [layer])
+            settings = with_layers(config.np, [layer])
             more = {"global_step": progress.iteration, "consumed_samples": progress.consumed_samples}
-            replace_final(Path(configs["checkpoint"].save), own, settings, more)
+            replace_final(Path(save), own, settings, more)
             store.write_accumulated(self.folder, state, tensors)
             store.write_state(self.folder, state)
 
@@ -217,10 +219,10 @@ def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPT
     load_np_factors(chunks, {**tensors, **own})
 
 
-def _read(folder: Path, configs: Mapping[str, Any], options: RunOptions) -> SequentialState:
+def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> SequentialState:
     """What the directory holds, checked against the flags; a new run's state where it holds nothing."""
     assert options.base is not None
-    settings: NPTModuleConfig = configs["np"]
+    settings = config.np
     found = store.read_state(folder)
     if found is None:
         state = SequentialState(settings=settings, base=options.base.as_json())
@@ -231,35 +233,35 @@ def _read(folder: Path, configs: Mapping[str, Any], options: RunOptions) -> Sequ
                 f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on {found.base['path']}"
             )
         state = replace(found, settings=settings, base=options.base.as_json())
-    _remaining(state, configs)
+    _remaining(state, config)
     return state
 
 
-def _remaining(state: SequentialState, configs: Mapping[str, Any]) -> list[int]:
+def _remaining(state: SequentialState, config: NPTRunConfig) -> list[int]:
     """The layers that are to be trained, in this order.
 
     Raises:
         ValueError: `--start-from-layer` leaves out layers that are not trained.
     """
-    start = configs["npt"].start_from_layer
-    left = [layer for layer in _layers(configs) if layer not in state.trained]
+    start = config.npt.start_from_layer
+    left = [layer for layer in _layers(config) if layer not in state.trained]
     skipped = [layer for layer in left if start is not None and layer < start]
     if skipped:
         raise ValueError(
             f"--start-from-layer {start}: of the layers below it {_listed(skipped)} are not trained in "
-            f"--checkpoint-dir {configs['checkpoint'].save}"
+            f"--checkpoint-dir {config.checkpoint.save}"
         )
     return left
 
 
-def _layers(configs: Mapping[str, Any]) -> tuple[int, ...]:
-    return choose_layers(configs["np"].npt_layers, configs["model"].num_layers)
+def _layers(config: NPTRunConfig) -> tuple[int, ...]:
+    return choose_layers(config.np.npt_layers, config.model.num_layers)
 
 
-def _check(configs: Mapping[str, Any]) -> None:
+def _check(config: NPTRunConfig) -> None:
     """Raises `ValueError` for flags that the other modes have and this one has not."""
-    npt: NPTTrainingConfig = configs["npt"]
-    training, checkpoint = configs["training"], configs["checkpoint"]
+    npt = config.npt
+    training, checkpoint = config.training, config.checkpoint
     steps, stage1 = npt.steps_per_layer, npt.stage1_steps
     if training.train_iters != steps:
         given = training.train_iters if training.train_iters is not None else training.train_samples
@@ -269,7 +271,7 @@ def _check(configs: Mapping[str, Any]) -> None:
         )
     if stage1 >= steps:
         raise ValueError(f"--stage1-steps {stage1}: leaves nothing of --steps-per-layer {steps}")
-    if not configs["np"].freeze_base:
+    if not config.np.freeze_base:
         raise ValueError("--no-freeze-base: --mode sequential trains NP components only")
     if npt.load_npt_weights is not None:
         raise ValueError(
@@ -285,7 +287,7 @@ def _check(configs: Mapping[str, Any]) -> None:
         )
     if training.skip_train:
         raise ValueError("--skip-train: there is nothing to do for it in --mode sequential")
-    start, layers = npt.start_from_layer, _layers(configs)
+    start, layers = npt.start_from_layer, _layers(config)
     if start is not None and start not in layers:
         raise ValueError(f"--start-from-layer {start}: is none of the layers {_listed(layers)}")
 

@@ -4,12 +4,10 @@ Three lines on rank 0. The losses' line is the formula of `npt loss`, with the n
 those are means over layers, while the total, which is what is trained, sums over them.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.curriculum import STUDENT, format_curriculum
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.platform.collectives import print_on_first_rank
@@ -19,7 +17,7 @@ from megatron_ext.training.checkpoint.parameter_count import count_parameters
 
 def print_start(
     chunks: list[GPTModel],
-    configs: Mapping[str, Any],
+    config: NPTRunConfig,
     base: BaseCheckpoint | None,
     *,
     weights: str,
@@ -30,16 +28,16 @@ def print_start(
 
     Args:
         chunks: this rank's model chunks, unwrapped, frozen where they are not trained.
-        configs: the run's, with `model`, `np` and `npt`.
+        config: the run's.
         base: what the run stands on.
         weights: in words, where the NP weights come from.
         total_steps: optimizer steps of the run.
         trains: numbers of the NPT layers that are trained; None for all.
     """
-    settings: NPTModuleConfig = configs["np"]
-    num_layers = configs["model"].num_layers
+    settings = config.np
+    num_layers = config.model.num_layers
     count = count_parameters(chunks)["trainable"]
-    own = layer_parameters(configs["model"]) * len(trains or settings.layers(num_layers))
+    own = layer_parameters(config.model) * len(trains or settings.layers(num_layers))
     share = (
         f"{count / own:.1%} of their layers' own {own:,}" if settings.freeze_base else "base model included"
     )
@@ -47,7 +45,7 @@ def print_start(
         f"NPT on {base.folder if base is not None else 'a model from scratch'}: {conversion(settings, num_layers)}"
     )
     print_on_first_rank(f"NP weights: {weights}; {count:,} parameters are trained, {share}")
-    print_on_first_rank(objective(configs["npt"], total_steps))
+    print_on_first_rank(objective(config.npt, total_steps))
 
 
 def fresh(settings: NPTModuleConfig, seed: int) -> str:

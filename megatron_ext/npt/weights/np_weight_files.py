@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_from_dict, group_to_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.training.checkpoint import checkpoint_files as files
 
@@ -46,7 +46,7 @@ def write_np_weights(
     Raises:
         OSError: a file could not be written.
     """
-    config = configs_to_dict({"np": settings})
+    config = {"np": group_to_dict(settings)}
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     weights, safe_weights = f"{stem}.pt", f"{stem}.safetensors"
     parts = {name: folder / f".{name}.part" for name in (weights, safe_weights, CONFIG)}
@@ -78,7 +78,7 @@ def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Ten
 
 def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleConfig) -> None:
     """Raises `ValueError`, naming `path` and the differences, where weights of one mean something else in the other."""
-    ours, theirs = (configs_to_dict({"np": config})["np"] for config in (settings, stored))
+    ours, theirs = (group_to_dict(config) for config in (settings, stored))
     differences = [
         f"{name} is {theirs[name]}, here {ours[name]}"
         for name in ours
@@ -107,7 +107,7 @@ def read_np_settings(path: str) -> NPTModuleConfig | None:
     config = _settings_of_safe(file) if file.suffix == ".safetensors" else None
     if config is None and (file.parent / CONFIG).is_file():
         config = files.read_json(file.parent / CONFIG).get("np")
-    return configs_from_dict({"np": NPTModuleConfig}, {"np": config})["np"] if config is not None else None
+    return group_from_dict(NPTModuleConfig, config, "np") if config is not None else None
 
 
 def _read_pt(file: Path) -> dict[str, torch.Tensor]:

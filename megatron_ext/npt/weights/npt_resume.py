@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from megatron_ext.config.command_line.field_checks import flag_name
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.command_line.flag_table import groups_of
+from megatron_ext.config.serialize import group_from_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.curriculum import Stage, format_curriculum
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.weights.state_files import MULTI_LAYER_STATE
@@ -41,7 +42,7 @@ _OF_THE_PAST = (
 """Flags that said how the earlier process began or ended; the checkpoint itself names its base."""
 
 
-def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults for a run that goes on for `--additional-steps`: all that the checkpoint's run was configured with.
 
     The curriculum is the one that the run had, also where its stages followed from the run's length.
@@ -49,14 +50,14 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, str]
     Args:
         folder: the checkpoint.
         stored: its `run_config`.
-        given: flags of the command line by field name, `additional_steps` among them.
+        given: field's name -> value, `additional_steps` among them.
 
     Raises:
-        ValueError: it is not a number, contradicts another flag, or the checkpoint is no NPT run's.
+        ValueError: it is less than 1, contradicts another flag, or the checkpoint is no NPT run's.
     """
     steps = given["additional_steps"]
-    if not steps.isdigit():
-        raise ValueError(f"--additional-steps {steps}: must be a number of steps")
+    if steps < 1:
+        raise ValueError(f"--additional-steps {steps}: must be at least 1")
     for name in ("train_iters", "train_samples", "num_epochs"):
         if name in given:
             raise ValueError(
@@ -67,10 +68,10 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, str]
     left_out = {*_OF_THE_PAST, *(n for group in _EXCLUSIVE if given.keys() & set(group) for n in group)}
     sections = {
         section: {name: value for name, value in stored[section].items() if name not in left_out}
-        for section in (*TRAINING, "npt", "np")
+        for section in groups_of(NPTRunConfig)
     }
     done = files.read_json(folder / files.STATE)["progress"]["iteration"]
-    sections["training"] |= {"train_iters": done + int(steps), "train_samples": None, "num_epochs": None}
+    sections["training"] |= {"train_iters": done + steps, "train_samples": None, "num_epochs": None}
     sections["npt"]["curriculum_stages"] = _curriculum(folder)
     sections["checkpoint"]["save"] = str(folder.parent)
     return sections
@@ -97,7 +98,7 @@ def loads_what_fits(
     """
     settings = stored["families"]["npt"]["settings"]
     num_layers = stored["model"]["num_layers"]
-    theirs = configs_from_dict({"np": NPTModuleConfig}, {"np": settings})["np"].layers(num_layers)
+    theirs = group_from_dict(NPTModuleConfig, settings, "np").layers(num_layers)
     ours = module.layers(num_layers)
     if ours == theirs:
         return False

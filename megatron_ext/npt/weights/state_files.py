@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.serialize import config_to_dict, group_to_dict
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.curriculum import Stage, stage_index
 from megatron_ext.npt.objective.teacher import TeacherCache
 from megatron_ext.npt.weights.np_factors import gather_np_factors
@@ -55,7 +56,7 @@ def write_state_files(
         files.write_tensors(folder / WEIGHTS, tensors)
         files.write_tensors(folder / TRAINING_STATE, training_state(state))
         files.write_tensors(folder / MULTI_LAYER_STATE, dict(multi_layer))
-        config = {**state["run_config"], **configs_to_dict({"np": settings})}
+        config = {**state["run_config"], "np": group_to_dict(settings)}
         files.write_text(folder / CONFIG, json.dumps(config, indent=1))
 
     on_first_rank(write)
@@ -136,23 +137,23 @@ def multi_layer_state(
     }
 
 
-def write_final(configs: Mapping[str, Any], chunks: list[GPTModel], progress: TrainingProgress) -> None:
+def write_final(config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress) -> None:
     """Writes `final/` under `--save`, whole or not at all; collective. Without `--save` nothing.
 
     Args:
-        configs: the run's, with `checkpoint` and `np`.
+        config: the run's.
         chunks: this rank's model chunks, unwrapped.
         progress: how far the run has come.
 
     Raises:
         OSError: it could not be written, on every rank.
     """
-    save = configs["checkpoint"].save
+    save = config.checkpoint.save
     if save is None:
         return
     tensors = gather_np_factors(chunks)
-    more = {**configs_to_dict(configs), **asdict(progress), "global_step": progress.iteration}
-    on_first_rank(lambda: replace_final(Path(save), tensors, configs["np"], more))
+    more = {**config_to_dict(config), **asdict(progress), "global_step": progress.iteration}
+    on_first_rank(lambda: replace_final(Path(save), tensors, config.np, more))
 
 
 def replace_final(

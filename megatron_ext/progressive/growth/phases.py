@@ -7,9 +7,7 @@
 Every phase has a learning-rate schedule of its own, from the warm-up on. Steps and samples are counted on.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megatron_ext.config.cross_checks import validate
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
@@ -17,6 +15,7 @@ from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.progressive.growth.rack import Rack, rack_of
 from megatron_ext.progressive.growth.trunk_strategy import Trains
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 
 JOINT = "progressive_joint"
 END_TO_END = "progressive_end_to_end"
@@ -122,24 +121,22 @@ def _steps(
     return training.resolved_train_iters(global_batch_size)
 
 
-def configs_of(configs: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
-    """The configurations of a phase's run: its layers, its own number of steps and learning rate."""
-    optimizer = configs["optimizer"]
-    return {
-        **configs,
-        "model": replace(configs["model"], num_layers=phase.rack.num_layers),
-        "training": replace(
-            configs["training"], train_iters=phase.steps, train_samples=None, num_epochs=None
-        ),
-        "optimizer": replace(optimizer, lr=phase.lr, min_lr=min(optimizer.min_lr, phase.lr)),
-    }
+def config_of(config: ProgressiveRunConfig, phase: Phase) -> ProgressiveRunConfig:
+    """The configuration of a phase's run: its layers, its own number of steps and learning rate."""
+    optimizer = config.optimizer
+    return replace(
+        config,
+        model=replace(config.model, num_layers=phase.rack.num_layers),
+        training=replace(config.training, train_iters=phase.steps, train_samples=None, num_epochs=None),
+        optimizer=replace(optimizer, lr=phase.lr, min_lr=min(optimizer.min_lr, phase.lr)),
+    )
 
 
-def check_phases(configs: Mapping[str, Any], phases: list[Phase], world_size: int) -> None:
+def check_phases(config: ProgressiveRunConfig, phases: list[Phase], world_size: int) -> None:
     """Raises `ValueError` unless every phase's model and schedule fit the parallel layout, naming the phase."""
     for phase in phases:
-        own = configs_of(configs, phase)
+        own = config_of(config, phase)
         try:
-            validate(own["model"], own["parallel"], own["training"], own["optimizer"], world_size=world_size)
+            validate(own.model, own.parallel, own.training, own.optimizer, world_size=world_size)
         except ValueError as error:
             raise ValueError(f"{error} ({phase.name})") from None

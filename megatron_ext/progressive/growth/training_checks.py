@@ -5,10 +5,8 @@ in `config`, the models and schedules of the phases in `phases`.
 """
 
 from pathlib import Path
-from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
-from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.lora.four_bit_weights import Part, check_part, is_packed
 from megatron_ext.progressive.growth.phases import JOINT, Phase
@@ -16,20 +14,20 @@ from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.progressive.growth.training_history import FILE, History, finished_checkpoint, read_history
 from megatron_ext.progressive.growth.trunk_strategy import frozen_below
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.checkpoint.run_directory import check_unused
 from megatron_ext.training.checkpoint.same_run_checks import check_same_layers
 
 
-def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
+def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
     """Raises `ValueError` for what contradicts itself, or the training that is there already.
 
     Args:
-        configs: as `run.run` takes them.
+        config: of the training.
         phases: of the training.
     """
-    checkpoint: CheckpointConfig = configs["checkpoint"]
-    config: ProgressiveConfig = configs["progressive"]
+    checkpoint, own = config.checkpoint, config.progressive
     if checkpoint.save is None:
         raise ValueError("--save: missing; every stack grows from the checkpoint of the one before")
     if checkpoint.load is not None and Path(checkpoint.load).resolve() != Path(checkpoint.save).resolve():
@@ -42,31 +40,32 @@ def check_settings(configs: dict[str, Any], phases: list[Phase]) -> None:
             raise ValueError(
                 f"{flag_name(name)}: a progressive training goes on from its own checkpoints, whole"
             )
-    if config.training_objective == "custom":
+    if own.training_objective == "custom":
         raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
-    if configs["training"].skip_train:
+    if config.training.skip_train:
         raise ValueError("--skip-train: there is nothing to do for it here; see tools/evaluate.py")
-    tied = not configs["model"].untie_embeddings_and_output_weights
-    trains = config.train_embedding or config.trunk_strategy == "trained"
-    if tied and config.enabled and config.num_stacks > 1 and not trains:
+    tied = not config.model.untie_embeddings_and_output_weights
+    trains = own.train_embedding or own.trunk_strategy == "trained"
+    if tied and own.enabled and own.num_stacks > 1 and not trains:
         raise ValueError(
             "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
         )
-    _check_stacks(config, phases, configs["model"], configs["parallel"].tensor_model_parallel_size)
-    _check_made_with(configs, check_history(Path(checkpoint.save), phases))
+    _check_stacks(own, phases, config.model, config.parallel.tensor_model_parallel_size)
+    _check_made_with(config, check_history(Path(checkpoint.save), phases))
 
 
-def _check_made_with(configs: dict[str, Any], history: History) -> None:
+def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
     """Raises `ValueError` where the finished stacks are of another model, or were trained to see other tokens.
 
     A new stack on them, or the same command once more, would otherwise go on from something else than it says.
     """
     if not history.finished:
         return
-    folder = finished_checkpoint(Path(configs["checkpoint"].save), history.finished[-1].name)
+    assert config.checkpoint.save is not None
+    folder = finished_checkpoint(Path(config.checkpoint.save), history.finished[-1].name)
     stored = read_run_config(str(folder))
-    check_same_layers(configs["model"], stored, folder)
-    ours = configs["progressive"].training_objective
+    check_same_layers(config.model, stored, folder)
+    ours = config.progressive.training_objective
     objective = stored["families"]["progressive"]["settings"]["training_objective"]
     if (ours == "clm") != (objective == "clm"):
         raise ValueError(

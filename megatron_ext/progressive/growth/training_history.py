@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.command_line.merge import Found
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.run_directory import sections_of
@@ -123,12 +124,12 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     return folder
 
 
-def stored_sections(save: Path, given: Mapping[str, str]) -> dict[str, Any]:
-    """Sections `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
+def stored_defaults(save: Path, given: Mapping[str, Any]) -> Found:
+    """Groups `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
 
     Args:
         save: the training's directory.
-        given: the flags of the command line by field name.
+        given: field's name -> value, of the command line and the YAML file.
 
     Raises:
         ValueError, OSError: a file or a checkpoint is damaged.
@@ -139,7 +140,7 @@ def stored_sections(save: Path, given: Mapping[str, str]) -> dict[str, Any]:
     folder = next((found for place in places if (found := files.find_checkpoint(str(place)))), None)
     sections = {} if folder is None else sections_of(folder, given, ("model", "tokenizer"))
     sections.get("model", {}).pop("num_layers", None)
-    return sections
+    return Found(f"training in {save}", sections)
 
 
 def publish_rack(save: Path, name: str) -> Path:

@@ -23,7 +23,6 @@ from megatron.core import parallel_state
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.logging_config import LoggingConfig
-from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import on_first_rank
@@ -32,6 +31,7 @@ from megatron_ext.progressive.objectives.progressive_batches import plain_batch
 from megatron_ext.progressive.progressive_family import Trunk
 from megatron_ext.progressive.runs.progressive_run import Growth
 from megatron_ext.progressive.runs.rack_builder import ProgressiveRackBuilder
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.run_lock import run_lock
@@ -113,26 +113,26 @@ class ProgressiveTrainer:
             raise ValueError(f"target_stacks {target_stacks}: the rack has {rack_builder.num_stacks} stacks")
         while rack_builder.num_stacks < target_stacks:
             rack_builder.add_stack()
-        configs = self._configs(rack_builder, dataloader, target_stacks)
-        process_groups.initialize(configs["parallel"], configs["training"].seed)
+        config = self._run_config(rack_builder, dataloader, target_stacks)
+        process_groups.initialize(config.parallel, config.training.seed)
         save = Path(on_first_rank(lambda: str(self.save)))
-        configs["checkpoint"] = CheckpointConfig(save=str(save))
+        config = replace(config, checkpoint=CheckpointConfig(save=str(save)))
         copies = parallel_state.get_data_parallel_world_size()
         phases = list_phases(
-            configs["progressive"],
-            configs["training"],
-            configs["optimizer"],
-            global_batch_size=configs["training"].resolved_global_batch_size(copies),
-            sequence_length=configs["model"].seq_length,
+            config.progressive,
+            config.training,
+            config.optimizer,
+            global_batch_size=config.training.resolved_global_batch_size(copies),
+            sequence_length=config.model.seq_length,
             rack=rack_builder.rack,
         )
-        check_phases(configs, phases, process_groups.world_size())
-        batches = partial(_endless, dataloader, configs["training"].micro_batch_size, copies)
+        check_phases(config, phases, process_groups.world_size())
+        batches = partial(_endless, dataloader, config.training.micro_batch_size, copies)
         with run_lock(str(save)):
             growth = Growth(
-                configs,
+                config,
                 phases,
-                build_tokenizer(configs["tokenizer"]),
+                build_tokenizer(config.tokenizer),
                 data=Data(train=batches, valid=None, test=None),
                 frozen=rack_builder.frozen,
             )
@@ -160,24 +160,21 @@ class ProgressiveTrainer:
         """Document 004's other name of `train_rack`."""
         return self.train_rack(rack_builder, dataloader, target_stacks)
 
-    def _configs(
+    def _run_config(
         self, builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
-    ) -> dict[str, Any]:
-        configs = self.config.configs(target_stacks)
+    ) -> ProgressiveRunConfig:
+        config = self.config.run_config(target_stacks)
         first = plain_batch(next(iter(dataloader)))["tokens"]
-        if first.size(1) > configs["model"].seq_length:
+        if first.size(1) > config.model.seq_length:
             raise ValueError(
-                f"model.seq_length {configs['model'].seq_length}: the loader's sequences have {first.size(1)} tokens"
+                f"model.seq_length {config.model.seq_length}: the loader's sequences have {first.size(1)} tokens"
             )
-        return {
-            **configs,
-            "model": replace(configs["model"], num_layers=builder.rack.num_layers, seq_length=first.size(1)),
-            "training": replace(configs["training"], micro_batch_size=first.size(0)),
-            "tokenizer": TokenizerConfig(
-                tokenizer_type="NullTokenizer", vocab_size=builder.config.vocab_size
-            ),
-            "logging": self.logging,
-        }
+        return replace(
+            config,
+            model=replace(config.model, num_layers=builder.rack.num_layers, seq_length=first.size(1)),
+            training=replace(config.training, micro_batch_size=first.size(0)),
+            logging=self.logging,
+        )
 
 
 def _endless(

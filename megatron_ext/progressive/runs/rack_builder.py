@@ -140,13 +140,13 @@ class ProgressiveRackBuilder:
         """
         if not self.num_stacks:
             raise ValueError("build_rack: the rack has no stack; call append_stack first")
-        configs = self.config.configs(self.num_stacks)
-        parallel, training = configs["parallel"], configs["training"]
-        model = replace(configs["model"], num_layers=self.rack.num_layers)
+        config = self.config.run_config(self.num_stacks)
+        parallel, training = config.parallel, config.training
+        model = replace(config.model, num_layers=self.rack.num_layers)
         if not dist.is_initialized() or not self.chunks:
             process_groups.initialize(parallel, training.seed)
         family = ProgressiveFamily(
-            configs["progressive"],
+            config.progressive,
             self.rack,
             trains,
             trunk=self.trained,

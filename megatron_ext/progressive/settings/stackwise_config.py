@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -22,8 +22,15 @@ from megatron_ext.config.command_line.flag_table import did_you_mean
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+G = TypeVar("G", bound="DataclassInstance")
 
 _MODEL_NAMES = {"d_model": "hidden_size", "d_ff": "ffn_hidden_size", "n_heads": "num_attention_heads"}
 """Document 004's name of a model's size -> ours."""
@@ -77,7 +84,7 @@ class StackWiseConfig:
 
     def validate(self) -> None:
         """Raises `ValueError` for an unknown key, a missing or wrong value, or a contradiction."""
-        self.configs()
+        self.run_config()
 
     def progressive_config(self, target_stacks: int | None = None) -> ProgressiveConfig:
         """The section `progressive`, checked.
@@ -114,8 +121,8 @@ class StackWiseConfig:
             raise ValueError(f"model.vocab_size {size}: must be a number of ids, at least 1")
         return size
 
-    def configs(self, target_stacks: int | None = None) -> dict[str, Any]:
-        """The engine's configurations by name: `model`, `training`, `optimizer`, `parallel`, `progressive`.
+    def run_config(self, target_stacks: int | None = None) -> ProgressiveRunConfig:
+        """The configuration of the training, for batches of the caller's.
 
         Args:
             target_stacks: in place of the section's.
@@ -123,7 +130,7 @@ class StackWiseConfig:
         Raises:
             ValueError: as `validate`.
         """
-        _ = self.vocab_size
+        vocab_size = self.vocab_size
         progressive = self.progressive_config(target_stacks)
         layers = sum(progressive.blocks_of(index) for index in range(progressive.num_stacks))
         model = {name: value for name, value in vars(self.model).items() if name != "vocab_size"}
@@ -139,13 +146,14 @@ class StackWiseConfig:
         training = {name: value for name, value in vars(self.training).items() if name != "progressive"}
         own = _names(TrainingConfig)
         _check_known("key in training", training, [*own, *_names(OptimizerSettings)])
-        return {
-            "model": _made(ModelConfig, {**model, "num_layers": layers}, "model"),
-            "training": _made(TrainingConfig, {n: v for n, v in training.items() if n in own}),
-            "optimizer": _made(OptimizerSettings, {n: v for n, v in training.items() if n not in own}),
-            "parallel": _made(ParallelConfig, vars(self.parallel), "parallel"),
-            "progressive": progressive,
-        }
+        return ProgressiveRunConfig(
+            model=_made(ModelConfig, {**model, "num_layers": layers}, "model"),
+            training=_made(TrainingConfig, {n: v for n, v in training.items() if n in own}),
+            optimizer=_made(OptimizerSettings, {n: v for n, v in training.items() if n not in own}),
+            parallel=_made(ParallelConfig, vars(self.parallel), "parallel"),
+            tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size),
+            progressive=progressive,
+        )
 
 
 def _names(config: type[Any]) -> list[str]:
@@ -159,7 +167,7 @@ def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"unknown {what}: {name}{did_you_mean(name, known)}")
 
 
-def _made(config: type[Any], values: Mapping[str, Any], section: str | None = None) -> Any:
+def _made(config: type[G], values: Mapping[str, Any], section: str | None = None) -> G:
     """A checked configuration; a value of another type than the field's is an error too."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     if section is not None:

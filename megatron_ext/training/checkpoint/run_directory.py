@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import on_this_machine
 from megatron_ext.training.checkpoint import checkpoint_files as files
@@ -88,22 +89,21 @@ def checkpoint_to_load(config: CheckpointConfig) -> Path | None:
     return folder
 
 
-def stored_sections(given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """Sections of the configuration with which the checkpoint of `--load` was made, as defaults of a run that loads it.
+def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Found]:
+    """Groups of the configuration with which the checkpoint of `--load` was made, as defaults of a run that loads it.
 
     Args:
-        given: the flags of the command line by field name, `load` among them.
-        names: of the sections that are wanted; another `--tokenizer-type` leaves out the tokenizer's.
+        given: field's name -> value, of the command line and the YAML file; without `load` nothing is found.
+        names: of the groups that are wanted; another `--tokenizer-type` leaves out the tokenizer's.
 
     Raises:
         ValueError, OSError: see `find_checkpoint`; or the configuration is damaged.
     """
-    step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdecimal() else None
-    folder = files.find_checkpoint(given["load"], step)
-    return {} if folder is None else sections_of(folder, given, names)
+    folder = files.find_checkpoint(given["load"], given.get("ckpt_step")) if "load" in given else None
+    return [] if folder is None else [Found(f"checkpoint {folder}", sections_of(folder, given, names))]
 
 
-def sections_of(folder: Path, given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
+def sections_of(folder: Path, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The same of a checkpoint's own directory."""
     files.verify_checkpoint(folder, names=[files.RUN_CONFIG])
     stored = files.read_json(folder / files.RUN_CONFIG)

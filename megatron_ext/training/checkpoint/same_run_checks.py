@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers.tokenizer import in_words
 from megatron_ext.training.interface.family_interface import Family
 
@@ -139,7 +139,7 @@ def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model(configuration: Mapping[str, Any]) -> ModelConfig:
-    return configs_from_dict({"model": ModelConfig}, configuration)["model"]
+    return group_in(ModelConfig, configuration, "model")
 
 
 def _resolved(model: ModelConfig, name: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.npt import NPTModel
-from megatron_ext.npt.objective.npt_training_config import npt_run_defaults
+from megatron_ext.npt.objective.npt_training_config import mode_defaults
 from megatron_ext.npt.runs.sequential_files import layer_of_np_key
 from megatron_ext.npt.runs.sequential_run import layer_logging
 from megatron_ext.testing.run_distributed import run_distributed
@@ -254,7 +254,7 @@ def _read_all(folder: Path) -> None:
 
 
 def test_the_modes_defaults_are_document_000s() -> None:
-    defaults = npt_run_defaults({"mode": "sequential"})
+    defaults = mode_defaults({"mode": "sequential"}).sections
     assert defaults["np"] == {"np_form": "outer_product", "np_rank": 256}
     assert defaults["training"] == {"micro_batch_size": 2, "train_iters": 2000}
     assert defaults["optimizer"] == {"lr": 5e-4}

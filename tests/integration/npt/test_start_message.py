@@ -80,10 +80,10 @@ def test_the_files_settings_are_defaults_but_for_what_is_no_matter_of_the_weight
 ) -> None:
     write_np_weights(tmp_path, {"layer_1_np.gate.c": torch.ones(1)}, SETTINGS)
     given = {"load_npt_weights": str(tmp_path / name)}
-    section = weights_defaults(given)["np"]
+    section = weights_defaults(given).sections["np"]
     assert NPTModuleConfig(**section) == replace(SETTINGS, freeze_base=True)
-    alone = weights_defaults(given | {"mode": "single_layer"})["np"]
+    alone = weights_defaults(given | {"mode": "single_layer"}).sections["np"]
     assert section.keys() - alone.keys() == {"npt_layers"}
     # so that the error which follows is about the form, not about a flag that was not given
-    other = weights_defaults(given | {"np_form": "low_rank"})["np"]
+    other = weights_defaults(given | {"np_form": "low_rank"}).sections["np"]
     assert section.keys() - other.keys() == {"np_affine", "np_normalize"}

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.npt import NPTModel
 from megatron_ext.npt.weights.checkpoint_validation import choose_checkpoint
 from megatron_ext.platform import process_groups
@@ -27,7 +27,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.checkpoint.run_directory import check_directories
-from megatron_ext.training.pretrain import check_run, process_group, train
+from megatron_ext.training.pretrain import check_run, process_group, resolve, train
 from tests.integration.npt.npt_run_helpers import MODEL, write_data
 from tests.integration.scripts.kill_helpers import snapshots
 
@@ -319,13 +319,14 @@ def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) ->
 def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
     process_groups.shutdown = lambda: None  # the tests' processes join one process group only
     flags = [*MODEL, "--lr", "1e-2", "--train-iters", "1", "--data-path", data, "--save", f"{folder}/run"]
-    configs = parse(dict(TRAINING), flags)
-    tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=True))
+    config = parse(RunConfig, flags)
+    tokenizer = check_run(resolve(config), lambda _: check_directories(config.checkpoint, writes=True))
     other = files.begin(Path(folder, "run"), "iter_0000003")
     files.write_checksums(other, {})
     files.publish(Path(folder, "run"), "iter_0000003")
-    with process_group(configs), pytest.raises(ValueError) as caught:  # noqa: PT011
-        train(configs, tokenizer, [])
+    group = process_group(config.parallel, config.training, config.checkpoint)
+    with group, pytest.raises(ValueError) as caught:  # noqa: PT011
+        train(config, tokenizer, [])
     return str(caught.value)
 
 

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.inference.generation import Sampling, generate
 from megatron_ext.inference.load_model import load_model
@@ -132,7 +132,7 @@ STILL = ("--lr", "1e-30", "--weight-decay", "0")
 
 
 def _train(flags: list[str], families: list[Any]) -> int:
-    return pretrain(parse(TRAINING, [*RUN, *flags]), lambda *_: families)
+    return pretrain(parse(RunConfig, [*RUN, *flags]), lambda *_: families)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 
 
 def check(world_size: int = 1, **changes: Any) -> None:
@@ -151,6 +151,6 @@ def test_context_parallelism_is_refused_on_every_machine_also_in_a_dry_run(
     shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1 --train-iters 1"
     rest = "--tokenizer-type ByteLevelTokenizer --context-parallel-size 2 --dry-run"
     with pytest.raises(SystemExit) as caught:
-        parse(TRAINING, f"{shape} {rest}".split())
+        parse(RunConfig, f"{shape} {rest}".split())
     assert caught.value.code == 2
     assert "--context-parallel-size 2: must be 1" in capsys.readouterr().err

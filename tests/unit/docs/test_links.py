@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config.command_line.flag_table import flags_of, with_dashes
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
-from megatron_ext.per_layer.per_layer_config import PerLayerConfig
-from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.npt.npt_run_config import NPTRunConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from tests.unit.docs.links import ROOT, anchors_of, broken_links, links_of
 
 PAGES = sorted(
@@ -20,7 +18,7 @@ PAGES = sorted(
 )
 DESIGN = sorted(ROOT.joinpath("docs", "design").glob("*.md"))
 _FOLDERS = ("megatron_ext/", "tests/", "tools/", "examples/", "docs/", "benchmarks/")
-_FAMILIES = (PerLayerConfig, NPTModuleConfig, NPTTrainingConfig, ProgressiveConfig)
+_RUNS = (PerLayerRunConfig, NPTRunConfig, ProgressiveRunConfig)
 
 
 def _name(path: Path) -> str:
@@ -78,8 +76,8 @@ def _functions(path: Path) -> set[str]:
 def _flags() -> set[str]:
     """Every flag of the training scripts, aliases and negations included."""
     found = {"--dry-run"}
-    for config in (*TRAINING.values(), *_FAMILIES):
-        for flag in flags_of({"config": config}):
+    for config in _RUNS:
+        for flag in flags_of(config):
             found |= {*flag.names, *flag.negations}
     return found
 

@@ -90,9 +90,7 @@ def test_the_fields_are_flags() -> None:
         "--npt-layers -1,0 --np-form outer_product --np-target gate+up --np_rank 64 --num-np-components 2 "
         "--no-np-affine --np-residual keep --np-init-strategy conservative --no-freeze-base"
     )
-    parsed = parse(NPTModuleConfig, text.split(), prog="test", description="test")
-    (settings,) = parsed.values()
-    assert settings == NPTModuleConfig(
+    assert parse(NPTModuleConfig, text.split()) == NPTModuleConfig(
         npt_layers="-1,0",
         np_form="outer_product",
         np_target="gate+up",

@@ -23,7 +23,7 @@ def test_document_003s_flags_parse() -> None:
         --per-layer-combination-method gated --per-layer-gate-activation gelu --per-layer-projection-dropout 0.1
         --per-layer-strategy syntax_focus --per-layer-vocab-file vocab.json --log-per-layer-stats
         --log-per-layer-gradients --per_layer_stats_interval 10 --freeze-per-layer-embedding"""
-    config = parse(PerLayerConfig, text.split())["config"]
+    config = parse(PerLayerConfig, text.split())
     assert (
         config.use_per_layer_embedding
         and config.log_per_layer_gradients

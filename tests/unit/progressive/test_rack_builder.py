@@ -56,8 +56,8 @@ def test_the_documents_yaml_is_valid_and_states_the_defaults(tmp_path: Path) -> 
     given = config.progressive_config()
     only_model = StackWiseConfig(model={"vocab_size": 60, "d_model": 32, "d_ff": 48, "n_heads": 4})
     assert given == only_model.progressive_config()
-    assert config.configs()["model"].hidden_size == 32
-    assert config.configs()["model"].num_layers == 12 * 4
+    assert config.run_config().model.hidden_size == 32
+    assert config.run_config().model.num_layers == 12 * 4
 
 
 def test_values_may_be_set_as_the_document_does(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.training.dry_run_report import planned_world_size, print_dry_run
@@ -56,15 +56,14 @@ def dry_run(
 ) -> str:
     monkeypatch.setenv("WORLD_SIZE", "1024")
     stream = stream or io.StringIO()
-    configs: dict[str, Any] = {
-        "model": model,
-        "parallel": parallel,
-        "training": training,
-        "optimizer": OptimizerSettings(lr=1e-4),
-        "tokenizer": TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=51199),
-    }
-    assert set(configs) <= set(TRAINING)
-    print_dry_run(configs, lambda *_: list(families), stream)
+    config = RunConfig(
+        model=model,
+        parallel=parallel,
+        training=training,
+        optimizer=OptimizerSettings(lr=1e-4),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=51199),
+    )
+    print_dry_run(config, lambda *_: list(families), stream)
     return stream.getvalue()
 
 

@@ -1,18 +1,31 @@
-"""Defaults of `pretrain_progressive.py` that other flags of the run have elsewhere; imports no torch."""
+"""The configuration of a progressive training, and the values in it that follow from the stacks; imports no torch."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
+from megatron_ext.config.command_line.merge import Found
+from megatron_ext.config.run_config import RunConfig
+from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveRunConfig(RunConfig):
+    """All that a progressive training is told."""
+
+    progressive: ProgressiveConfig
+    """Stacks, trunk, growth and objective."""
+
 
 _LENGTHS = ("train_iters", "train_samples", "num_epochs")
 
 
-def progressive_run_defaults(given: Mapping[str, str]) -> dict[str, Any]:
-    """Sections of defaults.
+def stack_defaults(given: Mapping[str, Any]) -> Found:
+    """Values that follow from the stacks.
 
     Args:
-        given: the flags of the command line and the YAML file by field name.
+        given: field's name -> value, of the command line and the YAML file.
 
     Raises:
         ValueError: `--num-layers` is given, which follows from the stacks; or no length, or two.
@@ -31,4 +44,4 @@ def progressive_run_defaults(given: Mapping[str, str]) -> dict[str, Any]:
     sections: dict[str, Any] = {"model": {"num_layers": 1, "untie_embeddings_and_output_weights": True}}
     if lengths[0] not in _LENGTHS:
         sections["training"] = {"train_iters": 1}
-    return sections
+    return Found("set for every stack", sections)

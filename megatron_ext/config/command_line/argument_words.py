@@ -1,0 +1,79 @@
+"""The words of a command line, read against the flags."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_ext.config.command_line.flag_table import OWN_FLAGS, Flag, instead_of_unknown, with_dashes
+from megatron_ext.config.command_line.values import from_words
+
+
+def read_arguments(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, Any]:
+    """Returns field's name -> value of the flags that are given; of a flag given twice the last one counts.
+
+    Args:
+        arguments: without those of `OWN_FLAGS`.
+        flags: all that are known.
+
+    Raises:
+        ValueError: a flag is unknown (the message names all such, each with what to use in its place), lacks its value,
+            has one that is not of its type, or a word belongs to no flag.
+    """
+    flag_of = {spelling: flag for flag in flags for spelling in flag.names + flag.negations}
+    _check_known(arguments, list(flag_of))
+    given: dict[str, Any] = {}
+    for spelled, words in _by_flag(arguments):
+        flag = flag_of[with_dashes(spelled)]
+        if flag.is_switch:
+            _check_end(spelled, words, 0)
+            given[flag.field] = with_dashes(spelled) in flag.names
+            continue
+        if not flag.takes_many or flag.is_repeated:
+            if not words:
+                raise ValueError(f"{spelled}: needs a value")
+            _check_end(spelled, words, 1)
+        value = from_words(flag, spelled, words)
+        given[flag.field] = (*given.get(flag.field, ()), *value) if flag.is_repeated else value
+    return given
+
+
+def _check_known(arguments: Sequence[str], known: list[str]) -> None:
+    unknown = {
+        spelled: with_dashes(spelled) if spelled.startswith("--") else f"-{spelled}"
+        for spelled in (argument.partition("=")[0] for argument in arguments if _is_flag(argument))
+        if not spelled.startswith("--") or with_dashes(spelled) not in known
+    }
+    if unknown:
+        named = (
+            spelled + instead_of_unknown(flag, [*known, *OWN_FLAGS]) for spelled, flag in unknown.items()
+        )
+        raise ValueError(f"unknown flag{'s' if len(unknown) > 1 else ''} {', '.join(named)}")
+
+
+def _is_flag(word: str) -> bool:
+    """True for --x, and for -x, which no flag is; not for -1, for - alone, or a text that begins with a dash."""
+    return word.startswith("--") or re.fullmatch(r"-[A-Za-z]\S*", word) is not None
+
+
+def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields every flag as it is spelled, and the words up to the next one."""
+    spelled: str | None = None
+    words: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            if spelled is None:
+                raise ValueError(f"{argument}: belongs to no flag")
+            words.append(argument)
+            continue
+        if spelled is not None:
+            yield spelled, words
+        spelled, equals, value = argument.partition("=")
+        words = [value] if equals else []
+    if spelled is not None:
+        yield spelled, words
+
+
+def _check_end(spelled: str, words: Sequence[str], count: int) -> None:
+    if len(words) > count:
+        takes = "no value" if count == 0 else "one value"
+        raise ValueError(f"{words[count]}: belongs to no flag ({spelled} takes {takes})")

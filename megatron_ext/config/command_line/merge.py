@@ -1,0 +1,139 @@
+"""The one merge of all that can give a field its value, field by field, and where each value came from.
+
+    flag  >  YAML file (--config)  >  what the program finds  >  the field's default
+
+What a program finds follows from what is given: a mode, a file of weights, a checkpoint. Each is a `Found`, and of two
+the later one wins: in `pretrain_npt.py` the checkpoint over the weights file over the mode, in
+`pretrain_progressive.py` the training in --save over what follows from the stacks.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from megatron_ext.config.command_line.field_checks import check_numbers
+from megatron_ext.config.command_line.flag_table import Flag, groups_of
+from megatron_ext.config.command_line.values import from_file
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the value of a field comes from."""
+
+    text: str
+    """As `--show-config` prints it."""
+
+    is_yaml: bool = False
+    """True for the YAML file of --config."""
+
+
+FLAG = Source("flag")
+DEFAULT = Source("default")
+Sources = Mapping[str, Source]
+"""Field's name -> source, for all fields that do not have their default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Values that a program finds for fields that are not given."""
+
+    source: str
+    """Where it finds them."""
+
+    sections: Mapping[str, Mapping[str, Any]]
+    """Group's name -> field's name -> value, plain or as JSON has it; None leaves a field alone."""
+
+    def values(self, flags: Iterable[Flag]) -> dict[str, Any]:
+        """Returns field's name -> value of the field's type.
+
+        Raises:
+            ValueError: a value is not of its field's type.
+        """
+        flag_of = {(flag.group, flag.field): flag for flag in flags}
+        try:
+            return {
+                field: from_file(flag_of[group, field], field, value)
+                for group, values in self.sections.items()
+                for field, value in values.items()
+                if value is not None
+            }
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from None
+
+
+@dataclasses.dataclass
+class Merged:
+    """Values with their sources; what is added first wins."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+
+    def add(self, source: Source, values: Mapping[str, Any]) -> None:
+        """Adds the values of fields that have none yet."""
+        new = {field: value for field, value in values.items() if field not in self.values}
+        self.values |= new
+        self.sources |= dict.fromkeys(new, source)
+
+
+def build(config_type: type[T], merged: Merged) -> T:
+    """Makes the configuration; fields without a value have their default.
+
+    Raises:
+        ValueError: a group refuses its values.
+    """
+    groups = {
+        name: group(
+            **{f.name: merged.values[f.name] for f in dataclasses.fields(group) if f.name in merged.values}
+        )
+        for name, group in groups_of(config_type).items()
+    }
+    for group in groups.values():
+        check_numbers(group)
+    (first, *_) = groups.values()
+    if isinstance(first, config_type):  # it has one group alone
+        return first
+    names = {field.name for field in dataclasses.fields(config_type)}
+    more = {"sources": merged.sources} if "sources" in names else {}
+    return config_type(**groups, **more)
+
+
+def name_yaml(message: str, sources: Sources) -> str:
+    """Returns an error's message, with what of it the YAML file says: its flags need not be on the command line."""
+    named = {}
+    for flag in re.findall(r"--([\w-]+)", message):
+        field = flag.replace("-", "_")
+        for name in (field, field.removeprefix("no_")):
+            if name in sources and sources[name].is_yaml:
+                named[name] = f"{name} in {sources[name].text}"
+    return f"{message} ({', '.join(named.values())})" if named else message
+
+
+def format_sources(config: "DataclassInstance", sources: Sources) -> str:
+    """Returns every field of a configuration with its value and where that comes from, group by group."""
+    groups = {name: getattr(config, name, config) for name in groups_of(type(config))}
+    rows = {
+        name: [
+            (field.name, _text(getattr(group, field.name)), sources.get(field.name, DEFAULT).text)
+            for field in dataclasses.fields(group)
+        ]
+        for name, group in groups.items()
+    }
+    return "\n".join(line for name, found in rows.items() for line in (f"{name}:", *_table(found)))
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    widths[1] = min(widths[1], 40)
+    return [f"  {field:<{widths[0]}}  {value:<{widths[1]}}  {source}" for field, value, source in rows]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
