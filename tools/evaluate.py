@@ -5,25 +5,23 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, one_of_two
+from megatron_ext.config.command_line.field_checks import check_at_least
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig
 
 if TYPE_CHECKING:
     from megatron_ext.inference.perplexity import Perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What to evaluate, on what, and how it is cut."""
+class EvaluateConfig(LoadConfig):
+    """What to evaluate, and on what."""
 
     load: str
     """Directory of checkpoints, or one checkpoint's own."""
 
     data_path: tuple[str, ...]
     """Prefixes of indexed datasets, each evaluated by itself."""
-
-    ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
 
     unigram_from: str | None = None
     """Prefix of the training data: also print the cross-entropy of its token frequencies on the evaluated data, and
@@ -38,29 +36,12 @@ class EvaluateConfig:
     seq_length: int | None = None
     """Tokens of a window. Without it the training's sequence length."""
 
-    tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
-    they divide the layers; those that are left hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
-
-    bos: Switch = False
-    """Begin every window with the begin-of-text token. Without this and --no-bos as the model was trained."""
-
-    no_bos: Switch = False
-    """Begin every window without it."""
-
     output: str | None = None
     """JSON file for the result."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
-        check_at_least(self, 1, "pipeline_model_parallel_size")
-        one_of_two(self, "bos", "no_bos")
+        super().__post_init__()
+        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
 
 
 def main() -> None:
@@ -88,11 +69,7 @@ def main() -> None:
     loaded = load_model(
         config.load,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", flush=True)

@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag, flag_name, one_of_two
+from megatron_ext.config.command_line.field_checks import check_at_least, flag, flag_name
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig, SamplingConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateNPTConfig:
+class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     """What to evaluate, on what, and where the report goes."""
 
     checkpoint: Annotated[str, flag(aliases=("--load",))]
@@ -29,9 +30,6 @@ class EvaluateNPTConfig:
 
     data_path: str
     """Prefix of a held-out indexed dataset."""
-
-    ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
 
     npt_weights: str | None = None
     """npt_weights.pt or .safetensors to put into the model; beside a base checkpoint its config.json must lie by it."""
@@ -63,22 +61,6 @@ class EvaluateNPTConfig:
     temperature: float = 0.8
     """Of the sampled continuations; greedy ones are made too."""
 
-    top_k: int = 0
-    """Sampled continuations: only the k most likely tokens; 0 is all."""
-
-    top_p: float = 0.0
-    """Sampled continuations: only the most likely tokens that together have this probability; 0 is all."""
-
-    seed: int = 1234
-    """Of the sampled continuations, the same for both models."""
-
-    bos: Switch = False
-    """Begin every window and prompt with the begin-of-text token. Without this and --no-bos as the model was
-    trained."""
-
-    no_bos: Switch = False
-    """Begin them without it."""
-
     npt_layers: str | None = None
     """The checkpoint's NPT layers must be these."""
 
@@ -88,21 +70,10 @@ class EvaluateNPTConfig:
     np_scale: Annotated[float | None, flag(aliases=("--modulation_scale",))] = None
     """The checkpoint's NP scale must be this."""
 
-    tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
-    they divide the layers; those that are left hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
-
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
-        check_at_least(self, 1, "pipeline_model_parallel_size")
+        super().__post_init__()
+        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
         check_at_least(self, 0, "max_new_tokens")
-        one_of_two(self, "bos", "no_bos")
 
 
 def main() -> None:
@@ -156,8 +127,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     check_dataset(config.data_path, stored["tokenizer_fingerprint"])
     sampling = None
     if config.max_new_tokens:
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        sampling = Sampling(**{name: getattr(config, name) for name in names})
+        sampling = Sampling(**config.sampling_options())
     prompts = _prompts(config)
     loaded, families, settings = _load(config, stored)
     length = config.seq_length or loaded.config.seq_length
@@ -228,11 +198,7 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
     loaded = load_model(
         config.checkpoint,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     families = list(loaded.families)
     if own is None:

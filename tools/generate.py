@@ -7,17 +7,16 @@ from masks that become tokens, the most confident first.
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     Repeated,
-    Switch,
     check_at_least,
     flag_name,
-    one_of_two,
 )
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizers import Tokenizer
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """What to continue, how tokens are chosen, and how the model is cut."""
+class GenerateConfig(LoadConfig, SamplingConfig):
+    """What to continue, and how tokens are chosen."""
 
     load: str
     """Directory of checkpoints, or one checkpoint's own."""
@@ -40,17 +39,8 @@ class GenerateConfig:
     stop_id: Repeated[int] = ()
     """A token that ends a continuation, besides the model's own end tokens; several likewise."""
 
-    bos: Switch = False
-    """Begin every prompt with the begin-of-text token. Without this and --no-bos as the model was trained."""
-
-    no_bos: Switch = False
-    """Begin every prompt without it."""
-
     prompt_file: str | None = None
     """File with a prompt on each line; - is standard input (single process)."""
-
-    ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
 
     sampler: Literal["autoregressive", "diffusion"] | None = None
     """Token after token, or from masks that become tokens. Without it the one that the model was trained for."""
@@ -58,36 +48,9 @@ class GenerateConfig:
     diffusion_steps: int = 32
     """diffusion: forward passes in which all masks become tokens."""
 
-    max_new_tokens: int = 64
-    """Tokens to generate after each prompt."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token (greedy)."""
-
-    top_k: int = 0
-    """Only the k most likely tokens; 0 is all."""
-
-    top_p: float = 0.0
-    """Only the most likely tokens that together have this probability; 0 is all."""
-
-    seed: int = 1234
-    """Seed of the choice."""
-
-    tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
-    they divide the layers; those that are left hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
-
     def __post_init__(self) -> None:
-        check_at_least(
-            self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "diffusion_steps"
-        )
-        one_of_two(self, "bos", "no_bos")
+        super().__post_init__()
+        check_at_least(self, 1, "diffusion_steps")
         if not all(self.stop):
             raise ValueError("--stop '': must not be empty")
         if not self.prompt and self.prompt_file is None:
@@ -107,16 +70,12 @@ def main() -> None:
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES
 
-    Sampling(**_sampling(config))  # a mistake in these is told before the model is loaded
+    Sampling(**config.sampling_options())  # a mistake in these is told before the model is loaded
     texts = _prompts(config)
     loaded = load_model(
         config.load,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", file=sys.stderr, flush=True)
@@ -138,12 +97,6 @@ def _shown(tokenizer: "Tokenizer", prompt: list[int], new: list[int], stops: tup
     if kept == tokenizer.detokenize(new):
         return tokenizer.detokenize(prompt + new)  # together: a letter may lie across the two
     return tokenizer.detokenize(prompt) + kept
-
-
-def _sampling(config: GenerateConfig) -> dict[str, Any]:
-    return {
-        name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    }
 
 
 def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[int]]) -> list[list[int]]:
@@ -179,7 +132,7 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
         raise ValueError(
             f"--sampler autoregressive: the model was trained for {objective.kind}, where every token sees all others"
         )
-    sampling = Sampling(**_sampling(config), stop_tokens=stop_tokens)
+    sampling = Sampling(**config.sampling_options(), stop_tokens=stop_tokens)
     return generate(*arguments, sampling, tokenizer.vocab_size, ends_with_any(tokenizer, _stops(config)))
 
 
