@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
 
 
@@ -179,7 +180,7 @@ def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:
-    tokens = torch.zeros(len(prompts), total, dtype=torch.long, device=torch.cuda.current_device())
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long, device=process_groups.device())
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     return tokens
@@ -224,7 +225,7 @@ def _share_from_last_stage(
     logits: torch.Tensor | None, sampling: Sampling, generator: torch.Generator, vocab_size: int, batch: int
 ) -> torch.Tensor:
     """The chosen tokens [b] on every rank. Tensor ranks choose alike: same logits, same generator."""
-    chosen = torch.empty(batch, dtype=torch.long, device=torch.cuda.current_device())
+    chosen = torch.empty(batch, dtype=torch.long, device=process_groups.device())
     if logits is not None:
         chosen = choose(logits[:, :vocab_size], sampling, generator)
     group = parallel_state.get_pipeline_model_parallel_group()

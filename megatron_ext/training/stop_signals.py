@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext.platform import process_groups
+
 EXIT_SIGHUP = 128 + signal.SIGHUP
 """Exit code of a run that saved and left on SIGHUP (its terminal was closed)."""
 
@@ -66,7 +68,7 @@ class SignalWatcher:
 
         Costs one reduction of one number; where ranks received different signals the highest number counts.
         """
-        received = torch.tensor([self._received], dtype=torch.int32, device=torch.cuda.current_device())
+        received = torch.tensor([self._received], dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(received, op=dist.ReduceOp.MAX)
         number = int(received.item())
         return EXIT_CODES[signal.Signals(number)] if number else None

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.platform import process_groups
+
 
 class _CpuRMSNorm(torch.autograd.Function):
     """Forward and backward with few passes over memory; torch's own composite takes four times as long on a CPU."""
@@ -91,7 +93,7 @@ class Norm:
 
 
 def _constant(config: TransformerConfig, size: int, value: float) -> torch.Tensor:
-    return torch.full((size,), value, dtype=config.params_dtype, device=torch.cuda.current_device())
+    return torch.full((size,), value, dtype=config.params_dtype, device=process_groups.device())
 
 
 def _mark(config: TransformerConfig, *parameters: torch.nn.Parameter) -> None:

@@ -243,7 +243,7 @@ class NPTModel:
     @torch.no_grad()
     def logits(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Logits [b, s, V] of token ids [b, s]; of ids [s], [s, V]."""
-        tokens = torch.as_tensor(ids, dtype=torch.long, device=torch.cuda.current_device())
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=process_groups.device())
         batch = tokens.view(-1, tokens.size(-1))
         self.model.check_length(batch.size(1))
         positions = torch.arange(batch.size(1), device=batch.device).expand_as(batch)

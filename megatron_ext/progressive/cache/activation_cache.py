@@ -28,6 +28,7 @@ from megatron.core import parallel_state
 from megatron_ext.config.command_line.error_lines import describe
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import on_every_rank
 from megatron_ext.progressive.cache.activation_store import DiskStore, MemoryStore, Store
 from megatron_ext.progressive.cache.frozen_trunk import (
@@ -141,7 +142,7 @@ class ActivationCache(FrozenForward):
         sums = torch.tensor(
             [self.hits, self.misses, 0 if self._store is None else self._store.size],
             dtype=torch.float64,
-            device=torch.cuda.current_device(),
+            device=process_groups.device(),
         )
         dist.all_reduce(sums)
         self.hits = self.misses = 0
@@ -151,7 +152,7 @@ class ActivationCache(FrozenForward):
     def _follow_trunk(self, chunks: list[GPTModel], families: list[Family], holds: bool, length: int) -> None:
         """Opens the store of the trunk as it is now: at the beginning, and if a weight was changed."""
         version = trunk_version(chunks, self._layers)
-        same = torch.tensor([version == self._version], dtype=torch.int32, device=torch.cuda.current_device())
+        same = torch.tensor([version == self._version], dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
         if bool(same):
             return

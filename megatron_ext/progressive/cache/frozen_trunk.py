@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.lora.trainable_layers import adapted_linears
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import merge_over_ranks
 from megatron_ext.training.frozen_forward import run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
@@ -95,7 +96,7 @@ def trunk_fingerprint(
         "families": {
             family.name: _fixed(family.configuration(), family.free_on_resume) for family in families
         },
-        "device": torch.device(torch.cuda.current_device()).type,
+        "device": process_groups.device().type,
         "torch": torch.__version__,
     }
     parts = [

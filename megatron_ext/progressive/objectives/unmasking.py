@@ -25,6 +25,7 @@ from megatron_ext.inference.generation import (
     tempered,
 )
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP, time_step_of_fraction
 from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
@@ -95,7 +96,7 @@ def generate_by_unmasking(
         f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {longest} tokens",
     )
     model.eval()
-    generator = torch.Generator(device=torch.cuda.current_device()).manual_seed(sampling.seed)
+    generator = torch.Generator(device=process_groups.device()).manual_seed(sampling.seed)
     new: dict[int, list[int]] = {}
     for length in sorted(set(map(len, prompts))):
         members = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
@@ -118,7 +119,7 @@ def _unmask_all(
 ) -> torch.Tensor:
     """Prompts of one length and their continuations, [b, s]."""
     assert objective.mask_token_id is not None
-    mask_token, device = objective.mask_token_id, torch.cuda.current_device()
+    mask_token, device = objective.mask_token_id, process_groups.device()
     given = torch.tensor(prompts, dtype=torch.long, device=device)
     tokens = torch.cat([given, given.new_full((len(prompts), sampling.max_new_tokens), mask_token)], dim=1)
     masked = torch.zeros_like(tokens, dtype=torch.bool)

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.data_parallel import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 from megatron_ext.training.interface.output_losses import OutputLoss
@@ -46,7 +47,7 @@ def run_microbatches(
         The output loss's second value for each micro-batch on the last stage, an empty list on the others. With a
         backward pass the gradients are those of the mean over the tokens of the whole global batch.
     """
-    device = torch.device(torch.cuda.current_device())
+    device = process_groups.device()
     moved = [
         {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
     ]
