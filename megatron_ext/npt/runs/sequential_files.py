@@ -1,7 +1,7 @@
 """Files of a sequential run, document 000's, each replaced by a rename:
 
     {checkpoint-dir}/training_info.json                     trained layers, the one in progress, the base, settings
-    {checkpoint-dir}/accumulated_npt_weights.pt             the trained layers' NP factors, by the keys of `adapter`
+    {checkpoint-dir}/accumulated_npt_weights.pt             the trained layers' NP factors, by the keys of `np_factors`
     {checkpoint-dir}/accumulated_npt_weights.safetensors    the same, with NPT's settings; what a run goes on from
     {checkpoint-dir}/config.json                            NPT's settings, for the .pt
     {checkpoint-dir}/load_model.py                          a module whose `load_model()` gives the model
@@ -147,7 +147,7 @@ def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str
 
 
 def layer_of_np_key(key: str) -> int:
-    """The layer in a key of `adapter`.
+    """The layer in a key of `np_factors`.
 
     Raises:
         ValueError: the key has none.

@@ -58,7 +58,7 @@ def attach(chunks: list[GPTModel], settings: NPTModuleConfig, tensors: Mapping[s
     Args:
         chunks: this rank's model chunks, unwrapped, without NP components.
         settings: of the NP components.
-        tensors: their factors, as `gather_adapter` gives them.
+        tensors: their factors, as `gather_np_factors` gives them.
 
     Raises:
         ValueError: the settings or the factors do not fit the model.

@@ -4,7 +4,7 @@
     npt_weights.safetensors    the same, with the configuration in its metadata
     config.json                the configuration: NPT's settings under "np", and what else the writer tells
 
-Keys are those of `adapter`. Documents 000 and 001 write their .pt the same way, with other factors' names.
+Keys are those of `np_factors`. Documents 000 and 001 write their .pt the same way, with other factors' names.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def write_np_weights(
 
     Args:
         folder: exists.
-        tensors: as `adapter.gather_adapter` gives them.
+        tensors: as `gather_np_factors` gives them.
         settings: NPT's configuration.
         more: what else `config.json` tells.
         stem: the weights are `{stem}.pt` and `{stem}.safetensors`.
@@ -100,7 +100,7 @@ def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleCo
 
 
 def read_np_settings(path: str) -> NPTModuleConfig | None:
-    """The configuration alone, see `read_adapter_file`; None where nothing tells it."""
+    """The configuration alone, see `read_np_weight_file`; None where nothing tells it."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file")

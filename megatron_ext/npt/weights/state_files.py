@@ -1,6 +1,6 @@
 """Document 001's files: in every NPT checkpoint, and in `final/` after the last step.
 
-    npt_weights.pt          all NP factors, whole, by the keys of `adapter`
+    npt_weights.pt          all NP factors, whole, by the keys of `np_factors`
     training_state.pt       global_step, batch_count, optimizer_state_dict, scheduler_state_dict, scaler_state_dict
     multi_layer_state.pt    layers_to_train, curriculum_schedule, current_stage_index, layer_weights, teacher_cache
     config.json             the run's whole configuration; NPT's settings under "np"

@@ -234,7 +234,7 @@ def test_weights_and_moments_move_between_cuts(case: str, tmp_path: Path) -> Non
     assert moments and all(".feed_forward." in name for name in moments)
 
 
-def _adapter_errors() -> list[str]:
+def _np_factor_errors() -> list[str]:
     chunk = _build(OUTER, _model_config(OUTER))
     before = gather_np_factors([chunk])
     key = "layer_2_np.gate.W_down.1"
@@ -251,8 +251,8 @@ def _adapter_errors() -> list[str]:
     return errors
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_the_differences_and_changes_nothing() -> None:
-    missing, other_rank, unknown, nothing = run_distributed(_adapter_errors, 1)[0]
+def test_np_factors_that_do_not_fit_are_refused_with_the_differences_and_changes_nothing() -> None:
+    missing, other_rank, unknown, nothing = run_distributed(_np_factor_errors, 1)[0]
     prefix = "the NP weights do not fit the model; "
     assert missing == f"{prefix}missing: layer_2_np.gate.W_down.1"
     assert other_rank == f"{prefix}of another shape: layer_2_np.gate.W_down.1 is [32, 3], must be [32, 4]"
