@@ -19,7 +19,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
-from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
+from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,11 @@ def generate(
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
-        logits = _forward(model, families, tokens, start, end, context)
-        chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
+        inputs = tokens[:, start:end]
+        positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
+        logits = stage_logits(model, families, {"tokens": inputs, "position_ids": positions}, context)
+        context.increment_sequence_len_offset(end - start)
+        chosen = _chosen(logits, sampling, generator, vocab_size, len(prompts))
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
         finished |= ~in_prompt & torch.isin(tokens[:, end], stops)
@@ -186,51 +189,57 @@ def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:
     return tokens
 
 
-def _forward(
+def stage_logits(
     model: GPTModel,
     families: list[Family],
-    tokens: torch.Tensor,
-    start: int,
-    end: int,
-    context: StaticInferenceContext,
+    batch: Batch,
+    context: StaticInferenceContext | None = None,
 ) -> torch.Tensor | None:
-    """Logits [b, V] after position `end - 1` on the last stage, None on the others."""
-    inputs = tokens[:, start:end]
-    positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
-    batch = {"tokens": inputs, "position_ids": positions}
+    """Logits [b, s, V] on the last stage, None on the others; the stages run one after the other.
+
+    Args:
+        model: this rank's only chunk, unwrapped, without sequence parallel.
+        families: asked for the model's auxiliary inputs.
+        batch: `tokens` and `position_ids` [b, s], and the families' fields.
+        context: the KV cache.
+    """
+    tokens = batch["tokens"]
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
-        rows = (end - start) * model.auxiliary.pipeline_factor(hidden_size)
-        shape = (rows, len(tokens), hidden_size)
+        shape = (tokens.size(1) * model.auxiliary.pipeline_factor(hidden_size), len(tokens), hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
         model.set_input_tensor(received)
     output = model(
-        inputs,
-        positions,
+        tokens,
+        batch["position_ids"],
         None,
         auxiliary_inputs=auxiliary_inputs(families, batch),
         inference_context=context,
         runtime_gather_output=True,
     )
-    context.increment_sequence_len_offset(end - start)
     if model.post_process:
-        return output[:, -1]
+        return output
     dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
     return None
 
 
-def _share_from_last_stage(
+def _chosen(
     logits: torch.Tensor | None, sampling: Sampling, generator: torch.Generator, vocab_size: int, batch: int
 ) -> torch.Tensor:
-    """The chosen tokens [b] on every rank. Tensor ranks choose alike: same logits, same generator."""
+    """The tokens [b] that follow, on every rank."""
     chosen = torch.empty(batch, dtype=torch.long, device=process_groups.device())
     if logits is not None:
-        chosen = choose(logits[:, :vocab_size], sampling, generator)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(chosen, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        chosen = choose(logits[:, -1, :vocab_size], sampling, generator)
+    share_from_last_stage(chosen)
     return chosen
+
+
+def share_from_last_stage(tokens: torch.Tensor) -> None:
+    """Gives all stages the last one's tokens, in place. Tensor ranks choose alike: same logits, same generator."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 
 
 def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_ext.inference.generation import (
     check_max_new_tokens,
@@ -22,13 +20,15 @@ from megatron_ext.inference.generation import (
     check_seed,
     check_temperature,
     first_of,
+    share_from_last_stage,
+    stage_logits,
     tempered,
 )
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP, time_step_of_fraction
-from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
+from megatron_ext.training.interface.family_interface import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def generate_by_unmasking(
         check_memory(rows * vocab_size * 3 * 4, sampling.max_new_tokens)  # logits, probabilities, a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
-    return [_until(new[number], sampling.stop_tokens) for number in range(len(prompts))]
+    return [new[n][: first_of(sampling.stop_tokens, new[n])] for n in range(len(prompts))]
 
 
 def _unmask_all(
@@ -129,12 +129,17 @@ def _unmask_all(
     for step in range(steps):
         count = -(-left // (steps - step))
         time_step = time_step_of_fraction(objective.config, left / tokens.size(1))
-        logits = _forward(model, families, tokens, time_step)
+        batch = {
+            "tokens": tokens,
+            "position_ids": torch.arange(tokens.size(1), device=device).expand_as(tokens),
+            TIME_STEP: torch.full((len(tokens),), time_step, device=device),
+        }
+        logits = stage_logits(model, families, batch)
         if logits is not None:
             logits[:, :, vocab_size:] = float("-inf")
             logits[:, :, mask_token] = float("-inf")
             tokens = unmask(tokens, masked, logits, count, sampling.temperature, generator)
-        _share_from_last_stage(tokens)
+        share_from_last_stage(tokens)
         masked &= tokens == mask_token
         left -= count
     return tokens
@@ -169,43 +174,3 @@ def unmask(
     ranked = confidence.round(decimals=5).masked_fill(~masked, -1.0).sort(dim=1, descending=True, stable=True)
     places = ranked.indices[:, :count]
     return tokens.scatter(1, places, chosen.gather(1, places))
-
-
-def _forward(
-    model: GPTModel, families: list[Family], tokens: torch.Tensor, time_step: int
-) -> torch.Tensor | None:
-    """Logits [b, s, V] on the last stage, None on the others."""
-    rows, length = tokens.shape
-    batch = {
-        "tokens": tokens,
-        "position_ids": torch.arange(length, device=tokens.device).expand(rows, length),
-        TIME_STEP: torch.full((rows,), time_step, device=tokens.device),
-    }
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if not model.pre_process:
-        hidden_size = model.config.hidden_size
-        shape = (length * model.auxiliary.pipeline_factor(hidden_size), rows, hidden_size)
-        received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
-        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-        model.set_input_tensor(received)
-    output = model(
-        tokens,
-        batch["position_ids"],
-        None,
-        auxiliary_inputs=auxiliary_inputs(families, batch),
-        runtime_gather_output=True,
-    )
-    if model.post_process:
-        return output
-    dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
-    return None
-
-
-def _share_from_last_stage(tokens: torch.Tensor) -> None:
-    """Tensor ranks choose alike (same logits, same generator); the other stages learn the tokens, in place."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-
-
-def _until(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
-    return tokens[: first_of(stop_tokens, tokens)]
