@@ -59,10 +59,10 @@ def main() -> None:
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES, window_begin
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     if config.output is not None:
-        check_writable("--output", config.output)
+        check_report_writable("--output", config.output)
     refuse_same_dataset("--data-path", config.data_path)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
@@ -99,7 +99,7 @@ def main() -> None:
         if process_groups.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and process_groups.rank() == 0:
-        write_text(config.output, json.dumps(results, indent=2) + "\n")
+        write_report(config.output, json.dumps(results, indent=2) + "\n")
     process_groups.shutdown()
 
 

@@ -89,20 +89,20 @@ def main() -> None:
     from megatron_ext.npt.evaluation.evaluation_summary import print_summary
     from megatron_ext.platform import process_groups
     from megatron_ext.reports.charts import require_matplotlib
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     for name, path in (("--output", config.output), ("--html", config.html)):
         if path is not None:
-            check_writable(name, path)
+            check_report_writable(name, path)
     if config.html is not None:
         require_matplotlib(f"--html {config.html}")
     report = _evaluate(config)
     if report is not None:
-        write_text(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_report(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
         if config.html is not None:
             from megatron_ext.npt.evaluation.evaluation_page import evaluation_page
 
-            write_text(config.html, evaluation_page(report))
+            write_report(config.html, evaluation_page(report))
         print_summary(report)
         print(f"{report['checkpoint']}: step {report['step']}")
         print(
@@ -119,7 +119,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
     from megatron_ext.npt.evaluation.paired_generation import held_out_prompts, paired_generations
-    from megatron_ext.npt.weights.conversion import draw
+    from megatron_ext.npt.weights.conversion import initialize_np_factors
     from megatron_ext.registry.known_families import window_begin
     from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
@@ -154,7 +154,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     report = evaluate_npt([loaded.model], families, settings, config.data_path, **on)
     # Last, as it takes the place of the trained weights.
     seed = stored.get("training", {}).get("seed", TrainingConfig.seed)
-    draw([loaded.model], seed)
+    initialize_np_factors([loaded.model], seed)
     untrained = evaluate_perplexity([loaded.model], families, config.data_path, **on)
     if report is None:
         return None

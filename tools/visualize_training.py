@@ -48,11 +48,11 @@ def main() -> None:
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
     from megatron_ext.reports.page import Page
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
     from megatron_ext.reports.training_charts import training_charts
 
     target = config.html if config.html is not None else str(Path(config.output_dir or "", "x.svg"))
-    check_writable("--html" if config.html is not None else "--output-dir", target)
+    check_report_writable("--html" if config.html is not None else "--output-dir", target)
     require_matplotlib("tools/visualize_training.py")
     found = {}
     for name, folder in find_runs(config.logdir).items():
@@ -69,12 +69,12 @@ def main() -> None:
         for name, charts in found.items():
             page.heading(name or "Curves")
             page.pictures([(chart.svg, chart.caption) for chart in charts])
-        write_text(config.html, page.html())
+        write_report(config.html, page.html())
         print(f"{config.html}: {count} charts")
         return
     for name, charts in found.items():
         for chart in charts:
-            write_text(Path(config.output_dir or "", name, f"{_file_name(chart.name)}.svg"), chart.svg)
+            write_report(Path(config.output_dir or "", name, f"{_file_name(chart.name)}.svg"), chart.svg)
     print(f"{config.output_dir}: {count} charts")
 
 

@@ -105,7 +105,7 @@ def generate(
         total, f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {max(lengths)} tokens"
     )
     model.eval()
-    check_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
+    check_cache_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
     tokens = _padded(prompts, total)
     stops = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=tokens.device)
     context = StaticInferenceContext(len(prompts), total)
@@ -164,7 +164,7 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
 
 
-def check_memory(needed: int, max_new_tokens: int) -> None:
+def check_cache_memory(needed: int, max_new_tokens: int) -> None:
     """Raises `ValueError` where a generation needs more bytes than are free: the system would end the process."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:

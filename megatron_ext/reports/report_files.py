@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def check_writable(flag: str, path: str | Path) -> None:
+def check_report_writable(flag: str, path: str | Path) -> None:
     """Raises `OSError` naming the flag unless a file can be written at `path`, where folders may still be missing."""
     target = Path(path)
     if target.is_dir():
@@ -16,7 +16,7 @@ def check_writable(flag: str, path: str | Path) -> None:
         raise PermissionError(f"{flag} {path}: cannot be written")
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_report(path: str | Path, text: str) -> None:
     """Writes a file by rename, with the folders above it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.conversion import convert, draw
+from megatron_ext.npt.weights.conversion import convert, initialize_np_factors
 from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import (
     STEM,
@@ -157,7 +157,7 @@ class NPTModel:
         if isinstance(config, NPTConfig) and config.single_layer_mode and len(layers) != 1:
             raise ValueError(f"NPTConfig: single_layer_mode converts one layer, not {len(layers)}")
         convert([self.model], module)
-        draw([self.model], seed)
+        initialize_np_factors([self.model], seed)
         self.settings = module
 
     def load_npt_weights(self, weights: str | Path | Mapping[str, torch.Tensor]) -> None:

@@ -121,7 +121,7 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     return folder
 
 
-def stored_defaults(save: Path, given: Mapping[str, Any]) -> Found:
+def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
     """Groups `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
 
     Args:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ext.inference.generation import (
+    check_cache_memory,
     check_max_new_tokens,
-    check_memory,
     check_seed,
     check_temperature,
     first_of,
@@ -102,7 +102,9 @@ def generate_by_unmasking(
         members = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
         given = [prompts[number] for number in members]
         rows = len(members) * (length + sampling.max_new_tokens)
-        check_memory(rows * vocab_size * 3 * 4, sampling.max_new_tokens)  # logits, probabilities, a copy
+        check_cache_memory(
+            rows * vocab_size * 3 * 4, sampling.max_new_tokens
+        )  # logits, probabilities, a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
     return [new[n][: first_of(sampling.stop_tokens, new[n])] for n in range(len(prompts))]

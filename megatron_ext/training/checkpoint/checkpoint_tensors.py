@@ -71,7 +71,7 @@ def model_state(
     return states
 
 
-def load_into(
+def read_into(
     models: list[GPTModel],
     folder: Path,
     *,
@@ -103,14 +103,14 @@ def load_into(
 def load_optimizer(
     optimizer: OptimizerState, folder: Path, step: int, *, whole: bool = True, same_vocabulary: bool
 ) -> None:
-    """Reads an optimizer's tensors from a checkpoint whose model is loaded, as `load_into` does; collective.
+    """Reads an optimizer's tensors from a checkpoint whose model is loaded, as `read_into` does; collective.
 
     Args:
         optimizer: gets them.
         folder: the checkpoint.
         step: updates done so far, as Adam counts them.
         whole: False: parameters whose state the checkpoint lacks keep their own.
-        same_vocabulary: as in `load_into`.
+        same_vocabulary: as in `read_into`.
     """
     stored = stored_shapes(folder)
     main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
