@@ -5,6 +5,7 @@
 # make test        lint, types and all tests
 # make check       lint and types only
 # make bench       every benchmark, one table each
+# make docs        the documentation site, in site/index.html; fails on any warning
 # make format      rewrite the sources as `make lint` wants them
 #
 # PYTHON chooses the interpreter that .venv is made from (3.10 to 3.13): make install PYTHON=python3.12
@@ -13,10 +14,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := test,dev,data,hf,lora,quantization
+EXTRAS := test,dev,data,hf,lora,quantization,docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart npt progressive test check lint types format bench
+.PHONY: help install quickstart npt progressive test check lint types format bench docs
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -24,7 +25,7 @@ help:
 install: $(STAMP)
 
 # The stamp is written last, so that an interrupted install is taken up again.
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.10 to 3.13" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
@@ -62,3 +63,8 @@ format: install
 
 bench: install
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# The variable silences the theme's announcement of its successor. `$(BIN)/mkdocs serve` shows the site with its search.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"

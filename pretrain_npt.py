@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.config.command_line.parse import Found, parse, run_main
-from megatron_ext.npt.npt_run_config import NPTRunConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import mode_defaults
 
 EXAMPLE = (

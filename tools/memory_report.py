@@ -12,6 +12,7 @@ each of 4096 tokens.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +20,10 @@ from rich.table import Table
 from megatron_ext.config.command_line.field_checks import check_at_least
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.npt.evaluation.delta_memory import SizeMemory, TokenBytes, measure_memory, project_memory
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.platform.process_groups import initialize
+
+if TYPE_CHECKING:
+    from megatron_ext.npt.evaluation.delta_memory import SizeMemory, TokenBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,10 @@ def main() -> None:
     layers = len(settings.layers(config.projected_num_layers))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise FileNotFoundError(f"--output {config.output}: its folder does not exist")
+    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    from megatron_ext.npt.evaluation.delta_memory import measure_memory, project_memory
+    from megatron_ext.platform.process_groups import initialize
+
     initialize(ParallelConfig(), seed=1)
     ratio = config.projected_ffn_hidden_size / config.projected_hidden_size
     measured = [
@@ -116,8 +122,8 @@ def main() -> None:
 def _print(
     config: MemoryReportConfig,
     settings: NPTModuleConfig,
-    measured: list[SizeMemory],
-    projected: SizeMemory,
+    measured: "list[SizeMemory]",
+    projected: "SizeMemory",
     layers: int,
 ) -> None:
     console = Console(width=120)
@@ -144,7 +150,7 @@ def _print(
             )
 
 
-def _values(form: TokenBytes) -> tuple[float, float]:
+def _values(form: "TokenBytes") -> tuple[float, float]:
     return form.kept, form.peak
 
 

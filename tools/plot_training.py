@@ -5,8 +5,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from megatron_ext.config.command_line.field_checks import flag
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.reports.charts import require_matplotlib
 from megatron_ext.reports.events import Curve, read_curves
@@ -16,7 +17,7 @@ from megatron_ext.reports.events import Curve, read_curves
 class PlotConfig:
     """What to read and where to draw."""
 
-    tensorboard_dir: str
+    tensorboard_dir: Annotated[str, flag(aliases=("--logdir",))]
     """Directory that training wrote its event files to."""
 
     output: str

@@ -27,6 +27,7 @@ from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
 from megatron_ext.npt.objective.layer_losses import LayerStepLosses
+from megatron_ext.npt.objective.npt_charts import NPT_CHARTS
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.objective.step_objective import PLAIN_LM, StepObjective
@@ -40,6 +41,8 @@ class NPTFamily(Family):
     """NP components in a run."""
 
     name = "npt"
+
+    charts = NPT_CHARTS
 
     free_on_resume = frozenset({"np_init_scale", "np_init_strategy"})
 

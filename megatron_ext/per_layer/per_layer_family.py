@@ -23,6 +23,7 @@ from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, ro
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.per_layer.per_layer_charts import PER_LAYER_CHARTS
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_cost import per_layer_cost
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
@@ -35,6 +36,8 @@ class PerLayerFamily(Family):
     """Per-layer embedding in a run."""
 
     name = "per_layer"
+
+    charts = PER_LAYER_CHARTS
 
     free_on_resume = frozenset(
         {

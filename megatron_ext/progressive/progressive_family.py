@@ -35,6 +35,7 @@ from megatron_ext.progressive.growth.trunk_strategy import (
 )
 from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
+from megatron_ext.progressive.progressive_charts import PROGRESSIVE_CHARTS
 from megatron_ext.progressive.progressive_cost import progressive_cost, progressive_work
 from megatron_ext.progressive.progressive_extension import ProgressiveExtension
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -61,6 +62,8 @@ class ProgressiveFamily(Family):
     """A rack in a run."""
 
     name = "progressive"
+
+    charts = PROGRESSIVE_CHARTS
 
     free_on_resume = frozenset(
         {

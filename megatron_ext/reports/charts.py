@@ -27,6 +27,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5
 _MOST_COLUMNS = 300
 """Of a heat map over steps; more are averaged."""
 _LOG_SPAN = 100.0
+_HIGHEST = 4.5
+"""Inches of a heat map's rows; where there are more, they are lower."""
+_MOST_ROW_LABELS = 24
 
 
 def require_matplotlib(what: str) -> None:
@@ -68,6 +71,8 @@ def curves_chart(
         if _spans_orders(np.array(drawn)):
             axes.set_yscale("log")
             _write_plainly(axes.yaxis)
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
         axes.set(xlabel=x_label, ylabel=y_label)
         count_in_whole_numbers(axes.xaxis)
         if len(curves) > 1:
@@ -78,8 +83,7 @@ def curves_chart(
 def step_heat_map(
     layers: dict[int, Curve],
     *,
-    label: str,
-    title: str = "",
+    title: str,
     bands: Sequence[Band] = (),
     row_name: str = "layer",
 ) -> str:
@@ -87,17 +91,17 @@ def step_heat_map(
 
     Args:
         layers: row's number -> steps and values.
-        label: what the values are.
-        title: above the chart.
+        title: what the values are; above the chart.
         bands: parts of the steps, marked at their ends and labelled at the top.
         row_name: what a row is.
     """
     values, first, last = _binned(layers)
-    with _chart(6.4, 1.4 + 0.22 * len(layers), title) as (axes, out):
+    with _chart(6.4, 1.4 + min(0.22 * len(layers), _HIGHEST), title) as (axes, out):
         width = max((last - first) / max(values.shape[1] - 1, 1), 1)
         extent = (first - width / 2, last + width / 2, len(layers) - 0.5, -0.5)
         image = axes.imshow(values, aspect="auto", extent=extent, norm=_norm(values), interpolation="nearest")
-        axes.set_yticks(range(len(layers)), [str(number) for number in layers])
+        labelled = range(0, len(layers), -(-len(layers) // _MOST_ROW_LABELS))
+        axes.set_yticks(labelled, [str(list(layers)[row]) for row in labelled])
         axes.set(xlabel="step", ylabel=row_name)
         count_in_whole_numbers(axes.xaxis)
         for name, begin, end in bands:
@@ -106,7 +110,7 @@ def step_heat_map(
                 name, ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
             )
         axes.set_xlim(extent[0], extent[1])
-        scale = axes.figure.colorbar(image, ax=axes, label=label)
+        scale = axes.figure.colorbar(image, ax=axes)
         if _spans_orders(values):
             _write_plainly(scale.ax.yaxis)
     return out[0]

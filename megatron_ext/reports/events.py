@@ -45,7 +45,7 @@ def read_curves(
     return {tag: ([e.step for e in found], [e.value for e in found]) for tag, found in scalars.items()}
 
 
-def find_runs(directory: str | Path, *, flag: str = "--logdir") -> dict[str, Path]:
+def find_runs(directory: str | Path, *, flag: str = "--tensorboard-dir") -> dict[str, Path]:
     """Name -> folder of every run below a directory; a run in the directory itself has the name "".
 
     Raises:

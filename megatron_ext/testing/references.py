@@ -16,14 +16,20 @@ def reference_rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def reference_activation(values: Tensor, name: str) -> Tensor:
-    """relu, gelu (by erf), gelu_tanh, silu or swish, written out."""
+    """relu, gelu (by erf), gelu_tanh, silu or swish, written out.
+
+    Raises:
+        ValueError: another name; a new activation is written out here before its test can pass.
+    """
     if name == "relu":
         return torch.where(values > 0, values, torch.zeros_like(values))
     if name == "gelu":
         return 0.5 * values * (1 + torch.erf(values / math.sqrt(2)))
     if name == "gelu_tanh":
         return 0.5 * values * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)))
-    return values / (1 + torch.exp(-values))
+    if name in ("silu", "swish"):
+        return values / (1 + torch.exp(-values))
+    raise ValueError(f"activation {name}: has no reference; write its formula into reference_activation")
 
 
 def reference_per_layer_vector(

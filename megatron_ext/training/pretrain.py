@@ -172,6 +172,7 @@ def train(
         config.logging,
         total_iterations=training.resolved_train_iters(global_batch_size),
         flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
+        charts=[chart for family in families for chart in family.charts],
         bf16=training.bf16,
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,

@@ -30,7 +30,7 @@ ALLOWED = {
     "models": {"config", "platform"},
     "data": {"config", "platform"},
     "lora": {"models", "config", "platform"},
-    "training": {"models", "data", "config", "platform"},
+    "training": {"models", "data", "reports", "config", "platform"},
     "inference": {"training", "models", "data", "config", "platform"},
     "interop": {"lora", "training", "models", "data", "config", "platform"},
     "reports": set[str](),

@@ -73,7 +73,7 @@ def _spelled(flag: Flag) -> str:
     """The flag, its aliases, and what it takes."""
     if flag.is_switch:
         return ", ".join((*flag.names, *flag.negations[: bool(flag.default)]))
-    value = flag.metavar or ("{" + ",".join(flag.choices) + "}" if flag.choices else _KINDS[flag.kind])
+    value = flag.metavar or ("{" + ", ".join(flag.choices) + "}" if flag.choices else _KINDS[flag.kind])
     if flag.takes_many and not flag.is_repeated and flag.metavar is None:
         value = f"{value} ..."
     return f"{', '.join(flag.names)} {value}"

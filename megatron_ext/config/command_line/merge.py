@@ -35,6 +35,9 @@ class Source:
 
 FLAG = Source("flag")
 DEFAULT = Source("default")
+DERIVED = Source("follows from others")
+"""Of a field that is not given, and has another value than its default."""
+
 Sources = Mapping[str, Source]
 """Field's name -> source, for all fields that do not have their default."""
 
@@ -119,12 +122,16 @@ def format_sources(config: "DataclassInstance", sources: Sources) -> str:
     groups = {name: getattr(config, name, config) for name in groups_of(type(config))}
     rows = {
         name: [
-            (field.name, _text(getattr(group, field.name)), sources.get(field.name, DEFAULT).text)
+            (field.name, _text(value := getattr(group, field.name)), _source(field, value, sources).text)
             for field in dataclasses.fields(group)
         ]
         for name, group in groups.items()
     }
     return "\n".join(line for name, found in rows.items() for line in (f"{name}:", *_table(found)))
+
+
+def _source(field: "dataclasses.Field[Any]", value: object, sources: Sources) -> Source:
+    return sources.get(field.name, DEFAULT if value == field.default else DERIVED)
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:

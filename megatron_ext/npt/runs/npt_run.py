@@ -23,7 +23,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.evaluation.training_samples import check_sample_length, check_samples
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.npt_run_config import NPTRunConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.dataset_presets import with_preset

@@ -26,7 +26,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import choose_layers
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.npt_run_config import NPTRunConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs import sequential_files as store
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.sequential_files import SequentialState, with_layers

@@ -7,8 +7,8 @@ those are means over layers, while the total, which is what is trained, sums ove
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.curriculum import STUDENT, format_curriculum
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.platform.collectives import print_on_first_rank
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint

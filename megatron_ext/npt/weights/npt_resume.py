@@ -14,8 +14,8 @@ from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.flag_table import groups_of
 from megatron_ext.config.serialize import group_from_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.curriculum import Stage, format_curriculum
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.weights.state_files import MULTI_LAYER_STATE
 from megatron_ext.platform import process_groups

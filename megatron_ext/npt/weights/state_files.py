@@ -22,8 +22,8 @@ import torch
 from megatron_ext.config.serialize import config_to_dict, group_to_dict
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.curriculum import Stage, stage_index
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.teacher import TeacherCache
 from megatron_ext.npt.weights.np_factors import gather_np_factors
 from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, write_np_weights

@@ -20,6 +20,7 @@ from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.model_extension import Extension
+from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 Batch = dict[str, torch.Tensor]
@@ -45,6 +46,9 @@ class Family:
 
     statistics_interval: int | None = None
     """Steps between two calls of `statistics`; None for never."""
+
+    charts: tuple[ScalarChart, ...] = ()
+    """The charts of all values that the family may log."""
 
     free_on_resume: frozenset[str] = frozenset()
     """Keys of `configuration` that may differ between a checkpoint and the run that loads it (dropout, ...)."""

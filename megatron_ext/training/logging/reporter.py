@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.platform.peak_rate import DevicePeak, device_peak
+from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.logging.progress_line import Fields, binary_size, clock, compact, open_progress
 from megatron_ext.training.logging.step_metrics import Interval, StepMetrics
 from megatron_ext.training.logging.tensorboard_writer import TensorBoard
@@ -44,6 +45,7 @@ class Reporter:
         *,
         total_iterations: int,
         flops_per_token: Callable[[int], float],
+        charts: Sequence[ScalarChart] = (),
         bf16: bool = False,
         iteration: int = 0,
         consumed_samples: int = 0,
@@ -59,6 +61,7 @@ class Reporter:
             total_iterations: optimizer steps of the whole run.
             flops_per_token: the step that was just done -> its model FLOPs of forward and backward for a token, all
                 families included (see `models.accounting`); for throughput and MFU.
+            charts: of the values that families log, for TensorBoard's Custom Scalars page.
             bf16: the run's precision, which decides the device's peak.
             iteration: steps done before this run (0 for a new one); the next is `iteration + 1`.
             consumed_samples: sequences used in them.
@@ -84,7 +87,7 @@ class Reporter:
         if self._is_silent:
             return
         texts = {name: _json_values(value) for name, value in (configuration or {}).items()}
-        self._tensorboard = _open_tensorboard(logging, iteration, consumed_samples, texts)
+        self._tensorboard = _open_tensorboard(logging, charts, iteration, consumed_samples, texts)
         self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
         self._progress = open_progress(stream or sys.stdout, total_iterations, iteration)
         if self._peak is not None:
@@ -251,11 +254,17 @@ class Reporter:
 
 
 def _open_tensorboard(
-    logging: LoggingConfig, iteration: int, consumed_samples: int, texts: Mapping[str, Any]
+    logging: LoggingConfig,
+    charts: Sequence[ScalarChart],
+    iteration: int,
+    consumed_samples: int,
+    texts: Mapping[str, Any],
 ) -> TensorBoard | None:
     if logging.tensorboard_dir is None:
         return None
-    tensorboard = TensorBoard(logging.tensorboard_dir, iteration=iteration, consumed_samples=consumed_samples)
+    tensorboard = TensorBoard(
+        logging.tensorboard_dir, charts=charts, iteration=iteration, consumed_samples=consumed_samples
+    )
     for name, values in texts.items():
         tensorboard.text(f"configuration/{name}", f"```json\n{json.dumps(values, indent=2)}\n```", iteration)
     return tensorboard

@@ -10,7 +10,7 @@ from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.data.datasets.epochs import epoch_samples
-from megatron_ext.npt.npt_run_config import NPTRunConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs.dataset_presets import with_preset
 from megatron_ext.testing.run_distributed import run_distributed
 from pretrain_npt import DOCUMENT_SECTIONS

@@ -16,7 +16,11 @@ from megatron_ext.per_layer.per_layer_block import ACTIVATIONS, PerLayerBlock
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.references import reference_per_layer_block, reference_per_layer_vector
+from megatron_ext.testing.references import (
+    reference_activation,
+    reference_per_layer_block,
+    reference_per_layer_vector,
+)
 from megatron_ext.testing.run_distributed import run_distributed
 
 METHODS = ("scaled_add", "concat", "gated")
@@ -191,3 +195,8 @@ def _dropout_facts() -> tuple[bool, bool, bool]:
 
 def test_projection_dropout_acts_in_training_only() -> None:
     assert run_distributed(_dropout_facts, 1) == [(False, True, True)]
+
+
+def test_an_activation_without_a_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation tanh: has no reference"):
+        reference_activation(torch.zeros(1), "tanh")
