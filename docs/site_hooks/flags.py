@@ -1,16 +1,16 @@
 """Reference pages of the command line: every flag of every command, read from the dataclasses that define the flags."""
 
-import ast
 import dataclasses
 import importlib.util
 import inspect
-import itertools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.command_line.flag_table import Flag, flags_of
+from megatron_ext.config.command_line.flag_table import Flag, flags_of, groups_of
+from megatron_ext.config.command_line.help_text import field_docs
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ("pretrain_gpt_per_layer.py", "pretrain_npt.py", "pretrain_progressive.py")
@@ -18,12 +18,13 @@ TRAINING = ("pretrain_gpt_per_layer.py", "pretrain_npt.py", "pretrain_progressiv
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a command hands to the parser."""
+    """The arguments with which a command calls `parse`."""
 
     name: str
-    groups: dict[str, type[Any]]
+    config_type: type[Any]
     description: str
     example: str
+    supplied: Mapping[str, str]
 
 
 class _Parsed(Exception):
@@ -49,9 +50,10 @@ def command(name: str) -> Command:
     script, *subcommand = name.split()
     module = _load(ROOT / script)
 
-    def capture(groups: Any, *_: Any, description: str = "", example: str = "", **__: Any) -> None:
-        by_name = {"flags": groups} if isinstance(groups, type) else dict(groups)
-        raise _Parsed(Command(name=name, groups=by_name, description=description, example=example))
+    def capture(config_type: type[Any], *_: Any, **options: Any) -> None:
+        shown = {key: options.get(key, "") for key in ("description", "example")}
+        supplied = options.get("supplied", {})
+        raise _Parsed(Command(name=name, config_type=config_type, supplied=supplied, **shown))
 
     module.parse = capture
     argv, sys.argv = sys.argv, [script, *subcommand]
@@ -81,65 +83,45 @@ def _commands_of(path: Path) -> list[str]:
 
 
 def _page(shown: Command) -> str:
-    return f"# Flags of {shown.name}\n\n{_head(shown)}\n" + "\n".join(
-        f"## {group}\n\n{_intro(config)}\n\n{_table({group: config})}"
-        for group, config in shown.groups.items()
-    )
+    parts = [f"# Flags of {shown.name}\n", _head(shown)]
+    for name, group in groups_of(shown.config_type).items():
+        summary = inspect.cleandoc(group.__doc__ or "").partition("\n\n")[0]
+        parts.append(f"## {name}\n\n{summary}\n\n{_table(shown, name)}")
+    return "\n".join(parts)
 
 
 def _section(shown: Command) -> str:
-    return f"## {shown.name}\n\n{_head(shown)}\n{_table(shown.groups)}"
+    tables = [_table(shown, name) for name in groups_of(shown.config_type)]
+    return "\n".join([f"## {shown.name}\n", _head(shown), *tables])
 
 
 def _head(shown: Command) -> str:
-    # One flag per line; torchrun's own stay beside it.
-    example = re.sub(r" (?=--(?!nproc-per-node)[a-z])", " \\\\\n    ", " ".join(shown.example.split()))
+    # One flag per line; torchrun's own stays on the first.
+    example = re.sub(r" (?=--(?!nproc-per-node)[a-z])", r" \\\n    ", " ".join(shown.example.split()))
     return f"{inspect.cleandoc(shown.description)}\n\n```bash\n{example}\n```\n"
 
 
-def _intro(config: type[Any]) -> str:
-    return inspect.cleandoc(config.__doc__ or "").partition("\n\n")[0]
+def _table(shown: Command, group: str) -> str:
+    meanings = field_docs(groups_of(shown.config_type)[group])
+    flags = [flag for flag in flags_of(shown.config_type) if flag.group == group]
+    rows = [_row(flag, meanings.get(flag.field, ""), shown.supplied.get(flag.field)) for flag in flags]
+    return "\n".join(["| flag | default | meaning |", "|---|---|---|", *rows, ""])
 
 
-def _table(groups: dict[str, type[Any]]) -> str:
-    rows = ["| flag | default | meaning |", "|---|---|---|"]
-    meanings = {name: _field_texts(config) for name, config in groups.items()}
-    rows += [_row(flag, groups[flag.group], meanings[flag.group]) for flag in flags_of(groups)]
-    return "\n".join(rows) + "\n"
-
-
-def _row(flag: Flag, config: type[Any], meanings: dict[str, str]) -> str:
-    field = flag.name[2:].replace("-", "_")
+def _row(flag: Flag, meaning: str, supplied: str | None) -> str:
     names = "<br>".join(f"`{name}`" for name in (*flag.names, *flag.negations[:1]))
     choices = f" One of {', '.join(f'`{choice}`' for choice in flag.choices)}." if flag.choices else ""
-    meaning = " ".join(meanings.get(field, "").split()) + choices
-    return f"| {names} | {_default(config, field, flag)} | {_cell(meaning)} |"
+    default = supplied or _default(flag)
+    return f"| {names} | {_cell(default)} | {_cell(' '.join(meaning.split()) + choices)} |"
 
 
-def _default(config: type[Any], field: str, flag: Flag) -> str:
+def _default(flag: Flag) -> str:
     if flag.is_required:
         return "required"
-    described = config.__dataclass_fields__[field]
-    value = described.default
-    if value is dataclasses.MISSING:
-        value = described.default_factory()
-    if value is None or value == ():
-        return "none"
-    text = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    return f"`{_cell(text)}`" if text else "empty"
+    values = flag.default if isinstance(flag.default, (tuple, list)) else (flag.default,)
+    text = " ".join(str(value) for value in values if value is not None)
+    return f"`{text}`" if text else "none"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _field_texts(config: type[Any]) -> dict[str, str]:
-    """Field -> the string below it, of a dataclass and what it inherits."""
-    texts: dict[str, str] = {}
-    for ancestor in reversed(inspect.getmro(config)[:-1]):
-        definition = ast.parse(inspect.cleandoc(inspect.getsource(ancestor))).body[0]
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in itertools.pairwise(definition.body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                texts[ast.unparse(statement.target)] = str(ast.literal_eval(following.value))
-    return texts

@@ -53,7 +53,7 @@ class RunSettings:
 
 
 class TinyRun:
-    """A run in the making; every process of the cut makes one. Loads at once where the settings say so."""
+    """A run in the making; every process of the layout makes one. Loads at once where the settings say so."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_ext.testing.preload"])
+context = multiprocessing.get_context("forkserver")
+"""Makes processes that have torch and the engine imported."""
+
+context.set_forkserver_preload(["megatron_ext.testing.preload"])
 
 
 def run_distributed(
@@ -66,10 +68,10 @@ def _started(
     function: Callable[..., Any], world_size: int, args: tuple[Any, ...]
 ) -> Iterator[tuple[list[Any], Any]]:
     """The processes, and the queue of their results; within it they run, afterwards they are gone."""
-    results: Any = _context.Queue()
+    results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _context.Process(
+            context.Process(
                 target=_run_rank, args=(function, rank, world_size, folder, args, results), daemon=False
             )
             for rank in range(world_size)

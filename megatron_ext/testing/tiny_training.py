@@ -55,19 +55,19 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "DP2 distributed optimizer": ParallelConfig(use_distributed_optimizer=True),
     "TP2+SP": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
-"""The cuts that must agree with the single process."""
+"""The layouts that must agree with the single process."""
 
 WORLD_SIZES = {name: 4 if name == "TP2xPP2" else 1 if name == "TP1" else 2 for name in LAYOUTS}
 
 
 def with_full_recompute(parallel: ParallelConfig) -> ParallelConfig:
-    """The same cut, every layer recomputed in the backward pass."""
+    """The same layout, every layer recomputed in the backward pass."""
     return replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
 @dataclass
 class TrainingTrace:
-    """What a short training gives, gathered so that cuts can be compared."""
+    """What a short training gives, gathered so that layouts can be compared."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)

@@ -19,6 +19,7 @@ from megatron_ext.platform import process_groups
 from megatron_ext.progressive.runs.progressive_run import run_progressive
 from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig, stack_defaults
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.interface.family_interface import Family
 from tests.integration.progressive.progressive_run_helpers import FLAGS, losses_of, stored, write_data
 
@@ -59,15 +60,15 @@ def train(data: str, save: str, *flags: str) -> list[float]:
     return losses_of(output.getvalue())
 
 
-def at_cuts(data: str, folder: str, cuts: list[str]) -> dict[str, Result]:
+def at_layouts(data: str, folder: str, layouts: list[str]) -> dict[str, Result]:
     found = {}
-    for cut in cuts:
-        losses = train(data, f"{folder}/{cut}", *LAYOUTS[cut])
-        for stop in (("--exit-interval", "3"), ()) if cut != "TP1" else ():
-            train(data, f"{folder}/{cut} resumed", *LAYOUTS[cut], *stop)
-        found[cut] = losses, stored(f"{folder}/{cut}", "progressive_rack")
-        if cut != "TP1":
-            found[f"{cut} resumed"] = losses, stored(f"{folder}/{cut} resumed", "progressive_rack")
+    for layout in layouts:
+        losses = train(data, f"{folder}/{layout}", *LAYOUTS[layout])
+        for stop in (("--exit-interval", "3"), ()) if layout != "TP1" else ():
+            train(data, f"{folder}/{layout} resumed", *LAYOUTS[layout], *stop)
+        found[layout] = losses, stored(f"{folder}/{layout}", "progressive_rack")
+        if layout != "TP1":
+            found[f"{layout} resumed"] = losses, stored(f"{folder}/{layout} resumed", "progressive_rack")
     return found
 
 
@@ -75,16 +76,16 @@ def at_cuts(data: str, folder: str, cuts: list[str]) -> dict[str, Result]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("composition")
     data = write_data(Path(folder))
-    single: dict[str, Result] = run_distributed(at_cuts, 1, data, str(folder), ["TP1"])[0]
-    return single | run_distributed(at_cuts, 2, data, str(folder), ["TP2", "PP2"])[0]
+    single: dict[str, Result] = run_single(at_layouts, data, str(folder), ["TP1"])
+    return single | run_distributed(at_layouts, 2, data, str(folder), ["TP2", "PP2"])[0]
 
 
-@pytest.mark.parametrize("cut", ["TP2", "PP2"])
+@pytest.mark.parametrize("layout", ["TP2", "PP2"])
 def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
-    results: dict[str, Result], cut: str
+    results: dict[str, Result], layout: str
 ) -> None:
-    assert len(results[cut][0]) == 4
-    assert results[cut][0] == pytest.approx(results["TP1"][0], rel=2e-4)
+    assert len(results[layout][0]) == 4
+    assert results[layout][0] == pytest.approx(results["TP1"][0], rel=2e-4)
     names = results["TP1"][1]
     for part in (
         "per_layer.layers.3.",
@@ -94,8 +95,8 @@ def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
         assert any(name.startswith(part) for name in names), part
 
 
-@pytest.mark.parametrize("cut", ["TP2", "PP2"])
-def test_their_resumed_training_ends_with_the_same_bits(results: dict[str, Result], cut: str) -> None:
-    whole, resumed = results[cut][1], results[f"{cut} resumed"][1]
+@pytest.mark.parametrize("layout", ["TP2", "PP2"])
+def test_their_resumed_training_ends_with_the_same_bits(results: dict[str, Result], layout: str) -> None:
+    whole, resumed = results[layout][1], results[f"{layout} resumed"][1]
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

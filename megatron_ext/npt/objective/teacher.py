@@ -1,11 +1,11 @@
-"""The teacher: the same weights with NP components off, run once more without gradients.
+"""The teacher: the same model with NP components deactivated, run once more without gradients.
 
-For every micro-batch it leaves the input of each NPT layer, and what the output layer reads, on the stage that owns
-them, as further fields of the batch. Without pipeline parallelism it runs right before the student, one micro-batch at
-a time; with it once for all micro-batches of the step, through the pipeline's own schedule.
+It adds the input of each NPT layer and the output layer's input to every micro-batch, as fields on the stage that owns
+the layer. Without pipeline parallelism it runs right before the student, one micro-batch at a time; with pipeline
+parallelism it runs through the schedule, once for all micro-batches of the step.
 
-The cache keeps states by the tokens of a sequence, so that a later epoch finds them, up to a size; what does not fit is
-computed again. It is in the host's memory.
+The cache keeps states in host memory, up to a given size, under the tokens of their sequence, so that a later epoch
+finds them. States that do not fit are recomputed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,26 +22,26 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 OUTPUT = f"{TEACHER}/output"
-"""Batch field: what the output layer reads in the teacher, [s, b, h] ([s/t, b, h] under sequence parallel)."""
+"""Name of the batch field with the teacher's output-layer input, [s, b, h] ([s/t, b, h] under sequence parallel)."""
 
 
 class TeacherCache(FrozenForward):
-    """States by sequence, in the host's memory."""
+    """Cache of the teacher's states by sequence, in host memory."""
 
     def __init__(self, max_bytes: int) -> None:
         """Args:
-        max_bytes: largest size on this rank; 0 for no cache.
+        max_bytes: size limit on this rank; 0 for no cache.
         """
         super().__init__()
         self.max_bytes = max_bytes
         self.bytes = 0
-        """Present size."""
+        """Current size."""
 
         self.states: dict[Id, dict[str, torch.Tensor]] = {}
-        """Digest of a sequence's tokens -> its states, [s, h] each."""
+        """Digest of a sequence's tokens -> its states, each [s, h]."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
-        """The states of a micro-batch, if every model-parallel rank has its part of every sequence; collective."""
+        """Returns the states of a micro-batch, or None unless every model-parallel rank has all of them; collective."""
         if not self.max_bytes:
             return None
         rows = [self.states.get(key) for key in _keys(batch)]
@@ -52,7 +52,7 @@ class TeacherCache(FrozenForward):
         return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
-        """Keeps a micro-batch's states while there is room."""
+        """Stores a micro-batch's states as long as they fit."""
         for row, key in enumerate(_keys(batch)):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:
@@ -65,11 +65,11 @@ class TeacherCache(FrozenForward):
 
 
 class Teacher:
-    """Runs the base model beside the student."""
+    """Runs the base model on the student's micro-batches."""
 
     def __init__(self, cache_bytes: int = 0) -> None:
         """Args:
-        cache_bytes: largest size of the cache on this rank.
+        cache_bytes: size limit of the cache on this rank; 0 for no cache.
         """
         self.cache = TeacherCache(max_bytes=cache_bytes)
 
@@ -82,14 +82,14 @@ class Teacher:
         layers: tuple[int, ...],
         output: bool,
     ) -> Iterable[Batch]:
-        """The micro-batches with the teacher's states.
+        """Adds the teacher's states to the micro-batches.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
             families: all families of the run.
             batches: the micro-batches, on the device.
-            layers: numbers of the layers whose inputs are wanted, of any stage.
-            output: what the output layer reads is wanted.
+            layers: numbers of the layers, of any stage, whose inputs are added.
+            output: whether the output layer's input is added.
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return self._one_by_one(chunks, families, batches, layers, output)
@@ -137,5 +137,5 @@ def _states(
 
 
 def _keys(batch: Batch) -> list[Id]:
-    """Ids of the sequences, by their tokens and positions."""
+    """Returns ids of the sequences, digests of their tokens and positions."""
     return sample_ids(torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1))

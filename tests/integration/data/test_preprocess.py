@@ -110,7 +110,7 @@ def write_json_lines(path: Any, texts: Any, **more: Any) -> Any:
     data=st.data(),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_documents_in_any_cut_give_mcores_bytes(
+def test_any_documents_in_any_layout_give_mcores_bytes(
     tmp_path_factory: Any, texts: Any, chunk_bytes: Any, partitions: Any, eod: Any, data: Any
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("run")

@@ -12,8 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from megatron_ext.config.command_line.flag_table import flags_of
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,7 +34,7 @@ def _text(page: Path) -> str:
 
 def test_every_flag_of_a_training_script_is_on_its_page_with_its_meaning(site: Path) -> None:
     text = _text(site / "reference" / "flags" / "pretrain_progressive.html")
-    for flag in flags_of({**TRAINING, "progressive": ProgressiveConfig}):
+    for flag in flags_of(ProgressiveRunConfig):
         assert all(name in text for name in flag.names), flag.name
     assert "Number of transformer layers." in text
 

@@ -28,7 +28,7 @@ from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_cost import per_layer_cost
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, train_tiny
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.logging.step_metrics import StepMetrics
@@ -223,7 +223,7 @@ def _npt_run(folder: str, data: str) -> None:
 def npt_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a short NPT run leaves: checkpoints in `run`, TensorBoard files in `logs`."""
     folder = tmp_path_factory.mktemp("npt")
-    run_distributed(_npt_run, 1, str(folder), write_data(folder))
+    run_single(_npt_run, str(folder), write_data(folder))
     return folder
 
 
@@ -234,7 +234,7 @@ def _npt_tags(folder: Path) -> set[str]:
 
 
 def test_every_metric_is_a_tag_that_training_writes(tmp_path: Path, npt_run: Path) -> None:
-    written = run_distributed(_statistics_tags, 1)[0] | _reporter_tags(tmp_path)
+    written = run_single(_statistics_tags) | _reporter_tags(tmp_path)
     written = {re.sub(r"layer_\d\d$", "layer_NN", tag) for tag in written} | _npt_tags(npt_run)
     named = {tag for row in rows_under("Metrics") for tag in quoted(row[1])}
     assert named <= written

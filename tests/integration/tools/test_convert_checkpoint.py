@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.pretrain import pretrain
@@ -183,7 +182,7 @@ def _finetuned(path: str, out: str) -> dict[str, Any]:
 
 def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path, tmp_path: Path) -> None:
     found = alone(_finetuned, str(folder), str(tmp_path))
-    assert "holds an imported model and no run to go on with" in found["errors"][1]
+    assert "contains an imported model and no run that could be continued" in found["errors"][1]
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]
@@ -218,7 +217,11 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
         ("npt", [], "holds the family npt, which no Llama-family model has; --base-only exports"),
         ("per_layer", [], "holds the family per_layer"),
         ("per_layer", ["--base-only"], "--base-only: the base model of .* was trained together with"),
-        ("base", ["--tokenizer-model", "x", "--ckpt-step", "7"], "--ckpt-step 7: no complete checkpoint"),
+        (
+            "base",
+            ["--tokenizer-model", "x", "--ckpt-step", "7"],
+            "contains no complete checkpoint of this step",
+        ),
         ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: does not have"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
@@ -242,9 +245,8 @@ def test_a_user_sees_one_line_and_exit_code_two(tmp_path: Path) -> None:
     kind: Kind = KINDS["Llama"]
     kind.build().save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"x" * 100)
-    script = str(ROOT / "tools" / "convert_checkpoint.py")
-    argv = [sys.executable, script, "import", "--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    flags = ["--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
+    result = run_script("tools/convert_checkpoint.py", "import", *flags)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "c").exists()

@@ -18,6 +18,7 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.corpora.train_tokenizer import train_byte_level_bpe
 from megatron_ext.data.indexed.manifest import check_dataset, read_manifest
 from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.testing.forked_scripts import run_script
 
 ROOT = Path(__file__).parents[3]
 TOOL = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
@@ -76,6 +77,8 @@ def expected(tmp_path_factory: Any, corpus: Any, tokenizer_flags: Any) -> Any:
 
 
 def run(*arguments: Any, **options: Any) -> Any:
+    if not options:
+        return run_script("tools/preprocess_data.py", *map(str, arguments))
     return subprocess.run(
         [*TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
     )

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,29 +25,6 @@ from megatron_ext.config.serialize import (
 
 SHAPE = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32"
 REST = "--lr 1e-3 --train-iters 10 --tokenizer-type ByteLevelTokenizer"
-SCRIPT = """
-from dataclasses import dataclass
-from megatron_ext.config.command_line.parse import parse, run_main
-from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.cross_checks import validate
-
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    model: ModelConfig
-    parallel: ParallelConfig
-
-def main():
-    flags = parse(Flags, prog="train.py", description="Trains.", example="python train.py --num-layers 2")
-    validate(flags.model, flags.parallel)
-    if flags.model.num_layers == 77:
-        open("/no/such/folder/file")
-    if flags.model.num_layers == 78:
-        raise RuntimeError("a defect")
-    print("trained")
-
-run_main(main)
-"""
 
 
 def parsed(line: str) -> RunConfig:
@@ -67,16 +41,6 @@ def refused(line: str | list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
     return output.err
-
-
-def run_script(arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments.split()],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "100", "RANK": "0", "WORLD_SIZE": "1", **environment},
-    )
 
 
 def test_megatrons_own_spelling_of_a_command_line_parses() -> None:
@@ -270,35 +234,9 @@ def test_help_tells_where_a_required_flag_comes_from_if_it_is_not_given(
     assert "Longest position the model is built for. Without it the sequence length." in text
 
 
-@pytest.mark.parametrize("script", ["pretrain_npt.py", "pretrain_progressive.py"])
-def test_a_scripts_help_calls_required_only_what_nothing_else_gives(script: str) -> None:
-    root = Path(__file__).parents[3]
-    shown = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=root
-    )
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", shown.stdout).split())
-    assert "Number of transformer layers. (default: th" in text
-    assert "Number of transformer layers. (required)" not in text
-
-
 def test_a_long_value_stands_whole_in_the_message(capsys: pytest.CaptureFixture[str]) -> None:
     value = "x" * 150
     assert value in refused(f"{SHAPE} {REST} --num-layers {value}", capsys)
-
-
-def test_help_is_grouped_by_concern_and_fits_100_columns() -> None:
-    done = run_script("--help")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    for word in (
-        "model options",
-        "parallel options",
-        "--config",
-        "--num-layers",
-        "python train.py --num-layers 2",
-    ):
-        assert word in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
 
 
 def test_help_tells_every_field_and_its_description(capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,25 +247,6 @@ def test_help_tells_every_field_and_its_description(capsys: pytest.CaptureFixtur
     for each in flags_of(RunConfig):
         assert each.name in text
     assert "Width of the residual stream." in text
-
-
-def test_a_users_mistake_ends_a_script_with_one_line_on_rank_0_and_code_2_everywhere() -> None:
-    bad = f"{SHAPE} --tensor-model-parallel-size 3"
-    first, second = run_script(bad, WORLD_SIZE="3"), run_script(bad, WORLD_SIZE="3", RANK="1")
-    assert (first.returncode, second.returncode) == (2, 2)
-    assert first.stderr == "error: --num-attention-heads 4: not divisible by --tensor-model-parallel-size 3\n"
-    assert second.stderr == ""
-    assert first.stdout == ""
-
-
-def test_a_missing_file_is_named_and_a_defect_keeps_its_traceback() -> None:
-    missing = run_script(SHAPE.replace("--num-layers 2", "--num-layers 77"))
-    assert missing.returncode == 2
-    assert missing.stderr == "error: /no/such/folder/file: No such file or directory\n"
-    defect = run_script(SHAPE.replace("--num-layers 2", "--num-layers 78"))
-    assert defect.returncode == 1
-    assert "Traceback" in defect.stderr
-    assert run_script(SHAPE).stdout == "trained\n"
 
 
 def test_run_main_passes_an_exit_code_on() -> None:

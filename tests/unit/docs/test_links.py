@@ -125,9 +125,9 @@ def test_the_readme_has_at_most_110_lines_and_the_status_is_among_the_first_12()
 
 
 def test_every_make_target_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"\bmake ([a-z]+)", "\n".join(README)))
+    named = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(README)))
     assert {"install", "quickstart", "npt", "progressive", "test", "docs"} <= named
-    targets = set(re.findall(r"^([a-z]+):", ROOT.joinpath("Makefile").read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", ROOT.joinpath("Makefile").read_text(encoding="utf-8"), re.M))
     assert named <= targets
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,17 +166,6 @@ def test_missing_shards_and_pointers_among_them_are_told(saved: Path, tmp_path: 
     with pytest.raises(FileNotFoundError, match=expected):
         import_checkpoint(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_a_directory_of_another_format_is_one_line_and_exit_code_two(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "one", tmp_path / "hf")
-    (tmp_path / "hf" / WEIGHTS).rename(tmp_path / "hf" / "model.fp16.safetensors")
-    script = str(Path(__file__).parents[3] / "tools" / "convert_checkpoint.py")
-    argv = [sys.executable, script, "import", "--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    assert "model.fp16.safetensors" in result.stderr and not (tmp_path / "c").exists()
 
 
 def test_what_stands_beside_a_model_and_is_not_taken_is_told(saved: Path, tmp_path: Path) -> None:

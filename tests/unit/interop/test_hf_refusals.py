@@ -132,7 +132,7 @@ def test_a_directory_that_holds_something_is_not_written_into(saved: Path, tmp_p
     (tmp_path / "kept").write_text("x")
     with pytest.raises(ValueError, match=f"--save {tmp_path}: not empty"):
         import_checkpoint(saved, tmp_path)
-    with pytest.raises(ValueError, match="--save .*kept: a file, not a directory"):
+    with pytest.raises(ValueError, match="--save .*kept: this is a file, not a directory"):
         import_checkpoint(saved, tmp_path / "kept")
     with pytest.raises(ValueError, match=f"--model-dir {tmp_path}: not empty"):
         export_checkpoint("nowhere", tmp_path)

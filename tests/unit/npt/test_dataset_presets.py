@@ -12,7 +12,7 @@ from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.data.datasets.epochs import epoch_samples
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs.dataset_presets import with_preset
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from pretrain_npt import DOCUMENT_SECTIONS
 from tests.integration.npt.npt_run_helpers import DATA, ROOT, make_base, train, write_data
 
@@ -43,7 +43,7 @@ def test_a_preset_stands_for_its_blend_and_data_of_ones_own_wins(presets: tuple[
     ("name", "message"),
     [
         ("huge", "--dataset-preset huge: .* has no such preset"),
-        ("large", "--dataset-preset large: missing/corpus.idx is not there"),
+        ("large", "--dataset-preset large: missing/corpus.idx does not exist"),
         ("none", "--dataset-preset none: .* names no dataset"),
     ],
 )
@@ -155,7 +155,7 @@ def _run(folder: str, prefix: str, config: str) -> str:
 
 def test_document_002s_file_trains(tmp_path: Path) -> None:
     prefix = write_data(tmp_path)
-    output = run_distributed(_run, 1, str(tmp_path), prefix, str(tmp_path / "config.yaml"))[0]
+    output = run_single(_run, str(tmp_path), prefix, str(tmp_path / "config.yaml"))
     samples = epoch_samples(DataConfig(data_path=(prefix,), split="90,10,0"), 16)
     steps = samples // 2 // 32
     assert f"step {steps}/{steps} | " in output and "equivalence_loss" in output

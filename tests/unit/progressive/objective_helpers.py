@@ -157,7 +157,7 @@ def build_stepper(
     micro: int = 1,
     bf16: bool = False,
 ) -> tuple[Stepper, list[GPTModel]]:
-    """A model and what trains it; in every process of the cut."""
+    """A model and what trains it; in every process of the layout."""
     initialize(parallel, seed=1)
     chunks = build_model(
         model, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=[family.extension()]
