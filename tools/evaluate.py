@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures a checkpoint's perplexity on an indexed dataset; one process, or several under `torchrun`."""
+"""Measures a checkpoint's perplexity on indexed datasets, in one process or in several under `torchrun`."""
 
 import json
 from dataclasses import dataclass
@@ -14,48 +14,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to evaluate, on what, and how it is cut."""
+    """Checkpoint and data to evaluate, and the parallel layout."""
 
     load: str
-    """Directory of checkpoints, or one checkpoint's own."""
+    """Directory of checkpoints, or the directory of one checkpoint."""
 
     data_path: tuple[str, ...]
-    """Prefixes of indexed datasets, each evaluated by itself."""
+    """Prefixes of indexed datasets; each is evaluated separately."""
 
     ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
+    """Step to load. Default: the newest complete checkpoint."""
 
     unigram_from: str | None = None
-    """Prefix of the training data: also print the cross-entropy of its token frequencies on the evaluated data, and
-    for a model that tells its accuracy that of always guessing the most frequent token."""
+    """Prefix of the training data, for baselines: the cross-entropy of its unigram distribution, and the accuracy of
+    its most frequent token if the model reports an accuracy."""
 
     micro_batch_size: int = 4
-    """Windows at a time on each process."""
+    """Windows per micro-batch on each process."""
 
     max_tokens: int | None = None
-    """At most so many tokens of each dataset."""
+    """Evaluate only this many tokens of each dataset. Default: all."""
 
     seq_length: int | None = None
-    """Tokens of a window. Without it the training's sequence length."""
+    """Tokens per window. Default: the sequence length of the training."""
 
     tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it as many as the model allows."""
+    """Number of processes that each layer's matrices are sharded over. Default: as many as the model allows."""
 
     pipeline_model_parallel_size: int | None = None
-    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
-    they divide the layers; those that are left hold copies of the model."""
+    """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many of the remaining
+    processes as the model allows. Processes that are left over hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
 
     bos: Switch = False
-    """Begin every window with the begin-of-text token. Without this and --no-bos as the model was trained."""
+    """Begin every window with the begin-of-text token. Default: as in training."""
 
     no_bos: Switch = False
-    """Begin every window without it."""
+    """Do not begin windows with the begin-of-text token."""
 
     output: str | None = None
-    """JSON file for the result."""
+    """JSON file to write the result to."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
@@ -64,7 +64,7 @@ class EvaluateConfig:
 
 
 def main() -> None:
-    """Evaluates and prints one line a dataset on rank 0."""
+    """Evaluates, and prints one line per dataset on rank 0."""
     config: EvaluateConfig = parse(
         EvaluateConfig,
         prog="tools/evaluate.py",
@@ -127,9 +127,9 @@ def main() -> None:
 
 
 def _report(found: "Perplexity", unigram_cross_entropy: float | None) -> tuple[dict[str, float], str]:
-    """A dataset's entry in the JSON file, and its line."""
+    """Returns a dataset's entry in the JSON file, and its printed line."""
     entry = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-    line = f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens"
+    line = f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens"
     further = {name.replace("/", "_"): value for name, value in found.values.items()}
     if further and found.guess_accuracy is not None:
         further["unigram_accuracy"] = found.guess_accuracy

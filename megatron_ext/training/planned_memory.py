@@ -1,6 +1,7 @@
-"""What a run will need of its machine's memory, estimated before anything is built; refuses what cannot fit.
+"""Estimates a run's memory before anything is built, and refuses a run that cannot fit.
 
-The estimate is the dry run's. It leaves things out (see `models.memory_estimate`), so a run that passes may still fail.
+The estimate is also the dry run's. It is a lower bound (`memory_estimate` lists what is left out), so a run that passes
+this check may still run out of memory.
 """
 
 import os
@@ -17,12 +18,12 @@ from megatron_ext.training.logging.progress_line import binary_size
 def plan_memory(
     config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int
 ) -> tuple[ParallelLayout, RunCost, list[StageMemory]]:
-    """How a run is cut, what its last step costs, and the memory of one rank of every pipeline stage.
+    """Returns a run's parallel layout, the cost of its last step, and the memory per rank of every pipeline stage.
 
     Args:
-        config: of the run, resolved.
-        tokenizer: of the run.
-        families: of the run.
+        config: the run's configuration, resolved.
+        tokenizer: gives the vocabulary size.
+        families: add their parameters and FLOPs.
         copies: data-parallel size.
     """
     model, parallel, training = config.model, config.parallel, config.training
@@ -49,18 +50,16 @@ def plan_memory(
 
 
 def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int) -> None:
-    """Raises `ValueError` where the estimate for this machine's ranks is more than the memory they have.
+    """Checks that the estimate for this machine's ranks fits into its memory; the arguments are those of `plan_memory`.
 
-    Args:
-        config: see `plan_memory`.
-        tokenizer: see `plan_memory`.
-        families: see `plan_memory`.
-        copies: data-parallel size.
+    Raises:
+        ValueError: the estimate exceeds the memory.
     """
     layout, _, stages = plan_memory(config, tokenizer, families, copies)
     limit, is_shared = device_memory()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
-    # Which stages a machine holds is not known here; of all of them the mean counts, on a device of its own the least.
+    # Which stages run on this machine is unknown here. For shared memory assume the mean over all stages, for a device
+    # per rank the smallest stage: then a run that fits is never refused.
     totals = [stage.total_bytes for stage in stages]
     needed = ranks * sum(totals) / len(totals) if is_shared else min(totals)
     if needed <= limit:
@@ -74,6 +73,6 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
         flags = f"--num-layers {model.num_layers}, --hidden-size {model.hidden_size}"
     raise ValueError(
         f"{flags}: a step needs about {binary_size(needed)} on {ranks} process{'es' if ranks > 1 else ''} "
-        f"({binary_size(ranks * held)} of it activations), and {'this machine' if is_shared else 'the device'} has "
-        f"{binary_size(limit)}; --dry-run shows the parts"
+        f"({binary_size(ranks * held)} of it activations), but {'this machine' if is_shared else 'the device'} has "
+        f"only {binary_size(limit)}; reduce these sizes (--dry-run lists the memory by kind)"
     )

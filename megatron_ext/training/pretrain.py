@@ -1,8 +1,9 @@
 """A whole pretraining run: from configurations and families to an exit code.
 
-    check -> tokenizer -> process group -> families -> model -> optimizer -> checkpoint -> data -> loop
+    check -> tokenizer -> families -> process group -> model -> optimizer -> checkpoint -> data -> loop
 
-What a user may have got wrong is checked before the process group starts, where it can be known by then.
+User errors are checked before the process group starts wherever that is possible, so that they are reported at once and
+no rank waits for another.
 """
 
 import random
@@ -50,22 +51,22 @@ from megatron_ext.training.run_data import build_data, training_samples
 from megatron_ext.training.run_options import PLAIN, RunOptions
 
 MakeFamilies = Callable[[C, Tokenizer], list[Family]]
-"""Makes the families of a run from its configuration and tokenizer."""
+"""Builds the families of a run from its configuration and tokenizer."""
 
 
 def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PLAIN) -> int:
     """Runs pretraining.
 
     Args:
-        config: of the run, with the families' own groups.
-        make_families: called once.
-        options: what differs from plain pretraining.
+        config: the run's configuration, including the families' groups.
+        make_families: builds the families; called once.
+        options: deviations from plain pretraining.
 
     Returns:
         The process's exit code.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     config = resolve(config)
     if config.training.dry_run:
@@ -81,10 +82,10 @@ def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PL
 
 
 def resolve(config: C) -> C:
-    """The configuration with its length in steps or samples, checked against the processes of the run.
+    """Returns the configuration with its length in steps or samples, checked for the run's number of processes.
 
     Raises:
-        ValueError: two groups contradict each other, or the processes do not fit.
+        ValueError: settings contradict each other, or do not fit the number of processes.
         OSError: the length is in epochs, and the data cannot be read.
     """
     training, in_epochs = config.training, config.training.num_epochs is not None
@@ -96,14 +97,14 @@ def resolve(config: C) -> C:
 def check_run(
     config: RunConfig, check_others: Callable[[Tokenizer], None] = lambda tokenizer: None
 ) -> Tokenizer:
-    """All that can be found out before the process group starts; the tokenizer.
+    """Checks everything that can be checked before the process group starts, and returns the tokenizer.
 
     Args:
-        config: resolved.
-        check_others: what the caller checks; called before anything is written.
+        config: the run's configuration, resolved.
+        check_others: the caller's own checks; called before anything is written.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     tokenizer = build_tokenizer(config.tokenizer)
     check_others(tokenizer)
@@ -115,7 +116,7 @@ def check_run(
 def process_group(
     parallel: ParallelConfig, training: TrainingConfig, checkpoint: CheckpointConfig
 ) -> Iterator[None]:
-    """Within it the process group is there, the random streams are seeded, and no other run writes to `--save`."""
+    """Context in which the process group exists, random generators are seeded, and `--save` is locked by this run."""
     random.seed(training.seed)
     np.random.seed(training.seed)
     process_groups.initialize(parallel, training.seed)
@@ -130,7 +131,7 @@ def _check_files(data: DataConfig, checkpoint: CheckpointConfig, tokenizer: Toke
     paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
     prefixes = [prefix for path in paths for prefix in path or () if not is_number(prefix)]
     if not prefixes:
-        raise ValueError("--data-path: missing (or --train-data-path)")
+        raise ValueError("no training data was given; pass --data-path or --train-data-path")
     for prefix in prefixes:
         try:
             check_dataset(prefix, tokenizer)
@@ -143,7 +144,17 @@ def _check_files(data: DataConfig, checkpoint: CheckpointConfig, tokenizer: Toke
 def train(
     config: RunConfig, tokenizer: Tokenizer, families: list[Family], options: RunOptions = PLAIN
 ) -> int:
-    """One training in a process group that is there: `pretrain` after its checks; see there. Collective."""
+    """Trains in an existing process group; `pretrain` without its checks. Collective.
+
+    Args:
+        config: the run's configuration, resolved.
+        tokenizer: the tokenizer of the training data.
+        families: already checked against the model and its parallel layout.
+        options: deviations from plain pretraining.
+
+    Returns:
+        The process's exit code.
+    """
     training = config.training
     copies = parallel_state.get_data_parallel_world_size()
     on_every_rank(lambda: check_memory(config, tokenizer, families, copies))
@@ -198,7 +209,7 @@ def train(
 def _build_model(
     config: RunConfig, run_config: dict[str, Any], families: list[Family], options: RunOptions
 ) -> list[GPTModel]:
-    """This rank's chunks, the base loaded, frozen where families freeze; not wrapped."""
+    """Builds this rank's chunks, loads the base model's weights, and lets the families freeze parameters."""
     chunks = build_model(
         config.model,
         config.parallel,
@@ -223,11 +234,11 @@ def _build_stepper(
     options: RunOptions,
     global_batch_size: int,
 ) -> Stepper:
-    """The wrapped model with its optimizer and schedule."""
     parallel, training = config.parallel, config.training
     wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
     optimizer = build_optimizer(config.optimizer, parallel, wrapped, families, bf16=training.bf16)
     if options.first_iteration:
+        # Every training of a series has a learning-rate schedule of its own, although step numbers continue.
         steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
         training = replace(training, train_iters=steps, train_samples=None)
     return Stepper(
@@ -245,7 +256,7 @@ def _build_stepper(
 def _begin(
     config: RunConfig, checkpointer: Checkpointer, stepper: Stepper, options: RunOptions
 ) -> TrainingProgress:
-    """Loads the run's checkpoint, or begins a run; how far it has come."""
+    """Loads the run's checkpoint, or begins a new run; returns the progress."""
     writes = not config.training.skip_train
     on_first_rank(lambda: check_directories(config.checkpoint, writes=writes))
     progress = checkpointer.load()
@@ -253,7 +264,8 @@ def _begin(
         options.begin(stepper.models, stepper.optimizer)
         progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
     if config.optimizer.override_opt_param_scheduler and config.training.train_iters is not None:
-        # The schedule counts samples; where the batch size has changed, the flags' schedule is as far as the steps are.
+        # The schedule counts samples. After a change of the batch size, --override-opt-param-scheduler places it at the
+        # number of steps that are done.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress
@@ -266,7 +278,7 @@ def _flops_per_token(config: RunConfig, vocab_size: int, families: list[Family],
 
 
 def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: all its groups, the vocabulary, how documents begin."""
+    """Returns what a checkpoint stores about its run: all config groups, the vocabulary, and how documents begin."""
     trained_on = (prefix for prefix in config.data.trained_on if not is_number(prefix))
     return {
         **run_groups(config),
@@ -277,6 +289,6 @@ def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def run_groups(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The groups as JSON has them, without `data` where the caller brings batches of its own."""
+    """Returns the config groups as JSON values, without `data` if the caller supplies the batches."""
     groups = config_to_dict(config)
     return groups if config.data.trained_on else {n: group for n, group in groups.items() if n != "data"}

@@ -1,4 +1,4 @@
-"""What a model costs: its parameters, and the FLOPs of its matrix products for one token.
+"""A model's parameter count, and the FLOPs per token of its matrix products.
 
     linear layer           2 * inputs * outputs
     core attention         2 * (2 * s * n * d)        scores and weighted sum, over all s keys
@@ -7,11 +7,11 @@
     forward and backward   3 * forward                every product has two in the backward pass
 
 Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, V padded vocabulary.
-This is the usual 6ND + attention (arXiv 2204.02311, appendix B), with N the weights that take part in a product: the
-word embedding's lookup is none, the output layer is one, also when both share their weights. Attention is counted over
-the full s x s square although it is causal, as the convention has it; norms, activations and softmax are not counted.
-Where not everything trains, a product has one gradient or none, and layers may be passed over or run more often: see
-`step_work`. A family tells its own part as another `ModelCost`.
+This is the usual 6ND plus attention (arXiv 2204.02311, appendix B). N counts the weights that take part in a matrix
+product: not the word embedding's lookup, but always the output layer, even if both share their weights. By convention
+attention counts the full s x s square although it is causal; norms, activations and softmax are not counted.
+If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
+family reports its own part in another `ModelCost`.
 """
 
 from collections.abc import Iterable
@@ -25,28 +25,28 @@ from megatron_ext.models.costs.step_work import StepWork, Use
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What the base model, or a family's part of a model, costs."""
+    """Parameters and FLOPs of the base model, or of a family's part of the model."""
 
     parameters: int
-    """Distinct parameters of the whole model; what ranks or stages hold twice counts once."""
+    """Parameters of the whole model; copies on other ranks or stages are not counted."""
 
     forward_flops_per_token: float
-    """FLOPs of the matrix products in one forward pass, for one token."""
+    """FLOPs per token of the matrix products in one forward pass."""
 
     trained: int | None = None
-    """Those of the parameters that train; None for all."""
+    """How many of the parameters train; None for all."""
 
     training_flops: float | None = None
-    """FLOPs of the matrix products of a training step, for one token; None for three times the forward pass's."""
+    """FLOPs per token of the matrix products in a training step; None for three times the forward pass."""
 
     @property
     def trained_parameters(self) -> int:
-        """Parameters that train."""
+        """How many of the parameters train."""
         return self.parameters if self.trained is None else self.trained
 
     @property
     def training_flops_per_token(self) -> float:
-        """Model FLOPs of forward and backward for a token."""
+        """FLOPs per token of the matrix products in a training step, forward and backward."""
         if self.training_flops is None:
             return 3.0 * self.forward_flops_per_token
         return self.training_flops
@@ -55,13 +55,13 @@ class ModelCost:
 def model_cost(
     model: ModelConfig, vocab_size: int, tensor_parallel_size: int = 1, work: StepWork | None = None
 ) -> ModelCost:
-    """Cost of the base model.
+    """Returns the cost of the base model.
 
     Args:
-        model: the base model.
-        vocab_size: the tokenizer's; it is padded as the built model's is.
-        tensor_parallel_size: takes part in the padding.
-        work: what a training step does with it; None where everything trains.
+        model: configuration of the base model.
+        vocab_size: the tokenizer's vocabulary size, before padding.
+        tensor_parallel_size: the padding depends on it.
+        work: which parts a training step runs and trains; None if everything trains.
     """
     vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
     parameters = model.num_layers * layer_parameters(model) + norm_parameters(model, model.hidden_size)
@@ -89,21 +89,21 @@ def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
 
 
 def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
-    """Model FLOPs of forward and backward for a token: what MFU counts, whatever is recomputed."""
+    """Returns the model FLOPs per token of a training step, on which MFU is based; recomputation is not counted."""
     return sum(cost.training_flops_per_token for cost in costs)
 
 
 def hardware_flops_per_token(
     model: ModelConfig, parallel: ParallelConfig, costs: Iterable[ModelCost]
 ) -> float:
-    """The same with the FLOPs that activation recomputation spends again.
+    """Returns the FLOPs per token of a training step including activation recomputation.
 
-    A family's part is taken to be recomputed like the layers it sits in, and frozen layers like those that train. What
-    a fused attention kernel recomputes inside its own backward pass is not counted.
+    Assumes that a family's part is recomputed together with its layers, and that frozen layers are recomputed like
+    trained ones. The recomputation inside a fused attention kernel's backward pass is not counted.
 
     Args:
-        model: the base model.
-        parallel: tells what is recomputed.
+        model: configuration of the base model.
+        parallel: specifies which activations are recomputed.
         costs: the base model's cost first, then the families'.
     """
     base, *families = costs
@@ -114,7 +114,7 @@ def hardware_flops_per_token(
 
 
 def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> float:
-    """FLOPs of the base model's forward pass that are spent a second time in the backward pass."""
+    """Returns the FLOPs per token of the base model's forward pass that the backward pass repeats."""
     if parallel.recompute_granularity == "selective":
         again = core_attention_flops_per_token(model) * ("core_attn" in parallel.recompute_modules)
         return model.num_layers * (again + mlp_flops_per_token(model) * ("mlp" in parallel.recompute_modules))
@@ -122,7 +122,7 @@ def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> 
 
 
 def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Layers that full recompute runs twice, over the whole model."""
+    """Returns how many layers of the whole model full recomputation runs twice."""
     if parallel.recompute_granularity != "full":
         return 0
     if parallel.recompute_method == "uniform":
@@ -132,27 +132,27 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def layer_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one layer for one token."""
+    """Returns the forward FLOPs per token of one layer."""
     projections = 2.0 * model.hidden_size * (qkv_width(model) + attention_width(model))
     return projections + core_attention_flops_per_token(model) + mlp_flops_per_token(model)
 
 
 def core_attention_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of scores and weighted sum of one layer, for one token over the full sequence."""
+    """Returns the forward FLOPs per token of one layer's scores and weighted sum over the full sequence."""
     return 4.0 * model.seq_length * attention_width(model)
 
 
 def mlp_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one MLP for one token."""
+    """Returns the forward FLOPs per token of one MLP."""
     matrices = 3 if model.swiglu else 2
     return 2.0 * matrices * model.hidden_size * model.resolved_ffn_hidden_size
 
 
 def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Parameters of one layer, or of a tensor-parallel rank's part of it.
+    """Returns the parameters of one layer that one tensor-parallel rank holds.
 
-    Matrices and the biases of column-parallel layers are shared among the ranks; norms and the biases that are added
-    after the reduction are on every rank.
+    Matrices and the biases of column-parallel layers are split over the ranks; norms and the biases of row-parallel
+    layers, which are added after the reduction, are on every rank.
     """
     hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
     fc1_width = 2 * ffn if model.swiglu else ffn
@@ -166,7 +166,7 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
 
 
 def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_size: int = 1) -> int:
-    """Parameters of word and position embedding, or of a tensor-parallel rank's part of them."""
+    """Returns the parameters of word and position embedding that one tensor-parallel rank holds."""
     words = padded_vocab * model.hidden_size // tensor_parallel_size
     if model.position_embedding_type != "learned_absolute":
         return words
@@ -174,15 +174,15 @@ def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_
 
 
 def norm_parameters(model: ModelConfig, width: int) -> int:
-    """Parameters of one norm."""
+    """Returns the parameters of one norm over `width` values."""
     return width if model.normalization == "RMSNorm" else 2 * width
 
 
 def attention_width(model: ModelConfig) -> int:
-    """Width of all query heads together, `n * d`."""
+    """Returns the width of all query heads together, `n * d`."""
     return model.num_attention_heads * model.resolved_kv_channels
 
 
 def qkv_width(model: ModelConfig) -> int:
-    """Width of the fused projection's output, `(n + 2g) * d`."""
+    """Returns the output width of the fused query-key-value projection, `(n + 2g) * d`."""
     return attention_width(model) + 2 * model.resolved_num_query_groups * model.resolved_kv_channels

@@ -1,4 +1,4 @@
-"""What a training step asks of an NPT layer: which inputs it gets, and what is added to its output's gradient."""
+"""The interface between an NPT layer and a training objective: the layer's inputs, and its losses."""
 
 from typing import Any, Protocol
 
@@ -8,12 +8,17 @@ from megatron_ext.models.auxiliary_inputs import LayerInputs
 
 
 class LayerStep(Protocol):
-    """One training step of one layer; the training objective implements it."""
+    """One training step of one layer; implemented by the training objective."""
 
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention's and the MLP's input [s, b, h], from the student's [s, b, h] and the auxiliary streams."""
+        """Returns the inputs of attention and MLP, both [s, b, h].
+
+        Args:
+            hidden_states: the student's hidden states [s, b, h].
+            layer_inputs: the auxiliary streams, which may contain the teacher's hidden states.
+        """
 
     def attach(
         self,
@@ -24,13 +29,13 @@ class LayerStep(Protocol):
         mlp_output: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """The layer's output with its losses attached.
+        """Returns the layer's output with its losses attached.
 
         Args:
             module: the layer's `NPFeedForward`.
-            layer: the layer.
-            inputs: h as the layer gets it, and as the MLP gets it.
-            attention_output: a.
-            mlp_output: MLP*(n).
-            output: the layer's output.
+            layer: the transformer layer.
+            inputs: the layer's input and the MLP's input, both [s, b, h].
+            attention_output: a, [s, b, h].
+            mlp_output: MLP*(n), [s, b, h].
+            output: the layer's output, [s, b, h].
         """

@@ -1,11 +1,11 @@
-"""The teacher: the same weights with NP components off, run once more without gradients.
+"""The teacher: the same model with NP components deactivated, run once more without gradients.
 
-For every micro-batch it leaves the input of each NPT layer, and what the output layer reads, on the stage that owns
-them, as further fields of the batch. Without pipeline parallelism it runs right before the student, one micro-batch at
-a time; with it once for all micro-batches of the step, through the pipeline's own schedule.
+It adds the input of each NPT layer and the output layer's input to every micro-batch, as fields on the stage that owns
+the layer. Without pipeline parallelism it runs right before the student, one micro-batch at a time; with pipeline
+parallelism it runs through the schedule, once for all micro-batches of the step.
 
-The cache keeps states by the tokens of a sequence, so that a later epoch finds them, up to a size; what does not fit is
-computed again. It is in the host's memory.
+The cache keeps states in host memory, up to a given size, under the tokens of their sequence, so that a later epoch
+finds them. States that do not fit are recomputed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,33 +25,33 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates
 
 OUTPUT = f"{TEACHER}/output"
-"""Batch field: what the output layer reads in the teacher, [s, b, h] ([s/t, b, h] under sequence parallel)."""
+"""Name of the batch field with the teacher's output-layer input, [s, b, h] ([s/t, b, h] under sequence parallel)."""
 
 
 @dataclass
 class TeacherCache:
-    """States by sequence, in the host's memory."""
+    """Cache of the teacher's states by sequence, in host memory."""
 
     max_bytes: int
-    """Largest size on this rank; 0 for no cache."""
+    """Size limit on this rank; 0 for no cache."""
 
     states: dict[Id, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Digest of a sequence's tokens -> its states, [s, h] each."""
+    """Digest of a sequence's tokens -> its states, each [s, h]."""
 
     bytes: int = 0
-    """Present size."""
+    """Current size."""
 
     hits: int = 0
-    """Micro-batches found."""
+    """Number of micro-batches found in the cache."""
 
     misses: int = 0
-    """Micro-batches computed."""
+    """Number of micro-batches not found."""
 
     was_skipped: bool = False
-    """The last micro-batch was found."""
+    """Whether the last micro-batch was found, so that the teacher's pass was skipped."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
-        """The states of a micro-batch, if every model-parallel rank has its part of every sequence; collective."""
+        """Returns the states of a micro-batch, or None unless every model-parallel rank has all of them; collective."""
         if not self.max_bytes:
             return None
         rows = [self.states.get(key) for key in _keys(batch)]
@@ -67,7 +67,7 @@ class TeacherCache:
         return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
-        """Keeps a micro-batch's states while there is room."""
+        """Stores a micro-batch's states as long as they fit."""
         for row, key in enumerate(_keys(batch)):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:
@@ -80,11 +80,11 @@ class TeacherCache:
 
 
 class Teacher:
-    """Runs the base model beside the student."""
+    """Runs the base model on the student's micro-batches."""
 
     def __init__(self, cache_bytes: int = 0) -> None:
         """Args:
-        cache_bytes: largest size of the cache on this rank.
+        cache_bytes: size limit of the cache on this rank; 0 for no cache.
         """
         self.cache = TeacherCache(max_bytes=cache_bytes)
 
@@ -97,14 +97,14 @@ class Teacher:
         layers: tuple[int, ...],
         output: bool,
     ) -> Iterable[Batch]:
-        """The micro-batches with the teacher's states.
+        """Adds the teacher's states to the micro-batches.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
             families: all families of the run.
             batches: the micro-batches, on the device.
-            layers: numbers of the layers whose inputs are wanted, of any stage.
-            output: what the output layer reads is wanted.
+            layers: numbers of the layers, of any stage, whose inputs are added.
+            output: whether the output layer's input is added.
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return self._one_by_one(chunks, families, batches, layers, output)
@@ -160,7 +160,7 @@ def _through_pipeline(
 
 
 class _Recorder:
-    """Within it the inputs of the chunks' layers are kept, a list a layer; dropout is off."""
+    """Context that records the inputs of layers, one list per layer, with dropout switched off."""
 
     def __init__(self, chunks: list[GPTModel], layers: tuple[int, ...]) -> None:
         self.values: dict[str, list[torch.Tensor]] = {}
@@ -189,5 +189,5 @@ class _Recorder:
 
 
 def _keys(batch: Batch) -> list[Id]:
-    """Ids of the sequences, by their tokens and positions."""
+    """Returns ids of the sequences, digests of their tokens and positions."""
     return sample_ids(torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1))

@@ -1,9 +1,9 @@
-"""An NPT run, whatever its mode: which base is under it, what it starts with, what its checkpoints are called.
+"""Runs NPT training in any mode: finds the base model and the initial NP weights, and names the checkpoints.
 
---load CKPT                    CKPT is a base model's: the run starts on top of it
---load RUN                     RUN holds NPT checkpoints: the run goes on, on the base that they name
---base-checkpoint CKPT --load RUN      starts on CKPT where RUN holds nothing yet, and else goes on
-neither                        a model from scratch (with --no-freeze-base)
+--load CKPT                    CKPT is a base model: starts a new run on it
+--load RUN                     RUN contains NPT checkpoints: resumes the run, on the base model that they name
+--base-checkpoint CKPT --load RUN      starts on CKPT if RUN has no checkpoint yet, otherwise resumes RUN
+neither                        trains a model from scratch (with --no-freeze-base)
 """
 
 from collections.abc import Callable, Mapping
@@ -43,20 +43,17 @@ from megatron_ext.training.run_options import RunOptions
 
 
 def run_npt(config: NPTRunConfig) -> int:
-    """Trains; returns the process's exit code.
-
-    Args:
-        config: of the run.
+    """Runs NPT training in the mode of the configuration; returns the process's exit code.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     config, training = settled(config), config.npt
     base, checkpoint = find_base(training, config.checkpoint)
     config = replace(config, checkpoint=checkpoint)
     if base is None and config.np.freeze_base and not config.training.dry_run:
         raise ValueError(
-            "--freeze-base: there is no base model; give --load or --base-checkpoint, or --no-freeze-base"
+            "--freeze-base requires a base model; pass --load or --base-checkpoint, or --no-freeze-base"
         )
     if training.mode == "sequential" and not config.training.dry_run:
         return run_sequential(config, RunOptions(base=base, checkpoint_name=checkpoint_name))
@@ -83,9 +80,13 @@ Load = Callable[[list[GPTModel]], None]
 def _starting_weights(
     config: NPTRunConfig,
 ) -> tuple[NPTModuleConfig, Load, tuple[int, ...] | None, str]:
-    """The NP components, what loads their weights to start with, the layers that are trained (None: all), and in words.
+    """Decides what a run starts with.
 
-    Where a single layer is trained on top of others, these become layers of the run.
+    If a single layer is trained on top of others, those become layers of the run.
+
+    Returns:
+        The configuration of the NP components, a function that loads their initial weights, the trained layers (None
+        for all), and a description of the weights.
     """
     training, module = config.npt, config.np
     fresh = start.fresh(module, config.training.seed)
@@ -111,7 +112,7 @@ def _prepare(
     trains: tuple[int, ...] | None,
     chunks: list[GPTModel],
 ) -> None:
-    """Loads the NP weights to start with, and tells what begins."""
+    """Loads the initial NP weights, and prints the start message."""
     load(chunks)
     path = config.checkpoint.load
     folder = find_checkpoint(path, config.checkpoint.ckpt_step) if path is not None else None
@@ -126,12 +127,12 @@ def _prepare(
 
 
 def settled(config: NPTRunConfig) -> NPTRunConfig:
-    """The configuration, NPT's groups checked against the others, with what they leave open.
+    """Returns the configuration with NPT's groups checked against the others, and their open values filled in.
 
-    On --load the command line's schedule counts, not the checkpoint's.
+    A resumed run uses the command line's learning-rate schedule, not the checkpoint's.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     training, optimizer = config.npt, config.optimizer
     num_layers = config.model.num_layers
@@ -148,14 +149,14 @@ def settled(config: NPTRunConfig) -> NPTRunConfig:
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of a checkpoint's directory, as document 001's."""
+    """Returns the name of a checkpoint's directory, as in docs/design/npt_curriculum.md."""
     return f"checkpoint-{step}"
 
 
 def make_families(
     config: NPTRunConfig, tokenizer: Tokenizer, trains: tuple[int, ...] | None = None
 ) -> list[Family]:
-    """NPT alone; of its layers `trains`, or all, are trained."""
+    """Returns NPT as the only family; `trains` are the trained layers, None for all."""
     total = total_steps(config.training, config.parallel)
     if config.npt.generation_steps is not None:
         check_sample_length(config.npt.generation_prompt, tokenizer, config.model)
@@ -163,7 +164,7 @@ def make_families(
 
 
 def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
-    """Optimizer steps of the run."""
+    """Returns the number of steps of the run."""
     copies = parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
     return training.resolved_train_iters(training.resolved_global_batch_size(copies))
 
@@ -171,11 +172,11 @@ def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
 def find_base(
     training: NPTTrainingConfig, checkpoint: CheckpointConfig
 ) -> tuple[BaseCheckpoint | None, CheckpointConfig]:
-    """The base under the run, and the checkpoint configuration without it.
+    """Returns the run's base checkpoint, and the checkpoint configuration without a `--load` that names the base.
 
     Raises:
-        OSError: `--load` or `--base-checkpoint` is not there.
-        ValueError: a checkpoint is not complete.
+        OSError: `--load` or `--base-checkpoint` does not exist.
+        ValueError: a checkpoint is incomplete, or both flags name a base model.
     """
     folder = find_checkpoint(checkpoint.load, checkpoint.ckpt_step) if checkpoint.load is not None else None
     stored = read_run_config(str(folder)) if folder is not None else {}
@@ -189,12 +190,14 @@ def find_base(
     if goes_on or folder is None:
         return base, checkpoint
     if training.base_checkpoint is not None:
-        raise ValueError(f"--load {checkpoint.load}: holds a base model, and --base-checkpoint names one too")
+        raise ValueError(
+            f"--load {checkpoint.load}: contains a base model, but --base-checkpoint names one too; omit one of them"
+        )
     return base, replace(checkpoint, load=None, ckpt_step=None)
 
 
 def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
-    """Groups `model` and `tokenizer` of the checkpoint that a run loads, and `np` of one that it continues.
+    """Returns the groups `model` and `tokenizer` of the checkpoint that a run loads, and `np` if it resumes that run.
 
     Args:
         given: field's name -> value, of the command line and the YAML file.
@@ -213,7 +216,7 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
         sections = {"model": on_this_machine(stored["model"]), "tokenizer": stored["tokenizer"]}
         if NPTFamily.name in stored["families"]:
             sections["np"] = stored["families"][NPTFamily.name]["settings"]
-        # Dropout would tell student and teacher apart.
+        # With dropout, student and teacher would differ even with equal weights.
         no_dropout = {"model": {"hidden_dropout": 0.0, "attention_dropout": 0.0}}
         return [Found(source, sections), Found("NPT trains without dropout", no_dropout)]
     if "base_checkpoint" in given or "num_layers" not in given:
@@ -222,7 +225,7 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
 
 
 def weights_defaults(given: Mapping[str, Any]) -> Found:
-    """Group `np` as the file of `--load-npt-weights` tells it; what is given stays, and is compared with it later.
+    """Returns the group `np` from the file of `--load-npt-weights`; given flags are compared with the file later.
 
     Args:
         given: field's name -> value, of the command line and the YAML file.
@@ -234,10 +237,10 @@ def weights_defaults(given: Mapping[str, Any]) -> Found:
     settings = read_np_settings(path)
     if settings is None:
         return Found(path, {})
-    # Whether the base is trained too is no matter of the weights; a single layer may be another one than the file's.
+    # The weights do not depend on whether the base trains; in single_layer the trained layer may be another one.
     left_out = {"freeze_base"} | ({"npt_layers"} if given.get("mode") == "single_layer" else set())
     if given.get("np_form", settings.np_form) != settings.np_form:
-        # These are of the file's form alone, and the other form is refused later: the error should be about the form.
+        # These belong to the file's form only. The given form is refused later, and the error should name the form.
         left_out |= {"np_affine", "np_normalize"}
     return Found(
         path, {"np": {n: value for n, value in group_to_dict(settings).items() if n not in left_out}}
@@ -256,7 +259,7 @@ def _has_other_layers(
     if folder is None:
         if training.additional_steps is not None:
             raise ValueError(
-                f"--additional-steps {training.additional_steps}: --load names no run to go on with"
+                f"--additional-steps {training.additional_steps}: --load names no run that could be continued"
             )
         return False
     return loads_what_fits(training, module, read_run_config(str(folder)), folder)

@@ -1,13 +1,13 @@
-"""Sequential training: one NPT layer after the other, lower layers first, each on top of those that are trained.
+"""Sequential training: NPT layers are trained one after the other, from the lowest, each on top of the earlier ones.
 
-    model of layer N      the base, the trained layers (active, frozen) and N; later layers are base layers
-    optimizer, schedule   new for every layer, over --steps-per-layer steps, the first --stage1-steps of them stage 1
-    data                  goes on: the k-th layer reads what follows the k-th part of the one order of the whole run
-    random numbers        seeded anew at every layer's start
+    model of layer N      the base model with the trained layers (active, frozen) and N; later layers are base layers
+    optimizer, schedule   new for every layer, over --steps-per-layer steps, with stage 1 in the first --stage1-steps
+    data                  continues: all layers' samples are shuffled together, and each layer reads the next part
+    random generators     re-seeded at every layer's start
 
-All layers are trained by one command in one process group. Each has its own run with its own checkpoints, and the
-command may be ended at any moment: given again, it goes on, and ends with the same weights, bit for bit. See
-`sequential_state` for the files. Source: document 000.
+One command trains all layers in one process group. Each layer is a run with its own checkpoints. The command may be
+interrupted at any moment; repeated, it continues, and the final weights are the same bit for bit. `sequential_files`
+describes the files. Source: docs/design/npt_sequential.md.
 """
 
 import gc
@@ -53,11 +53,11 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
     """Trains all layers; returns the process's exit code.
 
     Args:
-        config: as `npt_run` has settled it; `checkpoint.save` is the directory of the run.
+        config: the configuration, already checked by `npt_run.settled`; `checkpoint.save` is the run's directory.
         options: with the base.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     _check(config)
     assert config.checkpoint.save is not None  # the mode has a default for it
@@ -67,13 +67,13 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
     config = resolve(config)
     tokenizer = check_run(config)
     with process_group(config.parallel, config.training, config.checkpoint):
-        # A directory named after the time may differ between ranks.
+        # The default directory contains the time, which may differ between ranks.
         folder = Path(on_first_rank(lambda: str(config.checkpoint.save)))
         return _Sequence(folder, config, tokenizer, options).run()
 
 
 class _Sequence:
-    """The run in its process group."""
+    """A sequential run in its process group."""
 
     def __init__(self, folder: Path, config: NPTRunConfig, tokenizer: Tokenizer, options: RunOptions) -> None:
         self.folder = folder
@@ -83,15 +83,15 @@ class _Sequence:
         self.started = time.monotonic()
         self.state = on_first_rank(lambda: _read(folder, config, options))
         self.tensors: dict[str, torch.Tensor] = {}
-        """NP factors of the trained layers, whole."""
+        """Whole NP factors of the trained layers."""
 
     def run(self) -> int:
-        """Trains what is left; returns the exit code."""
+        """Trains the remaining layers; returns the exit code."""
         on_every_rank(self._read_tensors)
         layers = _remaining(self.state, self.config)
         if not layers:
             print_on_first_rank(
-                f"training already complete: layers {_listed(self.state.trained)} are trained in {self.folder}"
+                f"training is already complete: layers {_listed(self.state.trained)} are trained in {self.folder}"
             )
             return EXIT_OK
         for place, layer in enumerate(layers):
@@ -109,7 +109,7 @@ class _Sequence:
         return EXIT_OK
 
     def _train(self, layer: int, remaining: int) -> int:
-        """One layer's run; afterwards the layer is among the trained ones if it came to its end."""
+        """Trains one layer; if its run is completed, the layer is then among the trained ones."""
         self.state = on_first_rank(lambda: self._begin(layer))
         config, steps = self._config_of(layer), self.config.npt.steps_per_layer
         family = NPTFamily(
@@ -144,7 +144,7 @@ class _Sequence:
         self.tensors = store.read_accumulated(self.folder, self.state)
 
     def _begin(self, layer: int) -> SequentialState:
-        """Records that the layer is in progress, in the directory that it had where it was so before."""
+        """Records that the layer is in progress; an interrupted layer keeps its directory."""
         name = f"layer_{layer}_{time.strftime('%Y%m%d_%H%M%S')}"
         if self.state.current is not None and self.state.current[0] == layer:
             name = self.state.current[1]
@@ -180,7 +180,7 @@ class _Sequence:
     def _finish(
         self, layer: int, config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress
     ) -> None:
-        """Keeps the layer's weights, and then counts it as trained."""
+        """Stores the layer's weights, and then records it as trained."""
         save = config.checkpoint.save
         assert save is not None
         own = {
@@ -203,11 +203,11 @@ class _Sequence:
 
 
 def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPTModel]) -> None:
-    """Loads the factors of all NPT layers but one, whose factors stay as they were drawn. Collective.
+    """Loads the factors of all NPT layers except one, whose initial factors are kept. Collective.
 
     Args:
-        layer: that one.
-        tensors: of the others.
+        layer: the layer that keeps its factors.
+        tensors: the factors of all other NPT layers.
         chunks: this rank's model chunks, unwrapped.
 
     Raises:
@@ -230,7 +230,8 @@ def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> Sequential
         check_same_meaning(str(folder / store.INFO), found.settings, settings)
         if found.base["sha256"] != options.base.sha256:
             raise ValueError(
-                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on {found.base['path']}"
+                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on "
+                f"{found.base['path']}; pass that checkpoint"
             )
         state = replace(found, settings=settings, base=options.base.as_json())
     _remaining(state, config)
@@ -238,17 +239,17 @@ def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> Sequential
 
 
 def _remaining(state: SequentialState, config: NPTRunConfig) -> list[int]:
-    """The layers that are to be trained, in this order.
+    """Returns the layers that remain to be trained, in order.
 
     Raises:
-        ValueError: `--start-from-layer` leaves out layers that are not trained.
+        ValueError: `--start-from-layer` skips layers that are not trained.
     """
     start = config.npt.start_from_layer
     left = [layer for layer in _layers(config) if layer not in state.trained]
     skipped = [layer for layer in left if start is not None and layer < start]
     if skipped:
         raise ValueError(
-            f"--start-from-layer {start}: of the layers below it {_listed(skipped)} are not trained in "
+            f"--start-from-layer {start}: lower layers {_listed(skipped)} are not yet trained in "
             f"--checkpoint-dir {config.checkpoint.save}"
         )
     return left
@@ -270,9 +271,9 @@ def _check(config: NPTRunConfig) -> None:
             f"{steps} steps"
         )
     if stage1 >= steps:
-        raise ValueError(f"--stage1-steps {stage1}: leaves nothing of --steps-per-layer {steps}")
+        raise ValueError(f"--stage1-steps {stage1}: must be less than --steps-per-layer {steps}")
     if not config.np.freeze_base:
-        raise ValueError("--no-freeze-base: --mode sequential trains NP components only")
+        raise ValueError("--no-freeze-base: --mode sequential trains only NP components; omit it")
     if npt.load_npt_weights is not None:
         raise ValueError(
             f"--load-npt-weights {npt.load_npt_weights}: --mode sequential finds trained layers in --checkpoint-dir"
@@ -286,14 +287,16 @@ def _check(config: NPTRunConfig) -> None:
             "--overwrite-checkpoints: --mode sequential goes on with what is in --checkpoint-dir"
         )
     if training.skip_train:
-        raise ValueError("--skip-train: there is nothing to do for it in --mode sequential")
+        raise ValueError(
+            "--skip-train is not supported by --mode sequential; evaluate with tools/evaluate_npt.py"
+        )
     start, layers = npt.start_from_layer, _layers(config)
     if start is not None and start not in layers:
-        raise ValueError(f"--start-from-layer {start}: is none of the layers {_listed(layers)}")
+        raise ValueError(f"--start-from-layer {start}: must be one of the layers {_listed(layers)}")
 
 
 def layer_logging(logging: LoggingConfig, name: str, layer: int, model_size: str | None) -> LoggingConfig:
-    """Every layer's curves in a place of their own, under document 000's names."""
+    """Returns the logging configuration of one layer: its own TensorBoard directory, W&B run name and tags."""
     changes: dict[str, Any] = {}
     if logging.tensorboard_dir is not None:
         changes["tensorboard_dir"] = str(Path(logging.tensorboard_dir, name))

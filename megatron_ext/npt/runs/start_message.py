@@ -1,7 +1,7 @@
-"""What an NPT run tells before its first step: base, converted layers; NP weights, parameters; losses, curriculum.
+"""Prints three lines before an NPT run's first step: converted layers, initial NP weights, losses and curriculum.
 
-Three lines on rank 0. The losses' line is the formula of `npt loss`, with the names under which its terms are printed:
-those are means over layers, while the total, which is what is trained, sums over them.
+The third line is the formula of `npt loss`, with the names of its terms in the progress line. There they are means over
+layers, while the total, which is trained, is a sum over layers.
 """
 
 from megatron_ext.models.costs.model_cost import layer_parameters
@@ -27,19 +27,19 @@ def print_start(
     """Prints the lines; collective.
 
     Args:
-        chunks: this rank's model chunks, unwrapped, frozen where they are not trained.
+        chunks: this rank's model chunks, unwrapped, with the untrained parameters already frozen.
         config: the run's.
         base: what the run stands on.
-        weights: in words, where the NP weights come from.
-        total_steps: optimizer steps of the run.
-        trains: numbers of the NPT layers that are trained; None for all.
+        weights: description of the origin of the NP weights.
+        total_steps: number of steps of the run.
+        trains: numbers of the trained NPT layers; None for all.
     """
     settings = config.np
     num_layers = config.model.num_layers
     count = count_parameters(chunks)["trainable"]
     own = layer_parameters(config.model) * len(trains or settings.layers(num_layers))
     share = (
-        f"{count / own:.1%} of their layers' own {own:,}" if settings.freeze_base else "base model included"
+        f"{count / own:.1%} of their layers' {own:,}" if settings.freeze_base else "including the base model"
     )
     print_on_first_rank(
         f"NPT on {base.folder if base is not None else 'a model from scratch'}: {conversion(settings, num_layers)}"
@@ -49,12 +49,12 @@ def print_start(
 
 
 def fresh(settings: NPTModuleConfig, seed: int) -> str:
-    """In words, NP weights as they are drawn."""
-    return f"fresh ({settings.np_init_strategy}, scale {settings.np_init_scale:g}, seed {seed})"
+    """Describes initial NP weights."""
+    return f"initialized ({settings.np_init_strategy}, scale {settings.np_init_scale:g}, seed {seed})"
 
 
 def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
-    """In words, which layers are converted, and how."""
+    """Describes which layers are converted, and how."""
     layers = ",".join(map(str, settings.layers(num_layers)))
     affine = (
         f"affine {'on' if settings.np_affine else 'off'}, " if settings.np_form == "outer_product" else ""
@@ -66,7 +66,7 @@ def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
 
 
 def objective(training: NPTTrainingConfig, total_steps: int) -> str:
-    """The formula of the total loss, after stage 1 where there is one, and the curriculum."""
+    """Describes the total loss, after stage 1 if there is one, and the curriculum."""
     last = training.objective(training.stage1_steps + 1, total_steps)
     terms = [
         f"{weight:g} {name}"

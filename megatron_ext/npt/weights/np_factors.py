@@ -1,9 +1,9 @@
-"""A model's NP components as plain tensors, and back: whole, on one process or any cut.
+"""Converts a model's NP components to plain, whole tensors and back, in any parallel layout.
 
     layer_{i}_np.{target}.{name}            i from 0 over the whole model; names and shapes as in `modulation`
-    layer_{i}_np.{target}.{name}.{k}        where there are several components, one tensor each
+    layer_{i}_np.{target}.{name}.{k}        with several components: one tensor for each component k
 
-For one component c_a is a vector; every other factor is a matrix.
+The factor c_a of one component is a vector; every other factor is a matrix.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,15 @@ from megatron_ext.npt.modules.npt_layers import np_modules
 from megatron_ext.platform.collectives import merge_over_ranks
 
 _ROWS = ("B", "W_a_up", "W_b_up", "c_a")
-"""Factors whose components lie below one another; those of the others lie side by side."""
+"""Factors whose components are concatenated along dimension 0; those of other factors along dimension 1."""
 _SHOWN = 5
-"""Differences of a kind that an error message lists."""
+"""Largest number of differences of one kind that an error message lists."""
 
 
 def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """All NP factors of the model, on the CPU of every rank. Collective over tensor- and pipeline-parallel ranks.
+    """Returns key -> whole NP factor of the model, on the CPU of every rank.
 
-    Args:
-        chunks: this rank's model chunks, unwrapped.
+    Collective over tensor- and pipeline-parallel ranks; `chunks` are this rank's model chunks, unwrapped.
     """
     local = {
         key: tensor.cpu().clone()
@@ -39,15 +38,15 @@ def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
 
 
 def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:
-    """Takes what `gather_np_factors` gave. Collective over pipeline-parallel ranks.
+    """Loads the factors that `gather_np_factors` returned. Collective over pipeline-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        tensors: by key, whole.
+        tensors: key -> whole factor.
 
     Raises:
-        ValueError: a key is missing, unknown, or of another shape; the message lists the differences. Nothing is
-            loaded then.
+        ValueError: a key is missing or unknown, or a tensor has another shape. The message lists the differences, and
+            nothing is loaded.
     """
     places = {
         key: (part, name, place)
@@ -71,7 +70,7 @@ def _parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, Modulation, str, 
 def _components(
     key: str, part: Modulation, name: str, factor: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Views of a factor, one a component."""
+    """Yields key and view of each component of a factor."""
     count = part.settings.num_np_components
     for number, view in enumerate(factor.chunk(count, dim=0 if name in _ROWS else 1)):
         yield key if count == 1 else f"{key}.{number}", view.squeeze(0) if name == "c_a" else view
@@ -87,7 +86,8 @@ def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:
 
 
 def _split_dim(part: Modulation, name: str, place: torch.Tensor) -> int | None:
-    """The dimension of a component that is split over the ranks: a vector has only one."""
+    """Returns the dimension of a component that is split over the ranks, or None."""
+    # For c_a, a vector, `split_dims` names the dimension of the matrix of all components.
     return min(part.split_dims[name], place.dim() - 1) if name in part.split_dims else None
 
 
@@ -107,13 +107,13 @@ def _local(part: Modulation, name: str, tensor: torch.Tensor, place: torch.Tenso
 
 
 def _sorted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In the order of layers."""
+    """Sorts the factors by layer."""
     return dict(sorted(tensors.items(), key=lambda item: int(item[0].split("_")[1])))
 
 
 def _check(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     shapes = [
-        f"{key} is {list(found[key])}, must be {list(shape)}"
+        f"{key} has shape {list(found[key])} instead of {list(shape)}"
         for key, shape in expected.items()
         if key in found and found[key] != shape
     ]

@@ -1,9 +1,9 @@
-"""Model and optimizer tensors to and from a directory, in megatron-core's `torch_dist` format.
+"""Saves and loads model and optimizer tensors in megatron-core's `torch_dist` format.
 
-Written without the engine's helper processes: its own writer starts a process manager and forks, which costs seconds
-on a tiny model, forbids daemonic callers, and lets a full disk on rank 0 hang the others. The writer of
-`torch.distributed.checkpoint`, given the engine's state dict and planner, makes the same files in this process and
-tells every rank of a failure. Read with the engine's own reader.
+The engine's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model, does
+not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the engine's
+state dict and planner, writes the same files in this process and reports a failure to every rank. Reading uses the
+engine's reader.
 """
 
 import warnings
@@ -37,7 +37,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
 
 Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
-"""(Name in the checkpoint, the model's tensor, all names in the checkpoint) -> whether the tensor is read."""
+"""(Name in the checkpoint, the model's tensor, all names in the checkpoint) -> whether to read the tensor."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -47,12 +47,13 @@ def model_state(
     keeps: Callable[[str, torch.Tensor], bool] | None = None,
     rename: Callable[[str], str] | None = None,
 ) -> ShardedStateDict:
-    """The sharded state dict of this rank's chunks; names in it are global and do not depend on the parallel layout.
+    """Returns the sharded state dict of this rank's chunks; its names do not depend on the parallel layout.
 
     Args:
         models: the chunks, unwrapped.
-        keeps: (global name, the model's own tensor) -> whether it is in; without it all are.
-        rename: global name -> name in the checkpoint, which `keeps` then gets. What is no tensor is left out.
+        keeps: (global name, the model's tensor) -> whether to include it; None includes all.
+        rename: global name -> name in the checkpoint, which is then passed to `keeps`. With it, entries that are not
+            tensors are omitted.
     """
     states = {}
     for index, model in enumerate(models):
@@ -84,14 +85,14 @@ def load_into(
 
     Args:
         models: this rank's chunks, unwrapped.
-        folder: the checkpoint, whose files `verify` has compared with their checksums.
-        wanted: tells which tensors are read; without it every tensor of the model is.
+        folder: the checkpoint's directory; call `verify` before.
+        wanted: chooses the tensors to read; None reads every tensor of the model.
         rename: as in `model_state`.
-        whole: the checkpoint may hold no more of the model than is read.
-        same_vocabulary: the tokenizers' sizes agree, so that the embedding may be padded differently.
+        whole: whether it is an error if the checkpoint contains further tensors of the model.
+        same_vocabulary: whether the tokenizers' sizes agree, so that only the padding of the embedding may differ.
 
     Raises:
-        ValueError: model and checkpoint differ, naming the tensor.
+        ValueError: model and checkpoint differ; the message names the tensor.
     """
     stored = stored_shapes(folder)
     keeps = None if wanted is None else lambda name, value: wanted(name, value, stored)
@@ -103,13 +104,13 @@ def load_into(
 def load_optimizer(
     optimizer: OptimizerState, folder: Path, step: int, *, whole: bool = True, same_vocabulary: bool
 ) -> None:
-    """Reads an optimizer's tensors from a checkpoint whose model is loaded, as `load_into` does; collective.
+    """Reads the optimizer's tensors from a checkpoint; load the model first. Collective.
 
     Args:
-        optimizer: gets them.
-        folder: the checkpoint.
-        step: updates done so far, as Adam counts them.
-        whole: False: parameters whose state the checkpoint lacks keep their own.
+        optimizer: the state to fill.
+        folder: the checkpoint's directory.
+        step: Adam's step count.
+        whole: whether it is an error if the checkpoint lacks a parameter's state; otherwise that state is unchanged.
         same_vocabulary: as in `load_into`.
     """
     stored = stored_shapes(folder)
@@ -127,7 +128,7 @@ def _load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict
         found = model.load_state_dict(state[f"model{index}"], strict=False)
         wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not _is_extra(name)]
         assert not (strict and wrong), (
-            f"{wrong[0]}: not in both model and checkpoint, though these were compared"
+            f"{wrong[0]}: not in both model and checkpoint, although `check` found them equal"
         )
 
 
@@ -135,7 +136,7 @@ def write(state: ShardedStateDict, folder: Path) -> None:
     """Writes all tensors of a sharded state dict; collective.
 
     Raises:
-        OSError: a rank could not write; every rank raises it.
+        OSError: some rank could not write; raised on every rank.
     """
     sharded, common = save_preprocess(state)
     groups: dict[str, list[Any]] = defaultdict(list)
@@ -161,39 +162,43 @@ def write(state: ShardedStateDict, folder: Path) -> None:
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's writer, telling why a file could not be written."""
+    """torch's writer, with the operating system's errors."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Writes this rank's files."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # `torch.save` hides the system's error ("No space left on device") behind one of its own.
+            # torch hides the system's error ("No space left on device") behind one of its own.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
-    """Fills a sharded state dict, of which a rank's part may be empty; collective. Call `check` before.
+    """Fills a sharded state dict, which may be empty on some ranks; collective. Call `check` before.
 
-    An `_extra_state` that the checkpoint lacks is left out: Transformer Engine's norms have one (for FP8), others none.
+    An `_extra_state` that the checkpoint lacks is omitted: only Transformer Engine's modules have one (for FP8).
     """
     state = _with_stored_extras(state, folder)
     if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
         return state
     with warnings.catch_warnings():
-        # The engine calls torch's loader by its older name.
+        # The engine calls torch's loader by its deprecated name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
     return {**{name: {} for name in state}, **loaded}  # the engine leaves out what is empty
 
 
 def verify(folder: Path) -> None:
-    """Compares a checkpoint's files with their checksums, each rank a part of them; raises as `verify_checkpoint`."""
+    """Compares a checkpoint's files with their checksums, divided among the ranks; collective.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
     on_every_rank(lambda: files.verify_checkpoint(folder, dist.get_rank(), dist.get_world_size()))
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> global shape of every tensor in a checkpoint whose checksums have been verified; collective."""
+    """Returns name -> global shape of every tensor in a checkpoint; collective. Call `verify` before: it unpickles."""
 
     def own() -> dict[str, tuple[int, ...]]:
         tensors = dist_checkpointing.load_tensors_metadata(str(folder))
@@ -210,49 +215,51 @@ def check(
     same_vocabulary: bool,
     whole: bool = True,
 ) -> None:
-    """Finds out whether the checkpoint has every tensor of the run, in its shape, and no more of the model; collective.
+    """Checks that the checkpoint contains every tensor to load in its shape; collective.
 
     Args:
-        state: what is to be loaded.
+        state: the sharded state dict to load.
         stored: name -> global shape in the checkpoint.
-        folder: the checkpoint, named in errors.
-        same_vocabulary: the tokenizers' sizes agree, so that the embedding may be padded differently.
-        whole: the checkpoint may hold no more of the model than is to be loaded.
+        folder: the checkpoint's directory, for errors.
+        same_vocabulary: whether the tokenizers' sizes agree, so that only the padding of the embedding may differ.
+        whole: whether it is an error if the checkpoint contains further tensors of the model.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: a tensor is missing, has another shape, or is one too many; the message names it.
     """
     wanted = {shard.key: tuple(shard.global_shape) for shard in _shards(state)}
     everywhere = merge_over_ranks(wanted)
     for name, shape in sorted(everywhere.items()):
         if name not in stored:
             hint = "; add --no-load-optim" if name.startswith(PREFIX) else ""
-            raise ValueError(f"{folder}: holds no {name}, which this run has{hint}")
+            raise ValueError(f"{folder}: contains no tensor {name}, which this run needs{hint}")
         if stored[name] == shape or (
             same_vocabulary and stored[name][1:] == shape[1:] and _is_vocabulary(name)
         ):
             continue
         if _is_vocabulary(name):
             raise ValueError(
-                f"{folder}: a vocabulary of {stored[name][0]} rows, this run's tokenizer asks for {shape[0]}; "
-                "use the tokenizer of the checkpoint (--tokenizer-type, --tokenizer-model, --vocab-file)"
+                f"{folder}: the vocabulary has {stored[name][0]} rows, but this run's tokenizer needs {shape[0]}; "
+                "use the checkpoint's tokenizer (--tokenizer-type, --tokenizer-model, --vocab-file)"
             )
-        raise ValueError(f"{folder}: {name} has shape {list(stored[name])}, in this run {list(shape)}")
+        raise ValueError(
+            f"{folder}: tensor {name} has shape {list(stored[name])}, but this run needs {list(shape)}"
+        )
     extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
     if extra and whole:
         raise ValueError(
-            f"{folder}: holds {extra[0]} ({len(extra)} tensors in all) that this run's model lacks"
+            f"{folder}: contains {extra[0]} ({len(extra)} such tensors), which this run's model does not have"
         )
 
 
 def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDict:
-    """The state dict without `_extra_state` objects that the checkpoint does not hold."""
+    """Returns the state dict without the `_extra_state` objects that the checkpoint does not contain."""
     if not any(isinstance(value, ShardedObject) for value in nested_values(state)):
         return state
     stored = load_sharded_metadata(str(folder)).values()
     objects = {value.unique_key for value in stored if isinstance(value, ShardedObject)}
 
-    def is_there(name: Any, value: Any) -> bool:
+    def is_there(name: object, value: object) -> bool:
         return not (isinstance(value, ShardedObject) and _is_extra(str(name))) or value.unique_key in objects
 
     def kept(part: Any) -> Any:
@@ -263,7 +270,7 @@ def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDi
     return kept(state)
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> bool:
     return isinstance(value, ShardedTensor | ShardedTensorFactory)
 
 

@@ -1,4 +1,4 @@
-"""How many parameters a model has over all ranks, trained and frozen; what ranks or stages hold twice counts once."""
+"""Counts a model's trainable and frozen parameters over all ranks, each replicated parameter once."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ from megatron_ext.training.checkpoint.checkpoint_tensors import model_state
 
 
 def count_parameters(chunks: list[GPTModel]) -> dict[str, int]:
-    """Numbers of parameters of the whole model, `trainable` and `frozen`; collective."""
+    """Returns the numbers of `trainable` and `frozen` parameters of the whole model; collective."""
     counts = {"trainable": 0, "frozen": 0}
     for chunk in model_state(chunks).values():
         for value in chunk.values():

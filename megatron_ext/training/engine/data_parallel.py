@@ -1,7 +1,4 @@
-"""Puts the model into megatron-core's data-parallel wrapper, takes it out, and completes its parameters.
-
-bf16 runs keep fp32 main weights in the optimizer and reduce gradients in fp32.
-"""
+"""Wraps the model for megatron-core's data parallelism, and unwraps it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +20,12 @@ from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
 def wrap_model(
     chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool
 ) -> list[DistributedDataParallel]:
-    """Puts the chunks into bf16 (where asked) and megatron-core's data-parallel wrapper.
+    """Converts the chunks to bf16 if wanted, and wraps them for data parallelism.
 
     Args:
-        chunks: this rank's model chunks; families have frozen what they freeze.
-        parallel: tells how gradients are reduced.
-        bf16: the precision of parameters and activations.
+        chunks: this rank's model chunks. Freeze parameters before: frozen ones get no gradient buffer.
+        parallel: specifies how gradients are reduced.
+        bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
     """
     config = get_model_config(chunks[0])
     ddp_config = DistributedDataParallelConfig(
@@ -36,11 +33,12 @@ def wrap_model(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        check_for_nan_in_grad=False,  # the step looks at loss and gradient norm itself, and skips
+        check_for_nan_in_grad=False,  # it would abort the run; `Stepper` skips a non-finite step instead
     )
     modules = [Float16Module(config, chunk) if bf16 else chunk for chunk in chunks]
     wrapped = [
-        # Bucketing overlaps reduction with backward; later chunks' backward comes first, with nothing to overlap.
+        # Buckets let reduction overlap with the rest of the backward pass. As in Megatron-LM only the first chunk has
+        # them: with interleaving a later chunk's reduction overlaps with the backward pass of the earlier chunks.
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
@@ -53,7 +51,7 @@ def wrap_model(
 
 
 def unwrap_model(chunk: Any) -> GPTModel:
-    """The model inside the wrappers of `wrap_model`, or the model itself where there are none."""
+    """Returns the model inside the wrappers of `wrap_model`, or the model itself if it has none."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     model: GPTModel = chunk
@@ -61,14 +59,14 @@ def unwrap_model(chunk: Any) -> GPTModel:
 
 
 def unwrap_models(chunks: Sequence[torch.nn.Module]) -> list[GPTModel]:
-    """The models inside this rank's chunks, wrapped or not."""
+    """Returns the models inside this rank's chunks, wrapped or not."""
     return [unwrap_model(chunk) for chunk in chunks]
 
 
 def gather_parameters(chunks: list[torch.nn.Module]) -> None:
-    """Completes what the last step has left to the next forward pass under `--overlap-param-gather`; collective.
+    """Gathers the parameters that the last step has updated; collective, does nothing without --overlap-param-gather.
 
-    Until then every rank has the new values of its own part of the parameters alone.
+    With that flag the next forward pass would gather them; until then each rank has only its own part's new values.
     """
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:

@@ -1,7 +1,7 @@
 """Clips gradients by their global norm, and computes the norms of single gradients for statistics.
 
-Without the distributed optimizer every data-parallel rank ends with the whole reduced gradient in `main_grad`. With it
-a rank ends with its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
+Without the distributed optimizer every data-parallel rank has the whole reduced gradient in `main_grad`. With it a rank
+has only its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
 """
 
 import torch
@@ -11,10 +11,14 @@ from megatron.core.optimizer import MegatronOptimizer
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
-    """Scales this rank's gradients in place so that their global norm, `norm`, does not exceed `largest`.
+    """Scales this rank's gradients in place so that their global norm does not exceed `largest`.
 
-    Without Apex and Transformer Engine the engine's own clipping makes a scaled copy first.
+    Args:
+        optimizer: holds the gradients.
+        norm: their global L2 norm.
+        largest: the limit of the norm.
     """
+    # Not the engine's clipping: without Apex and Transformer Engine it allocates a scaled copy of all gradients.
     factor = largest / (norm + 1.0e-6)
     gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
     if factor < 1.0 and gradients:
@@ -22,7 +26,10 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) ->
 
 
 def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
-    """Tells each parameter which range of its flat gradient this rank reduces, under the distributed optimizer."""
+    """Stores in each parameter's `reduced_range` which part of its flat gradient this rank reduces.
+
+    Does nothing without the distributed optimizer.
+    """
     for chunk in wrapped:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
@@ -37,10 +44,13 @@ def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
 
 
 def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's part of the squared norm of a gradient: a float64 scalar; the parts of all model copies add up to it.
+    """Returns this rank's part of a gradient's squared norm; the parts of all data-parallel ranks add up to it.
 
     Args:
-        parameter: of a model that `wrap_model` has wrapped; a frozen one has no gradient and gives 0.
+        parameter: a parameter of a model wrapped by `wrap_model`; a frozen one has no gradient and gives 0.
+
+    Returns:
+        A scalar, float64.
     """
     gradient = getattr(parameter, "main_grad", None)
     if gradient is None:

@@ -1,7 +1,4 @@
-"""Learning rate (warm-up, then decay) and weight decay over the run, by megatron-core's scheduler.
-
-Everything is counted in samples, as in Megatron-LM.
-"""
+"""Builds megatron-core's scheduler of learning rate (warm-up, then decay) and weight decay; it counts samples."""
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -16,10 +13,16 @@ def build_scheduler(
     optimizer: MegatronOptimizer,
     global_batch_size: int,
 ) -> OptimizerParamScheduler:
-    """The schedule of learning rate and weight decay, counted in samples.
+    """Builds the schedule of learning rate and weight decay.
+
+    Args:
+        settings: rates and lengths; lengths in iterations are converted to samples.
+        training: the run's length, used where the settings give no decay length.
+        optimizer: its parameter groups are scheduled.
+        global_batch_size: samples per step.
 
     Raises:
-        ValueError: the warm-up is as long as the decay.
+        ValueError: the warm-up is not shorter than the decay.
     """
     total = training.resolved_train_iters(global_batch_size) * global_batch_size
     decay = _samples(settings.lr_decay_iters, settings.lr_decay_samples, global_batch_size) or total
@@ -28,7 +31,8 @@ def build_scheduler(
         warmup = int(settings.lr_warmup_fraction * decay)
     if warmup >= decay:
         raise ValueError(
-            f"--lr-warmup-iters: the warm-up ({warmup} samples) must be shorter than the decay ({decay} samples)"
+            f"--lr-warmup-iters: the warm-up ({warmup} samples) must be shorter than the decay ({decay} samples); "
+            "reduce it or increase --lr-decay-iters"
         )
     start = settings.weight_decay if settings.start_weight_decay is None else settings.start_weight_decay
     end = settings.weight_decay if settings.end_weight_decay is None else settings.end_weight_decay

@@ -1,7 +1,7 @@
 """Builds megatron-core's optimizer for the wrapped model.
 
-AdamW with decoupled weight decay (arXiv 1711.05101), biases and one-dimensional parameters undecayed. fp32 runs keep
-one copy of the weights; bf16 runs keep fp32 main weights and reduce gradients in fp32.
+AdamW with decoupled weight decay (arXiv 1711.05101); biases and one-dimensional parameters have no weight decay. bf16
+runs keep fp32 main weights.
 """
 
 import torch
@@ -28,7 +28,15 @@ def build_optimizer(
     *,
     bf16: bool,
 ) -> MegatronOptimizer:
-    """megatron-core's optimizer over the wrapped chunks; families' learning-rate and decay overrides applied."""
+    """Builds megatron-core's optimizer for the wrapped chunks.
+
+    Args:
+        settings: learning rate, weight decay, Adam's constants, clipping.
+        parallel: chooses the distributed optimizer.
+        chunks: this rank's chunks, wrapped by `wrap_model`.
+        families: supply learning-rate and weight-decay overrides for their parameters.
+        bf16: whether parameters are in bfloat16.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -55,7 +63,7 @@ def build_optimizer(
 
 
 def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW updates all parameters in one kernel with `fused`; the engine builds it with a Python loop."""
+    # The engine builds torch's AdamW with a Python loop over parameters; `fused` updates all of them in one kernel.
     inner = optimizer.optimizer
     if isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:

@@ -242,7 +242,7 @@ def test_the_tracker_names_the_checkpoint_to_load(tmp_path: Path) -> None:
     assert files.find_checkpoint(str(tmp_path / "iter_0000002"), 2) == tmp_path / "iter_0000002"
     (tmp_path / files.TRACKER).unlink()
     assert files.find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000002"
-    with pytest.raises(FileNotFoundError, match=r"--ckpt-step 5: .*there: 1, 2"):
+    with pytest.raises(FileNotFoundError, match=r"--ckpt-step 5: .*available: 1, 2"):
         files.find_checkpoint(str(tmp_path), 5)
 
 

@@ -97,4 +97,7 @@ def test_another_per_layer_embedding_is_refused_with_its_flag(tmp_path: Path) ->
     size, activation, without = run_single(_loading_errors, folder, others)
     assert size == f"--per-layer-hidden-size 16: the checkpoint {folder}/iter_0000002 was made with 8"
     assert activation.startswith("--per-layer-gate-activation relu: ")
-    assert without == f"{folder}/iter_0000002: the checkpoint has the family per_layer, this run has not"
+    assert (
+        without
+        == f"{folder}/iter_0000002: the checkpoint has the family per_layer, which this run does not use"
+    )

@@ -137,7 +137,7 @@ def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
     for found, notes in run_distributed(_load_save_and_train, _SIZES[layout], source, target, settings):
         # Adam without its moments, or with those of another parameter, is off in the second digit.
         assert found == pytest.approx(losses, rel=1e-5)
-        assert any("seeded anew" in note for note in notes)
+        assert any("re-seeded" in note for note in notes)
     written, rewritten = run_single(_whole_tensors, source, target)
     assert len(written) == 3 * sum(not name.startswith("optimizer.") for name in written)
     _assert_equal(written, rewritten)

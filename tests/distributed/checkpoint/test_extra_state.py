@@ -93,7 +93,8 @@ def test_an_imported_model_loads_where_norms_have_an_extra_state(tmp_path: Path)
     expected = run_single(_save, str(tmp_path), 1, False)
     # The first batch again, on the trained model: below the loss of the model that was drawn.
     drawn = run_single(_first_loss)
-    assert run_single(_import, str(tmp_path)) < drawn - 0.05 and expected
+    imported = run_distributed(_import, 1, str(tmp_path))[0]  # in a process whose modules it may change
+    assert imported < drawn - 0.05 and expected
 
 
 def _first_loss() -> float:

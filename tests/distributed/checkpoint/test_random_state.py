@@ -66,7 +66,7 @@ def test_random_numbers_of_another_device_are_seeded_anew_on_every_rank(
     for losses, notes in found:
         assert (
             notes[0]
-            == f"random numbers are seeded anew at step 2: they are those of {kinds}, the run is on cpu"
+            == f"random generators are re-seeded at step 2: the checkpoint's are for {kinds}, but the run uses cpu"
         )
         assert losses[0] == pytest.approx(straight[0][0], rel=0.05) and losses != straight[0]
 
@@ -77,7 +77,7 @@ def test_files_of_before_the_device_was_noted_still_give_the_run_that_never_stop
         _rewrite(tmp_path, rank, None, None)
     for rank, (losses, notes) in enumerate(run_distributed(_load_and_go_on, 2, str(tmp_path))):
         assert losses == straight[rank]
-        assert not any("anew" in note for note in notes)
+        assert not any("re-seeded" in note for note in notes)
 
 
 def test_the_file_names_its_device(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _by_autograd() -> tuple[float, float]:
     loss = losses[batch["loss_mask"].flatten() > 0].mean()
     loss.backward()
     norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-    return float(loss), float(torch.stack(norms).norm())
+    return float(loss.detach()), float(torch.stack(norms).norm())
 
 
 def test_a_step_s_loss_and_gradient_norm_are_those_of_the_mean_over_all_unmasked_tokens() -> None:

@@ -45,9 +45,7 @@ def test_weights_in_four_bits_do_not_depend_on_the_layout(precision: str) -> Non
 
 
 def test_a_layout_through_a_block_is_refused() -> None:
-    message = (
-        "precision qlora: blocks of 64 weights would be cut, a row has 96 on each of 2 tensor-parallel ranks"
-    )
+    message = "precision qlora: tensor parallelism would split blocks of 64 weights: 96 consecutive"
     with pytest.raises(RuntimeError, match=message):
         run_distributed(_unpacked, 2, "qlora", "TP2", 192)
 

@@ -21,7 +21,7 @@ def test_a_layer_whose_norm_vanishes_is_told_once_until_it_recovers() -> None:
         restored.load_state_dict(watch.state_dict())
         watch = restored
     assert [len(lines) for lines in told] == [0, 0, 1, 0, 0, 1]
-    assert told[2][0].startswith("warning: layer 3: v_b_norm has fallen to 1.90e-03 (first 2.00e+00)")
+    assert told[2][0].startswith("warning: layer 3: v_b_norm has fallen to 1.90e-03 (first value 2.00e+00)")
 
 
 def test_factors_that_start_at_zero_have_not_collapsed() -> None:
@@ -126,7 +126,7 @@ def _refused(layout: list[str]) -> str:
     ],
 )
 def test_samples_are_refused_at_a_layout_that_generation_does_not_know(layout: list[str], flag: str) -> None:
-    assert run_single(_refused, layout) == f"--generation-steps 5: generation does not know {flag}"
+    assert run_single(_refused, layout) == f"--generation-steps 5: generation does not support {flag}"
 
 
 def _sampled_at(folder: str, data: str, base: str, layout: list[str]) -> Any:

@@ -171,7 +171,7 @@ def test_a_finished_run_says_so_and_more_layers_go_on_top(sequential_run: Sequen
     shutil.copytree(sequential_run.folder, moved)
     before = _weights(sequential_run.folder / "accumulated_npt_weights.pt")
     again = run_single(train, *sequential_run.flags(moved))
-    assert again == (0, f"training already complete: layers 0, 1, 3 are trained in {moved}\n")
+    assert again == (0, f"training is already complete: layers 0, 1, 3 are trained in {moved}\n")
     # Their run is in the middle of the layers: what lies above it is trained already, and active.
     more = [*sequential_run.flags(moved), "--layers", "all", "--start-from-layer", "2"]
     code, output = run_single(train, *more)
@@ -189,14 +189,14 @@ def _refused(*flags: str) -> str:
 
 REFUSED = {
     "another rank": (["--np-rank", "8"], "was made with another configuration: np_rank is 4, here 8"),
-    "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not trained in"),
-    "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: is none of the layers 0, 1, 3"),
+    "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not yet trained in"),
+    "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: must be one of the layers 0, 1, 3"),
     "--train-iters": (
         ["--train-iters", "9"],
         "9: --mode sequential trains every layer for --steps-per-layer 6",
     ),
-    "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: leaves nothing of --steps-per-layer 6"),
-    "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains NP components only"),
+    "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
+    "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains only NP components"),
     "weights": (["--load-npt-weights", "PT"], "finds trained layers in --checkpoint-dir"),
     "another base": (["--base-checkpoint", "OTHER"], "were trained on"),
     "a run": (["--load", "RUN"], "must be a base model in --mode sequential"),
@@ -228,9 +228,9 @@ def test_what_does_not_fit_is_one_line(sequential_run: SequentialRun) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"format": "another"}, "not of a sequential run"),
+        ({"format": "another"}, "was not written by a sequential run"),
         ({"layer_checkpoints": {}}, "damaged"),
-        ({"trained_layers": [0, 1, 2]}, "holds no layer 2"),
+        ({"trained_layers": [0, 1, 2]}, "layer 2 is missing"),
     ],
 )
 def test_damaged_files_are_named(

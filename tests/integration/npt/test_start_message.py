@@ -45,7 +45,7 @@ def test_a_run_tells_its_base_conversion_weights_and_losses_and_takes_the_weight
     assert output.splitlines()[:3] == [
         f"NPT on {Path(sequential_run.base).resolve()}/iter_0000001: layers 0,1,3 of 4, outer_product on gate, rank 4, "
         "k 1, affine on, residual drop",
-        f"NP weights: from {weights}; {ours:,} parameters are trained, {ours / own:.1%} of their layers' own {own:,}",
+        f"NP weights: from {weights}; {ours:,} parameters are trained, {ours / own:.1%} of their layers' {own:,}",
         "npt loss = sum over layers of (10 mlp_direct_loss + 0.01 regularization_loss) + 1 fidelity_loss (kl); "
         "curriculum teacher:1:0:0,mixed:1:0.5:0.5,student:1:1:1",
     ]
@@ -54,7 +54,7 @@ def test_a_run_tells_its_base_conversion_weights_and_losses_and_takes_the_weight
 
 def test_a_layer_by_layer_run_tells_what_each_layer_stands_on(sequential_run: SequentialRun) -> None:
     told = [line for line in sequential_run.output.splitlines() if line.startswith("NP weights: ")]
-    fresh = "fresh (improved, scale 0.01, seed 1234) in layer"
+    fresh = "initialized (improved, scale 0.01, seed 1234) in layer"
     assert [line.partition(";")[0].removeprefix("NP weights: ") for line in told] == [
         f"{fresh} 0",
         f"as trained before in layer 0, {fresh} 1",

@@ -13,7 +13,7 @@ MODEL = (
     "--vocab-size 64 --num-workers 0 --global-batch-size 4 --lr 1e-3 --eval-iters 0 --device-peak-tflops 1 --split 1 "
     "--lr-decay-style constant"
 )
-TOLD = "the training data is in another order: "
+TOLD = "the order of the training data has changed: "
 
 
 def train(folder: Path, *flags: str) -> str:
@@ -40,12 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--seq-length 16 --train-iters 6 --micro-batch-size 2", None),
         (
             "--seq-length 8 --train-iters 6",
-            "--seq-length is 8 here and 16 in the checkpoint; of the 20 samples",
+            "--seq-length is 8 now and 16 in the checkpoint; some of the 20 samples",
         ),
-        ("--seq-length 16 --train-iters 6 --seed 5", "--seed is 5 here and 1234 in the checkpoint"),
+        ("--seq-length 16 --train-iters 6 --seed 5", "--seed is 5 now and 1234 in the checkpoint"),
         (
             "--seq-length 16 --train-iters 29 --exit-interval 6",
-            "a run of 116 samples shuffles other epochs together than the checkpoint's of 20",
+            "the run has 116 samples and the checkpoint's run 20, so other epochs are shuffled together",
         ),
         ("--seq-length 8 --train-iters 1 --finetune", None),
     ],

@@ -105,7 +105,7 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_tha
 
     resumed = run(*flags, *where, "--load", str(tmp_path / "checkpoint"), processes=2)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"the run goes on after step {stopped_at}" in resumed.stdout
+    assert f"the run continues after step {stopped_at}" in resumed.stdout
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 

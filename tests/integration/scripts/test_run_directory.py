@@ -150,20 +150,23 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Megatron-LM's older format": (_megatron_legacy, "a checkpoint of Megatron-LM"),
     "a tracker that says release": (
         _release,
-        "says 'release', not a step; --ckpt-step takes one (there: 1, 2)",
+        "contains 'release' instead of a step number; --ckpt-step selects one (available: 1, 2)",
     ),
     "ours without checksums": (_ours_without_checksums, "not a complete checkpoint of this program"),
-    "the newest without checksums": (_newest_without_checksums, "takes another one (there: 1)"),
+    "the newest without checksums": (_newest_without_checksums, "selects another one (available: 1)"),
     "a directory copied in part": (_copied_in_part, "iter_0000002: not a complete checkpoint"),
     "a tracker with rubbish": (
         _rubbish_in_tracker,
-        "says 'step two', not a step; --ckpt-step takes one (there: 1, 2)",
+        "contains 'step two' instead of a step number; --ckpt-step selects one (available: 1, 2)",
     ),
-    "an empty tracker": (_empty_tracker, "says '', not a step"),
-    "a tracked step that is gone": (_tracked_step_gone, "names step 60, of which there is no checkpoint"),
-    "a file": (_file, "checkpoint: a file, not a directory"),
+    "an empty tracker": (_empty_tracker, "contains '' instead of a step number"),
+    "a tracked step that is gone": (
+        _tracked_step_gone,
+        "names step 60, but there is no checkpoint of this step",
+    ),
+    "a file": (_file, "checkpoint: this is a file, not a directory"),
     "a Hugging Face model": (_hugging_face, "tools/convert_checkpoint.py import"),
-    "the directory above": (_one_above, "below it are those in"),
+    "the directory above": (_one_above, "but there are some in"),
     "NP weights": (_np_weights, "--load-npt-weights"),
 }
 READERS: dict[str, Callable[[str], Any]] = {
@@ -207,7 +210,7 @@ def test_nothing_there_is_a_new_run_also_beside_the_logs_of_its_own_directory(tm
         check_directories(CheckpointConfig(load=folder, save=folder), writes=True)
     (empty / "tensorboard").mkdir()
     check_directories(CheckpointConfig(load=str(empty), save=str(empty)), writes=True)
-    with pytest.raises(ValueError, match="--load .*empty: holds no checkpoint .there: tensorboard"):
+    with pytest.raises(ValueError, match="--load .*empty: contains no checkpoint, only tensorboard"):
         check_directories(CheckpointConfig(load=str(empty), save=missing), writes=True)
 
 
@@ -262,11 +265,13 @@ def _message(**checkpoint: Any) -> str:
 def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -> None:
     here, other = str(saved), tmp_path / "other"
     shutil.copytree(saved, other)
-    assert f"--save {here}: holds another run (steps 1, 2)" in _message(save=here)
-    assert f"give --load {other}," in _message(load=here, save=str(other))
+    assert f"--save {here}: contains another run (steps 1, 2)" in _message(save=here)
+    assert f"pass --load {other};" in _message(load=here, save=str(other))
     assert "without --finetune" in _message(load=here, save=here, finetune=True)
-    assert "steps 2, after the step 1" in _message(load=here, save=here, ckpt_step=1)
-    assert "steps 2, after the step 1" in _message(load=f"{here}/iter_0000001", save=here)
+    assert "steps 2, which are later than the loaded step 1" in _message(load=here, save=here, ckpt_step=1)
+    assert "steps 2, which are later than the loaded step 1" in _message(
+        load=f"{here}/iter_0000001", save=here
+    )
     assert "is a checkpoint itself" in _message(save=f"{here}/iter_0000002")
     for allowed in (
         {"load": here, "save": here},
@@ -280,23 +285,23 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
         assert _message(**allowed) == ""
     check_directories(CheckpointConfig(save=here), writes=False)  # --skip-train
     new = str(tmp_path / "new")
-    with pytest.raises(ValueError, match="no checkpoint there, and --skip-train has no other model"):
+    with pytest.raises(ValueError, match="no checkpoint found, and --skip-train needs one to evaluate"):
         check_directories(CheckpointConfig(load=new, save=new), writes=False)
 
 
 def test_a_load_without_a_checkpoint_is_a_start_from_scratch_only_where_the_run_saves(tmp_path: Path) -> None:
-    new, misspelt = str(tmp_path / "new"), str(tmp_path / "mispelt")
+    new, misspelt = str(tmp_path / "new"), str(tmp_path / "misspelt")
     assert _message(load=new, save=new) == ""
     for save in ({"save": new}, {}):
         assert _message(load=misspelt, **save).startswith(
-            f"--load {misspelt}: no checkpoint there; leave it out"
+            f"--load {misspelt}: no checkpoint found; omit --load"
         )
 
 
 @pytest.mark.parametrize("name", ["progressive.json", "training_info.json"])
 def test_a_run_does_not_write_into_the_directory_of_a_series(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
-    assert f"holds a series of trainings ({name})" in _message(save=str(tmp_path))
+    assert f"contains a series of trainings ({name})" in _message(save=str(tmp_path))
 
 
 def _remains_of_a_kill(folder: str) -> str:
@@ -311,7 +316,9 @@ def _remains_of_a_kill(folder: str) -> str:
 
 
 def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) -> None:
-    assert "checkpoints of steps 2 are in --save too" in run_single(_remains_of_a_kill, str(tmp_path))
+    assert "--save also contains later checkpoints of steps 2" in run_single(
+        _remains_of_a_kill, str(tmp_path)
+    )
 
 
 def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
@@ -330,7 +337,7 @@ def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
 
 def test_a_run_that_came_and_went_since_the_start_is_not_written_over(tmp_path: Path) -> None:
     told = run_single(_meets_a_run_that_came_and_went, str(tmp_path), write_data(tmp_path))
-    assert told.startswith(f"--save {tmp_path}/run: holds another run (steps 3)")
+    assert told.startswith(f"--save {tmp_path}/run: contains another run (steps 3)")
 
 
 def _checksum(run: TinyRun) -> float:

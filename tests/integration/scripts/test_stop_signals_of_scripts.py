@@ -100,7 +100,7 @@ def to_group(number: signal.Signals, times: int = 1) -> Callable[[Running], None
 
 def ended(result: Ended) -> str:
     """The output of a run that is over at once and has left no process."""
-    assert not result.parameters_with_state, result.output
+    assert not result.still_running, result.output
     assert result.seconds < 60
     return result.output
 
@@ -126,7 +126,7 @@ def test_a_run_that_sigterm_to_its_group_stops_saves_and_goes_on_to_the_tensors_
     found = re.search(r"stopped after step (\d+): received SIGTERM, exit code 143", output)
     assert result.code != 0 and found is not None, output
     assert f"saved step {found[1]} to" in output and "DataLoader" not in output
-    assert f"goes on after step {found[1]}" in finish(script, data, stopped, base=base)
+    assert f"continues after step {found[1]}" in finish(script, data, stopped, base=base)
     newest = "progressive_rack" if script == PROGRESSIVE else ""
     expected, tensors = (run_single(tensors_of, str(save), newest) for save in (straight, stopped))
     assert expected.keys() == tensors.keys() and any(name.startswith("optimizer") for name in expected)

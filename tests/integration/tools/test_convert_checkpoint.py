@@ -182,7 +182,7 @@ def _finetuned(path: str, out: str) -> dict[str, Any]:
 
 def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path, tmp_path: Path) -> None:
     found = alone(_finetuned, str(folder), str(tmp_path))
-    assert "holds an imported model and no run to go on with" in found["errors"][1]
+    assert "contains an imported model and no run that could be continued" in found["errors"][1]
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]
@@ -214,11 +214,19 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
     assert base.keys() == of_npt.keys() and all(torch.equal(base[name], of_npt[name]) for name in base)
     out = tmp_path / "out"
     for name, flags, message in (
-        ("npt", [], "holds the family npt, which no Llama-family model has; --base-only exports"),
-        ("per_layer", [], "holds the family per_layer"),
-        ("per_layer", ["--base-only"], "--base-only: the base model of .* was trained together with"),
-        ("base", ["--tokenizer-model", "x", "--ckpt-step", "7"], "--ckpt-step 7: no complete checkpoint"),
-        ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: does not have"),
+        ("npt", [], "no Llama-family model can express the family npt; use --base-only to export"),
+        ("per_layer", [], "can express the family per_layer"),
+        (
+            "per_layer",
+            ["--base-only"],
+            "--base-only requires a base that was frozen; the base of .* was trained together with",
+        ),
+        (
+            "base",
+            ["--tokenizer-model", "x", "--ckpt-step", "7"],
+            "contains no complete checkpoint of this step",
+        ),
+        ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: cannot express"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             main(["export", "--load", str(tmp_path / name), "--model-dir", str(out), *flags])
@@ -252,7 +260,7 @@ def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as exit_code:
         main(["export", "--load", "c", "--model-dir", "d", "--max-shard-size", "many"])
     assert exit_code.value.code == 2
-    assert capsys.readouterr().err == "error: --max-shard-size many: must be a size as in 500MB or 2GiB\n"
+    assert capsys.readouterr().err == "error: --max-shard-size many: must be a size such as 500MB or 2GiB\n"
     sizes = {"20KB": 20_000, "1.5GiB": 3 * 2**29, "7": 7}
     for text, size in sizes.items():
         config = ExportConfig(load="c", model_dir="d", max_shard_size=text)

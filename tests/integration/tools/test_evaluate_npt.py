@@ -123,7 +123,7 @@ def test_report_holds_every_documented_key_and_counts_every_token(made: Path, on
     untrained = report["perplexity"]["untrained_ratio"]
     assert untrained != report["perplexity"]["perplexity_ratio"], "the checkpoint's seed is another one"
     assert re.search(rf"converted, not trained .* {untrained:.6g} .*seed 1234", printed)
-    assert "document 002, regularized: below 0.01" in printed
+    assert "expected if regularized: below 0.01" in printed
 
 
 def _keys(value: Any, path: str = "") -> set[str]:
@@ -201,8 +201,8 @@ REFUSED = {
     "output is a directory": (["--html", "{made}/base"], "--html"),
     "no weights": (["--npt-weights", "{made}/none.pt"], "none.pt"),
     "weights are no tensors": (["--npt-weights", "{made}/held.bin"], "held.bin"),
-    "another rank": (["--np-rank", "8"], "--np-rank 8: the NP components have 4"),
-    "other layers": (["--npt-layers", "all"], "--npt-layers all: the NP components are in layers 1, 2"),
+    "another rank": (["--np-rank", "8"], "--np-rank 8: the checkpoint's value is 4"),
+    "other layers": (["--npt-layers", "all"], "--npt-layers all: the checkpoint's NPT layers are 1, 2"),
     "no prompts": (["--prompts-file", "{made}/none.txt"], "none.txt"),
     "a wrong number": (["--max-tokens", "0"], "--max-tokens 0"),
 }

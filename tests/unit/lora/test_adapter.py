@@ -94,11 +94,14 @@ def _two_families() -> str:
 
 def test_two_families_cannot_bring_the_same_linear_layer() -> None:
     message = run_single(_two_families)
-    assert message == "layer 0: 'adapted' wants the linear 'linear_qkv', which is taken"
+    assert (
+        message == "layer 0: 'adapted' uses the linear 'linear_qkv', which another family already uses; "
+        "apply them to different layers"
+    )
 
 
 def test_contradictory_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trained_adapters \['other'\]: the layer has adapters \[\]"):
         LayerSettings(trained_adapters=frozenset({"other"}))
-    with pytest.raises(ValueError, match="precision qlora: weights in four bits cannot train"):
+    with pytest.raises(ValueError, match="precision qlora: four-bit weights cannot be trained"):
         LayerSettings(precision="qlora")

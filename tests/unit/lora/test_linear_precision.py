@@ -140,12 +140,12 @@ def _layers(bf16: bool) -> tuple[dict[int, int], list[tuple[str, float, float, b
         y = linear(x)[0]
         grad = torch.randn_like(y)
         y.backward(grad)
-        weight = linear.read_weight(torch.float64 if number > 1 else torch.float32).double()
+        weight = linear.read_weight(torch.float64 if number > 1 else torch.float32).detach().double()
         assert x.grad is not None
         exact, exact_grad = x.detach().double() @ weight.t(), grad.double() @ weight
         errors = [
             float((ours.double() - theirs).norm() / theirs.norm())
-            for ours, theirs in ((y, exact), (x.grad, exact_grad))
+            for ours, theirs in ((y.detach(), exact), (x.grad, exact_grad))
         ]
         found.append((names[number], *errors, linear.weight.grad is not None))
     return weight_bytes(chunks), found

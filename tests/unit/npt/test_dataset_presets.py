@@ -43,7 +43,7 @@ def test_a_preset_stands_for_its_blend_and_data_of_ones_own_wins(presets: tuple[
     ("name", "message"),
     [
         ("huge", "--dataset-preset huge: .* has no such preset"),
-        ("large", "--dataset-preset large: missing/corpus.idx is not there"),
+        ("large", "--dataset-preset large: missing/corpus.idx does not exist"),
         ("none", "--dataset-preset none: .* names no dataset"),
     ],
 )

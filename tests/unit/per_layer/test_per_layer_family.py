@@ -68,10 +68,10 @@ def test_ids_come_from_the_batch_else_from_the_table_else_they_are_the_tokens() 
 
 
 def test_a_table_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"has 3 tokens, the tokenizer {VOCAB}"):
+    with pytest.raises(ValueError, match=f"is for 3 token ids, but the tokenizer has {VOCAB}"):
         PerLayerFamily(_settings(), VOCAB, [0, 1, 2])
     message = (
-        "--per-layer-vocab-size 20: the per-layer ids go up to 20, .* at least 21, or leave the flag out"
+        "--per-layer-vocab-size 20: too small for per-layer ids up to 20; pass at least 21, or omit the flag"
     )
     with pytest.raises(ValueError, match=message):
         PerLayerFamily(_settings(), VOCAB, [20] * VOCAB)
@@ -277,10 +277,10 @@ def test_a_configuration_without_ids_is_refused_at_the_start() -> None:
     from megatron_ext.data.tokenizers import build_tokenizer
 
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB))
-    with pytest.raises(ValueError, match="needs --per-layer-vocab-file or --per-layer-data-path"):
+    with pytest.raises(ValueError, match="pass --per-layer-vocab-file or --per-layer-data-path"):
         PerLayerFamily.from_tokenizer(_settings(), tokenizer)
     guided = _settings(per_layer_strategy="attention_guidance")
-    with pytest.raises(ValueError, match="attention_guidance: depends on positions"):
+    with pytest.raises(ValueError, match="attention_guidance requires --per-layer-data-path"):
         PerLayerFamily.from_tokenizer(guided, tokenizer)
     aligned = dataclasses.replace(guided, per_layer_data_path=("prefix",))
     options = PerLayerFamily.from_tokenizer(aligned, tokenizer).dataset_options()

@@ -66,7 +66,7 @@ _OTHER_MODELS = {
         untie_embeddings_and_output_weights=True
     ),
     "--tokenizer-type: .* with another tokenizer": replace(_ALONE, tokenizer="letters"),
-    "a vocabulary of 128 rows, this run's tokenizer asks for 256": replace(_ALONE, vocab_size=130),
+    "the vocabulary has 128 rows, but this run's tokenizer needs 256": replace(_ALONE, vocab_size=130),
 }
 
 
@@ -134,17 +134,17 @@ def test_a_checkpoint_without_optimizer_says_how_to_load_it(tmp_path: Path) -> N
     assert error == f"{folder}/iter_0000002: holds no optimizer state; add --no-load-optim or --finetune"
     found = run_single(_losses_and_start, folder, _ALONE, {"no_load_optim": True})
     assert found["iteration"] == 2
-    assert any("the checkpoint holds none" in note for note in found["notes"])
+    assert any("the checkpoint does not contain their state" in note for note in found["notes"])
 
 
 def test_a_missing_step_is_an_error_and_an_empty_directory_of_the_run_a_start(
     saved: str, tmp_path: Path
 ) -> None:
     error = run_single(_loading_errors, saved, [(_ALONE, {"ckpt_step": 3})])[0]
-    assert error == f"--ckpt-step 3: no complete checkpoint of it in {saved} (there: 2)"
+    assert error == f"--ckpt-step 3: {saved} contains no complete checkpoint of this step (available: 2)"
     found = run_single(_losses_and_start, str(tmp_path), _ALONE, {"save": str(tmp_path)})
     assert found["iteration"] == 0
-    assert found["notes"] == [f"--load {tmp_path}: no checkpoint there, the run starts from scratch"]
+    assert found["notes"] == [f"--load {tmp_path}: no checkpoint found; the run starts from scratch"]
 
 
 def _with_schedule(**changes: Any) -> RunSettings:
@@ -154,7 +154,7 @@ def _with_schedule(**changes: Any) -> RunSettings:
 def test_another_schedule_needs_a_word_which_one_counts(saved: str) -> None:
     changed = _with_schedule(lr=5e-3)
     error = run_single(_loading_errors, saved, [(changed, {})])[0]
-    assert error.startswith("--lr 0.005: the schedule in ") and "was made with 0.01; add" in error
+    assert error.startswith("--lr 0.005: the schedule in ") and "was made with 0.01; to continue" in error
     assert "--override-opt-param-scheduler" in error
     ours = _with_schedule(lr=5e-3, override_opt_param_scheduler=True)
     theirs = _with_schedule(lr=5e-3, use_checkpoint_opt_param_scheduler=True)
@@ -178,10 +178,10 @@ def test_the_configuration_is_read_without_a_process_group(saved: str) -> None:
     stored = read_run_config(saved)
     assert ModelConfig(**stored["model"]) == TINY
     assert stored["vocab_size"] == 96 and stored["families"] == {}
-    with pytest.raises(FileNotFoundError, match="missing: no checkpoint there"):
+    with pytest.raises(FileNotFoundError, match="missing: no checkpoint found"):
         read_run_config(f"{saved}/missing")
     series = Path(saved).parent
-    with pytest.raises(ValueError, match="no checkpoint there; below it are those in .*"):
+    with pytest.raises(ValueError, match="no checkpoint found, but there are some in .*"):
         read_run_config(str(series))
 
 
@@ -205,9 +205,9 @@ def test_families_are_compared_but_for_what_they_leave_free() -> None:
     )
     with pytest.raises(ValueError, match="--extra-size 4: the checkpoint checkpoints was made with 8"):
         check({"extra": {"settings": {"extra_size": 4}}}, {"extra": {"settings": {"extra_size": 8}}})
-    with pytest.raises(ValueError, match="--table: the checkpoint checkpoints was made with another one"):
+    with pytest.raises(ValueError, match="--table: the checkpoint checkpoints was made with another value"):
         check({"extra": {"table": [1, 2]}}, {"extra": {"table": [2, 1]}})
-    with pytest.raises(ValueError, match="the checkpoint has the family extra, this run has not"):
+    with pytest.raises(ValueError, match="the checkpoint has the family extra, which this run does not use"):
         check({}, {"extra": {}})
-    with pytest.raises(ValueError, match="the checkpoint has not the family extra, this run has"):
+    with pytest.raises(ValueError, match="the checkpoint lacks the family extra, which this run uses"):
         check({"extra": {}}, {})

@@ -111,7 +111,7 @@ def test_what_is_frozen_neither_counts_as_trained_nor_has_gradients(monkeypatch:
 def test_the_layout_and_the_step_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     text = dry_run(monkeypatch)
     assert "1024 processes = data 8 x tensor 8 x pipeline 16; bf16" in text
-    assert "a step = 1536 sequences of 2048 tokens; on each model copy 192 micro-batches of 1" in text
+    assert "one step = 1536 sequences of 2048 tokens; 192 micro-batches of 1 per data-parallel rank" in text
 
 
 def test_flops_of_a_step_are_those_of_the_published_formula(monkeypatch: pytest.MonkeyPatch) -> None:
