@@ -106,10 +106,7 @@ def write_history(save: Path, history: History) -> None:
         "finished": [asdict(phase) for phase in history.finished],
     }
     save.mkdir(parents=True, exist_ok=True)
-    part = save / f".{FILE}.part"
-    files.write_text(part, json.dumps(content, indent=1))
-    os.replace(part, save / FILE)
-    files.fsync_path(save)
+    files.replace_text(save / FILE, json.dumps(content, indent=1))
 
 
 def finished_checkpoint(save: Path, name: str) -> Path:
@@ -127,8 +124,13 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     return folder
 
 
+<<<<<<< HEAD
 def stored_defaults(save: Path, given: Mapping[str, Any]) -> Found:
     """Returns the groups `model` (without its number of layers) and `tokenizer` of the training in a directory.
+=======
+def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
+    """Groups `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
+>>>>>>> main
 
     Args:
         save: the training's directory.
