@@ -79,13 +79,8 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
             )
 
 
-<<<<<<< HEAD
-class ActivationCache:
-    """The activation cache of one phase, that is, of one trunk."""
-=======
 class ActivationCache(FrozenForward):
-    """The cache of one phase of training: one trunk."""
->>>>>>> main
+    """The activation cache of one phase, that is, of one trunk."""
 
     def __init__(self, config: ProgressiveConfig, *, trunk_layers: int, identity: Mapping[str, Any]) -> None:
         """Args:

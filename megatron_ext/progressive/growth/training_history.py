@@ -124,13 +124,8 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     return folder
 
 
-<<<<<<< HEAD
-def stored_defaults(save: Path, given: Mapping[str, Any]) -> Found:
-    """Returns the groups `model` (without its number of layers) and `tokenizer` of the training in a directory.
-=======
 def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
-    """Groups `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
->>>>>>> main
+    """Returns the groups `model` (without its number of layers) and `tokenizer` of the training in a directory.
 
     Args:
         save: the training's directory.
