@@ -316,5 +316,5 @@ def test_a_directory_that_is_no_cache_is_refused(content: str | None, tmp_path: 
         (tmp_path / "cache.json").write_text(content)
     with pytest.raises(ValueError, match="not empty, and not an activation cache"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path)), {})
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match="notes.txt: not a directory"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path / "notes.txt")), {})
