@@ -1,4 +1,4 @@
-"""What NP components add to a model: parameters, FLOPs of their matrix products for a token, and a training step's.
+"""Counts what NP components add to a model: parameters, FLOPs per token of a forward pass and of a training step.
 
     target           low_rank                      outer_product                       affine
     gate, up, fc1    k r (h + f)                   k r (2 h + f)                       k h       parameters
@@ -6,19 +6,20 @@
     down             k r (2 h + f)                 k r (2 h + f)                       k f       parameters
                      2 k r (2 h + f)               2 k r (2 h + f)                     2 k f     FLOPs
 
-for every converted layer and target. low_rank reads x and a with one factor, A: one set of parameters, two products.
+for every converted layer and target. In low_rank one factor, A, multiplies both x and a: its parameters count once, its
+product twice.
 
 A training step with a frozen base (`npt_work`):
 
     layers below the first that trains      forward only
     the first layer that trains             forward; fc2's input gradient; NP: gradients of the factors, of u
     layers above                            forward and input gradients; NP: all gradients, or those of its inputs
-    teacher, where a loss or a blend asks   one more forward pass, and the output layer's
+    teacher, if a loss or a blend needs it  one more forward pass; of the output layer too if a loss compares it
     direct MLP, equivalence                 one more forward pass of the MLP
 
-A layer whose input is wholly the teacher's is like the first. A pass that only carries a gradient of zero to the layers
-below counts: it is run. Left out are the losses on the factors alone (reconstruction, regularization) and what
-`--npt-log-interval` measures: r-sized products.
+A layer whose input comes only from the teacher is like the first. A backward pass that only carries zero gradients to
+the layers below counts, since it is run. The losses on the factors alone (reconstruction, regularization) and the
+measurements of `--npt-log-interval` are left out: their products have the size of the rank.
 """
 
 from collections.abc import Mapping
@@ -27,10 +28,9 @@ from dataclasses import dataclass
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
-    attention_width,
     core_attention_flops_per_token,
+    linear_flops_per_token,
     mlp_flops_per_token,
-    qkv_width,
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -38,7 +38,7 @@ from megatron_ext.npt.objective.npt_training_config import StepObjective
 
 
 def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
-    """Cost of the NP components in `model`.
+    """Returns the cost of the NP components in `model`.
 
     Args:
         settings: NPT's configuration.
@@ -58,12 +58,12 @@ def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
 def npt_work(
     settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, weights: Mapping[int, float]
 ) -> StepWork:
-    """What a training step does.
+    """Returns what a training step does.
 
     Args:
         settings: NPT's configuration.
         model: the base model.
-        objective: of the step.
+        objective: the step's objective.
         weights: number of each NPT layer that trains -> weight of its losses.
     """
     converted = settings.layers(model.num_layers)
@@ -93,17 +93,17 @@ def npt_work(
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """Where gradients go in an NPT layer."""
+    """Which parts of an NPT layer have gradients."""
 
     use: Use
     trains: bool
-    """Its NP components."""
+    """Whether its NP components train."""
 
     to_attention: bool
-    """The attention's input has a gradient."""
+    """Whether the input of its attention has a gradient."""
 
     to_mlp: bool
-    """The MLP's input has one."""
+    """Whether the input of its MLP has a gradient."""
 
     @property
     def any(self) -> bool:
@@ -111,7 +111,7 @@ class _Layer:
 
 
 def _layer(settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool) -> _Layer:
-    """The layer, whose input has a gradient if it is `reached`. Layers that do not train get the student's states."""
+    """Describes a layer; its input has a gradient if `reached`. Layers that do not train get the student's states."""
     stage = objective.stage
     to_attention = reached and (not trains or stage.attention_share > 0)
     to_mlp = reached and (not trains or stage.mlp_share > 0)
@@ -131,18 +131,16 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
 
 
 def _base_flops(model: ModelConfig, layer: _Layer) -> float:
-    """Backward FLOPs of the frozen base in a layer that is PARTIAL: fc2's, and what of the rest has a gradient."""
+    """Backward FLOPs of the frozen base in a PARTIAL layer: fc2's, and those of parts whose input has a gradient."""
     if layer.use is not Use.PARTIAL:
         return 0.0
-    hidden, fc2 = model.hidden_size, 2.0 * model.hidden_size * model.resolved_ffn_hidden_size
-    fc1 = mlp_flops_per_token(model) - fc2
-    projections = 2.0 * hidden * (qkv_width(model) + attention_width(model))
-    attention = projections + 2 * core_attention_flops_per_token(model)
+    fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
+    attention = linear_flops_per_token(model, "qkv", "proj") + 2 * core_attention_flops_per_token(model)
     return fc2 + fc1 * layer.to_mlp + attention * layer.to_attention
 
 
 def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> float:
-    """FLOPs of a layer's NP components, forward and backward."""
+    """FLOPs per token of a layer's NP components, forward and backward."""
     total = 0
     for target, (of_input, of_attention, of_output) in _products(settings, model).items():
         input_has_gradient = layer.any if target == "down" else layer.to_mlp
@@ -152,7 +150,7 @@ def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> f
 
 
 def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """Target -> FLOPs a token of a layer's products: what reads x, what reads a, what u is multiplied with."""
+    """Target -> FLOPs per token of a layer's products: those with x, with a, and with u."""
     rank = settings.total_rank
     found = {}
     for target in settings.targets:

@@ -1,10 +1,10 @@
-"""What PLE adds to a model: parameters, and FLOPs of its matrix products for a token.
+"""Counts what PLE adds to a model: parameters, and FLOPs per token of its matrix products.
 
     parameters   Vp L p + h L p + p + L (2 h p + h)          + 2 p p L for concat and gated
     FLOPs        L 6 h p  forward                            + L 4 p p for concat and gated
 
-Table, context projection, shared norm, then gate, output projection and post-norm of every layer. A look-up has no
-FLOPs.
+The terms are the table, the context projection and the shared norm; then gate, output projection and post-norm of every
+layer. A look-up has no FLOPs.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
@@ -13,7 +13,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 
 
 def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> ModelCost:
-    """Cost of PLE in `model`.
+    """Returns the cost of PLE in `model`.
 
     Args:
         settings: PLE's configuration.

@@ -1,17 +1,17 @@
-"""What progressive training adds to a model, parameters and FLOPs for a token, and what a step trains and runs.
+"""Counts what progressive training adds to a model: parameters, FLOPs per token, and the work of a training step.
 
-    LoRA adapters of a layer, of rank r in sum     r (input + output)     parameters, for each of its four linear layers
+    LoRA adapters of a layer, of total rank r      r (input + output)     parameters, for each of its four linear layers
                                                    2 r (input + output)   FLOPs
     time embedding                                 h d (+ T d if learned) parameters; 2 h d FLOPs a sequence
 
     layer                                     a training step
     trains                                    forward and both gradients
-    frozen, over something that trains        forward and input gradients (a prepended stack's trunk)
-    frozen, over nothing that trains          forward only (an appended stack's trunk); nothing where the cache has it
+    frozen, something below it trains         forward and input gradients (a prepended stack's trunk)
+    frozen, nothing below it trains           forward only (an appended stack's trunk); nothing if the cache has it
     only its adapters train                   forward, input gradients, the adapters' gradients; in the lowest such
                                               layer, over a frozen embedding, no input gradients of qkv
 
-Head and final norm always train. Unpacking weights of four bits is no product, and is not counted.
+Head and final norm always train. Unpacking 4-bit weights is no product, and does not count.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
@@ -19,20 +19,20 @@ from megatron_ext.lora.parallel_linear import LayerSettings
 from megatron_ext.lora.trainable_layers import SettingsByLayer
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
-    attention_width,
     core_attention_flops_per_token,
     layer_flops_per_token,
-    qkv_width,
+    linear_flops_per_token,
+    linear_sizes,
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 
 def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
-    """Cost of adapters and time embedding.
+    """Returns the cost of adapters and time embedding.
 
     Args:
-        plan: of all layers.
+        plan: settings of all layers.
         config: of the run.
         model: the base model.
     """
@@ -51,14 +51,14 @@ def progressive_work(
     trains_embedding: bool,
     cached_layers: int,
 ) -> StepWork:
-    """What a training step does.
+    """Returns what a training step does.
 
     Args:
-        plan: of all layers.
+        plan: settings of all layers.
         config: of the run.
         model: the base model.
-        trains_embedding: word and time embedding train.
-        cached_layers: first layers whose output the activation cache has given.
+        trains_embedding: whether word and time embedding train.
+        cached_layers: number of first layers whose output came from the activation cache.
     """
     uses, trained, flops, reached = [], 0, 0.0, trains_embedding
     for number in range(model.num_layers):
@@ -68,11 +68,11 @@ def progressive_work(
         trained += _adapter_parameters(settings, model) * bool(settings.trained_adapters)
         flops += _adapter_flops(settings, model, use)
         if use is Use.PARTIAL:
-            into_qkv = 2.0 * model.hidden_size * qkv_width(model)
-            flops += layer_flops_per_token(model) + core_attention_flops_per_token(model) - into_qkv
+            backward = layer_flops_per_token(model) + core_attention_flops_per_token(model)
+            flops += backward - linear_flops_per_token(model, "qkv")  # the layer's input has no gradient
         reached = reached or use >= Use.PARTIAL
     time = _time_flops(config, model)
-    # The encoded time is a constant; a learned table gets a gradient.
+    # Forward, gradient of the projection, and of a learned table; a fixed encoding of time has no gradient.
     flops += (
         time * (1 + trains_embedding * (1 + (config.time_encoding_type == "learned"))) * (not cached_layers)
     )
@@ -93,31 +93,24 @@ def _use(settings: LayerSettings, reached: bool) -> Use:
 
 
 def _adapter_flops(settings: LayerSettings, model: ModelConfig, use: Use) -> float:
-    """FLOPs of a layer's adapters, forward and backward."""
+    """FLOPs per token of a layer's adapters, forward and backward."""
     if use is Use.SKIPPED:
         return 0.0
     rank, trains = _rank(settings), bool(settings.trained_adapters)
     total = 0
-    for number, (inner, outer) in enumerate(_linears(model)):
-        input_has_gradient = use > Use.PARTIAL or (use is Use.PARTIAL and number > 0)
+    for name, (inner, outer) in linear_sizes(model).items():
+        input_has_gradient = use > Use.PARTIAL or (use is Use.PARTIAL and name != "qkv")
         total += rank * (inner + outer) * (1 + trains)
         total += rank * (inner * input_has_gradient + outer * (trains or input_has_gradient))
     return 2.0 * total
 
 
 def _adapter_parameters(settings: LayerSettings, model: ModelConfig) -> int:
-    return _rank(settings) * sum(inner + outer for inner, outer in _linears(model))
+    return _rank(settings) * sum(inner + outer for inner, outer in linear_sizes(model).values())
 
 
 def _rank(settings: LayerSettings) -> int:
     return sum(shape.rank for shape in settings.adapters.values())
-
-
-def _linears(model: ModelConfig) -> list[tuple[int, int]]:
-    """Input and output sizes of a layer's linear modules, in the order of `spec.LINEARS`."""
-    hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
-    width = attention_width(model)
-    return [(hidden, qkv_width(model)), (width, hidden), (hidden, ffn * (1 + model.swiglu)), (ffn, hidden)]
 
 
 def _time_parameters(config: ProgressiveConfig, model: ModelConfig) -> int:

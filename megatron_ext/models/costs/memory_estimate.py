@@ -1,4 +1,4 @@
-"""An estimate of the memory of each rank: parameters, gradients, optimizer state and activations.
+"""Estimates the memory of each rank: parameters, gradients, optimizer state and activations.
 
 Bytes for one parameter, with D data-parallel ranks:
 
@@ -6,13 +6,13 @@ Bytes for one parameter, with D data-parallel ranks:
     fp32      4           4          8                8 / D
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
 
-Frozen parameters have neither gradients nor optimizer state; they are counted in the run's precision, also where a
-family packs them. Activations are what the layers keep for the backward pass, tensor by tensor as this engine's layers
-save them; see `layer_activation_bytes`. Under the 1F1B schedule stage i of P holds P - i micro-batches at once, under
-the interleaved schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Without full recompute a layer that no gradient reaches
-keeps nothing; one whose weights are frozen is counted as if they trained.
-It leaves out what comes and goes within an operation, the allocator's gaps, communication buffers, and the activations
-of families; leave a margin.
+Frozen parameters have neither gradients nor optimizer state; they count in the run's precision, even if a family packs
+them. Activations are the tensors that this engine's layers save for the backward pass; see `layer_activation_bytes`.
+Under the 1F1B schedule stage i of P holds P - i micro-batches at once, under the interleaved schedule 2 (P - i - 1) +
+(v - 1) P + 1 chunks. Without full recompute a layer that no gradient reaches keeps nothing; a layer with frozen weights
+is counted as if they trained.
+The estimate leaves out temporary tensors within an operation, the allocator's gaps, communication buffers, and the
+activations of families; leave a margin.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class StageMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How a run is cut and what it works on, as far as memory goes."""
+    """A run's parallel layout, model and batch, as far as they determine its memory."""
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -62,22 +62,22 @@ class ParallelLayout:
 
     micro_batch_size: int
     num_microbatches: int
-    """In one step, on one model copy."""
+    """Micro-batches of one step on one model copy."""
 
     data_parallel_size: int
     bf16: bool = False
 
     work: StepWork | None = None
-    """What a step does with the base model; None where everything trains."""
+    """What a step does with the base model; None if everything trains."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch on one rank."""
+        """Tokens per micro-batch on one rank."""
         return self.micro_batch_size * self.model.seq_length // self.parallel.context_parallel_size
 
     @property
     def element_bytes(self) -> int:
-        """Size of an activation or a parameter."""
+        """Bytes of one element of an activation or parameter."""
         return 2 if self.bf16 else 4
 
     @property
@@ -96,7 +96,7 @@ class ParallelLayout:
         return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
 
     def layers_of(self, stage: int, least: Use) -> int:
-        """Layers of a stage, all its chunks', with which a step does at least so much."""
+        """Number of layers on a stage, over all its chunks, whose use is at least `least`."""
         if self.work is None:
             return self.chunks * self.layers_per_chunk
         stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
@@ -107,13 +107,13 @@ class ParallelLayout:
 def estimate_memory(
     layout: ParallelLayout, family_parameters: int = 0, trained_family_parameters: int | None = None
 ) -> list[StageMemory]:
-    """The memory of one rank of every pipeline stage, first to last.
+    """Estimates the memory of one rank of every pipeline stage, first to last.
 
     Args:
-        cut: the run.
-        family_parameters: of all families over the whole model; taken to be spread evenly over tensor-parallel ranks
-            and stages.
-        trained_family_parameters: those of them that train; None for all.
+        layout: of the run.
+        family_parameters: number of all families' parameters in the whole model; they are assumed to be spread evenly
+            over tensor-parallel ranks and stages.
+        trained_family_parameters: number of them that train; None for all.
     """
     parallel = layout.parallel
     stages = parallel.pipeline_model_parallel_size
@@ -146,13 +146,13 @@ def estimate_memory(
 
 
 def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = False) -> int:
-    """The base model's parameters on one rank of a stage.
+    """Counts the base model's parameters on one rank of a stage.
 
-    Word embedding and output layer, where they share their weights, are one matrix on a single stage and a copy on the
-    last one of several.
+    If word embedding and output layer share their weights, a single stage holds one matrix, and the last of several
+    stages holds a copy.
 
     Args:
-        cut: the run.
+        layout: of the run.
         stage: number of the stage, from 0.
         trained: only those that train.
     """
@@ -195,10 +195,10 @@ def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
 
 
 def layer_activation_bytes(layout: ParallelLayout) -> float:
-    """What one layer keeps of one micro-batch for the backward pass, on one rank, nothing recomputed in full.
+    """Bytes that one layer saves for the backward pass of one micro-batch, on one rank, without full recompute.
 
-    Sizes a token: inputs and outputs of the two norms (4h); the fused projection's output ((n + 2g) d), queries and
-    keys again where they are rotated or normalized ((n + g) d; n d more for grouped queries that are normalized),
+    Elements per token: inputs and outputs of the two norms (4h); the fused projection's output ((n + 2g) d), queries
+    and keys again where they are rotated or normalized ((n + g) d; n d more for grouped queries that are normalized),
     attention's output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte (as on a GPU).
     A core attention that is not fused adds its scores (n s): in fp32, once more in bf16, and twice with dropout.
     """
@@ -220,7 +220,7 @@ def layer_activation_bytes(layout: ParallelLayout) -> float:
 
 
 def head_activation_bytes(layout: ParallelLayout) -> float:
-    """Final norm, logits and loss of one micro-batch: the logits, and their fp32 softmax for the backward pass."""
+    """Bytes of final norm and loss for one micro-batch: the logits, and their fp32 softmax for the backward pass."""
     hidden = 2 * layout.model.hidden_size * layout.element_bytes / _sequence_split(layout.parallel)
     logits = (4 + layout.element_bytes) * layout.padded_vocab / layout.parallel.tensor_model_parallel_size
     return layout.tokens * (hidden + logits)
@@ -237,7 +237,7 @@ def _sequence_split(parallel: ParallelConfig) -> int:
 
 
 def _chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
-    """Chunks whose forward pass is done and whose backward pass is not, at the worst moment of a step."""
+    """The largest number of chunks that have done their forward pass but not their backward pass."""
     stages, chunks = layout.parallel.pipeline_model_parallel_size, layout.chunks
     if chunks == 1:
         return min(layout.num_microbatches, stages - stage)

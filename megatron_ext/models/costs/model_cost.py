@@ -1,17 +1,21 @@
-"""What a model costs: its parameters, and the FLOPs of its matrix products for one token.
+"""Counts a model's parameters, and the FLOPs of its matrix products per token.
 
     linear layer           2 * inputs * outputs
     core attention         2 * (2 * s * n * d)        scores and weighted sum, over all s keys
     layer                  linear(h, (n + 2g) d) + attention + linear(n d, h) + MLP
     forward                L * layer + linear(h, V)
-    forward and backward   3 * forward                every product has two in the backward pass
+    forward and backward   3 * forward                the backward pass has two products for each of the forward pass
 
 Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, V padded vocabulary.
 This is the usual 6ND + attention (arXiv 2204.02311, appendix B), with N the weights that take part in a product: the
-word embedding's lookup is none, the output layer is one, also when both share their weights. Attention is counted over
-the full s x s square although it is causal, as the convention has it; norms, activations and softmax are not counted.
-Where not everything trains, a product has one gradient or none, and layers may be passed over or run more often: see
-`step_work`. A family tells its own part as another `ModelCost`.
+word embedding's lookup is no product, the output layer is one, even if both share their weights. By convention
+attention is counted over the full s x s square although it is causal; norms, activations and softmax are not counted.
+If not everything trains, a product has one gradient or none, and layers may be skipped or run more often: see
+`step_work`. A family describes its own part with another `ModelCost`.
+
+Formulas are used, and not torch's counter (`FlopCounterMode`, with which the tests compare them): the counter needs a
+step that really runs, counts recomputation too, and knows neither every fused attention kernel nor the parts of a model
+that lie on other ranks; a dry run builds no model.
 """
 
 from collections.abc import Iterable
@@ -25,28 +29,28 @@ from megatron_ext.models.costs.step_work import StepWork, Use
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What the base model, or a family's part of a model, costs."""
+    """Cost of the base model, or of a family's part of a model."""
 
     parameters: int
-    """Distinct parameters of the whole model; what ranks or stages hold twice counts once."""
+    """Parameters of the whole model; a parameter that several ranks or stages hold counts once."""
 
     forward_flops_per_token: float
-    """FLOPs of the matrix products in one forward pass, for one token."""
+    """FLOPs per token of the matrix products in one forward pass."""
 
     trained: int | None = None
-    """Those of the parameters that train; None for all."""
+    """Number of parameters that train; None for all."""
 
     training_flops: float | None = None
-    """FLOPs of the matrix products of a training step, for one token; None for three times the forward pass's."""
+    """FLOPs per token of the matrix products in a training step; None for three times the forward pass."""
 
     @property
     def trained_parameters(self) -> int:
-        """Parameters that train."""
+        """Number of parameters that train."""
         return self.parameters if self.trained is None else self.trained
 
     @property
     def training_flops_per_token(self) -> float:
-        """Model FLOPs of forward and backward for a token."""
+        """Model FLOPs per token, forward and backward."""
         if self.training_flops is None:
             return 3.0 * self.forward_flops_per_token
         return self.training_flops
@@ -55,13 +59,13 @@ class ModelCost:
 def model_cost(
     model: ModelConfig, vocab_size: int, tensor_parallel_size: int = 1, work: StepWork | None = None
 ) -> ModelCost:
-    """Cost of the base model.
+    """Returns the cost of the base model.
 
     Args:
         model: the base model.
-        vocab_size: the tokenizer's; it is padded as the built model's is.
-        tensor_parallel_size: takes part in the padding.
-        work: what a training step does with it; None where everything trains.
+        vocab_size: the tokenizer's; it is padded as in the built model.
+        tensor_parallel_size: the padding depends on it.
+        work: what a training step does with the model; None if everything trains.
     """
     vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
     parameters = model.num_layers * layer_parameters(model) + norm_parameters(model, model.hidden_size)
@@ -89,21 +93,21 @@ def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
 
 
 def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
-    """Model FLOPs of forward and backward for a token: what MFU counts, whatever is recomputed."""
+    """Model FLOPs per token, forward and backward: what MFU counts. Recomputation does not change them."""
     return sum(cost.training_flops_per_token for cost in costs)
 
 
 def hardware_flops_per_token(
     model: ModelConfig, parallel: ParallelConfig, costs: Iterable[ModelCost]
 ) -> float:
-    """The same with the FLOPs that activation recomputation spends again.
+    """Model FLOPs per token, and those of activation recomputation.
 
-    A family's part is taken to be recomputed like the layers it sits in, and frozen layers like those that train. What
-    a fused attention kernel recomputes inside its own backward pass is not counted.
+    It is assumed that a family's part is recomputed with the layers it belongs to, and frozen layers like trained ones.
+    What a fused attention kernel recomputes inside its own backward pass is not counted.
 
     Args:
         model: the base model.
-        parallel: tells what is recomputed.
+        parallel: its flags say what is recomputed.
         costs: the base model's cost first, then the families'.
     """
     base, *families = costs
@@ -114,7 +118,7 @@ def hardware_flops_per_token(
 
 
 def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> float:
-    """FLOPs of the base model's forward pass that are spent a second time in the backward pass."""
+    """FLOPs per token of the base model's forward pass that the backward pass repeats."""
     if parallel.recompute_granularity == "selective":
         again = core_attention_flops_per_token(model) * ("core_attn" in parallel.recompute_modules)
         return model.num_layers * (again + mlp_flops_per_token(model) * ("mlp" in parallel.recompute_modules))
@@ -122,7 +126,7 @@ def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> 
 
 
 def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Layers that full recompute runs twice, over the whole model."""
+    """Number of layers, over the whole model, that full recompute runs twice."""
     if parallel.recompute_granularity != "full":
         return 0
     if parallel.recompute_method == "uniform":
@@ -132,32 +136,46 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def layer_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one layer for one token."""
-    projections = 2.0 * model.hidden_size * (qkv_width(model) + attention_width(model))
-    return projections + core_attention_flops_per_token(model) + mlp_flops_per_token(model)
+    """Forward FLOPs of one layer per token."""
+    return linear_flops_per_token(model, *linear_sizes(model)) + core_attention_flops_per_token(model)
 
 
 def core_attention_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of scores and weighted sum of one layer, for one token over the full sequence."""
+    """Forward FLOPs of one layer's scores and weighted sum, per token, over the full sequence."""
     return 4.0 * model.seq_length * attention_width(model)
 
 
 def mlp_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one MLP for one token."""
-    matrices = 3 if model.swiglu else 2
-    return 2.0 * matrices * model.hidden_size * model.resolved_ffn_hidden_size
+    """Forward FLOPs of one MLP per token."""
+    return linear_flops_per_token(model, "fc1", "fc2")
+
+
+def linear_flops_per_token(model: ModelConfig, *names: str) -> float:
+    """Forward FLOPs per token of some of a layer's linear modules, named as in `linear_sizes`."""
+    sizes = linear_sizes(model)
+    return 2.0 * sum(sizes[name][0] * sizes[name][1] for name in names)
+
+
+def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Input and output sizes of a layer's linear modules, in the order of the forward pass."""
+    hidden, ffn, width = model.hidden_size, model.resolved_ffn_hidden_size, attention_width(model)
+    return {
+        "qkv": (hidden, qkv_width(model)),
+        "proj": (width, hidden),
+        "fc1": (hidden, ffn * (1 + model.swiglu)),
+        "fc2": (ffn, hidden),
+    }
 
 
 def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     """Parameters of one layer, or of a tensor-parallel rank's part of it.
 
-    Matrices and the biases of column-parallel layers are shared among the ranks; norms and the biases that are added
+    Matrices and the biases of column-parallel layers are divided among the ranks; norms and the biases that are added
     after the reduction are on every rank.
     """
-    hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
-    fc1_width = 2 * ffn if model.swiglu else ffn
-    shared = hidden * (qkv_width(model) + attention_width(model)) + hidden * (fc1_width + ffn)
-    shared += qkv_width(model) * model.has_qkv_bias + fc1_width * model.has_mlp_bias
+    hidden, sizes = model.hidden_size, linear_sizes(model)
+    shared = sum(inner * outer for inner, outer in sizes.values())
+    shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
     replicated = 2 * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
     if model.qk_layernorm:

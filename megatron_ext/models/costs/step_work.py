@@ -1,15 +1,15 @@
-"""What a training step does with the base model where not everything trains.
+"""What a training step does with the base model if not everything trains.
 
     use         forward   gradient of inputs   gradient of weights     passes: products with weights, core attention
     SKIPPED                                                            0       0
     FORWARD     x                                                      1       1
-    PARTIAL     x         what the family counts as its own            1       1
+    PARTIAL     x         counted by the family                        1       1
     GRADIENT    x         x                                            2       3
     TRAINED     x         x                    x                       3       3
 
-Core attention has no weights: its two products have two gradients each. A layer that trains needs the gradient of its
-inputs in any case, since its norms train. A family that freezes something says so with a `StepWork`, by which
-`models.accounting` and `models.memory_estimate` count.
+Core attention has no weights: its two products have two gradients each. A layer that trains always needs the gradient
+of its inputs, since its norms train. A family that freezes something returns a `StepWork`, which `model_cost` and
+`memory_estimate` use.
 """
 
 from collections.abc import Sequence
@@ -28,55 +28,55 @@ class Use(IntEnum):
 
     @property
     def weight_passes(self) -> int:
-        """FLOPs of products with weights, in those of a forward pass."""
+        """FLOPs of products with weights, as a multiple of the forward pass."""
         return (0, 1, 1, 2, 3)[self]
 
     @property
     def attention_passes(self) -> int:
-        """FLOPs of core attention, in those of a forward pass."""
+        """FLOPs of core attention, as a multiple of the forward pass."""
         return (0, 1, 1, 3, 3)[self]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """One training step, as a family makes it."""
+    """What one training step of a family does."""
 
     layers: tuple[Use, ...]
-    """Of the base model, all layers."""
+    """Use of each layer of the base model."""
 
     head: Use = Use.TRAINED
-    """Final norm and output layer."""
+    """Use of the final norm and the output layer."""
 
     trains_embedding: bool = True
-    """Word and position embedding."""
+    """Whether word and position embedding train."""
 
     head_forwards: int = 1
-    """Forward passes of the head: 0 where no loss reads the output, 2 where a teacher's is compared."""
+    """Forward passes of the head: 0 if no loss reads the output, 2 if a loss compares it with a teacher's."""
 
     further_forwards: int = 0
-    """Forward passes of all layers, without the head, beside the one that trains: a teacher's."""
+    """Additional forward passes of all layers, without the head: those of a teacher."""
 
     trained_parameters: int = 0
-    """Of the family's own parameters."""
+    """Number of the family's own parameters that train."""
 
     flops_per_token: float = 0.0
-    """FLOPs of the matrix products, forward and backward, that the family adds."""
+    """FLOPs per token, forward and backward, of the matrix products that the family adds."""
 
     @property
     def layer_passes(self) -> tuple[int, int]:
-        """Passes of products with weights and of core attention, in those of one layer's forward pass."""
+        """FLOPs of products with weights, and of core attention, as multiples of one layer's forward pass."""
         further = self.further_forwards * len(self.layers)
         of_weights = sum(use.weight_passes for use in self.layers)
         return of_weights + further, sum(use.attention_passes for use in self.layers) + further
 
     @property
     def head_passes(self) -> int:
-        """Passes of the output layer, in forward passes."""
+        """FLOPs of the output layer, as a multiple of its forward pass."""
         return self.head_forwards + self.head.weight_passes - 1 if self.head_forwards else 0
 
 
 def merged_work(works: Sequence[StepWork]) -> StepWork | None:
-    """What a step does with the base model where several families take part; None where everything trains.
+    """Combines the work of several families on the base model; None if everything trains.
 
     What one family freezes is frozen.
     """

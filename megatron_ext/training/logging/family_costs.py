@@ -1,6 +1,6 @@
-"""What a run costs: parameters and FLOPs of the base model and of its families, with what a step trains of them.
+"""Counts parameters and FLOPs of a run's base model and families, and what a step trains of them.
 
-For MFU (asked for after every step, since a step may train something else than the one before) and `--dry-run`.
+`--dry-run` shows them. MFU uses them after every step, since one step may train other parts than the step before.
 """
 
 from collections.abc import Sequence
@@ -12,29 +12,29 @@ from megatron_ext.models.costs.step_work import StepWork, merged_work
 from megatron_ext.training.interface.family_interface import Family
 
 BASE = "base"
-"""Name of the base model among the parts."""
+"""Name of the base model in `RunCost.parts`."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """The parts of a run's model, and what a step does."""
+    """Costs of the parts of a run's model, and what a step does."""
 
     parts: dict[str, ModelCost]
-    """`base`, then families by name."""
+    """Cost of `base`, then of each family by name."""
 
     work: StepWork | None
-    """Of the base model; None where everything trains."""
+    """What a step does with the base model; None if everything trains."""
 
 
 def run_cost(
     model: ModelConfig, vocab_size: int, tensor_parallel_size: int, families: Sequence[Family], iteration: int
 ) -> RunCost:
-    """What a step costs.
+    """Returns the costs of a step.
 
     Args:
         model: the base model.
         vocab_size: the tokenizer's, before padding.
-        tensor_parallel_size: takes part in the padding.
+        tensor_parallel_size: the padding depends on it.
         families: of the run.
         iteration: the step, from 1; see `Family.step_work`.
     """
