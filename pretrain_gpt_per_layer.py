@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Pretrains a GPT with per-layer embeddings: one process on a laptop, many under `torchrun`.
+"""Pretrains a GPT with per-layer embeddings (PLE), in one process or in many under `torchrun`.
 
 torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --use-per-layer-embedding --num-layers 4 ...
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ext.config.command_line.parse import parse, run_main
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.config.command_line.parse import Found, parse, run_main
+from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
+
+if TYPE_CHECKING:
+    from megatron_ext.data.tokenizers import Tokenizer
+    from megatron_ext.training.interface.family_interface import Family
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --tensor-model-parallel-size 2 --num-layers 4 "
@@ -21,34 +24,34 @@ EXAMPLE = (
 
 def main() -> int:
     """Parses the command line and trains; returns the exit code."""
-    configs = parse(
-        {**TRAINING, "per_layer": PerLayerConfig},
+    config = parse(
+        PerLayerRunConfig,
         prog="pretrain_gpt_per_layer.py",
-        description="Pretrain a GPT with per-layer embeddings (PLE). A checkpoint (--load) gives shape and "
-        "tokenizer: flags called required below are so for a new model only.",
+        description="Pretrain a GPT with per-layer embeddings (PLE). With --load, the checkpoint provides the model's "
+        "shape and the tokenizer; the flags marked as required below are then optional.",
         example=EXAMPLE,
-        defaults=_defaults,
+        find=_find,
     )
-    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.training.pretrain import pretrain
 
-    return pretrain(configs, _families)
+    return pretrain(config, _families)
 
 
-def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
-    """The shape of the model that is loaded, its tokenizer and per-layer settings; flags that are given win."""
+def _find(given: Mapping[str, Any]) -> list[Found]:
+    """Defaults from the checkpoint in --load: model, tokenizer and per-layer settings."""
     if "load" not in given:
-        return {}
-    from megatron_ext.training.checkpoint.run_directory import stored_sections
+        return []
+    from megatron_ext.training.checkpoint.run_directory import stored_defaults
 
-    return stored_sections(given, ("model", "tokenizer", "per_layer"))
+    return stored_defaults(given, ("model", "tokenizer", "per_layer"))
 
 
-def _families(configs: dict[str, Any], tokenizer: Any) -> list[Any]:
+def _families(config: PerLayerRunConfig, tokenizer: "Tokenizer") -> list["Family"]:
     from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 
-    config: PerLayerConfig = configs["per_layer"]
-    return [PerLayerFamily.from_tokenizer(config, tokenizer)] if config.use_per_layer_embedding else []
+    own = config.per_layer
+    return [PerLayerFamily.from_tokenizer(own, tokenizer)] if own.use_per_layer_embedding else []
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
 """Grows a model stack by stack over a frozen or LoRA trunk.
 
-torchrun --nproc-per-node 2 pretrain_progressive.py --config examples/progressive/append_frozen.yaml \
-    --data-path corpus_text_document --save racks
+    torchrun --nproc-per-node 2 pretrain_progressive.py --config examples/progressive/append_frozen.yaml \
+        --data-path corpus_text_document --save racks
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.command_line.parse import parse, run_main
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
+from megatron_ext.config.command_line.parse import Found, parse, run_main
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig, stack_defaults
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_progressive.py --target-stacks 3 --n-blocks 4 --stack-steps 200 "
@@ -23,31 +21,30 @@ EXAMPLE = (
 
 def main() -> int:
     """Parses the command line and trains; returns the exit code."""
-    configs = parse(
-        {**TRAINING, "progressive": ProgressiveConfig},
+    config = parse(
+        ProgressiveRunConfig,
         prog="pretrain_progressive.py",
-        description="Grow a model stack by stack (document 004): each stack trains over the trunk of those before it. "
-        "A training that is in --save gives the shape and the tokenizer: flags called required below are so for a new "
-        "one only.",
+        description="Grow a model stack by stack: each stack trains on top of the earlier ones, the trunk. If --save "
+        "holds a training already, it provides the model's shape and the tokenizer; the flags marked as required below "
+        "are then optional.",
         example=EXAMPLE,
-        defaults=_defaults,
-        supplied={"num_layers": "those of the stacks"},
+        find=_find,
+        supplied={"num_layers": "sum over the stacks"},
     )
-    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.progressive.runs.progressive_run import run_progressive
 
-    return run_progressive(configs)
+    return run_progressive(config)
 
 
-def _defaults(given: Mapping[str, str]) -> dict[str, Any]:
-    """What follows from the stacks; and the shape and tokenizer of a training that is in --save already."""
-    sections = progressive_run_defaults(given)
+def _find(given: Mapping[str, Any]) -> list[Found]:
+    """Defaults that follow from the stacks, overridden by those of a training that is in --save already."""
+    found = [stack_defaults(given)]
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
-        from megatron_ext.progressive.growth.training_history import stored_sections
+        from megatron_ext.progressive.growth.training_history import stored_rack_defaults
 
-        stored = stored_sections(Path(given["save"]), given)
-        sections |= stored | {"model": sections["model"] | stored.get("model", {})}
-    return sections
+        found.append(stored_rack_defaults(Path(given["save"]), given))
+    return found
 
 
 if __name__ == "__main__":

@@ -12,3 +12,17 @@ for _message in (
     r"If you are using transformer_engine as the transformer implementation, the core_attn is",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, from the metadata of the installed package: pyproject.toml is the one place that states it."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("megatron-ext")
+        except PackageNotFoundError:
+            raise AttributeError(
+                "megatron-ext is not installed, so it has no __version__: pip install ."
+            ) from None
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Checks in seconds that per-layer embedding works on this machine, with the given options and cut.
+"""Checks in seconds that per-layer embedding works on this machine with the given options and parallel layout.
 
-Trains a tiny model on a rule (every second token follows from the one before), prints what each layer's statistics say,
-and fails if a layer's per-layer parameters get no gradient or the loss does not fall. Exit codes: 0 all is well, 1 it
-is not, 2 a wrong flag.
+It trains a tiny model on data in which every second token is a function of the one before, prints each layer's
+statistics, and fails if a layer's per-layer parameters get no gradient or the loss does not fall.
+Exit codes: 0 passed, 1 failed, 2 wrong flag.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ext.config.command_line.parse import parse, run_main
@@ -35,19 +35,28 @@ MODEL = ModelConfig(
 SHOWN = ("embedding-norm", "embedding-gradient-norm", "gradient-norm", "gate-activation-mean", "update-ratio")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoFlags:
+    """All flags of this tool."""
+
+    per_layer: PerLayerConfig
+    parallel: ParallelConfig
+
+
 def main() -> int:
-    """Parses the flags, trains, prints; returns the exit code."""
-    configs = parse(
-        {"per_layer": PerLayerConfig, "parallel": ParallelConfig},
+    """Trains, prints the statistics and returns the exit code."""
+    flags = parse(
+        DemoFlags,
         ["--use-per-layer-embedding", *TINY, *sys.argv[1:]],
         prog="tools/per_layer_demo.py",
         description=str(__doc__),
         example="torchrun --nproc-per-node 2 tools/per_layer_demo.py --tensor-model-parallel-size 2 "
         "--per-layer-combination-method gated",
     )
-    parallel: ParallelConfig = configs["parallel"]
-    logged = {"log_per_layer_stats": True, "log_per_layer_gradients": True, "per_layer_stats_interval": 1}
-    settings = replace(configs["per_layer"], **logged)
+    parallel = flags.parallel
+    settings = replace(
+        flags.per_layer, log_per_layer_stats=True, log_per_layer_gradients=True, per_layer_stats_interval=1
+    )
     settings.check_layout(parallel.tensor_model_parallel_size)
     validate(MODEL, parallel)
     from megatron_ext.platform import process_groups
@@ -59,13 +68,15 @@ def main() -> int:
 
 
 def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[float], dict[str, float]]:
-    """Loss of every step, and the last step's statistics."""
+    """Trains the tiny model; returns the loss of every step, and the last step's statistics."""
     import torch
 
     from megatron_ext.models.build_model import build_model
     from megatron_ext.per_layer.per_layer_family import PerLayerFamily
     from megatron_ext.platform import process_groups
-    from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+    from megatron_ext.training.engine.data_parallel import wrap_model
+    from megatron_ext.training.engine.lr_schedule import build_scheduler
+    from megatron_ext.training.engine.optimizer import build_optimizer
     from megatron_ext.training.engine.training_step import Stepper
 
     process_groups.initialize(parallel, seed=1)
@@ -87,7 +98,7 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
 
 
 def rule() -> Iterator[dict[str, Any]]:
-    """Endless micro-batches of one sequence in which token 2i + 1 follows from token 2i."""
+    """Yields endless micro-batches of one sequence in which token 2i + 1 is a function of token 2i."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -104,7 +115,7 @@ def rule() -> Iterator[dict[str, Any]]:
 
 
 def report(settings: PerLayerConfig, losses: list[float], statistics: dict[str, float]) -> int:
-    """Prints the result; returns the exit code."""
+    """Prints the statistics and the verdict; returns the exit code."""
     print("layer  " + "  ".join(SHOWN))
     gradients = []
     for layer in range(MODEL.num_layers):

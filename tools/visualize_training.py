@@ -1,36 +1,43 @@
 #!/usr/bin/env python3
-"""Draws runs from their TensorBoard files: every curve, and a layer x step heat map of every tag `name/layer_N`.
+"""Draws the TensorBoard files of one or more runs: losses, heat maps (layer x step) of per-layer values, other curves.
 
-One HTML page that opens offline (--html), or a picture for every tag (--output-dir). A directory of several runs, as
-sequential training leaves, gives a section for each. Stages of a curriculum are shaded. Needs matplotlib.
+The output is one self-contained HTML page (--html), or a directory of pictures (--output-dir). Each run below the given
+directory gets its own sections. Stages of a curriculum are shaded. Requires matplotlib.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+from megatron_ext.config.command_line.field_checks import flag
 from megatron_ext.config.command_line.parse import parse, run_main
+
+if TYPE_CHECKING:
+    from megatron_ext.reports.training_charts import Chart
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualizeConfig:
-    """What to read and where to draw."""
+    """Runs to draw, and the output."""
 
-    logdir: str
-    """Directory of TensorBoard files, or of folders with such files."""
+    tensorboard_dir: Annotated[str, flag(aliases=("--logdir",))]
+    """TensorBoard directory of a run, or a directory with several of them."""
 
     html: str | None = None
     """HTML file to write."""
 
     output_dir: str | None = None
-    """Directory for the pictures as SVG files, one a chart; with several runs a folder each."""
+    """Directory to write one SVG file per chart to; several runs get a subdirectory each."""
 
     tags: str = ""
-    """Regular expression: draw only tags in which it is found."""
+    """Draw only the tags that match this regular expression (a match anywhere counts)."""
 
     def __post_init__(self) -> None:
         if (self.html is None) == (self.output_dir is None):
-            raise ValueError("--html, --output-dir: give one of them")
+            raise ValueError("--html, --output-dir: give exactly one of them")
         try:
             re.compile(self.tags)
         except re.error as error:
@@ -38,44 +45,53 @@ class VisualizeConfig:
 
 
 def main() -> None:
-    """Reads, draws, prints what was written."""
+    """Draws the charts and prints where they are."""
     config: VisualizeConfig = parse(
         VisualizeConfig,
         prog="tools/visualize_training.py",
         description=str(__doc__),
-        example="python tools/visualize_training.py --logdir runs/npt/tensorboard --html training.html",
-    )["config"]
+        example="python tools/visualize_training.py --tensorboard-dir runs/npt/tensorboard --html training.html",
+    )
+    from megatron_ext.registry.known_charts import KNOWN_CHARTS
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
-    from megatron_ext.reports.page import Page
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
     from megatron_ext.reports.training_charts import training_charts
 
     target = config.html if config.html is not None else str(Path(config.output_dir or "", "x.svg"))
-    check_writable("--html" if config.html is not None else "--output-dir", target)
+    check_report_writable("--html" if config.html is not None else "--output-dir", target)
     require_matplotlib("tools/visualize_training.py")
     found = {}
-    for name, folder in find_runs(config.logdir).items():
-        curves = read_curves(folder, flag="--logdir")
-        found[name] = training_charts(curves, lambda tag: re.search(config.tags, tag) is not None)
+    for name, folder in find_runs(config.tensorboard_dir).items():
+        curves = read_curves(folder)
+        found[name] = training_charts(
+            curves, KNOWN_CHARTS, lambda tag: re.search(config.tags, tag) is not None
+        )
     count = sum(map(len, found.values()))
     if not count:
         raise ValueError(
-            f"--logdir {config.logdir}: its files hold no scalars"
-            + f" with --tags {config.tags}" * bool(config.tags)
+            f"--tensorboard-dir {config.tensorboard_dir}: the TensorBoard files have no scalars"
+            + f" that match --tags {config.tags}" * bool(config.tags)
         )
     if config.html is not None:
-        page = Page(f"Training: {config.logdir}")
-        for name, charts in found.items():
-            page.heading(name or "Curves")
-            page.pictures([(chart.svg, chart.caption) for chart in charts])
-        write_text(config.html, page.html())
-        print(f"{config.html}: {count} charts")
-        return
-    for name, charts in found.items():
+        write_report(config.html, _page(f"Training: {config.tensorboard_dir}", found))
+    for name, charts in found.items() if config.output_dir is not None else ():
         for chart in charts:
-            write_text(Path(config.output_dir or "", name, f"{_file_name(chart.name)}.svg"), chart.svg)
-    print(f"{config.output_dir}: {count} charts")
+            ending = "_layers" if chart.is_heat_map else ""
+            file = f"{_file_name(chart.name)}{ending}.svg"
+            write_report(Path(config.output_dir or "", name, file), chart.svg)
+    print(f"{config.html or config.output_dir}: {count} charts")
+
+
+def _page(title: str, found: "Mapping[str, Sequence[Chart]]") -> str:
+    from megatron_ext.reports.page import Page
+
+    page = Page(title, has_contents=True)
+    for run, charts in found.items():
+        for section, of_section in groupby(charts, key=lambda chart: chart.section):
+            page.heading(f"{run}: {section}" if run else section)
+            page.pictures([(chart.svg, chart.caption) for chart in of_section], in_columns=True)
+    return page.html()
 
 
 def _file_name(tag: str) -> str:

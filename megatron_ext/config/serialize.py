@@ -1,49 +1,68 @@
-"""Configurations as JSON-able dictionaries (for checkpoints and manifests) and as YAML text (for people).
+"""Converts configurations to dictionaries of JSON types (for checkpoints and manifests) and to YAML text.
 
-The text is a valid `--config` file: what a run prints can start the same run again.
+The YAML text is a valid `--config` file, so what a run prints can start the same run again.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
+from megatron_ext.config.command_line.flag_table import did_you_mean, groups_of
 
-from megatron_ext.config.command_line.flag_table import ConfigGroups, did_you_mean
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-
-def configs_to_dict(configs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns `{name: {field: value}}` of plain JSON types; tuples become lists."""
-    return {name: _plain(dataclasses.asdict(config)) for name, config in configs.items()}
+G = TypeVar("G", bound="DataclassInstance")
 
 
-def configs_from_dict(groups: ConfigGroups, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Builds the configurations that `configs_to_dict` took apart, checks included.
+def group_to_dict(group: "DataclassInstance") -> dict[str, Any]:
+    """Returns `{field: value}` of plain JSON types; tuples become lists."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(group).items()}
+
+
+def config_to_dict(config: object) -> dict[str, dict[str, Any]]:
+    """Returns `{group: {field: value}}` of a configuration, in plain JSON types."""
+    return {name: group_to_dict(getattr(config, name)) for name in groups_of(type(config))}
+
+
+def group_from_dict(group_type: type[G], values: Mapping[str, Any], name: str) -> G:
+    """Builds a config group from the result of `group_to_dict`, and checks it.
 
     Args:
-        concerns: the dataclasses by name; names in `values` that are not among them are left alone.
-        values: as made by `configs_to_dict`.
+        group_type: dataclass of the group.
+        values: result of `group_to_dict`.
+        name: name of the group, for error messages.
 
     Raises:
-        ValueError: if a concern is missing, or holds a key that is not its field or a value that its checks refuse.
+        ValueError: `values` has an unknown key or an invalid value.
     """
-    configs = {}
-    for name, config_type in groups.items():
-        if name not in values:
-            raise ValueError(f"the configuration has no section {name}, only {', '.join(values)}")
-        known = [field.name for field in dataclasses.fields(config_type)]
-        for key in values[name]:
-            if key not in known:
-                raise ValueError(
-                    f"the configuration's section {name}: unknown key {key}{did_you_mean(key, known)}"
-                )
-        configs[name] = config_type(**{key: _frozen(value) for key, value in values[name].items()})
-    return configs
+    known = [field.name for field in dataclasses.fields(group_type)]
+    for key in values:
+        if key not in known:
+            raise ValueError(
+                f"the configuration's section {name}: unknown key {key}{did_you_mean(key, known)}"
+            )
+    return group_type(**{key: _frozen(value) for key, value in values.items()})
 
 
-def format_configs(configs: Mapping[str, Any]) -> str:
-    """Returns the effective configuration as YAML, one section per config group, every field with its value."""
-    return yaml.safe_dump(configs_to_dict(configs), sort_keys=False, default_flow_style=None, width=100)
+def group_in(group_type: type[G], stored: Mapping[str, Any], name: str) -> G:
+    """Builds one config group of a stored configuration, see `group_from_dict`.
+
+    Raises:
+        ValueError: the configuration lacks the group, or the group has an unknown key or an invalid value.
+    """
+    if name not in stored:
+        raise ValueError(f"the configuration has no section {name}, only {', '.join(stored)}")
+    return group_from_dict(group_type, stored[name], name)
+
+
+def format_groups(groups: Mapping[str, "DataclassInstance"]) -> str:
+    """Returns config groups as YAML text, with one section per group and all its fields."""
+    # Imported late, because importing YAML takes time and most command lines do not need it.
+    import yaml
+
+    sections = {name: group_to_dict(group) for name, group in groups.items()}
+    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=100)
 
 
 def _plain(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""LoRA adapters, frozen layers, and precision by layer down to four bits."""
+"""LoRA adapters, frozen layers, and a precision per layer, down to four bits."""

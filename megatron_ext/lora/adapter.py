@@ -1,19 +1,18 @@
-"""LoRA on a linear layer that tensor-parallel ranks share: the factors of one adapter, and how several add up.
+"""LoRA adapters of a tensor-parallel linear layer.
 
     y = W x + sum over adapters of (alpha / r) B A x             A: [r, input], B: [output, r]   (arXiv 2106.09685)
 
-A is drawn from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), of the whole input at any parallel layout; B
-is zero.
+A is initialized from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), where `input` is the whole layer's input
+size in any parallel layout; B is zero. There is no dropout.
 
-    over a column-parallel W    A whole on every rank, B split over the output as W is. `A x` is made from this rank's
-                                rows and then copied (gathered under sequence parallel) to all ranks: the gradient of
-                                A is whole, while copying x, as the base layer does, would leave it partial.
-    over a row-parallel W       A split over the input as W is, its products are summed (and scattered under sequence
-                                parallel); B whole on every rank.
+    column-parallel W    A is replicated on every rank; B is split over the output like W. `A x` is computed first and
+                         then copied (under sequence parallelism: gathered) to all ranks. So the gradient of A is
+                         complete; copying x instead, as the base layer does, would leave it partial.
+    row-parallel W       A is split over the input like W, and its products are summed (under sequence parallelism: and
+                         scattered); B is replicated on every rank.
 
-Factors that are whole and see this rank's rows only are marked `sequence_parallel`: the engine sums their gradients.
-All adapters of a linear layer share one communication and two products. There is no dropout.
-Source: document 004.
+All adapters of a linear layer share one communication and two products.
+Source: docs/design/progressive_growth.md.
 """
 
 from collections.abc import Iterable
@@ -34,10 +33,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ext.lora.lora_config import AdapterShape
+from megatron_ext.platform import process_groups
 
 
 class LoRAAdapter(MegatronModule):
-    """The factors A and B of one adapter of one linear layer; this rank's part of them."""
+    """This rank's part of the factors A and B of one adapter of one linear layer."""
 
     def __init__(
         self,
@@ -51,20 +51,20 @@ class LoRAAdapter(MegatronModule):
         is_gated: bool = False,
     ) -> None:
         """Args:
-        config: the engine's configuration.
-        input_size: of the whole linear layer.
-        output_size: of the whole linear layer.
+        config: the engine's configuration; gives dtype and sequence parallelism.
+        input_size: input size of the whole linear layer, over all ranks.
+        output_size: output size of the whole linear layer, over all ranks.
         shape: rank and alpha.
         tp_group: the tensor-parallel group.
-        splits_input: the base is row-parallel; else it is column-parallel.
-        is_gated: the output is [gate ; up], each split over the ranks by itself.
+        splits_input: whether the base layer is row-parallel; otherwise it is column-parallel.
+        is_gated: whether the output is [gate ; up], of which each half is split over the ranks.
         """
         super().__init__(config)
         self.shape = shape
         self.tp_group = tp_group
         self.is_gated = is_gated
         self.split_dims = {"A": 1} if splits_input else {"B": 0}
-        """Dimension of each factor that is split over the tensor-parallel ranks; the other factor is whole."""
+        """Split factor -> dimension that is split over the tensor-parallel ranks; the other factor is replicated."""
         self._add_factor("A", [shape.rank, input_size])
         self.A.init_uniform = input_size**-0.5
         self._add_factor("B", [output_size, shape.rank])
@@ -74,22 +74,23 @@ class LoRAAdapter(MegatronModule):
         split = self.split_dims.get(name)
         if split is not None:
             shape[split] //= self.tp_group.size()
-        values = torch.zeros(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        values = torch.zeros(shape, dtype=self.config.params_dtype, device=process_groups.device())
         factor = torch.nn.Parameter(values)
         if split is not None:
             set_tensor_model_parallel_attributes(factor, True, split, 2 if self.is_gated else 1)
         else:
+            # A replicated factor sees only this rank's rows; with this mark the engine sums its gradient over ranks.
             factor.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, factor)
 
     def delta(self) -> torch.Tensor:
-        """(alpha / r) B A: this rank's part of what the adapter adds to the weight, in fp32."""
+        """Returns this rank's part of the adapter's weight delta (alpha / r) B A, in fp32."""
         return self.shape.scale * (self.B.float() @ self.A.float())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The factors under `{prefix}A` and `{prefix}B`, at any tensor-parallel size."""
+        """Returns the factors under `{prefix}A` and `{prefix}B`; they load at any tensor-parallel size."""
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -106,15 +107,21 @@ class LoRAAdapter(MegatronModule):
 def add_adapters(
     output: torch.Tensor, x: torch.Tensor, adapters: Iterable[LoRAAdapter], *, splits_input: bool
 ) -> torch.Tensor:
-    """What the base computed, with the adapters' contributions.
+    """Adds the adapters' contributions to the output of the base layer.
 
     Args:
-        output: of the base, [s, b, output(/t)]; [s/t, b, output] for a row-parallel base under sequence parallel.
-        x: input of the base, [s, b, input(/t)]; [s/t, b, input] for a column-parallel base under sequence parallel.
-        adapters: at least one.
-        splits_input: the base is row-parallel.
+        output: the base layer's output, [s, b, output(/t)]; [s/t, b, output] for a row-parallel layer under sequence
+            parallelism.
+        x: the base layer's input, [s, b, input(/t)]; [s/t, b, input] for a column-parallel layer under sequence
+            parallelism.
+        adapters: at least one adapter.
+        splits_input: whether the base layer is row-parallel.
+
+    Returns:
+        The sum, in the shape of `output`.
     """
     adapters = list(adapters)
+    # The factors of all adapters are concatenated along r: one product with A and one with B for all of them.
     products = F.linear(x, _joined([adapter.A for adapter in adapters], 0))
     group, sequence_parallel = adapters[0].tp_group, adapters[0].config.sequence_parallel
     if group.size() > 1:

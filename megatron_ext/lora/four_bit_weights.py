@@ -1,18 +1,17 @@
-"""Weights in four bits: NF4 (QLoRA trunks) and NVFP4, packed and unpacked by libraries, here put into plain bytes.
+"""Four-bit weights, NF4 (QLoRA) and NVFP4: packs and unpacks them with bitsandbytes and torchao.
 
-    qlora    NF4 (arXiv 2305.14314): 16 quantiles of the normal distribution, one fp32 scale for 64 weights that follow
-             one another in a row-major matrix. bitsandbytes, on CPU and CUDA.                   4.5 bits a weight
-    nvfp4    4-bit floats (E2M1), one E4M3 scale for 16 weights and one fp32 scale for the matrix. torchao, in torch
-             operations that run on CPU and CUDA.                                                4.5 bits a weight
+    qlora    NF4 (arXiv 2305.14314): 16 quantiles of the normal distribution, one fp32 scale per block of 64
+             consecutive weights in row-major order. bitsandbytes, on CPU and CUDA.              4.5 bits per weight
+    nvfp4    4-bit floats (E2M1), one E4M3 scale per block of 16 weights and one fp32 scale per matrix. torchao, in
+             torch operations that run on CPU and CUDA.                                          4.5 bits per weight
 
-Both store weights only: a product unpacks them and is computed in the run's precision. No product in four bits is done,
-so NVFP4 saves memory on every machine and time on none.
+Only storage is in four bits: a product unpacks the weights and is computed in the run's precision. So NVFP4 saves
+memory on every machine, but no time.
 
-Packing what was unpacked (in fp32) gives the same bytes again. So a checkpoint holds the plain values under the
-weight's own name, can be loaded into a layer of any precision and at any parallel layout, and a resumed run has the
-very weights it left. Scales belong to this rank's part of the matrix, and a cut may not go through a block
-(`check_part`): the weights would differ from those of a single process by a tenth of their norm. NVFP4's one fp32
-scale is a power of two, so that of a part gives the values of the whole matrix.
+Unpacking to fp32 and packing again gives the same bytes. A checkpoint therefore stores plain values under the weight's
+own name, loads into a layer of any precision in any parallel layout, and restores exactly the weights that were saved.
+Tensor parallelism must not split a block (`check_part`): the weights would differ from those of a single process by a
+tenth of their norm.
 """
 
 import contextlib
@@ -28,35 +27,32 @@ import torch
 
 @dataclass(frozen=True)
 class PackedTensors:
-    """A packed matrix in bytes, so that no cast of a module to another precision touches them."""
+    """A packed matrix, stored as bytes so that casting a module to another dtype does not change it."""
 
     codes: torch.Tensor
-    """Two weights a byte, uint8."""
+    """Two weights per byte, uint8."""
 
     scales: torch.Tensor
-    """The scales' bytes, uint8."""
+    """The bytes of the scales, uint8."""
 
 
 class Packing(Protocol):
     """A four-bit format."""
 
     block_size: int
-    """Weights of a row-major matrix that follow one another and share a scale."""
+    """Number of consecutive weights, in row-major order, that share a scale."""
 
     def pack(self, weight: torch.Tensor) -> PackedTensors:
         """Packs a matrix [output, input]."""
         ...
 
     def unpack(self, packed: PackedTensors, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix's values in `dtype`."""
+        """Returns the matrix [output, input] in `dtype`."""
         ...
 
 
 class NF4:
-    """bitsandbytes' 4-bit NormalFloat, without double quantization.
-
-    The library is given vectors: on a CPU it unpacks a matrix wrongly where 64 does not divide a row (0.50.2).
-    """
+    """bitsandbytes' 4-bit NormalFloat, without double quantization."""
 
     block_size = 64
 
@@ -66,12 +62,13 @@ class NF4:
 
     def pack(self, weight: torch.Tensor) -> PackedTensors:
         """Packs a matrix [output, input]; scales are fp32."""
+        # Flattened, because on a CPU bitsandbytes 0.50.2 unpacks a matrix wrongly if 64 does not divide its rows.
         values = weight.detach().float().flatten()
         codes, state = self._library.quantize_4bit(values, blocksize=self.block_size, quant_type="nf4")
         return PackedTensors(codes, state.absmax.view(torch.uint8))
 
     def unpack(self, packed: PackedTensors, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix's values in `dtype`."""
+        """Returns the matrix [output, input] in `dtype`."""
         state = self._library.QuantState(
             absmax=packed.scales.view(torch.float32),
             shape=torch.Size([shape.numel()]),
@@ -92,9 +89,10 @@ class NVFP4:
         self._library = _load("torchao.prototype.mx_formats.nvfp4_tensor", "nvfp4", "torchao")
 
     def pack(self, weight: torch.Tensor) -> PackedTensors:
-        """Packs a matrix [output, input]; 16 must divide the input."""
+        """Packs a matrix [output, input]; the input size must be a multiple of 16."""
         values = weight.detach().float().contiguous()
-        # The library's own scale, largest / 2688, rounded up to a power of two: then packing again changes nothing.
+        # The library's scale, largest / 2688, rounded up to a power of two. Then packing the unpacked values changes
+        # nothing, and a rank's part of a matrix has the same values as in the whole matrix.
         largest = self._library.per_tensor_amax_to_scale(values.abs().max())
         mantissa, exponent = torch.frexp(largest.clamp(min=2.0**-100))
         whole = torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).int())
@@ -103,7 +101,7 @@ class NVFP4:
         return PackedTensors(tensor.qdata.view(torch.uint8), scales)
 
     def unpack(self, packed: PackedTensors, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix's values in `dtype`."""
+        """Returns the matrix [output, input] in `dtype`."""
         scales = packed.scales[4:].view(torch.float8_e4m3fn).view(shape[0], shape[1] // self.block_size)
         whole = packed.scales[:4].view(torch.float32).view(())
         codes = packed.codes.view(shape[0], shape[1] // 2)
@@ -118,7 +116,7 @@ _made: dict[str, Packing] = {}
 
 
 def packing(precision: str) -> Packing:
-    """The four-bit format that a precision stands for.
+    """Returns the four-bit format of a precision, `qlora` or `nvfp4`.
 
     Raises:
         ValueError: its library is not installed.
@@ -129,7 +127,7 @@ def packing(precision: str) -> Packing:
 
 
 def is_packed(precision: str | None) -> bool:
-    """True for a precision whose frozen weights are stored in four bits."""
+    """Returns whether a precision stores frozen weights in four bits."""
     return precision in _PACKINGS
 
 
@@ -138,37 +136,41 @@ class Part:
     """A tensor-parallel rank's part of a linear layer's matrix, [rows, row]."""
 
     rows: int
-    """Outputs of the part."""
+    """Number of outputs of this part."""
 
     row: int
-    """Inputs of the part."""
+    """Number of inputs of this part, the length of a row."""
 
     splits_input: bool
-    """The ranks share the input (row-parallel), else the output."""
+    """Whether ranks split the input (row-parallel layer); otherwise they split the output."""
 
     pieces: int = 1
-    """Parts of the output that are split over the ranks each by itself: 2 for [gate ; up]."""
+    """Number of sections of the output, each of which is split over the ranks: 2 for [gate ; up]."""
 
 
 def check_part(precision: str, part: Part, ranks: int) -> None:
-    """Raises `ValueError` where a format's blocks do not fit a rank's part of a matrix.
+    """Checks that a format's blocks fit a rank's part of a matrix.
 
     Args:
-        precision: one that is packed.
-        part: of each rank.
+        precision: `qlora` or `nvfp4`.
+        part: the part of each rank.
         ranks: tensor-parallel size.
+
+    Raises:
+        ValueError: a block would cross the border of a row (nvfp4) or of a rank's part.
     """
     block = packing(precision).block_size
     where = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
     if precision == "nvfp4" and part.row % block:
         raise ValueError(
-            f"precision {precision}: {block} must divide a linear layer's input, which is {part.row}{where}"
+            f"precision {precision}: a linear layer's input size must be a multiple of {block}, but it is "
+            f"{part.row}{where}"
         )
     together = part.row if part.splits_input else part.rows // part.pieces * part.row
     if ranks > 1 and together % block:
         raise ValueError(
-            f"precision {precision}: blocks of {block} weights would be cut, a row has {together}{where}; "
-            "choose another --tensor-model-parallel-size, or sizes that it leaves a multiple of the block"
+            f"precision {precision}: tensor parallelism would split blocks of {block} weights: {together} consecutive "
+            f"weights{where}; choose another --tensor-model-parallel-size, or sizes that keep blocks whole"
         )
 
 
@@ -178,14 +180,14 @@ def _load(module: str, precision: str, package: str) -> Any:
             return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"precision {precision}: needs {package}, which cannot be imported ({error}); "
+            f"precision {precision} requires {package}, which cannot be imported ({error}); "
             "pip install 'megatron-ext[quantization]'"
         ) from None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Both libraries report kernels for other machines that they do without, and warn of their own imports."""
+    # When imported, both libraries log missing kernels for other machines and warn about their own dependencies.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,21 +1,17 @@
-"""The precision of a stack: how its linear layers store frozen weights and compute, and the casts at their seams.
+"""The precision of a stack's linear layers: how they store frozen weights and in which dtype they multiply.
 
     full       fp32           half       fp16           bfloat16   bf16
-    qlora      NF4 weights    nvfp4      NVFP4 weights  both computed in the run's precision; see `quantization`
+    qlora      NF4 weights    nvfp4      NVFP4 weights  both compute in the run's precision; see `four_bit_weights`
 
-A linear layer casts its input to the stack's precision, multiplies, and casts the output back. What lies between the
-linear layers - residual stream, norms, attention - and what passes between pipeline stages stays in the run's
-precision, so stacks of any precision follow one another. Biases and norms, a thousandth of the weights, do too.
+A linear layer casts its input to the stack's precision, multiplies, and casts the output back. Everything between the
+linear layers (residual stream, norms, attention), biases and the tensors between pipeline stages stay in the run's
+precision, so stacks of different precisions can follow one another.
 
-    frozen weight      stored in the stack's precision; the backward pass keeps it alone, no activation
-    trained weight     stored in the run's precision, in a stack of full precision in fp32, and cast for the product;
-                       its gradient comes back in its own
+    frozen weight      stored in the stack's precision; the backward pass saves no activation
+    trained weight     stored in the run's precision (with `full` in fp32) and cast for the product; its gradient has
+                       the dtype in which it is stored
 
-So under --bf16 a stack of full precision is one in fp32 between casts, but for its norms, biases and adapters.
-
-fp16 loses small gradients: those of a mean over thousands of tokens lie below its range. So the output's gradient is
-divided by a power of two near its largest value before the product, and the result multiplied by it; exact but for
-fp16's own rounding, and no loss scale is needed.
+So with --bf16 a stack of precision `full` multiplies in fp32, but its norms, biases and adapters are in bf16.
 """
 
 from collections.abc import Callable
@@ -25,18 +21,21 @@ import torch
 import torch.distributed as dist
 
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
-"""Document 004's names."""
+"""Names of the precisions, those of docs/design/progressive_growth.md."""
 
 _COMPUTE = {"full": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def compute_dtype(precision: str | None, run_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a stack's linear layers multiply; the run's for packed weights and for None."""
+    """Returns the dtype in which a stack's linear layers multiply: the run's for four-bit weights and for None."""
     return _COMPUTE.get(precision or "", run_dtype)
 
 
 class _MixedLinear(torch.autograd.Function):
-    """x W^T in another precision than that of x; W is given as stored and read again in the backward pass."""
+    """Computes x W^T in a dtype other than that of x.
+
+    The weight is read (and unpacked) again in the backward pass, so that no copy in `dtype` is saved.
+    """
 
     @staticmethod
     def forward(
@@ -74,14 +73,17 @@ class _MixedLinear(torch.autograd.Function):
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The matrix product, summed in fp32. A CPU's own fp16 product takes 25 times as long as one in fp32."""
+    """Returns the matrix product, accumulated in fp32."""
+    # On a CPU torch's fp16 product takes 25 times as long as one in fp32.
     if left.dtype is torch.float16 and left.device.type == "cpu":
         return (left.float() @ right.float()).half()
     return left @ right
 
 
 def _in_range(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradient in `dtype`; for fp16 divided by a power of two (in [0.5, 1) at its largest), which is returned."""
+    """Casts a gradient to `dtype`; for fp16 divides it by a power of two first, and returns that scale too."""
+    # Gradients of a mean over thousands of tokens are below fp16's range. With this scale the largest value is in
+    # [0.5, 1); multiplying the product by it is exact except for fp16's rounding, so no loss scale is needed.
     if dtype is not torch.float16 or grad.dtype is torch.float16:
         return grad.to(dtype), None
     largest = grad.abs().max().float()
@@ -98,13 +100,17 @@ def mixed_linear(
     *,
     reduce_group: Any = None,
 ) -> torch.Tensor:
-    """x W^T in `dtype`, returned in the precision of x.
+    """Computes x W^T in `dtype`.
 
     Args:
         x: [s, b, input].
-        weight: the weight as it is stored; gets a gradient if it requires one.
-        read: gives the weight [output, input] in a dtype; called in the forward and in the backward pass.
-        dtype: of the product.
-        reduce_group: sum the gradient of x over this group, as the engine's column-parallel layer does.
+        weight: the stored weight, possibly packed; gets a gradient if it requires one.
+        read: returns the weight [output, input] in a given dtype; called in the forward and in the backward pass.
+        dtype: dtype of the product.
+        reduce_group: the gradient of x is summed over this group, as in the engine's column-parallel layer; None for
+            no sum.
+
+    Returns:
+        [s, b, output] in the dtype of x.
     """
     return _MixedLinear.apply(x, weight, read, dtype, reduce_group)

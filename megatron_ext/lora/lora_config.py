@@ -1,74 +1,80 @@
-"""What a user chooses about LoRA: which adapters a stack gets, and their rank and alpha.
+"""LoRA flags: which adapters a stack gets, and their rank and alpha.
 
-Two adapters a stack at most, which add up (document 004's dual LoRA):
+A stack has at most two adapters, which add up (dual LoRA, docs/design/progressive_growth.md):
 
-    stack         on each stack, made with it
-    progressive   smaller, on every stack of the trunk, made at the first growth after it
+    stack         created with the stack
+    progressive   a smaller one, created when the next stack is added and this one becomes part of the trunk
 
     simplified    every stack has the same rank r and alpha
-    progressive   both follow a pattern over the stack's index i, from 0:
+    progressive   rank and alpha each follow a pattern over the stack's index i, from 0:
                   constant r    increasing r 2^i    decreasing max(1, r // 2^i)    linear r + 8 i
-    variable      a list: `stack:rank:alpha`
+    variable      a list of `stack:rank:alpha`
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive
+from megatron_ext.config.command_line.field_checks import (
+    check_at_least,
+    check_choices,
+    check_positive,
+    flag_name,
+)
 
 STACK = "stack"
 PROGRESSIVE = "progressive"
-"""Names of the two adapters."""
+"""Names of a stack's two adapters."""
 
 Pattern = Literal["constant", "increasing", "decreasing", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """Rank and alpha of one adapter; its product is scaled by alpha / rank."""
+    """Rank and alpha of one adapter."""
 
     rank: int
     alpha: float
 
     @property
     def scale(self) -> float:
-        """The factor on B A x."""
+        """The factor alpha / rank on B A x."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """LoRA adapters on every linear layer of a stack; document 004's keys and defaults."""
+    """LoRA adapters on every linear layer of a stack; the defaults are those of docs/design/progressive_growth.md."""
 
     qlora_enabled: bool = True
-    """Give each stack LoRA adapters as it is made."""
+    """Add LoRA adapters to every new stack."""
 
     qlora_rank: int = 16
-    """Rank of the stack adapters, of stack 0 under the strategy progressive."""
+    """Rank of the stack adapters; with --qlora-strategy progressive, that of stack 0."""
 
     qlora_alpha: float = 32
-    """Their alpha: the adapter's output is scaled by alpha / rank."""
+    """Alpha of the stack adapters; their output is scaled by alpha / rank."""
 
     qlora_strategy: Literal["simplified", "progressive", "variable"] = "simplified"
-    """How rank and alpha follow from the stack: the same for all, by a pattern, or as listed."""
+    """Rank and alpha of the stacks: the same for all (simplified), by a pattern (progressive), or a list (variable)."""
 
     qlora_rank_pattern: Pattern | None = None
-    """Strategy progressive: constant, increasing (r*2^i, default), decreasing (r/2^i, at least 1), linear (r+8i)."""
+    """Rank of stack i with --qlora-strategy progressive: constant r, increasing r*2^i (default), decreasing r/2^i (at
+    least 1), linear r+8i."""
 
     qlora_alpha_pattern: Pattern | None = None
-    """Strategy progressive: the same for alpha; constant by default."""
+    """Alpha of stack i with --qlora-strategy progressive, by the same patterns. Default: constant."""
 
     qlora_configs: str | None = None
-    """Strategy variable: stack:rank:alpha for every stack from 0, as 0:8:16,1:16:32,2:32:64."""
+    """Rank and alpha with --qlora-strategy variable: stack:rank:alpha for every stack, such as 0:8:16,1:16:32."""
 
     progressive_qlora: bool = True
-    """Give every stack of the trunk a second, smaller adapter when a stack is added to it."""
+    """Add a second, smaller adapter to a stack when it becomes part of the trunk."""
 
     progressive_qlora_rank: int = 8
-    """Rank of these adapters."""
+    """Rank of the second adapter."""
 
     progressive_qlora_alpha: float = 16
-    """Their alpha."""
+    """Alpha of the second adapter."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -81,25 +87,29 @@ class LoRAConfig:
         ):
             value = getattr(self, name)
             if value is not None and self.qlora_strategy != strategy:
-                flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} {value}: is for --qlora-strategy {strategy}, not {self.qlora_strategy}"
+                    f"{flag_name(name)} {value} requires --qlora-strategy {strategy} (got {self.qlora_strategy})"
                 )
         if self.qlora_strategy == "variable":
             self._listed()
 
     def check_stacks(self, num_stacks: int) -> None:
-        """Raises `ValueError` if the strategy variable lists other stacks than those of a rack of `num_stacks`."""
+        """Checks that --qlora-configs lists at least `num_stacks` stacks.
+
+        Raises:
+            ValueError: it lists fewer.
+        """
         if self.qlora_enabled and self.qlora_strategy == "variable" and len(self._listed()) < num_stacks:
             raise ValueError(
-                f"--qlora-configs {self.qlora_configs}: lists {len(self._listed())} stacks, the rack has {num_stacks}"
+                f"--qlora-configs {self.qlora_configs}: lists {len(self._listed())} stacks, but the model has "
+                f"{num_stacks}; add the missing ones"
             )
 
     def stack_adapter(self, stack_idx: int) -> AdapterShape:
-        """Rank and alpha of the stack adapter of a stack, by the stack's index from 0.
+        """Returns rank and alpha of the stack adapter of stack `stack_idx`, counted from 0.
 
         Raises:
-            ValueError: the strategy variable does not list the stack.
+            ValueError: --qlora-configs does not list the stack.
         """
         if self.qlora_strategy == "variable":
             self.check_stacks(stack_idx + 1)
@@ -111,15 +121,15 @@ class LoRAConfig:
         return AdapterShape(rank=int(rank), alpha=alpha)
 
     def progressive_adapter(self) -> AdapterShape:
-        """Rank and alpha of the trunk's second adapter."""
+        """Returns rank and alpha of the second adapter of the trunk's stacks."""
         return AdapterShape(rank=self.progressive_qlora_rank, alpha=self.progressive_qlora_alpha)
 
     def adapters(self, stack_idx: int, *, in_trunk: bool) -> dict[str, AdapterShape]:
-        """Name -> shape of a stack's adapters.
+        """Returns name -> shape of a stack's adapters.
 
         Args:
-            stack_idx: the order in which stacks were made, from 0.
-            in_trunk: a stack was added after it.
+            stack_idx: index of the stack in the order of creation, from 0.
+            in_trunk: whether the stack belongs to the trunk, that is, another stack was added after it.
         """
         found = {}
         if self.qlora_enabled:
@@ -148,18 +158,18 @@ def _parse(text: str) -> list[AdapterShape]:
             number, shape = int(stack), AdapterShape(rank=int(rank), alpha=float(alpha))
         except ValueError:
             raise ValueError(
-                f"--qlora-configs {text}: must be stack:rank:alpha, with commas between, as 0:8:16,1:16:32"
+                f"--qlora-configs {text}: must be a comma-separated list of stack:rank:alpha, such as 0:8:16,1:16:32"
             ) from None
         if number in shapes:
-            raise ValueError(f"--qlora-configs {text}: names stack {number} twice")
+            raise ValueError(f"--qlora-configs {text}: lists stack {number} twice")
         if shape.rank < 1 or not shape.alpha > 0:
             raise ValueError(
                 f"--qlora-configs {text}: stack {number} has rank {shape.rank}, alpha {shape.alpha:g}; "
-                "the rank must be at least 1, alpha above 0"
+                "the rank must be at least 1, and alpha above 0"
             )
         shapes[number] = shape
     if sorted(shapes) != list(range(len(shapes))):
         raise ValueError(
-            f"--qlora-configs {text}: must name every stack from 0 on, it names {sorted(shapes)}"
+            f"--qlora-configs {text}: must list every stack from 0 on, but lists {sorted(shapes)}"
         )
     return [shapes[number] for number in range(len(shapes))]

@@ -1,9 +1,8 @@
-"""The engine's column- and row-parallel linear layers, with LoRA adapters and a precision of their own.
+"""The engine's column- and row-parallel linear layers with LoRA adapters and a precision of their own.
 
-They are the engine's layers under the same names: the weight of `linear_qkv` stays `linear_qkv.weight` in every
-checkpoint, adapters are `linear_qkv.adapters.{name}.A` and `.B`. Without adapters, and in the run's precision, the
-forward pass is the engine's to the bit. `linear_modules` gives the four of a layer as specs; they take the place of the
-engine's own layers also where a run asks for Transformer Engine.
+Names do not change: the weight of `linear_qkv` stays `linear_qkv.weight` in every checkpoint, and its adapters are
+`linear_qkv.adapters.{name}.A` and `.B`. Without adapters and in the run's precision the forward pass equals the
+engine's to the bit. These layers replace the engine's own even if the run uses Transformer Engine.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,35 +24,35 @@ from megatron_ext.models.layer_spec import LINEARS
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """What progressive training does to one transformer layer."""
+    """Adapters, frozen parts and precision of one transformer layer."""
 
     adapters: Mapping[str, AdapterShape] = field(default_factory=dict)
-    """Name -> rank and alpha of the adapters on each of its linear layers; they add up."""
+    """Name -> rank and alpha of the adapters on each of the layer's linear layers."""
 
     trained_adapters: frozenset[str] = frozenset()
-    """Those that train; the others are frozen."""
+    """Names of the adapters that train; the others are frozen."""
 
     trains_base: bool = True
     """Whether the layer's own weights, norms and biases train."""
 
     precision: Precision | None = None
-    """Of its linear layers; None for the run's own."""
+    """Precision of the layer's linear layers; None for the run's."""
 
     def __post_init__(self) -> None:
         unknown = self.trained_adapters - self.adapters.keys()
         if unknown:
             raise ValueError(
-                f"trained_adapters {sorted(unknown)}: the layer has adapters {sorted(self.adapters)}"
+                f"trained_adapters {sorted(unknown)}: the layer has only the adapters {sorted(self.adapters)}"
             )
         if self.trains_base and is_packed(self.precision):
             raise ValueError(
-                f"precision {self.precision}: weights in four bits cannot train; freeze the stack"
+                f"precision {self.precision}: four-bit weights cannot be trained; freeze the stack"
             )
 
 
 def linear_modules(settings: LayerSettings) -> dict[str, ModuleSpec]:
-    """The four linear layers of a transformer layer, for `Extension.linears`."""
-    kinds = (AdaptedColumnParallelLinear, AdaptedRowParallelLinear)
+    """Returns the specs of a transformer layer's four linear layers, for `Extension.linears`."""
+    kinds = (AdaptedColumnParallelLinear, AdaptedRowParallelLinear)  # in the alternating order of LINEARS
     return {
         name: ModuleSpec(module=kinds[number % 2], params={"settings": settings})
         for number, name in enumerate(LINEARS)
@@ -61,20 +60,20 @@ def linear_modules(settings: LayerSettings) -> dict[str, ModuleSpec]:
 
 
 class AdaptedLinear(torch.nn.Module):
-    """What the two kinds share; comes before the engine's class in the order of inheritance."""
+    """Adapters and precision of a linear layer; a mixin that must precede the engine's class in the list of bases."""
 
     splits_input: bool
-    """Row-parallel."""
+    """Whether the layer is row-parallel."""
 
     def __init__(
         self, input_size: int, output_size: int, *, settings: LayerSettings, stride: int = 1, **kwargs: Any
     ) -> None:
         """Args:
-        input_size: of the whole layer.
-        output_size: of the whole layer.
+        input_size: input size of the whole layer, over all ranks.
+        output_size: output size of the whole layer, over all ranks.
         settings: adapters and precision.
-        stride: 2 where the output is [gate ; up], as in the engine.
-        **kwargs: the engine's.
+        stride: 2 if the output is [gate ; up], as in the engine.
+        **kwargs: further arguments of the engine's class.
         """
         super().__init__(input_size, output_size, stride=stride, **kwargs)
         self.config: Any
@@ -83,8 +82,9 @@ class AdaptedLinear(torch.nn.Module):
         self.precision = settings.precision
         self.is_gated = stride == 2
         self.is_stored = False
-        """The weight is frozen and held in the layer's own precision."""
+        """Whether the weight is frozen and stored in the layer's precision."""
         self.weight_scales: torch.Tensor | None
+        # Not persistent: checkpoints contain plain values, see `_save_to_state_dict`.
         self.register_buffer("weight_scales", None, persistent=False)
         self.weight_shape = self.weight.shape
         self.weight.data = self.weight.data.to(self.trained_dtype)
@@ -104,11 +104,11 @@ class AdaptedLinear(torch.nn.Module):
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        """In which the weight is held while it trains: the run's precision, and fp32 in a stack of full precision."""
+        """Dtype of the weight while it trains: fp32 with the precision `full`, otherwise the run's."""
         return torch.float32 if self.precision == "full" else self.config.params_dtype
 
     def store_weight(self) -> None:
-        """Freezes the weight and puts it into the layer's precision; again after it was loaded or changed."""
+        """Freezes the weight and converts it to the layer's precision; call it again after the weight has changed."""
         self.weight.requires_grad_(False)
         if is_packed(self.precision):
             packed = self._pack(self.read_weight(torch.float32))
@@ -124,20 +124,20 @@ class AdaptedLinear(torch.nn.Module):
         return packing(str(self.precision)).pack(values)
 
     def restore_weight(self) -> None:
-        """Undoes `store_weight`: a plain weight in `trained_dtype`, which may then be trained; values stay."""
+        """Converts the weight back to a plain, trainable one in `trained_dtype`; inverse of `store_weight`."""
         self.weight.data = self.read_weight(self.trained_dtype)
         self.weight_scales = None
         self.is_stored = False
 
     def read_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """This rank's part of the weight [output(/t), input(/t)], without adapters, in `dtype`."""
+        """Returns this rank's part of the weight without adapters, [output(/t), input(/t)], in `dtype`."""
         if self.weight_scales is None:
             return self.weight.detach().to(dtype)
         packed = PackedTensors(self.weight.detach(), self.weight_scales)
         return packing(str(self.precision)).unpack(packed, self.weight_shape, dtype)
 
     def merge_adapters(self) -> None:
-        """Adds the adapters to the weight, in `trained_dtype`, and removes them. No communication."""
+        """Adds the adapters to the weight, in `trained_dtype`, and removes them; not collective."""
         merged = self.read_weight(torch.float32)
         for adapter in self.adapters.values():
             assert isinstance(adapter, LoRAAdapter)
@@ -149,7 +149,7 @@ class AdaptedLinear(torch.nn.Module):
     def forward(
         self, input_: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The engine's output and bias, with the adapters in the output; shapes as in `lora.add_adapters`."""
+        """Returns the engine's output, with the adapters added, and its bias; shapes as in `adapter.add_adapters`."""
         output, bias = super().forward(input_, *args, **kwargs)
         if len(self.adapters):
             adapters = [adapter for adapter in self.adapters.values() if isinstance(adapter, LoRAAdapter)]
@@ -166,7 +166,7 @@ class AdaptedLinear(torch.nn.Module):
         tp_group: Any,
         **rest: Any,
     ) -> torch.Tensor:
-        """The product; the engine's own where everything has one precision."""
+        # Overrides the engine's product, which needs input and weight in one dtype.
         dtype = compute_dtype(self.precision, self.config.params_dtype)
         if input.dtype == weight.dtype == dtype:
             return super()._forward_impl(  # type: ignore[misc]
@@ -187,8 +187,9 @@ class AdaptedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The engine's entries and those of the adapters."""
+        """Returns the engine's entries and those of the adapters."""
         base = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        # The engine would describe the adapters' split factors as replicated.
         state = {key: value for key, value in base.items() if not key.startswith(f"{prefix}{ADAPTERS}.")}
         for name, adapter in self.adapters.items():
             assert isinstance(adapter, LoRAAdapter)
@@ -196,13 +197,13 @@ class AdaptedLinear(torch.nn.Module):
         return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Packed weights are saved as their values in fp32, under the weight's own name."""
+        # A packed weight is saved as fp32 values under its own name, so that it loads in any precision and layout.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_scales is not None:
             destination[f"{prefix}weight"] = self.read_weight(torch.float32)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Values for a packed weight are packed."""
+        # Loads plain values into a packed weight.
         key = f"{prefix}weight"
         if self.weight_scales is not None and key in state_dict:
             packed = self._pack(state_dict[key].to(self.weight.device))
@@ -211,7 +212,8 @@ class AdaptedLinear(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """A weight with a precision of its own moves between devices, but no cast of the whole model changes it."""
+        # A cast of the whole model (`model.bfloat16()`) must not change a weight that has its own precision; moves
+        # between devices still apply.
         if not self.is_stored and self.trained_dtype == self.config.params_dtype:
             return super()._apply(fn, recurse)
         for child in self.children():
@@ -226,12 +228,12 @@ class AdaptedLinear(torch.nn.Module):
 
 
 class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
-    """The output is split over the tensor-parallel ranks: qkv projection, fc1."""
+    """A column-parallel layer (the output is split over the ranks): qkv projection, fc1."""
 
     splits_input = False
 
 
 class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
-    """The input is split over the tensor-parallel ranks: attention's output projection, fc2."""
+    """A row-parallel layer (the input is split over the ranks): attention's output projection, fc2."""
 
     splits_input = True

@@ -1,7 +1,7 @@
-"""The adapted layers of a model: what trains in them, how they are stored, what they weigh, and merging.
+"""Freezes, stores, merges and measures the layers of a model that has `AdaptedLinear`s.
 
-A plan, layer number (from 0 over the whole model) -> `LayerSettings`, says everything about adapters and precision. It
-is used twice: when the model is built (`adapted_linear.linear_modules`), and by `prepare_layers` before it is wrapped.
+A plan (`SettingsByLayer`) specifies adapters and precision of every layer. It is used twice: to build the model
+(`parallel_linear.linear_modules`), and by `prepare_layers` before the model is wrapped.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,17 +14,18 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import SLOTS
 
 SettingsByLayer = Mapping[int, LayerSettings]
+"""Number of a layer, from 0 over the whole model -> its settings."""
 
 
 def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:
-    """Freezes what a plan freezes, frees what it trains, and puts frozen weights into their precision.
+    """Sets which parameters train, and converts frozen weights to their precision, as a plan specifies.
 
-    Call it before the model is wrapped, and again after weights were loaded into it from outside a checkpoint of
-    this plan. Modules in the layers' slots belong to other families and are left alone.
+    Call it before the model is wrapped, and again after loading weights that were not saved with this plan. Modules in
+    the layers' slots belong to other families and do not change.
 
     Args:
         chunks: this rank's model chunks, unwrapped, built with the same plan.
-        plan: layers that are not in it are left alone.
+        plan: the settings by layer; layers without settings do not change.
     """
     for number, layer in _layers(chunks):
         if number not in plan:
@@ -45,7 +46,7 @@ def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:
 
 
 def adapted_linears(chunks: list[GPTModel]) -> Iterator[tuple[int, str, AdaptedLinear]]:
-    """Layer number, name in the layer (`mlp.linear_fc1`) and module of every adapted linear layer of this rank."""
+    """Yields layer number, name (such as `mlp.linear_fc1`) and module of every adapted linear layer of this rank."""
     for number, layer in _layers(chunks):
         for name, module in layer.named_modules():
             if isinstance(module, AdaptedLinear):
@@ -54,10 +55,9 @@ def adapted_linears(chunks: list[GPTModel]) -> Iterator[tuple[int, str, AdaptedL
 
 @torch.no_grad()
 def merge_adapters(chunks: list[GPTModel]) -> None:
-    """Adds every adapter to its base weight and removes it; the model's function stays, to rounding.
+    """Adds every adapter to its base weight and removes it; the model computes the same function, up to rounding.
 
-    The weights are then plain ones, also those that were packed. For a model that is not wrapped
-    for training: an optimizer would keep the removed parameters.
+    Packed weights become plain ones. The model must not have an optimizer, which would keep the removed parameters.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -67,7 +67,7 @@ def merge_adapters(chunks: list[GPTModel]) -> None:
 
 
 def weight_bytes(chunks: list[GPTModel]) -> dict[int, int]:
-    """Bytes of all weights that this rank holds of each layer, as they are stored, by the layer's number."""
+    """Returns layer number -> bytes of the layer's stored weights on this rank."""
     return {
         number: sum(
             tensor.numel() * tensor.element_size() for tensor in (*layer.parameters(), *layer.buffers())

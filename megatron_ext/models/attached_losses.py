@@ -1,12 +1,12 @@
-"""Losses that belong to a layer, wherever its pipeline stage is.
+"""Per-layer losses that work on any pipeline stage.
 
-megatron-core calls the loss function on the last stage only. A loss of an inner layer is therefore attached to that
-layer's output: the output passes unchanged, and in the backward pass the loss receives its own gradient,
+megatron-core calls the loss function on the last stage only. The loss of an inner layer is therefore attached to that
+layer's output: the output passes through unchanged, and in the backward pass the loss gets the gradient
 
     d(total)/d(loss) = loss scale / number of micro-batches,
 
-as the output loss does (the pattern of the engine's auxiliary losses). The values are collected on the stage that owns
-the layer; `LayerLosses.collect` brings the means of all stages to every rank.
+the same as the output loss. This is the pattern of the engine's `MoEAuxLossAutoScaler`. The stage that owns the layer
+records the value; `LayerLosses.collect` returns the means of all stages on every rank.
 """
 
 from typing import Any, ClassVar
@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.collectives import merge_over_ranks
 
 
 class _Attach(torch.autograd.Function):
@@ -29,25 +32,28 @@ class _Attach(torch.autograd.Function):
 
 
 class LayerLosses:
-    """Collects the attached losses of one step; one per process, as the engine's own loss trackers are."""
+    """Attaches losses to layer outputs and records their values; class state, one per process.
+
+    Layers deep in the model record here without a reference to the training step, as with the engine's own trackers.
+    """
 
     scale: float = 1.0
-    """Gradient given to every attached loss: loss scale / number of micro-batches. Set by the training step."""
+    """Gradient of every attached loss: loss scale / number of micro-batches. The training step sets it."""
 
     evaluating: bool = False
-    """True while the loop evaluates: there the only pass has no gradients."""
+    """True while the loop evaluates; `record` then also counts passes without gradients."""
 
     _sums: ClassVar[dict[str, torch.Tensor]] = {}
     _counts: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def attach(cls, hidden_states: torch.Tensor, loss: torch.Tensor, name: str | None = None) -> torch.Tensor:
-        """Returns `hidden_states` unchanged; its backward pass also runs `loss`'s.
+        """Returns `hidden_states` unchanged, with the backward pass of `loss` attached.
 
         Args:
-            hidden_states: the layer's output [s, b, h].
-            loss: scalar, the mean over this micro-batch; under sequence parallel this rank's part of it.
-            name: what the value is logged under, for example `mlp_direct_loss/layer_3`; None to leave it out.
+            hidden_states: the layer's output, [s, b, h].
+            loss: scalar, the mean over this micro-batch; under sequence parallelism this rank's share of that mean.
+            name: tag for logging, for example `mlp_direct_loss/layer_3`; None logs nothing.
         """
         if name is not None:
             cls.record(name, loss)
@@ -55,8 +61,8 @@ class LayerLosses:
 
     @classmethod
     def record(cls, name: str, value: torch.Tensor) -> None:
-        """Logs a scalar of a layer, a mean over this micro-batch, that has no gradient."""
-        # Recomputation runs a layer twice in training, first without gradients: count the pass that has them.
+        """Records a scalar without gradient under the tag `name`; `value` is a mean over this micro-batch."""
+        # With activation recomputation a layer runs twice, first without gradients: count only the second run.
         if torch.is_grad_enabled() or cls.evaluating:
             total = cls._sums.get(name, torch.zeros((), device=value.device))
             cls._sums[name] = total + value.detach().float()
@@ -64,20 +70,18 @@ class LayerLosses:
 
     @classmethod
     def collect(cls) -> dict[str, float]:
-        """Means over micro-batches and data-parallel ranks of all stages' values, by name; then forgets them.
+        """Returns every recorded value, averaged over micro-batches and data-parallel ranks, and clears the records.
 
-        Collective over the pipeline and data-parallel groups: every rank calls it.
+        Collective over the pipeline and data-parallel groups: every rank must call it, and every rank gets all values.
         """
         local = {name: float(total) / cls._counts[name] for name, total in cls._sums.items()}
         cls._sums, cls._counts = {}, {}
-        group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(stages, local, group=group)
-        merged = {name: value for stage in stages for name, value in stage.items()}
+        merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
         if not merged:
             return {}
+        # Sorted: the reduction below adds by position, and ranks may have recorded in different order.
         names = sorted(merged)
-        values = torch.tensor([merged[name] for name in names], device=torch.cuda.current_device())
+        values = torch.tensor([merged[name] for name in names], device=process_groups.device())
         data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
         dist.all_reduce(values, group=data_parallel)
         return dict(zip(names, (values / dist.get_world_size(data_parallel)).tolist(), strict=True))

@@ -1,16 +1,16 @@
-"""Named tensors that travel beside the hidden states: through the layers of a stage, and from stage to stage.
+"""Auxiliary streams: named tensors that accompany the hidden states through the layers and from stage to stage.
 
-A family declares `AuxiliaryStream`s; their widths add up. Two ways of travel:
+A family declares `AuxiliaryStream`s. They are transported in two ways:
 
-* to the layers: the engine hands one extra tensor, `context`, to every layer and treats it as a real input of
-  activation recomputation. A decoder-only layer leaves it alone, so all streams of a stage are packed into it, flat,
-  one after the other. This module is the only place that knows about the borrowed name.
-* to the next stage: streams with `travels=True` are appended to the hidden states as further rows of width h, so that
-  the pipeline schedule sends one tensor, [k * s, b, h]. To the schedule it is a longer sequence, which it takes as it
-  is with and without interleaving; a wider tensor it would take in one of them only.
+* To the layers of a stage. The engine passes one extra tensor, `context`, to every layer and treats it as an input of
+  activation recomputation. A decoder-only layer does not use it, so all streams are packed into it as one flat tensor.
+  Only `GPTModel` and `ExtendedTransformerLayer` use that name.
+* To the next stage. Streams with `travels=True` are appended to the hidden states as further rows of width h, so that
+  the pipeline schedule sends one tensor, [k * s, b, h]. The schedule sees a longer sequence, which works with and
+  without interleaving; the interleaved schedule would refuse a wider tensor.
 
-Shapes: under sequence parallel `s` of the hidden states is the local part; a stream with `full_sequence=True` has all
-rows.
+Shapes: `s` is the number of rows of the hidden states. Under sequence parallelism that is the local part of the
+sequence; a stream with `full_sequence=True` always has all rows.
 """
 
 from dataclasses import dataclass
@@ -22,59 +22,60 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryStream:
-    """One named tensor [s, b, width] beside the hidden states."""
+    """Declaration of one named tensor [s, b, width]."""
 
     name: str
-    """Unique over all families of a run."""
+    """Name of the stream, unique over all families of a run."""
 
     width: int | None
-    """Size of the last dimension on this rank. None: as many columns as a micro-batch brings, or none; at most one
-    stream of a run, only to the layers."""
+    """Size of the last dimension on this rank. None: the width may differ per micro-batch and may be 0; at most one
+    stream of a run may have width None, and it cannot travel."""
 
     full_sequence: bool = False
-    """True: all rows of the sequence are present on every rank, under sequence parallel too."""
+    """Whether every rank has all rows of the sequence, even under sequence parallelism."""
 
     to_layers: bool = True
-    """True: the layers of a stage can read it."""
+    """Whether the layers of a stage can read the stream."""
 
     travels: bool = False
-    """True: it is sent to the next pipeline stage."""
+    """Whether the stream is sent to the next pipeline stage."""
 
 
 class AuxiliaryInputs:
-    """The layout of all streams of a run, and the two ways of travel."""
+    """Layout of all streams of a run; packs them for the layers and joins them to the hidden states between stages."""
 
     def __init__(self, streams: list[AuxiliaryStream], sequence_parallel_size: int = 1) -> None:
         names = [stream.name for stream in streams]
         if len(set(names)) != len(names):
-            raise ValueError(f"auxiliary streams must have different names, got {names}")
+            raise ValueError(f"auxiliary streams need distinct names, got {names}")
         if any(stream.travels and stream.full_sequence for stream in streams):
             raise ValueError(
-                "an auxiliary stream that travels between stages has the hidden states' rows, not the full sequence"
+                "an auxiliary stream cannot have both travels=True and full_sequence=True: it travels as rows of the "
+                "hidden states, which sequence parallelism splits"
             )
-        # The stream of open width comes last: its places are what the others leave.
+        # The stream of variable width comes last: its size is what remains after the others.
         self._to_layers = sorted((s for s in streams if s.to_layers), key=lambda stream: stream.width is None)
         if sum(stream.width is None for stream in streams) > 1:
-            raise ValueError("at most one auxiliary stream may leave its width open")
+            raise ValueError("at most one auxiliary stream may have width=None")
         self._travelling = [stream for stream in streams if stream.travels]
         self._sequence_parallel_size = sequence_parallel_size
 
     def pipeline_factor(self, hidden_size: int) -> int:
-        """k: how many times longer than the hidden states the tensor between two stages is."""
+        """Returns k: the tensor sent between two stages has k times the rows of the hidden states."""
         return 1 + -(-sum(stream.width or 0 for stream in self._travelling) // hidden_size)
 
     @property
     def travels(self) -> bool:
-        """True if any stream goes from stage to stage."""
+        """Whether any stream is sent from stage to stage."""
         return bool(self._travelling)
 
     @property
     def reaches_layers(self) -> bool:
-        """True if any stream is to be packed for the layers."""
+        """Whether any stream is packed for the layers."""
         return bool(self._to_layers)
 
     def join(self, hidden_states: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[s, b, h] and the travelling streams -> [k * s, b, h], what a stage sends."""
+        """Appends the travelling streams to the hidden states [s, b, h]; returns what a stage sends, [k * s, b, h]."""
         if not self._travelling:
             return hidden_states
         rows, batch, hidden_size = hidden_states.shape
@@ -86,7 +87,7 @@ class AuxiliaryInputs:
         return torch.cat([hidden_states, as_rows])
 
     def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Undoes `join`: what a stage receives -> hidden states and the travelling streams by name."""
+        """Splits what a stage receives, [k * s, b, h], into hidden states and travelling streams; inverse of `join`."""
         if not self._travelling:
             return joined, {}
         _, batch, hidden_size = joined.shape
@@ -98,9 +99,14 @@ class AuxiliaryInputs:
         return joined[:rows], {s.name: v for s, v in zip(self._travelling, values, strict=False)}
 
     def pack(self, values: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The streams for the layers -> one flat tensor. A value may have any shape with its stream's element count.
+        """Packs the streams for the layers into one flat tensor.
 
-        None where there is nothing to pack: the only stream is of open width, and this micro-batch brings none.
+        Args:
+            values: stream name -> tensor of any shape with the stream's element count. The stream of variable width may
+                be missing.
+
+        Returns:
+            A tensor of one dimension, or None if there is nothing to pack.
         """
         flat = [
             values[stream.name].reshape(-1)
@@ -110,23 +116,23 @@ class AuxiliaryInputs:
         return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
-        """What a slot of a layer reads from and writes to; `hidden_states` [s, b, h] tells the row counts."""
+        """Returns the reader and writer of `packed` for one layer; `hidden_states` [s, b, h] gives the row counts."""
         rows, batch = hidden_states.shape[:2]
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 
 
 class _Read(torch.autograd.Function):
-    """packed -> (packed[start : start + size], packed). The second output is what the next reader takes.
+    """Returns (packed[start : start + size], packed); the next reader reads from the second output.
 
-    A slice's own backward would make a zero-filled tensor of full size for every reader. Here the gradient comes back
-    along the chain of readers, and each adds its part in place; nothing else sees that buffer.
+    The backward pass of a plain slice allocates a zero-filled tensor of full size for every reader. Here the gradient
+    passes through the chain of readers, and each reader adds its part in place to the same buffer.
     """
 
     @staticmethod
     def forward(ctx: Any, packed: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.place = start, size
         ctx.total = packed.numel()
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # a missing gradient stays None instead of a tensor of zeros
         return packed.narrow(0, start, size), packed.view_as(packed)
 
     @staticmethod
@@ -141,7 +147,7 @@ class _Read(torch.autograd.Function):
 
 
 class LayerInputs:
-    """The streams as one layer sees them."""
+    """Reads and writes the packed streams in one layer."""
 
     def __init__(
         self,
@@ -152,7 +158,7 @@ class LayerInputs:
         sequence_parallel_size: int,
     ) -> None:
         self.packed = packed
-        """The flat tensor; a `write` replaces it."""
+        """The flat tensor; `read` and `write` replace it."""
         self._places: dict[str, tuple[int, int, int, int]] = {}
         start = 0
         for stream in streams:
@@ -165,28 +171,31 @@ class LayerInputs:
             start += stream_rows * batch * width
 
     def has(self, name: str) -> bool:
-        """True unless the stream is of open width, and this micro-batch brings none."""
+        """Whether this micro-batch has the stream; only a stream of variable width can be missing."""
         return self._places[name][3] > 0
 
     def read(self, name: str) -> torch.Tensor:
-        """The stream as [s, b, width] (a view; contiguous, so that its owner may view it differently)."""
+        """Returns the stream as a contiguous view [s, b, width]."""
         return self.read_part(name, 0, 1)
 
     def read_part(self, name: str, part: int, parts: int) -> torch.Tensor:
-        """Part `part` of a stream packed as [parts, s, b, width / parts]: a view [s, b, width / parts].
+        """Returns part `part` of a stream that was packed as [parts, s, b, width / parts].
 
-        How a stream that has something for every layer of a stage gives a layer its own. The gradient of the packed
-        tensor is one buffer that every reader adds its part to, not a full one for each.
+        A stream can hold one part for each layer of a stage; each layer reads its own. The gradient of the packed
+        tensor is one buffer to which every reader adds its part.
+
+        Returns:
+            A contiguous view [s, b, width / parts].
         """
-        assert self.packed is not None, f"no auxiliary stream was packed, and '{name}' was asked for"
+        assert self.packed is not None, f"cannot read auxiliary stream '{name}': nothing was packed"
         start, rows, batch, width = self._places[name]
         size = rows * batch * width // parts
         value, self.packed = _Read.apply(self.packed, start + part * size, size)
         return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Replaces the stream for the slots and layers that follow on this stage; the next stage does not see it."""
-        assert self.packed is not None, f"no auxiliary stream was packed, and '{name}' was written"
+        """Replaces the stream for the following slots and layers of this stage; the next stage does not see it."""
+        assert self.packed is not None, f"cannot write auxiliary stream '{name}': nothing was packed"
         start, *shape = self._places[name]
         end = start + shape[0] * shape[1] * shape[2]
         self.packed = torch.cat([self.packed[:start], value.reshape(-1), self.packed[end:]])

@@ -1,4 +1,4 @@
-"""Which parameters of a model are the base model's, and which a family's: for families that freeze the base."""
+"""Separates the base model's parameters from those of the families, for families that freeze the base model."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,11 +8,11 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import SLOTS
 
 ADAPTERS = "adapters"
-"""Attribute under which a linear module holds what a family adds to it."""
+"""Attribute of a linear module that holds the modules a family adds to it."""
 
 
 def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """The parameters of a chunk that are in no layer's slot, no family's stage module and no adapter."""
+    """Yields the parameters of a chunk that are in no layer slot, no stage module and no adapter."""
     for name, parameter in chunk.named_parameters():
         parts = name.split(".")
         in_slot = parts[:2] == ["decoder", "layers"] and parts[3] in SLOTS
@@ -21,5 +21,5 @@ def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
 
 
 def base_parameter_ids(chunks: Iterable[GPTModel]) -> set[int]:
-    """The `id`s of the chunks' base parameters: what tells a tensor of a state dict to be one of them."""
+    """Returns the `id()` of every base parameter; the tensors of a state dict are recognised by it."""
     return {id(parameter) for chunk in chunks for parameter in base_parameters(chunk)}

@@ -1,10 +1,8 @@
-"""Builds the model chunks of this rank: the base model, with every family's slots, streams and stage modules.
+"""Builds the model chunks of this rank: the base model with every family's slot modules, streams and stage modules.
 
-One rank holds one chunk, or several with the interleaved pipeline schedule. The chunks' parameters do not depend on the
-cut (see `init`).
+A rank holds one chunk, or several with the interleaved pipeline schedule.
 """
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,13 +19,15 @@ from megatron_ext.models.initialization import initialize_parameters
 from megatron_ext.models.layer_spec import block_spec, layer_spec
 from megatron_ext.models.model_extension import Extension, StageInfo
 from megatron_ext.models.ops.rotary import rotary_frequencies
+from megatron_ext.platform import process_groups
 
 
 def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size: int) -> int:
-    """The vocabulary's rows: a multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
+    """Returns the rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
 
-    Unlike Megatron-LM's it does not grow with the tensor-parallel size while that divides the multiple, so checkpoints
-    and initial weights keep their shape when the cut changes.
+    The divisor is the smallest multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
+    Megatron-LM always multiplies by the tensor-parallel size instead. Here the shapes of checkpoints and of initial
+    weights stay the same at most tensor-parallel sizes.
     """
     multiple = model.make_vocab_size_divisible_by
     while multiple % tensor_parallel_size:
@@ -44,18 +44,22 @@ def build_model(
     bf16: bool = False,
     extensions: list[Extension] | None = None,
 ) -> list[GPTModel]:
-    """The chunks of this rank, initialised, on this rank's device.
+    """Builds and initializes the chunks of this rank on this rank's device.
 
     Args:
-        model: the base model.
-        parallel: the cut; the parallel state must be set up for it.
-        vocab_size: size of the tokenizer's vocabulary, before padding.
-        seed: the weights are a function of this and the parameters' names alone.
-        bf16: parameters in bfloat16.
-        extensions: the families that take part.
+        model: configuration of the base model.
+        parallel: the parallel layout; megatron-core's parallel state must already be set up for it.
+        vocab_size: the tokenizer's vocabulary size, before padding.
+        seed: the initial weights depend only on this seed and the parameters' names.
+        bf16: whether parameters are in bfloat16 or in fp32.
+        extensions: what the families add to the model.
+
+    Returns:
+        The chunks in the order of their virtual pipeline stages.
 
     Raises:
-        ValueError: two families want the same slot or linear module of a layer, or the same stream.
+        ValueError: two families use the same slot or replace the same linear module of a layer, or declare different
+            streams with the same name.
     """
     extensions = extensions or []
     config = build_transformer_config(model, parallel, bf16=bf16)
@@ -73,7 +77,7 @@ def build_model(
 
 
 def _merged_streams(config: TransformerConfig, extensions: list[Extension]) -> list[AuxiliaryStream]:
-    """Streams of all families; one that several ask for alike (the word embedding) is carried once."""
+    # Families may declare the same stream (the word embedding); it is carried once.
     streams = [stream for extension in extensions for stream in extension.streams(config)]
     return list(dict.fromkeys(streams))
 
@@ -121,20 +125,21 @@ def _build_chunk(
         module = extension.stage_module(config, stage, groups)
         if module is not None:
             chunk.add_stage_module(extension.name, module)
-    # The engine makes its position embedding in fp32 whatever `params_dtype` says.
-    return chunk.to(device=torch.device(torch.cuda.current_device()), dtype=config.params_dtype)
+    # The engine builds its position embedding in fp32 whatever `params_dtype` says.
+    return chunk.to(device=process_groups.device(), dtype=config.params_dtype)
 
 
 def _merged(
     kind: str, layer_number: int, contributions: list[tuple[str, dict[str, ModuleSpec]]]
 ) -> dict[str, ModuleSpec]:
-    """The slots, or the linear modules, that all families bring to a layer."""
+    """Merges the slot modules, or the linear modules, that the families contribute to one layer."""
     merged: dict[str, ModuleSpec] = {}
     for family, modules in contributions:
         for name, spec in modules.items():
             if name in merged:
                 raise ValueError(
-                    f"layer {layer_number}: '{family}' wants the {kind} '{name}', which is taken"
+                    f"layer {layer_number}: '{family}' uses the {kind} '{name}', which another family already uses; "
+                    "apply them to different layers"
                 )
             merged[name] = spec
     return merged

@@ -1,6 +1,6 @@
-"""From our configuration to megatron-core's `TransformerConfig`.
+"""Translates this project's configuration into megatron-core's `TransformerConfig`.
 
-The only place where the two vocabularies meet. What a family adds is not in here.
+This is the only place that translates. Families are not part of `TransformerConfig`.
 """
 
 import importlib.util
@@ -17,12 +17,15 @@ from megatron_ext.platform.process_groups import use_cuda
 def build_transformer_config(
     model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False
 ) -> TransformerConfig:
-    """megatron-core's configuration of the base model and its cut.
+    """Returns megatron-core's configuration for the base model and its parallel layout.
 
     Args:
-        model: the base model.
-        parallel: the parallel layout.
-        bf16: parameters and activations in bfloat16 (the optimizer keeps fp32 copies), else fp32.
+        model: size and architecture of the base model.
+        parallel: the parallel layout, and which activations are recomputed.
+        bf16: whether parameters and activations are in bfloat16 (the optimizer keeps fp32 copies) or in fp32.
+
+    Raises:
+        ValueError: `--recompute-modules layernorm` without Transformer Engine.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     pipeline = parallel.pipeline_model_parallel_size
@@ -37,7 +40,7 @@ def build_transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
         activation_func=F.silu if model.swiglu else F.gelu,
-        # The engine's name for "the layer spec brings the activation": ours, see `swiglu`.
+        # Despite its name, this flag makes the engine build the activation that the layer spec names: our `SwiGLU`.
         use_te_activation_func=model.swiglu,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -45,8 +48,8 @@ def build_transformer_config(
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         attention_softmax_in_fp32=True,
-        # `init.initialize_parameters` draws every parameter. The engine's own initialisation must still run: it also
-        # marks which parameters are sharded, and without the marks the gradient norm forgets ranks 1 and up.
+        # `initialize_parameters` sets every value. The engine's own initialization must still run: it also marks which
+        # parameters are sharded, and without these marks the gradient norm omits tensor-parallel ranks 1 and up.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -64,7 +67,7 @@ def build_transformer_config(
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         recompute_modules=_recompute_modules(parallel),
-        # `True` sends forward and backward tensors in one batch; with interleaving that gave wrong gradients on gloo.
+        # True would send forward and backward tensors in one batch; with interleaving, gloo gave wrong gradients then.
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=pipeline > 1,
@@ -73,7 +76,8 @@ def build_transformer_config(
         masked_softmax_fusion=False,
         cuda_graph_scope=[],
     )
-    # Not a field: the engine then sums, over stages, the gradients of parameters marked `pipeline_parallel`.
+    # Not a field of the dataclass. With it the engine sums the gradients of parameters that are marked
+    # `pipeline_parallel` over the stages; PLE's shared norm weight is replicated on all of them.
     config.has_cond_embedder = True
     return config
 
@@ -81,9 +85,12 @@ def build_transformer_config(
 def _recompute_modules(parallel: ParallelConfig) -> list[str] | None:
     if parallel.recompute_granularity != "selective":
         return None
-    # The engine's recomputation of a norm asks Transformer Engine for its FP8 state, with or without FP8.
+    # The engine's recomputation of a norm reads Transformer Engine's FP8 state even when FP8 is off.
     if "layernorm" in parallel.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError("--recompute-modules layernorm: needs Transformer Engine, which is not installed")
+        raise ValueError(
+            "--recompute-modules layernorm requires Transformer Engine, which is not installed "
+            "(pip install 'megatron-ext[te]')"
+        )
     return list(parallel.recompute_modules)
 
 

@@ -1,12 +1,12 @@
 """megatron-core's GPTModel with auxiliary inputs: what families need beside token ids, on every pipeline stage.
 
-    stage in    hidden states and travelling streams (the first stage starts them from the word embedding)
-    stage       family modules turn auxiliary inputs and travelling streams into the streams of this stage's layers
-    run_layers  layers may be passed over: a forward pass may end at a layer, or start there from known hidden states
-    stage out   hidden states joined with the travelling streams; the last stage returns logits or losses
+    input       hidden states and travelling streams; the first stage starts both from the word embedding
+    families    stage modules compute the streams of this stage's layers from auxiliary inputs and travelling streams
+    layers      all of them, or only a range (`run_layers`), which can start from known hidden states
+    output      hidden states joined with the travelling streams; the last stage returns logits or losses
 
 Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence parallel), losses [b, s], logits [b, s, V/t].
-Without streams the forward pass is megatron-core's own, to the bit.
+Without streams the forward pass equals megatron-core's to the bit.
 """
 
 import contextlib
@@ -22,14 +22,16 @@ from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.models.ops.cross_entropy import cross_entropy
 
 WORD_EMBEDDING = "word_embedding"
-"""Name of the travelling stream that holds the word embedding as the first layer gets it, [s, b, h]."""
+"""Name of the travelling stream that holds the first layer's input, the word embedding [s, b, h]."""
 
 HIDDEN_STATES = "hidden_states"
-"""Side input: what `GPTModel.run_layers` starts from, [s, b, h] ([s/t, b, h] under sequence parallel)."""
+"""Name of the auxiliary input from which `GPTModel.run_layers` starts.
+
+Shape [s, b, h] ([s/t, b, h] under sequence parallel)."""
 
 
 class GPTModel(EngineGPTModel):
-    """megatron-core's model, one pipeline chunk of it, with the families' stage modules."""
+    """One pipeline chunk of megatron-core's GPT model, with the families' stage modules."""
 
     def __init__(
         self,
@@ -52,24 +54,30 @@ class GPTModel(EngineGPTModel):
         """Registers a family's module under its own attribute, so that its parameters are named `{name}.*`."""
         setattr(self, name, module)
         self.stage_module_names.append(name)
-        # In the order of use, by which the engine gathers parameters ahead of the forward pass.
+        # Keep the modules in order of use: the engine prefetches sharded parameters in this order.
         for later in ("decoder", "output_layer"):
             if later in self._modules:
                 self._modules[later] = self._modules.pop(later)
 
     def check_length(self, length: int, asked: str | None = None) -> None:
-        """Raises `ValueError` for sequences that the model cannot be run on.
+        """Checks that the model supports sequences of `length` tokens.
 
         Args:
-            length: tokens of a sequence, those in a KV cache and those still to be generated included.
-            asked: the flags and values that ask for it.
+            length: tokens per sequence, including those in a KV cache and those still to be generated.
+            asked: flags and values that request this length; the error begins with them.
+
+        Raises:
+            ValueError: `length` exceeds the sliding window or the learned positions.
         """
         check_fits_window(self.sliding_window, length, asked or f"a sequence of {length} tokens")
         if asked and length > self.max_sequence_length and self.position_embedding_type == "learned_absolute":
-            raise ValueError(f"{asked}: exceeds the model's {self.max_sequence_length} positions")
+            raise ValueError(
+                f"{asked}: exceeds the model's {self.max_sequence_length} positions; use a shorter prompt or fewer "
+                "new tokens"
+            )
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes what the stage before has joined, [k * s, b, h], and splits it."""
+        """Stores the tensor from the previous stage, [k * s, b, h], split into hidden states and streams."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if tensor is not None:
             tensor, self._received = self.auxiliary.split(tensor)
@@ -83,17 +91,18 @@ class GPTModel(EngineGPTModel):
         auxiliary_inputs: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One stage.
+        """Runs this stage.
 
         Args:
             input_ids: [b, s].
             position_ids: [b, s].
-            attention_mask: [b, 1, s, s], True where forbidden, or None for plain causal attention.
+            attention_mask: [b, 1, s, s], True where attention is forbidden, or None for plain causal attention.
             auxiliary_inputs: the families' batch fields by name.
             **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
 
         Returns:
-            Losses [b, s] or logits on the last stage, else what `AuxiliaryInputs.join` gives.
+            On the last stage losses [b, s] or logits [b, s, V/t]; on other stages hidden states and travelling
+            streams in one tensor [k * s, b, h].
         """
         travelling, self._received = self._received, {}
         auxiliary_inputs = auxiliary_inputs or {}
@@ -103,7 +112,7 @@ class GPTModel(EngineGPTModel):
             for name in self.stage_module_names:
                 embedding = getattr(self, name).embed(embedding, auxiliary_inputs)
             if recomputes and torch.is_grad_enabled() and not embedding.requires_grad:
-                # Under a frozen embedding: a recomputed layer gets gradients only if its input does.
+                # With a frozen embedding: a recomputed layer gets gradients only if its input requires them.
                 embedding.requires_grad_()
             kwargs["decoder_input"] = embedding
             travelling = {WORD_EMBEDDING: embedding}
@@ -117,14 +126,17 @@ class GPTModel(EngineGPTModel):
             kwargs["extra_block_kwargs"] = {"context": packed}
         output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         if self._runs_none and not self.stage.is_last:
-            output = output.clone()  # a stage frees what it has sent, and this is what it has received
+            # No layer ran, so this is the received tensor; the schedule frees a tensor once it is sent.
+            output = output.clone()
         return output if self.stage.is_last else self.auxiliary.join(output, streams)
 
     def run_layers(self, start: int = 0, end: int | None = None) -> None:
-        """From now on runs the layers of `range(start, end)` only (numbers over the whole model); all by default.
+        """Restricts later forward passes to the layers of `range(start, end)`; by default all layers run.
 
-        Where it starts later than at layer 0, the chunk that holds layer `start` takes the hidden states that this
-        layer reads from the auxiliary input `HIDDEN_STATES`; chunks before it send on what they get.
+        Args:
+            start: first layer, numbered over the whole model from 0. If it is above 0, the chunk that holds the layer
+                reads its input from the auxiliary input `HIDDEN_STATES`; earlier chunks pass on what they receive.
+            end: first layer that does not run; None for the end of the model.
         """
         for layer in self.decoder.layers:
             number = layer.layer_number - 1
@@ -133,7 +145,7 @@ class GPTModel(EngineGPTModel):
         self._runs_none = all(layer.skipped for layer in self.decoder.layers)
 
     def _known_start(self, hidden_states: torch.Tensor, recomputes: bool) -> dict[str, torch.Tensor]:
-        """Puts known hidden states in the place of the stage's input."""
+        """Replaces the stage's input with known hidden states; returns further arguments of the engine's forward."""
         if self.pre_process:
             if recomputes and torch.is_grad_enabled():
                 hidden_states = hidden_states.detach().requires_grad_()
@@ -143,7 +155,7 @@ class GPTModel(EngineGPTModel):
 
     @contextlib.contextmanager
     def without_head(self) -> Iterator[None]:
-        """Within it the last stage returns what the output layer would read, [s, b, h]; no labels then."""
+        """Context in which the last stage returns the output layer's input, [s, b, h]; pass no labels inside it."""
         self.post_process = False
         try:
             yield
@@ -151,20 +163,27 @@ class GPTModel(EngineGPTModel):
             self.post_process = self.stage.is_last
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [s, b, V/t] of what the output layer reads, [s, b, h] ([s/t, b, h]); on the last stage only."""
+        """Applies the output layer, on the last stage only.
+
+        Args:
+            hidden_states: output of the final norm, [s, b, h] ([s/t, b, h] under sequence parallel).
+
+        Returns:
+            Logits [s, b, V/t].
+        """
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
         return self.output_layer(hidden_states, weight=weight)[0]
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Losses [b, s] of labels [b, s] under logits [s, b, V/t]."""
+        """Returns the losses [b, s] of labels [b, s] for logits [s, b, V/t]."""
         if self.pg_collection.tp.size() > 1:
             return super().compute_language_model_loss(labels, logits)
         return cross_entropy(logits, labels.transpose(0, 1)).transpose(0, 1)
 
 
 class _Replace(torch.autograd.Function):
-    """(received, known) -> known. The stage before, which waits for a gradient of what it sent, gets zeros."""
+    """Returns `known`; `received` gets a gradient of zeros, because the previous stage waits for a gradient."""
 
     @staticmethod
     def forward(ctx: Any, received: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

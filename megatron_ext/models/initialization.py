@@ -1,11 +1,11 @@
-"""Draws every parameter from a generator seeded by its global name, so that weights do not depend on the parallel
-layout.
+"""Initializes every parameter independently of the parallel layout, with a generator seeded by its global name.
 
-The sharded state dict knows each local parameter's global name, shape and offset, whatever the tensor and pipeline
-parallel sizes; the full tensor is drawn and the local part kept. A parameter says how it is drawn with the attribute
-`init_std` (0 leaves it as it was built: norms, biases), or with `init_uniform`, a bound; families set one on theirs.
+The sharded state dict gives each local parameter's global name, shape and offset at any tensor- and pipeline-parallel
+size; the full tensor is sampled and the local part is kept. A family chooses the distribution of its parameters with
+the attribute `init_std` (standard deviation; 0 keeps the built value) or `init_uniform` (bound).
 
-    base model:  N(0, std), output projections N(0, std / sqrt(2 L))            (Megatron-LM's scheme)
+    base model:  N(0, std), output projections N(0, std / sqrt(2 L)), norms and biases as built
+                                                                                (Megatron-LM's scheme)
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_ext.models.gpt_model import GPTModel
 
 CHECKPOINT_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-"""Passed to every `sharded_state_dict`: layers may differ, and optimizer states load at any parallel layout."""
+"""Argument of every `sharded_state_dict`: layers may differ, and optimizer states load in any parallel layout."""
 
 _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -32,14 +32,14 @@ def initialize_parameters(
     num_layers: int,
     only: Collection[torch.nn.Parameter] | None = None,
 ) -> None:
-    """Draws all parameters of a model chunk in place.
+    """Initializes the parameters of a model chunk in place.
 
     Args:
-        model: one pipeline chunk (a megatron-core module).
-        seed: the run's seed.
+        model: one pipeline chunk.
+        seed: the values depend only on this seed and the parameters' global names.
         std: standard deviation of the base model's weights.
-        num_layers: L of the scaled initialisation.
-        only: the parameters to draw; without it all are.
+        num_layers: L in the formula above.
+        only: the parameters to initialize; None for all.
     """
     chosen = None if only is None else {id(parameter) for parameter in only}
     for parameter, shard in parameter_shards(model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))):
@@ -58,11 +58,12 @@ def initialize_parameters(
 
 
 def _check_split(parameter: torch.Tensor, shard: ShardedTensor) -> None:
-    """A module that is no `MegatronModule` hides how its children are split; ranks would draw and save the same."""
+    # A parent that is not a `MegatronModule` loses its children's sharding: ranks would get and save equal values.
     split = getattr(parameter, "tensor_model_parallel", False)
     if split and parallel_state.get_tensor_model_parallel_world_size() > 1:
         assert shard.local_shape != shard.global_shape, (
-            f"{shard.key} is split over tensor-parallel ranks, but its sharded state dict says that it is whole"
+            f"{shard.key} is split over tensor-parallel ranks, but its sharded state dict describes it as unsplit; "
+            "derive the module that contains it from MegatronModule"
         )
 
 
@@ -73,10 +74,9 @@ def _base_std(key: str, parameter: torch.Tensor, std: float, num_layers: int) ->
 
 
 def parameter_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, ShardedTensor]]:
-    """Each parameter with each of its shards (a fused projection has several, as views into the parameter).
+    """Yields each parameter of a module's sharded state dict with each of its shards.
 
-    Args:
-        state: a module's sharded state dict.
+    A fused projection has several shards, whose data are views into the parameter.
     """
     for value in state.values():
         if isinstance(value, ShardedTensor) and isinstance(value.data, torch.nn.Parameter):
@@ -89,10 +89,11 @@ def parameter_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, S
 
 
 def _draw(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | None = None) -> torch.Tensor:
-    """The local part of a tensor drawn from N(0, std), or from U(-bound, bound)."""
+    """Samples the full tensor from N(0, std), or from U(-bound, bound), and returns the local part."""
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
     device = shard.data.device
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    # The full tensor in fp32 on every rank: then values depend on neither the split nor the parameter's dtype.
     full = torch.empty(shard.global_shape, dtype=torch.float32, device=device)
     if bound is None:
         full.normal_(0.0, std, generator=generator)

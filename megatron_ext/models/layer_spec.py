@@ -1,7 +1,8 @@
-"""The layer spec: which module fills which slot of a layer.
+"""The layer spec: chooses the modules of a transformer layer.
 
-Attention and linear layers come from megatron-core (its own, or Transformer Engine's on a GPU that has it); norm and
-core attention are ours by default. The MLP's norm is a module of its own in every variant: families read its output.
+Attention and linear layers are megatron-core's, or Transformer Engine's on a GPU where it is installed; norm and core
+attention are this project's by default. The MLP's norm is always a separate module, because families read its output;
+Transformer Engine's own specs would fuse it into the first linear layer.
 """
 
 import functools
@@ -26,7 +27,7 @@ from megatron_ext.models.transformer_layer import ExtendedLayerSubmodules, Exten
 from megatron_ext.platform.process_groups import use_cuda
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-"""The linear modules of a layer: column-parallel, row-parallel, column-parallel, row-parallel."""
+"""Names of a layer's linear modules; in this order column-parallel, row-parallel, column-parallel, row-parallel."""
 
 
 def layer_spec(
@@ -36,17 +37,17 @@ def layer_spec(
     linears: dict[str, ModuleSpec],
     bidirectional: bool = False,
 ) -> ModuleSpec:
-    """Spec of one layer.
+    """Returns the spec of one layer.
 
     Args:
-        model: the base model; chooses attention, norm and linear implementations.
+        model: configuration of the base model; chooses the implementations of attention, norm and linear layers.
         auxiliary: layout of the auxiliary streams.
-        slots: slot name -> module, from the families.
-        linears: name in `LINEARS` -> module in its place, from the families.
-        bidirectional: every position attends to all others.
+        slots: slot name -> the family's module for that slot.
+        linears: name in `LINEARS` -> the family's module that replaces it.
+        bidirectional: whether every position attends to all others; False for causal attention.
 
     Raises:
-        ValueError: Transformer Engine is asked for and not installed.
+        ValueError: Transformer Engine is requested, but it is not installed or there is no CUDA device.
     """
     backend = _backend(model)
     norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
@@ -82,13 +83,14 @@ def layer_spec(
 
 
 def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
-    """Spec of one stage: its layers and, on the last stage, the final norm."""
+    """Returns the spec of one stage: its layers and, on the last stage, the final norm."""
     norm = _backend(model).layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def _with_bias(linear: type | ModuleSpec) -> type | ModuleSpec:
-    """The linear layer with a bias: the engine's configuration has one switch for all but the qkv projection."""
+    """Returns the linear layer with its bias switched on."""
+    # The engine has one switch for the biases of all linear layers except qkv; here MLP and attention output differ.
     if isinstance(linear, ModuleSpec):
         return ModuleSpec(module=_biased(linear.module), params=linear.params)
     return _biased(linear)
@@ -96,6 +98,7 @@ def _with_bias(linear: type | ModuleSpec) -> type | ModuleSpec:
 
 @functools.cache
 def _biased(linear: type) -> type:
+    # Cached, so that all layers share one class: the engine compares module types.
     class Biased(linear):
         def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
             super().__init__(*args, bias=True, **kwargs)
@@ -131,4 +134,4 @@ def _require_te(asked_by: str) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(f"{asked_by}: Transformer Engine is not installed (pip install 'megatron-ext[te]')")
     if not use_cuda():
-        raise ValueError(f"{asked_by}: Transformer Engine needs a CUDA device, and there is none here")
+        raise ValueError(f"{asked_by}: Transformer Engine requires a CUDA device, and none was found")

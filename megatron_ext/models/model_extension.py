@@ -1,7 +1,7 @@
-"""What a family adds to a model: slot modules, auxiliary streams, one module per pipeline stage.
+"""The interface through which a family extends the model: slot modules, auxiliary streams, a module per pipeline stage.
 
-A family does not build the model; it hands an `Extension` to `models.build`. Several extensions form one model.
-Every method has a default that adds nothing.
+A family does not build the model; it passes an `Extension` to `build_model`, which accepts several. Every method has a
+default that adds nothing.
 """
 
 from dataclasses import dataclass
@@ -16,41 +16,48 @@ from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 
 @dataclass(frozen=True, kw_only=True)
 class StageInfo:
-    """The part of the model that one chunk holds."""
+    """Describes which part of the model a chunk holds."""
 
     layer_numbers: tuple[int, ...]
-    """Global numbers of its layers, from 0."""
+    """Numbers of its layers, counted from 0 over the whole model."""
 
     is_first: bool
-    """It holds the word embedding."""
+    """Whether the chunk holds the word embedding."""
 
     is_last: bool
-    """It holds the final norm and the output layer."""
+    """Whether the chunk holds the final norm and the output layer."""
 
     owns_replicas: bool
-    """It is the chunk that counts, saves and logs what is replicated over all chunks (the first one)."""
+    """Whether this chunk counts, saves and logs the parameters that all chunks replicate; True for the first chunk."""
 
 
 class StageModule(torch.nn.Module):
-    """A family's module on one pipeline stage: makes the auxiliary streams that the stage's layers read."""
+    """A family's module on one pipeline stage; computes the auxiliary streams that the stage's layers read."""
 
     def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the first layer gets; called on the first stage, before anything reads the word embedding.
+        """Returns the input of the first layer; called on the first stage only, before the word embedding is used.
 
         Args:
-            embedding: [s, b, h], [s/t, b, h] under sequence parallel.
-            auxiliary_inputs: the family's batch fields.
+            embedding: the word embedding, [s, b, h] ([s/t, b, h] under sequence parallel).
+            auxiliary_inputs: the families' batch fields by name.
+
+        Returns:
+            A tensor of the shape of `embedding`; by default `embedding` itself.
         """
         return embedding
 
     def forward(
         self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Values for the family's streams.
+        """Computes the family's streams on this stage.
 
         Args:
-            auxiliary_inputs: the family's batch fields on every stage, such as integer ids [b, s].
-            travelling: streams from the stage before (and, on the first stage, those it starts), [s, b, width].
+            auxiliary_inputs: the families' batch fields by name, such as integer ids [b, s]; every stage gets them.
+            travelling: streams received from the previous stage, each [s, b, width]. On the first stage only the word
+                embedding.
+
+        Returns:
+            Stream name -> [s, b, width].
         """
         return {}
 
@@ -59,25 +66,25 @@ class Extension:
     """A family's contribution to the model."""
 
     name: str
-    """Attribute of the model under which the stage module lives, and prefix of its parameters."""
+    """Name of the model's attribute that holds the stage module, and so the prefix of its parameters' names."""
 
     bidirectional: bool = False
-    """Every position attends to all others, not only to those before it."""
+    """Whether every position attends to all others instead of only to earlier ones."""
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """Side streams of the family. A travelling stream named `word_embedding` is started by the model itself."""
+        """Returns the family's streams. The model itself supplies a travelling stream named `word_embedding`."""
         return []
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Slot name -> module spec for a layer (numbered from 0 over the whole model)."""
+        """Returns slot name -> module spec for a layer, numbered from 0 over the whole model."""
         return {}
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """What takes the place of a layer's own linear modules, by their names in `spec.LINEARS`."""
+        """Returns name in `layer_spec.LINEARS` -> spec of the module that replaces the layer's own."""
         return {}
 
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> StageModule | None:
-        """The family's module for one stage, or None."""
+        """Returns the family's module for one stage, or None."""
         return None

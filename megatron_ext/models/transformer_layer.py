@@ -1,12 +1,12 @@
-"""The one transformer layer of all families: megatron-core's, with three more slots.
+"""The transformer layer that all families share: megatron-core's, with three more slots.
 
-    x      <- before_layer(x, side)
+    x      <- before_layer(x, streams)
     x      <- x + Attention(LN1(x))
-    x      <- x + MLP(LN2(x))                    or, in the place of both lines, feed_forward(layer, x, attend, side)
-    output <- after_mlp(x, side)
+    x      <- x + MLP(LN2(x))               or, instead of these two lines, x <- feed_forward(layer, x, attend, streams)
+    output <- after_mlp(x, streams)
 
-A slot that is `IdentityOp` is not called and costs nothing; with all three empty the layer is megatron-core's own code
-path. The slots know nothing of families: a family puts a module into one through the layer's spec.
+`streams` is a `LayerInputs`, the auxiliary streams of this layer. A family fills a slot through the layer's spec. An
+empty slot (`IdentityOp`) is not called; with all three empty the layer runs megatron-core's own code path.
 Shapes: hidden states [s, b, h] ([s/t, b, h] under sequence parallel).
 """
 
@@ -28,18 +28,19 @@ SLOTS = ("before_layer", "feed_forward", "after_mlp")
 
 @dataclass
 class ExtendedLayerSubmodules(TransformerLayerSubmodules):
-    """megatron-core's submodules and the slots, built with `config=`, `layer_number=` and `pg_collection=`."""
+    """megatron-core's submodules and the slots; modules are built with `config=`, `layer_number=`, `pg_collection=`."""
 
     before_layer: ModuleSpec | type = IdentityOp
-    """`forward(hidden_states, side) -> hidden_states`, before the attention's norm."""
+    """`forward(hidden_states, streams) -> hidden_states`, called before the attention's norm."""
 
     feed_forward: ModuleSpec | type = IdentityOp
-    """`forward(layer, hidden_states, attend, side) -> hidden_states`: takes the place of attention and MLP, with the
-    layer's input, its own norms and MLP, and `attend` (the layer's `attend`, which needs the input alone) in its reach.
-    While its attribute `active` is False the layer is megatron-core's own code path, as with the empty slot."""
+    """`forward(layer, hidden_states, attend, streams) -> hidden_states`, replaces attention and MLP.
+
+    It can use the layer's norms and MLP, and `attend(hidden_states)`, the layer's method with all other arguments
+    bound. While its attribute `active` is False the slot counts as empty."""
 
     after_mlp: ModuleSpec | type = IdentityOp
-    """`forward(hidden_states, side) -> hidden_states`, on the layer's output."""
+    """`forward(hidden_states, streams) -> hidden_states`, called on the layer's output."""
 
 
 class ExtendedTransformerLayer(TransformerLayer):
@@ -59,20 +60,20 @@ class ExtendedTransformerLayer(TransformerLayer):
             )
             setattr(self, slot, module)
         self.skipped = False
-        """The layer passes on what it gets; see `GPTModel.run_layers`."""
+        """Whether the layer returns its input unchanged; see `GPTModel.run_layers`."""
 
     def forward(
         self, hidden_states: torch.Tensor, context: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One layer.
+        """Runs the layer.
 
         Args:
             hidden_states: [s, b, h].
-            context: the packed auxiliary streams, see `auxiliary_inputs`.
-            **kwargs: what megatron-core's block passes on (mask, rotary embedding, KV cache, ...).
+            context: the packed auxiliary streams; see `auxiliary_inputs`.
+            **kwargs: what megatron-core's block passes to every layer (mask, rotary embedding, KV cache, ...).
 
         Returns:
-            The output [s, b, h] and the auxiliary streams for the next layer.
+            The output [s, b, h] and the packed auxiliary streams for the next layer.
         """
         if self.skipped:
             return hidden_states, context
@@ -89,18 +90,21 @@ class ExtendedTransformerLayer(TransformerLayer):
             )
         if not isinstance(self.after_mlp, IdentityOp):
             hidden_states = self.after_mlp(hidden_states, layer_inputs)
-        # A slot may return a view (an attached loss does), but a pipeline stage frees what it has sent: no view.
+        # An attached loss returns a view, but the pipeline schedule frees the data of sent tensors and asserts that
+        # they are not views.
         hidden_states = make_viewless_tensor(
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
         return hidden_states, layer_inputs.packed
 
     def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """`Attention(LN1(x))` after the output projection, bias and dropout included, residual not: [s, b, h]."""
+        """Returns `Attention(LN1(x))` [s, b, h], with output projection, bias and dropout but without the residual."""
+        # The engine's layer removes these two as well before it calls its attention.
         kwargs = {
             name: value for name, value in kwargs.items() if name not in ("context_mask", "padding_mask")
         }
         output = self.self_attention(self.input_layernorm(hidden_states), **kwargs)
+        # The engine's bias-dropout-add always adds a residual.
         zero = torch.zeros_like(hidden_states)
         return self.self_attn_bda(self.training, self.config.bias_dropout_fusion)(
             output, zero, self.hidden_dropout

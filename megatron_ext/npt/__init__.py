@@ -1,6 +1,6 @@
-"""NPT, neuro-plastic transformer: the attention output changes the MLP's weights, token by token.
+"""NPT, neuro-plastic transformer: the attention output applies a low-rank update to the MLP's weights, per token.
 
-For Python: `from megatron_ext.npt import NPTConfig, NPTModel` (or `NPTLlamaModel`), see `runs.npt_model`.
+Python interface: `from megatron_ext.npt import NPTConfig, NPTModel` (or `NPTLlamaModel`); see `runs.npt_model`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ __all__ = ["NPTConfig", "NPTLlamaModel", "NPTModel"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the API when it is first asked for: the command line reads configurations without torch."""
+    # Imported on first access, because the command line reads configurations without importing torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from megatron_ext.npt.runs import npt_model

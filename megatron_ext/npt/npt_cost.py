@@ -1,4 +1,4 @@
-"""Counts what NP components add to a model: parameters, FLOPs per token of a forward pass and of a training step.
+"""Parameters and FLOPs per token of the NP components, in a forward pass and in a training step.
 
     target           low_rank                      outer_product                       affine
     gate, up, fc1    k r (h + f)                   k r (2 h + f)                       k h       parameters
@@ -6,20 +6,19 @@
     down             k r (2 h + f)                 k r (2 h + f)                       k f       parameters
                      2 k r (2 h + f)               2 k r (2 h + f)                     2 k f     FLOPs
 
-for every converted layer and target. In low_rank one factor, A, multiplies both x and a: its parameters count once, its
-product twice.
+per converted layer and target. low_rank multiplies x and a by the same factor A: one set of parameters, two products.
 
 A training step with a frozen base (`npt_work`):
 
-    layers below the first that trains      forward only
-    the first layer that trains             forward; fc2's input gradient; NP: gradients of the factors, of u
-    layers above                            forward and input gradients; NP: all gradients, or those of its inputs
-    teacher, if a loss or a blend needs it  one more forward pass; of the output layer too if a loss compares it
+    layers below the first trained one      forward only
+    the first trained layer                 forward; fc2's input gradient; NP: gradients of the factors and of u
+    layers above                            forward and input gradients; NP: all gradients, or only those of its inputs
+    teacher, if a loss or a blend needs it  one more forward pass, and that of the output layer
     direct MLP, equivalence                 one more forward pass of the MLP
 
-A layer whose input comes only from the teacher is like the first. A backward pass that only carries zero gradients to
-the layers below counts, since it is run. The losses on the factors alone (reconstruction, regularization) and the
-measurements of `--npt-log-interval` are left out: their products have the size of the rank.
+A layer whose input comes only from the teacher counts like the first trained layer. A backward pass that carries only a
+gradient of zero counts, because it is run. Not counted are products of size r: the losses on the factors
+(reconstruction, regularization) and the measurements of `--npt-log-interval`.
 """
 
 from collections.abc import Mapping
@@ -34,15 +33,15 @@ from megatron_ext.models.costs.model_cost import (
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.npt_training_config import StepObjective
+from megatron_ext.npt.objective.step_objective import StepObjective
 
 
 def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
-    """Returns the cost of the NP components in `model`.
+    """Returns the cost of the NP components.
 
     Args:
         settings: NPT's configuration.
-        model: the base model.
+        model: configuration of the base model.
 
     Raises:
         ValueError: the layers or the target do not fit the model.
@@ -58,13 +57,13 @@ def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
 def npt_work(
     settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, weights: Mapping[int, float]
 ) -> StepWork:
-    """Returns what a training step does.
+    """Returns which parts of the model a training step runs and trains.
 
     Args:
         settings: NPT's configuration.
-        model: the base model.
-        objective: the step's objective.
-        weights: number of each NPT layer that trains -> weight of its losses.
+        model: configuration of the base model.
+        objective: the losses and the curriculum stage of the step.
+        weights: number of each trained NPT layer -> weight of its losses.
     """
     converted = settings.layers(model.num_layers)
     uses, flops, reached = [], 0.0, not settings.freeze_base
@@ -93,17 +92,17 @@ def npt_work(
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """Which parts of an NPT layer have gradients."""
+    """Which gradients a training step computes in an NPT layer."""
 
     use: Use
     trains: bool
-    """Whether its NP components train."""
+    """Whether the layer's NP components train."""
 
     to_attention: bool
-    """Whether the input of its attention has a gradient."""
+    """Whether the attention's input needs a gradient."""
 
     to_mlp: bool
-    """Whether the input of its MLP has a gradient."""
+    """Whether the MLP's input needs a gradient."""
 
     @property
     def any(self) -> bool:
@@ -111,7 +110,8 @@ class _Layer:
 
 
 def _layer(settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool) -> _Layer:
-    """Describes a layer; its input has a gradient if `reached`. Layers that do not train get the student's states."""
+    """Describes a layer; `reached` says whether a trained layer lies below it, so that its input needs a gradient."""
+    # Layers that do not train always get the student's states; see `NPTFamily.begin_step`.
     stage = objective.stage
     to_attention = reached and (not trains or stage.attention_share > 0)
     to_mlp = reached and (not trains or stage.mlp_share > 0)
@@ -131,7 +131,7 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
 
 
 def _base_flops(model: ModelConfig, layer: _Layer) -> float:
-    """Backward FLOPs of the frozen base in a PARTIAL layer: fc2's, and those of parts whose input has a gradient."""
+    """Returns the backward FLOPs per token of the frozen base in a PARTIAL layer: fc2, and the parts that need one."""
     if layer.use is not Use.PARTIAL:
         return 0.0
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
@@ -140,7 +140,7 @@ def _base_flops(model: ModelConfig, layer: _Layer) -> float:
 
 
 def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> float:
-    """FLOPs per token of a layer's NP components, forward and backward."""
+    """Returns the FLOPs per token of a layer's NP components, forward and backward."""
     total = 0
     for target, (of_input, of_attention, of_output) in _products(settings, model).items():
         input_has_gradient = layer.any if target == "down" else layer.to_mlp
@@ -150,7 +150,7 @@ def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> f
 
 
 def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """Target -> FLOPs per token of a layer's products: those with x, with a, and with u."""
+    """Returns target -> forward FLOPs per token of the products with x, with a, and with u."""
     rank = settings.total_rank
     found = {}
     for target in settings.targets:
@@ -171,6 +171,6 @@ def _layer_parameters(settings: NPTModuleConfig, model: ModelConfig) -> int:
 
 
 def _sizes(target: str, model: ModelConfig) -> tuple[int, int]:
-    """Input and output size of a target's weight."""
+    """Returns input and output size of a target's weight."""
     widths = (model.hidden_size, model.resolved_ffn_hidden_size)
     return widths[::-1] if target == "down" else widths

@@ -1,6 +1,6 @@
-"""NPT's part in a training run: its part of the model, the frozen base, its cost, and what each step trains.
+"""NPT in a training run: its part of the model, the frozen base, its cost, and the losses of each step.
 
-Without a training configuration (in tools that evaluate or generate) only the model.
+Without a training configuration (in tools that evaluate or generate) the family only extends the model.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 
 from megatron_ext.config.command_line.flag_text import argument_text
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.base_parameters import base_parameters
 from megatron_ext.models.costs.model_cost import ModelCost
@@ -23,11 +23,14 @@ from megatron_ext.npt.evaluation.training_samples import paired_sample
 from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
-from megatron_ext.npt.objective.layer_losses import TEACHER, LayerStepLosses
+from megatron_ext.npt.objective.layer_losses import LayerStepLosses
+from megatron_ext.npt.objective.npt_charts import NPT_CHARTS
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
-from megatron_ext.npt.objective.npt_training_config import PLAIN_LM, NPTTrainingConfig, StepObjective
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.objective.step_objective import PLAIN_LM, StepObjective
 from megatron_ext.npt.objective.teacher import Teacher
 from megatron_ext.npt.weights.state_files import multi_layer_state, write_state_files
 from megatron_ext.training.interface.family_interface import Batch, Family, Message
@@ -35,9 +38,11 @@ from megatron_ext.training.interface.output_losses import OutputLoss
 
 
 class NPTFamily(Family):
-    """NP components in a run."""
+    """NP components as a family of a run."""
 
     name = "npt"
+
+    charts = NPT_CHARTS
 
     free_on_resume = frozenset({"np_init_scale", "np_init_strategy"})
 
@@ -52,10 +57,10 @@ class NPTFamily(Family):
     ) -> None:
         """Args:
         settings: NPT's configuration.
-        training: what is trained, and how; None outside training.
-        total_steps: optimizer steps of the run, which the curriculum shares out.
-        trains: numbers of the layers that are trained; the other NPT layers are frozen. None for all.
-        tokenizer: the run's, for samples of text.
+        training: losses, curriculum and teacher; None outside training.
+        total_steps: steps of the run, over which the curriculum is spread.
+        trains: numbers of the layers to train; the other NPT layers are frozen. None for all.
+        tokenizer: the run's tokenizer, for generated text samples.
         """
         self.settings = settings
         self.training = training
@@ -72,23 +77,23 @@ class NPTFamily(Family):
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "NPTFamily":
-        """The family that gave this `configuration()`."""
-        return cls(configs_from_dict({"settings": NPTModuleConfig}, configuration)["settings"])
+        """Rebuilds the family from its `configuration()`."""
+        return cls(group_in(NPTModuleConfig, configuration, "settings"))
 
     def configuration(self) -> dict[str, Any]:
-        """NPT's settings."""
-        return dict(configs_to_dict({"settings": self.settings}))
+        """Returns NPT's settings."""
+        return {"settings": group_to_dict(self.settings)}
 
     def extension(self) -> NPTExtension:
-        """NPT's part of the model."""
+        """Returns NPT's contribution to the model."""
         return NPTExtension(self.settings)
 
     def cost(self, model: ModelConfig) -> ModelCost:
-        """Parameters and FLOPs that NPT adds to `model`."""
+        """Returns the parameters and FLOPs that NPT adds to `model`."""
         return npt_cost(self.settings, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """What the step trains and runs; a teacher's pass that the cache has spared is not counted."""
+        """Returns which parts the step runs and trains; a teacher's pass that the cache has replaced is not counted."""
         training, layers = self.training, self._trained(model.num_layers)
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
         weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
@@ -96,7 +101,7 @@ class NPTFamily(Family):
         return replace(work, further_forwards=0) if self.teacher.cache.was_skipped else work
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes the base model, unless `--no-freeze-base`, and the NPT layers that are not trained."""
+        """Freezes the base model, except with `--no-freeze-base`, and the NPT layers that do not train."""
         if self.settings.freeze_base:
             for chunk in chunks:
                 for parameter in base_parameters(chunk):
@@ -106,11 +111,11 @@ class NPTFamily(Family):
                 module.requires_grad_(False)
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Tells the NPT layers what this step asks of them; in an evaluation they run free, without losses."""
+        """Sets the inputs and losses of the NPT layers for this step; in an evaluation they have no losses."""
         training = self.training
         self._objective = None
         for module in np_modules(chunks).values():
-            module.plan = None
+            module.step = None
         if training is None or iteration is None:
             return
         self._objective = objective = training.objective(iteration, self.total_steps)
@@ -120,10 +125,10 @@ class NPTFamily(Family):
             modules = np_modules([chunk])
             for place, (number, module) in enumerate(modules.items()):
                 if number in weights:
-                    module.plan = self._plan(objective, weights[number], (place, len(modules)))
+                    module.step = self._layer_step(objective, weights[number], (place, len(modules)))
 
     def output_loss(self) -> OutputLoss | None:
-        """Cross-entropy and fidelity with their weights of this step."""
+        """Returns cross-entropy and fidelity with the weights of this step."""
         if self._objective is None or self.training is None:
             return None
         return NPTOutputLoss(self._objective.lm, self._objective.fidelity, self.training.fidelity_loss)
@@ -131,7 +136,7 @@ class NPTFamily(Family):
     def prepare_batches(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """Lets the teacher run, where the step's losses or inputs need it."""
+        """Runs the teacher if the step's losses or inputs need it."""
         objective = self._objective
         if objective is None:
             return batches
@@ -143,15 +148,16 @@ class NPTFamily(Family):
         )
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The teacher's inputs, where the micro-batch has them."""
+        """Returns the teacher's inputs to the NPT layers, if the micro-batch has them."""
         return {name: value for name, value in batch.items() if name.startswith(f"{TEACHER}/layer_")}
 
     def evaluation(
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:
-        """The frozen base model's loss on the same batches, and the ratio of the perplexities."""
+        """Returns the frozen base model's loss on the same batches, and the ratio of the perplexities."""
         if not self.settings.freeze_base:
             return {}
+        # A frozen base has the same loss in every evaluation of a split: compute it once.
         if split not in self._base_losses:
             with deactivated(chunks):
                 self._base_losses[split] = evaluate()
@@ -159,13 +165,13 @@ class NPTFamily(Family):
         return {"base lm loss": base, "npt/perplexity_ratio": math.exp(loss - base)}
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The total of all losses, means over layers, and where the curriculum is."""
+        """Returns the total of all losses, means over layers, and the state of the curriculum."""
         return summarize(values, self._objective) if self._objective is not None else {}
 
     def after_step(
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
     ) -> list[Message]:
-        """A warning where a layer's v_a or v_b has vanished, and the samples of text."""
+        """Returns warnings about layers whose v_a or v_b has vanished, and generated text samples."""
         messages = [Message(text=line) for line in self.watch.look(values)]
         training = self.training
         every = training.generation_steps if training is not None else None
@@ -177,7 +183,7 @@ class NPTFamily(Family):
         return messages
 
     def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
-        """Document 001's files, in a training's checkpoints."""
+        """Writes the files of docs/design/npt_curriculum.md into a training run's checkpoint."""
         if self.training is None:
             return
         weights = self.training.weights_of_layers(self._trained(chunks[0].config.num_layers))
@@ -186,18 +192,18 @@ class NPTFamily(Family):
         write_state_files(folder, chunks, self.settings, state, multi_layer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the watch over v_a and v_b has seen."""
+        """Returns the state of `CollapseWatch`."""
         return {"watch": self.watch.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         if "watch" in state:
             self.watch.load_state_dict(state["watch"])
 
     def _trained(self, num_layers: int) -> tuple[int, ...]:
         return self.settings.layers(num_layers) if self.trains is None else self.trains
 
-    def _plan(self, objective: StepObjective, weight: float, place: tuple[int, int]) -> LayerStepLosses:
+    def _layer_step(self, objective: StepObjective, weight: float, place: tuple[int, int]) -> LayerStepLosses:
         layer = objective.layer
         return LayerStepLosses(
             weights=replace(

@@ -1,1 +1,1 @@
-"""PLE: per-layer embedding. A small token embedding for every layer, gated into the residual stream."""
+"""PLE, per-layer embedding: every layer has a small token embedding, which is gated into the residual stream."""

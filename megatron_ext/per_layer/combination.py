@@ -1,4 +1,4 @@
-"""From the word embedding and the per-layer ids to one vector a layer, and the three ways to combine the two.
+"""Combines the word embedding and the per-layer token embeddings into one vector per layer, in one of three ways.
 
     P[l] = RMSNorm_p( (e @ W_ctx_l) * h**-0.5 )          E[l] = table_l[id] * sqrt(p) * embed_scale
 
@@ -7,7 +7,7 @@
     gated        c = g * E + (1 - g) * P,   g = sigmoid([P ; E] @ W_g)
 
 Letters: L layers of the stage, n = s * b tokens, h hidden, p per-layer hidden, q = p / t of this tensor-parallel rank.
-Sources: Gemma 3n and Gemma 4 (scaled_add); document 003.
+Sources: Gemma 3n and Gemma 4 (scaled_add); docs/design/per_layer_embedding.md.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class _NormAcrossShards(torch.autograd.Function):
-    """RMSNorm over p of which a rank has q values. The sums over p are completed over the ranks in both directions."""
+    """RMSNorm over p values that are split over the ranks, q on each; forward and backward reduce the sums over p."""
 
     @staticmethod
     def forward(
@@ -50,14 +50,14 @@ class _NormAcrossShards(torch.autograd.Function):
         _sum_over(mean, ctx.group)
         mean.div_(weight.numel() * ctx.group.size())
         grad_weight = product.sum((0, 1)).mul_(ctx.scale).to(weight.dtype)
-        # `normed` has the memory of `projected`, [n, L * q], which the result needs as well.
+        # In place: `normed` already has the memory layout of `projected`, [n, L * q], as the result must.
         normed.mul_(mean).neg_().addcmul_(grad, scaled_weight.expand_as(grad)).mul_(inverse_rms)
         grad_projected = normed.transpose(0, 1).reshape(projected.shape).to(projected.dtype)
         return grad_projected, grad_weight, None, None, None
 
 
 def project(word_embedding: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One GEMM for all layers: [s, b, h] and L weights [q, h] -> [n, L * q]."""
+    """Applies all layers' context projections in one GEMM, [s, b, h] and L weights [q, h] -> [n, L * q]."""
     tokens = word_embedding.reshape(-1, word_embedding.size(-1))
     return torch.nn.functional.linear(tokens, weights[0] if len(weights) == 1 else torch.cat(list(weights)))
 
@@ -65,28 +65,28 @@ def project(word_embedding: torch.Tensor, weights: Sequence[torch.Tensor]) -> to
 def norm_across_shards(
     projected: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: float, group: Group
 ) -> torch.Tensor:
-    """RMSNorm over the whole p, times `scale`, in fp32.
+    """Applies RMSNorm over all p values of a layer, computed in fp32, and multiplies by `scale`.
 
     Args:
         projected: [n, L * q].
-        weight: [q], the same for all layers.
+        weight: [q], shared by all layers.
         eps: added to the mean square.
-        scale: a constant factor on the result.
-        group: the ranks that share p.
+        scale: constant factor on the result.
+        group: the ranks over which p is split.
 
     Returns:
-        [L, n, q], contiguous, in the precision of `projected`.
+        [L, n, q], contiguous, in the dtype of `projected`.
     """
     return _NormAcrossShards.apply(projected, weight, eps, scale, group)
 
 
 def look_up(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of every layer's table: integer ids [s, b] and L tables [Vp, q] -> [L, n, q], unscaled."""
+    """Looks up ids in every layer's table, integer ids [s, b] and L tables [Vp, q] -> [L, n, q], without scaling."""
     return torch.stack([torch.nn.functional.embedding(ids.reshape(-1), table) for table in tables])
 
 
 def gather_parts(context: torch.Tensor, token: torch.Tensor, group: Group) -> torch.Tensor:
-    """[P ; E] over the whole p: two [L, n, q] -> [L, n, 2p]."""
+    """Gathers [P ; E] over all p values from the tensor-parallel ranks, two [L, n, q] -> [L, n, 2p]."""
     parts = torch.stack((context, token), dim=2)
     if group.size() > 1:
         parts = all_gather_last_dim_from_tensor_parallel_region(parts, group=group)
@@ -94,12 +94,12 @@ def gather_parts(context: torch.Tensor, token: torch.Tensor, group: Group) -> to
 
 
 def multiply(parts: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Every layer's own matrix: [L, n, 2p] and L weights [q, 2p] -> [L, n, q]."""
+    """Multiplies each layer's values by its own matrix, [L, n, 2p] and L weights [q, 2p] -> [L, n, q]."""
     return torch.bmm(parts, torch.stack(list(weights)).transpose(1, 2))
 
 
 def _by_layer(projected: torch.Tensor, width: int) -> torch.Tensor:
-    """[n, L * q] -> [L, n, q], a view where the precision allows it."""
+    """Reshapes [n, L * q] to [L, n, q] in at least fp32; a view if no cast is needed."""
     return _wide(projected).view(projected.size(0), -1, width).transpose(0, 1)
 
 

@@ -1,10 +1,10 @@
-"""The PLE block of one layer, a slot module.
+"""The PLE block of one layer, a module for a layer slot.
 
-    x <- x + PostNorm_h( W_out( act(W_gate x) * dropout(c) ) )            gemma4 also: x <- x * layer_scalar
+    x <- x + PostNorm_h( W_out( act(W_gate x) * dropout(c) ) )            with preset gemma4 then x <- x * layer_scalar
 
 `c` is the layer's part of the stream `per_layer`, [s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel
 over p; under sequence parallelism x is [s / t, b, h]. The post-norm is an RMSNorm whatever the base model's norm.
-Source: Gemma 3n and Gemma 4; document 003's PerLayerGate.
+Source: Gemma 3n and Gemma 4; PerLayerGate in docs/design/per_layer_embedding.md.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_STREAM
 from megatron_ext.per_layer.sharded_weight import initial_std, mark
 from megatron_ext.per_layer.statistics_recorder import Recorder
+from megatron_ext.platform import process_groups
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -49,10 +50,10 @@ class PerLayerBlock(MegatronModule):
     ) -> None:
         """Args:
         config: the engine's configuration.
-        layer_number: of the layer in the whole model, from 1.
-        pg_collection: the process groups; p is split over the tensor-parallel one.
+        layer_number: number of the layer in the whole model, from 1.
+        pg_collection: the process groups; p is split over the tensor-parallel group.
         settings: PLE's configuration.
-        stage_layers: number of layers of a stage.
+        stage_layers: number of layers per stage.
         """
         super().__init__(config)
         self.settings = settings
@@ -73,19 +74,19 @@ class PerLayerBlock(MegatronModule):
         mark(self.projection.weight, initial_std(settings, config.init_method_std, hidden, width))
         mark(self.post_norm.weight, 0.0)
         if settings.has_layer_scalar:
-            ones = torch.ones(1, dtype=config.params_dtype, device=torch.cuda.current_device())
+            ones = torch.ones(1, dtype=config.params_dtype, device=process_groups.device())
             self.register_buffer("layer_scalar", ones)
         self.activation = ACTIVATIONS[settings.per_layer_gate_activation]
         self.recorder: Recorder | None = None
 
     def forward(self, hidden_states: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h] ([s / t, b, h] under sequence parallelism)."""
+        """Applies the block, [s, b, h] -> [s, b, h] ([s / t, b, h] under sequence parallelism)."""
         combined = layer_inputs.read_part(
             PER_LAYER_STREAM, (self.layer_number - 1) % self.stage_layers, self.stage_layers
         )
         activated = self.activation(self.gate(hidden_states)[0])
         update = self.post_norm(self.projection(activated * self._dropped(combined))[0])
-        # Recomputation runs this twice, first without gradients: the pass that has them is recorded.
+        # With activation recomputation this runs twice, first without gradients: record only the second run.
         if self.recorder is not None and torch.is_grad_enabled():
             self.recorder.add_mean("gate_activation", activated.unsqueeze(0))
             self.recorder.add_squares("update", update.unsqueeze(0))
@@ -97,7 +98,8 @@ class PerLayerBlock(MegatronModule):
         rate = self.settings.per_layer_projection_dropout
         if rate == 0.0 or not self.training:
             return combined
-        # Ranks hold different parts of p and need different masks; under sequence parallelism they draw apart already.
+        # Ranks hold different parts of p and need different masks. Under sequence parallelism the engine has already
+        # entered the stream that differs between ranks.
         with contextlib.ExitStack() as stack:
             if not self.config.sequence_parallel:
                 stack.enter_context(tensor_parallel.get_cuda_rng_tracker().fork())

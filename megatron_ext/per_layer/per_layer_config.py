@@ -1,7 +1,8 @@
-"""What a user chooses about per-layer embedding (PLE): document 003's flags and defaults, and the `gemma4` preset.
+"""Flags of per-layer embedding (PLE), and the preset `gemma4`.
 
-The preset stands for the block of Gemma 4: ids are the token ids themselves and the tables as large as the vocabulary,
-the gate is gelu_tanh, the block stands after the MLP and is followed by `x <- x * layer_scalar`.
+Names and defaults are those of docs/design/per_layer_embedding.md. The preset gives Gemma 4's block: the per-layer ids
+are the token ids and the tables have as many rows as the vocabulary; the gate's activation is gelu_tanh; the block
+comes after the MLP and is followed by `x <- x * layer_scalar`.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from megatron_ext.config.command_line.field_checks import (
     check_positive,
     flag_name,
 )
+from megatron_ext.config.run_config import RunConfig
 
 _GEMMA4 = {
     "per_layer_combination_method": "scaled_add",
@@ -21,60 +23,60 @@ _GEMMA4 = {
     "per_layer_position": "after_mlp",
     "per_layer_strategy": "identity",
 }
-"""What the preset sets; it stands in for a default, and refuses another choice."""
+"""Values of the preset. They replace defaults; another value given by the user is an error."""
 
 _DEFAULT_ROWS = 10_000
-"""Document 003's number of rows, where nothing says how many ids there are."""
+"""Number of rows if the number of per-layer ids is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayerConfig:
-    """Per-layer embedding: a small token embedding for every layer, gated into the residual stream."""
+    """Per-layer embedding: every layer has a small token embedding, which is gated into the residual stream."""
 
     use_per_layer_embedding: bool = False
     """Add per-layer embedding to every layer."""
 
     per_layer_preset: Literal["gemma4"] | None = None
-    """gemma4: Gemma 4's block. Sets token ids as ids, gelu_tanh, after_mlp, scaled_add, and a layer scalar."""
+    """Preset of several flags. gemma4: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add, a layer scalar."""
 
     per_layer_vocab_size: int | None = None
-    """Rows of every per-layer table. Default: as many as the per-layer data has ids (else 10000)."""
+    """Rows of every per-layer table. Default: the number of ids in the per-layer data, or 10000 if it is unknown."""
 
     per_layer_hidden_size: int = 1024
     """Width of the per-layer embeddings."""
 
     per_layer_combination_method: Literal["scaled_add", "concat", "gated"] = "scaled_add"
-    """How the token's per-layer embedding and the projected word embedding become one vector a layer."""
+    """How the per-layer token embedding and the projected word embedding are combined."""
 
     per_layer_gate_activation: Literal["relu", "gelu", "gelu_tanh", "silu", "swish"] = "silu"
-    """Activation of the gate. swish is another name of silu."""
+    """Activation of the gate; swish is the same as silu."""
 
     per_layer_position: Literal["before_layer", "after_mlp"] = "before_layer"
-    """Where the block stands in a layer: before the attention's norm, or after the MLP as in Gemma."""
+    """Position of the block in a layer: before the attention's norm, or after the MLP as in Gemma."""
 
     per_layer_projection_dropout: float = 0.0
     """Dropout on the combined per-layer vector."""
 
     per_layer_embed_scale: float = 1.0
-    """Factor on the table's rows, beside the square root of the per-layer hidden size."""
+    """Factor on the tables' rows, in addition to the square root of --per-layer-hidden-size."""
 
     per_layer_init_method: Literal["normal", "xavier_normal", "zeros"] = "normal"
-    """How weights are drawn: N(0, std); variance 2 / (rows + columns); or tables zero and the rest N(0, std)."""
+    """Initialization: N(0, std); variance 2 / (rows + columns); or tables of zeros and the rest N(0, std)."""
 
     per_layer_init_std: float | None = None
-    """Standard deviation of the initial weights. Without it --init-method-std."""
+    """Standard deviation of the initial weights. Default: --init-method-std."""
 
     per_layer_lr_scale: float = 1.0
     """Factor on the learning rate of all per-layer parameters."""
 
     per_layer_weight_decay: float | None = None
-    """Weight decay of the per-layer matrices. Without it --weight-decay."""
+    """Weight decay of all per-layer parameters. Default: --weight-decay."""
 
     freeze_per_layer_embedding: bool = False
-    """Keep the per-layer tables as they are; gates and projections still train."""
+    """Freeze the per-layer tables; gates and projections still train."""
 
     per_layer_vocab_file: str | None = None
-    """Per-layer vocabulary, JSON, from tools/preprocess_per_layer_data.py: ids are derived from the token ids."""
+    """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), by which token ids become per-layer ids."""
 
     per_layer_strategy: Literal[
         "syntax_focus", "semantic_focus", "attention_guidance", "random_subset", "identity"
@@ -82,7 +84,7 @@ class PerLayerConfig:
     """How token ids become per-layer ids."""
 
     per_layer_data_path: tuple[str, ...] | None = None
-    """Prefixes of aligned per-layer datasets, in the order of --data-path. Read instead of deriving the ids."""
+    """Prefixes of per-layer datasets aligned with those of --data-path, in the same order; ids are read from them."""
 
     log_per_layer_stats: bool = False
     """Write per-layer statistics to TensorBoard."""
@@ -91,7 +93,7 @@ class PerLayerConfig:
     """Write norms of the per-layer gradients to TensorBoard."""
 
     per_layer_stats_interval: int = 100
-    """Steps between two values of the per-layer statistics."""
+    """Number of steps between two records of the per-layer statistics."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -105,7 +107,7 @@ class PerLayerConfig:
             for name in ("per_layer_preset", "per_layer_vocab_file", "per_layer_data_path"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{flag_name(name)} {getattr(self, name)}: needs --use-per-layer-embedding"
+                        f"{flag_name(name)} {getattr(self, name)} requires --use-per-layer-embedding"
                     )
 
     def _apply(self, preset: dict[str, str]) -> None:
@@ -114,43 +116,56 @@ class PerLayerConfig:
             given = getattr(self, name)
             if given not in (value, defaults[name].default):
                 raise ValueError(
-                    f"{flag_name(name)} {given}: --per-layer-preset {self.per_layer_preset} sets it to {value}"
+                    f"{flag_name(name)} {given}: --per-layer-preset {self.per_layer_preset} sets it to {value}; "
+                    "omit one of the two"
                 )
             object.__setattr__(self, name, value)
 
     @property
     def uses_token_ids(self) -> bool:
-        """True where the per-layer ids are the token ids themselves."""
+        """Whether the per-layer ids are the token ids."""
         return self.per_layer_strategy == "identity"
 
     @property
     def has_layer_scalar(self) -> bool:
-        """True where a layer's output is multiplied by its `layer_scalar`."""
+        """Whether a layer's output is multiplied by its `layer_scalar`."""
         return self.per_layer_preset == "gemma4"
 
     def rows(self, vocab_size: int, num_ids: int | None = None) -> int:
-        """Rows of a table.
+        """Returns the number of rows of a table.
 
         Args:
-            vocab_size: size of the tokenizer's vocabulary.
-            num_ids: how many per-layer ids the run's vocabulary or data has, where that is known.
+            vocab_size: the tokenizer's vocabulary size.
+            num_ids: number of per-layer ids in the run's vocabulary or data; None if unknown.
 
         Raises:
-            ValueError: token ids are the ids, and another size than the tokenizer's was asked for.
+            ValueError: the per-layer ids are the token ids, but --per-layer-vocab-size is not the vocabulary size.
         """
         if not self.uses_token_ids:
             return self.per_layer_vocab_size or num_ids or _DEFAULT_ROWS
         if self.per_layer_vocab_size not in (vocab_size, None):
             raise ValueError(
-                f"--per-layer-vocab-size {self.per_layer_vocab_size}: the per-layer ids are the token ids, "
-                f"of which there are {vocab_size}"
+                f"--per-layer-vocab-size {self.per_layer_vocab_size}: must be the vocabulary size, {vocab_size}, "
+                "because the per-layer ids are the token ids; omit the flag"
             )
         return vocab_size
 
     def check_layout(self, tensor_parallel_size: int) -> None:
-        """Raises `ValueError` unless the tensor-parallel ranks can share the per-layer hidden size evenly."""
+        """Checks that the tensor-parallel size divides the per-layer hidden size.
+
+        Raises:
+            ValueError: it does not.
+        """
         if self.per_layer_hidden_size % tensor_parallel_size:
             raise ValueError(
-                f"--per-layer-hidden-size {self.per_layer_hidden_size}: not divisible by "
+                f"--per-layer-hidden-size {self.per_layer_hidden_size}: must be divisible by "
                 f"--tensor-model-parallel-size {tensor_parallel_size}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerRunConfig(RunConfig):
+    """Configuration of a run with per-layer embedding."""
+
+    per_layer: PerLayerConfig
+    """Per-layer embedding."""

@@ -1,10 +1,10 @@
-"""Counts what PLE adds to a model: parameters, and FLOPs per token of its matrix products.
+"""Parameters that PLE adds to a model, and FLOPs per token of its matrix products.
 
     parameters   Vp L p + h L p + p + L (2 h p + h)          + 2 p p L for concat and gated
     FLOPs        L 6 h p  forward                            + L 4 p p for concat and gated
 
-The terms are the table, the context projection and the shared norm; then gate, output projection and post-norm of every
-layer. A look-up has no FLOPs.
+In this order: table, context projection, shared norm, then gate, output projection and post-norm of every layer. A
+table look-up costs no FLOPs.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
@@ -13,12 +13,12 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 
 
 def per_layer_cost(settings: PerLayerConfig, model: ModelConfig, rows: int) -> ModelCost:
-    """Returns the cost of PLE in `model`.
+    """Returns the cost of PLE.
 
     Args:
         settings: PLE's configuration.
-        model: the base model.
-        rows: Vp, rows of a table (`PerLayerConfig.rows`).
+        model: configuration of the base model.
+        rows: Vp, the number of rows of a table (`PerLayerConfig.rows`).
     """
     layers, hidden, width = model.num_layers, model.hidden_size, settings.per_layer_hidden_size
     combination = 0 if settings.per_layer_combination_method == "scaled_add" else 2 * width * width

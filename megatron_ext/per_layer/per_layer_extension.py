@@ -1,6 +1,6 @@
-"""PLE as the model sees it: two auxiliary streams, one slot of every layer, one module a stage.
+"""PLE's contribution to the model: two auxiliary streams, a slot module in every layer, and a module per stage.
 
-The word embedding travels from stage to stage; the per-layer vectors go to the layers of the stage that makes them.
+The word embedding travels from stage to stage; every stage computes the per-layer vectors of its own layers.
 """
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,23 +16,23 @@ from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_STREAM, PerLayerIn
 
 
 class PerLayerExtension(Extension):
-    """Per-layer embedding in every layer."""
+    """Adds per-layer embedding to every layer."""
 
     name = "per_layer"
 
     def __init__(self, settings: PerLayerConfig, rows: int) -> None:
         """Args:
         settings: PLE's configuration.
-        rows: Vp, rows of every table (`PerLayerConfig.rows`).
+        rows: Vp, the number of rows of every table (`PerLayerConfig.rows`).
         """
         self.settings = settings
         self.rows = rows
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """The travelling word embedding, and the stage's per-layer vectors packed as [L, s, b, p / t].
+        """Returns the travelling word embedding, and the stage's per-layer vectors packed as [L, s, b, p / t].
 
         Raises:
-            ValueError: the per-layer hidden size does not divide over the tensor-parallel ranks.
+            ValueError: the tensor-parallel size does not divide the per-layer hidden size.
         """
         self.settings.check_layout(config.tensor_model_parallel_size)
         width = self.settings.per_layer_hidden_size // config.tensor_model_parallel_size
@@ -42,18 +42,18 @@ class PerLayerExtension(Extension):
         ]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """The block, in the slot that `--per-layer-position` names."""
+        """Returns the block for the slot that `--per-layer-position` names."""
         params = {"settings": self.settings, "stage_layers": stage_layers(config)}
         return {self.settings.per_layer_position: ModuleSpec(module=PerLayerBlock, params=params)}
 
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> PerLayerInputs:
-        """Tables and projections of the stage's layers."""
+        """Returns the tables and projections of the stage's layers."""
         return PerLayerInputs(config, self.settings, stage, pg_collection, self.rows)
 
 
 def stage_layers(config: TransformerConfig) -> int:
-    """Number of layers of a stage (of one chunk, with the interleaved schedule)."""
+    """Returns the number of layers per stage (per chunk with the interleaved schedule)."""
     chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
     return config.num_layers // chunks

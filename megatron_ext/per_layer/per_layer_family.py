@@ -1,7 +1,6 @@
-"""PLE's part in a training run: its part of the model, its ids, its optimizer settings and its statistics.
+"""PLE in a training run: its part of the model, its ids, optimizer settings and statistics.
 
-The per-layer ids are a function of the token ids that the model is fed: `table[tokens]`, the tokens themselves
-(strategy `identity`), or what an aligned dataset holds.
+The per-layer ids are `table[tokens]`, the token ids themselves (strategy `identity`), or read from an aligned dataset.
 """
 
 from dataclasses import replace
@@ -16,13 +15,14 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.datasets.blends import parse_blend
 from megatron_ext.data.indexed.manifest import read_manifest
 from megatron_ext.data.per_layer.per_layer_table import load_per_layer_table, rows_of
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.per_layer.per_layer_charts import PER_LAYER_CHARTS
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_cost import per_layer_cost
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
@@ -32,9 +32,11 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 
 
 class PerLayerFamily(Family):
-    """Per-layer embedding in a run."""
+    """Per-layer embedding as a family of a run."""
 
     name = "per_layer"
+
+    charts = PER_LAYER_CHARTS
 
     free_on_resume = frozenset(
         {
@@ -57,9 +59,9 @@ class PerLayerFamily(Family):
     ) -> None:
         """Args:
         settings: PLE's configuration.
-        vocab_size: size of the tokenizer's vocabulary.
-        table: [V] per-layer id of each token id. Not needed with the strategy `identity`, nor where every batch
-            holds `per_layer_ids`.
+        vocab_size: V, the tokenizer's vocabulary size.
+        table: [V], the per-layer id of each token id; None with the strategy `identity`, or if every batch contains
+            `per_layer_ids`.
 
         Raises:
             ValueError: the table does not fit the vocabulary, or its ids do not fit the embedding.
@@ -77,10 +79,10 @@ class PerLayerFamily(Family):
 
     @classmethod
     def from_tokenizer(cls, settings: PerLayerConfig, tokenizer: Tokenizer) -> "PerLayerFamily":
-        """The family of a run: ids from the aligned dataset, or from the table beside `--per-layer-vocab-file`.
+        """Returns the family of a run; ids come from the aligned dataset or the table of `--per-layer-vocab-file`.
 
         Raises:
-            ValueError: neither says what the ids are.
+            ValueError: neither is given.
             FileNotFoundError: the vocabulary or its table is missing.
         """
         table = None
@@ -91,11 +93,12 @@ class PerLayerFamily(Family):
         aligned = settings.per_layer_data_path is not None
         if not aligned and settings.per_layer_strategy == "attention_guidance":
             raise ValueError(
-                "--per-layer-strategy attention_guidance: depends on positions, so it needs --per-layer-data-path"
+                "--per-layer-strategy attention_guidance requires --per-layer-data-path, because its ids depend on "
+                "positions"
             )
         if not aligned and table is None and not settings.uses_token_ids:
             raise ValueError(
-                "--use-per-layer-embedding: needs --per-layer-vocab-file or --per-layer-data-path to know the ids"
+                "--use-per-layer-embedding requires per-layer ids; pass --per-layer-vocab-file or --per-layer-data-path"
             )
         if settings.per_layer_vocab_size is None and not settings.uses_token_ids:
             rows = settings.rows(tokenizer.vocab_size, _num_ids(settings, table))
@@ -104,30 +107,30 @@ class PerLayerFamily(Family):
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
-        """The family that gave this `configuration()`; needs no file beside the checkpoint."""
-        settings = configs_from_dict({"settings": PerLayerConfig}, configuration)["settings"]
-        if settings.uses_token_ids:  # older checkpoints store a default that has no meaning there
+        """Rebuilds the family from its `configuration()`; needs no file besides the checkpoint."""
+        settings = group_in(PerLayerConfig, configuration, "settings")
+        if settings.uses_token_ids:  # older checkpoints store a default that does not apply to token ids
             settings = replace(settings, per_layer_vocab_size=None)
         return cls(settings, configuration["vocab_size"], configuration["table"])
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Raises `ValueError` unless the tensor-parallel ranks can share the per-layer hidden size."""
+        """Checks that the tensor-parallel size divides the per-layer hidden size; raises `ValueError`."""
         self.settings.check_layout(parallel.tensor_model_parallel_size)
 
     def configuration(self) -> dict[str, Any]:
-        """PLE's settings, the vocabulary's size and the table of ids."""
+        """Returns PLE's settings, the vocabulary size and the table of ids."""
         return {
-            **configs_to_dict({"settings": self.settings}),
+            "settings": group_to_dict(self.settings),
             "vocab_size": self.vocab_size,
             "table": None if self.table is None else self.table.tolist(),
         }
 
     def extension(self) -> PerLayerExtension:
-        """PLE's part of the model."""
+        """Returns PLE's contribution to the model."""
         return PerLayerExtension(self.settings, self.rows)
 
     def dataset_options(self) -> dict[str, Any]:
-        """The aligned per-layer datasets, and what they must have been made with."""
+        """Returns the aligned per-layer datasets, and the strategy and size with which they must have been made."""
         if self.settings.per_layer_data_path is None:
             return {}
         return {
@@ -137,20 +140,20 @@ class PerLayerFamily(Family):
         }
 
     def cost(self, model: ModelConfig) -> ModelCost:
-        """Parameters and FLOPs that PLE adds to `model`."""
+        """Returns the parameters and FLOPs that PLE adds to `model`."""
         return per_layer_cost(self.settings, model, self.rows)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes the tables where `--freeze-per-layer-embedding` asks for it."""
+        """Freezes the tables if `--freeze-per-layer-embedding` is given."""
         if self.settings.freeze_per_layer_embedding:
             for chunk in chunks:
                 stage_module(chunk).freeze_tables()
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The per-layer ids [b, s] of a batch.
+        """Returns the per-layer ids [b, s] of a batch.
 
         Raises:
-            ValueError: the batch has none and there is no table to derive them.
+            ValueError: the batch has no ids, and there is no table to derive them.
         """
         if PER_LAYER_IDS in batch:
             return {PER_LAYER_IDS: batch[PER_LAYER_IDS]}
@@ -159,14 +162,14 @@ class PerLayerFamily(Family):
             return {PER_LAYER_IDS: tokens}
         if self.table is None:
             raise ValueError(
-                "the batch has no per_layer_ids, and without --per-layer-vocab-file none can be derived"
+                "the batch has no per_layer_ids; pass --per-layer-vocab-file, from which they can be derived"
             )
         if self.table.device != tokens.device:
             self.table = self.table.to(tokens.device)
         return {PER_LAYER_IDS: self.table[tokens]}
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
-        """`--per-layer-lr-scale` and `--per-layer-weight-decay`, for all of PLE's parameters."""
+        """Returns the overrides of `--per-layer-lr-scale` and `--per-layer-weight-decay` for all PLE parameters."""
         override: dict[str, Any] = {}
         if self.settings.per_layer_lr_scale != 1.0:
             override["max_lr"] = settings.lr * self.settings.per_layer_lr_scale
@@ -176,16 +179,16 @@ class PerLayerFamily(Family):
         return {ParamKey(attr="per_layer"): ParamGroupOverride(**override)} if override else {}
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
-        """PLE's modules start to record."""
+        """Makes PLE's modules record."""
         start_recording(chunks)
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """See `per_layer.statistics`."""
+        """Returns the statistics of `per_layer_statistics`."""
         return stop_recording(chunks, self.settings)
 
 
 def _num_ids(settings: PerLayerConfig, table: "npt.ArrayLike | None") -> int | None:
-    """Per-layer ids of the run's table and aligned data; None where nothing tells.
+    """Returns the number of per-layer ids in the run's table and aligned data; None if unknown.
 
     Raises:
         ValueError: a manifest cannot be read.
@@ -200,10 +203,11 @@ def _num_ids(settings: PerLayerConfig, table: "npt.ArrayLike | None") -> int | N
 def _check_table(table: torch.Tensor, vocab_size: int, rows: int) -> None:
     if len(table) != vocab_size:
         raise ValueError(
-            f"--per-layer-vocab-file: its table has {len(table)} tokens, the tokenizer {vocab_size}"
+            f"--per-layer-vocab-file: its table is for {len(table)} token ids, but the tokenizer has {vocab_size}; "
+            "use the tokenizer with which it was made"
         )
     if int(table.min()) < 0 or int(table.max()) >= rows:
         raise ValueError(
-            f"--per-layer-vocab-size {rows}: the per-layer ids go up to {int(table.max())}, one row each is needed;"
-            f" give at least {int(table.max()) + 1}, or leave the flag out"
+            f"--per-layer-vocab-size {rows}: too small for per-layer ids up to {int(table.max())}; pass at least "
+            f"{int(table.max()) + 1}, or omit the flag"
         )

@@ -1,10 +1,10 @@
-"""The stage module of PLE: makes the per-layer vectors of all layers of one pipeline stage, in one go.
+"""PLE's stage module: computes the per-layer vectors of all layers of one pipeline stage at once.
 
     stream `per_layer`  [L, s, b, p / t]   from the word embedding [s, b, h] (which travels from stage to stage) and the
                                            per-layer ids [b, s] (which every stage gets from its data iterator)
 
-L is the number of layers of the stage. All rows of the sequence are here on every tensor-parallel rank, under sequence
-parallelism too: the word embedding is gathered once a stage. The formulas are in `combination`.
+L is the number of layers of the stage. Every tensor-parallel rank has all rows of the sequence, even under sequence
+parallelism: the word embedding is gathered once per stage. The formulas are in `combination`.
 """
 
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ from megatron_ext.per_layer.sharded_weight import ShardedWeight, initial_std, in
 from megatron_ext.per_layer.statistics_recorder import Recorder
 
 PER_LAYER_STREAM = "per_layer"
-"""The auxiliary stream to the layers."""
+"""Name of the auxiliary stream to the layers."""
 
 PER_LAYER_IDS = "per_layer_ids"
-"""The auxiliary input: integer ids [b, s]."""
+"""Name of the auxiliary input with the integer ids [b, s]."""
 
 
 class PerLayerWeights(torch.nn.Module):
-    """What one layer owns at stage level: its table, its context projection and, for two methods, its combination."""
+    """Weights of one layer that the stage module uses: table, context projection, and for concat and gated a matrix."""
 
     def __init__(
         self, config: TransformerConfig, settings: PerLayerConfig, groups: ProcessGroupCollection, rows: int
@@ -51,7 +51,7 @@ class PerLayerWeights(torch.nn.Module):
 
 
 class PerLayerInputs(StageModule):
-    """The per-layer vectors of a stage's layers."""
+    """Computes the per-layer vectors of a stage's layers."""
 
     def __init__(
         self,
@@ -63,10 +63,10 @@ class PerLayerInputs(StageModule):
     ) -> None:
         """Args:
         config: the engine's configuration.
-        settings: PLE's.
+        settings: PLE's configuration.
         stage: the layers of this stage, and whether it counts and saves the shared norm.
-        groups: the process groups; p is split over the tensor-parallel one.
-        rows: Vp, rows of every table.
+        groups: the process groups; p is split over the tensor-parallel group.
+        rows: Vp, the number of rows of every table.
         """
         super().__init__()
         self.config, self.settings, self.stage, self.groups = config, settings, stage, groups
@@ -82,14 +82,14 @@ class PerLayerInputs(StageModule):
     def forward(
         self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The stream `per_layer`; without ids it is the projected word embedding alone.
+        """Computes the stream `per_layer`; without ids it is only the projected word embedding.
 
         Args:
-            auxiliary_inputs: `per_layer_ids` [b, s], or nothing.
-            travelling: `word_embedding` [s, b, h], [s / t, b, h] under sequence parallelism.
+            auxiliary_inputs: `per_layer_ids` [b, s], or empty.
+            travelling: `word_embedding` [s, b, h] ([s / t, b, h] under sequence parallelism).
 
         Returns:
-            `per_layer`: [L, n, p / t], n = s * b.
+            `per_layer`: [L, n, p / t] with n = s * b.
         """
         embedding = self._whole_sequence(travelling[WORD_EMBEDDING])
         projected = project(embedding, [layer.context_projection() for layer in self.weights()])
@@ -100,16 +100,16 @@ class PerLayerInputs(StageModule):
         return {PER_LAYER_STREAM: self._combine(projected, token)}
 
     def weights(self) -> list[PerLayerWeights]:
-        """What the stage's layers own, in their order."""
+        """Returns the weights of the stage's layers, in order."""
         return cast(list[PerLayerWeights], list(self.layers))
 
     def freeze_tables(self) -> None:
-        """The tables get no gradient and do not change."""
+        """Freezes the tables."""
         for layer in self.weights():
             layer.embedding.weight.requires_grad_(False)
 
     def _whole_sequence(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Every rank's part of p gets the same [s, b, h]; their gradients are summed on the way back."""
+        # Each rank computes its part of p from the whole [s, b, h]; both functions sum the gradients over the ranks.
         if self.groups.tp.size() == 1:
             return embedding
         if self.config.sequence_parallel:
@@ -117,12 +117,12 @@ class PerLayerInputs(StageModule):
         return copy_to_tensor_model_parallel_region(embedding, group=self.groups.tp)
 
     def _normed(self, projected: torch.Tensor, scale: float) -> torch.Tensor:
-        # RMSNorm(x * h**-0.5) with eps is RMSNorm(x) with h * eps: the factor costs nothing.
+        # RMSNorm(x * h**-0.5) with eps equals RMSNorm(x) with h * eps, which saves the multiplication.
         eps = self.config.layernorm_epsilon * self.config.hidden_size
         return norm_across_shards(projected, self.norm(), eps, scale=scale, group=self.groups.tp)
 
     def _combine(self, projected: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """[n, L * q] and unscaled rows [L, n, q] -> [L, n, q]."""
+        """Combines the projection [n, L * q] and unscaled table rows [L, n, q] to [L, n, q]."""
         if self.settings.per_layer_combination_method == "scaled_add":
             context = self._normed(projected, scale=0.5**0.5)
             combined = torch.add(context, token, alpha=self.token_scale * 0.5**0.5)
@@ -142,8 +142,9 @@ class PerLayerInputs(StageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Global names `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`, the same at every
-        parallel layout, under this stage's own: those of `state_dict`.
+        """Maps the names of `state_dict` to names that are the same in every parallel layout.
+
+        These are `{prefix}layers.{number in the whole model}.*` and `{prefix}norm.weight`.
         """
         state: dict[str, Any] = {}
         for place, (number, layer) in enumerate(zip(self.stage.layer_numbers, self.weights(), strict=True)):
@@ -151,7 +152,7 @@ class PerLayerInputs(StageModule):
                 own, in_model = (f"{prefix}layers.{index}.{name}." for index in (place, number))
                 shards = part.sharded_state_dict(in_model, sharded_offsets, metadata)
                 state |= {own + key.removeprefix(in_model): shard for key, shard in shards.items()}
-        # The copies of later stages are replicas of the first one's.
+        # The norm weight of the first stage is saved; those of later stages are its replicas.
         replica = (self.stage.layer_numbers[0], 0, self.groups.dp_cp.rank())
         key = f"{prefix}norm.weight"
         state[key] = make_tp_sharded_tensor_for_checkpoint(
@@ -166,13 +167,14 @@ class PerLayerInputs(StageModule):
 
 
 def stage_module(model: torch.nn.Module) -> PerLayerInputs:
-    """PLE's stage module of a model chunk."""
+    """Returns PLE's stage module in a model chunk."""
     return cast(PerLayerInputs, model.get_submodule("per_layer"))
 
 
 def _mark_replicated(weight: torch.nn.Parameter, *, is_owner: bool) -> None:
-    """A weight that every stage has: the engine sums its gradient over stages and counts it once."""
+    # The engine sums the gradient of such a weight over the stages, and counts it once in the gradient norm.
     weight.pipeline_parallel = True  # type: ignore[attr-defined]
     weight.shared = not is_owner  # type: ignore[attr-defined]
-    # A bucket of its own, cut alike on every stage, so that the distributed optimizer's ranks sum the same values.
+    # The engine gives such a weight a gradient bucket of its own. Its split over the distributed optimizer's ranks is
+    # then the same on every stage, so that the sum over stages adds the same elements.
     weight.shared_embedding = True  # type: ignore[attr-defined]

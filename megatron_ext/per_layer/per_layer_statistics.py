@@ -1,18 +1,18 @@
-"""PLE's statistics: TensorBoard tag -> value, one set a layer, `per-layer/{name}/layer_{number}` with numbers from 00.
+"""PLE's statistics of every layer, with the TensorBoard tags `per-layer/{name}/layer_{number}`, numbered from 00.
 
     embedding-norm              Frobenius norm of the layer's table
-    gate-activation-mean, -std  of act(W_gate x), over tokens and p
+    gate-activation-mean, -std  mean and standard deviation of act(W_gate x), over tokens and p
     update-ratio                |update| / |residual stream|, over all tokens of the step
     scaled_add                  combination-context-rms, combination-token-rms: root mean squares of the two parts of c;
-                                combination-token-share: the second one's share of the sum of their squares
+                                combination-token-share: share of the token's part in the sum of their squares
     concat                      combination-context-norm, combination-token-norm: norms of W_cat's two halves
-    gated                       combination-gate-mean, -std: of g, the weight of the token's embedding
-    embedding-gradient-norm     of the table's gradient
-    gradient-norm               of the gradients of all parameters that are the layer's own
+    gated                       combination-gate-mean, -std: mean and standard deviation of g, the token's weight
+    embedding-gradient-norm     norm of the table's gradient
+    gradient-norm               norm of the gradient of all the layer's PLE parameters
 
-The last two belong to `--log-per-layer-gradients`, the others to `--log-per-layer-stats`. Every value is global: each
-rank contributes sums to one matrix [quantity, layer] such that the sum over all ranks is right, whatever the parallel
-layout; what several ranks hold alike is divided by their number.
+`--log-per-layer-gradients` writes the last two, `--log-per-layer-stats` the others. Every value is global: the ranks'
+contributions to one matrix [quantity, layer] are summed over all ranks. A quantity that several ranks hold equally is
+divided by their number first.
 """
 
 import math
@@ -26,6 +26,7 @@ from megatron_ext.per_layer.per_layer_block import PerLayerBlock
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_inputs import PerLayerInputs, stage_module
 from megatron_ext.per_layer.statistics_recorder import Recorder
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.gradient_norms import gradient_square_sum
 
 _RECORDED = (
@@ -49,15 +50,15 @@ _QUANTITIES = (
 
 
 def start_recording(chunks: list[GPTModel]) -> None:
-    """The modules of PLE record from now on, until `stop_recording`."""
+    """Makes PLE's modules record until `stop_recording`."""
     for module in _modules(chunks):
         module.recorder = Recorder()
 
 
 def stop_recording(chunks: list[GPTModel], settings: PerLayerConfig) -> dict[str, float]:
-    """Ends the recording and returns all values. Collective; call it after the backward pass, before the update."""
+    """Ends the recording and returns tag -> value. Collective; call it between backward pass and update."""
     num_layers = chunks[0].config.num_layers
-    device = torch.device(torch.cuda.current_device())
+    device = process_groups.device()
     sums = {name: torch.zeros(num_layers, dtype=torch.float64, device=device) for name in _QUANTITIES}
     for chunk in chunks:
         _add_inputs(sums, chunk)
@@ -102,7 +103,8 @@ def _add_block(sums: dict[str, torch.Tensor], block: PerLayerBlock, settings: Pe
     number = block.layer_number - 1
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     for name, value in block.recorder.sums.items() if block.recorder is not None else ():
-        # Of x and its update a rank holds its own rows under sequence parallelism, else what the others hold too.
+        # The residual stream and its update are equal on all tensor-parallel ranks, except under sequence parallelism,
+        # where each rank has its own rows.
         alike = name in ("update_squares", "residual_squares") and not block.config.sequence_parallel
         sums[name][number] += value.squeeze(0) / (ranks if alike else 1)
     for parameter in block.parameters():

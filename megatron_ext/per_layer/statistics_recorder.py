@@ -1,7 +1,7 @@
-"""Collects sums during the forward passes of one step, from which the statistics are made.
+"""Collects sums during the forward passes of one step, from which `per_layer_statistics` computes the statistics.
 
-Every sum is per layer and additive over micro-batches, tokens and the ranks that hold different parts of a tensor, so
-that one all-reduce completes it (see `statistics`). Shapes: [L, ...], one row a layer.
+Every sum is per layer and additive over micro-batches, tokens and ranks that hold different parts of a tensor, so one
+all-reduce completes it. Shapes: [L, ...], one row per layer.
 """
 
 import torch
@@ -20,13 +20,13 @@ class Recorder:
 
     @torch.no_grad()
     def add_mean(self, name: str, values: torch.Tensor) -> None:
-        """Adds what mean and variance of `values`, [L, ...], need: `{name}_sum`, `_squares` and `_count`."""
+        """Adds the sums for mean and variance of `values`, [L, ...]: `{name}_sum`, `_squares` and `_count`."""
         self._add(f"{name}_sum", _sum(values.float()))
         self.add_squares(name, values)
         self._add(f"{name}_count", torch.full_like(self.sums[f"{name}_sum"], values[0].numel()))
 
     def add_parts(self, context: torch.Tensor, token: torch.Tensor, token_factor: float) -> None:
-        """Adds the squares of the two parts of a combined vector; the second one is to be scaled by a factor."""
+        """Adds the squares of the two parts of a combined vector; `token` is multiplied by `token_factor` first."""
         self.add_squares("combination_context", context)
         self.add_squares("combination_token", token, token_factor)
 

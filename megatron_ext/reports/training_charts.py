@@ -1,62 +1,80 @@
-"""The charts of one training run, from its curves: losses together, every other tag by itself, heat maps of layers."""
+"""Draws the charts of one training run: losses first, then heat maps of layers, then all other curves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_ext.reports.charts import curves_chart, step_heat_map
-from megatron_ext.reports.events import Curve, layer_groups, plain_curves, stages
+from megatron_ext.reports.charts import Band, curves_chart, step_heat_map
+from megatron_ext.reports.events import STAGE_TAG, Curve, layer_groups, plain_curves, stages
+from megatron_ext.reports.scalar_charts import LOSSES, ScalarChart, chart_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture."""
+    """One chart with its name and caption."""
+
+    section: str
+    """Heading of the chart's section."""
 
     name: str
-    """The tag, or what the tags together are."""
+    """Title of the chart, unique in the run."""
 
     caption: str
-    """What is seen."""
+    """Text below the chart: what it shows, and the tags of its values."""
 
     svg: str
-    """The picture."""
+    """The chart as SVG text."""
+
+    is_heat_map: bool
+    """Whether it is a heat map (layer x step) instead of curves."""
 
 
 def training_charts(
-    curves: dict[str, Curve], wanted: Callable[[str], bool] = lambda tag: True
+    curves: dict[str, Curve],
+    declared: Sequence[ScalarChart] = (),
+    wanted: Callable[[str], bool] = lambda tag: True,
 ) -> list[Chart]:
-    """Charts of all wanted tags: first the losses and perplexities, then other curves, then heat maps.
+    """Draws all wanted tags, section by section.
 
     Args:
-        curves: by tag.
-        wanted: tells whether a tag is drawn; the curriculum's stages are always shaded.
+        curves: TensorBoard tag -> steps and values.
+        declared: charts of known tags; a tag that is in none of them gets its own chart.
+        wanted: returns True for a tag to draw. The stages of a curriculum are shaded in any case.
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]
-    chosen = {tag: curve for tag, curve in curves.items() if wanted(tag)}
-    plain = {tag: curve for tag, curve in plain_curves(chosen).items() if curve[0]}
-    charts = []
-    for kind, of_kind in _by_kind(plain).items():
-        title = kind if len(of_kind) > 1 else next(iter(of_kind))
-        svg = curves_chart(of_kind, y_label=kind, bands=bands)
-        charts.append(Chart(name=title, caption=", ".join(of_kind), svg=svg))
-    for name, layers in layer_groups(chosen).items():
-        svg = step_heat_map(layers, label=name, bands=bands)
-        charts.append(Chart(name=f"{name}/layers", caption=f"{name} of every layer over the steps.", svg=svg))
-    return charts
+    groups: dict[ScalarChart, dict[str, Curve]] = {}
+    # Short tags first: a training loss before the same loss in validation.
+    for tag, curve in sorted(curves.items(), key=lambda item: (len(item[0]), item[0])):
+        if wanted(tag) and tag != STAGE_TAG and curve[0]:
+            groups.setdefault(chart_of(tag, declared), {})[tag] = curve
+    place = {chart: number for number, chart in enumerate(declared)}
+    ordered = sorted(groups, key=lambda chart: place.get(chart, len(place)))
+    return _in_sections([drawn for chart in ordered for drawn in _draw(chart, groups[chart], bands)])
 
 
-def _by_kind(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """Curves that share a chart: a tag with what other tags tell of it (`lm loss`, `lm loss validation`)."""
-    kinds: dict[str, dict[str, Curve]] = {}
-    for tag, curve in sorted(curves.items(), key=lambda item: (_rank(item[0]), item[0])):
-        ends = " ppl" if tag.endswith(" ppl") else ""
-        stem = next((known for known in kinds if tag.startswith(f"{known} ") and not ends), tag)
-        kind = "perplexity" if ends else stem
-        kinds.setdefault(kind, {})[tag] = curve
-    return kinds
+def _draw(chart: ScalarChart, curves: dict[str, Curve], bands: Sequence[Band]) -> list[Chart]:
+    """Draws a heat map of the tags `name/layer_N`, and a chart with one line for every other tag."""
+    drawn = []
+    for name, layers in layer_groups(curves).items():
+        svg = step_heat_map(layers, title=chart.title, bands=bands)
+        caption = _caption(chart, f"One row per layer. Tag: {name}/layer_N.")
+        drawn.append(
+            Chart(section=chart.section, name=chart.title, caption=caption, svg=svg, is_heat_map=True)
+        )
+    if plain := plain_curves(curves):
+        name = f"{chart.title}, mean" if drawn else chart.title
+        svg = curves_chart(plain, y_label=name, bands=bands)
+        caption = _caption(chart, f"{'Tags' if len(plain) > 1 else 'Tag'}: {', '.join(plain)}.")
+        drawn.append(Chart(section=chart.section, name=name, caption=caption, svg=svg, is_heat_map=False))
+    return drawn
 
 
-def _rank(tag: str) -> int:
-    """Losses first, then perplexities, then the rest."""
-    return (
-        0 if "loss" in tag and not tag.endswith(" ppl") else 1 if "ppl" in tag or "perplexity" in tag else 2
-    )
+def _caption(chart: ScalarChart, tags: str) -> str:
+    return f"{chart.shows or chart.title + '.'} {tags}"
+
+
+def _in_sections(charts: list[Chart]) -> list[Chart]:
+    """Sorts charts by section: losses, then sections with heat maps, then the others."""
+    with_heat_maps = {chart.section for chart in charts if chart.is_heat_map}
+    sections = list(dict.fromkeys(chart.section for chart in charts))
+    ordered = sorted(sections, key=lambda section: (section != LOSSES, section not in with_heat_maps))
+    return sorted(charts, key=lambda chart: ordered.index(chart.section))

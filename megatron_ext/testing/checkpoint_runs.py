@@ -1,6 +1,4 @@
-"""A tiny run that can be saved and loaded, for tests: model, optimizer, schedule, step and checkpointer at any
-parallel layout.
-"""
+"""A tiny training run that can be saved and loaded at any parallel layout, for tests of checkpoints."""
 
 import warnings
 from collections.abc import Callable
@@ -16,17 +14,19 @@ from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, TINY, VOCAB_SIZE, synthetic_batches
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
 
 TINY_WITH_DROPOUT = replace(TINY, hidden_dropout=0.1, attention_dropout=0.1)
-"""Every step draws random numbers, of both the shared and the rank's own stream."""
+"""With dropout, every step samples from both the shared random stream and the rank's own."""
 
 SCHEDULE = OptimizerSettings(
     lr=1e-2, min_lr=1e-3, weight_decay=0.1, lr_decay_style="cosine", lr_warmup_iters=2
@@ -35,7 +35,7 @@ SCHEDULE = OptimizerSettings(
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a tiny run is made of; picklable."""
+    """Configuration of a tiny run; picklable, so that it can be passed to other processes."""
 
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
@@ -45,13 +45,13 @@ class RunSettings:
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"
     tokenizer_config: TokenizerConfig | None = None
-    """For checkpoints that `inference.loading` reads; `tokenizer` is its fingerprint then."""
+    """Stored in checkpoints for `inference.load_model`; `tokenizer` must then be its fingerprint."""
 
     make_families: Callable[[], list[Family]] = list
 
 
 class TinyRun:
-    """A run in the making; every process of the cut makes one. Loads at once where the settings say so."""
+    """A run; every process of the layout creates one. Loads a checkpoint at once if the settings have one."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
@@ -81,10 +81,9 @@ class TinyRun:
             micro_batch_size=1,
             clip_grad=1.0,
         )
-        sections: dict[str, object] = {"model": settings.model, "training": training}
+        run_config = {"model": group_to_dict(settings.model), "training": group_to_dict(training)}
         if settings.tokenizer_config is not None:
-            sections["tokenizer"] = settings.tokenizer_config
-        run_config = configs_to_dict(sections)
+            run_config["tokenizer"] = group_to_dict(settings.tokenizer_config)
         self.checkpointer = Checkpointer(
             settings.checkpoint,
             chunks=list(wrapped),
@@ -104,7 +103,7 @@ class TinyRun:
             next(self._batches)
 
     def train(self, steps: int) -> list[float]:
-        """Trains and returns the losses."""
+        """Trains for `steps` steps and returns the loss of each."""
         losses = []
         for _ in range(steps):
             self.progress.iteration += 1
@@ -113,13 +112,13 @@ class TinyRun:
         return losses
 
     def save(self) -> Path:
-        """Saves a checkpoint."""
+        """Saves a checkpoint and returns its directory."""
         return self.checkpointer.save(self.progress)
 
 
 def read_plain(folder: str) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, whole, as megatron-core's own reader gives them; needs a process group."""
+    """Reads all tensors of a checkpoint, unsharded, with megatron-core's own reader; needs a process group."""
     with warnings.catch_warnings():
-        # The engine calls torch's loader by its older name.
+        # mcore calls torch's loader by its deprecated name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         return dist_checkpointing.load_plain_tensors(folder)

@@ -1,4 +1,4 @@
-"""Measures what a training step trains and computes; tests compare it with `family_costs` and the dry run."""
+"""Measures what a training step trains and computes, for tests of the predictions of the dry run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class StepFigures:
     """Figures of one step, measured or predicted."""
 
     trained: int
-    """Number of parameters that train."""
+    """Number of trainable parameters."""
 
     parameters: int
     gradient_bytes: float
@@ -35,13 +35,13 @@ class StepFigures:
 def measured_and_predicted(
     family: Family, model: ModelConfig, iteration: int, earlier_steps: int = 0
 ) -> tuple[StepFigures, StepFigures]:
-    """Runs a step with one family in this process; returns what torch counts, and the prediction.
+    """Runs a step of a run with one family in this process; returns torch's counts and our prediction.
 
     Args:
-        family: of the run.
-        model: with `attention_backend="local"`, since torch counts every product of it.
+        family: the family of the run.
+        model: configuration with `attention_backend="local"`: torch counts each of its matrix products.
         iteration: number of the step.
-        earlier_steps: number of steps, on the same sequences, to run before it.
+        earlier_steps: number of steps on the same sequences to run before the measured one.
     """
     parallel = ParallelConfig()
     run = TinyRun(
@@ -93,7 +93,7 @@ def _predicted(cost: RunCost, model: ModelConfig, parallel: ParallelConfig) -> S
 
 
 def _with_masks(length: int) -> Iterator[Batch]:
-    """Repeats the tests' first batches without end, with the mask that local attention needs."""
+    """Repeats the first batches of the tests, with the attention mask that local attention needs."""
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     for batch in cycle(islice(synthetic_batches(length), GLOBAL_BATCH_SIZE)):
         yield batch | {"attention_mask": mask}

@@ -1,1 +1,1 @@
-"""Training: the loop, optimizer and schedule, checkpoints, metrics and logging, signals. Knows no family."""
+"""The training loop, optimizer, schedules, checkpoints, metrics, logging and signals; independent of the families."""

@@ -1,8 +1,8 @@
-"""Does a run that goes on find the samples that its checkpoint has taken where it looks for them?
+"""Warns when a resumed run reads its training samples in another order than the checkpoint's run.
 
-A run counts the samples it has taken and goes on behind them. That holds in one order of the samples. Another sequence
-length, seed, split or dataset makes another one, and so may another length of the run: as in Megatron-LM, the epochs
-that a run needs are shuffled together. Then the run goes on, but the user is told.
+A resumed run skips as many samples as the checkpoint has consumed, which is correct only for the same order of samples.
+Another sequence length, seed, split or dataset changes the order. So may another number of steps: as in Megatron-LM,
+the epochs that a run needs are shuffled together. The run continues in all these cases, after a warning.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.data_config import DataConfig
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.serialize import group_in
 from megatron_ext.data.datasets.epochs import shuffled_epochs
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import print_on_first_rank
@@ -19,7 +19,7 @@ from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress, read_run_config
 
 TRAINING_SAMPLES = "training_samples"
-"""Key of a run's configuration: the sequences for which its training set was made."""
+"""Key of the run configuration: the number of sequences for which the training set was built."""
 
 _DECIDING = (
     ("model", "seq_length"),
@@ -31,12 +31,12 @@ _DECIDING = (
 
 
 def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progress: TrainingProgress) -> None:
-    """Prints a line where the order of the training samples is not that of the checkpoint that was loaded.
+    """Prints a warning if the run's training samples are in another order than those of the loaded checkpoint.
 
     Args:
-        config: what was loaded.
+        config: names the checkpoint that was loaded.
         run: the run's configuration, with sections `model`, `training` and `data`, and `TRAINING_SAMPLES`.
-        progress: of the checkpoint.
+        progress: the checkpoint's progress.
 
     Raises:
         OSError, ValueError: the checkpoint or the run's data cannot be read.
@@ -46,20 +46,18 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
     if find_checkpoint(config.load, config.ckpt_step) is None:
         return
     stored = read_run_config(config.load, config.ckpt_step)
-    if (
-        "data" not in run or "data" not in stored
-    ):  # batches of the caller's own, in an order that is not known here
+    if "data" not in run or "data" not in stored:  # the caller supplies batches, whose order is unknown here
         return
     reasons = [
-        f"{flag_name(name)} is {_text(run[section][name])} here and {_text(stored[section][name])} in the checkpoint"
+        f"{flag_name(name)} is {_text(run[section][name])} now and {_text(stored[section][name])} in the checkpoint"
         for section, name in _DECIDING
         if _text(run[section][name]) != _text(stored[section][name])
     ]
     reasons = reasons or _other_epochs(run, stored)
     if reasons:
         print_on_first_rank(
-            f"the training data is in another order: {'; '.join(reasons)}; of the {progress.consumed_samples} samples "
-            "taken before, some may come again while others are left out"
+            f"the order of the training data has changed: {'; '.join(reasons)}; some of the "
+            f"{progress.consumed_samples} samples used so far may be repeated, and other samples may never be used"
         )
 
 
@@ -67,17 +65,17 @@ def _other_epochs(run: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     ours, theirs = run[TRAINING_SAMPLES], stored.get(TRAINING_SAMPLES)
     if theirs is None or ours == theirs:
         return []
-    data: DataConfig = configs_from_dict({"data": DataConfig}, run)["data"]
+    data = group_in(DataConfig, run, "data")
     sequence_length = run["model"]["seq_length"]
     if shuffled_epochs(data, sequence_length, ours) == shuffled_epochs(data, sequence_length, theirs):
         return []
     return [
-        f"a run of {ours} samples shuffles other epochs together than the checkpoint's of {theirs}, "
-        "see --train-iters and --global-batch-size"
+        f"the run has {ours} samples and the checkpoint's run {theirs}, so other epochs are shuffled together "
+        "(see --train-iters and --global-batch-size)"
     ]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value).replace(" ", "")

@@ -1,16 +1,16 @@
-"""`--dry-run`: what a run would cost, computed from its configuration alone.
+"""`--dry-run`: prints parameters, memory and FLOPs of a run, computed from its configuration.
 
-Nothing is built: no process group, no model. Only the tokenizer is made, for the size of its vocabulary (a
-NullTokenizer with --vocab-size stands in for one that is not there yet). The number of processes is WORLD_SIZE, which
-`torchrun` sets and which may be set by hand to plan for a cluster; without it, one copy of the model is assumed.
-Where steps differ in what they train and run, as under a curriculum, all figures are the last step's.
+No process group and no model are built. The tokenizer is built for the size of its vocabulary; if it does not exist
+yet, use a NullTokenizer with --vocab-size. The number of processes is the environment variable WORLD_SIZE, which
+`torchrun` sets; set it yourself to plan for a cluster. Without it one copy of the model is assumed. If steps differ in
+what they train, as under a curriculum, all figures are those of the last step.
 """
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import groupby
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.run_config import C
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory
 from megatron_ext.models.costs.model_cost import (
@@ -30,38 +31,38 @@ from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.progress_line import binary_size, compact
 from megatron_ext.training.planned_memory import plan_memory
 
-_PLAIN_WIDTH = 110
+_PLAIN_WIDTH = 110  # columns where the output is not a terminal
 
 
 def planned_world_size(parallel: ParallelConfig) -> int:
-    """Processes of the planned run: WORLD_SIZE, or as many as one copy of the model needs."""
+    """Returns the number of processes: the environment variable WORLD_SIZE, or what one copy of the model needs."""
     return int(os.environ.get("WORLD_SIZE") or parallel.model_parallel_size)
 
 
 def print_dry_run(
-    configs: Mapping[str, Any],
-    make_families: Callable[[dict[str, Any], Tokenizer], list[Family]],
+    config: C,
+    make_families: Callable[[C, Tokenizer], list[Family]],
     stream: TextIO | None = None,
 ) -> None:
-    """Prints parameters, memory of each rank and FLOPs a step, on rank 0.
+    """Prints parameters, memory per rank and FLOPs per step, on rank 0.
 
     Args:
-        configs: the run's configurations by name, checked against each other for `planned_world_size` processes.
-        make_families: makes the families from configurations and tokenizer.
-        stream: where to print; standard output by default.
+        config: the run's configuration, resolved for `planned_world_size` processes.
+        make_families: builds the families from configuration and tokenizer.
+        stream: where to print; None for standard output.
 
     Raises:
-        ValueError: the tokenizer cannot be made, or the families refuse their configuration.
+        ValueError: the tokenizer cannot be built, or a family does not accept its configuration.
     """
     if process_groups.rank() != 0:
         return
-    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
-    tokenizer = build_tokenizer(configs["tokenizer"])
-    families = make_families(dict(configs), tokenizer)
+    model, parallel, training = config.model, config.parallel, config.training
+    tokenizer = build_tokenizer(config.tokenizer)
+    families = make_families(config, tokenizer)
     for family in families:
         family.check(model, parallel)
     copies = parallel.data_parallel_size(planned_world_size(parallel))
-    layout, cost, memory = plan_memory(configs, tokenizer, families, copies)
+    layout, cost, memory = plan_memory(config, tokenizer, families, copies)
     _print(layout, training, cost.parts, memory, Console(file=stream or sys.stdout))
 
 
@@ -74,7 +75,7 @@ def _print(
 ) -> None:
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
-    console.print("Dry run: nothing was built.", highlight=False)
+    console.print("Dry run: no model is built and nothing is trained.", highlight=False)
     console.print(_describe(layout), highlight=False)
     console.print(_parameter_table(costs))
     console.print(_memory_table(memory))
@@ -93,8 +94,8 @@ def _describe(layout: ParallelLayout) -> str:
     batch = layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
     return (
         f"{processes} processes = {sizes}; {'bf16' if layout.bf16 else 'fp32'}\n"
-        f"a step = {batch} sequences of {model.seq_length} tokens; on each model copy {layout.num_microbatches} "
-        f"micro-batches of {layout.micro_batch_size}"
+        f"one step = {batch} sequences of {model.seq_length} tokens; {layout.num_microbatches} micro-batches of "
+        f"{layout.micro_batch_size} per data-parallel rank"
     )
 
 
@@ -107,7 +108,7 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def _parameter_table(costs: dict[str, ModelCost]) -> Table:
-    table = _table("Parameters", "part", "parameters", "", "share", "trained", "forward FLOPs a token")
+    table = _table("Parameters", "part", "parameters", "", "share", "trained", "forward FLOPs per token")
     total = ModelCost(
         sum(cost.parameters for cost in costs.values()),
         sum(cost.forward_flops_per_token for cost in costs.values()),
@@ -128,7 +129,7 @@ def _parameter_table(costs: dict[str, ModelCost]) -> Table:
 
 def _memory_table(stages: list[StageMemory]) -> Table:
     table = _table(
-        "Memory of one rank (estimate; see models/costs/memory_estimate.py)",
+        "Memory per rank (estimate; see models/costs/memory_estimate.py)",
         "stage",
         "parameters",
         "weights",
@@ -137,7 +138,7 @@ def _memory_table(stages: list[StageMemory]) -> Table:
         "activations",
         "total",
     )
-    # Stages between the first and the last differ in the micro-batches they hold, or not at all.
+    # Inner stages often need equal memory; they share one row.
     for memory, group in groupby(enumerate(stages), key=lambda numbered: numbered[1]):
         numbers = [number for number, _ in group]
         name = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
@@ -156,9 +157,11 @@ def _flops_table(layout: ParallelLayout, training: TrainingConfig, costs: list[M
     batch = layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
     tokens = batch * layout.model.seq_length
     iterations = training.resolved_train_iters(batch)
-    table = _table("FLOPs (forward and backward)", "", "a token", "a step", "a step and process", "the run")
+    table = _table(
+        "FLOPs (forward and backward)", "", "per token", "per step", "per step and process", "whole run"
+    )
     for name, for_token in (
-        ("model (what MFU counts)", training_flops_per_token(costs)),
+        ("model (basis of MFU)", training_flops_per_token(costs)),
         ("with recomputation", hardware_flops_per_token(layout.model, layout.parallel, costs)),
     ):
         step = for_token * tokens

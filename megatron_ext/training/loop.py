@@ -1,7 +1,7 @@
-"""The training loop: steps, evaluations, checkpoints, and every way a run may end.
+"""The training loop: steps, evaluations, checkpoints, and the conditions under which a run ends.
 
-The loop knows no family and no model. Everything it calls is collective, and every decision rests on values that all
-ranks share (losses and norms are reduced, clocks and signals are agreed on), so that all ranks leave together.
+Everything the loop calls is collective, so all ranks must take the same decisions. Each decision therefore uses values
+that are equal on all ranks: losses and norms are reduced, clocks and signals are reduced explicitly.
 """
 
 import math
@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.platform import process_groups
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import Stepper, StepResult, parameters_norm
 from megatron_ext.training.interface.family_interface import Batch
@@ -25,31 +26,31 @@ from megatron_ext.training.logging.step_metrics import StepMetrics
 from megatron_ext.training.stop_signals import SignalWatcher
 
 EXIT_OK = 0
-"""The run is complete, or has stopped where `--exit-interval` or `--exit-duration-in-mins` says."""
+"""The run is complete, or `--exit-interval` or `--exit-duration-in-mins` has stopped it."""
 
 EXIT_NOT_FINITE = 3
-"""`--max-consecutive-nan-steps` steps in a row had a loss or gradient that is not finite."""
+"""`--max-consecutive-nan-steps` steps in a row had a loss or gradient norm that is not finite."""
 
 Batches = Callable[[int], Iterator[Batch]]
-"""Consumed samples -> endless micro-batches from there on."""
+"""Number of consumed samples -> endless iterator over the micro-batches that follow them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the loop gets its batches."""
+    """The batches of a run."""
 
     train: Batches
     """Training batches."""
 
     valid: Batches | None
-    """Validation batches; every evaluation takes the same ones, so that its values can be compared."""
+    """Validation batches, or None; every evaluation uses the same ones, so that its values can be compared."""
 
     test: Batches | None
-    """Test batches, evaluated once after the last step."""
+    """Test batches, or None; evaluated once after the last step."""
 
 
 class Loop:
-    """One run from its first step to its end."""
+    """Runs training steps until the run is complete or has to stop."""
 
     def __init__(
         self,
@@ -72,15 +73,15 @@ class Loop:
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
 
     def run(self, progress: TrainingProgress) -> tuple[int, TrainingProgress]:
-        """Trains from `progress` to the end.
+        """Trains from `progress` until the run ends. Collective.
 
         Returns:
-            The process's exit code, see `signals`, and how far the run has come.
+            The process's exit code (see `stop_signals` and the `EXIT_` constants) and the progress at the end.
         """
         if progress.iteration >= self.total_iterations:
             self.reporter.message(
-                f"training already complete: step {progress.iteration} of {self.total_iterations}; a larger "
-                "--train-iters (--max-steps) continues it"
+                f"training is already complete: step {progress.iteration} of {self.total_iterations}; to continue, "
+                "increase --train-iters (--max-steps)"
             )
         started = time.monotonic()
         not_finite_in_a_row = 0
@@ -92,7 +93,7 @@ class Loop:
                 if not_finite_in_a_row >= self.training.max_consecutive_nan_steps:
                     self._note_stop(
                         f"stopped at step {progress.iteration}: loss or gradient norm not finite in "
-                        f"{not_finite_in_a_row} steps in a row; no checkpoint was written of them",
+                        f"{not_finite_in_a_row} steps in a row; no checkpoint of these steps was saved",
                         EXIT_NOT_FINITE,
                     )
                     return EXIT_NOT_FINITE, progress
@@ -109,7 +110,7 @@ class Loop:
         return EXIT_OK, progress
 
     def is_complete(self, progress: TrainingProgress) -> bool:
-        """True after the last step, or where a family has seen enough."""
+        """Whether the last step is done, or a family ends the run early."""
         enough = any(family.is_complete() for family in self.stepper.families)
         return enough or progress.iteration >= self.total_iterations
 
@@ -138,10 +139,10 @@ class Loop:
         return progress, result.skipped
 
     def _note_stop(self, text: str, code: int) -> None:
-        """Tells why the run ends before its last step; a launcher too, which would report a failure without reason."""
+        """Reports why the run ends before its last step."""
         self.reporter.message(text)
         if code != EXIT_OK:
-            tell_launcher(text)
+            tell_launcher(text)  # otherwise the launcher's failure report would give no reason
 
     def _report_messages(self, iteration: int, values: dict[str, float]) -> None:
         families = self.stepper.families
@@ -170,7 +171,7 @@ class Loop:
     def _reason_to_stop(
         self, progress: TrainingProgress, started: float, signals: SignalWatcher
     ) -> tuple[str | None, int]:
-        """Why to leave after this step (None to go on) and the exit code; the same on every rank."""
+        """Returns why the run stops after this step (None to continue) and the exit code; equal on every rank."""
         code = signals.agreed_exit_code()
         if code is not None:
             return f"received {signal.Signals(code - 128).name}, exit code {code}", code
@@ -182,7 +183,7 @@ class Loop:
         return None, EXIT_OK
 
     def _save(self, progress: TrainingProgress, skipped: bool) -> None:
-        """Saves, but for a model that is broken: a skipped step left it as it was, and it may not be finite already."""
+        # A skipped step has changed nothing, but the parameters may already have been non-finite before it.
         if self.checkpoint.save is None or (
             skipped and not math.isfinite(parameters_norm(self.stepper.models))
         ):
@@ -227,7 +228,8 @@ class Loop:
 
 
 def _on_any_rank(condition: bool) -> bool:
-    """True everywhere if it is true on any rank: clocks differ, and all ranks must leave together. Collective."""
-    value = torch.tensor([condition], dtype=torch.int32, device=torch.cuda.current_device())
+    """Returns whether the condition holds on any rank. Collective."""
+    # Clocks differ between ranks, but all ranks must leave the loop in the same step.
+    value = torch.tensor([condition], dtype=torch.int32, device=process_groups.device())
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())

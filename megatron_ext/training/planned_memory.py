@@ -1,12 +1,12 @@
-"""What a run will need of its machine's memory, estimated before anything is built; refuses what cannot fit.
+"""Estimates a run's memory before anything is built, and refuses a run that cannot fit.
 
-The estimate is the dry run's. It leaves things out (see `models.memory_estimate`), so a run that passes may still fail.
+The estimate is also the dry run's. It is a lower bound (`memory_estimate` lists what is left out), so a run that passes
+this check may still run out of memory.
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory, estimate_memory
 from megatron_ext.platform.device_memory import device_memory
@@ -16,17 +16,17 @@ from megatron_ext.training.logging.progress_line import binary_size
 
 
 def plan_memory(
-    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
+    config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int
 ) -> tuple[ParallelLayout, RunCost, list[StageMemory]]:
-    """How a run is cut, what its last step costs, and the memory of one rank of every pipeline stage.
+    """Returns a run's parallel layout, the cost of its last step, and the memory per rank of every pipeline stage.
 
     Args:
-        configs: the run's configurations by name, checked.
-        tokenizer: of the run.
-        families: of the run.
+        config: the run's configuration, resolved.
+        tokenizer: gives the vocabulary size.
+        families: add their parameters and FLOPs.
         copies: data-parallel size.
     """
-    model, parallel, training = configs["model"], configs["parallel"], configs["training"]
+    model, parallel, training = config.model, config.parallel, config.training
     batch = training.resolved_global_batch_size(copies)
     tensor, last_step = parallel.tensor_model_parallel_size, training.resolved_train_iters(batch)
     cost = run_cost(model, tokenizer.vocab_size, tensor, families, last_step)
@@ -49,21 +49,17 @@ def plan_memory(
     return layout, cost, stages
 
 
-def check_memory(
-    configs: Mapping[str, Any], tokenizer: Tokenizer, families: list[Family], copies: int
-) -> None:
-    """Raises `ValueError` where the estimate for this machine's ranks is more than the memory they have.
+def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int) -> None:
+    """Checks that the estimate for this machine's ranks fits into its memory; the arguments are those of `plan_memory`.
 
-    Args:
-        configs: see `plan_memory`.
-        tokenizer: see `plan_memory`.
-        families: see `plan_memory`.
-        copies: data-parallel size.
+    Raises:
+        ValueError: the estimate exceeds the memory.
     """
-    layout, _, stages = plan_memory(configs, tokenizer, families, copies)
+    layout, _, stages = plan_memory(config, tokenizer, families, copies)
     limit, is_shared = device_memory()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_shared else 1
-    # Which stages a machine holds is not known here; of all of them the mean counts, on a device of its own the least.
+    # Which stages run on this machine is unknown here. For shared memory assume the mean over all stages, for a device
+    # per rank the smallest stage: then a run that fits is never refused.
     totals = [stage.total_bytes for stage in stages]
     needed = ranks * sum(totals) / len(totals) if is_shared else min(totals)
     if needed <= limit:
@@ -77,6 +73,6 @@ def check_memory(
         flags = f"--num-layers {model.num_layers}, --hidden-size {model.hidden_size}"
     raise ValueError(
         f"{flags}: a step needs about {binary_size(needed)} on {ranks} process{'es' if ranks > 1 else ''} "
-        f"({binary_size(ranks * held)} of it activations), and {'this machine' if is_shared else 'the device'} has "
-        f"{binary_size(limit)}; --dry-run shows the parts"
+        f"({binary_size(ranks * held)} of it activations), but {'this machine' if is_shared else 'the device'} has "
+        f"only {binary_size(limit)}; reduce these sizes (--dry-run lists the memory by kind)"
     )

@@ -1,4 +1,4 @@
-"""A run's datasets and micro-batches, from its configurations."""
+"""Builds a run's datasets and iterates over their micro-batches."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.datasets.gpt_dataset import Dataset, build_datasets
 from megatron_ext.data.datasets.repeated_samples import RepeatedDataset
 from megatron_ext.data.datasets.samplers import build_data_iterator
@@ -18,32 +19,32 @@ from megatron_ext.training.run_options import RunOptions
 
 
 def training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
-    """Sequences for which the training set is made."""
+    """Returns the number of sequences for which the training set is built."""
     taken = options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
     return min(taken, options.epoch_samples or taken)
 
 
 def build_data(
-    configs: dict[str, Any],
+    config: RunConfig,
     tokenizer: Tokenizer,
     families: list[Family],
     global_batch_size: int,
     run_options: RunOptions,
 ) -> Data:
-    """The batches of a run's training, validation and test data, and of its families' files beside them.
+    """Builds the run's training, validation and test batches, including the fields from the families' own data files.
 
     Raises:
-        FileNotFoundError, ValueError: something is wrong with the data, in one line on every rank.
+        FileNotFoundError, ValueError: the data is missing or unsuitable; every rank raises the same one-line error.
     """
-    training: TrainingConfig = configs["training"]
+    training = config.training
     options: dict[str, Any] = {}
     for family in families:
         options |= family.dataset_options()
     evaluated = training.eval_iters * global_batch_size
     trained = run_options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
     train, valid, test = build_datasets(
-        configs["data"],
-        seq_length=configs["model"].seq_length,
+        config.data,
+        seq_length=config.model.seq_length,
         seed=training.seed,
         num_samples=(
             training_samples(training, global_batch_size, run_options),
@@ -54,7 +55,7 @@ def build_data(
         **options,
     )
     if train is None:
-        raise ValueError(f"--split {configs['data'].split}: leaves no training data")
+        raise ValueError(f"--split {config.data.split} leaves no training data; make its first number larger")
     if run_options.epoch_samples is not None:
         train = RepeatedDataset(
             train,
@@ -63,7 +64,7 @@ def build_data(
             num_samples=trained,
             seed=training.seed,
         )
-    batches = partial(_batches, training.micro_batch_size, configs["data"].num_workers, tokenizer.vocab_size)
+    batches = partial(_batches, training.micro_batch_size, config.data.num_workers, tokenizer.vocab_size)
     return Data(
         train=partial(batches, train),
         valid=partial(batches, valid) if valid is not None else None,
@@ -74,12 +75,10 @@ def build_data(
 def _batches(
     micro_batch_size: int, num_workers: int, vocab_size: int, dataset: Dataset, consumed_samples: int
 ) -> Iterator[Batch]:
-    """Endless micro-batches, with the `epoch` [b] of each sequence: how often the dataset was read before.
-
-    Data of another tokenizer is refused where its ids first exceed the vocabulary.
+    """Yields micro-batches without end; the field `epoch` [b] counts how often each sequence was read before.
 
     Raises:
-        ValueError: a token id is not in the vocabulary.
+        ValueError: a token id is not in the tokenizer's vocabulary.
     """
     rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = build_data_iterator(
@@ -95,8 +94,8 @@ def _batches(
         largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
         if largest >= vocab_size:
             raise ValueError(
-                f"--data-path: holds token id {largest}, but the tokenizer's vocabulary has only {vocab_size} ids: "
-                "was it made with another tokenizer?"
+                f"--data-path: the data contains token id {largest}, but the tokenizer's vocabulary has only "
+                f"{vocab_size} ids; pass the tokenizer with which the data was prepared"
             )
         yield {"epoch": numbers // len(dataset), **batch}  # type: ignore[arg-type]  # has no __len__ for torch
         numbers += micro_batch_size * copies

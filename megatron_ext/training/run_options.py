@@ -1,4 +1,4 @@
-"""What a script's way of training differs in from plain pretraining."""
+"""Options by which scripts and series of trainings deviate from plain pretraining."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,41 +14,42 @@ from megatron_ext.training.loop import Data
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a script's way of training differs in from plain pretraining."""
+    """How a run deviates from plain pretraining; the defaults are plain pretraining."""
 
     base: BaseCheckpoint | None = None
-    """A checkpoint whose model is loaded under the run; the run's own leave out what is frozen."""
+    """A checkpoint with the base model's weights. The run's own checkpoints then omit frozen parameters."""
 
     checkpoint_name: Callable[[int], str] = checkpoint_name
-    """Step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads."""
+    """Step -> name of the checkpoint's directory; `checkpoint_files.step_of` must be able to parse it."""
 
     loads_what_fits: bool = False
-    """On --load take the tensors that checkpoint and run share, and start the optimizer anew."""
+    """Whether --load loads only the tensors that checkpoint and run have in common, with a new optimizer state."""
 
     prepare: Callable[[list[GPTModel]], None] = lambda chunks: None
     """Called on the loaded model before it is wrapped, and before a checkpoint of the run is loaded; collective."""
 
     begin: Callable[[list[GPTModel], MegatronOptimizer], None] = lambda chunks, optimizer: None
-    """Called before the first step of a run that is not loaded from a checkpoint; collective."""
+    """Called before the first step of a run that does not resume from a checkpoint; collective."""
 
     finish: Callable[[list[GPTModel], TrainingProgress], None] = lambda chunks, progress: None
     """Called after the last step; collective."""
 
     first_sample: int = 0
-    """Sequences of the training set that earlier trainings of a series have taken: the run begins after them."""
+    """Sequences of the training set that earlier trainings of a series have consumed; the run begins after them."""
 
     first_iteration: int = 0
-    """Steps that earlier trainings of a series have done: the run counts on from them, its schedule does not."""
+    """Steps of earlier trainings of a series. Step numbers continue; the learning-rate schedule starts anew."""
 
     data: Data | None = None
-    """Batches of the caller's, in place of --data-path."""
+    """The caller's batches, used instead of --data-path."""
 
     epoch_samples: int | None = None
-    """Sequences of an epoch, the same ones in every epoch; None for mcore's, which packs documents anew each time."""
+    """Number of sequences per epoch; every epoch then has the same sequences. None packs documents anew in each epoch,
+    as megatron-core does."""
 
     samples: int | None = None
-    """Sequences that the whole series takes, in one order; None for a run that stands alone."""
+    """Number of sequences of the whole series, which are shuffled together; None for a single run."""
 
 
 PLAIN = RunOptions()
-"""Plain pretraining."""
+"""Options of plain pretraining."""

@@ -1,13 +1,10 @@
-"""Signals that end a run in good order: it finishes the step, saves, and exits with a code that tells which one came.
+"""Ends a run cleanly on a signal: it finishes the step, saves, and exits with a code that identifies the signal.
 
-A handler only sets a flag. At the end of a step all ranks agree on it, since a signal may reach one rank a step before
-another, and a save is collective. A second Ctrl-C ends the process at once; as `torchrun` passes on a SIGINT that the
-terminal has already sent to every process, one that follows within two seconds counts as the same.
+    exit code = 128 + number of the signal (the shell's convention): SIGHUP 129, SIGINT 130, SIGUSR1 138, SIGTERM 143
 
-    exit code = 128 + number of the signal, the shell's own convention: SIGHUP 129, SIGINT 130, SIGUSR1 138, SIGTERM 143
-
-Signals of a process group reach the loader processes too, which hold them back: see `data.loader_processes`. A SIGHUP
-that the run was started to ignore (`nohup`) stays ignored.
+A handler only sets a flag. At the end of a step all ranks combine their flags, because a signal may reach one rank a
+step earlier than another, and saving is collective. A second Ctrl-C ends the process at once. Loader processes get the
+same signals and ignore them; see `data.datasets.loader_processes`.
 """
 
 import signal
@@ -18,17 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext.platform import process_groups
+
 EXIT_SIGHUP = 128 + signal.SIGHUP
-"""Exit code of a run that saved and left on SIGHUP (its terminal was closed)."""
+"""Exit code of a run that saved and stopped on SIGHUP (its terminal was closed)."""
 
 EXIT_SIGINT = 128 + signal.SIGINT
-"""Exit code of a run that saved and left on SIGINT (Ctrl-C)."""
+"""Exit code of a run that saved and stopped on SIGINT (Ctrl-C)."""
 
 EXIT_SIGUSR1 = 128 + signal.SIGUSR1
-"""Exit code of a run that saved and left on SIGUSR1 (a scheduler's warning before its time limit)."""
+"""Exit code of a run that saved and stopped on SIGUSR1 (a scheduler's warning before its time limit)."""
 
 EXIT_SIGTERM = 128 + signal.SIGTERM
-"""Exit code of a run that saved and left on SIGTERM (preemption, `kill`)."""
+"""Exit code of a run that saved and stopped on SIGTERM (preemption, `kill`)."""
 
 EXIT_CODES = {
     signal.SIGHUP: EXIT_SIGHUP,
@@ -39,11 +38,12 @@ EXIT_CODES = {
 """Handled signal -> exit code."""
 
 
+# `torchrun` forwards a SIGINT that the terminal has already sent to every process: one Ctrl-C arrives twice.
 _SAME_INTERRUPT_SECONDS = 2.0
 
 
 class SignalWatcher:
-    """Notes signals from `__enter__` to `__exit__`; use as `with SignalWatcher() as signals:` around the loop."""
+    """Records signals inside a `with SignalWatcher() as signals:` block around the loop."""
 
     def __init__(self) -> None:
         self._received = 0
@@ -53,7 +53,7 @@ class SignalWatcher:
     def __enter__(self) -> "SignalWatcher":
         for number in EXIT_CODES:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue
+                continue  # the run was started with `nohup`
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -62,11 +62,11 @@ class SignalWatcher:
             signal.signal(number, handler)
 
     def agreed_exit_code(self) -> int | None:
-        """The exit code if any rank has received a signal, None if none has; the same on every rank. Collective.
+        """Returns the exit code if any rank has received a signal, else None; equal on every rank. Collective.
 
-        Costs one reduction of one number; where ranks received different signals the highest number counts.
+        If ranks have received different signals, the one with the highest number counts.
         """
-        received = torch.tensor([self._received], dtype=torch.int32, device=torch.cuda.current_device())
+        received = torch.tensor([self._received], dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(received, op=dist.ReduceOp.MAX)
         number = int(received.item())
         return EXIT_CODES[signal.Signals(number)] if number else None

@@ -15,17 +15,16 @@ from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.model_extension import Extension
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.layout_runs import LayoutRuns, Variant
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import (
     GLOBAL_BATCH_SIZE,
     LAYOUTS,
     TINY,
     VOCAB_SIZE,
-    WORLD_SIZES,
     assemble,
     synthetic_batches,
     train_tiny,
-    with_full_recompute,
 )
 from megatron_ext.training.interface.family_interface import Family
 
@@ -83,7 +82,7 @@ ByHand = tuple[float, dict[str, float], dict[str, torch.Tensor]]
 @pytest.fixture(scope="module")
 def by_hand() -> ByHand:
     """Output loss, losses of layers and gradients of their sum, from plain autograd on the base model."""
-    return run_distributed(_by_hand, 1)[0]
+    return run_single(_by_hand)
 
 
 def _by_hand() -> ByHand:
@@ -106,19 +105,22 @@ def _by_hand() -> ByHand:
         loss = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
         squares = {number: square_loss(outputs[number], number) for number in (1, 2, 3)}
         ((loss + torch.stack(list(squares.values())).sum()) / GLOBAL_BATCH_SIZE).backward()
-        output_loss += float(loss) / GLOBAL_BATCH_SIZE
+        output_loss += float(loss.detach()) / GLOBAL_BATCH_SIZE
         for number, square in squares.items():
-            layer_losses[f"square/layer_{number}"] += float(square) / GLOBAL_BATCH_SIZE
+            layer_losses[f"square/layer_{number}"] += float(square.detach()) / GLOBAL_BATCH_SIZE
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return output_loss, layer_losses, gradients
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP1", "TP2", "PP2", "PP2 interleaved", "DP2"])
-def test_gradients_equal_those_of_the_summed_loss(cut: str, recompute: bool, by_hand: ByHand) -> None:
-    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
-    traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, 1, families)
+_LAYOUTS = ("TP1", "TP2", "PP2", "PP2 interleaved", "DP2")
+_RECOMPUTED = [f"{layout} recomputed" for layout in _LAYOUTS]
+RUNS = LayoutRuns({"square": Variant(make_families=families, steps=1)}, [*_LAYOUTS[1:], *_RECOMPUTED])
+
+
+@pytest.mark.parametrize("layout", [*_LAYOUTS, *_RECOMPUTED])
+def test_gradients_equal_those_of_the_summed_loss(layout: str, by_hand: ByHand) -> None:
     output_loss, layer_losses, gradients = by_hand
+    traces = [run.trace for run in RUNS.at(layout, "square")]
     for trace in traces:
         assert trace.losses[0] == pytest.approx(output_loss, rel=1e-6)
         assert trace.layer_losses[0] == pytest.approx(layer_losses, rel=1e-5)
@@ -131,14 +133,14 @@ def test_gradients_equal_those_of_the_summed_loss(cut: str, recompute: bool, by_
 
 def test_attached_losses_dominate_the_comparison(by_hand: ByHand) -> None:
     """Without them the gradients are others, so the test above would notice their absence."""
-    base = assemble(run_distributed(train_tiny, 1, LAYOUTS["TP1"], 1))
+    base = assemble([run_single(train_tiny, LAYOUTS["TP1"], 1)])
     gradient = by_hand[2]["embedding.word_embeddings.weight"]
     plain = base["embedding.word_embeddings.weight"]
     assert torch.linalg.norm(plain - gradient) > 0.1 * torch.linalg.norm(gradient)
 
 
 def test_collected_losses_are_forgotten_and_evaluation_counts_without_gradients() -> None:
-    after_training, in_evaluation, outside = run_distributed(_collect_modes, 1)[0]
+    after_training, in_evaluation, outside = run_single(_collect_modes)
     assert after_training == {"loss": pytest.approx(2.0)}
     assert in_evaluation == {"loss": pytest.approx(5.0)}
     assert outside == {}

@@ -1,8 +1,5 @@
 """The layout for inference fits the model, whatever the number of processes; what the user gives is respected."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +14,10 @@ from megatron_ext.inference.choose_layout import choose_layout
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.forked_scripts import run_script
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.tiny_training import TINY
-
-ROOT = Path(__file__).parents[2]
 
 
 def model(heads: int, layers: int) -> ModelConfig:
@@ -91,7 +87,7 @@ def _save(folder: str) -> None:
 def test_evaluation_and_generation_of_a_model_with_an_odd_number_of_heads_run_on_two_processes(
     tmp_path: Path,
 ) -> None:
-    run_distributed(_save, 1, str(tmp_path / "run"))
+    run_single(_save, str(tmp_path / "run"))
     write_dataset(str(tmp_path / "data"), [[[1, 2, 3, 4] * 20]])
     outputs = {}
     for processes in (1, 2):
@@ -99,15 +95,7 @@ def test_evaluation_and_generation_of_a_model_with_an_odd_number_of_heads_run_on
             ["tools/evaluate.py", "--data-path", str(tmp_path / "data")],
             ["tools/generate.py", "--prompt", "ab", "--temperature", "0", "--max-new-tokens", "6"],
         ):
-            launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-            done = subprocess.run(
-                [sys.executable, *launch, *tool, "--load", str(tmp_path / "run")],
-                capture_output=True,
-                text=True,
-                check=False,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            )
+            done = run_script(*tool, "--load", str(tmp_path / "run"), processes=processes)
             assert done.returncode == 0, done.stderr
             told = "2 processes: --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2, 1 copy"
             assert (told in done.stderr) == (processes == 2)

@@ -13,13 +13,14 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform import cpu
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, train_tiny, with_full_recompute
 
 
 def test_adapter_refuses_a_machine_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     stream, empty = torch.cuda.Stream, torch.empty
-    with pytest.raises(RuntimeError, match="must not be installed on a machine with a CUDA device"):
+    with pytest.raises(RuntimeError, match="must not be installed: this machine has a CUDA device"):
         cpu.install()
     assert torch.cuda.Stream is stream and torch.empty is empty
 
@@ -37,7 +38,7 @@ def test_import_of_the_package_patches_nothing() -> None:
 
 
 def test_cuda_calls_mean_the_cpu_after_installation() -> None:
-    for what, holds in run_distributed(_installed_calls, 1)[0].items():
+    for what, holds in run_single(_installed_calls).items():
         assert holds, what
 
 
@@ -101,10 +102,10 @@ def _random_streams(parallel: ParallelConfig) -> list[torch.Tensor]:
 DROPOUT = replace(TINY, hidden_dropout=0.3, attention_dropout=0.3)
 
 
-@pytest.mark.parametrize("cut", ["TP2", "TP2+SP"])
-def test_dropout_masks_of_attention_heads_differ_over_tensor_ranks(cut: str) -> None:
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])
+def test_dropout_masks_of_attention_heads_differ_over_tensor_ranks(layout: str) -> None:
     """Both ranks run attention on equal heads of ones: what differs is the mask."""
-    first, second = run_distributed(_attention_of_equal_heads, 2, LAYOUTS[cut])
+    first, second = run_distributed(_attention_of_equal_heads, 2, LAYOUTS[layout])
     assert not torch.equal(first, second)
 
 
@@ -158,7 +159,7 @@ def test_recomputation_draws_the_same_dropout_masks() -> None:
     assert recomputed.grad_norms == pytest.approx(plain.grad_norms, rel=1e-6)
 
 
-def test_parallel_state_follows_the_cut() -> None:
+def test_parallel_state_follows_the_layout() -> None:
     for rank, sizes in enumerate(run_distributed(_sizes, 4, LAYOUTS["TP2xPP2"])):
         assert sizes == (2, 2, 1, rank % 2, rank // 2)
 

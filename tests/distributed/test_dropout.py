@@ -24,8 +24,8 @@ WITH_DROPOUT = replace(TINY, hidden_dropout=0.5, attention_dropout=0.5)
 SHARED, OWN = "the stream of replicated activations", "the stream of split activations"
 
 
-def _drawn(cut: str, reseeded: bool) -> dict[str, torch.Tensor]:
-    initialize(LAYOUTS[cut], seed=1)
+def _drawn(layout: str, reseeded: bool) -> dict[str, torch.Tensor]:
+    initialize(LAYOUTS[layout], seed=1)
     if reseeded:  # as a run does that goes on at another parallel layout
         seed_streams(5)
     with get_cuda_rng_tracker().fork():
@@ -35,41 +35,41 @@ def _drawn(cut: str, reseeded: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("reseeded", [False, True])
 @pytest.mark.parametrize(
-    ("cut", "equal"), [("TP2", {SHARED}), ("PP2", set[str]()), ("DP2", set[str]()), ("TP2xPP2", {SHARED})]
+    ("layout", "equal"), [("TP2", {SHARED}), ("PP2", set[str]()), ("DP2", set[str]()), ("TP2xPP2", {SHARED})]
 )
 def test_stages_and_model_copies_draw_apart_and_tensor_parallel_ranks_share_one_stream(
-    cut: str, equal: set[str], reseeded: bool
+    layout: str, equal: set[str], reseeded: bool
 ) -> None:
-    ranks = run_distributed(_drawn, 4 if cut == "TP2xPP2" else 2, cut, reseeded)
+    ranks = run_distributed(_drawn, 4 if layout == "TP2xPP2" else 2, layout, reseeded)
     assert {name for name in (SHARED, OWN) if ranks[0][name].equal(ranks[1][name])} == equal
     everything = [rank[OWN] for rank in ranks]
     assert len({tuple(values.tolist()) for values in everything}) == len(ranks)
 
 
-def _dropped_embedding(cut: str) -> torch.Tensor:
+def _dropped_embedding(layout: str) -> torch.Tensor:
     """Where the embedding's dropout has put zeros: [s, b, h] ([s/t, b, h] under sequence parallel)."""
-    initialize(LAYOUTS[cut], seed=1)
-    chunk = build_model(WITH_DROPOUT, LAYOUTS[cut], vocab_size=VOCAB_SIZE, seed=1)[0].train()
+    initialize(LAYOUTS[layout], seed=1)
+    chunk = build_model(WITH_DROPOUT, LAYOUTS[layout], vocab_size=VOCAB_SIZE, seed=1)[0].train()
     tokens = torch.arange(TINY.seq_length).unsqueeze(0)
     return chunk.embedding(input_ids=tokens, position_ids=tokens).detach() == 0
 
 
-@pytest.mark.parametrize(("cut", "same"), [("TP2", True), ("TP2+SP", False), ("DP2", False)])
-def test_masks_agree_where_activations_are_replicated_and_differ_elsewhere(cut: str, same: bool) -> None:
-    first, second = run_distributed(_dropped_embedding, 2, cut)
+@pytest.mark.parametrize(("layout", "same"), [("TP2", True), ("TP2+SP", False), ("DP2", False)])
+def test_masks_agree_where_activations_are_replicated_and_differ_elsewhere(layout: str, same: bool) -> None:
+    first, second = run_distributed(_dropped_embedding, 2, layout)
     assert 0.3 < first.float().mean() < 0.7
     assert first.equal(second) == same
 
 
 @functools.cache
-def _trained(cut: str, recompute: bool) -> list[TrainingTrace]:
-    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
-    return run_distributed(train_tiny, 1 if cut == "TP1" else 2, parallel, 2, list, WITH_DROPOUT)
+def _trained(layout: str, recompute: bool) -> list[TrainingTrace]:
+    parallel = with_full_recompute(LAYOUTS[layout]) if recompute else LAYOUTS[layout]
+    return run_distributed(train_tiny, 1 if layout == "TP1" else 2, parallel, 2, list, WITH_DROPOUT)
 
 
-@pytest.mark.parametrize("cut", ["TP1", "TP2", "TP2+SP", "PP2 interleaved"])
-def test_recomputed_layers_draw_the_masks_of_their_forward_pass(cut: str) -> None:
-    kept, recomputed = _trained(cut, False), _trained(cut, True)
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2 interleaved"])
+def test_recomputed_layers_draw_the_masks_of_their_forward_pass(layout: str) -> None:
+    kept, recomputed = _trained(layout, False), _trained(layout, True)
     assert recomputed[0].losses == pytest.approx(kept[0].losses, rel=1e-6)
     gradients, expected = assemble(recomputed), assemble(kept)
     for name, gradient in expected.items():

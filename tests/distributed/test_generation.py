@@ -19,6 +19,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 from megatron_ext.training.interface.family_interface import Family
 
@@ -70,55 +71,54 @@ def _by_full_passes(name: str, count: int) -> list[list[int]]:
 
 
 def _generated(
-    name: str, cut: str, batches: list[list[list[int]]], sampling: Sampling
+    name: str, layout: str, batches: list[list[list[int]]], sampling: Sampling
 ) -> list[list[list[int]]]:
-    model, families = _build(name, LAYOUTS[cut])
+    model, families = _build(name, LAYOUTS[layout])
     return [generate(model, families, prompts, sampling, VOCAB_SIZE) for prompts in batches]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_generation_equals_the_argmax_of_full_passes(name: str) -> None:
-    expected = run_distributed(_by_full_passes, 1, name, GREEDY.max_new_tokens)[0]
+    expected = run_single(_by_full_passes, name, GREEDY.max_new_tokens)
     assert len({token for tokens in expected for token in tokens}) > 8, "the model repeats itself"
-    together, *alone = run_distributed(
-        _generated, 1, name, "TP1", [PROMPTS, *([p] for p in PROMPTS)], GREEDY
-    )[0]
+    together, *alone = run_single(_generated, name, "TP1", [PROMPTS, *([p] for p in PROMPTS)], GREEDY)
     assert together == expected
     assert [tokens for (tokens,) in alone] == expected
 
 
 @pytest.mark.parametrize(
-    ("cut", "name"),
+    ("layout", "name"),
     [("TP2", "rope"), ("PP2", "rope"), ("TP2", "per-layer embedding"), ("TP2xPP2", "per-layer embedding")],
 )
-def test_every_rank_of_every_cut_gives_the_same_tokens(cut: str, name: str) -> None:
-    expected = run_distributed(_greedy_and_sampled, 1, name, "TP1")[0]
-    for found in run_distributed(_greedy_and_sampled, WORLD_SIZES[cut], name, cut):
+def test_every_rank_of_every_layout_gives_the_same_tokens(layout: str, name: str) -> None:
+    expected = run_single(_greedy_and_sampled, name, "TP1")
+    for found in run_distributed(_greedy_and_sampled, WORLD_SIZES[layout], name, layout):
         assert found == expected
 
 
-def _greedy_and_sampled(name: str, cut: str) -> list[list[list[int]]]:
-    return [tokens for sampling in (GREEDY, SAMPLED) for tokens in _generated(name, cut, [PROMPTS], sampling)]
+def _greedy_and_sampled(name: str, layout: str) -> list[list[list[int]]]:
+    return [
+        tokens for sampling in (GREEDY, SAMPLED) for tokens in _generated(name, layout, [PROMPTS], sampling)
+    ]
 
 
 def test_generation_ends_at_the_stop_token_and_leaves_it_out() -> None:
-    whole = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], GREEDY)[0][0]
+    whole = run_single(_generated, "rope", "TP1", [PROMPTS], GREEDY)[0]
     stop = whole[0][3]
     sampling = replace(GREEDY, stop_tokens=(stop,))
-    found = run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], sampling)[0][0]
+    found = run_single(_generated, "rope", "TP1", [PROMPTS], sampling)[0]
     assert found == [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in whole]
 
 
 def test_another_seed_gives_another_continuation() -> None:
     found = [
-        run_distributed(_generated, 1, "rope", "TP1", [PROMPTS], replace(SAMPLED, seed=seed))[0]
-        for seed in (3, 3, 4)
+        run_single(_generated, "rope", "TP1", [PROMPTS], replace(SAMPLED, seed=seed)) for seed in (3, 3, 4)
     ]
     assert found[0] == found[1] != found[2]
 
 
 def test_bad_requests_are_refused_in_one_line() -> None:
-    no_tokens, too_long, *too_many = run_distributed(_refused, 1)[0]
+    no_tokens, too_long, *too_many = run_single(_refused)
     assert all(
         f"--max-new-tokens {count}:" in line for count, line in zip((2 * 10**9, 2**70), too_many, strict=True)
     )

@@ -155,3 +155,33 @@ def test_one_dataset_twice_in_a_blend_is_refused_with_both_names(tmp_path: Path)
     ):
         with pytest.raises(ValueError, match=f"{flag}: {prefix} and {other} are the same file; give it once"):
             build_all(data)
+
+
+def build_on_this_rank(prefix: str, cache: str, file: str, misaligned: str) -> list[Any]:
+    """Samples of a blend on one rank, then the errors of two builds that only rank 0 can notice."""
+    data = DataConfig(data_path=("0.5", prefix, "0.5", prefix + "2"), data_cache_path=cache)
+    train, _, _ = build_all(data, (50, 0, 0), ["0.5", f"{prefix}_pl", "0.5", f"{prefix}2_pl"])
+    results: list[Any] = [[train[number]["per_layer_ids"].tolist() for number in range(50)]]
+    for bad_cache, per_layer in ((file, f"{prefix}_pl"), (cache, misaligned)):
+        try:
+            build_all(DataConfig(data_path=(prefix,), data_cache_path=bad_cache), (50, 0, 0), [per_layer])
+        except (ValueError, OSError) as error:
+            results.append(str(error))
+    return results
+
+
+def test_two_ranks_see_the_same_samples_and_the_same_errors(tmp_path: Path) -> None:
+    prefix = make(f"{tmp_path}/d", seed=1)
+    make(f"{tmp_path}/d2", seed=2)
+    (tmp_path / "file").write_text(
+        ""
+    )  # a cache directory that cannot be made: rank 0 fails inside mcore's builder
+    write_dataset(f"{tmp_path}/other", [[[1]]])  # rank 0 alone compares the shapes
+    paths = (prefix, f"{tmp_path}/cache", f"{tmp_path}/file", f"{tmp_path}/other")
+    ranks = run_distributed(build_on_this_rank, 2, *paths)
+    assert ranks[0][0] == ranks[1][0]
+    assert len(ranks[0][0]) == 50
+    for samples, in_the_builder, in_the_check in ranks:
+        assert len(samples) == 50
+        assert "file" in in_the_builder
+        assert "is not aligned with" in in_the_check

@@ -1,4 +1,4 @@
-"""A run's initial weights do not depend on how it is cut."""
+"""A run's initial weights do not depend on how it is divided."""
 
 from dataclasses import replace
 
@@ -19,16 +19,17 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 UNTIED = replace(TINY, untie_embeddings_and_output_weights=True, position_embedding_type="learned_absolute")
 Shard = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
 
 
-@pytest.mark.parametrize("cut", ["TP2", "PP2", "PP2 interleaved", "TP2xPP2", "TP2+SP"])
-def test_every_shard_is_a_slice_of_the_single_process_weight(cut: str) -> None:
-    whole = {name: values for name, _, _, values in run_distributed(_weights, 1, LAYOUTS["TP1"])[0]}
-    ranks = run_distributed(_weights, WORLD_SIZES[cut], LAYOUTS[cut])
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "PP2 interleaved", "TP2xPP2", "TP2+SP"])
+def test_every_shard_is_a_slice_of_the_single_process_weight(layout: str) -> None:
+    whole = {name: values for name, _, _, values in run_single(_weights, LAYOUTS["TP1"])}
+    ranks = run_distributed(_weights, WORLD_SIZES[layout], LAYOUTS[layout])
     covered = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in whole.items()}
     for name, shape, offset, values in (shard for rank in ranks for shard in rank):
         place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
@@ -98,7 +99,7 @@ class HidingExtension(Extension):
 
 
 def test_split_weight_that_is_saved_as_if_whole_is_refused() -> None:
-    run_distributed(_build_hiding, 1, LAYOUTS["TP1"])
+    run_single(_build_hiding, LAYOUTS["TP1"])
     with pytest.raises(RuntimeError, match="is split over tensor-parallel ranks, but"):
         run_distributed(_build_hiding, 2, LAYOUTS["TP2"])
 
@@ -109,7 +110,7 @@ def _build_hiding(parallel: ParallelConfig) -> None:
 
 
 def test_layers_differ_and_seeds_differ_and_projections_are_scaled_by_depth() -> None:
-    weights, others = run_distributed(_named_weights, 1)[0]
+    weights, others = run_single(_named_weights)
     first, second = (weights[f"decoder.layers.{n}.self_attention.linear_qkv.weight"] for n in (0, 1))
     assert not torch.equal(first, second)
     assert not torch.equal(first, others["decoder.layers.0.self_attention.linear_qkv.weight"])
@@ -156,5 +157,5 @@ def test_padded_vocabulary_is_the_next_multiple_that_the_ranks_divide(
     assert rows % multiple == 0 and rows % tensor_parallel == 0
 
 
-def test_padded_vocabulary_does_not_change_with_a_cut_that_divides_the_multiple() -> None:
+def test_padded_vocabulary_does_not_change_with_a_layout_that_divides_the_multiple() -> None:
     assert len({padded_vocab_size(50257, TINY, ranks) for ranks in (1, 2, 4, 8, 16)}) == 1

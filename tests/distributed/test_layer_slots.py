@@ -1,4 +1,4 @@
-"""Families' modules in the slots of a layer: streams, cuts, recomputation, several families at once."""
+"""Families' modules in the slots of a layer: streams, parallel layouts, recomputation, several families at once."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,16 +17,9 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import WORD_EMBEDDING
 from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import (
-    LAYOUTS,
-    TINY,
-    VOCAB_SIZE,
-    WORLD_SIZES,
-    assemble,
-    train_tiny,
-    with_full_recompute,
-)
+from megatron_ext.testing.layout_runs import LayoutRuns, Variant, assert_same_run
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, assemble, train_tiny
 from megatron_ext.training.interface.family_interface import Batch, Family
 
 STEPS = 3
@@ -179,54 +172,52 @@ def two_families() -> list[Family]:
     return [SlotFamily(SlotExtension("first", "before_layer")), SlotFamily(second)]
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP1", "PP2", "TP2+SP"])
-def test_layers_read_what_the_layer_before_wrote_at_every_parallel_layout(cut: str, recompute: bool) -> None:
-    assert_same_as_single_process(cut, recompute, writer)
+WRITER, READER, TWO = "all slots, writing", "reading", "two families"
+RUNS = LayoutRuns(
+    {
+        WRITER: Variant(make_families=writer, steps=STEPS),
+        READER: Variant(make_families=reader, steps=STEPS),
+        TWO: Variant(make_families=two_families, steps=STEPS),
+    },
+    [],
+    {
+        "TP1 recomputed": [WRITER, TWO],
+        "TP2": [READER],
+        "TP2 recomputed": [READER],
+        "TP2+SP": [WRITER, READER],
+        "TP2+SP recomputed": [WRITER, READER],
+        "PP2": [WRITER, READER],
+        "PP2 recomputed": [WRITER, READER, TWO],
+        "PP2 interleaved": [READER],
+        "PP2 interleaved recomputed": [READER, TWO],
+        "TP2xPP2": [READER],
+        "TP2xPP2 recomputed": [READER],
+    },
+)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("cut", ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP2xPP2"])
-def test_streams_travel_with_their_gradients_at_every_parallel_layout(cut: str, recompute: bool) -> None:
-    assert_same_as_single_process(cut, recompute, reader)
-
-
-@pytest.mark.parametrize("cut", ["TP1", "PP2", "PP2 interleaved"])
-def test_two_families_form_one_model_at_every_parallel_layout(cut: str) -> None:
-    assert_same_as_single_process(cut, True, two_families)
-
-
-_single: dict[Callable[[], list[Family]], Any] = {}
-
-
-def assert_same_as_single_process(
-    cut: str, recompute: bool, make_families: Callable[[], list[Family]]
+@pytest.mark.parametrize(("layout", "variant"), RUNS.cases())
+def test_layers_read_what_others_wrote_and_streams_travel_with_their_gradients_at_every_layout(
+    layout: str, variant: str
 ) -> None:
-    """Losses of a few steps, and the first step's gradients of every parameter."""
-    if make_families not in _single:
-        _single[make_families] = run_distributed(train_tiny, 1, LAYOUTS["TP1"], STEPS, make_families)
-    single = _single[make_families]
-    parallel = with_full_recompute(LAYOUTS[cut]) if recompute else LAYOUTS[cut]
-    traces = run_distributed(train_tiny, WORLD_SIZES[cut], parallel, STEPS, make_families)
-    for trace in traces:
-        assert trace.losses == pytest.approx(single[0].losses, rel=2e-6)
-    expected, found = assemble(single), assemble(traces)
-    assert expected.keys() == found.keys()
-    for name, gradient in expected.items():
-        norm = torch.linalg.norm(gradient)
-        assert norm > 0, f"{name} gets no gradient"
-        assert torch.linalg.norm(found[name] - gradient) < 1e-5 * norm, name
+    assert_same_run(RUNS.at(layout, variant), RUNS.single(variant), losses=2e-6)
+
+
+@pytest.mark.parametrize("variant", RUNS.variants)
+def test_every_parameter_of_the_compared_models_gets_a_gradient(variant: str) -> None:
+    for name, gradient in assemble([RUNS.single(variant).trace]).items():
+        assert torch.linalg.norm(gradient) > 0, name
 
 
 def test_streams_change_the_model() -> None:
     """The comparisons above are of something: without the family the losses are others."""
-    base, read = (run_distributed(train_tiny, 1, LAYOUTS["TP1"], 1, make)[0] for make in (list, reader))
+    base, read = (run_single(train_tiny, LAYOUTS["TP1"], 1, make) for make in (list, reader))
     assert abs(base.losses[0] - read.losses[0]) > 1e-4
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_feed_forward_slot_that_does_what_the_engine_does_is_bit_equal(bf16: bool) -> None:
-    with_slot, without = run_distributed(_feed_forward_losses, 1, bf16)[0]
+    with_slot, without = run_single(_feed_forward_losses, bf16)
     assert torch.equal(with_slot, without)
 
 
@@ -255,21 +246,24 @@ def _feed_forward_losses(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_two_families_in_one_slot_are_refused() -> None:
-    message = run_distributed(_error_of_one_slot, 1)[0]
-    assert message == "layer 0: 'second' wants the slot 'before_layer', which is taken"
+    message = run_single(_error_of_one_slot)
+    assert (
+        message == "layer 0: 'second' uses the slot 'before_layer', which another family already uses; "
+        "apply them to different layers"
+    )
 
 
 def _error_of_one_slot() -> str:
     initialize(ParallelConfig(), seed=1)
     extensions: list[Extension] = [SlotExtension(name, "before_layer") for name in ("first", "second")]
-    with pytest.raises(ValueError, match="wants the slot") as error:
+    with pytest.raises(ValueError, match="uses the slot") as error:
         build_model(TINY, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
     return str(error.value)
 
 
 def test_widths_of_all_families_add_up_and_a_stream_that_several_want_travels_once() -> None:
     # The word embedding is as wide as the hidden states; the two short streams share another row of that width.
-    assert run_distributed(_pipeline_factor, 1)[0] == 1 + 1 + 1
+    assert run_single(_pipeline_factor) == 1 + 1 + 1
 
 
 def _pipeline_factor() -> int:

@@ -13,6 +13,7 @@ from megatron_ext.inference.perplexity import Perplexity, evaluate_perplexity
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
@@ -39,7 +40,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory, stream: torch.Tensor) -> st
 @pytest.fixture(scope="module")
 def direct(stream: torch.Tensor) -> list[float]:
     """-log p of every token but the first."""
-    return run_distributed(_direct, 1, stream)[0]
+    return run_single(_direct, stream)
 
 
 def _direct(stream: torch.Tensor) -> list[float]:
@@ -67,21 +68,21 @@ def _measured(parallel: ParallelConfig, prefix: str, batch: int, max_tokens: int
     )
 
 
-@pytest.mark.parametrize("cut", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2"])
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2"])
 def test_perplexity_equals_cross_entropy_at_every_parallel_layout(
-    cut: str, prefix: str, direct: list[float]
+    layout: str, prefix: str, direct: list[float]
 ) -> None:
     assert len(direct) == TOKENS - 1
-    for found in run_distributed(_measured, WORLD_SIZES[cut], LAYOUTS[cut], prefix, 2, None):
+    for found in run_distributed(_measured, WORLD_SIZES[layout], LAYOUTS[layout], prefix, 2, None):
         assert found.tokens == TOKENS - 1
         assert found.loss == pytest.approx(math.fsum(direct) / len(direct), rel=1e-6)
         assert found.perplexity == pytest.approx(math.exp(math.fsum(direct) / len(direct)), rel=1e-5)
 
 
-@pytest.mark.parametrize("cut", ["TP1", "DP2"])
-def test_only_the_tokens_asked_for_are_counted(cut: str, prefix: str, direct: list[float]) -> None:
+@pytest.mark.parametrize("layout", ["TP1", "DP2"])
+def test_only_the_tokens_asked_for_are_counted(layout: str, prefix: str, direct: list[float]) -> None:
     limits = [1, 16, 17, 40, 1000]
-    results = run_distributed(_measured_up_to, WORLD_SIZES[cut], LAYOUTS[cut], prefix, limits)[0]
+    results = run_distributed(_measured_up_to, WORLD_SIZES[layout], LAYOUTS[layout], prefix, limits)[0]
     for limit, found in zip(limits, results, strict=True):
         counted = direct[:limit]
         assert found.tokens == len(counted)
@@ -94,5 +95,5 @@ def _measured_up_to(parallel: ParallelConfig, prefix: str, limits: list[int]) ->
 
 def test_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "one"), [[[7]]])
-    with pytest.raises(RuntimeError, match="one: has 1 tokens, at least 2 are needed"):
-        run_distributed(_measured, 1, ParallelConfig(), str(tmp_path / "one"), 1, None)
+    with pytest.raises(RuntimeError, match="one: the dataset must have at least 2 tokens, got 1"):
+        run_single(_measured, ParallelConfig(), str(tmp_path / "one"), 1, None)

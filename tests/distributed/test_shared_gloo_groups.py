@@ -25,13 +25,13 @@ GETTERS = (
     "get_expert_data_parallel_group",
     "get_intra_distributed_optimizer_instance_group",
 )
-_CUTS = {
+_LAYOUTS = {
     "one process": (1, ParallelConfig(), 1),
     "TP2": (2, ParallelConfig(tensor_model_parallel_size=2), 2),
     "DP2": (2, ParallelConfig(), 2),
     "TP2 x PP2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 4),
 }
-"""Processes, cut, and how many sets of ranks a process is in."""
+"""Processes, layout, and how many sets of ranks a process is in."""
 
 
 def _groups() -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _count_and_reduce(parallel: ParallelConfig) -> dict[str, Any]:
         dist.all_reduce(value, group=group)
         sums[name] = float(value)
     shared = _ranks()
-    set_parallel_state(ParallelConfig(), seed=1)  # another cut, and back, as tools do
+    set_parallel_state(ParallelConfig(), seed=1)  # another layout, and back, as tools do
     set_parallel_state(parallel, seed=1)
     again = _ranks(), len(set(map(id, _groups().values())))
     parallel_state.destroy_model_parallel()
@@ -70,9 +70,9 @@ def _count_and_reduce(parallel: ParallelConfig) -> dict[str, Any]:
     return {"threads": threads, "shared": shared, "again": again, "own": _ranks(), "sums": sums}
 
 
-@pytest.mark.parametrize("cut", _CUTS)
-def test_shared_groups_hold_the_ranks_of_the_engines_own_and_cost_threads_once_for_a_set(cut: str) -> None:
-    processes, parallel, sets = _CUTS[cut]
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_shared_groups_hold_the_ranks_of_the_engines_own_and_cost_threads_once_for_a_set(layout: str) -> None:
+    processes, parallel, sets = _LAYOUTS[layout]
     for found in run_distributed(_count_and_reduce, processes, parallel):
         assert found["shared"] == found["again"][0] == found["own"]
         assert len(found["own"]) >= len(GETTERS) - 2

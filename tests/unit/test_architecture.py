@@ -2,6 +2,7 @@
 
 import ast
 from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ ALLOWED = {
     "models": {"config", "platform"},
     "data": {"config", "platform"},
     "lora": {"models", "config", "platform"},
-    "training": {"models", "data", "config", "platform"},
+    "training": {"models", "data", "reports", "config", "platform"},
     "inference": {"training", "models", "data", "config", "platform"},
     "interop": {"lora", "training", "models", "data", "config", "platform"},
     "reports": set[str](),
@@ -93,6 +94,36 @@ def test_no_family_imports_another() -> None:
     for family in FAMILIES:
         for path in ROOT.joinpath(PACKAGE, family).rglob("*.py"):
             assert not imported_folders(path) & (FAMILIES - {family}), relative(path)
+
+
+def rooms_imported_by_room(folder: str) -> dict[str, set[str]]:
+    """Returns for each room of a folder ("." for the files beside the rooms) the other rooms that it imports.
+
+    The folder's own `__init__` is left out: it may offer names of every room, and imports them when they are used.
+    """
+    root = ROOT / PACKAGE / folder
+    rooms = {path.parent.name for path in root.glob("*/*.py")}
+    arrows: dict[str, set[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root).parts
+        room = place[0] if len(place) > 1 else "."
+        parts = [name.split(".") for name in imported_modules(path)]
+        targets = {part[2] for part in parts if part[:2] == [PACKAGE, folder] and len(part) > 2}
+        if place != ("__init__.py",):
+            found = {target if target in rooms else "." for target in targets}
+            arrows[room] = arrows.get(room, set()) | found - {room}
+    return arrows
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_the_rooms_of_a_folder_import_each_other_in_no_circle(folder: str) -> None:
+    TopologicalSorter(rooms_imported_by_room(folder)).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_modules_of_npt_know_no_training_objective() -> None:
+    arrows = rooms_imported_by_room("npt")
+    assert "modules" in arrows["objective"]
+    assert not arrows["modules"]
 
 
 def test_training_models_and_data_import_no_family() -> None:

@@ -1,69 +1,95 @@
-"""The flags that a set of configuration dataclasses ("config groups") makes: one for every field, plus its aliases.
+"""Derives the command-line flags from the config dataclasses: one flag per field, plus its aliases.
 
-Everything is read from the dataclasses; there is no list of flags anywhere.
+A configuration is a dataclass whose fields are config groups (`RunConfig`), or a single group.
 """
 
 import dataclasses
 import difflib
+import types
 import typing
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-import tyro
-
-from megatron_ext.config.command_line.field_checks import literal_values
+from megatron_ext.config.command_line.field_checks import Spelling, flag_name, literal_values
 from megatron_ext.config.command_line.megatron_flags import instead_of
 
-ConfigGroups = Mapping[str, type[Any]]
+Groups = Mapping[str, type[Any]]
+"""Name of a config group (section in a YAML file, heading in `--help`) -> its dataclass."""
+
+CONFIG, HELP, SHOW_CONFIG = "--config", "--help", "--show-config"
+OWN_FLAGS = (CONFIG, HELP, SHOW_CONFIG)
+"""Flags of every command line that belong to no config group."""
+
+SINGLE_GROUP = "config"
+"""Name of the group if the configuration is a single group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """One field of one group, as the command line sees it."""
+    """The flag of one field of a config group."""
 
     group: str
-    """Name of the group: the section of a YAML file, the group of `--help`."""
+    """Name of the group."""
+
+    field: str
+    """Name of the field, which is unique in the configuration."""
 
     names: tuple[str, ...]
-    """Its flag, then the aliases, in dashes."""
+    """The flag, then its aliases, all with dashes."""
 
     negations: tuple[str, ...]
-    """The flags that set a boolean to false; empty for others, and for a boolean that is a negation itself."""
+    """Flags that set a boolean to false; empty for other types and for a `Switch`."""
 
     takes_many: bool
-    """True for a field of several values."""
+    """Whether the field holds several values."""
+
+    is_repeated: bool
+    """Whether several values are given by repeating the flag."""
 
     kind: type
-    """What a value is: bool, int, float or str (choices are texts); of several values each."""
+    """Type of one value: bool, int, float or str."""
 
     choices: tuple[str, ...]
-    """The values that are allowed; empty where any is."""
+    """Allowed values; empty if any value is."""
 
     is_required: bool
-    """True if the field has no default."""
+    """Whether the field has no default."""
+
+    default: object
+    """Default of the field, or None."""
+
+    metavar: str | None
+    """Placeholder of the value in `--help`; None derives it from the type."""
 
     @property
     def is_switch(self) -> bool:
-        """True for a boolean."""
         return self.kind is bool
 
     @property
     def name(self) -> str:
-        """The flag that the field's own name makes."""
+        """The flag without its aliases."""
         return self.names[0]
 
 
-def flags_of(groups: ConfigGroups) -> list[Flag]:
-    """Returns the flags of all fields.
+def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
+    """Returns the config groups: the fields that are dataclasses, or else the configuration as a single group."""
+    hints = typing.get_type_hints(config_type)
+    names = [field.name for field in dataclasses.fields(config_type)]
+    groups = {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
+    return groups or {SINGLE_GROUP: config_type}
+
+
+def flags_of(config_type: type[Any]) -> list[Flag]:
+    """Returns the flags of all fields of a configuration.
 
     Raises:
-        TypeError: if two fields claim one flag, which is a defect of the dataclasses.
+        TypeError: two fields have the same flag, which is a defect of the dataclasses.
     """
     flags = [
         _flag(group, field, hints[field.name])
-        for group, config_type in groups.items()
-        for hints in [typing.get_type_hints(config_type, include_extras=True)]
-        for field in dataclasses.fields(config_type)
+        for group, group_type in groups_of(config_type).items()
+        for hints in [typing.get_type_hints(group_type, include_extras=True)]
+        for field in dataclasses.fields(group_type)
     ]
     owner: dict[str, Flag] = {}
     for flag in flags:
@@ -74,88 +100,84 @@ def flags_of(groups: ConfigGroups) -> list[Flag]:
     return flags
 
 
+def known_flags(config_type: type[Any]) -> frozenset[str]:
+    """Returns every name of a flag that the command line accepts for a configuration, with dashes."""
+    return frozenset(OWN_FLAGS).union(*(flag.names + flag.negations for flag in flags_of(config_type)))
+
+
 def with_dashes(flag: str) -> str:
     """Returns `--a_b` as `--a-b`."""
-    return "--" + flag.removeprefix("--").replace("_", "-")
+    return flag_name(flag.removeprefix("--"))
 
 
-def given_flags(arguments: Sequence[str], flags: Sequence[Flag]) -> set[str]:
-    """Returns the (first) names of the flags that `arguments` hold.
+def missing_flags(groups: Groups, flags: Sequence[Flag], given: Mapping[str, Any]) -> list[str]:
+    """Returns all required flags that a command lacks.
 
-    Raises:
-        ValueError: if some are unknown; the message names all, each with what to use in its place.
-    """
-    name_of = {spelling: flag.name for flag in flags for spelling in flag.names + flag.negations}
-    given = set()
-    unknown: dict[str, None] = {}
-    for argument in arguments:
-        if not argument.startswith("--"):
-            continue
-        spelled = argument.partition("=")[0]
-        name = name_of.get(with_dashes(spelled))
-        if name is None:
-            unknown[spelled] = None
-        else:
-            given.add(name)
-    if unknown:
-        known = [*name_of, "--config"]
-        told = ", ".join(spelled + _instead_of(with_dashes(spelled), known) for spelled in unknown)
-        raise ValueError(f"unknown flag{'s' if len(unknown) > 1 else ''} {told}")
-    return given
-
-
-def missing_flags(
-    groups: ConfigGroups, flags: Sequence[Flag], given: Container[str], values: Mapping[str, str]
-) -> list[str]:
-    """Returns all flags that a command lacks: those without a default, and what groups ask for besides.
-
-    A group with the class method `missing(given, values)` gives its own, of which any one of several may be needed.
+    These are flags without a default, and those that a group's class method `missing(given)` returns, such as "one of
+    several" or "required with --tokenizer-type X".
 
     Args:
-        groups: the dataclasses by name.
-        flags: their flags.
-        given: (first) names of the flags that are given.
-        values: field's name -> text of the given flags of one value.
+        groups: name -> dataclass.
+        flags: flags of the groups.
+        given: field name -> value, for all fields that have a value from any source.
     """
-    missing = [flag.name for flag in flags if flag.is_required and flag.name not in given]
+    missing = [flag.name for flag in flags if flag.is_required and flag.field not in given]
     for group in groups.values():
         if hasattr(group, "missing"):
-            missing += group.missing(given, values)
+            missing += group.missing(given)
     return missing
 
 
 def did_you_mean(unknown: str, known: Iterable[str]) -> str:
-    """Returns ` (did you mean X?)` for the nearest known name, or nothing if none is near."""
+    """Returns ` (did you mean X?)` for the most similar known name, or "" if none is similar."""
     near = difflib.get_close_matches(unknown, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _kind(hint: Any) -> type:
-    """The type of a value under `| None`, `tuple[...]` and `Literal[...]`."""
-    if typing.get_origin(hint) is typing.Literal:
-        return str
-    parts = [part for part in typing.get_args(hint) if part not in (type(None), ...)]
-    return _kind(parts[0]) if parts else hint
+def instead_of_unknown(flag: str, known: Iterable[str], shown: str | None = None) -> str:
+    """Returns ` (what to use instead of an unknown flag)`, or "" if there is nothing to suggest.
 
-
-def _instead_of(unknown: str, known: Iterable[str]) -> str:
-    words = instead_of(unknown)
-    return f" ({words})" if words is not None else did_you_mean(unknown, known)
+    Args:
+        flag: the unknown flag, with dashes.
+        known: known names; the most similar one is suggested.
+        shown: the unknown name in the form of `known`; the default is `flag`.
+    """
+    words = instead_of(flag)
+    return f" ({words})" if words is not None else did_you_mean(shown or flag, known)
 
 
 def _flag(group: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
-    metadata: Sequence[Any] = ()
+    spelling = Spelling()
     if typing.get_origin(hint) is Annotated:
-        hint, *metadata = typing.get_args(hint)
-    aliases = [alias for item in metadata for alias in getattr(item, "aliases", None) or ()]
-    names = (with_dashes(field.name), *aliases)
-    has_negations = hint is bool and tyro.conf.FlagCreatePairsOff not in metadata
+        hint, spelling = typing.get_args(hint)
+    names = (flag_name(field.name), *spelling.aliases)
+    is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     return Flag(
         group=group,
+        field=field.name,
         names=names,
-        negations=tuple("--no-" + name[2:] for name in names) if has_negations else (),
-        takes_many=any(typing.get_origin(part) in (tuple, list) for part in (hint, *typing.get_args(hint))),
+        negations=tuple("--no-" + name[2:] for name in names)
+        if hint is bool and spelling.has_negation
+        else (),
+        takes_many=any(typing.get_origin(part) is tuple for part in _alternatives(hint)),
+        is_repeated=spelling.is_repeated,
         kind=_kind(hint),
         choices=literal_values(hint),
-        is_required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+        is_required=is_required,
+        default=None if field.default is dataclasses.MISSING else field.default,
+        metavar=spelling.metavar,
     )
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The parts of a union such as `X | None`, or else the type itself."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _kind(hint: Any) -> type:
+    """The type of one value inside `| None`, `tuple[...]` and `Literal[...]`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return str
+    parts = [part for part in typing.get_args(hint) if part not in (type(None), ...)]
+    return _kind(parts[0]) if parts else typing.cast(type, hint)

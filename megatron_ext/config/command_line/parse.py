@@ -1,176 +1,138 @@
-"""The command line and YAML: the one place that reads either.
+"""Reads the command line and YAML files; nothing else does.
 
-`parse` makes one flat set of flags from the fields of the configuration dataclasses ("config groups"), reads
-`--config file.yaml` first and the command line over it, and gives the dataclasses back by name:
+`parse` derives a flat set of flags from the fields of the config groups, reads the command line and the file of
+--config, and returns the configuration:
 
-    configs = parse({"model": ModelConfig, "parallel": ParallelConfig}, prog="pretrain_x.py", description="...")
-    configs["model"].num_layers
+    config = parse(RunConfig, prog="pretrain_x.py", description="...")
+    config.model.num_layers
 
-A script may give defaults that follow from what was given (a mode, a checkpoint to load); they come last of all.
-Nothing here imports torch, so `--help` and a mistyped flag answer at once.
+A script may add values that depend on the given flags (a mode, a checkpoint to load); `merge` defines the precedence.
+Nothing here imports torch, so that `--help` and errors in flags appear at once.
 """
 
-import contextlib
 import dataclasses
-import io
 import os
-import re
 import sys
-import typing
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import tyro
-
+from megatron_ext.config.command_line.argument_words import read_arguments
 from megatron_ext.config.command_line.error_lines import exit_with_error, main_guard, run_main
-from megatron_ext.config.command_line.field_checks import check_numbers
 from megatron_ext.config.command_line.flag_table import (
-    ConfigGroups,
-    Flag,
+    CONFIG,
+    HELP,
+    SHOW_CONFIG,
     flags_of,
-    given_flags,
+    groups_of,
+    known_flags,
     missing_flags,
-    with_dashes,
 )
-from megatron_ext.config.command_line.yaml_file import default_arguments, yaml_arguments
-
-__all__ = ["known_flags", "main_guard", "parse", "run_main"]
-
-_CONFIG_HELP = (
-    "YAML file of flags, flat or in sections named as the groups below; flags on the command line win."
+from megatron_ext.config.command_line.help_text import format_help
+from megatron_ext.config.command_line.merge import (
+    FLAG,
+    Found,
+    Merged,
+    Source,
+    build,
+    format_sources,
+    name_yaml,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["Found", "known_flags", "main_guard", "parse", "run_main"]
+
+T = TypeVar("T", bound="DataclassInstance")
+Given = Mapping[str, Any]
+"""Field name -> value, for the fields that the command line and the YAML file set."""
 
 
 def parse(
-    groups: type[Any] | ConfigGroups,
+    config_type: type[T],
     argv: Sequence[str] | None = None,
     *,
     prog: str | None = None,
     description: str = "",
     example: str = "",
-    defaults: Callable[[Mapping[str, str]], Mapping[str, Mapping[str, Any]]] | None = None,
+    find: Callable[[Given], Sequence[Found]] | None = None,
     sections: Mapping[str, Container[str]] = MappingProxyType({}),
     supplied: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Reads the command line into configuration dataclasses.
+) -> T:
+    """Reads the command line into a configuration.
 
     Args:
-        groups: the dataclasses by name (the name is the `--help` group and the YAML section), or a single one.
-        argv: arguments without the program's name; the process's own by default.
-        prog: the program's name for `--help`.
-        description: what the program does, for `--help`.
-        example: a command that works, for `--help`.
-        defaults: field's name -> text of the given flags of one value; gives group's name -> field's name -> default.
-        sections: YAML section's name -> further groups whose flags it may hold, for files of earlier systems.
-        supplied: field's name -> where `defaults` takes its value from, for `--help`, which calls others required.
-
-    Returns:
-        An instance for every name (for a single class its name is `config`).
+        config_type: a dataclass of config groups (the name of a group is its heading in `--help` and its YAML section),
+            or a single group.
+        argv: arguments without the program's name; the default is `sys.argv[1:]`.
+        prog: name of the program in `--help`.
+        description: description of the program in `--help`.
+        example: an example command for `--help`.
+        find: called with the given values; returns values for fields that are not given, later ones override earlier.
+        sections: name of a YAML section -> further groups whose flags it may hold.
+        supplied: field name -> text that `--help` shows as its default, because `find` provides the value.
 
     Raises:
-        SystemExit: code 2 after a user's mistake, told in one line on rank 0; code 0 after `--help`.
+        SystemExit: code 2 after a user error, which is printed as one line; code 0 after `--help` and `--show-config`.
     """
-    by_name = _by_name(groups)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in arguments or "--help" in arguments:
-        text = description + (f"\n\nExample: {example}" if example else "")
-        _call_tyro(by_name, tyro.conf.OmitArgPrefixes, ["--help"], prog, text, supplied)
-    from_yaml: list[str] = []
+    if "-h" in arguments or HELP in arguments:
+        print(
+            format_help(
+                _own_groups_first(config_type),
+                flags_of(config_type),
+                prog=prog or os.path.basename(sys.argv[0]),
+                description=description,
+                example=example,
+                supplied=supplied,
+            )
+        )
+        raise SystemExit(0)
+    merged = Merged()
     try:
-        arguments, path = _take_config_path(arguments)
-        flags = flags_of(by_name)
-        given = given_flags(arguments, flags)
-        if path is not None:
-            from_yaml = yaml_arguments(path, by_name, flags, given, sections)
-            given |= given_flags(from_yaml, flags)
-        if defaults is not None:
-            chosen = defaults(_given_values(from_yaml + arguments, flags))
-            from_defaults = default_arguments(chosen, flags, given)
-            given |= given_flags(from_defaults, flags)
-            arguments = from_defaults + arguments
-        missing = missing_flags(by_name, flags, given, _given_values(from_yaml + arguments, flags))
-        if missing:
-            raise ValueError(f"missing required flag{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-        with _one_line_errors():
-            # A name of "" lets a ValueError of a dataclass pass as it is; the marker used for --help would frame it.
-            parsed = _call_tyro(by_name, tyro.conf.arg(name=""), from_yaml + arguments, prog, description)
-        for name in by_name:
-            check_numbers(getattr(parsed, name))
+        shows = SHOW_CONFIG in arguments
+        arguments, path = _take_config_path([each for each in arguments if each != SHOW_CONFIG])
+        _merge(merged, config_type, arguments, path, find, sections)
+        config = build(config_type, merged)
     except ValueError as error:
-        message = str(error)
-        from_file = {argument.partition("=")[0] for argument in from_yaml if argument.startswith("--")}
-        if from_file.intersection(re.findall(r"--[\w-]+", message)):
-            message += f" (see {path})"
-        exit_with_error(message)
-    return {name: getattr(parsed, name) for name in by_name}
+        exit_with_error(name_yaml(str(error), merged.sources))
+    if shows:
+        if int(os.environ.get("RANK") or 0) == 0:
+            print(format_sources(config, merged.sources))
+        raise SystemExit(0)
+    return config
 
 
-def known_flags(groups: type[Any] | ConfigGroups) -> frozenset[str]:
-    """Returns every spelling that the command line accepts for these groups, in dashes."""
-    spellings = (flag.names + flag.negations for flag in flags_of(_by_name(groups)))
-    return frozenset({"--config", "--help"}.union(*spellings))
-
-
-def _given_values(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, str]:
-    """Field's name -> text, of flags that have one value; the last one counts, as on any command line."""
-    name_of = {spelling: flag.name[2:].replace("-", "_") for flag in flags for spelling in flag.names}
-    values = {}
-    for place, argument in enumerate(arguments):
-        spelled, equals, value = argument.partition("=")
-        name = name_of.get(with_dashes(spelled)) if argument.startswith("--") else None
-        if name is not None and equals:
-            values[name] = value
-        elif name is not None and place + 1 < len(arguments) and not arguments[place + 1].startswith("--"):
-            values[name] = arguments[place + 1]
-    return values
-
-
-def _by_name(groups: type[Any] | ConfigGroups) -> dict[str, type[Any]]:
-    return dict(groups) if isinstance(groups, Mapping) else {"config": groups}
-
-
-def _call_tyro(
-    by_name: ConfigGroups,
-    marker: Any,
+def _merge(
+    merged: Merged,
+    config_type: type[Any],
     arguments: Sequence[str],
-    prog: str | None,
-    description: str,
-    supplied: Mapping[str, str] = MappingProxyType({}),
-) -> Any:
-    # `parse` has read --config already; it is declared here for --help alone.
-    config_flag = tyro.conf.arg(name="config", help=_CONFIG_HELP, metavar="FILE")
-    fields: list[Any] = [("config_file", Annotated[str | None, config_flag], None)]
-    fields += [
-        (name, Annotated[group, marker], *_shown_defaults(group, supplied)) for name, group in by_name.items()
-    ]
-    combined = dataclasses.make_dataclass("Flags", fields, kw_only=True)
-    return tyro.cli(
-        combined, prog=prog, description=description, args=arguments, config=(tyro.conf.DisallowNone,)
-    )
+    path: str | None,
+    find: Callable[[Given], Sequence[Found]] | None,
+    sections: Mapping[str, Container[str]],
+) -> None:
+    """Adds the values of all sources in order of precedence; raises `ValueError` if a required value is missing."""
+    groups, flags = groups_of(config_type), flags_of(config_type)
+    merged.add(FLAG, read_arguments(arguments, flags))
+    if path is not None:
+        # Imported late, because importing YAML takes time and most command lines have no file.
+        from megatron_ext.config.command_line.yaml_file import read_yaml
+
+        merged.add(Source(path, is_yaml=True), read_yaml(path, groups, flags, sections))
+    for found in reversed(find(MappingProxyType(dict(merged.values))) if find is not None else ()):
+        merged.add(Source(found.source), found.values(flags))
+    missing = missing_flags(groups, flags, merged.values)
+    if missing:
+        raise ValueError(f"missing required flag{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
 
 
-class _Words:
-    """A default that `--help` shows as words; tyro looks at its type alone."""
-
-    def __str__(self) -> str:
-        return str(self.words)  # type: ignore[attr-defined]
-
-
-def _shown_defaults(group: type[Any], supplied: Mapping[str, str]) -> list[Any]:
-    """For `--help`: a default of the group in which the supplied fields tell where they come from; or nothing."""
-    fields = {field.name: field for field in dataclasses.fields(group)}
-    hints = typing.get_type_hints(group)
-    if not supplied.keys() & fields.keys():
-        return []
-    shown = object.__new__(group)
-    for name, field in fields.items():
-        value = field.default if field.default is not dataclasses.MISSING else tyro.MISSING_NONPROP
-        if name in supplied:
-            value = type("Supplied", (_Words, hints[name]), {})()
-            value.words = supplied[name]
-        object.__setattr__(shown, name, value)
-    return [dataclasses.field(default=shown)]
+def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:
+    """The config groups, with those that a family adds to `RunConfig` first."""
+    groups = groups_of(config_type)
+    bases = filter(dataclasses.is_dataclass, config_type.__mro__[1:])
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
+    return {name: groups[name] for name in sorted(groups, key=inherited.__contains__)}
 
 
 def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -179,41 +141,12 @@ def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     path: str | None = None
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--config":
+        if argument == CONFIG:
             path = next(remaining, None)
             if path is None or path.startswith("--"):
-                raise ValueError("--config: needs a file")
-        elif argument.startswith("--config="):
+                raise ValueError(f"{CONFIG}: requires the path of a YAML file")
+        elif argument.startswith(f"{CONFIG}="):
             path = argument.partition("=")[2]
         else:
             rest.append(argument)
     return rest, path
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turns tyro's framed error into a `ValueError` of one line, without the frame and the help below it."""
-    framed = io.StringIO()
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"  # else the message would be wrapped, and cut within a long word
-    try:
-        # Standard output too: tyro looks at it to choose colours and the frame's characters.
-        with contextlib.redirect_stderr(framed), contextlib.redirect_stdout(framed):
-            yield
-    except SystemExit:
-        raise ValueError(_unframed(framed.getvalue())) from None
-    finally:
-        del os.environ["COLUMNS"]
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-
-
-def _unframed(framed: str) -> str:
-    """Returns the text between the first rule, which is below the title, and the next."""
-    message: list[str] = []
-    for line in framed.split("\n")[2:]:
-        text = line.strip(" |")
-        if not text.strip("-"):
-            break
-        message.append(text)
-    return " ".join(message).removeprefix("Error parsing ") or " ".join(framed.split())

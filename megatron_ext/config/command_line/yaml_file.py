@@ -1,8 +1,7 @@
-"""Reads a configuration file into command-line arguments.
+"""Reads a YAML configuration file.
 
-The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by group name, or both; a section may
-stand inside another one (document 004 has `training: {progressive: ...}`). As its values become arguments, they go
-through the same checks as what a user types.
+The file holds flags (`num_layers: 12`, with `-` or `_`), sections of flags by group name, or both. Sections may be
+nested (`training: {progressive: ...}`).
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -12,121 +11,57 @@ from typing import Any
 
 import yaml
 
-from megatron_ext.config.command_line.flag_table import ConfigGroups, Flag, did_you_mean, with_dashes
-from megatron_ext.config.command_line.megatron_flags import instead_of
+from megatron_ext.config.command_line.flag_table import Flag, Groups, instead_of_unknown, with_dashes
+from megatron_ext.config.command_line.values import from_file
 
 
-def yaml_arguments(
+def read_yaml(
     path: str,
-    groups: ConfigGroups,
+    groups: Groups,
     flags: Sequence[Flag],
-    given: Container[str],
     sections: Mapping[str, Container[str]] = MappingProxyType({}),
-) -> list[str]:
-    """Returns the file's values as arguments, without those that the command line gives itself.
+) -> dict[str, Any]:
+    """Returns field name -> value; a field that is null in the file is left out.
 
     Args:
         path: the YAML file.
-        groups: the dataclasses by section name.
-        flags: their flags.
-        given: names of the flags on the command line, which win.
-        sections: section's name -> further groups whose flags it may hold.
+        groups: section name -> dataclass.
+        flags: flags of the groups.
+        sections: section name -> further groups whose flags it may hold.
 
     Raises:
-        ValueError: if the file is missing, is not a mapping of flags, or holds unknown keys, a repeated one, or a value
-            of a wrong type, also where the command line gives the flag.
+        ValueError: the file is missing or not a mapping of flags; or it has unknown keys, repeated keys, or values of
+            the wrong type, all of which the message lists.
     """
     flag_of = {name: flag for flag in flags for name in flag.names}
-    arguments: list[str] = []
+    values: dict[str, Any] = {}
     unknown: list[str] = []
-    seen: set[str] = set()
+    wrong: list[str] = []
     for section, key, value in _read(path, groups):
         flag = flag_of.get(with_dashes(key))
         if flag is None or not _belongs(flag, section, sections):
-            known = [
-                name[2:].replace("-", "_")
-                for name, flag in flag_of.items()
-                if _belongs(flag, section, sections)
-            ]
+            known = [n[2:].replace("-", "_") for n, f in flag_of.items() if _belongs(f, section, sections)]
             where = f" in section {section}" if section is not None else ""
-            unknown.append(f"{key}{where}{_instead_of(key, known)}")
-            continue
-        if flag.name in seen:
-            raise ValueError(f"{path}: {key} is given twice")
-        seen.add(flag.name)
-        if value is not None:
-            read = _as_arguments(path, flag, key, value)
-            arguments += [] if flag.name in given else read
+            unknown.append(
+                f"{key}{where}{instead_of_unknown(with_dashes(key), known, key.replace('-', '_'))}"
+            )
+        elif flag.field in values:
+            wrong.append(f"{key} is given twice")
+        else:
+            try:
+                values[flag.field] = None if value is None else from_file(flag, key, value)
+            except ValueError as error:
+                values[flag.field] = None
+                wrong.append(str(error))
     if unknown:
-        raise ValueError(f"{path}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}")
-    return arguments
-
-
-def _instead_of(key: str, known: list[str]) -> str:
-    words = instead_of(with_dashes(key))
-    return f" ({words})" if words is not None else did_you_mean(key.replace("-", "_"), known)
+        wrong.insert(0, f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}")
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
+    return {field: value for field, value in values.items() if value is not None}
 
 
 def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[str]]) -> bool:
     return section in (None, flag.group) or flag.group in sections.get(section or "", ())
-
-
-def default_arguments(
-    sections: Mapping[str, Mapping[str, Any]], flags: Sequence[Flag], given: Container[str]
-) -> list[str]:
-    """Returns defaults, by group and field, as arguments, without those that are given; `None` is left out."""
-    flag_of = {(flag.group, flag.name): flag for flag in flags}
-    arguments: list[str] = []
-    for section, values in sections.items():
-        for key, value in values.items():
-            flag = flag_of[section, with_dashes(key)]
-            if flag.name not in given and value is not None:
-                value = list(value) if isinstance(value, tuple) else value
-                arguments += _as_arguments("defaults", flag, key, value)
-    return arguments
-
-
-def _as_arguments(path: str, flag: Flag, key: str, value: Any) -> list[str]:
-    if flag.is_switch:
-        if not isinstance(value, bool):
-            raise ValueError(f"{path}: {key} {value}: is neither true nor false")
-        return [flag.name] if value else list(flag.negations[:1])
-    if isinstance(value, list) and flag.takes_many:
-        for part in value:
-            _check_kind(path, flag, key, part)
-        return [flag.name, *map(str, value)]
-    if isinstance(value, list) and flag.kind is str and value and all(type(part) is int for part in value):
-        value = ",".join(map(str, value))  # numbers of layers, as the command line has them
-    if isinstance(value, (list, dict)):
-        raise ValueError(f"{path}: {key} {value}: must be a single value, it is {_TYPES[type(value)]}")
-    _check_kind(path, flag, key, value)
-    return [f"{flag.name}={value}"]
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
-_TYPES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a section",
-}
-
-
-def _check_kind(path: str, flag: Flag, key: str, value: Any) -> None:
-    """Raises `ValueError` for a value that the flag's type cannot be read from; YAML has 1e-4, say, as a text."""
-    found = f"it is {_TYPES.get(type(value), type(value).__name__)}"
-    if flag.choices:
-        wanted, fits = f"one of {', '.join(flag.choices)}", value in flag.choices
-    else:
-        wanted, fits = _KINDS.get(flag.kind, flag.kind.__name__), not isinstance(value, (bool, list, dict))
-        try:
-            flag.kind(str(value))
-        except (TypeError, ValueError):
-            fits = False
-    if not fits:
-        raise ValueError(f"{path}: {key} {value}: must be {wanted}, {found}")
 
 
 def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str, Any]]:
@@ -140,7 +75,7 @@ def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str
     if content is None:
         return
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must be a mapping of flags, it is a {type(content).__name__}")
+        raise ValueError(f"--config {path}: must be a mapping of flags (got {type(content).__name__})")
     for key, value in content.items():
         if key in sections and isinstance(value, dict):
             yield from _read_section(key, value, sections)

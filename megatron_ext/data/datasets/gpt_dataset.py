@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from megatron_ext.data.datasets.index_size import check_index_size
 from megatron_ext.data.indexed.manifest import check_dataset
 from megatron_ext.data.per_layer.alignment import check_aligned, require_per_layer_files
 from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.platform.collectives import is_first_rank, on_every_rank, on_first_rank
 
 _IDENTITY_BYTES = 1 << 20
 Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
@@ -42,10 +43,13 @@ Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 
 @dataclass
 class AlignedGPTDatasetConfig(GPTDatasetConfig):
-    """mcore's configuration, and the path of each dataset's aligned per-layer data."""
+    """mcore's configuration, where the aligned per-layer data of each dataset is, and which index files are read."""
 
     per_layer_prefixes: dict[str, str] | None = None
     """Prefix of the main data -> prefix of its per-layer data; None without aligned data."""
+
+    index_identities: dict[str, str] = field(default_factory=dict)
+    """Prefix of the main data -> what tells its index file from another one of the same name."""
 
 
 class AlignedGPTDataset(GPTDataset):
@@ -74,7 +78,7 @@ class AlignedGPTDataset(GPTDataset):
         self,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
         """Calls mcore's method, with the identity of the index file in the cache key."""
-        self.unique_identifiers["index_identity"] = _identity(self.dataset.path_prefix)
+        self.unique_identifiers["index_identity"] = self.config.index_identities[self.dataset.path_prefix]
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers
         )
@@ -112,9 +116,9 @@ class _Builder(BlendedMegatronDatasetBuilder):
                 uncached = copy.copy(args[-1])
                 uncached.path_to_cache = IN_MEMORY
                 args = (*args[:-1], uncached)
-        is_first = not dist.is_initialized() or dist.get_rank() == 0
-        dataset = _together(lambda: cls(*args) if is_first else None)
-        return _together(lambda: dataset if is_first else cls(*args))
+        is_first = is_first_rank()
+        dataset = on_every_rank(lambda: cls(*args) if is_first else None)
+        return on_every_rank(lambda: dataset if is_first else cls(*args))
 
     def _build_megatron_datasets_parallel(
         self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
@@ -166,10 +170,10 @@ def build_datasets(
         check_index_size(blends, seq_length)
         for prefix, per_layer in (blends.per_layer or {}).items():
             require_per_layer_files(prefix, per_layer)
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if is_first_rank():
                 check_aligned(prefix, per_layer, strategy=per_layer_strategy, vocab_size=per_layer_vocab_size)
 
-    _together(check)
+    on_every_rank(check)
     cache = choose_cache(data, blends.prefixes())
     config = _mcore_config(data, blends, seq_length, seed, tokenizer, cache)
     if config.split_matrix is not None:
@@ -199,6 +203,8 @@ def _mcore_config(
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=data.reset_attention_mask,  # plain causal attention makes its own mask
         per_layer_prefixes=blends.per_layer,
+        # Every index file is read whole for it: once for all splits, on one rank.
+        index_identities=on_first_rank(lambda: {prefix: _identity(prefix) for prefix in blends.prefixes()}),
     )
 
 
@@ -210,30 +216,3 @@ def _identity(prefix: str) -> str:
         while block := stream.read(_IDENTITY_BYTES):
             checksum = zlib.crc32(block, checksum)
     return f"{os.path.getsize(path)}-{checksum:08x}"
-
-
-def _together(action: Callable[[], Any]) -> Any:
-    """Runs a function on every rank; if it fails on any, all ranks raise the first such error."""
-    error: Exception | None = None
-    result = None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-    if not dist.is_initialized():
-        if error is not None:
-            raise error
-        return result
-    kinds = [None] * dist.get_world_size()
-    dist.all_gather_object(kinds, None if error is None else (type(error).__name__, str(error)))
-    if error is not None:
-        raise error
-    for rank, kind in enumerate(kinds):
-        if kind is not None:
-            name, message = kind
-            raise (
-                FileNotFoundError(message)
-                if name == "FileNotFoundError"
-                else ValueError(f"{message} (rank {rank})")
-            )
-    return result

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_ext.config.groups.data_config import DataConfig
+from megatron_ext.platform.collectives import on_first_rank
 
 IN_MEMORY = ""
 """Value of the cache path with which mcore writes no index."""
@@ -39,14 +40,11 @@ def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
     """
     if data.data_cache_path is not None:
         return data.data_cache_path
-    chosen = [_beside(prefixes[0]) if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    assert chosen[0] is not None
-    if chosen[0] == IN_MEMORY:  # silence mcore's warning: `_beside` has printed a note
+    chosen = on_first_rank(lambda: _beside(prefixes[0]))
+    if chosen == IN_MEMORY:  # silence mcore's warning: `_beside` has printed a note
         for name in ("gpt_dataset", "blended_dataset"):
             logging.getLogger(f"megatron.core.datasets.{name}").setLevel(logging.ERROR)
-    return chosen[0]
+    return chosen
 
 
 def _beside(prefix: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.preprocess_config import InputConfig, PreprocessConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.indexed.indexed_files import bin_path, idx_path, optimal_dtype
@@ -158,7 +159,7 @@ class Preprocessor:
             files.append([source.path, status.st_size, status.st_mtime_ns] if status else [source.path])
         config = self.config
         return {
-            **{f"--{name.replace('_', '-')}": value for name, value in inputs.items()},
+            **{flag_name(name): value for name, value in inputs.items()},
             "input (path, size, time)": files,
             "tokenizer": self.tokenizer.fingerprint(),
             "chunk_bytes": self.chunk_bytes,

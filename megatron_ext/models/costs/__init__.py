@@ -1,1 +1,1 @@
-"""Parameters, FLOPs and memory of a model, by formula."""
+"""Formulas for a model's parameter count, FLOPs and memory."""

@@ -1,18 +1,18 @@
 """Estimates the memory of each rank: parameters, gradients, optimizer state and activations.
 
-Bytes for one parameter, with D data-parallel ranks:
+Bytes per parameter, with D data-parallel ranks:
 
               parameters  gradients  AdamW            AdamW, distributed optimizer
     fp32      4           4          8                8 / D
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
 
-Frozen parameters have neither gradients nor optimizer state; they count in the run's precision, even if a family packs
-them. Activations are the tensors that this engine's layers save for the backward pass; see `layer_activation_bytes`.
-Under the 1F1B schedule stage i of P holds P - i micro-batches at once, under the interleaved schedule 2 (P - i - 1) +
-(v - 1) P + 1 chunks. Without full recompute a layer that no gradient reaches keeps nothing; a layer with frozen weights
-is counted as if they trained.
-The estimate leaves out temporary tensors within an operation, the allocator's gaps, communication buffers, and the
-activations of families; leave a margin.
+Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a family
+quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
+`layer_activation_bytes`. With the 1F1B schedule stage i of P holds up to P - i micro-batches at once, with the
+interleaved schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Without full recomputation a layer that no gradient reaches
+saves nothing, and a layer with frozen weights counts as if they trained.
+Not included: temporary tensors inside an operation, fragmentation of the allocator, communication buffers, and the
+families' activations. Leave a margin for them.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ from megatron_ext.models.costs.step_work import StepWork, Use
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
-    """Memory of one rank on a pipeline stage."""
+    """Estimated memory of one rank on a pipeline stage."""
 
     parameters: int
-    """Parameters that the rank holds."""
+    """Number of parameters on the rank."""
 
     trained_parameters: int
-    """Those of them that train."""
+    """How many of these parameters train."""
 
     parameter_bytes: float
     gradient_bytes: float
@@ -47,59 +47,60 @@ class StageMemory:
 
     @property
     def total_bytes(self) -> float:
-        """All four."""
+        """Sum of parameters, gradients, optimizer state and activations."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """A run's parallel layout, model and batch, as far as they determine its memory."""
+    """The settings of a run on which its memory depends."""
 
     model: ModelConfig
     parallel: ParallelConfig
     vocab_size: int
-    """The tokenizer's, before padding."""
+    """The tokenizer's vocabulary size, before padding."""
 
     micro_batch_size: int
     num_microbatches: int
-    """Micro-batches of one step on one model copy."""
+    """Micro-batches per step on one data-parallel rank."""
 
     data_parallel_size: int
     bf16: bool = False
 
     work: StepWork | None = None
-    """What a step does with the base model; None if everything trains."""
+    """Which parts of the base model a step runs and trains; None if everything trains."""
 
     @property
     def tokens(self) -> int:
-        """Tokens per micro-batch on one rank."""
+        """Tokens of one micro-batch on one rank, with context parallelism taken into account."""
         return self.micro_batch_size * self.model.seq_length // self.parallel.context_parallel_size
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one element of an activation or parameter."""
+        """Bytes of one activation value or parameter."""
         return 2 if self.bf16 else 4
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the word embedding."""
+        """Rows of the word embedding after padding."""
         return padded_vocab_size(self.vocab_size, self.model, self.parallel.tensor_model_parallel_size)
 
     @property
     def chunks(self) -> int:
-        """Model chunks on a rank: 1, or the virtual stages of the interleaved schedule."""
+        """Model chunks per rank: more than 1 with the interleaved schedule."""
         return self.parallel.virtual_pipeline_size(self.model.num_layers) or 1
 
     @property
     def layers_per_chunk(self) -> int:
-        """Layers in one chunk."""
+        """Number of layers per chunk."""
         return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
 
     def layers_of(self, stage: int, least: Use) -> int:
-        """Number of layers on a stage, over all its chunks, whose use is at least `least`."""
+        """Returns how many layers of a stage, over all its chunks, have a `Use` of at least `least`."""
         if self.work is None:
             return self.chunks * self.layers_per_chunk
         stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
+        # The interleaved schedule assigns chunks to stages in turn.
         firsts = [(chunk * stages + stage) * size for chunk in range(self.chunks)]
         return sum(use >= least for first in firsts for use in self.work.layers[first : first + size])
 
@@ -107,13 +108,16 @@ class ParallelLayout:
 def estimate_memory(
     layout: ParallelLayout, family_parameters: int = 0, trained_family_parameters: int | None = None
 ) -> list[StageMemory]:
-    """Estimates the memory of one rank of every pipeline stage, first to last.
+    """Estimates the memory of one rank on every pipeline stage.
 
     Args:
-        layout: of the run.
-        family_parameters: number of all families' parameters in the whole model; they are assumed to be spread evenly
-            over tensor-parallel ranks and stages.
-        trained_family_parameters: number of them that train; None for all.
+        layout: the run's settings.
+        family_parameters: parameters of all families over the whole model; assumed to be spread evenly over
+            tensor-parallel ranks and stages.
+        trained_family_parameters: how many of these train; None for all.
+
+    Returns:
+        One entry per stage, from first to last.
     """
     parallel = layout.parallel
     stages = parallel.pipeline_model_parallel_size
@@ -146,15 +150,15 @@ def estimate_memory(
 
 
 def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = False) -> int:
-    """Counts the base model's parameters on one rank of a stage.
+    """Returns how many parameters of the base model one rank of a stage holds.
 
-    If word embedding and output layer share their weights, a single stage holds one matrix, and the last of several
-    stages holds a copy.
+    If word embedding and output layer share their weights, a single stage holds them once; with several stages the last
+    one holds a copy.
 
     Args:
-        layout: of the run.
-        stage: number of the stage, from 0.
-        trained: only those that train.
+        layout: the run's settings.
+        stage: index of the stage, from 0.
+        trained: whether to count only the parameters that train.
     """
     model, tensor = layout.model, layout.parallel.tensor_model_parallel_size
     stages = layout.parallel.pipeline_model_parallel_size
@@ -171,7 +175,7 @@ def stage_parameters(layout: ParallelLayout, stage: int, *, trained: bool = Fals
 
 
 def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
-    """Activations that one rank of a stage holds at once."""
+    """Returns the largest number of activation bytes that one rank of a stage holds at once."""
     model, parallel = layout.model, layout.parallel
     sequence_split = _sequence_split(parallel)
     in_flight = _chunks_in_flight(layout, stage)
@@ -181,6 +185,7 @@ def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
         total = in_flight * layout.layers_of(stage, Use.PARTIAL) / layout.chunks * layer
     else:
         group = parallel.recompute_num_layers or 1
+        # Kept: inputs of the recomputed layers. Again: the layers that are recomputed at one time.
         if parallel.recompute_method == "uniform":
             kept, again = -(-layout.layers_per_chunk // group) * layer_input, group * layer
         else:
@@ -188,6 +193,7 @@ def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
             kept, again = recomputed * layer_input + (layout.layers_per_chunk - recomputed) * layer, layer
         total = in_flight * kept + again
     if stage == 0 and model.hidden_dropout > 0:
+        # The embedding's dropout mask, one byte per value; only one of the stage's chunks has it.
         total += in_flight / layout.chunks * layout.tokens * model.hidden_size / sequence_split
     if stage == parallel.pipeline_model_parallel_size - 1:
         total += head_activation_bytes(layout)
@@ -195,12 +201,13 @@ def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
 
 
 def layer_activation_bytes(layout: ParallelLayout) -> float:
-    """Bytes that one layer saves for the backward pass of one micro-batch, on one rank, without full recompute.
+    """Returns the bytes that one layer on one rank saves for the backward pass of one micro-batch.
 
-    Elements per token: inputs and outputs of the two norms (4h); the fused projection's output ((n + 2g) d), queries
-    and keys again where they are rotated or normalized ((n + g) d; n d more for grouped queries that are normalized),
-    attention's output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte (as on a GPU).
-    A core attention that is not fused adds its scores (n s): in fp32, once more in bf16, and twice with dropout.
+    Full recomputation is not taken into account. Values per token: inputs and outputs of the two norms (4h); output of
+    the fused query-key-value projection ((n + 2g) d); queries and keys again if they are rotated or normalized
+    ((n + g) d, and n d more for grouped queries that are normalized); attention output (n d); the MLP's inner tensors
+    (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on a GPU). Unfused core attention adds its scores
+    (n s): in fp32, a second time in bf16 runs, and twice with dropout.
     """
     model, parallel = layout.model, layout.parallel
     size, tensor = layout.element_bytes, parallel.tensor_model_parallel_size
@@ -220,8 +227,9 @@ def layer_activation_bytes(layout: ParallelLayout) -> float:
 
 
 def head_activation_bytes(layout: ParallelLayout) -> float:
-    """Bytes of final norm and loss for one micro-batch: the logits, and their fp32 softmax for the backward pass."""
+    """Returns the bytes of final norm, logits and loss for one micro-batch."""
     hidden = 2 * layout.model.hidden_size * layout.element_bytes / _sequence_split(layout.parallel)
+    # The logits in the run's precision, and an fp32 softmax for the backward pass.
     logits = (4 + layout.element_bytes) * layout.padded_vocab / layout.parallel.tensor_model_parallel_size
     return layout.tokens * (hidden + logits)
 
@@ -237,7 +245,7 @@ def _sequence_split(parallel: ParallelConfig) -> int:
 
 
 def _chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
-    """The largest number of chunks that have done their forward pass but not their backward pass."""
+    """Returns the largest number of chunks whose forward pass is done and whose backward pass is not."""
     stages, chunks = layout.parallel.pipeline_model_parallel_size, layout.chunks
     if chunks == 1:
         return min(layout.num_microbatches, stages - stage)

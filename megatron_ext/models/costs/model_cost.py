@@ -1,21 +1,17 @@
-"""Counts a model's parameters, and the FLOPs of its matrix products per token.
+"""A model's parameter count, and the FLOPs per token of its matrix products.
 
     linear layer           2 * inputs * outputs
     core attention         2 * (2 * s * n * d)        scores and weighted sum, over all s keys
     layer                  linear(h, (n + 2g) d) + attention + linear(n d, h) + MLP
     forward                L * layer + linear(h, V)
-    forward and backward   3 * forward                the backward pass has two products for each of the forward pass
+    forward and backward   3 * forward                every product has two in the backward pass
 
 Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, V padded vocabulary.
-This is the usual 6ND + attention (arXiv 2204.02311, appendix B), with N the weights that take part in a product: the
-word embedding's lookup is no product, the output layer is one, even if both share their weights. By convention
-attention is counted over the full s x s square although it is causal; norms, activations and softmax are not counted.
-If not everything trains, a product has one gradient or none, and layers may be skipped or run more often: see
-`step_work`. A family describes its own part with another `ModelCost`.
-
-Formulas are used, and not torch's counter (`FlopCounterMode`, with which the tests compare them): the counter needs a
-step that really runs, counts recomputation too, and knows neither every fused attention kernel nor the parts of a model
-that lie on other ranks; a dry run builds no model.
+This is the usual 6ND plus attention (arXiv 2204.02311, appendix B). N counts the weights that take part in a matrix
+product: not the word embedding's lookup, but always the output layer, even if both share their weights. By convention
+attention counts the full s x s square although it is causal; norms, activations and softmax are not counted.
+If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
+family reports its own part in another `ModelCost`.
 """
 
 from collections.abc import Iterable
@@ -29,28 +25,28 @@ from megatron_ext.models.costs.step_work import StepWork, Use
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Cost of the base model, or of a family's part of a model."""
+    """Parameters and FLOPs of the base model, or of a family's part of the model."""
 
     parameters: int
-    """Parameters of the whole model; a parameter that several ranks or stages hold counts once."""
+    """Parameters of the whole model; copies on other ranks or stages are not counted."""
 
     forward_flops_per_token: float
     """FLOPs per token of the matrix products in one forward pass."""
 
     trained: int | None = None
-    """Number of parameters that train; None for all."""
+    """How many of the parameters train; None for all."""
 
     training_flops: float | None = None
     """FLOPs per token of the matrix products in a training step; None for three times the forward pass."""
 
     @property
     def trained_parameters(self) -> int:
-        """Number of parameters that train."""
+        """How many of the parameters train."""
         return self.parameters if self.trained is None else self.trained
 
     @property
     def training_flops_per_token(self) -> float:
-        """Model FLOPs per token, forward and backward."""
+        """FLOPs per token of the matrix products in a training step, forward and backward."""
         if self.training_flops is None:
             return 3.0 * self.forward_flops_per_token
         return self.training_flops
@@ -62,10 +58,10 @@ def model_cost(
     """Returns the cost of the base model.
 
     Args:
-        model: the base model.
-        vocab_size: the tokenizer's; it is padded as in the built model.
+        model: configuration of the base model.
+        vocab_size: the tokenizer's vocabulary size, before padding.
         tensor_parallel_size: the padding depends on it.
-        work: what a training step does with the model; None if everything trains.
+        work: which parts a training step runs and trains; None if everything trains.
     """
     vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
     parameters = model.num_layers * layer_parameters(model) + norm_parameters(model, model.hidden_size)
@@ -93,21 +89,21 @@ def _trained_parameters(model: ModelConfig, vocab: int, work: StepWork) -> int:
 
 
 def training_flops_per_token(costs: Iterable[ModelCost]) -> float:
-    """Model FLOPs per token, forward and backward: what MFU counts. Recomputation does not change them."""
+    """Returns the model FLOPs per token of a training step, on which MFU is based; recomputation is not counted."""
     return sum(cost.training_flops_per_token for cost in costs)
 
 
 def hardware_flops_per_token(
     model: ModelConfig, parallel: ParallelConfig, costs: Iterable[ModelCost]
 ) -> float:
-    """Model FLOPs per token, and those of activation recomputation.
+    """Returns the FLOPs per token of a training step including activation recomputation.
 
-    It is assumed that a family's part is recomputed with the layers it belongs to, and frozen layers like trained ones.
-    What a fused attention kernel recomputes inside its own backward pass is not counted.
+    Assumes that a family's part is recomputed together with its layers, and that frozen layers are recomputed like
+    trained ones. The recomputation inside a fused attention kernel's backward pass is not counted.
 
     Args:
-        model: the base model.
-        parallel: its flags say what is recomputed.
+        model: configuration of the base model.
+        parallel: specifies which activations are recomputed.
         costs: the base model's cost first, then the families'.
     """
     base, *families = costs
@@ -118,7 +114,7 @@ def hardware_flops_per_token(
 
 
 def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> float:
-    """FLOPs per token of the base model's forward pass that the backward pass repeats."""
+    """Returns the FLOPs per token of the base model's forward pass that the backward pass repeats."""
     if parallel.recompute_granularity == "selective":
         again = core_attention_flops_per_token(model) * ("core_attn" in parallel.recompute_modules)
         return model.num_layers * (again + mlp_flops_per_token(model) * ("mlp" in parallel.recompute_modules))
@@ -126,7 +122,7 @@ def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> 
 
 
 def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Number of layers, over the whole model, that full recompute runs twice."""
+    """Returns how many layers of the whole model full recomputation runs twice."""
     if parallel.recompute_granularity != "full":
         return 0
     if parallel.recompute_method == "uniform":
@@ -136,28 +132,28 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def layer_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one layer per token."""
+    """Returns the forward FLOPs per token of one layer."""
     return linear_flops_per_token(model, *linear_sizes(model)) + core_attention_flops_per_token(model)
 
 
 def core_attention_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one layer's scores and weighted sum, per token, over the full sequence."""
+    """Returns the forward FLOPs per token of one layer's scores and weighted sum over the full sequence."""
     return 4.0 * model.seq_length * attention_width(model)
 
 
 def mlp_flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one MLP per token."""
+    """Returns the forward FLOPs per token of one MLP."""
     return linear_flops_per_token(model, "fc1", "fc2")
 
 
 def linear_flops_per_token(model: ModelConfig, *names: str) -> float:
-    """Forward FLOPs per token of some of a layer's linear modules, named as in `linear_sizes`."""
+    """Returns the forward FLOPs per token of some of a layer's linear modules, named as in `linear_sizes`."""
     sizes = linear_sizes(model)
     return 2.0 * sum(sizes[name][0] * sizes[name][1] for name in names)
 
 
 def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Input and output sizes of a layer's linear modules, in the order of the forward pass."""
+    """Returns input and output sizes of a layer's linear modules, in the order of the forward pass."""
     hidden, ffn, width = model.hidden_size, model.resolved_ffn_hidden_size, attention_width(model)
     return {
         "qkv": (hidden, qkv_width(model)),
@@ -168,10 +164,10 @@ def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Parameters of one layer, or of a tensor-parallel rank's part of it.
+    """Returns the parameters of one layer that one tensor-parallel rank holds.
 
-    Matrices and the biases of column-parallel layers are divided among the ranks; norms and the biases that are added
-    after the reduction are on every rank.
+    Matrices and the biases of column-parallel layers are split over the ranks; norms and the biases of row-parallel
+    layers, which are added after the reduction, are on every rank.
     """
     hidden, sizes = model.hidden_size, linear_sizes(model)
     shared = sum(inner * outer for inner, outer in sizes.values())
@@ -184,7 +180,7 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
 
 
 def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_size: int = 1) -> int:
-    """Parameters of word and position embedding, or of a tensor-parallel rank's part of them."""
+    """Returns the parameters of word and position embedding that one tensor-parallel rank holds."""
     words = padded_vocab * model.hidden_size // tensor_parallel_size
     if model.position_embedding_type != "learned_absolute":
         return words
@@ -192,15 +188,15 @@ def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_
 
 
 def norm_parameters(model: ModelConfig, width: int) -> int:
-    """Parameters of one norm."""
+    """Returns the parameters of one norm over `width` values."""
     return width if model.normalization == "RMSNorm" else 2 * width
 
 
 def attention_width(model: ModelConfig) -> int:
-    """Width of all query heads together, `n * d`."""
+    """Returns the width of all query heads together, `n * d`."""
     return model.num_attention_heads * model.resolved_kv_channels
 
 
 def qkv_width(model: ModelConfig) -> int:
-    """Width of the fused projection's output, `(n + 2g) * d`."""
+    """Returns the output width of the fused query-key-value projection, `(n + 2g) * d`."""
     return attention_width(model) + 2 * model.resolved_num_query_groups * model.resolved_kv_channels

@@ -1,15 +1,15 @@
-"""What a training step does with the base model if not everything trains.
+"""How much of the base model's forward and backward pass a training step runs when parts are frozen.
 
     use         forward   gradient of inputs   gradient of weights     passes: products with weights, core attention
     SKIPPED                                                            0       0
     FORWARD     x                                                      1       1
-    PARTIAL     x         counted by the family                        1       1
+    PARTIAL     x         what the family counts as its own            1       1
     GRADIENT    x         x                                            2       3
     TRAINED     x         x                    x                       3       3
 
-Core attention has no weights: its two products have two gradients each. A layer that trains always needs the gradient
-of its inputs, since its norms train. A family that freezes something returns a `StepWork`, which `model_cost` and
-`memory_estimate` use.
+Core attention has no weights: its two products have two input gradients each. A trained layer always needs the gradient
+of its inputs, because its norms train. A family that freezes parts of the model describes that in a `StepWork`, which
+`model_cost` and `memory_estimate` read.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from enum import IntEnum
 
 
 class Use(IntEnum):
-    """What a step does with a layer, or with the head (final norm and output layer); more is larger."""
+    """What a step computes for a layer, or for the head (final norm and output layer), in increasing order of work."""
 
     SKIPPED = 0
     FORWARD = 1
@@ -28,57 +28,57 @@ class Use(IntEnum):
 
     @property
     def weight_passes(self) -> int:
-        """FLOPs of products with weights, as a multiple of the forward pass."""
+        """FLOPs of the products with weights, in units of one forward pass."""
         return (0, 1, 1, 2, 3)[self]
 
     @property
     def attention_passes(self) -> int:
-        """FLOPs of core attention, as a multiple of the forward pass."""
+        """FLOPs of core attention, in units of one forward pass."""
         return (0, 1, 1, 3, 3)[self]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """What one training step of a family does."""
+    """The work of one training step."""
 
     layers: tuple[Use, ...]
-    """Use of each layer of the base model."""
+    """Use of every layer of the base model, in order."""
 
     head: Use = Use.TRAINED
-    """Use of the final norm and the output layer."""
+    """Use of final norm and output layer."""
 
     trains_embedding: bool = True
     """Whether word and position embedding train."""
 
     head_forwards: int = 1
-    """Forward passes of the head: 0 if no loss reads the output, 2 if a loss compares it with a teacher's."""
+    """Forward passes of the head: 0 if no loss reads the output, 2 if a teacher's output is computed as well."""
 
     further_forwards: int = 0
-    """Additional forward passes of all layers, without the head: those of a teacher."""
+    """Additional forward passes of all layers without the head, for example a teacher's."""
 
     trained_parameters: int = 0
-    """Number of the family's own parameters that train."""
+    """How many of the family's own parameters train."""
 
     flops_per_token: float = 0.0
-    """FLOPs per token, forward and backward, of the matrix products that the family adds."""
+    """FLOPs per token of the family's own matrix products, forward and backward."""
 
     @property
     def layer_passes(self) -> tuple[int, int]:
-        """FLOPs of products with weights, and of core attention, as multiples of one layer's forward pass."""
+        """FLOPs of all layers in units of one layer's forward pass: (products with weights, core attention)."""
         further = self.further_forwards * len(self.layers)
         of_weights = sum(use.weight_passes for use in self.layers)
         return of_weights + further, sum(use.attention_passes for use in self.layers) + further
 
     @property
     def head_passes(self) -> int:
-        """FLOPs of the output layer, as a multiple of its forward pass."""
+        """FLOPs of the output layer, in units of one forward pass."""
         return self.head_forwards + self.head.weight_passes - 1 if self.head_forwards else 0
 
 
 def merged_work(works: Sequence[StepWork]) -> StepWork | None:
-    """Combines the work of several families on the base model; None if everything trains.
+    """Combines the work that several families describe; None if there is none and everything trains.
 
-    What one family freezes is frozen.
+    A part is frozen if one family freezes it.
     """
     if not works:
         return None

@@ -1,1 +1,1 @@
-"""Operations of a layer, some with hand-written gradients: attention, rotary positions, norm, SwiGLU, cross-entropy."""
+"""Attention, rotary embedding, norm, SwiGLU and cross-entropy; some have hand-written gradients."""

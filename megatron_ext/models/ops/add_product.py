@@ -1,9 +1,9 @@
-"""Adds a low-rank product to a tensor in place: how a delta reaches what the base weights computed.
+"""Adds a low-rank product to a tensor in place, for example a weight delta's contribution to a linear layer's output.
 
     total[..., start : start + n] += u @ B              u: [..., r], B: [r, n]
 
-A sum of two linear layers would make the product as a tensor of the output's size, read both and write a third. Here
-the product is accumulated where the base layer's output lies; the backward pass needs u and B alone.
+Adding two linear layers would allocate the product at the output's size and the sum as a third tensor. Here the product
+is accumulated into the base layer's output, and the backward pass saves only u and B.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ class _AddProduct(torch.autograd.Function):
         ctx.save_for_backward(coefficients, factor)
         ctx.start = start
         part = _part(total, start, factor.size(1))
+        # `part` is both addend and output: one GEMM with accumulation, and no temporary of the output's size.
         torch.addmm(part, coefficients.reshape(-1, factor.size(0)), factor, out=part)
         return total
 
@@ -44,15 +45,19 @@ def _part(tensor: torch.Tensor, start: int, width: int) -> torch.Tensor:
 def add_product(
     total: torch.Tensor, coefficients: torch.Tensor, factor: torch.Tensor, start: int = 0
 ) -> torch.Tensor:
-    """`total` with `coefficients @ factor` added to columns `start` and on; `total` itself where that is possible.
+    """Adds `coefficients @ factor` to the columns `start` to `start + n` of `total`.
 
     Args:
-        total: [s, b, m], contiguous; nothing else may need its present values.
+        total: [s, b, m], contiguous. It is modified in place unless it is a view, so no other operation may have saved
+            it for its backward pass.
         coefficients: [s, b, r].
-        factor: [r, n], n <= m - start.
-        start: first column.
+        factor: [r, n] with `n <= m - start`.
+        start: first of the n columns.
+
+    Returns:
+        The sum [s, b, m]: `total` itself, or a copy if `total` was a view.
     """
     if total._is_view():
-        # As a reduction over one's peers and Transformer Engine return it; autograd refuses to change such a view.
+        # The tensor-parallel reduction and Transformer Engine return views, which autograd does not let us modify.
         total = total.clone()
     return _AddProduct.apply(total, coefficients, factor, start)

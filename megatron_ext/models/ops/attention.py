@@ -1,8 +1,8 @@
 """Core attention on `torch.nn.functional.scaled_dot_product_attention`: flash kernels on GPU and CPU, no [s, s] scores.
 
-Shapes: `s_q`, `s_k` query and key lengths, `b` micro-batch, `n` query heads and `g` key/value heads of this
-tensor-parallel rank, `d` head size. Input [s_q, b, n, d] and [s_k, b, g, d]; output [s_q, b, n * d].
-Under a KV cache the queries are the last `s_q` of `s_k` positions.
+Letters: `s_q`, `s_k` query and key lengths, `b` micro-batch size, `n` query heads and `g` key/value heads of this
+tensor-parallel rank, `d` head size. Inputs are [s_q, b, n, d] and [s_k, b, g, d], the output is [s_q, b, n * d].
+With a KV cache the queries are the last `s_q` of the `s_k` positions.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from megatron_ext.models.ops.rotary import rotate
 
 
 class SDPAttention(torch.nn.Module):
-    """megatron-core's core-attention interface over torch's fused attention."""
+    """Torch's fused attention behind megatron-core's core-attention interface."""
 
     def __init__(
         self,
@@ -39,21 +39,22 @@ class SDPAttention(torch.nn.Module):
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def take_rotary(self, angles: torch.Tensor | None) -> None:
-        """Makes this module rotate queries and keys itself, in place of the engine's slower way; see `rotary`.
+        """Sets the rotary embedding that `forward` applies to queries and keys, in place of the engine's slower one.
 
         Args:
             angles: [positions, 1, 1, r], the engine's rotary embedding (its halves are equal), or None for no rotation.
         """
+        # The engine caches its embedding, so the same object arrives at every call: keep cos and sin while it does.
         if angles is not self._angles:
             self._angles, self._cos_sin = angles, None
 
     def _rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries are the last of the keys' positions; a KV cache holds keys that are not rotated yet."""
         if self._angles is None:
             return query, key
         if self._cos_sin is None:
             half = self._angles[..., : self._angles.size(-1) // 2]
             self._cos_sin = half.cos().to(query.dtype), half.sin().to(query.dtype)
+        # Queries are at the last of the keys' positions. A KV cache holds keys before rotation, so all are rotated.
         end, start = key.size(0), key.size(0) - query.size(0)
         cos, sin = self._cos_sin
         return rotate(query, cos[start:end], sin[start:end]), rotate(key, cos[:end], sin[:end])
@@ -68,22 +69,22 @@ class SDPAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Attention of [s_q, b, n, d] queries over [s_k, b, g, d] keys and values.
+        """Computes attention.
 
         Args:
             query: [s_q, b, n, d].
-            key: [s_k, b, g, d], `g` divides `n`.
+            key: [s_k, b, g, d]; `g` must divide `n`.
             value: [s_k, b, g, d].
             attention_mask: [b, 1, s_q, s_k], True where attention is forbidden, or None.
-            attn_mask_type: overrides the module's own; the engine passes `no_mask` when decoding with a cache.
-            attention_bias: not supported.
-            packed_seq_params: not supported.
+            attn_mask_type: overrides the module's own; the engine passes `no_mask` when decoding with a KV cache.
+            attention_bias: not supported, must be None.
+            packed_seq_params: not supported, must be None.
 
         Returns:
             [s_q, b, n * d].
         """
         assert attention_bias is None and packed_seq_params is None, (
-            "SDPAttention takes neither bias nor packed sequences"
+            "SDPAttention supports neither attention_bias nor packed_seq_params; use --attention-backend te"
         )
         query, key = self._rotated(query, key)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -105,8 +106,9 @@ class SDPAttention(torch.nn.Module):
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, kind: AttnMaskType
     ) -> tuple[torch.Tensor | None, bool]:
-        """The mask for torch's call (True where attention is allowed) and whether plain causal masking does."""
+        """Returns torch's `attn_mask` (True where attention is allowed) and `is_causal`."""
         queries, keys = query.size(2), key.size(2)
+        # The engine passes `no_mask` when a causal model decodes with a cache; `attention_mask` does not apply then.
         decoding = kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
         if attention_mask is not None and not decoding:
             return attention_mask.logical_not(), False
@@ -114,11 +116,14 @@ class SDPAttention(torch.nn.Module):
             return None, kind is not AttnMaskType.no_mask
         if queries == 1:
             return None, False
+        # torch aligns `is_causal` at the first key; with a KV cache the queries end at the last one.
         allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
         return allowed.tril(diagonal=keys - queries), False
 
     def _random_stream(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
-        """Heads differ between tensor ranks, so their dropout must; under sequence parallel it already does."""
         if dropout == 0.0 or self.config.sequence_parallel:
-            return contextlib.nullcontext()
+            return (
+                contextlib.nullcontext()
+            )  # under sequence parallel the engine has already entered this stream
+        # Each tensor-parallel rank has other heads, so each needs a dropout mask of its own.
         return tensor_parallel.get_cuda_rng_tracker().fork()

@@ -1,11 +1,10 @@
-"""Cross-entropy of a vocabulary that is whole on every rank, in few passes over the logits.
+"""Cross-entropy over the full vocabulary (tensor-parallel size 1), in few passes over the logits.
 
     loss = log(sum_v exp(z_v)) - z_label,   d loss / d z = softmax(z) - onehot(label)
 
-The forward pass goes through the logits in blocks of rows that stay in the cache, computes in fp32 and keeps the
-softmax, in the logits' precision, for the backward pass. With tensor parallelism the vocabulary is split, and
-megatron-core's vocabulary-parallel cross-entropy is used instead. Shapes: logits [..., V], labels [...], losses [...]
-in fp32.
+The forward pass processes blocks of rows that fit into the CPU's cache, computes in fp32, and saves the softmax in the
+logits' precision for the backward pass. With tensor parallelism the vocabulary is split over ranks and megatron-core's
+vocabulary-parallel cross-entropy is used instead. Shapes: logits [..., V], labels [...], losses [...] in fp32.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 _BLOCK_BYTES = 1 << 21
-"""fp32 values of a block on a CPU; a GPU takes all rows at once."""
+"""Size of one block's fp32 values on a CPU, in bytes; a GPU processes all rows at once."""
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -37,11 +36,22 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         softmax, index = ctx.saved_tensors
         scale = grads[0].reshape(-1, 1).to(softmax.dtype)
+        # In place, because the softmax is as large as the logits.
         grad = softmax.mul_(scale)
         grad.scatter_add_(-1, index, scale.neg())
         return grad.view(ctx.shape), None
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Losses [...] of labels [...] under logits [..., V]. Backward may run once: it works in place."""
+    """Computes the loss of each label.
+
+    The backward pass overwrites the saved softmax, so it can run only once.
+
+    Args:
+        logits: [..., V].
+        labels: [...], integers in [0, V).
+
+    Returns:
+        Losses [...], fp32.
+    """
     return _CrossEntropy.apply(logits, labels)

@@ -2,9 +2,7 @@
 
     RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight        (arXiv 1910.07467)
 
-megatron-core's `WrappedTorchNorm` refuses sequence parallel. These mark their parameters with `sequence_parallel`, so
-that the engine sums their gradients over the tensor-parallel ranks, each of which sees only its part of the sequence.
-Shapes: input and output [s, b, h] (any leading dimensions), parameters [h].
+megatron-core's `WrappedTorchNorm` refuses sequence parallelism. Shapes: input and output [..., h], parameters [h].
 """
 
 from typing import Any
@@ -13,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.platform import process_groups
+
 
 class _CpuRMSNorm(torch.autograd.Function):
-    """Forward and backward with few passes over memory; torch's own composite takes four times as long on a CPU."""
+    """RMSNorm in few passes over memory; on a CPU torch's own RMSNorm takes four times as long."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -33,19 +33,19 @@ class _CpuRMSNorm(torch.autograd.Function):
         product = grad * normed
         rows = product.reshape(-1, product.size(-1))
         grad_weight = rows.sum(0).to(weight.dtype)
-        # mean over h of (grad * weight * normed), one matrix-vector product instead of a pass
+        # The mean over h of (grad * weight * normed) as one matrix-vector product, which saves a pass over memory.
         projection = (rows @ weight.float()).view_as(inverse_rms) / rows.size(-1)
         grad_input = torch.mul(grad, weight, out=product).sub_(normed.mul_(projection)).mul_(inverse_rms)
         return grad_input.to(hidden_states.dtype), grad_weight, None
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last dimension, computed in fp32, returned in the input's precision.
+    """Applies RMSNorm over the last dimension; computes in fp32 and returns the input's dtype.
 
     Args:
         hidden_states: [..., h].
         weight: [h].
-        eps: added to the mean square.
+        eps: added to the mean square before the root.
     """
     if hidden_states.is_cuda:
         return F.rms_norm(hidden_states, weight.shape, weight.to(hidden_states.dtype), eps)
@@ -53,7 +53,7 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm as a module of a layer spec; see the formula at the top of this file."""
+    """RMSNorm (formula at the top of this file) with megatron-core's norm interface."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class RMSNorm(torch.nn.Module):
         _mark(config, self.weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., h] -> [..., h]."""
+        """Normalizes the last dimension, [..., h] -> [..., h]."""
         return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm (arXiv 1607.06450) as a module of a layer spec."""
+    """LayerNorm (arXiv 1607.06450) with megatron-core's norm interface."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -77,23 +77,25 @@ class LayerNorm(torch.nn.Module):
         _mark(config, self.weight, self.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., h] -> [..., h]."""
+        """Normalizes the last dimension, [..., h] -> [..., h]."""
         return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Norm:
-    """Builds the norm that `config.normalization` names; what a layer spec holds."""
+    """Layer-spec entry that builds the norm named by `config.normalization`."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
-        """An `RMSNorm` or a `LayerNorm` over `hidden_size`."""
+        """Returns an `RMSNorm` or a `LayerNorm` over `hidden_size`."""
         kinds = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
         return kinds[config.normalization](config=config, hidden_size=hidden_size, eps=eps)
 
 
 def _constant(config: TransformerConfig, size: int, value: float) -> torch.Tensor:
-    return torch.full((size,), value, dtype=config.params_dtype, device=torch.cuda.current_device())
+    return torch.full((size,), value, dtype=config.params_dtype, device=process_groups.device())
 
 
 def _mark(config: TransformerConfig, *parameters: torch.nn.Parameter) -> None:
+    # Under sequence parallelism each tensor-parallel rank sees part of the sequence: the engine sums the gradients of
+    # parameters with this attribute over those ranks.
     for parameter in parameters:
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""Rotary position embedding in few passes over memory, and its frequencies where they are scaled.
+"""Rotary position embedding in few passes over memory, and the frequencies under context-length scaling.
 
     [x1 ; x2] -> [x1 cos - x2 sin ; x2 cos + x1 sin]                 (arXiv 2104.09864, halves as in GPT-NeoX and Llama)
 
-Equal to the engine's own to the bit, which builds a rotated copy of its input and joins parts that need no joining.
-Shapes: input [s, b, n, d]; cos and sin [s, 1, 1, r / 2]; only the first r of the d values of a head are rotated.
+The result equals the engine's to the bit. The engine is slower because it builds a rotated copy of the input and
+concatenates the rotated and the unrotated part. Shapes: input [s, b, n, d]; cos and sin [s, 1, 1, r / 2]; only the
+first r of the d values of a head are rotated.
 """
 
 import math
@@ -15,15 +16,12 @@ from megatron_ext.config.groups.model_config import ModelConfig
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
-    """Radians a position for each pair of channels, `base^(-2i/r)`, scaled as the configuration says.
+    """Returns the angle per position of each channel pair, `base^(-2i/r)`, in radians, with the configured scaling.
 
-    Linear scaling divides all by its factor F (arXiv 2306.15595). Llama 3's (arXiv 2407.21783, section 3.4.3) looks at
-    the turns `t` that a frequency makes over the original length: at most `low` turns are slowed F times, at least
-    `high` are kept, and between them `w = (t - low) / (high - low)` blends the two. The engine has Llama 3's with
-    thresholds and original length fixed.
-
-    Args:
-        model: the base model.
+    Linear scaling divides every frequency by a factor F (arXiv 2306.15595). Llama 3's scaling (arXiv 2407.21783,
+    section 3.4.3) depends on the number of turns `t` that a frequency makes over the original context length: with
+    `t <= low` it is divided by F, with `t >= high` it is unchanged, and in between `w = (t - low) / (high - low)`
+    interpolates. The engine implements Llama 3's scaling only for fixed thresholds and a fixed original length.
 
     Returns:
         [r / 2], fp32, on the CPU.
@@ -49,6 +47,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        # The transpose of a rotation is the rotation by the negative angle.
         return _rotated(grads[0], cos, -sin), None, None
 
 
@@ -57,8 +56,8 @@ def rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
     Args:
         values: [s, b, n, d].
-        cos: [s, 1, 1, r / 2], in the precision of `values`.
-        sin: likewise.
+        cos: [s, 1, 1, r / 2], in the dtype of `values`.
+        sin: [s, 1, 1, r / 2], in the dtype of `values`.
 
     Returns:
         [s, b, n, d].

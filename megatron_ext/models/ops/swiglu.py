@@ -1,9 +1,9 @@
-"""The gated activation of the MLP in few passes over memory.
+"""SwiGLU, the MLP's gated activation, in few passes over memory.
 
     SwiGLU(x) = silu(gate) * up,   [gate ; up] = W_fc1 x          (arXiv 2002.05202)
 
-The forward pass equals the engine's to the bit. The engine's unfused backward builds both halves' gradients and then
-copies them together; here they are written where they belong. Shapes: [s, b, 2 f/t] -> [s, b, f/t].
+The forward pass equals the engine's to the bit. The engine's unfused backward pass computes the gradients of both
+halves and concatenates them; here both are written into one buffer. Shapes: [s, b, 2 f/t] -> [s, b, f/t].
 """
 
 from typing import Any
@@ -32,13 +32,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
-    """[..., 2 f] -> [..., f]: silu of the first half times the second."""
+    """Returns silu(first half) * second half, [..., 2 f] -> [..., f]."""
     return _SwiGLU.apply(gate_and_up)
 
 
 class SwiGLU(MegatronModule):
-    """The activation of a gated MLP, as the engine's MLP takes it from a layer spec."""
+    """SwiGLU as a module, for the `activation_func` entry of the engine's MLP spec."""
 
     def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
-        """[s, b, 2 f/t] -> [s, b, f/t]."""
+        """Applies SwiGLU, [s, b, 2 f/t] -> [s, b, f/t]."""
         return swiglu(gate_and_up)

@@ -1,1 +1,1 @@
-"""NPT beside its base model: comparison, report, generations."""
+"""Evaluation of an NPT model against its base model: comparison, report, generated texts."""

@@ -1,14 +1,14 @@
-"""Memory of the NP components of one layer in a training step, factored and materialised, from measured bytes a token.
+"""Memory of one layer's NP components in a training step, factored and materialised, from measurements.
 
-Measured is the MLP alone, base weights frozen, as in the documents' training: what is kept for the backward pass, and
-the peak of forward and backward, each at two numbers of tokens, so that weights and their gradients fall out of the
-difference. Subtracted is what the base MLP takes. That leaves, in bytes a token, with f proportional to h,
+Measured is the MLP of one layer with frozen base weights: the memory saved for the backward pass, and the peak during
+forward and backward. Each is measured with two numbers of tokens, so that weights and their gradients cancel in the
+difference, and the base MLP's memory is subtracted. The result in bytes per token, for f proportional to h, is
 
-    materialised    c h^2           the deltas, their gradients
-    factored        c0 + c1 h       r-sized products, gradients of h's size on their way
+    materialised    c h^2           deltas and their gradients
+    factored        c0 + c1 h       products of size r, temporary gradients of size h
 
-The constants come from measured sizes by least squares, and give any other size, a 7B model's among them. Of L layers
-everything kept is kept at once, what is above it in the peak is one layer's: L kept + (peak - kept).
+A least-squares fit to measured sizes gives the constants, and from them the memory at other sizes, for example of a 7B
+model. L layers save their memory at the same time, but only one layer is at its peak: L kept + (peak - kept).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,27 +26,27 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.platform.allocations import AllocationCounter
 
 _TOKENS = {"base": (512, 1024), "factored": (512, 1024), "materialised": (2, 4)}
-"""Two numbers of tokens for each form, enough that activations outweigh the gradients of weights."""
+"""Form -> two numbers of tokens, large enough that activations exceed the gradients of the weights."""
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes a token of one converted layer, beyond the base MLP's."""
+    """Bytes per token of one converted layer, in addition to the base MLP's."""
 
     kept: float
-    """From the forward to the backward pass."""
+    """Bytes saved from the forward to the backward pass."""
 
     peak: float
-    """At the worst moment of a training step, those kept included."""
+    """Largest number of bytes during a training step, including those saved."""
 
     def of(self, tokens: int, layers: int) -> float:
-        """Bytes of `layers` layers at once, a micro-batch of `tokens` tokens."""
+        """Returns the peak bytes of `layers` layers for a micro-batch of `tokens` tokens."""
         return tokens * (layers * self.kept + self.peak - self.kept)
 
 
 @dataclass(frozen=True)
 class SizeMemory:
-    """Both forms at one size."""
+    """Memory of both forms at one model size."""
 
     hidden_size: int
     ffn_hidden_size: int
@@ -57,13 +57,13 @@ class SizeMemory:
 def measure_memory(
     settings: NPTModuleConfig, hidden_size: int, ffn_hidden_size: int, bf16: bool = False
 ) -> SizeMemory:
-    """Measures one size. The process must be initialised (`platform.distributed.initialize`), without cuts.
+    """Measures one model size in a single process; call `process_groups.initialize` before.
 
     Args:
-        settings: form, target and rank; a layer choice is not looked at.
+        settings: form, target and rank; the choice of layers is ignored.
         hidden_size: h.
         ffn_hidden_size: f.
-        bf16: weights and activations in bfloat16, else in fp32.
+        bf16: whether weights and activations are in bfloat16 or in fp32.
     """
     model = ModelConfig(
         num_layers=1,
@@ -95,7 +95,10 @@ def measure_memory(
 
 
 def project_memory(measured: Sequence[SizeMemory], hidden_size: int, ffn_hidden_size: int) -> SizeMemory:
-    """The size [h, f] from measured ones, at least two, of like f / h; see the formulas at the top of this file."""
+    """Projects the memory at size [h, f] from at least two measured sizes with about the same f / h.
+
+    The formulas are at the top of this file.
+    """
 
     def fit(read: Callable[[SizeMemory], float], powers: list[int]) -> float:
         rows = [[float(size.hidden_size) ** power for power in powers] for size in measured]
@@ -127,7 +130,7 @@ def _bytes_per_token(
 def _step_bytes(
     layer: torch.nn.Module, run: Callable[..., torch.Tensor], hidden_size: int, tokens: int
 ) -> tuple[int, int]:
-    """Bytes kept after the forward pass, its output included, and the peak of forward and backward."""
+    """Returns the bytes allocated after the forward pass (with its output), and the peak of forward and backward."""
     parameter = next(layer.parameters())
     shape = (tokens, 1, hidden_size)
     inputs = [torch.randn(shape).to(parameter).requires_grad_() for _ in range(2)]

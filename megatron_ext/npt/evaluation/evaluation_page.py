@@ -1,4 +1,4 @@
-"""The evaluation's report as one HTML page, from the dictionary that `evaluation` makes; see docs/npt_evaluation.md."""
+"""Writes the report of `npt_evaluation` as one HTML page; see docs/npt_evaluation.md."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _LAYER_METRICS = {
 
 
 def evaluation_page(report: dict[str, Any]) -> str:
-    """The page's HTML.
+    """Returns the HTML of the page.
 
     Args:
-        report: of `evaluate_npt`, with the keys that tools/evaluate_npt.py adds.
+        report: the result of `evaluate_npt`, with the keys that tools/evaluate_npt.py adds.
     """
     page = Page("NPT and its base model")
     page.paragraph(f"Checkpoint {report['checkpoint']}, held-out data {report['data_path']}.")
@@ -45,15 +45,15 @@ def _key_numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "ratio, not trained",
             _short(perplexity["untrained_ratio"], ".5f"),
-            f"the same conversion with fresh NP weights, seed {perplexity['untrained_seed']}",
+            f"the same conversion with initial NP weights, seed {perplexity['untrained_seed']}",
         ),
         ("perplexity, base", _short(perplexity["base"]), f"{perplexity['tokens']:,} tokens"),
         ("perplexity, NPT", _short(perplexity["npt"]), f"{perplexity['tokens']:,} tokens"),
-        ("KL(base || NPT)", _short(report["logit_kl"]["mean"]), "nats a token"),
+        ("KL(base || NPT)", _short(report["logit_kl"]["mean"]), "nats per token"),
         (
             "mean delta norm",
             _short(delta["average_frobenius_norm"]),
-            f"document 002 expects below {delta['expected_below']}, for its regularized objective",
+            f"expected below {delta['expected_below']} for the regularized objective (docs/design/npt_equivalence.md)",
         ),
         (
             "relative delta norm",
@@ -86,7 +86,7 @@ def _layers(page: Page, report: dict[str, Any]) -> None:
                 numbers += [delta_layers[row][target]["frobenius_norm"]["mean"] for target in targets]
         picture = metric_heat_map(rows, columns, values)
         page.pictures(
-            [(picture, f"Layer x metric, {heading}; each column has its own scale, dark is large.")]
+            [(picture, f"Metrics of each layer, {heading}; each column has its own scale, dark means large.")]
         )
     vectors = report["generated_vectors"]
     if vectors is not None:
@@ -112,7 +112,7 @@ def _deltas(page: Page, delta: dict[str, Any]) -> None:
             marks.append(("expected mean", delta["expected_below"]))
         histogram = found["histogram"]
         picture = histogram_chart(histogram["edges"], histogram["counts"], x_label=label, marks=marks)
-        pictures.append((picture, f"{label} of every token, NPT layer and target."))
+        pictures.append((picture, f"{label} over all tokens, NPT layers and targets."))
     page.pictures(pictures)
     columns = ["mean", "std", "min", "max", "p5", "p50", "p95"]
     rows = _delta_rows(delta["layers"], columns)
@@ -148,7 +148,7 @@ def _counts(parameters: dict[str, Any]) -> list[list[Any]]:
 
 
 def _distance(metric: str, value: float | None) -> float | None:
-    """So that large is far from the base layer, whatever the metric."""
+    """Converts a metric so that larger values mean farther from the base layer."""
     return 1 - value if metric == "cosine_similarity" and value is not None else value
 
 
@@ -160,5 +160,5 @@ def _short(value: float | None, style: str = ".4g") -> str:
     return "not finite" if value is None else format(value, style)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return "" if value is None else str(value)

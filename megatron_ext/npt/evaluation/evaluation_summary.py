@@ -1,4 +1,4 @@
-"""The main figures of an evaluation as tables for the terminal."""
+"""Prints the main figures of an NPT evaluation as tables on the terminal."""
 
 from typing import Any
 
@@ -8,11 +8,7 @@ from rich.table import Table
 
 
 def print_summary(report: dict[str, Any]) -> None:
-    """Prints the main figures, and a row for each NPT layer.
-
-    Args:
-        report: of `evaluate_npt`.
-    """
+    """Prints the main figures, and a row for each NPT layer; `report` is the result of `evaluate_npt`."""
     perplexity, delta, counts = report["perplexity"], report["weight_delta"], report["parameters"]
     table = Table(title=f"NPT and its base model on {escape(report['data_path'])}")
     for column, justify in (("", "left"), ("base", "right"), ("NPT", "right"), ("", "left")):
@@ -24,12 +20,12 @@ def print_summary(report: dict[str, Any]) -> None:
     table.add_row("perplexity ratio", "1", _four(ratio, 6), _verdict(perplexity["as_expected"], "1 ± 0.05"))
     untrained = _four(perplexity["untrained_ratio"], 6)
     table.add_row(
-        "  converted, not trained", "1", untrained, f"fresh NP weights, seed {perplexity['untrained_seed']}"
+        "  converted, not trained", "1", untrained, f"initial NP weights, seed {perplexity['untrained_seed']}"
     )
-    table.add_row("KL(base || NPT)", "0", _four(kl), "nats a token")
+    table.add_row("KL(base || NPT)", "0", _four(kl), "nats per token")
     average = delta["average_frobenius_norm"]
     table.add_row(
-        "mean delta norm", "", _four(average), f"document 002, regularized: below {delta['expected_below']}"
+        "mean delta norm", "", _four(average), f"expected if regularized: below {delta['expected_below']}"
     )
     table.add_row("  relative to |W|", "", _four(delta["relative_norm"]["mean"]), "")
     share = f"{counts['np_share_of_converted_layers']:.1%} of the converted layers' own"

@@ -1,13 +1,14 @@
-"""An NPT model beside its base model on the same tokens: what one rank sees of both, as sums.
+"""Compares an NPT model with its base model on the same tokens; the results are sums over one rank's tokens.
 
-For every micro-batch two passes, the base model's (NP components off) and the NPT model's, both free-running. Besides
+Every micro-batch is run twice, by the base model (NP components inactive) and by the NPT model. The base layer's output
+is compared with that of the NPT layer, which is computed in two ways:
 
-    same input      each NPT layer is also run on the input that the base model gives this layer (teacher-forced)
-    free-running    each NPT layer's output in the NPT model's own run
+    same input      the NPT layer is run on the base layer's input (teacher-forced)
+    free-running    the NPT layer's output in the NPT model's own run
 
-and both are compared with the base layer's output. Of the NPT run also: the norm of every token's delta, the sizes of
-v_a and v_b, and on the last stage log p(token) of both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v).
-Only tokens that count (`loss_mask`) are compared. Shapes: hidden states [s, b, h], no sequence parallel.
+Further results of the NPT run are the norms of every token's delta, v_a and v_b, and on the last stage log p(token) of
+both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens with a `loss_mask` above 0 are compared.
+Shapes: hidden states [s, b, h]; sequence parallelism is not supported.
 """
 
 from dataclasses import dataclass, field
@@ -25,35 +26,36 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms
 from megatron_ext.npt.objective.fidelity_loss import log_probabilities
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 SAME_INPUT, FREE_RUNNING = "same_input", "free_running"
-"""How an NPT layer's output came about, see above."""
+"""The two ways to compute an NPT layer's output; see above."""
 
 _LOGITS_AT_ONCE = 1 << 24
-"""Values of a rank's part of the logits that are made at a time."""
+"""Number of logits that a rank computes at a time."""
 
 Sums = npt.NDArray[np.float64]
 
 
 @dataclass
 class Findings:
-    """Sums over tokens; those of several data-parallel ranks add up, those of pipeline stages stand side by side."""
+    """Sums over tokens; data-parallel ranks' sums are added, pipeline stages have different layers."""
 
     layers: dict[tuple[str, int], Sums] = field(default_factory=dict)
-    """(how, layer) -> tokens, squares of the difference, cosines, squares of the base output, squares of what the base
-    layer adds to its input."""
+    """(how, layer) -> number of tokens, and sums of: squared difference, cosine, squared base output, squared update
+    that the base layer adds to its input."""
 
     vectors: dict[tuple[int, str], Sums] = field(default_factory=dict)
-    """(layer, target) -> tokens, |v_a|, |v_b|, cosine of v_a and the attention output."""
+    """(layer, target) -> number of tokens, and sums of: |v_a|, |v_b|, cosine of v_a and the attention output."""
 
     deltas: dict[tuple[int, str], list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     """(layer, target) -> |delta|_F of every token."""
 
     output: Sums = field(default_factory=lambda: np.zeros(4))
-    """Tokens, -log p of the base model, -log p of the NPT model, KL."""
+    """Number of tokens, and sums of: -log p of the base model, -log p of the NPT model, KL."""
 
 
 @torch.no_grad()
@@ -62,13 +64,13 @@ def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -
 
     Args:
         chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.
-        families: asked for the model's auxiliary inputs.
-        steps: micro-batches, as `held_out_steps` gives them.
+        families: supply the model's auxiliary inputs.
+        steps: lists of micro-batches, from `held_out_steps`.
     """
     findings = Findings()
     with _Observer(chunks, findings) as observer:
         for step in steps:
-            masks = [batch["loss_mask"].to(torch.cuda.current_device()) > 0 for batch in step]
+            masks = [batch["loss_mask"].to(process_groups.device()) > 0 for batch in step]
             outputs = HiddenStates()
             observer.begin(masks, base=True)
             with deactivated(chunks):
@@ -79,7 +81,7 @@ def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -
 
 
 class _Observer:
-    """Within it the NPT layers' forward passes leave their findings."""
+    """Context in which hooks on the NPT layers record the findings of their forward passes."""
 
     def __init__(self, chunks: list[GPTModel], findings: Findings) -> None:
         self._chunks = chunks
@@ -87,9 +89,9 @@ class _Observer:
         self._is_base = True
         self._masks: list[torch.Tensor] = []
         self._passes: dict[int, int] = {}
-        """Layer -> micro-batches seen in this run; a stage sees them in order."""
+        """Layer -> index of the current micro-batch; a stage processes micro-batches in order."""
         self._base: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        """Layer -> its input and output in the base model for each micro-batch."""
+        """Layer -> its input and output in the base model, for each micro-batch."""
         self._attention: torch.Tensor | None = None
         self._activated: torch.Tensor | None = None
 
@@ -113,7 +115,7 @@ class _Observer:
             hook.remove()
 
     def begin(self, masks: list[torch.Tensor], *, base: bool) -> None:
-        """Another run over the micro-batches whose tokens count where `masks` [b, s] is True."""
+        """Begins a run over micro-batches, of which the tokens with `masks` [b, s] True are compared."""
         self._masks, self._is_base, self._passes = masks, base, {}
         if base:
             self._base = {}
@@ -128,7 +130,7 @@ class _Observer:
             self._add(FREE_RUNNING, number, output[0], self._base[number][index], mask)
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        # `detach`: the schedule may free what it has sent on.
+        # `detach`, because the pipeline schedule may free the data of tensors that it has sent.
         base = hidden_states.detach(), output[0].detach()
         self._base.setdefault(number, []).append(base)
         layer.feed_forward.active = True
@@ -188,12 +190,12 @@ class _Observer:
 
 
 def add_to(totals: dict[Any, Sums], key: Any, sums: Sums) -> None:
-    """Adds sums to those of a key, if there are any."""
+    """Adds `sums` to the entry of `key`, which is created if it is missing."""
     totals[key] = totals[key] + sums if key in totals else sums
 
 
 class _Compare(NoLoss):
-    """Adds up -log p of both models and KL(base || NPT), a few rows of the logits at a time."""
+    """Sums -log p of both models and KL(base || NPT), computing a few rows of the logits at a time."""
 
     def __init__(self, base: HiddenStates, findings: Findings) -> None:
         self._base = iter(base.values)
@@ -216,7 +218,7 @@ class _Compare(NoLoss):
 def _compare_logits(
     base: torch.Tensor, ours: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, model: GPTModel
 ) -> Sums:
-    """Tokens, -log p of both, KL; logits [s, b, V/t], labels and mask [s, b]."""
+    """Returns tokens, -log p of both models and KL, for logits [s, b, V/t], labels and mask [s, b]."""
     group = model.pg_collection.tp
     log_p, log_q = log_probabilities(base, group), log_probabilities(ours, group)
     begin = group.rank() * log_p.size(-1)

@@ -1,13 +1,15 @@
-"""The evaluation of an NPT model against its base model, as one dictionary of JSON values; docs/npt_evaluation.md tells
-every key.
+"""Evaluates an NPT model against its base model; the report is a dictionary of JSON values.
+
+docs/npt_evaluation.md describes every key. Some of them:
 
     perplexity_ratio    perplexity of the NPT model / of the base model, free-running, on the same tokens
     relative_error      |NPT output - base output|_F / |base output|_F of a layer
-    update_relative_error  the same difference / |base output - base input|_F: what the base layer adds to its input.
-                        Most of an output is the residual stream, so the other figures look well for a layer that
-                        does nothing; this one is 1 then.
+    update_relative_error  the same difference / |base output - base input|_F, the base layer's update of its input.
+                        Most of an output is the residual stream, so a layer that does nothing looks good in the other
+                        figures; this one is then 1.
 
-Values that are not finite become null. Everything works at any tensor x pipeline x data cut; the first rank gets all.
+Values that are not finite become null. Any tensor-, pipeline- and data-parallel layout is supported; rank 0 gets the
+report.
 """
 
 import math
@@ -35,9 +37,9 @@ from megatron_ext.training.interface.family_interface import Family
 
 FORMAT = "megatron_ext.npt_evaluation/1"
 DELTA_THRESHOLD = 0.01
-"""Document 002 expects the average Frobenius norm of the deltas below this."""
+"""Expected upper limit of the deltas' average Frobenius norm, from docs/design/npt_equivalence.md."""
 RATIO_TOLERANCE = 0.05
-"""Document 002 expects a perplexity ratio this near to 1."""
+"""Expected largest distance of the perplexity ratio from 1, from docs/design/npt_equivalence.md."""
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _BINS = 50
@@ -58,20 +60,20 @@ def evaluate_npt(
     max_tokens: int | None = None,
     begin: Begin | None = None,
 ) -> dict[str, Any] | None:
-    """Measures the NPT model beside its base model; collective.
+    """Compares the NPT model with its base model on held-out data; collective.
 
     Args:
-        chunks: this rank's model chunks, unwrapped, built with NP components; without sequence parallel.
-        families: asked for the model's auxiliary inputs.
-        settings: of the NP components.
-        prefix: held-out indexed dataset without `.bin` and `.idx`; it exists and is whole.
-        sequence_length: tokens of a window.
-        micro_batch_size: windows at a time.
-        max_tokens: at most so many tokens, from the dataset's beginning.
-        begin: what every window begins with, or None.
+        chunks: this rank's model chunks, unwrapped, built with NP components and without sequence parallelism.
+        families: supply the model's auxiliary inputs.
+        settings: the configuration of the NP components.
+        prefix: path of the held-out indexed dataset without `.bin` and `.idx`; already checked.
+        sequence_length: tokens per window.
+        micro_batch_size: windows per forward pass.
+        max_tokens: number of tokens to use, from the dataset's beginning; None for all.
+        begin: tokens with which every window begins, or None.
 
     Returns:
-        The report without generations on the first rank, None on the others.
+        The report without generated texts on rank 0, None on other ranks.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
@@ -81,7 +83,7 @@ def evaluate_npt(
     steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
     findings = compare_layers(chunks, families, steps)
     sizes, norms = _parameters(chunks), _weight_norms(chunks)
-    # Tensor-parallel ranks have found the same.
+    # All ranks of a tensor-parallel group have the same findings.
     speaks = parallel_state.get_tensor_model_parallel_rank() == 0
     gathered = _gather((findings, sizes, norms) if speaks else None)
     if gathered is None:
@@ -104,12 +106,12 @@ def evaluate_npt(
 
 
 def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[str, Any]:
-    """What the report tells of the same conversion with NP components as they are drawn, to judge the ratio by.
+    """Returns the report's figures of the untrained conversion, with which the perplexity ratio can be compared.
 
     Args:
-        loss: of that model, on the same tokens.
-        base_loss: of the base model, as the report has it.
-        seed: of the initial values.
+        loss: loss of the model with initial NP components, on the same tokens.
+        base_loss: loss of the base model, from the report.
+        seed: seed of the initial values.
     """
     ratio = math.nan if base_loss is None else _exp(loss - base_loss)
     return dict(
@@ -125,7 +127,7 @@ def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[s
 
 
 def finite(value: Any) -> Any:
-    """The value with numbers that JSON cannot hold replaced by None, and keys as texts."""
+    """Replaces numbers that JSON cannot represent with None, and converts keys to strings."""
     if isinstance(value, dict):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -136,7 +138,7 @@ def finite(value: Any) -> Any:
 
 
 def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[str, Any]:
-    """Mean, standard deviation, extremes, percentiles and, where asked for, a histogram of finite values."""
+    """Returns mean, standard deviation, extremes, percentiles and optionally a histogram of the finite values."""
     values = values.astype(np.float64)
     good = values[np.isfinite(values)]
     found: dict[str, Any] = {"count": len(values), "not_finite": len(values) - len(good)}
@@ -157,7 +159,7 @@ def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[s
 
 
 def _gather(part: Any) -> list[Any] | None:
-    """What every rank but those that bring None has to say, on the first rank."""
+    """Gathers the values that are not None from all ranks on rank 0; returns None on other ranks."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(part, gathered, dst=0)
     return None if gathered is None else [found for found in gathered if found is not None]
@@ -219,7 +221,7 @@ def _deltas(found: Findings, norms: dict[tuple[int, str], float]) -> dict[str, A
             "relative_norm": distribution(relative[number, target]),
             "weight_norm": norms[number, target],
         }
-    nothing = np.zeros(0)  # of layers that are off
+    nothing = np.zeros(0)  # for `concatenate`, if all layers are inactive
     overall = distribution(np.concatenate([nothing, *values.values()]), histogram=True)
     average = overall["mean"]
     return {
@@ -251,7 +253,7 @@ def _counts(sizes: dict[int, tuple[int, int]]) -> dict[str, Any]:
 
 
 def _parameters(chunks: list[GPTModel]) -> dict[int, tuple[int, int]]:
-    """Layer -> parameters of its NP components, and its own, over all tensor-parallel ranks."""
+    """Returns layer -> parameters of its NP components and of the base layer, over all tensor-parallel ranks."""
     sizes: dict[int, tuple[int, int]] = {}
     for layer in _npt_layers(chunks):
         counted = {"np": 0, "layer": 0}

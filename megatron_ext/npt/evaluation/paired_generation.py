@@ -1,4 +1,4 @@
-"""The base model's and the NPT model's continuations of the same prompts: greedy, and sampled with the same seed."""
+"""Generates continuations of the same prompts with the base model and the NPT model, greedy and sampled."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,21 +19,21 @@ def paired_generations(
     prompts: list[str],
     sampling: Sampling,
 ) -> list[dict[str, Any]]:
-    """Continues every prompt four times; collective, every rank gets the same.
+    """Continues every prompt four times, by both models and in both modes; collective, every rank gets the results.
 
     Args:
         model: this rank's only chunk, unwrapped, built with NP components.
-        families: asked for the model's auxiliary inputs.
-        tokenizer: the model's.
-        prompts: texts.
-        sampling: for the sampled continuations; the greedy ones differ in the temperature alone.
+        families: supply the model's auxiliary inputs.
+        tokenizer: the model's tokenizer.
+        prompts: the texts to continue.
+        sampling: settings of the sampled continuations; the greedy ones differ only in the temperature.
 
     Returns:
         For each prompt and mode: `prompt`, `mode` (greedy or sampled), `seed`, `temperature`, `base` and `npt` (the new
-        text), `identical` and `first_difference`, the number of equal tokens at the beginning.
+        texts), `identical`, and `first_difference` (the number of equal tokens at the beginning).
 
     Raises:
-        ValueError: a prompt has no tokens, or is too long.
+        ValueError: a prompt has no tokens or is too long.
     """
     ids = [tokenizer.begin(tokenizer.tokenize(prompt)) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
@@ -62,13 +62,13 @@ def paired_generations(
 
 
 def held_out_prompts(prefix: str, tokenizer: Tokenizer, *, count: int = 3, length: int = 16) -> list[str]:
-    """The beginnings of the first documents that are long enough.
+    """Returns the beginnings of the first documents that have more than `length` tokens.
 
     Args:
-        prefix: indexed dataset without `.bin` and `.idx`.
-        tokenizer: whose ids it holds.
-        count: at most so many prompts.
-        length: tokens of each.
+        prefix: path of the indexed dataset without `.bin` and `.idx`.
+        tokenizer: the tokenizer with which the dataset was made.
+        count: largest number of prompts.
+        length: tokens per prompt.
     """
     dataset = IndexedDataset(prefix)
     prompts: list[str] = []

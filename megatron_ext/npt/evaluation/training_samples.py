@@ -1,7 +1,7 @@
-"""Samples of text in the course of a run: the base model's continuation of a prompt beside the NPT model's, greedy.
+"""Generates text samples during training: greedy continuations of a prompt by the base model and the NPT model.
 
-Generation runs in the training's own model and cut, with a KV cache, as a user would generate later. It knows neither
-sequence parallel nor virtual stages; such a run is refused before it starts.
+Generation uses the model in training in its parallel layout, with a KV cache. It supports neither sequence parallelism
+nor virtual stages; such a run is refused before it starts.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig, check_fits_window
@@ -13,11 +13,15 @@ from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.training.interface.family_interface import Family
 
 MAX_NEW_TOKENS = 40
-"""Tokens of a sample after its prompt."""
+"""Number of generated tokens per sample."""
 
 
 def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> None:
-    """Raises `ValueError` where samples are asked for and the cut does not allow them."""
+    """Checks that the parallel layout supports text samples, if they are requested.
+
+    Raises:
+        ValueError: it does not.
+    """
     if generation_steps is None:
         return
     for flag, is_in_the_way in (
@@ -30,27 +34,33 @@ def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> Non
         ("--overlap-param-gather", parallel.overlap_param_gather),
     ):
         if is_in_the_way:
-            raise ValueError(f"--generation-steps {generation_steps}: generation does not know {flag}")
+            raise ValueError(
+                f"--generation-steps {generation_steps}: generation does not support {flag}; omit one of the two"
+            )
 
 
 def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Raises `ValueError` where a sample would go past the model's sliding window."""
+    """Checks that a sample fits into the model's sliding window.
+
+    Raises:
+        ValueError: it does not.
+    """
     if model.sliding_window is not None:
         length = len(tokenizer.tokenize(prompt)) + MAX_NEW_TOKENS
         check_fits_window(model.sliding_window, length, f"--generation-prompt {prompt!r}")
 
 
 def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer, prompt: str) -> str:
-    """A prompt's two continuations as Markdown, on every rank; collective.
+    """Returns both models' continuations of a prompt as Markdown, on every rank; collective.
 
     Args:
-        chunk: this rank's only chunk, unwrapped; its layers run free.
-        families: asked for the model's auxiliary inputs.
-        tokenizer: the run's.
-        prompt: a text.
+        chunk: this rank's only chunk, unwrapped; no training step may be set on its NPT layers.
+        families: supply the model's auxiliary inputs.
+        tokenizer: the run's tokenizer.
+        prompt: the text to continue.
 
     Raises:
-        ValueError: the prompt has no tokens, or is too long.
+        ValueError: the prompt has no tokens or is too long.
     """
     tokens = tokenizer.tokenize(prompt)
     if not tokens:

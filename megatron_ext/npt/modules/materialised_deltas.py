@@ -1,8 +1,9 @@
-"""The MLP of an NPT layer with every token's deltas built as matrices: what the factored form saves, for reports.
+"""The MLP of an NPT layer with every token's delta built as a matrix, to measure what the factored form saves.
 
-    y = W x + delta x,      delta [n, output, input], one matrix a token and target
+    y = W x + delta x,      delta [n, output, input], one matrix per token and target
 
-as document 002's first version had it. One process, no tensor parallelism; never used in training.
+This is the first version in docs/design/npt_equivalence.md. It supports no tensor parallelism and is not used in
+training.
 """
 
 import math
@@ -17,13 +18,13 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 def materialised_mlp(
     feed_forward: NPFeedForward, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor
 ) -> torch.Tensor:
-    """MLP*(n) [s, b, h]; takes and gives what `NPFeedForward.modulated_mlp` does.
+    """Computes the same as `NPFeedForward.modulated_mlp`, MLP*(n) [s, b, h].
 
     Args:
         feed_forward: the NP components.
         mlp: the base MLP.
-        normed: n.
-        attention_output: a.
+        normed: n, [s, b, h].
+        attention_output: a, [s, b, h].
     """
     parts = feed_forward.modulations
     inner, bias = mlp.linear_fc1(normed)
@@ -42,12 +43,15 @@ def materialised_mlp(
 def materialised_deltas(
     modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor
 ) -> torch.Tensor:
-    """[n, output, input], with gradient.
+    """Builds the deltas of n tokens.
 
     Args:
-        modulation: of any form and target.
-        x: [n, input]; what outer_product on `down` is normalised by.
+        modulation: the NP component of one target, in any form.
+        x: [n, input], the target's input; outer_product on `down` is normalised with it.
         attention_output: a, [n, h].
+
+    Returns:
+        [n, output, input], differentiable.
     """
     settings = modulation.settings
     if isinstance(modulation, LowRankModulation):
@@ -73,7 +77,7 @@ def materialised_deltas(
 
 
 def _apply(modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-    """delta x, in x's shape but for the last dimension."""
+    """Returns delta x; the shape is that of x except for the last dimension, which is the output size."""
     rows = x.flatten(0, -2)
     deltas = materialised_deltas(modulation, rows, attention_output.flatten(0, -2))
     return torch.bmm(deltas, rows.unsqueeze(-1)).view(*x.shape[:-1], modulation.output_size)

@@ -1,33 +1,34 @@
-"""The delta of one weight matrix, generated from the attention output token by token and applied factored.
+"""The delta of one weight matrix: generated per token from the attention output `a`, and applied in factored form.
 
-The base layer computes y = W x. With the delta, `u` has r values a token and component, and
+The base layer computes y = W x. With the delta,
 
-    y = W x + u B                            the delta itself, [output, input] for every token, is never built
+    y = W x + u B         u: r values per token and component; the delta itself, [output, input] per token, is not built
 
     low_rank        delta = scale * B diag(tanh(a A)) A^T
                     u = scale * (x A) * tanh(a A)                                  A: [h, r], B: [r, output]
-                    `down` reads its x, of width f, with a factor of its own, A_in: [f, r]
+                    `down`, whose x has width f, uses A_in: [f, r] instead of A in `x A`
 
     outer_product   delta = scale / sqrt(k r) * sum_k v_b (x) v_a
                     z = a W_down / rms(a W_down)                                   W_down: [h, r]
                     v_a = (z W_a_up / sqrt(r) + c_a) / sqrt(input)                 W_a_up: [r, input], c_a: [input]
                     v_b = z W_b_up                                                 W_b_up: [r, output]
                     u = scale / sqrt(k r) * (v_a . x) * z
-                    `down` divides v_a by rms(W_a_up x) in the place of sqrt(input)
+                    `down` divides v_a by rms(W_a_up x) instead of sqrt(input)
 
-k components lie side by side in one factor: A is [h, k r], W_a_up [k r, input], c_a [k, input], B and W_b_up
-[k r, output]. For low_rank that is the same as one component of rank k r.
+The factors of k components are concatenated: A is [h, k r], W_a_up [k r, input], c_a [k, input], B and W_b_up
+[k r, output]. For low_rank, k components of rank r equal one component of rank k r.
 
-Why outer_product has normalisations, and low_rank none: there tanh bounds what a does. Here the constants make a sum of
-n terms count as sqrt(n) of them: Adam moves each weight of a sum by the same step, in one direction, so without them a
-step's effect grows with r, k and the width. Dividing z by its root mean square keeps v_b (x) v_a from growing with
-|a|^2; and the input of `down` is not normalised as that of `gate` and `up` is, so it is measured by what W_a_up reads
-from it. `np_normalize=False` leaves the last two out.
-Source: documents 000, 001 (outer_product; without c_a and normalisation) and 002 (low_rank).
+Why outer_product is normalised and low_rank is not: in low_rank tanh bounds the influence of a. In outer_product the
+constants scale a sum of n terms to the size of sqrt(n) terms. Adam changes every weight in a sum by a step of the same
+size, so without the constants the effect of a step would grow with r, k and the width. Dividing z by its root mean
+square keeps v_b (x) v_a from growing with |a|^2. The input of `down`, unlike that of `gate` and `up`, is not the output
+of a norm; dividing by rms(W_a_up x) makes up for that. `np_normalize=False` omits these two divisions.
+Source: docs/design/npt_sequential.md (outer_product, there without c_a and normalisation) and
+docs/design/npt_equivalence.md (low_rank).
 
-Tensor parallel, s/t rows under sequence parallel: factors that read a and the layer's norm are replicated; B and W_b_up
-are split over f as the weight is. For `down`, what reads x is split over f and its products are summed, B and W_b_up
-are replicated.
+Tensor parallelism: for `gate`, `up` and `fc1` the factors that are multiplied with a or x are replicated, and B and
+W_b_up are split over f like the weight. For `down` the factors that are multiplied with x are split over f and their
+products are summed over the ranks; B and W_b_up are replicated.
 """
 
 import math
@@ -45,16 +46,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.platform import process_groups
 
 EPS = 1e-6
-"""Added to mean squares before division: an attention output of zero gives a delta of zero."""
+"""Added to mean squares before division, so that an attention output of zero gives a delta of zero."""
 
 
 class Modulation(MegatronModule):
-    """Factors of one target, all components; the forms are subclasses."""
+    """The factors of one target, for all components; each form is a subclass."""
 
     output_name: str
-    """The factor that u multiplies."""
+    """Name of the factor by which u is multiplied, B or W_b_up."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class Modulation(MegatronModule):
     ) -> None:
         """Args:
         config: the engine's configuration.
-        groups: the tensor-parallel group splits what reads or writes f.
+        groups: factors with the dimension f are split over the tensor-parallel group.
         settings: form, rank and initial values.
         target: `gate`, `up`, `down` or `fc1`.
         """
@@ -77,31 +79,39 @@ class Modulation(MegatronModule):
         widths = (config.hidden_size, config.ffn_hidden_size)
         self.output_size, self.input_size = widths if self.reads_ffn else widths[::-1]
         self.split_dims: dict[str, int] = {}
-        """Dimension of each factor that is split over the tensor-parallel ranks; the other factors are replicated."""
+        """Split factor -> dimension that is split over the tensor-parallel ranks; other factors are replicated."""
         self.build()
 
     def build(self) -> None:
-        """Makes the factors."""
-        raise TypeError(f"{type(self).__name__} must say which factors it has")
+        """Registers the factors."""
+        raise TypeError(f"{type(self).__name__} must implement build()")
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """What u needs of the layer's input x: r-sized products, the local part of a sum where x is split.
+        """Multiplies the target's input x by the factors that read it; for `down` this is a part of a sum over ranks.
 
         Args:
             x: [s, b, input] ([s/t, b, h] under sequence parallel, [s, b, f/t] for `down`).
+
+        Returns:
+            [s, b, k r], or [s, b, k r + k] with c_a.
         """
-        raise TypeError(f"{type(self).__name__} must say what it reads")
+        raise TypeError(f"{type(self).__name__} must implement read()")
 
     def combine(self, products: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """u [.., k r] from the products of `read`, whole, and the attention output [.., h]."""
-        raise TypeError(f"{type(self).__name__} must say how it combines")
+        """Computes u [.., k r] from the complete products of `read` and the attention output [.., h]."""
+        raise TypeError(f"{type(self).__name__} must implement combine()")
 
     def coefficients(self, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """u [s, b, k r] ([s/t, b, k r] under sequence parallel) for the input x of `read` and a, [s(/t), b, h]."""
+        """Computes u, [s, b, k r] ([s/t, b, k r] under sequence parallel).
+
+        Args:
+            x: the target's input, as in `read`.
+            attention_output: a, [s, b, h] ([s/t, b, h] under sequence parallel).
+        """
         return self.combine(self.read_whole(x), attention_output)
 
     def read_whole(self, x: torch.Tensor) -> torch.Tensor:
-        """`read`, summed over the ranks where x is split; this rank's rows [s/t, b, ..] under sequence parallel."""
+        """Returns the products of `read`, summed over the ranks for `down`; [s/t, b, ..] under sequence parallel."""
         products = self.read(x)
         if not self.reads_ffn or self.groups.tp.size() == 1:
             return products
@@ -111,34 +121,39 @@ class Modulation(MegatronModule):
 
     @property
     def output_factor(self) -> torch.Tensor:
-        """The local part of B or W_b_up, [k r, output(/t)]."""
+        """This rank's part of B or W_b_up, [k r, output(/t)]."""
         return getattr(self, self.output_name)
 
     def add_factor(self, name: str, shape: tuple[int, int], std: float, *, of_ffn: int | None = None) -> None:
         """Registers a factor.
 
         Args:
-            name: as in the formulas; the parameter's name.
-            shape: of the whole factor.
-            std: standard deviation of the initial values, see `models.init`; 0 leaves zeros.
-            of_ffn: the dimension that is f, which the tensor-parallel ranks split; None for a replicated factor.
+            name: name of the parameter, as in the formulas above.
+            shape: shape of the whole factor.
+            std: standard deviation of the initial values; 0 keeps zeros.
+            of_ffn: the dimension of size f, which is split over the tensor-parallel ranks; None to replicate.
         """
         local = list(shape)
         if of_ffn is not None:
             local[of_ffn] //= self.groups.tp.size()
             self.split_dims[name] = of_ffn
-        values = torch.zeros(local, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        values = torch.zeros(local, dtype=self.config.params_dtype, device=process_groups.device())
         parameter = torch.nn.Parameter(values)
         parameter.init_std = std  # type: ignore[attr-defined]
         if of_ffn is not None:
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=of_ffn, stride=1)
         else:
-            # It sees this rank's rows only: the engine sums its gradient over the tensor-parallel ranks.
+            # Under sequence parallelism a replicated factor sees only this rank's rows: with this mark the engine sums
+            # its gradient over the tensor-parallel ranks.
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
     def add_output_factor(self, scale: float) -> None:
-        """Registers B or W_b_up; `scale` makes the delta's size `np_init_scale` under the strategy improved."""
+        """Registers B or W_b_up.
+
+        Args:
+            scale: standard deviation with which the delta would have unit size; `np_init_scale` multiplies it.
+        """
         settings = self.settings
         std = scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0
         shape = (settings.total_rank, self.output_size)
@@ -147,7 +162,7 @@ class Modulation(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The factors under `{prefix}{name}`, at any tensor-parallel size."""
+        """Returns the factors under `{prefix}{name}`; they load at any tensor-parallel size."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -164,7 +179,7 @@ class LowRankModulation(Modulation):
     output_name = "B"
 
     def build(self) -> None:
-        """A, A_in for `down`, and B."""
+        """Registers A, for `down` also A_in, and B."""
         hidden, rank = self.config.hidden_size, self.settings.total_rank
         self.add_factor("A", (hidden, rank), hidden**-0.5)
         if self.reads_ffn:
@@ -172,11 +187,11 @@ class LowRankModulation(Modulation):
         self.add_output_factor(rank**-0.5)
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """x A, [.., k r]."""
+        """Returns x A, [.., k r]."""
         return x @ (self.A_in if self.reads_ffn else self.A)
 
     def combine(self, products: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """(x A) tanh(a A), scaled: [.., k r]."""
+        """Returns scale * (x A) * tanh(a A), [.., k r]."""
         return products * torch.tanh(attention_output @ self.A) * self.settings.np_scale
 
 
@@ -186,7 +201,7 @@ class OuterProductModulation(Modulation):
     output_name = "W_b_up"
 
     def build(self) -> None:
-        """W_down, W_a_up, c_a and W_b_up."""
+        """Registers W_down, W_a_up, c_a and W_b_up."""
         settings, rank = self.settings, self.settings.total_rank
         of_ffn = 1 if self.reads_ffn else None
         self.add_factor("W_down", (self.config.hidden_size, rank), self.config.hidden_size**-0.5)
@@ -196,16 +211,16 @@ class OuterProductModulation(Modulation):
         self.add_output_factor(1.0)
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """[W_a_up x ; c_a . x], [.., k r] or [.., k r + k]; in one product, as x is much larger than the factors."""
+        """Returns [W_a_up x ; c_a . x], [.., k r + k], or [.., k r] without c_a."""
+        # One product instead of two, because reading x costs more than concatenating the factors.
         reader = torch.cat([self.W_a_up, self.c_a]) if self.settings.has_affine else self.W_a_up
         return x @ reader.t()
 
     def combine(self, products: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """(v_a . x) z, scaled: [.., k r]. In fp32, as sums of products should be.
-
-        With z = a W_down still to be divided by its root mean square: both of its divisions are in the factor of z.
-        """
+        """Returns scale / sqrt(k r) * (v_a . x) * z, [.., k r]; computed in fp32."""
         settings = self.settings
+        # z is not divided by its root mean square here. It occurs twice in u (in v_a and as a factor), so the scalar s
+        # is multiplied by the inverse twice, and c_a, which does not depend on z, is added in between.
         z, read = self.code(attention_output), self.by_component(products)
         s = (z * read).sum(-1) * settings.np_rank**-0.5
         inverse_rms = self.inverse_rms(z) if settings.np_normalize else None
@@ -221,22 +236,22 @@ class OuterProductModulation(Modulation):
 
     @property
     def divides_by_read(self) -> bool:
-        """True where v_a is divided by rms(W_a_up x), False: by sqrt(input)."""
+        """Whether v_a is divided by rms(W_a_up x) instead of sqrt(input)."""
         return self.reads_ffn and self.settings.np_normalize
 
     def code(self, attention_output: torch.Tensor) -> torch.Tensor:
-        """z [.., k, r] in fp32, not yet divided by its root mean square."""
+        """Returns z [.., k, r] in fp32, not divided by its root mean square."""
         return self.by_component(attention_output @ self.W_down)
 
     def by_component(self, values: torch.Tensor) -> torch.Tensor:
-        """The first k r of the last dimension as [.., k, r] in fp32."""
+        """Reshapes the first k r values of the last dimension to [.., k, r], in fp32."""
         settings = self.settings
         values = values[..., : settings.total_rank].float()
         return values.unflatten(-1, (settings.num_np_components, settings.np_rank))
 
     @staticmethod
     def inverse_rms(values: torch.Tensor) -> torch.Tensor:
-        """1 / root mean square over the last dimension."""
+        """Returns 1 / root mean square over the last dimension."""
         return torch.rsqrt(values.square().mean(-1) + EPS)
 
 
@@ -244,4 +259,4 @@ FORMS: dict[str, type[Modulation]] = {
     "low_rank": LowRankModulation,
     "outer_product": OuterProductModulation,
 }
-"""`np_form` -> class."""
+"""Value of `np_form` -> class."""

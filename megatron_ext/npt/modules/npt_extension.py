@@ -1,4 +1,4 @@
-"""NPT as the model sees it: the feed-forward slot of the chosen layers, and a way for the teacher's inputs to them."""
+"""NPT's contribution to the model: a feed-forward module in the chosen layers, and a stream of the teacher's inputs."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -8,12 +8,11 @@ from megatron_ext.models.auxiliary_inputs import AuxiliaryStream
 from megatron_ext.models.model_extension import Extension, StageInfo, StageModule
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.layer_losses import TEACHER
-from megatron_ext.npt.objective.teacher import TeacherInputs
+from megatron_ext.npt.modules.teacher_inputs import TEACHER, TeacherInputs
 
 
 class NPTExtension(Extension):
-    """NP components in the layers that `--npt-layers` names."""
+    """Adds NP components to the layers that `--npt-layers` names."""
 
     name = "npt"
 
@@ -24,11 +23,11 @@ class NPTExtension(Extension):
         self.settings = settings
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """The teacher's inputs of a stage's NPT layers; only some training steps bring them."""
+        """Returns the stream of the teacher's inputs; its width varies, because only some training steps have them."""
         return [AuxiliaryStream(name=TEACHER, width=None)]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """The feed-forward of a chosen layer.
+        """Returns the feed-forward module of a chosen layer.
 
         Raises:
             ValueError: the layers or the target do not fit the model.
@@ -41,7 +40,7 @@ class NPTExtension(Extension):
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> StageModule | None:
-        """What packs the teacher's inputs, on stages that have NPT layers."""
+        """Returns the module that packs the teacher's inputs, on stages with NPT layers."""
         chosen = self.settings.layers(config.num_layers)
         layers = tuple(number for number in stage.layer_numbers if number in chosen)
         return TeacherInputs(layers) if layers else None

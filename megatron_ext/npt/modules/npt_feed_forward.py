@@ -1,14 +1,14 @@
-"""The feed-forward of an NPT layer, a slot module: the base MLP with weights that the attention output changes.
+"""The feed-forward of an NPT layer, a slot module: the base MLP with weights that the attention output `a` changes.
 
-    n = LN2(h)                                    the MLP reads the layer's input; a acts through the weights alone
-    drop    output = h + MLP*(n)
+    n = LN2(h)                     the MLP reads the layer's input h without a, which acts only through the weights
+    drop    output = h + MLP*(n)                  np_residual
     keep    output = h + a + MLP*(n)
 
-    MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + delta_gate, delta_up) n)          see `modulation` for the deltas
+    MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` for the deltas
 
-Norm and weights are the layer's own. Gate and up are the two halves of fc1, as in the engine; an MLP without a gate has
-fc1 alone. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inner tensors [s, b, f/t].
-Source: documents 000, 001 and 002.
+Norm and weights are the base layer's. Gate and up are the two halves of fc1, as in the engine; an MLP without a gate
+has only fc1. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inner tensors [s, b, f/t].
+Source: docs/design/npt_equivalence.md.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.ops.add_product import add_product
+from megatron_ext.npt.modules.layer_step import LayerStep
 from megatron_ext.npt.modules.modulation import FORMS, Modulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.layer_losses import LayerStepLosses
 
 
 class NPFeedForward(MegatronModule):
-    """NP components of one layer, one `Modulation` a target, and the MLP that they change."""
+    """The NP components of one layer, one `Modulation` per target; runs the MLP with them."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class NPFeedForward(MegatronModule):
     ) -> None:
         """Args:
         config: the engine's configuration.
-        layer_number: of the layer in the whole model, from 1.
+        layer_number: number of the layer in the whole model, from 1.
         pg_collection: the process groups.
         settings: NPT's configuration.
         """
@@ -54,15 +54,15 @@ class NPFeedForward(MegatronModule):
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         self.active = True
-        """False: the layer does what the base layer does, on the engine's own code path."""
-        self.plan: LayerStepLosses | None = None
-        """What the present training step asks of the layer; None outside training."""
+        """Whether the slot is used; if False, the layer runs as the base layer, on the engine's own code path."""
+        self.step: LayerStep | None = None
+        """Inputs and losses of the layer in the current training step; None outside training."""
         for target in settings.targets:
             self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
 
     @property
     def modulations(self) -> dict[str, Modulation]:
-        """The NP components by target."""
+        """Target -> NP component."""
         return {target: self.get_submodule(target) for target in self.settings.targets}
 
     def forward(
@@ -72,46 +72,45 @@ class NPFeedForward(MegatronModule):
         attend: Callable[[torch.Tensor], torch.Tensor],
         layer_inputs: LayerInputs | None,
     ) -> torch.Tensor:
-        """The layer's output [s, b, h].
+        """Computes the layer's output, [s, b, h].
 
         Args:
-            layer: the layer, whose norms and MLP are used.
-            hidden_states: h, the layer's input.
-            attend: gives a, the attention's output with bias and dropout, for the attention's input.
-            side: the auxiliary streams; read where the plan blends in the teacher's input.
+            layer: the transformer layer, whose norms and MLP are used.
+            hidden_states: h, the layer's input, [s, b, h].
+            attend: attention's input -> a, the attention output with bias and dropout.
+            layer_inputs: the auxiliary streams, from which the step may read the teacher's input.
         """
-        plan = self.plan
+        step = self.step
         attention_input = mlp_input = hidden_states
-        if plan is not None and layer_inputs is not None:
-            attention_input, mlp_input = plan.inputs(hidden_states, layer_inputs)
+        if step is not None and layer_inputs is not None:
+            attention_input, mlp_input = step.inputs(hidden_states, layer_inputs)
         attention_output = attend(attention_input)
         mlp_output = self._mlp(layer, mlp_input, attention_output)
         keeps = self.settings.np_residual == "keep"
         residual = mlp_input + attention_output if keeps else mlp_input
         add = layer.mlp_bda(layer.training, self.config.bias_dropout_fusion)
         output = add((mlp_output, None), residual, layer.hidden_dropout)
-        if plan is None:
+        if step is None:
             return output
-        return plan.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
+        return step.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
 
     def _mlp(self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """MLP*(n), recomputed in the backward pass where the run says so."""
         normed = layer.pre_mlp_layernorm(hidden_states)
         if not layer.recompute_mlp:
             return self.modulated_mlp(layer.mlp, normed, attention_output)
         if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
-            # What is recomputed gets gradients only if an input does; here the parameters alone need them.
+            # A recomputed function gets gradients only if an input requires them; here only its parameters do.
             normed = normed.detach().requires_grad_()
         run = partial(self.modulated_mlp, layer.mlp)
         return tensor_parallel.checkpoint(run, False, normed, attention_output)
 
     def modulated_mlp(self, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """MLP*(n), biases included, [s, b, h].
+        """Computes MLP*(n) with biases, [s, b, h].
 
         Args:
             mlp: the base MLP.
-            normed: n.
-            attention_output: a.
+            normed: n, [s, b, h].
+            attention_output: a, [s, b, h].
         """
         inner, bias = mlp.linear_fc1(normed)
         inner = self._add_to_fc1(inner, normed, attention_output)
@@ -129,7 +128,7 @@ class NPFeedForward(MegatronModule):
     def _add_to_fc1(
         self, inner: torch.Tensor, normed: torch.Tensor, attention_output: torch.Tensor
     ) -> torch.Tensor:
-        """W_fc1 n [s, b, 2 f/t] (or f/t) with the deltas of its parts; `up` is the second half."""
+        """Adds the deltas of gate and up (or fc1) to W_fc1 n, [s, b, 2 f/t] (or f/t); `up` is the second half."""
         parts = [modulation for target, modulation in self.modulations.items() if target != "down"]
         coefficients = self._for_all_ranks([part.coefficients(normed, attention_output) for part in parts])
         for index, (part, u) in enumerate(zip(parts, coefficients, strict=True)):
@@ -138,11 +137,9 @@ class NPFeedForward(MegatronModule):
         return inner
 
     def _for_all_ranks(self, coefficients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Every u with the full sequence [s, b, k r], at the border of the part that is split over f.
-
-        The gradient of u is summed over the ranks here. a and n are on this side of the border, not copied: the
-        gradients of all factors that read them are whole.
-        """
+        """Gives every rank each u for the full sequence, [s, b, k r]; its gradient is summed over the ranks."""
+        # u enters the tensor-parallel region here, not a and n: so the gradients of the replicated factors, which are
+        # multiplied with a and n, are complete on every rank.
         if self.tp_group.size() == 1:
             return coefficients
         joined = torch.cat(coefficients, dim=-1)

@@ -1,6 +1,6 @@
-"""The NPT layers of a model: finding them, and turning them off for a while.
+"""Finds the NPT layers of a model, and deactivates them temporarily.
 
-A layer that is off is the base layer, bit for bit. With all of them off the model is the base model: the teacher.
+An inactive layer equals the base layer bit for bit. With all layers inactive the model is the base model, the teacher.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 
 
 def np_modules(chunks: list[GPTModel]) -> dict[int, NPFeedForward]:
-    """This rank's NP components by the number of their layer, from 0."""
+    """Returns number of a layer, from 0 -> its NP components, for this rank's layers."""
     return {
         module.layer_number - 1: module
         for chunk in chunks
@@ -22,13 +22,13 @@ def np_modules(chunks: list[GPTModel]) -> dict[int, NPFeedForward]:
 
 @contextlib.contextmanager
 def deactivated(chunks: list[GPTModel], layers: Collection[int] | None = None) -> Iterator[None]:
-    """Within it the named layers, or all, are base layers.
+    """Context in which the given NPT layers run as base layers.
 
-    A backward pass that recomputes activations must end where its forward pass began: inside, or outside.
+    With activation recomputation, forward and backward pass must both be inside or both outside of the context.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        layers: numbers from 0; those of other stages are left alone.
+        layers: numbers of layers, from 0; those of other stages are ignored. None for all.
     """
     chosen = [module for number, module in np_modules(chunks).items() if layers is None or number in layers]
     before = [module.active for module in chosen]

@@ -1,6 +1,7 @@
-"""What a user chooses about NP components: form, target, rank, residual, initial values, and the layers that have them.
+"""Flags of the NP components: form, target, rank, residual, initial values, and the layers that have them.
 
-The defaults are document 002's: `low_rank`, gate, rank 16, attention residual dropped, upper half of the layers.
+The defaults are those of docs/design/npt_equivalence.md: `low_rank`, gate, rank 16, attention residual dropped, upper
+half of the layers.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ _TARGETS: dict[str, tuple[str, ...]] = {
     "gate+up": ("gate", "up"),
     "gate+up+down": ("gate", "up", "down"),
     "fc1": ("fc1",),
-    # the documents' words
+    # The names that the documents in docs/design use.
     "single": ("gate",),
     "dual": ("gate", "up"),
     "triple": ("gate", "up", "down"),
@@ -22,30 +23,31 @@ _TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class NPTModuleConfig:
-    """NP components: the attention output changes the weights of the MLP, token by token."""
+    """NP components: the attention output changes the weights of the MLP, per token."""
 
     npt_layers: Annotated[str, flag(aliases=("--layers", "--train_layers"))] = "upper_half"
-    """Layers with NP components: all, upper_half, lower_half, or numbers and ranges from 0, as 0,3,5 or -1 or 4:8
-    (the end is left out)."""
+    """Layers with NP components: all, upper_half, lower_half, or numbers and ranges counted from 0, such as 0,3,5 or -1
+    or 4:8 (without 8)."""
 
     np_form: Literal["low_rank", "outer_product"] = "low_rank"
-    """How the attention output makes the delta: B diag(tanh(a A)) A^T (document 002), or v_b v_a^T (000 and 001)."""
+    """Form of the delta for an attention output a: low_rank B diag(tanh(a A)) A^T, or outer_product v_b v_a^T."""
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
-    """The modulated weights. single, dual and triple stand for the first three; fc1 is for an MLP without a gate."""
+    """The weights that get a delta. single, dual, triple equal the first three; fc1 is for an MLP without a gate."""
 
     np_rank: Annotated[int, flag(aliases=("--rank",))] = 16
     """Rank of the generated factors."""
 
     num_np_components: int = 1
-    """Number of deltas that add up, each with its own factors. k components of low_rank are one of k times the rank."""
+    """Number of deltas that are added up, each with its own factors. For low_rank, k components of rank r equal one of
+    rank k r."""
 
     np_affine: bool = True
-    """outer_product: add a learned constant to v_a. Without it the delta is the same for a and -a."""
+    """outer_product: add a learned constant to v_a. Without it the delta is equal for a and -a."""
 
     np_normalize: bool = True
-    """outer_product: keep s and z in scale, whatever the size of the attention output. Without it large outputs count
-    with their square, and training may diverge."""
+    """outer_product: normalise what is generated from the attention output. Without it the delta grows with the square
+    of the output's size, and training may diverge."""
 
     np_residual: Literal["keep", "drop"] = "drop"
     """Whether the attention output is also added to the residual stream, as in the base layer."""
@@ -54,14 +56,14 @@ class NPTModuleConfig:
     """Factor on every delta."""
 
     np_init_scale: float = 0.01
-    """Standard deviation of the output factors' contribution under the strategy improved: how small deltas start."""
+    """Initial scale of the deltas with --np-init-strategy improved."""
 
     np_init_strategy: Literal["improved", "conservative"] = "improved"
-    """improved: deltas start small, and all factors have gradients at once. conservative: output factors start at zero,
-    and so do all deltas."""
+    """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors and
+    therefore all deltas start at zero."""
 
     freeze_base: bool = True
-    """Train NP parameters only; the base model's weights stay as they are."""
+    """Freeze the base model and train only the NP components."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -70,12 +72,12 @@ class NPTModuleConfig:
         if self.np_form == "low_rank":
             for name, flag in (("np_affine", "--no-np-affine"), ("np_normalize", "--no-np-normalize")):
                 if not getattr(self, name):
-                    raise ValueError(f"{flag}: is about --np-form outer_product, not {self.np_form}")
+                    raise ValueError(f"{flag} requires --np-form outer_product (got {self.np_form})")
         parse_layers(self.npt_layers)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The modulated weights one by one: of `gate`, `up`, `down`, `fc1`."""
+        """The weights that get a delta, each one of `gate`, `up`, `down`, `fc1`."""
         return _TARGETS[self.np_target]
 
     @property
@@ -85,11 +87,11 @@ class NPTModuleConfig:
 
     @property
     def has_affine(self) -> bool:
-        """True where `v_a` has its learned constant."""
+        """Whether `v_a` has a learned constant."""
         return self.np_form == "outer_product" and self.np_affine
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """Numbers of the chosen layers, from 0, ascending.
+        """Returns the numbers of the chosen layers, from 0, in ascending order.
 
         Raises:
             ValueError: a number or range does not fit a model of `num_layers` layers.
@@ -97,17 +99,24 @@ class NPTModuleConfig:
         return choose_layers(self.npt_layers, num_layers)
 
     def check_model(self, gated: bool) -> None:
-        """Raises `ValueError` unless the MLP, gated or not, has the target's weights."""
+        """Checks that the MLP has the target's weights.
+
+        Args:
+            gated: whether the MLP has a gate.
+
+        Raises:
+            ValueError: it has not.
+        """
         if gated == ("fc1" in self.targets):
             kind, choices = ("gated", "gate, gate+up, gate+up+down") if gated else ("not gated", "fc1")
-            raise ValueError(f"--np-target {self.np_target}: the MLP is {kind}, choose from {choices}")
+            raise ValueError(f"--np-target {self.np_target}: the MLP is {kind}; choose from {choices}")
 
 
 def parse_layers(text: str) -> list[int | tuple[int | None, int | None]]:
-    """The parts of a layer choice: numbers, and ranges (start, end). A word as `all` has one part, a range.
+    """Parses a value of --npt-layers into numbers and ranges (start, end); a word such as `all` gives one open range.
 
     Raises:
-        ValueError: the text is no layer choice.
+        ValueError: the text has another format.
     """
     if text in ("all", "upper_half", "lower_half"):
         return [(None, None)]
@@ -123,18 +132,19 @@ def parse_layers(text: str) -> list[int | tuple[int | None, int | None]]:
             parts.append(numbers[0])
         else:
             raise ValueError(
-                f"--npt-layers {text}: must be all, upper_half, lower_half, or numbers and ranges as 0,3,5 or -1 or 4:8"
+                f"--npt-layers {text}: must be all, upper_half, lower_half, or numbers and ranges such as "
+                "0,3,5 or -1 or 4:8"
             )
     return parts
 
 
 def choose_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Layer numbers, from 0, ascending, that a layer choice means in a model of `num_layers` layers.
+    """Returns the layers, from 0 and in ascending order, that a value of --npt-layers selects.
 
-    `lower_half` are the first L // 2 layers, `upper_half` the others. Negative numbers count from the end.
+    `lower_half` selects the first L // 2 layers, `upper_half` the others. Negative numbers count from the end.
 
     Raises:
-        ValueError: the text is no layer choice, or one of its parts names no layer of the model.
+        ValueError: the text has another format, or a part of it is outside a model of `num_layers` layers.
     """
     half = num_layers // 2
     words = {"all": (0, num_layers), "upper_half": (half, num_layers), "lower_half": (0, half)}
@@ -147,6 +157,6 @@ def choose_layers(text: str, num_layers: int) -> tuple[int, ...]:
         else:
             last = first + 1
         if not 0 <= first < last <= num_layers:
-            raise ValueError(f"--npt-layers {text}: does not fit a model of {num_layers} layers")
+            raise ValueError(f"--npt-layers {text}: out of range for a model of {num_layers} layers")
         chosen.update(range(first, last))
     return tuple(sorted(chosen))

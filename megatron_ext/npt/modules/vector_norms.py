@@ -1,4 +1,4 @@
-"""Sizes of what NP components generate, from r-sized quantities: losses and monitoring without v_a, v_b or a delta.
+"""Norms and products of v_a, v_b and the deltas, for losses and monitoring, without building these vectors.
 
     outer_product    z = a W_down            v_a = z W_a_up / sqrt(r) + c_a            v_b = z W_b_up
                      |v_a|^2 = z^ G z^,      z^ = [z / sqrt(r) ; 1],  G = [W_a_up ; c_a] [W_a_up ; c_a]^T
@@ -6,29 +6,29 @@
                      |delta|_F^2 = c^2 sum_kl (v_a,k . v_a,l) (v_b,k . v_b,l)
     low_rank         |delta|_F^2 = scale^2 t^T (A^T A * B B^T) t,  t = tanh(a A)
 
-`GeneratedVectors` holds the documents' plain v_a and v_b: z as it is, also where `--np-normalize` divides z by its root
-mean square, and without the factor that v_a has for reading x, 1 / sqrt(input). The attention reconstruction of stage 1
-asks v_a to equal a, size included, which a function of a's direction alone could not. `delta_norms` is about the delta
-as it is applied, normalisations included.
+`GeneratedVectors` uses v_a and v_b as docs/design/npt_sequential.md defines them: without the division of z by its root
+mean square (`--np-normalize`) and without the factor 1 / sqrt(input) of v_a. Stage 1 trains v_a to equal a including
+its size, which would be impossible for a function of the direction of a only. `delta_norms` measures the delta that is
+applied, with all normalisations.
 
-Signatures, all for one `Modulation` and a, the attention output [s, b, h] ([s/t, b, h] under sequence parallel):
+Overview; every function takes one `Modulation` and a, the attention output [s, b, h] ([s/t, b, h] under sequence
+parallel):
 
     vectors = GeneratedVectors(modulation, a)         outer_product on gate, up or fc1
-    vectors.reconstruction_error()                    [b], mean (v_a - a)^2 of a sequence
-    vectors.attention_square()                        [b], mean a^2 of a sequence; the MSE is divided by its root
+    vectors.reconstruction_error()                    [b], mean (v_a - a)^2 per sequence
+    vectors.attention_square()                        [b], mean a^2 per sequence; the MSE is divided by its root
     vectors.similarity()                              mean cosine of v_a and a
-    vectors.a_square(), vectors.b_square()            mean v_a^2, mean v_b^2: their sum is the v regularisation
+    vectors.a_square(), vectors.b_square()            mean v_a^2, mean v_b^2; their sum is the regularization loss
     vectors.a_norm(), vectors.b_norm()                mean |v_a|, mean |v_b|; no gradient
     factor_norm(modulation)                           sum of the factors' Frobenius norms: |A|_F + |B|_F for low_rank
-    delta_norms(modulation, a, x=None)                [s(/t), b], |delta|_F of every token; no gradient
+    delta_norms(modulation, a, x=None)                [s(/t), b], |delta|_F per token; no gradient
     weight_norm(modulation, mlp)                      |W|_F of the base weight; no gradient
 
-Where no shape is given the result is a fp32 scalar; means are over this rank's tokens, and over components where there
-are several.
-Tensor parallel: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
-Without sequence parallel every rank has the same values; each adds them to its loss as they are. Under sequence
-parallel every rank adds its values divided by t. Either way the gradients of all factors are right after the engine's
-own reduction, which sums those of replicated factors over the group under sequence parallel.
+Results without a shape are fp32 scalars. Means are over this rank's tokens and over the components.
+Tensor parallelism: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
+Without sequence parallelism all ranks have equal values, which each adds to its loss. Under sequence parallelism every
+rank adds its values divided by t. In both cases the gradients of all factors are correct after the engine's reduction,
+which under sequence parallelism sums those of replicated factors over the group.
 """
 
 import functools
@@ -45,55 +45,55 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 
 _TINY = 1e-16
-"""Least square of a norm that is divided by or derived: a vector of zeros has cosine 0 and gradient 0."""
+"""Lower bound of squared norms before a division or root, so that a vector of zeros has cosine 0 and gradient 0."""
 
 
 class GeneratedVectors:
-    """v_a and v_b, in the documents' plain form, of every token; what several methods need is computed once."""
+    """v_a and v_b of every token, without normalisation; shared intermediate results are computed once."""
 
     def __init__(self, modulation: Modulation, attention_output: torch.Tensor) -> None:
         """Args:
-        modulation: of the form outer_product, target `gate`, `up` or `fc1`.
+        modulation: form outer_product, target `gate`, `up` or `fc1`.
         attention_output: a, [s, b, h] ([s/t, b, h] under sequence parallel).
 
         Raises:
-            ValueError: another form, or the target `down`, whose v_a has another width than a.
+            ValueError: another form, or the target `down`, for which v_a and a have different widths.
         """
         if not isinstance(modulation, OuterProductModulation) or modulation.reads_ffn:
             raise ValueError(
-                "v_a and v_b: must be of --np-form outer_product, on a target that reads the hidden state"
+                "v_a and v_b are defined only for --np-form outer_product and the targets gate, up and fc1"
             )
         self._modulation = modulation
         self._attention_output = attention_output
 
     def reconstruction_error(self) -> torch.Tensor:
-        """Mean of (v_a - a)^2 over the tokens of a sequence, components and h, [b]."""
+        """Returns the mean of (v_a - a)^2 over a sequence's tokens, components and h, [b]."""
         squares = self._a_squares - 2 * self._products + self._attention_squares
         return squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def attention_square(self) -> torch.Tensor:
-        """Mean of a^2 over the tokens of a sequence and h, [b]."""
+        """Returns the mean of a^2 over a sequence's tokens and h, [b]."""
         return self._attention_squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def similarity(self) -> torch.Tensor:
-        """Mean cosine of v_a and a over tokens and components."""
+        """Returns the mean cosine of v_a and a over tokens and components."""
         lengths = self._a_squares.clamp_min(_TINY).sqrt() * self._attention_squares.clamp_min(_TINY).sqrt()
         return (self._products / lengths).mean()
 
     def a_square(self) -> torch.Tensor:
-        """Mean of v_a^2 over tokens, components and h."""
+        """Returns the mean of v_a^2 over tokens, components and h."""
         return self._a_squares.mean() / self._modulation.input_size
 
     def b_square(self) -> torch.Tensor:
-        """Mean of v_b^2 over tokens, components and f. Collective over the tensor-parallel group."""
+        """Returns the mean of v_b^2 over tokens, components and f. Collective over the tensor-parallel group."""
         return self._b_squares.mean() / self._modulation.output_size
 
     def a_norm(self) -> torch.Tensor:
-        """Mean of |v_a| over tokens and components, without gradient."""
+        """Returns the mean of |v_a| over tokens and components, without gradient."""
         return self._a_squares.detach().clamp_min(0).sqrt().mean()
 
     def b_norm(self) -> torch.Tensor:
-        """Mean of |v_b| over tokens and components, without gradient. Collective over the tensor-parallel group."""
+        """Returns the mean of |v_b| over tokens and components, without gradient; collective like `b_square`."""
         return self._b_squares.detach().clamp_min(0).sqrt().mean()
 
     @functools.cached_property
@@ -128,10 +128,10 @@ class GeneratedVectors:
 
 
 def factor_norm(modulation: Modulation) -> torch.Tensor:
-    """The sum of the Frobenius norms of a target's factors, each whole, with gradient.
+    """Returns the sum of the Frobenius norms of a target's whole factors, differentiable.
 
-    For low_rank |A|_F + |B|_F, `down` has |A_in|_F too: the regularisation of document 002. Collective over the
-    tensor-parallel group.
+    For low_rank this is |A|_F + |B|_F (for `down` also |A_in|_F), the regularization of docs/design/npt_equivalence.md.
+    Collective over the tensor-parallel group.
     """
     norms = []
     for name, factor in modulation.named_parameters():
@@ -146,18 +146,19 @@ def factor_norm(modulation: Modulation) -> torch.Tensor:
 def delta_norms(
     modulation: Modulation, attention_output: torch.Tensor, x: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The Frobenius norm of every token's delta, as it is applied: [s, b] ([s/t, b] under sequence parallel), fp32.
-
-    Collective over the tensor-parallel group.
+    """Returns the Frobenius norm of every token's delta as it is applied. Collective over the tensor-parallel group.
 
     Args:
-        modulation: of any form and target.
-        attention_output: a.
-        x: the target's input, as `Modulation.coefficients` takes it; needed for outer_product on `down` with
+        modulation: the NP component of one target, in any form.
+        attention_output: a, [s, b, h] ([s/t, b, h] under sequence parallel).
+        x: the target's input, as in `Modulation.coefficients`. Required only for outer_product on `down` with
             `np_normalize`, whose delta depends on it.
 
+    Returns:
+        [s, b] ([s/t, b] under sequence parallel), fp32.
+
     Raises:
-        ValueError: x is needed and missing.
+        ValueError: x is required but missing.
     """
     if isinstance(modulation, LowRankModulation):
         reader = modulation.A_in if modulation.reads_ffn else modulation.A
@@ -183,7 +184,7 @@ def _outer_product_norms(
     products = _cross(_extended(modulation, code), of_a) * _cross(code, of_b)
     if modulation.divides_by_read:
         if x is None:
-            raise ValueError("delta_norms: the delta of `down` depends on its input, x must be given")
+            raise ValueError("delta_norms: pass x, because the delta of `down` depends on its input")
         inverse = modulation.inverse_rms(modulation.by_component(modulation.read_whole(x)))
         products = products * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     else:
@@ -194,11 +195,11 @@ def _outer_product_norms(
 
 @torch.no_grad()
 def weight_norm(modulation: Modulation, mlp: Any) -> torch.Tensor:
-    """|W|_F of the base weight that a target modulates, whole. Collective over the tensor-parallel group.
+    """Returns |W|_F of the whole base weight of a target. Collective over the tensor-parallel group.
 
     Args:
-        modulation: of the target.
-        mlp: the layer's MLP; gate and up are the two halves of fc1.
+        modulation: the NP component of the target.
+        mlp: the layer's MLP; gate and up are the two halves of its fc1.
     """
     if modulation.target in ("gate", "up"):
         weight = mlp.linear_fc1.weight.chunk(2)[modulation.target == "up"]
@@ -210,12 +211,12 @@ def weight_norm(modulation: Modulation, mlp: Any) -> torch.Tensor:
 
 
 def _by_component(modulation: Modulation, factor: torch.Tensor) -> torch.Tensor:
-    """[k r, n] -> [k, r, n] in fp32."""
+    """Reshapes [k r, n] to [k, r, n], in fp32."""
     return factor.float().unflatten(0, (modulation.settings.num_np_components, modulation.settings.np_rank))
 
 
 def _reader(modulation: OuterProductModulation) -> torch.Tensor:
-    """[W_a_up ; c_a] [k, r + 1, input] in fp32, r rows without c_a."""
+    """Returns [W_a_up ; c_a], [k, r + 1, input] (r rows without c_a), in fp32."""
     rows = _by_component(modulation, modulation.W_a_up)
     return (
         torch.cat([rows, modulation.c_a.float().unsqueeze(1)], 1) if modulation.settings.has_affine else rows
@@ -223,24 +224,24 @@ def _reader(modulation: OuterProductModulation) -> torch.Tensor:
 
 
 def _extended(modulation: OuterProductModulation, code: torch.Tensor) -> torch.Tensor:
-    """[z / sqrt(r) ; 1] [.., k, r + 1], which multiplies `_reader`."""
+    """Returns [z / sqrt(r) ; 1], [.., k, r + 1]; its product with `_reader` is v_a."""
     code = code * modulation.settings.np_rank**-0.5
     return torch.nn.functional.pad(code, (0, 1), value=1.0) if modulation.settings.has_affine else code
 
 
 def _quadratic(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """z G z of every component: [.., k, r] and [k, r, r] -> [.., k]."""
+    """Computes z G z per component, [.., k, r] and [k, r, r] -> [.., k]."""
     return (torch.einsum("...ki,kij->...kj", code, gram) * code).sum(-1)
 
 
 def _cross(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """z_k G_kl z_l of every two components: [.., k, r] and [k r, k r] -> [.., k, k]."""
+    """Computes z_k G_kl z_l for every pair of components, [.., k, r] and [k r, k r] -> [.., k, k]."""
     blocks = gram.unflatten(0, code.shape[-2:]).unflatten(-1, code.shape[-2:])
     return torch.einsum("...ki,kilj,...lj->...kl", code, blocks, code)
 
 
 def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.Tensor:
-    """rows rows^T, summed over the ranks where they hold parts of the rows. Without gradient."""
+    """Returns rows rows^T without gradient, summed over the ranks if each holds a part of every row."""
     gram = rows @ rows.t()
     if is_split:
         dist.all_reduce(gram, group=modulation.groups.tp)
@@ -248,11 +249,9 @@ def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.T
 
 
 def _sum_over_ranks(modulation: Modulation, part: torch.Tensor) -> torch.Tensor:
-    """The sum of the tensor-parallel ranks' parts.
-
-    Without sequence parallel every rank derives the same loss from it: its gradient is the part's. Under sequence
-    parallel ranks' losses differ and add up: the part's gradient is the sum of theirs.
-    """
+    """Returns the sum of the tensor-parallel ranks' parts, differentiable."""
+    # Without sequence parallelism every rank computes the same loss from the sum, so each part's gradient is that of
+    # the sum. Under sequence parallelism the ranks' losses differ, so the gradients of all ranks are added up.
     group = modulation.groups.tp
     if group.size() == 1:
         return part

@@ -1,1 +1,1 @@
-"""What NPT trains: curriculum, teacher, losses of layers and output, monitoring."""
+"""NPT's training objective: curriculum, teacher, losses of the layers and of the output, monitoring."""

@@ -1,32 +1,31 @@
-"""What NPT layers are fed with in the course of training: the teacher's inputs, a blend, or their own.
+"""The curriculum of NPT layers: their inputs are the teacher's hidden states, a blend, or the student's.
 
     name:steps[:attn_ratio[:mlp_ratio]],...        teacher:20000,mixed:30000:0.5,student:40000
 
-Steps are durations. A ratio is the student's share, `(1 - ratio) * teacher + ratio * student`: of the attention's
-input, and of the MLP's (by default the same). `teacher` is a share of 0, `student` of 1, `mixed` of 0.5 where none is
-given.
-The stage follows from the step alone; after the last stage's steps the last stage stays.
-Source: document 001.
+Each stage lasts the given number of steps. A ratio is the student's share, `(1 - ratio) * teacher + ratio * student`,
+in the attention's input and in the MLP's input (by default the same). The share is 0 for `teacher`, 1 for `student` and
+by default 0.5 for `mixed`. The stage depends only on the step; the last stage continues after its steps.
+Source: docs/design/npt_curriculum.md.
 """
 
 from dataclasses import dataclass
 
 SHARES = {"teacher": 0.0, "mixed": 0.5, "student": 1.0}
-"""Stage -> the student's share where none is given."""
+"""Name of a stage -> the student's default share."""
 
 PROPORTIONS = {"teacher": 2, "mixed": 3, "student": 4}
-"""How the stages share a run where no durations are given: document 001's."""
+"""Default durations of the stages relative to each other, those of docs/design/npt_curriculum.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage."""
+    """One stage of a curriculum."""
 
     name: str
     """`teacher`, `mixed` or `student`."""
 
     steps: int
-    """Its duration."""
+    """Duration in steps."""
 
     attention_share: float
     """The student's share in the attention's input."""
@@ -36,25 +35,25 @@ class Stage:
 
     @property
     def blends(self) -> bool:
-        """The teacher's inputs enter the layers."""
+        """Whether the layers get the teacher's hidden states."""
         return min(self.attention_share, self.mlp_share) < 1
 
 
 STUDENT = Stage(name="student", steps=1, attention_share=1.0, mlp_share=1.0)
-"""What runs without a curriculum."""
+"""The only stage of a run without a curriculum."""
 
 
 def parse_curriculum(text: str) -> tuple[Stage, ...]:
-    """The stages of `name:steps[:attn_ratio[:mlp_ratio]],...`.
+    """Parses `name:steps[:attn_ratio[:mlp_ratio]],...`.
 
     Raises:
-        ValueError: the text is no curriculum, naming the part.
+        ValueError: a part has another format; the message names it.
     """
     return tuple(_parse_stage(text, part.strip()) for part in text.split(","))
 
 
 def proportional_curriculum(total_steps: int) -> tuple[Stage, ...]:
-    """Teacher, mixed and student, as 2 : 3 : 4 of a run; at least one step each."""
+    """Returns teacher, mixed and student, which share the run as 2 : 3 : 4, each with at least one step."""
     whole = sum(PROPORTIONS.values())
     return tuple(
         Stage(
@@ -68,12 +67,12 @@ def proportional_curriculum(total_steps: int) -> tuple[Stage, ...]:
 
 
 def format_curriculum(stages: tuple[Stage, ...]) -> str:
-    """The text that `parse_curriculum` reads as these stages."""
+    """Returns the text from which `parse_curriculum` reads these stages."""
     return ",".join(f"{s.name}:{s.steps}:{s.attention_share:g}:{s.mlp_share:g}" for s in stages)
 
 
 def stage_index(stages: tuple[Stage, ...], iteration: int) -> int:
-    """Which stage step `iteration` (from 1) belongs to."""
+    """Returns the index of the stage to which step `iteration`, counted from 1, belongs."""
     end = 0
     for index, stage in enumerate(stages):
         end += stage.steps
@@ -92,10 +91,10 @@ def _parse_stage(text: str, part: str) -> Stage:
     except (IndexError, ValueError):
         raise ValueError(wrong) from None
     if steps < 1 or len(ratios) > 2 or not all(0 <= ratio <= 1 for ratio in ratios):
-        raise ValueError(f"{wrong}; steps are at least 1, ratios lie in [0, 1]")
+        raise ValueError(f"{wrong}; steps must be at least 1, ratios in [0, 1]")
     fixed = SHARES[name]
     if name != "mixed" and any(ratio != fixed for ratio in ratios):
-        raise ValueError(f"{wrong}; the ratio of {name} is {fixed:g}")
+        raise ValueError(f"{wrong}; the ratio of {name} must be {fixed:g}")
     attention = ratios[0] if ratios else fixed
     return Stage(
         name=name,

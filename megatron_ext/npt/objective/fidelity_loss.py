@@ -1,12 +1,13 @@
-"""NPT's losses on the model's output, of the student that runs as its curriculum says.
+"""NPT's losses on the student's output.
 
     lm          cross-entropy
-    fidelity    kl     token mean of KL(base || NPT) = sum_v p_v (log p_v - log q_v)
-                mse    token mean of the mean square of the logits' difference
+    fidelity    kl     mean over tokens of KL(base || NPT) = sum_v p_v (log p_v - log q_v)
+                mse    mean over tokens of the mean square of the logits' difference
     total       lm_weight * lm + fidelity_weight * fidelity
 
-The vocabulary may be split over tensor-parallel ranks: the normaliser is reduced over them, and the gradient with
-respect to a rank's logits, q - p, needs none of the others'. Source: documents 000, 001.
+The vocabulary may be split over tensor-parallel ranks: the softmax's denominator is reduced over them, and the gradient
+q - p of a rank's logits needs no values of other ranks.
+Source: docs/design/npt_sequential.md, docs/design/npt_curriculum.md.
 """
 
 from collections.abc import Mapping
@@ -29,8 +30,8 @@ class NPTOutputLoss(OutputLoss):
 
     def __init__(self, lm_weight: float, fidelity_weight: float, kind: Literal["kl", "mse"]) -> None:
         """Args:
-        lm_weight: of the cross-entropy.
-        fidelity_weight: of the fidelity.
+        lm_weight: weight of the cross-entropy.
+        fidelity_weight: weight of the fidelity loss.
         kind: how fidelity is measured.
         """
         self.lm_weight = lm_weight
@@ -44,7 +45,7 @@ class NPTOutputLoss(OutputLoss):
     def __call__(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See `OutputLoss`; where neither loss has a weight, layers' losses are all that is trained."""
+        """Computes the loss of one micro-batch; see `OutputLoss`. It is zero if both weights are 0."""
         if self.reads == "hidden":
             # No loss uses the output, but backward must still reach the layer losses below.
             return attach_zero_gradient(output.new_zeros(()).float(), output), {}
@@ -53,13 +54,13 @@ class NPTOutputLoss(OutputLoss):
     def of_tokens(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """See `OutputLoss`; the batch holds the teacher's output where fidelity has a weight."""
+        """Returns values and weights per token; see `OutputLoss`. Fidelity needs the teacher's output in the batch."""
         mask = batch["loss_mask"]
         if self.reads == "losses":
             return {"lm loss": (output, mask)}
         logits = output.transpose(0, 1).contiguous()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_weight > 0):
-            # The engine's loss works in place on the logits, which the other loss needs too.
+            # A copy, because the engine's loss modifies the logits, which the fidelity loss needs too.
             lm = model.compute_language_model_loss(batch["labels"], logits.clone())
         with torch.no_grad():
             teacher = model.logits(batch[OUTPUT].to(model.config.params_dtype))
@@ -69,23 +70,26 @@ class NPTOutputLoss(OutputLoss):
 
 
 def kl_divergence(base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
-    """KL(base || model) of every token in nats, [s, b], from logits [s, b, V/t]; no gradient to `base`.
+    """Computes KL(base || model) of every token; no gradient flows to `base`.
 
     Args:
-        base: logits of the reference.
-        model: logits of the model.
-        group: over which the vocabulary is split.
+        base: logits of the reference, [s, b, V/t].
+        model: logits of the model, [s, b, V/t].
+        group: the ranks over which the vocabulary is split.
+
+    Returns:
+        [s, b], in nats.
     """
     return _KLDivergence.apply(base, model, group)
 
 
 def logits_mse(base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
-    """Mean square of the logits' difference over the vocabulary, [s, b], from [s, b, V/t]; see `kl_divergence`."""
+    """Computes the mean square of the logits' difference over the vocabulary, [s, b]; see `kl_divergence`."""
     return _LogitsMSE.apply(base, model, group)
 
 
 def log_probabilities(logits: torch.Tensor, group: Group) -> torch.Tensor:
-    """log softmax in fp32 over a vocabulary that is split over the group, [s, b, V/t]; no gradient."""
+    """Returns the log-softmax over a vocabulary that is split over the group, [s, b, V/t], fp32, without gradient."""
     logits = logits.detach().float()
     largest = logits.max(-1, keepdim=True).values
     if group.size() > 1:

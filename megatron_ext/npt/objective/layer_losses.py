@@ -1,20 +1,21 @@
-"""What an NPT layer does in one training step beside being a layer: which input it gets, which losses it has.
+"""Inputs and losses of one NPT layer in one training step.
 
     target              drop  a + MLP(LN2(h + a))    keep  MLP(LN2(h + a))           the base layer's, no gradient
-    direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) of a sequence, times the layer's weight
+    direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) per sequence, times the layer's weight
     equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's on the same input
-    reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) of a sequence + 0.5 (1 - cos(v_a, a))     outer_product on gate
+    reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) per sequence + 0.5 (1 - cos(v_a, a))      outer_product on gate
     regularization      low_rank |A|_F + |B|_F over all targets; outer_product mean v_a^2 + mean v_b^2 of gate
 
-Input of attention and of the MLP: `(1 - share) * teacher + share * student`, where the teacher's is what the base model
-gives this layer. A share of 0 leaves the student out: no gradient goes to the layers below.
-Means are over all tokens of the global batch, masked ones too: they are inputs of the tokens after them. The documents
-divide by the rms of a whole micro-batch; here it is a sequence's, so that the loss does not depend on how the global
-batch is divided into micro-batches. See `moments` for tensor and sequence parallel. Source: documents 000, 001, 002.
+The input of attention and of the MLP is `(1 - share) * teacher + share * student`, where `teacher` is this layer's
+input in the base model. With a share of 0 no gradient reaches the layers below.
+Means are over all tokens of the global batch, including masked ones, because they are inputs of the tokens after them.
+The documents divide by the rms of a whole micro-batch. Here it is that of a sequence, so that the loss does not depend
+on how the global batch is divided into micro-batches. For tensor and sequence parallelism see `vector_norms`.
+Source: docs/design/npt_sequential.md, docs/design/npt_curriculum.md, docs/design/npt_equivalence.md.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,43 +23,18 @@ import torch.nn.functional as F
 
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.auxiliary_inputs import LayerInputs
+from megatron_ext.npt.modules.layer_step import LayerStep
+from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm
-
-TEACHER = "npt_teacher"
-"""Side stream with the teacher's inputs of this stage's NPT layers, packed as [layers, s, b, h]."""
+from megatron_ext.npt.objective.step_objective import LayerWeights
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """Weights of a layer's losses; 0 leaves one out."""
-
-    direct_mlp: float = 0.0
-    """Direct MLP."""
-
-    equivalence: float = 0.0
-    """Equivalence."""
-
-    equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How equivalence is measured."""
-
-    reconstruction: float = 0.0
-    """Attention reconstruction."""
-
-    regularization: float = 0.0
-    """Regularization."""
-
-    @property
-    def any(self) -> bool:
-        """True where a layer has a loss at all."""
-        return any((self.direct_mlp, self.equivalence, self.reconstruction, self.regularization))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStepLosses:
-    """The present step of one layer."""
+class LayerStepLosses(LayerStep):
+    """Inputs and losses of one layer in the current step."""
 
     weights: LayerWeights
-    """Of its losses."""
+    """Weights of the layer's losses."""
 
     attention_share: float = 1.0
     """The student's share in the attention's input."""
@@ -67,25 +43,25 @@ class LayerStepLosses:
     """The student's share in the MLP's input and in the residual."""
 
     place: tuple[int, int] = (0, 1)
-    """Place of the layer among the NPT layers of its chunk, and their number."""
+    """Index of the layer among the NPT layers of its chunk, and their number."""
 
     records: bool = False
-    """Log sizes of v_a, v_b and the deltas too."""
+    """Whether to log the norms of v_a, v_b and the deltas in this step."""
 
     @property
     def needs_teacher(self) -> bool:
-        """True unless both inputs are the student's."""
+        """Whether an input contains the teacher's hidden states."""
         return min(self.attention_share, self.mlp_share) < 1
 
     @property
     def ignores_student(self) -> bool:
-        """True where nothing of the student enters the layer."""
+        """Whether no input contains the student's hidden states."""
         return max(self.attention_share, self.mlp_share) == 0
 
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention's and the MLP's input [s, b, h], from the student's [s, b, h] and the auxiliary streams."""
+        """See `LayerStep`."""
         if not self.needs_teacher:
             return hidden_states, hidden_states
         teacher = layer_inputs.read_part(TEACHER, *self.place)
@@ -103,16 +79,7 @@ class LayerStepLosses:
         mlp_output: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """The layer's output with its losses attached.
-
-        Args:
-            module: the layer's `NPFeedForward`.
-            layer: the layer.
-            inputs: h as the layer gets it, and as the MLP gets it.
-            attention_output: a.
-            mlp_output: MLP*(n).
-            output: the layer's output.
-        """
+        """See `LayerStep`."""
         student, hidden_states = inputs
         terms = self._terms(module, layer, hidden_states, attention_output, mlp_output)
         losses = [weight * value for weight, value in terms.values() if weight]
@@ -134,7 +101,7 @@ class LayerStepLosses:
         attention_output: torch.Tensor,
         mlp_output: torch.Tensor,
     ) -> dict[str, tuple[float, torch.Tensor]]:
-        """Name -> weight and value, over this rank's tokens."""
+        """Returns name -> (weight, value) of the losses over this rank's tokens."""
         weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
         if weights.direct_mlp or weights.equivalence:
             target = _target(module, layer, hidden_states, attention_output)
@@ -159,7 +126,7 @@ class LayerStepLosses:
         first = next(iter(module.modulations.values()))
         vectors = GeneratedVectors(first, attention_output) if has_vectors else None
         if weights.reconstruction:
-            assert vectors is not None, "reconstruction is checked to be of outer_product"
+            assert vectors is not None, "reconstruction requires outer_product; `check_module` ensures that"
             similarity = vectors.similarity()
             size = _mean_over_ranks(module, vectors.attention_square().detach()).sqrt()
             error = (vectors.reconstruction_error() / (size + 1e-6)).mean()
@@ -182,7 +149,7 @@ class LayerStepLosses:
 
 
 def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
-    """Logs scalars of a layer, means over this rank's tokens, reduced together."""
+    """Records scalars of a layer, given as means over this rank's tokens; one reduction for all of them."""
     if values:
         means = _mean_over_ranks(module, torch.stack([value.detach() for value in values.values()]))
         for name, mean in zip(values, means, strict=True):
@@ -190,10 +157,10 @@ def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
 
 
 def attach_zero_gradient(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`value`, from which a backward pass also reaches `other`, with a gradient of zero.
+    """Returns `value`; its backward pass also reaches `other`, with a gradient of zero.
 
-    The layers below must be reached although nothing of them is used: their own losses begin there, and a pipeline
-    stage waits for its gradient.
+    Needed where no loss uses the layers below: backward must still reach their attached losses, and a pipeline stage
+    waits for a gradient.
     """
     return _Connect.apply(value, other)
 
@@ -220,7 +187,7 @@ def _blended(teacher: torch.Tensor, student: torch.Tensor, share: float) -> torc
 def _target(
     module: Any, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
 ) -> torch.Tensor:
-    """What MLP*(n) should be: see the formulas at the top of this file."""
+    """Returns the target of MLP*(n); see the formulas at the top of this file."""
     output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states + attention_output))
     if bias is not None:
         output = output + bias
@@ -228,7 +195,7 @@ def _target(
 
 
 def _mean_over_ranks(module: Any, value: torch.Tensor) -> torch.Tensor:
-    """A mean over this rank's tokens -> over all ranks' under sequence parallel; detached."""
+    """Averages a mean over this rank's tokens over all ranks under sequence parallelism; detached."""
     value = value.detach().clone()
     if module.config.sequence_parallel:
         dist.all_reduce(value, group=module.tp_group)

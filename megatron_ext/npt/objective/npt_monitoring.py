@@ -1,12 +1,12 @@
-"""What an NPT run tells beside the losses of its layers: totals, means over layers, the curriculum, collapse.
+"""Summary values of an NPT step, and a warning about collapsed layers.
 
-    npt loss                    all that the step has trained for, weights included
+    npt loss                    sum of all losses of the step, each with its weight
     mlp_direct_loss, ...        mean over layers of the loss with this name
-    npt/v_a_norm, ...           mean over layers of a size, in steps where sizes are measured
-    curriculum/stage            the stage's place in the curriculum, from 0; /attention_share, /mlp_share the student's
+    npt/v_a_norm, ...           mean over layers, in steps in which norms are measured
+    curriculum/stage            index of the stage, from 0; /attention_share, /mlp_share: the student's shares
 
-Values of single layers are logged where they arise, see `plan`. A layer has collapsed when v_a or v_b has all but
-vanished: it generates no delta any more, and learns slowly or not at all.
+Values of single layers are recorded in `layer_losses`. A layer has collapsed if v_a or v_b has nearly vanished: it
+generates no delta any more, and learns slowly or not at all.
 """
 
 import math
@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.npt.objective.npt_training_config import StepObjective
+from megatron_ext.npt.objective.step_objective import StepObjective
 
 NORMS = ("v_a_norm", "v_b_norm")
-"""Sizes that must not vanish."""
+"""Values that must not vanish."""
 COLLAPSED_SHARE, COLLAPSED_NORM = 1e-3, 1e-6
-"""A size below this share of its first value, or below this value, has vanished."""
+"""A norm has vanished if it is below this fraction of its first value, or below this value."""
 
 _SIZES = (*NORMS, "v_a_attention_similarity", "delta_norm")
 _LOSSES = (
@@ -32,11 +32,11 @@ _TOTAL = "npt_loss"
 
 
 def summarize(values: Mapping[str, float], objective: StepObjective) -> dict[str, float]:
-    """Totals and means of a step's values.
+    """Returns totals and means of a step's values, by name.
 
     Args:
-        values: by name, those of layers as `name/layer_i`.
-        objective: what the step has trained.
+        values: values of the step by name; those of layers are named `name/layer_i`.
+        objective: weights and curriculum stage of the step.
     """
     found = {}
     for name in (*_LOSSES, *_SIZES):
@@ -60,13 +60,13 @@ class CollapseWatch:
     """Warns once when a layer's v_a or v_b vanishes, and again only after it has recovered."""
 
     first: dict[str, float] = field(default_factory=dict)
-    """Name of a layer's size -> its first value that was not zero."""
+    """Name of a layer's norm -> its first value that is not zero."""
 
     collapsed: set[str] = field(default_factory=set)
-    """Names of those that have vanished."""
+    """Names of the norms that have vanished."""
 
     def look(self, values: Mapping[str, float]) -> list[str]:
-        """Takes a step's values; returns lines for the user."""
+        """Checks a step's values; returns warnings for the user."""
         lines = []
         for name, value in sorted(values.items()):
             kind, _, layer = name.partition("/layer_")
@@ -74,7 +74,7 @@ class CollapseWatch:
                 continue
             first = self.first.get(name)
             if first is None or first < COLLAPSED_NORM:
-                # Nothing to compare with yet; under `conservative` v_b starts at zero and may take a while to grow.
+                # Nothing to compare with yet: with --np-init-strategy conservative v_b starts at zero and grows slowly.
                 starts = first is None
                 self.first[name] = value
                 if starts:
@@ -84,15 +84,15 @@ class CollapseWatch:
             elif name not in self.collapsed:
                 self.collapsed.add(name)
                 lines.append(
-                    f"warning: layer {layer}: {kind} has fallen to {value:.2e} (first {self.first[name]:.2e}): its NP "
-                    "component has collapsed and changes nothing; try a lower --lr or --regularization-weight"
+                    f"warning: layer {layer}: {kind} has fallen to {value:.2e} (first value {self.first[name]:.2e}): "
+                    "the NP component has collapsed and has no effect; try a lower --lr or --regularization-weight"
                 )
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Returns the state as JSON values."""
         return {"first": dict(self.first), "collapsed": sorted(self.collapsed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.first, self.collapsed = dict(state["first"]), set(state["collapsed"])

@@ -1,17 +1,18 @@
-"""How NP components are trained: the mode, its losses and their weights, curriculum, teacher, samples.
+"""Flags for the training of NP components: mode, losses and their weights, curriculum, teacher, text samples.
 
-Where a value is left out, the mode decides:
+The defaults depend on the mode:
 
     mode            losses (weights)                                         curriculum       NP components
-    equivalence     equivalence 1, regularization 0.01                       student          document 002's
-    single_layer    stage 1: reconstruction 1; then direct MLP 10,           student          documents 000's and 001's:
-                    fidelity 1, regularization 0.01                                           outer_product, rank 256
-    sequential      as single_layer, for one layer after the other           student          as single_layer
-    multi_layer     direct MLP 10, fidelity 1, regularization 0.01           teacher, mixed,  as single_layer
+    equivalence     equivalence 1, regularization 0.01                       student          low_rank, rank 16
+    single_layer    stage 1: reconstruction 1; then direct MLP 10,           student          outer_product, rank 256
+                    fidelity 1, regularization 0.01
+    sequential      as single_layer, for one layer after the other           student          outer_product, rank 256
+    multi_layer     direct MLP 10, fidelity 1, regularization 0.01           teacher, mixed,  outer_product, rank 256
                                                                              student
-    lm              cross-entropy 1                                          student          document 002's
+    lm              cross-entropy 1                                          student          low_rank, rank 16
 
-Source: documents 000 (single_layer, sequential), 001 (multi_layer), 002 (equivalence).
+Source: docs/design/npt_sequential.md (single_layer, sequential), docs/design/npt_curriculum.md (multi_layer),
+docs/design/npt_equivalence.md (equivalence).
 """
 
 import time
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from megatron_ext.config.command_line.field_checks import check_at_least, check_at_most, check_choices, flag
+from megatron_ext.config.command_line.merge import Found
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import (
     STUDENT,
@@ -28,7 +30,7 @@ from megatron_ext.npt.objective.curriculum import (
     proportional_curriculum,
     stage_index,
 )
-from megatron_ext.npt.objective.layer_losses import LayerWeights
+from megatron_ext.npt.objective.step_objective import LayerWeights, StepObjective
 
 Mode = Literal["equivalence", "single_layer", "sequential", "multi_layer", "lm"]
 
@@ -48,94 +50,96 @@ MODULE_DEFAULTS: dict[str, dict[str, Any]] = {
     else {}
     for mode in _WEIGHTS
 }
-"""Mode -> fields of `NPTModuleConfig` that have another default in it."""
+"""Mode -> fields of `NPTModuleConfig` with the mode's own default."""
 
 STEPS_PER_LAYER = 2000
-"""Document 000's steps of a layer."""
+"""Default of --steps-per-layer, from docs/design/npt_sequential.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NPTTrainingConfig:
-    """What NP components are trained for, and with what input."""
+    """Losses, curriculum and teacher of NP components."""
 
     mode: Mode = "equivalence"
-    """The training system: equivalence (document 002), single_layer and sequential (000), multi_layer (001), lm."""
+    """What is trained: equivalence with the base model, a single_layer, all layers in sequence (sequential), several
+    together by a curriculum (multi_layer), or cross-entropy (lm). The mode sets defaults of the other flags."""
 
     base_checkpoint: Annotated[str | None, flag(aliases=("--base_model_name", "--model_name"))] = None
-    """Checkpoint of the base model to convert, as tools/convert_checkpoint.py or a training run writes it. --load may
-    name it too; this flag is for runs that --load continues."""
+    """Checkpoint of the base model to convert, written by tools/convert_checkpoint.py or a training run. A new run may
+    name it with --load instead."""
 
     load_npt_weights: str | None = None
-    """NP weights to start with (npt_weights.pt or .safetensors): exactly those of the run's layers. In single_layer
-    those of other layers too: these are then active and frozen, and the layer that is trained starts anew. Form, rank,
-    target, ... that are not given, and the layers but in single_layer, are those that made the file."""
+    """NP weights to start from (npt_weights.pt or .safetensors), with exactly the layers of the run. With --mode
+    single_layer the file may have further layers, which are active and frozen, while the trained layer is initialized.
+    Unless given, form, rank, target and (except in single_layer) the layers are those of the file."""
 
     allow_layer_mismatch: bool = False
-    """On --load RUN with other --npt-layers than the run's: take the NP weights of the layers that both have, with a
-    warning. The step, schedule and curriculum go on; the other layers and the optimizer start anew."""
+    """With --load: allow other --npt-layers than those of the checkpoint. NP weights of common layers are loaded; other
+    layers and the optimizer are re-initialized. Step, schedule and curriculum continue."""
 
     additional_steps: int | None = None
-    """On --load CHECKPOINT: go on for so many steps after it, with the configuration of its run wherever none is
-    given here."""
+    """With --load: continue for this number of steps. Flags that are not given are those of the checkpoint's run."""
 
     dataset_preset: Annotated[str | None, flag(aliases=("--dataset",))] = None
-    """Name of a blend of datasets in --dataset-presets-file, as small, medium or large; --data-path wins over it."""
+    """Name of a blend of datasets in --dataset-presets-file, such as small, medium or large. --data-path overrides it.
+    """
 
     dataset_presets_file: str = "examples/npt/datasets.yaml"
     """YAML file of named blends."""
 
     equivalence_weight: float | None = None
-    """Weight of the layer-wise equivalence with the base layer on the same input."""
+    """Weight of the equivalence loss, between each layer's output and the base layer's on the same input."""
 
     equivalence_loss: Literal["mse", "cosine"] = "mse"
     """How equivalence is measured."""
 
     direct_mlp_weight: float | None = None
-    """Weight of the direct MLP loss."""
+    """Weight of the direct MLP loss, between the modulated MLP's output and its target from the base layer."""
 
     fidelity_weight: float | None = None
-    """Weight of the logits' distance from the base model's."""
+    """Weight of the fidelity loss, between the logits and those of the base model."""
 
     fidelity_loss: Literal["kl", "mse"] = "kl"
     """How fidelity is measured: KL(base || NPT) of the next token, or the logits' mean square error."""
 
     regularization_weight: float | None = None
-    """Weight of the NP factors' size (low_rank) or of what they generate (outer_product)."""
+    """Weight of the regularization: norms of the NP factors (low_rank), or of v_a and v_b (outer_product)."""
 
     lm_weight: float | None = None
     """Weight of the cross-entropy."""
 
     stage1_steps: int = 500
-    """single_layer and sequential: first steps of a layer, in which v_a learns to equal the attention output."""
+    """single_layer and sequential: number of first steps in which a layer's v_a is trained to equal the attention
+    output."""
 
     steps_per_layer: int = STEPS_PER_LAYER
-    """sequential: steps of every layer, with a learning-rate schedule of its own."""
+    """sequential: number of steps per layer; each layer has its own learning-rate schedule."""
 
     start_from_layer: int | None = None
-    """sequential: the first layer to train; those of --npt-layers below it must be trained in --checkpoint-dir."""
+    """sequential: first layer to train. Lower layers of --npt-layers must already be trained in --checkpoint-dir."""
 
     model_size: Literal["1b", "3b", "8b"] | None = None
-    """sequential: a label for W&B's run names. The model's size is that of the base checkpoint."""
+    """sequential: label in the names of W&B runs. It does not change the model."""
 
     layer_weights: str = "uniform"
-    """Weights of the layers' losses: uniform, linear (1 for the first NPT layer to 0.5 for the last), or one number a
-    layer, as 1,1,0.5."""
+    """Weights of the layers' losses: uniform, linear (from 1 for the first NPT layer to 0.5 for the last), or one
+    number per layer, such as 1,1,0.5."""
 
     curriculum_stages: str | None = None
-    """name:steps[:attn_ratio[:mlp_ratio]],... with teacher, mixed and student. Without it multi_layer shares the run
-    among the three as 2:3:4; the other modes are student throughout."""
+    """Curriculum as name:steps[:attn_ratio[:mlp_ratio]],... with the names teacher, mixed and student. Default: with
+    --mode multi_layer the three share the run as 2:3:4; other modes have only student."""
 
     teacher_cache_gb: float = 0.0
-    """Keep the teacher's states of sequences in the host's memory, up to this size a process; 0 for no cache."""
+    """Size in GiB per process of a cache, in host memory, for the teacher's hidden states; 0 for no cache."""
 
     generation_steps: int | None = None
-    """Steps between two samples of text, written to TensorBoard; without it none."""
+    """Number of steps between two generated text samples in TensorBoard. Default: no samples."""
 
     generation_prompt: str = "The "
-    """How those samples begin."""
+    """Prompt of the generated text samples."""
 
     npt_log_interval: int = 10
-    """Steps between two measurements of v_a, v_b and the deltas."""
+    """Number of steps between two measurements of v_a, v_b and the deltas."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -148,34 +152,38 @@ class NPTTrainingConfig:
             _numbers(self.layer_weights)
 
     def weight(self, name: str) -> float:
-        """A loss's weight, the mode's default applied."""
+        """Returns a loss's weight; the mode's default if none is given."""
         value = getattr(self, name)
         return _WEIGHTS[self.mode].get(name, 0.0) if value is None else value
 
     @property
     def reconstructs(self) -> bool:
-        """True in the modes that begin with stage 1."""
+        """Whether the mode begins with stage 1, the attention reconstruction."""
         return self.mode in ("single_layer", "sequential")
 
     def check_module(self, module: NPTModuleConfig, num_layers: int) -> None:
-        """Raises `ValueError` where the losses do not fit the NP components or the layers."""
+        """Checks that the losses fit the NP components and their layers.
+
+        Raises:
+            ValueError: they do not.
+        """
         layers = module.layers(num_layers)
         if self.reconstructs and self.stage1_steps and module.np_form != "outer_product":
             raise ValueError(
-                f"--stage1-steps {self.stage1_steps}: attention reconstruction is defined for --np-form outer_product, "
-                f"not {module.np_form}; with 0 there is no stage 1"
+                f"--stage1-steps {self.stage1_steps}: attention reconstruction requires --np-form outer_product "
+                f"(got {module.np_form}); pass --stage1-steps 0 to omit stage 1"
             )
         if self.mode == "single_layer" and len(layers) != 1:
             raise ValueError(
-                f"--npt-layers {module.npt_layers}: --mode single_layer trains one layer, not {len(layers)}"
+                f"--npt-layers {module.npt_layers}: --mode single_layer requires one layer, not {len(layers)}"
             )
         self.weights_of_layers(layers)
 
     def weights_of_layers(self, layers: tuple[int, ...]) -> dict[int, float]:
-        """Layer -> weight of its losses.
+        """Returns layer -> weight of its losses.
 
         Raises:
-            ValueError: `--layer-weights` is of another length.
+            ValueError: `--layer-weights` does not have one number per layer.
         """
         if self.layer_weights == "uniform":
             return dict.fromkeys(layers, 1.0)
@@ -185,18 +193,19 @@ class NPTTrainingConfig:
         numbers = _numbers(self.layer_weights)
         if len(numbers) != len(layers):
             raise ValueError(
-                f"--layer-weights {self.layer_weights}: {len(numbers)} numbers for {len(layers)} NPT layers"
+                f"--layer-weights {self.layer_weights}: has {len(numbers)} numbers, but there are {len(layers)} NPT "
+                "layers"
             )
         return dict(zip(layers, numbers, strict=True))
 
     def stages(self, total_steps: int) -> tuple[Stage, ...]:
-        """The run's curriculum."""
+        """Returns the run's curriculum."""
         if self.curriculum_stages is not None:
             return parse_curriculum(self.curriculum_stages)
         return proportional_curriculum(total_steps) if self.mode == "multi_layer" else (STUDENT,)
 
-    def objective(self, iteration: int, total_steps: int) -> "StepObjective":
-        """What step `iteration` (from 1) trains."""
+    def objective(self, iteration: int, total_steps: int) -> StepObjective:
+        """Returns losses and curriculum stage of step `iteration`, counted from 1."""
         stages = self.stages(total_steps)
         index = stage_index(stages, iteration)
         if self.reconstructs and iteration <= self.stage1_steps:
@@ -220,46 +229,16 @@ class NPTTrainingConfig:
 _NUMBERS = tuple(name for name in NPTTrainingConfig.__annotations__ if name.endswith("_weight"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepObjective:
-    """What one step trains."""
-
-    layer: LayerWeights
-    """Losses of every NPT layer, before the layer's own weight."""
-
-    fidelity: float = 0.0
-    """Weight of the fidelity."""
-
-    lm: float = 0.0
-    """Weight of the cross-entropy."""
-
-    stage: Stage
-    """The curriculum's stage."""
-
-    stage_index: int
-    """Its place in the curriculum."""
-
-    @property
-    def reads_teacher(self) -> bool:
-        """True where the teacher runs: its states enter the layers, or the output is compared with its."""
-        return self.stage.blends or self.fidelity > 0
-
-
-PLAIN_LM = StepObjective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
-"""Cross-entropy alone: what a family without a training configuration trains for."""
-
-
-def npt_run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Defaults that follow from the mode: concern's name -> field's name -> value.
+def mode_defaults(given: Mapping[str, Any]) -> Found:
+    """Values that follow from the mode.
 
     Args:
-        given: the flags of the command line by field name.
+        given: field's name -> value, of the command line and the YAML file.
     """
     mode = given.get("mode", "equivalence")
-    sections: dict[str, dict[str, Any]] = {"np": MODULE_DEFAULTS.get(mode, {})}
+    sections = {"np": MODULE_DEFAULTS[mode]}
     if mode == "sequential":
-        steps = given.get("steps_per_layer", "")
-        length = {"train_iters": int(steps) if steps.isdigit() else STEPS_PER_LAYER}
+        length = {"train_iters": given.get("steps_per_layer", STEPS_PER_LAYER)}
         folder = f"experiments/sequential_checkpoint_{time.strftime('%Y%m%d_%H%M%S')}"
         sections |= {
             "training": {
@@ -269,7 +248,7 @@ def npt_run_defaults(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             "optimizer": {"lr": 5e-4},
             "checkpoint": {"save": folder},
         }
-    return sections
+    return Found(f"--mode {mode}", sections)
 
 
 def _numbers(text: str) -> list[float]:
@@ -279,6 +258,6 @@ def _numbers(text: str) -> list[float]:
         numbers = [-1.0]
     if min(numbers) < 0:
         raise ValueError(
-            f"--layer-weights {text}: must be uniform, linear, or numbers of at least 0 as 1,1,0.5"
+            f"--layer-weights {text}: must be uniform, linear, or numbers of at least 0 such as 1,1,0.5"
         )
     return numbers

@@ -1,99 +1,58 @@
-"""The teacher: the same weights with NP components off, run once more without gradients.
+"""The teacher: the same model with NP components deactivated, run once more without gradients.
 
-For every micro-batch it leaves the input of each NPT layer, and what the output layer reads, on the stage that owns
-them, as further fields of the batch. Without pipeline parallelism it runs right before the student, one micro-batch at
-a time; with it once for all micro-batches of the step, through the pipeline's own schedule.
+It adds the input of each NPT layer and the output layer's input to every micro-batch, as fields on the stage that owns
+the layer. Without pipeline parallelism it runs right before the student, one micro-batch at a time; with pipeline
+parallelism it runs through the schedule, once for all micro-batches of the step.
 
-The cache keeps states by the tokens of a sequence, so that a later epoch finds them, up to a size; what does not fit is
-computed again. It is in the host's memory.
+The cache keeps states in host memory, up to a given size, under the tokens of their sequence, so that a later epoch
+finds them. States that do not fit are recomputed.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.model_extension import StageModule
-from megatron_ext.models.transformer_layer import ExtendedTransformerLayer
 from megatron_ext.npt.modules.npt_layers import deactivated
-from megatron_ext.npt.objective.layer_losses import TEACHER
-from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
+from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name
+from megatron_ext.training.frozen_forward import FrozenForward, run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
-from megatron_ext.training.interface.output_losses import HiddenStates
+from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 OUTPUT = f"{TEACHER}/output"
-"""Batch field: what the output layer reads in the teacher, [s, b, h] ([s/t, b, h] under sequence parallel)."""
+"""Name of the batch field with the teacher's output-layer input, [s, b, h] ([s/t, b, h] under sequence parallel)."""
 
 
-def input_name(layer: int) -> str:
-    """Batch field: the teacher's input of a layer (numbered from 0), [s, b, h] ([s/t, b, h])."""
-    return f"{TEACHER}/layer_{layer}"
+class TeacherCache(FrozenForward):
+    """Cache of the teacher's states by sequence, in host memory."""
 
-
-class TeacherInputs(StageModule):
-    """Packs the teacher's inputs of a chunk's NPT layers for them."""
-
-    def __init__(self, layers: tuple[int, ...]) -> None:
+    def __init__(self, max_bytes: int) -> None:
         """Args:
-        layers: numbers of the chunk's NPT layers, from 0.
+        max_bytes: size limit on this rank; 0 for no cache.
         """
         super().__init__()
-        self.layers = layers
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        """Current size."""
 
-    def forward(
-        self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The stream, in micro-batches that bring it."""
-        names = [input_name(layer) for layer in self.layers]
-        if not names or names[0] not in auxiliary_inputs:
-            return {}
-        return {TEACHER: torch.stack([auxiliary_inputs[name] for name in names])}
-
-
-@dataclass
-class TeacherCache:
-    """States by sequence, in the host's memory."""
-
-    max_bytes: int
-    """Largest size on this rank; 0 for no cache."""
-
-    states: dict[Id, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Digest of a sequence's tokens -> its states, [s, h] each."""
-
-    bytes: int = 0
-    """Present size."""
-
-    hits: int = 0
-    """Micro-batches found."""
-
-    misses: int = 0
-    """Micro-batches computed."""
-
-    was_skipped: bool = False
-    """The last micro-batch was found."""
+        self.states: dict[Id, dict[str, torch.Tensor]] = {}
+        """Digest of a sequence's tokens -> its states, each [s, h]."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
-        """The states of a micro-batch, if every model-parallel rank has its part of every sequence; collective."""
+        """Returns the states of a micro-batch, or None unless every model-parallel rank has all of them; collective."""
         if not self.max_bytes:
             return None
         rows = [self.states.get(key) for key in _keys(batch)]
         found = all(row is not None and row.keys() >= set(names) for row in rows)
-        agreed = torch.tensor([found], dtype=torch.int32, device=batch["tokens"].device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
-        self.was_skipped = bool(agreed)
-        if not self.was_skipped:
-            self.misses += 1
-            return None
-        self.hits += 1
         device = batch["tokens"].device
+        if not all(self.agree([found], device)):
+            return None
         return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
-        """Keeps a micro-batch's states while there is room."""
+        """Stores a micro-batch's states as long as they fit."""
         for row, key in enumerate(_keys(batch)):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:
@@ -106,11 +65,11 @@ class TeacherCache:
 
 
 class Teacher:
-    """Runs the base model beside the student."""
+    """Runs the base model on the student's micro-batches."""
 
     def __init__(self, cache_bytes: int = 0) -> None:
         """Args:
-        cache_bytes: largest size of the cache on this rank.
+        cache_bytes: size limit of the cache on this rank; 0 for no cache.
         """
         self.cache = TeacherCache(max_bytes=cache_bytes)
 
@@ -123,18 +82,18 @@ class Teacher:
         layers: tuple[int, ...],
         output: bool,
     ) -> Iterable[Batch]:
-        """The micro-batches with the teacher's states.
+        """Adds the teacher's states to the micro-batches.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
             families: all families of the run.
             batches: the micro-batches, on the device.
-            layers: numbers of the layers whose inputs are wanted, of any stage.
-            output: what the output layer reads is wanted.
+            layers: numbers of the layers, of any stage, whose inputs are added.
+            output: whether the output layer's input is added.
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return self._one_by_one(chunks, families, batches, layers, output)
-        states = _through_pipeline(chunks, families, batches, layers, output)
+        states = _states(chunks, families, batches, layers, output)
         return [batch | of_batch for batch, of_batch in zip(batches, states, strict=True)]
 
     def _one_by_one(
@@ -149,71 +108,34 @@ class Teacher:
         for batch in batches:
             states = self.cache.find(batch, names)
             if states is None:
-                states = _directly(chunks[0], families, batch, layers, output)
+                (states,) = _states(chunks, families, [batch], layers, output)
                 self.cache.add(batch, states)
             yield batch | states
 
 
-@torch.no_grad()
-def _directly(
-    chunk: GPTModel, families: list[Family], batch: Batch, layers: tuple[int, ...], output: bool
-) -> dict[str, torch.Tensor]:
-    recorder = _Recorder([chunk], layers)
-    with recorder, deactivated([chunk]):
-        hidden_states = run_directly(chunk, families, batch)
-    states = {name: values[0] for name, values in recorder.values.items()}
-    return states | ({OUTPUT: hidden_states} if output else {})
-
-
-@torch.no_grad()
-def _through_pipeline(
+def _states(
     chunks: list[GPTModel],
     families: list[Family],
     batches: list[Batch],
     layers: tuple[int, ...],
     output: bool,
 ) -> list[dict[str, torch.Tensor]]:
+    """The states of each micro-batch that this stage owns, by the names of batch fields."""
+    # The norm's input: before it a layer may add something of its own to what it gets.
+    norms = {
+        input_name(layer.layer_number - 1): layer.input_layernorm
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        if layer.layer_number - 1 in layers
+    }
     outputs = HiddenStates()
-    recorder = _Recorder(chunks, layers)
-    with recorder, deactivated(chunks):
-        run_microbatches(chunks, families, batches, outputs, forward_only=True)
-    states = [
-        {name: values[index] for name, values in recorder.values.items()} for index in range(len(batches))
-    ]
-    if output and outputs.values:
-        states = [s | {OUTPUT: value} for s, value in zip(states, outputs.values, strict=True)]
+    with deactivated(chunks):
+        states = run_frozen(chunks, families, batches, norms, outputs if output else NoLoss())
+    if outputs.values:
+        states = [known | {OUTPUT: value} for known, value in zip(states, outputs.values, strict=True)]
     return states
 
 
-class _Recorder:
-    """Within it the inputs of the chunks' layers are kept, a list a layer; dropout is off."""
-
-    def __init__(self, chunks: list[GPTModel], layers: tuple[int, ...]) -> None:
-        self.values: dict[str, list[torch.Tensor]] = {}
-        self._chunks = chunks
-        self._layers = layers
-
-    def __enter__(self) -> None:
-        self._training = [chunk.training for chunk in self._chunks]
-        self._hooks = []
-        for chunk in self._chunks:
-            chunk.eval()
-            for layer in chunk.decoder.layers:
-                assert isinstance(layer, ExtendedTransformerLayer)
-                if layer.layer_number - 1 in self._layers:
-                    kept = self.values.setdefault(input_name(layer.layer_number - 1), [])
-                    hook = layer.input_layernorm.register_forward_pre_hook(
-                        lambda _, inputs, kept=kept: kept.append(inputs[0])
-                    )
-                    self._hooks.append(hook)
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for chunk, training in zip(self._chunks, self._training, strict=True):
-            chunk.train(training)
-
-
 def _keys(batch: Batch) -> list[Id]:
-    """Ids of the sequences, by their tokens and positions."""
+    """Returns ids of the sequences, digests of their tokens and positions."""
     return sample_ids(torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1))

@@ -1,1 +1,1 @@
-"""NPT runs: joint, layer by layer, and the Python API."""
+"""NPT runs (all layers together, or layer by layer), and the Python API."""

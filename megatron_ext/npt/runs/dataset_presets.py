@@ -1,17 +1,17 @@
-"""Dataset presets: names for blends of local indexed datasets, kept in a YAML file.
+"""Dataset presets: names of blends of local indexed datasets, defined in a YAML file.
 
     small: corpora/wikitext_text_document
     medium:
       - 0.7 corpora/wikitext_text_document
       - 0.3 corpora/books_text_document
 
-Each name stands for what `--data-path` would be given: prefixes, or weights and prefixes in turn, one entry or a list
-of them. Paths count from the current directory, as on the command line. Source: document 000.
+The value of a name has the format of `--data-path`: prefixes, or alternating weights and prefixes, as one entry or a
+list of entries. Paths are relative to the current directory, as on the command line.
+Source: docs/design/npt_sequential.md.
 """
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,16 +19,16 @@ from megatron_ext.config.groups.data_config import DataConfig, is_number
 
 
 def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> DataConfig:
-    """The data configuration with a preset's blend, unless it names data of its own.
+    """Returns the data configuration with a preset's blend, unless it already names data.
 
     Args:
-        data: the run's.
-        preset: `--dataset-preset`, None for none.
-        presets_file: `--dataset-presets-file`.
+        data: the run's data configuration.
+        preset: value of `--dataset-preset`, or None.
+        presets_file: value of `--dataset-presets-file`.
 
     Raises:
-        FileNotFoundError: the file is not there, or a dataset of the preset is not.
-        ValueError: the file is no YAML of presets, or has none of that name.
+        FileNotFoundError: the file or a dataset of the preset does not exist.
+        ValueError: the file is not a YAML file of presets, or it has no preset of that name.
     """
     if preset is None or data.data_path or data.train_data_path:
         return data
@@ -36,14 +36,14 @@ def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> Data
     for prefix in blend:
         if not is_number(prefix) and not Path(f"{prefix}.idx").is_file():
             raise FileNotFoundError(
-                f"--dataset-preset {preset}: {prefix}.idx is not there; make it with tools/preprocess_data.py, "
-                f"or name yours in {presets_file}"
+                f"--dataset-preset {preset}: {prefix}.idx does not exist; create it with tools/preprocess_data.py, "
+                f"or name your own dataset in {presets_file}"
             )
     return replace(data, data_path=blend)
 
 
 def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
-    """The blend that a preset stands for, as `--data-path` takes it; raises as `with_preset` does."""
+    """Returns a preset's blend in the format of `--data-path`; raises the errors of `with_preset`."""
     try:
         content = yaml.safe_load(Path(presets_file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -52,15 +52,15 @@ def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
         raise ValueError(f"--dataset-presets-file {presets_file}: not YAML: {error}") from None
     if not isinstance(content, dict) or preset not in content:
         known = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
-        raise ValueError(f"--dataset-preset {preset}: {presets_file} has no such preset (there: {known})")
+        raise ValueError(f"--dataset-preset {preset}: {presets_file} has no such preset (available: {known})")
     blend = _words(content[preset])
     if not any(not is_number(word) for word in blend):
         raise ValueError(f"--dataset-preset {preset}: {presets_file} names no dataset for it")
     return blend
 
 
-def _words(entry: Any) -> tuple[str, ...]:
-    """The words of an entry: a text, or a list of texts and of weight, prefix pairs."""
+def _words(entry: object) -> tuple[str, ...]:
+    """Returns the words of an entry, which is a text or a list of texts and (weight, prefix) pairs."""
     if isinstance(entry, list):
         return tuple(word for part in entry for word in _words(part))
     return tuple(str(entry).split()) if entry is not None else ()

@@ -1,11 +1,11 @@
-"""NPT from Python, in the documents' words, in a single process:
+"""The Python API of NPT, for a single process:
 
     model = NPTModel.from_pretrained("llama")                    a Hugging Face directory, or a checkpoint of ours
     model.load_npt_weights("run/final/npt_weights.safetensors")
     print(model.generate("The function returns"))
 
-`from_pretrained` starts what megatron-core needs of a process group; `torchrun` is not needed, and nothing is
-downloaded. Training is `pretrain_npt.py`'s. Source: document 000.
+`from_pretrained` initializes the process group that megatron-core needs, without `torchrun`; nothing is downloaded. For
+training use `pretrain_npt.py`. Source: docs/design/npt_sequential.md.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.conversion import convert, draw
+from megatron_ext.npt.weights.conversion import convert, initialize_np_factors
 from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import (
     STEM,
@@ -46,7 +46,7 @@ Prompt = str | Sequence[int]
 
 
 class NPTConfig:
-    """How a model's layers are converted, under the names of documents 000 and 001, with their defaults."""
+    """How a model's layers are converted; names and defaults are those of docs/design/npt_sequential.md."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class NPTConfig:
         **settings: Any,
     ) -> None:
         """Args:
-        layers_to_convert: numbers from 0, or a choice as --npt-layers takes it.
+        layers_to_convert: numbers of layers from 0, or a value of --npt-layers.
         np_rank: rank of the generated factors.
-        single_layer_mode: it is one layer, of the form outer_product, as `--mode single_layer` trains it.
-        **settings: further fields of `NPTModuleConfig`; the form is outer_product if none is given.
+        single_layer_mode: require exactly one layer and the form outer_product, as `--mode single_layer` does.
+        **settings: further fields of `NPTModuleConfig`; the default form is outer_product.
 
         Raises:
-            ValueError: a value is not allowed, or there is no such field.
+            ValueError: a value is not allowed, or a field does not exist.
         """
         layers = layers_to_convert
         self.single_layer_mode = single_layer_mode
@@ -72,10 +72,10 @@ class NPTConfig:
             raise ValueError(f"NPTConfig: unknown setting {unknown[0]} {known[unknown[0]]!r}")
         text = layers if isinstance(layers, str) else ",".join(map(str, layers))
         self.module = NPTModuleConfig(npt_layers=text, np_rank=np_rank, **known)
-        """The same as the command line's configuration."""
+        """The configuration in the command line's form."""
         if single_layer_mode and self.module.np_form != "outer_product":
             raise ValueError(
-                f"NPTConfig: single_layer_mode is of np_form outer_product, not {settings['np_form']}"
+                f"NPTConfig: single_layer_mode requires np_form='outer_product' (got {settings['np_form']})"
             )
 
     def __repr__(self) -> str:
@@ -83,43 +83,47 @@ class NPTConfig:
 
 
 class NPTModel:
-    """A base model whose layers can be converted; without converted layers it is the base model."""
+    """A base model whose layers can be converted to NPT layers."""
 
     def __init__(self, model: GPTModel, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
         """Args:
-        model: whole, on this process, unwrapped.
+        model: the whole model, unwrapped.
         config: its configuration.
         tokenizer: its tokenizer.
-        vocab_size: ids that it knows; rows beyond are padding.
+        vocab_size: number of token ids; further rows of the embedding are padding.
         """
         self.model = model.eval()
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.settings: NPTModuleConfig | None = None
-        """NPT's settings, None while no layer is converted."""
+        """NPT's configuration; None while no layer is converted."""
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, bf16: bool = False, sha256: str | None = None
     ) -> "NPTModel":
-        """A model from a local directory.
+        """Loads a model from a local directory.
 
         Args:
-            path: a Hugging Face directory of the Llama family; or a checkpoint of this project, or a directory of
-                them. One of an NPT run finds its base by itself, and its layers are converted.
-            bf16: compute in bfloat16.
-            sha256: of the checkpoint, as `training_info.json` names its base; another one is refused.
+            path: a Hugging Face directory of a Llama-family model; or a checkpoint of this project, or a directory of
+                checkpoints. With the checkpoint of an NPT run its base is loaded too, and its layers are converted.
+            bf16: whether to compute in bfloat16 or in fp32.
+            sha256: required digest of the checkpoint, as `training_info.json` stores it; None accepts any.
 
         Raises:
             FileNotFoundError: there is no model.
-            ValueError: it is damaged, of an unknown kind, or another one.
+            ValueError: it is damaged, is of an unknown kind, or has another digest.
         """
         if process_groups.world_size() > 1:
-            raise ValueError(f"NPTModel: works in one process, not {process_groups.world_size()}")
+            raise ValueError(
+                f"NPTModel supports only one process, but there are {process_groups.world_size()}"
+            )
         if not is_hugging_face(Path(path)) and find_checkpoint(str(path)) is not None:
             if sha256 is not None and BaseCheckpoint.find(str(path)).sha256 != sha256:
-                raise ValueError(f"{path}: is not the checkpoint that was asked for")
+                raise ValueError(
+                    f"{path}: this is not the requested checkpoint; its digest differs from `sha256`"
+                )
             loaded = load_model(str(path), {NPTFamily.name: NPTFamily}, bf16=bf16)
             model = cls(loaded.model, loaded.config, loaded.tokenizer, loaded.tokenizer.vocab_size)
             families = [family for family in loaded.families if isinstance(family, NPTFamily)]
@@ -141,35 +145,38 @@ class NPTModel:
         return tuple(np_modules([self.model]))
 
     def convert_to_npt(self, config: NPTConfig | NPTModuleConfig, *, seed: int = 1234) -> None:
-        """Gives layers their NP components, with initial values; all other weights stay as they are.
+        """Adds initialized NP components to layers; all other weights stay unchanged.
 
         Args:
-            config: which layers, and how.
-            seed: of the initial values, which are those of a training run with this seed.
+            config: the layers, and the form of the components.
+            seed: the initial values are those of a training run with this seed.
 
         Raises:
-            ValueError: it does not fit the model, or layers are converted already.
+            ValueError: the configuration does not fit the model, or layers are already converted.
         """
         module = config.module if isinstance(config, NPTConfig) else config
         if self.settings is not None:
-            raise ValueError(f"convert_to_npt: layers {self.npt_layers} are converted already")
+            raise ValueError(
+                f"convert_to_npt: layers {self.npt_layers} are already converted; load the model again"
+            )
         layers = module.layers(self.config.num_layers)
         if isinstance(config, NPTConfig) and config.single_layer_mode and len(layers) != 1:
-            raise ValueError(f"NPTConfig: single_layer_mode converts one layer, not {len(layers)}")
+            raise ValueError(f"NPTConfig: single_layer_mode requires one layer, not {len(layers)}")
         convert([self.model], module)
-        draw([self.model], seed)
+        initialize_np_factors([self.model], seed)
         self.settings = module
 
     def load_npt_weights(self, weights: str | Path | Mapping[str, torch.Tensor]) -> None:
-        """Takes NP weights, all of them or none.
+        """Loads NP weights; if they do not fit, the model stays unchanged.
 
         Args:
-            weights: tensors by name; or a file, `.pt` or `.safetensors`. Where a file tells the configuration that made
-                it, layers are converted by it if none are yet, and it must mean the same if some are.
+            weights: tensors by name, or a `.pt` or `.safetensors` file. If no layer is converted yet, the configuration
+                in the file is used to convert layers; otherwise both must have the same meaning.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: no layer is converted, or the weights do not fit; the message lists the differences.
+            ValueError: no layer is converted and the file has no configuration, or the weights do not fit; the message
+                lists the differences.
         """
         if isinstance(weights, Mapping):
             tensors, settings = dict(weights), None
@@ -193,13 +200,13 @@ class NPTModel:
             raise
 
     def save_npt_weights(self, path: str | Path) -> None:
-        """Writes the NP weights: NAME.pt, NAME.safetensors, and the configuration, `config.json`, beside them.
+        """Writes the NP weights as NAME.pt and NAME.safetensors, and the configuration as `config.json`.
 
         Args:
-            path: a directory, where NAME is npt_weights; or a file NAME.pt or NAME.safetensors.
+            path: a directory (then NAME is npt_weights), or a file NAME.pt or NAME.safetensors.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: a file cannot be written.
             ValueError: no layer is converted.
         """
         if self.settings is None:
@@ -211,7 +218,7 @@ class NPTModel:
         write_np_weights(folder, tensors, self.settings, stem=Path(path).stem if is_file else STEM)
 
     def deactivated(self, layers: Collection[int] | None = None) -> AbstractContextManager[None]:
-        """Within it the named layers, or all, are base layers, bit for bit."""
+        """Returns a context in which the given layers, or all, run as base layers."""
         return deactivated([self.model], layers)
 
     def generate(
@@ -224,7 +231,7 @@ class NPTModel:
         top_p: float = 0.0,
         seed: int = 1234,
     ) -> Any:
-        """Continues a text, or token ids; returns the new part in the same kind. See `inference.generation`.
+        """Continues a text or token ids; returns only the new part, in the same type. See `inference.generation`.
 
         Raises:
             ValueError: the prompt is empty or too long, or a setting is out of range.
@@ -242,8 +249,8 @@ class NPTModel:
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
-        """Logits [b, s, V] of token ids [b, s]; of ids [s], [s, V]."""
-        tokens = torch.as_tensor(ids, dtype=torch.long, device=torch.cuda.current_device())
+        """Returns logits [b, s, V] for token ids [b, s], or [s, V] for ids [s]."""
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=process_groups.device())
         batch = tokens.view(-1, tokens.size(-1))
         self.model.check_length(batch.size(1))
         positions = torch.arange(batch.size(1), device=batch.device).expand_as(batch)
@@ -251,21 +258,22 @@ class NPTModel:
         return found[..., : self.vocab_size].view(*tokens.shape, self.vocab_size)
 
     def loss(self, text: Prompt) -> float:
-        """Mean of -log p(token) in nats over a text or token ids, each from those before it in its window.
+        """Returns the mean of -log p(token) over a text or token ids, in nats.
 
-        Windows have the model's sequence length; each begins with the last token of the one before.
+        A token is predicted from the earlier ones in its window. A window has the model's sequence length, and begins
+        with the last token of the previous window.
 
         Raises:
             ValueError: there are fewer than two tokens.
         """
         ids = self._ids(text)
         if len(ids) < 2:
-            raise ValueError(f"perplexity: needs at least two tokens, not {len(ids)}")
+            raise ValueError(f"loss: requires at least two tokens, got {len(ids)}")
         total = sum(self._window_losses(ids))
         return total / (len(ids) - 1)
 
     def perplexity(self, text: Prompt) -> float:
-        """exp(loss) of a text or token ids, see `loss`."""
+        """Returns exp(loss) of a text or token ids; see `loss`."""
         return float(torch.tensor(self.loss(text), dtype=torch.float64).exp())
 
     def __repr__(self) -> str:
@@ -290,4 +298,4 @@ class NPTModel:
 
 
 NPTLlamaModel = NPTModel
-"""Document 000's name."""
+"""The name in docs/design/npt_sequential.md."""

@@ -1,26 +1,25 @@
-"""Files of a sequential run, document 000's, each replaced by a rename:
+"""Files of a sequential run (docs/design/npt_sequential.md), each replaced by a rename:
 
     {checkpoint-dir}/training_info.json                     trained layers, the one in progress, the base, settings
-    {checkpoint-dir}/accumulated_npt_weights.pt             the trained layers' NP factors, by the keys of `adapter`
-    {checkpoint-dir}/accumulated_npt_weights.safetensors    the same, with NPT's settings; what a run goes on from
+    {checkpoint-dir}/accumulated_npt_weights.pt             the trained layers' NP factors, keys as in `np_factors`
+    {checkpoint-dir}/accumulated_npt_weights.safetensors    the same, with NPT's settings; read by a resumed run
     {checkpoint-dir}/config.json                            NPT's settings, for the .pt
-    {checkpoint-dir}/load_model.py                          a module whose `load_model()` gives the model
-    {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     its own run: checkpoint-{step}/, final/npt_weights.pt
+    {checkpoint-dir}/load_model.py                          a module whose `load_model()` returns the model
+    {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     the layer's run: checkpoint-{step}/, final/npt_weights.pt
 
-A layer counts as trained from the moment at which `training_info.json` says so, the last thing written; by then the
-accumulated weights hold it. Weights of layers that it does not name are ignored: the run was ended in between, and
-will find the same again.
+A layer counts as trained once `training_info.json` names it; that file is written last, after the accumulated weights.
+Weights of layers that it does not name are ignored: the run was interrupted between the two files, and training the
+layer again gives the same weights.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, write_np_weights
 from megatron_ext.training.checkpoint import checkpoint_files as files
@@ -28,51 +27,51 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 INFO, STEM, LOADER = "training_info.json", "accumulated_npt_weights", "load_model.py"
 FORMAT = "megatron_ext.npt_sequential/1"
 CHECKPOINTS = "checkpoints"
-"""Directory of checkpoints in a layer's directory."""
+"""Subdirectory of a layer's directory with its checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialState:
-    """How far a sequential run has come."""
+    """Progress of a sequential run."""
 
     settings: NPTModuleConfig
-    """NPT's settings, with the layers that were asked for."""
+    """NPT's configuration, with the requested layers."""
 
     base: dict[str, str]
-    """The base checkpoint, as `BaseCheckpoint.as_json` gives it."""
+    """The base checkpoint, from `BaseCheckpoint.as_json`."""
 
     trained: dict[int, str] = field(default_factory=dict)
-    """Layers that are trained, in the order of training -> name of their directory."""
+    """Trained layer -> name of its directory, in the order of training."""
 
     current: tuple[int, str] | None = None
-    """The layer in progress and the name of its directory."""
+    """The layer in progress and the name of its directory, or None."""
 
     def started(self, layer: int, name: str) -> "SequentialState":
-        """The same with a layer in progress."""
+        """Returns the state with `layer` in progress."""
         return replace(self, current=(layer, name))
 
     def finished(self) -> "SequentialState":
-        """The same with the layer in progress trained."""
+        """Returns the state in which the layer in progress is trained."""
         assert self.current is not None
         layer, name = self.current
         return replace(self, trained={**self.trained, layer: name}, current=None)
 
     @property
     def settings_of_trained(self) -> NPTModuleConfig:
-        """NPT's settings with the trained layers as theirs; there is at least one."""
+        """NPT's configuration for the trained layers, of which there must be at least one."""
         return with_layers(self.settings, self.trained)
 
 
 def with_layers(settings: NPTModuleConfig, layers: Iterable[int]) -> NPTModuleConfig:
-    """The settings for these layers."""
+    """Returns the settings with these layers."""
     return replace(settings, npt_layers=",".join(map(str, sorted(set(layers)))))
 
 
 def read_state(folder: Path) -> SequentialState | None:
-    """The state of the run in a directory, None where none has begun.
+    """Reads the state of the run in a directory; None if no run has begun.
 
     Raises:
-        ValueError: `training_info.json` is damaged, or another program's.
+        ValueError: `training_info.json` is damaged, or was written by another program.
         OSError: it cannot be read.
     """
     path = folder / INFO
@@ -80,11 +79,11 @@ def read_state(folder: Path) -> SequentialState | None:
         return None
     info = files.read_json(path)
     if info.get("format") != FORMAT:
-        raise ValueError(f"{path}: not of a sequential run of this program")
+        raise ValueError(f"{path}: was not written by a sequential run of this program")
     try:
         current = info["layer_in_progress"]
         return SequentialState(
-            settings=configs_from_dict({"np": NPTModuleConfig}, info)["np"],
+            settings=group_in(NPTModuleConfig, info, "np"),
             base=info["base_checkpoint"],
             trained={
                 layer: Path(info["layer_checkpoints"][str(layer)]).name for layer in info["trained_layers"]
@@ -107,17 +106,17 @@ def write_state(folder: Path, state: SequentialState) -> None:
         "layer_in_progress": in_progress,
         "format": FORMAT,
         "base_checkpoint": state.base,
-        **configs_to_dict({"np": state.settings}),
+        "np": group_to_dict(state.settings),
     }
-    _replace(folder / INFO, json.dumps(info, indent=2))
+    files.replace_text(folder / INFO, json.dumps(info, indent=2))
 
 
 def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Tensor]:
-    """The NP factors of the trained layers.
+    """Reads the NP factors of the trained layers.
 
     Raises:
-        OSError: the file is not there, or cannot be read.
-        ValueError: it is damaged, or lacks a layer.
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or a layer is missing.
     """
     if not state.trained:
         return {}
@@ -127,7 +126,7 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
     missing = set(state.trained) - {layer_of_np_key(key) for key in chosen}
     if missing:
         raise ValueError(
-            f"{path}: holds no layer {', '.join(map(str, sorted(missing)))}, which {INFO} says is trained"
+            f"{path}: layer {', '.join(map(str, sorted(missing)))} is missing, although {INFO} lists it as trained"
         )
     return chosen
 
@@ -136,32 +135,27 @@ def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str
     """Replaces the accumulated weights and the module that loads them.
 
     Args:
-        folder: of the run.
-        state: with all layers of `tensors` trained.
-        tensors: their NP factors.
+        folder: the run's directory.
+        state: the state in which all layers of `tensors` are trained.
+        tensors: the NP factors of these layers.
     """
     more = {"trained_layers": list(state.trained), "base_checkpoint": state.base}
     write_np_weights(folder, tensors, state.settings_of_trained, more, STEM)
-    _replace(folder / LOADER, _LOADER.format(base=state.base["path"], sha256=state.base["sha256"], stem=STEM))
+    files.replace_text(
+        folder / LOADER, _LOADER.format(base=state.base["path"], sha256=state.base["sha256"], stem=STEM)
+    )
 
 
 def layer_of_np_key(key: str) -> int:
-    """The layer in a key of `adapter`.
+    """Returns the layer in the key of an NP factor; see `np_factors`.
 
     Raises:
-        ValueError: the key has none.
+        ValueError: the key has another format.
     """
     number = key.removeprefix("layer_").partition("_np.")[0]
     if not number.isdigit():
-        raise ValueError(f"{key}: not a name of an NP factor, as layer_0_np.gate.W_down")
+        raise ValueError(f"{key}: not the name of an NP factor, such as layer_0_np.gate.W_down")
     return int(number)
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    files.write_text(part, text)
-    os.replace(part, path)
-    files.fsync_path(path.parent)
 
 
 _LOADER = '''"""Loads a model whose layers were trained one after the other. Written by pretrain_npt.py.

@@ -1,13 +1,13 @@
-"""Sequential training: one NPT layer after the other, lower layers first, each on top of those that are trained.
+"""Sequential training: NPT layers are trained one after the other, from the lowest, each on top of the earlier ones.
 
-    model of layer N      the base, the trained layers (active, frozen) and N; later layers are base layers
-    optimizer, schedule   new for every layer, over --steps-per-layer steps, the first --stage1-steps of them stage 1
-    data                  goes on: the k-th layer reads what follows the k-th part of the one order of the whole run
-    random numbers        seeded anew at every layer's start
+    model of layer N      the base model with the trained layers (active, frozen) and N; later layers are base layers
+    optimizer, schedule   new for every layer, over --steps-per-layer steps, with stage 1 in the first --stage1-steps
+    data                  continues: all layers' samples are shuffled together, and each layer reads the next part
+    random generators     re-seeded at every layer's start
 
-All layers are trained by one command in one process group. Each has its own run with its own checkpoints, and the
-command may be ended at any moment: given again, it goes on, and ends with the same weights, bit for bit. See
-`sequential_state` for the files. Source: document 000.
+One command trains all layers in one process group. Each layer is a run with its own checkpoints. The command may be
+interrupted at any moment; repeated, it continues, and the final weights are the same bit for bit. `sequential_files`
+describes the files. Source: docs/design/npt_sequential.md.
 """
 
 import gc
@@ -22,72 +22,75 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
-from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig, choose_layers
+from megatron_ext.npt.modules.npt_module_config import choose_layers
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs import sequential_files as store
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.sequential_files import SequentialState, with_layers
 from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import check_same_meaning
 from megatron_ext.npt.weights.state_files import replace_final
-from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.platform.collectives import (
+    on_every_rank,
+    on_first_rank,
+    print_on_first_rank,
+)
 from megatron_ext.training.checkpoint import random_state
-from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.checkpoint.run_directory import check_unused
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.loop import EXIT_OK
-from megatron_ext.training.pretrain import check_run, process_group, train
+from megatron_ext.training.pretrain import check_run, process_group, resolve, train
 from megatron_ext.training.run_options import RunOptions
+from megatron_ext.training.series import config_in
 
 
-def run_sequential(configs: dict[str, Any], options: RunOptions) -> int:
+def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
     """Trains all layers; returns the process's exit code.
 
     Args:
-        configs: as `run.run` has prepared them; `checkpoint.save` is the directory of the run.
+        config: the configuration, already checked by `npt_run.settled`; `checkpoint.save` is the run's directory.
         options: with the base.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
-    _check(configs)
-    folder = Path(configs["checkpoint"].save)
+    _check(config)
+    assert config.checkpoint.save is not None  # the mode has a default for it
+    folder = Path(config.checkpoint.save)
     check_unused(folder, "--mode sequential needs a --checkpoint-dir of its own", but_for=(store.INFO,))
-    _read(folder, configs, options)
-    tokenizer = check_run(configs)
-    with process_group(configs):
-        # A directory named after the time may differ between ranks.
-        folder = Path(on_first_rank(lambda: str(configs["checkpoint"].save)))
-        return _Sequence(folder, configs, tokenizer, options).run()
+    _read(folder, config, options)
+    config = resolve(config)
+    tokenizer = check_run(config)
+    with process_group(config.parallel, config.training, config.checkpoint):
+        # The default directory contains the time, which may differ between ranks.
+        folder = Path(on_first_rank(lambda: str(config.checkpoint.save)))
+        return _Sequence(folder, config, tokenizer, options).run()
 
 
 class _Sequence:
-    """The run in its process group."""
+    """A sequential run in its process group."""
 
-    def __init__(
-        self, folder: Path, configs: dict[str, Any], tokenizer: Tokenizer, options: RunOptions
-    ) -> None:
+    def __init__(self, folder: Path, config: NPTRunConfig, tokenizer: Tokenizer, options: RunOptions) -> None:
         self.folder = folder
-        self.configs = configs
+        self.config = config
         self.tokenizer = tokenizer
         self.options = options
         self.started = time.monotonic()
-        self.state = on_first_rank(lambda: _read(folder, configs, options))
+        self.state = on_first_rank(lambda: _read(folder, config, options))
         self.tensors: dict[str, torch.Tensor] = {}
-        """NP factors of the trained layers, whole."""
+        """Whole NP factors of the trained layers."""
 
     def run(self) -> int:
-        """Trains what is left; returns the exit code."""
-        gather(self._read_tensors)
-        layers = _remaining(self.state, self.configs)
+        """Trains the remaining layers; returns the exit code."""
+        on_every_rank(self._read_tensors)
+        layers = _remaining(self.state, self.config)
         if not layers:
             print_on_first_rank(
-                f"training already complete: layers {_listed(self.state.trained)} are trained in {self.folder}"
+                f"training is already complete: layers {_listed(self.state.trained)} are trained in {self.folder}"
             )
             return EXIT_OK
         for place, layer in enumerate(layers):
@@ -105,42 +108,42 @@ class _Sequence:
         return EXIT_OK
 
     def _train(self, layer: int, remaining: int) -> int:
-        """One layer's run; afterwards the layer is among the trained ones if it came to its end."""
+        """Trains one layer; if its run is completed, the layer is then among the trained ones."""
         self.state = on_first_rank(lambda: self._begin(layer))
-        configs, steps = self._configs_of(layer), self.configs["npt"].steps_per_layer
+        config, steps = self._config_of(layer), self.config.npt.steps_per_layer
         family = NPTFamily(
-            configs["np"], configs["npt"], total_steps=steps, trains=(layer,), tokenizer=self.tokenizer
+            config.np, config.npt, total_steps=steps, trains=(layer,), tokenizer=self.tokenizer
         )
         families: list[Family] = [family]
         copies = parallel_state.get_data_parallel_world_size()
-        samples = steps * configs["training"].resolved_global_batch_size(copies)
+        samples = steps * config.training.resolved_global_batch_size(copies)
         place = len(self.state.trained)
-        random_state.reseed(configs["training"].seed, place * steps)
+        random_state.reseed(config.training.seed, place * steps)
         options = replace(
             self.options,
-            prepare=partial(self._prepare, layer, configs),
-            finish=partial(self._finish, layer, configs),
+            prepare=partial(self._prepare, layer, config),
+            finish=partial(self._finish, layer, config),
             first_sample=place * samples,
             samples=(place + remaining) * samples,
         )
-        return train(configs, self.tokenizer, families, options)
+        return train(config, self.tokenizer, families, options)
 
-    def _prepare(self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel]) -> None:
+    def _prepare(self, layer: int, config: NPTRunConfig, chunks: list[GPTModel]) -> None:
         """Loads the trained layers' weights; tells what begins."""
         load_under(layer, self.tensors, chunks)
-        load = configs["checkpoint"].load
-        own = start.fresh(configs["np"], configs["training"].seed) if load is None else f"from {load}"
+        load = config.checkpoint.load
+        own = start.fresh(config.np, config.training.seed) if load is None else f"from {load}"
         earlier = f"as trained before in layer {_listed(self.state.trained)}, " if self.state.trained else ""
-        weights, steps = f"{earlier}{own} in layer {layer}", configs["npt"].steps_per_layer
+        weights, steps = f"{earlier}{own} in layer {layer}", config.npt.steps_per_layer
         start.print_start(
-            chunks, configs, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
+            chunks, config, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
         )
 
     def _read_tensors(self) -> None:
         self.tensors = store.read_accumulated(self.folder, self.state)
 
     def _begin(self, layer: int) -> SequentialState:
-        """Records that the layer is in progress, in the directory that it had where it was so before."""
+        """Records that the layer is in progress; an interrupted layer keeps its directory."""
         name = f"layer_{layer}_{time.strftime('%Y%m%d_%H%M%S')}"
         if self.state.current is not None and self.state.current[0] == layer:
             name = self.state.current[1]
@@ -149,34 +152,24 @@ class _Sequence:
         store.write_state(self.folder, state)
         return state
 
-    def _configs_of(self, layer: int) -> dict[str, Any]:
+    def _config_of(self, layer: int) -> NPTRunConfig:
         assert self.state.current is not None
-        name, settings = self.state.current[1], self.configs["np"]
-        npt: NPTTrainingConfig = self.configs["npt"]
-        weights = npt.weights_of_layers(_layers(self.configs))
-        folder = str(self.folder / name / store.CHECKPOINTS)
-        goes_on = on_first_rank(lambda: find_checkpoint(folder) is not None)
-        return {
-            **self.configs,
-            "np": with_layers(settings, [*self.state.trained, layer]),
-            "npt": replace(npt, layer_weights=str(weights[layer])),
-            "training": self._training(),
-            "checkpoint": replace(self.configs["checkpoint"], save=folder, load=folder if goes_on else None),
-            "logging": layer_logging(self.configs["logging"], name, layer, npt.model_size),
-        }
-
-    def _training(self) -> TrainingConfig:
-        """`--exit-duration-in-mins` counts from the command's start."""
-        training: TrainingConfig = self.configs["training"]
-        if training.exit_duration_in_mins is None:
-            return training
-        gone = (time.monotonic() - self.started) / 60
-        return replace(training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone))
+        name, settings = self.state.current[1], self.config.np
+        npt = self.config.npt
+        weights = npt.weights_of_layers(_layers(self.config))
+        return replace(
+            config_in(self.config, self.folder / name / store.CHECKPOINTS, self.started),
+            np=with_layers(settings, [*self.state.trained, layer]),
+            npt=replace(npt, layer_weights=str(weights[layer])),
+            logging=layer_logging(self.config.logging, name, layer, npt.model_size),
+        )
 
     def _finish(
-        self, layer: int, configs: Mapping[str, Any], chunks: list[GPTModel], progress: TrainingProgress
+        self, layer: int, config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress
     ) -> None:
-        """Keeps the layer's weights, and then counts it as trained."""
+        """Stores the layer's weights, and then records it as trained."""
+        save = config.checkpoint.save
+        assert save is not None
         own = {
             key: value
             for key, value in gather_np_factors(chunks).items()
@@ -186,9 +179,9 @@ class _Sequence:
         state = self.state.finished()
 
         def write() -> None:
-            settings = with_layers(configs["np"], [layer])
+            settings = with_layers(config.np, [layer])
             more = {"global_step": progress.iteration, "consumed_samples": progress.consumed_samples}
-            replace_final(Path(configs["checkpoint"].save), own, settings, more)
+            replace_final(Path(save), own, settings, more)
             store.write_accumulated(self.folder, state, tensors)
             store.write_state(self.folder, state)
 
@@ -197,11 +190,11 @@ class _Sequence:
 
 
 def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPTModel]) -> None:
-    """Loads the factors of all NPT layers but one, whose factors stay as they were drawn. Collective.
+    """Loads the factors of all NPT layers except one, whose initial factors are kept. Collective.
 
     Args:
-        layer: that one.
-        tensors: of the others.
+        layer: the layer that keeps its factors.
+        tensors: the factors of all other NPT layers.
         chunks: this rank's model chunks, unwrapped.
 
     Raises:
@@ -213,10 +206,10 @@ def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPT
     load_np_factors(chunks, {**tensors, **own})
 
 
-def _read(folder: Path, configs: Mapping[str, Any], options: RunOptions) -> SequentialState:
+def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> SequentialState:
     """What the directory holds, checked against the flags; a new run's state where it holds nothing."""
     assert options.base is not None
-    settings: NPTModuleConfig = configs["np"]
+    settings = config.np
     found = store.read_state(folder)
     if found is None:
         state = SequentialState(settings=settings, base=options.base.as_json())
@@ -224,38 +217,39 @@ def _read(folder: Path, configs: Mapping[str, Any], options: RunOptions) -> Sequ
         check_same_meaning(str(folder / store.INFO), found.settings, settings)
         if found.base["sha256"] != options.base.sha256:
             raise ValueError(
-                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on {found.base['path']}"
+                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on "
+                f"{found.base['path']}; pass that checkpoint"
             )
         state = replace(found, settings=settings, base=options.base.as_json())
-    _remaining(state, configs)
+    _remaining(state, config)
     return state
 
 
-def _remaining(state: SequentialState, configs: Mapping[str, Any]) -> list[int]:
-    """The layers that are to be trained, in this order.
+def _remaining(state: SequentialState, config: NPTRunConfig) -> list[int]:
+    """Returns the layers that remain to be trained, in order.
 
     Raises:
-        ValueError: `--start-from-layer` leaves out layers that are not trained.
+        ValueError: `--start-from-layer` skips layers that are not trained.
     """
-    start = configs["npt"].start_from_layer
-    left = [layer for layer in _layers(configs) if layer not in state.trained]
+    start = config.npt.start_from_layer
+    left = [layer for layer in _layers(config) if layer not in state.trained]
     skipped = [layer for layer in left if start is not None and layer < start]
     if skipped:
         raise ValueError(
-            f"--start-from-layer {start}: of the layers below it {_listed(skipped)} are not trained in "
-            f"--checkpoint-dir {configs['checkpoint'].save}"
+            f"--start-from-layer {start}: lower layers {_listed(skipped)} are not yet trained in "
+            f"--checkpoint-dir {config.checkpoint.save}"
         )
     return left
 
 
-def _layers(configs: Mapping[str, Any]) -> tuple[int, ...]:
-    return choose_layers(configs["np"].npt_layers, configs["model"].num_layers)
+def _layers(config: NPTRunConfig) -> tuple[int, ...]:
+    return choose_layers(config.np.npt_layers, config.model.num_layers)
 
 
-def _check(configs: Mapping[str, Any]) -> None:
+def _check(config: NPTRunConfig) -> None:
     """Raises `ValueError` for flags that the other modes have and this one has not."""
-    npt: NPTTrainingConfig = configs["npt"]
-    training, checkpoint = configs["training"], configs["checkpoint"]
+    npt = config.npt
+    training, checkpoint = config.training, config.checkpoint
     steps, stage1 = npt.steps_per_layer, npt.stage1_steps
     if training.train_iters != steps:
         given = training.train_iters if training.train_iters is not None else training.train_samples
@@ -264,9 +258,9 @@ def _check(configs: Mapping[str, Any]) -> None:
             f"{steps} steps"
         )
     if stage1 >= steps:
-        raise ValueError(f"--stage1-steps {stage1}: leaves nothing of --steps-per-layer {steps}")
-    if not configs["np"].freeze_base:
-        raise ValueError("--no-freeze-base: --mode sequential trains NP components only")
+        raise ValueError(f"--stage1-steps {stage1}: must be less than --steps-per-layer {steps}")
+    if not config.np.freeze_base:
+        raise ValueError("--no-freeze-base: --mode sequential trains only NP components; omit it")
     if npt.load_npt_weights is not None:
         raise ValueError(
             f"--load-npt-weights {npt.load_npt_weights}: --mode sequential finds trained layers in --checkpoint-dir"
@@ -280,14 +274,16 @@ def _check(configs: Mapping[str, Any]) -> None:
             "--overwrite-checkpoints: --mode sequential goes on with what is in --checkpoint-dir"
         )
     if training.skip_train:
-        raise ValueError("--skip-train: there is nothing to do for it in --mode sequential")
-    start, layers = npt.start_from_layer, _layers(configs)
+        raise ValueError(
+            "--skip-train is not supported by --mode sequential; evaluate with tools/evaluate_npt.py"
+        )
+    start, layers = npt.start_from_layer, _layers(config)
     if start is not None and start not in layers:
-        raise ValueError(f"--start-from-layer {start}: is none of the layers {_listed(layers)}")
+        raise ValueError(f"--start-from-layer {start}: must be one of the layers {_listed(layers)}")
 
 
 def layer_logging(logging: LoggingConfig, name: str, layer: int, model_size: str | None) -> LoggingConfig:
-    """Every layer's curves in a place of their own, under document 000's names."""
+    """Returns the logging configuration of one layer: its own TensorBoard directory, W&B run name and tags."""
     changes: dict[str, Any] = {}
     if logging.tensorboard_dir is not None:
         changes["tensorboard_dir"] = str(Path(logging.tensorboard_dir, name))

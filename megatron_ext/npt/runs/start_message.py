@@ -1,16 +1,14 @@
-"""What an NPT run tells before its first step: base, converted layers; NP weights, parameters; losses, curriculum.
+"""Prints three lines before an NPT run's first step: converted layers, initial NP weights, losses and curriculum.
 
-Three lines on rank 0. The losses' line is the formula of `npt loss`, with the names under which its terms are printed:
-those are means over layers, while the total, which is what is trained, sums over them.
+The third line is the formula of `npt loss`, with the names of its terms in the progress line. There they are means over
+layers, while the total, which is trained, is a sum over layers.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import STUDENT, format_curriculum
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.platform.collectives import print_on_first_rank
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
@@ -19,7 +17,7 @@ from megatron_ext.training.checkpoint.parameter_count import count_parameters
 
 def print_start(
     chunks: list[GPTModel],
-    configs: Mapping[str, Any],
+    config: NPTRunConfig,
     base: BaseCheckpoint | None,
     *,
     weights: str,
@@ -29,34 +27,34 @@ def print_start(
     """Prints the lines; collective.
 
     Args:
-        chunks: this rank's model chunks, unwrapped, frozen where they are not trained.
-        configs: the run's, with `model`, `np` and `npt`.
+        chunks: this rank's model chunks, unwrapped, with the untrained parameters already frozen.
+        config: the run's.
         base: what the run stands on.
-        weights: in words, where the NP weights come from.
-        total_steps: optimizer steps of the run.
-        trains: numbers of the NPT layers that are trained; None for all.
+        weights: description of the origin of the NP weights.
+        total_steps: number of steps of the run.
+        trains: numbers of the trained NPT layers; None for all.
     """
-    settings: NPTModuleConfig = configs["np"]
-    num_layers = configs["model"].num_layers
+    settings = config.np
+    num_layers = config.model.num_layers
     count = count_parameters(chunks)["trainable"]
-    own = layer_parameters(configs["model"]) * len(trains or settings.layers(num_layers))
+    own = layer_parameters(config.model) * len(trains or settings.layers(num_layers))
     share = (
-        f"{count / own:.1%} of their layers' own {own:,}" if settings.freeze_base else "base model included"
+        f"{count / own:.1%} of their layers' {own:,}" if settings.freeze_base else "including the base model"
     )
     print_on_first_rank(
         f"NPT on {base.folder if base is not None else 'a model from scratch'}: {conversion(settings, num_layers)}"
     )
     print_on_first_rank(f"NP weights: {weights}; {count:,} parameters are trained, {share}")
-    print_on_first_rank(objective(configs["npt"], total_steps))
+    print_on_first_rank(objective(config.npt, total_steps))
 
 
 def fresh(settings: NPTModuleConfig, seed: int) -> str:
-    """In words, NP weights as they are drawn."""
-    return f"fresh ({settings.np_init_strategy}, scale {settings.np_init_scale:g}, seed {seed})"
+    """Describes initial NP weights."""
+    return f"initialized ({settings.np_init_strategy}, scale {settings.np_init_scale:g}, seed {seed})"
 
 
 def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
-    """In words, which layers are converted, and how."""
+    """Describes which layers are converted, and how."""
     layers = ",".join(map(str, settings.layers(num_layers)))
     affine = (
         f"affine {'on' if settings.np_affine else 'off'}, " if settings.np_form == "outer_product" else ""
@@ -68,7 +66,7 @@ def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
 
 
 def objective(training: NPTTrainingConfig, total_steps: int) -> str:
-    """The formula of the total loss, after stage 1 where there is one, and the curriculum."""
+    """Describes the total loss, after stage 1 if there is one, and the curriculum."""
     last = training.objective(training.stage1_steps + 1, total_steps)
     terms = [
         f"{weight:g} {name}"

@@ -1,1 +1,1 @@
-"""NP weights: conversion, files, resuming, validation."""
+"""NP weights: conversion of a base model, files, resuming, validation of checkpoints."""

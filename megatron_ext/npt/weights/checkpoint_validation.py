@@ -1,7 +1,7 @@
-"""Is a checkpoint of document 001 whole? One of this program, or a plain directory of the document's files.
+"""Checks that an NPT checkpoint is complete: one of this program, or a plain directory of the documents' files.
 
-Every file is loaded with weights_only: nothing in it is executed. What else a resumed run needs is covered
-by the checksums, where the directory has them.
+The files are those of docs/design/npt_curriculum.md. They are loaded with weights_only, so that nothing in them is
+executed. All other files of a checkpoint are compared with its checksums, if it has them.
 """
 
 from dataclasses import dataclass, field
@@ -19,31 +19,32 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     TRAINING_STATE: ("global_step", "optimizer_state_dict", "scheduler_state_dict"),
     MULTI_LAYER_STATE: ("layers_to_train", "curriculum_schedule", "current_stage_index"),
 }
-"""File -> keys that it must have."""
+"""Required file -> keys that it must contain."""
 
 
 @dataclass
 class Validation:
-    """What was found."""
+    """The result of a validation."""
 
     problems: list[str] = field(default_factory=list)
-    """Empty where the checkpoint is whole."""
+    """One line per problem; empty if the checkpoint is complete."""
 
     facts: list[str] = field(default_factory=list)
-    """Step, layers, stage, sizes."""
+    """Lines with step, layers, stage and sizes."""
 
 
 def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """The checkpoint in a directory of checkpoints that is to be validated, and what is wrong with newer ones.
+    """Chooses the checkpoint to validate.
 
     Args:
-        folder: a directory of checkpoints; any other is taken for a checkpoint's own.
+        folder: a directory of checkpoints, or the directory of one checkpoint.
 
     Returns:
-        The newest complete one; without any the newest, as the document's plain directories have no checksums.
+        The newest complete checkpoint, or the newest if none is complete (plain directories have no checksums), and
+        one line for each newer checkpoint that is incomplete.
 
     Raises:
-        FileNotFoundError: the directory is no checkpoint and holds none.
+        FileNotFoundError: the directory neither is nor contains a checkpoint.
     """
     if any((folder / name).exists() for name in (files.CHECKSUMS, *REQUIRED)):
         return folder, []
@@ -62,7 +63,7 @@ def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
         tracked = files.tracked_step(folder)
         if tracked is not None and tracked not in steps:
             unfinished.append(
-                f"{folder / files.TRACKER}: names step {tracked}, of which there is no checkpoint"
+                f"{folder / files.TRACKER}: names step {tracked}, but there is no checkpoint of this step"
             )
     except ValueError as error:
         unfinished.append(str(error))
@@ -70,11 +71,7 @@ def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
 
 def validate_checkpoint(folder: Path) -> Validation:
-    """Looks at every file of a checkpoint.
-
-    Args:
-        folder: the checkpoint's own directory.
-    """
+    """Checks every file of a checkpoint, whose own directory is given."""
     found = Validation()
     states = {name: _load(folder / name, keys, found) for name, keys in REQUIRED.items()}
     weights, training, layers = states.values()
@@ -94,7 +91,7 @@ def validate_checkpoint(folder: Path) -> Validation:
             count = len(files.read_json(folder / files.CHECKSUMS)["files"])
             found.facts.append(f"checksums: {count} files match")
     else:
-        found.facts.append("checksums: none here, so damage inside a file may go unseen")
+        found.facts.append("checksums: none, so damage inside a file may be overlooked")
     return found
 
 
@@ -109,7 +106,7 @@ def _load(path: Path, keys: tuple[str, ...], found: Validation) -> dict[str, Any
         return None
     lacking = [key for key in keys if not isinstance(state, dict) or key not in state]
     if not isinstance(state, dict) or lacking:
-        found.problems.append(f"{path.name}: lacks {', '.join(lacking) or 'named entries'}")
+        found.problems.append(f"{path.name}: {', '.join(lacking) or 'named entries'} missing")
         return None
     return state
 
@@ -117,7 +114,7 @@ def _load(path: Path, keys: tuple[str, ...], found: Validation) -> dict[str, Any
 def _describe_weights(weights: dict[str, Any], found: Validation) -> None:
     others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     if others:
-        found.problems.append(f"{WEIGHTS}: {others[0]} is no tensor")
+        found.problems.append(f"{WEIGHTS}: {others[0]} is not a tensor")
         return
     broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     if broken:

@@ -1,6 +1,6 @@
-"""Puts NP components into a model that was built without them, for evaluation and generation beside its base.
+"""Adds NP components to a model that was built without them, for evaluation and generation.
 
-A training run builds its model with `NPTExtension` instead: there the components are in checkpoints and the optimizer.
+A training run builds its model with `NPTExtension` instead, so that checkpoints and optimizer include the components.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from megatron_ext.npt.weights.np_factors import load_np_factors
 
 
 def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
-    """Gives the layers that the settings name NP components of which nothing is drawn yet.
+    """Adds uninitialized NP components to the layers that the settings name.
 
     Args:
         chunks: this rank's model chunks, unwrapped, without NP components.
-        settings: of the NP components.
+        settings: the configuration of the NP components.
 
     Raises:
         ValueError: the settings do not fit the model.
@@ -37,28 +37,30 @@ def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
 
 
 @torch.no_grad()
-def draw(chunks: list[GPTModel], seed: int) -> None:
-    """Gives all NP components the initial values of a training run with this seed, whatever they hold.
+def initialize_np_factors(chunks: list[GPTModel], seed: int) -> None:
+    """Initializes all NP components as a training run with this seed does.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        seed: the run's.
+        seed: seed of the initial values.
     """
     for chunk in chunks:
         parameters = [p for module in np_modules([chunk]).values() for p in module.parameters()]
         for parameter in parameters:
-            parameter.zero_()  # the affine constants, and what `conservative` starts with, are not drawn
+            # Some factors start at zero (the affine constants, and the output factors of `conservative`), and
+            # `initialize_parameters` does not change those.
+            parameter.zero_()
         config = chunk.config
         initialize_parameters(chunk, seed, config.init_method_std, config.num_layers, only=parameters)
 
 
 def attach(chunks: list[GPTModel], settings: NPTModuleConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Converts the layers that the settings name. Collective over pipeline-parallel ranks.
+    """Adds NP components with the given factors to the layers. Collective over pipeline-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped, without NP components.
-        settings: of the NP components.
-        tensors: their factors, as `gather_adapter` gives them.
+        settings: the configuration of the NP components.
+        tensors: their factors, as returned by `gather_np_factors`.
 
     Raises:
         ValueError: the settings or the factors do not fit the model.

@@ -1,13 +1,12 @@
-"""A model's NP components as plain tensors, and back: whole, on one process or any cut.
+"""Converts a model's NP components to plain, whole tensors and back, in any parallel layout.
 
     layer_{i}_np.{target}.{name}            i from 0 over the whole model; names and shapes as in `modulation`
-    layer_{i}_np.{target}.{name}.{k}        where there are several components, one tensor each
+    layer_{i}_np.{target}.{name}.{k}        with several components: one tensor for each component k
 
-For one component c_a is a vector; every other factor is a matrix.
+The factor c_a of one component is a vector; every other factor is a matrix.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,37 +15,38 @@ from megatron.core import parallel_state
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.modulation import Modulation
 from megatron_ext.npt.modules.npt_layers import np_modules
+from megatron_ext.platform.collectives import merge_over_ranks
 
 _ROWS = ("B", "W_a_up", "W_b_up", "c_a")
-"""Factors whose components lie below one another; those of the others lie side by side."""
+"""Factors whose components are concatenated along dimension 0; those of other factors along dimension 1."""
 _SHOWN = 5
-"""Differences of a kind that an error message lists."""
+"""Largest number of differences of one kind that an error message lists."""
 
 
 def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """All NP factors of the model, on the CPU of every rank. Collective over tensor- and pipeline-parallel ranks.
+    """Returns key -> whole NP factor of the model, on the CPU of every rank.
 
-    Args:
-        chunks: this rank's model chunks, unwrapped.
+    Collective over tensor- and pipeline-parallel ranks; `chunks` are this rank's model chunks, unwrapped.
     """
     local = {
         key: tensor.cpu().clone()
         for prefix, part, name, parameter in _parameters(chunks)
         for key, tensor in _components(prefix, part, name, _whole(part, name, parameter.detach()))
     }
-    return _sorted(_merged(local))
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return _sorted(merge_over_ranks(local, group))
 
 
 def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:
-    """Takes what `gather_adapter` gave. Collective over pipeline-parallel ranks.
+    """Loads the factors that `gather_np_factors` returned. Collective over pipeline-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        tensors: by key, whole.
+        tensors: key -> whole factor.
 
     Raises:
-        ValueError: a key is missing, unknown, or of another shape; the message lists the differences. Nothing is
-            loaded then.
+        ValueError: a key is missing or unknown, or a tensor has another shape. The message lists the differences, and
+            nothing is loaded.
     """
     places = {
         key: (part, name, place)
@@ -54,7 +54,8 @@ def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) ->
         for key, place in _components(prefix, part, name, parameter.detach())
     }
     shapes = {key: _whole_shape(part, name, place) for key, (part, name, place) in places.items()}
-    _check({key: tuple(tensor.shape) for key, tensor in tensors.items()}, _merged(shapes))
+    expected = merge_over_ranks(shapes, parallel_state.get_pipeline_model_parallel_group())
+    _check({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected)
     for key, (part, name, place) in places.items():
         place.copy_(_local(part, name, tensors[key], place))
 
@@ -69,7 +70,7 @@ def _parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, Modulation, str, 
 def _components(
     key: str, part: Modulation, name: str, factor: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Views of a factor, one a component."""
+    """Yields key and view of each component of a factor."""
     count = part.settings.num_np_components
     for number, view in enumerate(factor.chunk(count, dim=0 if name in _ROWS else 1)):
         yield key if count == 1 else f"{key}.{number}", view.squeeze(0) if name == "c_a" else view
@@ -85,7 +86,8 @@ def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:
 
 
 def _split_dim(part: Modulation, name: str, place: torch.Tensor) -> int | None:
-    """The dimension of a component that is split over the ranks: a vector has only one."""
+    """Returns the dimension of a component that is split over the ranks, or None."""
+    # For c_a, a vector, `split_dims` names the dimension of the matrix of all components.
     return min(part.split_dims[name], place.dim() - 1) if name in part.split_dims else None
 
 
@@ -104,22 +106,14 @@ def _local(part: Modulation, name: str, tensor: torch.Tensor, place: torch.Tenso
     return tensor.narrow(dim, part.groups.tp.rank() * place.size(dim), place.size(dim))
 
 
-def _merged(local: dict[str, Any]) -> dict[str, Any]:
-    """The entries of all pipeline stages."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(stages, local, group=group)
-    return {key: value for stage in stages for key, value in stage.items()}
-
-
 def _sorted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In the order of layers."""
+    """Sorts the factors by layer."""
     return dict(sorted(tensors.items(), key=lambda item: int(item[0].split("_")[1])))
 
 
 def _check(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     shapes = [
-        f"{key} is {list(found[key])}, must be {list(shape)}"
+        f"{key} has shape {list(found[key])} instead of {list(shape)}"
         for key, shape in expected.items()
         if key in found and found[key] != shape
     ]

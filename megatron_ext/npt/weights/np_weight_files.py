@@ -1,10 +1,11 @@
-"""NP weights as files: `npt_weights.pt` or `.safetensors`, tensors only, beside the configuration that made them.
+"""Files of NP weights: tensors, and the configuration with which they were made.
 
     npt_weights.pt             torch's format, {key: tensor}; loaded with weights_only
     npt_weights.safetensors    the same, with the configuration in its metadata
-    config.json                the configuration: NPT's settings under "np", and what else the writer tells
+    config.json                the configuration: NPT's settings under "np", and further entries of the writer
 
-Keys are those of `adapter`. Documents 000 and 001 write their .pt the same way, with other factors' names.
+The keys are those of `np_factors`. The .pt files of docs/design/npt_sequential.md and docs/design/npt_curriculum.md
+differ only in the names of the factors.
 """
 
 import contextlib
@@ -17,14 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_ext.config.serialize import configs_from_dict, configs_to_dict
+from megatron_ext.config.serialize import group_from_dict, group_to_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.training.checkpoint import checkpoint_files as files
 
 STEM, CONFIG = "npt_weights", "config.json"
 WEIGHTS = f"{STEM}.pt"
 _FREE = frozenset({"np_init_scale", "np_init_strategy", "freeze_base", "npt_layers"})
-"""Settings that do not decide what the weights mean; the layers are in the keys."""
+"""Settings on which the meaning of the weights does not depend; the keys contain the layers."""
 
 
 def write_np_weights(
@@ -34,41 +35,41 @@ def write_np_weights(
     more: Mapping[str, Any] | None = None,
     stem: str = STEM,
 ) -> None:
-    """Writes the three files, each by rename.
+    """Writes the three files, each by a rename.
 
     Args:
-        folder: exists.
-        tensors: as `adapter.gather_adapter` gives them.
+        folder: an existing directory.
+        tensors: the factors, as returned by `gather_np_factors`.
         settings: NPT's configuration.
-        more: what else `config.json` tells.
-        stem: the weights are `{stem}.pt` and `{stem}.safetensors`.
+        more: further entries of `config.json`.
+        stem: the weight files are `{stem}.pt` and `{stem}.safetensors`.
 
     Raises:
         OSError: a file could not be written.
     """
-    config = configs_to_dict({"np": settings})
+    config = {"np": group_to_dict(settings)}
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     weights, safe_weights = f"{stem}.pt", f"{stem}.safetensors"
     parts = {name: folder / f".{name}.part" for name in (weights, safe_weights, CONFIG)}
     files.write_tensors(parts[weights], contiguous)
     save_file(contiguous, parts[safe_weights], metadata={"format": "pt", "np": json.dumps(config["np"])})
     files.write_text(parts[CONFIG], json.dumps({**config, **(more or {})}, indent=1))
-    files.digests(folder, [part.name for part in parts.values()])  # forces them to the disk
+    files.digests(folder, [part.name for part in parts.values()])  # flushes them to the disk
     for name, part in parts.items():
         part.replace(folder / name)
     files.fsync_path(folder)
 
 
 def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor]:
-    """Reads NP weights, and refuses those of another configuration where theirs is known.
+    """Reads NP weights, and checks that they were made with the same settings, if their configuration is known.
 
     Args:
         path: a `.pt` or `.safetensors` file.
-        settings: the run's.
+        settings: the run's configuration.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it holds something else, or weights of another form, target, scale, ...
+        OSError: the file cannot be read.
+        ValueError: it contains something else, or weights of another form, target, scale, ...
     """
     tensors, config = read_np_weight_file(path)
     if config is not None:
@@ -77,10 +78,14 @@ def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Ten
 
 
 def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleConfig) -> None:
-    """Raises `ValueError`, naming `path` and the differences, where weights of one mean something else in the other."""
-    ours, theirs = (configs_to_dict({"np": config})["np"] for config in (settings, stored))
+    """Checks that NP weights have the same meaning with both configurations.
+
+    Raises:
+        ValueError: they have not; the message names `path` and the differences.
+    """
+    ours, theirs = (group_to_dict(config) for config in (settings, stored))
     differences = [
-        f"{name} is {theirs[name]}, here {ours[name]}"
+        f"{name} was {theirs[name]}, now {ours[name]}"
         for name in ours
         if name not in _FREE and ours[name] != theirs[name]
     ]
@@ -89,25 +94,25 @@ def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleCo
 
 
 def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:
-    """The tensors, and the configuration that made them: of the file itself, or of `config.json` beside it.
+    """Reads the tensors of a file, and their configuration from the file or from `config.json` in its directory.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it holds something else.
+        OSError: the file cannot be read.
+        ValueError: it contains something else.
     """
     settings, file = read_np_settings(path), Path(path)
     return _read_safe(file) if file.suffix == ".safetensors" else _read_pt(file), settings
 
 
 def read_np_settings(path: str) -> NPTModuleConfig | None:
-    """The configuration alone, see `read_adapter_file`; None where nothing tells it."""
+    """Reads only the configuration, as `read_np_weight_file` does; None if it is stored nowhere."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     config = _settings_of_safe(file) if file.suffix == ".safetensors" else None
     if config is None and (file.parent / CONFIG).is_file():
         config = files.read_json(file.parent / CONFIG).get("np")
-    return configs_from_dict({"np": NPTModuleConfig}, {"np": config})["np"] if config is not None else None
+    return group_from_dict(NPTModuleConfig, config, "np") if config is not None else None
 
 
 def _read_pt(file: Path) -> dict[str, torch.Tensor]:
@@ -118,7 +123,7 @@ def _read_pt(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(
         isinstance(value, torch.Tensor) for value in tensors.values()
     ):
-        raise ValueError(f"{file}: holds something else than named tensors")
+        raise ValueError(f"{file}: does not contain a dictionary of named tensors")
     return tensors
 
 

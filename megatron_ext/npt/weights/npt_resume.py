@@ -1,7 +1,7 @@
-"""Going on with an NPT run: its whole configuration from a checkpoint, and other layers than it was made with.
+"""Resumes an NPT run with its stored configuration, or with other layers.
 
---additional-steps N      N more steps with the configuration of the run; flags that are given win
---allow-layer-mismatch    other --npt-layers: NP weights of the layers that both have are taken
+--additional-steps N      N more steps with the configuration of the run; flags that are given override it
+--allow-layer-mismatch    with other --npt-layers: the NP weights of common layers are loaded
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.command_line.field_checks import flag_name
+from megatron_ext.config.command_line.flag_table import groups_of
+from megatron_ext.config.serialize import group_from_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import Stage, format_curriculum
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.weights.state_files import MULTI_LAYER_STATE
 from megatron_ext.platform import process_groups
@@ -24,7 +26,7 @@ _EXCLUSIVE = (
     ("data_path", "train_data_path", "valid_data_path", "test_data_path"),
     ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
 )
-"""Flags of which a run has one kind: where one is given, the stored ones do not count."""
+"""Groups of mutually exclusive flags: if one is given, all stored values of its group are ignored."""
 
 _OF_THE_PAST = (
     "base_checkpoint",
@@ -37,67 +39,67 @@ _OF_THE_PAST = (
     "dry_run",
     "skip_train",
 )
-"""Flags that said how the earlier process began or ended; the checkpoint itself names its base."""
+"""Flags that concern only how the earlier process began or ended; the checkpoint itself names its base."""
 
 
-def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
-    """Defaults for a run that goes on for `--additional-steps`: all that the checkpoint's run was configured with.
+def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of a run with `--additional-steps`: the configuration of the checkpoint's run.
 
-    The curriculum is the one that the run had, also where its stages followed from the run's length.
+    The curriculum is that of the checkpoint's run, even if its stages depended on the length of the run.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint's directory.
         stored: its `run_config`.
-        given: flags of the command line by field name, `additional_steps` among them.
+        given: name of a field -> value, including `additional_steps`.
 
     Raises:
-        ValueError: it is not a number, contradicts another flag, or the checkpoint is no NPT run's.
+        ValueError: `--additional-steps` is less than 1 or contradicts another flag, or the checkpoint is not one of an
+            NPT run.
     """
     steps = given["additional_steps"]
-    if not steps.isdigit():
-        raise ValueError(f"--additional-steps {steps}: must be a number of steps")
+    if steps < 1:
+        raise ValueError(f"--additional-steps {steps}: must be at least 1")
     for name in ("train_iters", "train_samples", "num_epochs"):
         if name in given:
-            flag = name.replace("_", "-")
             raise ValueError(
-                f"--additional-steps {steps}: cannot be given together with --{flag} {given[name]}"
+                f"--additional-steps {steps}: cannot be given together with {flag_name(name)} {given[name]}"
             )
     if "npt" not in stored:
-        raise ValueError(f"--additional-steps {steps}: {folder} holds no NPT run to go on with")
+        raise ValueError(f"--additional-steps {steps}: {folder} contains no NPT run that could be continued")
     left_out = {*_OF_THE_PAST, *(n for group in _EXCLUSIVE if given.keys() & set(group) for n in group)}
     sections = {
         section: {name: value for name, value in stored[section].items() if name not in left_out}
-        for section in (*TRAINING, "npt", "np")
+        for section in groups_of(NPTRunConfig)
     }
     done = files.read_json(folder / files.STATE)["progress"]["iteration"]
-    sections["training"] |= {"train_iters": done + int(steps), "train_samples": None, "num_epochs": None}
+    sections["training"] |= {"train_iters": done + steps, "train_samples": None, "num_epochs": None}
     sections["npt"]["curriculum_stages"] = _curriculum(folder)
     sections["checkpoint"]["save"] = str(folder.parent)
     return sections
 
 
 def resolved_layers(module: NPTModuleConfig, num_layers: int) -> str:
-    """`--npt-layers` as numbers, so that `upper_half` and the same layers by number are the same."""
+    """Returns `--npt-layers` as numbers, so that `upper_half` equals a list of the same layers."""
     return ",".join(map(str, module.layers(num_layers)))
 
 
 def loads_what_fits(
     training: NPTTrainingConfig, module: NPTModuleConfig, stored: Mapping[str, Any], folder: Path
 ) -> bool:
-    """Whether a run has other layers than the checkpoint that it goes on from; says so on rank 0.
+    """Returns whether a run's NPT layers differ from those of the checkpoint it resumes; rank 0 prints a warning.
 
     Args:
-        training: the run's.
-        module: the run's, its layers as numbers.
-        stored: the checkpoint's `run_config`, of an NPT run.
-        folder: the checkpoint.
+        training: the run's training configuration.
+        module: the run's NP components, with layers as numbers.
+        stored: the `run_config` of the checkpoint of an NPT run.
+        folder: the checkpoint's directory.
 
     Raises:
-        ValueError: it has, and `--allow-layer-mismatch` is not given; or no layer is in both.
+        ValueError: the layers differ and `--allow-layer-mismatch` is not given, or no layer is common to both.
     """
     settings = stored["families"]["npt"]["settings"]
     num_layers = stored["model"]["num_layers"]
-    theirs = configs_from_dict({"np": NPTModuleConfig}, {"np": settings})["np"].layers(num_layers)
+    theirs = group_from_dict(NPTModuleConfig, settings, "np").layers(num_layers)
     ours = module.layers(num_layers)
     if ours == theirs:
         return False
@@ -105,13 +107,13 @@ def loads_what_fits(
     shown = {name: ",".join(map(str, layers)) for name, layers in names.items()}
     message = f"--npt-layers {shown['ours']}: the checkpoint {folder} was made with {shown['theirs']}"
     if not training.allow_layer_mismatch:
-        raise ValueError(f"{message}; --allow-layer-mismatch takes what fits")
+        raise ValueError(f"{message}; add --allow-layer-mismatch to load the common layers")
     if not names["both"]:
-        raise ValueError(f"{message}; no layer is in both")
+        raise ValueError(f"{message}; they have no layer in common")
     if process_groups.rank() == 0:
         print(
-            f"warning: {message}; NP weights of layers {shown['both']} are taken, other layers and the optimizer "
-            "start anew",
+            f"warning: {message}; loading NP weights for layers {shown['both']} only; other layers and the optimizer "
+            "are re-initialized",
             flush=True,
         )
     return True

@@ -1,13 +1,13 @@
-"""Document 001's files: in every NPT checkpoint, and in `final/` after the last step.
+"""The files of docs/design/npt_curriculum.md: in every NPT checkpoint, and in `final/` after the last step.
 
-    npt_weights.pt          all NP factors, whole, by the keys of `adapter`
+    npt_weights.pt          all NP factors, whole, under the keys of `np_factors`
     training_state.pt       global_step, batch_count, optimizer_state_dict, scheduler_state_dict, scaler_state_dict
     multi_layer_state.pt    layers_to_train, curriculum_schedule, current_stage_index, layer_weights, teacher_cache
     config.json             the run's whole configuration; NPT's settings under "np"
 
 They are for people and other programs: tensors and plain values, loaded with weights_only. A resumed run reads the
-files that are described in `training.checkpoint_files`, which lie in the same directory; Adam's moments are there only,
-cut as the run is, and `optimizer_state_dict["state"]` says under which names.
+files of `checkpoint_files` in the same directory instead. Only those contain Adam's moments, in shards;
+`optimizer_state_dict["state"]` lists their names.
 """
 
 import json
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.serialize import config_to_dict, group_to_dict
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import Stage, stage_index
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.teacher import TeacherCache
 from megatron_ext.npt.weights.np_factors import gather_np_factors
 from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, write_np_weights
@@ -46,8 +47,8 @@ def write_state_files(
         folder: the checkpoint's directory while it is being written.
         chunks: this rank's model chunks, unwrapped.
         settings: NPT's configuration.
-        state: as `Family.write_files` gets it.
-        multi_layer: as `multi_layer_state` makes it.
+        state: the run's state, as in `Family.write_files`.
+        multi_layer: result of `multi_layer_state`.
     """
     tensors = gather_np_factors(chunks)
 
@@ -55,19 +56,19 @@ def write_state_files(
         files.write_tensors(folder / WEIGHTS, tensors)
         files.write_tensors(folder / TRAINING_STATE, training_state(state))
         files.write_tensors(folder / MULTI_LAYER_STATE, dict(multi_layer))
-        config = {**state["run_config"], **configs_to_dict({"np": settings})}
+        config = {**state["run_config"], "np": group_to_dict(settings)}
         files.write_text(folder / CONFIG, json.dumps(config, indent=1))
 
     on_first_rank(write)
 
 
 def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Document 001's training state, of plain values.
+    """Returns the content of `training_state.pt`, plain values.
 
-    `batch_count` counts the micro-batches of a model copy, in the present micro-batch size.
+    `batch_count` is the number of micro-batches of one data-parallel rank, in units of the current micro-batch size.
 
     Args:
-        state: as `Family.write_files` gets it.
+        state: the run's state, as in `Family.write_files`.
     """
     progress, run = state["progress"], state["run_config"]
     cut, optimizer = state["cut"], run.get("optimizer", {})
@@ -95,7 +96,7 @@ def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
         "scheduler_state_dict": dict(state["scheduler"]),
-        # As torch's GradScaler gives it where nothing is scaled: fp32 and bf16 need no loss scale.
+        # The state of a disabled torch GradScaler: fp32 and bf16 need no loss scale.
         "scaler_state_dict": {},
         "consumed_samples": progress["consumed_samples"],
         "skipped_steps": progress["skipped_steps"],
@@ -105,13 +106,13 @@ def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
 def multi_layer_state(
     weights: Mapping[int, float], stages: tuple[Stage, ...], cache: TeacherCache, iteration: int
 ) -> dict[str, Any]:
-    """Document 001's multi-layer state, of plain values.
+    """Returns the content of `multi_layer_state.pt`, plain values.
 
     Args:
         weights: layer -> weight of its losses.
         stages: the curriculum.
-        cache: the teacher's, on this rank.
-        iteration: steps done; the stage is that of the next one, in which a resumed run begins.
+        cache: the teacher's cache on this rank.
+        iteration: number of the last step; the stored stage is that of the next step, where a resumed run begins.
     """
     return {
         "layers_to_train": sorted(weights),
@@ -136,37 +137,37 @@ def multi_layer_state(
     }
 
 
-def write_final(configs: Mapping[str, Any], chunks: list[GPTModel], progress: TrainingProgress) -> None:
+def write_final(config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress) -> None:
     """Writes `final/` under `--save`, whole or not at all; collective. Without `--save` nothing.
 
     Args:
-        configs: the run's, with `checkpoint` and `np`.
+        config: the run's.
         chunks: this rank's model chunks, unwrapped.
         progress: how far the run has come.
 
     Raises:
         OSError: it could not be written, on every rank.
     """
-    save = configs["checkpoint"].save
+    save = config.checkpoint.save
     if save is None:
         return
     tensors = gather_np_factors(chunks)
-    more = {**configs_to_dict(configs), **asdict(progress), "global_step": progress.iteration}
-    on_first_rank(lambda: replace_final(Path(save), tensors, configs["np"], more))
+    more = {**config_to_dict(config), **asdict(progress), "global_step": progress.iteration}
+    on_first_rank(lambda: replace_final(Path(save), tensors, config.np, more))
 
 
 def replace_final(
     root: Path, tensors: Mapping[str, torch.Tensor], settings: NPTModuleConfig, more: Mapping[str, Any]
 ) -> None:
-    """Writes `final/`, whole or not at all; on one rank.
+    """Writes `final/` atomically; call on one rank.
 
     Args:
         root: the directory of checkpoints.
-        tensors: NP factors.
-        settings: of them.
-        more: what else its `config.json` tells.
+        tensors: the NP factors.
+        settings: NPT's configuration.
+        more: further entries of its `config.json`.
     """
-    # Hidden under the names that a killed save's leftovers have, so that the next save removes or restores them.
+    # The hidden directories are named like those of a killed save, so that the next save removes or restores them.
     writing, replaced, final = (
         root / f"{prefix}{files.FINAL}" for prefix in (files.WRITING, files.REPLACED, "")
     )
@@ -175,7 +176,7 @@ def replace_final(
             shutil.rmtree(leftover)
     writing.mkdir(parents=True)
     write_np_weights(writing, tensors, settings, more)
-    files.digests(writing, [path.name for path in writing.iterdir()])  # forces them to the disk
+    files.digests(writing, [path.name for path in writing.iterdir()])  # flushes them to the disk
     if final.exists():
         final.rename(replaced)
     writing.rename(final)

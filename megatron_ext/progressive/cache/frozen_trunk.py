@@ -1,8 +1,8 @@
-"""A frozen trunk as the activation cache sees it: what it consists of, its fingerprint, and running it alone.
+"""The frozen trunk for the activation cache: its tensors, its fingerprint, and a forward pass of the trunk alone.
 
-The trunk is everything that makes the input of layer k: embedding, what families add to it, and layers 0 .. k - 1. Its
-fingerprint is a digest of all these weights, of the adapters' scale and the precision, and of the configurations; it is
-another one at another parallel layout.
+The trunk computes the input of layer k: embedding, the families' additions to it, and layers 0 .. k - 1. Its
+fingerprint is a digest of all these weights, the adapters' scale, the precision and the configurations. It differs
+between parallel layouts.
 """
 
 import json
@@ -10,13 +10,14 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.lora.trainable_layers import adapted_linears
-from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
+from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.platform import process_groups
+from megatron_ext.platform.collectives import merge_over_ranks
+from megatron_ext.training.frozen_forward import run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import NoLoss
 
@@ -24,11 +25,11 @@ _ABOVE = ("decoder.final_layernorm.", "output_layer.")
 
 
 def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name, with numbers of layers over the whole model, and tensor of all that the trunk has on this rank.
+    """Yields name (with layer numbers over the whole model) and tensor of every tensor of the trunk on this rank.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        layers: k, the trunk's.
+        layers: k, the number of the trunk's layers.
     """
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
@@ -45,16 +46,22 @@ def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str
 
 
 def check_frozen(chunks: Iterable[GPTModel], layers: int) -> None:
-    """Raises `ValueError` if anything of the trunk trains, on this rank."""
+    """Checks that no tensor of the trunk on this rank is trainable.
+
+    Raises:
+        ValueError: a tensor is trainable; the message names it.
+    """
     for name, tensor in trunk_tensors(chunks, layers):
         if tensor.requires_grad:
             tied = name == "embedding.word_embeddings.weight"
-            hint = "; untie it from the head, and freeze it" if tied else ""
-            raise ValueError(f"--cache-activations: {name} belongs to the trunk and trains{hint}")
+            hint = "; untie the embedding from the head, and freeze it" if tied else ""
+            raise ValueError(
+                f"trunk parameter {name} is trainable, but --cache-activations requires a frozen trunk{hint}"
+            )
 
 
 def without_dropout(chunks: Iterable[GPTModel], layers: int) -> None:
-    """Sets a frozen trunk to evaluation, for the rest of a training step: it has no dropout, cached or not."""
+    """Sets a frozen trunk to evaluation mode for the rest of a training step, so that it has no dropout."""
     for chunk in chunks:
         if chunk.pre_process:
             chunk.embedding.eval()
@@ -64,20 +71,21 @@ def without_dropout(chunks: Iterable[GPTModel], layers: int) -> None:
 
 
 def trunk_version(chunks: Iterable[GPTModel], layers: int) -> int:
-    """Changes whenever a tensor of the trunk is written to in place; costs nothing."""
+    """Returns a number that changes whenever a tensor of the trunk is modified in place."""
+    # torch counts the in-place changes of every tensor, so this is much cheaper than the fingerprint.
     return sum(tensor._version for _, tensor in trunk_tensors(chunks, layers))
 
 
 def trunk_fingerprint(
     chunks: list[GPTModel], families: list[Family], layers: int, identity: Mapping[str, Any]
 ) -> bytes:
-    """16 bytes that are the same where the trunk gives the same values. Collective over the model-parallel group.
+    """Returns 16 bytes that are equal only if the trunk computes equal values. Collective over model-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        families: all families of the run; what of their configuration may change on resuming is left out.
-        layers: k, the trunk's.
-        identity: what else decides the values, as JSON values.
+        families: all families of the run; their configurations are included, except fields free to change on resume.
+        layers: k, the number of the trunk's layers.
+        identity: further values on which the output depends, as JSON values.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     local = {(name, rank): digest([tensor]) for name, tensor in trunk_tensors(chunks, layers)}
@@ -87,10 +95,7 @@ def trunk_fingerprint(
                 adapter: str(getattr(module, "shape", None)) for adapter, module in linear.adapters.items()
             }
             local[f"{number}.{name}", rank] = f"{linear.precision} {shapes}".encode()
-    group = parallel_state.get_model_parallel_group()
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, local, group=group)
-    merged = {key: value for part in found for key, value in part.items()}
+    merged = merge_over_ranks(local, parallel_state.get_model_parallel_group())
     rest = {
         "identity": identity,
         "layers": layers,
@@ -98,7 +103,7 @@ def trunk_fingerprint(
         "families": {
             family.name: _fixed(family.configuration(), family.free_on_resume) for family in families
         },
-        "device": torch.device(torch.cuda.current_device()).type,
+        "device": process_groups.device().type,
         "torch": torch.__version__,
     }
     parts = [
@@ -107,12 +112,12 @@ def trunk_fingerprint(
     return digest([json.dumps(rest, sort_keys=True, default=str).encode(), *parts])
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, Any]:
-    """A family's configuration without the keys that are free."""
+    """Returns a family's configuration without the keys in `free`."""
     return {
         name: _fixed(value, free) if isinstance(value, Mapping) else value
         for name, value in configuration.items()
@@ -120,43 +125,27 @@ def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, 
     }
 
 
-@torch.no_grad()
 def run_trunk(
     chunks: list[GPTModel], families: list[Family], batches: list[Batch], layers: int
 ) -> list[torch.Tensor]:
-    """The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h]), on the stage that holds this layer.
-
-    Without pipeline parallelism the schedule is not used: it may be under way. Dropout is off.
+    """Runs the trunk without dropout. Collective over the pipeline stages.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
         families: all families of the run.
-        batches: micro-batches on the device; with a pipeline as many as its schedule can take.
-        layers: k, the trunk's.
+        batches: micro-batches on the device; with a pipeline a number that its schedule supports.
+        layers: k, the number of the trunk's layers.
+
+    Returns:
+        The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h] under sequence parallel), on the stage that
+        holds this layer; an empty list on other stages.
     """
-    outputs: list[torch.Tensor] = []
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, __, kwargs: outputs.append(kwargs["hidden_states"]), with_kwargs=True
-        )
-        for chunk in chunks
-        for layer in chunk.decoder.layers
-        if layer.layer_number - 1 == layers
-    ]
-    training = [chunk.training for chunk in chunks]
+    above = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 == layers]
     for chunk in chunks:
-        chunk.eval()
         chunk.run_layers(0, layers)
     try:
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            run_microbatches(chunks, families, batches, NoLoss(), forward_only=True)
-        else:
-            for batch in batches:
-                run_directly(chunks[0], families, batch)
+        states = run_frozen(chunks, families, batches, {HIDDEN_STATES: above[0]} if above else {}, NoLoss())
     finally:
-        for hook in hooks:
-            hook.remove()
-        for chunk, was_training in zip(chunks, training, strict=True):
-            chunk.train(was_training)
+        for chunk in chunks:
             chunk.run_layers()
-    return outputs
+    return [of_batch[HIDDEN_STATES] for of_batch in states if of_batch]

@@ -1,15 +1,13 @@
-"""The phases of a progressive training: which stack trains when, for how many steps, with which learning rate.
+"""The phases of progressive training: which stack trains when, for how many steps, with which learning rate.
 
-    progressive_stack_{i}      the rack of stacks 0 .. i; stack i trains over its trunk
+    progressive_stack_{i}      the rack of stacks 0 .. i; stack i trains on its trunk
     progressive_joint          the complete rack, nothing frozen, for --joint-steps
-    progressive_end_to_end     with --no-enabled, in the place of all others: the complete rack for all their steps
+    progressive_end_to_end     with --no-enabled, instead of all others: the complete rack for the sum of their steps
 
-Every phase has a learning-rate schedule of its own, from the warm-up on. Steps and samples are counted on.
+Every phase has its own learning-rate schedule, beginning with the warm-up. Step and sample numbers continue.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megatron_ext.config.cross_checks import validate
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
@@ -17,6 +15,7 @@ from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.progressive.growth.rack import Rack, rack_of
 from megatron_ext.progressive.growth.trunk_strategy import Trains
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 
 JOINT = "progressive_joint"
 END_TO_END = "progressive_end_to_end"
@@ -24,26 +23,26 @@ END_TO_END = "progressive_end_to_end"
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One run of the engine."""
+    """One phase, which is one run of training."""
 
     name: str
-    """Of its directory of checkpoints."""
+    """Name of the phase and of its directory of checkpoints."""
 
     rack: Rack
     """The stacks of its model."""
 
     trains: Trains
-    """What trains."""
+    """What the phase trains."""
 
     steps: int
-    """Optimizer steps, if no plateau ends it."""
+    """Number of steps, unless a plateau ends the phase earlier."""
 
     lr: float
     """Peak learning rate."""
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Title of the phase in messages and reports."""
         if self.name == JOINT:
             return f"joint phase, all {len(self.rack.stacks)} stacks"
         if self.name == END_TO_END:
@@ -53,7 +52,7 @@ class Phase:
 
 
 def stack_name(index: int) -> str:
-    """Name of a stack's phase, document 004's."""
+    """Returns the name of a stack's phase, as in docs/design/progressive_growth.md."""
     return f"progressive_stack_{index}"
 
 
@@ -66,18 +65,18 @@ def list_phases(
     sequence_length: int,
     rack: Rack | None = None,
 ) -> list[Phase]:
-    """All phases in their order.
+    """Returns all phases in order.
 
     Args:
-        config: of progressive training.
-        training: its length is that of every stack where `config` gives none.
-        optimizer: peak learning rate.
-        global_batch_size: sequences in a step.
-        sequence_length: tokens in a sequence.
-        rack: of all stacks; by default what `config` asks for.
+        config: the configuration of progressive training.
+        training: gives the length of every stack's phase if `config` does not.
+        optimizer: gives the peak learning rate.
+        global_batch_size: sequences per step.
+        sequence_length: tokens per sequence.
+        rack: the complete rack; None for the one that `config` describes.
 
     Raises:
-        ValueError: a stack has fewer tokens than a step takes.
+        ValueError: --stack-tokens is less than one step.
     """
     steps = [
         _steps(config, index, training, global_batch_size, sequence_length)
@@ -113,8 +112,8 @@ def _steps(
         tokens = config.stack_tokens[index if len(config.stack_tokens) > 1 else 0]
         if tokens < global_batch_size * length:
             raise ValueError(
-                f"--stack-tokens {tokens}: a step takes {global_batch_size * length} ({global_batch_size} sequences of "
-                f"{length})"
+                f"--stack-tokens {tokens} is less than one step, which has {global_batch_size * length} tokens "
+                f"({global_batch_size} sequences of {length})"
             )
         return tokens // (global_batch_size * length)
     if config.stack_steps is not None:
@@ -122,24 +121,22 @@ def _steps(
     return training.resolved_train_iters(global_batch_size)
 
 
-def configs_of(configs: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
-    """The configurations of a phase's run: its layers, its own number of steps and learning rate."""
-    optimizer = configs["optimizer"]
-    return {
-        **configs,
-        "model": replace(configs["model"], num_layers=phase.rack.num_layers),
-        "training": replace(
-            configs["training"], train_iters=phase.steps, train_samples=None, num_epochs=None
-        ),
-        "optimizer": replace(optimizer, lr=phase.lr, min_lr=min(optimizer.min_lr, phase.lr)),
-    }
+def config_of(config: ProgressiveRunConfig, phase: Phase) -> ProgressiveRunConfig:
+    """The configuration of a phase's run: its layers, its own number of steps and learning rate."""
+    optimizer = config.optimizer
+    return replace(
+        config,
+        model=replace(config.model, num_layers=phase.rack.num_layers),
+        training=replace(config.training, train_iters=phase.steps, train_samples=None, num_epochs=None),
+        optimizer=replace(optimizer, lr=phase.lr, min_lr=min(optimizer.min_lr, phase.lr)),
+    )
 
 
-def check_phases(configs: Mapping[str, Any], phases: list[Phase], world_size: int) -> None:
+def check_phases(config: ProgressiveRunConfig, phases: list[Phase], world_size: int) -> None:
     """Raises `ValueError` unless every phase's model and schedule fit the parallel layout, naming the phase."""
     for phase in phases:
-        own = configs_of(configs, phase)
+        own = config_of(config, phase)
         try:
-            validate(own["model"], own["parallel"], own["training"], own["optimizer"], world_size=world_size)
+            validate(own.model, own.parallel, own.training, own.optimizer, world_size=world_size)
         except ValueError as error:
             raise ValueError(f"{error} ({phase.name})") from None

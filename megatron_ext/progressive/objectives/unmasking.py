@@ -1,53 +1,55 @@
-"""Generation by a masked-diffusion model: all new tokens begin as mask tokens, and become tokens over some steps.
+"""Generation with a masked-diffusion model: all new tokens start as mask tokens, which are replaced over several steps.
 
-In step i of n the model predicts every masked token from all tokens that are there, before and after it; the most
-confident predictions stay, ceil(masked / (n - i)) of them, so that after n steps none is masked. Temperature 0 chooses
-the most likely token, others draw from softmax(logits / T). Confidence is the probability of the chosen token to five
-digits; of equals the first comes first.
+In step i of n the model predicts every masked token from all known tokens before and after it. The
+ceil(masked / (n - i)) most confident predictions are kept, so that after n steps no token is masked. Temperature 0
+chooses the most likely token, other temperatures T sample from softmax(logits / T). The confidence is the probability
+of the chosen token, rounded to five digits; of equal ones the first is kept.
 
-Prompts of one length share a batch; there is no KV cache, as every token sees every other. Every rank takes part and
-gets the same tokens, at any tensor x pipeline layout. Source: document 004; arXiv 2202.04200, 2502.09992.
+Prompts of equal length form a batch. There is no KV cache, because every token attends to all others. Every rank takes
+part and gets the same tokens, in any tensor- and pipeline-parallel layout.
+Source: docs/design/progressive_growth.md; arXiv 2202.04200, 2502.09992.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_ext.inference.generation import (
+    check_cache_memory,
     check_max_new_tokens,
-    check_memory,
     check_seed,
     check_temperature,
     first_of,
+    share_from_last_stage,
+    stage_logits,
     tempered,
 )
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP, time_step_of_fraction
-from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
+from megatron_ext.training.interface.family_interface import Family
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSampling:
-    """How masks become tokens."""
+    """Settings of generation by unmasking."""
 
     max_new_tokens: int = 64
-    """Tokens to generate after each prompt."""
+    """Number of tokens to generate after each prompt."""
 
     steps: int = 32
-    """Forward passes; more than there are new tokens count as so many."""
+    """Number of forward passes, at most one per new token."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Divisor of the logits; 0 chooses the most likely token."""
 
     seed: int = 1234
-    """Seed of the choice."""
+    """Seed of the sampling."""
 
     stop_tokens: tuple[int, ...] = ()
-    """What is generated from any of these tokens on is left out."""
+    """A continuation ends before the first of these tokens."""
 
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)
@@ -58,7 +60,7 @@ class DiffusionSampling:
 
 
 def objective_of(families: Iterable[Family]) -> StackObjective | None:
-    """The objective that one of a model's families was trained for, None for a plain model."""
+    """Returns the objective of one of the model's families; None for a model without one."""
     found = (getattr(family, "objective", None) for family in families)
     return next((objective for objective in found if isinstance(objective, StackObjective)), None)
 
@@ -71,40 +73,42 @@ def generate_by_unmasking(
     sampling: DiffusionSampling,
     vocab_size: int,
 ) -> list[list[int]]:
-    """Continues the prompts, which may be empty.
+    """Continues prompts. Collective.
 
     Args:
-        model: this rank's only chunk, unwrapped, without sequence parallel.
-        families: asked for the model's auxiliary inputs; one of them has the objective.
-        prompts: token ids.
-        sampling: how tokens are chosen.
-        vocab_size: of the tokenizer; other rows, and the mask token, are never chosen.
+        model: this rank's only chunk, unwrapped, without sequence parallelism.
+        families: supply the model's auxiliary inputs; one of them has the objective.
+        prompts: token ids of each prompt, which may be empty.
+        sampling: settings of the generation.
+        vocab_size: the tokenizer's vocabulary size; padding rows and the mask token are never chosen.
 
     Returns:
-        The new tokens of each prompt, on every rank; those from a stop token on are left out.
+        The new tokens of each prompt before the first stop token, on every rank.
 
     Raises:
-        ValueError: the model was not trained on masked tokens, or a prompt is too long for its positions or its window.
+        ValueError: the model was not trained on masked tokens, or a prompt exceeds its positions or its window.
     """
     objective = objective_of(families)
     if objective is None or not objective.masks_tokens:
-        raise ValueError("--sampler diffusion: the model was not trained on masked tokens (mlm, diffusion)")
+        raise ValueError("--sampler diffusion requires a model trained on masked tokens (mlm, diffusion)")
     longest = max(map(len, prompts))
     model.check_length(
         longest + sampling.max_new_tokens,
         f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {longest} tokens",
     )
     model.eval()
-    generator = torch.Generator(device=torch.cuda.current_device()).manual_seed(sampling.seed)
+    generator = torch.Generator(device=process_groups.device()).manual_seed(sampling.seed)
     new: dict[int, list[int]] = {}
     for length in sorted(set(map(len, prompts))):
         members = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
         given = [prompts[number] for number in members]
         rows = len(members) * (length + sampling.max_new_tokens)
-        check_memory(rows * vocab_size * 3 * 4, sampling.max_new_tokens)  # logits, probabilities, a copy
+        check_cache_memory(
+            rows * vocab_size * 3 * 4, sampling.max_new_tokens
+        )  # logits, probabilities, a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
-    return [_until(new[number], sampling.stop_tokens) for number in range(len(prompts))]
+    return [new[n][: first_of(sampling.stop_tokens, new[n])] for n in range(len(prompts))]
 
 
 def _unmask_all(
@@ -116,9 +120,9 @@ def _unmask_all(
     vocab_size: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Prompts of one length and their continuations, [b, s]."""
+    """Returns prompts of equal length with their continuations, [b, s]."""
     assert objective.mask_token_id is not None
-    mask_token, device = objective.mask_token_id, torch.cuda.current_device()
+    mask_token, device = objective.mask_token_id, process_groups.device()
     given = torch.tensor(prompts, dtype=torch.long, device=device)
     tokens = torch.cat([given, given.new_full((len(prompts), sampling.max_new_tokens), mask_token)], dim=1)
     masked = torch.zeros_like(tokens, dtype=torch.bool)
@@ -128,12 +132,17 @@ def _unmask_all(
     for step in range(steps):
         count = -(-left // (steps - step))
         time_step = time_step_of_fraction(objective.config, left / tokens.size(1))
-        logits = _forward(model, families, tokens, time_step)
+        batch = {
+            "tokens": tokens,
+            "position_ids": torch.arange(tokens.size(1), device=device).expand_as(tokens),
+            TIME_STEP: torch.full((len(tokens),), time_step, device=device),
+        }
+        logits = stage_logits(model, families, batch)
         if logits is not None:
             logits[:, :, vocab_size:] = float("-inf")
             logits[:, :, mask_token] = float("-inf")
             tokens = unmask(tokens, masked, logits, count, sampling.temperature, generator)
-        _share_from_last_stage(tokens)
+        share_from_last_stage(tokens)
         masked &= tokens == mask_token
         left -= count
     return tokens
@@ -147,15 +156,18 @@ def unmask(
     temperature: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Tokens [b, s] with the `count` most confident predictions of each row in their places.
+    """Replaces masked tokens with the `count` most confident predictions of each row.
 
     Args:
         tokens: [b, s].
-        masked: [b, s], where a prediction is wanted; at least `count` in every row.
+        masked: [b, s], True for masked tokens, of which every row must have at least `count`.
         logits: [b, s, V].
-        count: predictions that stay.
+        count: number of predictions to keep per row.
         temperature: see the top of this file.
-        generator: of the choice.
+        generator: random generator for sampling.
+
+    Returns:
+        The new tokens, [b, s].
     """
     probabilities = tempered(logits, temperature or 1.0).softmax(-1)
     if temperature == 0:
@@ -164,47 +176,8 @@ def unmask(
         drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
         chosen = drawn.view(tokens.shape)
         confidence = probabilities.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    # Among mask tokens alone all places are alike; without rounding, the cut's rounding errors would choose one.
+    # If all tokens are masked, all positions are equally likely. Without rounding, numerical errors, which depend on
+    # the parallel layout, would decide between them.
     ranked = confidence.round(decimals=5).masked_fill(~masked, -1.0).sort(dim=1, descending=True, stable=True)
     places = ranked.indices[:, :count]
     return tokens.scatter(1, places, chosen.gather(1, places))
-
-
-def _forward(
-    model: GPTModel, families: list[Family], tokens: torch.Tensor, time_step: int
-) -> torch.Tensor | None:
-    """Logits [b, s, V] on the last stage, None on the others."""
-    rows, length = tokens.shape
-    batch = {
-        "tokens": tokens,
-        "position_ids": torch.arange(length, device=tokens.device).expand(rows, length),
-        TIME_STEP: torch.full((rows,), time_step, device=tokens.device),
-    }
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if not model.pre_process:
-        hidden_size = model.config.hidden_size
-        shape = (length * model.auxiliary.pipeline_factor(hidden_size), rows, hidden_size)
-        received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
-        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-        model.set_input_tensor(received)
-    output = model(
-        tokens,
-        batch["position_ids"],
-        None,
-        auxiliary_inputs=auxiliary_inputs(families, batch),
-        runtime_gather_output=True,
-    )
-    if model.post_process:
-        return output
-    dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
-    return None
-
-
-def _share_from_last_stage(tokens: torch.Tensor) -> None:
-    """Tensor ranks choose alike (same logits, same generator); the other stages learn the tokens, in place."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-
-
-def _until(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
-    return tokens[: first_of(stop_tokens, tokens)]

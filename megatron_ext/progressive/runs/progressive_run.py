@@ -1,12 +1,12 @@
-"""A progressive training: one phase after the other in one process group, each a run of the engine on a larger model.
+"""Progressive training: runs the phases one after the other in one process group, each on a larger model.
 
-    model        all layers of the phase, the trunk's weights from the last checkpoint of the phase before
-    optimizer    new, with the states of the parameters that train on; the learning rate starts again
-    data         goes on in the one order of the whole training
-    random       seeded anew at the start of every phase
+    model        all layers of the phase; the trunk's weights are loaded from the last checkpoint of the previous phase
+    optimizer    new, with the states of the parameters that continue to train; the learning-rate schedule starts anew
+    data         continues; the samples of all phases are shuffled together
+    random       generators are re-seeded at the start of every phase
 
-The command may be ended at any moment: given again, it goes on from the newest checkpoint, and ends with the same
-weights, bit for bit. With another --tensor-model-parallel-size or the like it goes on too. Files: see `history`.
+The command may be interrupted at any moment. Repeated, it continues from the newest checkpoint, and the final weights
+are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
 """
 
 import gc
@@ -20,15 +20,14 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.serialize import configs_to_dict
+from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
-from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.platform.collectives import gather_or_raise, on_first_rank, print_on_first_rank
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.progressive.cache.activation_cache import check_cache_directory
-from megatron_ext.progressive.growth.phases import Phase, check_phases, configs_of, list_phases
+from megatron_ext.progressive.growth.phases import Phase, check_phases, config_of, list_phases
 from megatron_ext.progressive.growth.training_checks import check_history, check_settings
 from megatron_ext.progressive.growth.training_history import (
     Finished,
@@ -40,142 +39,141 @@ from megatron_ext.progressive.growth.training_history import (
 from megatron_ext.progressive.growth.trunk_strategy import stack_treatments, why_uncached
 from megatron_ext.progressive.objectives.stack_objective import mask_token_of, reserve_mask_token
 from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk, stack_bytes
-from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from megatron_ext.training.checkpoint import random_state
-from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.dry_run_report import planned_world_size
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.logging.progress_line import compact
 from megatron_ext.training.loop import EXIT_OK, Data
-from megatron_ext.training.pretrain import MakeFamilies, check_run, pretrain, process_group, train
+from megatron_ext.training.pretrain import MakeFamilies, check_run, pretrain, process_group, resolve, train
 from megatron_ext.training.run_options import RunOptions
+from megatron_ext.training.series import config_in
 
 
 def run_progressive(
-    configs: dict[str, Any], make_others: MakeFamilies = lambda configs, tokenizer: []
+    config: ProgressiveRunConfig,
+    make_others: MakeFamilies[ProgressiveRunConfig] = lambda config, tokenizer: [],
 ) -> int:
-    """Trains; returns the process's exit code.
+    """Runs progressive training.
 
     Args:
-        configs: `config.concerns.TRAINING` and `progressive` (ProgressiveConfig).
-        make_others: makes the other families of a phase's run from its configurations; what they have in the trunk's
-            layers is carried over, and trains as they say.
+        config: the configuration of the training.
+        make_others: builds the other families of a phase from its configuration. Their parameters in the trunk's layers
+            are carried over, and these families decide whether they train.
+
+    Returns:
+        The process's exit code.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
-    if configs["training"].dry_run:
-        phases = _phases(configs, planned_world_size(configs["parallel"]))
+    if config.training.dry_run:
+        phases = _phases(config, planned_world_size(config.parallel))
         if process_groups.rank() == 0:
             print(f"The last phase: {phases[-1].title}, {phases[-1].steps} steps.")
-        return pretrain(configs_of(configs, phases[-1]), partial(_planned_families, phases[-1]))
-    phases = _phases(configs, process_groups.world_size())
-    check_settings(configs, phases)
-    tokenizer = check_run(configs_of(configs, phases[-1]), partial(_check_with_tokenizer, configs))
-    with process_group(configs):
-        return Growth(configs, phases, tokenizer, make_others=make_others).run()
+        return pretrain(config_of(config, phases[-1]), partial(_planned_families, phases[-1]))
+    phases = _phases(config, process_groups.world_size())
+    check_settings(config, phases)
+    tokenizer = check_run(resolve(config_of(config, phases[-1])), partial(_check_with_tokenizer, config))
+    with process_group(config.parallel, config.training, config.checkpoint):
+        return Growth(config, phases, tokenizer, make_others=make_others).run()
 
 
-def _check_with_tokenizer(configs: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raises `ValueError` for a mask token that is none, or the cache of another run."""
-    config: ProgressiveConfig = configs["progressive"]
-    if config.masks_tokens:
-        mask_token_of(tokenizer, config.mask_token_id)
-    check_cache_directory(config, _identity(configs, tokenizer))
+def _check_with_tokenizer(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> None:
+    """Raises `ValueError` if --mask-token-id is invalid, or if --cache-dir belongs to another run."""
+    progressive = config.progressive
+    if progressive.masks_tokens:
+        mask_token_of(tokenizer, progressive.mask_token_id)
+    check_cache_directory(progressive, _identity(config, tokenizer))
 
 
-def _planned_families(phase: Phase, configs: dict[str, Any], tokenizer: Tokenizer) -> list[Family]:
-    """The family of a phase, for a dry run; adds the mask token to the tokenizer."""
-    config: ProgressiveConfig = configs["progressive"]
-    mask = reserve_mask_token(tokenizer, config.mask_token_id) if config.masks_tokens else None
-    return [ProgressiveFamily(config, phase.rack, phase.trains, mask_token_id=mask)]
+def _planned_families(phase: Phase, config: ProgressiveRunConfig, tokenizer: Tokenizer) -> list[Family]:
+    """Returns the family of a phase for a dry run; adds the mask token to the tokenizer."""
+    own = config.progressive
+    mask = reserve_mask_token(tokenizer, own.mask_token_id) if own.masks_tokens else None
+    return [ProgressiveFamily(own, phase.rack, phase.trains, mask_token_id=mask)]
 
 
-def _identity(configs: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What an activation cache must have been made with; the weights are told apart by the cache itself."""
-    model = configs_to_dict({"model": configs["model"]})["model"]
+def _identity(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the values that identify the run's activation cache, besides the weights, which the cache identifies."""
+    model = group_to_dict(config.model)
     del model["num_layers"]
-    return {"seed": configs["training"].seed, "tokenizer": tokenizer.fingerprint(), **model}
+    return {"seed": config.training.seed, "tokenizer": tokenizer.fingerprint(), **model}
 
 
-def _phases(configs: dict[str, Any], world_size: int) -> list[Phase]:
-    training: TrainingConfig = configs["training"]
-    copies = configs["parallel"].data_parallel_size(world_size)
+def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
+    training = config.training
+    copies = config.parallel.data_parallel_size(world_size)
     phases = list_phases(
-        configs["progressive"],
+        config.progressive,
         training,
-        configs["optimizer"],
+        config.optimizer,
         global_batch_size=training.resolved_global_batch_size(copies),
-        sequence_length=configs["model"].seq_length,
+        sequence_length=config.model.seq_length,
     )
-    check_phases(configs, phases, world_size)
+    check_phases(config, phases, world_size)
     return phases
 
 
 class Growth:
-    """The training in its process group."""
+    """Progressive training in its process group."""
 
     def __init__(
         self,
-        configs: dict[str, Any],
+        config: ProgressiveRunConfig,
         phases: list[Phase],
         tokenizer: Tokenizer,
         *,
         data: Data | None = None,
         frozen: Mapping[int, str] | None = None,
-        make_others: MakeFamilies = lambda configs, tokenizer: [],
+        make_others: MakeFamilies[ProgressiveRunConfig] = lambda config, tokenizer: [],
     ) -> None:
         """Collective.
 
         Args:
-            configs: as `run` takes them; `checkpoint.save` is the directory of the training.
-            phases: all of them.
-            tokenizer: of the data; a mask token is added to it where the objective asks for one.
-            data: batches of the caller's, in place of --data-path.
-            frozen: stack index -> `frozen` or `qlora`, for stacks that are treated so whatever the strategy.
-            make_others: see `run`.
+            config: the configuration of the training; `checkpoint.save` is its directory.
+            phases: all phases.
+            tokenizer: the tokenizer of the data; a mask token is added to it if the objective needs one.
+            data: the caller's batches, used instead of --data-path; None to read --data-path.
+            frozen: stack index -> `frozen` or `qlora`, overrides the trunk strategy for these stacks.
+            make_others: see `run_progressive`.
 
         Raises:
-            ValueError: the directory holds another training.
+            ValueError: the directory contains another training.
         """
         self.data = data
         self.frozen = dict(frozen or {})
         self.make_others = make_others
         self.losses: dict[str, list[float]] = {}
-        """Name of each phase of this command -> its losses, step by step."""
+        """Name of each phase that this command has run -> its losses, step by step."""
 
-        self.configs = configs
+        self.config = config
         self.phases = phases
         self.tokenizer = tokenizer
-        config: ProgressiveConfig = configs["progressive"]
-        self.mask_token_id = (
-            reserve_mask_token(tokenizer, config.mask_token_id) if config.masks_tokens else None
-        )
-        self.cache_identity = _identity(configs, tokenizer)
-        self.save = Path(configs["checkpoint"].save)
+        own = config.progressive
+        self.mask_token_id = reserve_mask_token(tokenizer, own.mask_token_id) if own.masks_tokens else None
+        self.cache_identity = _identity(config, tokenizer)
+        assert config.checkpoint.save is not None
+        self.save = Path(config.checkpoint.save)
         self.started = time.monotonic()
         self.history = on_first_rank(lambda: check_history(self.save, phases))
         copies = parallel_state.get_data_parallel_world_size()
-        self.global_batch_size = configs["training"].resolved_global_batch_size(copies)
+        self.global_batch_size = config.training.resolved_global_batch_size(copies)
 
     def run(self) -> int:
-        """Trains what is left; returns the exit code. Collective."""
+        """Trains the remaining phases; returns the exit code. Collective."""
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
-            print_on_first_rank("training already complete; a larger --target-stacks goes on")
-        if (
-            left
-            and self.configs["training"].bf16
-            and any(s.precision == "full" for s in left[-1].rack.stacks)
-        ):
+            print_on_first_rank("training is already complete; to continue, increase --target-stacks")
+        if left and self.config.training.bf16 and any(s.precision == "full" for s in left[-1].rack.stacks):
             print_on_first_rank(
-                "--bf16: stacks of full precision keep and multiply their weights in fp32 "
-                "(--new-stack-precision bfloat16 for bf16)"
+                "--bf16: stacks of precision full store and multiply their weights in fp32; "
+                "use --new-stack-precision bfloat16 for bf16"
             )
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
-            config: ProgressiveConfig = self.configs["progressive"]
+            config = self.config.progressive
             reason = why_uncached(phase.rack, config, phase.trains) if config.cache_activations else None
             if reason is not None:
                 print_on_first_rank(f"no activation cache: {reason}")
@@ -183,15 +181,15 @@ class Growth:
             if code != EXIT_OK or self._is_stopped(phase):
                 return code
             gc.collect()
-        # Again where nothing was left: a kill may have come in between.
+        # Also if no phase was left: the last command may have been killed before it published the rack.
         folder = on_first_rank(lambda: publish_rack(self.save, self.phases[-1].name))
         print_on_first_rank(f"the rack is complete: {folder}")
         return EXIT_OK
 
     def _is_stopped(self, phase: Phase) -> bool:
-        """True if the phase was left before its end, or ended at a step at which the command is to end."""
+        """Returns whether the phase was interrupted, or has ended at a step at which the command must stop."""
         finished = self.history.of(phase.name)
-        interval = self.configs["training"].exit_interval
+        interval = self.config.training.exit_interval
         is_last = phase is self.phases[-1]
         return finished is None or (
             not is_last and interval is not None and finished.iteration % interval == 0
@@ -202,22 +200,22 @@ class Growth:
         before = self.history.finished[-1] if place else None
         first = before.iteration if before is not None else 0
         on_first_rank(lambda: self._begin(phase))
-        configs = self._configs(phase, first)
+        config = self._config_of(phase, first)
         family = ProgressiveFamily(
-            configs["progressive"],
+            config.progressive,
             phase.rack,
             phase.trains,
             trunk=self._trunk(place),
             mask_token_id=self.mask_token_id,
             cache_identity=self.cache_identity,
             frozen=self.frozen,
-            seed=configs["training"].seed,
-            tokens_per_step=self.global_batch_size * configs["model"].seq_length,
-            statistics_interval=configs["logging"].log_interval,
+            seed=config.training.seed,
+            tokens_per_step=self.global_batch_size * config.model.seq_length,
+            statistics_interval=config.logging.log_interval,
         )
-        # A command's first phase begins with the streams of any run, so that end to end is plain pretraining.
+        # The first phase keeps the random streams of a plain run, so that --no-enabled equals plain pretraining.
         if first or self.data is not None:
-            random_state.reseed(configs["training"].seed, first)
+            random_state.reseed(config.training.seed, first)
         options = RunOptions(
             prepare=partial(self._report, phase, family),
             begin=family.carry_optimizer_state,
@@ -226,11 +224,11 @@ class Growth:
             first_iteration=first,
             data=self.data,
             samples=sum(each.steps for each in self.phases) * self.global_batch_size,
-            epoch_samples=self.configs["progressive"].epoch_samples,
+            epoch_samples=self.config.progressive.epoch_samples,
         )
-        families: list[Family] = [*self.make_others(configs, self.tokenizer), family]
+        families: list[Family] = [*self.make_others(config, self.tokenizer), family]
         try:
-            return train(configs, self.tokenizer, families, options)
+            return train(config, self.tokenizer, families, options)
         finally:
             family.close()
             self.losses[phase.name] = family.losses
@@ -245,21 +243,12 @@ class Growth:
         folder = on_first_rank(lambda: finished_checkpoint(self.save, phase.name))
         return Trunk(folder=folder.resolve(), rack=phase.rack, trains=phase.trains)
 
-    def _configs(self, phase: Phase, first: int) -> dict[str, Any]:
-        folder = str(self.save / phase.name)
-        goes_on = on_first_rank(lambda: find_checkpoint(folder) is not None)
-        own = configs_of(self.configs, phase)
-        training = replace(own["training"], train_iters=first + phase.steps)
-        if training.exit_duration_in_mins is not None:
-            gone = (time.monotonic() - self.started) / 60
-            training = replace(
-                training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone)
-            )
-        checkpoint = replace(self.configs["checkpoint"], save=folder, load=folder if goes_on else None)
-        return {**own, "training": training, "checkpoint": checkpoint}
+    def _config_of(self, phase: Phase, first: int) -> ProgressiveRunConfig:
+        own = config_in(config_of(self.config, phase), self.save / phase.name, self.started)
+        return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints what trains, and what the stacks weigh."""
+        """Prints the numbers of trained and frozen parameters, and the bytes of each stack."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         weights = ", ".join(
@@ -267,7 +256,7 @@ class Growth:
             for stack in phase.rack.stacks
         )
         print_on_first_rank(
-            f"{phase.name}: {counts['trainable']:,} parameters train, {counts['frozen']:,} are frozen; weights on a "
+            f"{phase.name}: {counts['trainable']:,} parameters train, {counts['frozen']:,} are frozen; weights per "
             f"rank, from the embedding: {weights}"
         )
 
@@ -281,7 +270,7 @@ class Growth:
         progress: TrainingProgress,
     ) -> None:
         sizes = stack_bytes(chunks, phase.rack)
-        peak = max(gather(lambda: memory_use().peak))
+        peak = max(gather_or_raise(lambda: memory_use().peak))
         finished = Finished(
             name=phase.name,
             first_iteration=first,

@@ -1,11 +1,11 @@
-"""Document 004's `ProgressiveTrainer`: grows and trains a rack from a Python program, on batches of the caller's.
+"""`ProgressiveTrainer` of the Python API: grows and trains a rack on the caller's batches.
 
     trainer = ProgressiveTrainer(config)
     results = trainer.train_rack(rack_builder=builder, dataloader=dataloader, target_stacks=6)
     rack = builder.build_rack()
 
-It is the training of `pretrain_progressive.py` (see `run`): the same phases, checkpoints and files. Given a directory,
-a training that was ended goes on.
+It runs the same training as `pretrain_progressive.py` (see `progressive_run`), with the same phases, checkpoints and
+files. With a `save` directory an interrupted training continues. Source: docs/design/progressive_growth.md.
 """
 
 import atexit
@@ -23,7 +23,6 @@ from megatron.core import parallel_state
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.logging_config import LoggingConfig
-from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import on_first_rank
@@ -32,6 +31,7 @@ from megatron_ext.progressive.objectives.progressive_batches import plain_batch
 from megatron_ext.progressive.progressive_family import Trunk
 from megatron_ext.progressive.runs.progressive_run import Growth
 from megatron_ext.progressive.runs.rack_builder import ProgressiveRackBuilder
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.run_lock import run_lock
@@ -41,29 +41,29 @@ from megatron_ext.training.loop import Data
 
 @dataclass(frozen=True, kw_only=True)
 class StackResult:
-    """One phase of a training."""
+    """Results of one phase."""
 
     name: str
     """`progressive_stack_{i}`, `progressive_joint` or `progressive_end_to_end`."""
 
     losses: list[float]
-    """Of the steps that were done in this call."""
+    """Losses of the steps that this call has run."""
 
     iterations: int
-    """Steps over the whole training at its end."""
+    """Number of the phase's last step, counted over the whole training."""
 
     trainable_parameters: int
     frozen_parameters: int
     seconds: float
-    """Wall time."""
+    """Wall time of the phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResults:
-    """What a training gave."""
+    """Results of a training."""
 
     stacks: list[StackResult]
-    """Its phases in their order."""
+    """Results of its phases, in order."""
 
     checkpoint: Path
     """The last phase's checkpoint."""
@@ -80,12 +80,12 @@ class ProgressiveTrainer:
         logging: LoggingConfig | None = None,
     ) -> None:
         """Args:
-        config: of the training; may be changed until a training begins.
-        save: directory of the checkpoints; by default a temporary one, which ends with the process.
-        logging: what is printed and written.
+        config: the configuration; may be changed until a training begins.
+        save: directory of the checkpoints; None for a temporary one, which is removed when the process ends.
+        logging: what is printed and written; None for the defaults without throughput.
 
         Raises:
-            ValueError: as `StackWiseConfig.validate`.
+            ValueError: the configuration is invalid; see `StackWiseConfig.validate`.
         """
         config.validate()
         self.config = config
@@ -98,41 +98,44 @@ class ProgressiveTrainer:
     def train_rack(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
     ) -> TrainingResults:
-        """Trains the builder's stacks one after the other, adding stacks until there are `target_stacks`. Collective.
+        """Trains the builder's stacks one after the other, adding stacks up to `target_stacks`. Collective.
 
         Args:
-            rack_builder: afterwards its `build_rack` gives the trained rack.
-            dataloader: batches of this data-parallel rank, all with the same number of rows; read again and again.
-                See `ProgressiveDataLoader` for what a batch may be.
-            target_stacks: of the complete rack.
+            rack_builder: describes the stacks; afterwards its `build_rack` returns the trained model.
+            dataloader: yields the batches of this data-parallel rank, all with the same number of rows; iterated
+                repeatedly. `ProgressiveDataLoader` describes the format of a batch.
+            target_stacks: number of stacks of the complete rack.
 
         Raises:
-            ValueError: the rack has more stacks, the directory holds another training, or a batch is none.
+            ValueError: the rack has more stacks, the directory contains another training, or a batch has another
+                format.
         """
         if target_stacks < rack_builder.num_stacks:
-            raise ValueError(f"target_stacks {target_stacks}: the rack has {rack_builder.num_stacks} stacks")
+            raise ValueError(
+                f"target_stacks {target_stacks}: the rack already has {rack_builder.num_stacks} stacks"
+            )
         while rack_builder.num_stacks < target_stacks:
             rack_builder.add_stack()
-        configs = self._configs(rack_builder, dataloader, target_stacks)
-        process_groups.initialize(configs["parallel"], configs["training"].seed)
+        config = self._run_config(rack_builder, dataloader, target_stacks)
+        process_groups.initialize(config.parallel, config.training.seed)
         save = Path(on_first_rank(lambda: str(self.save)))
-        configs["checkpoint"] = CheckpointConfig(save=str(save))
+        config = replace(config, checkpoint=CheckpointConfig(save=str(save)))
         copies = parallel_state.get_data_parallel_world_size()
         phases = list_phases(
-            configs["progressive"],
-            configs["training"],
-            configs["optimizer"],
-            global_batch_size=configs["training"].resolved_global_batch_size(copies),
-            sequence_length=configs["model"].seq_length,
+            config.progressive,
+            config.training,
+            config.optimizer,
+            global_batch_size=config.training.resolved_global_batch_size(copies),
+            sequence_length=config.model.seq_length,
             rack=rack_builder.rack,
         )
-        check_phases(configs, phases, process_groups.world_size())
-        batches = partial(_endless, dataloader, configs["training"].micro_batch_size, copies)
+        check_phases(config, phases, process_groups.world_size())
+        batches = partial(_endless, dataloader, config.training.micro_batch_size, copies)
         with run_lock(str(save)):
             growth = Growth(
-                configs,
+                config,
                 phases,
-                build_tokenizer(configs["tokenizer"]),
+                build_tokenizer(config.tokenizer),
                 data=Data(train=batches, valid=None, test=None),
                 frozen=rack_builder.frozen,
             )
@@ -157,33 +160,30 @@ class ProgressiveTrainer:
     def train_progressively(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
     ) -> TrainingResults:
-        """Document 004's other name of `train_rack`."""
+        """Another name of `train_rack`, used in docs/design/progressive_growth.md."""
         return self.train_rack(rack_builder, dataloader, target_stacks)
 
-    def _configs(
+    def _run_config(
         self, builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
-    ) -> dict[str, Any]:
-        configs = self.config.configs(target_stacks)
+    ) -> ProgressiveRunConfig:
+        config = self.config.run_config(target_stacks)
         first = plain_batch(next(iter(dataloader)))["tokens"]
-        if first.size(1) > configs["model"].seq_length:
+        if first.size(1) > config.model.seq_length:
             raise ValueError(
-                f"model.seq_length {configs['model'].seq_length}: the loader's sequences have {first.size(1)} tokens"
+                f"model.seq_length {config.model.seq_length}: the loader's sequences have {first.size(1)} tokens"
             )
-        return {
-            **configs,
-            "model": replace(configs["model"], num_layers=builder.rack.num_layers, seq_length=first.size(1)),
-            "training": replace(configs["training"], micro_batch_size=first.size(0)),
-            "tokenizer": TokenizerConfig(
-                tokenizer_type="NullTokenizer", vocab_size=builder.config.vocab_size
-            ),
-            "logging": self.logging,
-        }
+        return replace(
+            config,
+            model=replace(config.model, num_layers=builder.rack.num_layers, seq_length=first.size(1)),
+            training=replace(config.training, micro_batch_size=first.size(0)),
+            logging=self.logging,
+        )
 
 
 def _endless(
     dataloader: Iterable[Any], micro_batch_size: int, copies: int, consumed_samples: int
 ) -> Iterator[Batch]:
-    """The loader's batches for ever, each with its `epoch` [b], from where a training is."""
+    """Yields the loader's batches without end, each with its `epoch` [b], from the current position of a training."""
     return islice(
         _epochs(dataloader, micro_batch_size), consumed_samples // (micro_batch_size * copies), None
     )
@@ -195,8 +195,10 @@ def _epochs(dataloader: Iterable[Any], micro_batch_size: int) -> Iterator[Batch]
         for batch in map(plain_batch, dataloader):
             rows = batch["tokens"].size(0)
             if rows != micro_batch_size:
-                raise ValueError(f"a batch of {rows} rows after one of {micro_batch_size}: drop the last one")
+                raise ValueError(f"batch size changed from {micro_batch_size} to {rows}; use drop_last=True")
             empty = False
             yield {"epoch": torch.full((rows,), epoch), **batch}
         if empty:
-            raise ValueError("the data loader gives no batch; a generator can be read once only, give a list")
+            raise ValueError(
+                "the data loader yields no batch; a generator can be read only once, pass a list instead"
+            )

@@ -1,7 +1,7 @@
-"""The checkpoint of a base model under a run that trains something on top of it.
+"""The checkpoint that holds the frozen base model of a run.
 
-The run's own checkpoints then leave out what is frozen. They name the base by its place and by a digest of its
-manifest, so that it is found again, and no other taken for it.
+The run's own checkpoints omit the frozen parameters. They refer to the base by its path and a digest of its manifest,
+so that a changed base is detected.
 """
 
 import hashlib
@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform.collectives import gather
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
@@ -22,72 +19,75 @@ from megatron_ext.training.interface.family_interface import Family
 
 @dataclass(frozen=True, kw_only=True)
 class BaseCheckpoint:
-    """A complete checkpoint."""
+    """A complete checkpoint of a base model."""
 
     folder: Path
-    """Its own directory."""
+    """Directory of this checkpoint."""
 
     sha256: str
-    """Digest of its manifest of checksums."""
+    """Digest of its `checksums.json`."""
 
     @classmethod
     def find(cls, path: str, ckpt_step: int | None = None) -> "BaseCheckpoint":
-        """The checkpoint at `path`, a directory of checkpoints or one checkpoint's own.
+        """Returns the checkpoint at `path`, which is a directory of checkpoints or the directory of one checkpoint.
 
         Raises:
-            OSError: there is none.
-            ValueError: it is not complete.
+            OSError: there is no checkpoint.
+            ValueError: the checkpoint is incomplete.
         """
         folder = files.find_checkpoint(path, ckpt_step)
         if folder is None:
-            raise FileNotFoundError(f"{path}: no checkpoint of a base model there")
+            raise FileNotFoundError(f"{path}: no checkpoint of a base model found")
         digest = hashlib.sha256((folder / files.CHECKSUMS).read_bytes()).hexdigest()
         return cls(folder=folder.resolve(), sha256=digest)
 
     @classmethod
     def of_run(cls, run_config: dict[str, Any]) -> "BaseCheckpoint | None":
-        """The base that a run's configuration names, None where it stands alone.
+        """Returns the base checkpoint that a run's configuration names, or None.
 
         Raises:
-            OSError: it is not there any more.
-            ValueError: another checkpoint is there.
+            OSError: it no longer exists.
+            ValueError: another checkpoint has taken its place.
         """
         named = run_config.get("base_checkpoint")
         if named is None:
             return None
         found = cls.find(named["path"])
         if found.sha256 != named["sha256"]:
-            raise ValueError(f"{found.folder}: is not the base checkpoint that the run was made with")
+            raise ValueError(
+                f"{found.folder}: this is not the base checkpoint with which the run was trained; restore the original"
+            )
         return found
 
     def as_json(self) -> dict[str, str]:
-        """For a run's configuration; `of_run` reads it."""
+        """Returns the entry for a run's configuration; `of_run` reads it."""
         return {"path": str(self.folder), "sha256": self.sha256}
 
     def run_config(self) -> dict[str, Any]:
-        """The configuration with which it was made."""
+        """Returns the configuration with which the base was trained."""
         files.verify_checkpoint(self.folder, names=[files.RUN_CONFIG])
         return files.read_json(self.folder / files.RUN_CONFIG)
 
     def load(self, models: list[GPTModel], run_config: dict[str, Any], families: list[Family]) -> None:
-        """Loads all that it has into models that may have more; collective.
+        """Loads all tensors of the base into models that may have further parameters; collective.
 
         Args:
             models: this rank's chunks, unwrapped.
-            run_config: the run's, with the section `families`.
-            families: the run's.
+            run_config: the run's configuration, with the section `families`.
+            families: the families of the run.
 
         Raises:
-            ValueError: it is damaged, or of another model.
+            ValueError: the checkpoint is damaged, or it is one of another model.
         """
-        rank, size = dist.get_rank(), dist.get_world_size()
-        gather(lambda: files.verify_checkpoint(self.folder, rank, size))
+        tensors.verify(self.folder)
         stored = self.run_config()
         shared = [family for family in families if family.name in stored["families"]]
         ours = {**run_config, "families": {f.name: run_config["families"][f.name] for f in shared}}
         check_same_model(ours, stored, shared, self.folder, finetune=False)
         base = base_parameter_ids(models)
-        shapes = gather(lambda: tensors.stored_shapes(self.folder))[rank]
-        wanted = tensors.model_state(models, lambda name, value: name in shapes or id(value) in base)
-        tensors.check(wanted, shapes, self.folder, same_vocabulary=stored["vocab_size"] == ours["vocab_size"])
-        tensors.load_model_state(models, tensors.read(wanted, self.folder), strict=False)
+        tensors.read_into(
+            models,
+            self.folder,
+            wanted=lambda name, value, names: name in names or id(value) in base,
+            same_vocabulary=stored["vocab_size"] == ours["vocab_size"],
+        )

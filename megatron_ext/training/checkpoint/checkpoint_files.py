@@ -1,16 +1,16 @@
-"""Files of a checkpoint: layout, atomic publication, checksums, retention. Knows neither models nor process groups.
+"""Files of a checkpoint: layout, atomic publication, checksums, retention. Needs neither model nor process group.
 
-    {save}/latest_checkpointed_iteration.txt      the step to load
+    {save}/latest_checkpointed_iteration.txt      the tracker: number of the step to load
     {save}/iter_0000100/checksums.json            sha256 and size of every file below; written last
     {save}/iter_0000100/run_config.json           the whole configuration of the run
-    {save}/iter_0000100/state.json                progress, schedule, families' state, the cut
-    {save}/iter_0000100/rng/rank_00000.pt         random number generators, one file a rank
-    {save}/iter_0000100/.metadata, metadata.json, common.pt, __0_0.distcp, ...      the engine's: model and optimizer
+    {save}/iter_0000100/state.json                progress, schedule, families' state, the parallel layout
+    {save}/iter_0000100/rng/rank_00000.pt         random number generators, one file per rank
+    {save}/iter_0000100/.metadata, metadata.json, common.pt, __0_0.distcp, ...      model and optimizer, by the engine
 
-A checkpoint is written into a hidden directory beside its place, every file forced to the disk, and then renamed;
-the tracker file is replaced by a rename after that. Whatever a kill leaves behind is hidden, ignored by a load and
-removed when the next save starts. The checksums find damage (truncation, bit rot, a half-copied directory) before
-anything is unpickled; they are no signature, and whoever can write the directory can write a matching manifest.
+A checkpoint is written into a hidden directory, every file is flushed to the disk, and the directory is renamed; then
+the tracker is replaced by a rename. A killed save leaves only hidden files, which loading ignores and the next save
+removes. The checksums detect damage (truncation, bit rot, a partial copy) before anything is unpickled. They are not a
+signature: whoever can write the directory can also write a matching manifest.
 """
 
 import contextlib
@@ -32,23 +32,23 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 RUN_CONFIG = "run_config.json"
 BEGIN = "begin_of_documents"
-"""Key of the run's configuration: the begin-of-text token of the documents it was trained on, if any, as a list; None
-where that is not known."""
+"""Key of the run configuration: the begin-of-text token of the training documents as a list, empty if they have none;
+None if unknown."""
 STATE = "state.json"
 FINAL = "final"
-"""Directory beside the checkpoints with the NP weights after the last step."""
+"""Subdirectory of `--save` with the NP weights after the last step."""
 
 WRITING, REPLACED = ".writing.", ".replaced."
-"""Beginnings of the hidden names of a directory that is being written, and of one that is being replaced."""
+"""Prefixes of hidden directories: one that is being written, and one that is being replaced."""
 _REMOVED = ".removed."
 _SHOWN = 8
 
 
 def check_writable(save: str) -> None:
-    """Creates a file in the directory and removes it, and the directories made for it; call before training.
+    """Checks that files can be written to `--save`, by writing and removing one; call before training.
 
     Raises:
-        OSError: naming `--save` and the reason.
+        OSError: the directory cannot be written; the message names `--save` and the reason.
     """
     folder = Path(save)
     probe = folder / f".probe.{os.getpid()}"
@@ -61,24 +61,24 @@ def check_writable(save: str) -> None:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
         raise OSError(f"--save {save}: not writable: {error.strerror}") from None
-    with contextlib.suppress(OSError):  # another run may have begun there
-        for path in made:  # the run makes them again; one that is refused after this leaves none
+    with contextlib.suppress(OSError):  # another run may have begun to write here
+        for path in made:  # a later check may refuse the run, which then leaves no directories behind
             path.rmdir()
 
 
 def checkpoint_name(iteration: int) -> str:
-    """Name of a checkpoint's directory, as Megatron-LM's."""
+    """Returns the name of a checkpoint's directory, the same as Megatron-LM's."""
     return f"iter_{iteration:07d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step in a checkpoint directory's name, Megatron-LM's or `checkpoint-<step>`; None if it is another name."""
+    """Returns the step in a directory's name, `iter_<step>` or `checkpoint-<step>`; None for other names."""
     match = re.fullmatch(r"(?:iter_|checkpoint-)(\d+)", name)
     return int(match[1]) if match else None
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """Step -> directory of every checkpoint under `root`, complete or not, this program's or another's."""
+    """Returns step -> directory of every checkpoint in `root`, complete or not, of this program or another one."""
     found = {step_of(name): root / name for name in kinds.entries(root)}
     return {
         step: path for step, path in sorted(found.items(), key=lambda item: item[0] or 0) if step is not None
@@ -86,9 +86,9 @@ def step_folders(root: Path) -> dict[int, Path]:
 
 
 def complete_checkpoints(root: Path) -> dict[int, Path]:
-    """Step -> directory of every complete checkpoint under `root`, in ascending order."""
+    """Returns step -> directory of every complete checkpoint in `root`, in ascending order."""
     found: dict[int, Path] = {}
-    # A directory set aside by an interrupted replacement counts where its successor never arrived.
+    # If a replacement was interrupted, the old directory counts unless the new one was completed.
     for prefix in (REPLACED, ""):
         for name in kinds.entries(root):
             step = step_of(name.removeprefix(prefix))
@@ -98,26 +98,26 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
 
 
 def checkpoints_below(root: Path) -> list[Path]:
-    """Directories of complete checkpoints in a directory's folders and in theirs: the stacks or layers of a series."""
+    """Returns the directories with complete checkpoints one or two levels below `root`, as in a series of trainings."""
     folders = [path for pattern in ("*/", "*/*/") for path in root.glob(pattern) if path.is_dir()]
     found = []
     for folder in folders:
-        with contextlib.suppress(OSError):  # one that may not be read is none
+        with contextlib.suppress(OSError):  # skip directories without read permission
             found += [folder] if complete_checkpoints(folder) else []
     return sorted(found)
 
 
 def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
-    """The checkpoint directory to load, None where there is nothing: no directory, or one without any checkpoint.
+    """Returns the checkpoint directory to load, or None if `root` is missing or contains no checkpoint.
 
     Args:
-        root: a directory of checkpoints, or one checkpoint's own directory.
-        ckpt_step: the step to load; without it the one that the tracker names, else the newest one.
+        root: a directory of checkpoints, or the directory of one checkpoint.
+        ckpt_step: the step to load; None for the one that the tracker names, or without a tracker the newest.
 
     Raises:
-        FileNotFoundError: `ckpt_step` is not there.
-        ValueError: something is there that cannot be loaded: the checkpoint is not complete or another program's, the
-            tracker names none that is there, a model in another format, a file.
+        FileNotFoundError: there is no complete checkpoint of step `ckpt_step`.
+        ValueError: `root` contains something that cannot be loaded: an incomplete checkpoint, one of another program,
+            a tracker that names a missing step, a model in another format; or `root` is a file.
         OSError: the directory cannot be read.
     """
     folder = Path(root)
@@ -127,7 +127,8 @@ def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
     if ckpt_step is not None:
         if ckpt_step not in found:
             raise FileNotFoundError(
-                f"--ckpt-step {ckpt_step}: no complete checkpoint of it in {root} (there: {_listed(found)})"
+                f"--ckpt-step {ckpt_step}: {root} contains no complete checkpoint of this step "
+                f"(available: {_listed(found)})"
             )
         return found[ckpt_step]
     named, tracked = {**step_folders(folder), **found}, tracked_step(folder)
@@ -139,25 +140,27 @@ def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
 
 
 def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], tracked: int | None) -> None:
-    """Raises `ValueError` unless there is nothing in `root` that somebody may have meant by it."""
-    others = f"; --ckpt-step takes another one (there: {_listed(found)})" if found else ""
+    """Raises `ValueError` if `root` contains something that the user may want to load but that cannot be loaded."""
+    others = f"; --ckpt-step selects another one (available: {_listed(found)})" if found else ""
     if chosen is None:
-        raise ValueError(f"{root / TRACKER}: names step {tracked}, of which there is no checkpoint{others}")
+        raise ValueError(
+            f"{root / TRACKER}: names step {tracked}, but there is no checkpoint of this step{others}"
+        )
     reason = kinds.foreign(chosen)
     if chosen != root:
         reason = reason or f"not a complete checkpoint of this program, {CHECKSUMS} is missing"
     elif reason is None and (below := checkpoints_below(root)):
         more = ", ..." if len(below) > _SHOWN else ""
-        reason = f"no checkpoint there; below it are those in {', '.join(map(str, below[:_SHOWN]))}{more}"
+        reason = f"no checkpoint found, but there are some in {', '.join(map(str, below[:_SHOWN]))}{more}"
     if reason is not None:
         raise ValueError(f"{chosen}: {reason}{others}")
 
 
 def tracked_step(root: Path) -> int | None:
-    """The step that the tracker names, None where there is no tracker.
+    """Returns the step that the tracker names, or None without a tracker.
 
     Raises:
-        ValueError: it says something else.
+        ValueError: the tracker does not contain a step.
         OSError: it cannot be read.
     """
     try:
@@ -169,8 +172,8 @@ def tracked_step(root: Path) -> int | None:
     found = complete_checkpoints(root)
     if text == "release" and not found:
         raise ValueError(f"{root}: {kinds.OF_MEGATRON}")
-    others = f"; --ckpt-step takes one (there: {_listed(found)})" if found else ""
-    raise ValueError(f"{root / TRACKER}: says {text[:40]!r}, not a step{others}")
+    others = f"; --ckpt-step selects one (available: {_listed(found)})" if found else ""
+    raise ValueError(f"{root / TRACKER}: contains {text[:40]!r} instead of a step number{others}")
 
 
 def _listed(steps: Iterable[int]) -> str:
@@ -178,7 +181,7 @@ def _listed(steps: Iterable[int]) -> str:
 
 
 def begin(root: Path, name: str) -> Path:
-    """Removes what killed saves left behind and makes the hidden directory to write into; see `writing_folder`."""
+    """Removes the remains of killed saves, and creates the hidden directory to write to; see `writing_folder`."""
     root.mkdir(parents=True, exist_ok=True)
     for prefix in (WRITING, _REMOVED):
         for path in root.glob(f"{prefix}*"):
@@ -195,46 +198,44 @@ def begin(root: Path, name: str) -> Path:
 
 
 def writing_folder(root: Path, name: str) -> Path:
-    """The hidden directory in which a checkpoint is written."""
+    """Returns the hidden directory to which a checkpoint is written before it is published."""
     return root / f"{WRITING}{name}"
 
 
 def publish(root: Path, name: str) -> None:
-    """Makes the written directory the checkpoint of its step and the one to load; from here on it counts."""
+    """Renames the written directory to its final name, and makes the tracker name its step."""
     target = root / name
     replaced = root / f"{REPLACED}{target.name}"
     if target.exists():
         target.rename(replaced)
     writing_folder(root, name).rename(target)
     fsync_path(root)
-    write_text(root / f".{TRACKER}", str(step_of(name)))
-    os.replace(root / f".{TRACKER}", root / TRACKER)
-    fsync_path(root)
+    replace_text(root / TRACKER, str(step_of(name)))
     if replaced.exists():
         shutil.rmtree(replaced)
 
 
 def discard(root: Path, name: str) -> None:
-    """Removes what an unfinished save has written."""
+    """Removes the files of an unfinished save."""
     shutil.rmtree(writing_folder(root, name), ignore_errors=True)
-    (root / f".{TRACKER}").unlink(missing_ok=True)
+    (root / f".{TRACKER}.part").unlink(missing_ok=True)
 
 
 def prune(root: Path, keep_last: int, iteration: int) -> None:
-    """Removes complete checkpoints up to step `iteration` but for the newest `keep_last`."""
+    """Removes all complete checkpoints up to step `iteration` except the newest `keep_last`."""
     complete = [path for step, path in complete_checkpoints(root).items() if step <= iteration]
     for path in complete[:-keep_last]:
-        # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
+        # Rename first: if the process is killed here, no partial checkpoint keeps its name.
         shutil.rmtree(path.rename(root / f"{_REMOVED}{path.name}"))
 
 
 def remove_overwritten(root: Path, name: str, kept_up_to: int | None) -> None:
-    """Removes the checkpoints of the run whose place a new run has taken, once that has published one; see `publish`.
+    """Removes the checkpoints of an earlier run that a new run overwrites; call after the new run's first `publish`.
 
     Args:
         root: the directory of checkpoints.
-        name: of the new run's checkpoint.
-        kept_up_to: the step from which the new run goes on; checkpoints up to it are its own. None: none are.
+        name: name of the new run's checkpoint.
+        kept_up_to: the step from which the new run resumed; checkpoints up to it are kept. None keeps none.
     """
     doomed = [
         path
@@ -242,28 +243,38 @@ def remove_overwritten(root: Path, name: str, kept_up_to: int | None) -> None:
         if path.name != name and (kept_up_to is None or step > kept_up_to)
     ]
     doomed += [path for path in [root / FINAL] if path.is_dir() and kinds.holds_np_weights(path)]
-    # All renamed first, which is quick: what a kill then leaves is hidden, and removed when the next save starts.
+    # Rename all of them first, which is quick: if the process is killed later, the rest is hidden, and the next save
+    # removes it.
     for path in [path.rename(root / f"{_REMOVED}{path.name}") for path in doomed]:
         shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file and forces it to the disk."""
+    """Writes a file and flushes it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file, whole or not at all, also where the machine goes down."""
+    part = path.with_name(f".{path.name}.part")
+    write_text(part, text)
+    os.replace(part, path)
+    fsync_path(path.parent)
+
+
 def write_tensors(path: Path, value: Any) -> None:
-    """Writes tensors and plain values in torch's format; where it fails, with the system's own error."""
+    """Writes tensors and plain values in torch's format."""
+    # `torch.save` to a path would hide the system's error, such as a full disk, behind one of its own.
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def fsync_path(path: Path) -> None:
-    """Forces a file, or a directory's entries, to the disk."""
+    """Flushes a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -272,12 +283,12 @@ def fsync_path(path: Path) -> None:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Forces files to the disk; name -> sha256 and size of each."""
+    """Flushes files to the disk; returns name -> sha256 and size of each."""
     return {name: _digest(folder / name, sync=True) for name in names}
 
 
 def write_checksums(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Writes the manifest, the last file of a checkpoint, and forces the directories to the disk."""
+    """Writes the manifest, which is the last file of a checkpoint, and flushes the directories to the disk."""
     write_text(folder / CHECKSUMS, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
     for path in (folder / "rng", folder):
         fsync_path(path)
@@ -290,16 +301,16 @@ def verify_checkpoint(
 
     Args:
         folder: a checkpoint's directory.
-        part: of `parts` ranks that share the work.
-        parts: number of ranks.
-        names: only these files; without it all.
+        part: index of this rank among the `parts` ranks that divide the files among them.
+        parts: number of these ranks.
+        names: the files to compare; None for all.
 
     Raises:
-        ValueError: a file is missing, truncated or changed, naming it.
+        ValueError: a file is missing, truncated or changed; the message names it.
     """
     files = read_json(folder / CHECKSUMS).get("files")
     if not isinstance(files, dict):
-        raise ValueError(f"{folder / CHECKSUMS}: damaged, it lists no files")
+        raise ValueError(f"{folder / CHECKSUMS}: damaged, the list of files is missing")
     for name in sorted(files if names is None else names)[part::parts]:
         path, expected = folder / name, files.get(name)
         if expected is None or not path.is_file():
@@ -315,8 +326,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ValueError: not JSON, or not an object.
-        OSError: not readable.
+        ValueError: the file does not contain a JSON object.
+        OSError: it cannot be read.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,14 +1,14 @@
-"""Model and optimizer tensors to and from a directory, in megatron-core's `torch_dist` format.
+"""Saves and loads model and optimizer tensors in megatron-core's `torch_dist` format.
 
-Written without the engine's helper processes: its own writer starts a process manager and forks, which costs seconds
-on a tiny model, forbids daemonic callers, and lets a full disk on rank 0 hang the others. The writer of
-`torch.distributed.checkpoint`, given the engine's state dict and planner, makes the same files in this process and
-tells every rank of a failure. Read with the engine's own reader.
+The engine's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model, does
+not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the engine's
+state dict and planner, writes the same files in this process and reports a failure to every rank. Reading uses the
+engine's reader.
 """
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -32,42 +32,103 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import gather_or_raise, merge_over_ranks, on_every_rank
 from megatron_ext.training.checkpoint import checkpoint_files as files
-from megatron_ext.training.checkpoint.optimizer_state import PREFIX
+from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
+
+Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
+"""(Name in the checkpoint, the model's tensor, all names in the checkpoint) -> whether to read the tensor."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def model_state(
-    models: list[GPTModel], keeps: Callable[[str, torch.Tensor], bool] | None = None
+    models: list[GPTModel],
+    keeps: Callable[[str, torch.Tensor], bool] | None = None,
+    rename: Callable[[str], str] | None = None,
 ) -> ShardedStateDict:
-    """The sharded state dict of this rank's chunks; names in it are global and do not tell how layers are cut.
+    """Returns the sharded state dict of this rank's chunks; its names do not depend on the parallel layout.
 
     Args:
         models: the chunks, unwrapped.
-        keeps: (global name, the model's own tensor) -> whether it is in; without it all are.
+        keeps: (global name, the model's tensor) -> whether to include it; None includes all.
+        rename: global name -> name in the checkpoint, which is then passed to `keeps`. With it, entries that are not
+            tensors are omitted.
     """
     states = {}
     for index, model in enumerate(models):
         state = model.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        if rename is not None:
+            state = {name: value for name, value in state.items() if _is_tensor(value)}
+            for value in state.values():
+                value.key = rename(value.key)
         if keeps is not None:
             state = {
                 name: value
                 for name, value in state.items()
-                if not isinstance(value, ShardedTensor | ShardedTensorFactory) or keeps(value.key, value.data)
+                if not _is_tensor(value) or keeps(value.key, value.data)
             }
         states[f"model{index}"] = state
     return states
 
 
-def load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool = True) -> None:
+def read_into(
+    models: list[GPTModel],
+    folder: Path,
+    *,
+    wanted: Wanted | None = None,
+    rename: Callable[[str], str] | None = None,
+    whole: bool = True,
+    same_vocabulary: bool,
+) -> None:
+    """Reads a checkpoint's tensors into a model; collective.
+
+    Args:
+        models: this rank's chunks, unwrapped.
+        folder: the checkpoint's directory; call `verify` before.
+        wanted: chooses the tensors to read; None reads every tensor of the model.
+        rename: as in `model_state`.
+        whole: whether it is an error if the checkpoint contains further tensors of the model.
+        same_vocabulary: whether the tokenizers' sizes agree, so that only the padding of the embedding may differ.
+
+    Raises:
+        ValueError: model and checkpoint differ; the message names the tensor.
+    """
+    stored = stored_shapes(folder)
+    keeps = None if wanted is None else lambda name, value: wanted(name, value, stored)
+    state = model_state(models, keeps, rename)
+    check(state, stored, folder, same_vocabulary=same_vocabulary, whole=whole)
+    _load_model_state(models, read(state, folder), strict=wanted is None)
+
+
+def load_optimizer(
+    optimizer: OptimizerState, folder: Path, step: int, *, whole: bool = True, same_vocabulary: bool
+) -> None:
+    """Reads the optimizer's tensors from a checkpoint; load the model first. Collective.
+
+    Args:
+        optimizer: the state to fill.
+        folder: the checkpoint's directory.
+        step: Adam's step count.
+        whole: whether it is an error if the checkpoint lacks a parameter's state; otherwise that state is unchanged.
+        same_vocabulary: as in `read_into`.
+    """
+    stored = stored_shapes(folder)
+    main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
+    held = optimizer.sharded(is_loading=True, with_main_params=main_params)
+    if not whole:
+        held = {number: part for number, part in held.items() if part["exp_avg"].key in stored}
+    check({"optimizer": held}, stored, folder, same_vocabulary=same_vocabulary, whole=False)
+    optimizer.restore(read({"optimizer": held}, folder)["optimizer"], step)
+
+
+def _load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool) -> None:
     """Gives the chunks what the engine's reader has filled in; not strict where `model_state` left something out."""
     for index, model in enumerate(models):
         found = model.load_state_dict(state[f"model{index}"], strict=False)
         wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not _is_extra(name)]
         assert not (strict and wrong), (
-            f"{wrong[0]}: not in both model and checkpoint, though these were compared"
+            f"{wrong[0]}: not in both model and checkpoint, although `check` found them equal"
         )
 
 
@@ -75,7 +136,7 @@ def write(state: ShardedStateDict, folder: Path) -> None:
     """Writes all tensors of a sharded state dict; collective.
 
     Raises:
-        OSError: a rank could not write; every rank raises it.
+        OSError: some rank could not write; raised on every rank.
     """
     sharded, common = save_preprocess(state)
     groups: dict[str, list[Any]] = defaultdict(list)
@@ -97,37 +158,53 @@ def write(state: ShardedStateDict, folder: Path) -> None:
             files.write_tensors(folder / "common.pt", common)
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
-    gather(write_rest)
+    on_every_rank(write_rest)
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's writer, telling why a file could not be written."""
+    """torch's writer, with the operating system's errors."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Writes this rank's files."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # `torch.save` hides the system's error ("No space left on device") behind one of its own.
+            # torch hides the system's error ("No space left on device") behind one of its own.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
-    """Fills a sharded state dict; collective. Call `check` before.
+    """Fills a sharded state dict, which may be empty on some ranks; collective. Call `check` before.
 
-    An `_extra_state` that the checkpoint lacks is left out: Transformer Engine's norms have one (for FP8), others none.
+    An `_extra_state` that the checkpoint lacks is omitted: only Transformer Engine's modules have one (for FP8).
     """
     state = _with_stored_extras(state, folder)
+    if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
+        return state
     with warnings.catch_warnings():
-        # The engine calls torch's loader by its older name.
+        # The engine calls torch's loader by its deprecated name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
-        return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+        loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+    return {**{name: {} for name in state}, **loaded}  # the engine leaves out what is empty
+
+
+def verify(folder: Path) -> None:
+    """Compares a checkpoint's files with their checksums, divided among the ranks; collective.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    on_every_rank(lambda: files.verify_checkpoint(folder, dist.get_rank(), dist.get_world_size()))
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> global shape of every tensor in a checkpoint whose checksums have been verified."""
-    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
-    return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+    """Returns name -> global shape of every tensor in a checkpoint; collective. Call `verify` before: it unpickles."""
+
+    def own() -> dict[str, tuple[int, ...]]:
+        tensors = dist_checkpointing.load_tensors_metadata(str(folder))
+        return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+
+    return on_every_rank(own)
 
 
 def check(
@@ -138,51 +215,51 @@ def check(
     same_vocabulary: bool,
     whole: bool = True,
 ) -> None:
-    """Finds out whether the checkpoint has every tensor of the run, in its shape, and no more of the model; collective.
+    """Checks that the checkpoint contains every tensor to load in its shape; collective.
 
     Args:
-        state: what is to be loaded.
+        state: the sharded state dict to load.
         stored: name -> global shape in the checkpoint.
-        folder: the checkpoint, named in errors.
-        same_vocabulary: the tokenizers' sizes agree, so that the embedding may be padded differently.
-        whole: the checkpoint may hold no more of the model than is to be loaded.
+        folder: the checkpoint's directory, for errors.
+        same_vocabulary: whether the tokenizers' sizes agree, so that only the padding of the embedding may differ.
+        whole: whether it is an error if the checkpoint contains further tensors of the model.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: a tensor is missing, has another shape, or is one too many; the message names it.
     """
     wanted = {shard.key: tuple(shard.global_shape) for shard in _shards(state)}
-    everywhere: dict[str, tuple[int, ...]] = {}
-    for part in gather(lambda: wanted):
-        everywhere |= part
+    everywhere = merge_over_ranks(wanted)
     for name, shape in sorted(everywhere.items()):
         if name not in stored:
             hint = "; add --no-load-optim" if name.startswith(PREFIX) else ""
-            raise ValueError(f"{folder}: holds no {name}, which this run has{hint}")
+            raise ValueError(f"{folder}: contains no tensor {name}, which this run needs{hint}")
         if stored[name] == shape or (
             same_vocabulary and stored[name][1:] == shape[1:] and _is_vocabulary(name)
         ):
             continue
         if _is_vocabulary(name):
             raise ValueError(
-                f"{folder}: a vocabulary of {stored[name][0]} rows, this run's tokenizer asks for {shape[0]}; "
-                "use the tokenizer of the checkpoint (--tokenizer-type, --tokenizer-model, --vocab-file)"
+                f"{folder}: the vocabulary has {stored[name][0]} rows, but this run's tokenizer needs {shape[0]}; "
+                "use the checkpoint's tokenizer (--tokenizer-type, --tokenizer-model, --vocab-file)"
             )
-        raise ValueError(f"{folder}: {name} has shape {list(stored[name])}, in this run {list(shape)}")
+        raise ValueError(
+            f"{folder}: tensor {name} has shape {list(stored[name])}, but this run needs {list(shape)}"
+        )
     extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
     if extra and whole:
         raise ValueError(
-            f"{folder}: holds {extra[0]} ({len(extra)} tensors in all) that this run's model lacks"
+            f"{folder}: contains {extra[0]} ({len(extra)} such tensors), which this run's model does not have"
         )
 
 
 def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDict:
-    """The state dict without `_extra_state` objects that the checkpoint does not hold."""
+    """Returns the state dict without the `_extra_state` objects that the checkpoint does not contain."""
     if not any(isinstance(value, ShardedObject) for value in nested_values(state)):
         return state
     stored = load_sharded_metadata(str(folder)).values()
     objects = {value.unique_key for value in stored if isinstance(value, ShardedObject)}
 
-    def is_there(name: Any, value: Any) -> bool:
+    def is_there(name: object, value: object) -> bool:
         return not (isinstance(value, ShardedObject) and _is_extra(str(name))) or value.unique_key in objects
 
     def kept(part: Any) -> Any:
@@ -191,6 +268,10 @@ def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDi
         return {name: kept(value) for name, value in part.items() if is_there(name, value)}
 
     return kept(state)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, ShardedTensor | ShardedTensorFactory)
 
 
 def _is_extra(name: str) -> bool:

@@ -1,12 +1,12 @@
-"""Saves and loads runs: model, optimizer, schedule, random numbers, progress, families' state, configuration.
+"""Saves and loads runs: model, optimizer, schedule, random state, progress, families' state, configuration.
 
-At the same cut a run goes on bit for bit. At any other tensor-, pipeline- and data-parallel size model, optimizer and
-schedule are the same, and the random numbers are seeded anew. Files and guarantees are described in `checkpoint_files`
-and in docs/checkpoints.md.
+With the same parallel layout a resumed run continues bit for bit. With another tensor-, pipeline- or data-parallel size
+model, optimizer and schedule are the same, and the random generators are re-seeded. `checkpoint_files` and
+docs/checkpoints.md describe files and guarantees.
 """
 
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,42 +16,46 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import unwrap_model
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.platform.collectives import gather, on_first_rank, print_on_first_rank
+from megatron_ext.platform.collectives import (
+    gather_or_raise,
+    on_every_rank,
+    on_first_rank,
+    print_on_first_rank,
+)
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors as tensors
 from megatron_ext.training.checkpoint import random_state, scheduler_state
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, OptimizerState
+from megatron_ext.training.checkpoint.optimizer_state import OptimizerState
 from megatron_ext.training.checkpoint.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
-from megatron_ext.training.engine.optimizer import gather_parameters
+from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
 from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
-"""Section of `run_config` in which an import tells what it read beside the tensors; runs carry it along unread."""
+"""Section of `run_config` in which an import stores what it read besides tensors; runs copy it for a later export."""
 
 
 @dataclass(kw_only=True)
 class TrainingProgress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     iteration: int = 0
-    """Steps done, skipped ones included."""
+    """Steps done, including skipped ones."""
 
     consumed_samples: int = 0
-    """Sequences taken from the training set."""
+    """Sequences consumed from the training set."""
 
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite."""
+    """Steps that were skipped because the loss or gradient was not finite."""
 
 
 class Checkpointer:
-    """Saves and loads one run."""
+    """Saves and loads the checkpoints of one run."""
 
     def __init__(
         self,
@@ -68,22 +72,22 @@ class Checkpointer:
         message: Callable[[str], None] = print_on_first_rank,
     ) -> None:
         """Args:
-        config: where, how often and what.
-        chunks: this rank's model chunks, wrapped or not.
-        optimizer: over `chunks`.
-        scheduler: over `optimizer`.
-        run_config: the configuration as JSON values: a section a concern (`model` and `training` are looked into),
-            `vocab_size` and `tokenizer_fingerprint`. The families' sections are added here.
+        config: directories, retention, and what is saved and loaded.
+        chunks: this rank's model chunks, wrapped or unwrapped.
+        optimizer: the optimizer of `chunks`.
+        scheduler: the schedule of `optimizer`.
+        run_config: the configuration as JSON values: one section per config group, `vocab_size` and
+            `tokenizer_fingerprint`. The families' sections are added here.
         families: their configuration, state and files are saved.
-        base: has been loaded under the run; what is frozen is left out of the run's checkpoints then.
-        name: step -> name of a checkpoint's directory, one that `checkpoint_files.step_of` reads.
-        loads_what_fits: tensors that only the checkpoint or only the run has are left alone, and the optimizer starts
-            anew.
-        note: takes a line for the user, on every rank.
+        base: the loaded checkpoint of the base model; the run's checkpoints then omit frozen base parameters.
+        name: step -> name of the checkpoint's directory; `checkpoint_files.step_of` must be able to parse it.
+        loads_what_fits: whether to load only the tensors that checkpoint and run have in common, with a new optimizer
+            state.
+        message: prints a line for the user; called on every rank.
         """
         self.config = config
         self.chunks = chunks
-        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.models: list[GPTModel] = unwrap_models(chunks)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.families = families
@@ -97,22 +101,25 @@ class Checkpointer:
         self.loads_what_fits = loads_what_fits
         self.message = message
         self._goes_on_from: int | None = None
-        """The step from which the run goes on in --save; None where it begins there."""
+        """The step of a checkpoint in --save from which the run resumed; None if the run is new in that directory."""
 
         self._has_saved = False
         if base is not None:
             self._keep_import(base.run_config())
 
     def save(self, progress: TrainingProgress) -> Path:
-        """Saves the run after the step that `progress` tells; collective.
+        """Saves the run; collective.
 
-        With `--overwrite-checkpoints` the first save removes the checkpoints whose place the run has taken.
+        With `--overwrite-checkpoints` the first save removes the checkpoints of the run that is overwritten.
+
+        Args:
+            progress: the run's progress, stored and used for the directory's name.
 
         Returns:
             The checkpoint's directory.
 
         Raises:
-            OSError: it could not be written, on every rank; what was written is removed, earlier ones are intact.
+            OSError: it could not be written; raised on every rank. Earlier checkpoints are intact.
         """
         assert self.config.save is not None, "saving needs --save"
         gather_parameters(self.chunks)
@@ -127,14 +134,12 @@ class Checkpointer:
                 files.discard(root, name)
             if isinstance(error, OSError):
                 dist.barrier()  # no rank may end the run while rank 0 still removes files
-                left = "nothing of it is left"
+                left = "its files were removed"
                 if (root / name).is_dir():
-                    left = (
-                        f"it is whole, but {files.TRACKER} does not name it: --ckpt-step {iteration} loads it"
-                    )
+                    left = f"it is complete, but {files.TRACKER} does not name it: --ckpt-step {iteration} loads it"
                 raise OSError(
                     f"--save {root}: the checkpoint of step {iteration} could not be written ({error}); "
-                    f"{left}, earlier ones are intact"
+                    f"{left}; earlier checkpoints are intact"
                 ) from error
             raise
         self._remove_older(root, name)
@@ -144,18 +149,18 @@ class Checkpointer:
         """Loads the checkpoint that the configuration names; collective.
 
         Returns:
-            The run's progress, at its start with `--finetune`; None where there is nothing to load.
+            The run's progress (step 0 with `--finetune`), or None if there is nothing to load.
 
         Raises:
-            ValueError: the checkpoint is damaged, of another model, or lacks what is to be loaded.
-            OSError: it cannot be read, or `--ckpt-step` is not there.
+            ValueError: the checkpoint is damaged, is one of another model, or lacks something that is to be loaded.
+            OSError: it cannot be read, or the step of `--ckpt-step` does not exist.
         """
         if self.config.load is None:
             return None
         root = self.config.load
         folder = on_first_rank(lambda: checkpoint_to_load(self.config))
         if folder is None:
-            self.message(f"--load {root}: no checkpoint there, the run starts from scratch")
+            self.message(f"--load {root}: no checkpoint found; the run starts from scratch")
             return None
         stored, state = _read_verified(folder)
         self._check_base(stored, folder)
@@ -174,36 +179,42 @@ class Checkpointer:
         progress = TrainingProgress(**state["progress"])
         self._load_random_state(folder, state, progress)
         self._goes_on_from = step_to_go_on_from(self.config, folder)
-        self.message(f"loaded {folder}: the run goes on after step {progress.iteration}")
+        self.message(f"loaded {folder}; the run continues after step {progress.iteration}")
         later = on_first_rank(lambda: later_steps(self.config, self._goes_on_from))
         if later and not self.config.overwrite_checkpoints:
-            self.message(f"note: {later} are in --save too, after it; the run writes its own over them")
+            self.message(f"warning: --save also contains later {later}; the run will overwrite them")
         return progress
 
     def _keep_import(self, stored: dict[str, Any]) -> None:
-        """Ids and files of an imported model are those of its tokenizer: with another one they mean nothing."""
+        """Copies what the import stored, unless the tokenizer differs: it refers to the tokenizer's ids and files."""
         if IMPORTED not in stored:
             return
         if stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
             self.run_config[IMPORTED] = stored[IMPORTED]
         else:
             self.message(
-                "another tokenizer than the imported model's: an export will not have its generation configuration "
+                "the tokenizer differs from the imported model's; an export will omit its generation configuration "
                 "and files"
             )
 
-    def _model_state(self, known: Container[str] | None = None) -> dict[str, Any]:
-        """What the run's checkpoints hold of the model, where asked for without names that are not `known`.
+    def _keeps(self) -> Callable[[str, torch.Tensor], bool] | None:
+        """Returns a test for the model's tensors that the run's checkpoints contain; None for all.
 
         On top of a base that is what the base lacks, frozen or not, and what is trained.
         """
+        if self.base is None:
+            return None
         of_base = base_parameter_ids(self.models)
+        return lambda _, value: id(value) not in of_base or value.requires_grad
 
-        def keeps(name: str, value: torch.Tensor) -> bool:
-            is_ours = self.base is None or id(value) not in of_base or value.requires_grad
-            return is_ours and (known is None or name in known)
-
-        return tensors.model_state(self.models, None if self.base is None and known is None else keeps)
+    def _wanted(self) -> tensors.Wanted | None:
+        """Returns a test for the model's tensors that a load reads; None for all."""
+        keeps, fits = self._keeps(), self.loads_what_fits
+        if keeps is None and not fits:
+            return None
+        return lambda name, value, stored: (
+            (keeps is None or keeps(name, value)) and (not fits or name in stored)
+        )
 
     def _check_base(self, stored: dict[str, Any], folder: Path) -> None:
         theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
@@ -214,13 +225,13 @@ class Checkpointer:
             )
 
     def _write(self, folder: Path, progress: TrainingProgress) -> None:
-        state = self._model_state()
+        state = tensors.model_state(self.models, self._keeps())
         step = None
         if not self.config.no_save_optim:
             optimizer = OptimizerState(self.optimizer, state)
-            step = max(gather(optimizer.step))
+            step = max(gather_or_raise(optimizer.step))
             held = optimizer.sharded(is_loading=False)
-            # On a rank that saves nothing of it there is no entry: the engine would report an empty one.
+            # A rank that saves no optimizer state needs no entry: the engine would complain about an empty one.
             state |= {"optimizer": held} if held else {}
         tensors.write(state, folder)
         rank, random_file = dist.get_rank(), random_state.file_name(dist.get_rank())
@@ -232,11 +243,11 @@ class Checkpointer:
                 files.write_text(folder / files.RUN_CONFIG, json.dumps(self.run_config, indent=1))
                 files.write_text(folder / files.STATE, json.dumps(self._state(progress, step), indent=1))
 
-        gather(write_rest)
+        on_every_rank(write_rest)
         for family in self.families:
             told = {**self._state(progress, step), "run_config": self.run_config}
             family.write_files(self.models, folder, told)
-        own = gather(lambda: files.digests(folder, _files_of(folder, rank)))
+        own = gather_or_raise(lambda: files.digests(folder, _files_of(folder, rank)))
         on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
 
     def _state(self, progress: TrainingProgress, optimizer_step: int | None) -> dict[str, Any]:
@@ -249,37 +260,34 @@ class Checkpointer:
         }
 
     def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
-        stored = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
-        wanted = self._model_state(stored if self.loads_what_fits else None)
-        whole = not self.loads_what_fits
-        tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary, whole=whole)
-        optimizer = None
-        if not (self.config.finetune or self.config.no_load_optim or self.loads_what_fits):
-            if state["optimizer_step"] is None:
-                raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
-            optimizer = OptimizerState(self.optimizer, wanted)
-            main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)
-            wanted |= {"optimizer": optimizer.sharded(is_loading=True, with_main_params=main_params)}
-            tensors.check(wanted, stored, folder, same_vocabulary=same_vocabulary)
-        loaded = tensors.read(wanted, folder)
-        tensors.load_model_state(self.models, loaded, strict=self.base is None and whole)
-        if optimizer is None:
+        tensors.read_into(
+            self.models,
+            folder,
+            wanted=self._wanted(),
+            whole=not self.loads_what_fits,
+            same_vocabulary=same_vocabulary,
+        )
+        if self.config.finetune or self.config.no_load_optim or self.loads_what_fits:
             self.optimizer.reload_model_params()
-        else:
-            optimizer.restore(loaded.get("optimizer", {}), state["optimizer_step"])
+            return
+        step = state["optimizer_step"]
+        if step is None:
+            raise ValueError(f"{folder}: holds no optimizer state; add --no-load-optim or --finetune")
+        optimizer = OptimizerState(self.optimizer, tensors.model_state(self.models, self._keeps()))
+        tensors.load_optimizer(optimizer, folder, step, same_vocabulary=same_vocabulary)
 
     def _load_random_state(self, folder: Path, state: dict[str, Any], progress: TrainingProgress) -> None:
         if self.config.no_load_rng:
             return
         path = folder / random_state.file_name(dist.get_rank())
         same_cut = _cut(self.models) == state["cut"]
-        why = random_state.load(path) if same_cut else "the run is cut differently"
+        why = random_state.load(path) if same_cut else "the parallel layout differs from the checkpoint's"
         if why is not None:
             random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
-            self.message(f"random numbers are seeded anew at step {progress.iteration}: {why}")
+            self.message(f"random generators are re-seeded at step {progress.iteration}: {why}")
 
     def _remove_older(self, root: Path, name: str) -> None:
-        """Removes what a new checkpoint makes superfluous; a failure is only told. Collective."""
+        """Removes old checkpoints after a save, as the flags require; a failure is only reported. Collective."""
         keep, iteration = self.config.keep_last, files.step_of(name) or 0
         overwrites = self.config.overwrite_checkpoints and not self._has_saved
         self._has_saved = True
@@ -303,49 +311,49 @@ def load_weights(
     vocab_size: int | None = None,
     ckpt_step: int | None = None,
 ) -> Path:
-    """Loads the model alone, at any parallel layout, for tools that evaluate, generate or convert; collective.
+    """Loads only the model, in any parallel layout, for tools that evaluate, generate or convert; collective.
 
-    Where the checkpoint was made on top of a base, that is loaded first.
+    If the checkpoint has a base checkpoint, that is loaded first.
 
     Args:
-        path: a directory of checkpoints, or one checkpoint's own.
-        chunks: this rank's model chunks, wrapped or not, built as `read_run_config` tells.
-        families: those of the model.
-        vocab_size: the tokenizer's size; where it is the checkpoint's, the vocabulary may be padded differently.
-        ckpt_step: the step to load instead of the newest.
+        path: a directory of checkpoints, or the directory of one checkpoint.
+        chunks: this rank's model chunks, wrapped or unwrapped, built with the configuration of `read_run_config`.
+        families: the families of the model.
+        vocab_size: the tokenizer's vocabulary size; if it equals the checkpoint's, the padding may differ.
+        ckpt_step: the step to load; None for the newest.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        ValueError: the checkpoint is damaged or of another model.
-        OSError: there is none, or it cannot be read.
+        ValueError: the checkpoint is damaged, or it is one of another model.
+        OSError: there is no checkpoint, or it cannot be read.
     """
     folder = on_first_rank(lambda: _existing(path, ckpt_step))
     stored, _ = _read_verified(folder)
-    models: list[GPTModel] = unwrap_model(chunks)
-    shapes = gather(lambda: tensors.stored_shapes(folder))[dist.get_rank()]
+    models: list[GPTModel] = unwrap_models(chunks)
     base = on_first_rank(lambda: BaseCheckpoint.of_run(stored))
     of_base = base_parameter_ids(models)
     if base is not None:
         base.load(models, stored, families)
-    wanted = tensors.model_state(
-        models, None if base is None else lambda name, value: name in shapes or id(value) not in of_base
+    tensors.read_into(
+        models,
+        folder,
+        wanted=None if base is None else lambda name, value, names: name in names or id(value) not in of_base,
+        same_vocabulary=vocab_size == stored["vocab_size"],
     )
-    tensors.check(wanted, shapes, folder, same_vocabulary=vocab_size == stored["vocab_size"])
-    tensors.load_model_state(models, tensors.read(wanted, folder), strict=base is None)
     return folder
 
 
 def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
-    """The configuration with which a checkpoint was made; needs no process group.
+    """Reads the configuration with which a checkpoint was trained; needs no process group.
 
     Args:
-        path: a directory of checkpoints, or one checkpoint's own.
-        ckpt_step: the step to look at instead of the newest.
+        path: a directory of checkpoints, or the directory of one checkpoint.
+        ckpt_step: the step of the checkpoint; None for the newest.
 
     Returns:
-        A section a concern (`model`, ...), `vocab_size`, and `families`: name -> its configuration.
+        One section per config group (`model`, ...), `vocab_size`, and `families`: name -> its configuration.
 
     Raises:
         ValueError: the file is damaged.
@@ -357,28 +365,27 @@ def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
 
 
 def read_step(folder: Path) -> int:
-    """Optimizer steps that the model of a checkpoint, whose own directory is given, was trained for."""
+    """Returns how many steps the model of a checkpoint was trained; `folder` is the checkpoint's own directory."""
     return int(files.read_json(folder / files.STATE)["progress"]["iteration"])
 
 
 def _existing(path: str, ckpt_step: int | None) -> Path:
     folder = files.find_checkpoint(path, ckpt_step)
     if folder is None:
-        raise FileNotFoundError(f"{path}: no checkpoint there")
+        raise FileNotFoundError(f"{path}: no checkpoint found")
     return folder
 
 
 def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run configuration and state of a checkpoint all of whose files match their checksums; collective."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    gather(lambda: files.verify_checkpoint(folder, rank, size))
-    return gather(
+    """Verifies a checkpoint's files, and returns its run configuration and state; collective."""
+    tensors.verify(folder)
+    return on_every_rank(
         lambda: (files.read_json(folder / files.RUN_CONFIG), files.read_json(folder / files.STATE))
-    )[rank]
+    )
 
 
 def _files_of(folder: Path, rank: int) -> list[str]:
-    """Files that a rank has written, relative to the checkpoint; rank 0 answers for all that bear no rank."""
+    """Returns the files that a rank has written, relative to the checkpoint; rank 0's include all without a rank."""
     names = [str(path.relative_to(folder)) for path in folder.glob(f"__{rank}_*.distcp")]
     names += [name for name in [random_state.file_name(rank)] if (folder / name).is_file()]
     if rank == 0:
@@ -387,7 +394,7 @@ def _files_of(folder: Path, rank: int) -> list[str]:
 
 
 def _cut(models: list[GPTModel]) -> dict[str, int]:
-    """What must be equal for each rank to find its own random numbers."""
+    """Returns the layout that must be equal for every rank to find its own random state."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),

@@ -1,6 +1,6 @@
-"""What a directory holds that is no complete checkpoint of this program: in words, with what to do about it.
+"""Describes a directory that is not a complete checkpoint of this program, and what the user can do about it.
 
-A run that is told to load such a directory must not begin from scratch as if nothing were there.
+A run that loads such a directory must not silently start from scratch.
 """
 
 import contextlib
@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 
 SERIES = ("progressive.json", "training_info.json")
-"""Files of a series of trainings (progressive growth, NPT's sequential mode); its checkpoints are in folders below."""
+"""Files of a series of trainings (progressive growth, NPT's sequential mode), whose checkpoints are in subdirectories.
+"""
 
 OF_MEGATRON = (
-    "a checkpoint of Megatron-LM or another program; convert it to Hugging Face's format there, and that with "
-    "tools/convert_checkpoint.py import"
+    "a checkpoint of Megatron-LM or another program; convert it to Hugging Face's format with that program, and import "
+    "the result with tools/convert_checkpoint.py import"
 )
-"""Says so, and what to do."""
+"""Message for a checkpoint of another program."""
 
 _OWN_PARTS = {"run_config.json", "state.json"}
 _MEGATRON_PARTS = {
@@ -31,24 +32,24 @@ _HF_WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "
 
 
 def entries(folder: Path) -> list[str]:
-    """Names in a directory, none where it is missing.
+    """Returns the sorted names in a directory; empty if it does not exist.
 
     Raises:
-        ValueError: it is a file.
-        OSError: it cannot be read.
+        ValueError: `folder` is a file.
+        OSError: the directory cannot be read.
     """
     try:
         return sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
         return []
     except NotADirectoryError:
-        raise ValueError(f"{folder}: a file, not a directory of checkpoints") from None
+        raise ValueError(f"{folder}: this is a file, not a directory of checkpoints") from None
     except OSError as error:
         raise OSError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def is_hugging_face(folder: Path) -> bool:
-    """True for a model in Hugging Face's format, told by config.json or its weights, which is no checkpoint of ours."""
+    """Returns whether a directory contains a model in Hugging Face's format and is not a checkpoint of this program."""
     names = entries(folder)
     if "checksums.json" in names or "latest_checkpointed_iteration.txt" in names:
         return False
@@ -60,19 +61,19 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def holds_np_weights(folder: Path) -> bool:
-    """True where NPT's factors lie, as in the `final/` of a run."""
+    """Returns whether a directory contains NP weight files, as the `final/` of a run does."""
     return any(name.startswith(_NP_WEIGHTS) for name in entries(folder))
 
 
 def foreign(folder: Path) -> str | None:
-    """Says what a directory without a complete checkpoint holds instead, None where it is nothing of the kind."""
+    """Describes what a directory without a complete checkpoint contains instead; None if it is nothing known."""
     names = set(entries(folder))
     if names & _OWN_PARTS:
         return "not a complete checkpoint of this program, checksums.json is missing; copy it again, whole"
     if names & _MEGATRON_PARTS or any(name.startswith(_MEGATRON_PREFIXES) for name in names):
         return OF_MEGATRON
     if any(_NP_WEIGHTS in name for name in names):
-        return "NP weights without a model; they are for --load-npt-weights, beside the checkpoint of their base model"
+        return "NP weights without a model; load their base model's checkpoint and pass these to --load-npt-weights"
     if is_hugging_face(folder):
-        return "a model in Hugging Face's format; tools/convert_checkpoint.py import makes a checkpoint of it"
+        return "a model in Hugging Face's format; convert it with tools/convert_checkpoint.py import"
     return None

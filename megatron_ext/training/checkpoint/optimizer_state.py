@@ -1,17 +1,17 @@
-"""The optimizer's tensors in a form that depends neither on the cut nor on which of the engine's optimizers has them.
+"""The optimizer's tensors in a format that depends neither on the parallel layout nor on the kind of optimizer.
 
-Every parameter has its Adam moments, and in bf16 its fp32 main weight, under the parameter's own global name and shape:
+Every parameter has its Adam moments, and in bf16 runs its fp32 main weight, under its global name and in its shape:
 
     optimizer.state.exp_avg.{name}    optimizer.state.exp_avg_sq.{name}    optimizer.state.param.{name}  (bf16 only)
 
-That is the distributed optimizer's `fully_reshardable` format, less the copy of fp32 weights; the plain optimizers are
-put into it as well. The engine's own code for it is not used: it forgets the padding between gradient buckets, so that
+This is the distributed optimizer's `fully_reshardable` format without the copy of fp32 weights; the plain optimizers
+use it as well. The engine's own code for it is not used: it ignores the padding between gradient buckets, so that
 parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with several buckets, or
-a word embedding that stages share), and it cannot load into torch's Adam. Learning rates and the like are not in here:
-they follow from the configuration and the schedule. Adam's step count is one number for all parameters, kept apart.
+a word embedding that stages share), and it cannot load into torch's Adam. Learning rates are not stored: they follow
+from the configuration and the schedule. Adam's step count is one number for all parameters, stored separately.
 
-A parameter that was trained before the run began, in a smaller model, may carry the updates of that time in its
-attribute `earlier_steps`; torch's Adam then counts on from them. Transformer Engine's and Apex's count by group.
+A parameter that was already trained in a smaller model may have the number of those updates in its attribute
+`earlier_steps`; torch's Adam continues to count from it. Transformer Engine's and Apex's Adam count per group.
 """
 
 from collections.abc import Iterator
@@ -33,25 +33,25 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Held:
-    """What this rank's optimizer holds of one parameter: all of it, or a range of the distributed optimizer's."""
+    """The part of one parameter's state on this rank: all of it, or a range with the distributed optimizer."""
 
     model_param: torch.Tensor
     main_param: torch.Tensor
-    """The tensor that is updated: the model's own, a copy in fp32, or a part of either."""
+    """The tensor that the optimizer updates: the model's own, an fp32 copy, or a part of either."""
     tensors: dict[str, torch.Tensor]
-    """The moments, and `param` where the updated weights are not the model's own tensor."""
+    """The moments, and `param` if the optimizer does not update the model's own tensor."""
     start: int
     end: int
-    """Range in the flattened parameter."""
+    """End of the range in the flattened parameter that `start` begins."""
 
 
 class OptimizerState:
-    """Reads and writes the tensors of an engine optimizer."""
+    """Converts an engine optimizer's tensors to and from a sharded state dict."""
 
     def __init__(self, optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> None:
         """Args:
-        optimizer: as `get_megatron_optimizer` makes it.
-        model_state: the sharded state dict of this rank's model, all chunks.
+        optimizer: an optimizer built by `get_megatron_optimizer`.
+        model_state: the sharded state dict of all chunks of this rank.
         """
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
         self._parts = [part for part in parts if not part.is_stub_optimizer]
@@ -61,15 +61,15 @@ class OptimizerState:
             _fill_state(part)
 
     def step(self) -> int:
-        """Updates done so far, as Adam counts them; 0 on a rank without trainable parameters."""
+        """Returns Adam's step count; 0 on a rank without trainable parameters."""
         return max(map(_step, self._parts), default=0)
 
     def sharded(self, *, is_loading: bool, with_main_params: bool = True) -> dict[int, Any]:
-        """The sharded state dict; collective.
+        """Returns the sharded state dict; collective.
 
         Args:
-            is_loading: it is to be filled, else it is to be saved.
-            with_main_params: False leaves out main weights; `restore` then takes them from the model.
+            is_loading: whether the state dict is to be filled from a checkpoint or to be saved.
+            with_main_params: whether to include main weights; otherwise `restore` copies them from the model.
         """
         state = {}
         for part in self._parts:
@@ -85,11 +85,11 @@ class OptimizerState:
 
     @torch.no_grad()
     def restore(self, state: dict[int, Any], step: int) -> None:
-        """Takes a filled state dict of `sharded`; the model must have been restored before.
+        """Copies a loaded state dict into the optimizer; the model must have been loaded before.
 
         Args:
-            state: what the engine's loader gave; parameters that are left out in it keep the state that they have.
-            step: updates done so far, as Adam counts them.
+            state: the state dict of `sharded`, filled by the engine's loader; missing parameters keep their state.
+            step: Adam's step count.
         """
         for part in self._parts:
             for held in _held(part):
@@ -116,7 +116,7 @@ def _held(part: MegatronOptimizer) -> Iterator[_Held]:
 
 
 def _held_of_bucket(part: DistributedOptimizer, bucket_ranges: dict[str, Any]) -> Iterator[_Held]:
-    # Not by the engine's `model_param_group_index_map`, which is wrong where a group has bf16 and fp32 parameters.
+    # The engine's `model_param_group_index_map` is wrong if a group has both bf16 and fp32 parameters.
     groups = (
         *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
         *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),
@@ -135,7 +135,7 @@ def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, tor
 def _whole(
     part: MegatronOptimizer, is_loading: bool
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Parameters with their whole state: the optimizer's own tensors, or for the distributed one copies of them."""
+    """Yields parameters with their whole state: the optimizer's own tensors, or copies with the distributed one."""
     if isinstance(part, DistributedOptimizer) and not is_loading:
         for buffer, buffer_ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
             for bucket, ranges in zip(buffer.buckets, next(iter(buffer_ranges.values())), strict=True):
@@ -151,8 +151,8 @@ def _whole(
 def _gathered(
     part: DistributedOptimizer, places: dict[torch.Tensor, Any], bucket: Any, ranges: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """A bucket's parameters with their whole state, gathered on the first data-parallel rank; nothing on others."""
-    # The copies are in the CPU's memory; where the group itself is gloo's there is no other.
+    """Yields a bucket's parameters with their gathered state on the first data-parallel rank; nothing on others."""
+    # Copies are gathered in CPU memory by gloo; if the group is gloo's itself, it has no separate gloo group.
     group = part.data_parallel_group_gloo or part.data_parallel_group
     names = ("param", *_MOMENTS)
     own = torch.zeros(len(names), bucket.grad_data.numel() // group.size())
@@ -172,7 +172,7 @@ def _gathered(
 
 
 def _parameter_pairs(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The model's parameters and the weights that are updated: fp32 copies in bf16, else the same."""
+    """Yields the model's parameters with the tensors that are updated: fp32 copies in bf16, otherwise the same."""
     if hasattr(part, "fp32_from_float16_groups"):
         for low, main in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(low, main, strict=True)
@@ -183,7 +183,7 @@ def _parameter_pairs(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, to
 
 
 def _keeps_step_per_parameter(inner: torch.optim.Optimizer) -> bool:
-    """True for torch's Adam; Transformer Engine's and Apex's keep one step in the parameter group."""
+    # torch's Adam does; Transformer Engine's and Apex's keep one step count in the parameter group.
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 
@@ -192,7 +192,7 @@ def _earlier_steps(model_param: torch.Tensor) -> int:
 
 
 def _fill_state(part: MegatronOptimizer) -> None:
-    """Gives every parameter its (zero) state where no step was done yet, as torch's Adam does at the first step."""
+    """Creates the optimizer's zero state before its first step, as torch's Adam does in that step."""
     inner = part.optimizer
     part.init_state_fn(inner, part.config)
     if _keeps_step_per_parameter(inner):
@@ -216,7 +216,7 @@ def _step(part: MegatronOptimizer) -> int:
         }
     else:
         steps = {int(group.get("step", 0)) for group in inner.param_groups if group["params"]}
-    assert len(steps) <= 1, f"parameters were updated unequally often: {sorted(steps)}"
+    assert len(steps) <= 1, f"all parameters must have the same number of updates, found {sorted(steps)}"
     return max(steps, default=0)
 
 

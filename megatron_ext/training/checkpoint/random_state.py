@@ -1,7 +1,7 @@
-"""This rank's random number generators as tensors and numbers: torch, CUDA, numpy, Python, the engine's named streams.
+"""Saves and restores this rank's random generators: torch, CUDA, numpy, Python, and the engine's named streams.
 
-The engine keeps one stream that tensor-parallel ranks share and one of each rank's own (attention dropout); both are
-part of the state, so that a run that is resumed draws the same dropout masks as one that never stopped.
+The engine has one stream that tensor-parallel ranks share and one per rank (attention dropout). Both are saved, so that
+a resumed run samples the same dropout masks as a run that was never interrupted.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ext.platform import process_groups
-from megatron_ext.platform.collectives import gather
+from megatron_ext.platform.collectives import gather_or_raise
 from megatron_ext.platform.process_groups import seed_streams
 from megatron_ext.training.checkpoint.checkpoint_files import write_tensors
 
 _CUDA_STATE_BYTES = 16
-"""Size of a CUDA generator's state (seed and offset); a CPU generator's, of its table, has 5056 bytes."""
+"""Size of a CUDA generator's state (seed and offset); a CPU generator's state, a table, has 5056 bytes."""
 
 
 def random_state_now() -> dict[str, Any]:
-    """The state of all generators; tensors, numbers and dictionaries of them."""
+    """Returns the state of all generators as tensors, numbers and dictionaries of them."""
     legacy: Any = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
     return {
@@ -39,7 +39,7 @@ def random_state_now() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Takes what `capture` gave."""
+    """Restores the state that `random_state_now` returned."""
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(dict(state["engine"]))
@@ -58,7 +58,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def file_name(rank: int) -> str:
-    """Where a rank's generators are kept inside a checkpoint."""
+    """Returns the path of a rank's file inside a checkpoint."""
     return f"rng/rank_{rank:05d}.pt"
 
 
@@ -68,41 +68,43 @@ def save(path: Path) -> None:
 
 
 def load(path: Path) -> str | None:
-    """Takes what `save` wrote; collective.
+    """Restores what `save` wrote; collective.
 
     Args:
-        path: of this rank's file.
+        path: this rank's file.
 
     Returns:
-        Why nothing is taken, on any rank: a file is missing, or the generators are those of another kind of device.
+        None, or the reason why no rank restores its state: a file is missing, or it was written on another kind of
+        device.
     """
-    if not all(gather(path.is_file)):
-        return "the checkpoint holds none"
+    if not all(gather_or_raise(path.is_file)):
+        return "the checkpoint does not contain their state"
     state: dict[str, Any] = {}
 
     def read() -> str:
         state.update(torch.load(path, weights_only=True))
         return _device_of(state)
 
-    kinds = gather(read)
+    kinds = gather_or_raise(read)
     ours = process_groups.device().type
     if any(kind != ours for kind in kinds):
-        return f"they are those of {' and '.join(sorted(set(kinds)))}, the run is on {ours}"
+        return f"the checkpoint's are for {' and '.join(sorted(set(kinds)))}, but the run uses {ours}"
     restore_random_state(state)
     return None
 
 
 def _device_of(state: dict[str, Any]) -> str:
-    """The kind of device, cpu or cuda, whose generators these are; files of before it was noted tell by the size."""
+    """Returns the kind of device, cpu or cuda, to which a state belongs."""
+    # Files of the first version do not name the device; the size of the state shows it.
     return str(state.get("device") or ("cuda" if state["cuda"].numel() == _CUDA_STATE_BYTES else "cpu"))
 
 
 def reseed(seed: int, iteration: int) -> None:
-    """Seeds all generators from the run's seed and the step, so that no earlier dropout mask comes again.
+    """Seeds all generators from the run's seed and a step, so that no earlier dropout mask is repeated.
 
     Args:
         seed: the run's seed.
-        iteration: the step at which the run goes on.
+        iteration: the step from which the run resumes.
     """
     digest = hashlib.sha256(f"{seed}:{iteration}".encode()).digest()
     own = seed_streams(int.from_bytes(digest[:4], "little") // 2)

@@ -1,13 +1,14 @@
-"""May a run load from its --load and write to its --save? Nothing is read but names, nothing is written.
+"""Checks whether a run may load from its --load and write to its --save, by the names of files only.
 
-A run begins from scratch only where there is nothing to load: no directory, or an empty one. It writes only where it
-loses nothing: there, or where it goes on from what is there. `--overwrite-checkpoints` takes the place of another run.
+A run starts from scratch only if there is nothing to load: no directory, or an empty one. It writes only to a directory
+without checkpoints or to the one from which it resumes; `--overwrite-checkpoints` permits replacing another run.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import on_this_machine
 from megatron_ext.training.checkpoint import checkpoint_files as files
@@ -15,96 +16,100 @@ from megatron_ext.training.checkpoint import incomplete_checkpoints as kinds
 
 
 def check_directories(config: CheckpointConfig, *, writes: bool) -> None:
-    """Raises unless a run may load and write as its flags say.
+    """Checks that a run may load from and write to the directories of its flags.
 
-    Called on every rank before the process group starts, and again, on rank 0, when the run has locked its directory:
-    another run may have come and gone in between.
+    Called on every rank before the process group starts, and again on rank 0 when the run has locked its directory,
+    because another run may have written to it in between.
 
     Args:
-        config: of the run.
-        writes: it trains, and saves if --save is given.
+        config: the run's checkpoint flags.
+        writes: whether the run trains, and therefore saves if --save is given.
 
     Raises:
-        ValueError: something is there that would be lost, or that cannot be loaded.
-        OSError: a directory cannot be read, or `--ckpt-step` is not there.
+        ValueError: a directory contains checkpoints that would be lost, or something that cannot be loaded.
+        OSError: a directory cannot be read, or the step of `--ckpt-step` does not exist.
     """
     folder = checkpoint_to_load(config)
     if folder is None and config.load is not None and not writes:
-        raise ValueError(f"--load {config.load}: no checkpoint there, and --skip-train has no other model")
+        raise ValueError(f"--load {config.load}: no checkpoint found, and --skip-train needs one to evaluate")
     if config.save is None or config.overwrite_checkpoints or not writes:
         return
     step = step_to_go_on_from(config, folder)
     if step is None:
         check_unused(
             Path(config.save),
-            f"to go on with it give --load {config.save}{' without --finetune' if config.finetune else ''}, to begin "
-            "another one give an empty --save, or --overwrite-checkpoints to replace it",
+            f"to continue it pass --load {config.save}{' without --finetune' if config.finetune else ''}; to start "
+            "another run pass an empty --save, or --overwrite-checkpoints to replace it",
         )
         return
     later = later_steps(config, step)
     if later and _is_chosen(config):
         raise ValueError(
-            f"--save {config.save}: holds {later}, after the step {step} that is loaded; "
-            f"to go on from the newest give --load {config.save} alone, else another --save, or "
+            f"--save {config.save}: contains {later}, which are later than the loaded step {step}; "
+            f"to continue from the newest pass only --load {config.save}; otherwise pass another --save, or "
             "--overwrite-checkpoints to replace them"
         )
 
 
 def check_unused(save: Path, remedy: str, but_for: Collection[str] = ()) -> None:
-    """Raises `ValueError` where a directory holds checkpoints, or is one.
+    """Checks that a directory neither contains checkpoints nor is one itself.
 
     Args:
         save: the directory.
-        remedy: the end of the message.
-        but_for: file of the series of trainings that may be in it, one of `checkpoint_kinds.SERIES`.
+        remedy: what the user can do, appended to the error.
+        but_for: the series file (see `incomplete_checkpoints.SERIES`) that the directory may contain.
+
+    Raises:
+        ValueError: the directory is in use.
     """
     names = kinds.entries(save)
     steps = files.step_folders(save)
     series = [name for name in kinds.SERIES if name in names and name not in but_for]
     if files.CHECKSUMS in names:
-        raise ValueError(f"--save {save}: is a checkpoint itself; give a directory for checkpoints")
+        raise ValueError(f"--save {save}: this is a checkpoint itself; pass a directory for checkpoints")
     if steps or "release" in names:
-        raise ValueError(f"--save {save}: holds another run (steps {_listed(steps)}); {remedy}")
+        raise ValueError(f"--save {save}: contains another run (steps {_listed(steps)}); {remedy}")
     if series:
-        raise ValueError(f"--save {save}: holds a series of trainings ({series[0]}); {remedy}")
+        raise ValueError(f"--save {save}: contains a series of trainings ({series[0]}); {remedy}")
 
 
 def checkpoint_to_load(config: CheckpointConfig) -> Path | None:
-    """The checkpoint that a run begins with, None where it begins from scratch: without --load, or in --save itself.
+    """Returns the checkpoint that a run loads, or None if it starts from scratch.
+
+    A run starts from scratch without --load, or if --load is --save and contains no checkpoint yet.
 
     Raises:
-        ValueError, OSError: see `find_checkpoint`; or a directory other than --save holds none.
+        ValueError, OSError: see `find_checkpoint`; or --load is not --save and contains no checkpoint.
     """
     if config.load is None:
         return None
     folder = files.find_checkpoint(config.load, config.ckpt_step)
     if folder is None and not _same(config.load, config.save):
-        # In --save itself nothing, or other things (logs, curves), may lie before the first checkpoint does.
+        # --save itself may contain other files (logs, curves) before the first checkpoint.
         names = [name for name in kinds.entries(Path(config.load)) if not name.startswith(".")]
-        there = f"holds no checkpoint (there: {_listed(names)})" if names else "no checkpoint there"
+        there = f"contains no checkpoint, only {_listed(names)}" if names else "no checkpoint found"
         raise ValueError(
-            f"--load {config.load}: {there}; leave it out to start from scratch, or give the directory of --save"
+            f"--load {config.load}: {there}; omit --load to start from scratch, or pass the directory of --save"
         )
     return folder
 
 
-def stored_sections(given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """Sections of the configuration with which the checkpoint of `--load` was made, as defaults of a run that loads it.
+def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Found]:
+    """Returns config groups of the checkpoint of `--load`, as defaults of the run that loads it.
 
     Args:
-        given: the flags of the command line by field name, `load` among them.
-        names: of the sections that are wanted; another `--tokenizer-type` leaves out the tokenizer's.
+        given: name of a field -> value, from command line and YAML file; without `load` the result is empty.
+        names: the wanted groups; the tokenizer's is omitted if `--tokenizer-type` differs.
 
     Raises:
-        ValueError, OSError: see `find_checkpoint`; or the configuration is damaged.
+        ValueError, OSError: see `find_checkpoint`; or the configuration file is damaged.
     """
-    step = int(given["ckpt_step"]) if given.get("ckpt_step", "").isdecimal() else None
-    folder = files.find_checkpoint(given["load"], step)
-    return {} if folder is None else sections_of(folder, given, names)
+    folder = files.find_checkpoint(given["load"], given.get("ckpt_step")) if "load" in given else None
+    return [] if folder is None else [Found(f"checkpoint {folder}", sections_of(folder, given, names))]
 
 
-def sections_of(folder: Path, given: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """The same of a checkpoint's own directory."""
+def sections_of(folder: Path, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Returns config groups of one checkpoint, by name; the arguments are those of `stored_defaults`."""
     files.verify_checkpoint(folder, names=[files.RUN_CONFIG])
     stored = files.read_json(folder / files.RUN_CONFIG)
     found = {name: stored[name] for name in names if name in stored}
@@ -116,14 +121,14 @@ def sections_of(folder: Path, given: Mapping[str, str], names: Sequence[str]) ->
 
 
 def step_to_go_on_from(config: CheckpointConfig, folder: Path | None) -> int | None:
-    """The step of the checkpoint that is loaded where the run goes on in that checkpoint's own directory, else None."""
+    """Returns the loaded checkpoint's step if the run continues in that checkpoint's directory, otherwise None."""
     if folder is None or config.finetune or not _same(folder.resolve().parent, config.save):
         return None
     return files.step_of(folder.resolve().name.removeprefix(files.REPLACED))
 
 
 def later_steps(config: CheckpointConfig, step: int | None) -> str:
-    """In words, the checkpoints in --save after a step; empty where there are none, or the step is None."""
+    """Lists the checkpoints in --save after `step` in words; empty if there are none or `step` is None."""
     if config.save is None or step is None:
         return ""
     later = [other for other in files.step_folders(Path(config.save)) if other > step]
@@ -131,7 +136,8 @@ def later_steps(config: CheckpointConfig, step: int | None) -> str:
 
 
 def _is_chosen(config: CheckpointConfig) -> bool:
-    """True where the step was chosen, not found: then steps after it are no remains of this run's own last save."""
+    # If the user chose the step, later steps belong to a run that would be overwritten. Otherwise the tracker chose it,
+    # and later steps are remains of this run's own interrupted save.
     return config.ckpt_step is not None or not _same(config.load, config.save)
 
 

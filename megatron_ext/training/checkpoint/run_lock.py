@@ -1,12 +1,12 @@
-"""One run at a time writes to a directory of checkpoints.
+"""A lock that lets only one run at a time write to a directory of checkpoints.
 
-A run may still be there, unseen: after `kill -9` of torchrun its workers finish their step and save, and would do so
-beside the run that is started in their place. So rank 0 holds a lock on a file in the directory while the run lasts.
+After `kill -9` of torchrun its workers still finish their step and save, and would write into the directory of the run
+that replaces them. Rank 0 therefore holds a lock on a file in the directory while the run lasts.
 
-It is a POSIX record lock: the operating system ends it with the process, however that ends; data workers forked from it
-do not hold it; a process does not lock itself out; other hosts see it where the file system passes locks on (NFS does).
-A file system that has no locks is used without. The file says who holds it, and is removed at the end; one that a
-killed run has left is not locked, and means nothing.
+It is a POSIX record lock. The operating system releases it when the process ends for any reason; forked data workers do
+not hold it; a process does not lock out itself; other hosts see it if the file system supports that (NFS does). On a
+file system without locks the run continues without one. The file names its holder and is removed at the end; a file
+left by a killed run is not locked and has no effect.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ _UNKNOWN = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 @contextlib.contextmanager
 def run_lock(save: str | None) -> Iterator[None]:
-    """Within it no other run writes to a directory. Collective on entry.
+    """Context in which no other run writes to a directory. Collective on entry.
 
     Args:
-        save: the directory, rank 0's counts; made if it is not there. None where the run writes to none.
+        save: the directory, created if it is missing (rank 0's value is used); None if the run does not save.
 
     Raises:
-        ValueError: another run holds it; on every rank.
+        ValueError: another run holds the lock; raised on every rank.
     """
     held: list[TextIO] = []
     if save is not None:
@@ -47,10 +47,13 @@ def run_lock(save: str | None) -> Iterator[None]:
 
 
 def take_lock(directory: Path) -> list[TextIO]:
-    """Locks a directory in this process: one open file, for `release_lock`; none where the file system has no locks.
+    """Locks a directory for this process.
+
+    Returns:
+        The open lock file in a list, to pass to `release_lock`; an empty list if the file system has no locks.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK_FILE
@@ -70,7 +73,7 @@ def take_lock(directory: Path) -> list[TextIO]:
             return []
         if _is_at(path, file):
             break
-        file.close()  # its holder has removed it in between; another one may be there
+        file.close()  # the previous holder has removed this file meanwhile; lock the new one
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -78,7 +81,7 @@ def take_lock(directory: Path) -> list[TextIO]:
 
 
 def release_lock(file: TextIO) -> None:
-    """Removes the file, while it is still locked, and ends the lock."""
+    """Removes the lock file while it is still locked, then releases the lock."""
     with contextlib.suppress(OSError):
         path = Path(file.name)
         if _is_at(path, file):
@@ -87,7 +90,7 @@ def release_lock(file: TextIO) -> None:
 
 
 def _is_at(path: Path, file: TextIO) -> bool:
-    """True where the open file is the one that the path names."""
+    """Returns whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Is a checkpoint one of this run's model? Compares configurations before any tensor is read, and names the flag.
+"""Checks that a checkpoint belongs to this run's model, by comparing configurations before any tensor is read.
 
-What only says how a run trains (dropout, batch size, the cut, ...) may differ.
+Settings of training (dropout, batch size, the parallel layout, ...) may differ.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.config.serialize import configs_from_dict
+from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers.tokenizer import in_words
 from megatron_ext.training.interface.family_interface import Family
 
@@ -30,7 +30,7 @@ _SHAPE = (
     "qk_layernorm",
     "untie_embeddings_and_output_weights",
 )
-"""Fields of `ModelConfig` that decide which tensors a layer has, and what is computed with them."""
+"""Fields of `ModelConfig` that determine a layer's tensors and what it computes with them."""
 
 _MEANING = (
     "rotary_base",
@@ -43,7 +43,7 @@ _MEANING = (
     "rope_original_max_position_embeddings",
     "norm_epsilon",
 )
-"""Fields that a fine-tuning may change on purpose."""
+"""Fields that fine-tuning may change intentionally."""
 
 
 def check_same_model(
@@ -53,13 +53,13 @@ def check_same_model(
 
     Args:
         run: the run's `run_config`, with sections `model` and `families` and `tokenizer_fingerprint`.
-        stored: the checkpoint's.
-        families: the run's families; each tells which of its fields may differ.
-        folder: the checkpoint, named in errors.
-        finetune: rotary base and the like, and the tokenizer, may differ.
+        stored: the checkpoint's `run_config`.
+        families: the run's families; their `free_on_resume` lists the fields that may differ.
+        folder: the checkpoint's directory, for errors.
+        finetune: whether the tokenizer, and fields such as the rotary base, may differ.
 
     Raises:
-        ValueError: naming the flag and both values.
+        ValueError: the models differ; the message names the flag and both values.
     """
     ours = _model(run)
     _same("num_layers", ours.num_layers, _model(stored).num_layers, folder)
@@ -68,13 +68,13 @@ def check_same_model(
         raise ValueError(
             f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer "
             f"({tokenizer_in_words(stored)}) than this run's ({tokenizer_in_words(run)}); "
-            "with --finetune its weights are taken all the same"
+            "to load its weights nevertheless, add --finetune"
         )
     _check_families(run["families"], stored["families"], families, folder)
 
 
 def tokenizer_in_words(run_config: Mapping[str, Any]) -> str:
-    """Class, size and files of a run's tokenizer."""
+    """Describes a run's tokenizer by class, vocabulary size and files."""
     section = run_config.get("tokenizer", {})
     files = [section[name] for name in ("tokenizer_model", "vocab_file", "merge_file") if section.get(name)]
     return in_words(
@@ -90,16 +90,16 @@ def tokenizer_in_words(run_config: Mapping[str, Any]) -> str:
 def check_same_layers(
     ours: ModelConfig, stored: Mapping[str, Any], folder: Path, *, finetune: bool = False
 ) -> None:
-    """Compares all but the number of layers.
+    """Compares the architecture of the layers, but not their number.
 
     Args:
-        ours: the run's model.
-        stored: the checkpoint's configuration.
-        folder: the checkpoint, named in errors.
+        ours: the run's model configuration.
+        stored: the checkpoint's `run_config`.
+        folder: the checkpoint's directory, for errors.
         finetune: see `check_same_model`.
 
     Raises:
-        ValueError: naming the flag and both values.
+        ValueError: the layers differ; the message names the flag and both values.
     """
     theirs = _model(stored)
     for name in _SHAPE if finetune else _SHAPE + _MEANING:
@@ -113,8 +113,8 @@ def _check_families(
     run: Mapping[str, Any], stored: Mapping[str, Any], families: list[Family], folder: Path
 ) -> None:
     for name in sorted(set(run) ^ set(stored)):
-        there, here = ("has", "this run has not") if name in stored else ("has not", "this run has")
-        raise ValueError(f"{folder}: the checkpoint {there} the family {name}, {here}")
+        there, here = ("has", "this run does not use") if name in stored else ("lacks", "this run uses")
+        raise ValueError(f"{folder}: the checkpoint {there} the family {name}, which {here}")
     for family in families:
         ours, theirs = _leaves(run[family.name]), _leaves(stored[family.name])
         for name in sorted(set(ours) | set(theirs)):
@@ -122,16 +122,16 @@ def _check_families(
                 _same(name, ours.get(name), theirs.get(name), folder)
 
 
-def _same(name: str, ours: Any, theirs: Any, folder: Path) -> None:
+def _same(name: str, ours: object, theirs: object, folder: Path) -> None:
     if ours == theirs:
         return
     if isinstance(ours, list) and isinstance(theirs, list):
-        raise ValueError(f"{flag_name(name)}: the checkpoint {folder} was made with another one")
+        raise ValueError(f"{flag_name(name)}: the checkpoint {folder} was made with another value")
     raise ValueError(f"{flag_name(name)} {ours}: the checkpoint {folder} was made with {theirs}")
 
 
 def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a family's configuration by field name, wherever they are nested."""
+    """Returns the values of a nested configuration by field name."""
     found: dict[str, Any] = {}
     for name, value in section.items():
         found |= _leaves(value) if isinstance(value, Mapping) else {name: value}
@@ -139,8 +139,8 @@ def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model(configuration: Mapping[str, Any]) -> ModelConfig:
-    return configs_from_dict({"model": ModelConfig}, configuration)["model"]
+    return group_in(ModelConfig, configuration, "model")
 
 
-def _resolved(model: ModelConfig, name: str) -> Any:
+def _resolved(model: ModelConfig, name: str) -> object:
     return getattr(model, f"resolved_{name}", getattr(model, name))

@@ -1,9 +1,9 @@
-"""The schedule's position and shape, for checkpoints.
+"""Saves and restores the learning-rate schedule: its position and its settings.
 
-A run that goes on with other values of the schedule than the checkpoint's must say which ones count:
-`--override-opt-param-scheduler` (the run's) or `--use-checkpoint-opt-param-scheduler` (the checkpoint's). The engine's
-own loading asserts instead of telling the flag, does not keep WSD's part, and leaves the parameter groups' rates,
-which are what it computes with, as they are.
+If the settings of a resumed run differ from the checkpoint's, the user must choose: `--override-opt-param-scheduler`
+(the run's) or `--use-checkpoint-opt-param-scheduler` (the checkpoint's). The engine's own loading is not used: it fails
+with an assertion that names no flag, ignores the WSD settings, and does not restore the parameter groups' rates, from
+which it computes the learning rate.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "wd_incr_style": ("weight_decay_incr_style",),
     "wd_incr_steps": (*_LENGTH, *_BATCH),
 }
-"""The schedule's own value (its lengths count samples) -> fields of the configuration that it follows from."""
+"""Attribute of the schedule (lengths are in samples) -> fields of the configuration on which it depends."""
 
 _WITHOUT_EFFECT_IF_CONSTANT = {
     "lr_decay_style": {"min_lr", "lr_decay_steps", "wsd_decay_steps", "lr_wsd_decay_style"},
@@ -40,7 +40,7 @@ _GROUP_FIELDS = ("max_lr", "min_lr")
 
 
 def scheduler_state_of(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
-    """The schedule as JSON values, and the rates of the parameter groups, which families may scale."""
+    """Returns the schedule, and the parameter groups' rates (which families may scale), as JSON values."""
     groups = [{name: group[name] for name in _GROUP_FIELDS} for group in scheduler.optimizer.param_groups]
     shape = {name: getattr(scheduler, name) for name in _SETTINGS}
     return {"num_steps": scheduler.num_steps, "shape": shape, "groups": groups}
@@ -54,20 +54,22 @@ def restore_scheduler(
     run: Mapping[str, Any],
     stored: Mapping[str, Any],
 ) -> None:
-    """Takes the position, and with `--use-checkpoint-opt-param-scheduler` the shape too.
+    """Restores the position, and with `--use-checkpoint-opt-param-scheduler` the settings as well.
 
     Args:
-        scheduler: of this run.
-        state: as `capture` gave it; None in a checkpoint that was imported.
-        folder: the checkpoint, named in errors.
-        run: the run's `run_config`, which has the settings as they were typed.
-        stored: the checkpoint's.
+        scheduler: this run's schedule.
+        state: the state from `scheduler_state_of`; None in an imported checkpoint.
+        folder: the checkpoint's directory, for errors.
+        run: the run's `run_config`, which has the settings as the user typed them.
+        stored: the checkpoint's `run_config`.
 
     Raises:
-        ValueError: the shapes differ and neither flag says which one counts, or there is no schedule.
+        ValueError: the settings differ and neither flag is given, or there is no schedule.
     """
     if state is None:
-        raise ValueError(f"{folder}: holds an imported model and no run to go on with; add --finetune")
+        raise ValueError(
+            f"{folder}: contains an imported model and no run that could be continued; add --finetune"
+        )
     if scheduler.use_checkpoint_opt_param_scheduler:
         _take_shape(scheduler, state, folder)
     elif not scheduler.override_opt_param_scheduler:
@@ -76,7 +78,7 @@ def restore_scheduler(
 
 
 def move_to(scheduler: OptimizerParamScheduler, samples: int) -> None:
-    """Sets the schedule's position, and the rates that follow from it."""
+    """Sets the schedule's position, and updates the rates accordingly."""
     scheduler.num_steps = samples
     scheduler.step(increment=0)
 
@@ -85,8 +87,8 @@ def _take_shape(scheduler: OptimizerParamScheduler, state: dict[str, Any], folde
     groups = scheduler.optimizer.param_groups
     if len(groups) != len(state["groups"]):
         raise ValueError(
-            f"--use-checkpoint-opt-param-scheduler: this run has {len(groups)} groups of parameters with rates of "
-            f"their own, {folder} has {len(state['groups'])}"
+            f"--use-checkpoint-opt-param-scheduler: this run has {len(groups)} parameter groups, but {folder} has "
+            f"{len(state['groups'])}; use --override-opt-param-scheduler instead"
         )
     for name, value in state["shape"].items():
         setattr(scheduler, name, value)
@@ -116,26 +118,26 @@ def _check_shape(
         if typed:
             differing[typed[0]] = our_fields.get(typed[0]), their_fields.get(typed[0])
         else:
-            # The number of model copies has changed, and with it the samples of a step.
+            # Only the data-parallel size has changed, and with it the samples per step.
             differing[fields[0]] = ours, theirs
     if differing:
         ours_told = ", ".join(f"{flag_name(name)} {_told(pair[0])}" for name, pair in differing.items())
         theirs_told = ", ".join(_told(pair[1]) for pair in differing.values())
         raise ValueError(
-            f"{ours_told}: the schedule in {folder} was made with {theirs_told}; add --override-opt-param-scheduler to "
-            "go on with this run's schedule, or --use-checkpoint-opt-param-scheduler with the checkpoint's"
+            f"{ours_told}: the schedule in {folder} was made with {theirs_told}; to continue with this run's schedule "
+            "add --override-opt-param-scheduler, with the checkpoint's --use-checkpoint-opt-param-scheduler"
         )
 
 
 def _fields(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field of a run's configuration by its name, which no other one has."""
+    """Returns all fields of a run's configuration by name; names are unique over the sections."""
     sections = [section for name, section in run_config.items() if name != "families"]
     return {
         name: value for section in sections if isinstance(section, Mapping) for name, value in section.items()
     }
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return "none" if value is None else str(value)

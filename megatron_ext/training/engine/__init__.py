@@ -1,1 +1,1 @@
-"""One training step on the engine: micro-batches, optimizer, gradient norms."""
+"""One training step on megatron-core: micro-batches, optimizer, gradient norms."""

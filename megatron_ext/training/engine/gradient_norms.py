@@ -1,16 +1,35 @@
-"""Norms of single gradients after the backward pass, as the optimizer sees them.
+"""Clips gradients by their global norm, and computes the norms of single gradients for statistics.
 
-Without the distributed optimizer every data-parallel rank ends with the whole reduced gradient in `main_grad`. With it
-a rank ends with its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
+Without the distributed optimizer every data-parallel rank has the whole reduced gradient in `main_grad`. With it a rank
+has only its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
 """
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
+    """Scales this rank's gradients in place so that their global norm does not exceed `largest`.
+
+    Args:
+        optimizer: holds the gradients.
+        norm: their global L2 norm.
+        largest: the limit of the norm.
+    """
+    # Not the engine's clipping: without Apex and Transformer Engine it allocates a scaled copy of all gradients.
+    factor = largest / (norm + 1.0e-6)
+    gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+    if factor < 1.0 and gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
-    """Tells each parameter which range of its flat gradient this rank reduces, under the distributed optimizer."""
+    """Stores in each parameter's `reduced_range` which part of its flat gradient this rank reduces.
+
+    Does nothing without the distributed optimizer.
+    """
     for chunk in wrapped:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
@@ -25,10 +44,13 @@ def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
 
 
 def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's part of the squared norm of a gradient: a float64 scalar; the parts of all model copies add up to it.
+    """Returns this rank's part of a gradient's squared norm; the parts of all data-parallel ranks add up to it.
 
     Args:
-        parameter: of a model that `wrap_model` has wrapped; a frozen one has no gradient and gives 0.
+        parameter: a parameter of a model wrapped by `wrap_model`; a frozen one has no gradient and gives 0.
+
+    Returns:
+        A scalar, float64.
     """
     gradient = getattr(parameter, "main_grad", None)
     if gradient is None:

@@ -1,7 +1,6 @@
 """Runs micro-batches through the model on megatron-core's pipeline schedules (none, 1F1B, interleaved).
 
-Callers see one function for every cut; what differs (one iterator a virtual stage, longer tensors between stages when
-auxiliary streams travel) is settled here.
+Callers use one function for every parallel layout.
 """
 
 import contextlib
@@ -15,11 +14,13 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
+from megatron_ext.training.engine.data_parallel import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 Prepare = Callable[[list[Batch]], Iterable[Batch]]
-"""Adds fields to micro-batches on the device, as `Family.prepare_batches`."""
+"""Adds fields to micro-batches on the device; see `Family.prepare_batches`."""
 
 
 def run_microbatches(
@@ -31,49 +32,49 @@ def run_microbatches(
     forward_only: bool,
     prepare: Prepare = list,
 ) -> list[dict[str, torch.Tensor]]:
-    """Forward (and backward) on every micro-batch.
+    """Runs the forward pass, and the backward pass if wanted, on every micro-batch. Collective.
+
+    With a backward pass the gradients are those of the mean loss over the tokens of the whole global batch.
 
     Args:
-        chunks: this rank's model chunks, wrapped or not.
-        families: asked for the model's auxiliary inputs.
+        chunks: this rank's model chunks, wrapped or unwrapped.
+        families: supply the model's auxiliary inputs.
         batches: micro-batches of equal shape, `tokens` [b, s].
-        output_loss: called on the last stage.
-        forward_only: no backward pass.
-        prepare: called on the micro-batches once they are on the device.
+        output_loss: computes the loss on the last stage.
+        forward_only: whether to omit the backward pass.
+        prepare: adds fields to the micro-batches once they are on the device.
 
     Returns:
-        The output loss's second value for each micro-batch on the last stage, an empty list on the others. With a
-        backward pass the gradients are those of the mean over the tokens of the whole global batch.
+        On the last stage the logged sums of `output_loss` for each micro-batch, on other stages an empty list.
     """
-    device = torch.device(torch.cuda.current_device())
+    device = process_groups.device()
     moved = [
         {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
     ]
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
-    _unwrapped(chunks[0]).check_length(sequence_length)
+    unwrap_model(chunks[0]).check_length(sequence_length)
     divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        # A stage's passes follow the schedule; what is made on the way must be there before it begins.
+        # The schedule interleaves the stages' communication; a collective inside a lazy `prepare` would block it.
         prepared = list(prepared)
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, families, output_loss, divisor),
-        # Every virtual stage works on the same micro-batches.
+        # Every virtual stage processes the same micro-batches.
         data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(moved),
-        # Side streams travel as further rows, so between stages the sequence is longer.
-        seq_length=sequence_length * _pipeline_factor(_unwrapped(chunks[0])),
+        # Auxiliary streams travel as further rows, so the sequence between stages is longer.
+        seq_length=sequence_length * _pipeline_factor(unwrap_model(chunks[0])),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
 
 
 def _mean_weight(batches: list[Batch]) -> torch.Tensor:
-    """Sum of the global batch's loss weights per micro-batch and data-parallel rank; 1 where no token counts.
-
-    The engine averages gradients over both, so a micro-batch's sum divided by this is its part of the global mean.
-    """
+    """Returns the mean of the loss weights' sum over micro-batches and data-parallel ranks; 1 if all weights are 0."""
+    # The engine averages gradients over both, so a micro-batch's loss sum divided by this is its part of the mean loss
+    # over the global batch.
     total = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     dist.all_reduce(total, group=group)
@@ -89,7 +90,7 @@ def _forward_step(
     model: Any,
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    chunk = _unwrapped(model)
+    chunk = unwrap_model(model)
     with chunk.without_head() if output_loss.reads == "hidden" else contextlib.nullcontext():
         output = model(
             batch["tokens"],
@@ -109,14 +110,15 @@ def _loss(
 
 
 def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:
-    """What the output layer would read of one micro-batch, [s, b, h] ([s/t, b, h]), without a pipeline.
-
-    Not by the engine's schedule, which may be under way.
+    """Runs one micro-batch without the engine's schedule, and so can be called while the schedule runs.
 
     Args:
-        chunk: the whole model, unwrapped.
-        families: asked for the model's auxiliary inputs.
-        batch: on the device.
+        chunk: the whole model (pipeline-parallel size 1), unwrapped.
+        families: supply the model's auxiliary inputs.
+        batch: a micro-batch on the device.
+
+    Returns:
+        The output layer's input, [s, b, h] ([s/t, b, h] under sequence parallel).
     """
     with chunk.without_head():
         return chunk(
@@ -125,12 +127,6 @@ def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch
             batch.get("attention_mask"),
             auxiliary_inputs=auxiliary_inputs(families, batch),
         )
-
-
-def _unwrapped(chunk: Any) -> GPTModel:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _pipeline_factor(chunk: GPTModel) -> int:

@@ -1,8 +1,8 @@
 """One training step, and one evaluation.
 
-    loss of a step = weighted mean over the tokens of the global batch, see `output_loss`
+    loss of a step = weighted mean over the tokens of the global batch; see `output_losses`
 
-A step whose loss or gradient norm is not finite changes nothing: no parameter, no optimizer state, no schedule.
+A step whose loss or gradient norm is not finite is skipped: it changes no parameter, no optimizer state, no schedule.
 """
 
 import math
@@ -21,43 +21,45 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
+from megatron_ext.training.engine.data_parallel import unwrap_models
+from megatron_ext.training.engine.gradient_norms import clip_gradients
 from megatron_ext.training.engine.microbatches import run_microbatches
-from megatron_ext.training.engine.optimizer import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import select_output_loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step did; the same on every rank."""
+    """Results of one step, equal on every rank except `statistics`."""
 
     losses: dict[str, float]
-    """Means before the update, by name: `lm loss` in nats a token, or what a family trains for in its place; and what
-    families make of a step's values."""
+    """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the family that replaces
+    it; also the families' summaries of the step's values."""
 
     layer_losses: dict[str, float]
-    """Losses attached to layers, and what else layers have recorded, by name."""
+    """Means of the losses attached to layers and of other values recorded by layers, by name."""
 
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
 
     params_norm: float | None
-    """Global L2 norm of the parameters before the update, where it is asked for."""
+    """Global L2 norm of the parameters before the update; None unless `--log-params-norm`."""
 
     skipped: bool
-    """Loss or gradient was not finite; nothing was changed."""
+    """Whether the update was skipped because the loss or gradient norm is not finite."""
 
     statistics: dict[str, float]
-    """Families' statistics of this step, where they were due; complete on rank 0."""
+    """The families' statistics of this step; empty between their intervals, complete only on rank 0."""
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy a token in nats; nan where the family that brings the output loss leaves it out."""
+        """Mean cross-entropy in nats per token; nan if a family's output loss does not compute it."""
         return self.losses.get("lm loss", math.nan)
 
 
 class Stepper:
-    """Runs steps and evaluations of one model."""
+    """Runs training steps and evaluations of one model."""
 
     def __init__(
         self,
@@ -72,17 +74,17 @@ class Stepper:
         log_params_norm: bool = False,
     ) -> None:
         """Args:
-        chunks: the wrapped model chunks of this rank.
-        families: asked for their model inputs and statistics.
-        optimizer: over `chunks`.
-        scheduler: stepped by the global batch.
-        global_batch_size: sequences in a step.
-        micro_batch_size: sequences in a micro-batch.
-        clip_grad: largest gradient norm, 0 for none.
-        log_params_norm: compute the parameters' norm in every step.
+        chunks: this rank's model chunks, wrapped by `wrap_model`.
+        families: supply auxiliary inputs, losses and statistics.
+        optimizer: the optimizer of `chunks`.
+        scheduler: learning-rate schedule, advanced by `global_batch_size` samples per step.
+        global_batch_size: sequences per step, over all data-parallel ranks.
+        micro_batch_size: sequences per micro-batch.
+        clip_grad: largest global gradient norm; 0 disables clipping.
+        log_params_norm: whether to compute the norm of the parameters in every step.
         """
         self.chunks = chunks
-        self.models: list[GPTModel] = unwrap_model(chunks)
+        self.models: list[GPTModel] = unwrap_models(chunks)
         self.families = families
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -93,11 +95,11 @@ class Stepper:
         self.num_microbatches = global_batch_size // (micro_batch_size * copies)
 
     def train(self, batches: Iterator[Batch], iteration: int) -> StepResult:
-        """Forward, backward and update on the next micro-batches.
+        """Runs one step: forward, backward and update on the next micro-batches. Collective.
 
         Args:
-            batches: endless; `num_microbatches` are taken.
-            iteration: number of this step, from 1; families' statistics are due at multiples of their interval.
+            batches: endless iterator, of which the step takes `num_microbatches`.
+            iteration: number of this step, from 1; a family's statistics are due at multiples of its interval.
         """
         for family in self.families:
             family.begin_step(self.models, iteration)
@@ -122,7 +124,11 @@ class Stepper:
         )
 
     def forward_backward(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, float]]:
-        """Leaves the gradients of the next micro-batches in the model; returns the losses and the layers' values."""
+        """Computes the gradients of the next micro-batches, without an update.
+
+        Returns:
+            The mean losses, and the means of the layers' values, both by name.
+        """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -138,12 +144,15 @@ class Stepper:
     def evaluate(
         self, make_batches: Callable[[], Iterator[Batch]], num_steps: int, split: str = "validation"
     ) -> dict[str, float]:
-        """Mean losses over `num_steps` global batches without gradients: `lm loss`, the layers' and the families' own.
+        """Computes mean losses over `num_steps` global batches without gradients. Collective.
 
         Args:
-            make_batches: gives the evaluation's batches, the same ones whenever it is called.
-            num_steps: global batches.
-            split: what the batches are of, for families.
+            make_batches: returns an iterator over the batches, the same ones at every call.
+            num_steps: number of global batches.
+            split: `validation` or `test`, passed on to the families.
+
+        Returns:
+            `lm loss` in nats per token, the layers' values and the families' further values, by name.
         """
         for family in self.families:
             family.begin_step(self.models, None)
@@ -174,7 +183,6 @@ class Stepper:
         return _means(outputs, loss.names, of_nothing=math.nan) | LayerLosses.collect()
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
-        """A step's micro-batches, as the families make them."""
         return [make_batch(self.families, batch) for batch in islice(batches, self.num_microbatches)]
 
     def _prepare(self, batches: list[Batch]) -> Iterable[Batch]:
@@ -195,20 +203,9 @@ class Stepper:
         return norm, False
 
 
-def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
-    """Scales this rank's gradients in place so that their global norm, `norm`, does not exceed `largest`.
-
-    Without Apex and Transformer Engine the engine's own clipping makes a scaled copy first.
-    """
-    factor = largest / (norm + 1.0e-6)
-    gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
-    if factor < 1.0 and gradients:
-        torch._foreach_mul_(gradients, factor)
-
-
 def parameters_norm(models: list[GPTModel]) -> float:
-    """Global L2 norm of all parameters; what is replicated over tensor ranks or stages counts once. Collective."""
-    squares = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    """Returns the global L2 norm of all parameters, each replicated parameter counted once. Collective."""
+    squares = torch.zeros((), dtype=torch.float64, device=process_groups.device())
     for model in models:
         for parameter in model.parameters():
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
@@ -220,18 +217,18 @@ def parameters_norm(models: list[GPTModel]) -> float:
 def _means(
     outputs: list[dict[str, torch.Tensor]], names: tuple[str, ...], *, of_nothing: float
 ) -> dict[str, float]:
-    """Weighted means over the tokens of micro-batches and model copies, by name, the same on every rank. Collective.
+    """Returns weighted means over the tokens of all micro-batches and data-parallel ranks, by name. Collective.
 
     Args:
-        outputs: for each micro-batch the pair [weighted sum, sum of weights] by name; the last stage has them.
-        names: of the values.
-        of_nothing: the mean where no token counts.
+        outputs: for each micro-batch name -> [weighted sum, sum of weights]; empty except on the last stage.
+        names: the names of the values, in the same order on every rank.
+        of_nothing: the mean if all weights are 0.
     """
-    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=process_groups.device())
     for output in outputs:
         sums += torch.stack([output[name] for name in names]) if names else 0.0
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    # Other stages contribute nothing; the sum over stages is the last stage's value.
+    # The other stages contribute zeros, so the sum over the stages is the last stage's value.
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     return {
         name: total / weight if weight else of_nothing

@@ -1,1 +1,1 @@
-"""What a family hands the training system: its hooks, and its loss on the output."""
+"""The interface between a family and the training system: hooks, and the loss on the model's output."""

@@ -1,7 +1,7 @@
-"""What a family hands the training system, beyond its part of the model.
+"""The hooks through which a family takes part in training.
 
-`training` knows families only through this interface and never asks which one it has. Every method has a default that
-does nothing, so that a family states just what it needs; several families may take part in one run.
+`training` knows families only through this interface and never tests which family it has. Every method has a default
+that does nothing, so a family overrides only what it needs. Several families may take part in one run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,109 +20,114 @@ from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.model_extension import Extension
+from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 Batch = dict[str, torch.Tensor]
-"""One micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, families' fields."""
+"""A micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, the families' fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """What a family has to say after a step."""
+    """A text that a family reports after a step."""
 
     text: str
-    """One line to print; or with `tag` a text for TensorBoard, in Markdown."""
+    """One line to print; with a `tag` a Markdown text for TensorBoard."""
 
     tag: str | None = None
-    """TensorBoard tag."""
+    """TensorBoard tag; None prints the text."""
 
 
 class Family:
-    """A family's part in a run. Subclasses override what they need."""
+    """A family's part in a run; subclasses override what they need."""
 
     name: str
-    """Short name, also the extension's."""
+    """Short name of the family and of its `Extension`."""
 
     statistics_interval: int | None = None
-    """Steps between two calls of `statistics`; None for never."""
+    """Number of steps between two calls of `statistics`; None never calls it."""
+
+    charts: tuple[ScalarChart, ...] = ()
+    """The charts of all values that the family may log."""
 
     free_on_resume: frozenset[str] = frozenset()
-    """Keys of `configuration` that may differ between a checkpoint and the run that loads it (dropout, ...)."""
+    """Keys of `configuration` that may differ between a checkpoint and the run that loads it, such as dropout."""
 
     def extension(self) -> Extension:
-        """The family's contribution to the model."""
-        raise TypeError(f"{type(self).__name__} must say what it adds to the model")
+        """Returns the family's contribution to the model."""
+        raise TypeError(f"{type(self).__name__} must implement extension()")
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Raises `ValueError` where the family does not fit the model or its parallel layout; called before anything
-        is built.
+        """Checks that the family supports the model and its parallel layout; called before anything is built.
+
+        Raises:
+            ValueError: it does not.
         """
 
     def configuration(self) -> dict[str, Any]:
-        """What a checkpoint must know to rebuild the family, as JSON values; see `Checkpointer`."""
+        """Returns the settings that a checkpoint stores to rebuild the family, as JSON values; see `Checkpointer`."""
         return {}
 
     def dataset_options(self) -> dict[str, Any]:
-        """Keyword arguments for `data.gpt_dataset.build_datasets`: the family's data files beside the main ones."""
+        """Returns keyword arguments for `gpt_dataset.build_datasets` that specify the family's own data files."""
         return {}
 
     def cost(self, model: ModelConfig) -> ModelCost | None:
-        """Parameters and FLOPs the family adds to `model`."""
+        """Returns the parameters and FLOPs that the family adds to `model`; None for none."""
         return None
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
-        """What a training step trains and runs, of the family's part of `model` and of the rest; None for everything.
+        """Returns which parts of the model a training step runs and trains; None for everything.
 
         Args:
-            model: the base model.
-            iteration: the step, from 1; asked for right after it, and of a run's last step before the run.
+            model: configuration of the base model.
+            iteration: number of the step, from 1. Called after each step, and before the run for its last step.
         """
         return None
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Called once after the model is built and before it is wrapped: freeze parameters here."""
+        """Called once, after the model is built and before it is wrapped; the place to freeze parameters."""
 
     def make_batch(self, batch: Batch) -> Batch:
-        """What the model is fed and asked, from a micro-batch as the data has it; in training and evaluation.
+        """Changes a micro-batch of the dataset before anything else reads it, in training and evaluation.
 
-        Called before the batch is moved to the device, and before all else that reads it. At most one family of a run
-        changes tokens or labels.
+        Called before the batch is moved to the device. At most one family of a run may change tokens or labels.
         """
         return batch
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The family's inputs to the model on every pipeline stage, from a micro-batch on this rank's device."""
+        """Returns the family's inputs to the model, on every pipeline stage, from a micro-batch on the device."""
         return {}
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
-        """Learning-rate and weight-decay overrides for the family's parameters, in the engine's terms.
+        """Returns learning-rate and weight-decay overrides for the family's parameters, in megatron-core's format.
 
         Args:
-            settings: the run's, from which relative overrides are made.
+            settings: the run's optimizer settings, to which overrides may be relative.
         """
         return {}
 
     def output_loss(self) -> OutputLoss | None:
-        """What a training step makes of the model's output, asked for before every step; None for cross-entropy.
+        """Returns the training loss on the model's output; None for cross-entropy. Called before every step.
 
-        At most one family of a run has an opinion. Evaluations use `evaluation_loss`.
+        At most one family of a run may override this. Evaluations use `evaluation_loss`.
         """
         return None
 
     def evaluation_loss(self) -> OutputLoss | None:
-        """The same for evaluations; among its names is `lm loss`, in nats a token. None for cross-entropy.
+        """Returns the loss for evaluations; None for cross-entropy.
 
-        It tells the values of single tokens (`OutputLoss.of_tokens`) too.
+        Its names must include `lm loss`, in nats per token, and it must implement `OutputLoss.of_tokens`.
         """
         return None
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Called before everything else of a training step (numbered from 1), and with None before an evaluation."""
+        """Called at the beginning of a training step (numbered from 1), and with None at that of an evaluation."""
 
     def prepare_batches(
         self, chunks: list[GPTModel], families: list["Family"], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """Called on a training step's micro-batches, on the device: the place for a teacher's pass.
+        """Adds fields to a training step's micro-batches on the device, for example a teacher's hidden states.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
@@ -130,104 +135,115 @@ class Family:
             batches: the micro-batches of the step.
 
         Returns:
-            As many micro-batches, with more fields. Without pipeline parallelism they may be made one at a time, as
-            they are used.
+            The same number of micro-batches. Without pipeline parallelism they may be computed lazily, one at a time.
         """
         return batches
 
     def evaluation(
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:
-        """Further values of an evaluation, by name; losses but for names with `/`. Collective.
+        """Returns further values of an evaluation, by name; a name without `/` is reported as a loss. Collective.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
             split: `validation` or `test`; a split's batches are the same in every evaluation.
-            loss: the mean cross-entropy that was found.
-            evaluate: the mean cross-entropy on the evaluation's batches, of the model as it is when called.
+            loss: the mean cross-entropy of this evaluation, in nats per token.
+            evaluate: recomputes the mean cross-entropy on the same batches with the model's present state.
         """
         return {}
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Further values of a training step, from its losses and its layers' values, by name; the same on every rank.
+        """Returns further values of a training step, computed from its losses and its layers' values, by name.
 
-        A name without `/` is shown in the progress line.
+        Must be equal on every rank. A name without `/` is shown in the progress line.
         """
         return {}
 
     def after_step(
         self, chunks: list[GPTModel], families: list["Family"], iteration: int, values: Mapping[str, float]
     ) -> list[Message]:
-        """Called after a training step; collective, what rank 0 returns is told.
+        """Called after a training step. Collective; rank 0's messages are logged.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
             families: all families of the run.
-            iteration: the step, from 1.
-            values: its losses and its layers' values, by name; the same on every rank.
+            iteration: number of the step, from 1.
+            values: the step's losses and its layers' values, by name; equal on every rank.
         """
         return []
 
     def is_complete(self) -> bool:
-        """True where the run may end before its last step, as if it were the last; the same on every rank."""
+        """Whether the run ends now as if this were its last step; must be equal on every rank."""
         return False
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
-        """Called before a step whose statistics are wanted: modules start to record."""
+        """Called before a step whose statistics are due; modules begin to record here."""
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Called after that step's backward, before the optimizer: TensorBoard tag -> value, complete on rank 0.
+        """Returns TensorBoard tag -> value, complete on rank 0; called between backward pass and update. Collective.
 
-        Collective: every rank calls it; a layer counts once, norms are global over tensor and pipeline ranks.
+        Norms must be global over tensor-parallel ranks and pipeline stages.
         """
         return {}
 
     def check_plain(self, *, as_adapters: bool) -> None:
-        """Raises `ValueError` where `merge` (`as_adapters`: `write_adapters`) cannot be done; called before loading."""
-        raise ValueError(f"the family {self.name} is no set of adapters, and no Llama-family model has it")
+        """Checks that the model can be exported by `merge`, or by `write_adapters`; called before weights are loaded.
+
+        Args:
+            as_adapters: whether `write_adapters` is to be used instead of `merge`.
+
+        Raises:
+            ValueError: the family supports no such export.
+        """
+        raise ValueError(
+            f"a model with the family '{self.name}' cannot be exported: no Llama-family model has its layers, and they "
+            "are not adapters"
+        )
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
-        """Turns a loaded model into a base model of the same function, for an export; returns notes for the user."""
-        raise TypeError(f"{type(self).__name__} has passed check_plain and cannot merge")
+        """Turns a loaded model into a base model that computes the same function; returns messages for the user."""
+        raise TypeError(f"{type(self).__name__} overrides check_plain but not merge")
 
     def write_adapters(
         self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
     ) -> list[str]:
-        """Writes what is beyond the base model in the format of `peft`; returns notes for the user. Collective.
+        """Writes the family's adapters in the format of `peft`; returns messages for the user. Collective.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            model: the base model.
-            directory: gets a directory for each adapter.
-            base_model: where the base model is exported to.
-            overwrite: replace what is there.
+            model: configuration of the base model.
+            directory: each adapter is written to a subdirectory of it.
+            base_model: path or name of the exported base model, stored in the adapters' configuration.
+            overwrite: whether to replace existing files.
         """
-        raise TypeError(f"{type(self).__name__} has passed check_plain and cannot write adapters")
+        raise TypeError(f"{type(self).__name__} overrides check_plain but not write_adapters")
 
     def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
-        """Writes the family's own files into a checkpoint, where they get checksums; collective, on rank 0 to disk.
+        """Writes the family's own files into a checkpoint; the checkpoint's manifest covers them. Collective.
+
+        Only rank 0 writes to disk; the other ranks take part in gathering the tensors.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
             folder: the checkpoint's directory while it is being written.
-            state: what the checkpoint tells of the run: `progress`, `scheduler`, `optimizer_step`, ..., `run_config`.
+            state: the run's state in the checkpoint: `progress`, `scheduler`, `optimizer_step`, ..., `run_config`.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save beyond the model, as JSON values."""
+        """Returns state to save besides the model's parameters, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
 
 
 def auxiliary_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:
-    """The auxiliary inputs of all families of a run."""
+    """Returns the auxiliary inputs of all families."""
     return {name: value for family in families for name, value in family.auxiliary_inputs(batch).items()}
 
 
 def make_batch(families: Iterable[Family], batch: Batch) -> Batch:
-    """A micro-batch as all families of a run make it."""
+    """Applies every family's `make_batch` to a micro-batch."""
     for family in families:
         batch = family.make_batch(batch)
     return batch

@@ -1,10 +1,10 @@
-"""From the last stage's output to what is differentiated. The default is cross-entropy; a family may bring another.
+"""Losses on the last stage's output. The default is cross-entropy; a family may replace it.
 
     loss of a step = sum(value * weight) / sum(weight)        over all tokens of the global batch
 
-The weights of training tokens are the batch's `loss_mask`. A loss gives its sums for one micro-batch; the division by
-the global batch's weights is in `schedule` for gradients and in `step` for logged means, so that neither depends on
-how the global batch is divided into micro-batches and data-parallel ranks.
+The weights of training tokens are the batch's `loss_mask`. A loss returns its sums over one micro-batch. They are
+divided by the weights of the global batch in `microbatches` (gradients) and `training_step` (logged means), so that
+neither depends on how the global batch is divided into micro-batches and data-parallel ranks.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,33 +15,33 @@ import torch
 from megatron_ext.models.gpt_model import GPTModel
 
 Reads = Literal["losses", "logits", "hidden"]
-"""What a loss is made of: cross-entropies [b, s], logits [b, s, V/t], or what the output layer reads, [s, b, h]."""
+"""Input of a loss: cross-entropies [b, s], logits [b, s, V/t], or the output layer's input [s, b, h]."""
 
 
 class OutputLoss:
-    """Cross-entropy. Subclasses read something else."""
+    """Cross-entropy, and base class of other losses on the output."""
 
     reads: Reads = "losses"
 
     names: tuple[str, ...] = ("lm loss",)
-    """The values that are logged, in the same order on every stage."""
+    """Names of the logged values, in the same order on every stage."""
 
     factors: Mapping[str, float] = {"lm loss": 1.0}
-    """The values that are differentiated, and the factor of each; their tokens' weights are the `loss_mask`."""
+    """Name of a value -> its factor in the loss that is differentiated; these values are weighted by `loss_mask`."""
 
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Called on the last stage for every micro-batch.
+        """Computes the loss of one micro-batch; called on the last stage.
 
         Args:
-            model: the chunk that made the output, unwrapped.
+            model: the chunk that computed `output`, unwrapped.
             batch: the micro-batch.
-            output: as `reads` says.
+            output: the model's output, of the kind that `reads` names.
 
         Returns:
-            The scalar to differentiate, a weighted sum over the micro-batch's tokens; and for each of `names` the
-            pair [weighted sum, sum of weights], detached, float64.
+            The scalar to differentiate, a weighted sum over the micro-batch's tokens; and name -> [weighted sum, sum
+            of weights] for each of `names`, detached, float64.
         """
         found = self.of_tokens(model, batch, output)
         total = torch.zeros((), device=output.device)
@@ -53,12 +53,12 @@ class OutputLoss:
     def of_tokens(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Values and weights [b, s] of every token for each of `names`; the arguments are those of a call."""
+        """Returns name -> (values, weights), both [b, s], for each of `names`; arguments as in `__call__`."""
         return {"lm loss": (output, batch["loss_mask"])}
 
 
 class NoLoss(OutputLoss):
-    """No loss: the pass is for what happens on the way."""
+    """A loss of zero, for passes that are run only for what layers compute or record."""
 
     reads = "hidden"
     names = ()
@@ -66,12 +66,12 @@ class NoLoss(OutputLoss):
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See `OutputLoss`; the scalar is zero."""
+        """Returns a scalar of zero and no values."""
         return output.new_zeros(()), {}
 
 
 class HiddenStates(NoLoss):
-    """Keeps what the output layer would read, [s, b, h] ([s/t, b, h]), in the order of micro-batches."""
+    """Collects the output layer's inputs, [s, b, h] ([s/t, b, h] under sequence parallel), one per micro-batch."""
 
     def __init__(self) -> None:
         self.values: list[torch.Tensor] = []
@@ -79,24 +79,26 @@ class HiddenStates(NoLoss):
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See `NoLoss`."""
+        """Appends `output` to `values`; returns a scalar of zero and no values."""
         self.values.append(output)
         return super().__call__(model, batch, output)
 
 
 def select_output_loss(brought: Iterable[OutputLoss | None]) -> OutputLoss:
-    """The loss that one of the families brings, or cross-entropy.
+    """Returns the output loss that one of the families defines, or cross-entropy if none does.
 
     Raises:
-        ValueError: two bring one.
+        ValueError: two families define one.
     """
     losses = [loss for loss in brought if loss is not None]
     if len(losses) > 1:
-        raise ValueError("two families bring an output loss; a run has one")
+        raise ValueError(
+            "two families define an output loss, but a run can have only one; train them separately"
+        )
     return losses[0] if losses else OutputLoss()
 
 
 def _sums(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[weighted sum, sum of weights] of values and weights [b, s], float64."""
+    """Returns [weighted sum, sum of weights] in float64 for values and weights [b, s]."""
     weights = weights.detach().double()
     return torch.stack([(values.detach().double() * weights).sum(), weights.sum()])

@@ -1,1 +1,1 @@
-"""Metrics, progress line, TensorBoard, Weights & Biases."""
+"""Metrics, the progress line, TensorBoard, and Weights & Biases."""

@@ -1,6 +1,6 @@
-"""Counts parameters and FLOPs of a run's base model and families, and what a step trains of them.
+"""Parameters and FLOPs of a run's base model and families in a given step, for MFU and `--dry-run`.
 
-`--dry-run` shows them. MFU uses them after every step, since one step may train other parts than the step before.
+Steps may differ in what they train, so the costs are computed for each step.
 """
 
 from collections.abc import Sequence
@@ -12,31 +12,31 @@ from megatron_ext.models.costs.step_work import StepWork, merged_work
 from megatron_ext.training.interface.family_interface import Family
 
 BASE = "base"
-"""Name of the base model in `RunCost.parts`."""
+"""Key of the base model in `RunCost.parts`."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Costs of the parts of a run's model, and what a step does."""
+    """The cost of one step."""
 
     parts: dict[str, ModelCost]
-    """Cost of `base`, then of each family by name."""
+    """Cost of the base model under `base`, then of the families under their names."""
 
     work: StepWork | None
-    """What a step does with the base model; None if everything trains."""
+    """Which parts of the base model the step runs and trains; None if everything trains."""
 
 
 def run_cost(
     model: ModelConfig, vocab_size: int, tensor_parallel_size: int, families: Sequence[Family], iteration: int
 ) -> RunCost:
-    """Returns the costs of a step.
+    """Returns the cost of a step.
 
     Args:
-        model: the base model.
-        vocab_size: the tokenizer's, before padding.
+        model: configuration of the base model.
+        vocab_size: the tokenizer's vocabulary size, before padding.
         tensor_parallel_size: the padding depends on it.
-        families: of the run.
-        iteration: the step, from 1; see `Family.step_work`.
+        families: the families of the run.
+        iteration: number of the step, from 1.
     """
     works = {family.name: family.step_work(model, iteration) for family in families}
     work = merged_work([of_family for of_family in works.values() if of_family is not None])

@@ -1,7 +1,7 @@
-"""How a run's progress is shown: a live bar on a terminal, plain lines elsewhere.
+"""Shows a run's progress: a live bar on a terminal, plain lines elsewhere.
 
-A plain line comes once a log interval and can be read by `grep`, `cut` or a spreadsheet: fields are separated by ` | `.
-The bar shows the same fields, moves with every step and leaves no trace of the steps above it.
+One plain line is printed per log interval; its fields are separated by ` | `, so that `grep`, `cut` or a spreadsheet
+can read it. The bar shows the same fields and is updated at every step.
 """
 
 from datetime import timedelta
@@ -18,14 +18,14 @@ Fields = dict[str, str]
 
 
 class PlainProgress:
-    """One line a log interval."""
+    """Prints one line per log interval."""
 
     def __init__(self, stream: TextIO, total_iterations: int) -> None:
         self._stream = stream
         self._total = total_iterations
 
     def update(self, iteration: int, fields: Fields, interval_ends: bool) -> None:
-        """Shows the state after a step."""
+        """Prints the step and its fields if the step ends a log interval."""
         if interval_ends:
             width = len(str(self._total))
             shown = [
@@ -35,15 +35,15 @@ class PlainProgress:
             self.message(" | ".join(shown))
 
     def message(self, text: str) -> None:
-        """Prints a line of its own."""
+        """Prints a line."""
         print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Nothing is pending."""
+        """Does nothing; lines are flushed as they are printed."""
 
 
 class LiveProgress:
-    """A bar at the bottom of a terminal with the fields below it; notes scroll above."""
+    """A bar at the bottom of a terminal with the fields below it; messages scroll above it."""
 
     def __init__(self, console: Console, total_iterations: int, iteration: int) -> None:
         self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), expand=True)
@@ -52,7 +52,7 @@ class LiveProgress:
         self._live.start()
 
     def update(self, iteration: int, fields: Fields, interval_ends: bool) -> None:
-        """Moves the bar."""
+        """Updates the bar and its fields."""
         self._bar.update(self._task, completed=iteration)
         shown = [Text(f"{name} {text}") for name, text in fields.items()]
         self._live.update(Group(self._bar, Columns(shown, padding=(0, 3, 0, 0))))
@@ -62,12 +62,12 @@ class LiveProgress:
         self._live.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Leaves the bar as it stands and gives the terminal back."""
+        """Stops updating and releases the terminal; the bar stays visible."""
         self._live.stop()
 
 
 def open_progress(stream: TextIO, total_iterations: int, iteration: int) -> PlainProgress | LiveProgress:
-    """A live bar if `stream` is a terminal, else plain lines."""
+    """Returns a live bar if `stream` is a terminal, otherwise plain lines."""
     console = Console(file=stream)
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveProgress(console, total_iterations, iteration)
@@ -75,7 +75,7 @@ def open_progress(stream: TextIO, total_iterations: int, iteration: int) -> Plai
 
 
 def compact(number: float) -> str:
-    """1234567 -> `1.23M`: three digits and the unit's letter."""
+    """Formats a number with three digits and a unit's letter, 1234567 -> `1.23M`."""
     for power, unit in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(number) >= 0.9995 * 10.0**power:
             return f"{number / 10.0**power:.3g}{unit}"
@@ -83,7 +83,7 @@ def compact(number: float) -> str:
 
 
 def binary_size(size: float) -> str:
-    """Bytes -> `1.50 GiB`, in the largest unit of which there is at least a tenth."""
+    """Formats bytes, for example `1.50 GiB`, in the largest unit for which the number is at least 0.1."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size >= 0.1 * 2**power:
             return f"{size / 2**power:.2f} {unit}"
@@ -91,5 +91,5 @@ def binary_size(size: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds -> `1:02:03`, with days in front if there are any."""
+    """Formats seconds as `1:02:03`, preceded by days if there are any."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,24 +1,24 @@
-"""Tells how a run goes: progress on the screen, TensorBoard, W&B. Rank 0 speaks, the others are silent.
+"""Reports a run's progress on the screen, in TensorBoard and in W&B. Only rank 0 writes.
 
-The loop calls, on every rank alike (only rank 0's arguments matter; nothing here is collective):
+The loop makes the same calls on every rank; nothing here is collective, and only rank 0's arguments matter:
 
     reporter.step(iteration, StepMetrics(...))          after every optimizer step
-    reporter.statistics(iteration, {tag: value})        what families measured
+    reporter.statistics(iteration, {tag: value})        the families' statistics
     reporter.validation(iteration, {"lm loss": 2.3}, consumed_samples=...)
-    reporter.note("saved step 100 to ...")
-    reporter.close()                                    or use it as a context manager, to end it after errors too
+    reporter.message("saved step 100 to ...")
+    reporter.close()                                    or use it as a context manager, which also closes after errors
 
 TensorBoard's tags are Megatron-LM's: `lm loss`, `learning-rate`, `grad-norm`, `params-norm`, `batch-size`,
-`iteration-time`, `throughput` (TFLOP/s a device), `mem-allocated-bytes`, ..., `lm loss validation`,
-`lm loss validation ppl`. Its own are `tokens-per-second`, `mfu`, `skipped-iterations`, `nan-iterations`.
-Values of single steps are written as they are; printed losses, speed and MFU are means over the log interval.
+`iteration-time`, `throughput` (TFLOP/s per device), `mem-allocated-bytes`, ..., `lm loss validation`,
+`lm loss validation ppl`. Further tags are `tokens-per-second`, `mfu`, `skipped-iterations`, `nan-iterations`.
+Curves show the values of single steps; printed losses, speed and MFU are means over the log interval.
 """
 
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -26,17 +26,22 @@ from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.device_memory import memory_use
 from megatron_ext.platform.peak_rate import DevicePeak, device_peak
+from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.logging.progress_line import Fields, binary_size, clock, compact, open_progress
 from megatron_ext.training.logging.step_metrics import Interval, StepMetrics
 from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 from megatron_ext.training.logging.wandb_run import WandbRun, check_wandb
 
 _LARGEST_EXPONENT = 20.0
-"""Losses above it have this one's perplexity, as in Megatron-LM, so that early values do not flatten the curve."""
+"""Losses are capped at this value before the perplexity is computed, as in Megatron-LM: early values would flatten the
+curve."""
 
 
 class Reporter:
-    """Progress, TensorBoard and W&B of one run. Build it on every rank: all measure an unknown device's peak."""
+    """Writes the progress, TensorBoard and W&B of one run.
+
+    Every rank must build one, because all ranks take part in measuring the peak rate of an unknown device.
+    """
 
     def __init__(
         self,
@@ -44,6 +49,7 @@ class Reporter:
         *,
         total_iterations: int,
         flops_per_token: Callable[[int], float],
+        charts: Sequence[ScalarChart] = (),
         bf16: bool = False,
         iteration: int = 0,
         consumed_samples: int = 0,
@@ -57,18 +63,19 @@ class Reporter:
         Args:
             logging: what to write, and where.
             total_iterations: optimizer steps of the whole run.
-            flops_per_token: the step that was just done -> its model FLOPs of forward and backward for a token, all
-                families included (see `models.accounting`); for throughput and MFU.
-            bf16: the run's precision, which decides the device's peak.
-            iteration: steps done before this run (0 for a new one); the next is `iteration + 1`.
-            consumed_samples: sequences used in them.
-            configuration: concern's name -> its dataclass or JSON values; written as text.
-            rank: this process's; `torchrun`'s by default.
-            world_size: number of processes; `torchrun`'s by default.
-            stream: where progress goes; standard output by default.
+            flops_per_token: number of the step just done -> its model FLOPs per token, forward and backward, families
+                included; used for throughput and MFU.
+            charts: the families' charts for TensorBoard's Custom Scalars page.
+            bf16: the run's precision, on which the device's peak rate depends.
+            iteration: number of the last step before this run; 0 for a new run.
+            consumed_samples: sequences consumed before this run.
+            configuration: name of a config group -> its dataclass or JSON values; written as text.
+            rank: this process's rank; None for `torchrun`'s.
+            world_size: number of processes; None for `torchrun`'s.
+            stream: where progress is printed; None for standard output.
 
         Raises:
-            ValueError: the TensorBoard directory cannot be written, or W&B is asked for and not installed.
+            ValueError: the TensorBoard directory cannot be written, or W&B is requested but not installed.
         """
         check_wandb(logging)
         self._logging = logging
@@ -84,12 +91,12 @@ class Reporter:
         if self._is_silent:
             return
         texts = {name: _json_values(value) for name, value in (configuration or {}).items()}
-        self._tensorboard = _open_tensorboard(logging, iteration, consumed_samples, texts)
+        self._tensorboard = _open_tensorboard(logging, charts, iteration, consumed_samples, texts)
         self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
         self._progress = open_progress(stream or sys.stdout, total_iterations, iteration)
         if self._peak is not None:
-            rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s a process ({self._peak.source})"
-            self.message(f"MFU counts against {rate}")
+            rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s per process ({self._peak.source})"
+            self.message(f"MFU baseline: {rate}")
 
     def __enter__(self) -> "Reporter":
         return self
@@ -98,7 +105,7 @@ class Reporter:
         self.close()
 
     def step(self, iteration: int, metrics: StepMetrics) -> None:
-        """Takes the result of one optimizer step; the only call that must come for every step."""
+        """Reports one optimizer step; must be called for every step."""
         if self._is_silent:
             return
         self._interval.add(metrics, self._flops_per_token(iteration))
@@ -118,13 +125,13 @@ class Reporter:
     def validation(
         self, iteration: int, losses: Mapping[str, float], *, consumed_samples: int, split: str = "validation"
     ) -> None:
-        """Takes the result of an evaluation.
+        """Reports the result of an evaluation.
 
         Args:
             iteration: steps done so far.
-            losses: mean losses by name; the perplexity is added, but not for a layer's own loss (a name with `/`), of
-                which only ratios (`..._ratio`) and accuracies are printed.
-            consumed_samples: sequences used in training so far.
+            losses: mean losses by name. Names with `/` belong to a layer: they get no perplexity, and only ratios
+                (`..._ratio`) and accuracies among them are printed.
+            consumed_samples: sequences consumed in training so far.
             split: `validation` or `test`; part of the tags.
         """
         if self._is_silent:
@@ -144,7 +151,7 @@ class Reporter:
         self._flush()
 
     def statistics(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Writes a family's measurements under their own tags; nothing is printed."""
+        """Writes a family's statistics (tag -> value) to TensorBoard and W&B; prints nothing."""
         if self._is_silent:
             return
         for tag, value in values.items():
@@ -152,7 +159,7 @@ class Reporter:
         self._flush()
 
     def text(self, tag: str, text: str, iteration: int) -> None:
-        """Writes a text in Markdown to TensorBoard."""
+        """Writes a Markdown text to TensorBoard."""
         if not self._is_silent and self._tensorboard is not None:
             self._tensorboard.text(tag, text, iteration)
 
@@ -173,7 +180,7 @@ class Reporter:
 
     def _fields(self, iteration: int, metrics: StepMetrics) -> Fields:
         interval = self._interval
-        # A name with `/` belongs to a layer: TensorBoard shows it, a line would overflow.
+        # Values of layers (names with `/`) appear in TensorBoard only; there are too many for a line.
         fields = {name: f"{loss:.4f}" for name, loss in interval.losses.items() if "/" not in name}
         fields["lr"] = f"{metrics.learning_rate:.3e}"
         if metrics.grad_norm is not None:
@@ -191,15 +198,16 @@ class Reporter:
         return fields
 
     def _raise_peak(self) -> None:
-        """Replaces a measured peak that the interval has exceeded, and says so: the machine was busy at the start."""
         if self._peak is None:
             return
+        # A peak that was measured while other processes kept the machine busy is too low: MFU would exceed 100 %.
+        # A peak that was measured while other processes kept the machine busy is too low: MFU would exceed 100 %.
         peak = self._peak.raised(self._flops_per_second_per_device())
         if peak is not self._peak:
             was, self._peak = self._peak, peak
             self.message(
-                f"MFU counts against {peak.flops_per_second / 1e12:.4g} TFLOP/s a process from here on: the run is "
-                f"faster than the {was.flops_per_second / 1e12:.4g} measured at its start (the machine was busy then)"
+                f"MFU baseline: {peak.flops_per_second / 1e12:.4g} TFLOP/s per process from now on, because the run is "
+                f"faster than the {was.flops_per_second / 1e12:.4g} measured at its start, when the machine was busy"
             )
 
     def _mfu(self) -> float:
@@ -251,18 +259,24 @@ class Reporter:
 
 
 def _open_tensorboard(
-    logging: LoggingConfig, iteration: int, consumed_samples: int, texts: Mapping[str, Any]
+    logging: LoggingConfig,
+    charts: Sequence[ScalarChart],
+    iteration: int,
+    consumed_samples: int,
+    texts: Mapping[str, Any],
 ) -> TensorBoard | None:
     if logging.tensorboard_dir is None:
         return None
-    tensorboard = TensorBoard(logging.tensorboard_dir, iteration=iteration, consumed_samples=consumed_samples)
+    tensorboard = TensorBoard(
+        logging.tensorboard_dir, charts=charts, iteration=iteration, consumed_samples=consumed_samples
+    )
     for name, values in texts.items():
         tensorboard.text(f"configuration/{name}", f"```json\n{json.dumps(values, indent=2)}\n```", iteration)
     return tensorboard
 
 
 def _json_values(value: Any) -> Any:
-    """A configuration as JSON values: dataclasses become mappings, anything unknown its text."""
+    """Converts a configuration to JSON values; a value of an unknown type becomes its `str`."""
     is_config = dataclasses.is_dataclass(value) and not isinstance(value, type)
     plain = dataclasses.asdict(value) if is_config else value
     return json.loads(json.dumps(plain, default=str))

@@ -1,7 +1,6 @@
-"""What one training step tells, and its averages over a log interval.
+"""Metrics of one training step, and their means over a log interval.
 
-A step that was skipped, because its loss or gradient was not finite, is counted and its losses are left out of the
-averages. Its time and tokens count: they were spent.
+The losses of a skipped step (loss or gradient not finite) are left out of the means; its time and tokens count.
 """
 
 import math
@@ -11,16 +10,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step, as rank 0 knows it."""
+    """Metrics of one optimizer step."""
 
     losses: Mapping[str, float]
-    """Means over the step's tokens by name: `lm loss`, and what families add."""
+    """Means over the step's tokens by name: `lm loss`, and the families' losses and values."""
 
     learning_rate: float
-    """Used in this step."""
+    """Learning rate of this step."""
 
     grad_norm: float | None
-    """Global norm before clipping; None where none was computed."""
+    """Global norm of the gradient before clipping; None if it was not computed."""
 
     batch_size: int
     """Sequences in the step, over all processes."""
@@ -35,14 +34,14 @@ class StepMetrics:
     """Wall time of the step, without evaluation and checkpoints."""
 
     skipped: bool = False
-    """The parameters did not move."""
+    """Whether the step was skipped, so that the parameters are unchanged."""
 
     params_norm: float | None = None
-    """Global norm of the parameters; None where it is not asked for."""
+    """Global norm of the parameters; None if it was not computed."""
 
     @property
     def has_nan(self) -> bool:
-        """A loss or the gradient norm is not finite."""
+        """Whether a loss or the gradient norm is not finite."""
         values = [*self.losses.values(), 0.0 if self.grad_norm is None else self.grad_norm]
         return not all(math.isfinite(value) for value in values)
 
@@ -61,7 +60,7 @@ class Interval:
     _counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, metrics: StepMetrics, flops_per_token: float) -> None:
-        """Takes one step in, of so many model FLOPs a token."""
+        """Adds one step with the given model FLOPs per token."""
         self.steps += 1
         self.seconds += metrics.seconds
         self.tokens += metrics.tokens
@@ -75,20 +74,20 @@ class Interval:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Means over the steps that were not skipped."""
+        """Mean losses over the steps that were not skipped, by name."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean wall time of a step."""
+        """Mean wall time per step."""
         return self.seconds / max(1, self.steps)
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all processes."""
+        """Tokens per second over all processes."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def flops_per_second(self) -> float:
-        """Model FLOPs over all processes."""
+        """Model FLOPs per second over all processes."""
         return self.flops / self.seconds if self.seconds > 0 else 0.0

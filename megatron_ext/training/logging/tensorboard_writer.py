@@ -1,33 +1,49 @@
-"""TensorBoard's event files, so written that a killed run loses little and a resumed one overwrites its own past.
+"""Writes TensorBoard's event files; a resumed run replaces the values that follow its checkpoint.
 
-Curves over steps lie in the given directory, curves over consumed samples (Megatron's `... vs samples`) in its folder
-`by_samples`, which TensorBoard shows as a run of its own. They must be apart: a resumed run tells TensorBoard from
-which step on the older values are void, and that holds for all curves of a folder, whatever their unit.
+Curves over steps are in the given directory, curves over consumed samples (Megatron's `... vs samples`) in its
+subdirectory `by_samples`, which TensorBoard shows as a separate run. They cannot share a directory: a resumed run
+specifies from which step on older values are void, and that number applies to all curves of a directory.
+TensorBoard's Custom Scalars page shows charts of both.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-_FLUSH_SECONDS = 10
+from megatron_ext.reports.scalar_charts import ScalarChart
+from megatron_ext.training.logging.chart_layout import SAMPLES_ENDING, ChartLayout
+from megatron_ext.training.logging.run_charts import RUN_CHARTS
+
+_FLUSH_SECONDS = 10  # at most so many seconds of curves are lost if the run is killed
 SAMPLES_FOLDER = "by_samples"
-"""Folder of the curves over consumed samples."""
+"""Subdirectory of the curves over consumed samples."""
 
 
 class TensorBoard:
-    """Writes scalars and texts; one writer a run, on one rank."""
+    """Writes scalars and texts; a run has one writer, on rank 0."""
 
-    def __init__(self, directory: str, *, iteration: int = 0, consumed_samples: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        charts: Sequence[ScalarChart] = (),
+        iteration: int = 0,
+        consumed_samples: int = 0,
+    ) -> None:
         """Opens the event files.
 
         Args:
-            directory: made if missing.
-            iteration: the last step that counts; later values of an earlier run in this directory become void.
-            consumed_samples: the same in samples.
+            directory: created if it is missing.
+            charts: the families' charts.
+            iteration: the step from which the run continues; later values in this directory become void.
+            consumed_samples: the same number in samples.
 
         Raises:
             ValueError: the directory cannot be written.
         """
+        self._layout = ChartLayout((*RUN_CHARTS, *charts), Path(directory))
+        self._iteration = iteration
         try:
             self._by_step = _writer(Path(directory), iteration)
             self._by_samples = _writer(Path(directory, SAMPLES_FOLDER), consumed_samples)
@@ -35,22 +51,29 @@ class TensorBoard:
             raise ValueError(f"--tensorboard-dir {directory}: {error.strerror}") from None
 
     def scalar(self, tag: str, value: float, iteration: int, consumed_samples: int | None = None) -> None:
-        """One value over steps; with `consumed_samples` also `{tag} vs samples`."""
+        """Writes one value over steps, and with `consumed_samples` also as `{tag} vs samples`."""
         self._by_step.add_scalar(tag, value, iteration)
+        self._layout.add(tag)
+        self._iteration = iteration
         if consumed_samples is not None:
-            self._by_samples.add_scalar(f"{tag} vs samples", value, consumed_samples)
+            self._by_samples.add_scalar(tag + SAMPLES_ENDING, value, consumed_samples)
+            self._layout.add(tag + SAMPLES_ENDING)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
-        """A text in Markdown."""
+        """Writes a Markdown text."""
         self._by_step.add_text(tag, text, iteration)
 
     def flush(self) -> None:
-        """Brings everything to the files."""
+        """Writes buffered values to the files, preceded by the layout of the charts if it has changed."""
+        layout = self._layout.summary()
+        if layout is not None:
+            self._by_step._get_file_writer().add_summary(layout, self._iteration)
         self._by_step.flush()
         self._by_samples.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
+        self.flush()
         self._by_step.close()
         self._by_samples.close()
 

@@ -1,7 +1,7 @@
-"""Weights & Biases, an optional second place for the values that TensorBoard gets.
+"""Logs TensorBoard's values to Weights & Biases as well, if `--wandb-project` is given.
 
-W&B decides itself, by WANDB_MODE, whether it talks to a server: `offline` writes to the run's folder only. Curves go
-over steps; W&B makes other axes from the logged `consumed-samples`.
+With the environment variable WANDB_MODE=offline W&B contacts no server and writes to the run's directory only. Curves
+are over steps; for another axis choose the logged `consumed-samples` in W&B.
 """
 
 import importlib.util
@@ -13,10 +13,10 @@ from megatron_ext.config.groups.logging_config import LoggingConfig
 
 
 def check_wandb(logging: LoggingConfig) -> None:
-    """Checks, on every rank, that W&B can be used if it is asked for.
+    """Checks that W&B is installed if it is requested.
 
     Raises:
-        ValueError: it is asked for and not installed.
+        ValueError: it is requested but not installed.
     """
     if logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
@@ -25,7 +25,7 @@ def check_wandb(logging: LoggingConfig) -> None:
 
 
 class WandbRun:
-    """One W&B run, on one rank. Values of one step are sent together."""
+    """One W&B run, on rank 0; the values of a step are sent together."""
 
     def __init__(self, logging: LoggingConfig, configuration: Mapping[str, Any]) -> None:
         import wandb
@@ -43,19 +43,19 @@ class WandbRun:
         self._values: dict[str, float] = {}
 
     def scalar(self, tag: str, value: float, iteration: int) -> None:
-        """One value; all of a step are sent when the next step begins, or on `flush`."""
+        """Adds a value; the values of a step are sent when the next step begins, or on `flush`."""
         if iteration != self._iteration:
             self.flush()
         self._iteration = iteration
         self._values[tag] = value
 
     def flush(self) -> None:
-        """Sends what is collected; later values of the same step still join it."""
+        """Sends the collected values; W&B still accepts later values of the same step."""
         if self._values:
             self._run.log(self._values, step=self._iteration)
             self._values = {}
 
     def close(self) -> None:
-        """Sends the rest and ends the run."""
+        """Sends the remaining values and ends the run."""
         self.flush()
         self._run.finish()

@@ -17,6 +17,7 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.integration.scripts.kill_helpers import snapshots
 
@@ -63,9 +64,9 @@ def _load_and_save_again(folders: list[str]) -> list[tuple[int, float, list[str]
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint_loadable(tmp_path: Path) -> None:
-    folders, expected = run_distributed(_states_during_a_save, 1, str(tmp_path))[0]
+    folders, expected = run_single(_states_during_a_save, str(tmp_path))
     assert len(folders) > 20
-    results = run_distributed(_load_and_save_again, 1, folders)[0]
+    results = run_single(_load_and_save_again, folders)
     for iteration, checksum, names in results:
         assert checksum == expected[iteration]
         # The next save has removed what the kill left.
@@ -104,7 +105,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_newest_checkpoint(tmp_path: 
             process.join()
         assert process.exitcode == -signal.SIGKILL
         newest = max(files.complete_checkpoints(folder))
-        assert run_distributed(_load_progress, 1, str(folder))[0] in (newest, newest - 1)
+        assert run_single(_load_progress, str(folder)) in (newest, newest - 1)
 
 
 def _save_once(folder: str) -> None:
@@ -116,7 +117,7 @@ def _save_once(folder: str) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    run_distributed(_save_once, 1, str(folder))
+    run_single(_save_once, str(folder))
     return folder
 
 
@@ -157,7 +158,7 @@ def test_a_damaged_file_is_refused_in_one_line_that_names_it(saved: Path, tmp_pa
         folders.append(tmp_path / str(index))
         shutil.copytree(saved, folders[-1])
         damage(folders[-1], name)
-    errors = run_distributed(_loading_errors, 1, [str(folder) for folder in folders])[0]
+    errors = run_single(_loading_errors, [str(folder) for folder in folders])
     for folder, (_, name), error in zip(folders, damages, errors, strict=True):
         assert str(folder / "iter_0000001") in error and Path(name).name in error
         assert "\n" not in error
@@ -190,7 +191,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_leaves_nothin
         assert error.startswith(f"--save {tmp_path}: the checkpoint of step 2 could not be written (")
         assert "\n" not in error
         assert names == ["iter_0000001", files.TRACKER]
-    assert run_distributed(_load_progress, 1, str(tmp_path))[0] == 1
+    assert run_single(_load_progress, str(tmp_path)) == 1
 
 
 def test_a_full_disk_fails_the_save_and_leaves_nothing(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_the_tracker_names_the_checkpoint_to_load(tmp_path: Path) -> None:
     assert files.find_checkpoint(str(tmp_path / "iter_0000002"), 2) == tmp_path / "iter_0000002"
     (tmp_path / files.TRACKER).unlink()
     assert files.find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000002"
-    with pytest.raises(FileNotFoundError, match=r"--ckpt-step 5: .*there: 1, 2"):
+    with pytest.raises(FileNotFoundError, match=r"--ckpt-step 5: .*available: 1, 2"):
         files.find_checkpoint(str(tmp_path), 5)
 
 

@@ -13,6 +13,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE
 from megatron_ext.training.interface.family_interface import Family
 
@@ -66,14 +67,14 @@ def _differences(first: str, second: str) -> tuple[int, list[str]]:
     return family, [name for name in ours if not ours[name].equal(theirs[name])]
 
 
-@pytest.mark.parametrize("cut", _CASES)
-def test_per_layer_parameters_and_moments_move_between_cuts(cut: str, tmp_path: Path) -> None:
-    parallel, world_size = _CASES[cut]
-    first, second = f"{tmp_path}/cut", f"{tmp_path}/single"
+@pytest.mark.parametrize("layout", _CASES)
+def test_per_layer_parameters_and_moments_move_between_layouts(layout: str, tmp_path: Path) -> None:
+    parallel, world_size = _CASES[layout]
+    first, second = f"{tmp_path}/layout", f"{tmp_path}/single"
     losses = run_distributed(_save_and_train, world_size, first, parallel)[0]
-    found = run_distributed(_load_save_and_train, 1, first, second, _SINGLE)[0]
+    found = run_single(_load_save_and_train, first, second, _SINGLE)
     assert found == pytest.approx(losses, rel=1e-5)
-    count, differences = run_distributed(_differences, 1, first, second)[0]
+    count, differences = run_single(_differences, first, second)
     assert count > 10 and differences == []
 
 
@@ -91,9 +92,12 @@ def _loading_errors(folder: str, others: list[PerLayerConfig]) -> list[str]:
 
 def test_another_per_layer_embedding_is_refused_with_its_flag(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    run_distributed(_save_and_train, 1, folder, _SINGLE)
+    run_single(_save_and_train, folder, _SINGLE)
     others = [replace(_PLE, per_layer_hidden_size=16), replace(_PLE, per_layer_gate_activation="relu")]
-    size, activation, without = run_distributed(_loading_errors, 1, folder, others)[0]
+    size, activation, without = run_single(_loading_errors, folder, others)
     assert size == f"--per-layer-hidden-size 16: the checkpoint {folder}/iter_0000002 was made with 8"
     assert activation.startswith("--per-layer-gate-activation relu: ")
-    assert without == f"{folder}/iter_0000002: the checkpoint has the family per_layer, this run has not"
+    assert (
+        without
+        == f"{folder}/iter_0000002: the checkpoint has the family per_layer, which this run does not use"
+    )

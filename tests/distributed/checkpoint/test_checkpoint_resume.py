@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped: at the same cut to the bit, at another to rounding."""
+"""A run that stops and goes on is the run that never stopped: at the same layout to the bit, at another to rounding."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +11,12 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, WORLD_SIZES
 
 _DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True)
 _DISTRIBUTED_PP2 = ParallelConfig(use_distributed_optimizer=True, pipeline_model_parallel_size=2)
-_CUTS = {**LAYOUTS, "DP2xPP2 distributed optimizer": _DISTRIBUTED_PP2}
+_LAYOUTS = {**LAYOUTS, "DP2xPP2 distributed optimizer": _DISTRIBUTED_PP2}
 _SIZES = {**WORLD_SIZES, "DP2xPP2 distributed optimizer": 4}
 _RESUMED = {
     "TP1": (LAYOUTS["TP1"], 1, False),
@@ -68,9 +69,9 @@ def _assert_equal(expected: Any, found: Any) -> None:
         assert expected == found
 
 
-@pytest.mark.parametrize("cut", _RESUMED)
-def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(cut: str, tmp_path: Path) -> None:
-    parallel, world_size, bf16 = _RESUMED[cut]
+@pytest.mark.parametrize("layout", _RESUMED)
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(layout: str, tmp_path: Path) -> None:
+    parallel, world_size, bf16 = _RESUMED[layout]
     settings = RunSettings(
         parallel=parallel, checkpoint=CheckpointConfig(), model=TINY_WITH_DROPOUT, bf16=bf16
     )
@@ -115,7 +116,7 @@ def test_a_checkpoint_has_the_last_steps_weights_where_their_gathering_overlaps_
         losses = run_distributed(_train_and_save, 2, str(tmp_path / name), settings, 2)
         assert losses[0] == losses[1]
     folders = [str(tmp_path / name) for name in ("plain", "overlapped")]
-    _assert_equal(*run_distributed(_whole_tensors, 1, *folders)[0])
+    _assert_equal(*run_single(_whole_tensors, *folders))
 
 
 @pytest.fixture(scope="module")
@@ -123,27 +124,27 @@ def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     """A checkpoint of two steps in one process, and the losses of the next two."""
     folder = str(tmp_path_factory.mktemp("single"))
     settings = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=TINY)
-    return folder, run_distributed(_train_and_save, 1, folder, settings, 2)[0]
+    return folder, run_single(_train_and_save, folder, settings, 2)
 
 
-@pytest.mark.parametrize("cut", [name for name in _CUTS if name != "TP1"])
+@pytest.mark.parametrize("layout", [name for name in _LAYOUTS if name != "TP1"])
 def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
-    cut: str, single_process: tuple[str, list[float]], tmp_path: Path
+    layout: str, single_process: tuple[str, list[float]], tmp_path: Path
 ) -> None:
     source, losses = single_process
-    settings = RunSettings(parallel=_CUTS[cut], checkpoint=CheckpointConfig())
+    settings = RunSettings(parallel=_LAYOUTS[layout], checkpoint=CheckpointConfig())
     target = str(tmp_path)
-    for found, notes in run_distributed(_load_save_and_train, _SIZES[cut], source, target, settings):
+    for found, notes in run_distributed(_load_save_and_train, _SIZES[layout], source, target, settings):
         # Adam without its moments, or with those of another parameter, is off in the second digit.
         assert found == pytest.approx(losses, rel=1e-5)
-        assert any("seeded anew" in note for note in notes)
-    written, rewritten = run_distributed(_whole_tensors, 1, source, target)[0]
+        assert any("re-seeded" in note for note in notes)
+    written, rewritten = run_single(_whole_tensors, source, target)
     assert len(written) == 3 * sum(not name.startswith("optimizer.") for name in written)
     _assert_equal(written, rewritten)
 
 
 @pytest.mark.parametrize(
-    ("cut", "bf16"),
+    ("layout", "bf16"),
     [
         ("PP2 interleaved", False),
         ("DP2 distributed optimizer", False),
@@ -151,14 +152,16 @@ def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
         ("TP2", True),
     ],
 )
-def test_a_checkpoint_of_a_cut_goes_on_in_a_single_process(cut: str, bf16: bool, tmp_path: Path) -> None:
-    settings = RunSettings(parallel=_CUTS[cut], checkpoint=CheckpointConfig(), bf16=bf16)
-    source, target = f"{tmp_path}/cut", f"{tmp_path}/single"
-    losses = run_distributed(_train_and_save, _SIZES[cut], source, settings, 2)[0]
+def test_a_checkpoint_of_a_layout_goes_on_in_a_single_process(
+    layout: str, bf16: bool, tmp_path: Path
+) -> None:
+    settings = RunSettings(parallel=_LAYOUTS[layout], checkpoint=CheckpointConfig(), bf16=bf16)
+    source, target = f"{tmp_path}/layout", f"{tmp_path}/single"
+    losses = run_distributed(_train_and_save, _SIZES[layout], source, settings, 2)[0]
     alone = replace(settings, parallel=ParallelConfig())
-    found, _ = run_distributed(_load_save_and_train, 1, source, target, alone)[0]
+    found, _ = run_single(_load_save_and_train, source, target, alone)
     assert found == pytest.approx(losses, rel=1e-2 if bf16 else 1e-5)
-    _assert_equal(*run_distributed(_whole_tensors, 1, source, target)[0])
+    _assert_equal(*run_single(_whole_tensors, source, target))
 
 
 def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
@@ -190,11 +193,11 @@ def _moments_of_parameters(source: str, parallel: ParallelConfig) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("cut", ["PP2 interleaved", "TP2xPP2"])
+@pytest.mark.parametrize("layout", ["PP2 interleaved", "TP2xPP2"])
 def test_every_rank_holds_its_slice_of_parameters_and_moments(
-    cut: str, single_process: tuple[str, list[float]]
+    layout: str, single_process: tuple[str, list[float]]
 ) -> None:
-    for wrong in run_distributed(_moments_of_parameters, _SIZES[cut], single_process[0], LAYOUTS[cut]):
+    for wrong in run_distributed(_moments_of_parameters, _SIZES[layout], single_process[0], LAYOUTS[layout]):
         assert wrong == []
 
 
@@ -202,11 +205,11 @@ def test_padding_between_the_distributed_optimizers_buckets_is_not_mistaken_for_
     # The shared word embedding has a bucket of its own; three such layers make one before it that is padded.
     model = replace(TINY, num_layers=6, hidden_size=40)
     alone = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig(), model=model)
-    cut = replace(alone, parallel=_DISTRIBUTED_PP2)
-    first, second, third = (f"{tmp_path}/{name}" for name in ("single", "cut", "again"))
-    losses = run_distributed(_train_and_save, 1, first, alone, 2)[0]
-    found, _ = run_distributed(_load_save_and_train, 4, first, second, cut)[0]
-    again, _ = run_distributed(_load_save_and_train, 1, second, third, alone)[0]
-    _assert_equal(*run_distributed(_whole_tensors, 1, first, second)[0])
+    layout = replace(alone, parallel=_DISTRIBUTED_PP2)
+    first, second, third = (f"{tmp_path}/{name}" for name in ("single", "layout", "again"))
+    losses = run_single(_train_and_save, first, alone, 2)
+    found, _ = run_distributed(_load_save_and_train, 4, first, second, layout)[0]
+    again, _ = run_single(_load_save_and_train, second, third, alone)
+    _assert_equal(*run_single(_whole_tensors, first, second))
     assert found == pytest.approx(losses, rel=1e-5)
     assert again == losses

@@ -13,6 +13,7 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 
 _DATA_PARALLEL = RunSettings(
@@ -65,7 +66,7 @@ def test_random_numbers_of_another_device_are_seeded_anew_on_every_rank(
     for losses, notes in found:
         assert (
             notes[0]
-            == f"random numbers are seeded anew at step 2: they are those of {kinds}, the run is on cpu"
+            == f"random generators are re-seeded at step 2: the checkpoint's are for {kinds}, but the run uses cpu"
         )
         assert losses[0] == pytest.approx(straight[0][0], rel=0.05) and losses != straight[0]
 
@@ -76,10 +77,10 @@ def test_files_of_before_the_device_was_noted_still_give_the_run_that_never_stop
         _rewrite(tmp_path, rank, None, None)
     for rank, (losses, notes) in enumerate(run_distributed(_load_and_go_on, 2, str(tmp_path))):
         assert losses == straight[rank]
-        assert not any("anew" in note for note in notes)
+        assert not any("re-seeded" in note for note in notes)
 
 
 def test_the_file_names_its_device(tmp_path: Path) -> None:
-    run_distributed(_save_and_go_on, 1, str(tmp_path))
+    run_single(_save_and_go_on, str(tmp_path))
     state = torch.load(tmp_path / "iter_0000002" / "rng" / "rank_00000.pt", weights_only=True)
     assert state["device"] == "cpu" and os.path.exists(tmp_path / files.TRACKER)

@@ -1,4 +1,4 @@
-"""A step that is not finite, in bf16 with fp32 main weights: skipped whole on every rank, however the model is cut.
+"""A step that is not finite, in bf16 with fp32 main weights: skipped whole on every rank, at every layout.
 
 The NaN or the infinity is on the last rank alone, in a weight, in the loss, or in a gradient while the loss is finite.
 """
@@ -18,19 +18,16 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
-from megatron_ext.training.engine.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    gather_parameters,
-    wrap_model,
-)
+from megatron_ext.training.engine.data_parallel import gather_parameters, wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch
 
 _OVERLAPPED = replace(
     LAYOUTS["DP2 distributed optimizer"], overlap_grad_reduce=True, overlap_param_gather=True
 )
-_CUTS = {
+_LAYOUTS = {
     **{name: LAYOUTS[name] for name in ("TP1", "DP2", "DP2 distributed optimizer", "TP2", "PP2")},
     "DP2 distributed optimizer, overlapped": _OVERLAPPED,
 }
@@ -113,9 +110,9 @@ def _poisoned(parallel: ParallelConfig) -> list[tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.parametrize("cut", _CUTS)
-def test_a_bf16_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(cut: str) -> None:
-    for of_rank in run_distributed(_poisoned, WORLD_SIZES.get(cut, 2), _CUTS[cut]):
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_a_bf16_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(layout: str) -> None:
+    for of_rank in run_distributed(_poisoned, WORLD_SIZES.get(layout, 2), _LAYOUTS[layout]):
         for poison, (told, before, after, skipped_again, healed) in zip(_POISONS, of_rank, strict=True):
             skipped, loss_is_finite = told
             assert skipped and (loss_is_finite or poison != "gradient")

@@ -25,8 +25,11 @@ from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, synthetic_batches
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch, Family
 from tests.unit.progressive.objective_helpers import MLM, ObjectiveFamily
@@ -161,11 +164,11 @@ def _by_autograd() -> tuple[float, float]:
     loss = losses[batch["loss_mask"].flatten() > 0].mean()
     loss.backward()
     norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-    return float(loss), float(torch.stack(norms).norm())
+    return float(loss.detach()), float(torch.stack(norms).norm())
 
 
 def test_a_step_s_loss_and_gradient_norm_are_those_of_the_mean_over_all_unmasked_tokens() -> None:
-    loss, norm = run_distributed(_by_autograd, 1)[0]
+    loss, norm = run_single(_by_autograd)
     found = measured(1)["DP1 micro-batch 1", "clm"]
     assert found.loss == pytest.approx(loss, rel=1e-6)
     assert found.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -184,6 +187,6 @@ def _nothing_counts() -> tuple[float, float, bool, float]:
 
 
 def test_a_step_whose_tokens_are_all_masked_has_no_gradient_and_an_evaluation_of_none_has_no_value() -> None:
-    loss, norm, skipped, validation = run_distributed(_nothing_counts, 1)[0]
+    loss, norm, skipped, validation = run_single(_nothing_counts)
     assert (loss, norm, skipped) == (0.0, 0.0, False)
     assert math.isnan(validation)

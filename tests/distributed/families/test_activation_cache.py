@@ -15,6 +15,7 @@ from megatron_ext.progressive.cache import activation_cache
 from megatron_ext.progressive.cache.activation_cache import ActivationCache, check_cache_directory
 from megatron_ext.progressive.cache.frozen_trunk import trunk_fingerprint
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, WORLD_SIZES, with_full_recompute
 from tests.unit.progressive.objective_helpers import (
     MLM,
@@ -39,7 +40,7 @@ DROPOUT = replace(MODEL, hidden_dropout=0.3, attention_dropout=0.3)
 class Case:
     """A training, with and without cache."""
 
-    cut: ParallelConfig
+    layout: ParallelConfig
     world_size: int
     trunk: int = 2
     config: Any = MLM
@@ -48,7 +49,7 @@ class Case:
 
 
 CASES = {
-    **{cut: Case(LAYOUTS[cut], WORLD_SIZES[cut]) for cut in LAYOUTS if cut != "TP2xPP2"},
+    **{layout: Case(LAYOUTS[layout], WORLD_SIZES[layout]) for layout in LAYOUTS if layout != "TP2xPP2"},
     "one layer above": Case(ParallelConfig(), 1, trunk=3),
     "time embedding": Case(ParallelConfig(), 1, config=INPUT),
     "clm": Case(ParallelConfig(), 1, config=CLM),
@@ -73,7 +74,7 @@ def _both(cases: dict[str, Case], folder: str) -> dict[str, dict[str, Trained]]:
         }
         found[name] = {
             way: train(
-                case.cut,
+                case.layout,
                 ObjectiveFamily(config, trunk_layers=case.trunk, cached=cached),
                 STEPS,
                 model=case.model,
@@ -137,7 +138,7 @@ def _what_runs() -> dict[str, list[int]]:
 
 
 def test_a_hit_skips_the_trunk_and_an_evaluation_does_not() -> None:
-    found = run_distributed(_what_runs, 1)[0]
+    found = run_single(_what_runs)
     assert found == {"first": [4, 4, 4, 4], "second": [0, 0, 4, 4], "evaluation": [4, 4, 4, 4]}
 
 
@@ -181,7 +182,7 @@ def _stale(folder: str) -> dict[str, tuple[float, float]]:
 
 
 def test_a_stale_cache_is_never_used(tmp_path: Path) -> None:
-    found = run_distributed(_stale, 1, str(tmp_path))[0]
+    found = run_single(_stale, str(tmp_path))
     expected = dict.fromkeys(found, (1.0, 0.0))
     expected["a weight above"] = expected["the head"] = (1.0, 1.0)
     assert found == expected
@@ -199,7 +200,7 @@ def _fingerprints() -> list[bytes]:
 
 
 def test_the_fingerprint_knows_adapters_precision_depth_and_identity() -> None:
-    first, same, alpha, precision, above, depth, identity = run_distributed(_fingerprints, 1)[0]
+    first, same, alpha, precision, above, depth, identity = run_single(_fingerprints)
     assert first == same == above
     assert len({first, alpha, precision, depth, identity}) == 5
 
@@ -219,7 +220,7 @@ def _changed_while_running() -> list[float]:
 
 
 def test_a_weight_that_is_changed_while_running_is_noticed() -> None:
-    assert run_distributed(_changed_while_running, 1)[0] == [0, 1, 0, 1]
+    assert run_single(_changed_while_running) == [0, 1, 0, 1]
 
 
 def _damaged_or_full(folder: str) -> dict[str, Trained]:
@@ -251,7 +252,7 @@ def _damaged_or_full(folder: str) -> dict[str, Trained]:
 
 
 def test_a_damaged_file_and_a_full_directory_fall_back_to_computing(tmp_path: Path) -> None:
-    found = run_distributed(_damaged_or_full, 1, str(tmp_path / "cache"))[0]
+    found = run_single(_damaged_or_full, str(tmp_path / "cache"))
     rates = {name: [value["cache/hit_rate"] for value in run.values] for name, run in found.items()}
     assert rates["whole"] == [0, 0, 1, 1]
     assert rates["damaged"] == [0.75, 1, 1, 1]
@@ -287,7 +288,7 @@ def _with_a_trunk_that_trains() -> str:
 
 
 def test_a_trunk_that_trains_is_refused_by_name() -> None:
-    message = run_distributed(_with_a_trunk_that_trains, 1)[0]
+    message = run_single(_with_a_trunk_that_trains)
     assert "embedding.word_embeddings.weight belongs to the trunk and trains; untie it" in message
 
 
@@ -310,7 +311,7 @@ def test_a_directory_that_is_no_cache_is_refused(content: str | None, tmp_path: 
     (tmp_path / "notes.txt").write_text("mine")
     if content is not None:
         (tmp_path / "cache.json").write_text(content)
-    with pytest.raises(ValueError, match="is not empty and holds no activation cache"):
+    with pytest.raises(ValueError, match="not empty, and not an activation cache"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path)), {})
     with pytest.raises(ValueError, match="is not a directory"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path / "notes.txt")), {})

@@ -18,10 +18,12 @@ from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import load_weights
-from megatron_ext.training.engine.optimizer import build_optimizer, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.optimizer import build_optimizer
 from tests.integration.progressive.progressive_run_helpers import (
     VOCABULARY,
     losses_of,
@@ -73,9 +75,7 @@ def grow_prepended_and_appended(data: str, folder: str) -> tuple[list[Tensors], 
 @pytest.fixture(scope="module")
 def grown(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Tensors], list[float]]:
     folder = str(tmp_path_factory.mktemp("grown"))
-    found: tuple[list[Tensors], list[float]] = run_distributed(grow_prepended_and_appended, 1, data, folder)[
-        0
-    ]
+    found: tuple[list[Tensors], list[float]] = run_single(grow_prepended_and_appended, data, folder)
     return found
 
 
@@ -134,44 +134,44 @@ LAYOUTS = {
 }
 
 
-def grow_at_cuts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors, Tensors]]:
+def grow_at_layouts(data: str, folder: str) -> dict[str, tuple[list[float], Tensors, Tensors]]:
     results = {}
     flags = ("--building-mode", "prepend", "append", "--growth-init", "zero", *STEPS, "--target-stacks", "3")
     for name in ("TP2", "PP2"):
-        cut = LAYOUTS[name]
+        layout = LAYOUTS[name]
         save = f"{folder}/{name}"
-        _, output = train(data, save, *flags, *cut)
+        _, output = train(data, save, *flags, *layout)
         results[name] = (
             losses_of(output),
             stored(save, "progressive_stack_0"),
             stored(save, "progressive_stack_1"),
         )
     outputs = [
-        train(data, f"{folder}/changing", *flags, "--target-stacks", str(target), *cut)[1]
-        for target, cut in enumerate(LAYOUTS.values(), start=1)
+        train(data, f"{folder}/changing", *flags, "--target-stacks", str(target), *layout)[1]
+        for target, layout in enumerate(LAYOUTS.values(), start=1)
     ]
     losses = [loss for output in outputs for loss in losses_of(output)]
     phases = [stored(f"{folder}/changing", f"progressive_stack_{i}") for i in range(2)]
-    results["another cut for every stack"] = losses, phases[0], phases[1]
+    results["another layout for every stack"] = losses, phases[0], phases[1]
     return results
 
 
 @pytest.fixture(scope="module")
-def at_cuts(
+def at_layouts(
     data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[float], Tensors, Tensors]]:
-    folder = str(tmp_path_factory.mktemp("cuts"))
-    found: dict[str, Any] = run_distributed(grow_at_cuts, 2, data, folder)[0]
+    folder = str(tmp_path_factory.mktemp("layouts"))
+    found: dict[str, Any] = run_distributed(grow_at_layouts, 2, data, folder)[0]
     return found
 
 
-@pytest.mark.parametrize("cut", ["TP2", "PP2", "another cut for every stack"])
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "another layout for every stack"])
 def test_growth_at_every_parallel_layout_equals_the_single_process(
-    at_cuts: dict[str, tuple[list[float], Tensors, Tensors]],
+    at_layouts: dict[str, tuple[list[float], Tensors, Tensors]],
     grown: tuple[list[Tensors], list[float]],
-    cut: str,
+    layout: str,
 ) -> None:
-    losses, first, second = at_cuts[cut]
+    losses, first, second = at_layouts[layout]
     assert losses == pytest.approx(grown[1], rel=2e-4)
     for old, new in {0: 2, 1: 3}.items():
         assert_same(layer(second, new), layer(first, old))
@@ -194,7 +194,7 @@ def head_and_new_layer(data: str, folder: str) -> tuple[str, torch.Tensor, torch
 def test_a_learning_rate_schedule_starts_again_with_every_stack_while_optimizer_states_go_on(
     data: str, tmp_path: Path
 ) -> None:
-    output, before, after, counts = run_distributed(head_and_new_layer, 1, data, str(tmp_path))[0]
+    output, before, after, counts = run_single(head_and_new_layer, data, str(tmp_path))
     assert output.count("lr 1.000e-02") == 2
     assert before.abs().max() > 0
     assert torch.equal(before, after)
@@ -219,7 +219,7 @@ def logits_before_and_after(data: str, folder: str) -> dict[str, torch.Tensor]:
 
 
 def test_zero_growth_leaves_the_logits_exactly_as_they_were(data: str, tmp_path: Path) -> None:
-    found = run_distributed(logits_before_and_after, 1, data, str(tmp_path))[0]
+    found = run_single(logits_before_and_after, data, str(tmp_path))
     for mode in ("append", "prepend"):
         assert torch.equal(found[f"{mode} zero"], found["trunk"])
         assert not torch.allclose(found[f"{mode} random"], found["trunk"], atol=1e-2)

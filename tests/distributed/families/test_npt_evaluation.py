@@ -22,10 +22,11 @@ from megatron_ext.npt.evaluation.npt_evaluation import distribution, evaluate_np
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.conversion import draw
+from megatron_ext.npt.weights.conversion import initialize_np_factors
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_delta
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
@@ -148,41 +149,41 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def by_hand(name: str, prefix: str) -> dict[str, Any]:
-    return run_distributed(_by_hand, 1, name, prefix)[0]
+    return run_single(_by_hand, name, prefix)
 
 
 @pytest.fixture(scope="module")
 def reports(name: str, prefix: str) -> dict[str, dict[str, Any]]:
     found = {}
-    for cut in ("TP1", "TP2", "PP2", "DP2"):
-        results = run_distributed(_evaluated, WORLD_SIZES[cut], name, LAYOUTS[cut], prefix)
+    for layout in ("TP1", "TP2", "PP2", "DP2"):
+        results = run_distributed(_evaluated, WORLD_SIZES[layout], name, LAYOUTS[layout], prefix)
         assert results[0] is not None and not any(results[1:]), "the first rank has the report, alone"
-        found[cut] = results[0]
+        found[layout] = results[0]
     return found
 
 
-CUT_NAMES = pytest.mark.parametrize("cut", ["TP1", "TP2", "PP2", "DP2"])
+LAYOUT_NAMES = pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "DP2"])
 
 
-@CUT_NAMES
+@LAYOUT_NAMES
 def test_perplexity_and_kl_equal_those_of_whole_logits(
-    cut: str, reports: dict[str, Any], by_hand: dict[str, Any]
+    layout: str, reports: dict[str, Any], by_hand: dict[str, Any]
 ) -> None:
-    found, loss = reports[cut]["perplexity"], by_hand["loss"]
+    found, loss = reports[layout]["perplexity"], by_hand["loss"]
     assert found["tokens"] == TOKENS - 1
     assert found["base"] == pytest.approx(math.exp(loss["base"]), rel=1e-5)
     assert found["npt"] == pytest.approx(math.exp(loss["npt"]), rel=1e-5)
     assert found["perplexity_ratio"] == pytest.approx(math.exp(loss["npt"] - loss["base"]), rel=1e-5)
-    assert reports[cut]["logit_kl"]["mean"] == pytest.approx(loss["kl"], rel=1e-4)
+    assert reports[layout]["logit_kl"]["mean"] == pytest.approx(loss["kl"], rel=1e-4)
     assert loss["kl"] > 0.01, "the models differ"
 
 
-@CUT_NAMES
+@LAYOUT_NAMES
 @pytest.mark.parametrize("how", ["same_input", "free_running"])
 def test_layer_figures_equal_those_of_whole_hidden_states(
-    cut: str, how: str, reports: dict[str, Any], by_hand: dict[str, Any]
+    layout: str, how: str, reports: dict[str, Any], by_hand: dict[str, Any]
 ) -> None:
-    layers = reports[cut]["layer_wise_equivalence"][how]["layers"]
+    layers = reports[layout]["layer_wise_equivalence"][how]["layers"]
     assert list(layers) == [str(number) for number in LAYERS]
     for number in LAYERS:
         ours, base = by_hand["layers"][how][number], by_hand["layers"]["base"][number]
@@ -196,12 +197,12 @@ def test_layer_figures_equal_those_of_whole_hidden_states(
         }
 
 
-@CUT_NAMES
+@LAYOUT_NAMES
 def test_delta_norms_are_those_of_materialised_deltas(
-    cut: str, reports: dict[str, Any], by_hand: dict[str, Any]
+    layout: str, reports: dict[str, Any], by_hand: dict[str, Any]
 ) -> None:
     for (number, target), values in by_hand["norms"].items():
-        found, expected = reports[cut]["weight_delta"]["layers"][str(number)][target], values.numpy()
+        found, expected = reports[layout]["weight_delta"]["layers"][str(number)][target], values.numpy()
         norms = found["frobenius_norm"]
         assert norms["count"] == TOKENS - 1
         assert norms["mean"] == pytest.approx(expected.mean(), rel=1e-4)
@@ -212,16 +213,16 @@ def test_delta_norms_are_those_of_materialised_deltas(
         assert found["relative_norm"]["mean"] == pytest.approx(norms["mean"] / found["weight_norm"])
 
 
-def test_every_cut_gives_the_report_of_one_process(reports: dict[str, Any]) -> None:
+def test_every_layout_gives_the_report_of_one_process(reports: dict[str, Any]) -> None:
     """Also what has no reference above: other targets, v_a and v_b, parameters."""
     one = dict(_numbers(reports["TP1"]))
-    for cut, report in reports.items():
+    for layout, report in reports.items():
         other = dict(_numbers(report))
-        assert other.keys() == one.keys(), cut
+        assert other.keys() == one.keys(), layout
         for key, value in one.items():
             if "histogram" not in key:
                 near = pytest.approx(value, rel=2e-4, abs=1e-7) if isinstance(value, float) else value
-                assert other[key] == near, (cut, key)
+                assert other[key] == near, (layout, key)
 
 
 def _numbers(value: Any, key: str = "") -> list[tuple[str, Any]]:
@@ -258,7 +259,7 @@ def test_the_average_delta_norm_is_held_against_document_002(reports: dict[str, 
 
 
 def test_with_np_off_the_ratio_is_one_and_no_distance_is_left(prefix: str) -> None:
-    report = run_distributed(_off, 1, prefix)[0]
+    report = run_single(_off, prefix)
     assert report["perplexity"]["perplexity_ratio"] == 1.0
     assert report["perplexity"]["base_loss"] == report["perplexity"]["npt_loss"]
     assert report["logit_kl"]["mean"] == 0.0
@@ -284,7 +285,7 @@ def _off(prefix: str) -> dict[str, Any] | None:
 def test_the_perplexities_are_those_of_tools_evaluate(
     prefix: str, reports: dict[str, Any], name: str
 ) -> None:
-    base, ours = run_distributed(_perplexities, 1, name, prefix)[0]
+    base, ours = run_single(_perplexities, name, prefix)
     assert reports["TP1"]["perplexity"]["base"] == pytest.approx(base, rel=1e-6)
     assert reports["TP1"]["perplexity"]["npt"] == pytest.approx(ours, rel=1e-6)
 
@@ -297,17 +298,19 @@ def _perplexities(name: str, prefix: str) -> tuple[float, float]:
     return base.perplexity, evaluate_perplexity([model], [family], prefix, **options).perplexity
 
 
-@pytest.mark.parametrize("cut", ["TP1", "TP2"])
-def test_drawn_again_the_model_is_the_converted_one_that_nothing_has_trained(cut: str, prefix: str) -> None:
-    fresh, trained, again = run_distributed(_drawn_again, WORLD_SIZES[cut], cut, prefix)[0]
+@pytest.mark.parametrize("layout", ["TP1", "TP2"])
+def test_drawn_again_the_model_is_the_converted_one_that_nothing_has_trained(
+    layout: str, prefix: str
+) -> None:
+    fresh, trained, again = run_distributed(_drawn_again, WORLD_SIZES[layout], layout, prefix)[0]
     assert again == fresh != trained
 
 
-def _drawn_again(cut: str, prefix: str) -> list[float]:
-    """The loss of a model as it is built, with other NP factors, and after `draw`."""
-    model, family = _build("outer drop", LAYOUTS[cut])
+def _drawn_again(layout: str, prefix: str) -> list[float]:
+    """The loss of a model as it is built, with other NP factors, and after `initialize_np_factors`."""
+    model, family = _build("outer drop", LAYOUTS[layout])
     losses = []
-    for change in (lambda: None, lambda: _disturb(model), lambda: draw([model], 1)):
+    for change in (lambda: None, lambda: _disturb(model), lambda: initialize_np_factors([model], 1)):
         change()
         found = evaluate_perplexity(
             [model], [family], prefix, sequence_length=MODEL.seq_length, micro_batch_size=4
@@ -342,5 +345,5 @@ def test_a_distribution_counts_what_is_not_finite() -> None:
 
 def test_a_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "one"), [[[7]]])
-    with pytest.raises(RuntimeError, match="one: has 1 tokens, at least 2 are needed"):
-        run_distributed(_evaluated, 1, "outer drop", ParallelConfig(), str(tmp_path / "one"))
+    with pytest.raises(RuntimeError, match="one: the dataset must have at least 2 tokens, got 1"):
+        run_single(_evaluated, "outer drop", ParallelConfig(), str(tmp_path / "one"))

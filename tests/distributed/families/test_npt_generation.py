@@ -14,6 +14,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.3, hidden_dropout=0.5, attention_dropout=0.5)
@@ -62,8 +63,8 @@ def _with_cache(name: str, parallel: ParallelConfig) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_cached_generation_equals_full_passes_at_every_parallel_layout(name: str) -> None:
-    expected, base = run_distributed(_by_full_passes, 1, name)[0]
+    expected, base = run_single(_by_full_passes, name)
     assert expected != base, "the NP components change what is generated"
-    for cut in ("TP1", "TP2", "PP2"):
-        for tokens in run_distributed(_with_cache, WORLD_SIZES[cut], name, LAYOUTS[cut]):
-            assert tokens == expected, cut
+    for layout in ("TP1", "TP2", "PP2"):
+        for tokens in run_distributed(_with_cache, WORLD_SIZES[layout], name, LAYOUTS[layout]):
+            assert tokens == expected, layout

@@ -1,42 +1,15 @@
-"""The same run at every parallel layout: losses, gradient norms, first gradients of all parameters, statistics,
-checkpoint keys.
-"""
+"""PLE at every parallel layout: losses, gradient norms, first gradients, statistics, checkpoint keys."""
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.build_model import build_model
-from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import (
-    LAYOUTS,
-    TINY,
-    VOCAB_SIZE,
-    WORLD_SIZES,
-    TrainingTrace,
-    assemble,
-    train_tiny,
-    with_full_recompute,
-)
+from megatron_ext.testing.layout_runs import OVERLAPPED, LayoutRuns, Variant, assert_same_run
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, assemble
 from megatron_ext.training.interface.family_interface import Family
 
-STEPS = 2
-RECOMPUTED = " recomputed"
-OVERLAPPED = "DP2 overlapped distributed optimizer"
-EVERY_LAYOUT = {
-    **LAYOUTS,
-    OVERLAPPED: ParallelConfig(
-        use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
-    ),
-}
-CASES = [*EVERY_LAYOUT, f"TP2+SP{RECOMPUTED}", f"PP2 interleaved{RECOMPUTED}"]
 ROWS = 24
 TABLE = [token % ROWS for token in range(VOCAB_SIZE)]
 DOCUMENT_003 = PerLayerConfig(
@@ -66,81 +39,21 @@ class _Make:
         return [PerLayerFamily(settings, VOCAB_SIZE, None if settings.uses_token_ids else TABLE)]
 
 
-@dataclass
-class Run:
-    """What one variant gave at one cut, on one rank."""
-
-    trace: TrainingTrace
-    saved: set[tuple[str, tuple[int, ...]]]
-    """Key and global shape of every tensor that this rank saves as its owner."""
+RUNS = LayoutRuns(
+    {name: Variant(make_families=_Make(name)) for name in VARIANTS},
+    [*LAYOUTS, OVERLAPPED, "TP2+SP recomputed", "PP2 interleaved recomputed"],
+)
+BF16 = LayoutRuns({name: Variant(make_families=_Make(name), bf16=True) for name in VARIANTS}, ["TP2+SP"])
 
 
-def _train(cuts: dict[str, ParallelConfig], bf16: bool = False) -> dict[str, dict[str, Run]]:
-    """Every variant at every parallel layout, in one set of processes."""
-    return {
-        cut: {
-            name: Run(train_tiny(parallel, STEPS, _Make(name), bf16=bf16), _saved(parallel, name))
-            for name in VARIANTS
-        }
-        for cut, parallel in cuts.items()
-    }
-
-
-def _saved(parallel: ParallelConfig, variant: str) -> set[tuple[str, tuple[int, ...]]]:
-    extensions = [family.extension() for family in _Make(variant)()]
-    chunks = build_model(TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
-    found = [
-        (value.key, value.global_shape, value.global_offset)
-        for chunk in chunks
-        for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values()
-        if isinstance(value, ShardedTensor) and not any(value.replica_id)
-    ]
-    assert len(set(found)) == len(found), "a tensor has two owners"
-    return {(key, shape) for key, shape, _ in found}
-
-
-@functools.cache
-def runs(world_size: int) -> list[dict[str, dict[str, Run]]]:
-    """All runs with this number of processes, by rank, cut and variant."""
-    cuts = {
-        name: EVERY_LAYOUT[name.removesuffix(RECOMPUTED)] for name in CASES if _world_size(name) == world_size
-    }
-    for name in cuts:
-        if name.endswith(RECOMPUTED):
-            cuts[name] = with_full_recompute(cuts[name])
-    return run_distributed(_train, world_size, cuts)
-
-
-def _world_size(case: str) -> int:
-    return WORLD_SIZES.get(case.removesuffix(RECOMPUTED), 2)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES[1:])
-def test_every_cut_trains_logs_and_saves_as_the_single_process_does(case: str, variant: str) -> None:
-    expected = runs(1)[0]["TP1"][variant]
-    found = [of_rank[case][variant] for of_rank in runs(_world_size(case))]
-    trace = found[0].trace
-    assert trace.losses[0] == pytest.approx(expected.trace.losses[0], rel=1e-6)
-    assert trace.losses == pytest.approx(expected.trace.losses, rel=1e-5)
-    assert trace.grad_norms == pytest.approx(expected.trace.grad_norms, rel=1e-4)
-    if not case.endswith("optimizer"):  # which keeps only parts of the gradients
-        _assert_same_gradients(assemble([run.trace for run in found]), assemble([expected.trace]))
-    assert trace.statistics.keys() == expected.trace.statistics.keys()
-    for tag, value in expected.trace.statistics.items():
-        assert trace.statistics[tag] == pytest.approx(value, rel=1e-3, abs=1e-6), tag
-    assert set().union(*(run.saved for run in found)) == expected.saved
-
-
-def _assert_same_gradients(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert gradients.keys() == expected.keys()
-    for key, gradient in expected.items():
-        assert torch.linalg.norm(gradients[key] - gradient) < 1e-5 * torch.linalg.norm(gradient), key
+@pytest.mark.parametrize(("layout", "variant"), RUNS.cases())
+def test_every_layout_trains_logs_and_saves_as_the_single_process_does(layout: str, variant: str) -> None:
+    assert_same_run(RUNS.at(layout, variant), RUNS.single(variant))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_gets_a_gradient_and_every_layer_its_statistics(variant: str) -> None:
-    run = runs(1)[0]["TP1"][variant]
+    run = RUNS.single(variant)
     gradients = assemble([run.trace])
     per_layer = [
         key
@@ -156,7 +69,7 @@ def test_every_parameter_gets_a_gradient_and_every_layer_its_statistics(variant:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_a_layer_owns_at_stage_level_is_saved_under_the_layers_global_number(variant: str) -> None:
-    saved = dict(runs(1)[0]["TP1"][variant].saved)
+    saved = dict(RUNS.single(variant).saved)
     for number in range(TINY.num_layers):
         rows = VARIANTS[variant].rows(VOCAB_SIZE)
         assert saved[f"per_layer.layers.{number}.embedding.weight"] == (rows, 8)
@@ -164,7 +77,7 @@ def test_what_a_layer_owns_at_stage_level_is_saved_under_the_layers_global_numbe
     assert saved["per_layer.norm.weight"] == (8,)
 
 
-def test_bf16_follows_fp32() -> None:
-    rounded = run_distributed(_train, 2, {"TP2+SP": LAYOUTS["TP2+SP"]}, True)[0]["TP2+SP"]
-    for variant, run in rounded.items():
-        assert run.trace.losses == pytest.approx(runs(1)[0]["TP1"][variant].trace.losses, rel=1e-2), variant
+@pytest.mark.parametrize(("layout", "variant"), BF16.cases())
+def test_bf16_follows_fp32(layout: str, variant: str) -> None:
+    rounded, exact = BF16.at(layout, variant)[0], RUNS.single(variant)
+    assert rounded.trace.losses == pytest.approx(exact.trace.losses, rel=1e-2)

@@ -1,37 +1,16 @@
-"""Adapted layers at every parallel layout: losses, gradients, what is saved and what moves, against the single
-process.
-"""
+"""Adapted layers at every parallel layout: losses, gradients and what is saved, against the single process."""
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.base_parameters import ADAPTERS
-from megatron_ext.models.initialization import CHECKPOINT_METADATA
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import (
-    LAYOUTS,
-    WORLD_SIZES,
-    TrainingTrace,
-    assemble,
-    train_tiny,
-    with_full_recompute,
-)
+from megatron_ext.testing.layout_runs import LayoutRuns, SavedTensors, Variant, assert_same_run, saved_tensors
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import LAYOUTS, assemble
 from tests.unit.progressive.progressive_helpers import DUAL, MODEL, MakeAdapted, build
 
-STEPS = 2
-CASES = {
-    **{cut: (LAYOUTS[cut], WORLD_SIZES[cut]) for cut in LAYOUTS},
-    "TP2+SP recomputed": (with_full_recompute(LAYOUTS["TP2+SP"]), 2),
-    "TP2+SP selective": (
-        replace(LAYOUTS["TP2+SP"], recompute_granularity="selective", recompute_modules=("core_attn", "mlp")),
-        2,
-    ),
-}
 FROZEN = replace(DUAL, trained_adapters=frozenset())
 TRAINED = replace(DUAL, trains_base=True)
 PLANS = {
@@ -44,79 +23,27 @@ PLANS = {
         3: replace(DUAL, precision="half"),
     },
 }
-
-
-@dataclass
-class Run:
-    """What one plan gave at one cut, on one rank."""
-
-    trace: TrainingTrace
-    saved: set[tuple[str, tuple[int, ...]]]
-
-
 PLANS_OF = {
     "DP2": ["adapters"],
     "DP2 distributed optimizer": ["trunk frozen, base and adapters above"],
     "TP2xPP2": ["trunk frozen, base and adapters above"],
     "TP2+SP recomputed": ["adapters"],
-    "TP2+SP selective": ["adapters"],
+    "TP2+SP MLP recomputed": ["adapters"],
 }
-"""Cuts that try some plans only; the others try all."""
+"""Layouts that try some plans only; the others try all."""
 
-
-def _train(cuts: dict[str, ParallelConfig]) -> dict[str, dict[str, Run]]:
-    return {
-        cut: {
-            name: Run(
-                train_tiny(parallel, STEPS, MakeAdapted(PLANS[name]), model=MODEL), _saved(parallel, name)
-            )
-            for name in PLANS_OF.get(cut, PLANS)
-        }
-        for cut, parallel in cuts.items()
-    }
-
-
-def _saved(parallel: ParallelConfig, plan: str) -> set[tuple[str, tuple[int, ...]]]:
-    """Key and whole shape of every tensor that this rank saves as its owner."""
-    found = []
-    for chunk in build(PLANS[plan], parallel):
-        for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
-            shards = value.build() if isinstance(value, ShardedTensorFactory) else [value]
-            found += [
-                (shard.key, shard.global_shape, shard.global_offset)
-                for shard in shards
-                if isinstance(shard, ShardedTensor) and not any(shard.replica_id)
-            ]
-    assert len(set(found)) == len(found), "a tensor has two owners"
-    return {(key, shape) for key, shape, _ in found}
-
-
-@functools.cache
-def runs(world_size: int) -> list[dict[str, dict[str, Run]]]:
-    """All runs with this number of processes, by rank, cut and plan."""
-    cuts = {name: parallel for name, (parallel, size) in CASES.items() if size == world_size}
-    return run_distributed(_train, world_size, cuts)
-
-
-@pytest.mark.parametrize(
-    ("case", "plan"), [(case, plan) for case in list(CASES)[1:] for plan in PLANS_OF.get(case, PLANS)]
+RUNS = LayoutRuns(
+    {name: Variant(make_families=MakeAdapted(plan), model=MODEL) for name, plan in PLANS.items()},
+    LAYOUTS,
+    PLANS_OF,
 )
-def test_every_cut_trains_and_saves_as_the_single_process_does(case: str, plan: str) -> None:
-    expected = runs(1)[0]["TP1"][plan]
-    found = [of_rank[case][plan] for of_rank in runs(CASES[case][1])]
-    exact = (
-        "half" not in plan
-    )  # else the products are rounded to 11 or 8 bits, and those of parts differently
-    trace = found[0].trace
-    assert trace.losses == pytest.approx(expected.trace.losses, rel=1e-5 if exact else 1e-2)
-    assert trace.grad_norms == pytest.approx(expected.trace.grad_norms, rel=1e-4 if exact else 2e-2)
-    if not case.endswith("optimizer"):  # which keeps only parts of the gradients
-        gradients, wanted = assemble([run.trace for run in found]), assemble([expected.trace])
-        assert gradients.keys() == wanted.keys()
-        for key, gradient in wanted.items():
-            tolerance = (1e-5 if exact else 5e-2) * torch.linalg.norm(gradient)
-            assert torch.linalg.norm(gradients[key] - gradient) < tolerance, key
-    assert set().union(*(run.saved for run in found)) == expected.saved
+
+
+@pytest.mark.parametrize(("layout", "plan"), RUNS.cases())
+def test_every_layout_trains_and_saves_as_the_single_process_does(layout: str, plan: str) -> None:
+    # Products in half precision are rounded to 11 or 8 bits, and those of parts differently.
+    rounded = {"losses": 1e-2, "norms": 2e-2, "gradients": 5e-2} if "half" in plan else {}
+    assert_same_run(RUNS.at(layout, plan), RUNS.single(plan), **rounded)
 
 
 def _layer_keys(layers: range, names: set[str]) -> set[str]:
@@ -138,7 +65,7 @@ OTHERS = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", 
 
 
 def test_what_the_plan_trains_has_gradients_and_nothing_else() -> None:
-    found = {plan: assemble([run.trace]) for plan, run in runs(1)[0]["TP1"].items()}
+    found = {plan: assemble([RUNS.single(plan).trace]) for plan in PLANS}
     everywhere = _layer_keys(range(4), ADAPTER_NAMES) | OTHERS
     assert found["adapters"].keys() == everywhere
     above = _layer_keys(range(2, 4), ADAPTER_NAMES | BASE_NAMES) | OTHERS
@@ -150,14 +77,14 @@ def test_what_the_plan_trains_has_gradients_and_nothing_else() -> None:
 
 
 def test_precision_does_not_change_the_gradients_much() -> None:
-    exact, mixed = (assemble([runs(1)[0]["TP1"][plan].trace]) for plan in ("adapters", "bfloat16 below half"))
+    exact, mixed = (assemble([RUNS.single(plan).trace]) for plan in ("adapters", "bfloat16 below half"))
     for key, gradient in exact.items():
         assert torch.linalg.norm(mixed[key] - gradient) < 5e-2 * torch.linalg.norm(gradient), key
 
 
 def test_the_base_keeps_its_names_and_shapes_in_a_checkpoint() -> None:
-    plain = {(key, shape) for key, shape in run_distributed(_saved_plain, 1)[0]}
-    saved = runs(1)[0]["TP1"]["adapters"].saved
+    plain = run_single(_saved_plain)
+    saved = RUNS.single("adapters").saved
     assert {(key, shape) for key, shape in saved if ADAPTERS not in key} == plain
     assert {key for key, _ in saved if ADAPTERS in key} == _layer_keys(range(4), ADAPTER_NAMES)
     shapes = dict(saved)
@@ -171,10 +98,5 @@ def test_the_base_keeps_its_names_and_shapes_in_a_checkpoint() -> None:
             assert shapes[f"{prefix}.B"] == (outputs, shape.rank)
 
 
-def _saved_plain() -> set[tuple[str, tuple[int, ...]]]:
-    found = set()
-    for chunk in build({}):
-        for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
-            shards = value.build() if isinstance(value, ShardedTensorFactory) else [value]
-            found |= {(shard.key, shard.global_shape) for shard in shards if isinstance(shard, ShardedTensor)}
-    return found
+def _saved_plain() -> SavedTensors:
+    return saved_tensors(build({}))

@@ -14,6 +14,7 @@ from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS
 from tests.unit.progressive.progressive_helpers import DUAL, MODEL, MakeAdapted
 
@@ -140,7 +141,7 @@ def _read(folder: str) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_holds_plain_weights_adapters_and_the_moments_of_what_trains(tmp_path: Path) -> None:
     case = "one process"
     outcome(case, tmp_path)
-    tensors = run_distributed(_read, 1, str(tmp_path))[0]
+    tensors = run_single(_read, str(tmp_path))
     weight = tensors["decoder.layers.0.mlp.linear_fc1.weight"]
     assert weight.dtype == torch.float32 and weight.shape == (256, 128)
     assert weight.reshape(-1, 64).unique(dim=-1).size(-1) > 2

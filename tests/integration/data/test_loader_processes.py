@@ -13,6 +13,7 @@ from megatron_ext.config.command_line.error_lines import ProcessLost
 from megatron_ext.data.datasets.loader_processes import HELD_BACK, loader_failures
 from megatron_ext.testing.torchrun import environment
 from megatron_ext.training.stop_signals import EXIT_CODES
+from tests.unit.data.test_samplers import assert_batches_in_order
 
 PARENT = """
 import os, signal, sys, threading, time
@@ -139,3 +140,7 @@ def test_the_death_of_a_loader_process_is_one_line_and_other_errors_pass(told: s
 
 def test_loader_processes_are_forked_with_every_signal_blocked_that_a_run_handles() -> None:
     assert set(EXIT_CODES) <= set(HELD_BACK) and signal.SIGKILL not in HELD_BACK
+
+
+def test_batches_of_loader_processes_come_in_order() -> None:
+    assert_batches_in_order(num_workers=2)

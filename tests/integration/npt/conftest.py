@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.kill_and_resume import flags_of
 from tests.integration.npt.npt_run_helpers import make_base, train, write_data
 
@@ -38,8 +38,8 @@ def sequential_run(tmp_path_factory: pytest.TempPathFactory) -> SequentialRun:
     """The run with its base model and data."""
     root = tmp_path_factory.mktemp("sequential")
     data = write_data(root)
-    base = run_distributed(make_base, 1, str(root), data)[0]
+    base = run_single(make_base, str(root), data)
     flags = flags_of("sequential", str(root / "sequential"), base, data)
-    code, output = run_distributed(train, 1, *flags)[0]
+    code, output = run_single(train, *flags)
     assert code == 0
     return SequentialRun(root, base, data, output)

@@ -75,13 +75,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     moments = random.Random(options.seed)
-    cut = ["--tensor-model-parallel-size", str(options.processes)]
+    layout = ["--tensor-model-parallel-size", str(options.processes)]
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder))
         base = run_distributed(make_base, 1, folder, data)[0]
 
         def command(name: str) -> list[str]:
-            return [*flags_of(options.mode, f"{folder}/{name}", base, data), *cut]
+            return [*flags_of(options.mode, f"{folder}/{name}", base, data), *layout]
 
         for attempt in (
             "warm-up",

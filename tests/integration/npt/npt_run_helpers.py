@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.config.command_line.parse import parse
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.platform import process_groups
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.training.pretrain import pretrain
@@ -74,7 +74,7 @@ def make_base(folder: str, data: str, *more: str) -> str:
     ]
     _stay()
     with contextlib.redirect_stdout(io.StringIO()):
-        assert pretrain(parse(dict(TRAINING), flags), lambda configs, tokenizer: []) == 0
+        assert pretrain(parse(RunConfig, flags), lambda config, tokenizer: []) == 0
     return f"{folder}/base"
 
 

@@ -13,7 +13,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.weights.np_weight_files import read_np_weight_file
 from megatron_ext.npt.weights.state_files import replace_final
 from megatron_ext.testing.checkpoint_runs import read_plain
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from tests.integration.npt.npt_run_helpers import MULTI_LAYER, make_base, train, write_data
 from tools.validate_checkpoint import main as validate
@@ -33,7 +33,7 @@ def _run(folder: str, data: str) -> dict[str, torch.Tensor]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """Directory of checkpoints, and what mcore's reader finds in the last of them."""
     folder = tmp_path_factory.mktemp("run")
-    tensors = run_distributed(_run, 1, str(folder), write_data(folder))[0]
+    tensors = run_single(_run, str(folder), write_data(folder))
     return folder / "run", tensors
 
 
@@ -136,7 +136,7 @@ def test_a_directory_of_the_document_is_valid_without_checksums(
     for name in ("npt_weights.pt", "training_state.pt", "multi_layer_state.pt"):
         shutil.copy(run[0] / "checkpoint-4" / name, tmp_path)
     assert validate(["--checkpoint", str(tmp_path)]) == 0
-    assert "checksums: none here" in capsys.readouterr().out
+    assert "checksums: none" in capsys.readouterr().out
 
 
 def test_of_a_directory_of_checkpoints_the_newest_complete_one_is_validated(

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.npt_run_helpers import MULTI_LAYER, make_base, train, write_data
 
 
@@ -20,7 +21,7 @@ def test_a_layer_whose_norm_vanishes_is_told_once_until_it_recovers() -> None:
         restored.load_state_dict(watch.state_dict())
         watch = restored
     assert [len(lines) for lines in told] == [0, 0, 1, 0, 0, 1]
-    assert told[2][0].startswith("warning: layer 3: v_b_norm has fallen to 1.90e-03 (first 2.00e+00)")
+    assert told[2][0].startswith("warning: layer 3: v_b_norm has fallen to 1.90e-03 (first value 2.00e+00)")
 
 
 def test_factors_that_start_at_zero_have_not_collapsed() -> None:
@@ -48,7 +49,7 @@ def _run(folder: str, data: str) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, EventAccumulator]:
     folder = tmp_path_factory.mktemp("run")
-    output = run_distributed(_run, 1, str(folder), write_data(folder))[0]
+    output = run_single(_run, str(folder), write_data(folder))
     events = EventAccumulator(str(folder / "logs"))
     events.Reload()
     return output, events
@@ -106,8 +107,8 @@ def test_samples_of_base_and_npt_are_written_as_text(run: tuple[str, EventAccumu
     assert texts[0].count("1 2 3") == 2 and "**base**" in texts[0] and "**npt**" in texts[0]
 
 
-def _refused(cut: list[str]) -> str:
-    flags = [*MULTI_LAYER, "--data-path", "nothing", "--train-iters", "1", "--generation-steps", "5", *cut]
+def _refused(layout: list[str]) -> str:
+    flags = [*MULTI_LAYER, "--data-path", "nothing", "--train-iters", "1", "--generation-steps", "5", *layout]
     shape = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16"]
     with pytest.raises(ValueError, match="--generation-steps") as error:
         train(*flags, *shape, "--tokenizer-type", "NullTokenizer", "--vocab-size", "64", "--swiglu")
@@ -115,7 +116,7 @@ def _refused(cut: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("cut", "flag"),
+    ("layout", "flag"),
     [
         (["--tensor-model-parallel-size", "2", "--sequence-parallel"], "--sequence-parallel"),
         (
@@ -124,11 +125,11 @@ def _refused(cut: list[str]) -> str:
         ),
     ],
 )
-def test_samples_are_refused_at_a_cut_that_generation_does_not_know(cut: list[str], flag: str) -> None:
-    assert run_distributed(_refused, 1, cut)[0] == f"--generation-steps 5: generation does not know {flag}"
+def test_samples_are_refused_at_a_layout_that_generation_does_not_know(layout: list[str], flag: str) -> None:
+    assert run_single(_refused, layout) == f"--generation-steps 5: generation does not support {flag}"
 
 
-def _sampled_at(folder: str, data: str, base: str, cut: list[str]) -> Any:
+def _sampled_at(folder: str, data: str, base: str, layout: list[str]) -> Any:
     flags = [
         *MULTI_LAYER,
         "--data-path",
@@ -140,20 +141,20 @@ def _sampled_at(folder: str, data: str, base: str, cut: list[str]) -> Any:
         "--generation-steps",
         "1",
     ]
-    return train(*flags, "--generation-prompt", "5 6", "--tensorboard-dir", f"{folder}/logs", *cut)
+    return train(*flags, "--generation-prompt", "5 6", "--tensorboard-dir", f"{folder}/logs", *layout)
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "layout",
     [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]],
     ids=["TP2", "PP2"],
 )
 def test_samples_are_the_same_at_every_parallel_layout_that_is_allowed(
-    cut: list[str], tmp_path: Path
+    layout: list[str], tmp_path: Path
 ) -> None:
     data, texts = write_data(tmp_path), []
-    base = run_distributed(make_base, 1, str(tmp_path), data)[0]
-    for processes, flags in ((1, []), (2, cut)):
+    base = run_single(make_base, str(tmp_path), data)
+    for processes, flags in ((1, []), (2, layout)):
         folder = tmp_path / str(processes)
         assert run_distributed(_sampled_at, processes, str(folder), data, base, flags)[0][0] == 0
         events = EventAccumulator(str(folder / "logs"))

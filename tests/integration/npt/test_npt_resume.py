@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.testing.checkpoint_runs import read_plain
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.npt_run_helpers import MULTI_LAYER, ROOT, make_base, train, write_data
 
 CURRICULUM = ["--curriculum-stages", "teacher:2,mixed:3:0.3:0.6,student:3"]
@@ -56,8 +57,8 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
     data = write_data(tmp_path)
     found = run_distributed(_straight_and_resumed, processes, str(tmp_path), data, more)[0]
     stopped, resumed, again = found["outputs"]
-    assert "stopped after step 4" in stopped and "the run goes on after step 4" in resumed
-    assert "training already complete: step 8 of 8" in again and "step 9" not in again
+    assert "stopped after step 4" in stopped and "the run continues after step 4" in resumed
+    assert "training is already complete: step 8 of 8" in again and "step 9" not in again
     for straight, other in zip(*found["states"], strict=True):
         assert straight and _equal(straight, other)
     assert {name.split(".")[0] for name in found["states"][0][0]} == {"optimizer", "decoder"}
@@ -113,7 +114,7 @@ def _changed(folder: str, data: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("changed")
-    return run_distributed(_changed, 1, str(folder), write_data(folder))[0]
+    return run_single(_changed, str(folder), write_data(folder))
 
 
 def _rates(output: str) -> list[str]:
@@ -134,23 +135,23 @@ def test_another_curriculums_stage_follows_from_the_step(changed: dict[str, Any]
 
 
 def test_the_same_layers_by_other_words_are_the_same(changed: dict[str, Any]) -> None:
-    assert "the run goes on after step 4" in changed["same layers"]
+    assert "the run continues after step 4" in changed["same layers"]
     assert "warning" not in changed["same layers"]
 
 
 def test_other_layers_are_refused_unless_what_fits_is_asked_for(changed: dict[str, Any]) -> None:
     assert re.match(
-        r"--npt-layers 1,2: the checkpoint \S+checkpoint-4 was made with 2,3; --allow-layer-mismatch",
+        r"--npt-layers 1,2: the checkpoint \S+checkpoint-4 was made with 2,3; add --allow-layer-mismatch",
         changed["mismatch"],
     )
-    assert changed["nothing shared"].endswith("no layer is in both")
+    assert changed["nothing shared"].endswith("they have no layer in common")
 
 
 def test_with_other_layers_the_shared_ones_go_on_and_the_optimizer_starts_anew(
     changed: dict[str, Any],
 ) -> None:
     warning = next(line for line in changed["layers"].splitlines() if line.startswith("warning"))
-    assert "NP weights of layers 2 are taken" in warning
+    assert "loading NP weights for layers 2 only" in warning
     before, after = changed["before"], changed["after"]
     assert {key.split("_")[1] for key in after[0]} == {"1", "2"}
     for key, tensor in after[0].items():
@@ -177,7 +178,7 @@ def _started(folder: str, data: str) -> None:
 
 
 def test_the_resume_script_needs_a_checkpoint_only_and_flags_win(tmp_path: Path) -> None:
-    run_distributed(_started, 1, str(tmp_path), write_data(tmp_path))
+    run_single(_started, str(tmp_path), write_data(tmp_path))
     script = str(ROOT / "examples" / "npt" / "resume_training.sh")
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     result = subprocess.run(

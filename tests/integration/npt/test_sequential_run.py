@@ -14,10 +14,11 @@ import torch
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.npt import NPTModel
-from megatron_ext.npt.objective.npt_training_config import npt_run_defaults
+from megatron_ext.npt.objective.npt_training_config import mode_defaults
 from megatron_ext.npt.runs.sequential_files import layer_of_np_key
 from megatron_ext.npt.runs.sequential_run import layer_logging
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.conftest import SequentialRun
 from tests.integration.npt.kill_and_resume import differences
 from tests.integration.npt.npt_run_helpers import DATA, make_base, train
@@ -85,7 +86,7 @@ def _single(sequential_run: SequentialRun, layer: int, *more: str) -> Tensors:
         "--data-path",
         sequential_run.data,
     ]
-    run_distributed(train, 1, *flags, "--npt-layers", str(layer), "--save", str(folder), *more)
+    run_single(train, *flags, "--npt-layers", str(layer), "--save", str(folder), *more)
     return _weights(folder / "final" / "npt_weights.pt")
 
 
@@ -128,15 +129,15 @@ def test_the_data_goes_on_from_layer_to_layer_and_the_schedule_begins_anew(
 
 def test_two_tensor_parallel_processes_train_the_same_layers(sequential_run: SequentialRun) -> None:
     folder = sequential_run.root / "tp2"
-    cut = ["--layers", "0,1", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
-    found = run_distributed(train, 2, *sequential_run.flags(folder), *cut)
+    layout = ["--layers", "0,1", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    found = run_distributed(train, 2, *sequential_run.flags(folder), *layout)
     assert [code for code, _ in found] == [0, 0] and found[1][1] == ""
-    whole, cut_run = (
+    whole, divided = (
         _weights(path / "accumulated_npt_weights.pt") for path in (sequential_run.folder, folder)
     )
-    for key, tensor in cut_run.items():
+    for key, tensor in divided.items():
         torch.testing.assert_close(tensor, whole[key], atol=1e-4, rtol=1e-3)
-    assert {layer_of_np_key(key) for key in cut_run} == {0, 1}
+    assert {layer_of_np_key(key) for key in divided} == {0, 1}
 
 
 def _load_model(folder: str) -> tuple[torch.Tensor, Tensors, str]:
@@ -169,11 +170,11 @@ def test_a_finished_run_says_so_and_more_layers_go_on_top(sequential_run: Sequen
     moved = sequential_run.root / "moved"
     shutil.copytree(sequential_run.folder, moved)
     before = _weights(sequential_run.folder / "accumulated_npt_weights.pt")
-    again = run_distributed(train, 1, *sequential_run.flags(moved))[0]
-    assert again == (0, f"training already complete: layers 0, 1, 3 are trained in {moved}\n")
+    again = run_single(train, *sequential_run.flags(moved))
+    assert again == (0, f"training is already complete: layers 0, 1, 3 are trained in {moved}\n")
     # Their run is in the middle of the layers: what lies above it is trained already, and active.
     more = [*sequential_run.flags(moved), "--layers", "all", "--start-from-layer", "2"]
-    code, output = run_distributed(train, 1, *more)[0]
+    code, output = run_single(train, *more)
     assert code == 0 and "layer 2 (1 of 1 to train), on top of trained layers: 0, 1, 3" in output
     after = _weights(moved / "accumulated_npt_weights.pt")
     assert {layer_of_np_key(key) for key in after} == {0, 1, 2, 3}
@@ -188,14 +189,14 @@ def _refused(*flags: str) -> str:
 
 REFUSED = {
     "another rank": (["--np-rank", "8"], "was made with another configuration: np_rank is 4, here 8"),
-    "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not trained in"),
-    "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: is none of the layers 0, 1, 3"),
+    "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not yet trained in"),
+    "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: must be one of the layers 0, 1, 3"),
     "--train-iters": (
         ["--train-iters", "9"],
         "9: --mode sequential trains every layer for --steps-per-layer 6",
     ),
-    "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: leaves nothing of --steps-per-layer 6"),
-    "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains NP components only"),
+    "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
+    "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains only NP components"),
     "weights": (["--load-npt-weights", "PT"], "finds trained layers in --checkpoint-dir"),
     "another base": (["--base-checkpoint", "OTHER"], "were trained on"),
     "a run": (["--load", "RUN"], "must be a base model in --mode sequential"),
@@ -213,13 +214,13 @@ def test_what_does_not_fit_is_one_line(sequential_run: SequentialRun) -> None:
         "NEW": str(sequential_run.root / "new"),
         "RUN": str(sequential_run.layer(0)),
         "PT": str(sequential_run.folder / "accumulated_npt_weights.pt"),
-        "OTHER": run_distributed(make_base, 1, str(other), sequential_run.data, "--seed", "7")[0],
+        "OTHER": run_single(make_base, str(other), sequential_run.data, "--seed", "7"),
     }
     common = sequential_run.flags(sequential_run.folder)
     commands = {
         name: [*common, *(places.get(word, word) for word in flags)] for name, (flags, _) in REFUSED.items()
     }
-    for name, message in run_distributed(_all_refused, 1, commands)[0].items():
+    for name, message in run_single(_all_refused, commands).items():
         assert REFUSED[name][1] in message and "\n" not in message, name
     assert not Path(places["NEW"]).exists() or not list(Path(places["NEW"]).iterdir())
 
@@ -227,9 +228,9 @@ def test_what_does_not_fit_is_one_line(sequential_run: SequentialRun) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"format": "another"}, "not of a sequential run"),
+        ({"format": "another"}, "was not written by a sequential run"),
         ({"layer_checkpoints": {}}, "damaged"),
-        ({"trained_layers": [0, 1, 2]}, "holds no layer 2"),
+        ({"trained_layers": [0, 1, 2]}, "layer 2 is missing"),
     ],
 )
 def test_damaged_files_are_named(
@@ -254,7 +255,7 @@ def _read_all(folder: Path) -> None:
 
 
 def test_the_modes_defaults_are_document_000s() -> None:
-    defaults = npt_run_defaults({"mode": "sequential"})
+    defaults = mode_defaults({"mode": "sequential"}).sections
     assert defaults["np"] == {"np_form": "outer_product", "np_rank": 256}
     assert defaults["training"] == {"micro_batch_size": 2, "train_iters": 2000}
     assert defaults["optimizer"] == {"lr": 5e-4}

@@ -11,7 +11,7 @@ from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs.npt_run import weights_defaults
 from megatron_ext.npt.runs.start_message import objective
 from megatron_ext.npt.weights.np_weight_files import write_np_weights
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.npt.conftest import SequentialRun
 from tests.integration.npt.npt_run_helpers import DATA, train
 
@@ -39,13 +39,13 @@ def test_a_run_tells_its_base_conversion_weights_and_losses_and_takes_the_weight
     weights = str(sequential_run.folder / "accumulated_npt_weights.pt")
     flags = ["--mode", "multi_layer", "--load", sequential_run.base, "--load-npt-weights", weights]
     flags += ["--data-path", sequential_run.data, "--train-iters", "1", "--lr", "1e-2", *DATA]
-    output, refused = run_distributed(_start, 1, flags, ["--np-rank", "8", "--np-form", "low_rank"])[0]
+    output, refused = run_single(_start, flags, ["--np-rank", "8", "--np-form", "low_rank"])
     # h = 32, f = 64: a layer has 3 h^2 + h^2 + 3 h f + 2 h, its NP component r (2 h + f) + h.
     own, ours = 3 * (4 * 32**2 + 3 * 32 * 64 + 2 * 32), 3 * (4 * (2 * 32 + 64) + 32)
     assert output.splitlines()[:3] == [
         f"NPT on {Path(sequential_run.base).resolve()}/iter_0000001: layers 0,1,3 of 4, outer_product on gate, rank 4, "
         "k 1, affine on, residual drop",
-        f"NP weights: from {weights}; {ours:,} parameters are trained, {ours / own:.1%} of their layers' own {own:,}",
+        f"NP weights: from {weights}; {ours:,} parameters are trained, {ours / own:.1%} of their layers' {own:,}",
         "npt loss = sum over layers of (10 mlp_direct_loss + 0.01 regularization_loss) + 1 fidelity_loss (kl); "
         "curriculum teacher:1:0:0,mixed:1:0.5:0.5,student:1:1:1",
     ]
@@ -54,7 +54,7 @@ def test_a_run_tells_its_base_conversion_weights_and_losses_and_takes_the_weight
 
 def test_a_layer_by_layer_run_tells_what_each_layer_stands_on(sequential_run: SequentialRun) -> None:
     told = [line for line in sequential_run.output.splitlines() if line.startswith("NP weights: ")]
-    fresh = "fresh (improved, scale 0.01, seed 1234) in layer"
+    fresh = "initialized (improved, scale 0.01, seed 1234) in layer"
     assert [line.partition(";")[0].removeprefix("NP weights: ") for line in told] == [
         f"{fresh} 0",
         f"as trained before in layer 0, {fresh} 1",
@@ -80,10 +80,10 @@ def test_the_files_settings_are_defaults_but_for_what_is_no_matter_of_the_weight
 ) -> None:
     write_np_weights(tmp_path, {"layer_1_np.gate.c": torch.ones(1)}, SETTINGS)
     given = {"load_npt_weights": str(tmp_path / name)}
-    section = weights_defaults(given)["np"]
+    section = weights_defaults(given).sections["np"]
     assert NPTModuleConfig(**section) == replace(SETTINGS, freeze_base=True)
-    alone = weights_defaults(given | {"mode": "single_layer"})["np"]
+    alone = weights_defaults(given | {"mode": "single_layer"}).sections["np"]
     assert section.keys() - alone.keys() == {"npt_layers"}
     # so that the error which follows is about the form, not about a flag that was not given
-    other = weights_defaults(given | {"np_form": "low_rank"})["np"]
+    other = weights_defaults(given | {"np_form": "low_rank"}).sections["np"]
     assert section.keys() - other.keys() == {"np_affine", "np_normalize"}

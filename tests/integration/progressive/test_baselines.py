@@ -19,7 +19,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.growth.trunk_strategy import why_uncached
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint.checkpointer import load_weights
 from tests.distributed.families.test_grown_weights import TRUNK, grown_model, logits
 from tests.integration.progressive import progressive_run_helpers as run_helpers
@@ -84,7 +84,7 @@ def baselines(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_distributed(baselines, 1, str(tmp_path_factory.mktemp("baselines")))[0]
+    return run_single(baselines, str(tmp_path_factory.mktemp("baselines")))
 
 
 def test_end_to_end_is_plain_pretraining_to_the_bit(found: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ext.platform import process_groups
 from megatron_ext.reports.events import read_curves
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.progressive.progressive_run_helpers import ROOT, losses_of, train, write_data
 
 FLAGS = (
@@ -73,7 +73,7 @@ def _runs(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_distributed(_runs, 1, str(tmp_path_factory.mktemp("masked")))[0]
+    return run_single(_runs, str(tmp_path_factory.mktemp("masked")))
 
 
 def test_a_cache_on_disk_and_one_in_memory_give_the_same_losses(runs: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def test_the_tool_samples_from_the_complete_rack(runs: dict[str, Any]) -> None:
 
 def test_the_wrong_sampler_is_refused(runs: dict[str, Any]) -> None:
     assert "every token sees all others" in runs["autoregressive"]
-    assert "is not for --sampler diffusion" in runs["top-k"] or "--top-k 3" in runs["top-k"]
+    assert "cannot be used with --sampler diffusion" in runs["top-k"] or "--top-k 3" in runs["top-k"]
 
 
 def test_another_runs_cache_is_refused_before_anything_is_written(runs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.progressive.progressive_run_helpers import losses_of, stored, train, write_data
 
 PRECISIONS = ("full", "half", "bfloat16", "qlora", "nvfp4")
@@ -51,7 +51,7 @@ def runs(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_distributed(runs, 1, str(tmp_path_factory.mktemp("mixed")))[0]
+    return run_single(runs, str(tmp_path_factory.mktemp("mixed")))
 
 
 def test_every_stack_takes_the_bytes_of_its_precision(found: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def test_precision_costs_little_of_the_loss_and_is_told(found: dict[str, Any]) -
     assert low == pytest.approx(plain, rel=0.02)
     for stack, precision in enumerate(PRECISIONS):
         assert f"stack {stack} ({precision}) " in found["bf16 output"]
-    assert "--bf16: stacks of full precision keep and multiply their weights in fp32" in found["bf16 output"]
+    assert "--bf16: stacks of precision full store and multiply their weights in fp32" in found["bf16 output"]
     assert "--bf16" not in found["fp32 output"]
 
 

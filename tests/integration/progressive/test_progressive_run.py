@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.progressive.progressive_run_helpers import losses_of, stored, train, write_data
 
 Tensors = dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ def whole_and_in_pieces(data: str, folder: str) -> tuple[list[Tensors], list[str
 def test_a_training_that_is_left_inside_and_between_stacks_ends_with_the_same_bits(
     data: str, tmp_path: Path
 ) -> None:
-    (whole, *others), outputs = run_distributed(whole_and_in_pieces, 1, data, str(tmp_path))[0]
+    (whole, *others), outputs = run_single(whole_and_in_pieces, data, str(tmp_path))
     for pieces in others:
         assert whole.keys() == pieces.keys()
         for name, value in whole.items():
@@ -66,7 +66,7 @@ def stack_by_stack(data: str, folder: str) -> list[Tensors]:
 def test_qlora_trunk_trains_adapters_only_and_growing_by_three_commands_equals_one(
     data: str, tmp_path: Path
 ) -> None:
-    apart, _, second, third = run_distributed(stack_by_stack, 1, data, str(tmp_path))[0]
+    apart, _, second, third = run_single(stack_by_stack, data, str(tmp_path))
     for name, value in third.items():
         assert torch.equal(value, apart[name]), name
     moved = {name for name, value in second.items() if name in third and not torch.equal(value, third[name])}
@@ -104,7 +104,7 @@ def plateau_and_joint(
 
 
 def test_a_plateau_ends_a_stack_and_the_joint_phase_moves_everything(data: str, tmp_path: Path) -> None:
-    output, last, joint, history, logged = run_distributed(plateau_and_joint, 1, data, str(tmp_path))[0]
+    output, last, joint, history, logged = run_single(plateau_and_joint, data, str(tmp_path))
     assert output.count("plateau at step") == 2
     assert [phase["iteration"] for phase in history["finished"]] == [4, 8, 9]
     assert [phase["consumed_samples"] for phase in history["finished"]] == [16, 32, 36]
@@ -127,7 +127,7 @@ def end_to_end(data: str, folder: str) -> tuple[str, Tensors]:
 
 
 def test_without_growth_all_stacks_train_end_to_end_for_as_many_steps(data: str, tmp_path: Path) -> None:
-    output, rack = run_distributed(end_to_end, 1, data, str(tmp_path))[0]
+    output, rack = run_single(end_to_end, data, str(tmp_path))
     assert len(losses_of(output)) == 6
     assert "decoder.layers.3.mlp.linear_fc1.weight" in rack
     assert not any("adapters" in name for name in rack)
@@ -150,7 +150,7 @@ def masked_training(data: str, folder: str) -> tuple[str, str]:
 
 
 def test_masked_training_with_time_and_a_cached_trunk_repeats_itself(data: str, tmp_path: Path) -> None:
-    cached, again = run_distributed(masked_training, 1, data, str(tmp_path))[0]
+    cached, again = run_single(masked_training, data, str(tmp_path))
     assert losses_of(cached) == losses_of(again)
     assert "lm loss" in cached.partition("validation at step 3")[2]
 
@@ -194,33 +194,38 @@ MISTAKES = {
         "--cache-dir",
         "CACHE",
         "--train-embedding",
-    ): "nothing is cached",
+    ): "nothing would be cached",
     ("--target-stacks", "1"): "--target-stacks 1: the rack in .* has 2 stacks",
-    ("--target-stacks", "3", "--building-mode", "prepend"): "--building-mode.*was made otherwise",
-    ("--target-stacks", "3", "--new-stack-precision", "half"): "--new-stack-precision.*was made otherwise",
+    ("--target-stacks", "3", "--building-mode", "prepend"): "--building-mode.*was built with other values",
+    (
+        "--target-stacks",
+        "3",
+        "--new-stack-precision",
+        "half",
+    ): "--new-stack-precision.*was built with other values",
     ("--target-stacks", "2", "--ffn-hidden-size", "40"): "--ffn-hidden-size 40: .* was made with",
     ("--target-stacks", "3", "--training-objective", "mlm"): "--training-objective mlm: the stacks of .* clm",
-    ("--target-stacks", "3", "--load", "elsewhere"): "--load elsewhere: .* goes on in --save",
-    ("--target-stacks", "3", "--no-untie-embeddings-and-output-weights"): "--train-embedding: needed",
-    ("--target-stacks", "3", "--training-objective", "custom"): "custom: indexed data give no targets",
+    ("--target-stacks", "3", "--load", "elsewhere"): "--load elsewhere: .* continues in --save",
+    ("--target-stacks", "3", "--no-untie-embeddings-and-output-weights"): "--train-embedding is required",
+    ("--target-stacks", "3", "--training-objective", "custom"): "custom: indexed data has no targets",
     ("--target-stacks", "3", "--pipeline-model-parallel-size", "3"): "--pipeline-model-parallel-size 3",
     ("--target-stacks", "3", "--qlora-rank", "0"): "--qlora-rank 0: must be at least 1",
     ("--target-stacks", "3", "--new-stack-precision", "int3"): "--new-stack-precision int3: must be one of",
-    ("--target-stacks", "13"): "--target-stacks 13: more than --max-stacks 12",
-    ("--target-stacks", "3", "--num-layers", "6"): "--num-layers 6: follows from",
+    ("--target-stacks", "13"): "--target-stacks 13: must be at most --max-stacks 12",
+    ("--target-stacks", "3", "--num-layers", "6"): "--num-layers 6: omit it; it follows from",
     (
         "--target-stacks",
         "3",
         "--train-iters",
         "6",
-    ): "--stack-steps: cannot be given together with --train-iters",
+    ): "--stack-steps: cannot be combined with --train-iters",
     (
         "--target-stacks",
         "3",
         "--trunk-strategy",
         "qlora",
         "--no-qlora-enabled",
-    ): "--trunk-strategy qlora: trains",
+    ): "--trunk-strategy qlora trains",
 }
 
 
@@ -253,7 +258,7 @@ def mistakes(data: str, folder: str) -> tuple[list[str], bool]:
 
 
 def test_a_mistake_is_told_in_one_line_and_nothing_is_touched(data: str, tmp_path: Path) -> None:
-    told, untouched = run_distributed(mistakes, 1, data, str(tmp_path))[0]
+    told, untouched = run_single(mistakes, data, str(tmp_path))
     assert untouched
     for text, expected in zip(told, MISTAKES.values(), strict=True):
         assert re.search(expected, text), text

@@ -13,7 +13,7 @@ from megatron_ext.platform import process_groups
 from megatron_ext.progressive.rack_export import check_plain
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.registry.known_families import FAMILIES
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tests.integration.progressive.progressive_run_helpers import VOCABULARY, train, write_data
 from tools.convert_checkpoint import main
 
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
-    return run_distributed(exports, 1, str(folder))[0]
+    return run_single(exports, str(folder))
 
 
 def test_the_merged_model_has_the_racks_logits(found: dict[str, Any], folder: Path) -> None:

@@ -7,11 +7,11 @@ present folders; the expected values are those that the same version gave.
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_ext.testing.forked_scripts import run_script
 
 ROOT = Path(__file__).parents[3]
 KEPT = Path(__file__).parent / "kept_checkpoint"
@@ -32,9 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def call(script: str, *flags: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_script(script, *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.config.command_line.flag_table import flags_of
-from megatron_ext.config.command_line.parse import known_flags, parse
+from megatron_ext.config.command_line.flag_table import flags_of, known_flags
+from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
@@ -28,7 +28,7 @@ from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_cost import per_layer_cost
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, train_tiny
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.logging.step_metrics import StepMetrics
@@ -83,11 +83,11 @@ class _Captured(Exception):
 
 
 @functools.cache
-def concerns_of(command: str) -> dict[str, Any]:
-    """The configuration classes that a script's command line fills."""
+def configuration_of(command: str) -> type[Any]:
+    """The configuration that a script's command line fills."""
 
-    def capture(groups: Any, *arguments: Any, **options: Any) -> None:
-        raise _Captured({"config": groups} if isinstance(groups, type) else dict(groups))
+    def capture(config_type: type[Any], *arguments: Any, **options: Any) -> None:
+        raise _Captured(config_type)
 
     path = ROOT / command.split()[0]
     # A name of its own: another test may have imported the script, and pickles its functions by name.
@@ -110,17 +110,16 @@ def concerns_of(command: str) -> dict[str, Any]:
 
 def parsed_value(command: str, flag: str, sample: str) -> Any:
     """The value of the field behind `flag` after `command flag sample` has been parsed."""
-    groups = concerns_of(command)
+    config_type = configuration_of(command)
     given = [*shlex.split(NEEDED[command]), flag, *shlex.split(sample)]
-    configs = parse(groups, given)
-    field = next(known for known in flags_of(groups) if flag.replace("_", "-") in known.names)
-    return getattr(configs[field.group], field.name[2:].replace("-", "_"))
+    config = parse(config_type, given)
+    field = next(known for known in flags_of(config_type) if flag.replace("_", "-") in known.names)
+    return getattr(getattr(config, field.group, config), field.field)
 
 
 def default_value(command: str, flag: str) -> Any:
-    groups = concerns_of(command)
-    field = next(known for known in flags_of(groups) if flag.replace("_", "-") in known.names)
-    return groups[field.group].__dataclass_fields__[field.name[2:].replace("-", "_")].default
+    flags = flags_of(configuration_of(command))
+    return next(known for known in flags if flag.replace("_", "-") in known.names).default
 
 
 FLAGS = rows_under("Flags")
@@ -130,7 +129,7 @@ FLAGS = rows_under("Flags")
 def test_every_flag_parses_with_its_command_and_has_the_documents_default(row: Row) -> None:
     theirs, ours, command = (quoted(cell)[0] for cell in row[:3])
     for flag in (theirs, ours):
-        assert flag.replace("_", "-") in known_flags(concerns_of(command))
+        assert flag.replace("_", "-") in known_flags(configuration_of(command))
         for sample in row[3].split(", "):
             value = parsed_value(command, flag, sample)
             values = value if isinstance(value, tuple) else [value]
@@ -149,7 +148,7 @@ def test_every_path_that_stands_for_a_script_exists() -> None:
 def test_every_file_is_named_by_a_flag_of_a_command_that_exists() -> None:
     for row in rows_under("Files"):
         flag, command = quoted(row[1])[0], quoted(row[2])[0]
-        assert flag in known_flags(concerns_of(command)), row[0]
+        assert flag in known_flags(configuration_of(command)), row[0]
 
 
 def test_every_class_and_function_imports() -> None:
@@ -224,7 +223,7 @@ def _npt_run(folder: str, data: str) -> None:
 def npt_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a short NPT run leaves: checkpoints in `run`, TensorBoard files in `logs`."""
     folder = tmp_path_factory.mktemp("npt")
-    run_distributed(_npt_run, 1, str(folder), write_data(folder))
+    run_single(_npt_run, str(folder), write_data(folder))
     return folder
 
 
@@ -235,7 +234,7 @@ def _npt_tags(folder: Path) -> set[str]:
 
 
 def test_every_metric_is_a_tag_that_training_writes(tmp_path: Path, npt_run: Path) -> None:
-    written = run_distributed(_statistics_tags, 1)[0] | _reporter_tags(tmp_path)
+    written = run_single(_statistics_tags) | _reporter_tags(tmp_path)
     written = {re.sub(r"layer_\d\d$", "layer_NN", tag) for tag in written} | _npt_tags(npt_run)
     named = {tag for row in rows_under("Metrics") for tag in quoted(row[1])}
     assert named <= written
@@ -243,7 +242,7 @@ def test_every_metric_is_a_tag_that_training_writes(tmp_path: Path, npt_run: Pat
         "a statistic that no table tells"
     )
     scripts = ("pretrain_gpt_per_layer.py", "pretrain_npt.py")
-    known = {flag for script in scripts for flag in known_flags(concerns_of(script))}
+    known = {flag for script in scripts for flag in known_flags(configuration_of(script))}
     assert {flag for row in rows_under("Metrics") for flag in quoted(row[2])} <= known
 
 
@@ -259,11 +258,11 @@ def test_every_state_key_is_in_its_file_of_a_checkpoint(npt_run: Path) -> None:
 def test_every_configuration_key_is_a_flag_that_its_section_may_hold() -> None:
     from pretrain_npt import DOCUMENT_SECTIONS
 
-    groups = concerns_of("pretrain_npt.py")
+    flags = flags_of(configuration_of("pretrain_npt.py"))
     for row in rows_under("Configuration keys"):
         section, key = quoted(row[0])[0].split(": ")
         named = f"--{key.replace('_', '-')}"
-        field = next(known for known in flags_of(groups) if named in known.names)
+        field = next(known for known in flags if named in known.names)
         assert field.name == quoted(row[1])[0]
         assert field.group in (section, *DOCUMENT_SECTIONS[section])
         if row[2]:

@@ -1,16 +1,12 @@
 """A run that cannot fit into the machine is refused within seconds, before anything large is allocated."""
 
-import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.tiny_datasets import write_dataset
 
-ROOT = Path(__file__).parents[3]
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 99 "
     "--num-workers 0 --eval-iters 1 --split 80,15,5"
@@ -22,6 +18,10 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("data") / "data")
     write_dataset(path, [[list(range(50))] for _ in range(60)])
     return path
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # torch alone maps several
 
 
 @pytest.mark.parametrize(
@@ -43,19 +43,8 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_what_does_not_fit_is_one_line_and_exit_code_2_without_allocating_it(
     flags: str, words: list[str], prefix: str
 ) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # torch alone maps several
-
-    done = subprocess.run(
-        [sys.executable, "pretrain_gpt_per_layer.py", *FLAGS.split(), *flags.split(), "--data-path", prefix],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        preexec_fn=limit,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    given = [*FLAGS.split(), *flags.split(), "--data-path", prefix]
+    done = run_script("pretrain_gpt_per_layer.py", *given, before=_limit)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

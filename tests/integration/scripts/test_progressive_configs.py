@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config.command_line.parse import parse
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.progressive.settings.progressive_defaults import progressive_run_defaults
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig, stack_defaults
 
 FOLDER = Path(__file__).parents[3] / "examples" / "progressive"
 REST = ["--data-path", "corpus", "--tokenizer-type", "ByteLevelTokenizer", "--save", "racks"]
@@ -25,11 +23,9 @@ REST = ["--data-path", "corpus", "--tokenizer-type", "ByteLevelTokenizer", "--sa
     ],
 )
 def test_an_example_file_parses_to_what_it_promises(name: str, expected: dict[str, object]) -> None:
-    groups = {**TRAINING, "progressive": ProgressiveConfig}
-    configs = parse(
-        groups, ["--config", str(FOLDER / f"{name}.yaml"), *REST], defaults=progressive_run_defaults
-    )
-    found = vars(configs["progressive"])
+    arguments = ["--config", str(FOLDER / f"{name}.yaml"), *REST]
+    config = parse(ProgressiveRunConfig, arguments, find=lambda given: [stack_defaults(given)])
+    found = vars(config.progressive)
     assert {key: found[key] for key in expected} == expected
-    assert configs["progressive"].num_stacks == 3
-    assert configs["model"].untie_embeddings_and_output_weights
+    assert config.progressive.num_stacks == 3
+    assert config.model.untie_embeddings_and_output_weights

@@ -157,7 +157,7 @@ def test_a_plain_line_comes_once_an_interval_with_means() -> None:
         for iteration in range(1, 6):
             report.step(iteration, metrics(iteration))
     first, *lines = stream.getvalue().splitlines()
-    assert first == "MFU counts against 0.5 TFLOP/s a process (given)"
+    assert first == "MFU baseline: 0.5 TFLOP/s per process (given)"
     assert [line.split(" | ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
     fields = lines[0].split(" | ")
     tokens_per_second = 2 * TOKENS / 0.3
@@ -191,7 +191,13 @@ def test_an_mfu_above_100_percent_is_not_printed_without_saying_so(monkeypatch: 
             report.step(iteration, metrics(iteration))
     lines = stream.getvalue().splitlines()
     assert (
-        len([line for line in lines if "from here on: the run is faster than the 5e-07 measured" in line])
+        len(
+            [
+                line
+                for line in lines
+                if "from now on, because the run is faster than the 5e-07 measured" in line
+            ]
+        )
         == 1
     )
     shown = [float(mfu) for mfu in re.findall(r"MFU ([\d.]+)%", stream.getvalue())]

@@ -1,4 +1,4 @@
-"""--save and --load as users and schedulers give them: the scripts under torchrun, with the default loader workers."""
+"""--save and --load as users and schedulers give them: the scripts on one and two ranks, with their loader workers."""
 
 import hashlib
 import importlib.util
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.testing.forked_scripts import run_script
+from megatron_ext.testing.torchrun import environment
 from megatron_ext.training.checkpoint import checkpoint_files as files
-from tests.integration.scripts.test_pretrain_gpt_per_layer import environment, losses
+from tests.integration.scripts.test_pretrain_gpt_per_layer import losses
 
 ROOT = Path(__file__).parents[3]
 SHAPE = shlex.split(
@@ -31,9 +33,11 @@ LINE = "error: "
 
 def start(script: str, *flags: str, processes: int = 1, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
     """Exit code and what was printed, errors at last."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*prefix, sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *flags]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    if prefix:
+        command = [*prefix, sys.executable, str(ROOT / script), *flags]
+        result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    else:
+        result = run_script(script, *flags, processes=processes)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -88,20 +92,19 @@ def copy(run: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_a_second_run_into_the_same_directory_is_refused_on_every_rank(data: str, copy: Path) -> None:
     code, output = pretrain(data, "--train-iters", "3", "--save", str(copy), processes=2)
-    assert code != 0 and "step 1/3" not in output
+    assert code == 2 and "step 1/3" not in output
     assert message(output).startswith(
-        f"error: --save {copy}: holds another run (steps 2, 4, 6); to go on with"
+        f"error: --save {copy}: contains another run (steps 2, 4, 6); to continue"
     )
-    assert "exitcode  : 2 " in output
 
 
 def test_a_run_from_elsewhere_a_finetuning_and_an_earlier_step_are_refused_too(data: str, copy: Path) -> None:
     elsewhere = copy.parent / "elsewhere"
     shutil.copytree(copy, elsewhere)
     for flags, told in (
-        (["--load", str(elsewhere)], "holds another run (steps 2, 4, 6)"),
+        (["--load", str(elsewhere)], "contains another run (steps 2, 4, 6)"),
         (["--load", str(copy), "--finetune"], "without --finetune"),
-        (["--load", str(copy), "--ckpt-step", "2"], "steps 4, 6, after the step 2 that is loaded"),
+        (["--load", str(copy), "--ckpt-step", "2"], "steps 4, 6, which are later than the loaded step 2"),
     ):
         code, output = pretrain(data, "--train-iters", "9", "--save", str(copy), *flags)
         assert (code, told in message(output)) == (2, True), output
@@ -127,12 +130,12 @@ def test_the_same_command_starts_goes_on_and_ends_as_the_run_that_never_stopped(
         f"{place}/curves",
     ]
     code, first = pretrain(data, *requeued, "--exit-interval", "4", processes=2)
-    assert code == 0 and f"--load {place}: no checkpoint there, the run starts from scratch" in first
+    assert code == 0 and f"--load {place}: no checkpoint found; the run starts from scratch" in first
     code, second = pretrain(data, *requeued, processes=2)
-    assert code == 0 and "the run goes on after step 4" in second
+    assert code == 0 and "the run continues after step 4" in second
     assert losses(Path(place, "curves")) == losses(tmp_path / "curves")
     code, third = pretrain(data, *requeued, processes=2)
-    assert code == 0 and "training already complete: step 6 of 6" in third
+    assert code == 0 and "training is already complete: step 6 of 6" in third
 
 
 def test_overwriting_must_be_said_and_leaves_the_new_run_alone(data: str, run: Path, tmp_path: Path) -> None:
@@ -173,11 +176,14 @@ def test_load_alone_brings_the_shape_and_a_longer_run_needs_one_more_flag_which_
     code, output = pretrain(data, "--train-iters", "8", *cosine, shape=False)
     assert code == 2
     assert "--train-iters 8, --lr-decay-style cosine: the schedule in" in message(output)
-    assert "was made with 6, constant; add --override-opt-param-scheduler" in message(output)
+    assert (
+        "was made with 6, constant; to continue with this run's schedule add --override-opt-param-scheduler"
+        in message(output)
+    )
     code, output = pretrain(
         data, "--train-iters", "8", *cosine, "--override-opt-param-scheduler", shape=False
     )
-    assert code == 0 and "the run goes on after step 6" in output, output
+    assert code == 0 and "the run continues after step 6" in output, output
     stored = json.loads((tmp_path / "more" / "iter_0000008" / files.RUN_CONFIG).read_text())
     assert stored["model"] == json.loads((run / "iter_0000006" / files.RUN_CONFIG).read_text())["model"]
 
@@ -202,7 +208,10 @@ def test_another_tokenizer_is_told_by_class_size_and_files(data: str, run: Path)
 
 def test_npt_without_a_checkpoint_asks_for_one(data: str) -> None:
     code, output = start("pretrain_npt.py", "--mode", "multi_layer", "--data-path", data)
-    assert (code, message(output).startswith("error: --load: missing, the checkpoint of the base model")) == (
+    assert (
+        code,
+        message(output).startswith("error: --load is missing: give the checkpoint of the base model"),
+    ) == (
         2,
         True,
     )
@@ -227,9 +236,10 @@ def test_npt_and_progressive_runs_do_not_write_into_another_runs_directory(
         ),
     ):  # fmt: skip
         code, output = start(script, *flags)
-        assert (code, f"--save {copy}: holds another run (steps 2, 4, 6)" in message(output)) == (2, True), (
-            output
-        )
+        assert (code, f"--save {copy}: contains another run (steps 2, 4, 6)" in message(output)) == (
+            2,
+            True,
+        ), output
 
 
 def as_a_user() -> tuple[str, ...]:
@@ -291,7 +301,7 @@ def test_a_disk_that_fills_up_ends_a_run_which_goes_on_when_there_is_room(
     flags = ["--train-iters", "8", "--save-interval", "2", "--save", place, "--load", place]
     code, output = pretrain(data, *flags, processes=2)
     assert code != 0
-    assert "could not be written (No space left on device); nothing of it is left" in message(output)
+    assert "could not be written (No space left on device); its files were removed" in message(output)
     saved = int(Path(place, files.TRACKER).read_text())
     assert 0 < saved < 8 and set(os.listdir(place)) == {
         files.TRACKER,
@@ -299,7 +309,7 @@ def test_a_disk_that_fills_up_ends_a_run_which_goes_on_when_there_is_room(
     }
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     code, output = pretrain(data, *flags, processes=2)
-    assert code == 0 and f"the run goes on after step {saved}" in output
+    assert code == 0 and f"the run continues after step {saved}" in output
 
 
 def test_a_full_disk_for_the_index_of_the_samples_is_named(data: str, small_disk: Path) -> None:

@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.npt import NPTModel
 from megatron_ext.npt.weights.checkpoint_validation import choose_checkpoint
 from megatron_ext.platform import process_groups
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.checkpoint.run_directory import check_directories
-from megatron_ext.training.pretrain import check_run, process_group, train
+from megatron_ext.training.pretrain import check_run, process_group, resolve, train
 from tests.integration.npt.npt_run_helpers import MODEL, write_data
 from tests.integration.scripts.kill_helpers import snapshots
 
@@ -49,7 +49,7 @@ def _save_steps(folder: str, *steps: int) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of steps 1 and 2."""
     folder = tmp_path_factory.mktemp("saved")
-    run_distributed(_save_steps, 1, str(folder), 1, 2)
+    run_single(_save_steps, str(folder), 1, 2)
     return folder
 
 
@@ -150,20 +150,23 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Megatron-LM's older format": (_megatron_legacy, "a checkpoint of Megatron-LM"),
     "a tracker that says release": (
         _release,
-        "says 'release', not a step; --ckpt-step takes one (there: 1, 2)",
+        "contains 'release' instead of a step number; --ckpt-step selects one (available: 1, 2)",
     ),
     "ours without checksums": (_ours_without_checksums, "not a complete checkpoint of this program"),
-    "the newest without checksums": (_newest_without_checksums, "takes another one (there: 1)"),
+    "the newest without checksums": (_newest_without_checksums, "selects another one (available: 1)"),
     "a directory copied in part": (_copied_in_part, "iter_0000002: not a complete checkpoint"),
     "a tracker with rubbish": (
         _rubbish_in_tracker,
-        "says 'step two', not a step; --ckpt-step takes one (there: 1, 2)",
+        "contains 'step two' instead of a step number; --ckpt-step selects one (available: 1, 2)",
     ),
-    "an empty tracker": (_empty_tracker, "says '', not a step"),
-    "a tracked step that is gone": (_tracked_step_gone, "names step 60, of which there is no checkpoint"),
-    "a file": (_file, "checkpoint: a file, not a directory"),
+    "an empty tracker": (_empty_tracker, "contains '' instead of a step number"),
+    "a tracked step that is gone": (
+        _tracked_step_gone,
+        "names step 60, but there is no checkpoint of this step",
+    ),
+    "a file": (_file, "checkpoint: this is a file, not a directory"),
     "a Hugging Face model": (_hugging_face, "tools/convert_checkpoint.py import"),
-    "the directory above": (_one_above, "below it are those in"),
+    "the directory above": (_one_above, "but there are some in"),
     "NP weights": (_np_weights, "--load-npt-weights"),
 }
 READERS: dict[str, Callable[[str], Any]] = {
@@ -207,7 +210,7 @@ def test_nothing_there_is_a_new_run_also_beside_the_logs_of_its_own_directory(tm
         check_directories(CheckpointConfig(load=folder, save=folder), writes=True)
     (empty / "tensorboard").mkdir()
     check_directories(CheckpointConfig(load=str(empty), save=str(empty)), writes=True)
-    with pytest.raises(ValueError, match="--load .*empty: holds no checkpoint .there: tensorboard"):
+    with pytest.raises(ValueError, match="--load .*empty: contains no checkpoint, only tensorboard"):
         check_directories(CheckpointConfig(load=str(empty), save=missing), writes=True)
 
 
@@ -262,11 +265,13 @@ def _message(**checkpoint: Any) -> str:
 def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -> None:
     here, other = str(saved), tmp_path / "other"
     shutil.copytree(saved, other)
-    assert f"--save {here}: holds another run (steps 1, 2)" in _message(save=here)
-    assert f"give --load {other}," in _message(load=here, save=str(other))
+    assert f"--save {here}: contains another run (steps 1, 2)" in _message(save=here)
+    assert f"pass --load {other};" in _message(load=here, save=str(other))
     assert "without --finetune" in _message(load=here, save=here, finetune=True)
-    assert "steps 2, after the step 1" in _message(load=here, save=here, ckpt_step=1)
-    assert "steps 2, after the step 1" in _message(load=f"{here}/iter_0000001", save=here)
+    assert "steps 2, which are later than the loaded step 1" in _message(load=here, save=here, ckpt_step=1)
+    assert "steps 2, which are later than the loaded step 1" in _message(
+        load=f"{here}/iter_0000001", save=here
+    )
     assert "is a checkpoint itself" in _message(save=f"{here}/iter_0000002")
     for allowed in (
         {"load": here, "save": here},
@@ -280,23 +285,23 @@ def test_a_run_writes_only_where_it_loses_nothing(saved: Path, tmp_path: Path) -
         assert _message(**allowed) == ""
     check_directories(CheckpointConfig(save=here), writes=False)  # --skip-train
     new = str(tmp_path / "new")
-    with pytest.raises(ValueError, match="no checkpoint there, and --skip-train has no other model"):
+    with pytest.raises(ValueError, match="no checkpoint found, and --skip-train needs one to evaluate"):
         check_directories(CheckpointConfig(load=new, save=new), writes=False)
 
 
 def test_a_load_without_a_checkpoint_is_a_start_from_scratch_only_where_the_run_saves(tmp_path: Path) -> None:
-    new, misspelt = str(tmp_path / "new"), str(tmp_path / "mispelt")
+    new, misspelt = str(tmp_path / "new"), str(tmp_path / "misspelt")
     assert _message(load=new, save=new) == ""
     for save in ({"save": new}, {}):
         assert _message(load=misspelt, **save).startswith(
-            f"--load {misspelt}: no checkpoint there; leave it out"
+            f"--load {misspelt}: no checkpoint found; omit --load"
         )
 
 
 @pytest.mark.parametrize("name", ["progressive.json", "training_info.json"])
 def test_a_run_does_not_write_into_the_directory_of_a_series(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
-    assert f"holds a series of trainings ({name})" in _message(save=str(tmp_path))
+    assert f"contains a series of trainings ({name})" in _message(save=str(tmp_path))
 
 
 def _remains_of_a_kill(folder: str) -> str:
@@ -311,27 +316,28 @@ def _remains_of_a_kill(folder: str) -> str:
 
 
 def test_a_run_goes_on_over_what_its_own_killed_save_has_left(tmp_path: Path) -> None:
-    assert (
-        "checkpoints of steps 2 are in --save too" in run_distributed(_remains_of_a_kill, 1, str(tmp_path))[0]
+    assert "--save also contains later checkpoints of steps 2" in run_single(
+        _remains_of_a_kill, str(tmp_path)
     )
 
 
 def _meets_a_run_that_came_and_went(folder: str, data: str) -> str:
     process_groups.shutdown = lambda: None  # the tests' processes join one process group only
     flags = [*MODEL, "--lr", "1e-2", "--train-iters", "1", "--data-path", data, "--save", f"{folder}/run"]
-    configs = parse(dict(TRAINING), flags)
-    tokenizer = check_run(configs, lambda _: check_directories(configs["checkpoint"], writes=True))
+    config = parse(RunConfig, flags)
+    tokenizer = check_run(resolve(config), lambda _: check_directories(config.checkpoint, writes=True))
     other = files.begin(Path(folder, "run"), "iter_0000003")
     files.write_checksums(other, {})
     files.publish(Path(folder, "run"), "iter_0000003")
-    with process_group(configs), pytest.raises(ValueError) as caught:  # noqa: PT011
-        train(configs, tokenizer, [])
+    group = process_group(config.parallel, config.training, config.checkpoint)
+    with group, pytest.raises(ValueError) as caught:  # noqa: PT011
+        train(config, tokenizer, [])
     return str(caught.value)
 
 
 def test_a_run_that_came_and_went_since_the_start_is_not_written_over(tmp_path: Path) -> None:
-    told = run_distributed(_meets_a_run_that_came_and_went, 1, str(tmp_path), write_data(tmp_path))[0]
-    assert told.startswith(f"--save {tmp_path}/run: holds another run (steps 3)")
+    told = run_single(_meets_a_run_that_came_and_went, str(tmp_path), write_data(tmp_path))
+    assert told.startswith(f"--save {tmp_path}/run: contains another run (steps 3)")
 
 
 def _checksum(run: TinyRun) -> float:
@@ -369,8 +375,8 @@ def _load_and_go_on(folders: list[str]) -> list[tuple[int, float, list[int]]]:
 def test_a_kill_at_any_moment_of_overwriting_leaves_the_old_run_whole_or_the_new_one_to_load(
     load_step: int | None, tmp_path: Path
 ) -> None:
-    folders, expected = run_distributed(_overwrite, 1, str(tmp_path), load_step)[0]
-    results = run_distributed(_load_and_go_on, 1, folders)[0]
+    folders, expected = run_single(_overwrite, str(tmp_path), load_step)
+    results = run_single(_load_and_go_on, folders)
     new = (load_step or 0) + 1
     for step, checksum, there in results:
         assert checksum == expected[step]

@@ -44,13 +44,9 @@ def _start(folder: str, *, skip_train: bool = False) -> str:
     """What a run says that starts and ends at once."""
     # The tests' processes join one process group only.
     process_groups.shutdown = lambda: None
-    configs = {
-        "training": TrainingConfig(train_iters=1, skip_train=skip_train),
-        "parallel": ParallelConfig(),
-        "checkpoint": CheckpointConfig(save=folder),
-    }
+    training = TrainingConfig(train_iters=1, skip_train=skip_train)
     try:
-        with process_group(configs):
+        with process_group(ParallelConfig(), training, CheckpointConfig(save=folder)):
             names = os.listdir(folder)
             dist.barrier()
             return f"runs {names}"

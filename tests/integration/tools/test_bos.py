@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.corpora.train_tokenizer import train_sentencepiece
 from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.data.indexed.manifest import read_manifest
@@ -254,7 +254,7 @@ def _trained(folder: str, name: str) -> tuple[Any, bool]:
     run = "--global-batch-size 1 --train-iters 1 --eval-iters 0 --num-workers 0 --split 100,0,0"
     tokenizer = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}/hf"
     data = f"--data-path {folder}/{name}_text_document --save {folder}/{name}"
-    assert pretrain(parse(TRAINING, f"{model} {run} {tokenizer} {data}".split()), lambda *_: []) == 0
+    assert pretrain(parse(RunConfig, f"{model} {run} {tokenizer} {data}".split()), lambda *_: []) == 0
     begin = read_run_config(f"{folder}/{name}")["begin_of_documents"]
     return begin, load_model(f"{folder}/{name}", {}).tokenizer.adds_bos
 
@@ -271,4 +271,4 @@ def test_what_cannot_be_begun_is_refused(folder: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         _run(generate.main, "--load", str(folder), "--prompt", "x", "--bos", "--no-bos")
     assert ended.value.code == 2
-    assert "--bos, --no-bos: give one of them" in capsys.readouterr().err
+    assert "--bos, --no-bos: give only one of them" in capsys.readouterr().err

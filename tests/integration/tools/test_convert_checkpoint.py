@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.tokenizers import build_tokenizer
 from megatron_ext.inference.generation import Sampling, generate
 from megatron_ext.inference.load_model import load_model
@@ -25,6 +23,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.pretrain import pretrain
@@ -132,7 +131,7 @@ STILL = ("--lr", "1e-30", "--weight-decay", "0")
 
 
 def _train(flags: list[str], families: list[Any]) -> int:
-    return pretrain(parse(TRAINING, [*RUN, *flags]), lambda *_: families)
+    return pretrain(parse(RunConfig, [*RUN, *flags]), lambda *_: families)
 
 
 @torch.no_grad()
@@ -183,7 +182,7 @@ def _finetuned(path: str, out: str) -> dict[str, Any]:
 
 def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path, tmp_path: Path) -> None:
     found = alone(_finetuned, str(folder), str(tmp_path))
-    assert "holds an imported model and no run to go on with" in found["errors"][1]
+    assert "contains an imported model and no run that could be continued" in found["errors"][1]
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]
@@ -215,11 +214,19 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
     assert base.keys() == of_npt.keys() and all(torch.equal(base[name], of_npt[name]) for name in base)
     out = tmp_path / "out"
     for name, flags, message in (
-        ("npt", [], "holds the family npt, which no Llama-family model has; --base-only exports"),
-        ("per_layer", [], "holds the family per_layer"),
-        ("per_layer", ["--base-only"], "--base-only: the base model of .* was trained together with"),
-        ("base", ["--tokenizer-model", "x", "--ckpt-step", "7"], "--ckpt-step 7: no complete checkpoint"),
-        ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: does not have"),
+        ("npt", [], "no Llama-family model can express the family npt; use --base-only to export"),
+        ("per_layer", [], "can express the family per_layer"),
+        (
+            "per_layer",
+            ["--base-only"],
+            "--base-only requires a base that was frozen; the base of .* was trained together with",
+        ),
+        (
+            "base",
+            ["--tokenizer-model", "x", "--ckpt-step", "7"],
+            "contains no complete checkpoint of this step",
+        ),
+        ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: cannot express"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             main(["export", "--load", str(tmp_path / name), "--model-dir", str(out), *flags])
@@ -242,9 +249,8 @@ def test_a_user_sees_one_line_and_exit_code_two(tmp_path: Path) -> None:
     kind: Kind = KINDS["Llama"]
     kind.build().save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"x" * 100)
-    script = str(ROOT / "tools" / "convert_checkpoint.py")
-    argv = [sys.executable, script, "import", "--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    flags = ["--model-dir", f"{tmp_path}/hf", "--save", f"{tmp_path}/c"]
+    result = run_script("tools/convert_checkpoint.py", "import", *flags)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "c").exists()
@@ -254,7 +260,7 @@ def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as exit_code:
         main(["export", "--load", "c", "--model-dir", "d", "--max-shard-size", "many"])
     assert exit_code.value.code == 2
-    assert capsys.readouterr().err == "error: --max-shard-size many: must be a size as in 500MB or 2GiB\n"
+    assert capsys.readouterr().err == "error: --max-shard-size many: must be a size such as 500MB or 2GiB\n"
     sizes = {"20KB": 20_000, "1.5GiB": 3 * 2**29, "7": 7}
     for text, size in sizes.items():
         config = ExportConfig(load="c", model_dir="d", max_shard_size=text)

@@ -1,23 +1,16 @@
 """The check of a setup says what it found, and fails when per-layer embedding does not learn."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.testing.forked_scripts import run_script
 from tools.per_layer_demo import MODEL, SHOWN, report
 
-ROOT = Path(__file__).parents[3]
 SETTINGS = PerLayerConfig(use_per_layer_embedding=True)
 
 
 def test_the_demo_trains_and_reports_every_layer() -> None:
-    command = [sys.executable, "tools/per_layer_demo.py", "--per-layer-combination-method", "gated"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_script("tools/per_layer_demo.py", "--per-layer-combination-method", "gated")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["0", "1", "2", "3"]

@@ -1,15 +1,17 @@
 """The picture of a run is drawn from what its TensorBoard files hold."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from megatron_ext.config.command_line.error_lines import main_guard
 from megatron_ext.reports.events import read_curves
 from megatron_ext.training.logging.tensorboard_writer import TensorBoard
-from tools.plot_training import PlotConfig, draw
+from tools.plot_training import PlotConfig, draw, main
 
 
 @pytest.fixture
@@ -81,3 +83,14 @@ def test_a_directory_without_losses_is_refused(tmp_path: Path) -> None:
     tensorboard.close()
     with pytest.raises(ValueError, match="'lm loss'"):
         read_curves(str(tmp_path), required="lm loss")
+
+
+@pytest.mark.parametrize("flag", ["--tensorboard-dir", "--logdir"])
+def test_the_runs_directory_is_given_as_to_visualize_training(
+    run: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = run / "picture.svg"
+    monkeypatch.setattr(sys, "argv", ["tool", flag, str(run / "tensorboard"), "--output", str(picture)])
+    main_guard(main)()
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert "<!-- training -->" in picture.read_text()

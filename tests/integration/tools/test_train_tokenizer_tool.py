@@ -4,7 +4,7 @@ import json
 import resource
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import tokenizers
 
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.tokenizers import build_tokenizer
-
-ROOT = Path(__file__).parents[3]
+from megatron_ext.testing.forked_scripts import run_script
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +25,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: Any, **more: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "tools" / "train_tokenizer.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
+def run(*arguments: Any, before: Callable[[], None] | None = None) -> "subprocess.CompletedProcess[str]":
+    return run_script("tools/train_tokenizer.py", *map(str, arguments), before=before)
 
 
 def test_byte_level_bpe_equals_the_librarys_own_trainer(tmp_path: Path, corpus: Path) -> None:
@@ -67,15 +65,18 @@ def test_sentencepiece_model_is_of_the_asked_kind(tmp_path: Path, corpus: Path, 
     ("flags", "message"),
     [
         (["--vocab-size", "100"], "--vocab-size 100: must be at least 257"),
-        (["--vocab-size", "600", "--special-tokens", "<s>"], "--special-tokens <s>: needs <|endoftext|>"),
+        (
+            ["--vocab-size", "600", "--special-tokens", "<s>"],
+            "--special-tokens <s>: must include <|endoftext|>",
+        ),
         (
             ["--vocab-size", "90000", "--tokenizer-type", "SentencePieceTokenizer"],
             "--vocab-size 90000: the text yields ",
         ),
-        (["--input", "/dev/null"], "--input /dev/null: holds no text to train a tokenizer on"),
+        (["--input", "/dev/null"], "--input /dev/null: has no text to train a tokenizer on"),
         (
             ["--input", "/dev/null", "--tokenizer-type", "SentencePieceTokenizer"],
-            "--input /dev/null: holds no text to train a tokenizer on",
+            "--input /dev/null: has no text to train a tokenizer on",
         ),
     ],
 )
@@ -102,7 +103,7 @@ def test_documents_without_text_train_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 3)
     result = run("--input", tmp_path / "empty.jsonl", "--output-dir", tmp_path / "t")
     assert result.returncode == 2
-    assert "empty.jsonl: holds no text to train a tokenizer on" in result.stderr
+    assert "empty.jsonl: has no text to train a tokenizer on" in result.stderr
     assert not (tmp_path / "t").exists()
 
 
@@ -111,18 +112,19 @@ def test_the_size_that_a_small_text_yields_is_said(tmp_path: Path) -> None:
     result = run("--input", tmp_path / "small.txt", "--output-dir", tmp_path / "t", "--vocab-size", "32768")
     assert result.returncode == 0, result.stderr
     size = len(json.loads((tmp_path / "t" / "vocab.json").read_text()))
-    assert f"{size} is the size to go on with" in result.stdout
+    assert f"the vocabulary size is {size}" in result.stdout
+
+
+def _limit_file_size() -> None:  # stands in for a full disk: merges.txt fits, tokenizer.json does not
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def test_a_full_disk_leaves_the_files_of_before(tmp_path: Path, corpus: Path) -> None:
-    def limit_file_size() -> None:  # stands in for a full disk: merges.txt fits, tokenizer.json does not
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
     flags = ["--input", corpus, "--output-dir", tmp_path, "--vocab-size"]
     assert run(*flags, "300").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    result = run(*flags, "1500", preexec_fn=limit_file_size)
+    result = run(*flags, "1500", before=_limit_file_size)
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path}: File too large\n"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -11,7 +11,7 @@ from megatron_ext.config.command_line.error_lines import main_guard
 from megatron_ext.training.logging.tensorboard_writer import TensorBoard
 from tools.visualize_training import main
 
-TAGS = ("lm loss", "lm loss validation", "lm loss validation ppl", "grad norm")
+TAGS = ("lm loss", "lm loss validation", "lm loss validation ppl", "grad-norm")
 
 
 def _write(folder: Path, group: str) -> Path:
@@ -35,17 +35,41 @@ def _pictures(page: Path) -> list[str]:
     return [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)", page.read_text())]
 
 
-@pytest.mark.parametrize("group", ["mlp_direct_loss", "per-layer/update-ratio"])
-def test_a_page_has_curves_heat_maps_and_stages(
-    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flag", ["--tensorboard-dir", "--logdir"])
+@pytest.mark.parametrize(
+    ("group", "title"),
+    [
+        ("mlp_direct_loss", "Direct MLP loss per layer"),
+        ("per-layer/update-ratio", "Update / residual stream"),
+        ("my/value", "my/value, layers"),
+    ],
+)
+def test_a_page_has_losses_then_heat_maps_then_curves_and_the_stages_in_each(
+    flag: str, group: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logdir, page = _write(tmp_path / "run", group), tmp_path / "new" / "page.html"
-    _run(monkeypatch, "--logdir", logdir, "--html", page)
+    _run(monkeypatch, flag, logdir, "--html", page)
     pictures = _pictures(page)
-    assert len(pictures) == 4, "losses together, perplexity, gradient norm, one heat map"
+    assert len(pictures) == 4, "losses together, perplexity, one heat map, gradient norm"
     assert ">lm loss validation</text>" in pictures[0]
-    assert all(f">{text}</text>" in pictures[3] for text in (group, "4", "5", "layer"))
+    assert all(f">{text}</text>" in pictures[2] for text in (title, "4", "5", "layer"))
+    assert ">Gradient norm</text>" in pictures[3]
     assert all(">stage 0</text>" in picture and ">stage 1</text>" in picture for picture in pictures)
+
+
+def test_a_page_lists_its_sections_and_its_captions_explain_the_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    _run(monkeypatch, "--tensorboard-dir", _write(tmp_path / "run", "per-layer/update-ratio"), "--html", page)
+    text = page.read_text()
+    assert re.findall(r'<a href="#section-\d">([^<]+)</a>', text) == [
+        "Losses",
+        "Per-layer embedding",
+        "Learning rate and norms",
+    ]
+    assert "the size of what PLE adds to a layer&#x27;s output" in text
+    assert "Tag: per-layer/update-ratio/layer_N." in text
 
 
 def test_several_runs_give_a_folder_of_pictures_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,19 +77,19 @@ def test_several_runs_give_a_folder_of_pictures_each(tmp_path: Path, monkeypatch
         _write(tmp_path / "logs" / name, "v_a_norm")
     _run(monkeypatch, "--logdir", tmp_path / "logs", "--output-dir", tmp_path / "out", "--tags", "v_a|grad")
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.svg")}
-    files = ("grad_norm.svg", "v_a_norm_layers.svg")
+    files = ("Gradient_norm.svg", "Norm_of_v_a_layers.svg")
     assert written == {f"{name}/{file}" for name in ("layer_0", "layer_1") for file in files}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--logdir", "{tmp}"], "--html, --output-dir: give one of them"),
-        (["--logdir", "{tmp}/none", "--html", "{tmp}/x.html"], "--logdir"),
+        (["--logdir", "{tmp}"], "--html, --output-dir: give exactly one of them"),
+        (["--logdir", "{tmp}/none", "--html", "{tmp}/x.html"], "--tensorboard-dir"),
         (["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "["], "--tags ["),
         (
             ["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "nothing"],
-            "no scalars with --tags nothing",
+            "no scalars that match --tags nothing",
         ),
         (["--logdir", "{tmp}/run", "--html", "{tmp}/run"], "--html"),
     ],

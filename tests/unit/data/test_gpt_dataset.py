@@ -16,7 +16,6 @@ from megatron_ext.data.datasets.gpt_dataset import build_datasets
 from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.data.indexed.manifest import write_manifest
 from megatron_ext.data.per_layer.per_layer_ids import write_aligned
-from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
 
 VOCAB = 300
@@ -252,33 +251,3 @@ def test_a_cache_file_that_a_killed_run_left_truncated_is_made_again(tmp_path: P
         path.write_bytes(path.read_bytes()[:-40])
     again, _, _ = build(data, (100, 0, 0))
     assert all(torch.equal(again[number]["tokens"], samples[number]) for number in range(100))
-
-
-def build_on_this_rank(prefix: str, cache: str, file: str, misaligned: str) -> list[Any]:
-    """Samples of a blend on one rank, then the errors of two builds that only rank 0 can notice."""
-    data = DataConfig(data_path=("0.5", prefix, "0.5", prefix + "2"), data_cache_path=cache)
-    train, _, _ = build(data, (50, 0, 0), ["0.5", f"{prefix}_pl", "0.5", f"{prefix}2_pl"])
-    results: list[Any] = [[train[number]["per_layer_ids"].tolist() for number in range(50)]]
-    for bad_cache, per_layer in ((file, f"{prefix}_pl"), (cache, misaligned)):
-        try:
-            build(DataConfig(data_path=(prefix,), data_cache_path=bad_cache), (50, 0, 0), [per_layer])
-        except (ValueError, OSError) as error:
-            results.append(str(error))
-    return results
-
-
-def test_two_ranks_see_the_same_samples_and_the_same_errors(tmp_path: Path) -> None:
-    prefix = make(f"{tmp_path}/d", seed=1)
-    make(f"{tmp_path}/d2", seed=2)
-    (tmp_path / "file").write_text(
-        ""
-    )  # a cache directory that cannot be made: rank 0 fails inside mcore's builder
-    write_dataset(f"{tmp_path}/other", [[[1]]])  # rank 0 alone compares the shapes
-    paths = (prefix, f"{tmp_path}/cache", f"{tmp_path}/file", f"{tmp_path}/other")
-    ranks = run_distributed(build_on_this_rank, 2, *paths)
-    assert ranks[0][0] == ranks[1][0]
-    assert len(ranks[0][0]) == 50
-    for samples, in_the_builder, in_the_check in ranks:
-        assert len(samples) == 50
-        assert "file" in in_the_builder
-        assert "is not aligned with" in in_the_check

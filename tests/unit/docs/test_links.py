@@ -1,18 +1,21 @@
-"""The documentation's links lead somewhere, and the design notes name only paths, tests and flags that exist."""
+"""The documentation's links lead somewhere, the design notes name only paths, tests and flags that exist, the README is
+short, and the site's navigation has every page.
+"""
 
 import ast
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from megatron_ext.config.command_line.flag_table import flags_of, with_dashes
-from megatron_ext.config.run_config import TRAINING
-from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
-from megatron_ext.per_layer.per_layer_config import PerLayerConfig
-from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
+from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
+from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from tests.unit.docs.links import ROOT, anchors_of, broken_links, links_of
 
 PAGES = sorted(
@@ -20,7 +23,7 @@ PAGES = sorted(
 )
 DESIGN = sorted(ROOT.joinpath("docs", "design").glob("*.md"))
 _FOLDERS = ("megatron_ext/", "tests/", "tools/", "examples/", "docs/", "benchmarks/")
-_FAMILIES = (PerLayerConfig, NPTModuleConfig, NPTTrainingConfig, ProgressiveConfig)
+_RUNS = (PerLayerRunConfig, NPTRunConfig, ProgressiveRunConfig)
 
 
 def _name(path: Path) -> str:
@@ -78,8 +81,8 @@ def _functions(path: Path) -> set[str]:
 def _flags() -> set[str]:
     """Every flag of the training scripts, aliases and negations included."""
     found = {"--dry-run"}
-    for config in (*TRAINING.values(), *_FAMILIES):
-        for flag in flags_of({"config": config}):
+    for config in _RUNS:
+        for flag in flags_of(config):
             found |= {*flag.names, *flag.negations}
     return found
 
@@ -110,3 +113,39 @@ def test_the_design_notes_cover_the_five_documents() -> None:
     linked = {link for _, link in links_of(index)}
     others = {page.name for page in DESIGN if page != index}
     assert len(others) == 5 and others <= linked
+
+
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_readme_has_at_most_110_lines_and_the_status_is_among_the_first_12() -> None:
+    assert len(README) <= 110
+    status = [line for line in README[:12] if line.startswith("> **Status:**")]
+    assert status and "CPU" in status[0] and "not been exercised" in status[0]
+
+
+def test_every_make_target_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(README)))
+    assert {"install", "quickstart", "npt", "progressive", "test", "docs"} <= named
+    targets = set(re.findall(r"^([a-z-]+):", ROOT.joinpath("Makefile").read_text(encoding="utf-8"), re.M))
+    assert named <= targets
+
+
+def _pages_of(navigation: Any) -> Iterator[str]:
+    """The pages of mkdocs' navigation, whatever their depth."""
+    if isinstance(navigation, str):
+        yield navigation
+        return
+    for item in navigation.values() if isinstance(navigation, dict) else navigation:
+        yield from _pages_of(item)
+
+
+def test_the_sites_navigation_has_every_page_of_the_documentation_once() -> None:
+    # BaseLoader: the file holds a tag that only mkdocs knows.
+    settings = yaml.load(ROOT.joinpath("mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    pages = sorted(_pages_of(settings["nav"]))
+    made_by_the_build = ["index.md", "project/changelog.md", "project/contributing.md"]
+    docs = ROOT / "docs"
+    assert pages == sorted(
+        [*(str(path.relative_to(docs)) for path in docs.rglob("*.md")), *made_by_the_build]
+    )

@@ -1,11 +1,11 @@
 """The files beside the code are well formed and agree with it: citation, templates, hooks, containers."""
 
-import ast
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[3]
@@ -16,21 +16,17 @@ def _yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def _setup(name: str) -> Any:
-    """A literal of setup.py: the value of a constant, or of a keyword argument of `setup`."""
-    for node in ast.walk(ast.parse(ROOT.joinpath("setup.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.keyword) and node.arg == name:
-            return ast.literal_eval(node.value)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise AssertionError(f"setup.py has no {name}")
+def _project() -> Any:
+    """The metadata in pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
+    return tomllib.loads(ROOT.joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_the_citation_file_names_the_packages_version_and_license() -> None:
     citation = _yaml(ROOT / "CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-    assert citation["version"] == _setup("version")
-    assert citation["license"] == _setup("license")
+    assert citation["version"] == _project()["version"]
+    assert citation["license"] == _project()["license"]
 
 
 def test_every_issue_form_parses_and_its_fields_have_names_of_their_own() -> None:
@@ -87,8 +83,26 @@ def test_the_images_install_extras_of_the_package_on_a_python_it_supports() -> N
     for name in ("Dockerfile", "Dockerfile.cuda"):
         text = ROOT.joinpath(name).read_text(encoding="utf-8")
         extras = re.search(r'^ARG EXTRAS="([^"]+)"', text, re.M)
-        assert extras is not None and set(extras[1].split(",")) <= _setup("EXTRAS").keys(), name
+        assert (
+            extras is not None and set(extras[1].split(",")) <= _project()["optional-dependencies"].keys()
+        ), name
         minor = re.search(r"^FROM python:3\.(\d+)-", text, re.M)
-        assert minor is not None and f"Programming Language :: Python :: 3.{minor[1]}" in _setup(
-            "classifiers"
-        )
+        assert minor is not None
+        assert f"Programming Language :: Python :: 3.{minor[1]}" in _project()["classifiers"]
+
+
+def test_every_direct_dependency_of_what_ci_installs_is_pinned() -> None:
+    project = _project()
+    extras = re.search(r"^EXTRAS := (\S+)", ROOT.joinpath("Makefile").read_text(encoding="utf-8"), re.M)
+    assert extras is not None
+    wanted = [*project["dependencies"]]
+    for extra in extras[1].split(","):
+        wanted += project["optional-dependencies"][extra]
+    names = {re.match(r"[\w-]+", text)[0] for text in wanted}  # type: ignore[index]
+    constraints = ROOT.joinpath("constraints.txt").read_text(encoding="utf-8")
+    assert names <= set(re.findall(r"^([\w-]+)==", constraints, re.M))
+
+
+def test_the_changelog_has_a_section_for_the_packages_version_or_unreleased_changes() -> None:
+    sections = re.findall(r"^## \[?([\w.]+)", ROOT.joinpath("CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert sections[0] in ("Unreleased", _project()["version"])

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import clean_process
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -82,18 +81,9 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function that starts and ends a process group of its own, in another process."""
-    return run_distributed(_alone, 1, function, *args)[0]
-
-
-def _alone(function: Callable[..., Any], *args: Any) -> Any:
-    dist.destroy_process_group()
-    try:
-        with contextlib.redirect_stdout(None):
-            return function(*args)
-    finally:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """Calls a function that starts and ends a process group of its own; what it prints is dropped."""
+    with clean_process(), contextlib.redirect_stdout(None):
+        return function(*args)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.interop import export_hf, load_hf, load_into
+from megatron_ext.interop.formats.hf_config import to_model_config
+from megatron_ext.interop.formats.hf_files import read_config
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from tests.unit.interop.hf_models import SIZES, Kind, tokens
@@ -23,14 +25,14 @@ class Verdict:
     refusal: str | None
     """The import's error, None where it was taken over."""
 
-    theirs: str | None
-    """transformers' error, None where it loads and computes logits."""
+    theirs: str | None = None
+    """transformers' error where the import takes it over; None where it loads and computes logits."""
 
-    difference: float | None
+    difference: float | None = None
     """Greatest difference of logits between the two, where both load; over the positions that the import is for."""
 
-    has_effect: bool | None
-    """Whether transformers' logits differ from those without the change, where it loads."""
+    has_effect: bool | None = None
+    """Whether transformers' logits differ from those without the change, where both load."""
 
     lost: frozenset[str] = frozenset()
     """Fields that transformers' configuration object has otherwise after an export, `logits` if these differ."""
@@ -52,21 +54,25 @@ def judge(path: str, kind: Kind, changes: list[dict[str, Any]]) -> list[Verdict]
 
 
 def _verdict(folder: Path, kind: Kind, change: dict[str, Any], plain: torch.Tensor) -> Verdict:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(_content(kind, change)))
+    try:
+        to_model_config(read_config(folder), str(folder / "config.json"))
+    except ValueError as refusal:  # what transformers makes of it is another's concern
+        return Verdict(str(refusal))
     try:
         _write(folder, kind, change)
         theirs, error = _theirs(folder), None
     except Exception as refusal:  # whatever transformers raises is a refusal
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(_content(kind, change)))
         theirs, error = None, f"{type(refusal).__name__}: {refusal}"
     same_shape = theirs is not None and theirs.shape == plain.shape
     has_effect = None if theirs is None else not (same_shape and torch.equal(theirs, plain))
     try:
         source = load_hf(folder)
     except (ValueError, OSError) as refusal:
-        return Verdict(str(refusal), error, None, has_effect)
+        return Verdict(str(refusal))
     if theirs is None:
-        return Verdict(None, error, None, None)
+        return Verdict(None, error)
     chunks = build_model(source.model, ParallelConfig(), vocab_size=source.vocab_size, seed=7)
     load_into(chunks, source.state)
     length = min(tokens().size(1), source.model.max_position_embeddings or 0)
@@ -99,7 +105,7 @@ def _write(folder: Path, kind: Kind, change: dict[str, Any]) -> Path:
     """A directory with exactly this config.json, and the weights of the model that transformers builds from it."""
     content = _content(kind, change)
     text = json.dumps(content)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(text)
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32

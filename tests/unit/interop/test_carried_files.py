@@ -11,7 +11,7 @@ import sentencepiece
 import transformers
 
 from megatron_ext.config.command_line.parse import parse
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_ext.interop import export_checkpoint, import_checkpoint
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -159,15 +159,15 @@ def _trained(path: str, out: str) -> None:
     flags = ["--config", f"{path}/checkpoint/model.yaml", "--data-path", f"{path}/data", *RUN]
     load = ["--load", f"{path}/checkpoint"]
     assert (
-        pretrain(parse(TRAINING, [*flags, *load, "--finetune", "--save", f"{out}/one"]), lambda *_: []) == 0
+        pretrain(parse(RunConfig, [*flags, *load, "--finetune", "--save", f"{out}/one"]), lambda *_: []) == 0
     )
     more = [*flags, "--load", f"{out}/one", "--save", f"{out}/one", "--train-iters", "2"]
-    assert pretrain(parse(TRAINING, more), lambda *_: []) == 0
+    assert pretrain(parse(RunConfig, more), lambda *_: []) == 0
     export_checkpoint(f"{out}/one", f"{out}/hf-one")
     npt = NPTFamily(NPTModuleConfig(npt_layers="all", np_rank=2))
     options = RunOptions(base=BaseCheckpoint.find(f"{path}/checkpoint"))
     on_base = parse(
-        TRAINING, [*flags, "--save", f"{out}/npt", "--hidden-dropout", "0", "--attention-dropout", "0"]
+        RunConfig, [*flags, "--save", f"{out}/npt", "--hidden-dropout", "0", "--attention-dropout", "0"]
     )
     assert pretrain(on_base, lambda *_: [npt], options) == 0
     export_checkpoint(f"{out}/npt", f"{out}/hf-npt", base_only=True)
@@ -198,7 +198,7 @@ def _with_another_tokenizer(path: str, out: str) -> None:
         f"{path}/checkpoint",
         "--finetune",
     ]
-    assert pretrain(parse(TRAINING, [*flags, *other, "--save", f"{out}/other"]), lambda *_: []) == 0
+    assert pretrain(parse(RunConfig, [*flags, *other, "--save", f"{out}/other"]), lambda *_: []) == 0
     export_checkpoint(f"{out}/other", f"{out}/hf")
 
 
@@ -228,7 +228,7 @@ def test_files_are_found_where_a_checkpoint_was_moved_with_its_tokenizer_or_are_
         shutil.rmtree(tmp_path / "moved" / "hugging_face")
         shutil.rmtree(tmp_path / "out")
         notes = alone(_moved, str(tmp_path))
-        assert any("not written, as" in line and "README.md" in line for line in notes), notes
+        assert any("not written, because" in line and "README.md" in line for line in notes), notes
         _same_generation(folder / "hf", tmp_path / "out")
     finally:
         (tmp_path / "away").rename(folder / "checkpoint")

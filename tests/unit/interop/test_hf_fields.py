@@ -13,13 +13,14 @@ from tests.unit.interop.judging import Verdict, judge
 TAKEN, REFUSED, SAME = "taken over", "refused", "without effect"
 ALL = ("Llama", "Mistral", "Qwen2", "Qwen3")
 QWEN = ("Qwen2", "Qwen3")
+TWO_LAYERS = {"num_hidden_layers": 2}
 BASES = {
-    "Llama": Kind("Llama"),
-    "Mistral": Kind("Mistral", {"sliding_window": None}),
-    "Qwen2": Kind("Qwen2"),
-    "Qwen3": Kind("Qwen3", {"head_dim": 8}),
+    "Llama": Kind("Llama", TWO_LAYERS),
+    "Mistral": Kind("Mistral", {**TWO_LAYERS, "sliding_window": None}),
+    "Qwen2": Kind("Qwen2", TWO_LAYERS),
+    "Qwen3": Kind("Qwen3", {**TWO_LAYERS, "head_dim": 8}),
 }
-FULL, MIXED = ["full_attention"] * 4, ["full_attention", "sliding_attention"] * 2
+FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
 
@@ -75,16 +76,16 @@ FIELDS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, TAKEN)
     ],
     "max_window_layers": [
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, TAKEN),
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}, SAME),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, TAKEN),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, SAME),
     ],
     "layer_types": [
         ({"use_sliding_window": True, "sliding_window": 16, "layer_types": FULL}, SAME),
         ({"use_sliding_window": True, "sliding_window": 16, "layer_types": MIXED}, TAKEN),
-        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": ["attention"] * 4}, SAME),
+        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": ["attention"] * 2}, SAME),
         ({"layer_types": MIXED}, REFUSED),
-        ({"layer_types": FULL[:3]}, REFUSED),
-        ({"layer_types": ["chunked_attention"] * 4}, REFUSED),
+        ({"layer_types": FULL[:1]}, REFUSED),
+        ({"layer_types": ["chunked_attention"] * 2}, REFUSED),
     ],
     # Of the base class.
     "transformers_version": [({"transformers_version": "4.40.0"}, SAME)],
@@ -133,7 +134,7 @@ BESIDE: dict[str, list[tuple[dict[str, Any], str]]] = {
     "name_or_path": [({"name_or_path": "x", "_name_or_path": "y", "_commit_hash": "z"}, SAME)],
     "auto_map": [({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, SAME)],
     "temperature": [({"temperature": 0.3, "do_sample": True, "max_length": 7}, SAME)],
-    "attention_multiplier": [({"attention_multiplier": 2.0, "no_rope_layers": [0, 1, 0, 1]}, SAME)],
+    "attention_multiplier": [({"attention_multiplier": 2.0, "no_rope_layers": [0, 1]}, SAME)],
     "is_causal": [({"is_causal": False}, REFUSED)],
     "per_layer_config": [({"per_layer_config": {"1": {"intermediate_size": 40}}}, REFUSED)],
     "attention_chunk_size": [({"attention_chunk_size": 8}, REFUSED)],

@@ -10,8 +10,7 @@ from megatron_ext.lora.four_bit_weights import Part, _load, check_part, packing
 from megatron_ext.lora.linear_precision import mixed_linear
 from megatron_ext.lora.parallel_linear import LayerSettings
 from megatron_ext.lora.trainable_layers import adapted_linears, weight_bytes
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import LAYOUTS
+from megatron_ext.testing.run_single import run_single
 from tests.unit.progressive.progressive_helpers import DUAL, MODEL, build, some_tokens
 
 NF4_CODES = [
@@ -90,36 +89,6 @@ def test_nvfp4_refuses_a_row_that_16_does_not_divide() -> None:
         check_part("nvfp4", Part(rows=8, row=24, splits_input=False), 1)
 
 
-FOUR_BITS = {name: LayerSettings(precision=name, trains_base=False) for name in ("qlora", "nvfp4")}
-
-
-def _unpacked(precision: str, cut: str, ffn_hidden_size: int) -> list[tuple[str, torch.Tensor]]:
-    """This rank's parts of the stored weights; those of fc1 as [2, f/t, h]."""
-    model = replace(MODEL, num_layers=1, hidden_size=128, ffn_hidden_size=ffn_hidden_size)
-    found = []
-    for _, name, linear in adapted_linears(build({0: FOUR_BITS[precision]}, LAYOUTS[cut], model=model)):
-        weight = linear.read_weight(torch.float32)
-        found.append((name, weight.view(2, -1, 128) if linear.is_gated else weight))
-    return found
-
-
-@pytest.mark.parametrize("precision", list(FOUR_BITS))
-def test_weights_in_four_bits_do_not_depend_on_the_cut(precision: str) -> None:
-    (whole,) = run_distributed(_unpacked, 1, precision, "TP1", 256)
-    parts = run_distributed(_unpacked, 2, precision, "TP2", 256)
-    for place, (name, expected) in enumerate(whole):
-        split = next(dim for dim, size in enumerate(expected.shape) if parts[0][place][1].shape[dim] != size)
-        assert torch.cat([rank[place][1] for rank in parts], dim=split).equal(expected), name
-
-
-def test_a_cut_through_a_block_is_refused() -> None:
-    message = (
-        "precision qlora: blocks of 64 weights would be cut, a row has 96 on each of 2 tensor-parallel ranks"
-    )
-    with pytest.raises(RuntimeError, match=message):
-        run_distributed(_unpacked, 2, "qlora", "TP2", 192)
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float32, 1e-6)]
 )
@@ -171,12 +140,12 @@ def _layers(bf16: bool) -> tuple[dict[int, int], list[tuple[str, float, float, b
         y = linear(x)[0]
         grad = torch.randn_like(y)
         y.backward(grad)
-        weight = linear.read_weight(torch.float64 if number > 1 else torch.float32).double()
+        weight = linear.read_weight(torch.float64 if number > 1 else torch.float32).detach().double()
         assert x.grad is not None
         exact, exact_grad = x.detach().double() @ weight.t(), grad.double() @ weight
         errors = [
             float((ours.double() - theirs).norm() / theirs.norm())
-            for ours, theirs in ((y, exact), (x.grad, exact_grad))
+            for ours, theirs in ((y.detach(), exact), (x.grad, exact_grad))
         ]
         found.append((names[number], *errors, linear.weight.grad is not None))
     return weight_bytes(chunks), found
@@ -184,7 +153,7 @@ def _layers(bf16: bool) -> tuple[dict[int, int], list[tuple[str, float, float, b
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_stored_layer_computes_with_its_stored_weights_and_gives_them_no_gradient(bf16: bool) -> None:
-    _, layers = run_distributed(_layers, 1, bf16)[0]
+    _, layers = run_single(_layers, bf16)
     tolerance = {"qlora": 1e-6, "nvfp4": 1e-6, "half": 1e-3, "bfloat16": 8e-3}
     for name, error, grad_error, has_gradient in layers:
         allowed = max(tolerance[name], 8e-3 if bf16 else 0.0)
@@ -192,7 +161,7 @@ def test_a_stored_layer_computes_with_its_stored_weights_and_gives_them_no_gradi
 
 
 def test_a_layer_in_four_bits_takes_less_than_three_tenths_of_one_in_bf16() -> None:
-    found, _ = run_distributed(_layers, 1, True)[0]
+    found, _ = run_single(_layers, True)
     qlora, nvfp4, half, bfloat16 = (found[layer] for layer in range(4))
     weights = 128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 192
     norms = 2 * 128 * 2
@@ -203,7 +172,7 @@ def test_a_layer_in_four_bits_takes_less_than_three_tenths_of_one_in_bf16() -> N
 
 
 def test_a_layer_in_full_precision_keeps_fp32_weights_in_a_bf16_run_frozen_or_trained() -> None:
-    dtypes, is_rounded, grad_dtypes = run_distributed(_full_in_bf16, 1)[0]
+    dtypes, is_rounded, grad_dtypes = run_single(_full_in_bf16)
     assert dtypes == {torch.float32} and grad_dtypes == {torch.float32}
     assert not is_rounded
 

@@ -48,7 +48,9 @@ def test_the_strategy_variable_takes_document_004s_table() -> None:
     config = LoRAConfig(qlora_strategy="variable", qlora_configs="0:8:16,1:16:32,2:32:64,3:64:128")
     assert ranks(config) == [(8, 16), (16, 32), (32, 64), (64, 128)]
     config.check_stacks(4)
-    with pytest.raises(ValueError, match=r"^--qlora-configs .*: lists 4 stacks, the rack has 5$"):
+    with pytest.raises(
+        ValueError, match=r"^--qlora-configs .*: lists 4 stacks, but the model has 5; add the missing ones$"
+    ):
         config.check_stacks(5)
 
 
@@ -67,20 +69,23 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"qlora_strategy": "other"}, "--qlora-strategy other: must be one of simplified, progressive, variable"),
     (
         {"qlora_rank_pattern": "linear"},
-        "--qlora-rank-pattern linear: is for --qlora-strategy progressive, not simplified",
+        "--qlora-rank-pattern linear requires --qlora-strategy progressive (got simplified)",
     ),
-    ({"qlora_configs": "0:8:16"}, "--qlora-configs 0:8:16: is for --qlora-strategy variable, not simplified"),
+    (
+        {"qlora_configs": "0:8:16"},
+        "--qlora-configs 0:8:16 requires --qlora-strategy variable (got simplified)",
+    ),
     (
         {"qlora_strategy": "variable"},
-        "--qlora-configs : must be stack:rank:alpha, with commas between, as 0:8:16,1:16:32",
+        "--qlora-configs : must be a comma-separated list of stack:rank:alpha, such as 0:8:16,1:16:32",
     ),
     (
         {"qlora_strategy": "variable", "qlora_configs": "0:0:16"},
-        "--qlora-configs 0:0:16: stack 0 has rank 0, alpha 16; the rank must be at least 1, alpha above 0",
+        "--qlora-configs 0:0:16: stack 0 has rank 0, alpha 16; the rank must be at least 1, and alpha above 0",
     ),
     (
         {"qlora_strategy": "variable", "qlora_configs": "0:8:16,2:8:16"},
-        "--qlora-configs 0:8:16,2:8:16: must name every stack from 0 on, it names [0, 2]",
+        "--qlora-configs 0:8:16,2:8:16: must list every stack from 0 on, but lists [0, 2]",
     ),
 ]
 

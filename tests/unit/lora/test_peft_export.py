@@ -17,8 +17,8 @@ from megatron_ext.interop.peft_export import export_peft
 from megatron_ext.lora.lora_config import AdapterShape
 from megatron_ext.lora.parallel_linear import LayerSettings
 from megatron_ext.lora.trainable_layers import adapted_linears
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import VOCAB_SIZE
 from tests.unit.progressive.progressive_helpers import DUAL, MODEL, build, logits_of, some_tokens
 
 OTHER = replace(DUAL, adapters={"stack": AdapterShape(rank=8, alpha=3)}, trained_adapters=frozenset())
@@ -29,7 +29,7 @@ PLANS: dict[str, Mapping[int, LayerSettings]] = {
 }
 
 
-def _write(folder: str, plan: str, parallel: ParallelConfig) -> torch.Tensor:
+def write_adapters(folder: str, plan: str, parallel: ParallelConfig) -> torch.Tensor:
     """Our logits, and the adapters in files; the base too, where the model is whole."""
     chunks = build(PLANS[plan], parallel)
     for name in DUAL.adapters:
@@ -63,26 +63,15 @@ def _theirs(folder: Path, adapters: list[str]) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_peft_gives_the_same_logits_with_both_adapters(plan: str, tmp_path: Path) -> None:
-    ours = run_distributed(_write, 1, str(tmp_path), plan, ParallelConfig())[0]
+    ours = run_single(write_adapters, str(tmp_path), plan, ParallelConfig())
     without, theirs = _theirs(tmp_path, ["stack", "progressive"])
     size = float(ours.abs().max())
     assert float((ours - theirs).abs().max()) < 1e-6 * max(1.0, size)
     assert float((ours - without).abs().max()) > 1e-2 * size
 
 
-def test_a_cut_model_writes_the_same_files(tmp_path: Path) -> None:
-    plan = "ranks and layers differ"
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder, size, parallel in ((whole, 1, ParallelConfig()), (cut, 4, LAYOUTS["TP2xPP2"])):
-        folder.mkdir()
-        run_distributed(_write, size, str(folder), plan, parallel)
-    for name in DUAL.adapters:
-        first, second = ((side / name / "adapter_model.safetensors").read_bytes() for side in (whole, cut))
-        assert first == second
-
-
 def test_the_configuration_names_layers_and_exceptions(tmp_path: Path) -> None:
-    run_distributed(_write, 1, str(tmp_path), "ranks and layers differ", ParallelConfig())
+    run_single(write_adapters, str(tmp_path), "ranks and layers differ", ParallelConfig())
     config = json.loads((tmp_path / "stack" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["layers_to_transform"]) == (4, 8, [0, 1, 2])
     assert config["rank_pattern"] == {r"model\.layers\.2\..*": 8}
@@ -108,10 +97,10 @@ def _mistakes(folder: str) -> list[str]:
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
-    messages: Any = run_distributed(_mistakes, 1, str(tmp_path))[0]
+    messages: Any = run_single(_mistakes, str(tmp_path))
     assert messages == [
-        f"--adapter-dir {tmp_path}/taken: not empty",
-        "adapter other: no layer of the model has it",
-        "--swiglu False: a Llama-family model has True, so this one cannot be exported",
+        f"--adapter-dir {tmp_path}/taken: not empty; give a directory that is missing or empty",
+        "adapter other: no layer of the model has an adapter of this name",
+        "--swiglu False: the model cannot be exported; a Llama-family model requires True",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -13,7 +13,7 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.engine_config import build_transformer_config
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY
 
 HEADS, SIZE, BATCH = 4, 8, 2
@@ -111,7 +111,7 @@ def test_mask_type_of_the_call_comes_before_the_layers_own() -> None:
 
 
 def test_attention_and_its_gradients_equal_megatron_cores_local_one() -> None:
-    for case, (difference, scale) in run_distributed(_against_local, 1)[0].items():
+    for case, (difference, scale) in run_single(_against_local).items():
         assert difference <= 2e-6 * scale, case
 
 

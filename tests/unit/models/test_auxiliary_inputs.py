@@ -102,10 +102,10 @@ def test_stream_that_nobody_reads_gets_no_gradient_and_spoils_none() -> None:
 
 
 def test_streams_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(ValueError, match="distinct names"):
         AuxiliaryInputs([NOTE, AuxiliaryStream(name="note", width=5)])
 
 
 def test_full_sequence_cannot_travel() -> None:
-    with pytest.raises(ValueError, match="not the full sequence"):
+    with pytest.raises(ValueError, match="travels=True and full_sequence=True"):
         AuxiliaryInputs([AuxiliaryStream(name="x", width=1, full_sequence=True, travels=True)])

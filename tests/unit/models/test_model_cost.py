@@ -18,7 +18,7 @@ from megatron_ext.models.costs.model_cost import (
     training_flops_per_token,
 )
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 
 VOCAB, SEQUENCE, BATCH = 300, 16, 2
 BASE = ModelConfig(
@@ -121,12 +121,12 @@ def _counter() -> FlopCounterMode:
 
 @functools.cache
 def parameters() -> dict[str, int]:
-    return run_distributed(built_parameters, 1)[0]
+    return run_single(built_parameters)
 
 
 @functools.cache
 def flops() -> dict[tuple[str, str], tuple[int, int]]:
-    return run_distributed(counted_flops, 1)[0]
+    return run_single(counted_flops)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

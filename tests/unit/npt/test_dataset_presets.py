@@ -1,7 +1,6 @@
 """Dataset presets, document 002's configuration file, and a run's length in epochs."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -10,16 +9,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.run_config import TRAINING
 from megatron_ext.data.datasets.epochs import epoch_samples
-from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs.dataset_presets import with_preset
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from pretrain_npt import DOCUMENT_SECTIONS
 from tests.integration.npt.npt_run_helpers import DATA, ROOT, make_base, train, write_data
 
-CONCERNS: dict[str, Any] = {**TRAINING, "npt": NPTTrainingConfig, "np": NPTModuleConfig}
 SHAPE = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4"]
 SHAPE += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "64"]
 
@@ -47,7 +43,7 @@ def test_a_preset_stands_for_its_blend_and_data_of_ones_own_wins(presets: tuple[
     ("name", "message"),
     [
         ("huge", "--dataset-preset huge: .* has no such preset"),
-        ("large", "--dataset-preset large: missing/corpus.idx is not there"),
+        ("large", "--dataset-preset large: missing/corpus.idx does not exist"),
         ("none", "--dataset-preset none: .* names no dataset"),
     ],
 )
@@ -73,7 +69,7 @@ def test_the_shipped_file_has_the_documents_presets_and_each_parses() -> None:
     assert list(names) == ["small", "medium", "large"]
     for spelling in ("--dataset", "--dataset_preset", "--dataset-preset"):
         given = [*SHAPE, "--seq-length", "8", "--lr", "1", "--train-iters", "1", spelling, "medium"]
-        assert parse(CONCERNS, given)["npt"].dataset_preset == "medium"
+        assert parse(NPTRunConfig, given).npt.dataset_preset == "medium"
 
 
 DOCUMENT = """
@@ -94,29 +90,29 @@ training:
 """
 
 
-def _parse(content: str, tmp_path: Path) -> dict[str, Any]:
+def _parse(content: str, tmp_path: Path) -> NPTRunConfig:
     path = tmp_path / "config.yaml"
     path.write_text(content)
-    return parse(CONCERNS, ["--config", str(path), *SHAPE], sections=DOCUMENT_SECTIONS)
+    return parse(NPTRunConfig, ["--config", str(path), *SHAPE], sections=DOCUMENT_SECTIONS)
 
 
 def test_every_key_of_document_002_reaches_its_field(tmp_path: Path) -> None:
-    configs = _parse(DOCUMENT, tmp_path)
-    assert configs["npt"].base_checkpoint == "meta-llama/Llama-2-7b-hf"
-    assert (configs["np"].npt_layers, configs["np"].np_rank, configs["np"].np_scale) == (
+    config = _parse(DOCUMENT, tmp_path)
+    assert config.npt.base_checkpoint == "meta-llama/Llama-2-7b-hf"
+    assert (config.np.npt_layers, config.np.np_rank, config.np.np_scale) == (
         "upper_half",
         16,
         0.5,
     )
-    training = configs["training"]
+    training = config.training
     assert (training.micro_batch_size, training.gradient_accumulation_steps, training.num_epochs) == (4, 8, 3)
-    assert (configs["optimizer"].lr, configs["optimizer"].clip_grad) == (1e-4, 0.7)
-    assert (configs["npt"].equivalence_weight, configs["npt"].regularization_weight) == (1.0, 0.02)
-    assert configs["model"].seq_length == 512
+    assert (config.optimizer.lr, config.optimizer.clip_grad) == (1e-4, 0.7)
+    assert (config.npt.equivalence_weight, config.npt.regularization_weight) == (1.0, 0.02)
+    assert config.model.seq_length == 512
 
 
 def test_layers_may_be_a_list(tmp_path: Path) -> None:
-    assert _parse(DOCUMENT.replace('"upper_half"', "[1, 3]"), tmp_path)["np"].npt_layers == "1,3"
+    assert _parse(DOCUMENT.replace('"upper_half"', "[1, 3]"), tmp_path).np.npt_layers == "1,3"
 
 
 def test_an_unknown_key_stays_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,8 +125,8 @@ def test_an_unknown_key_stays_an_error(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("name", ["config", "config_small", "config_optimized"])
 def test_the_shipped_configurations_parse(name: str) -> None:
     given = ["--config", str(ROOT / "examples" / "npt" / f"{name}.yaml"), *SHAPE]
-    configs = parse(CONCERNS, given, sections=DOCUMENT_SECTIONS)
-    assert configs["npt"].mode == "equivalence" and configs["training"].num_epochs > 0
+    config = parse(NPTRunConfig, given, sections=DOCUMENT_SECTIONS)
+    assert config.npt.mode == "equivalence" and (config.training.num_epochs or 0) > 0
 
 
 def test_an_epoch_is_the_training_splits_tokens_in_sequences(tmp_path: Path) -> None:
@@ -159,7 +155,7 @@ def _run(folder: str, prefix: str, config: str) -> str:
 
 def test_document_002s_file_trains(tmp_path: Path) -> None:
     prefix = write_data(tmp_path)
-    output = run_distributed(_run, 1, str(tmp_path), prefix, str(tmp_path / "config.yaml"))[0]
+    output = run_single(_run, str(tmp_path), prefix, str(tmp_path / "config.yaml"))
     samples = epoch_samples(DataConfig(data_path=(prefix,), split="90,10,0"), 16)
     steps = samples // 2 // 32
     assert f"step {steps}/{steps} | " in output and "equivalence_loss" in output

@@ -18,7 +18,7 @@ from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.platform.allocations import AllocationCounter
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from tools.memory_report import main
 
 GATE = NPTModuleConfig(npt_layers="all", np_rank=4)
@@ -87,7 +87,7 @@ def _difference() -> dict[str, float]:
 
 
 def test_the_materialised_form_is_the_same_function_with_the_same_gradients() -> None:
-    for settings, difference in run_distributed(_difference, 1)[0].items():
+    for settings, difference in run_single(_difference).items():
         assert difference < 2e-5, settings
 
 
@@ -97,7 +97,7 @@ def _measured() -> list[SizeMemory]:
 
 
 def test_materialised_memory_is_the_deltas_and_their_gradients_and_factored_memory_is_r_sized() -> None:
-    small, middle, large = run_distributed(_measured, 1)[0]
+    small, middle, large = run_single(_measured)
     for size in (small, middle, large):
         delta = 4 * size.hidden_size * size.ffn_hidden_size
         assert delta <= size.materialised.kept < 1.3 * delta
@@ -120,7 +120,7 @@ def _tool(arguments: list[str]) -> None:
 
 def test_the_tool_writes_what_it_measured_and_the_projection(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    run_distributed(_tool, 1, ["--sizes", "32,64", "--np-rank", "4", "--output", str(output)])
+    run_single(_tool, ["--sizes", "32,64", "--np-rank", "4", "--output", str(output)])
     report = json.loads(output.read_text())
     assert [size["hidden_size"] for size in report["measured"]] == [32, 64]
     assert report["projected"]["hidden_size"] == 4096

@@ -18,7 +18,7 @@ from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.fidelity_loss import kl_divergence, logits_mse
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, synthetic_batches
 from megatron_ext.training.engine.microbatches import run_microbatches
 
@@ -151,7 +151,7 @@ def _of_layer(
 def test_a_step_finds_the_losses_that_follow_from_inputs_and_outputs(
     stage: str, residual: str, kind: str
 ) -> None:
-    found = run_distributed(_step, 1, stage, residual, kind)[0]
+    found = run_single(_step, stage, residual, kind)
     expected = {
         name.removeprefix("expected "): value for name, value in found.items() if name.startswith("expected")
     }
@@ -189,4 +189,4 @@ def _divergences() -> list[float]:
 
 
 def test_divergences_and_their_gradients_equal_torch_in_float64() -> None:
-    assert max(run_distributed(_divergences, 1)[0]) < 1e-5
+    assert max(run_single(_divergences)) < 1e-5

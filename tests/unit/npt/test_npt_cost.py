@@ -10,7 +10,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.testing.counted_flops import StepFigures, measured_and_predicted
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY
 
 MODEL = replace(TINY, attention_backend="local", untie_embeddings_and_output_weights=True)
@@ -55,7 +55,7 @@ def _figures() -> dict[str, tuple[StepFigures, StepFigures]]:
 
 @functools.cache
 def figures() -> dict[str, tuple[StepFigures, StepFigures]]:
-    return run_distributed(_figures, 1)[0]
+    return run_single(_figures)
 
 
 @pytest.mark.parametrize("name", CASES)

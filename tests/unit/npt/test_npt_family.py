@@ -1,9 +1,7 @@
 """NPT's part in a run: frozen base, optimizer, cost, layers turned off, checkpoints, and the way through JSON."""
 
-import dataclasses
 import json
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -21,9 +19,9 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE
+from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
 from megatron_ext.training.interface.family_interface import Family
 
 SINGLE = ParallelConfig()
@@ -79,7 +77,7 @@ def _counts() -> dict[str, tuple[int, int, int, int]]:
 
 
 def test_parameters_and_flops_equal_those_of_the_built_model() -> None:
-    for name, (parameters, flops, base_parameters, base_flops) in run_distributed(_counts, 1)[0].items():
+    for name, (parameters, flops, base_parameters, base_flops) in run_single(_counts).items():
         model = _model_config(SETTINGS[name])
         cost = NPTFamily(SETTINGS[name]).cost(model)
         assert (base_parameters, base_flops) == (
@@ -112,7 +110,7 @@ def _backward_flops() -> tuple[int, int, int]:
 
 def test_frozen_weights_get_no_gradient_products() -> None:
     """One product a base weight in the backward pass instead of two: less than the forward pass and twice NPT's."""
-    backward, forward, np_flops = run_distributed(_backward_flops, 1)[0]
+    backward, forward, np_flops = run_single(_backward_flops)
     model = _model_config(LOW_RANK)
     attention = 4 * model.seq_length * model.hidden_size * model.num_layers * TOKENS.numel()
     # Core attention has no weights: its two products have two gradients each.
@@ -140,7 +138,7 @@ def _off(settings: NPTModuleConfig, bf16: bool) -> dict[str, bool]:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["outer triple", "outer fc1"])
 def test_with_all_layers_off_the_model_is_the_base_model_bit_for_bit(name: str, bf16: bool) -> None:
-    same = run_distributed(_off, 1, SETTINGS[name], bf16)[0]
+    same = run_single(_off, SETTINGS[name], bf16)
     assert all(same.values()), [name for name, equal in same.items() if not equal]
 
 
@@ -159,27 +157,11 @@ def _partly_off() -> tuple[bool, bool, bool]:
 
 
 def test_single_layers_can_be_off() -> None:
-    assert run_distributed(_partly_off, 1)[0] == (True, False, True)
+    assert run_single(_partly_off) == (True, False, True)
 
 
-def _optimizer_parameters(freeze: bool) -> tuple[set[str], set[str], set[str]]:
-    """Names of what the optimizer holds, of NP parameters, and of all."""
-    make = _Make(replace(LOW_RANK, freeze_base=freeze))
-    run = TinyRun(RunSettings(parallel=SINGLE, checkpoint=CheckpointConfig(), make_families=make))
-    names = {id(p): name for chunk in run.chunks for name, p in chunk.named_parameters()}
-    held = {names[id(p)] for group in run.optimizer.param_groups for p in group["params"]}
-    return held, {name for name in names.values() if ".feed_forward." in name}, set(names.values())
-
-
-def test_with_the_base_frozen_the_optimizer_holds_np_parameters_only() -> None:
-    held, np_names, _ = run_distributed(_optimizer_parameters, 1, True)[0]
-    assert held == np_names and len(held) == 2 * (2 + 2 + 3)
-    held, _, names = run_distributed(_optimizer_parameters, 1, False)[0]
-    assert held == names
-
-
-@dataclasses.dataclass(frozen=True)
-class _Make:
+@dataclass(frozen=True)
+class MakeNPT:
     """Makes the families of a run; travels to the processes by pickle."""
 
     settings: NPTModuleConfig
@@ -188,53 +170,23 @@ class _Make:
         return [NPTFamily(self.settings)]
 
 
-def _run(settings: NPTModuleConfig, parallel: ParallelConfig, **checkpoint: str) -> TinyRun:
-    config = CheckpointConfig(**checkpoint)  # type: ignore[arg-type]
-    return TinyRun(RunSettings(parallel=parallel, checkpoint=config, make_families=_Make(settings)))
+def _optimizer_parameters(freeze: bool) -> tuple[set[str], set[str], set[str]]:
+    """Names of what the optimizer holds, of NP parameters, and of all."""
+    make = MakeNPT(replace(LOW_RANK, freeze_base=freeze))
+    run = TinyRun(RunSettings(parallel=SINGLE, checkpoint=CheckpointConfig(), make_families=make))
+    names = {id(p): name for chunk in run.chunks for name, p in chunk.named_parameters()}
+    held = {names[id(p)] for group in run.optimizer.param_groups for p in group["params"]}
+    return held, {name for name in names.values() if ".feed_forward." in name}, set(names.values())
 
 
-def _save_and_train(folder: str, settings: NPTModuleConfig, parallel: ParallelConfig) -> list[float]:
-    run = _run(settings, parallel, save=folder)
-    run.train(2)
-    run.save()
-    return run.train(2)
+def test_with_the_base_frozen_the_optimizer_holds_np_parameters_only() -> None:
+    held, np_names, _ = run_single(_optimizer_parameters, True)
+    assert held == np_names and len(held) == 2 * (2 + 2 + 3)
+    held, _, names = run_single(_optimizer_parameters, False)
+    assert held == names
 
 
-def _load_save_and_train(source: str, target: str, settings: NPTModuleConfig) -> list[float]:
-    run = _run(settings, SINGLE, load=source, save=target)
-    run.save()
-    return run.train(2)
-
-
-def _differences(first: str, second: str) -> tuple[set[str], list[str]]:
-    initialize(SINGLE, seed=1)
-    ours, theirs = (read_plain(f"{folder}/iter_0000002") for folder in (first, second))
-    assert ours.keys() == theirs.keys()
-    return set(ours), [name for name in ours if not ours[name].equal(theirs[name])]
-
-
-CHECKPOINTED = {
-    "TP2+SP": (OUTER, LAYOUTS["TP2+SP"], 2),
-    "PP2, a stage without NP layers": (OUTER, LAYOUTS["PP2"], 2),
-    "PP2 interleaved": (LOW_RANK, LAYOUTS["PP2 interleaved"], 2),
-    "DP2 distributed optimizer": (OUTER, LAYOUTS["DP2 distributed optimizer"], 2),
-}
-
-
-@pytest.mark.parametrize("case", CHECKPOINTED)
-def test_weights_and_moments_move_between_cuts(case: str, tmp_path: Path) -> None:
-    settings, parallel, world_size = CHECKPOINTED[case]
-    first, second = f"{tmp_path}/cut", f"{tmp_path}/single"
-    losses = run_distributed(_save_and_train, world_size, first, settings, parallel)[0]
-    found = run_distributed(_load_save_and_train, 1, first, second, settings)[0]
-    assert found == pytest.approx(losses, rel=1e-5)
-    names, differences = run_distributed(_differences, 1, first, second)[0]
-    assert differences == []
-    moments = {name for name in names if "exp_avg" in name}
-    assert moments and all(".feed_forward." in name for name in moments)
-
-
-def _adapter_errors() -> list[str]:
+def _np_factor_errors() -> list[str]:
     chunk = _build(OUTER, _model_config(OUTER))
     before = gather_np_factors([chunk])
     key = "layer_2_np.gate.W_down.1"
@@ -251,8 +203,8 @@ def _adapter_errors() -> list[str]:
     return errors
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_the_differences_and_changes_nothing() -> None:
-    missing, other_rank, unknown, nothing = run_distributed(_adapter_errors, 1)[0]
+def test_np_factors_that_do_not_fit_are_refused_with_the_differences_and_changes_nothing() -> None:
+    missing, other_rank, unknown, nothing = run_single(_np_factor_errors)
     prefix = "the NP weights do not fit the model; "
     assert missing == f"{prefix}missing: layer_2_np.gate.W_down.1"
     assert other_rank == f"{prefix}of another shape: layer_2_np.gate.W_down.1 is [32, 3], must be [32, 4]"

@@ -15,7 +15,7 @@ from megatron_ext.models.ops.add_product import add_product
 from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 
 HIDDEN, FFN, TOKENS = 32, 96, 64
 MODEL = ModelConfig(
@@ -72,7 +72,7 @@ def _oracle_error() -> tuple[float, float]:
 
 
 def test_the_oracle_reproduces_the_base_layer() -> None:
-    with_oracle, untrained = run_distributed(_oracle_error, 1)[0]
+    with_oracle, untrained = run_single(_oracle_error)
     assert with_oracle < 1e-6 < 1e-2 < untrained
 
 
@@ -92,10 +92,10 @@ def _evenness(settings: NPTModuleConfig) -> float:
 def test_without_the_affine_term_the_outer_product_is_even_in_the_attention_output() -> None:
     """So no weights represent the odd part of a target; the affine term cures it, and low_rank has not the defect."""
     bare = replace(OUTER, np_affine=False)
-    assert run_distributed(_evenness, 1, bare)[0] < 1e-6
-    assert run_distributed(_evenness, 1, replace(bare, np_normalize=False))[0] < 1e-6
-    assert run_distributed(_evenness, 1, OUTER)[0] > 0.1
-    assert run_distributed(_evenness, 1, LOW_RANK)[0] > 0.1
+    assert run_single(_evenness, bare) < 1e-6
+    assert run_single(_evenness, replace(bare, np_normalize=False)) < 1e-6
+    assert run_single(_evenness, OUTER) > 0.1
+    assert run_single(_evenness, LOW_RANK) > 0.1
 
 
 def _start(settings: NPTModuleConfig) -> tuple[float, dict[str, float]]:
@@ -115,11 +115,11 @@ def test_deltas_start_small_with_all_gradients_or_at_zero_with_the_output_factor
     form: NPTModuleConfig, components: int
 ) -> None:
     settings = replace(form, num_np_components=components)
-    size, gradients = run_distributed(_start, 1, settings)[0]
+    size, gradients = run_single(_start, settings)
     assert 0 < size < 0.05
     assert all(norm > 0 for norm in gradients.values())
     conservative = replace(settings, np_init_strategy="conservative")
-    size, gradients = run_distributed(_start, 1, conservative)[0]
+    size, gradients = run_single(_start, conservative)
     assert size == 0
     alive = {name for name, norm in gradients.items() if norm > 0}
     assert alive == {name for name in gradients if name.endswith(("B", "W_b_up"))}
@@ -163,7 +163,7 @@ def _losses(settings: NPTModuleConfig, steps: int = 200) -> list[float]:
 
 @functools.cache
 def _training() -> dict[str, list[float]]:
-    return run_distributed(_train_to_equivalence, 1, {**STABLE, "bare": BARE})[0]
+    return run_single(_train_to_equivalence, {**STABLE, "bare": BARE})
 
 
 @pytest.mark.parametrize("case", STABLE)
@@ -215,9 +215,9 @@ def _large_tensors(target: Any) -> list[int]:
 
 def test_nothing_of_hidden_or_ffn_width_is_made_beyond_the_mlps_own() -> None:
     """But for one copy of the output, whatever the components: with `down`, where the engine returns a view of it."""
-    base, *others = run_distributed(_large_tensors, 1, "gate+up")[0]
+    base, *others = run_single(_large_tensors, "gate+up")
     assert base == 5 and others == [base] * 4
-    base, *others = run_distributed(_large_tensors, 1, "gate+up+down")[0]
+    base, *others = run_single(_large_tensors, "gate+up+down")
     assert base == 5 and others == [base + 1] * 4
 
 
@@ -246,7 +246,7 @@ def _saved_bytes(rank: int) -> dict[int, int]:
 
 def test_activations_kept_grow_with_the_rank_of_a_component_alone() -> None:
     rank = 2
-    kept = run_distributed(_saved_bytes, 1, rank)[0]
+    kept = run_single(_saved_bytes, rank)
     # Of a component and target, r wide: a W_down, z, W_a_up x, u, and a few of their size between them, in fp32.
     assert 0 < kept[4] - kept[1] < 3 * 3 * TOKENS * (8 * rank + 8) * 4
 

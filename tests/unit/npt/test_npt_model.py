@@ -149,17 +149,17 @@ def test_what_does_not_fit_is_refused_with_the_differences_and_changes_nothing(f
     assert found["unconverted"] == "load_npt_weights: no layer is converted; call convert_to_npt first"
     assert "missing: layer_0_np.gate" in found["unfit file"] and "unknown" not in found["unfit file"]
     assert "no layer is converted" in found["nothing to save"]
-    assert found["two layers"] == "NPTConfig: single_layer_mode converts one layer, not 2"
-    assert "--npt-layers 9: does not fit a model of 4 layers" in found["no such layer"]
+    assert found["two layers"] == "NPTConfig: single_layer_mode requires one layer, not 2"
+    assert "--npt-layers 9: out of range for a model of 4 layers" in found["no such layer"]
     assert found["twice"] == "convert_to_npt: layers (0, 1) are converted already"
     assert "unknown: layer_2_np.gate" in found["tensors"] and "of another shape: layer_0" in found["tensors"]
     assert "np_rank is 256, here 8" in found["file"]
-    assert found["one token"] == "perplexity: needs at least two tokens, not 1"
+    assert found["one token"] == "loss: requires at least two tokens, got 1"
 
 
 def test_a_configuration_that_cannot_be_is_refused() -> None:
     assert "unknown setting rank 3" in _message(NPTConfig, [0], rank=3)
-    assert "single_layer_mode is of np_form outer_product" in _message(
+    assert "single_layer_mode requires np_form='outer_product'" in _message(
         NPTConfig, [0], single_layer_mode=True, np_form="low_rank"
     )
 

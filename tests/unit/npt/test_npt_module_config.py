@@ -43,7 +43,7 @@ def test_what_is_no_layer_choice_is_refused_at_once(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["7", "-8", "3:3", "4:2", "0:9", "0,7"])
 def test_layers_that_the_model_has_not_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"--npt-layers {text}: does not fit a model of 7 layers"):
+    with pytest.raises(ValueError, match=f"--npt-layers {text}: out of range for a model of 7 layers"):
         NPTModuleConfig(npt_layers=text).layers(7)
 
 
@@ -69,8 +69,8 @@ def test_the_defaults_are_those_of_document_002() -> None:
         ({"np_scale": 0.0}, "--np-scale 0.0: must be above 0"),
         ({"np_init_scale": -1.0}, "--np-init-scale -1.0: must be above 0"),
         ({"np_form": "dense"}, "--np-form dense: must be one of low_rank, outer_product"),
-        ({"np_affine": False}, "--no-np-affine: is about --np-form outer_product, not low_rank"),
-        ({"np_normalize": False}, "--no-np-normalize: is about --np-form outer_product, not low_rank"),
+        ({"np_affine": False}, "--no-np-affine requires --np-form outer_product (got low_rank)"),
+        ({"np_normalize": False}, "--no-np-normalize requires --np-form outer_product (got low_rank)"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(values: dict[str, Any], message: str) -> None:
@@ -79,9 +79,9 @@ def test_values_out_of_range_are_refused_by_name(values: dict[str, Any], message
 
 
 def test_a_target_must_fit_the_mlp() -> None:
-    with pytest.raises(ValueError, match="--np-target fc1: the MLP is gated, choose from gate, gate\\+up"):
+    with pytest.raises(ValueError, match="--np-target fc1: the MLP is gated; choose from gate, gate\\+up"):
         NPTModuleConfig(np_target="fc1").check_model(gated=True)
-    with pytest.raises(ValueError, match="--np-target dual: the MLP is not gated, choose from fc1"):
+    with pytest.raises(ValueError, match="--np-target dual: the MLP is not gated; choose from fc1"):
         NPTModuleConfig(np_target="dual").check_model(gated=False)
 
 
@@ -90,9 +90,7 @@ def test_the_fields_are_flags() -> None:
         "--npt-layers -1,0 --np-form outer_product --np-target gate+up --np_rank 64 --num-np-components 2 "
         "--no-np-affine --np-residual keep --np-init-strategy conservative --no-freeze-base"
     )
-    parsed = parse(NPTModuleConfig, text.split(), prog="test", description="test")
-    (settings,) = parsed.values()
-    assert settings == NPTModuleConfig(
+    assert parse(NPTModuleConfig, text.split()) == NPTModuleConfig(
         npt_layers="-1,0",
         np_form="outer_product",
         np_target="gate+up",

@@ -14,7 +14,7 @@ from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_feed_forward
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 
 SEQUENCE, BATCH = 3, 2
 MODEL = ModelConfig(
@@ -120,7 +120,7 @@ def _relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> floa
 
 @functools.cache
 def _all_errors() -> dict[str, dict[str, float]]:
-    return run_distributed(_worst_errors, 1, CASES)[0]
+    return run_single(_worst_errors, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 
 LAYERS, HIDDEN, WIDTH, VOCAB, SEQUENCE, BATCH = 3, 48, 16, 40, 7, 2
 EPS = 1e-6
@@ -144,7 +144,7 @@ def _run_both() -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
 
 
 def test_the_gemma4_preset_equals_hugging_faces_modules_forward_and_gradient() -> None:
-    ((pairs, count),) = run_distributed(_run_both, 1)
+    (pairs, count) = run_single(_run_both)
     assert len(pairs) == count + 3
     for name, (ours, theirs) in pairs.items():
         error = float((ours - theirs).abs().max() / theirs.abs().max())

@@ -23,7 +23,7 @@ def test_document_003s_flags_parse() -> None:
         --per-layer-combination-method gated --per-layer-gate-activation gelu --per-layer-projection-dropout 0.1
         --per-layer-strategy syntax_focus --per-layer-vocab-file vocab.json --log-per-layer-stats
         --log-per-layer-gradients --per_layer_stats_interval 10 --freeze-per-layer-embedding"""
-    config = parse(PerLayerConfig, text.split())["config"]
+    config = parse(PerLayerConfig, text.split())
     assert (
         config.use_per_layer_embedding
         and config.log_per_layer_gradients
@@ -50,11 +50,11 @@ def test_the_gemma4_preset_sets_ids_activation_and_position() -> None:
         ({"per_layer_combination_method": "add"}, "--per-layer-combination-method add: must be one of"),
         (
             {"per_layer_preset": "gemma4", "per_layer_gate_activation": "relu"},
-            "--per-layer-gate-activation relu: --per-layer-preset gemma4 sets it to gelu_tanh",
+            "--per-layer-gate-activation relu: --per-layer-preset gemma4 sets it to gelu_tanh; omit one of the two",
         ),
         (
             {"use_per_layer_embedding": False, "per_layer_vocab_file": "v.json"},
-            "--per-layer-vocab-file v.json: needs --use-per-layer-embedding",
+            "--per-layer-vocab-file v.json requires --use-per-layer-embedding",
         ),
     ],
 )
@@ -70,10 +70,10 @@ def test_without_the_flag_the_tables_have_as_many_rows_as_there_are_ids() -> Non
     assert given.rows(vocab_size=777, num_ids=359) == 500
 
 
-def test_a_cut_that_does_not_divide_the_hidden_size_is_named() -> None:
+def test_a_layout_that_does_not_divide_the_hidden_size_is_named() -> None:
     config = PerLayerConfig(use_per_layer_embedding=True, per_layer_hidden_size=6)
     config.check_layout(3)
-    with pytest.raises(ValueError, match="--per-layer-hidden-size 6: not divisible by"):
+    with pytest.raises(ValueError, match="--per-layer-hidden-size 6: must be divisible by"):
         config.check_layout(4)
 
 
@@ -82,5 +82,5 @@ def test_another_vocabulary_size_than_the_tokenizers_is_refused_where_token_ids_
         use_per_layer_embedding=True, per_layer_strategy="identity", per_layer_vocab_size=500
     )
     assert config.rows(500) == 500
-    with pytest.raises(ValueError, match="--per-layer-vocab-size 500: the per-layer ids are the token ids"):
+    with pytest.raises(ValueError, match="--per-layer-vocab-size 500: must be the vocabulary size, 777"):
         config.rows(777)

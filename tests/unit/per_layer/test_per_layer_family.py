@@ -20,8 +20,9 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.references import reference_rms_norm
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.training.engine.optimizer import build_optimizer, wrap_model
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.optimizer import build_optimizer
 
 VOCAB, ROWS, WIDTH = 64, 20, 8
 MODEL = ModelConfig(
@@ -67,10 +68,10 @@ def test_ids_come_from_the_batch_else_from_the_table_else_they_are_the_tokens() 
 
 
 def test_a_table_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"has 3 tokens, the tokenizer {VOCAB}"):
+    with pytest.raises(ValueError, match=f"is for 3 token ids, but the tokenizer has {VOCAB}"):
         PerLayerFamily(_settings(), VOCAB, [0, 1, 2])
     message = (
-        "--per-layer-vocab-size 20: the per-layer ids go up to 20, .* at least 21, or leave the flag out"
+        "--per-layer-vocab-size 20: too small for per-layer ids up to 20; pass at least 21, or omit the flag"
     )
     with pytest.raises(ValueError, match=message):
         PerLayerFamily(_settings(), VOCAB, [20] * VOCAB)
@@ -101,7 +102,7 @@ def _counts() -> list[tuple[int, int]]:
 
 
 def test_the_parameter_formula_counts_the_built_model() -> None:
-    for built, formula in run_distributed(_counts, 1)[0]:
+    for built, formula in run_single(_counts):
         assert built == formula
 
 
@@ -137,7 +138,7 @@ def _freezing() -> tuple[set[str], list[dict[str, Any]]]:
 
 
 def test_freezing_learning_rate_and_weight_decay_reach_the_parameters_they_are_for() -> None:
-    ((frozen, groups),) = run_distributed(_freezing, 1)
+    (frozen, groups) = run_single(_freezing)
     assert frozen == {f"per_layer.layers.{number}.embedding.weight" for number in range(MODEL.num_layers)}
     mine = [
         group
@@ -246,7 +247,7 @@ def _expected(model: Any, seen: dict[str, torch.Tensor], number: int, method: st
 
 @pytest.mark.parametrize("method", ["scaled_add", "concat", "gated"])
 def test_statistics_are_those_of_the_models_own_tensors(method: str) -> None:
-    ((values, expected, still_records),) = run_distributed(_statistics, 1, method)
+    (values, expected, still_records) = run_single(_statistics, method)
     assert not still_records
     assert values.keys() == expected.keys()
     for tag, value in expected.items():
@@ -263,7 +264,7 @@ def test_the_init_method_decides_how_weights_are_drawn() -> None:
     table, context = "per_layer.layers.0.embedding.weight", "per_layer.layers.0.context_projection.weight"
     gate = "decoder.layers.1.before_layer.gate.weight"
     (normal,), (xavier,), (zeros,) = (
-        run_distributed(_initial, 1, method) for method in ("normal", "xavier_normal", "zeros")
+        [run_single(_initial, method)] for method in ("normal", "xavier_normal", "zeros")
     )
     for name in (table, context, gate):
         assert normal[name] == pytest.approx(0.3, rel=0.2)
@@ -276,10 +277,10 @@ def test_a_configuration_without_ids_is_refused_at_the_start() -> None:
     from megatron_ext.data.tokenizers import build_tokenizer
 
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB))
-    with pytest.raises(ValueError, match="needs --per-layer-vocab-file or --per-layer-data-path"):
+    with pytest.raises(ValueError, match="pass --per-layer-vocab-file or --per-layer-data-path"):
         PerLayerFamily.from_tokenizer(_settings(), tokenizer)
     guided = _settings(per_layer_strategy="attention_guidance")
-    with pytest.raises(ValueError, match="attention_guidance: depends on positions"):
+    with pytest.raises(ValueError, match="attention_guidance requires --per-layer-data-path"):
         PerLayerFamily.from_tokenizer(guided, tokenizer)
     aligned = dataclasses.replace(guided, per_layer_data_path=("prefix",))
     options = PerLayerFamily.from_tokenizer(aligned, tokenizer).dataset_options()

@@ -16,8 +16,12 @@ from megatron_ext.per_layer.per_layer_block import ACTIVATIONS, PerLayerBlock
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_extension import PerLayerExtension
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.references import reference_per_layer_block, reference_per_layer_vector
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.references import (
+    reference_activation,
+    reference_per_layer_block,
+    reference_per_layer_vector,
+)
+from megatron_ext.testing.run_single import run_single
 
 METHODS = ("scaled_add", "concat", "gated")
 POSITIONS = ("before_layer", "after_mlp")
@@ -144,7 +148,7 @@ def _compare_all(with_ids: bool) -> dict[str, tuple[Outcome, Outcome]]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[Outcome, Outcome]]:
-    return run_distributed(_compare_all, 1, True)[0]
+    return run_single(_compare_all, True)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,7 +175,7 @@ def _without_ids() -> dict[str, tuple[Outcome, Outcome]]:
 
 
 def test_without_ids_the_projected_word_embedding_alone_is_used() -> None:
-    for (logits, _), (expected, _) in run_distributed(_without_ids, 1)[0].values():
+    for (logits, _), (expected, _) in run_single(_without_ids).values():
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -190,4 +194,9 @@ def _dropout_facts() -> tuple[bool, bool, bool]:
 
 
 def test_projection_dropout_acts_in_training_only() -> None:
-    assert run_distributed(_dropout_facts, 1) == [(False, True, True)]
+    assert [run_single(_dropout_facts)] == [(False, True, True)]
+
+
+def test_an_activation_without_a_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation tanh: has no reference"):
+        reference_activation(torch.zeros(1), "tanh")

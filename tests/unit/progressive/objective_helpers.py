@@ -24,7 +24,9 @@ from megatron_ext.progressive.objectives.time_embedding import TimeEmbedding, ti
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import OutputLoss
@@ -155,7 +157,7 @@ def build_stepper(
     micro: int = 1,
     bf16: bool = False,
 ) -> tuple[Stepper, list[GPTModel]]:
-    """A model and what trains it; in every process of the cut."""
+    """A model and what trains it; in every process of the layout."""
     initialize(parallel, seed=1)
     chunks = build_model(
         model, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=[family.extension()]

@@ -87,7 +87,7 @@ def build(
     b_std: float = 0.1,
     bf16: bool = False,
 ) -> list[GPTModel]:
-    """The plan's model, ready for use; in every process of the cut."""
+    """The plan's model, ready for use; in every process of the layout."""
     parallel = parallel or ParallelConfig()
     initialize(parallel, seed=1)
     extensions: list[Extension] = [AdaptedExtension(plan)]

@@ -12,7 +12,7 @@ from megatron_ext.progressive.growth.trunk_strategy import Trains
 from megatron_ext.progressive.progressive_family import ProgressiveFamily
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.counted_flops import StepFigures, measured_and_predicted
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
 
 MODEL = replace(TINY, num_layers=5, attention_backend="local", untie_embeddings_and_output_weights=True)
@@ -65,7 +65,7 @@ def _figures() -> dict[str, tuple[StepFigures, StepFigures]]:
 
 @functools.cache
 def figures() -> dict[str, tuple[StepFigures, StepFigures]]:
-    return run_distributed(_figures, 1)[0]
+    return run_single(_figures)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ from megatron_ext.progressive import (
     TimeStepMasking,
     create_stack_from_config,
 )
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 
 DOCUMENT = """
 model: {vocab_size: 60, d_model: 32, d_ff: 48, n_heads: 4, seq_length: 16}
@@ -56,8 +56,8 @@ def test_the_documents_yaml_is_valid_and_states_the_defaults(tmp_path: Path) -> 
     given = config.progressive_config()
     only_model = StackWiseConfig(model={"vocab_size": 60, "d_model": 32, "d_ff": 48, "n_heads": 4})
     assert given == only_model.progressive_config()
-    assert config.configs()["model"].hidden_size == 32
-    assert config.configs()["model"].num_layers == 12 * 4
+    assert config.run_config().model.hidden_size == 32
+    assert config.run_config().model.num_layers == 12 * 4
 
 
 def test_values_may_be_set_as_the_document_does(tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_values_may_be_set_as_the_document_does(tmp_path: Path) -> None:
         ("qlora_rank", 0, "--qlora-rank 0: must be at least 1"),
         ("qlora_rank", "many", "qlora_rank many: must be a number"),
         ("enabled", "yes please", "enabled yes please: must be true or false"),
-        ("target_stacks", 13, "--target-stacks 13: more than --max-stacks 12"),
-        ("qlora_rank_pattern", "increasing", "is for --qlora-strategy progressive"),
+        ("target_stacks", 13, "--target-stacks 13: must be at most --max-stacks 12"),
+        ("qlora_rank_pattern", "increasing", "requires --qlora-strategy progressive"),
         ("stack_time_mapping", "custom", "--custom-time-mapping None: goes with"),
-        ("joint_lr", 1e-3, "--joint-lr 0.001: needs --joint-steps"),
+        ("joint_lr", 1e-3, "--joint-lr 0.001 requires --joint-steps"),
     ],
 )
 def test_a_key_that_is_unknown_or_contradicts_another_is_told_in_one_line(
@@ -123,11 +123,11 @@ def test_stacks_are_appended_and_prepended_with_precisions_of_their_own(tmp_path
     ]
     assert newest.index == 2
     assert create_stack_from_config(0, None, config_of(tmp_path)).n_blocks == 4
-    with pytest.raises(ValueError, match="give a config, or vocab_size"):
+    with pytest.raises(ValueError, match="pass either a config, or vocab_size"):
         ProgressiveRackBuilder()
     with pytest.raises(ValueError, match="precision int3: must be one of"):
         builder.append_stack(precision="int3")
-    with pytest.raises(ValueError, match="trunk_indices 3: the rack has stacks 0 to 2"):
+    with pytest.raises(ValueError, match="trunk_indices 3: the rack has only stacks 0 to 2"):
         builder.freeze_trunk([3])
 
 
@@ -146,7 +146,7 @@ def frozen_by_hand() -> dict[str, set[str]]:
 
 
 def test_freezing_by_hand_leaves_what_it_says() -> None:
-    found = run_distributed(frozen_by_hand, 1)[0]
+    found = run_single(frozen_by_hand)
     frozen = found["all"] - found["frozen"]
     assert {name for name in found["all"] if name.startswith("decoder.layers.0.")} <= frozen
     second = {name for name in found["all"] if name.startswith("decoder.layers.1.")}
@@ -186,7 +186,7 @@ def train_at_once_and_step_by_step(folder: str) -> tuple[list[Any], list[dict[st
 
 
 def test_growing_from_two_to_six_layers_by_one_call_equals_three(tmp_path: Path) -> None:
-    (result, _), (at_once, apart) = run_distributed(train_at_once_and_step_by_step, 1, str(tmp_path))[0]
+    (result, _), (at_once, apart) = run_single(train_at_once_and_step_by_step, str(tmp_path))
     assert [len(stack.losses) for stack in result.stacks] == [3, 3, 3]
     assert result.stacks[-1].iterations == 9
     assert sum(name.startswith("decoder.layers.5.") for name in at_once) > 0
@@ -198,14 +198,14 @@ def refused_beside_checkpoints(folder: str) -> str:
     process_groups.shutdown = lambda: None
     Path(folder, "iter_0000004").mkdir()
     builder = ProgressiveRackBuilder(config=small_config(training_objective="clm"))
-    with pytest.raises(ValueError, match="needs a directory of its own") as caught:
+    with pytest.raises(ValueError, match="needs its own directory") as caught:
         ProgressiveTrainer(builder.config, save=folder).train_rack(builder, loader(), target_stacks=1)
     return str(caught.value)
 
 
 def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
-    told = run_distributed(refused_beside_checkpoints, 1, str(tmp_path))[0]
-    assert told.startswith(f"--save {tmp_path}: holds another run (steps 4)")
+    told = run_single(refused_beside_checkpoints, str(tmp_path))
+    assert told.startswith(f"--save {tmp_path}: contains another run (steps 4)")
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000004"]
 
 
@@ -223,7 +223,7 @@ def train_masked() -> list[list[float]]:
 
 
 def test_a_masked_training_with_a_qlora_trunk_and_time_as_input_learns() -> None:
-    first, second = run_distributed(train_masked, 1)[0]
+    first, second = run_single(train_masked)
     assert sum(second[-8:]) < 0.8 * sum(first[:8])
 
 

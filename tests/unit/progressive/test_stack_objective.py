@@ -1,6 +1,5 @@
 """Objectives: what the model is fed and asked, what it may see, and that it learns; at every parallel layout."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,10 @@ from megatron_ext.progressive.objectives.stack_objective import ACCURACY, StackO
 from megatron_ext.progressive.objectives.time_embedding import sinusoidal
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import ListTokenizer, write_dataset
 from megatron_ext.testing.tiny_training import (
-    LAYOUTS,
     VOCAB_SIZE,
-    WORLD_SIZES,
-    assemble,
-    train_tiny,
-    with_full_recompute,
 )
 from tests.unit.progressive.objective_helpers import MASK, MLM, MODEL, ObjectiveFamily, batches, build_stepper
 
@@ -36,9 +30,6 @@ CONFIGS = {
         INPUT, training_objective="diffusion", time_encoding_type="learned", num_time_steps=20
     ),
 }
-CASES = {cut: (LAYOUTS[cut], WORLD_SIZES[cut]) for cut in ("TP1", "TP2", "PP2", "PP2 interleaved", "TP2+SP")}
-CASES["TP1 recomputed"] = with_full_recompute(ParallelConfig()), 1
-STEPS = 2
 
 
 def _objective(config: ProgressiveConfig, fixed: bool = False) -> StackObjective:
@@ -139,45 +130,6 @@ def test_sinusoidal_time_is_the_formula_in_float64() -> None:
     assert sinusoidal(steps, 9).shape == (3, 9)
 
 
-class Make:
-    """Makes the families of a run; travels to the processes by pickle."""
-
-    def __init__(self, config: ProgressiveConfig) -> None:
-        self.config = config
-
-    def __call__(self) -> list[Any]:
-        return [ObjectiveFamily(self.config)]
-
-
-def _train(cuts: dict[str, ParallelConfig]) -> dict[str, dict[str, Any]]:
-    return {
-        cut: {
-            name: train_tiny(parallel, STEPS, Make(config), model=MODEL) for name, config in CONFIGS.items()
-        }
-        for cut, parallel in cuts.items()
-    }
-
-
-@functools.cache
-def runs(world_size: int) -> list[dict[str, dict[str, Any]]]:
-    """All runs with this number of processes, by rank, cut and objective."""
-    return run_distributed(_train, world_size, {n: p for n, (p, size) in CASES.items() if size == world_size})
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("case", list(CASES)[1:])
-def test_every_cut_trains_as_the_single_process_does(case: str, name: str) -> None:
-    expected = runs(1)[0]["TP1"][name]
-    found = [of_rank[case][name] for of_rank in runs(CASES[case][1])]
-    assert found[0].losses == pytest.approx(expected.losses, rel=1e-5)
-    gradients, wanted = assemble(found), assemble([expected])
-    assert gradients.keys() == wanted.keys()
-    assert ("objective.projection" in wanted) == ("time" in name)
-    for key, gradient in wanted.items():
-        assert float(gradient.abs().max()) > 0
-        assert torch.linalg.norm(gradients[key] - gradient) < 1e-5 * torch.linalg.norm(gradient), key
-
-
 def _seen_by_the_first() -> dict[str, Any]:
     """Does a change of the last token change the first position's logits? And is a mlm learned, and told right?"""
     found: dict[str, Any] = {}
@@ -225,7 +177,7 @@ def _learn(prefix: str) -> dict[str, Any]:
 
 
 def test_a_later_token_changes_an_earlier_logit_in_mlm_and_not_in_clm() -> None:
-    found = run_distributed(_seen_by_the_first, 1)[0]
+    found = run_single(_seen_by_the_first)
     assert torch.equal(*found["clm"])
     before, after = found["mlm"]
     assert not torch.allclose(before, after, atol=1e-3)
@@ -235,7 +187,7 @@ def test_a_later_token_changes_an_earlier_logit_in_mlm_and_not_in_clm() -> None:
 
 
 def test_a_tiny_mlm_learns_what_the_other_tokens_tell(tmp_path: Path) -> None:
-    found = run_distributed(_learn, 1, str(tmp_path / "held_out"))[0]
+    found = run_single(_learn, str(tmp_path / "held_out"))
     losses, evaluation, told, direct = (found[name] for name in ("losses", "evaluation", "told", "direct"))
     assert sum(losses[-10:]) < 5 * losses[0]
     assert evaluation[ACCURACY] > 0.5  # the most frequent token is right once in 24 times

@@ -12,8 +12,8 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.progressive.objectives.time_steps import mask_fraction
 from megatron_ext.progressive.objectives.unmasking import DiffusionSampling, generate_by_unmasking, unmask
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import VOCAB_SIZE
 from megatron_ext.training.interface.family_interface import Batch
 from tests.unit.progressive.objective_helpers import MASK, MLM, MODEL, ObjectiveFamily
 
@@ -80,29 +80,29 @@ SAMPLINGS = {
 }
 
 
-def _all(
-    cuts: dict[str, ParallelConfig],
-) -> dict[str, dict[str, tuple[list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]]]]:
-    return {
-        cut: {name: _generate(parallel, sampling) for name, sampling in SAMPLINGS.items()}
-        for cut, parallel in cuts.items()
-    }
+Generated = dict[str, tuple[list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]]]
+
+
+def generate_all(parallel: ParallelConfig) -> Generated:
+    """By sampling: the tokens, and what the model was fed."""
+    return {name: _generate(parallel, sampling) for name, sampling in SAMPLINGS.items()}
 
 
 @functools.cache
-def _runs(world_size: int):  # type: ignore[no-untyped-def]
-    cuts = {cut: LAYOUTS[cut] for cut in ("TP1", "TP2", "PP2") if WORLD_SIZES[cut] == world_size}
-    return run_distributed(_all, world_size, cuts)
+def generated() -> Generated:
+    """Those of a single process."""
+    found: Generated = run_single(generate_all, ParallelConfig())
+    return found
 
 
 def test_every_mask_becomes_a_token_that_is_no_mask() -> None:
-    for found, _ in _runs(1)[0]["TP1"].values():
+    for found, _ in generated().values():
         assert [len(new) for new in found] == [8] * 4
         assert all(0 <= token < VOCAB_SIZE and token != MASK for new in found for token in new)
 
 
 def test_a_prompt_stays_and_as_many_masks_go_in_every_step() -> None:
-    _, fed = _runs(1)[0]["TP1"]["greedy"]
+    _, fed = generated()["greedy"]
     alone = [(tokens, steps) for tokens, steps in fed if tokens.size(1) == 9]  # the prompt of one token
     assert [int((tokens == MASK).sum()) for tokens, _ in alone] == [8, 6, 4, 2]
     assert all(tokens[0, 0] == 3 for tokens, _ in alone)
@@ -113,23 +113,14 @@ def test_a_prompt_stays_and_as_many_masks_go_in_every_step() -> None:
     for tokens, steps in alone:
         share = float((tokens == MASK).double().mean())
         assert abs(float(mask_fraction(INPUT, steps)[0]) - min(share, 0.9)) < 0.01
-    lengths = [tokens.shape for tokens, _ in _runs(1)[0]["TP1"]["more steps than tokens"][1]]
+    lengths = [tuple(tokens.shape) for tokens, _ in generated()["more steps than tokens"][1]]
     assert lengths.count((1, 9)) == 8 and lengths.count((2, 11)) == 8
 
 
-def test_the_tokens_follow_from_the_seed_and_are_the_same_at_every_parallel_layout() -> None:
-    expected = {name: found for name, (found, _) in _runs(1)[0]["TP1"].items()}
-    assert expected["drawn"] != expected["another seed"]
-    assert expected["greedy"] != expected["drawn"]
-    for of_rank in _runs(2):
-        for cut in ("TP2", "PP2"):
-            assert {name: found for name, (found, _) in of_rank[cut].items()} == expected
-
-
 def test_what_follows_a_stop_token_is_left_out() -> None:
-    whole = _runs(1)[0]["TP1"]["greedy"][0]
+    whole = generated()["greedy"][0]
     stop = whole[0][3]
-    cut_off, _ = run_distributed(_generate, 1, ParallelConfig(), replace(GREEDY, stop_tokens=(stop,)))[0]
+    cut_off, _ = run_single(_generate, ParallelConfig(), replace(GREEDY, stop_tokens=(stop,)))
     assert cut_off[0] == whole[0][: whole[0].index(stop)]
 
 
@@ -143,7 +134,7 @@ def _by_a_causal_model() -> str:
 
 
 def test_a_model_that_was_not_trained_on_masks_is_refused() -> None:
-    assert "was not trained on masked tokens" in run_distributed(_by_a_causal_model, 1)[0]
+    assert "was not trained on masked tokens" in run_single(_by_a_causal_model)
 
 
 @pytest.mark.parametrize(

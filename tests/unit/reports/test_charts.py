@@ -37,7 +37,7 @@ def test_labels_are_escaped_and_are_no_formulas() -> None:
 
 def test_logarithmic_scales_are_written_as_numbers() -> None:
     curve = ([1, 2, 3], [0.01, 1.0, 100.0])
-    for svg in (curves_chart({"a": curve}, y_label="y"), step_heat_map({0: curve}, label="x")):
+    for svg in (curves_chart({"a": curve}, y_label="y"), step_heat_map({0: curve}, title="x")):
         assert {"1", "100"} <= set(_texts(svg))
         assert "$" not in svg
 
@@ -53,8 +53,8 @@ def test_numbers_that_are_not_finite_do_not_break_a_chart() -> None:
     for svg in (
         curves_chart({"a": curve}, y_label="y"),
         curves_chart({"a": ([1], [math.nan])}, y_label="y"),
-        step_heat_map({0: curve, 1: ([1], [math.nan])}, label="x"),
-        step_heat_map({0: ([5], [math.nan])}, label="x"),
+        step_heat_map({0: curve, 1: ([1], [math.nan])}, title="x"),
+        step_heat_map({0: ([5], [math.nan])}, title="x"),
         histogram_chart([0, 1], [3], x_label="x", marks=[("mean", 0.5)]),
         metric_heat_map(["0"], ["a"], [[math.nan]]),
     ):
@@ -70,3 +70,20 @@ def test_steps_that_are_many_are_averaged_and_few_stay_apart() -> None:
     assert many.shape == (1, 300)
     assert np.all(np.diff(many[0]) > 0)
     assert abs(many[0].mean() - 1500) < 10
+
+
+def test_a_heat_maps_title_lies_above_it_where_no_edge_cuts_it_off() -> None:
+    title = "a title that is longer than two rows are high"
+    (found,) = [
+        text
+        for text in ET.fromstring(step_heat_map({0: ([1], [1.0]), 1: ([1], [2.0])}, title=title)).iter()
+        if text.text == title
+    ]
+    assert "rotate(-90" not in found.attrib["transform"]
+
+
+def test_a_heat_map_of_many_layers_is_not_higher_than_a_page_and_labels_some_of_them() -> None:
+    svg = step_heat_map({layer: ([1, 2], [1.0, layer]) for layer in range(96)}, title="x")
+    height = float(ET.fromstring(svg).attrib["height"].removesuffix("pt"))
+    assert height < 72 * 6.5
+    assert {"0", "4", "92"} <= set(_texts(svg)) and "93" not in _texts(svg)

@@ -49,10 +49,10 @@ def test_every_run_below_a_directory_is_found_once(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_tags_are_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--logdir .*no TensorBoard files"):
+    with pytest.raises(FileNotFoundError, match="--tensorboard-dir .*no TensorBoard files"):
         find_runs(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="--x .*no TensorBoard files"):
         read_curves(tmp_path, flag="--x")
     _write(tmp_path)
-    with pytest.raises(ValueError, match="hold no 'other'"):
+    with pytest.raises(ValueError, match="hold no tag 'other'"):
         read_curves(tmp_path, required="other")

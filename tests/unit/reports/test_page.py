@@ -57,3 +57,14 @@ def test_numbers_in_tables_are_short_and_whole_ones_grouped() -> None:
     page = Page("title")
     page.table(["a"], [[1234567, 0.123456789, None, "1e9"]])
     assert {"1,234,567", "0.1235", "1e9"} <= set(_read(page).texts)
+
+
+def test_a_list_of_the_sections_leads_to_each_of_them() -> None:
+    page = Page("title", has_contents=True)
+    for heading in ("Losses", EVIL):
+        page.heading(heading)
+    found = _read(page)
+    links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
+    assert links == [f"#{attributes['id']}" for tag, attributes in found.tags if tag == "h2"]
+    assert len(set(links)) == 2
+    assert found.texts.count(EVIL) == 2, "in the list and as a heading"

@@ -12,9 +12,9 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import SCHEDULE, RunSettings, TinyRun
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import TINY
-from megatron_ext.training.checkpoint.checkpointer import load_weights, read_run_config
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
 from megatron_ext.training.interface.family_interface import Family
 
@@ -25,7 +25,7 @@ def _tiny_run(settings: RunSettings = _ALONE, **checkpoint: Any) -> TinyRun:
     return TinyRun(replace(settings, checkpoint=CheckpointConfig(**checkpoint)))
 
 
-def _save_two_steps(folder: str, settings: RunSettings, no_save_optim: bool) -> None:
+def save_two_steps(folder: str, settings: RunSettings = _ALONE, no_save_optim: bool = False) -> None:
     run = _tiny_run(settings, save=folder, no_save_optim=no_save_optim, no_save_rng=no_save_optim)
     run.train(2)
     torch.rand(3)  # the random state to save is not the one that a run starts with
@@ -35,7 +35,7 @@ def _save_two_steps(folder: str, settings: RunSettings, no_save_optim: bool) -> 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("saved"))
-    run_distributed(_save_two_steps, 1, folder, _ALONE, False)
+    run_single(save_two_steps, folder)
     return folder
 
 
@@ -66,15 +66,13 @@ _OTHER_MODELS = {
         untie_embeddings_and_output_weights=True
     ),
     "--tokenizer-type: .* with another tokenizer": replace(_ALONE, tokenizer="letters"),
-    "a vocabulary of 128 rows, this run's tokenizer asks for 256": replace(_ALONE, vocab_size=130),
+    "the vocabulary has 128 rows, but this run's tokenizer needs 256": replace(_ALONE, vocab_size=130),
 }
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_flag_and_both_values(saved: str) -> None:
     runs: list[tuple[RunSettings, dict[str, Any]]] = [(settings, {}) for settings in _OTHER_MODELS.values()]
-    for pattern, error in zip(
-        _OTHER_MODELS, run_distributed(_loading_errors, 1, saved, runs)[0], strict=True
-    ):
+    for pattern, error in zip(_OTHER_MODELS, run_single(_loading_errors, saved, runs), strict=True):
         assert re.search(pattern, error), error
         assert f"{saved}/iter_0000002" in error and "\n" not in error
 
@@ -104,16 +102,16 @@ def _embedding_and_moment(folder: str, settings: RunSettings) -> list[torch.Tens
 
 def test_a_changed_padding_of_the_same_vocabulary_still_loads(saved: str) -> None:
     wider = _with_model(make_vocab_size_divisible_by=160)
-    expected = run_distributed(_embedding_and_moment, 1, saved, _ALONE)[0]
-    found = run_distributed(_embedding_and_moment, 1, saved, wider)[0]
+    expected = run_single(_embedding_and_moment, saved, _ALONE)
+    found = run_single(_embedding_and_moment, saved, wider)
     for narrow, wide in zip(expected, found, strict=True):
         assert (len(narrow), len(wide)) == (128, 160)
         assert torch.equal(narrow, wide[:128]) and not wide[128:].any()
 
 
 def test_finetune_takes_the_model_alone(saved: str) -> None:
-    straight = run_distributed(_losses_and_start, 1, saved, _ALONE, {})[0]
-    tuned = run_distributed(_losses_and_start, 1, saved, _ALONE, {"finetune": True})[0]
+    straight = run_single(_losses_and_start, saved, _ALONE, {})
+    tuned = run_single(_losses_and_start, saved, _ALONE, {"finetune": True})
     assert straight["weights"] == tuned["weights"]
     assert (straight["iteration"], tuned["iteration"]) == (2, 0)
     assert straight["moments"] > 0 and tuned["moments"] == 0
@@ -121,9 +119,9 @@ def test_finetune_takes_the_model_alone(saved: str) -> None:
 
 
 def test_optimizer_and_random_numbers_can_be_left_out_of_a_load(saved: str) -> None:
-    straight = run_distributed(_losses_and_start, 1, saved, _ALONE, {})[0]
+    straight = run_single(_losses_and_start, saved, _ALONE, {})
     partial = {"no_load_optim": True, "no_load_rng": True}
-    found = run_distributed(_losses_and_start, 1, saved, _ALONE, partial)[0]
+    found = run_single(_losses_and_start, saved, _ALONE, partial)
     assert (found["iteration"], found["steps"], found["weights"]) == (2, 8, straight["weights"])
     assert found["moments"] == 0
     assert not torch.equal(found["rng"], straight["rng"])
@@ -131,22 +129,22 @@ def test_optimizer_and_random_numbers_can_be_left_out_of_a_load(saved: str) -> N
 
 def test_a_checkpoint_without_optimizer_says_how_to_load_it(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    run_distributed(_save_two_steps, 1, folder, _ALONE, True)
-    error = run_distributed(_loading_errors, 1, folder, [(_ALONE, {})])[0][0]
+    run_single(save_two_steps, folder, _ALONE, True)
+    error = run_single(_loading_errors, folder, [(_ALONE, {})])[0]
     assert error == f"{folder}/iter_0000002: holds no optimizer state; add --no-load-optim or --finetune"
-    found = run_distributed(_losses_and_start, 1, folder, _ALONE, {"no_load_optim": True})[0]
+    found = run_single(_losses_and_start, folder, _ALONE, {"no_load_optim": True})
     assert found["iteration"] == 2
-    assert any("the checkpoint holds none" in note for note in found["notes"])
+    assert any("the checkpoint does not contain their state" in note for note in found["notes"])
 
 
 def test_a_missing_step_is_an_error_and_an_empty_directory_of_the_run_a_start(
     saved: str, tmp_path: Path
 ) -> None:
-    error = run_distributed(_loading_errors, 1, saved, [(_ALONE, {"ckpt_step": 3})])[0][0]
-    assert error == f"--ckpt-step 3: no complete checkpoint of it in {saved} (there: 2)"
-    found = run_distributed(_losses_and_start, 1, str(tmp_path), _ALONE, {"save": str(tmp_path)})[0]
+    error = run_single(_loading_errors, saved, [(_ALONE, {"ckpt_step": 3})])[0]
+    assert error == f"--ckpt-step 3: {saved} contains no complete checkpoint of this step (available: 2)"
+    found = run_single(_losses_and_start, str(tmp_path), _ALONE, {"save": str(tmp_path)})
     assert found["iteration"] == 0
-    assert found["notes"] == [f"--load {tmp_path}: no checkpoint there, the run starts from scratch"]
+    assert found["notes"] == [f"--load {tmp_path}: no checkpoint found; the run starts from scratch"]
 
 
 def _with_schedule(**changes: Any) -> RunSettings:
@@ -155,62 +153,35 @@ def _with_schedule(**changes: Any) -> RunSettings:
 
 def test_another_schedule_needs_a_word_which_one_counts(saved: str) -> None:
     changed = _with_schedule(lr=5e-3)
-    error = run_distributed(_loading_errors, 1, saved, [(changed, {})])[0][0]
-    assert error.startswith("--lr 0.005: the schedule in ") and "was made with 0.01; add" in error
+    error = run_single(_loading_errors, saved, [(changed, {})])[0]
+    assert error.startswith("--lr 0.005: the schedule in ") and "was made with 0.01; to continue" in error
     assert "--override-opt-param-scheduler" in error
     ours = _with_schedule(lr=5e-3, override_opt_param_scheduler=True)
     theirs = _with_schedule(lr=5e-3, use_checkpoint_opt_param_scheduler=True)
     # The warm-up of two steps is over, so the rate is the schedule's maximum.
-    assert run_distributed(_losses_and_start, 1, saved, ours, {})[0]["lr"] == pytest.approx(5e-3)
-    assert run_distributed(_losses_and_start, 1, saved, theirs, {})[0]["lr"] == pytest.approx(1e-2)
+    assert run_single(_losses_and_start, saved, ours, {})["lr"] == pytest.approx(5e-3)
+    assert run_single(_losses_and_start, saved, theirs, {})["lr"] == pytest.approx(1e-2)
 
 
 def test_fp32_and_bf16_runs_load_one_anothers_checkpoints(saved: str, tmp_path: Path) -> None:
     low = replace(_ALONE, bf16=True)
     low_distributed = replace(low, parallel=ParallelConfig(use_distributed_optimizer=True))
-    run_distributed(_save_two_steps, 1, str(tmp_path), low, False)
-    straight = run_distributed(_losses_and_start, 1, saved, _ALONE, {})[0]
+    run_single(save_two_steps, str(tmp_path), low, False)
+    straight = run_single(_losses_and_start, saved, _ALONE, {})
     for folder, settings in ((saved, low), (saved, low_distributed), (str(tmp_path), _ALONE)):
-        found = run_distributed(_losses_and_start, 1, folder, settings, {})[0]
+        found = run_single(_losses_and_start, folder, settings, {})
         assert found["loss"] == pytest.approx(straight["loss"], rel=1e-2)
         assert found["iteration"] == 2
-
-
-def _logits(folder: str, parallel: ParallelConfig) -> torch.Tensor:
-    from megatron.core import parallel_state
-
-    from megatron_ext.models.build_model import build_model
-    from megatron_ext.platform.process_groups import initialize
-
-    stored = read_run_config(folder)
-    initialize(parallel, seed=5)
-    model = ModelConfig(**stored["model"])
-    chunks = build_model(model, parallel, vocab_size=stored["vocab_size"], seed=5)
-    load_weights(folder, list(chunks), [])
-    assert len(chunks) == 1
-    tokens = torch.arange(model.seq_length).unsqueeze(0)
-    with torch.no_grad():
-        logits = chunks[0].eval()(tokens, tokens, None)
-    parts = [torch.empty_like(logits) for _ in range(parallel.tensor_model_parallel_size)]
-    torch.distributed.all_gather(parts, logits, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, dim=-1)
-
-
-def test_tools_rebuild_the_model_from_the_checkpoint_at_any_parallel_layout(saved: str) -> None:
-    expected = run_distributed(_logits, 1, saved, ParallelConfig())[0]
-    assert expected.abs().max() > 0.1
-    for found in run_distributed(_logits, 2, saved, ParallelConfig(tensor_model_parallel_size=2)):
-        torch.testing.assert_close(found, expected)
 
 
 def test_the_configuration_is_read_without_a_process_group(saved: str) -> None:
     stored = read_run_config(saved)
     assert ModelConfig(**stored["model"]) == TINY
     assert stored["vocab_size"] == 96 and stored["families"] == {}
-    with pytest.raises(FileNotFoundError, match="missing: no checkpoint there"):
+    with pytest.raises(FileNotFoundError, match="missing: no checkpoint found"):
         read_run_config(f"{saved}/missing")
     series = Path(saved).parent
-    with pytest.raises(ValueError, match="no checkpoint there; below it are those in .*"):
+    with pytest.raises(ValueError, match="no checkpoint found, but there are some in .*"):
         read_run_config(str(series))
 
 
@@ -234,9 +205,9 @@ def test_families_are_compared_but_for_what_they_leave_free() -> None:
     )
     with pytest.raises(ValueError, match="--extra-size 4: the checkpoint checkpoints was made with 8"):
         check({"extra": {"settings": {"extra_size": 4}}}, {"extra": {"settings": {"extra_size": 8}}})
-    with pytest.raises(ValueError, match="--table: the checkpoint checkpoints was made with another one"):
+    with pytest.raises(ValueError, match="--table: the checkpoint checkpoints was made with another value"):
         check({"extra": {"table": [1, 2]}}, {"extra": {"table": [2, 1]}})
-    with pytest.raises(ValueError, match="the checkpoint has the family extra, this run has not"):
+    with pytest.raises(ValueError, match="the checkpoint has the family extra, which this run does not use"):
         check({}, {"extra": {}})
-    with pytest.raises(ValueError, match="the checkpoint has not the family extra, this run has"):
+    with pytest.raises(ValueError, match="the checkpoint lacks the family extra, which this run uses"):
         check({"extra": {}}, {})

@@ -12,7 +12,7 @@ from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.run_config import TRAINING
+from megatron_ext.config.run_config import RunConfig
 from megatron_ext.models.costs.model_cost import ModelCost
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.training.dry_run_report import planned_world_size, print_dry_run
@@ -27,7 +27,7 @@ GPT3 = ModelConfig(
     position_embedding_type="learned_absolute",
     normalization="LayerNorm",
 )
-CUT = ParallelConfig(
+LAYOUT = ParallelConfig(
     tensor_model_parallel_size=8,
     pipeline_model_parallel_size=16,
     use_distributed_optimizer=True,
@@ -50,21 +50,20 @@ def dry_run(
     monkeypatch: pytest.MonkeyPatch,
     *families: Family,
     model: ModelConfig = GPT3,
-    parallel: ParallelConfig = CUT,
+    parallel: ParallelConfig = LAYOUT,
     training: TrainingConfig = TRAINED,
     stream: io.StringIO | None = None,
 ) -> str:
     monkeypatch.setenv("WORLD_SIZE", "1024")
     stream = stream or io.StringIO()
-    configs: dict[str, Any] = {
-        "model": model,
-        "parallel": parallel,
-        "training": training,
-        "optimizer": OptimizerSettings(lr=1e-4),
-        "tokenizer": TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=51199),
-    }
-    assert set(configs) <= set(TRAINING)
-    print_dry_run(configs, lambda *_: list(families), stream)
+    config = RunConfig(
+        model=model,
+        parallel=parallel,
+        training=training,
+        optimizer=OptimizerSettings(lr=1e-4),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=51199),
+    )
+    print_dry_run(config, lambda *_: list(families), stream)
     return stream.getvalue()
 
 
@@ -109,10 +108,10 @@ def test_what_is_frozen_neither_counts_as_trained_nor_has_gradients(monkeypatch:
     assert float(last[3].split()[0]) == pytest.approx(4 * layer / 8 / 2**30, abs=0.01)
 
 
-def test_the_cut_and_the_step_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layout_and_the_step_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     text = dry_run(monkeypatch)
     assert "1024 processes = data 8 x tensor 8 x pipeline 16; bf16" in text
-    assert "a step = 1536 sequences of 2048 tokens; on each model copy 192 micro-batches of 1" in text
+    assert "one step = 1536 sequences of 2048 tokens; 192 micro-batches of 1 per data-parallel rank" in text
 
 
 def test_flops_of_a_step_are_those_of_the_published_formula(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +141,9 @@ def test_memory_is_listed_for_every_stage_that_differs(monkeypatch: pytest.Monke
 
 def test_without_world_size_one_model_copy_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert planned_world_size(CUT) == 128
+    assert planned_world_size(LAYOUT) == 128
     monkeypatch.setenv("WORLD_SIZE", "256")
-    assert planned_world_size(CUT) == 256
+    assert planned_world_size(LAYOUT) == 256
 
 
 def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,8 @@
 """One step: what is skipped changes nothing, masks and accumulation count as they should, AdamW is AdamW."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +14,11 @@ from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
-from megatron_ext.training.engine.optimizer import build_optimizer, build_scheduler, wrap_model
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
 from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Batch
 
@@ -30,7 +30,7 @@ MODEL = replace(TINY, disable_bias_linear=False)
 def make_stepper(
     parallel: ParallelConfig, *, micro_batch_size: int = 1, clip_grad: float = 1.0, global_batch_size: int = 4
 ) -> tuple[list[GPTModel], Stepper]:
-    """A tiny model and its stepper at this cut."""
+    """A tiny model and its stepper at this layout."""
     initialize(parallel, seed=1)
     chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1)
     wrapped = wrap_model(chunks, parallel, bf16=False)
@@ -64,48 +64,8 @@ def snapshot(chunks: list[GPTModel], stepper: Stepper) -> dict[str, torch.Tensor
     return state
 
 
-@pytest.mark.parametrize("poison", ["weight", "mask"])
-@pytest.mark.parametrize("cut", ["DP2", "DP2 distributed optimizer", "TP2", "PP2", "TP2xPP2"])
-def test_nan_on_one_rank_changes_nothing_on_any(cut: str, poison: str) -> None:
-    results = run_distributed(_poisoned, WORLD_SIZES[cut], LAYOUTS[cut], poison)
-    for before, after, moments, skipped, healed in results:
-        assert skipped == [False, True, False]
-        assert before.keys() == after.keys()
-        assert moments, "no optimizer state was compared"
-        for name, value in before.items():
-            assert torch.equal(value, after[name]), name
-        assert not torch.equal(healed["schedule"], after["schedule"])
-        assert all(bool(value.isfinite().all()) for value in healed.values())
-
-
-def _poisoned(parallel: ParallelConfig, poison: str) -> tuple[Any, ...]:
-    """A good step; one with a NaN on the last rank alone; a good one."""
-    chunks, stepper = make_stepper(parallel)
-    batches = synthetic_batches(MODEL.seq_length)
-    skipped = [stepper.train(batches, 1).skipped]
-    before = snapshot(chunks, stepper)
-    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    weight = next(p for name, p in chunks[-1].named_parameters() if name.endswith("linear_fc2.weight"))
-    kept = weight.detach()[0, 0].clone()
-    if last and poison == "weight":
-        weight.data[0, 0] = float("nan")
-    poisoned = _with_nan(batches) if last and poison == "mask" else batches
-    skipped.append(stepper.train(poisoned, 2).skipped)
-    if last:
-        weight.data[0, 0] = kept
-    after = snapshot(chunks, stepper)
-    skipped.append(stepper.train(batches, 3).skipped)
-    return before, after, [n for n in before if "exp_avg" in n], skipped, snapshot(chunks, stepper)
-
-
-def _with_nan(batches: Iterator[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        batch["loss_mask"][0, 3] = float("nan")
-        yield batch
-
-
 def test_masked_labels_get_no_gradient() -> None:
-    for name, difference in run_distributed(_gradients_under_other_labels, 1)[0].items():
+    for name, difference in run_single(_gradients_under_other_labels).items():
         assert difference == 0.0, name
 
 
@@ -127,7 +87,7 @@ def _gradients_under_other_labels() -> dict[str, float]:
 
 
 def test_accumulated_micro_batches_equal_one_big_batch() -> None:
-    (loss_a, norm_a, state_a), (loss_b, norm_b, state_b) = run_distributed(_accumulated_and_whole, 1)[0]
+    (loss_a, norm_a, state_a), (loss_b, norm_b, state_b) = run_single(_accumulated_and_whole)
     assert loss_a == pytest.approx(loss_b, rel=1e-6)
     assert norm_a == pytest.approx(norm_b, rel=1e-5)
     for name, gradient in state_a.items():
@@ -149,7 +109,7 @@ def _accumulated_and_whole() -> list[tuple[float, float, dict[str, torch.Tensor]
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_global_batch_s_unmasked_tokens() -> None:
-    loss, expected = run_distributed(_masked_loss, 1)[0]
+    loss, expected = run_single(_masked_loss)
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -166,16 +126,17 @@ def _masked_loss() -> tuple[float, float]:
     return stepper.train(iter(batches), 1).loss, float(torch.cat(counted).mean())
 
 
-@pytest.mark.parametrize("cut", ["TP1", "DP2 distributed optimizer"])
-def test_three_steps_equal_a_float64_adamw(cut: str) -> None:
-    for name, (found, expected, start) in run_distributed(_against_adamw, WORLD_SIZES[cut], LAYOUTS[cut])[
-        0
-    ].items():
-        # Relative to what the steps have changed.
+def test_three_steps_equal_a_float64_adamw() -> None:
+    assert_adamw(run_single(against_adamw, ParallelConfig()))
+
+
+def assert_adamw(parameters: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """Compares parameters with the reference's, relative to what the steps have changed."""
+    for name, (found, expected, start) in parameters.items():
         assert (found - expected).abs().max() <= 2e-4 * (expected - start).abs().max(), name
 
 
-def _against_adamw(parallel: ParallelConfig) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def against_adamw(parallel: ParallelConfig) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Parameters after three steps, those of the reference fed with the same gradients, and the first ones."""
     chunks, stepper = make_stepper(parallel, clip_grad=0.5)
     parameters = dict(chunks[0].named_parameters())
@@ -233,7 +194,7 @@ def _adamw(
 
 
 def test_single_process_uses_the_fused_kernel() -> None:
-    assert run_distributed(_fused_flags, 1)[0] == [True, True]
+    assert run_single(_fused_flags) == [True, True]
 
 
 def _fused_flags() -> list[bool]:
@@ -243,7 +204,7 @@ def _fused_flags() -> list[bool]:
 
 
 def test_evaluation_leaves_gradients_and_parameters_alone_and_drops_nothing() -> None:
-    before, after, losses = run_distributed(_evaluated, 1)[0]
+    before, after, losses = run_single(_evaluated)
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert losses[0] == losses[1]

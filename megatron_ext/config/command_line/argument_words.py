@@ -1,0 +1,79 @@
+"""Parses the words of a command line into values of fields."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_ext.config.command_line.flag_table import OWN_FLAGS, Flag, instead_of_unknown, with_dashes
+from megatron_ext.config.command_line.values import from_words
+
+
+def read_arguments(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, Any]:
+    """Returns field name -> value of the given flags; of a repeated flag the last one counts.
+
+    Args:
+        arguments: the words of the command line, without `OWN_FLAGS`.
+        flags: all known flags.
+
+    Raises:
+        ValueError: flags are unknown (the message lists all of them, each with what to use instead), a flag lacks its
+            value or has one of the wrong type, or a word belongs to no flag.
+    """
+    flag_of = {spelling: flag for flag in flags for spelling in flag.names + flag.negations}
+    _check_known(arguments, list(flag_of))
+    given: dict[str, Any] = {}
+    for spelled, words in _by_flag(arguments):
+        flag = flag_of[with_dashes(spelled)]
+        if flag.is_switch:
+            _check_end(spelled, words, 0)
+            given[flag.field] = with_dashes(spelled) in flag.names
+            continue
+        if not flag.takes_many or flag.is_repeated:
+            if not words:
+                raise ValueError(f"{spelled}: requires a value")
+            _check_end(spelled, words, 1)
+        value = from_words(flag, spelled, words)
+        given[flag.field] = (*given.get(flag.field, ()), *value) if flag.is_repeated else value
+    return given
+
+
+def _check_known(arguments: Sequence[str], known: list[str]) -> None:
+    unknown = {
+        spelled: with_dashes(spelled) if spelled.startswith("--") else f"-{spelled}"
+        for spelled in (argument.partition("=")[0] for argument in arguments if _is_flag(argument))
+        if not spelled.startswith("--") or with_dashes(spelled) not in known
+    }
+    if unknown:
+        named = (
+            spelled + instead_of_unknown(flag, [*known, *OWN_FLAGS]) for spelled, flag in unknown.items()
+        )
+        raise ValueError(f"unknown flag{'s' if len(unknown) > 1 else ''} {', '.join(named)}")
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is meant as a flag: --x or -x, but not -1, a single -, or other text that begins with a dash."""
+    return word.startswith("--") or re.fullmatch(r"-[A-Za-z]\S*", word) is not None
+
+
+def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields every flag as the user spelled it, with the words up to the next flag."""
+    spelled: str | None = None
+    words: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            if spelled is None:
+                raise ValueError(f"{argument}: belongs to no flag")
+            words.append(argument)
+            continue
+        if spelled is not None:
+            yield spelled, words
+        spelled, equals, value = argument.partition("=")
+        words = [value] if equals else []
+    if spelled is not None:
+        yield spelled, words
+
+
+def _check_end(spelled: str, words: Sequence[str], count: int) -> None:
+    if len(words) > count:
+        takes = "no value" if count == 0 else "one value"
+        raise ValueError(f"{words[count]}: belongs to no flag ({spelled} takes {takes})")

@@ -1,0 +1,146 @@
+"""Merges all sources of values field by field, and records where each value came from.
+
+    flag  >  YAML file (--config)  >  values that the program finds  >  default of the field
+
+A program finds values that depend on the given flags: of a mode, a weights file or a checkpoint. Each of these is a
+`Found`, and a later one overrides an earlier one: in `pretrain_npt.py` mode < weights file < checkpoint, in
+`pretrain_progressive.py` stacks < training in --save.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from megatron_ext.config.command_line.field_checks import check_numbers
+from megatron_ext.config.command_line.flag_table import Flag, groups_of
+from megatron_ext.config.command_line.values import from_file
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the value of a field comes from."""
+
+    text: str
+    """Description in `--show-config`."""
+
+    is_yaml: bool = False
+    """Whether the source is the YAML file of --config."""
+
+
+FLAG = Source("flag")
+DEFAULT = Source("default")
+DERIVED = Source("follows from others")
+"""Of a field that is not given, and has another value than its default."""
+
+Sources = Mapping[str, Source]
+"""Field name -> source, for all fields that do not have their default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Values that a program finds for fields that the user has not given."""
+
+    source: str
+    """Description of the source, for `--show-config` and error messages."""
+
+    sections: Mapping[str, Mapping[str, Any]]
+    """Group name -> field name -> value, as in Python or JSON; None sets nothing."""
+
+    def values(self, flags: Iterable[Flag]) -> dict[str, Any]:
+        """Returns field name -> value, converted to the field's type.
+
+        Raises:
+            ValueError: a value cannot be converted.
+        """
+        flag_of = {(flag.group, flag.field): flag for flag in flags}
+        try:
+            return {
+                field: from_file(flag_of[group, field], field, value)
+                for group, values in self.sections.items()
+                for field, value in values.items()
+                if value is not None
+            }
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from None
+
+
+@dataclasses.dataclass
+class Merged:
+    """Values with their sources; the first value that is added for a field is kept."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+
+    def add(self, source: Source, values: Mapping[str, Any]) -> None:
+        """Adds values for the fields that have none yet."""
+        new = {field: value for field, value in values.items() if field not in self.values}
+        self.values |= new
+        self.sources |= dict.fromkeys(new, source)
+
+
+def build(config_type: type[T], merged: Merged) -> T:
+    """Builds and checks the configuration; fields without a value get their default.
+
+    Raises:
+        ValueError: a value is invalid.
+    """
+    groups = {
+        name: group(
+            **{f.name: merged.values[f.name] for f in dataclasses.fields(group) if f.name in merged.values}
+        )
+        for name, group in groups_of(config_type).items()
+    }
+    for group in groups.values():
+        check_numbers(group)
+    (first, *_) = groups.values()
+    if isinstance(first, config_type):  # the configuration is a single group
+        return first
+    names = {field.name for field in dataclasses.fields(config_type)}
+    more = {"sources": merged.sources} if "sources" in names else {}
+    return config_type(**groups, **more)
+
+
+def name_yaml(message: str, sources: Sources) -> str:
+    """Appends to an error message which of its flags were set in the YAML file, as they are not on the command line."""
+    named = {}
+    for flag in re.findall(r"--([\w-]+)", message):
+        field = flag.replace("-", "_")
+        for name in (field, field.removeprefix("no_")):
+            if name in sources and sources[name].is_yaml:
+                named[name] = f"{name} in {sources[name].text}"
+    return f"{message} ({', '.join(named.values())})" if named else message
+
+
+def format_sources(config: "DataclassInstance", sources: Sources) -> str:
+    """Returns the text of `--show-config`: every field with its value and source, by config group."""
+    groups = {name: getattr(config, name, config) for name in groups_of(type(config))}
+    rows = {
+        name: [
+            (field.name, _text(value := getattr(group, field.name)), _source(field, value, sources).text)
+            for field in dataclasses.fields(group)
+        ]
+        for name, group in groups.items()
+    }
+    return "\n".join(line for name, found in rows.items() for line in (f"{name}:", *_table(found)))
+
+
+def _source(field: "dataclasses.Field[Any]", value: object, sources: Sources) -> Source:
+    return sources.get(field.name, DEFAULT if value == field.default else DERIVED)
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    widths[1] = min(widths[1], 40)
+    return [f"  {field:<{widths[0]}}  {value:<{widths[1]}}  {source}" for field, value, source in rows]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,0 +1,41 @@
+"""The interface between an NPT layer and a training objective: the layer's inputs, and its losses."""
+
+from typing import Any, Protocol
+
+import torch
+
+from megatron_ext.models.auxiliary_inputs import LayerInputs
+
+
+class LayerStep(Protocol):
+    """One training step of one layer; implemented by the training objective."""
+
+    def inputs(
+        self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the inputs of attention and MLP, both [s, b, h].
+
+        Args:
+            hidden_states: the student's hidden states [s, b, h].
+            layer_inputs: the auxiliary streams, which may contain the teacher's hidden states.
+        """
+
+    def attach(
+        self,
+        module: Any,
+        layer: Any,
+        inputs: tuple[torch.Tensor, torch.Tensor],
+        attention_output: torch.Tensor,
+        mlp_output: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns the layer's output with its losses attached.
+
+        Args:
+            module: the layer's `NPFeedForward`.
+            layer: the transformer layer.
+            inputs: the layer's input and the MLP's input, both [s, b, h].
+            attention_output: a, [s, b, h].
+            mlp_output: MLP*(n), [s, b, h].
+            output: the layer's output, [s, b, h].
+        """

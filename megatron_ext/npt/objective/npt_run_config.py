@@ -1,0 +1,18 @@
+"""The configuration of an NPT run."""
+
+from dataclasses import dataclass
+
+from megatron_ext.config.run_config import RunConfig
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPTRunConfig(RunConfig):
+    """All that an NPT run is told."""
+
+    npt: NPTTrainingConfig
+    """How NP components are trained."""
+
+    np: NPTModuleConfig
+    """The NP components."""

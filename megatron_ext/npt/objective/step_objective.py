@@ -1,0 +1,63 @@
+"""The objective of one NPT training step: the weights of the losses, and the stage of the curriculum.
+
+The command line imports this file through the training configuration, so it must not import torch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.npt.objective.curriculum import STUDENT, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """Weights of a layer's losses; a loss with weight 0 is not computed."""
+
+    direct_mlp: float = 0.0
+    """Weight of the direct MLP loss."""
+
+    equivalence: float = 0.0
+    """Weight of the equivalence loss."""
+
+    equivalence_loss: Literal["mse", "cosine"] = "mse"
+    """How equivalence is measured."""
+
+    reconstruction: float = 0.0
+    """Weight of the attention reconstruction loss."""
+
+    regularization: float = 0.0
+    """Weight of the regularization loss."""
+
+    @property
+    def any(self) -> bool:
+        """Whether the layer has any loss."""
+        return any((self.direct_mlp, self.equivalence, self.reconstruction, self.regularization))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepObjective:
+    """Losses and curriculum stage of one step."""
+
+    layer: LayerWeights
+    """Weights of the losses of every NPT layer, before multiplication by the layer's own weight."""
+
+    fidelity: float = 0.0
+    """Weight of the fidelity loss."""
+
+    lm: float = 0.0
+    """Weight of the cross-entropy."""
+
+    stage: Stage
+    """The curriculum's stage."""
+
+    stage_index: int
+    """Index of the stage in the curriculum, from 0."""
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the step needs the teacher, for the layers' inputs or for the fidelity loss."""
+        return self.stage.blends or self.fidelity > 0
+
+
+PLAIN_LM = StepObjective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
+"""Only cross-entropy: the objective of a family without a training configuration."""

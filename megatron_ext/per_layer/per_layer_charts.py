@@ -1,0 +1,57 @@
+"""The charts of PLE's statistics; `per_layer_statistics` measures them."""
+
+from megatron_ext.reports.scalar_charts import ScalarChart
+
+_SHOWN = {
+    "update-ratio": (
+        "Update / residual stream",
+        "|update| / |residual stream|: the size of what PLE adds to a layer's output, over all tokens of the step.",
+    ),
+    "gate-activation-mean": ("Gate activation, mean", "Mean of act(W_gate x) over tokens and dimensions."),
+    "gate-activation-std": (
+        "Gate activation, standard deviation",
+        "Standard deviation of act(W_gate x) over tokens and dimensions.",
+    ),
+    "combination-token-share": (
+        "Combination: token's share",
+        "Share of the token embedding in the sum of squares of the two parts that scaled_add combines.",
+    ),
+    "combination-token-rms": (
+        "Combination: RMS of the token part",
+        "Root mean square of the token embedding's part of the combination (scaled_add).",
+    ),
+    "combination-context-rms": (
+        "Combination: RMS of the context part",
+        "Root mean square of the context projection's part of the combination (scaled_add).",
+    ),
+    "combination-token-norm": (
+        "Combination: norm of the token half",
+        "Frobenius norm of the half of W_cat that reads the token embedding (concat).",
+    ),
+    "combination-context-norm": (
+        "Combination: norm of the context half",
+        "Frobenius norm of the half of W_cat that reads the context projection (concat).",
+    ),
+    "combination-gate-mean": (
+        "Combination gate, mean",
+        "Mean of g, the weight of the token embedding against the context projection (gated).",
+    ),
+    "combination-gate-std": (
+        "Combination gate, standard deviation",
+        "Standard deviation of g, the weight of the token embedding (gated).",
+    ),
+    "embedding-norm": ("Embedding norm", "Frobenius norm of the layer's embedding table."),
+    "embedding-gradient-norm": (
+        "Gradient norm of the embedding",
+        "L2 norm of the gradient of the layer's embedding table.",
+    ),
+    "gradient-norm": (
+        "Gradient norm of the layer's PLE",
+        "L2 norm of the gradient of all PLE parameters that belong to the layer.",
+    ),
+}
+
+PER_LAYER_CHARTS = tuple(
+    ScalarChart(section="Per-layer embedding", title=title, tags=rf"per-layer/{name}/layer_\d+", shows=shows)
+    for name, (title, shows) in _SHOWN.items()
+)

@@ -1,0 +1,116 @@
+"""Runs a script like a shell, but in processes that have torch and mcore imported already.
+
+The processes are forked from the server of `run_distributed`; a new Python process would need five seconds for
+these imports. Tests of the launcher or of the imports must start the real command instead.
+"""
+
+import atexit
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from megatron_ext.testing.run_distributed import context
+from megatron_ext.testing.torchrun import ROOT, environment
+
+_SECONDS_FOR_THE_OTHERS = 20.0
+"""Time for the other ranks to end after one has failed, like torchrun's."""
+
+
+def run_script(
+    script: str,
+    *flags: str,
+    processes: int = 1,
+    before: Callable[[], None] | None = None,
+    timeout: float = 240.0,
+) -> "subprocess.CompletedProcess[str]":
+    """Runs `python script flags` in one or several ranks, and waits for the end.
+
+    Args:
+        script: path relative to the root of the repository.
+        flags: command line of the script.
+        processes: number of ranks, which rendezvous as under `torchrun`.
+        before: module-level function to call first in every process.
+        timeout: seconds after which all processes are killed.
+
+    Returns:
+        Exit code (of the rank that failed first), standard output and standard error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = f"{folder}/stdout", f"{folder}/stderr"
+        started: list[BaseProcess] = [
+            context.Process(
+                target=_run, args=(str(ROOT / script), flags, environment() | place, outputs, before)
+            )
+            for place in _places(processes)
+        ]
+        for process in started:
+            process.start()
+        try:
+            code = _first_failure(started, timeout)
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
+        texts = (Path(path).read_text(encoding="utf-8") for path in outputs)
+        return subprocess.CompletedProcess([script, *flags], code, *texts)
+
+
+def _places(processes: int) -> list[dict[str, str]]:
+    """The environment variables of each rank; none for a single process."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _first_failure(started: list[BaseProcess], timeout: float) -> int:
+    """Waits for all processes, but only briefly once one has failed; returns the exit code of that one, else 0."""
+    first, deadline = 0, time.monotonic() + timeout
+    while any(process.is_alive() for process in started):
+        failed = [process.exitcode for process in started if process.exitcode]
+        if failed and not first:
+            first, deadline = failed[0], time.monotonic() + _SECONDS_FOR_THE_OTHERS
+        if time.monotonic() > deadline:
+            if first:
+                return first
+            raise subprocess.TimeoutExpired(started[0].name, timeout)
+        time.sleep(0.02)
+    return first or next((process.exitcode for process in started if process.exitcode), 0)
+
+
+def _run(
+    script: str,
+    flags: tuple[str, ...],
+    variables: dict[str, str],
+    outputs: tuple[str, str],
+    before: Callable[[], None] | None,
+) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    for descriptor, path in enumerate(outputs, start=1):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    torch.set_num_threads(1)
+    sys.argv = [script, *flags]
+    sys.path.insert(0, str(Path(script).parent))
+    atexit._clear()
+    try:
+        if before is not None:
+            before()
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()

@@ -1,0 +1,205 @@
+"""Trains variants of a model at several parallel layouts, and compares each run with that of a single process.
+
+All runs with the same number of processes share one group of processes, which starts when the first of them is needed.
+Runs of a single process run in the caller's process.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.initialization import CHECKPOINT_METADATA
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.testing.tiny_training import (
+    LAYOUTS,
+    TINY,
+    VOCAB_SIZE,
+    WORLD_SIZES,
+    TrainingTrace,
+    assemble,
+    train_tiny,
+    with_full_recompute,
+)
+from megatron_ext.training.interface.family_interface import Family
+
+RECOMPUTED, MLP_RECOMPUTED = " recomputed", " MLP recomputed"
+"""Suffixes of a layout's name: recompute whole layers, or attention and MLP, in the backward pass."""
+
+OVERLAPPED = "DP2 overlapped distributed optimizer"
+OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
+_OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+_MORE_LAYOUTS = {
+    OVERLAPPED: (_OVERLAP, 2),
+    # With DP2 there are two micro-batches for two stages, so two kinds of messages between the same ranks coincide.
+    OVERLAPPED_PIPELINE: (
+        replace(_OVERLAP, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+        4,
+    ),
+}
+
+SavedTensors = set[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model and how it trains. It is pickled for the processes, so its functions must be module-level."""
+
+    make_families: Callable[[], list[Family]] = list
+    model: ModelConfig = TINY
+    steps: int = 2
+    bf16: bool = False
+    examine: Callable[[list[GPTModel]], Any] | None = None
+    """Called on the untrained model; its result is compared too."""
+
+
+@dataclass
+class Run:
+    """Result of one variant at one layout on one rank."""
+
+    trace: TrainingTrace
+    saved: SavedTensors
+    """Key and global shape of every tensor that this rank saves as its owner."""
+
+    examined: Any = None
+
+
+class LayoutRuns:
+    """The runs of one family's variants.
+
+    Args:
+        variants: name -> variant.
+        layouts: layouts at which all variants train, in addition to the single process.
+        some: layout -> names of the variants that train only there.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, Variant],
+        layouts: Iterable[str],
+        some: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.variants = variants
+        self.layouts = {layout: list(variants) for layout in ("TP1", *layouts)} | dict(some or {})
+        self._found: dict[int, list[dict[str, dict[str, Run]]]] = {}
+
+    def cases(self) -> list[tuple[str, str]]:
+        """(layout, variant) of every run, except those of the single process."""
+        return [(layout, name) for layout, names in self.layouts.items() if layout != "TP1" for name in names]
+
+    def at(self, layout: str, variant: str) -> list[Run]:
+        """Returns the results of all ranks; trains first if needed."""
+        size = _world_size(layout)
+        if size not in self._found:
+            runs = {
+                name: {variant: self.variants[variant] for variant in variants}
+                for name, variants in self.layouts.items()
+                if _world_size(name) == size
+            }
+            several = size > 1
+            self._found[size] = (
+                run_distributed(_train_all, size, runs) if several else [run_single(_train_all, runs)]
+            )
+        return [of_rank[layout][variant] for of_rank in self._found[size]]
+
+    def single(self, variant: str) -> Run:
+        """Returns the result of the single process."""
+        return self.at("TP1", variant)[0]
+
+
+def _base(layout: str) -> str:
+    return layout.removesuffix(MLP_RECOMPUTED).removesuffix(RECOMPUTED)
+
+
+def _world_size(layout: str) -> int:
+    name = _base(layout)
+    return _MORE_LAYOUTS[name][1] if name in _MORE_LAYOUTS else WORLD_SIZES[name]
+
+
+def _parallel(layout: str) -> ParallelConfig:
+    name = _base(layout)
+    parallel = _MORE_LAYOUTS[name][0] if name in _MORE_LAYOUTS else LAYOUTS[name]
+    if layout.endswith(MLP_RECOMPUTED):
+        return replace(parallel, recompute_granularity="selective", recompute_modules=("core_attn", "mlp"))
+    return with_full_recompute(parallel) if layout.endswith(RECOMPUTED) else parallel
+
+
+def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]:
+    return {
+        layout: {name: _train(variant, _parallel(layout)) for name, variant in variants.items()}
+        for layout, variants in runs.items()
+    }
+
+
+def _train(variant: Variant, parallel: ParallelConfig) -> Run:
+    trace = train_tiny(parallel, variant.steps, variant.make_families, variant.model, variant.bf16)
+    extensions = [family.extension() for family in variant.make_families()]
+    chunks = build_model(variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
+    examined = variant.examine(chunks) if variant.examine else None
+    return Run(trace, saved_tensors(chunks), examined)
+
+
+def saved_tensors(chunks: list[GPTModel]) -> SavedTensors:
+    """Key and global shape of every tensor that this rank saves as its owner."""
+    found = []
+    for chunk in chunks:
+        for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
+            shards = value.build() if isinstance(value, ShardedTensorFactory) else [value]
+            found += [
+                (shard.key, shard.global_shape, shard.global_offset)
+                for shard in shards
+                if isinstance(shard, ShardedTensor) and not any(shard.replica_id)
+            ]
+    assert len(set(found)) == len(found), "a tensor has two owners"
+    return {(key, shape) for key, shape, _ in found}
+
+
+def assert_same_run(
+    found: list[Run],
+    expected: Run,
+    *,
+    losses: float = 1e-5,
+    norms: float = 1e-4,
+    gradients: float = 1e-5,
+    statistics: float = 1e-3,
+) -> None:
+    """Compares the results of all ranks with that of the single process.
+
+    Args:
+        found: results, ordered by rank.
+        expected: result of the single process; may have more steps.
+        losses: relative tolerance of losses; at the first step a tenth of it, but at least 1e-6.
+        norms: relative tolerance of gradient norms.
+        gradients: tolerance of every parameter's first gradient, relative to the gradient's norm.
+        statistics: relative tolerance of the families' statistics.
+    """
+    wanted = expected.trace
+    for run in found:
+        trace, steps = run.trace, len(run.trace.losses)
+        assert trace.losses[0] == pytest.approx(wanted.losses[0], rel=max(losses / 10, 1e-6), nan_ok=True)
+        assert trace.losses == pytest.approx(wanted.losses[:steps], rel=losses, nan_ok=True)
+        assert trace.grad_norms == pytest.approx(wanted.grad_norms[:steps], rel=norms)
+        for ours, theirs in zip(trace.layer_losses, wanted.layer_losses, strict=False):
+            assert ours == pytest.approx(theirs, rel=2 * losses, abs=1e-9)
+        assert trace.statistics == pytest.approx(wanted.statistics, rel=statistics, abs=1e-6, nan_ok=True)
+        assert run.examined == expected.examined
+    if found[0].trace.first_gradients:  # with the distributed optimizer a rank has only a part of them
+        assert_same_gradients([run.trace for run in found], wanted, gradients)
+    assert set().union(*(run.saved for run in found)) == expected.saved
+
+
+def assert_same_gradients(found: list[TrainingTrace], expected: TrainingTrace, tolerance: float) -> None:
+    """Compares the gradients of the first step, joined from all ranks' shards, for every parameter."""
+    gradients, wanted = assemble(found), assemble([expected])
+    assert gradients.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        difference = torch.linalg.norm(gradients[key] - gradient)
+        assert difference <= tolerance * torch.linalg.norm(gradient) + 1e-12, key

@@ -1,0 +1,73 @@
+"""Wraps the model for megatron-core's data parallelism, and unwraps it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
+
+
+def wrap_model(
+    chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool
+) -> list[DistributedDataParallel]:
+    """Converts the chunks to bf16 if wanted, and wraps them for data parallelism.
+
+    Args:
+        chunks: this rank's model chunks. Freeze parameters before: frozen ones get no gradient buffer.
+        parallel: specifies how gradients are reduced.
+        bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
+    """
+    config = get_model_config(chunks[0])
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=bf16,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # it would abort the run; `Stepper` skips a non-finite step instead
+    )
+    modules = [Float16Module(config, chunk) if bf16 else chunk for chunk in chunks]
+    wrapped = [
+        # Buckets let reduction overlap with the rest of the backward pass. As in Megatron-LM only the first chunk has
+        # them: with interleaving a later chunk's reduction overlaps with the backward pass of the earlier chunks.
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
+    ]
+    mark_reduced_ranges(wrapped)
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    if parallel.overlap_grad_reduce and len(wrapped) > 1:
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def unwrap_model(chunk: Any) -> GPTModel:
+    """Returns the model inside the wrappers of `wrap_model`, or the model itself if it has none."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    model: GPTModel = chunk
+    return model
+
+
+def unwrap_models(chunks: Sequence[torch.nn.Module]) -> list[GPTModel]:
+    """Returns the models inside this rank's chunks, wrapped or not."""
+    return [unwrap_model(chunk) for chunk in chunks]
+
+
+def gather_parameters(chunks: list[torch.nn.Module]) -> None:
+    """Gathers the parameters that the last step has updated; collective, does nothing without --overlap-param-gather.
+
+    With that flag the next forward pass would gather them; until then each rank has only its own part's new values.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)

@@ -1,0 +1,63 @@
+"""Builds megatron-core's scheduler of learning rate (warm-up, then decay) and weight decay; it counts samples."""
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.training_config import TrainingConfig
+
+
+def build_scheduler(
+    settings: OptimizerSettings,
+    training: TrainingConfig,
+    optimizer: MegatronOptimizer,
+    global_batch_size: int,
+) -> OptimizerParamScheduler:
+    """Builds the schedule of learning rate and weight decay.
+
+    Args:
+        settings: rates and lengths; lengths in iterations are converted to samples.
+        training: the run's length, used where the settings give no decay length.
+        optimizer: its parameter groups are scheduled.
+        global_batch_size: samples per step.
+
+    Raises:
+        ValueError: the warm-up is not shorter than the decay.
+    """
+    total = training.resolved_train_iters(global_batch_size) * global_batch_size
+    decay = _samples(settings.lr_decay_iters, settings.lr_decay_samples, global_batch_size) or total
+    warmup = _samples(settings.lr_warmup_iters, settings.lr_warmup_samples, global_batch_size) or 0
+    if settings.lr_warmup_fraction is not None:
+        warmup = int(settings.lr_warmup_fraction * decay)
+    if warmup >= decay:
+        raise ValueError(
+            f"--lr-warmup-iters: the warm-up ({warmup} samples) must be shorter than the decay ({decay} samples); "
+            "reduce it or increase --lr-decay-iters"
+        )
+    start = settings.weight_decay if settings.start_weight_decay is None else settings.start_weight_decay
+    end = settings.weight_decay if settings.end_weight_decay is None else settings.end_weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=start,
+        end_wd=end,
+        wd_incr_steps=total,
+        wd_incr_style=settings.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=settings.override_opt_param_scheduler,
+        wsd_decay_steps=_samples(
+            settings.lr_wsd_decay_iters, settings.lr_wsd_decay_samples, global_batch_size
+        ),
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+    )
+
+
+def _samples(iterations: int | None, samples: int | None, global_batch_size: int) -> int | None:
+    if samples:
+        return samples
+    return iterations * global_batch_size if iterations else None

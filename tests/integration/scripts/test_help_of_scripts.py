@@ -1,0 +1,24 @@
+"""`--help` of every script and tool answers at once: torch and the engine, which take seconds, are not imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = [*sorted(ROOT.glob("pretrain_*.py")), *sorted(ROOT.glob("tools/*.py"))]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_help_comes_without_torch(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", path, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.split("\n")}
+    assert "dataclasses" in imported
+    assert not imported & {"torch", "megatron", "transformers"}
