@@ -41,9 +41,9 @@ def _find(given: Mapping[str, Any]) -> list[Found]:
     """Defaults that follow from the stacks, overridden by those of a training that is in --save already."""
     found = [stack_defaults(given)]
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
-        from megatron_ext.progressive.growth.training_history import stored_defaults
+        from megatron_ext.progressive.growth.training_history import stored_rack_defaults
 
-        found.append(stored_defaults(Path(given["save"]), given))
+        found.append(stored_rack_defaults(Path(given["save"]), given))
     return found
 
 

@@ -5,15 +5,16 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, one_of_two
+from megatron_ext.config.command_line.field_checks import check_at_least
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig
 
 if TYPE_CHECKING:
     from megatron_ext.inference.perplexity import Perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(LoadConfig):
     """Checkpoint and data to evaluate, and the parallel layout."""
 
     load: str
@@ -21,9 +22,6 @@ class EvaluateConfig:
 
     data_path: tuple[str, ...]
     """Prefixes of indexed datasets; each is evaluated separately."""
-
-    ckpt_step: int | None = None
-    """Step to load. Default: the newest complete checkpoint."""
 
     unigram_from: str | None = None
     """Prefix of the training data, for baselines: the cross-entropy of its unigram distribution, and the accuracy of
@@ -38,29 +36,12 @@ class EvaluateConfig:
     seq_length: int | None = None
     """Tokens per window. Default: the sequence length of the training."""
 
-    tensor_model_parallel_size: int | None = None
-    """Number of processes that each layer's matrices are sharded over. Default: as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many of the remaining
-    processes as the model allows. Processes that are left over hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
-
-    bos: Switch = False
-    """Begin every window with the begin-of-text token. Default: as in training."""
-
-    no_bos: Switch = False
-    """Do not begin windows with the begin-of-text token."""
-
     output: str | None = None
     """JSON file to write the result to."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
-        check_at_least(self, 1, "pipeline_model_parallel_size")
-        one_of_two(self, "bos", "no_bos")
+        super().__post_init__()
+        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
 
 
 def main() -> None:
@@ -78,21 +59,17 @@ def main() -> None:
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES, window_begin
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     if config.output is not None:
-        check_writable("--output", config.output)
+        check_report_writable("--output", config.output)
     refuse_same_dataset("--data-path", config.data_path)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
     loaded = load_model(
         config.load,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", flush=True)
@@ -122,7 +99,7 @@ def main() -> None:
         if process_groups.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and process_groups.rank() == 0:
-        write_text(config.output, json.dumps(results, indent=2) + "\n")
+        write_report(config.output, json.dumps(results, indent=2) + "\n")
     process_groups.shutdown()
 
 

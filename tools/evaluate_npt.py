@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag, flag_name, one_of_two
+from megatron_ext.config.command_line.field_checks import check_at_least, flag, flag_name
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig, SamplingConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateNPTConfig:
+class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     """Checkpoint and data to evaluate, and the report to write."""
 
     checkpoint: Annotated[str, flag(aliases=("--load",))]
@@ -30,9 +31,6 @@ class EvaluateNPTConfig:
 
     data_path: str
     """Prefix of a held-out indexed dataset."""
-
-    ckpt_step: int | None = None
-    """Step to load. Default: the newest complete checkpoint."""
 
     npt_weights: str | None = None
     """npt_weights.pt or .safetensors to load into the model. For a base checkpoint, its config.json must be beside
@@ -65,21 +63,6 @@ class EvaluateNPTConfig:
     temperature: float = 0.8
     """Temperature of the sampled continuations; a greedy one is generated as well."""
 
-    top_k: int = 0
-    """Sample from the k most likely tokens only; 0 is off."""
-
-    top_p: float = 0.0
-    """Sample from the smallest set of tokens whose probabilities reach this sum; 0 is off."""
-
-    seed: int = 1234
-    """Seed of the sampled continuations of both models."""
-
-    bos: Switch = False
-    """Begin every window and prompt with the begin-of-text token. Default: as in training."""
-
-    no_bos: Switch = False
-    """Do not begin windows and prompts with the begin-of-text token."""
-
     npt_layers: str | None = None
     """Fail unless these are the checkpoint's NPT layers."""
 
@@ -89,21 +72,10 @@ class EvaluateNPTConfig:
     np_scale: Annotated[float | None, flag(aliases=("--modulation_scale",))] = None
     """Fail unless this is the checkpoint's NP scale."""
 
-    tensor_model_parallel_size: int | None = None
-    """Number of processes that each layer's matrices are sharded over. Default: as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many of the remaining
-    processes as the model allows. Processes that are left over hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
-
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
-        check_at_least(self, 1, "pipeline_model_parallel_size")
+        super().__post_init__()
+        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
         check_at_least(self, 0, "max_new_tokens")
-        one_of_two(self, "bos", "no_bos")
 
 
 def main() -> None:
@@ -119,20 +91,20 @@ def main() -> None:
     from megatron_ext.npt.evaluation.evaluation_summary import print_summary
     from megatron_ext.platform import process_groups
     from megatron_ext.reports.charts import require_matplotlib
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     for name, path in (("--output", config.output), ("--html", config.html)):
         if path is not None:
-            check_writable(name, path)
+            check_report_writable(name, path)
     if config.html is not None:
         require_matplotlib(f"--html {config.html}")
     report = _evaluate(config)
     if report is not None:
-        write_text(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_report(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
         if config.html is not None:
             from megatron_ext.npt.evaluation.evaluation_page import evaluation_page
 
-            write_text(config.html, evaluation_page(report))
+            write_report(config.html, evaluation_page(report))
         print_summary(report)
         print(f"{report['checkpoint']}: step {report['step']}")
         print(
@@ -149,7 +121,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
     from megatron_ext.npt.evaluation.paired_generation import held_out_prompts, paired_generations
-    from megatron_ext.npt.weights.conversion import draw
+    from megatron_ext.npt.weights.conversion import initialize_np_factors
     from megatron_ext.registry.known_families import window_begin
     from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
@@ -157,8 +129,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     check_dataset(config.data_path, stored["tokenizer_fingerprint"])
     sampling = None
     if config.max_new_tokens:
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        sampling = Sampling(**{name: getattr(config, name) for name in names})
+        sampling = Sampling(**config.sampling_options())
     prompts = _prompts(config)
     loaded, families, settings = _load(config, stored)
     length = config.seq_length or loaded.config.seq_length
@@ -185,7 +156,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     report = evaluate_npt([loaded.model], families, settings, config.data_path, **on)
     # The untrained baseline comes last, because its weights replace the trained ones.
     seed = stored.get("training", {}).get("seed", TrainingConfig.seed)
-    draw([loaded.model], seed)
+    initialize_np_factors([loaded.model], seed)
     untrained = evaluate_perplexity([loaded.model], families, config.data_path, **on)
     if report is None:
         return None
@@ -229,11 +200,7 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
     loaded = load_model(
         config.checkpoint,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     families = list(loaded.families)
     if own is None:

@@ -7,17 +7,16 @@ masked tokens replaces masks by tokens, the most confident first.
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     Repeated,
-    Switch,
     check_at_least,
     flag_name,
-    one_of_two,
 )
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizers import Tokenizer
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(LoadConfig, SamplingConfig):
     """Checkpoint, prompts, sampling, and the parallel layout."""
 
     load: str
@@ -40,17 +39,8 @@ class GenerateConfig:
     stop_id: Repeated[int] = ()
     """Token id that ends a continuation, in addition to the model's own; repeat the flag for several."""
 
-    bos: Switch = False
-    """Begin every prompt with the begin-of-text token. Default: as in training."""
-
-    no_bos: Switch = False
-    """Do not begin prompts with the begin-of-text token."""
-
     prompt_file: str | None = None
     """File with one prompt per line; - is standard input (single process only)."""
-
-    ckpt_step: int | None = None
-    """Step to load. Default: the newest complete checkpoint."""
 
     sampler: Literal["autoregressive", "diffusion"] | None = None
     """Generate token by token (autoregressive) or by replacing masks (diffusion). Default: as the model was trained."""
@@ -58,36 +48,9 @@ class GenerateConfig:
     diffusion_steps: int = 32
     """With --sampler diffusion: number of forward passes that replace the masks."""
 
-    max_new_tokens: int = 64
-    """Number of tokens to generate after each prompt."""
-
-    temperature: float = 1.0
-    """Divide the logits by this; 0 takes the most likely token (greedy)."""
-
-    top_k: int = 0
-    """Sample from the k most likely tokens only; 0 is off."""
-
-    top_p: float = 0.0
-    """Sample from the smallest set of tokens whose probabilities reach this sum; 0 is off."""
-
-    seed: int = 1234
-    """Seed of the random choice."""
-
-    tensor_model_parallel_size: int | None = None
-    """Number of processes that each layer's matrices are sharded over. Default: as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many of the remaining
-    processes as the model allows. Processes that are left over hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
-
     def __post_init__(self) -> None:
-        check_at_least(
-            self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "diffusion_steps"
-        )
-        one_of_two(self, "bos", "no_bos")
+        super().__post_init__()
+        check_at_least(self, 1, "diffusion_steps")
         if not all(self.stop):
             raise ValueError("--stop '': must not be empty")
         if not self.prompt and self.prompt_file is None:
@@ -107,16 +70,12 @@ def main() -> None:
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES
 
-    Sampling(**_sampling(config))  # checks the values before the model is loaded
+    Sampling(**config.sampling_options())  # checks the values before the model is loaded
     texts = _prompts(config)
     loaded = load_model(
         config.load,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", file=sys.stderr, flush=True)
@@ -138,12 +97,6 @@ def _shown(tokenizer: "Tokenizer", prompt: list[int], new: list[int], stops: tup
     if kept == tokenizer.detokenize(new):
         return tokenizer.detokenize(prompt + new)  # decoded together: one character may span the two
     return tokenizer.detokenize(prompt) + kept
-
-
-def _sampling(config: GenerateConfig) -> dict[str, Any]:
-    return {
-        name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    }
 
 
 def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[int]]) -> list[list[int]]:
@@ -182,7 +135,7 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
             f"--sampler autoregressive: requires a causal model; this one was trained with {objective.kind}, where "
             "every token sees all others"
         )
-    sampling = Sampling(**_sampling(config), stop_tokens=stop_tokens)
+    sampling = Sampling(**config.sampling_options(), stop_tokens=stop_tokens)
     return generate(*arguments, sampling, tokenizer.vocab_size, ends_with_any(tokenizer, _stops(config)))
 
 

@@ -60,20 +60,20 @@ def main() -> None:
     )
     from megatron_ext.progressive.report.training_results import read_run
     from megatron_ext.reports.charts import require_matplotlib
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     for flag, path in (("--html", config.html), ("--output", config.output)):
         if path is not None:
-            check_writable(flag, path)
+            check_report_writable(flag, path)
     if config.html is not None:
         require_matplotlib(f"--html {config.html}")
     named = (text.partition("=") for text in config.runs)
     runs = [read_run(name, directory) for name, _, directory in named]
     comparison = compare_runs(runs, config.reference)
     if config.output is not None:
-        write_text(config.output, json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n")
+        write_report(config.output, json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n")
     if config.html is not None:
-        write_text(config.html, report_page(runs, comparison))
+        write_report(config.html, report_page(runs, comparison))
     for table in (runs_table(comparison), phases_table(comparison)):
         _print(table)
     print("\n".join(messages(comparison)))

@@ -55,11 +55,11 @@ def main() -> None:
     from megatron_ext.registry.known_charts import KNOWN_CHARTS
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
     from megatron_ext.reports.training_charts import training_charts
 
     target = config.html if config.html is not None else str(Path(config.output_dir or "", "x.svg"))
-    check_writable("--html" if config.html is not None else "--output-dir", target)
+    check_report_writable("--html" if config.html is not None else "--output-dir", target)
     require_matplotlib("tools/visualize_training.py")
     found = {}
     for name, folder in find_runs(config.tensorboard_dir).items():
@@ -74,12 +74,12 @@ def main() -> None:
             + f" that match --tags {config.tags}" * bool(config.tags)
         )
     if config.html is not None:
-        write_text(config.html, _page(f"Training: {config.tensorboard_dir}", found))
+        write_report(config.html, _page(f"Training: {config.tensorboard_dir}", found))
     for name, charts in found.items() if config.output_dir is not None else ():
         for chart in charts:
             ending = "_layers" if chart.is_heat_map else ""
             file = f"{_file_name(chart.name)}{ending}.svg"
-            write_text(Path(config.output_dir or "", name, file), chart.svg)
+            write_report(Path(config.output_dir or "", name, file), chart.svg)
     print(f"{config.html or config.output_dir}: {count} charts")
 
 

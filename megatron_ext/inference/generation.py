@@ -19,7 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
+from megatron_ext.platform import process_groups
+from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def generate(
         total, f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {max(lengths)} tokens"
     )
     model.eval()
-    check_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
+    check_cache_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
     tokens = _padded(prompts, total)
     stops = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=tokens.device)
     context = StaticInferenceContext(len(prompts), total)
@@ -114,8 +115,11 @@ def generate(
     # The first pass reads positions [0, shortest prompt); each later pass reads one position.
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
-        logits = _forward(model, families, tokens, start, end, context)
-        chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
+        inputs = tokens[:, start:end]
+        positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
+        logits = stage_logits(model, families, {"tokens": inputs, "position_ids": positions}, context)
+        context.increment_sequence_len_offset(end - start)
+        chosen = _chosen(logits, sampling, generator, vocab_size, len(prompts))
         # Rows whose prompt is longer keep their own next token instead of the chosen one.
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
@@ -162,7 +166,7 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
 
 
-def check_memory(needed: int, max_new_tokens: int) -> None:
+def check_cache_memory(needed: int, max_new_tokens: int) -> None:
     """Raises `ValueError` if a generation needs more bytes than are free; the system would kill the process."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
@@ -181,59 +185,65 @@ def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:
-    tokens = torch.zeros(len(prompts), total, dtype=torch.long, device=torch.cuda.current_device())
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long, device=process_groups.device())
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     return tokens
 
 
-def _forward(
+def stage_logits(
     model: GPTModel,
     families: list[Family],
-    tokens: torch.Tensor,
-    start: int,
-    end: int,
-    context: StaticInferenceContext,
+    batch: Batch,
+    context: StaticInferenceContext | None = None,
 ) -> torch.Tensor | None:
-    """Runs positions [start, end); returns logits [b, V] for position `end` on the last stage, None on the others."""
-    inputs = tokens[:, start:end]
-    positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
-    batch = {"tokens": inputs, "position_ids": positions}
+    """Runs the stages one after the other; returns logits [b, s, V] on the last stage, None on the others.
+
+    Args:
+        model: this rank's only chunk, unwrapped, without sequence parallel.
+        families: all families of the model, for its auxiliary inputs.
+        batch: `tokens` and `position_ids` [b, s], and the families' fields.
+        context: the KV cache.
+    """
+    tokens = batch["tokens"]
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
         # Auxiliary inputs of families travel between stages as further rows of the hidden width.
-        rows = (end - start) * model.auxiliary.pipeline_factor(hidden_size)
-        shape = (rows, len(tokens), hidden_size)
+        shape = (tokens.size(1) * model.auxiliary.pipeline_factor(hidden_size), len(tokens), hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
         model.set_input_tensor(received)
     output = model(
-        inputs,
-        positions,
+        tokens,
+        batch["position_ids"],
         None,
         auxiliary_inputs=auxiliary_inputs(families, batch),
         inference_context=context,
         runtime_gather_output=True,
     )
-    context.increment_sequence_len_offset(end - start)
     if model.post_process:
-        return output[:, -1]
+        return output
     dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
     return None
 
 
-def _share_from_last_stage(
+def _chosen(
     logits: torch.Tensor | None, sampling: Sampling, generator: torch.Generator, vocab_size: int, batch: int
 ) -> torch.Tensor:
     """Chooses the next tokens [b] on the last stage and broadcasts them to all stages."""
-    # Tensor ranks need no broadcast: they have equal logits and equal generators.
-    chosen = torch.empty(batch, dtype=torch.long, device=torch.cuda.current_device())
+    chosen = torch.empty(batch, dtype=torch.long, device=process_groups.device())
     if logits is not None:
-        chosen = choose(logits[:, :vocab_size], sampling, generator)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(chosen, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        chosen = choose(logits[:, -1, :vocab_size], sampling, generator)
+    share_from_last_stage(chosen)
     return chosen
+
+
+def share_from_last_stage(tokens: torch.Tensor) -> None:
+    """Broadcasts the last stage's tokens to all stages, in place."""
+    # Tensor ranks need no broadcast: they have equal logits and equal generators.
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 
 
 def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:

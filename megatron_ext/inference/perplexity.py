@@ -25,6 +25,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import OutputLoss, select_output_loss
@@ -96,7 +97,7 @@ def evaluate_perplexity(
         chunk.eval()
     loss = select_output_loss(family.evaluation_loss() for family in families)
     loss = loss if guess is None else _WithGuess(loss, guess)
-    sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=process_groups.device())
     with torch.no_grad():
         for step in steps:
             made = [make_batch(families, batch) for batch in step]

@@ -19,7 +19,7 @@ from megatron_ext.interop.formats.hf_config import (
     from_model_config,
     read_architecture,
 )
-from megatron_ext.interop.formats.hf_files import write_tensors
+from megatron_ext.interop.formats.hf_files import write_safetensors
 from megatron_ext.interop.formats.imported_model import Imported
 from megatron_ext.interop.formats.tokenizer_files import TOKENIZER_CONFIG, write_files
 from megatron_ext.interop.formats.tokenizer_readback import check_read_back
@@ -109,7 +109,7 @@ def export_hf(
                 and config["model_type"] == imported.config["model_type"]
             )
             messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
-        write_tensors(folder, tensors, max_shard_size)
+        write_safetensors(folder, tensors, max_shard_size)
     return [f"{chosen}, {written_as}", *messages]
 
 
@@ -129,7 +129,7 @@ def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.T
 def _tensors(
     found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> Iterator[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]:
-    """Yields for each entry what `write_tensors` takes: (name, bytes) of its parts, and a function that reads them."""
+    """Yields per entry what `write_safetensors` takes: (name, bytes) of its parts, and a function that reads them."""
     for entry in found:
         size = (dtype or _dtype(state, entry.name)).itemsize
         sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 
-def check_writable(flag: str, path: str | Path) -> None:
-    """Raises `OSError` naming the flag unless a file can be written at `path`; missing folders are allowed."""
+def check_report_writable(flag: str, path: str | Path) -> None:
+    """Raises `OSError` naming the flag unless a file can be written at `path`, where folders may still be missing."""
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{flag} {path}: is a directory; give the path of a file")
@@ -16,8 +16,8 @@ def check_writable(flag: str, path: str | Path) -> None:
         raise PermissionError(f"{flag} {path}: no permission to write")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file by renaming a temporary one, so that it is never partial; creates missing folders."""
+def write_report(path: str | Path, text: str) -> None:
+    """Writes a file by rename, with the folders above it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -241,7 +241,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
-def write_tensors(
+def write_safetensors(
     folder: Path,
     tensors: Iterable[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]],
     max_shard_size: int,
