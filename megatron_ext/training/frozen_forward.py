@@ -1,7 +1,7 @@
-"""A pass through a frozen part of the model, beside the training step, whose values a cache may keep.
+"""Forward passes through a frozen part of the model, in addition to the training step; their values may be cached.
 
-NPT's teacher and the trunk under a progressive stack are such passes. What is kept, and by which key, is theirs:
-the teacher's values depend on tokens and positions, the trunk's on its weights and on all inputs too.
+NPT's teacher and the trunk below a progressive stack use them. Each has its own cache contents and keys: the
+teacher's values depend on tokens and positions only, those of the trunk also on its weights and on all other inputs.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,20 @@ from megatron_ext.training.interface.output_losses import NoLoss
 
 
 class FrozenForward:
-    """Counts the micro-batches whose values were found in a cache."""
+    """Base class of the caches of frozen passes: agreement between ranks, and counts of hits and misses."""
 
     def __init__(self) -> None:
         self.hits = self.misses = 0
         self.was_skipped = False
-        """The last look-up found everything, and the pass was not run."""
+        """Whether the last lookup found all micro-batches, so that the pass was not run."""
 
     def agree(self, found: list[bool], device: torch.device) -> list[bool]:
-        """Takes which micro-batches this rank has found, and returns which every rank of its model copy has found."""
+        """Returns for each micro-batch whether all model-parallel ranks have found it; collective.
+
+        Args:
+            found: for each micro-batch, whether this rank has found it.
+            device: device of the collective's tensor.
+        """
         agreed = torch.tensor(found, dtype=torch.int32, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
         hits: list[bool] = agreed.bool().tolist()
@@ -43,16 +48,17 @@ def run_frozen(
     watched: Mapping[str, torch.nn.Module],
     output: NoLoss,
 ) -> list[dict[str, torch.Tensor]]:
-    """Runs micro-batches forward, without gradients and dropout, and returns the inputs of some modules, by name.
-
-    Without pipeline parallelism the schedule is not used: it may be under way.
+    """Runs micro-batches forward without gradients and dropout.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
         families: all families of the run.
-        batches: micro-batches on the device; with a pipeline as many as its schedule can take.
-        watched: modules of this rank, layers or their norms.
-        output: gets what the output layer would read, on the last stage.
+        batches: micro-batches on the device; under pipeline parallelism, a number that its schedule accepts.
+        watched: name -> module of this rank (a layer or its norm) whose input is recorded.
+        output: called with the output layer's input, on the last stage.
+
+    Returns:
+        For each micro-batch, the recorded inputs by name, [s, b, h] ([s/t, b, h] under sequence parallel).
     """
     found: dict[str, list[torch.Tensor]] = {name: [] for name in watched}
     hooks = [
@@ -71,6 +77,7 @@ def run_frozen(
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             run_microbatches(chunks, families, batches, output, forward_only=True)
         else:
+            # Not through the schedule: this pass may run while the schedule fetches its next batch.
             for batch in batches:
                 output(chunks[0], batch, run_directly(chunks[0], families, batch))
     finally:

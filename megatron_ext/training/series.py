@@ -1,4 +1,4 @@
-"""One training of a series by one command, such as an NPT layer or a phase of a growing model; each may be resumed."""
+"""Configuration of one training in a series that one command runs: a layer of NPT, or a phase of a growing model."""
 
 import time
 from dataclasses import replace
@@ -10,14 +10,18 @@ from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 
 
 def config_in(config: C, folder: Path, began: float) -> C:
-    """The configuration of a training whose checkpoints are in `folder`, from where it goes on; collective.
+    """Returns the configuration of a training that saves to `folder` and resumes from a checkpoint there; collective.
 
-    `--exit-duration-in-mins` counts from `began` (by `time.monotonic`), the command's start.
+    Args:
+        config: configuration of the command.
+        folder: directory of the training's checkpoints.
+        began: start of the command (`time.monotonic`), from which `--exit-duration-in-mins` counts.
     """
     training, save = config.training, str(folder)
     goes_on = on_first_rank(lambda: find_checkpoint(save) is not None)
     if training.exit_duration_in_mins is not None:
         left = training.exit_duration_in_mins - (time.monotonic() - began) / 60
+        # Not 0: the option must be positive. So small a value ends the training after its first step.
         training = replace(training, exit_duration_in_mins=max(1e-6, left))
     checkpoint = replace(config.checkpoint, save=save, load=save if goes_on else None)
     return replace(config, training=training, checkpoint=checkpoint)

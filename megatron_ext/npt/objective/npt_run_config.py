@@ -9,10 +9,10 @@ from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class NPTRunConfig(RunConfig):
-    """All that an NPT run is told."""
+    """Configuration of an NPT run."""
 
     npt: NPTTrainingConfig
-    """How NP components are trained."""
+    """Losses, curriculum and teacher of NP components."""
 
     np: NPTModuleConfig
-    """The NP components."""
+    """Form, size and layers of the NP components."""

@@ -230,7 +230,7 @@ _NUMBERS = tuple(name for name in NPTTrainingConfig.__annotations__ if name.ends
 
 
 def mode_defaults(given: Mapping[str, Any]) -> Found:
-    """Values that follow from the mode.
+    """Returns the defaults that depend on the mode.
 
     Args:
         given: field's name -> value, of the command line and the YAML file.

@@ -120,8 +120,8 @@ def _states(
     layers: tuple[int, ...],
     output: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    """The states of each micro-batch that this stage owns, by the names of batch fields."""
-    # The norm's input: before it a layer may add something of its own to what it gets.
+    """Returns for each micro-batch the teacher states that this stage computes, by names of batch fields."""
+    # The input of the norm, not of the layer: a layer may first add something to its input.
     norms = {
         input_name(layer.layer_number - 1): layer.input_layernorm
         for chunk in chunks

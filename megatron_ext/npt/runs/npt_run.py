@@ -203,7 +203,7 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
         given: field's name -> value, of the command line and the YAML file.
 
     Raises:
-        OSError: none is there, and the flags do not tell the model's shape either.
+        OSError: there is no checkpoint, and the flags do not specify the model's shape either.
     """
     paths = [path for name in ("load", "base_checkpoint") if (path := given.get(name)) is not None]
     for path in paths:

@@ -174,7 +174,7 @@ BASE = {base!r}
 """Checkpoint of the base model on which the layers were trained."""
 
 BASE_SHA256 = {sha256!r}
-"""Digest of its manifest, by which another checkpoint is told from it."""
+"""Digest of its manifest; another checkpoint is refused."""
 
 WEIGHTS = Path(__file__).resolve().parent / "{stem}.safetensors"
 """NP factors of the trained layers, with the configuration that made them."""

@@ -129,7 +129,7 @@ class _Sequence:
         return train(config, self.tokenizer, families, options)
 
     def _prepare(self, layer: int, config: NPTRunConfig, chunks: list[GPTModel]) -> None:
-        """Loads the trained layers' weights; tells what begins."""
+        """Loads the trained layers' weights, and prints the start message."""
         load_under(layer, self.tensors, chunks)
         load = config.checkpoint.load
         own = start.fresh(config.np, config.training.seed) if load is None else f"from {load}"
@@ -207,7 +207,7 @@ def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPT
 
 
 def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> SequentialState:
-    """What the directory holds, checked against the flags; a new run's state where it holds nothing."""
+    """Reads the state in the directory and checks it against the flags; returns a new state if there is none."""
     assert options.base is not None
     settings = config.np
     found = store.read_state(folder)
@@ -247,7 +247,7 @@ def _layers(config: NPTRunConfig) -> tuple[int, ...]:
 
 
 def _check(config: NPTRunConfig) -> None:
-    """Raises `ValueError` for flags that the other modes have and this one has not."""
+    """Raises `ValueError` for flags that --mode sequential does not support."""
     npt = config.npt
     training, checkpoint = config.training, config.checkpoint
     steps, stage1 = npt.steps_per_layer, npt.stage1_steps
@@ -263,15 +263,16 @@ def _check(config: NPTRunConfig) -> None:
         raise ValueError("--no-freeze-base: --mode sequential trains only NP components; omit it")
     if npt.load_npt_weights is not None:
         raise ValueError(
-            f"--load-npt-weights {npt.load_npt_weights}: --mode sequential finds trained layers in --checkpoint-dir"
+            f"--load-npt-weights {npt.load_npt_weights}: --mode sequential reads trained layers from "
+            "--checkpoint-dir; omit it"
         )
     if checkpoint.load is not None or checkpoint.finetune:
         raise ValueError(
-            f"--load {checkpoint.load}: must be a base model in --mode sequential, which goes on by --checkpoint-dir"
+            f"--load {checkpoint.load}: must be a base model in --mode sequential, which resumes from --checkpoint-dir"
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(
-            "--overwrite-checkpoints: --mode sequential goes on with what is in --checkpoint-dir"
+            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir"
         )
     if training.skip_train:
         raise ValueError(

@@ -80,7 +80,7 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
 
 
 class ActivationCache(FrozenForward):
-    """The cache of one phase of training: one trunk."""
+    """The activation cache of one phase, that is, of one trunk."""
 
     def __init__(self, config: ProgressiveConfig, *, trunk_layers: int, identity: Mapping[str, Any]) -> None:
         """Args:

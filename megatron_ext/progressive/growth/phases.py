@@ -122,7 +122,7 @@ def _steps(
 
 
 def config_of(config: ProgressiveRunConfig, phase: Phase) -> ProgressiveRunConfig:
-    """The configuration of a phase's run: its layers, its own number of steps and learning rate."""
+    """Returns the configuration of a phase's run, with its number of layers, number of steps and learning rate."""
     optimizer = config.optimizer
     return replace(
         config,
@@ -133,7 +133,11 @@ def config_of(config: ProgressiveRunConfig, phase: Phase) -> ProgressiveRunConfi
 
 
 def check_phases(config: ProgressiveRunConfig, phases: list[Phase], world_size: int) -> None:
-    """Raises `ValueError` unless every phase's model and schedule fit the parallel layout, naming the phase."""
+    """Checks that every phase's model and schedule fit the parallel layout.
+
+    Raises:
+        ValueError: a phase does not fit; the message names it.
+    """
     for phase in phases:
         own = config_of(config, phase)
         try:

@@ -99,7 +99,7 @@ def read_history(save: Path) -> History:
 
 
 def write_history(save: Path, history: History) -> None:
-    """Replaces the file."""
+    """Replaces `progressive.json`."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "rack": history.rack.as_json(),
@@ -125,7 +125,7 @@ def finished_checkpoint(save: Path, name: str) -> Path:
 
 
 def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
-    """Groups `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
+    """Returns the groups `model` (without its number of layers) and `tokenizer` of the training in a directory.
 
     Args:
         save: the training's directory.
@@ -134,7 +134,7 @@ def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
     Raises:
         ValueError, OSError: a file or a checkpoint is damaged.
     """
-    # A finished phase whose checkpoint is gone is told when the training goes on from it.
+    # A missing checkpoint of a finished phase is reported later, when the training continues from it.
     places = [save / phase.name for phase in reversed(read_history(save).finished)]
     places += files.checkpoints_below(save)
     folder = next((found for place in places if (found := files.find_checkpoint(str(place)))), None)

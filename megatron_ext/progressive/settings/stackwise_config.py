@@ -127,13 +127,13 @@ class StackWiseConfig:
         return size
 
     def run_config(self, target_stacks: int | None = None) -> ProgressiveRunConfig:
-        """The configuration of the training, for batches of the caller's.
+        """Returns the configuration of the training, for the caller's batches.
 
         Args:
-            target_stacks: in place of the section's.
+            target_stacks: overrides the section's value; None keeps it.
 
         Raises:
-            ValueError: as `validate`.
+            ValueError: the configuration is invalid; see `validate`.
         """
         vocab_size = self.vocab_size
         progressive = self.progressive_config(target_stacks)
@@ -175,7 +175,7 @@ def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _made(config: type[G], values: Mapping[str, Any], section: str | None = None) -> G:
-    """A checked configuration; a value of another type than the field's is an error too."""
+    """Builds a configuration; unlike the dataclass it also refuses values of the wrong type."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     if section is not None:
         _check_known(f"key in {section}", values, fields)
@@ -199,7 +199,7 @@ def _made(config: type[G], values: Mapping[str, Any], section: str | None = None
 
 
 def _listed(configs: Any) -> Any:
-    """Document 004's `{0: {"rank": 8, "alpha": 16}, ...}` as the flag's text."""
+    """Converts `{0: {"rank": 8, "alpha": 16}, ...}` to the text of --qlora-configs."""
     if not isinstance(configs, Mapping):
         return configs
     try:

@@ -258,7 +258,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a file, whole or not at all, also where the machine goes down."""
+    """Replaces a file atomically; a crash of the machine leaves the old or the new text."""
     part = path.with_name(f".{path.name}.part")
     write_text(part, text)
     os.replace(part, path)

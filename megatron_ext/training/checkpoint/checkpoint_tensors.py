@@ -123,7 +123,7 @@ def load_optimizer(
 
 
 def _load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict: bool) -> None:
-    """Gives the chunks what the engine's reader has filled in; not strict where `model_state` left something out."""
+    """Loads a filled state dict into the chunks; `strict` requires every tensor of the model."""
     for index, model in enumerate(models):
         found = model.load_state_dict(state[f"model{index}"], strict=False)
         wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not _is_extra(name)]

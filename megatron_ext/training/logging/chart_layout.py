@@ -20,7 +20,7 @@ from megatron_ext.training.logging.run_charts import COUNTS
 OVER_SAMPLES = "Over consumed samples"
 """Section of the curves whose x axis is the number of samples instead of steps."""
 SAMPLES_ENDING = " vs samples"
-"""What the tags of those curves end in."""
+"""Ending of the tags of those curves."""
 
 _LAST = (OTHER_VALUES, COUNTS, OVER_SAMPLES)
 _CLOSED = (COUNTS, OVER_SAMPLES)
@@ -48,7 +48,7 @@ class ChartLayout:
         self._is_written = False
 
     def add(self, tag: str) -> None:
-        """Notes that a tag is written."""
+        """Records that a tag is written."""
         if tag in self._tags:
             return
         self._tags.add(tag)
@@ -95,7 +95,7 @@ def _entry(chart: ScalarChart, *, over_samples: bool = False) -> _Entry:
 
 
 def _earlier_entries(folder: Path) -> set[_Entry]:
-    """The charts of all layouts in a folder's event files."""
+    """Returns the charts of all layouts in a directory's event files."""
     marker = CONFIG_SUMMARY_TAG.encode()
     found = set[_Entry]()
     for file in folder.glob("events.out.tfevents.*"):

@@ -5,7 +5,7 @@ from megatron_ext.reports.scalar_charts import LOSSES, ScalarChart
 _RATES = "Learning rate and norms"
 _SPEED = "Speed and memory"
 COUNTS = "Counts"
-"""Section of what is rarely looked at."""
+"""Section of charts that are rarely needed."""
 
 RUN_CHARTS = (
     ScalarChart(

@@ -289,7 +289,10 @@ def _with_a_trunk_that_trains() -> str:
 
 def test_a_trunk_that_trains_is_refused_by_name() -> None:
     message = run_single(_with_a_trunk_that_trains)
-    assert "embedding.word_embeddings.weight belongs to the trunk and trains; untie it" in message
+    assert (
+        "embedding.word_embeddings.weight is trainable, but --cache-activations requires a frozen trunk; untie"
+        in message
+    )
 
 
 def test_a_directory_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -313,5 +316,5 @@ def test_a_directory_that_is_no_cache_is_refused(content: str | None, tmp_path: 
         (tmp_path / "cache.json").write_text(content)
     with pytest.raises(ValueError, match="not empty, and not an activation cache"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path)), {})
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match="notes.txt: not a directory"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path / "notes.txt")), {})

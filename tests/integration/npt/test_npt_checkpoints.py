@@ -208,7 +208,7 @@ DAMAGE = {
     "cannot be loaded: training_state.pt": _truncate,
     "cannot be loaded: multi_layer_state.pt": _execute,
     "layer_2_np.gate.B is not finite": _not_finite,
-    "training_state.pt: lacks optimizer_state_dict, scheduler_state_dict": _key,
+    "training_state.pt: optimizer_state_dict, scheduler_state_dict missing": _key,
     "its content does not match checksums.json": _moments,
 }
 

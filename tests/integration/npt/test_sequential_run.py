@@ -188,7 +188,7 @@ def _refused(*flags: str) -> str:
 
 
 REFUSED = {
-    "another rank": (["--np-rank", "8"], "was made with another configuration: np_rank is 4, here 8"),
+    "another rank": (["--np-rank", "8"], "was made with another configuration: np_rank was 4, now 8"),
     "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not yet trained in"),
     "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: must be one of the layers 0, 1, 3"),
     "--train-iters": (
@@ -197,7 +197,7 @@ REFUSED = {
     ),
     "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
     "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains only NP components"),
-    "weights": (["--load-npt-weights", "PT"], "finds trained layers in --checkpoint-dir"),
+    "weights": (["--load-npt-weights", "PT"], "reads trained layers from --checkpoint-dir"),
     "another base": (["--base-checkpoint", "OTHER"], "were trained on"),
     "a run": (["--load", "RUN"], "must be a base model in --mode sequential"),
 }

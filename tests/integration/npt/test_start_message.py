@@ -49,7 +49,7 @@ def test_a_run_tells_its_base_conversion_weights_and_losses_and_takes_the_weight
         "npt loss = sum over layers of (10 mlp_direct_loss + 0.01 regularization_loss) + 1 fidelity_loss (kl); "
         "curriculum teacher:1:0:0,mixed:1:0.5:0.5,student:1:1:1",
     ]
-    assert "np_form is outer_product, here low_rank; np_rank is 4, here 8" in refused
+    assert "np_form was outer_product, now low_rank; np_rank was 4, now 8" in refused
 
 
 def test_a_layer_by_layer_run_tells_what_each_layer_stands_on(sequential_run: SequentialRun) -> None:

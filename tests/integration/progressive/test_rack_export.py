@@ -113,7 +113,7 @@ def test_peft_puts_the_exported_adapters_on_the_exported_base(found: dict[str, A
 def test_what_no_llama_is_and_what_is_not_there_is_refused(found: dict[str, Any], folder: Path) -> None:
     told = found["told"]
     config, out = ProgressiveConfig(max_stacks=2), folder / "out"
-    with pytest.raises(ValueError, match="--training-objective mlm cannot be exported: every token sees"):
+    with pytest.raises(ValueError, match="--training-objective mlm cannot be exported: its attention"):
         check_plain(config, {}, as_adapters=False)
     assert "--adapter-dir: the rack has no adapters" in told["none"]
     assert "--merge-adapters" in told["plain"]

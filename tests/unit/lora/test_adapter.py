@@ -101,7 +101,9 @@ def test_two_families_cannot_bring_the_same_linear_layer() -> None:
 
 
 def test_contradictory_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"trained_adapters \['other'\]: the layer has adapters \[\]"):
+    with pytest.raises(
+        ValueError, match=r"trained_adapters \['other'\]: the layer has only the adapters \[\]"
+    ):
         LayerSettings(trained_adapters=frozenset({"other"}))
     with pytest.raises(ValueError, match="precision qlora: four-bit weights cannot be trained"):
         LayerSettings(precision="qlora")

@@ -207,6 +207,9 @@ def test_np_factors_that_do_not_fit_are_refused_with_the_differences_and_changes
     missing, other_rank, unknown, nothing = run_single(_np_factor_errors)
     prefix = "the NP weights do not fit the model; "
     assert missing == f"{prefix}missing: layer_2_np.gate.W_down.1"
-    assert other_rank == f"{prefix}of another shape: layer_2_np.gate.W_down.1 is [32, 3], must be [32, 4]"
+    assert (
+        other_rank
+        == f"{prefix}of another shape: layer_2_np.gate.W_down.1 has shape [32, 3] instead of [32, 4]"
+    )
     assert unknown == f"{prefix}unknown: layer_1_np.gate.W_down.1"
     assert nothing.endswith("and 43 more")

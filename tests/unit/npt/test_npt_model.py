@@ -151,9 +151,9 @@ def test_what_does_not_fit_is_refused_with_the_differences_and_changes_nothing(f
     assert "no layer is converted" in found["nothing to save"]
     assert found["two layers"] == "NPTConfig: single_layer_mode requires one layer, not 2"
     assert "--npt-layers 9: out of range for a model of 4 layers" in found["no such layer"]
-    assert found["twice"] == "convert_to_npt: layers (0, 1) are converted already"
+    assert found["twice"] == "convert_to_npt: layers (0, 1) are already converted; load the model again"
     assert "unknown: layer_2_np.gate" in found["tensors"] and "of another shape: layer_0" in found["tensors"]
-    assert "np_rank is 256, here 8" in found["file"]
+    assert "np_rank was 256, now 8" in found["file"]
     assert found["one token"] == "loss: requires at least two tokens, got 1"
 
 

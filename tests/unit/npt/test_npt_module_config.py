@@ -69,8 +69,8 @@ def test_the_defaults_are_those_of_document_002() -> None:
         ({"np_scale": 0.0}, "--np-scale 0.0: must be above 0"),
         ({"np_init_scale": -1.0}, "--np-init-scale -1.0: must be above 0"),
         ({"np_form": "dense"}, "--np-form dense: must be one of low_rank, outer_product"),
-        ({"np_affine": False}, "--no-np-affine requires --np-form outer_product (got low_rank)"),
-        ({"np_normalize": False}, "--no-np-normalize requires --np-form outer_product (got low_rank)"),
+        ({"np_affine": False}, r"--no-np-affine requires --np-form outer_product \(got low_rank\)"),
+        ({"np_normalize": False}, r"--no-np-normalize requires --np-form outer_product \(got low_rank\)"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(values: dict[str, Any], message: str) -> None:
