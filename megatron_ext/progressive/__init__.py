@@ -1,6 +1,7 @@
-"""Progressive (StackWise): a model grown stack by stack over a frozen or LoRA trunk. Source: document 004.
+"""Progressive growth (StackWise): a model is grown and trained stack by stack on a frozen or LoRA trunk.
 
-For Python: `from megatron_ext.progressive import StackWiseConfig, ProgressiveRackBuilder, ProgressiveTrainer`.
+Python interface: `from megatron_ext.progressive import StackWiseConfig, ProgressiveRackBuilder, ProgressiveTrainer`.
+Source: docs/design/progressive_growth.md.
 """
 
 import importlib
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the API when it is first asked for: the command line reads configurations without torch."""
+    # Imported on first access, because the command line reads configurations without importing torch.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,17 +1,17 @@
-"""What progressive training adds to a model, parameters and FLOPs for a token, and what a step trains and runs.
+"""Parameters and FLOPs per token that progressive training adds to a model, and the work of a training step.
 
-    LoRA adapters of a layer, of rank r in sum     r (input + output)     parameters, for each of its four linear layers
+    LoRA adapters of total rank r                  r (input + output)     parameters, for each of a layer's four linears
                                                    2 r (input + output)   FLOPs
-    time embedding                                 h d (+ T d if learned) parameters; 2 h d FLOPs a sequence
+    time embedding                                 h d (+ T d if learned) parameters; 2 h d FLOPs per sequence
 
-    layer                                     a training step
-    trains                                    forward and both gradients
-    frozen, over something that trains        forward and input gradients (a prepended stack's trunk)
-    frozen, over nothing that trains          forward only (an appended stack's trunk); nothing where the cache has it
-    only its adapters train                   forward, input gradients, the adapters' gradients; in the lowest such
-                                              layer, over a frozen embedding, no input gradients of qkv
+    layer                                     a training step runs
+    trained                                   forward and both gradients
+    frozen, above something that trains       forward and input gradients (the trunk of a prepended stack)
+    frozen, above nothing that trains         forward only (the trunk of an appended stack); nothing if it is cached
+    only adapters train                       forward, input gradients, the adapters' gradients; in the lowest such
+                                              layer, above a frozen embedding, no input gradients of qkv
 
-Head and final norm always train. Unpacking weights of four bits is no product, and is not counted.
+Head and final norm always train. Unpacking four-bit weights is not a matrix product and is not counted.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
@@ -29,12 +29,12 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
-    """Cost of adapters and time embedding.
+    """Returns the cost of adapters and time embedding.
 
     Args:
-        plan: of all layers.
-        config: of the run.
-        model: the base model.
+        plan: the settings of all layers.
+        config: the configuration of progressive training.
+        model: configuration of the base model.
     """
     adapters = sum(_adapter_parameters(settings, model) for settings in plan.values())
     return ModelCost(
@@ -51,14 +51,14 @@ def progressive_work(
     trains_embedding: bool,
     cached_layers: int,
 ) -> StepWork:
-    """What a training step does.
+    """Returns which parts of the model a training step runs and trains.
 
     Args:
-        plan: of all layers.
-        config: of the run.
-        model: the base model.
-        trains_embedding: word and time embedding train.
-        cached_layers: first layers whose output the activation cache has given.
+        plan: the settings of all layers.
+        config: the configuration of progressive training.
+        model: configuration of the base model.
+        trains_embedding: whether word and time embedding train.
+        cached_layers: number of first layers that are not run, because the activation cache supplies their output.
     """
     uses, trained, flops, reached = [], 0, 0.0, trains_embedding
     for number in range(model.num_layers):
@@ -72,7 +72,7 @@ def progressive_work(
             flops += layer_flops_per_token(model) + core_attention_flops_per_token(model) - into_qkv
         reached = reached or use >= Use.PARTIAL
     time = _time_flops(config, model)
-    # The encoded time is a constant; a learned table gets a gradient.
+    # A sinusoidal encoding is a constant; a learned table needs a gradient.
     flops += (
         time * (1 + trains_embedding * (1 + (config.time_encoding_type == "learned"))) * (not cached_layers)
     )
@@ -93,7 +93,7 @@ def _use(settings: LayerSettings, reached: bool) -> Use:
 
 
 def _adapter_flops(settings: LayerSettings, model: ModelConfig, use: Use) -> float:
-    """FLOPs of a layer's adapters, forward and backward."""
+    """Returns the FLOPs per token of a layer's adapters, forward and backward."""
     if use is Use.SKIPPED:
         return 0.0
     rank, trains = _rank(settings), bool(settings.trained_adapters)
@@ -114,7 +114,7 @@ def _rank(settings: LayerSettings) -> int:
 
 
 def _linears(model: ModelConfig) -> list[tuple[int, int]]:
-    """Input and output sizes of a layer's linear modules, in the order of `spec.LINEARS`."""
+    """Returns input and output sizes of a layer's linear modules, in the order of `layer_spec.LINEARS`."""
     hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
     width = attention_width(model)
     return [(hidden, qkv_width(model)), (width, hidden), (hidden, ffn * (1 + model.swiglu)), (ffn, hidden)]

@@ -1,4 +1,4 @@
-"""Progressive training as the model sees it: adapted linear layers, attention to both sides, a time embedding."""
+"""Progressive training's contribution to the model: adapted linear layers, bidirectional attention, time embedding."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,21 +14,21 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 class ProgressiveExtension(Extension):
-    """The linear layers that a plan asks for, and what the objective asks of the model."""
+    """Extends the model with the linear layers of a plan, and with what the objective requires."""
 
     name = "progressive"
 
     def __init__(self, plan: SettingsByLayer, config: ProgressiveConfig) -> None:
         """Args:
-        plan: layer number -> what is done to it.
-        config: objective and time.
+        plan: the settings of all layers.
+        config: objective and time embedding.
         """
         self.plan = plan
         self.config = config
         self.bidirectional = config.bidirectional
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """The four linear layers of a layer; none of ours where the engine's would do."""
+        """Returns a layer's four linear modules, or none if the engine's own suffice."""
         settings = self.plan[layer_number]
         is_plain = compute_dtype(settings.precision, config.params_dtype) is config.params_dtype
         if not settings.adapters and is_plain and not is_packed(settings.precision):
@@ -38,5 +38,5 @@ class ProgressiveExtension(Extension):
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> TimeEmbedding | None:
-        """The time embedding, on the first stage, where time is an input."""
+        """Returns the time embedding on the first stage, if time is an input of the model."""
         return time_embedding(config, self.config, stage) if self.config.embeds_time else None

@@ -1,7 +1,7 @@
-"""Progressive training's part in a run: the rack's layers as their phase wants them, grown from a checkpoint.
+"""Progressive training in a run: grows the model from a checkpoint, freezes layers, and applies the objective.
 
-One phase is one run of the engine: the newest stack over its trunk, or the whole rack together. The model is built with
-all its layers, takes the trunk from the last phase's checkpoint, freezes what the phase freezes, and trains.
+Each phase is one run: it trains the newest stack on its trunk, or the whole rack. The model is built with all its
+layers, loads the trunk from the last phase's checkpoint, freezes what the phase does not train, and trains.
 """
 
 import hashlib
@@ -46,20 +46,20 @@ from megatron_ext.training.interface.output_losses import OutputLoss
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """What a model grows from."""
+    """The checkpoint from which a model grows."""
 
     folder: Path
-    """A checkpoint's own directory."""
+    """Directory of the checkpoint."""
 
     rack: Rack
-    """Its stacks."""
+    """The stacks of its model."""
 
     trains: Trains
-    """What its phase trained."""
+    """What the checkpoint's phase trained."""
 
 
 class ProgressiveFamily(Family):
-    """A rack in a run."""
+    """A rack as a family of a run."""
 
     name = "progressive"
 
@@ -88,16 +88,16 @@ class ProgressiveFamily(Family):
         statistics_interval: int | None = None,
     ) -> None:
         """Args:
-        config: of the run.
+        config: the configuration of progressive training.
         rack: all stacks of the model.
-        trains: what trains.
-        trunk: what the model grows from; None for one that is new, or loaded as it is.
-        mask_token_id: see `objectives.reserve_mask_token`; None where nothing is masked.
-        cache_identity: what tells runs apart whose caches must not be mixed; None for no activation cache.
-        frozen: stack index -> `frozen` or `qlora`, for stacks that are treated so whatever the strategy.
-        seed: of the run.
-        tokens_per_step: in an optimizer step, for the log.
-        statistics_interval: steps between two of our values in the log.
+        trains: what the phase trains.
+        trunk: the checkpoint from which the model grows; None for a new model, or one that is loaded unchanged.
+        mask_token_id: see `stack_objective.reserve_mask_token`; None if no tokens are masked.
+        cache_identity: values by which the caches of different runs are distinguished; None for no activation cache.
+        frozen: stack index -> `frozen` or `qlora`, overrides the trunk strategy for these stacks.
+        seed: the run's seed.
+        tokens_per_step: tokens per training step, for the log.
+        statistics_interval: number of steps between two records of the statistics; None for no record.
         """
         self.config = config
         self.rack = rack
@@ -108,13 +108,13 @@ class ProgressiveFamily(Family):
         self.statistics_interval = statistics_interval
         self.plan = settings_by_layer(rack, config, trains, frozen)
         self.losses: list[float] = []
-        """Of the steps of this process."""
+        """Losses of the steps that this process has run."""
 
         self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
         self.earlier_steps: dict[str, int] = {}
-        """Global name -> updates in earlier phases, of parameters whose optimizer state goes on."""
+        """Global name of a parameter whose optimizer state is carried over -> number of updates in earlier phases."""
         self.parameters: dict[str, int] = {}
-        """`trainable` and `frozen`, of the whole model."""
+        """Numbers of `trainable` and `frozen` parameters of the whole model."""
 
         self.mask_token_id = mask_token_id
         moves = "qlora" in (frozen or {}).values()
@@ -136,14 +136,14 @@ class ProgressiveFamily(Family):
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
-        """The family that gave this `configuration()`, as inference wants it."""
+        """Rebuilds the family from its `configuration()`, for inference."""
         config = group_in(ProgressiveConfig, configuration, "settings")
         family = cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
         family.plan = settings_after_training(family.rack, config, configuration["trains"])
         return family
 
     def configuration(self) -> dict[str, Any]:
-        """The rack, what trains, and all settings."""
+        """Returns the rack, what trains, and all settings."""
         return {
             "rack": self.rack.as_json(),
             "trains": self.trains,
@@ -152,17 +152,17 @@ class ProgressiveFamily(Family):
         }
 
     def extension(self) -> ProgressiveExtension:
-        """The layers' linear modules, attention and time embedding."""
+        """Returns progressive training's contribution to the model."""
         return ProgressiveExtension(self.plan, self.config)
 
     def cost(self, model: ModelConfig) -> ModelCost:
-        """Adapters and time embedding."""
+        """Returns the cost of adapters and time embedding."""
         return progressive_cost(self.plan, self.config, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """What the step trains and runs. The trunk is not run where the activation cache gave all micro-batches.
+        """Returns which parts the step runs and trains.
 
-        A cache is judged by the last step; before the run, and on a step of which a part was found, the trunk counts.
+        The trunk is not counted if the activation cache had all micro-batches of the last step.
         """
         spared = self.cache is not None and self.cache.was_skipped
         return progressive_work(
@@ -174,7 +174,7 @@ class ProgressiveFamily(Family):
         )
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Takes over the trunk, starts the new stack, freezes what the phase freezes."""
+        """Loads the trunk, initializes the new stack, and freezes what the phase does not train."""
         if self.trunk is not None:
             self._grow(chunks, self.trunk)
         prepare_layers(chunks, self.plan)
@@ -191,26 +191,26 @@ class ProgressiveFamily(Family):
 
     @property
     def trains_embedding(self) -> bool:
-        """With the first stack, in the joint phase, with a trunk that trains, and where asked."""
+        """Whether the embeddings train: with the first stack, a trained trunk, in the joint phase, or on request."""
         asked = self.config.train_embedding or self.config.trunk_strategy == "trained"
         return self.trains == "all" or len(self.rack.stacks) == 1 or asked
 
     def carry_optimizer_state(self, chunks: list[GPTModel], optimizer: MegatronOptimizer) -> None:
-        """Gives a new run's optimizer what the trunk's had; for `RunOptions.begin`."""
+        """Copies the trunk's optimizer state into a new run's optimizer; called by `RunOptions.begin`."""
         if self.trunk is not None:
             growth.carry_optimizer_state(chunks, optimizer, self.trunk.folder, self._sources(self.trunk))
 
     def make_batch(self, batch: Batch) -> Batch:
-        """What the objective makes of a micro-batch."""
+        """Applies the objective to a micro-batch."""
         return batch if self.objective is None else self.objective.make_batch(batch)
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Time steps, and the hidden states at the end of the trunk, where the micro-batch has them."""
+        """Returns time steps, and the hidden states after the trunk, if the micro-batch has them."""
         wanted = [HIDDEN_STATES, *([TIME_STEP] if self.config.embeds_time else [])]
         return {name: batch[name] for name in wanted if name in batch}
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Notes the step; in an evaluation the model runs all its layers."""
+        """Records the step; before an evaluation makes the model run all its layers again."""
         self._iteration = iteration or self._iteration
         if self.cache is not None and iteration is None:
             self.cache.release(chunks)
@@ -218,12 +218,11 @@ class ProgressiveFamily(Family):
     def prepare_batches(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """What the trunk makes of the micro-batches, from the cache or from the trunk; without a cache the trunk has no
-        dropout all the same.
-        """
+        """Adds the trunk's output to the micro-batches, from the cache or from a forward pass of the trunk."""
         if self.cache is not None:
             return self.cache.prepare(chunks, families, batches)
         if self.trunk_layers:
+            # A frozen trunk has no dropout, so that runs with and without the cache are equal.
             without_dropout(chunks, self.trunk_layers)
         return batches
 
@@ -233,27 +232,27 @@ class ProgressiveFamily(Family):
             self.cache.close()
 
     def evaluation_loss(self) -> OutputLoss | None:
-        """Loss and accuracy on masked tokens, where tokens are masked."""
+        """Returns loss and accuracy on masked tokens, if the objective masks tokens."""
         return None if self.objective is None else self.objective.evaluation_loss()
 
     def check_plain(self, *, as_adapters: bool) -> None:
-        """Refuses a rack that sees ahead, and one without adapters where they are wanted."""
+        """Checks that the rack can be exported; see `rack_export.check_plain`."""
         rack_export.check_plain(self.config, self.plan, as_adapters=as_adapters)
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
-        """Adds all adapters to their weights."""
+        """Adds all adapters to their base weights."""
         merge_adapters(chunks)
         return rack_export.precision_notes(self.rack, self.plan)
 
     def write_adapters(
         self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
     ) -> list[str]:
-        """A directory for each adapter."""
+        """Writes each adapter to its own directory in the format of `peft`."""
         written = rack_export.write_adapters(chunks, model, directory, base_model, overwrite=overwrite)
         return [*written, *rack_export.precision_notes(self.rack, self.plan)]
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The loss by stack, and all tokens so far."""
+        """Returns the loss under the name of the stack, and the number of tokens so far."""
         name = "joint" if self.trains == "all" else f"stack_{self.rack.newest.index}"
         found = {"progressive/total_tokens": float(self._iteration * self.tokens_per_step)}
         if "lm loss" in values:
@@ -263,35 +262,35 @@ class ProgressiveFamily(Family):
     def after_step(
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
     ) -> list[Message]:
-        """Looks for a plateau."""
+        """Checks for a plateau of the loss."""
         self.losses.append(values["lm loss"])
         was_reached = self.plateau.is_reached
         self.plateau.add(values["lm loss"])
         if self.plateau.is_reached and not was_reached:
             config = self.config
             text = (
-                f"plateau at step {iteration}: the mean loss of {config.plateau_patience} steps is not "
-                f"{config.plateau_min_delta:g} below that of the {config.plateau_patience} before"
+                f"plateau at step {iteration}: the mean loss of the last {config.plateau_patience} steps is not "
+                f"{config.plateau_min_delta:g} lower than that of the {config.plateau_patience} steps before"
             )
             return [Message(text=text)]
         return []
 
     def is_complete(self) -> bool:
-        """True on a plateau."""
+        """Whether the loss has reached a plateau."""
         return self.plateau.is_reached
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """How many parameters train and do not, and the stacks of the rack."""
+        """Returns the numbers of trainable and frozen parameters and of stacks, and the cache's values."""
         counts = {f"progressive/{name}_parameters": float(n) for name, n in self.parameters.items()}
         cached = self.cache.values() if self.cache is not None else {}
         return {**counts, **cached, "progressive/stacks": float(len(self.rack.stacks))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The watch for a plateau, and the updates of earlier phases."""
+        """Returns the plateau's state, and the numbers of updates in earlier phases."""
         return {"plateau": self.plateau.state_dict(), "earlier_steps": self.earlier_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the former; the latter follow from the trunk's checkpoint."""
+        """Restores the plateau's state; the numbers of updates follow from the trunk's checkpoint."""
         self.plateau.load_state_dict(state["plateau"])
 
     def _sources(self, trunk: Trunk) -> dict[int, int]:
@@ -313,13 +312,15 @@ class ProgressiveFamily(Family):
 
 
 def stack_seed(seed: int, index: int) -> int:
-    """Seed of a stack's initial weights: those of equal layer numbers in different stacks must differ."""
+    """Returns the seed of a stack's initial weights."""
+    # Initial values depend on seed and parameter name. With `prepend`, stacks have had the same layer numbers, so they
+    # need different seeds.
     digest = hashlib.sha256(f"{seed}:stack {index}".encode()).digest()
     return int.from_bytes(digest[:6], "little")
 
 
 def stack_bytes(chunks: list[GPTModel], rack: Rack) -> dict[int, int]:
-    """Bytes of the weights of every stack, as they are stored, by its index; the most on any rank. Collective."""
+    """Returns stack index -> bytes of its stored weights, on the rank where they are largest. Collective."""
     own = weight_bytes(chunks)
     local = {stack.index: sum(own.get(layer, 0) for layer in layers) for stack, layers in rack.layers()}
     found = gather_or_raise(lambda: local)

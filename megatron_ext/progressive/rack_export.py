@@ -1,7 +1,7 @@
-"""What a rack is for Hugging Face: a plain model with its adapters merged, or a base model with adapters for `peft`.
+"""Exports a rack for Hugging Face: a plain model with merged adapters, or a base model with adapters for `peft`.
 
-Only a causal rack has a Llama architecture: with another objective every token sees all others. Weights of four bits
-are exported as the values they stand for.
+Only a causal rack has a Llama architecture; with other objectives attention is bidirectional. Four-bit weights are
+exported as their dequantized values.
 """
 
 from pathlib import Path
@@ -16,20 +16,31 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters: bool) -> None:
-    """Raises `ValueError` for a rack that has no Llama architecture, or no adapters where they are asked for."""
+    """Checks that a rack can be exported.
+
+    Args:
+        config: the configuration of progressive training.
+        plan: the settings of all layers.
+        as_adapters: whether adapters are to be exported separately.
+
+    Raises:
+        ValueError: attention is bidirectional, or adapters are requested but there are none.
+    """
     if config.bidirectional:
         raise ValueError(
-            f"a rack trained with --training-objective {config.training_objective} cannot be exported: every token "
-            "sees all others, and in no Llama-family model it does"
+            f"a rack trained with --training-objective {config.training_objective} cannot be exported: its attention "
+            "is bidirectional, which no Llama-family model supports"
         )
     if as_adapters and not any(settings.adapters for settings in plan.values()):
-        raise ValueError(f"{ADAPTER_FLAG}: the rack has no adapters; --merge-adapters exports it as it is")
+        raise ValueError(
+            f"{ADAPTER_FLAG}: the rack has no adapters; use --merge-adapters, which exports it unchanged"
+        )
 
 
 def write_adapters(
     chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
 ) -> list[str]:
-    """Writes every adapter into a directory of its name, as `peft_export.export_peft`; returns a note on each."""
+    """Writes every adapter to a directory of its name with `export_peft`; returns a message for each."""
     names = sorted({name for _, _, linear in adapted_linears(chunks) for name in linear.adapters})
     for name in names:
         export_peft(chunks, name, model, directory / name, base_model=base_model, overwrite=overwrite)
@@ -37,12 +48,14 @@ def write_adapters(
 
 
 def precision_notes(rack: Rack, plan: SettingsByLayer) -> list[str]:
-    """What the user should know of stacks that were stored in four bits or computed in 16."""
+    """Returns messages about stacks that were stored in four bits or computed in 16 bits."""
     messages = []
     for stack, layers in rack.layers():
         precision = plan[layers.start].precision
         if is_packed(precision):
-            messages.append(f"stack {stack.index}: {precision}, dequantised")
+            messages.append(f"stack {stack.index}: {precision}, exported dequantized")
         elif precision in ("half", "bfloat16"):
-            messages.append(f"stack {stack.index}: was computed in {precision}, its weights are exported")
+            messages.append(
+                f"stack {stack.index}: was computed in {precision}; its stored weights are exported"
+            )
     return messages

@@ -75,7 +75,7 @@ def _other_epochs(run: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     ]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value).replace(" ", "")

@@ -7,7 +7,10 @@ spellings of the same field, and the `check_*` functions raise the one-line `Val
 import dataclasses
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ Repeated = Annotated[tuple[_Value, ...], Spelling(is_repeated=True)]
 """Values each given with its own flag (`--stop A --stop B`)."""
 
 
-def one_of_two(config: Any, name: str, negation: str) -> bool | None:
+def one_of_two(config: object, name: str, negation: str) -> bool | None:
     """Returns which of two switches is given, None for neither.
 
     Raises:
@@ -65,7 +68,7 @@ def flag(*, aliases: Sequence[str] = (), metavar: str | None = None) -> Spelling
     return Spelling(aliases=tuple(flag_name(alias.lstrip("-")) for alias in aliases), metavar=metavar)
 
 
-def check_at_least(config: Any, minimum: float, *names: str) -> None:
+def check_at_least(config: object, minimum: float, *names: str) -> None:
     """Raises `ValueError` for the first named field whose value is set and lies below `minimum`."""
     for name in names:
         value = getattr(config, name)
@@ -73,7 +76,7 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be at least {minimum}")
 
 
-def check_at_most(config: Any, maximum: float, *names: str) -> None:
+def check_at_most(config: object, maximum: float, *names: str) -> None:
     """Raises `ValueError` for the first named field whose value is set and lies above `maximum`."""
     for name in names:
         value = getattr(config, name)
@@ -81,7 +84,7 @@ def check_at_most(config: Any, maximum: float, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be at most {maximum}")
 
 
-def check_numbers(config: Any) -> None:
+def check_numbers(config: "DataclassInstance") -> None:
     """Raises `ValueError` for the first field that holds no finite number of fp32, or a whole one beyond 64 bits.
 
     `parse` calls it for every configuration; the dataclasses that Python code makes call it themselves.
@@ -97,7 +100,7 @@ def check_numbers(config: Any) -> None:
                 raise ValueError(f"{flag_name(field.name)} {value}: must be less than 2^63")
 
 
-def check_positive(config: Any, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
     """Raises `ValueError` for the first named field whose value is set and is not above zero."""
     for name in names:
         value = getattr(config, name)
@@ -105,7 +108,7 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must be above 0")
 
 
-def check_fraction(config: Any, *names: str, closed: bool = False) -> None:
+def check_fraction(config: object, *names: str, closed: bool = False) -> None:
     """Raises `ValueError` for the first named field whose value is set and lies outside [0, 1) ([0, 1] if closed)."""
     for name in names:
         value = getattr(config, name)
@@ -115,7 +118,7 @@ def check_fraction(config: Any, *names: str, closed: bool = False) -> None:
             raise ValueError(f"{flag_name(name)} {value}: must lie in [0, 1{']' if closed else ')'}")
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: "DataclassInstance") -> None:
     """Raises `ValueError` for the first field typed `Literal[...]` whose value is none of the choices.
 
     The command line checks this itself; a config made in Python or from a checkpoint's JSON gets it from here.

@@ -56,7 +56,7 @@ class Flag:
     is_required: bool
     """True if the field has no default."""
 
-    default: Any
+    default: object
     """The field's default; None where it has none."""
 
     metavar: str | None

@@ -19,7 +19,7 @@ def from_words(flag: Flag, spelled: str, words: Sequence[str]) -> Any:
     return tuple(values) if flag.takes_many else values[0]
 
 
-def from_file(flag: Flag, key: str, value: Any) -> Any:
+def from_file(flag: Flag, key: str, value: object) -> Any:
     """Returns the field's value from that of a YAML or JSON file.
 
     A text is read as on the command line, because YAML takes 1e-4 for one. A list of whole numbers may stand for a text
@@ -54,7 +54,7 @@ def _from_word(flag: Flag, spelled: str, word: str) -> Any:
         raise ValueError(f"{spelled} {word!r}: must be {_KINDS[flag.kind]}") from None
 
 
-def _from_scalar(flag: Flag, key: str, value: Any) -> Any:
+def _from_scalar(flag: Flag, key: str, value: object) -> Any:
     if flag.is_switch:
         if not isinstance(value, bool):
             raise ValueError(f"{key} {value}: is neither true nor false")

@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def verify_dataset(
     return lines
 
 
-def _check_manifest(index: Index, manifest: dict) -> str:
+def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
     """Counts, type and checksums."""
     counts = {"documents": index.num_documents, "sequences": index.num_sequences, "tokens": index.num_tokens}
     if manifest["counts"] != counts or manifest["dtype"] != index.dtype.name:
@@ -90,7 +91,7 @@ def _check_tokens(index: Index, vocab_size: int | None) -> str:
     return "tokens: none" if low is None else f"tokens: ids {low:,} to {high:,}, {known}"
 
 
-def _check_per_layer(index: Index, source: str, per_layer: dict) -> list[str]:
+def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> list[str]:
     """Alignment with the main dataset, and every id against the table where it is at hand."""
     if not Path(idx_path(source)).is_file():
         return [f"alignment: not checked, the main data {source} is not here (--source names another place)"]
@@ -101,6 +102,7 @@ def _check_per_layer(index: Index, source: str, per_layer: dict) -> list[str]:
         return [aligned, "per-layer ids: not checked, the manifest names no strategy"]
     main = check_dataset(source)
     tokenizer = (read_manifest(index.prefix) or {}).get("tokenizer") or {}
+    table: np.ndarray[Any, Any]
     if strategy == "identity":
         table = np.arange(per_layer["vocab_size"])
     else:

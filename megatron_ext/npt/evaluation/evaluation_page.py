@@ -160,5 +160,5 @@ def _short(value: float | None, style: str = ".4g") -> str:
     return "not finite" if value is None else format(value, style)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return "" if value is None else str(value)

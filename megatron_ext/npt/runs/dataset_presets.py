@@ -12,7 +12,6 @@ Source: docs/design/npt_sequential.md.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -60,7 +59,7 @@ def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
     return blend
 
 
-def _words(entry: Any) -> tuple[str, ...]:
+def _words(entry: object) -> tuple[str, ...]:
     """Returns the words of an entry, which is a text or a list of texts and (weight, prefix) pairs."""
     if isinstance(entry, list):
         return tuple(word for part in entry for word in _words(part))

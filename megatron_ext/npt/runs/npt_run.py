@@ -43,13 +43,10 @@ from megatron_ext.training.run_options import RunOptions
 
 
 def run_npt(config: NPTRunConfig) -> int:
-    """Trains; returns the process's exit code.
-
-    Args:
-        config: of the run.
+    """Runs NPT training in the mode of the configuration; returns the process's exit code.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     config, training = settled(config), config.npt
     base, checkpoint = find_base(training, config.checkpoint)
@@ -132,10 +129,10 @@ def _prepare(
 def settled(config: NPTRunConfig) -> NPTRunConfig:
     """Returns the configuration with NPT's groups checked against the others, and their open values filled in.
 
-    On --load the command line's schedule counts, not the checkpoint's.
+    A resumed run uses the command line's learning-rate schedule, not the checkpoint's.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     training, optimizer = config.npt, config.optimizer
     num_layers = config.model.num_layers

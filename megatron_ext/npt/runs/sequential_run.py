@@ -53,11 +53,11 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
     """Trains all layers; returns the process's exit code.
 
     Args:
-        config: as `npt_run` has settled it; `checkpoint.save` is the directory of the run.
+        config: the configuration, already checked by `npt_run.settled`; `checkpoint.save` is the run's directory.
         options: with the base.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     _check(config)
     assert config.checkpoint.save is not None  # the mode has a default for it

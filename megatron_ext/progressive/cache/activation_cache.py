@@ -1,17 +1,18 @@
-"""The activation cache: what a frozen trunk makes of each sample, so that a later epoch need not run the trunk again.
+"""The activation cache: stores a frozen trunk's output for each sample, so that later epochs need not run the trunk.
 
-    key = digest(trunk's fingerprint, all that the trunk reads of the sample: masked tokens, positions, time step)
+    key = digest(fingerprint of the trunk, the trunk's inputs for the sample: masked tokens, positions, time step)
 
-So a key stands for (sample, its masks, trunk), and a stale one cannot hit: other weights, masks or data, other keys.
-A training step always starts at the trunk's end, from hidden states that were found, or just made by the trunk alone;
-both ways, and without a cache, the losses are the same to the bit.
+A key identifies (sample, masks, trunk). Other weights, masks or data give other keys, so no entry can be out of date. A
+training step always starts at the end of the trunk, from cached hidden states or from those of a separate forward pass
+of the trunk. The losses are equal to the bit in both cases, and without a cache.
 
-Who keeps what: the pipeline stage that holds the first layer above the trunk keeps that layer's input, each of its
-tensor-parallel ranks its own copy or part. A micro-batch is a hit if all ranks of a model copy have all of it. In
-memory a process finds what it has put there itself; on disk what any process has, this run's or an earlier one's.
+The pipeline stage with the first layer above the trunk stores that layer's input; each of its tensor-parallel ranks
+stores its own copy or part. A micro-batch is a hit if all ranks of a model-parallel group have all its samples. The
+cache in memory contains what the process itself has stored; that on disk also what other processes and earlier runs
+have stored.
 
-    cache_dir/cache.json                      whose cache this is
-    cache_dir/{fingerprint}/tp{rank}/*        see `cache_store`; other fingerprints, of earlier trunks, are removed
+    cache_dir/cache.json                      identifies the run to which the cache belongs
+    cache_dir/{fingerprint}/tp{rank}/*        see `activation_store`; directories of other trunks are removed
 """
 
 import json
@@ -45,11 +46,14 @@ _log = logging.getLogger(__name__)
 
 
 def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if `--cache-dir` is not empty and no cache, or another run's; touches nothing.
+    """Checks that `--cache-dir` is missing, empty, or a cache of the same run; changes nothing.
 
     Args:
-        config: where the cache is, if on disk.
-        identity: what tells runs apart whose caches must not be mixed, as JSON values.
+        config: names the directory.
+        identity: values by which the caches of different runs are distinguished, as JSON values.
+
+    Raises:
+        ValueError: the directory contains something else, or another run's cache.
     """
     if config.cache_dir is None or not config.cache_activations:
         return
@@ -57,17 +61,19 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not directory.is_dir():
-        raise ValueError(f"--cache-dir {directory}: is not a directory")
+        raise ValueError(f"--cache-dir {directory}: not a directory")
     try:
         found = json.loads((directory / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--cache-dir {directory}: is not empty and holds no activation cache") from None
+        raise ValueError(
+            f"--cache-dir {directory}: not empty, and not an activation cache; pass an empty directory"
+        ) from None
     expected = json.loads(json.dumps(identity))
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(
-                f"--cache-dir {directory}: belongs to another run ({name} {found.get(name)}, "
-                f"this run's is {expected.get(name)})"
+                f"--cache-dir {directory}: belongs to another run (its {name} is {found.get(name)}, "
+                f"this run's is {expected.get(name)}); pass another directory"
             )
 
 
@@ -76,9 +82,9 @@ class ActivationCache:
 
     def __init__(self, config: ProgressiveConfig, *, trunk_layers: int, identity: Mapping[str, Any]) -> None:
         """Args:
-        config: where the cache is, and its largest size on a process.
-        trunk_layers: layers of the trunk, the model's first ones.
-        identity: see `check_cache_directory`; enters the fingerprint.
+        config: location of the cache, and its size limit per process.
+        trunk_layers: number of layers of the trunk, the first ones of the model.
+        identity: see `check_cache_directory`; part of the fingerprint.
 
         Raises:
             ValueError: the directory belongs to another run.
@@ -93,20 +99,20 @@ class ActivationCache:
         self._store: Store | None = None
         self._hits = self._misses = 0
         self.was_skipped = False
-        """The trunk was not run in the last step, for any of its micro-batches."""
+        """Whether the trunk was skipped for all micro-batches of the last step."""
 
     def prepare(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """For `Family.prepare_batches`: the micro-batches with the trunk's output, and the model set to start from it.
+        """Adds the trunk's output to the micro-batches, and makes the model start from it; see `prepare_batches`.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            families: all families of the run; one gives the batch field `HIDDEN_STATES` to the model as an auxiliary
-            input. batches: the micro-batches of a step, on the device.
+            families: all families of the run; one passes the batch field `HIDDEN_STATES` to the model.
+            batches: the micro-batches of a step, on the device.
 
         Raises:
-            ValueError: something of the trunk trains.
+            ValueError: a part of the trunk is trainable.
         """
         holds = any(self._layers in chunk.stage.layer_numbers for chunk in chunks)
         self._follow_trunk(chunks, families, holds, batches[0]["tokens"].size(1))
@@ -130,18 +136,21 @@ class ActivationCache:
         return [_with(batch, value) for batch, value in zip(batches, found, strict=True)]
 
     def release(self, chunks: list[GPTModel]) -> None:
-        """The model runs all its layers again: for evaluations."""
+        """Makes the model run all its layers again, for evaluations."""
         for chunk in chunks:
             chunk.run_layers()
 
     def close(self) -> None:
-        """Closes the files; another run, or phase, may use the directory then."""
+        """Closes the files, so that another run or phase can use the directory."""
         if isinstance(self._store, DiskStore):
             self._store.close()
         self._store, self._version, self._fingerprint = None, None, b""
 
     def values(self) -> dict[str, float]:
-        """`cache/hit_rate` of the micro-batches since the last call, `cache/bytes` over all processes. Collective."""
+        """Returns `cache/hit_rate` of the micro-batches since the last call, and `cache/bytes`, over all processes.
+
+        Collective.
+        """
         sums = torch.tensor(
             [self._hits, self._misses, 0 if self._store is None else self._store.size],
             dtype=torch.float64,
@@ -153,7 +162,7 @@ class ActivationCache:
         return {"cache/hit_rate": hits / max(1.0, hits + misses), "cache/bytes": size}
 
     def _follow_trunk(self, chunks: list[GPTModel], families: list[Family], holds: bool, length: int) -> None:
-        """Opens the store of the trunk as it is now: at the beginning, and if a weight was changed."""
+        """Opens the store of the current trunk: in the first step, and again if a weight of the trunk has changed."""
         version = trunk_version(chunks, self._layers)
         same = torch.tensor([version == self._version], dtype=torch.int32, device=torch.cuda.current_device())
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
@@ -169,7 +178,7 @@ class ActivationCache:
             self._open(holds, (rows, config.hidden_size), config.params_dtype)
 
     def _open(self, holds: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Collective. A disk that cannot be written to is no reason to end a run."""
+        """Opens a store in memory or on disk. Collective."""
         if isinstance(self._store, DiskStore):
             self._store.close()
         self._store = MemoryStore(self._max_bytes if self._directory is None else 0)
@@ -177,7 +186,8 @@ class ActivationCache:
             on_every_rank(lambda: self._open_directory(holds, shape, dtype))
 
     def _open_directory(self, holds: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Opens this rank's store, if it keeps anything. All ranks clear up: hosts may have disks of their own."""
+        """Opens this rank's store if it `holds` the layer above the trunk; a disk error only disables the cache."""
+        # All ranks claim the directory and clean it up, because hosts may have separate disks.
         assert self._directory is not None
         rank = parallel_state.get_tensor_model_parallel_rank()
         directory = self._directory / self._fingerprint.hex() / f"tp{rank}"
@@ -186,10 +196,10 @@ class ActivationCache:
             if holds:
                 self._store = DiskStore(directory, f"rank{dist.get_rank()}", shape, dtype, self._max_bytes)
         except OSError as error:
-            _log.warning("activation cache: %s; everything is computed again", describe(error))
+            _log.warning("activation cache: %s; continuing without a cache", describe(error))
 
     def _claim_directory(self) -> None:
-        """Writes the identity, and removes the files of earlier trunks."""
+        """Writes the identity file, and removes the files of earlier trunks."""
         assert self._directory is not None
         self._directory.mkdir(parents=True, exist_ok=True)
         identity = self._directory / IDENTITY_FILE
@@ -202,12 +212,13 @@ class ActivationCache:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _keys(self, families: list[Family], batch: Batch) -> list[bytes]:
-        """A key for each sequence of a micro-batch; the size of the micro-batch may change a bit of the result."""
+        """Returns a key for each sequence of a micro-batch."""
         read = {"tokens": batch["tokens"], "positions": batch["position_ids"]} | auxiliary_inputs(
             families, batch
         )
         if "attention_mask" in batch:
             read["attention_mask"] = batch["attention_mask"]
+        # The micro-batch size is part of the key, because the result can differ in the last bits between sizes.
         rows = batch["tokens"].size(0)
         keys = []
         for row in range(rows):
@@ -219,7 +230,7 @@ class ActivationCache:
         return keys
 
     def _find(self, keys: list[bytes]) -> torch.Tensor | None:
-        """[s, b, h] in the host's memory."""
+        """Returns the stored activations of a micro-batch, [s, b, h] in host memory, or None if one is missing."""
         assert self._store is not None
         values = [self._store.get(key) for key in keys]
         if any(value is None for value in values):
@@ -232,7 +243,7 @@ class ActivationCache:
             self._store.put(key, hidden_states[:, row])
 
     def _agree(self, found: list[bool], device: torch.device) -> list[bool]:
-        """Which micro-batches all ranks of this model copy have."""
+        """Returns for each micro-batch whether all ranks of this model-parallel group have it."""
         agreed = torch.tensor(found, dtype=torch.int32, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
         return [bool(value) for value in agreed.tolist()]
@@ -255,11 +266,11 @@ class ActivationCache:
     def _through_pipeline(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch], hits: list[bool]
     ) -> dict[int, torch.Tensor]:
-        """The trunk's output by micro-batch, for all that were not found."""
+        """Returns index of a micro-batch -> the trunk's output, for all that were not found."""
         chosen = [place for place, hit in enumerate(hits) if not hit]
         if not chosen:
             return {}
-        # The interleaved schedule wants the number of micro-batches to be a multiple of the stages.
+        # The interleaved schedule requires that the number of micro-batches is a multiple of the number of stages.
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         chosen += [place for place, hit in enumerate(hits) if hit][: -len(chosen) % stages]
         outputs = run_trunk(chunks, families, [batches[place] for place in chosen], self._layers)
@@ -271,7 +282,7 @@ class ActivationCache:
 
 
 def _with(batch: Batch, hidden_states: torch.Tensor | None) -> Batch:
-    """The micro-batch with the trunk's output, on the stage that starts from it."""
+    """Returns the micro-batch with the trunk's output, on the stage that starts from it."""
     if hidden_states is None:
         return batch
     return {**batch, HIDDEN_STATES: hidden_states.to(batch["tokens"].device, non_blocking=True)}

@@ -1,15 +1,15 @@
-"""Where cached activations lie: in memory, or in files that are mapped into memory.
+"""Stores of cached activations: in memory, or in memory-mapped files.
 
-A store maps a key of 16 bytes to a tensor; all tensors of a store have one shape and type. It never fails a run: what
-cannot be kept or read back is not there, and the reason is logged once.
+A store maps a key of 16 bytes to a tensor; all tensors of a store have the same shape and dtype. Storage errors never
+end a run: a tensor that cannot be stored or read counts as missing, and the reason is logged once.
 
-On disk every process appends to two files of its own and reads those of all processes in the directory:
+On disk every process appends to two files of its own, and reads those of all processes in the directory:
 
-    {writer}.data     tensors, one after the other
-    {writer}.index    a record of 32 bytes for each: key, place, checksum of the tensor, checksum of the record
+    {writer}.data     the tensors, one after the other
+    {writer}.index    a record of 32 bytes per tensor: key, place, checksum of the tensor, checksum of the record
 
-A record is written after its tensor, so a process that is killed leaves complete tensors, and perhaps a last record
-that is cut off and passed over. A tensor is compared with its checksum whenever it is read.
+A record is written after its tensor. So a killed process leaves only complete tensors, and perhaps an incomplete last
+record, which is skipped. Every read compares the tensor with its checksum.
 """
 
 import fcntl
@@ -27,28 +27,28 @@ import torch
 _log = logging.getLogger(__name__)
 
 _RECORD = struct.Struct("<16sQII")
-"""Key, place, checksum of the tensor, checksum of what stands before."""
+"""Key, place, checksum of the tensor, checksum of the preceding fields."""
 
 
 class Store(Protocol):
-    """Keeps tensors of one shape by key."""
+    """Stores tensors of one shape by key."""
 
     size: int
-    """Bytes that this process has put into it."""
+    """Number of bytes that this process has stored."""
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """The tensor of a key, or None."""
+        """Returns the tensor of a key, or None."""
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Keeps a tensor while there is room."""
+        """Stores a tensor if it fits."""
 
 
 class MemoryStore:
-    """In the host's memory."""
+    """A store in host memory."""
 
     def __init__(self, max_bytes: int) -> None:
         """Args:
-        max_bytes: largest size.
+        max_bytes: size limit.
         """
         self.size = 0
         self._max_bytes = max_bytes
@@ -56,11 +56,11 @@ class MemoryStore:
         self._told = False
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """The tensor of a key, or None."""
+        """Returns the tensor of a key, or None."""
         return self._values.get(key)
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Keeps a copy of a tensor while there is room."""
+        """Stores a copy of a tensor if it fits."""
         if key in self._values:
             return
         if self.size + value.nbytes > self._max_bytes:
@@ -71,21 +71,21 @@ class MemoryStore:
 
 
 class DiskStore:
-    """In files of a directory."""
+    """A store in the files of a directory."""
 
     def __init__(
         self, directory: Path, writer: str, shape: tuple[int, ...], dtype: torch.dtype, max_bytes: int
     ) -> None:
         """Args:
-        directory: is made where it is missing.
-        writer: name of this process's files; no other process may have it.
-        shape: of every tensor.
-        dtype: of every tensor.
-        max_bytes: largest size of this process's files.
+        directory: created if it is missing.
+        writer: name of this process's files, unique among processes.
+        shape: shape of every tensor.
+        dtype: dtype of every tensor.
+        max_bytes: size limit of this process's files.
 
         Raises:
             ValueError: another process writes these files.
-            OSError: the directory cannot be read or made.
+            OSError: the directory cannot be read or created.
         """
         self._directory, self._writer = directory, writer
         self._shape, self._dtype, self._max_bytes = shape, dtype, max_bytes
@@ -96,12 +96,12 @@ class DiskStore:
         directory.mkdir(parents=True, exist_ok=True)
         self._data = os.open(directory / f"{writer}.data", os.O_RDWR | os.O_CREAT, 0o644)
         self._index = os.open(directory / f"{writer}.index", os.O_RDWR | os.O_CREAT, 0o644)
-        # Closes this process's files; so does the end of the object.
+        # Closes this process's files when called, or when the object is garbage-collected.
         self.close = weakref.finalize(self, _close, self._data, self._index)
         try:
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--cache-dir {directory}: another process writes {writer}.data") from None
+            raise ValueError(f"--cache-dir {directory}: another process is writing {writer}.data") from None
         self._next = -(-os.fstat(self._data).st_size // self._bytes)
         records = os.fstat(self._index).st_size // _RECORD.size
         os.ftruncate(self._index, records * _RECORD.size)
@@ -109,7 +109,7 @@ class DiskStore:
         self._refresh()
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """The tensor of a key that any process has written; None too where it is damaged."""
+        """Returns the tensor of a key that any process has written; None if it is missing or damaged."""
         if key not in self._places:
             self._refresh()
         if key not in self._places:
@@ -121,12 +121,12 @@ class DiskStore:
             if not self._readers[writer].told:
                 self._readers[writer].told = True
                 path = self._directory / f"{writer}.data"
-                _log.warning("activation cache: %s is damaged; what cannot be read is computed again", path)
+                _log.warning("activation cache: %s is damaged; unreadable entries are recomputed", path)
             return None
         return torch.frombuffer(content, dtype=self._dtype).view(self._shape)
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Appends a tensor while there is room."""
+        """Appends a tensor if it fits."""
         if self._full or key in self._places:
             return
         if self.size + self._bytes > self._max_bytes:
@@ -141,7 +141,7 @@ class DiskStore:
         except OSError as error:
             self._full = True
             _log.warning(
-                "activation cache: %s: %s; no more is kept, what is missing is computed again",
+                "activation cache: %s: %s; no further entries are stored, missing ones are recomputed",
                 self._directory,
                 error.strerror or error,
             )
@@ -152,7 +152,7 @@ class DiskStore:
         self._readers.setdefault(self._writer, _Reader(self._directory, self._writer))
 
     def _refresh(self) -> None:
-        """Takes in what processes have written since the last time."""
+        """Reads the records that processes have written since the last call."""
         for path in sorted(self._directory.glob("*.index")):
             reader = self._readers.setdefault(path.stem, _Reader(self._directory, path.stem))
             for key, place, checksum in reader.new_records():
@@ -160,7 +160,7 @@ class DiskStore:
 
 
 class _Reader:
-    """One writer's files, as any process reads them."""
+    """Reads one writer's files."""
 
     def __init__(self, directory: Path, writer: str) -> None:
         self._data = directory / f"{writer}.data"
@@ -170,7 +170,7 @@ class _Reader:
         self.told = False
 
     def new_records(self) -> list[tuple[bytes, int, int]]:
-        """Complete records that were not given before; a damaged one is left out."""
+        """Returns the complete, undamaged records that were added since the last call."""
         if os.stat(self._index).st_size < self._taken + _RECORD.size:
             return []
         with open(self._index, "rb") as stream:
@@ -187,9 +187,9 @@ class _Reader:
         return found
 
     def read(self, start: int, size: int) -> bytearray | None:
-        """A copy of bytes of the data file, None where it ends before them."""
+        """Returns a copy of a range of the data file, or None if the file is too short."""
         try:
-            # A file that was cut short would end the process where its map is read.
+            # Reading a memory map beyond the end of a truncated file would kill the process (SIGBUS).
             if os.stat(self._data).st_size < start + size:
                 return None
             if self._map is None or len(self._map) < start + size:
@@ -206,7 +206,7 @@ def _close(*files: int) -> None:
 
 
 def _write(file: int, content: bytes | memoryview, offset: int) -> None:
-    """Writes all of it, or raises `OSError`."""
+    """Writes the whole content, or raises `OSError`."""
     view = memoryview(content).cast("B")
     while len(view):
         written = os.pwrite(file, view, offset)
@@ -215,7 +215,7 @@ def _write(file: int, content: bytes | memoryview, offset: int) -> None:
 
 def _tell_full(max_bytes: int) -> bool:
     _log.warning(
-        "activation cache: --cache-max-gb %.3g is reached; what does not fit is computed again",
+        "activation cache: --cache-max-gb %.3g is reached; samples that do not fit are recomputed",
         max_bytes / 2**30,
     )
     return True

@@ -1,8 +1,8 @@
-"""A frozen trunk as the activation cache sees it: what it consists of, its fingerprint, and running it alone.
+"""The frozen trunk for the activation cache: its tensors, its fingerprint, and a forward pass of the trunk alone.
 
-The trunk is everything that makes the input of layer k: embedding, what families add to it, and layers 0 .. k - 1. Its
-fingerprint is a digest of all these weights, of the adapters' scale and the precision, and of the configurations; it is
-another one at another parallel layout.
+The trunk computes the input of layer k: embedding, the families' additions to it, and layers 0 .. k - 1. Its
+fingerprint is a digest of all these weights, the adapters' scale, the precision and the configurations. It differs
+between parallel layouts.
 """
 
 import json
@@ -24,11 +24,11 @@ _ABOVE = ("decoder.final_layernorm.", "output_layer.")
 
 
 def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name, with numbers of layers over the whole model, and tensor of all that the trunk has on this rank.
+    """Yields name (with layer numbers over the whole model) and tensor of every tensor of the trunk on this rank.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        layers: k, the trunk's.
+        layers: k, the number of the trunk's layers.
     """
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
@@ -45,16 +45,22 @@ def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str
 
 
 def check_frozen(chunks: Iterable[GPTModel], layers: int) -> None:
-    """Raises `ValueError` if anything of the trunk trains, on this rank."""
+    """Checks that no tensor of the trunk on this rank is trainable.
+
+    Raises:
+        ValueError: a tensor is trainable; the message names it.
+    """
     for name, tensor in trunk_tensors(chunks, layers):
         if tensor.requires_grad:
             tied = name == "embedding.word_embeddings.weight"
-            hint = "; untie it from the head, and freeze it" if tied else ""
-            raise ValueError(f"--cache-activations: {name} belongs to the trunk and trains{hint}")
+            hint = "; untie the embedding from the head, and freeze it" if tied else ""
+            raise ValueError(
+                f"trunk parameter {name} is trainable, but --cache-activations requires a frozen trunk{hint}"
+            )
 
 
 def without_dropout(chunks: Iterable[GPTModel], layers: int) -> None:
-    """Sets a frozen trunk to evaluation, for the rest of a training step: it has no dropout, cached or not."""
+    """Sets a frozen trunk to evaluation mode for the rest of a training step, so that it has no dropout."""
     for chunk in chunks:
         if chunk.pre_process:
             chunk.embedding.eval()
@@ -64,20 +70,21 @@ def without_dropout(chunks: Iterable[GPTModel], layers: int) -> None:
 
 
 def trunk_version(chunks: Iterable[GPTModel], layers: int) -> int:
-    """Changes whenever a tensor of the trunk is written to in place; costs nothing."""
+    """Returns a number that changes whenever a tensor of the trunk is modified in place."""
+    # torch counts the in-place changes of every tensor, so this is much cheaper than the fingerprint.
     return sum(tensor._version for _, tensor in trunk_tensors(chunks, layers))
 
 
 def trunk_fingerprint(
     chunks: list[GPTModel], families: list[Family], layers: int, identity: Mapping[str, Any]
 ) -> bytes:
-    """16 bytes that are the same where the trunk gives the same values. Collective over the model-parallel group.
+    """Returns 16 bytes that are equal only if the trunk computes equal values. Collective over model-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        families: all families of the run; what of their configuration may change on resuming is left out.
-        layers: k, the trunk's.
-        identity: what else decides the values, as JSON values.
+        families: all families of the run; their configurations are included, except fields free to change on resume.
+        layers: k, the number of the trunk's layers.
+        identity: further values on which the output depends, as JSON values.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     local = {(name, rank): digest([tensor]) for name, tensor in trunk_tensors(chunks, layers)}
@@ -104,12 +111,12 @@ def trunk_fingerprint(
     return digest([json.dumps(rest, sort_keys=True, default=str).encode(), *parts])
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, Any]:
-    """A family's configuration without the keys that are free."""
+    """Returns a family's configuration without the keys in `free`."""
     return {
         name: _fixed(value, free) if isinstance(value, Mapping) else value
         for name, value in configuration.items()
@@ -121,15 +128,19 @@ def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, 
 def run_trunk(
     chunks: list[GPTModel], families: list[Family], batches: list[Batch], layers: int
 ) -> list[torch.Tensor]:
-    """The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h]), on the stage that holds this layer.
+    """Runs the trunk without dropout. Collective over the pipeline stages.
 
-    Without pipeline parallelism the schedule is not used: it may be under way. Dropout is off.
+    Without pipeline parallelism the schedule is not used, so that this can be called while it runs.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
         families: all families of the run.
-        batches: micro-batches on the device; with a pipeline as many as its schedule can take.
-        layers: k, the trunk's.
+        batches: micro-batches on the device; with a pipeline a number that its schedule supports.
+        layers: k, the number of the trunk's layers.
+
+    Returns:
+        The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h] under sequence parallel), on the stage that
+        holds this layer; an empty list on other stages.
     """
     outputs: list[torch.Tensor] = []
     hooks = [

@@ -1,1 +1,1 @@
-"""Racks, stacks, phases, and how a stack gets its first weights."""
+"""Racks, stacks and phases, and the initial weights of new stacks."""

@@ -1,15 +1,15 @@
-"""Growing a model: what a larger model takes from the checkpoint of the smaller one, and how its new layers start.
+"""Grows a model: loads the trunk from the smaller model's checkpoint, and initializes the new layers.
 
-Tensors are read through the sharded state dict by their global names, of which the layer's number is changed to the one
-that the layer had in the smaller model; so layers may move between pipeline stages, and the cut may change.
+Tensors are read through the sharded state dict by their global names, with each layer's number in the smaller model. So
+layers may move to other pipeline stages, and the parallel layout may change.
 
-    random       new layers as they are drawn, from a seed of their own
-    copy         of the neighbouring stack, layer by layer (again from its first layer where the new one is longer)
-    interleave   of trunk layers evenly taken from the whole trunk: layer j of n from trunk layer floor(j L / n)
-    zero         random, but the output projections of attention and MLP zero: both add exactly nothing
+    random       initialized with a seed of the stack
+    copy         copies of the neighbouring stack's layers, in order (repeated if the new stack has more layers)
+    interleave   copies of layers distributed over the whole trunk: layer j of n from trunk layer floor(j L / n)
+    zero         as random, but the output projections of attention and MLP are zero, so the new layers add nothing
 
-A copied layer has the function of its source: the source's adapters are added to the copied weights, and the new
-layer's own adapters begin at zero. Optimizer states go with the parameters that had one, and are none for the others.
+A copied layer computes the same function as its source: the source's adapters are added to the copied weights, and the
+new layer's own adapters start at zero. Parameters keep their optimizer state; new parameters have none.
 """
 
 import re
@@ -41,13 +41,13 @@ _OUTPUT_PROJECTIONS = (LINEARS[1], LINEARS[3])
 
 
 def layer_of_name(name: str) -> int | None:
-    """Number of the layer in a global name, None where it has none."""
+    """Returns the layer's number in a global name, or None."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
 def renamed(name: str, sources: Mapping[int, int]) -> str | None:
-    """A global name with the layer's number changed; None where `sources` does not have the layer."""
+    """Returns a global name with the layer's number in the checkpoint; None if `sources` does not have the layer."""
     layer = layer_of_name(name)
     if layer is None:
         return name
@@ -58,15 +58,15 @@ def renamed(name: str, sources: Mapping[int, int]) -> str | None:
 
 @torch.no_grad()
 def read_trunk(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> None:
-    """Gives a model the weights that it shares with a checkpoint; collective.
+    """Loads the weights that a model has in common with a checkpoint; collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, not yet packed.
-        folder: the checkpoint.
-        sources: number of each layer that the checkpoint has -> its number there.
+        chunks: this rank's chunks, unwrapped, without packed weights.
+        folder: the checkpoint's directory.
+        sources: number of a layer that the checkpoint has -> its number there.
 
     Raises:
-        ValueError: the checkpoint is damaged, lacks a tensor, or has it in another shape.
+        ValueError: the checkpoint is damaged, a tensor is missing, or it has another shape.
     """
     tensors.verify(folder)
     _read_layers(chunks, folder, sources, everything=True)
@@ -81,15 +81,15 @@ def start_new_layers(
     trunk_settings: SettingsByLayer,
     how: GrowthInit,
 ) -> None:
-    """Gives the newest stack's layers, which are drawn already, their initial weights; collective.
+    """Sets the initial weights of the newest stack's layers, which are already initialized randomly; collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, not yet packed.
-        folder: the trunk's checkpoint, verified.
-        rack: the model's.
-        trunk: the checkpoint's.
-        trunk_settings: what the trunk's layers had there, for their adapters.
-        how: see above.
+        chunks: this rank's chunks, unwrapped, without packed weights.
+        folder: directory of the trunk's checkpoint, already verified.
+        rack: the model's stacks.
+        trunk: the checkpoint's stacks.
+        trunk_settings: the checkpoint's settings by layer, which name the adapters.
+        how: the initialization; see the top of this file.
     """
     new = rack.layers_of(rack.newest.index)
     if how == "zero":
@@ -112,7 +112,7 @@ def _zero_output_projections(layer: torch.nn.Module) -> None:
 
 
 def _sources(rack: Rack, trunk: Rack, how: str) -> dict[int, int]:
-    """Number of each new layer -> number in the trunk of the layer that it copies."""
+    """Returns number of each new layer -> number of the trunk layer of which it is a copy."""
     new = rack.layers_of(rack.newest.index)
     if how == "interleave":
         return {layer: place * trunk.num_layers // len(new) for place, layer in enumerate(new)}
@@ -123,7 +123,8 @@ def _sources(rack: Rack, trunk: Rack, how: str) -> dict[int, int]:
 
 
 def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
-    """The same in parts that take no layer twice: one reading asks for a tensor once."""
+    """Splits `sources` into parts in which no source occurs twice."""
+    # One read of a checkpoint cannot load the same tensor into two parameters.
     rounds: list[dict[int, int]] = []
     for layer, source in sources.items():
         free = next((part for part in rounds if source not in part.values()), None)
@@ -135,14 +136,14 @@ def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
 
 
 def _name_in_trunk(sources: Mapping[int, int]) -> Callable[[str], str]:
-    """Tells the name that the checkpoint has for a global name; for a new layer's one that it does not have."""
+    """Returns a function from global names to names in the checkpoint; new layers get names that do not occur there."""
     return lambda name: renamed(name, sources) or f"{_NEW}{name}"
 
 
 def _read_layers(
     chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], *, everything: bool
 ) -> None:
-    """Reads layers from where `sources` says; with `everything` adapters and what lies outside the layers too."""
+    """Reads layers as `sources` maps them; with `everything` also adapters and parameters outside of layers."""
 
     def wanted(name: str, _: torch.Tensor, stored: Container[str]) -> bool:
         if name.startswith(_NEW):
@@ -159,7 +160,7 @@ def _read_layers(
 def _add_deltas(
     chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], plan: SettingsByLayer
 ) -> None:
-    """Adds the adapters of the copied layers to the copies' weights."""
+    """Adds the adapters of the source layers to the weights of the copies."""
     metadata = ensure_metadata_has_dp_cp_group(dict(CHECKPOINT_METADATA))
     found: list[tuple[Any, LoRAAdapter]] = []
     state: dict[str, dict[str, Any]] = {}
@@ -188,15 +189,15 @@ def _add_deltas(
 
 
 def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> dict[str, int]:
-    """Marks the parameters that train and whose optimizer state a checkpoint holds; collective.
+    """Finds the trainable parameters whose optimizer state is in a checkpoint, and sets `earlier_steps`; collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, frozen where they are to be.
-        folder: the trunk's checkpoint, in which the family's state has what this function gave for its own run.
-        sources: number of each layer that the checkpoint has -> its number there.
+        chunks: this rank's chunks, unwrapped, already frozen where they do not train.
+        folder: directory of the trunk's checkpoint; its family state contains this function's result for its own run.
+        sources: number of a layer that the checkpoint has -> its number there.
 
     Returns:
-        Global name -> Adam's updates so far, of all parameters in the model that have such a state.
+        Global name of each such parameter of the model -> number of Adam updates so far.
     """
     state_file = on_every_rank(lambda: files.read_json(folder / files.STATE))
     steps = state_file["optimizer_step"]
@@ -218,15 +219,15 @@ def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping
 def carry_optimizer_state(
     chunks: list[GPTModel], optimizer: MegatronOptimizer, folder: Path, sources: Mapping[int, int]
 ) -> None:
-    """Gives the optimizer of a grown model the states of the parameters that had one; collective.
+    """Loads the optimizer states of the trunk's parameters into the optimizer of a grown model; collective.
 
     Call `parameters_with_state` before the optimizer is built.
 
     Args:
         chunks: this rank's chunks, unwrapped.
-        optimizer: over them, new.
-        folder: the trunk's checkpoint.
-        sources: number of each layer that the checkpoint has -> its number there.
+        optimizer: the new optimizer of these chunks.
+        folder: directory of the trunk's checkpoint.
+        sources: number of a layer that the checkpoint has -> its number there.
     """
     names = tensors.model_state(chunks, rename=_name_in_trunk(sources))
     tensors.load_optimizer(OptimizerState(optimizer, names), folder, 0, whole=False, same_vocabulary=True)

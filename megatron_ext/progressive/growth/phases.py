@@ -1,10 +1,10 @@
-"""The phases of a progressive training: which stack trains when, for how many steps, with which learning rate.
+"""The phases of progressive training: which stack trains when, for how many steps, with which learning rate.
 
-    progressive_stack_{i}      the rack of stacks 0 .. i; stack i trains over its trunk
+    progressive_stack_{i}      the rack of stacks 0 .. i; stack i trains on its trunk
     progressive_joint          the complete rack, nothing frozen, for --joint-steps
-    progressive_end_to_end     with --no-enabled, in the place of all others: the complete rack for all their steps
+    progressive_end_to_end     with --no-enabled, instead of all others: the complete rack for the sum of their steps
 
-Every phase has a learning-rate schedule of its own, from the warm-up on. Steps and samples are counted on.
+Every phase has its own learning-rate schedule, beginning with the warm-up. Step and sample numbers continue.
 """
 
 from dataclasses import dataclass, replace
@@ -23,26 +23,26 @@ END_TO_END = "progressive_end_to_end"
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One run of the engine."""
+    """One phase, which is one run of training."""
 
     name: str
-    """Of its directory of checkpoints."""
+    """Name of the phase and of its directory of checkpoints."""
 
     rack: Rack
     """The stacks of its model."""
 
     trains: Trains
-    """What trains."""
+    """What the phase trains."""
 
     steps: int
-    """Optimizer steps, if no plateau ends it."""
+    """Number of steps, unless a plateau ends the phase earlier."""
 
     lr: float
     """Peak learning rate."""
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Title of the phase in messages and reports."""
         if self.name == JOINT:
             return f"joint phase, all {len(self.rack.stacks)} stacks"
         if self.name == END_TO_END:
@@ -52,7 +52,7 @@ class Phase:
 
 
 def stack_name(index: int) -> str:
-    """Name of a stack's phase, document 004's."""
+    """Returns the name of a stack's phase, as in docs/design/progressive_growth.md."""
     return f"progressive_stack_{index}"
 
 
@@ -65,18 +65,18 @@ def list_phases(
     sequence_length: int,
     rack: Rack | None = None,
 ) -> list[Phase]:
-    """All phases in their order.
+    """Returns all phases in order.
 
     Args:
-        config: of progressive training.
-        training: its length is that of every stack where `config` gives none.
-        optimizer: peak learning rate.
-        global_batch_size: sequences in a step.
-        sequence_length: tokens in a sequence.
-        rack: of all stacks; by default what `config` asks for.
+        config: the configuration of progressive training.
+        training: gives the length of every stack's phase if `config` does not.
+        optimizer: gives the peak learning rate.
+        global_batch_size: sequences per step.
+        sequence_length: tokens per sequence.
+        rack: the complete rack; None for the one that `config` describes.
 
     Raises:
-        ValueError: a stack has fewer tokens than a step takes.
+        ValueError: --stack-tokens is less than one step.
     """
     steps = [
         _steps(config, index, training, global_batch_size, sequence_length)
@@ -112,8 +112,8 @@ def _steps(
         tokens = config.stack_tokens[index if len(config.stack_tokens) > 1 else 0]
         if tokens < global_batch_size * length:
             raise ValueError(
-                f"--stack-tokens {tokens}: a step takes {global_batch_size * length} ({global_batch_size} sequences of "
-                f"{length})"
+                f"--stack-tokens {tokens} is less than one step, which has {global_batch_size * length} tokens "
+                f"({global_batch_size} sequences of {length})"
             )
         return tokens // (global_batch_size * length)
     if config.stack_steps is not None:

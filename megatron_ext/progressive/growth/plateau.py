@@ -1,29 +1,29 @@
-"""Ends a stack's training early: the mean loss over the last p steps is not better by delta than over the p before."""
+"""Ends a stack's training when the mean loss of the last p steps is not lower by delta than that of the p before."""
 
 import math
 from typing import Any
 
 
 class Plateau:
-    """Watches the losses of one run."""
+    """Detects a plateau in the losses of one run."""
 
     def __init__(self, patience: int | None, min_delta: float) -> None:
         """Args:
-        patience: steps of one mean; None for never.
-        min_delta: by how much the later mean must be lower.
+        patience: number of steps p of each mean; None disables the detection.
+        min_delta: required decrease of the mean.
         """
         self.patience = patience
         self.min_delta = min_delta
         self._losses: list[float] = []
 
     def add(self, loss: float) -> None:
-        """Takes the loss of a step; one that is not finite, of a step that was skipped, does not count."""
+        """Adds the loss of a step; a loss that is not finite (of a skipped step) is ignored."""
         if self.patience is not None and math.isfinite(loss):
             self._losses = [*self._losses, loss][-2 * self.patience :]
 
     @property
     def is_reached(self) -> bool:
-        """The loss has stopped falling."""
+        """Whether the loss has stopped falling."""
         patience = self.patience
         if patience is None or len(self._losses) < 2 * patience:
             return False
@@ -34,9 +34,9 @@ class Plateau:
         return math.fsum(losses) / len(losses)
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses that count, as JSON values."""
+        """Returns the recent losses as JSON values."""
         return {"losses": self._losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._losses = [] if self.patience is None else list(state["losses"])[-2 * self.patience :]

@@ -1,10 +1,10 @@
-"""Racks and stacks: which layers of a model belong to which stack, and where they go when the model grows.
+"""Racks and stacks: which layers of a model belong to which stack, and how their numbers change when the model grows.
 
     block    one transformer layer
-    stack    n_blocks blocks, made and trained together; its index is the order in which stacks are made, from 0
+    stack    n_blocks blocks, created and trained together; its index counts stacks in the order of creation, from 0
     rack     embedding, stacks, final norm, head
 
-A rack lists its stacks from the embedding to the head. Source: document 004.
+A rack lists its stacks from the embedding to the head. Source: docs/design/progressive_growth.md.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Layers that are made and trained together."""
+    """Layers that are created and trained together."""
 
     index: int
-    """The order in which stacks are made, from 0."""
+    """Index in the order of creation, from 0."""
 
     n_blocks: int
-    """Its layers."""
+    """Number of layers."""
 
     precision: str
-    """Of its linear layers: full, half, bfloat16, nvfp4 or qlora."""
+    """Precision of the linear layers: full, half, bfloat16, nvfp4 or qlora."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,42 +36,42 @@ class Rack:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers of the model."""
         return sum(stack.n_blocks for stack in self.stacks)
 
     @property
     def newest(self) -> Stack:
-        """The stack that was made last."""
+        """The stack that was created last."""
         return max(self.stacks, key=lambda stack: stack.index)
 
     def grown(self, mode: str, n_blocks: int, precision: str) -> "Rack":
-        """The rack with one more stack.
+        """Returns the rack with one more stack.
 
         Args:
-            mode: `append` (after all others) or `prepend` (before them).
-            n_blocks: layers of the new stack.
-            precision: of the new stack.
+            mode: position of the new stack, `append` (after all others) or `prepend` (before them).
+            n_blocks: number of layers of the new stack.
+            precision: precision of the new stack.
         """
         stack = Stack(index=len(self.stacks), n_blocks=n_blocks, precision=precision)
         return Rack(stacks=(stack, *self.stacks) if mode == "prepend" else (*self.stacks, stack))
 
     def first(self, num_stacks: int) -> "Rack":
-        """The rack as it was when it had so many stacks."""
+        """Returns the rack as it was with `num_stacks` stacks."""
         return Rack(stacks=tuple(stack for stack in self.stacks if stack.index < num_stacks))
 
     def layers(self) -> Iterator[tuple[Stack, range]]:
-        """Every stack with the numbers of its layers, from 0 over the whole model."""
+        """Yields every stack with the numbers of its layers, from 0 over the whole model."""
         first = 0
         for stack in self.stacks:
             yield stack, range(first, first + stack.n_blocks)
             first += stack.n_blocks
 
     def layers_of(self, index: int) -> range:
-        """Numbers of the layers of a stack."""
+        """Returns the numbers of the layers of the stack with this index."""
         return next(layers for stack, layers in self.layers() if stack.index == index)
 
     def layers_of_other(self, other: "Rack") -> dict[int, int]:
-        """Number of each layer that another rack has too -> its number there; the two may be of different sizes."""
+        """Returns number of each layer that the other rack has too -> its number there; sizes may differ."""
         there = {
             (stack.index, place): layer
             for stack, layers in other.layers()
@@ -85,7 +85,7 @@ class Rack:
         }
 
     def as_json(self) -> list[dict[str, Any]]:
-        """For a checkpoint; `from_json` reads it."""
+        """Returns the rack as JSON values; inverse of `from_json`."""
         return [
             {"index": stack.index, "n_blocks": stack.n_blocks, "precision": stack.precision}
             for stack in self.stacks
@@ -93,12 +93,12 @@ class Rack:
 
     @classmethod
     def from_json(cls, value: list[dict[str, Any]]) -> "Rack":
-        """The rack that gave this `as_json()`."""
+        """Rebuilds the rack from `as_json()`."""
         return cls(stacks=tuple(Stack(**stack) for stack in value))
 
 
 def rack_of(config: ProgressiveConfig, num_stacks: int) -> Rack:
-    """The rack of the first `num_stacks` stacks that a configuration asks for."""
+    """Returns the rack of the first `num_stacks` stacks that a configuration describes."""
     rack = Rack()
     for index in range(num_stacks):
         mode = config.mode_of(index) if index else "append"

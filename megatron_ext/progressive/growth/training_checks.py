@@ -1,7 +1,7 @@
-"""What a progressive training from the command line must not be: contradictory, or another than its directory's.
+"""Checks that the flags of progressive training are consistent, and that they match the training in `--save`.
 
-All is found out before the process group starts, and nothing is written. What the configuration alone tells is checked
-in `config`, the models and schedules of the phases in `phases`.
+All checks run before the process group starts and write nothing. `progressive_config` checks its own fields, `phases`
+the models and schedules of the phases.
 """
 
 from pathlib import Path
@@ -21,43 +21,56 @@ from megatron_ext.training.checkpoint.same_run_checks import check_same_layers
 
 
 def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
-    """Raises `ValueError` for what contradicts itself, or the training that is there already.
+    """Checks the flags against each other and against the training in `--save`.
 
     Args:
-        config: of the training.
-        phases: of the training.
+        config: the configuration of the training.
+        phases: its phases.
+
+    Raises:
+        ValueError: they contradict each other.
     """
     checkpoint, own = config.checkpoint, config.progressive
     if checkpoint.save is None:
-        raise ValueError("--save: missing; every stack grows from the checkpoint of the one before")
+        raise ValueError(
+            "--save is required, because every stack grows from the checkpoint of the previous one"
+        )
     if checkpoint.load is not None and Path(checkpoint.load).resolve() != Path(checkpoint.save).resolve():
         raise ValueError(
-            f"--load {checkpoint.load}: a progressive training goes on in --save, which is {checkpoint.save}"
+            f"--load {checkpoint.load}: progressive training continues in --save ({checkpoint.save}); omit --load"
         )
     for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step", "overwrite_checkpoints"):
         value = getattr(checkpoint, name)
         if value not in (None, False):
             raise ValueError(
-                f"{flag_name(name)}: a progressive training goes on from its own checkpoints, whole"
+                f"{flag_name(name)} is not supported: progressive training continues from its own complete checkpoints"
             )
     if own.training_objective == "custom":
-        raise ValueError("--training-objective custom: indexed data give no targets; use ProgressiveTrainer")
+        raise ValueError(
+            "--training-objective custom: indexed data has no targets; use ProgressiveTrainer in Python"
+        )
     if config.training.skip_train:
-        raise ValueError("--skip-train: there is nothing to do for it here; see tools/evaluate.py")
+        raise ValueError(
+            "--skip-train is not supported by progressive training; evaluate with tools/evaluate.py"
+        )
     tied = not config.model.untie_embeddings_and_output_weights
     trains = own.train_embedding or own.trunk_strategy == "trained"
     if tied and own.enabled and own.num_stacks > 1 and not trains:
         raise ValueError(
-            "--train-embedding: needed without --untie-embeddings-and-output-weights, as the head always trains"
+            "--train-embedding is required without --untie-embeddings-and-output-weights, because the head, which "
+            "always trains, then shares the embedding's weights"
         )
     _check_stacks(own, phases, config.model, config.parallel.tensor_model_parallel_size)
     _check_made_with(config, check_history(Path(checkpoint.save), phases))
 
 
 def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
-    """Raises `ValueError` where the finished stacks are of another model, or were trained to see other tokens.
+    """Checks that the finished stacks have the same architecture and were trained with the same kind of attention.
 
-    A new stack on them, or the same command once more, would otherwise go on from something else than it says.
+    Otherwise the command would silently continue from a different model.
+
+    Raises:
+        ValueError: they differ.
     """
     if not history.finished:
         return
@@ -69,13 +82,13 @@ def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
     objective = stored["families"]["progressive"]["settings"]["training_objective"]
     if (ours == "clm") != (objective == "clm"):
         raise ValueError(
-            f"--training-objective {ours}: the stacks of {folder} were trained with {objective}, where a token sees "
-            f"{'those before it' if objective == 'clm' else 'all others'}"
+            f"--training-objective {ours}: the stacks of {folder} were trained with {objective}, in which a token "
+            f"attends to {'earlier tokens only' if objective == 'clm' else 'all others'}"
         )
 
 
 def _check_stacks(config: ProgressiveConfig, phases: list[Phase], model: ModelConfig, ranks: int) -> None:
-    """Raises `ValueError` where a precision does not fit the model, or a cache is asked for that nothing would use."""
+    """Raises `ValueError` if a precision does not fit the model, or if `--cache-dir` would not be used."""
     for precision in {config.trunk_precision, *(stack.precision for stack in phases[-1].rack.stacks)}:
         if is_packed(precision):  # also where its library is missing
             for part in _parts(model, ranks):
@@ -83,13 +96,13 @@ def _check_stacks(config: ProgressiveConfig, phases: list[Phase], model: ModelCo
     caches = any(frozen_below(phase.rack, config, phase.trains) for phase in phases)
     if config.cache_dir is not None and not (caches and config.cache_activations):
         raise ValueError(
-            f"--cache-dir {config.cache_dir}: nothing is cached: that needs --cache-activations, a frozen trunk, "
-            "an appended stack, and an embedding that does not train"
+            f"--cache-dir {config.cache_dir}: nothing would be cached; a cache requires --cache-activations, a frozen "
+            "trunk, an appended stack and a frozen embedding"
         )
 
 
 def _parts(model: ModelConfig, ranks: int) -> list[Part]:
-    """A tensor-parallel rank's parts of a layer's four matrices."""
+    """Returns a tensor-parallel rank's parts of a layer's four matrices."""
     hidden, width = model.hidden_size, model.resolved_kv_channels
     queries, keys = model.num_attention_heads * width, model.resolved_num_query_groups * width
     inner, gates = model.resolved_ffn_hidden_size, 2 if model.swiglu else 1
@@ -102,29 +115,31 @@ def _parts(model: ModelConfig, ranks: int) -> list[Part]:
 
 
 def check_history(save: Path, phases: list[Phase]) -> History:
-    """How far the training in a directory has come.
+    """Reads the history of the training in a directory, and checks that it matches the phases.
 
     Raises:
-        ValueError: it is another training than that of `phases`, or has come further; or it is a run of another kind.
+        ValueError: the directory contains another training, a longer one, or a run of another kind.
     """
-    check_unused(save, "a progressive training needs a directory of its own", but_for=(FILE,))
+    check_unused(save, "progressive training needs its own directory", but_for=(FILE,))
     history = read_history(save)
     there, planned = history.rack.stacks, phases[-1].rack.stacks
     if len(there) > len(planned):
-        raise ValueError(f"--target-stacks {len(planned)}: the rack in {save} has {len(there)} stacks")
+        raise ValueError(
+            f"--target-stacks {len(planned)}: the rack in {save} already has {len(there)} stacks"
+        )
     if history.rack not in (Rack(), *(phase.rack for phase in phases)):
         told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
         raise ValueError(
-            f"--n-blocks, --building-mode, --new-stack-precision: the rack in {save} was made otherwise "
+            f"--n-blocks, --building-mode, --new-stack-precision: the rack in {save} was built with other values "
             f"(stack:layers:precision, from the embedding: {told})"
         )
     names = [phase.name for phase in phases]
     for place, phase in enumerate(history.finished):
         if phase.name == JOINT and len(planned) > len(there):
             raise ValueError(
-                f"--target-stacks {len(planned)}: the training in {save} is over, its {len(there)} stacks have had "
-                "their joint phase; give --joint-steps with the last stack only"
+                f"--target-stacks {len(planned)}: the training in {save} is complete, its {len(there)} stacks have had "
+                "their joint phase; pass --joint-steps only with the last stack"
             )
         if place >= len(names) or phase.name != names[place]:
-            raise ValueError(f"--save {save}: holds {phase.name}, which is not of this training")
+            raise ValueError(f"--save {save}: contains {phase.name}, which does not belong to this training")
     return history

@@ -1,11 +1,11 @@
-"""How far a progressive training has come: `{save}/progressive.json`, replaced by a rename after every phase.
+"""The progress of progressive training: `{save}/progressive.json`, replaced by a rename after every phase.
 
-    {save}/progressive.json                     the rack, and what each finished phase took and gave
-    {save}/progressive_stack_{i}/iter_.../      of a stack's training; the next grows from the last one
-    {save}/progressive_joint/iter_.../          of the joint phase
+    {save}/progressive.json                     the rack, and the figures of each finished phase
+    {save}/progressive_stack_{i}/iter_.../      checkpoints of a stack's phase; the next phase grows from the last one
+    {save}/progressive_joint/iter_.../          checkpoints of the joint phase
     {save}/progressive_rack/iter_.../           the complete rack, after the last phase
 
-A phase is finished from the moment at which `progressive.json` says so.
+A phase is finished once `progressive.json` lists it.
 """
 
 import json
@@ -28,61 +28,61 @@ RACK = "progressive_rack"
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A phase that has come to its end."""
+    """A finished phase."""
 
     name: str
-    """Of its directory."""
+    """Name of the phase and of its directory."""
 
     first_iteration: int
-    """Steps done before it, over the whole training."""
+    """Number of the last step before the phase, counted over the whole training."""
 
     iteration: int
-    """Steps done at its end."""
+    """Number of its last step."""
 
     consumed_samples: int
-    """Sequences taken from the training set at its end."""
+    """Sequences of the training set consumed by its end."""
 
     layers: int
-    """Of its model."""
+    """Number of layers of its model."""
 
     trainable_parameters: int
     frozen_parameters: int
     stack_bytes: list[int]
-    """Bytes of the weights of every stack as they were stored, by index; the most on any rank."""
+    """Bytes of the stored weights of every stack, by index, on the rank where they were largest."""
 
     peak_memory_bytes: int
-    """The process's highest use of memory until the end of the phase, on the rank where it was highest."""
+    """Peak memory of the process by the end of the phase, on the rank where it was largest."""
 
     seconds: float
-    """Wall time of the phase, of the command that ended it."""
+    """Wall time of the phase in the command that finished it."""
 
     stack_treatments: list[str] = field(default_factory=list)
-    """What was done with every stack, by index (`plan.TREATMENTS`); empty in files of before this was noted."""
+    """How every stack was treated, by index (`trunk_strategy.TREATMENTS`); empty in older files."""
 
     stack_precisions: list[str | None] = field(default_factory=list)
-    """Of every stack in this phase, by index, the same; None where it is the run's."""
+    """Precision of every stack in this phase, by index, None for the run's; empty in older files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What is known of a training."""
+    """The progress of progressive training."""
 
     rack: Rack = field(default_factory=Rack)
-    """Of the phase begun last."""
+    """The rack of the phase that was begun last."""
 
     finished: tuple[Finished, ...] = ()
-    """In their order."""
+    """The finished phases, in order."""
 
     def of(self, name: str) -> Finished | None:
-        """A finished phase, None where it is not finished."""
+        """Returns a finished phase by name; None if it is not finished."""
         return next((phase for phase in self.finished if phase.name == name), None)
 
 
 def read_history(save: Path) -> History:
-    """What a directory holds; an empty history where no training has begun.
+    """Reads the history in a directory; empty if no training has begun.
 
     Raises:
-        ValueError: the file is damaged, or another program's.
+        ValueError: the file is damaged, or was written by another program.
         OSError: it cannot be read.
     """
     path = save / FILE
@@ -90,7 +90,7 @@ def read_history(save: Path) -> History:
         return History()
     content = files.read_json(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not of a progressive training of this program")
+        raise ValueError(f"{path}: was not written by progressive training of this program")
     try:
         finished = tuple(Finished(**phase) for phase in content["finished"])
         return History(rack=Rack.from_json(content["rack"]), finished=finished)
@@ -113,14 +113,17 @@ def write_history(save: Path, history: History) -> None:
 
 
 def finished_checkpoint(save: Path, name: str) -> Path:
-    """The newest checkpoint's directory of a phase that is finished.
+    """Returns the directory of the newest checkpoint of a finished phase.
 
     Raises:
-        FileNotFoundError: there is none: somebody has removed it.
+        FileNotFoundError: the checkpoint was removed.
     """
     folder = files.find_checkpoint(str(save / name))
     if folder is None:
-        raise FileNotFoundError(f"--save {save / name}: holds no checkpoint, but this phase is finished")
+        raise FileNotFoundError(
+            f"--save {save / name}: the checkpoint of this finished phase is missing; restore it, or train in a new "
+            "directory"
+        )
     return folder
 
 
@@ -144,17 +147,17 @@ def stored_defaults(save: Path, given: Mapping[str, Any]) -> Found:
 
 
 def publish_rack(save: Path, name: str) -> Path:
-    """Makes the last checkpoint of a phase the complete rack, without copying where the file system can link.
+    """Publishes the last checkpoint of a phase as the complete rack; links files instead of copying if possible.
 
     Args:
         save: the training's directory.
-        name: of the last phase.
+        name: name of the last phase.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        FileNotFoundError: the phase's checkpoint is gone.
+        FileNotFoundError: the phase's checkpoint is missing.
     """
     source = finished_checkpoint(save, name)
     root = save / RACK

@@ -1,13 +1,13 @@
-"""The trunk strategies: what trains in which layer, with which adapters, in which precision.
+"""The trunk strategies: which weights and adapters of a layer train, and the layer's precision.
 
-    newest stack    trains, with its own stack adapter
-    trunk           frozen    nothing trains, adapters neither
-                    qlora     its adapters train, its weights do not
+    newest stack    weights and stack adapter train
+    trunk           frozen    nothing trains, not even adapters
+                    qlora     adapters train, weights do not
                     trained   everything trains
     joint phase     everything trains
 
-A stack of four bits (qlora, nvfp4) is packed once it is in the trunk; while its weights train they are the run's.
-Source: document 004.
+A stack of precision qlora or nvfp4 is packed once it belongs to the trunk; while its weights train, they have the run's
+precision. Source: docs/design/progressive_growth.md.
 """
 
 from dataclasses import replace
@@ -21,22 +21,23 @@ from megatron_ext.progressive.growth.rack import Rack, Stack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 Trains = Literal["newest", "all", "none"]
-"""What a phase trains: the newest stack with the trunk as its strategy says, everything, or nothing (inference)."""
+"""What a phase trains: the newest stack (and the trunk according to its strategy), everything, or nothing (inference).
+"""
 
 TREATMENTS = ("trained", "adapters", "frozen", "cached")
-"""What a phase does with a stack: all trains, its adapters alone, nothing, nothing and what it gives is kept."""
+"""How a phase treats a stack: trains all of it, only its adapters, nothing, or nothing with its output cached."""
 
 
 def settings_by_layer(
     rack: Rack, config: ProgressiveConfig, trains: Trains, frozen: dict[int, str] | None = None
 ) -> SettingsByLayer:
-    """Layer number -> what progressive training does to it.
+    """Returns layer number -> adapters, trained parts and precision.
 
     Args:
         rack: the stacks of the model.
         config: adapters, trunk strategy and precision.
         trains: what the phase trains.
-        frozen: stack index -> `frozen` or `qlora` for stacks that are treated so whatever the strategy.
+        frozen: stack index -> `frozen` or `qlora`, overrides the trunk strategy for these stacks.
     """
     return {
         layer: _settings(rack, stack, config, trains, (frozen or {}).get(stack.index))
@@ -72,11 +73,11 @@ def _settings(
 
 
 def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trains) -> SettingsByLayer:
-    """The plan of a phase that is over: nothing trains, adapters and precisions are those that it left.
+    """Returns the settings for the model of a finished phase: nothing trains, adapters and precisions are unchanged.
 
     Args:
         rack: the stacks of the model.
-        config: of the run.
+        config: the configuration of progressive training.
         trained: what the phase trained.
     """
     plan = settings_by_layer(rack, config, trained)
@@ -87,12 +88,12 @@ def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trai
 
 
 def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> list[str]:
-    """What a phase does with every stack, by the stack's index: `TREATMENTS`.
+    """Returns how a phase treats every stack, one of `TREATMENTS` by the stack's index.
 
     Args:
         rack: the stacks of the model.
-        plan: of its layers.
-        cached_layers: so many layers from the embedding on have their output in the activation cache.
+        plan: the settings of its layers.
+        cached_layers: number of first layers whose output is in the activation cache.
     """
     found = {}
     for stack, layers in rack.layers():
@@ -107,14 +108,14 @@ def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> l
 
 
 def frozen_below(rack: Rack, config: ProgressiveConfig, trains: Trains) -> int:
-    """Layers below the newest stack that have nothing that trains, embedding included; 0 if something does."""
+    """Returns how many layers lie below the newest stack if nothing below it trains, not even the embedding; else 0."""
     if not _has_trunk(rack, config, trains) or why_uncached(rack, config, trains) is not None:
         return 0
     return rack.num_layers - rack.newest.n_blocks
 
 
 def why_uncached(rack: Rack, config: ProgressiveConfig, trains: Trains) -> str | None:
-    """Why what the trunk gives cannot be kept, for the log; None where it can, or where there is no trunk."""
+    """Returns why the trunk's output cannot be cached; None if it can, or if there is no trunk."""
     if not _has_trunk(rack, config, trains):
         return None
     if config.trunk_strategy != "frozen":

@@ -1,1 +1,1 @@
-"""What a stack is trained for: masks, time, sampling by unmasking."""
+"""The objectives of a stack: next token, masked tokens, diffusion; masks, time, and generation by unmasking."""

@@ -1,11 +1,11 @@
-"""Which tokens of a sequence are masked: a deterministic function of (seed, sample id, epoch, stack).
+"""Samples the masked tokens of a sequence, deterministically from (seed, sample id, epoch, stack).
 
-A masked token is replaced by the mask token before the model sees it, so nothing of it leaks. A sequence with n tokens
-that may be masked has round(fraction(t) n) of them masked, one at least, drawn without replacement: those with the
-smallest of n uniform numbers. For one draw the masks of a later time hold those of an earlier one.
+A masked token is replaced by the mask token before the model sees it, so that the model has no information about it. Of
+n tokens that may be masked, round(fraction(t) n), but at least one, are masked: those with the smallest of n uniform
+random numbers. With the same numbers the masks of a later time step include those of an earlier one.
 
-With the activation cache on, (seed, sample id) alone decide the draw: a sample has the same masks in every epoch.
-Source: document 004.
+With the activation cache the masks depend only on (seed, sample id): a sample has the same masks in every epoch.
+Source: docs/design/progressive_growth.md.
 """
 
 from collections.abc import Mapping
@@ -31,43 +31,45 @@ class SampledMasks:
 
 
 class TimeStepMasking:
-    """Draws masks whose share grows with time."""
+    """Samples masks whose fraction of the tokens grows with time."""
 
     def __init__(
         self, config: ProgressiveConfig | StackWiseConfig, *, seed: int = 1234, fixed: bool = False
     ) -> None:
         """Args:
         config: time and mask fractions.
-        seed: of the masks.
-        fixed: epoch and stack do not enter the draw; what the activation cache needs.
+        seed: seed of the masks.
+        fixed: whether masks are independent of epoch and stack, as the activation cache requires.
         """
         self.config = config.progressive_config() if isinstance(config, StackWiseConfig) else config
         self.seed = seed
         self.fixed = fixed
 
     def get_time_step_for_stack(self, stack_idx: int) -> int:
-        """The time step of a stack under `depth`.
+        """Returns the time step of a stack with `--time-interpretation depth`.
 
         Raises:
-            ValueError: under `input` time is drawn for each sequence, or the custom mapping gives no time step.
+            ValueError: with `input` time is sampled per sequence; or the custom mapping returns no valid time step.
         """
         if self.config.time_interpretation == "input":
-            raise ValueError("--time-interpretation input: time belongs to a sequence, not to a stack")
+            raise ValueError(
+                "--time-interpretation input: time is sampled per sequence, so a stack has no time step"
+            )
         return time_step_of_stack(self.config, stack_idx)
 
     def generate_masks_for_stack(
         self, batch: Mapping[str, torch.Tensor] | torch.Tensor, stack_idx: int
     ) -> torch.Tensor:
-        """The masks [b, s] of a batch, as `draw` gives them; a batch may also be its token ids alone."""
+        """Returns the masks [b, s] of `draw`; the batch may also be a tensor of token ids."""
         return self.draw(batch if isinstance(batch, Mapping) else {"tokens": batch}, stack_idx).masks
 
     def draw(self, batch: Mapping[str, torch.Tensor], stack_idx: int) -> SampledMasks:
-        """The masks of a micro-batch, on the device of its tokens.
+        """Samples the masks of a micro-batch, on the device of its tokens.
 
         Args:
-            batch: `tokens` (or `input_ids`) [b, s]; `loss_mask` [b, s], where it is there: a token at which it is 0
-                is never masked; `epoch` [b], where it is there.
-            stack_idx: the stack that trains, in the order in which stacks are made, from 0.
+            batch: `tokens` (or `input_ids`) [b, s]; optionally `loss_mask` [b, s] (tokens with 0 are never masked)
+                and `epoch` [b].
+            stack_idx: index of the stack that trains, in the order of creation, from 0.
         """
         tokens = batch["tokens"] if "tokens" in batch else batch["input_ids"]
         rows, length = tokens.shape

@@ -1,15 +1,15 @@
-"""Document 004's `ProgressiveDataLoader`: a loader's batches with targets, masks, time and cached activations.
+"""`ProgressiveDataLoader` of the Python API: adds targets, masks, time and cached activations to a loader's batches.
 
-    batch["tokens"]             what the model is fed: masked tokens replaced      [b, s]
-    batch["labels"]             what it must say                                   [b, s]
-    batch["masks"]              what the objective asks for, boolean               [b, s]
-    batch["combined_masks"]     what of it counts in the loss                      [b, s]
+    batch["tokens"]             the model's input, masked tokens replaced          [b, s]
+    batch["labels"]             the target tokens                                  [b, s]
+    batch["masks"]              positions that the objective predicts, boolean     [b, s]
+    batch["combined_masks"]     those of them that count in the loss               [b, s]
     batch["clm_mask"]           clm: 1 where the next token is known               [b, s]
     batch["time_step"]          mlm, diffusion                                     [b]
     batch["training_objective"] the objective's name
-    batch["trunk_activations"]  where all samples of the batch have one            [s, b, h]
+    batch["trunk_activations"]  if all samples of the batch have one               [s, b, h]
 
-`input_ids` and `targets` are other names of `tokens` and `labels`, as document 004 has them.
+`input_ids` and `targets` are other names of `tokens` and `labels`, used in docs/design/progressive_growth.md.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ from megatron_ext.training.interface.family_interface import Batch
 
 
 class ProgressiveDataLoader:
-    """Batches of a loader as one stack's training wants them; may be iterated over as often as the loader."""
+    """Prepares a loader's batches for the training of one stack; can be iterated as often as the loader."""
 
     def __init__(
         self,
@@ -37,20 +37,20 @@ class ProgressiveDataLoader:
         mask_token_id: int | None = None,
     ) -> None:
         """Args:
-        base_dataloader: token ids [b, s], or mappings with `tokens` or `input_ids` and perhaps `labels`, `targets`,
-            `loss_mask`, `position_ids`, `attention_mask`, `epoch`.
-        masking_strategy: draws the masks; its configuration names the objective.
-        stack_idx: the stack that trains, in the order in which stacks are made, from 0.
-        trunk_activations: sample id (`data.sample_ids`, of the plain tokens) -> the trunk's output for it, [s, h].
-        cache_activations: False leaves `trunk_activations` aside.
-        mask_token_id: what replaces a masked token, for mlm and diffusion.
+        base_dataloader: yields token ids [b, s], or mappings with `tokens` or `input_ids` and optionally `labels`,
+            `targets`, `loss_mask`, `position_ids`, `attention_mask`, `epoch`.
+        masking_strategy: samples the masks; its configuration names the objective.
+        stack_idx: index of the stack that trains, in the order of creation, from 0.
+        trunk_activations: sample id (`sample_ids` of the unmasked tokens) -> the trunk's output for it, [s, h].
+        cache_activations: whether to use `trunk_activations`.
+        mask_token_id: the id that replaces masked tokens, for mlm and diffusion.
 
         Raises:
-            ValueError: masks are asked for, and no mask token is given.
+            ValueError: the objective masks tokens, but `mask_token_id` is None.
         """
         config = masking_strategy.config
         if config.masks_tokens and mask_token_id is None:
-            raise ValueError(f"mask_token_id: needed for the objective {config.training_objective}")
+            raise ValueError(f"mask_token_id is required for the objective {config.training_objective}")
         self.base_dataloader = base_dataloader
         self.trunk_activations = (trunk_activations or {}) if cache_activations else {}
         self.objective = StackObjective(
@@ -73,20 +73,20 @@ class ProgressiveDataLoader:
 
 
 def plain_batch(batch: Any) -> Batch:
-    """A loader's batch as the engine names it, before any objective.
+    """Converts a loader's batch to the fields of `Batch`, before any objective is applied.
 
     Args:
         batch: token ids [b, s], or a mapping with `tokens` or `input_ids`.
 
     Raises:
-        ValueError: neither, or tokens of another shape.
+        ValueError: the batch has another format or shape.
     """
     given: dict[str, torch.Tensor] = dict(batch) if isinstance(batch, Mapping) else {"tokens": batch}
     if "input_ids" in given:
         given["tokens"] = given.pop("input_ids")
     tokens = given.get("tokens")
     if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
-        raise ValueError("a batch must be token ids [b, s], or hold them as tokens or input_ids")
+        raise ValueError("a batch must be token ids [b, s], or a mapping with tokens or input_ids")
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     defaults = {"loss_mask": torch.ones_like(tokens, dtype=torch.float32), "position_ids": positions}
     return defaults | given

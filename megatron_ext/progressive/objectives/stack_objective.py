@@ -1,14 +1,14 @@
-"""What a stack is trained for: how plain batches become what the model is fed, what it must say, and what counts.
+"""The objective of a stack: turns batches of the dataset into inputs, labels and loss weights.
 
-    clm         the next token; causal attention. Where the data has no token after the last, the last does not count.
-    mlm         the tokens that were replaced by the mask token; bidirectional attention
-    diffusion   the same, a sequence with fraction f of its tokens masked weighted with 1/f: with t ~ U[0, 1] the loss
-                bounds the negative log-likelihood of a token (arXiv 2406.07524)
-    custom      targets that the data gives; bidirectional attention
+    clm         predicts the next token; causal attention. The last token counts only if the data has its successor.
+    mlm         predicts the tokens that were replaced by the mask token; bidirectional attention
+    diffusion   as mlm, with weight 1/f for a sequence of which the fraction f is masked: with t ~ U[0, 1] the loss is
+                an upper bound of the negative log-likelihood per token (arXiv 2406.07524)
+    custom      predicts targets in the data; bidirectional attention
 
-Besides `tokens`, `labels` and `loss_mask` a batch gets `masks` (what the objective asks for), `combined_masks` (what of
-it counts: the loss mask without weights), under clm `clm_mask` (1 where the next token is known) as document 004 has
-them, and `time_step` under mlm and diffusion.
+Besides `tokens`, `labels` and `loss_mask` a batch gets `masks` (positions that the objective predicts) and
+`combined_masks` (those that count in the loss, without weights); with clm also `clm_mask` (1 where the next token is
+known), with mlm and diffusion `time_step`. Source: docs/design/progressive_growth.md.
 """
 
 from typing import Literal
@@ -25,39 +25,39 @@ from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 ACCURACY = "masked/token_accuracy"
-"""Value of an evaluation: share of the counted tokens whose most likely prediction is right."""
+"""Name of an evaluation's value: fraction of the counted tokens that the model predicts correctly."""
 
 MASK_TOKENS = ("<|mask|>", "[MASK]", "<mask>")
-"""What a vocabulary may call its mask token."""
+"""Names by which the mask token of a vocabulary is recognised."""
 
 _LOOKS_AHEAD = "per_layer_ids"
-"""Aligned data beside the tokens, made from them: it would show what is masked."""
+"""Batch field derived from the unmasked tokens; it would reveal the masked ones."""
 
 
 def reserve_mask_token(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """`mask_token_of`, which the vocabulary then has; call this before its `vocab_size` is used."""
+    """Returns `mask_token_of`, and adds the token to the vocabulary; call this before `vocab_size` is used."""
     mask_token_id = mask_token_of(tokenizer, mask_token_id)
     tokenizer.reserve(mask_token_id + 1)
     return mask_token_id
 
 
 def mask_token_of(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """The id of the mask token; the one after the vocabulary's last where it has none.
+    """Returns the id of the mask token; if the vocabulary has none, the id after its last.
 
     Args:
-        tokenizer: the run's.
-        mask_token_id: the user's choice.
+        tokenizer: the run's tokenizer.
+        mask_token_id: value of --mask-token-id, or None.
 
     Raises:
-        ValueError: the user's id is the end-of-document token's, or not in the vocabulary nor the one after it.
+        ValueError: the given id is that of the end-of-document token, or larger than the id after the last.
     """
     known = [tokenizer.vocab[token] for token in MASK_TOKENS if token in tokenizer.vocab]
     if mask_token_id is None:
         mask_token_id = known[0] if known else tokenizer.vocab_size
     if mask_token_id == tokenizer.eod or mask_token_id > tokenizer.vocab_size:
         raise ValueError(
-            f"--mask-token-id {mask_token_id}: must be an id that no text has, at most {tokenizer.vocab_size} "
-            "(one more than the vocabulary's last)"
+            f"--mask-token-id {mask_token_id}: must be an id that does not occur in texts, at most "
+            f"{tokenizer.vocab_size} (one more than the vocabulary's last)"
         )
     return mask_token_id
 
@@ -76,55 +76,56 @@ class StackObjective:
     ) -> None:
         """Args:
         config: objective, time and mask fractions.
-        stack_idx: the stack that trains, in the order in which stacks are made, from 0.
-        seed: of the masks.
+        stack_idx: index of the stack that trains, in the order of creation, from 0.
+        seed: seed of the masks.
         mask_token_id: see `reserve_mask_token`; None for objectives without masks.
-        fixed_masks: a sample has the same masks in every epoch; what the activation cache needs.
+        fixed_masks: whether a sample has the same masks in every epoch, as the activation cache requires.
         """
         self.config = config
         self.kind: Literal["mlm", "clm", "diffusion", "custom"] = config.training_objective
         self.stack_idx = stack_idx
         self.mask_token_id = mask_token_id
         self.masking = TimeStepMasking(config, seed=seed, fixed=fixed_masks)
-        assert (mask_token_id is not None) or not self.masks_tokens, "masks need a mask token"
+        assert (mask_token_id is not None) or not self.masks_tokens, "mlm and diffusion require mask_token_id"
 
     @property
     def masks_tokens(self) -> bool:
-        """Tokens are masked: mlm, diffusion."""
+        """Whether the objective masks tokens (mlm, diffusion)."""
         return self.kind in ("mlm", "diffusion")
 
     @property
     def bidirectional(self) -> bool:
-        """Every position attends to all others."""
+        """Whether every position attends to all others."""
         return self.kind != "clm"
 
     @property
     def embeds_time(self) -> bool:
-        """The model is told the time step."""
+        """Whether the time step is an input of the model."""
         return self.masks_tokens and self.config.time_interpretation == "input"
 
     def make_batch(self, batch: Batch) -> Batch:
-        """What the model is fed and asked, from a micro-batch of the data.
+        """Turns a micro-batch of the dataset into inputs, labels and loss weights.
 
         Args:
-            batch: `tokens`, `position_ids`, `loss_mask` [b, s]; for clm also `labels`, which may be missing; for custom
-                `targets` [b, s], negative where there is none.
+            batch: `tokens`, `position_ids`, `loss_mask` [b, s]; for clm optionally `labels`; for custom `targets`
+                [b, s], negative at positions without a target.
 
         Raises:
-            ValueError: custom without targets, or the data shows what is masked.
+            ValueError: custom without targets, or the batch contains data that reveals masked tokens.
         """
         if self.kind == "clm":
             return _clm(batch)
         made = _custom(batch) if self.kind == "custom" else self._masked(batch)
         if "attention_mask" in batch:
-            # It forbids what lies ahead and other documents; only what it forbids in both directions stays forbidden.
+            # The mask forbids later tokens and other documents. For bidirectional attention only pairs that are
+            # forbidden in both directions stay forbidden: those of different documents.
             made["attention_mask"] = batch["attention_mask"] & batch["attention_mask"].transpose(-1, -2)
         return made
 
     def _masked(self, batch: Batch) -> Batch:
         if _LOOKS_AHEAD in batch:
             raise ValueError(
-                f"--training-objective {self.kind}: aligned per-layer data would show the masked tokens; "
+                f"--training-objective {self.kind}: aligned per-layer data would reveal the masked tokens; "
                 "use --per-layer-vocab-file instead"
             )
         drawn = self.masking.draw(batch, self.stack_idx)
@@ -144,7 +145,7 @@ class StackObjective:
         }
 
     def evaluation_loss(self) -> OutputLoss | None:
-        """Cross-entropy and accuracy on masked tokens; None for plain cross-entropy."""
+        """Returns cross-entropy and accuracy on masked tokens; None for plain cross-entropy."""
         return MaskedLoss() if self.masks_tokens else None
 
 
@@ -152,7 +153,7 @@ def _clm(batch: Batch) -> Batch:
     clm_mask = torch.ones_like(batch["loss_mask"])
     labels = batch.get("labels")
     if labels is None:
-        # No token follows the last: it is given itself as label, and does not count.
+        # The last token has no successor. Its label is a placeholder that does not count.
         labels = torch.cat([batch["tokens"][:, 1:], batch["tokens"][:, -1:]], dim=1)
         clm_mask[:, -1] = 0.0
     combined = batch["loss_mask"] * clm_mask
@@ -163,7 +164,7 @@ def _clm(batch: Batch) -> Batch:
 
 def _custom(batch: Batch) -> Batch:
     if "targets" not in batch:
-        raise ValueError("--training-objective custom: the data must give targets [b, s]")
+        raise ValueError("--training-objective custom: the batch must contain targets [b, s]")
     masks = batch["targets"] >= 0
     combined = batch["loss_mask"] * masks
     named = {"masks": masks, "combined_masks": combined}
@@ -171,7 +172,7 @@ def _custom(batch: Batch) -> Batch:
 
 
 class MaskedLoss(OutputLoss):
-    """Cross-entropy, and how often the most likely token is the right one."""
+    """Cross-entropy, and the fraction of tokens that are predicted correctly."""
 
     reads = "logits"
     names = ("lm loss", ACCURACY)
@@ -179,15 +180,15 @@ class MaskedLoss(OutputLoss):
     def of_tokens(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """See `OutputLoss`; `output` is [b, s, V/t]."""
+        """Returns values and weights per token; see `OutputLoss`. `output` are logits [b, s, V/t]."""
         right = most_likely(output, model.pg_collection.tp) == batch["labels"]
-        # The engine's loss of split logits works in their place: it comes last.
+        # Computed last, because the engine's loss overwrites split logits.
         losses = model.compute_language_model_loss(batch["labels"], output.transpose(0, 1).contiguous())
         return {"lm loss": (losses, batch["loss_mask"]), ACCURACY: (right, batch["combined_masks"])}
 
 
 def most_likely(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The most likely token [b, s] under logits [b, s, V/t] that are split over `group`; the first of equals."""
+    """Returns the most likely tokens [b, s] for logits [b, s, V/t] split over `group`; of equal ones the first."""
     largest, place = logits.detach().max(-1)
     if group.size() == 1:
         return place

@@ -1,14 +1,14 @@
-"""Time: a step t of T, and the part of the tokens that is masked at it.
+"""Time steps t of T, and the fraction of the tokens that is masked at a time step.
 
     fraction(t) = min + (max - min) t / (T - 1)                  by default from 0.15 to 0.9
 
-    depth    t follows from the stack's index i:
+    depth    t depends on the stack's index i:
              linear         min(i * time_per_stack, T - 1)
              exponential    min(floor(time_per_stack * e^(i/2)), T - 1)
              custom         a function (stack_idx, max_stacks, num_time_steps) -> t, by dotted name
     input    u ~ U[0, 1] for every sequence, t = floor(u T); see `masking` and `time_embedding`
 
-Source: document 004.
+Source: docs/design/progressive_growth.md.
 """
 
 import importlib
@@ -21,18 +21,18 @@ import torch
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 TIME_STEP = "time_step"
-"""Batch field and auxiliary input: the time step of each sequence, integer [b]."""
+"""Name of the batch field and auxiliary input with each sequence's time step, integer [b]."""
 
 
 def time_step_of_stack(config: ProgressiveConfig, stack_idx: int) -> int:
-    """The time step that `depth` gives to a stack.
+    """Returns the time step of a stack with `--time-interpretation depth`.
 
     Args:
         config: mapping and number of time steps.
-        stack_idx: the order in which stacks are made, from 0.
+        stack_idx: index of the stack in the order of creation, from 0.
 
     Raises:
-        ValueError: the custom function cannot be found, fails, or gives no time step.
+        ValueError: the custom function cannot be found, or returns no valid time step.
     """
     steps = config.resolved_num_time_steps
     if config.stack_time_mapping == "linear":
@@ -43,21 +43,21 @@ def time_step_of_stack(config: ProgressiveConfig, stack_idx: int) -> int:
     found = load_function(name, "--custom-time-mapping")(stack_idx, config.max_stacks, steps)
     if not isinstance(found, int) or not 0 <= found < steps:
         raise ValueError(
-            f"--custom-time-mapping {name}: gives {found!r} for stack {stack_idx}; "
-            f"a time step is a whole number from 0 to {steps - 1}"
+            f"--custom-time-mapping {name}: returned {found!r} for stack {stack_idx}; "
+            f"it must return an integer from 0 to {steps - 1}"
         )
     return found
 
 
 def mask_fraction(config: ProgressiveConfig, time_step: torch.Tensor) -> torch.Tensor:
-    """Part of the tokens that is masked at each time step, float64, of the shape of `time_step`."""
+    """Returns the fraction of tokens masked at each time step, float64, in the shape of `time_step`."""
     last = max(1, config.resolved_num_time_steps - 1)
     span = config.max_mask_fraction - config.min_mask_fraction
     return config.min_mask_fraction + span * time_step.double() / last
 
 
 def time_step_of_fraction(config: ProgressiveConfig, fraction: float) -> int:
-    """The time step at which a part of the tokens is masked; outside the range of `mask_fraction` the nearest."""
+    """Returns the time step at which a fraction of the tokens is masked; inverse of `mask_fraction`, clamped."""
     last = config.resolved_num_time_steps - 1
     span = config.max_mask_fraction - config.min_mask_fraction
     if span == 0:
@@ -66,14 +66,14 @@ def time_step_of_fraction(config: ProgressiveConfig, fraction: float) -> int:
 
 
 def load_function(name: str, flag: str) -> Callable[..., Any]:
-    """The function that a user names.
+    """Imports a function that the user names.
 
     Args:
         name: `package.module.function`.
-        flag: where the name comes from, for the message.
+        flag: the flag with this name, for the error.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: the module or the function does not exist.
     """
     module_name, _, attribute = name.rpartition(".")
     try:

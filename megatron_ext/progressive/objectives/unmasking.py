@@ -1,12 +1,13 @@
-"""Generation by a masked-diffusion model: all new tokens begin as mask tokens, and become tokens over some steps.
+"""Generation with a masked-diffusion model: all new tokens start as mask tokens, which are replaced over several steps.
 
-In step i of n the model predicts every masked token from all tokens that are there, before and after it; the most
-confident predictions stay, ceil(masked / (n - i)) of them, so that after n steps none is masked. Temperature 0 chooses
-the most likely token, others draw from softmax(logits / T). Confidence is the probability of the chosen token to five
-digits; of equals the first comes first.
+In step i of n the model predicts every masked token from all known tokens before and after it. The
+ceil(masked / (n - i)) most confident predictions are kept, so that after n steps no token is masked. Temperature 0
+chooses the most likely token, other temperatures T sample from softmax(logits / T). The confidence is the probability
+of the chosen token, rounded to five digits; of equal ones the first is kept.
 
-Prompts of one length share a batch; there is no KV cache, as every token sees every other. Every rank takes part and
-gets the same tokens, at any tensor x pipeline layout. Source: document 004; arXiv 2202.04200, 2502.09992.
+Prompts of equal length form a batch. There is no KV cache, because every token attends to all others. Every rank takes
+part and gets the same tokens, in any tensor- and pipeline-parallel layout.
+Source: docs/design/progressive_growth.md; arXiv 2202.04200, 2502.09992.
 """
 
 from collections.abc import Iterable
@@ -32,22 +33,22 @@ from megatron_ext.training.interface.family_interface import Family, auxiliary_i
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSampling:
-    """How masks become tokens."""
+    """Settings of generation by unmasking."""
 
     max_new_tokens: int = 64
-    """Tokens to generate after each prompt."""
+    """Number of tokens to generate after each prompt."""
 
     steps: int = 32
-    """Forward passes; more than there are new tokens count as so many."""
+    """Number of forward passes, at most one per new token."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Divisor of the logits; 0 chooses the most likely token."""
 
     seed: int = 1234
-    """Seed of the choice."""
+    """Seed of the sampling."""
 
     stop_tokens: tuple[int, ...] = ()
-    """What is generated from any of these tokens on is left out."""
+    """A continuation ends before the first of these tokens."""
 
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)
@@ -58,7 +59,7 @@ class DiffusionSampling:
 
 
 def objective_of(families: Iterable[Family]) -> StackObjective | None:
-    """The objective that one of a model's families was trained for, None for a plain model."""
+    """Returns the objective of one of the model's families; None for a model without one."""
     found = (getattr(family, "objective", None) for family in families)
     return next((objective for objective in found if isinstance(objective, StackObjective)), None)
 
@@ -71,24 +72,24 @@ def generate_by_unmasking(
     sampling: DiffusionSampling,
     vocab_size: int,
 ) -> list[list[int]]:
-    """Continues the prompts, which may be empty.
+    """Continues prompts. Collective.
 
     Args:
-        model: this rank's only chunk, unwrapped, without sequence parallel.
-        families: asked for the model's auxiliary inputs; one of them has the objective.
-        prompts: token ids.
-        sampling: how tokens are chosen.
-        vocab_size: of the tokenizer; other rows, and the mask token, are never chosen.
+        model: this rank's only chunk, unwrapped, without sequence parallelism.
+        families: supply the model's auxiliary inputs; one of them has the objective.
+        prompts: token ids of each prompt, which may be empty.
+        sampling: settings of the generation.
+        vocab_size: the tokenizer's vocabulary size; padding rows and the mask token are never chosen.
 
     Returns:
-        The new tokens of each prompt, on every rank; those from a stop token on are left out.
+        The new tokens of each prompt before the first stop token, on every rank.
 
     Raises:
-        ValueError: the model was not trained on masked tokens, or a prompt is too long for its positions or its window.
+        ValueError: the model was not trained on masked tokens, or a prompt exceeds its positions or its window.
     """
     objective = objective_of(families)
     if objective is None or not objective.masks_tokens:
-        raise ValueError("--sampler diffusion: the model was not trained on masked tokens (mlm, diffusion)")
+        raise ValueError("--sampler diffusion requires a model trained on masked tokens (mlm, diffusion)")
     longest = max(map(len, prompts))
     model.check_length(
         longest + sampling.max_new_tokens,
@@ -116,7 +117,7 @@ def _unmask_all(
     vocab_size: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Prompts of one length and their continuations, [b, s]."""
+    """Returns prompts of equal length with their continuations, [b, s]."""
     assert objective.mask_token_id is not None
     mask_token, device = objective.mask_token_id, torch.cuda.current_device()
     given = torch.tensor(prompts, dtype=torch.long, device=device)
@@ -147,15 +148,18 @@ def unmask(
     temperature: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Tokens [b, s] with the `count` most confident predictions of each row in their places.
+    """Replaces masked tokens with the `count` most confident predictions of each row.
 
     Args:
         tokens: [b, s].
-        masked: [b, s], where a prediction is wanted; at least `count` in every row.
+        masked: [b, s], True for masked tokens, of which every row must have at least `count`.
         logits: [b, s, V].
-        count: predictions that stay.
+        count: number of predictions to keep per row.
         temperature: see the top of this file.
-        generator: of the choice.
+        generator: random generator for sampling.
+
+    Returns:
+        The new tokens, [b, s].
     """
     probabilities = tempered(logits, temperature or 1.0).softmax(-1)
     if temperature == 0:
@@ -164,7 +168,8 @@ def unmask(
         drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
         chosen = drawn.view(tokens.shape)
         confidence = probabilities.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    # Among mask tokens alone all places are alike; without rounding, the cut's rounding errors would choose one.
+    # If all tokens are masked, all positions are equally likely. Without rounding, numerical errors, which depend on
+    # the parallel layout, would decide between them.
     ranked = confidence.round(decimals=5).masked_fill(~masked, -1.0).sort(dim=1, descending=True, stable=True)
     places = ranked.indices[:, :count]
     return tokens.scatter(1, places, chosen.gather(1, places))
@@ -173,7 +178,7 @@ def unmask(
 def _forward(
     model: GPTModel, families: list[Family], tokens: torch.Tensor, time_step: int
 ) -> torch.Tensor | None:
-    """Logits [b, s, V] on the last stage, None on the others."""
+    """Runs the model; returns logits [b, s, V] on the last stage, None on others."""
     rows, length = tokens.shape
     batch = {
         "tokens": tokens,
@@ -201,7 +206,8 @@ def _forward(
 
 
 def _share_from_last_stage(tokens: torch.Tensor) -> None:
-    """Tensor ranks choose alike (same logits, same generator); the other stages learn the tokens, in place."""
+    """Copies the tokens of the last stage to all stages, in place."""
+    # The last stage's tensor-parallel ranks have chosen the same tokens: equal logits, equal generators.
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 

@@ -1,1 +1,1 @@
-"""Progressive runs side by side."""
+"""A report that compares progressive trainings."""

@@ -1,13 +1,13 @@
-"""The figures by which progressive trainings are compared, from what `results` has read.
+"""Computes the figures by which progressive trainings are compared, from the data of `training_results`.
 
-    training time        the sum of all steps' times
-    step of a phase      the median over its steps, as the first steps of a phase and a busy machine are outliers;
-                         of steps with and without the activation cache the mean of both medians, by their numbers
-    loss at equal time   the validation loss, between two evaluations linear in training time, at the moment at which
-                         the quickest run had ended
+    training time        the sum of the times of all steps
+    step of a phase      the median over its steps, because first steps and a busy machine give outliers; for steps with
+                         and without the activation cache the mean of both medians, weighted by their numbers
+    loss at equal time   the validation loss when the fastest run had ended, interpolated linearly in training time
+                         between two evaluations
 
-Memory is a process's highest since it began: a phase shows its own only where each has its own process
-(--exit-interval), or where memory grows from phase to phase.
+Memory is the peak since the process began. It is that of a phase only if each phase has its own process
+(--exit-interval), or if memory grows from phase to phase.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,38 +22,38 @@ from megatron_ext.progressive.report.training_results import ProgressiveRun
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseFigures:
-    """One phase of one run; None where nothing tells."""
+    """Figures of one phase of a run; None where a figure is unknown."""
 
     name: str
-    """Without the common beginning: stack_0, ..., joint, end_to_end."""
+    """Name of the phase without its prefix: stack_0, ..., joint, end_to_end."""
 
     layers: int
     steps: int
     trainable_parameters: int
     frozen_parameters: int
     step_seconds: float | None
-    """See the module's text."""
+    """Seconds per step; see the top of this file."""
 
     first_epoch_step_seconds: float | None
-    """Median of the steps of which nothing was in the activation cache."""
+    """Median over the steps without hits in the activation cache."""
 
     cached_step_seconds: float | None
-    """Median of the steps of which everything was."""
+    """Median over the steps with only hits in the activation cache."""
 
     peak_memory_bytes: int
     stack_bytes: list[int]
-    """By the stack's index."""
+    """Bytes of the weights of every stack, by index."""
 
     stack_treatments: list[str]
-    """The same: `plan.TREATMENTS`."""
+    """How every stack was treated, by index; see `trunk_strategy.TREATMENTS`."""
 
     validation_loss: float | None
-    """The last of the phase."""
+    """The last validation loss of the phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """One run; None where nothing tells, or nothing is there to compare with."""
+    """Figures of one run; None where a figure is unknown, or where there is no run to compare with."""
 
     name: str
     layers: int
@@ -61,57 +61,57 @@ class RunFigures:
     tokens: int | None
     training_seconds: float
     times_steps: bool
-    """False where steps' times were not logged, and the phases' wall time stands for them."""
+    """Whether step times were logged; if not, the phases' wall time is used for training time."""
 
     last_step_seconds: float | None
-    """Of the last phase; see the module's text."""
+    """Seconds per step of the last phase; see the top of this file."""
 
     last_step_ratio: float | None
-    """To the reference's."""
+    """Ratio of `last_step_seconds` to that of the reference run."""
 
     cached_step_ratio: float | None
-    """Of the last phase's steps of which everything was in the activation cache, to the reference's."""
+    """Ratio of the last phase's `cached_step_seconds` to the reference run's `last_step_seconds`."""
 
     peak_memory_bytes: int
-    """Of the last phase."""
+    """Peak memory of the last phase."""
 
     peak_memory_ratio: float | None
-    """To the reference's."""
+    """Ratio of the peak memory to that of the reference run."""
 
     trainable_parameters: int
-    """In the last phase."""
+    """Number of trained parameters in the last phase."""
 
     validation_loss: float | None
-    """The last."""
+    """The last validation loss."""
 
     equal_time_loss: float | None
-    """At `Comparison.equal_seconds`."""
+    """Validation loss at `Comparison.equal_seconds`."""
 
     evaluation: dict[str, dict[str, float]]
-    """Dataset -> figure -> value, of tools/evaluate.py."""
+    """Dataset -> figure -> value, from tools/evaluate.py."""
 
     phases: list[PhaseFigures]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All runs."""
+    """Figures of all runs."""
 
     reference: str | None
-    """Name of the run to which ratios are taken."""
+    """Name of the run to which ratios refer; None for no ratios."""
 
     equal_seconds: float | None
-    """Training time of the quickest run; None unless at least two have steps' times and validation losses."""
+    """Training time of the fastest run; None unless at least two runs have step times and validation losses."""
 
     runs: list[RunFigures]
 
 
 def compare_runs(runs: Sequence[ProgressiveRun], reference: str | None = None) -> Comparison:
-    """The figures of all runs, in their order.
+    """Computes the figures of all runs, in order.
 
     Args:
-        runs: names differ.
-        reference: name of the run to which ratios are taken; None for no ratios.
+        runs: the runs, with distinct names.
+        reference: name of the run to which ratios refer; None for no ratios.
 
     Raises:
         ValueError: the reference is not among the runs.
@@ -129,13 +129,13 @@ def compare_runs(runs: Sequence[ProgressiveRun], reference: str | None = None) -
 
 
 def equal_seconds(runs: Sequence[ProgressiveRun]) -> float | None:
-    """Training time of the quickest run; of those with steps' times and validation losses, if they are two or more."""
+    """Returns the shortest training time of the runs with step times and validation losses; None for fewer than two."""
     clocked = [run.training_seconds for run in runs if run.validation_by_seconds()[0]]
     return min(clocked) if len(clocked) > 1 else None
 
 
 def loss_at(run: ProgressiveRun, seconds: float) -> float | None:
-    """Validation loss after so much training time; None before the first evaluation and after the last."""
+    """Returns the validation loss after `seconds` of training; None before the first or after the last evaluation."""
     times, losses = run.validation_by_seconds()
     if not times or not times[0] <= seconds <= times[-1] * (1 + 1e-9):
         return None
@@ -143,18 +143,18 @@ def loss_at(run: ProgressiveRun, seconds: float) -> float | None:
 
 
 def step_seconds(run: ProgressiveRun, phase: Finished, rate: float | None = None) -> float | None:
-    """Time of a phase's step; None where there is none, or times were not logged.
+    """Returns the seconds per step of a phase; None if there are no such steps, or times were not logged.
 
     Args:
-        run: the phase's.
+        run: the run of the phase.
         phase: the phase.
-        rate: only steps with this hit rate of the activation cache; None for all steps.
+        rate: use only steps with this hit rate of the activation cache; None for all steps.
     """
     groups: dict[float | None, list[float]] = {}
     for step in range(phase.first_iteration + 1, phase.iteration + 1 if run.step_seconds else 0):
         found = run.hit_rate.get(step)
         if rate is None or found == rate:
-            # What is in the cache by part is a group of its own: the interval in which an epoch ends.
+            # Steps with partial hits, in the log interval in which an epoch ends, form one group.
             key = found if found in (None, 0, 1) else 0.5
             groups.setdefault(key, []).append(run.step_seconds[step - 1])
     steps = sum(map(len, groups.values()))
@@ -162,7 +162,7 @@ def step_seconds(run: ProgressiveRun, phase: Finished, rate: float | None = None
 
 
 def phase_figures(run: ProgressiveRun, phase: Finished) -> PhaseFigures:
-    """The figures of one phase."""
+    """Computes the figures of one phase."""
     return PhaseFigures(
         name=phase.name.removeprefix("progressive_"),
         layers=phase.layers,

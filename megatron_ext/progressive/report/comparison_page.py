@@ -1,7 +1,7 @@
-"""Progressive trainings side by side: two tables, and one HTML page with a timeline of each run's growth.
+"""Compares progressive trainings in two tables, and in an HTML page with a timeline of each run's growth.
 
-In a timeline every stack is a rectangle from its birth on, layer 0 at the embedding; a stack that is prepended shifts
-the others up. Its colour says what the phase does with it.
+In a timeline every stack is a rectangle that begins when the stack is created; layer 0 is next to the embedding, and a
+prepended stack shifts the others up. The colour shows how a phase treats the stack.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _KINDS = {
     "trained": Kind(name="trains", colour="#0072B2", text_colour="white"),
     "adapters": Kind(name="its adapters train", colour="#E69F00", text_colour="black"),
     "frozen": Kind(name="frozen", colour="#A8A8A8", text_colour="black"),
-    "cached": Kind(name="frozen, activations kept", colour="#DADADA", text_colour="black"),
+    "cached": Kind(name="frozen, activations cached", colour="#DADADA", text_colour="black"),
 }
 _HELD_OUT = {
     "loss": "held-out loss",
@@ -29,14 +29,14 @@ _HELD_OUT = {
     "masked_token_accuracy": "masked-token accuracy",
     "unigram_accuracy": "unigram guess",
 }
-"""Figure of tools/evaluate.py -> its column; what is not here follows from these."""
+"""Figure of tools/evaluate.py -> title of its column; other figures are functions of these."""
 
-_NOT_NOTED = Kind(name="not noted", colour="#F6F0D8", text_colour="black")
+_NOT_NOTED = Kind(name="not recorded", colour="#F6F0D8", text_colour="black")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """What the console and the page show."""
+    """A table for the console and the page."""
 
     title: str
     columns: list[str]
@@ -44,7 +44,7 @@ class Table:
 
 
 def runs_table(comparison: Comparison) -> Table:
-    """A row a run; columns that no run has are left out."""
+    """Returns a table with one row per run, without columns that are empty for all runs."""
     moment = comparison.equal_seconds
     datasets = list(dict.fromkeys(dataset for run in comparison.runs for dataset in run.evaluation))
     rows = []
@@ -73,7 +73,7 @@ def runs_table(comparison: Comparison) -> Table:
 
 
 def phases_table(comparison: Comparison) -> Table:
-    """A row a run and phase; columns that no phase has are left out."""
+    """Returns a table with one row per run and phase, without columns that are empty for all phases."""
     return _table("Phases", [_phase_cells(run, phase) for run in comparison.runs for phase in run.phases])
 
 
@@ -96,33 +96,35 @@ def _phase_cells(run: RunFigures, phase: PhaseFigures) -> dict[str, Cell]:
 
 
 def messages(comparison: Comparison) -> list[str]:
-    """What a reader of the tables must know."""
+    """Returns explanations of the tables."""
     found = [
-        "A step's time is the median of its phase; with and without the activation cache, the mean of both medians by "
-        "the numbers of their steps. Training time is the sum over all steps, without start-up, "
-        "evaluation and checkpoints. Peak memory is the process's highest since it began."
+        "The time of a step is the median over its phase; for steps with and without the activation cache it is the "
+        "mean of both medians, weighted by their numbers. Training time is the sum over all steps, without start-up, "
+        "evaluation and checkpoints. Peak memory is the process's peak since it began."
     ]
     if comparison.equal_seconds is not None:
         found.append(
-            f"The quickest run trained for {comparison.equal_seconds:.4g} s; the others' validation loss at that "
-            "moment lies on the line between the evaluations before and after it."
+            f"The fastest run trained for {comparison.equal_seconds:.4g} s; the others' validation loss at that time "
+            "is interpolated between the evaluations before and after it."
         )
     unclocked = [run.name for run in comparison.runs if not run.times_steps]
     if unclocked:
         found.append(
-            f"No step times were logged by {', '.join(unclocked)}: training time is there the phases' wall time, all "
-            "included."
+            f"Step times were not logged by {', '.join(unclocked)}; their training time is the phases' wall time, "
+            "including start-up, evaluation and checkpoints."
         )
-    found.append("Losses of masked objectives at different times (mask fractions) are of different tasks.")
+    found.append(
+        "Losses of masked objectives at different time steps (mask fractions) cannot be compared: the tasks differ."
+    )
     return found
 
 
 def report_page(runs: Sequence[ProgressiveRun], comparison: Comparison) -> str:
-    """The page's HTML.
+    """Returns the HTML of the page.
 
     Args:
-        runs: as they were read.
-        comparison: of the same runs.
+        runs: the data of the runs.
+        comparison: the figures of the same runs.
     """
     page = Page("Progressive training")
     for table in (runs_table(comparison), phases_table(comparison)):
@@ -142,13 +144,13 @@ def report_page(runs: Sequence[ProgressiveRun], comparison: Comparison) -> str:
 
 
 _TIMELINE_CAPTION = (
-    "Layers over steps, layer 0 next to the embedding; what each phase does with each stack, and its precision. Below, "
-    "the losses; a validation at a phase's last step is of the model before it grows."
+    "Layers over steps, layer 0 next to the embedding: how each phase treats each stack, and its precision. Below, the "
+    "losses; a validation at the last step of a phase evaluates the model before it grows."
 )
 
 
 def growth_timeline(run: ProgressiveRun) -> str:
-    """The picture of a run's growth as SVG."""
+    """Returns the timeline of a run's growth as SVG."""
     bands = [
         (
             _title(phase.name.removeprefix("progressive_")),
@@ -168,7 +170,7 @@ def growth_timeline(run: ProgressiveRun) -> str:
 
 
 def growth_blocks(run: ProgressiveRun) -> list[Block]:
-    """A rectangle for every stack in every phase from its birth on."""
+    """Returns a rectangle for every stack in every phase in which it exists."""
     blocks = []
     for phase in run.phases:
         for stack, layers in run.rack.first(len(phase.stack_bytes)).layers():
@@ -194,7 +196,7 @@ def _phase_charts(figures: RunFigures) -> list[tuple[str, str]]:
     charts = [
         (
             bar_chart(dict(zip(names, memory, strict=True)), y_label="peak memory, MiB"),
-            "Highest since the process began.",
+            "Peak memory since the process began, at the end of each phase.",
         )
     ]
     times = {
@@ -203,7 +205,7 @@ def _phase_charts(figures: RunFigures) -> list[tuple[str, str]]:
         if phase.step_seconds is not None
     }
     if times:
-        charts.append((bar_chart(times, y_label="step, ms"), "A step of the phase."))
+        charts.append((bar_chart(times, y_label="step, ms"), "Time of a step in each phase."))
     return charts
 
 
@@ -242,5 +244,5 @@ def _scaled(value: float | None, factor: float) -> float | int | None:
 
 
 def _short(value: float) -> float | int:
-    """Whole numbers from 1000 on."""
+    """Rounds numbers from 1000 on to integers."""
     return round(value) if abs(value) >= 1000 else value

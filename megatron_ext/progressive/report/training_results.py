@@ -1,10 +1,10 @@
-"""What a finished progressive training left behind, read as plain numbers: its phases, and its steps by time and loss.
+"""Reads the results of progressive training: its phases, and time and loss of its steps.
 
-    {save}/progressive.json      every finished phase; must be there
-    {save}/tensorboard/          what --tensorboard-dir was given, over all phases and restarts; may be missing
-    {save}/evaluation.json       of tools/evaluate.py --output; may be missing
+    {save}/progressive.json      the finished phases; required
+    {save}/tensorboard/          the --tensorboard-dir of all phases and restarts; optional
+    {save}/evaluation.json       the --output of tools/evaluate.py; optional
 
-Nothing is computed here but each step's time; `figures` compares runs. Steps of an unfinished phase are left out.
+Steps of an unfinished phase are omitted. `comparison_figures` compares runs.
 """
 
 import math
@@ -25,54 +25,54 @@ EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveRun:
-    """One training."""
+    """The results of one training."""
 
     name: str
-    """What the reader calls it."""
+    """Name given by the user of the report."""
 
     rack: Rack
-    """Of the last finished phase."""
+    """The rack of the last finished phase."""
 
     phases: tuple[Finished, ...]
-    """Those that are finished, in their order; at least one."""
+    """The finished phases in order, at least one."""
 
     step_seconds: tuple[float, ...] = ()
-    """Time of step 1, 2, ... without start-up, evaluation and checkpoints; empty where it was not logged."""
+    """Time of step 1, 2, ... without start-up, evaluation and checkpoints; empty if not logged."""
 
     losses: Mapping[int, float]
     """Step -> training loss."""
 
     validation: Mapping[int, float]
-    """Step -> validation loss; that at a phase's last step is of the model before it grows."""
+    """Step -> validation loss; at the last step of a phase the model is evaluated before it grows."""
 
     hit_rate: Mapping[int, float]
-    """Step -> part of the samples that were in the activation cache, over the log interval that it lies in."""
+    """Step -> hit rate of the activation cache in the log interval of this step."""
 
     tokens_per_step: float | None = None
-    """Tokens of the training set; None where it was not logged."""
+    """Training tokens per step; None if not logged."""
 
     evaluation: Mapping[str, Mapping[str, float]]
     """Dataset -> name of a figure -> its value."""
 
     @property
     def steps(self) -> int:
-        """Of all phases."""
+        """Number of steps of all phases."""
         return self.phases[-1].iteration
 
     @property
     def training_seconds(self) -> float:
-        """Of all steps; the phases' wall time where steps' times were not logged."""
+        """Time of all steps; the phases' wall time if step times were not logged."""
         return sum(self.step_seconds) or sum(phase.seconds for phase in self.phases)
 
     def validation_by_seconds(self) -> tuple[list[float], list[float]]:
-        """Seconds of training and validation loss; empty where steps' times were not logged."""
+        """Returns training seconds and validation loss of every evaluation; empty if step times were not logged."""
         if not self.step_seconds:
             return [], []
         clock = list(accumulate(self.step_seconds))
         return [clock[step - 1] for step in self.validation], list(self.validation.values())
 
     def validation_by_tokens(self) -> tuple[list[float], list[float]]:
-        """Tokens trained on and validation loss; empty where tokens were not logged."""
+        """Returns training tokens and validation loss of every evaluation; empty if tokens were not logged."""
         if self.tokens_per_step is None:
             return [], []
         return [step * self.tokens_per_step for step in self.validation], list(self.validation.values())
@@ -82,16 +82,18 @@ def read_run(name: str, directory: str | Path) -> ProgressiveRun:
     """Reads the --save directory of a progressive training.
 
     Args:
-        name: for tables and legends.
-        directory: see the module's text.
+        name: name of the run in tables and legends.
+        directory: the directory; see the top of this file.
 
     Raises:
-        FileNotFoundError: it has no progressive.json, or its folder `tensorboard` holds no event files.
+        FileNotFoundError: it has no progressive.json, or its subdirectory `tensorboard` has no event files.
         ValueError: a file is damaged, or no phase is finished.
     """
     folder = Path(directory)
     if not (folder / FILE).is_file():
-        raise FileNotFoundError(f"--runs {name}={directory}: holds no {FILE}")
+        raise FileNotFoundError(
+            f"--runs {name}={directory}: contains no {FILE}; pass the --save directory of a run"
+        )
     history = read_history(folder)
     phases = history.finished
     if not phases:
@@ -115,15 +117,16 @@ def read_run(name: str, directory: str | Path) -> ProgressiveRun:
 
 
 def _by_step(curve: Curve, last: int) -> dict[int, float]:
-    """Step -> value, ascending; where a run began again from nothing a step's later value counts."""
+    """Returns step -> value, in ascending order."""
+    # If a run was restarted from the beginning, a step occurs twice and the later value counts.
     values = dict(zip(*curve, strict=True))
     return {step: values[step] for step in sorted(values) if 0 < step <= last and math.isfinite(values[step])}
 
 
 def _every_step(logged: Mapping[int, float], phases: Sequence[Finished]) -> dict[int, float]:
-    """Every step of the phases that have logged anything -> the value of the log interval that it lies in.
+    """Returns step -> value of its log interval, for every step of the phases that have logged values.
 
-    A plateau may end a phase within an interval: the steps after the last logged one are given its value.
+    If a plateau has ended a phase within an interval, the remaining steps get the last logged value.
     """
     values = {}
     for phase in phases:
@@ -142,4 +145,4 @@ def _read_evaluation(path: Path) -> dict[str, dict[str, float]]:
             for dataset, figures in read_json(path).items()
         }
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"{path}: damaged, or not of tools/evaluate.py") from None
+        raise ValueError(f"{path}: damaged, or not written by tools/evaluate.py") from None

@@ -1,12 +1,12 @@
-"""A progressive training: one phase after the other in one process group, each a run of the engine on a larger model.
+"""Progressive training: runs the phases one after the other in one process group, each on a larger model.
 
-    model        all layers of the phase, the trunk's weights from the last checkpoint of the phase before
-    optimizer    new, with the states of the parameters that train on; the learning rate starts again
-    data         goes on in the one order of the whole training
-    random       seeded anew at the start of every phase
+    model        all layers of the phase; the trunk's weights are loaded from the last checkpoint of the previous phase
+    optimizer    new, with the states of the parameters that continue to train; the learning-rate schedule starts anew
+    data         continues; the samples of all phases are shuffled together
+    random       generators are re-seeded at the start of every phase
 
-The command may be ended at any moment: given again, it goes on from the newest checkpoint, and ends with the same
-weights, bit for bit. With another --tensor-model-parallel-size or the like it goes on too. Files: see `history`.
+The command may be interrupted at any moment. Repeated, it continues from the newest checkpoint, and the final weights
+are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
 """
 
 import gc
@@ -55,15 +55,18 @@ def run_progressive(
     config: ProgressiveRunConfig,
     make_others: MakeFamilies[ProgressiveRunConfig] = lambda config, tokenizer: [],
 ) -> int:
-    """Trains; returns the process's exit code.
+    """Runs progressive training.
 
     Args:
-        config: of the training.
-        make_others: makes the other families of a phase's run from its configuration; what they have in the trunk's
-            layers is carried over, and trains as they say.
+        config: the configuration of the training.
+        make_others: builds the other families of a phase from its configuration. Their parameters in the trunk's layers
+            are carried over, and these families decide whether they train.
+
+    Returns:
+        The process's exit code.
 
     Raises:
-        ValueError, OSError: a user's mistake, told in one line.
+        ValueError, OSError: a user error; the message is one line.
     """
     if config.training.dry_run:
         phases = _phases(config, planned_world_size(config.parallel))
@@ -78,7 +81,7 @@ def run_progressive(
 
 
 def _check_with_tokenizer(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> None:
-    """Raises `ValueError` for a mask token that is none, or the cache of another run."""
+    """Raises `ValueError` if --mask-token-id is invalid, or if --cache-dir belongs to another run."""
     progressive = config.progressive
     if progressive.masks_tokens:
         mask_token_of(tokenizer, progressive.mask_token_id)
@@ -86,14 +89,14 @@ def _check_with_tokenizer(config: ProgressiveRunConfig, tokenizer: Tokenizer) ->
 
 
 def _planned_families(phase: Phase, config: ProgressiveRunConfig, tokenizer: Tokenizer) -> list[Family]:
-    """The family of a phase, for a dry run; adds the mask token to the tokenizer."""
+    """Returns the family of a phase for a dry run; adds the mask token to the tokenizer."""
     own = config.progressive
     mask = reserve_mask_token(tokenizer, own.mask_token_id) if own.masks_tokens else None
     return [ProgressiveFamily(own, phase.rack, phase.trains, mask_token_id=mask)]
 
 
 def _identity(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What an activation cache must have been made with; the weights are told apart by the cache itself."""
+    """Returns the values that identify the run's activation cache, besides the weights, which the cache identifies."""
     model = group_to_dict(config.model)
     del model["num_layers"]
     return {"seed": config.training.seed, "tokenizer": tokenizer.fingerprint(), **model}
@@ -114,7 +117,7 @@ def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
 
 
 class Growth:
-    """The training in its process group."""
+    """Progressive training in its process group."""
 
     def __init__(
         self,
@@ -129,21 +132,21 @@ class Growth:
         """Collective.
 
         Args:
-            config: as `run` takes them; `checkpoint.save` is the directory of the training.
-            phases: all of them.
-            tokenizer: of the data; a mask token is added to it where the objective asks for one.
-            data: batches of the caller's, in place of --data-path.
-            frozen: stack index -> `frozen` or `qlora`, for stacks that are treated so whatever the strategy.
-            make_others: see `run`.
+            config: the configuration of the training; `checkpoint.save` is its directory.
+            phases: all phases.
+            tokenizer: the tokenizer of the data; a mask token is added to it if the objective needs one.
+            data: the caller's batches, used instead of --data-path; None to read --data-path.
+            frozen: stack index -> `frozen` or `qlora`, overrides the trunk strategy for these stacks.
+            make_others: see `run_progressive`.
 
         Raises:
-            ValueError: the directory holds another training.
+            ValueError: the directory contains another training.
         """
         self.data = data
         self.frozen = dict(frozen or {})
         self.make_others = make_others
         self.losses: dict[str, list[float]] = {}
-        """Name of each phase of this command -> its losses, step by step."""
+        """Name of each phase that this command has run -> its losses, step by step."""
 
         self.config = config
         self.phases = phases
@@ -159,14 +162,14 @@ class Growth:
         self.global_batch_size = config.training.resolved_global_batch_size(copies)
 
     def run(self) -> int:
-        """Trains what is left; returns the exit code. Collective."""
+        """Trains the remaining phases; returns the exit code. Collective."""
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
-            print_on_first_rank("training already complete; a larger --target-stacks goes on")
+            print_on_first_rank("training is already complete; to continue, increase --target-stacks")
         if left and self.config.training.bf16 and any(s.precision == "full" for s in left[-1].rack.stacks):
             print_on_first_rank(
-                "--bf16: stacks of full precision keep and multiply their weights in fp32 "
-                "(--new-stack-precision bfloat16 for bf16)"
+                "--bf16: stacks of precision full store and multiply their weights in fp32; "
+                "use --new-stack-precision bfloat16 for bf16"
             )
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
@@ -178,13 +181,13 @@ class Growth:
             if code != EXIT_OK or self._is_stopped(phase):
                 return code
             gc.collect()
-        # Again where nothing was left: a kill may have come in between.
+        # Also if no phase was left: the last command may have been killed before it published the rack.
         folder = on_first_rank(lambda: publish_rack(self.save, self.phases[-1].name))
         print_on_first_rank(f"the rack is complete: {folder}")
         return EXIT_OK
 
     def _is_stopped(self, phase: Phase) -> bool:
-        """True if the phase was left before its end, or ended at a step at which the command is to end."""
+        """Returns whether the phase was interrupted, or has ended at a step at which the command must stop."""
         finished = self.history.of(phase.name)
         interval = self.config.training.exit_interval
         is_last = phase is self.phases[-1]
@@ -210,7 +213,7 @@ class Growth:
             tokens_per_step=self.global_batch_size * config.model.seq_length,
             statistics_interval=config.logging.log_interval,
         )
-        # A command's first phase begins with the streams of any run, so that end to end is plain pretraining.
+        # The first phase keeps the random streams of a plain run, so that --no-enabled equals plain pretraining.
         if first or self.data is not None:
             random_state.reseed(config.training.seed, first)
         options = RunOptions(
@@ -254,7 +257,7 @@ class Growth:
         return replace(own, training=training, checkpoint=checkpoint)
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints what trains, and what the stacks weigh."""
+        """Prints the numbers of trained and frozen parameters, and the bytes of each stack."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         weights = ", ".join(
@@ -262,7 +265,7 @@ class Growth:
             for stack in phase.rack.stacks
         )
         print_on_first_rank(
-            f"{phase.name}: {counts['trainable']:,} parameters train, {counts['frozen']:,} are frozen; weights on a "
+            f"{phase.name}: {counts['trainable']:,} parameters train, {counts['frozen']:,} are frozen; weights per "
             f"rank, from the embedding: {weights}"
         )
 

@@ -1,11 +1,11 @@
-"""Document 004's `ProgressiveTrainer`: grows and trains a rack from a Python program, on batches of the caller's.
+"""`ProgressiveTrainer` of the Python API: grows and trains a rack on the caller's batches.
 
     trainer = ProgressiveTrainer(config)
     results = trainer.train_rack(rack_builder=builder, dataloader=dataloader, target_stacks=6)
     rack = builder.build_rack()
 
-It is the training of `pretrain_progressive.py` (see `run`): the same phases, checkpoints and files. Given a directory,
-a training that was ended goes on.
+It runs the same training as `pretrain_progressive.py` (see `progressive_run`), with the same phases, checkpoints and
+files. With a `save` directory an interrupted training continues. Source: docs/design/progressive_growth.md.
 """
 
 import atexit
@@ -41,29 +41,29 @@ from megatron_ext.training.loop import Data
 
 @dataclass(frozen=True, kw_only=True)
 class StackResult:
-    """One phase of a training."""
+    """Results of one phase."""
 
     name: str
     """`progressive_stack_{i}`, `progressive_joint` or `progressive_end_to_end`."""
 
     losses: list[float]
-    """Of the steps that were done in this call."""
+    """Losses of the steps that this call has run."""
 
     iterations: int
-    """Steps over the whole training at its end."""
+    """Number of the phase's last step, counted over the whole training."""
 
     trainable_parameters: int
     frozen_parameters: int
     seconds: float
-    """Wall time."""
+    """Wall time of the phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResults:
-    """What a training gave."""
+    """Results of a training."""
 
     stacks: list[StackResult]
-    """Its phases in their order."""
+    """Results of its phases, in order."""
 
     checkpoint: Path
     """The last phase's checkpoint."""
@@ -80,12 +80,12 @@ class ProgressiveTrainer:
         logging: LoggingConfig | None = None,
     ) -> None:
         """Args:
-        config: of the training; may be changed until a training begins.
-        save: directory of the checkpoints; by default a temporary one, which ends with the process.
-        logging: what is printed and written.
+        config: the configuration; may be changed until a training begins.
+        save: directory of the checkpoints; None for a temporary one, which is removed when the process ends.
+        logging: what is printed and written; None for the defaults without throughput.
 
         Raises:
-            ValueError: as `StackWiseConfig.validate`.
+            ValueError: the configuration is invalid; see `StackWiseConfig.validate`.
         """
         config.validate()
         self.config = config
@@ -98,19 +98,22 @@ class ProgressiveTrainer:
     def train_rack(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
     ) -> TrainingResults:
-        """Trains the builder's stacks one after the other, adding stacks until there are `target_stacks`. Collective.
+        """Trains the builder's stacks one after the other, adding stacks up to `target_stacks`. Collective.
 
         Args:
-            rack_builder: afterwards its `build_rack` gives the trained rack.
-            dataloader: batches of this data-parallel rank, all with the same number of rows; read again and again.
-                See `ProgressiveDataLoader` for what a batch may be.
-            target_stacks: of the complete rack.
+            rack_builder: describes the stacks; afterwards its `build_rack` returns the trained model.
+            dataloader: yields the batches of this data-parallel rank, all with the same number of rows; iterated
+                repeatedly. `ProgressiveDataLoader` describes the format of a batch.
+            target_stacks: number of stacks of the complete rack.
 
         Raises:
-            ValueError: the rack has more stacks, the directory holds another training, or a batch is none.
+            ValueError: the rack has more stacks, the directory contains another training, or a batch has another
+                format.
         """
         if target_stacks < rack_builder.num_stacks:
-            raise ValueError(f"target_stacks {target_stacks}: the rack has {rack_builder.num_stacks} stacks")
+            raise ValueError(
+                f"target_stacks {target_stacks}: the rack already has {rack_builder.num_stacks} stacks"
+            )
         while rack_builder.num_stacks < target_stacks:
             rack_builder.add_stack()
         config = self._run_config(rack_builder, dataloader, target_stacks)
@@ -157,7 +160,7 @@ class ProgressiveTrainer:
     def train_progressively(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
     ) -> TrainingResults:
-        """Document 004's other name of `train_rack`."""
+        """Another name of `train_rack`, used in docs/design/progressive_growth.md."""
         return self.train_rack(rack_builder, dataloader, target_stacks)
 
     def _run_config(
@@ -180,7 +183,7 @@ class ProgressiveTrainer:
 def _endless(
     dataloader: Iterable[Any], micro_batch_size: int, copies: int, consumed_samples: int
 ) -> Iterator[Batch]:
-    """The loader's batches for ever, each with its `epoch` [b], from where a training is."""
+    """Yields the loader's batches without end, each with its `epoch` [b], from the current position of a training."""
     return islice(
         _epochs(dataloader, micro_batch_size), consumed_samples // (micro_batch_size * copies), None
     )
@@ -192,8 +195,10 @@ def _epochs(dataloader: Iterable[Any], micro_batch_size: int) -> Iterator[Batch]
         for batch in map(plain_batch, dataloader):
             rows = batch["tokens"].size(0)
             if rows != micro_batch_size:
-                raise ValueError(f"a batch of {rows} rows after one of {micro_batch_size}: drop the last one")
+                raise ValueError(f"batch size changed from {micro_batch_size} to {rows}; use drop_last=True")
             empty = False
             yield {"epoch": torch.full((rows,), epoch), **batch}
         if empty:
-            raise ValueError("the data loader gives no batch; a generator can be read once only, give a list")
+            raise ValueError(
+                "the data loader yields no batch; a generator can be read only once, pass a list instead"
+            )

@@ -1,12 +1,12 @@
-"""Document 004's `ProgressiveRackBuilder`: stacks are added one by one, and the rack is built, in a Python program.
+"""`ProgressiveRackBuilder` of the Python API: adds stacks one by one, and builds the model.
 
     builder = ProgressiveRackBuilder(config=config, building_mode="append", default_precision="full")
     builder.append_stack(n_blocks=4)
     builder.prepend_stack(n_blocks=4, precision="half")
     rack = builder.build_rack()
 
-A rack that was trained (`ProgressiveTrainer`) is built with its trained weights; stacks that were added since are new.
-A process of its own is enough; under torchrun with `parallel` set every process builds its part.
+After training (`ProgressiveTrainer`) the model is built with its trained weights; stacks added since are initialized.
+One process is enough; under torchrun with `parallel` set every process builds its part.
 """
 
 from dataclasses import replace
@@ -29,15 +29,15 @@ from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
 
 
 def create_stack_from_config(stack_id: int, n_blocks: int | None, config: StackWiseConfig) -> Stack:
-    """A stack as a configuration wants it; a builder gives it its place.
+    """Creates the description of a stack from a configuration.
 
     Args:
-        stack_id: the order in which stacks are made, from 0.
-        n_blocks: its layers; by default the configuration's.
-        config: precision, and `n_blocks` where none is given.
+        stack_id: index of the stack in the order of creation, from 0.
+        n_blocks: number of layers; None for the configuration's.
+        config: gives the precision, and the default of `n_blocks`.
 
     Raises:
-        ValueError: as `StackWiseConfig.validate`.
+        ValueError: the configuration is invalid; see `StackWiseConfig.validate`.
     """
     progressive = config.progressive_config(stack_id + 1)
     blocks = progressive.blocks_of(stack_id) if n_blocks is None else n_blocks
@@ -45,7 +45,7 @@ def create_stack_from_config(stack_id: int, n_blocks: int | None, config: StackW
 
 
 class ProgressiveRackBuilder:
-    """Racks, stack by stack."""
+    """Builds a rack stack by stack."""
 
     def __init__(
         self,
@@ -56,17 +56,17 @@ class ProgressiveRackBuilder:
         **model: Any,
     ) -> None:
         """Args:
-        config: everything; or, without it, `model`.
-        building_mode: where `add_stack` puts a stack; by default the configuration's.
-        default_precision: of stacks that are given none; by default the configuration's.
+        config: the whole configuration; alternatively pass `model`.
+        building_mode: position of stacks added by `add_stack`; None for the configuration's.
+        default_precision: precision of stacks for which none is given; None for the configuration's.
         **model: `vocab_size`, `d_model`, `d_ff`, `n_heads` and other keys of the section `model`.
 
         Raises:
-            ValueError: both or neither, an unknown word, or as `StackWiseConfig.validate`.
+            ValueError: both `config` and `model` are given, or neither; or a value is invalid.
         """
         if (config is None) == (not model):
             raise ValueError(
-                "ProgressiveRackBuilder: give a config, or vocab_size, d_model, d_ff and n_heads"
+                "ProgressiveRackBuilder: pass either a config, or vocab_size, d_model, d_ff and n_heads"
             )
         self.config = config if config is not None else StackWiseConfig(model=model)
         self.config.validate()
@@ -74,37 +74,37 @@ class ProgressiveRackBuilder:
         self.default_precision = _word("default_precision", default_precision, PRECISIONS)
         self.rack = Rack()
         self.frozen: dict[int, str] = {}
-        """Stack index -> `frozen` or `qlora`, of stacks that were treated so by hand."""
+        """Stack index -> `frozen` or `qlora`, for stacks frozen by `freeze_trunk` or `freeze_all_but_qlora`."""
 
         self.trained: Trunk | None = None
-        """The checkpoint of the stacks that are trained."""
+        """The checkpoint of the trained stacks; None before training."""
 
         self.chunks: list[GPTModel] = []
-        """The model that was built last."""
+        """The chunks of the model that was built last."""
 
     @property
     def num_stacks(self) -> int:
-        """Stacks so far."""
+        """Current number of stacks."""
         return len(self.rack.stacks)
 
     def append_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
         """Adds a stack after all others.
 
         Args:
-            n_blocks: its layers; by default the configuration's.
-            precision: full, half, bfloat16, nvfp4 or qlora; by default the builder's or the configuration's.
+            n_blocks: number of layers; None for the configuration's.
+            precision: full, half, bfloat16, nvfp4 or qlora; None for the builder's or the configuration's.
 
         Raises:
-            ValueError: an unknown precision, no layers, or more than `max_stacks`.
+            ValueError: the precision is unknown, there are no layers, or more than `max_stacks` stacks.
         """
         return self._add("append", n_blocks, precision)
 
     def prepend_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
-        """Adds a stack before all others; as `append_stack`."""
+        """Adds a stack before all others; arguments and errors as in `append_stack`."""
         return self._add("prepend", n_blocks, precision)
 
     def add_stack(self) -> Stack:
-        """Adds a stack where the building mode puts it, as the configuration wants it."""
+        """Adds a stack at the position of the building mode, with the configuration's layers and precision."""
         index = self.num_stacks
         mode = self.building_mode
         if mode is None:
@@ -112,28 +112,30 @@ class ProgressiveRackBuilder:
         return self._add(mode, None, None)
 
     def freeze_trunk(self, trunk_indices: list[int]) -> None:
-        """From now on nothing trains in these stacks, adapters neither.
+        """Freezes these stacks, including their adapters.
 
         Raises:
-            ValueError: there is no such stack.
+            ValueError: a stack does not exist.
         """
         self._freeze(trunk_indices, "frozen")
 
     def freeze_all_but_qlora(self, trunk_indices: list[int]) -> None:
-        """From now on only the adapters train in these stacks.
+        """Freezes these stacks except their adapters.
 
         Raises:
-            ValueError: there is no such stack, or stacks have no adapters.
+            ValueError: a stack does not exist, or stacks have no adapters.
         """
         if not self.config.progressive_config(max(1, self.num_stacks)).qlora_enabled:
-            raise ValueError("freeze_all_but_qlora: qlora_enabled is false, stacks have no adapters")
+            raise ValueError(
+                "freeze_all_but_qlora requires qlora_enabled=True; without it stacks have no adapters"
+            )
         self._freeze(trunk_indices, "qlora")
 
     def build_rack(self, trains: Trains = "newest") -> GPTModel:
-        """The model of all stacks, with what is trained of it; this process's part.
+        """Builds this process's part of the model of all stacks, with the trained weights of those that are trained.
 
         Args:
-            trains: `newest`, as in the training of the newest stack, `all`, or `none`.
+            trains: which parameters require gradients: `newest` as in the newest stack's phase, `all`, or `none`.
 
         Raises:
             ValueError: there is no stack, or the parallel layout does not fit the model.
@@ -167,12 +169,12 @@ class ProgressiveRackBuilder:
 
     @property
     def mask_token_id(self) -> int | None:
-        """Id of the mask token, where the objective asks for one: the configuration's, or one after the vocabulary."""
+        """Id of the mask token, the configured one or the one after the vocabulary; None if nothing is masked."""
         return self._vocabulary()[1]
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the model, an end-of-document and a mask token included."""
+        """Number of token ids of the model, including an end-of-document token and a mask token."""
         return self._vocabulary()[0].vocab_size
 
     def _vocabulary(self) -> tuple[Tokenizer, int | None]:
@@ -191,7 +193,9 @@ class ProgressiveRackBuilder:
     def _freeze(self, indices: list[int], how: str) -> None:
         for index in indices:
             if not 0 <= index < self.num_stacks:
-                raise ValueError(f"trunk_indices {index}: the rack has stacks 0 to {self.num_stacks - 1}")
+                raise ValueError(
+                    f"trunk_indices {index}: the rack has only stacks 0 to {self.num_stacks - 1}"
+                )
         self.frozen |= dict.fromkeys(indices, how)
         if self.chunks and self.chunks[0].config.num_layers == self.rack.num_layers:
             config = self.config.progressive_config(self.num_stacks)

@@ -1,1 +1,1 @@
-"""Configuration of progressive training."""
+"""The configuration of progressive training."""

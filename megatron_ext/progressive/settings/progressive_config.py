@@ -1,8 +1,8 @@
-"""What a user chooses about progressive training: document 004's keys and defaults, and the schedule of stacks.
+"""Flags of progressive training; names and defaults are those of docs/design/progressive_growth.md.
 
-Every key is a flag of `pretrain_progressive.py` and a key of the section `progressive` of a YAML file; those of LoRA
-come from `lora_config`. What a value means is told where it is used: `rack` (stacks), `plan` (trunk strategies),
-`growth` (initial values), `phases` (schedule), `time_steps` and `masking` (time and masks), `activation_cache`.
+Every field is a flag of `pretrain_progressive.py` and a key of the section `progressive` of a YAML file; the flags of
+LoRA come from `lora_config`. The modules that use the values describe them: `rack` (stacks), `trunk_strategy`,
+`grown_weights` (initial weights), `phases` (schedule), `time_steps` and `masking` (time and masks), `activation_cache`.
 """
 
 from collections.abc import Sequence
@@ -30,106 +30,109 @@ PRECISIONS = ("full", "half", "bfloat16", "nvfp4", "qlora")
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveConfig(LoRAConfig):
-    """Growing a model stack by stack over a frozen or LoRA trunk; document 004's keys."""
+    """Growing and training a model stack by stack on a frozen or LoRA trunk."""
 
     enabled: bool = True
-    """Grow stack by stack. Without it all stacks are made at once and trained end to end, for comparison."""
+    """Grow stack by stack. If disabled, all stacks are created at once and trained end to end, for comparison."""
 
     target_stacks: int | None = None
-    """Stacks of the complete rack. Without it --max-stacks."""
+    """Number of stacks of the complete rack. Default: --max-stacks."""
 
     max_stacks: int = 12
-    """The most stacks that a rack may have; time is laid out over so many."""
+    """Largest number of stacks of a rack; the default of --num-time-steps depends on it."""
 
     n_blocks: tuple[int, ...] = (4,)
-    """Transformer layers of a stack: one number for all, or one for each stack in the order in which they are made."""
+    """Number of transformer layers per stack: one number for all, or one per stack in the order of creation."""
 
     building_mode: tuple[str, ...] = ("append",)
-    """Where a new stack goes: append (after the trunk) or prepend (before it); one word for all, or one for each stack
-    after the first."""
+    """Position of a new stack: append (after the trunk) or prepend (before it); one for all, or one per stack after the
+    first."""
 
     growth_init: GrowthInit = "random"
-    """A new stack's weights: random, copy (of the neighbouring stack), interleave (of layers evenly taken from the
-    whole trunk), zero (random, but output projections zero: the model's function stays as it was)."""
+    """Initial weights of a new stack: random; copy of the neighbouring stack; interleave, copies of layers distributed
+    over the trunk; zero, random with output projections of zero, so that the model's function does not change."""
 
     trunk_strategy: TrunkStrategy = "frozen"
-    """What trains in the trunk: nothing (frozen, adapters included), adapters only (qlora), everything (trained)."""
+    """What trains in the trunk: nothing (frozen), only adapters (qlora), or everything (trained)."""
 
     new_stack_precision: tuple[str, ...] = ("full",)
-    """Precision of a stack's linear layers: full (fp32, under --bf16 too), half, bfloat16, nvfp4, qlora (NF4); one word
-    for all, or one for each stack. The two of four bits train in the run's precision and are packed when a stack is
-    added to them."""
+    """Precision of a stack's linear layers: full (fp32, even with --bf16), half, bfloat16, nvfp4, qlora (NF4); one for
+    all, or one per stack. Stacks of nvfp4 and qlora train in the run's precision, and are packed when the next stack is
+    added."""
 
     trunk_precision: Literal["full", "half", "bfloat16", "nvfp4", "qlora"] | None = None
-    """Precision of stacks once they belong to the trunk. Without it their own."""
+    """Precision of stacks once they belong to the trunk. Default: that of each stack."""
 
     train_embedding: bool = False
-    """Train the embedding with every stack, not with the first one only; --trunk-strategy trained does so too."""
+    """Train the embedding with every stack instead of only the first; implied by --trunk-strategy trained."""
 
     stack_steps: tuple[int, ...] | None = None
-    """Optimizer steps of a stack: one number for all, or one for each stack. This or --stack-tokens."""
+    """Number of training steps per stack: one number for all, or one per stack. Alternative: --stack-tokens."""
 
     stack_tokens: tuple[int, ...] | None = None
-    """The same in tokens, down to whole steps."""
+    """Number of training tokens per stack, rounded down to whole steps: one number for all, or one per stack."""
 
     joint_steps: int = 0
-    """Optimizer steps of a last phase in which the complete rack trains, with nothing frozen; no stack follows it."""
+    """Number of steps of a last phase in which the complete rack trains, with nothing frozen."""
 
     joint_lr: float | None = None
-    """Peak learning rate of that phase. Without it --lr."""
+    """Peak learning rate of the joint phase. Default: --lr."""
 
     plateau_patience: int | None = None
-    """End a stack early when the mean loss over so many steps is not better than over as many before them."""
+    """End a stack's phase when the mean loss of this many steps is not lower than that of as many steps before.
+    Default: never."""
 
     plateau_min_delta: float = 0.001
-    """By how many nats it must be better."""
+    """Required decrease of the mean loss for --plateau-patience, in nats."""
 
     training_objective: Literal["mlm", "clm", "diffusion", "custom"] = "mlm"
-    """clm: next token, causal. mlm: masked tokens, bidirectional. diffusion: the same with more masks at later times.
-    custom: targets given by the data, bidirectional."""
+    """clm: next token, causal attention. mlm: masked tokens, bidirectional. diffusion: as mlm, with sequences weighted
+    by 1 / masked fraction. custom: targets in the data, bidirectional."""
 
     mask_token_id: int | None = None
-    """Id of the mask token, for mlm and diffusion; no token of the data. Without it one is added to the vocabulary."""
+    """Id of the mask token for mlm and diffusion; it must not occur in the data. Default: the vocabulary's mask token,
+    or a new id."""
 
     time_interpretation: Literal["input", "depth"] = "depth"
-    """input: t is drawn for every sequence and told to the model by an embedding. depth: t follows from the stack."""
+    """input: time t is sampled per sequence and embedded as an input of the model. depth: t depends on the stack."""
 
     time_embedding_dim: int = 512
-    """input: width of the time embedding before it is projected to the hidden size."""
+    """With --time-interpretation input: width of the time embedding before its projection to the hidden size."""
 
     time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """input: how time is encoded."""
+    """With --time-interpretation input: encoding of time."""
 
     stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
-    """depth: time step of a stack."""
+    """With --time-interpretation depth: mapping from stacks to time steps."""
 
     custom_time_mapping: str | None = None
-    """depth, custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time step."""
+    """With --stack-time-mapping custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time step.
+    """
 
     time_per_stack: int = 100
-    """depth: time steps of a stack."""
+    """With --time-interpretation depth: number of time steps per stack."""
 
     num_time_steps: int | None = None
-    """Time steps in all. Without it --time-per-stack times --max-stacks."""
+    """Total number of time steps. Default: --time-per-stack times --max-stacks."""
 
     min_mask_fraction: float = 0.15
-    """Part of the tokens that is masked at the first time step."""
+    """Fraction of the tokens that is masked at the first time step."""
 
     max_mask_fraction: float = 0.9
-    """Part of the tokens that is masked at the last."""
+    """Fraction of the tokens that is masked at the last time step."""
 
     epoch_samples: int | None = None
-    """Train on so many sequences over and over, the same ones in every epoch: then the activation cache hits from the
-    second epoch of a stack on. Without it a repeated document is packed anew, and no sequence comes twice."""
+    """Number of sequences per epoch; every epoch has the same ones, so that the activation cache has hits from a
+    stack's second epoch on. Default: documents are packed anew in every epoch, and no sequence is repeated."""
 
     cache_activations: bool = True
-    """Keep what a frozen trunk makes of each sample, where the trunk lies below the new stack and does not move."""
+    """Cache the output of a frozen trunk for every sample, if the trunk lies below the new stack."""
 
     cache_dir: str | None = None
-    """Directory for the cache. Without it the cache is in memory."""
+    """Directory of the activation cache. Default: the cache is in memory."""
 
     cache_max_gb: float = 1.0
-    """The most that one process's cache may take, in GiB."""
+    """Size limit of the activation cache per process, in GiB."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,39 +149,39 @@ class ProgressiveConfig(LoRAConfig):
 
     @property
     def num_stacks(self) -> int:
-        """Stacks of the complete rack."""
+        """Number of stacks of the complete rack."""
         return self.max_stacks if self.target_stacks is None else self.target_stacks
 
     @property
     def resolved_num_time_steps(self) -> int:
-        """Time steps in all, the default applied."""
+        """Total number of time steps."""
         return self.num_time_steps or self.time_per_stack * self.max_stacks
 
     @property
     def masks_tokens(self) -> bool:
-        """Tokens are masked: mlm, diffusion."""
+        """Whether the objective masks tokens (mlm, diffusion)."""
         return self.training_objective in ("mlm", "diffusion")
 
     @property
     def bidirectional(self) -> bool:
-        """Every position attends to all others."""
+        """Whether every position attends to all others."""
         return self.training_objective != "clm"
 
     @property
     def embeds_time(self) -> bool:
-        """The model is told the time step."""
+        """Whether the time step is an input of the model."""
         return self.masks_tokens and self.time_interpretation == "input"
 
     def blocks_of(self, stack_idx: int) -> int:
-        """Layers of a stack, by the order in which stacks are made, from 0."""
+        """Returns the number of layers of a stack, by its index in the order of creation, from 0."""
         return _of(self.n_blocks, stack_idx)
 
     def mode_of(self, stack_idx: int) -> str:
-        """Where a stack goes, `append` or `prepend`; for stacks after the first."""
+        """Returns the position of a stack after the first, `append` or `prepend`."""
         return _of(self.building_mode, stack_idx - 1)
 
     def precision_of(self, stack_idx: int) -> str:
-        """Precision of a stack, by the order in which stacks are made, from 0."""
+        """Returns the precision of a stack, by its index in the order of creation, from 0."""
         return _of(self.new_stack_precision, stack_idx)
 
     def _check_lists(self) -> None:
@@ -194,7 +197,7 @@ class ProgressiveConfig(LoRAConfig):
     def _check_stacks(self) -> None:
         stacks = self.num_stacks
         if stacks > self.max_stacks:
-            raise ValueError(f"--target-stacks {stacks}: more than --max-stacks {self.max_stacks}")
+            raise ValueError(f"--target-stacks {stacks}: must be at most --max-stacks {self.max_stacks}")
         for name, needed in (
             ("n_blocks", stacks),
             ("building_mode", stacks - 1),
@@ -205,8 +208,8 @@ class ProgressiveConfig(LoRAConfig):
             values = getattr(self, name)
             if values is not None and len(values) != 1 and len(values) < needed:
                 raise ValueError(
-                    f"{flag_name(name)} {' '.join(map(str, values))}: has {len(values)} values, --target-stacks "
-                    f"{stacks} needs one, or {needed}"
+                    f"{flag_name(name)} {' '.join(map(str, values))}: has {len(values)} values, but --target-stacks "
+                    f"{stacks} requires 1 or {needed}"
                 )
         self.check_stacks(stacks)
 
@@ -217,25 +220,28 @@ class ProgressiveConfig(LoRAConfig):
             )
         if self.trunk_strategy == "qlora" and not self.qlora_enabled:
             raise ValueError(
-                "--trunk-strategy qlora: trains adapters only, and --no-qlora-enabled makes none"
+                "--trunk-strategy qlora trains only adapters, but with --no-qlora-enabled there are none; omit one"
             )
         if self.trunk_strategy == "trained" and self.trunk_precision is not None:
             raise ValueError(
-                f"--trunk-precision {self.trunk_precision}: is for a frozen trunk, --trunk-strategy is trained"
+                f"--trunk-precision {self.trunk_precision} requires a frozen trunk (got --trunk-strategy trained)"
             )
         if self.joint_lr is not None and not self.joint_steps:
-            raise ValueError(f"--joint-lr {self.joint_lr}: needs --joint-steps")
+            raise ValueError(f"--joint-lr {self.joint_lr} requires --joint-steps")
         if self.max_mask_fraction < self.min_mask_fraction:
             raise ValueError(
-                f"--max-mask-fraction {self.max_mask_fraction}: below --min-mask-fraction {self.min_mask_fraction}"
+                f"--max-mask-fraction {self.max_mask_fraction}: must be at least --min-mask-fraction "
+                f"{self.min_mask_fraction}"
             )
         if (self.stack_time_mapping == "custom") != (self.custom_time_mapping is not None):
             raise ValueError(
-                f"--custom-time-mapping {self.custom_time_mapping}: goes with --stack-time-mapping custom, "
-                f"it is {self.stack_time_mapping}"
+                f"--custom-time-mapping {self.custom_time_mapping}: required with --stack-time-mapping custom, and "
+                f"only with it (got {self.stack_time_mapping})"
             )
         if self.training_objective == "clm" and self.time_interpretation == "input":
-            raise ValueError("--time-interpretation input: needs masks, --training-objective clm has none")
+            raise ValueError(
+                "--time-interpretation input requires masked tokens, but --training-objective clm has none"
+            )
 
 
 def _of(values: Sequence[T], place: int) -> T:

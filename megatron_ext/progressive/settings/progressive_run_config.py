@@ -1,4 +1,7 @@
-"""The configuration of a progressive training, and the values in it that follow from the stacks; imports no torch."""
+"""The configuration of a progressive training run, and the defaults that depend on the stacks.
+
+The command line reads this file, so it must not import torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveRunConfig(RunConfig):
-    """All that a progressive training is told."""
+    """Configuration of a progressive training run."""
 
     progressive: ProgressiveConfig
     """Stacks, trunk, growth and objective."""
@@ -22,25 +25,27 @@ _LENGTHS = ("train_iters", "train_samples", "num_epochs")
 
 
 def stack_defaults(given: Mapping[str, Any]) -> Found:
-    """Values that follow from the stacks.
+    """Returns the defaults that depend on the stacks.
 
     Args:
-        given: field's name -> value, of the command line and the YAML file.
+        given: name of a field -> value, from command line and YAML file.
 
     Raises:
-        ValueError: `--num-layers` is given, which follows from the stacks; or no length, or two.
+        ValueError: `--num-layers` is given, or not exactly one length.
     """
     if "num_layers" in given:
         raise ValueError(
-            f"--num-layers {given['num_layers']}: follows from --target-stacks and --n-blocks, leave it out"
+            f"--num-layers {given['num_layers']}: omit it; it follows from --target-stacks and --n-blocks"
         )
     lengths = [name for name in ("stack_steps", "stack_tokens", *_LENGTHS) if name in given]
     flags = list(map(flag_name, lengths))
     if not flags:
-        raise ValueError("--stack-steps: missing (or --stack-tokens, or --train-iters for every stack)")
+        raise ValueError(
+            "no length was given; pass --stack-steps or --stack-tokens, or --train-iters for the steps of every stack"
+        )
     if len(flags) > 1:
-        raise ValueError(f"{flags[0]}: cannot be given together with {flags[1]}")
-    # The number of layers, and where the stacks have lengths of their own that of the run, are set by every phase.
+        raise ValueError(f"{flags[0]}: cannot be combined with {flags[1]}; omit one of them")
+    # Placeholders: every phase sets its number of layers, and with --stack-steps or --stack-tokens its length.
     sections: dict[str, Any] = {"model": {"num_layers": 1, "untie_embeddings_and_output_weights": True}}
     if lengths[0] not in _LENGTHS:
         sections["training"] = {"train_iters": 1}

@@ -1,13 +1,14 @@
-"""Document 004's configuration object: `config.model.d_model`, `config.training.progressive.trunk_strategy`, ...
+"""The configuration object of the Python API: `config.model.d_model`, `config.training.progressive.trunk_strategy`, ...
 
     model: {vocab_size: 8192, d_model: 512, d_ff: 1536, n_heads: 8}
     training:
       lr: 1.0e-3
       progressive: {trunk_strategy: frozen, new_stack_precision: full}
 
-Values may be changed until `validate`, which finds unknown keys and contradictions. `model` takes the document's names
-and every flag of `ModelConfig`, `training` those of `TrainingConfig` and `OptimizerSettings`, `parallel` those of
-`ParallelConfig`, `progressive` those of `ProgressiveConfig`. The number of layers follows from the stacks.
+Values may be changed; `validate` checks for unknown keys and contradictions. `model` has the names of
+docs/design/progressive_growth.md and all fields of `ModelConfig`; `training` has those of `TrainingConfig` and
+`OptimizerSettings`, `parallel` those of `ParallelConfig`, `progressive` those of `ProgressiveConfig`. The number of
+layers depends on the stacks.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 G = TypeVar("G", bound="DataclassInstance")
 
 _MODEL_NAMES = {"d_model": "hidden_size", "d_ff": "ffn_hidden_size", "n_heads": "num_attention_heads"}
-"""Document 004's name of a model's size -> ours."""
+"""Name in docs/design/progressive_growth.md -> field of `ModelConfig`."""
 
 _MODEL_DEFAULTS = {"seq_length": 512, "swiglu": True, "disable_bias_linear": True, "hidden_dropout": 0.0}
 _MODEL_DEFAULTS |= {"attention_dropout": 0.0, "untie_embeddings_and_output_weights": True}
@@ -46,15 +47,15 @@ class StackWiseConfig:
 
     def __init__(self, **sections: Mapping[str, Any]) -> None:
         """Args:
-        **sections: `model`, `training`, `parallel` and, where it does not stand in `training`, `progressive`.
+        **sections: `model`, `training`, `parallel`, and `progressive` unless it is a part of `training`.
 
         Raises:
-            ValueError: an unknown section, or `progressive` twice.
+            ValueError: a section is unknown, or `progressive` is given twice.
         """
         training = dict(sections.get("training") or {})
         progressive = training.pop("progressive", None)
         if progressive is not None and "progressive" in sections:
-            raise ValueError("progressive: is given twice, beside training and in it")
+            raise ValueError("progressive: given twice, in training and as a section; remove one of them")
         _check_known("section", sections, ("model", "training", "parallel", "progressive"))
         self.model = SimpleNamespace(**_MODEL_DEFAULTS | dict(sections.get("model") or {}))
         self.training = SimpleNamespace(**_TRAINING_DEFAULTS | training)
@@ -65,10 +66,10 @@ class StackWiseConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "StackWiseConfig":
-        """Reads a YAML file; `validate` tells whether it makes sense.
+        """Reads a YAML file; call `validate` to check the values.
 
         Raises:
-            ValueError: not YAML, not sections, or a section that is unknown.
+            ValueError: the file is not YAML, has no sections, or has an unknown section.
             OSError: it cannot be read.
         """
         try:
@@ -76,24 +77,28 @@ class StackWiseConfig:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not YAML: {error}") from None
         if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
-            raise ValueError(f"{path}: must have sections, as model and training")
+            raise ValueError(f"{path}: must have sections such as model and training")
         try:
             return cls(**content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def validate(self) -> None:
-        """Raises `ValueError` for an unknown key, a missing or wrong value, or a contradiction."""
+        """Checks the configuration.
+
+        Raises:
+            ValueError: a key is unknown, a value is missing or wrong, or values contradict each other.
+        """
         self.run_config()
 
     def progressive_config(self, target_stacks: int | None = None) -> ProgressiveConfig:
-        """The section `progressive`, checked.
+        """Returns the checked section `progressive`.
 
         Args:
-            target_stacks: in place of the section's.
+            target_stacks: overrides the section's value; None keeps it.
 
         Raises:
-            ValueError: an unknown key or a contradiction.
+            ValueError: a key is unknown, or values contradict each other.
         """
         values = vars(self.training.progressive) | (
             {} if target_stacks is None else {"target_stacks": target_stacks}
@@ -111,14 +116,14 @@ class StackWiseConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the vocabulary.
+        """Number of ids of the vocabulary.
 
         Raises:
             ValueError: `model.vocab_size` is missing.
         """
         size = getattr(self.model, "vocab_size", None)
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"model.vocab_size {size}: must be a number of ids, at least 1")
+            raise ValueError(f"model.vocab_size {size}: must be an integer of at least 1")
         return size
 
     def run_config(self, target_stacks: int | None = None) -> ProgressiveRunConfig:
@@ -136,12 +141,14 @@ class StackWiseConfig:
         model = {name: value for name, value in vars(self.model).items() if name != "vocab_size"}
         for name, ours in _MODEL_NAMES.items():
             if name in model and ours in model:
-                raise ValueError(f"model.{name} {model[name]}: is {ours}, which is given too")
+                raise ValueError(
+                    f"model.{name} {model[name]}: another name of {ours}, which is given too; omit one"
+                )
             if name in model:
                 model[ours] = model.pop(name)
         if "num_layers" in model:
             raise ValueError(
-                f"model.num_layers {model['num_layers']}: follows from target_stacks and n_blocks"
+                f"model.num_layers {model['num_layers']}: omit it; it follows from target_stacks and n_blocks"
             )
         training = {name: value for name, value in vars(self.training).items() if name != "progressive"}
         own = _names(TrainingConfig)

@@ -259,7 +259,7 @@ def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDi
     stored = load_sharded_metadata(str(folder)).values()
     objects = {value.unique_key for value in stored if isinstance(value, ShardedObject)}
 
-    def is_there(name: Any, value: Any) -> bool:
+    def is_there(name: object, value: object) -> bool:
         return not (isinstance(value, ShardedObject) and _is_extra(str(name))) or value.unique_key in objects
 
     def kept(part: Any) -> Any:
@@ -270,7 +270,7 @@ def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDi
     return kept(state)
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> bool:
     return isinstance(value, ShardedTensor | ShardedTensorFactory)
 
 

@@ -122,7 +122,7 @@ def _check_families(
                 _same(name, ours.get(name), theirs.get(name), folder)
 
 
-def _same(name: str, ours: Any, theirs: Any, folder: Path) -> None:
+def _same(name: str, ours: object, theirs: object, folder: Path) -> None:
     if ours == theirs:
         return
     if isinstance(ours, list) and isinstance(theirs, list):
@@ -142,5 +142,5 @@ def _model(configuration: Mapping[str, Any]) -> ModelConfig:
     return group_in(ModelConfig, configuration, "model")
 
 
-def _resolved(model: ModelConfig, name: str) -> Any:
+def _resolved(model: ModelConfig, name: str) -> object:
     return getattr(model, f"resolved_{name}", getattr(model, name))

@@ -137,7 +137,7 @@ def _fields(run_config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return "none" if value is None else str(value)

@@ -311,7 +311,7 @@ def test_a_directory_that_is_no_cache_is_refused(content: str | None, tmp_path: 
     (tmp_path / "notes.txt").write_text("mine")
     if content is not None:
         (tmp_path / "cache.json").write_text(content)
-    with pytest.raises(ValueError, match="is not empty and holds no activation cache"):
+    with pytest.raises(ValueError, match="not empty, and not an activation cache"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path)), {})
     with pytest.raises(ValueError, match="is not a directory"):
         check_cache_directory(replace(MLM, cache_dir=str(tmp_path / "notes.txt")), {})

@@ -301,11 +301,11 @@ def test_copying_falls_back_where_the_kernel_cannot(tmp_path: Path, monkeypatch:
     (tmp_path / "from").write_bytes(content)
 
     def unsupported(*args: Any) -> None:
-        raise OSError(assembly_module.errno.EXDEV, "across file systems")
+        raise OSError(assembly_module.errno.EXDEV, "across file systems")  # type: ignore[attr-defined]
 
     for replacement in (None, unsupported):
         if replacement is not None:
-            monkeypatch.setattr(assembly_module.os, "copy_file_range", replacement)
+            monkeypatch.setattr(assembly_module.os, "copy_file_range", replacement)  # type: ignore[attr-defined]
         with open(tmp_path / "from", "rb") as source, open(tmp_path / "to", "wb") as target:
             target.write(b"before")
             assembly_module.copy_bytes(source, target)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.testing.forked_scripts import run_script
+from megatron_ext.testing.torchrun import environment
 from megatron_ext.training.checkpoint import checkpoint_files as files
-from tests.integration.scripts.test_pretrain_gpt_per_layer import environment, losses
+from tests.integration.scripts.test_pretrain_gpt_per_layer import losses
 
 ROOT = Path(__file__).parents[3]
 SHAPE = shlex.split(

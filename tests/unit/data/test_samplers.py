@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_ext.data.datasets.samplers import SequentialBatchSampler, build_data_iterator
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Sample i is {"number": i}."""
 
     def __init__(self, size: int) -> None:

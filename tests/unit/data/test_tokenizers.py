@@ -271,7 +271,7 @@ def test_gigatokens_cache_is_given_back_and_ids_stay_the_same(
 
     ours = gpt2(bpe_dir)
     encoder = Encoder(ours, "gigatoken")
-    load, loads = encoding.load, []
+    load, loads = encoding.load, []  # type: ignore[attr-defined]
 
     def counted(tokenizer: Any) -> Any:
         loads.append(tokenizer)

@@ -140,7 +140,7 @@ def _train_to_equivalence(cases: dict[str, NPTModuleConfig]) -> dict[str, list[f
     return {name: _losses(settings) for name, settings in cases.items()}
 
 
-def _losses(settings: NPTModuleConfig, steps: int = 120) -> list[float]:
+def _losses(settings: NPTModuleConfig, steps: int = 200) -> list[float]:
     """Layer equivalence, relative squared error, on fresh inputs, AdamW at the documents' largest rate times four."""
     layer = _layer(settings)
     for parameter in layer.mlp.parameters():

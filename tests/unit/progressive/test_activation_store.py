@@ -133,7 +133,7 @@ def test_a_full_disk_ends_the_writing_not_the_run(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache_store.os, "pwrite", full)
+    monkeypatch.setattr(cache_store.os, "pwrite", full)  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING):
         store.put(KEYS[1], VALUES[1])
         store.put(KEYS[2], VALUES[2])

@@ -29,7 +29,7 @@ def test_a_prepended_stack_shifts_the_earlier_ones_up(tmp_path: Path) -> None:
 def test_stacks_of_which_nothing_was_noted_are_drawn_as_such(tmp_path: Path) -> None:
     run = read_run("grown", write_grown(tmp_path))
     blocks = growth_blocks(replace(run, phases=tuple(map(of_before, run.phases))))
-    assert {block.kind.name for block in blocks} == {"not noted"}
+    assert {block.kind.name for block in blocks} == {"not recorded"}
     assert blocks[1].labels[0] == "stack 1, bfloat16"
 
 

@@ -78,10 +78,10 @@ def test_values_may_be_set_as_the_document_does(tmp_path: Path) -> None:
         ("qlora_rank", 0, "--qlora-rank 0: must be at least 1"),
         ("qlora_rank", "many", "qlora_rank many: must be a number"),
         ("enabled", "yes please", "enabled yes please: must be true or false"),
-        ("target_stacks", 13, "--target-stacks 13: more than --max-stacks 12"),
+        ("target_stacks", 13, "--target-stacks 13: must be at most --max-stacks 12"),
         ("qlora_rank_pattern", "increasing", "requires --qlora-strategy progressive"),
         ("stack_time_mapping", "custom", "--custom-time-mapping None: goes with"),
-        ("joint_lr", 1e-3, "--joint-lr 0.001: needs --joint-steps"),
+        ("joint_lr", 1e-3, "--joint-lr 0.001 requires --joint-steps"),
     ],
 )
 def test_a_key_that_is_unknown_or_contradicts_another_is_told_in_one_line(
@@ -123,11 +123,11 @@ def test_stacks_are_appended_and_prepended_with_precisions_of_their_own(tmp_path
     ]
     assert newest.index == 2
     assert create_stack_from_config(0, None, config_of(tmp_path)).n_blocks == 4
-    with pytest.raises(ValueError, match="give a config, or vocab_size"):
+    with pytest.raises(ValueError, match="pass either a config, or vocab_size"):
         ProgressiveRackBuilder()
     with pytest.raises(ValueError, match="precision int3: must be one of"):
         builder.append_stack(precision="int3")
-    with pytest.raises(ValueError, match="trunk_indices 3: the rack has stacks 0 to 2"):
+    with pytest.raises(ValueError, match="trunk_indices 3: the rack has only stacks 0 to 2"):
         builder.freeze_trunk([3])
 
 
@@ -198,7 +198,7 @@ def refused_beside_checkpoints(folder: str) -> str:
     process_groups.shutdown = lambda: None
     Path(folder, "iter_0000004").mkdir()
     builder = ProgressiveRackBuilder(config=small_config(training_objective="clm"))
-    with pytest.raises(ValueError, match="needs a directory of its own") as caught:
+    with pytest.raises(ValueError, match="needs its own directory") as caught:
         ProgressiveTrainer(builder.config, save=folder).train_rack(builder, loader(), target_stacks=1)
     return str(caught.value)
 
