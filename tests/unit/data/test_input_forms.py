@@ -67,7 +67,9 @@ def test_zstd_that_cannot_be_unpacked_says_why(tmp_path: Path) -> None:
 
 
 def _gzip(content: bytes) -> bytes:
-    return gzip.compress(content, mtime=0)  # without a time, so that the tests are named the same in every worker
+    return gzip.compress(
+        content, mtime=0
+    )  # without a time, so that the tests are named the same in every worker
 
 
 @pytest.mark.parametrize(
