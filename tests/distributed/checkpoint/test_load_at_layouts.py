@@ -1,20 +1,21 @@
 """A checkpoint's model is rebuilt at another parallel layout."""
 
+from pathlib import Path
+
 import torch
+from megatron.core import parallel_state
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint.checkpointer import load_weights, read_run_config
+from tests.unit.training.test_checkpoint_load import save_two_steps
 
 
 def _logits(folder: str, parallel: ParallelConfig) -> torch.Tensor:
-    from megatron.core import parallel_state
-
-    from megatron_ext.models.build_model import build_model
-    from megatron_ext.platform.process_groups import initialize
-
     stored = read_run_config(folder)
     initialize(parallel, seed=5)
     model = ModelConfig(**stored["model"])
@@ -29,7 +30,9 @@ def _logits(folder: str, parallel: ParallelConfig) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def test_tools_rebuild_the_model_from_the_checkpoint_at_any_parallel_layout(saved: str) -> None:
+def test_tools_rebuild_the_model_from_the_checkpoint_at_any_parallel_layout(tmp_path: Path) -> None:
+    saved = str(tmp_path)
+    run_single(save_two_steps, saved)
     expected = run_single(_logits, saved, ParallelConfig())
     assert expected.abs().max() > 0.1
     for found in run_distributed(_logits, 2, saved, ParallelConfig(tensor_model_parallel_size=2)):

@@ -25,7 +25,7 @@ def _tiny_run(settings: RunSettings = _ALONE, **checkpoint: Any) -> TinyRun:
     return TinyRun(replace(settings, checkpoint=CheckpointConfig(**checkpoint)))
 
 
-def _save_two_steps(folder: str, settings: RunSettings, no_save_optim: bool) -> None:
+def save_two_steps(folder: str, settings: RunSettings = _ALONE, no_save_optim: bool = False) -> None:
     run = _tiny_run(settings, save=folder, no_save_optim=no_save_optim, no_save_rng=no_save_optim)
     run.train(2)
     torch.rand(3)  # the random state to save is not the one that a run starts with
@@ -35,7 +35,7 @@ def _save_two_steps(folder: str, settings: RunSettings, no_save_optim: bool) -> 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("saved"))
-    run_single(_save_two_steps, folder, _ALONE, False)
+    run_single(save_two_steps, folder)
     return folder
 
 
@@ -129,7 +129,7 @@ def test_optimizer_and_random_numbers_can_be_left_out_of_a_load(saved: str) -> N
 
 def test_a_checkpoint_without_optimizer_says_how_to_load_it(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    run_single(_save_two_steps, folder, _ALONE, True)
+    run_single(save_two_steps, folder, _ALONE, True)
     error = run_single(_loading_errors, folder, [(_ALONE, {})])[0]
     assert error == f"{folder}/iter_0000002: holds no optimizer state; add --no-load-optim or --finetune"
     found = run_single(_losses_and_start, folder, _ALONE, {"no_load_optim": True})
@@ -166,7 +166,7 @@ def test_another_schedule_needs_a_word_which_one_counts(saved: str) -> None:
 def test_fp32_and_bf16_runs_load_one_anothers_checkpoints(saved: str, tmp_path: Path) -> None:
     low = replace(_ALONE, bf16=True)
     low_distributed = replace(low, parallel=ParallelConfig(use_distributed_optimizer=True))
-    run_single(_save_two_steps, str(tmp_path), low, False)
+    run_single(save_two_steps, str(tmp_path), low, False)
     straight = run_single(_losses_and_start, saved, _ALONE, {})
     for folder, settings in ((saved, low), (saved, low_distributed), (str(tmp_path), _ALONE)):
         found = run_single(_losses_and_start, folder, settings, {})
