@@ -50,6 +50,6 @@ run "$python" tools/training_summary.py --tensorboard-dir "$out/tensorboard" --e
 cat <<TEXT
 
 Look at the curves and the per-layer statistics:
-    .venv/bin/tensorboard --logdir $out/tensorboard
+    .venv/bin/tensorboard --logdir $out    (page Custom Scalars)
 Everything is in $out.
 TEXT

@@ -51,5 +51,5 @@ run "$python" tools/visualize_training.py --logdir "$out/tensorboard/joint" --ht
 cat <<TEXT
 
 The report, with its pictures, is $out/report.html; the curves are $out/training.html.
-    .venv/bin/tensorboard --logdir $out/tensorboard
+    .venv/bin/tensorboard --logdir $out/tensorboard    (page Custom Scalars)
 TEXT

@@ -67,5 +67,5 @@ run "$python" tools/generate.py --load "$out/masked/progressive_rack" --sampler 
 cat <<TEXT
 
 The page with the table and each model's growth is $out/report.html.
-    .venv/bin/tensorboard --logdir $out
+    .venv/bin/tensorboard --logdir $out    (page Custom Scalars)
 TEXT

@@ -4,9 +4,8 @@ readers/      raw text in: files, lines, documents
 tokenizers/   text to ids and back
 preprocess/   raw text to indexed datasets (tools/preprocess_data.py)
 per_layer/    per-layer vocabularies and ids (tools/preprocess_per_layer_data.py)
-indexed  manifest           the files of a dataset: index, and what made it
-verify  rewrite  console    the rest of the tools: full verification; merge, split, shuffle; their bar
-gpt_dataset  blends  samplers  sample_ids   what training reads, in which order, under which names
-unigram       the simplest model to beat
-corpus        real text that is on every machine
+indexed/      the files of a dataset: tokens, index and manifest
+datasets/     what training reads, and in which order: blends, splits, epochs, samplers
+corpora/      a built-in corpus, tokenizer training, and the tools that verify, merge, split and shuffle datasets
+files/        progress bars and optional packages
 """

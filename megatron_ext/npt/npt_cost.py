@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
-    attention_width,
     core_attention_flops_per_token,
+    linear_flops_per_token,
     mlp_flops_per_token,
-    qkv_width,
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -135,10 +134,8 @@ def _base_flops(model: ModelConfig, layer: _Layer) -> float:
     """Returns the backward FLOPs per token of the frozen base in a PARTIAL layer: fc2, and the parts that need one."""
     if layer.use is not Use.PARTIAL:
         return 0.0
-    hidden, fc2 = model.hidden_size, 2.0 * model.hidden_size * model.resolved_ffn_hidden_size
-    fc1 = mlp_flops_per_token(model) - fc2
-    projections = 2.0 * hidden * (qkv_width(model) + attention_width(model))
-    attention = projections + 2 * core_attention_flops_per_token(model)
+    fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
+    attention = linear_flops_per_token(model, "qkv", "proj") + 2 * core_attention_flops_per_token(model)
     return fc2 + fc1 * layer.to_mlp + attention * layer.to_attention
 
 

@@ -19,10 +19,10 @@ from megatron_ext.lora.parallel_linear import LayerSettings
 from megatron_ext.lora.trainable_layers import SettingsByLayer
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
-    attention_width,
     core_attention_flops_per_token,
     layer_flops_per_token,
-    qkv_width,
+    linear_flops_per_token,
+    linear_sizes,
 )
 from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -68,8 +68,8 @@ def progressive_work(
         trained += _adapter_parameters(settings, model) * bool(settings.trained_adapters)
         flops += _adapter_flops(settings, model, use)
         if use is Use.PARTIAL:
-            into_qkv = 2.0 * model.hidden_size * qkv_width(model)
-            flops += layer_flops_per_token(model) + core_attention_flops_per_token(model) - into_qkv
+            backward = layer_flops_per_token(model) + core_attention_flops_per_token(model)
+            flops += backward - linear_flops_per_token(model, "qkv")  # the layer's input has no gradient
         reached = reached or use >= Use.PARTIAL
     time = _time_flops(config, model)
     # A sinusoidal encoding is a constant; a learned table needs a gradient.
@@ -98,26 +98,19 @@ def _adapter_flops(settings: LayerSettings, model: ModelConfig, use: Use) -> flo
         return 0.0
     rank, trains = _rank(settings), bool(settings.trained_adapters)
     total = 0
-    for number, (inner, outer) in enumerate(_linears(model)):
-        input_has_gradient = use > Use.PARTIAL or (use is Use.PARTIAL and number > 0)
+    for name, (inner, outer) in linear_sizes(model).items():
+        input_has_gradient = use > Use.PARTIAL or (use is Use.PARTIAL and name != "qkv")
         total += rank * (inner + outer) * (1 + trains)
         total += rank * (inner * input_has_gradient + outer * (trains or input_has_gradient))
     return 2.0 * total
 
 
 def _adapter_parameters(settings: LayerSettings, model: ModelConfig) -> int:
-    return _rank(settings) * sum(inner + outer for inner, outer in _linears(model))
+    return _rank(settings) * sum(inner + outer for inner, outer in linear_sizes(model).values())
 
 
 def _rank(settings: LayerSettings) -> int:
     return sum(shape.rank for shape in settings.adapters.values())
-
-
-def _linears(model: ModelConfig) -> list[tuple[int, int]]:
-    """Returns input and output sizes of a layer's linear modules, in the order of `layer_spec.LINEARS`."""
-    hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
-    width = attention_width(model)
-    return [(hidden, qkv_width(model)), (width, hidden), (hidden, ffn * (1 + model.swiglu)), (ffn, hidden)]
 
 
 def _time_parameters(config: ProgressiveConfig, model: ModelConfig) -> int:

@@ -105,6 +105,9 @@ def step_heat_map(
         axes.set(xlabel="step", ylabel=row_name)
         count_in_whole_numbers(axes.xaxis)
         for name, begin, end in bands:
+            if end < first or begin > last:
+                continue
+            begin, end = max(begin, first), min(end, last)
             axes.axvline(end, color="white", linewidth=0.8)
             axes.annotate(
                 name, ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
@@ -256,7 +259,7 @@ def count_in_whole_numbers(axis: Any) -> None:
     """Puts ticks at whole numbers only: there is no step 0.5."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _write_plainly(axis: Any) -> None:

@@ -74,11 +74,7 @@ def layer_groups(curves: dict[str, Curve]) -> dict[str, dict[int, Curve]]:
 
 def plain_curves(curves: dict[str, Curve]) -> dict[str, Curve]:
     """Selects the tags that are neither of a single layer nor the curriculum's stage."""
-    return {
-        tag: curve
-        for tag, curve in sorted(curves.items())
-        if tag != STAGE_TAG and not _LAYER_TAG.fullmatch(tag)
-    }
+    return {tag: curve for tag, curve in curves.items() if tag != STAGE_TAG and not _LAYER_TAG.fullmatch(tag)}
 
 
 def stages(curves: dict[str, Curve]) -> list[tuple[str, int, int]]:

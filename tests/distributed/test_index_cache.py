@@ -104,7 +104,7 @@ def test_where_the_datas_directory_cannot_be_written_to_the_samples_are_the_same
     prefix = make(f"{tmp_path}/d", aligned=False)
     (tmp_path / "index_cache").write_text("")  # the directory cannot be made, for any user
     in_memory, _, _ = build_all(DataConfig(data_path=(prefix,), split="1"), (100, 0, 0))
-    note = f"note: {tmp_path}/index_cache: File exists; every process makes the sample indices in its memory"
+    note = f"note: {tmp_path}/index_cache: File exists; every process builds the sample indices in its own memory"
     assert note in capsys.readouterr().out
     kept = DataConfig(data_path=(prefix,), split="1", data_cache_path=f"{tmp_path}/cache")
     assert_same_samples(in_memory, build_all(kept, (100, 0, 0))[0])

@@ -1,1 +1,1 @@
-"""Corpora: built, tokenizers trained on them, datasets checked and rewritten."""
+"""Builds a corpus, trains tokenizers, verifies and rewrites datasets."""

@@ -1,6 +1,6 @@
-"""The full verification of a dataset: every pointer, token id and checksum, and the derivation of per-layer ids.
+"""Verifies a whole dataset: every pointer, token id and checksum, and how the per-layer ids were derived.
 
-`manifest.check_dataset` is the cheap check of a training run; this one reads all of the data once or twice.
+A training run makes a cheap check (`manifest.check_dataset`); this one reads all of the data once or twice.
 """
 
 from pathlib import Path
@@ -29,15 +29,15 @@ def verify_dataset(
 
     Args:
         prefix: the dataset, without `.bin` or `.idx`.
-        tokenizer_fingerprint: compared with the manifest's where both are known.
-        vocab_size: upper bound of the token ids, where the manifest records none.
-        source: for per-layer data, the main dataset it is aligned with; the manifest's by default.
+        tokenizer_fingerprint: compared with the manifest's if both are known.
+        vocab_size: upper bound of the token ids, used if the manifest records none.
+        source: the main dataset that per-layer data is aligned with; by default the one the manifest names.
 
     Returns:
-        What was checked and found right, and what could not be checked and why; one line each.
+        One line for each check that passed, and for each that could not be made, with the reason.
 
     Raises:
-        FileNotFoundError, ValueError: the first thing found wrong.
+        FileNotFoundError, ValueError: names the first error found.
     """
     index = check_dataset(prefix, tokenizer_fingerprint)
     check_contiguous(index)
@@ -60,7 +60,7 @@ def verify_dataset(
 
 
 def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
-    """Counts, type and checksums."""
+    """Compares counts, token type and checksums with the manifest."""
     counts = {"documents": index.num_documents, "sequences": index.num_sequences, "tokens": index.num_tokens}
     if manifest["counts"] != counts or manifest["dtype"] != index.dtype.name:
         raise ValueError(
@@ -78,7 +78,7 @@ def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
 
 
 def _check_tokens(index: Index, vocab_size: int | None) -> str:
-    """Smallest and largest token id, against the vocabulary where it is known."""
+    """Finds the smallest and the largest token id; both must lie in the vocabulary, if its size is known."""
     low, high = None, None
     for chunk in index.token_chunks(_CHUNK_TOKENS):
         if vocab_size is not None:
@@ -92,7 +92,7 @@ def _check_tokens(index: Index, vocab_size: int | None) -> str:
 
 
 def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> list[str]:
-    """Alignment with the main dataset, and every id against the table where it is at hand."""
+    """Checks the alignment with the main dataset, and every per-layer id if its table is available."""
     if not Path(idx_path(source)).is_file():
         return [f"alignment: not checked, the main data {source} is not here (--source names another place)"]
     check_aligned(source, index.prefix)

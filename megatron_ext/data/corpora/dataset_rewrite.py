@@ -1,8 +1,8 @@
 """New datasets from old ones: concatenated, cut, or with their documents in a random order.
 
-All work on whole documents (empty ones and documents of several sequences keep their form), stream over memory maps,
-and write by rename, the index last. What happens depends on the number of documents and the seed only, so a main
-dataset and its per-layer data stay aligned when both are given to the same command.
+Every function here moves whole documents (empty ones and those of several sequences stay as they are), streams over
+memory maps, and writes by rename, the index last. The result depends on the number of documents and the seed only, so
+a main dataset and its per-layer data stay aligned when both go through the same command.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ _ROUNDS = 6
 
 
 class DatasetWriter:
-    """Writes a dataset of unknown size with bounded memory; on leaving it well, both files appear, the index last.
+    """Writes a dataset of unknown size with bounded memory; both files appear when the block ends, the index last.
 
-    The columns of the index are kept in temporary files until their lengths are known. Any error removes everything.
+    Temporary files hold the columns of the index until their lengths are known. An error removes all files.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
@@ -122,7 +122,7 @@ def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> None:
     Args:
         prefix: the dataset.
         outputs: prefix of each part.
-        shares: share of the documents of each part, normalised here.
+        shares: each part's share of the documents; they need not add up to 1.
 
     Raises:
         ValueError: the shares do not match the outputs, are not positive, or leave a part without a document.
@@ -169,9 +169,9 @@ def shuffle(prefix: str, output: str, *, seed: int) -> None:
 
 
 def permuted(numbers: npt.NDArray[np.int64], total: int, seed: int) -> npt.NDArray[np.int64]:
-    """Where a seeded random permutation of `range(total)` sends some numbers; needs no memory of size `total`.
+    """Applies a seeded random permutation of `range(total)` to some numbers; needs no memory of size `total`.
 
-    A Feistel network permutes the next power of four; numbers that land outside `range(total)` go round again.
+    A Feistel network permutes the next power of four; a number that lands outside `range(total)` is permuted again.
     """
     half = max((int(total - 1).bit_length() + 1) // 2, 1) if total else 1
     mask = np.uint64((1 << half) - 1)
@@ -211,28 +211,28 @@ def _copy(index: Index, writer: DatasetWriter, begin: int, end: int) -> None:
 
 
 def _read(descriptor: int, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """The bytes of some ranges [start, stop) of a file, in pieces of bounded size."""
+    """Yields the bytes of some ranges [start, stop) of a file, in pieces of bounded size."""
     for start, stop in ranges:
         for begin, end in chunks(stop - start, _READ_BYTES):
             yield os.pread(descriptor, end - begin, start + begin)
 
 
 def _map_column(path: Path, dtype: npt.DTypeLike) -> IntArray:
-    """A temporary column; an empty file cannot be mapped."""
+    """Maps a temporary column; an empty file, which cannot be mapped, gives an empty array."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _refuse_overwriting(inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Raise when an output is an input."""
+    """Raises `ValueError` if an output is also an input."""
     for output in outputs:
         if any(os.path.realpath(bin_path(output)) == os.path.realpath(bin_path(prefix)) for prefix in inputs):
             raise ValueError(f"--output-prefix {output} is an input too")
 
 
 def _described(prefixes: Sequence[str]) -> dict[str, Any]:
-    """What all inputs' manifests say of the tokenizer and the per-layer ids; they must not contradict each other."""
+    """Returns what the inputs' manifests record of tokenizer and per-layer ids; they must not contradict each other."""
     manifests = [(prefix, manifest) for prefix in prefixes if (manifest := read_manifest(prefix)) is not None]
     result: dict[str, Any] = {"tokenizer": None, "per_layer": None}
     seen: dict[str, tuple[str, Any]] = {}

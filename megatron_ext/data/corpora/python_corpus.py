@@ -39,7 +39,7 @@ class Document:
     """One document of the corpus."""
 
     kind: str
-    """topics, docstrings or sources."""
+    """`topics`, `docstrings` or `sources`."""
 
     origin: str
     """Topic name, or path of the module inside the standard library; decides the split."""
@@ -50,13 +50,13 @@ class Document:
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """What was written to one file."""
+    """Counts of one output file."""
 
     documents: int
-    """Documents, repetitions included."""
+    """Number of documents, with repetitions."""
 
     text_bytes: int
-    """UTF-8 bytes of all texts, repetitions included."""
+    """UTF-8 bytes of all texts, with repetitions."""
 
 
 def standard_library_documents() -> Iterator[Document]:
@@ -115,7 +115,7 @@ def write_corpus(
 
 
 def _documents(library: Path) -> Iterator[Document]:
-    """Topics, docstrings, sources; read one by one, so that a small corpus is quick."""
+    """Yields topics, docstrings and sources; each is read when it is asked for, so that a small corpus is quick."""
     yield from _topics()
     for origin, source in _modules(library):
         if text := _docstrings(source):
@@ -125,7 +125,7 @@ def _documents(library: Path) -> Iterator[Document]:
 
 
 def _topics() -> list[Document]:
-    """The language reference's topics; none where the distribution leaves them out."""
+    """Yields the language reference's topics; none if this Python was distributed without them."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -134,7 +134,7 @@ def _topics() -> list[Document]:
 
 
 def _modules(library: Path) -> Iterator[tuple[str, str]]:
-    """(path inside the library, source) of every module, sorted; files that are not UTF-8 are left out."""
+    """Yields (path inside the library, source) of every module, sorted; skips files that are not UTF-8."""
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
         if _SKIPPED_FOLDERS.intersection(inside.parts):
@@ -148,7 +148,7 @@ def _modules(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(source: str) -> str:
-    """All docstrings of a module, each after the name it belongs to; "" when there are none."""
+    """Returns all docstrings of a module, each after the name of its object; "" if there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library's own invalid escapes
@@ -165,7 +165,7 @@ def _docstrings(source: str) -> str:
 
 
 def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    """The first document of each text."""
+    """Yields the documents whose text has not come before."""
     seen = set()
     for document in documents:
         key = _hash(document.text)
@@ -175,7 +175,7 @@ def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _take(documents: Iterable[Document], max_bytes: int | None) -> list[Document]:
-    """Documents in order, up to the first that would pass the limit."""
+    """Yields documents in order, and stops before the first that would exceed the limit."""
     taken, total = [], 0
     for document in documents:
         total += len(document.text.encode())
@@ -191,15 +191,15 @@ def _hash(text: str) -> bytes:
 
 
 def _is_held_out(origin: str, fraction: float) -> bool:
-    """Whether everything from this origin is held out: its hash, as a number in [0, 1), is below the fraction."""
+    """Returns whether this origin is held out: its hash, as a number in [0, 1), is below the fraction."""
     return int.from_bytes(_hash(origin)[:8], "big") / 2**64 < fraction
 
 
 def _write_lines(stream: TextIO, texts: list[str]) -> None:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     stream.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def _count(texts: list[str], repeat: int) -> CorpusCounts:
-    """Counts of a file that holds `texts` `repeat` times."""
+    """Counts the documents and bytes of a file that holds `texts` `repeat` times."""
     return CorpusCounts(len(texts) * repeat, sum(len(text.encode()) for text in texts) * repeat)

@@ -24,10 +24,10 @@ def train_byte_level_bpe(
 
     Args:
         texts: documents.
-        output_dir: made where missing; its files are replaced by rename.
-        vocab_size: ids, the 256 bytes and the special tokens included; fewer where the text does not yield as many.
-        special_tokens: first ids, in order; `<|endoftext|>`, which ends a document, must be among them.
-        min_frequency: a pair that is rarer is not merged.
+        output_dir: created if missing; its files are replaced by rename.
+        vocab_size: number of ids, with the 256 bytes and the special tokens; a short text may yield fewer.
+        special_tokens: they get the first ids, in order; `<|endoftext|>`, which ends a document, must be among them.
+        min_frequency: pairs that are rarer are not merged.
 
     Returns:
         The vocabulary's size.
@@ -64,7 +64,8 @@ def train_byte_level_bpe(
         "tokenizer_config.json": json.dumps(settings, indent=2),
         "tokenizer.json": backend.to_str(pretty=True),
     }
-    with contextlib.ExitStack() as stack:  # all are written before the first is renamed: they belong together
+    # The files belong together, so all are written before the first is renamed.
+    with contextlib.ExitStack() as stack:
         temporaries = [stack.enter_context(write_atomically(Path(output_dir, name))) for name in files]
         for temporary, text in zip(temporaries, files.values(), strict=True):
             temporary.write_text(text, encoding="utf-8")
@@ -81,14 +82,15 @@ def train_sentencepiece(
 ) -> int:
     """Trains a SentencePiece model and writes tokenizer.model.
 
-    The model loses nothing: no normalisation, white space kept, unknown characters as bytes. `</s>` ends a document.
+    Decoding gives back the text exactly: there is no normalisation, white space is kept, and unknown characters become
+    bytes. `</s>` ends a document.
 
     Args:
-        texts: documents; they are trained on by line, as the library does.
-        output_dir: made where missing.
-        vocab_size: pieces, the 256 bytes and the control pieces included.
+        texts: documents; the library trains on their lines.
+        output_dir: created if missing.
+        vocab_size: number of pieces, with the 256 bytes and the control pieces.
         model_type: the library's algorithm.
-        special_tokens: pieces of their own beside `<unk>`, `<s>` and `</s>`.
+        special_tokens: further pieces beside `<unk>`, `<s>` and `</s>`.
 
     Returns:
         The vocabulary's size.
@@ -129,7 +131,7 @@ def train_sentencepiece(
 
 
 def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    """Yields the lines of documents, with long ones cut, since the library drops those beyond its limit."""
+    """Yields the lines of documents; cuts long ones, since the library drops lines beyond its limit."""
     step = _MAX_SENTENCE_BYTES // 4
     for text in texts:
         for line in text.split("\n"):

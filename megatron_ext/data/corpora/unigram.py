@@ -14,11 +14,11 @@ _CHUNK = 1 << 22
 
 
 def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) -> float:
-    """Cross-entropy in nats a token of the training data's token frequencies on other data (or on itself).
+    """Cross-entropy, in nats per token, of the training data's token frequencies on other data (or on itself).
 
     Args:
-        train_prefix: indexed dataset that the frequencies are counted on.
-        data_prefix: indexed dataset that is predicted.
+        train_prefix: indexed dataset whose token frequencies are the model.
+        data_prefix: indexed dataset that the model predicts.
         vocab_size: number of token ids.
     """
     train = token_counts(train_prefix, vocab_size) + 1.0
@@ -28,7 +28,7 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
 
 
 def most_frequent_token(prefix: str, vocab_size: int) -> int:
-    """The token id that occurs most often in an indexed dataset: the unigram guess."""
+    """The token id that occurs most often in an indexed dataset: what a unigram model predicts."""
     return int(token_counts(prefix, vocab_size).argmax())
 
 

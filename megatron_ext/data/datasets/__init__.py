@@ -1,1 +1,1 @@
-"""Training datasets over indexed files: blends, epochs, samplers, loader processes."""
+"""What training reads from indexed files: blends, splits, epochs, samplers and loader processes."""

@@ -1,4 +1,4 @@
-"""Which datasets a run reads, in mcore's terms: blends of weighted prefixes, and which documents each split gets."""
+"""Translates the data flags into mcore's terms: blends of weighted prefixes, and the documents of each split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ class Blends:
     """The datasets of a run; exactly one of `blend` and `blend_per_split` is set."""
 
     blend: Blend | None
-    """One blend that `split` divides."""
+    """A blend that `split` divides into training, validation and test."""
 
     blend_per_split: list[Blend | None] | None
-    """A blend for training, validation and test each; None where no samples are needed."""
+    """Blends for training, validation and test; None for a split that needs no samples."""
 
     split: tuple[float, float, float]
-    """Normalised shares of training, validation and test in `blend`."""
+    """Shares of training, validation and test in `blend`, which add up to 1."""
 
     num_samples: tuple[int, int, int]
-    """Samples needed of each split; 0 where a split has no share or no path."""
+    """Samples needed of each split; 0 for a split without a share or a path."""
 
     per_layer: dict[str, str] | None
     """Prefix -> prefix of its aligned per-layer data."""
 
     def prefixes(self) -> list[str]:
-        """Every prefix that is read, once, in order."""
+        """All prefixes of the blends, each once, in order."""
         blends = [self.blend] if self.blend is not None else self.blend_per_split or []
         return list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
 
@@ -42,9 +42,9 @@ def blends_of(
     """The blends of a configuration.
 
     Args:
-        data: the configuration.
-        num_samples: samples needed of each split; 0 leaves a split out, as a share of 0 or a missing path does.
-        per_layer_data_path: prefixes of the aligned data in the order of the main ones.
+        data: the flags.
+        num_samples: samples needed of each split; with 0, a share of 0 or no path, the split is not built.
+        per_layer_data_path: prefixes of the aligned data, in the order of the main ones.
 
     Raises:
         ValueError: no data is given, or the per-layer prefixes do not match the main ones.
@@ -67,7 +67,7 @@ def blends_of(
 
 
 def parse_blend(values: Sequence[str]) -> Blend:
-    """(prefixes, weights) of a flag's values: `PREFIX ...`, or `WEIGHT PREFIX WEIGHT PREFIX ...`."""
+    """Parses a flag's values, `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`, into (prefixes, weights)."""
     if len(values) % 2 == 0:
         try:
             return [value.strip() for value in values[1::2]], [float(value) for value in values[::2]]
@@ -77,10 +77,10 @@ def parse_blend(values: Sequence[str]) -> Blend:
 
 
 def check_repeats(blends: Blends) -> None:
-    """Refuse a dataset that stands twice in one blend: it would have more weight than is said, or be counted twice.
+    """Refuses a dataset that appears twice in one blend: its weight would be wrong, or it would count twice.
 
     Raises:
-        ValueError: names the flag and both spellings.
+        ValueError: names the flag and both spellings of the prefix.
     """
     if blends.blend is not None:
         refuse_same_dataset("--data-path", blends.blend[0])
@@ -90,12 +90,12 @@ def check_repeats(blends: Blends) -> None:
 
 
 def check_splits(blends: Blends, seq_length: int) -> None:
-    """Refuse a split that needs samples and has no tokens, or too few for one sample in a blend without weights.
+    """Refuses a split that needs samples but has no tokens, or too few for one sample in a blend without weights.
 
-    mcore would repeat an empty split for ever.
+    mcore would loop for ever over an empty split.
 
     Raises:
-        ValueError: names the dataset, the split and what it holds.
+        ValueError: names the dataset, the split and its number of tokens.
     """
     for number, (name, wanted) in enumerate(zip(SPLITS, blends.num_samples, strict=True)):
         if not wanted:
@@ -113,14 +113,14 @@ def check_splits(blends: Blends, seq_length: int) -> None:
 
 
 def tokens_between(prefix: str, begin: float, end: float) -> int:
-    """Tokens between two shares of a dataset's sequences; rounds them as mcore does."""
+    """Counts the tokens between two shares of a dataset's sequences, which are rounded as mcore does."""
     index = open_index(prefix)
     first, last = (round(bound * index.num_sequences) for bound in (begin, end))
     return int(index.sequence_start(last) - index.sequence_start(first))
 
 
 def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: int) -> None:
-    """Refuse one split of one dataset when it holds fewer than `minimum` tokens."""
+    """Refuses one split of one dataset if it holds fewer than `minimum` tokens."""
     tokens = tokens_between(prefix, *bounds)
     if tokens < minimum:
         index = open_index(prefix)
@@ -133,7 +133,7 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
 
 
 def _shares(split: str) -> tuple[float, float, float]:
-    """Normalised shares of "969, 30, 1"; missing ones are 0."""
+    """Parses "969, 30, 1" into shares that add up to 1; missing ones are 0."""
     parts = [float(part) for part in split.split(",")]
     parts += [0.0] * (3 - len(parts))
     total = sum(parts)
@@ -141,7 +141,7 @@ def _shares(split: str) -> tuple[float, float, float]:
 
 
 def _only_where(given: Sequence[object], num_samples: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The numbers of samples, 0 where there is nothing to draw them from."""
+    """The numbers of samples, with 0 for a split that has no data."""
     train, valid, test = (number if source else 0 for source, number in zip(given, num_samples, strict=True))
     return train, valid, test
 
@@ -149,7 +149,7 @@ def _only_where(given: Sequence[object], num_samples: tuple[int, int, int]) -> t
 def _pair(
     main: tuple[str, list[str], list[float] | None], per_layer: Sequence[str] | None
 ) -> dict[str, str] | None:
-    """Prefix -> per-layer prefix; `main` is the flag's name, its prefixes and its weights."""
+    """Maps each prefix to its per-layer prefix; `main` holds the flag's name, its prefixes and its weights."""
     if per_layer is None:
         return None
     flag, prefixes, weights = main

@@ -1,8 +1,8 @@
-"""How many samples one pass over the training data has, for runs whose length is given in epochs.
+"""Counts the samples of one pass over the training data, for runs whose length is given in epochs.
 
     samples = sum over datasets of (tokens of the training split - 1) // sequence length
 
-as mcore's `GPTDataset` counts them. A blend's weights change how often a dataset is drawn, not how long an epoch is.
+as mcore's `GPTDataset` counts them. A blend's weights change how often a dataset is sampled, not the epoch's length.
 """
 
 import math
@@ -11,18 +11,18 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.data.datasets.blends import blends_of, tokens_between
 
 _SURPLUS = 0.005
-"""What mcore adds to the samples that a weighted blend needs of a dataset (`mid_level_dataset_surplus`)."""
+"""Share of samples that mcore adds to those a weighted blend needs of a dataset (`mid_level_dataset_surplus`)."""
 
 _SHUFFLED_APART_BELOW = 0.8
-"""Part of an epoch below which mcore shuffles the last epoch apart from those before it."""
+"""Part of an epoch below which mcore shuffles the last epoch separately."""
 
 
 def epoch_samples(data: DataConfig, seq_length: int) -> int:
     """Sequences of `seq_length` tokens in the training data.
 
     Raises:
-        OSError: a dataset is not there.
-        ValueError: no data is given, a dataset is damaged, or all of it is less than one sequence.
+        OSError: a dataset does not exist.
+        ValueError: no data is given, a dataset is damaged, or the data is shorter than one sequence.
     """
     samples = sum(max(0, tokens - 1) // seq_length for tokens in _training_blend(data)[0])
     if samples == 0:
@@ -31,16 +31,17 @@ def epoch_samples(data: DataConfig, seq_length: int) -> int:
 
 
 def shuffled_epochs(data: DataConfig, seq_length: int, num_samples: int) -> list[tuple[int, bool]]:
-    """What mcore's order of the training samples depends on besides data, split, sequence length and seed.
+    """What mcore's order of the training samples depends on, besides data, split, sequence length and seed.
 
     Args:
         data: the training data.
         seq_length: tokens of a sample.
-        num_samples: that the whole run takes.
+        num_samples: samples that the whole run reads.
 
     Returns:
-        For each dataset how many epochs are shuffled, and whether the last one is shuffled apart. Runs of other lengths
-        for which this is equal take the same samples in the same order, as far as the shorter one goes.
+        For each dataset the number of epochs that are shuffled, and whether the last one is shuffled separately. Two
+        runs of different lengths for which this is equal read the same samples in the same order, until the shorter
+        one ends.
 
     Raises:
         OSError, ValueError: see `epoch_samples`.
@@ -64,7 +65,7 @@ def _epochs(tokens: int, num_samples: int, seq_length: int) -> tuple[int, bool]:
 
 
 def _training_blend(data: DataConfig) -> tuple[list[int], list[float] | None]:
-    """Tokens of the training split of each dataset, and the blend's weights."""
+    """Returns the tokens of each dataset's training split, and the blend's weights."""
     blends = blends_of(data, (1, 0, 0), None)
     blend = blends.blend if blends.blend is not None else (blends.blend_per_split or [None])[0]
     share = blends.split[0] if blends.blend is not None else 1.0

@@ -3,12 +3,12 @@
 A sample holds `tokens`, `labels`, `loss_mask`, `position_ids`, each [s] (`labels[i]` is the token after
 `tokens[i]`), an `attention_mask` [1, s, s] where `--reset-attention-mask` asks for one, and, when aligned per-layer
 data is given, `per_layer_ids` [s]: the ids of `tokens`, read with the very same document, sample and shuffle indices.
-Without aligned data nothing is added here; the per-layer ids are then `table[tokens]`, taken where the batch is made.
+Without aligned data a sample has no such field: the per-layer ids are then `table[tokens]`, computed with the batch.
 
-What mcore would answer with a hang or garbage is refused first, with one line on every rank: a missing or truncated
-file, another tokenizer, per-layer data of another shape, a split without documents (mcore loops for ever), a failing
-rank 0 (the others would wait at a barrier). The key of mcore's cache of sample indices also holds the identity of the
-`.idx`, so data remade under the same name never meets a stale index; see `index_cache` for what else is added.
+Some errors would make mcore hang or read garbage. They are found first, and every rank raises one line: a missing or
+truncated file, another tokenizer, per-layer data of another shape, a split without documents (mcore loops for ever), a
+failing rank 0 (the others would wait at a barrier). The key of mcore's cache of sample indices also contains the
+identity of the `.idx`, so data remade under the same name never uses a stale index; see `index_cache` for the rest.
 """
 
 import copy
@@ -67,7 +67,7 @@ class AlignedGPTDataset(GPTDataset):
             self._per_layer._pad_token_id = 0  # padded positions carry no loss
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Sample number `idx` (mcore asks for None to pad a batch: sample 0 without loss)."""
+        """Sample number `idx`; mcore asks for None to pad a batch, and gets sample 0 without loss."""
         sample: dict[str, torch.Tensor] = super().__getitem__(idx)
         if self._per_layer is not None:
             ids, _ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
@@ -77,7 +77,7 @@ class AlignedGPTDataset(GPTDataset):
     def _build_document_sample_shuffle_indices(
         self,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """mcore's, with the identity of the index file in the cache key."""
+        """Calls mcore's method, with the identity of the index file in the cache key."""
         self.unique_identifiers["index_identity"] = self.config.index_identities[self.dataset.path_prefix]
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers
@@ -93,7 +93,7 @@ class AlignedGPTDataset(GPTDataset):
 
 
 class _Blend(BlendedDataset):
-    """mcore's blend, its cache written whole."""
+    """mcore's blend; its cache files are written completely or not at all."""
 
     def _build_indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
@@ -102,7 +102,7 @@ class _Blend(BlendedDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """mcore's builder, but an error on rank 0 becomes an error on every rank instead of an endless barrier."""
+    """mcore's builder, except that an error on rank 0 is raised on every rank; there the others wait for ever."""
 
     @staticmethod
     def build_generic_dataset(  # the signature is mcore's
@@ -123,7 +123,7 @@ class _Builder(BlendedMegatronDatasetBuilder):
     def _build_megatron_datasets_parallel(
         self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
     ) -> list[list[Any]]:
-        """Every dataset in turn, each on rank 0 first; [split][prefix]."""
+        """Builds the datasets one after the other, each on rank 0 first; returns them as [split][prefix]."""
         built = [
             self._build_megatron_dataset_splits(prefix, split, sizes)
             for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
@@ -148,17 +148,17 @@ def build_datasets(
         data: blends, splits and cache.
         seq_length: s, tokens of a sample.
         seed: shuffles documents and samples.
-        num_samples: samples needed of (train, valid, test); a set of which none are needed, or that has no share of
-            --split or no path of its own, is None. Sets repeat their documents, shuffled anew each time, until they
-            hold that many samples; a blend without weights is one epoch at most.
-        tokenizer: the run's.
+        num_samples: samples needed of (train, valid, test). A set that needs none, or that has neither a share of
+            --split nor a path of its own, is None. A set repeats its documents, in a new random order each time, until
+            it holds that many samples; a blend without weights is at most one epoch.
+        tokenizer: the run's tokenizer.
         per_layer_data_path: prefixes of the aligned per-layer data, in the order of the main ones (training,
-            validation, test where these are given apart); weights may stand before them and must be the same.
-        per_layer_strategy: the strategy the aligned data must have been made with, where its manifest tells.
-        per_layer_vocab_size: rows of the per-layer embedding, which the ids must fit, where the manifest tells.
+            validation, test if these are given separately); weights may precede them and must equal the main ones.
+        per_layer_strategy: the strategy that made the aligned data; compared if its manifest names one.
+        per_layer_vocab_size: rows of the per-layer embedding, which must hold all ids; compared if the manifest has it.
 
     Raises:
-        FileNotFoundError, ValueError: one line, on every rank, about what is wrong with the data.
+        FileNotFoundError, ValueError: every rank raises the same line, which names the error in the data.
     """
     blends = blends_of(data, num_samples, per_layer_data_path)
 
@@ -189,7 +189,7 @@ def build_datasets(
 def _mcore_config(
     data: DataConfig, blends: Blends, seq_length: int, seed: int, tokenizer: Tokenizer, cache: str
 ) -> AlignedGPTDatasetConfig:
-    """mcore's configuration of the datasets."""
+    """Fills in mcore's configuration of the datasets."""
     return AlignedGPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -201,7 +201,7 @@ def _mcore_config(
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask,  # plain causal attention makes its own
+        create_attention_mask=data.reset_attention_mask,  # plain causal attention makes its own mask
         per_layer_prefixes=blends.per_layer,
         # Every index file is read whole for it: once for all splits, on one rank.
         index_identities=on_first_rank(lambda: {prefix: _identity(prefix) for prefix in blends.prefixes()}),
@@ -209,7 +209,7 @@ def _mcore_config(
 
 
 def _identity(prefix: str) -> str:
-    """What tells one index file from another of the same name: its size and a checksum of all of it."""
+    """What distinguishes an index file from another of the same name: its size and the checksum of its content."""
     path = f"{prefix}.idx"
     checksum = 0
     with open(path, "rb") as stream:

@@ -1,9 +1,9 @@
-"""The engine's cache of sample indices, for several runs and nodes at a time: a file is there whole or not at all.
+"""The engine's cache of sample indices, made safe for several runs and nodes at a time: no file is ever incomplete.
 
-The engine writes the arrays in place. A run that maps them while another writes them dies of a bus error, and one that
-meets half of them fails. Here they are written into a directory apart and moved; whoever has mapped an older file of
-the name keeps it. An attempt that fails (a full disk) leaves nothing. Where the data's directory cannot be written to
-nothing is kept: every process makes the indices in its own memory.
+The engine writes the arrays in place. A run that maps them while another run writes them dies of a bus error, and a run
+that finds only some of them fails. Here they are written into a directory of their own and then moved; a run that has
+mapped an older file of the same name keeps it. A failed attempt (a full disk) leaves no file. If the data's directory
+is not writable, there is no cache: every process builds the indices in its own memory.
 """
 
 import copy
@@ -23,7 +23,7 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.platform.collectives import on_first_rank
 
 IN_MEMORY = ""
-"""mcore's sign that no index is written."""
+"""Value of the cache path with which mcore writes no index."""
 
 _BUILDING = ".building-"
 _REMAINS_SECONDS = 24 * 3600
@@ -32,16 +32,16 @@ T = TypeVar("T")
 
 
 def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
-    """The directory of the sample indices, or `IN_MEMORY`; collective, the first rank decides between the two.
+    """Returns the directory of the sample indices, or `IN_MEMORY`; collective, since the first rank decides.
 
     Args:
-        data: `--data-cache-path` is taken as it is.
-        prefixes: the datasets; by default the indices lie beside the first.
+        data: its `--data-cache-path` is used if given.
+        prefixes: the datasets; by default the directory lies beside the first.
     """
     if data.data_cache_path is not None:
         return data.data_cache_path
     chosen = on_first_rank(lambda: _beside(prefixes[0]))
-    if chosen == IN_MEMORY:  # mcore warns of what is said already
+    if chosen == IN_MEMORY:  # silence mcore's warning: `_beside` has printed a note
         for name in ("gpt_dataset", "blended_dataset"):
             logging.getLogger(f"megatron.core.datasets.{name}").setLevel(logging.ERROR)
     return chosen
@@ -55,7 +55,7 @@ def _beside(prefix: str) -> str:
             pass
     except OSError as error:
         print(
-            f"note: {path}: {error.strerror}; every process makes the sample indices in its memory"
+            f"note: {path}: {error.strerror}; every process builds the sample indices in its own memory"
             f" (--data-cache-path DIR keeps them)"
         )
         return IN_MEMORY
@@ -63,15 +63,15 @@ def _beside(prefix: str) -> str:
 
 
 def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -> T:
-    """What `engine` builds or reads, built by rank 0 where the cache lacks a file or holds a truncated one.
+    """Returns what `engine` reads from the cache; rank 0 builds it if a file is missing or truncated.
 
     Args:
-        dataset: the engine's, whose `config.path_to_cache` names the cache; `IN_MEMORY` for none.
+        dataset: the engine's dataset; its `config.path_to_cache` names the cache, or is `IN_MEMORY`.
         names: the cache's files for this dataset.
-        engine: reads the cache if all files are there, else builds the arrays and writes the files.
+        engine: reads the cache if all files exist; otherwise builds the arrays and writes the files.
 
     Raises:
-        FileNotFoundError: another rank than 0 does not see the files.
+        FileNotFoundError: a rank other than 0 does not see the files.
         OSError: the cache cannot be written.
     """
     cache = dataset.config.path_to_cache
@@ -88,19 +88,19 @@ def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -
     if not missing:
         try:
             return engine()
-        except (ValueError, EOFError):  # a machine that went down has left a file truncated
+        except (ValueError, EOFError):  # left truncated by a machine that crashed
             pass
     try:
         return _build_apart(dataset, cache, engine)
     except OSError as error:
-        reason = error.strerror or os.strerror(errno.ENOSPC)  # numpy reports a short write without a number
+        reason = error.strerror or os.strerror(errno.ENOSPC)  # numpy's error for a short write has no errno
         raise OSError(
             f"--data-cache-path {cache}: the sample index cannot be written there ({reason}); give another directory"
         ) from error
 
 
 def _remove_remains(cache: str) -> None:
-    """Removes what killed runs have left; a directory of today may be another run's that is building now."""
+    """Removes old directories that killed runs have left; a recent one may belong to a run that is building now."""
     for path in Path(cache).glob(f"{_BUILDING}*"):
         if time.time() - path.stat().st_mtime > _REMAINS_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

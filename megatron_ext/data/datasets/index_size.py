@@ -1,6 +1,6 @@
-"""The size of the index of samples, which is made in memory before training: refuses one that does not fit.
+"""Refuses a run whose index of samples, which mcore builds in memory before training, does not fit.
 
-mcore lists every document of every pass over a dataset, and a place in that list for every sample.
+The index lists every document of every pass over a dataset, and for every sample its position in that list.
 """
 
 import math
@@ -10,10 +10,10 @@ from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.platform.device_memory import host_memory
 
 _BYTES_OF_A_DOCUMENT = 20
-"""For each pass: two numbers of 64 bits and one of 32, while the list is made."""
+"""Per document and pass: two 64-bit numbers and one of 32 bits, while the list is built."""
 
 _BYTES_OF_A_SAMPLE = 12
-"""Two numbers of 32 bits for its beginning, one for its place in the order."""
+"""Per sample: two 32-bit numbers for where it begins, one for its position in the order."""
 
 _LENGTH_FLAGS = {"training": "--train-iters, --global-batch-size or --seq-length"}
 
@@ -22,8 +22,8 @@ def check_index_size(blends: Blends, seq_length: int) -> None:
     """Raises `ValueError` for a dataset whose index would take more than this machine's memory.
 
     Args:
-        blends: the run's datasets; the splits that are read have documents.
-        seq_length: tokens of a sample.
+        blends: the run's datasets; every split that needs samples has documents.
+        seq_length: tokens per sample.
     """
     limit = host_memory()
     for number, (name, samples) in enumerate(zip(SPLITS, blends.num_samples, strict=True)):

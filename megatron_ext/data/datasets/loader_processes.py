@@ -1,13 +1,13 @@
 """Loader processes that end with their run, and with nothing else.
 
-torch's launcher, a terminal and a scheduler send their signals to a whole process group. The run takes one as a wish to
-save and leave; its loader processes must go on meanwhile, since the step that the run finishes needs their batches, and
-torch raises in the run when one of them dies. So they are forked with these signals blocked, and keep them so: there is
-no moment at which a signal would find them without protection, and torch's own handlers change nothing of it.
+torch's launcher, a terminal and a scheduler send their signals to a whole process group. The run reacts by saving and
+ending; its loader processes must keep working meanwhile, since the run first finishes its step, which needs their
+batches, and torch raises an error in the run when a loader process dies. So they are forked with these signals blocked
+and leave them blocked: there is no moment at which a signal could end them, and torch's own handlers do not matter.
 
-A blocked SIGTERM is of no use to the parent either, which therefore ends a process that does not leave by itself with
-SIGKILL. The system sends the same where the parent dies, also by SIGKILL: no loader process is left behind. (What
-counts is the thread that forks; a run forks from its main thread.)
+The parent cannot use SIGTERM either, since it is blocked; it ends a process that does not exit by itself with SIGKILL.
+The system sends SIGKILL too when the parent dies, even if the parent was killed itself: no loader process is left
+behind. (What counts is the thread that forks; a run forks from its main thread.)
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class _Handle(Popen):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
-        """Ends the process now, on purpose: torch's handler, which takes its end for a failure, is away meanwhile."""
+        """Kills the process; torch's SIGCHLD handler, which would report a failure, is not installed meanwhile."""
         if threading.current_thread() is not threading.main_thread():
             self.kill()
             return
@@ -56,22 +56,22 @@ class _LoaderProcess(ForkProcess):
         return _Handle(process_obj)
 
     def run(self) -> None:
-        """What torch has a loader process do."""
+        """Runs torch's loader loop, and ends with the parent."""
         signal_at_parents_end(signal.SIGKILL)
         if os.getppid() != self._parent_pid:  # type: ignore[attr-defined]  # typeshed does not have it
-            os._exit(1)  # it has ended already
+            os._exit(1)  # the parent has ended before its death could send a signal
         super().run()
 
 
 class LoaderContext(ForkContext):
-    """`DataLoader(multiprocessing_context=LoaderContext())`: forks, also where Python's default is another."""
+    """`DataLoader(multiprocessing_context=LoaderContext())` forks, whatever Python's default start method is."""
 
     Process = _LoaderProcess
 
 
 @contextlib.contextmanager
 def loader_failures() -> Iterator[None]:
-    """Within it the death of a loader process, which torch raises wherever the run may be, is told in one line.
+    """Reports the death of a loader process, which torch may raise at any line of the block, in one line.
 
     Raises:
         ProcessLost: a loader process has died.
@@ -83,5 +83,6 @@ def loader_failures() -> Iterator[None]:
         if not message.startswith(_DIED):
             raise
         raise ProcessLost(
-            f"--num-workers: {message.rstrip('.')}; lower it if memory is short; --load goes on where the run saved"
+            f"--num-workers: {message.rstrip('.')}; lower it if memory is short; "
+            "--load continues from the last checkpoint"
         ) from error

@@ -1,8 +1,8 @@
-"""The same samples in every epoch, in another order: for what is kept by sample, as the activation cache does.
+"""Repeats the same samples in every epoch, in another order, for what is stored by sample (the activation cache).
 
-mcore's dataset packs documents anew when it repeats them, so that no sequence comes twice. Here the first n samples
-are an epoch, and the epochs follow one another. Blocks of samples are shuffled, not samples: with blocks of a step's
-micro-batches on all data-parallel ranks, a micro-batch always holds the same samples, on the same rank.
+mcore's dataset packs documents differently when it repeats them, so no sequence comes twice. Here the first n samples
+are an epoch, and the epochs follow one another. Blocks of samples are shuffled, not single samples: if a block is the
+micro-batches of all data-parallel ranks, a micro-batch always holds the same samples, on the same rank.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ class RepeatedDataset(torch.utils.data.Dataset[Sample]):
     def __init__(self, dataset: Any, *, epoch_samples: int, block: int, num_samples: int, seed: int) -> None:
         """Args:
         dataset: samples as dictionaries of tensors.
-        epoch_samples: the first so many are an epoch, down to whole blocks; all of them if there are fewer.
-        block: samples that stay together.
-        num_samples: over all epochs.
-        seed: of the order; the first epoch has the dataset's.
+        epoch_samples: number of samples in an epoch, rounded down to whole blocks; at most the dataset's.
+        block: number of samples that stay together.
+        num_samples: length over all epochs.
+        seed: determines the order; the first epoch has the dataset's order.
 
         Raises:
-            ValueError: an epoch has less than one block.
+            ValueError: an epoch is shorter than one block.
         """
         self.dataset, self.block, self.num_samples, self.seed = dataset, block, num_samples, seed
         self.blocks = min(epoch_samples, len(dataset)) // block

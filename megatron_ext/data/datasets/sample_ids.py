@@ -1,7 +1,7 @@
-"""What names a sequence: a digest of its content.
+"""Identifies a sequence by a digest of its content.
 
-The same tokens have the same id in every epoch, order, restart and cut, and other data have other ids; no number has to
-be carried through samplers and loaders for it.
+The same tokens have the same id in every epoch, order, restart and parallel layout, and other data have other ids;
+samplers and loaders need not pass on any number.
 """
 
 import hashlib
@@ -10,20 +10,20 @@ from collections.abc import Iterable
 import torch
 
 Id = bytes
-"""16 bytes."""
+"""A digest of 16 bytes."""
 
 
 def sample_ids(rows: torch.Tensor) -> list[Id]:
-    """An id for each row of `rows` [b, ...]."""
+    """Returns an id for each row of `rows` [b, ...]."""
     return [digest([row]) for row in rows]
 
 
 def digest(parts: Iterable[bytes | torch.Tensor], size: int = 16) -> bytes:
-    """A digest of tensors (their type, shape and bytes) and bytes, in this order.
+    """Returns a digest of tensors (their type, shape and bytes) and bytes, in this order.
 
     Args:
-        parts: what to digest; tensors of any type, on any device.
-        size: bytes of the digest.
+        parts: tensors (of any type, on any device) and bytes.
+        size: length of the digest in bytes.
     """
     hasher = hashlib.blake2b(digest_size=size)
     for part in parts:

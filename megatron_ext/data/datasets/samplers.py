@@ -1,13 +1,13 @@
-"""Which samples a data-parallel rank reads, in which order: Megatron's sequential sampler, by consumed samples.
+"""Megatron's sequential sampler: which samples a data-parallel rank reads, given the samples consumed so far.
 
 With d data-parallel ranks and micro-batches of b samples, step k of rank r holds the samples
 
     consumed + k * b * d + r * b + (0 .. b - 1)
 
 so all ranks together read b * d consecutive samples in each step, and a global batch holds the same samples whatever
-d is. The dataset's own shuffle index makes the order random; nothing here draws a random number, so a run resumes
-anywhere from its count of consumed samples, also with another d. Past the end of the dataset (built for the samples
-the run needs, so that only a blend without weights can end) the numbering starts again at sample 0.
+d is. The dataset's own shuffle index makes the order random; this file uses no random numbers, so a run resumes
+anywhere from its count of consumed samples, also with another d. After the dataset's last sample comes sample 0 again
+(only a blend without weights can end: all others are built for the samples that the run needs).
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 
 
 class SequentialBatchSampler(Sampler[list[int]]):
-    """The endless sequence of micro-batches of one data-parallel rank, as lists of sample numbers."""
+    """Yields the micro-batches of one data-parallel rank, as lists of sample numbers, without end."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class SequentialBatchSampler(Sampler[list[int]]):
         data_parallel_rank: int,
         data_parallel_size: int,
     ) -> None:
-        """Check and keep the arguments; see `build_data_iterator`."""
+        """Checks and stores the arguments; see `build_data_iterator`."""
         if num_samples < 1:
             raise ValueError("the dataset has no samples")
         if consumed_samples < 0 or micro_batch_size < 1:
@@ -63,15 +63,15 @@ def build_data_iterator(
     data_parallel_size: int,
     num_workers: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The micro-batches of one data-parallel rank, endless; each value is [micro_batch_size, ...].
+    """Returns an endless iterator over one data-parallel rank's micro-batches; each value is [micro_batch_size, ...].
 
     Args:
         dataset: samples as dictionaries of tensors.
-        consumed_samples: samples all ranks together have read before; 0 at the start of a run.
-        micro_batch_size: samples of one micro-batch.
-        data_parallel_rank: this rank among the `data_parallel_size` that read different samples.
+        consumed_samples: samples that all ranks together have read so far; 0 at the start of a run.
+        micro_batch_size: samples per micro-batch.
+        data_parallel_rank: number of this rank among the `data_parallel_size` that read different samples.
         data_parallel_size: number of such ranks.
-        num_workers: loader processes; 0 reads in this process.
+        num_workers: number of loader processes; with 0 this process reads.
 
     Raises:
         ValueError: an argument is out of range or the dataset is empty.
@@ -89,7 +89,8 @@ def build_data_iterator(
         num_workers=num_workers,
         multiprocessing_context=LoaderContext() if num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        # The loader draws a seed for its workers; from torch's own stream, a resumed run would get other dropout masks.
+        # The loader draws its workers' seed here. Drawn from torch's default generator, it would change the dropout
+        # masks of a resumed run.
         generator=torch.Generator(),
     )
     return iter(loader)

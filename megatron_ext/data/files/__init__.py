@@ -1,1 +1,1 @@
-"""Console output and optional packages of the data tools."""
+"""Progress bars and optional packages of the data tools."""

@@ -5,11 +5,11 @@ from typing import Any
 
 
 def import_optional(module: str, needed_for: str) -> Any:
-    """Imports a module.
+    """Imports a module of an optional package.
 
     Args:
-        module: its dotted name.
-        needed_for: the flag and value that need it, for the message.
+        module: dotted name.
+        needed_for: the flag and value that need it, for the error message.
 
     Raises:
         ValueError: its package is not installed.

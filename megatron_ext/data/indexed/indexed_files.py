@@ -1,6 +1,7 @@
-r"""The index file of a Megatron indexed dataset: read, check and write it with numpy alone.
+r"""Reads, checks and writes the index file of a Megatron indexed dataset, with numpy alone.
 
-A dataset is two files. `PREFIX.bin` holds the token ids back to back; `PREFIX.idx` says how to cut them:
+A dataset is two files. `PREFIX.bin` holds the token ids one after the other; `PREFIX.idx` divides them into sequences
+and documents:
 
     offset  size        content (little endian)
     0       9           "MMIDIDX\0\0"
@@ -12,9 +13,9 @@ A dataset is two files. `PREFIX.bin` holds the token ids back to back; `PREFIX.i
     ..      8 * S       int64 byte offset of each sequence in the .bin
     ..      8 * D       int64 index of each document's first sequence; the last one is S
 
-Same layout as `megatron.core.datasets.indexed_dataset`, which the tests compare with. Everything here is memory
-mapped, or read and written in chunks, so memory does not grow with the dataset. The optional mode column of multimodal
-datasets is not read.
+The layout is that of `megatron.core.datasets.indexed_dataset`; tests compare the two. Files are memory mapped, or read
+and written in chunks, so memory does not grow with the dataset. The optional mode column of multimodal datasets is not
+read.
 """
 
 import mmap
@@ -47,7 +48,7 @@ DTYPE_CODES: dict[int, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class Index:
-    """A memory-mapped index: how the `.bin` beside it is cut into sequences and documents."""
+    """A memory-mapped index: the sequences and documents of the `.bin` beside it."""
 
     prefix: str
     """Path of the dataset without `.bin` or `.idx`."""
@@ -66,52 +67,52 @@ class Index:
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """S, the number of sequences."""
         return len(self.lengths)
 
     @property
     def num_documents(self) -> int:
-        """Documents, empty ones included."""
+        """Number of documents, with the empty ones."""
         return len(self.document_indices) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, from the end of the last sequence (the sequences lie back to back)."""
+        """Number of tokens: where the last sequence ends, since sequences follow one another without gaps."""
         if self.num_sequences == 0:
             return 0
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
     def token_chunks(self, size: int) -> Iterator[IntArray]:
-        """Yield all tokens in order, `size` at a time; read, not mapped, so that no pages pile up."""
+        """Yields all tokens in order, `size` at a time; they are read, not mapped, so that memory does not grow."""
         with open(bin_path(self.prefix), "rb") as stream:
             for begin, end in chunks(self.num_tokens, size):
                 yield np.fromfile(stream, dtype=self.dtype, count=end - begin)
 
     def release(self) -> None:
-        """Give the pages of the mapped index back; a pass over it calls this now and then."""
+        """Returns the pages of the mapped index to the kernel; a pass over the whole index calls this now and then."""
         release(self.lengths)
 
     def tokens(self) -> IntArray:
-        """The whole `.bin` as one memory-mapped array [tokens] of `dtype`; for looking at parts of it."""
+        """Maps the whole `.bin` as one array [tokens] of `dtype`; made for reading parts of it."""
         if self.num_tokens == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
     def sequence_start(self, sequence: int) -> int:
-        """Token offset where a sequence starts; sequence S starts where the tokens end."""
+        """Token offset at which a sequence starts; for sequence S, the number of tokens."""
         if sequence == self.num_sequences:
             return self.num_tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
 
     def document_starts(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Token offsets where documents `begin` .. `end - 1` start, int64 [end - begin].
+        """Token offsets at which documents `begin` .. `end - 1` start, int64 [end - begin].
 
-        Document `num_documents` may be asked for too: it starts where the tokens end.
+        The range may include document `num_documents`, whose offset is the number of tokens.
         """
         return self.sequence_starts(np.asarray(self.document_indices[begin:end]))
 
     def sequence_starts(self, sequences: IntArray) -> npt.NDArray[np.int64]:
-        """Token offsets where some sequences start, int64; sequence S starts where the tokens end."""
+        """Token offsets at which some sequences start, int64; for sequence S, the number of tokens."""
         starts = np.full(len(sequences), self.num_tokens, dtype=np.int64)
         inside = sequences < self.num_sequences
         starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
@@ -129,7 +130,7 @@ def idx_path(prefix: str) -> str:
 
 
 def optimal_dtype(vocab_size: int | None) -> type[np.generic]:
-    """The token type mcore chooses: uint16 below 65,500 entries, int32 otherwise or when not known."""
+    """The token type mcore chooses: uint16 for a vocabulary below 65,500, int32 for a larger or unknown one."""
     return np.uint16 if vocab_size is not None and vocab_size < 65500 else np.int32
 
 
@@ -138,7 +139,7 @@ def open_index(prefix: str) -> Index:
 
     Raises:
         FileNotFoundError: the `.idx` or the `.bin` is missing.
-        ValueError: the header is not an index's, or a file's size contradicts the header (a truncated file).
+        ValueError: the file is no index, or a file's size contradicts the header (it is truncated).
     """
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
@@ -148,7 +149,7 @@ def open_index(prefix: str) -> Index:
     dtype, sequences, documents = _read_header(idx)
     expected = _HEADER_BYTES + 12 * sequences + 8 * documents
     actual = os.path.getsize(idx)
-    if actual not in (expected, expected + sequences):  # multimodal datasets append one byte a sequence
+    if actual not in (expected, expected + sequences):  # multimodal datasets append one byte per sequence
         raise ValueError(f"{idx} is {actual} bytes, but its header asks for {expected}: truncated or corrupt")
     index = _map_arrays(prefix, dtype, sequences, documents)
     if documents < 1 or int(index.document_indices[-1]) != sequences:
@@ -160,7 +161,7 @@ def open_index(prefix: str) -> Index:
 
 
 def _read_header(path: str) -> tuple[np.dtype, int, int]:
-    """(dtype, sequences, document indices) of an index file."""
+    """Reads (dtype, number of sequences, number of document indices) from an index file."""
     with open(path, "rb") as stream:
         header = stream.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
@@ -172,7 +173,7 @@ def _read_header(path: str) -> tuple[np.dtype, int, int]:
 
 
 def _map_arrays(prefix: str, dtype: np.dtype, sequences: int, documents: int) -> Index:
-    """The three columns of an index file of known size."""
+    """Maps the three columns of an index file of known size."""
     raw = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
     a = _HEADER_BYTES
     b, c = a + 4 * sequences, a + 12 * sequences
@@ -216,9 +217,9 @@ def check_contiguous(index: Index) -> None:
 
 
 def release(array: IntArray) -> None:
-    """Let the kernel take the pages of a memory-mapped array out of this process; they can still be read.
+    """Lets the kernel drop the pages of a memory-mapped array from this process; they can still be read.
 
-    Otherwise a pass over a large file would show up as this process's memory. Does nothing for other arrays.
+    Otherwise reading a large file would count as this process's memory. Other arrays are left as they are.
     """
     mapping = getattr(array, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -260,7 +261,7 @@ def write_index(
 
 
 def _write_column(stream: BinaryIO, values: IntArray, dtype: str) -> None:
-    """One column of the index, converted and written in chunks."""
+    """Converts and writes one column of the index, in chunks."""
     for begin, end in chunks(len(values)):
         stream.write(values[begin:end].astype(dtype).tobytes())
         release(values)

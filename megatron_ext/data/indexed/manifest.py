@@ -1,8 +1,8 @@
-"""The manifest beside a dataset, `PREFIX.json`: what made it, from what, with which tokenizer, and its checksums.
+"""The manifest beside a dataset, `PREFIX.json`: the tool, inputs and tokenizer that made it, and its checksums.
 
-`check_dataset` is the cheap check every training run makes at start-up: constant time, whatever the size. A full
-verification, checksums included, is `tools/data.py verify`. A dataset without a manifest (one made by Megatron-LM)
-passes every check that needs none. It does not record the time, so equal inputs give equal manifests.
+Every training run calls `check_dataset` at its start; it takes constant time, whatever the size. `tools/data.py verify`
+checks everything, with the checksums. For a dataset without a manifest (one made by Megatron-LM) the checks that need
+one are skipped. A manifest does not record the time, so equal inputs give equal manifests.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer, in_words
 
 FORMAT = "megatron_ext.dataset/1"
 PREPENDED_BOS = "prepended_bos"
-"""Key of the tokenizer's description: the token that begins every document; missing where none does."""
+"""Key of the token that begins every document in the tokenizer's description; missing if none does."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_BYTES = 1 << 18
 
@@ -36,8 +36,8 @@ def manifest_path(prefix: str) -> str:
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same directory; rename it to `path` on success, remove it on any failure.
 
-    The directory is made when missing. A killed process leaves at most files ending in `.tmp`, which the next writer of
-    the same path removes; it knows them by the lock that a living writer holds.
+    The directory is created if missing. A killed process leaves at most files ending in `.tmp`. The next writer of the
+    same path removes those that nobody has locked: a writer holds a lock on its files while it lives.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,18 +57,19 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed writers of a path left: TARGET.PID.tmp, and beside it TARGET.PID.NAME.tmp."""
+    """Removes the files that killed writers of a path left: TARGET.PID.tmp and TARGET.PID.NAME.tmp."""
     for leftover in target.parent.glob(f"{glob.escape(target.name)}.*[0-9].tmp"):
-        with contextlib.suppress(OSError), leftover.open("rb") as held:  # locked, or gone meanwhile: leave it
+        with contextlib.suppress(OSError), leftover.open("rb") as held:  # locked by a writer, or gone
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in target.parent.glob(f"{glob.escape(leftover.stem)}.*tmp"):
                 path.unlink(missing_ok=True)
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
+    """Computes the hex SHA-256 of a file, which is read in chunks."""
     digest = hashlib.sha256()
-    block = memoryview(bytearray(_READ_BYTES))  # one for all reads: fresh memory costs more than the hash
+    # One buffer for all reads: allocating memory costs more than the hash.
+    block = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as stream:
         while size := stream.readinto(block):
             digest.update(block[:size])
@@ -76,7 +77,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def tool_version() -> str:
-    """Version of the installed package, or "unknown" when it runs from a checkout that is not installed."""
+    """Version of the installed package, or "unknown" in a checkout that is not installed."""
     try:
         return importlib.metadata.version("megatron-ext")
     except importlib.metadata.PackageNotFoundError:
@@ -96,7 +97,7 @@ def write_manifest(
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
         tool: name of the command that made it.
-        tokenizer: what made the ids; its key `fingerprint` is what `check_dataset` compares. None if not known.
+        tokenizer: description of the tokenizer, of which `check_dataset` compares `fingerprint`; None if not known.
         inputs: the files the data was made from, in order; "-" is standard input.
         extra: more top-level keys, for example the per-layer strategy.
 
@@ -151,7 +152,7 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
 
 
 def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
-    """The begin-of-text token before every document of datasets, or nothing; None if it is not known or differs.
+    """Returns `[id]` if every document has that token before it, `[]` if none; None if unknown or datasets differ.
 
     Args:
         prefixes: paths without `.bin` or `.idx`.
@@ -164,18 +165,18 @@ def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
 
 
 def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Index:
-    """Refuse a dataset whose files contradict each other or that another tokenizer made; constant time.
+    """Refuses a dataset whose files contradict each other or that another tokenizer made; takes constant time.
 
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
-        tokenizer: the run's, or its fingerprint; compared when the manifest names one.
+        tokenizer: the run's tokenizer or its fingerprint; compared if the manifest names one.
 
     Returns:
         The opened index.
 
     Raises:
         FileNotFoundError: `.bin` or `.idx` is missing.
-        ValueError: a size contradicts the index or the manifest, or the tokenizer is another.
+        ValueError: a size contradicts the index or the manifest, or the tokenizers differ.
     """
     index = open_index(prefix)
     manifest = read_manifest(prefix)
@@ -188,10 +189,10 @@ def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Inde
     made_with = manifest.get("tokenizer") or {}
     ours = tokenizer.fingerprint() if isinstance(tokenizer, Tokenizer) else tokenizer
     if ours is not None and made_with.get("fingerprint") not in (None, ours):
-        told = ours
+        run_tokenizer = ours
         if isinstance(tokenizer, Tokenizer):
-            told = in_words({**tokenizer.describe(), "files": tokenizer.files})
+            run_tokenizer = in_words({**tokenizer.describe(), "files": tokenizer.files})
         raise ValueError(
-            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run's is {told}"
+            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run's is {run_tokenizer}"
         )
     return index

@@ -1,5 +1,6 @@
-"""Refuses to read one file twice under two names (`a` and `./a`, a pattern that matches it too, a symbolic link):
-its text would count twice in a vocabulary, in a dataset and in training.
+"""Refuses inputs that name the same file twice (`a` and `./a`, a pattern that also matches it, a symbolic link).
+
+Its text would otherwise count twice in a vocabulary, in a dataset and in training.
 """
 
 import os
@@ -9,14 +10,14 @@ from megatron_ext.data.indexed.indexed_files import idx_path
 
 
 def refuse_same_file(flag: str, files: Iterable[tuple[str, str | int]]) -> None:
-    """Compares files by what the system knows them as.
+    """Compares files by device and inode number.
 
     Args:
-        flag: where they were given.
-        files: (as it was spelled, path or open file descriptor) of each; one that does not exist is left to its reader.
+        flag: the flag that names the files, for the error message.
+        files: (spelling, path or open file descriptor) of each; missing files are ignored, since reading them fails.
 
     Raises:
-        ValueError: two are the same file.
+        ValueError: two of them are the same file.
     """
     seen: dict[tuple[int, int], str] = {}
     for name, path in files:
@@ -31,5 +32,5 @@ def refuse_same_file(flag: str, files: Iterable[tuple[str, str | int]]) -> None:
 
 
 def refuse_same_dataset(flag: str, prefixes: Iterable[str]) -> None:
-    """The same for datasets, given by their prefixes."""
+    """Compares datasets, given by their prefixes, in the same way."""
     refuse_same_file(flag, ((prefix, idx_path(prefix)) for prefix in prefixes))

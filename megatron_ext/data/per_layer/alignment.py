@@ -1,4 +1,4 @@
-"""Whether a per-layer dataset belongs to a main one: same documents, same sequence lengths, made from these tokens."""
+"""Checks that a per-layer dataset belongs to a main one: same documents and sequence lengths, made from its tokens."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _REMEDY = "make it with: python tools/preprocess_per_layer_data.py"
 
 
 def require_per_layer_files(prefix: str, per_layer_prefix: str) -> None:
-    """Raise, with the command that makes it, when the aligned data of `prefix` is missing.
+    """Raises an error that shows the command to run if the aligned data of `prefix` is missing.
 
     Raises:
         FileNotFoundError: `.bin` or `.idx` is missing.
@@ -28,16 +28,17 @@ def require_per_layer_files(prefix: str, per_layer_prefix: str) -> None:
 def check_aligned(
     prefix: str, per_layer_prefix: str, *, strategy: str | None = None, vocab_size: int | None = None
 ) -> None:
-    """Compare a per-layer dataset with its main one; streams over both index files, reads no token.
+    """Compares a per-layer dataset with its main one; streams over both index files and reads no tokens.
 
     Args:
         prefix: the main dataset.
         per_layer_prefix: the aligned one.
-        strategy: the run's `--per-layer-strategy`; compared where the manifest names one.
+        strategy: the run's `--per-layer-strategy`; compared if the manifest names one.
         vocab_size: the run's `--per-layer-vocab-size`; the manifest's must not be larger.
 
     Raises:
-        FileNotFoundError, ValueError: what differs, with both values.
+        FileNotFoundError: a file is missing.
+        ValueError: names the difference, with both values.
     """
     main, aligned = open_index(prefix), check_dataset(per_layer_prefix)
     pairs = (
@@ -61,7 +62,7 @@ def check_aligned(
 def _check_manifests(
     prefix: str, per_layer_prefix: str, strategy: str | None, vocab_size: int | None
 ) -> None:
-    """What the two manifests say of each other, where both are there."""
+    """Compares the two manifests, if both exist."""
     per_layer = (read_manifest(per_layer_prefix) or {}).get("per_layer", {})
     made_from = per_layer.get("source_checksum")
     checksum = (read_manifest(prefix) or {}).get("checksums", {}).get("bin")
@@ -79,12 +80,12 @@ def _check_manifests(
 
 
 def _mismatch(prefix: str, per_layer_prefix: str, what: str) -> ValueError:
-    """The error of two datasets that do not belong together."""
+    """Makes the error for two datasets that do not belong together."""
     return ValueError(f"{per_layer_prefix} is not aligned with {prefix}: {what}; {_REMEDY} ...")
 
 
 def _first_difference(a: IntArray, b: IntArray) -> int | None:
-    """Where two equally long arrays differ first."""
+    """Index of the first difference of two arrays of equal length."""
     for begin, end in chunks(len(a)):
         differs = a[begin:end] != b[begin:end]
         if differs.any():
@@ -95,6 +96,6 @@ def _first_difference(a: IntArray, b: IntArray) -> int | None:
 
 
 def _tool_prefix(prefix: str) -> str:
-    """The prefix the tool was given: without `_KEY_document`."""
+    """The prefix that the user gave the tool, without `_KEY_document`."""
     head, _, last = prefix.rpartition("_")
     return head.rpartition("_")[0] if last == "document" and "_" in head else prefix

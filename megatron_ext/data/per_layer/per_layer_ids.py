@@ -1,16 +1,16 @@
-"""Per-layer ids for a whole tokenized dataset, written as an aligned dataset in one vectorised pass.
+"""Computes the per-layer ids of a whole tokenized dataset, and writes them as an aligned dataset in one pass.
 
     ids[i] = table[tokens[i]]
 
 and for `attention_guidance`, by position in the document (0 is its first token), the first rule that holds:
 
-    <|layer_end|>    the document's end-of-document token, where it has one
+    <|layer_end|>    the document's end-of-document token, if it has one
     <|layer_start|>  position 0
     <|attention|>    positions 10, 20, 30, ...
     else             table[tokens[i]]
 
-The aligned dataset has the same documents and sequence lengths as its source, so one set of sample indices reads both.
-Everything streams: memory does not grow with the dataset. No text is read, nothing is tokenized.
+The aligned dataset has the same documents and sequence lengths as its source, so the same sample indices read both.
+All data is streamed, so memory does not grow with the dataset. No text is read or tokenized.
 """
 
 import os
@@ -41,7 +41,7 @@ ReportTokens = Callable[[int], None]
 def count_tokens(
     index: Index, vocab_size: int, progress: ReportTokens = lambda tokens: None
 ) -> npt.NDArray[np.int64]:
-    """How often each token id occurs, int64 [V].
+    """Counts how often each token id occurs, int64 [V].
 
     Args:
         index: the tokenized dataset.
@@ -69,10 +69,10 @@ def write_aligned(
     per_layer_vocab_size: int,
     progress: ReportTokens = lambda tokens: None,
 ) -> None:
-    """Write `output_prefix.bin` and `.idx`, aligned with `index`; both by rename, the index last.
+    """Writes `output_prefix.bin` and `.idx`, aligned with `index`; both by rename, the index last.
 
-    An older dataset of that name stops looking finished (its index and manifest are removed) before its tokens are
-    replaced, so no moment shows new ids under an old index.
+    The index and manifest of an older dataset of that name are removed before its tokens are replaced, so an old index
+    never points at new ids.
 
     Args:
         index: the tokenized dataset.
@@ -80,11 +80,11 @@ def write_aligned(
         table: [V] per-layer id of each token id.
         strategy: what the table was built for; `attention_guidance` adds its marks.
         eod: end-of-document token id of the main tokenizer.
-        per_layer_vocab_size: number of per-layer ids; decides their type, as mcore does for tokens.
+        per_layer_vocab_size: number of per-layer ids; determines their type, by mcore's rule for tokens.
         progress: called with the number of tokens done, chunk by chunk.
 
     Raises:
-        ValueError: a token id is not below V, or the source's index is not back to back.
+        ValueError: a token id is not below V, or the source's sequences do not follow one another.
     """
     check_contiguous(index)
     dtype = optimal_dtype(per_layer_vocab_size)
@@ -130,12 +130,12 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
 def document_ids(
     tokens: IntArray, table: TableArray, strategy: Strategy, *, eod: int
 ) -> npt.NDArray[np.int32]:
-    """Per-layer ids of the start of one document, for example of a prompt, int32 [n].
+    """Computes the per-layer ids of the beginning of one document, for example of a prompt, int32 [n].
 
     Args:
-        tokens: [n] token ids; an `eod` in last place ends the document.
+        tokens: [n] token ids; an `eod` at the end ends the document.
         table: [V] per-layer id of each token id.
-        strategy: as the table was built.
+        strategy: what the table was built for.
         eod: end-of-document token id.
     """
     ids = table[tokens]
@@ -181,7 +181,7 @@ def _documents_between(
 
 
 def _document_at(index: Index, token: int) -> int:
-    """The last document that starts at or before a token offset, by bisection of the memory-mapped index."""
+    """Finds the last document that starts at or before a token offset, by bisection of the memory-mapped index."""
     low, high = 0, index.num_documents
     while high - low > 1:
         middle = (low + high) // 2
@@ -193,7 +193,7 @@ def _document_at(index: Index, token: int) -> int:
 
 
 def check_bounds(index: Index, tokens: IntArray, vocab_size: int) -> None:
-    """Raise `ValueError` if a token id is not in [0, V)."""
+    """Raises `ValueError` if a token id is not in [0, V)."""
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high

@@ -1,9 +1,9 @@
-"""The table that turns main token ids into per-layer ids, numbered without holes, and the file that keeps it.
+"""The table that maps main token ids to per-layer ids, numbered without gaps, and the file that holds it.
 
     per_layer_ids = table[token_ids]          table: [V], values 0 .. rows - 1
 
-A strategy keeps a part of the vocabulary: `syntax_focus` some 350 forms of ten thousand. So its ids are numbered anew,
-in the vocabulary's order, the special tokens first at the places they have there; each id is one row of a model's
+A strategy keeps only a part of the vocabulary (`syntax_focus` about 350 forms of ten thousand), so its ids are
+renumbered in the vocabulary's order; the special tokens come first and keep their ids. Each id is one row of a model's
 per-layer tables. `NAME.STRATEGY.npz` beside the vocabulary `NAME.json` holds:
 
     table        int32 [V]
@@ -25,16 +25,16 @@ from megatron_ext.data.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class StoredTable:
-    """What a table's file holds."""
+    """The content of a table's file."""
 
     table: TableArray
     """[V] per-layer id of each token id."""
 
     entries: TableArray | None
-    """[rows] the vocabulary's id of each per-layer id; None where they are the same."""
+    """[rows] the vocabulary's id of each per-layer id; None if they are the same."""
 
     seed: int
-    """What `random_subset` was drawn with."""
+    """Seed of the random choice in `random_subset`."""
 
     tokenizer: str
     """Fingerprint of the main tokenizer."""
@@ -44,7 +44,7 @@ class StoredTable:
 
 
 def number_densely(by_vocabulary: TableArray) -> tuple[TableArray, TableArray]:
-    """Numbers per-layer ids anew, without holes, in the same order; special tokens keep their ids.
+    """Renumbers per-layer ids without gaps, in the same order; special tokens keep their ids.
 
     Args:
         by_vocabulary: [V] the vocabulary's id of each token id, from `build_table`.
@@ -57,12 +57,12 @@ def number_densely(by_vocabulary: TableArray) -> tuple[TableArray, TableArray]:
 
 
 def rows_of(table: TableArray) -> int:
-    """Rows that a model needs for the ids of a table, the marks of `attention_guidance` included."""
+    """Number of rows a model needs for the ids of a table, with the marks of `attention_guidance`."""
     return max(int(table.max()) + 1, len(SPECIAL_TOKENS))
 
 
 def table_path(vocab_file: str, strategy: Strategy) -> str:
-    """Where the table of a strategy is kept: beside the vocabulary, `NAME.STRATEGY.npz` for `NAME.json`."""
+    """Path of a strategy's table: beside the vocabulary `NAME.json`, `NAME.STRATEGY.npz`."""
     return f"{Path(vocab_file).with_suffix('')}.{strategy}.npz"
 
 
@@ -75,7 +75,7 @@ def save_table(
     seed: int,
     entries: TableArray | None = None,
 ) -> None:
-    """Write a table beside its vocabulary, by rename, with what it was made from."""
+    """Writes a table beside its vocabulary, by rename, with the seed, tokenizer and vocabulary that made it."""
     more: dict[str, Any] = {} if entries is None else {"entries": entries}
     with write_atomically(table_path(vocab_file, strategy)) as temporary, temporary.open("wb") as stream:
         np.savez(
@@ -89,7 +89,7 @@ def save_table(
 
 
 def read_table(vocab_file: str, strategy: Strategy) -> StoredTable | None:
-    """The table beside a vocabulary; None where there is none.
+    """Reads the table beside a vocabulary; returns None if there is none.
 
     Raises:
         ValueError: the file is not a table.
@@ -108,7 +108,7 @@ def read_table(vocab_file: str, strategy: Strategy) -> StoredTable | None:
             )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is not a per-layer table ({error}); remove it to have it made anew"
+            f"{path} is not a per-layer table ({error}); remove it, and the tool makes it again"
         ) from None
 
 
@@ -126,10 +126,10 @@ def row_names(vocab_file: str, strategy: Strategy) -> dict[int, str]:
 
 
 def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file: str | None) -> TableArray:
-    """The table training needs to derive per-layer ids on the fly, int32 [V]; `identity` needs no file.
+    """Loads the table from which training computes per-layer ids, int32 [V]; `identity` needs no file.
 
-    For `attention_guidance` the table is only the base that position then marks, so a training run must read the
-    aligned dataset instead; `ids.document_ids` does the marking for a prompt.
+    For `attention_guidance` the table is not enough, since some ids depend on the position: a training run must read
+    the aligned dataset instead, and a prompt goes through `per_layer_ids.document_ids`.
 
     Raises:
         FileNotFoundError: the vocabulary or the table is missing.

@@ -1,4 +1,4 @@
-"""Per-layer vocabularies, and the table that turns a main token id into a per-layer id.
+"""Per-layer vocabularies, and the table that maps a main token id to a per-layer id.
 
     per_layer_ids = table[token_ids]          table: [V]
 
@@ -14,8 +14,8 @@ white space, lower-cased. A strategy is how the table follows from a vocabulary 
     random_subset       a seeded random half of the vocabulary's forms keep their own id, the rest is <|unk|>
     identity            the token id itself; needs no vocabulary
 
-Because the ids are a function of the token ids, they cannot be misaligned with them. A strategy keeps a part of the
-vocabulary only, so the ids that a model and a dataset see are numbered anew, without holes: see `table`.
+Because the ids are a function of the token ids, they cannot be misaligned with them. A strategy keeps only a part of
+the vocabulary, so the ids that a model and a dataset use are renumbered without gaps: see `per_layer_table`.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ SPECIAL = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
 
 
 def _words(text: str) -> frozenset[str]:
-    """A set of words from a text."""
+    """Returns the set of words in a text."""
     return frozenset(text.split())
 
 
@@ -92,20 +92,20 @@ _START_OF_TEXT = frozenset({"<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos
 
 @dataclass(frozen=True)
 class TokenForm:
-    """One main token, as the strategies see it."""
+    """The properties of a main token that the strategies use."""
 
     form: str
     """Text without surrounding white space, lower-cased; "" for white space and special tokens."""
 
     shape: str
-    """Its shape class, `<|endoftext|>` or `<|startoftext|>`, or `<|unk|>` for an id without text."""
+    """The token's shape class, `<|endoftext|>` or `<|startoftext|>`, or `<|unk|>` for an id without text."""
 
     is_syntax: bool
-    """Whether it is a function word, a keyword, punctuation or a single digit."""
+    """Whether the form is a function word, a keyword, punctuation or a single digit."""
 
 
 def token_forms(tokenizer: Tokenizer) -> list[TokenForm]:
-    """The form of every main token, [V]."""
+    """Returns the form of every main token, [V]."""
     pieces = tokenizer.inv_vocab
     forms = []
     for token in range(tokenizer.vocab_size):
@@ -114,7 +114,7 @@ def token_forms(tokenizer: Tokenizer) -> list[TokenForm]:
             forms.append(TokenForm("", "<|endoftext|>", is_syntax=False))
         elif piece in _START_OF_TEXT:
             forms.append(TokenForm("", "<|startoftext|>", is_syntax=False))
-        elif piece is None:  # a hole in the numbering
+        elif piece is None:  # no token has this id
             forms.append(TokenForm("", "<|unk|>", is_syntax=False))
         else:
             forms.append(form_of(tokenizer.detokenize([token]), starts_word=piece.startswith(_WORD_MARKS)))
@@ -122,18 +122,18 @@ def token_forms(tokenizer: Tokenizer) -> list[TokenForm]:
 
 
 def form_of(text: str, *, starts_word: bool = False) -> TokenForm:
-    """The form of a token's text.
+    """Returns the form of a token's text.
 
     Args:
         text: the decoded token.
-        starts_word: the tokenizer marks it as the start of a word, where decoding drops the leading space.
+        starts_word: the tokenizer marks it as the start of a word; needed if decoding drops the leading space.
     """
     starts_word = starts_word or text[:1].isspace()
     form = text.strip().lower()
     if not form:
         shape = "<|newline|>" if "\n" in text else "<|space|>" if starts_word else "<|unk|>"
         return TokenForm("", shape, is_syntax=False)
-    if "\ufffd" in form:  # a piece of a character
+    if "\ufffd" in form:  # only some of the bytes of a character
         return TokenForm("", "<|bytes|>", is_syntax=False)
     if _NUMBER.fullmatch(form):
         return TokenForm(form, "<|number|>", is_syntax=len(form) == 1)
@@ -148,7 +148,7 @@ def form_of(text: str, *, starts_word: bool = False) -> TokenForm:
 def build_vocabulary(
     forms: list[TokenForm], token_counts: npt.NDArray[np.int64], size: int
 ) -> dict[str, int]:
-    """A vocabulary of at most `size` entries: the special tokens, then the most frequent forms of the corpus.
+    """Builds a vocabulary of at most `size` entries: the special tokens, then the most frequent forms of the corpus.
 
     Args:
         forms: [V] from `token_forms`.
@@ -156,7 +156,7 @@ def build_vocabulary(
         size: `--per-layer-vocab-size`. Forms that never occur are left out, so the result can be smaller.
 
     Raises:
-        ValueError: `size` does not hold the special tokens.
+        ValueError: `size` is less than the number of special tokens.
     """
     if size < len(SPECIAL_TOKENS):
         raise ValueError(
@@ -174,13 +174,13 @@ def build_vocabulary(
 def build_table(
     strategy: Strategy, forms: list[TokenForm], vocabulary: Mapping[str, int], *, seed: int = 1234
 ) -> TableArray:
-    """The vocabulary's id of every main token, int32 [V].
+    """Returns the vocabulary's id of every main token, int32 [V].
 
     Args:
         strategy: one of `STRATEGIES`; the table of `attention_guidance` is that of `syntax_focus`.
         forms: [V] from `token_forms`.
-        vocabulary: text -> id; not read by `identity`.
-        seed: what `random_subset` draws with.
+        vocabulary: text -> id; `identity` does not use it.
+        seed: of the random choice in `random_subset`.
     """
     if strategy == "identity":
         return np.arange(len(forms), dtype=np.int32)
@@ -188,7 +188,7 @@ def build_table(
 
 
 def _per_layer_id(strategy: Strategy, form: TokenForm, vocabulary: Mapping[str, int], seed: int) -> int:
-    """The per-layer id of one form."""
+    """Returns the per-layer id of one form."""
     if form.shape in ("<|endoftext|>", "<|startoftext|>"):
         return SPECIAL[form.shape]
     own = vocabulary.get(form.form) if form.form else None
@@ -205,7 +205,7 @@ def _per_layer_id(strategy: Strategy, form: TokenForm, vocabulary: Mapping[str, 
 
 
 def _is_drawn(form: str, seed: int) -> bool:
-    """A fair coin for each form; a hash, so that it is the same with every version of numpy."""
+    """Flips a fair coin for a form, by a hash: the result is the same with every version of numpy."""
     return hashlib.sha256(f"{seed}:{form}".encode()).digest()[0] % 2 == 0
 
 
@@ -220,7 +220,7 @@ def load_vocabulary(path: str) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, its ids are not 0 .. n-1, or a special token is not at its place.
+        ValueError: it is not JSON, its ids are not 0 .. n-1, or a special token does not have its id.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(

@@ -1,11 +1,11 @@
-"""Raw text to indexed datasets, the machinery of `tools/preprocess_data.py`.
+"""Turns raw text into indexed datasets; used by `tools/preprocess_data.py`.
 
-run             one run: plan, tokenize, publish, describe; `Preprocessor` is what the tool calls
-scheduler       gives chunks of the input to workers and their shards to the assembly, in order
-worker_pool     worker processes whose death is noticed at once; knows nothing of text
-encoding        text to ids: gigatoken where it is proven equal, else the tokenizer itself
-shards          what a worker writes for one chunk
-assembly        appends shards to the growing datasets; writes the index
-work_directory  where an unfinished run lives: lock, plan, resumption, publication by rename
-progress        the bar and the progress lines
+preprocess           one run: plan, tokenize, publish, write the manifest; the tool calls `Preprocessor`
+scheduler            gives chunks of the input to workers and appends the shards they write, in order
+worker_pool          the worker processes; it knows nothing of text
+encoding, gigatoken  text to ids: by gigatoken if its ids are the same, otherwise by the tokenizer itself
+shards               the files that a worker writes for one chunk
+assembly             appends shards to the growing datasets; writes the index
+work_directory       the directory of an unfinished run: lock, plan, resumption, publication by rename
+preprocess_progress  the progress bar and the progress lines
 """

@@ -1,11 +1,11 @@
-"""Joins the shards of a run, in order, into the files of the datasets.
+"""Appends the shards of a run, in order, to the files of the datasets.
 
-Shards are appended as they become complete and then removed, so that the disk holds the tokens once. After
-every append `state.json` records how long each file is; a run that was killed is taken up by cutting the files
-back to that. The index is kept on disk too (lengths and document ends, see `indexed.py`), so memory does not
-grow with the dataset.
+A shard is appended as soon as it is complete, and then removed, so that the disk holds the tokens once. After every
+append `state.json` records the length of each file; a resumed run first truncates the files to these lengths. The
+columns of the index (lengths and document ends, see `indexed_files.py`) are on disk too, so memory does not grow with
+the dataset.
 
-With partitions P above 1 document i goes to part i mod P, and the parts follow each other at the end.
+With P > 1 partitions document i goes to part i mod P, and the parts are joined at the end.
 """
 
 import dataclasses
@@ -33,9 +33,10 @@ class State:
 
     Attributes:
         next_shard: the first shard that has not been appended.
-        totals: sums over the shards appended.
-        source_index, source_lines: the source of the last one, and its lines so far.
-        sizes: bytes of each file of the working directory.
+        totals: sums over the appended shards.
+        source_index: the source of the last one.
+        source_lines: lines of that source so far.
+        sizes: bytes of each file in the working directory.
     """
 
     next_shard: int = 0
@@ -46,7 +47,7 @@ class State:
 
 
 def load_state(directory: Path, num_keys: int) -> State:
-    """Returns the state of a working directory; a new one where nothing was appended."""
+    """Reads the state of a working directory; a new one if nothing was appended."""
     path = directory / "state.json"
     if not path.is_file():
         return State(totals=ShardInfo(tokens=[0] * num_keys, empty=[0] * num_keys))
@@ -59,12 +60,12 @@ class Assembly:
 
     Args:
         directory: the working directory.
-        num_keys: datasets.
-        partitions: parts of each.
+        num_keys: number of datasets.
+        partitions: number of parts of each.
         sources: the inputs, for the report of rejected lines.
 
     Raises:
-        ValueError: a file is shorter than the state of a killed run recorded.
+        ValueError: a file is shorter than the killed run recorded.
     """
 
     REJECTED = "rejected.jsonl"
@@ -78,13 +79,13 @@ class Assembly:
         self._cut_back()
 
     def _cut_back(self) -> None:
-        """Gives every file the length that the state records."""
+        """Truncates every file to the length that the state records."""
         for name in self._names():
             path = self._directory / name
             recorded = self.state.sizes.setdefault(name, 0)
             if path.exists() and path.stat().st_size < recorded or not path.exists() and recorded:
                 raise ValueError(
-                    f"--resume: {path} is shorter than recorded; remove {self._directory} and start anew"
+                    f"--resume: {path} is shorter than recorded; remove {self._directory} and start again"
                 )
             with open(path, "ab") as file:
                 file.truncate(recorded)
@@ -134,7 +135,7 @@ class Assembly:
             self._append_columns(f"out-{key}-{part}", lengths[part_of_document == part])
 
     def _append_columns(self, name: str, lengths: npt.NDArray[np.integer]) -> None:
-        """Adds document lengths: one sequence for each that is not empty, one document end for each."""
+        """Appends document lengths: one sequence for each document that is not empty, one document end for each."""
         sequences = self.state.sizes[f"{name}.lengths"] // 4
         with self._appending(f"{name}.lengths") as out:
             out.write(lengths[lengths > 0].astype("<i4").tobytes())
@@ -158,7 +159,7 @@ class Assembly:
         return _Appending(self._directory / name, self.state.sizes)
 
     def finish(self, dtype: str) -> list[str]:
-        """Writes the indices; returns the prefix of the `.bin` and `.idx` of each key, complete and on disk."""
+        """Writes the indices; returns for each key the prefix of its complete `.bin` and `.idx`."""
         return [self._finish_key(key, dtype) for key in range(self._num_keys)]
 
     def _finish_key(self, key: int, dtype: str) -> str:
@@ -199,7 +200,7 @@ class _Appending:
         self._path, self._sizes = path, sizes
 
     def __enter__(self) -> BinaryIO:
-        # Not mode "ab": copy_file_range refuses a descriptor that appends.
+        # Not mode "ab": copy_file_range refuses a file that is open for appending.
         self._file: BinaryIO = open(self._path, "r+b")
         self._file.seek(0, os.SEEK_END)
         return self._file

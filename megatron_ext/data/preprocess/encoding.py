@@ -1,10 +1,9 @@
-"""Batches of text to one flat array of ids: by `gigatoken` where it is proven equal, else by the tokenizer
-itself.
+"""Encodes batches of text into one flat array of ids: by `gigatoken` if its ids are the same, otherwise by the
+tokenizer itself.
 
-`gigatoken` is some ten times faster than the library that defines a byte-level BPE, but it is another
-implementation. It runs only where the tokenizer's own description (its tokenizer.json) asks for nothing that
-gigatoken leaves out, see `gigatoken.py`; and only after its ids equalled the reference's on a sample of the input, on
-texts with every added token in them, and on `PROBE_TEXTS`.
+`gigatoken` is about ten times faster than the library that defines a byte-level BPE, but it is another implementation.
+It runs only if the tokenizer.json has no setting that gigatoken ignores (see `gigatoken.py`), and if its ids equal the
+reference's on a sample of the input, on texts with every added token in them, and on `PROBE_TEXTS`.
 """
 
 import os
@@ -28,7 +27,7 @@ Ids = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which encoder runs, and why, in words for the user."""
+    """Which encoder runs, and why; both are shown to the user."""
 
     encoder: EncoderName
     reason: str
@@ -38,23 +37,23 @@ class Encoder:
     """Encodes batches of texts.
 
     gigatoken is called text by text: its batch call returns an `awkward` array, whose import and bookkeeping cost
-    more. It remembers every word it has met and never forgets one, so it is loaded anew whenever this process has
-    grown by `_CACHE_BYTES`; the ids stay the same.
+    more. It caches every word without limit, so it is loaded again whenever this process has grown by `_CACHE_BYTES`;
+    the ids stay the same.
 
     Args:
         tokenizer: the reference.
-        name: which implementation to use; "gigatoken" only after `choose_encoder` chose it.
-        fast: gigatoken's tokenizer, where it is loaded already.
+        name: which implementation to use; "gigatoken" only if `choose_encoder` chose it.
+        fast: gigatoken's tokenizer, if it is loaded already.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: EncoderName, fast: Any = None) -> None:
         self._tokenizer = tokenizer
         self._fast = fast or (load(tokenizer) if name == "gigatoken" else None)
-        # Not yet known: a worker that is forked after this counts its own memory.
+        # Measured at the first batch, so that a worker forked from this process measures its own memory.
         self._bytes_when_loaded: int | None = None
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
-        """Yields `(ids, lengths)`: the ids of some texts back to back, and how many each text has; in order."""
+        """Yields `(ids, lengths)`, in order: the ids of some texts one after the other, and the length of each text."""
         for batch in _batches(texts):
             if self._fast is not None:
                 self._forget()
@@ -63,18 +62,18 @@ class Encoder:
                 yield _flatten(self._tokenizer.tokenize_batch(batch))
 
     def _forget(self) -> None:
-        """Gives back the memory of gigatoken's cache once it is large."""
+        """Frees gigatoken's cache once it is large."""
         if self._bytes_when_loaded is None:
             self._bytes_when_loaded = resident_bytes()
         if resident_bytes() - self._bytes_when_loaded > _CACHE_BYTES:
             self._fast = None  # before the new one is loaded
             self._fast = load(self._tokenizer)
-            # What something else has taken meanwhile must not make every batch load it again.
+            # Memory that something else has allocated meanwhile must not cause a reload at every batch.
             self._bytes_when_loaded = max(self._bytes_when_loaded, resident_bytes() - _CACHE_BYTES // 2)
 
 
 def resident_bytes() -> int:
-    """Returns the resident memory of this process; 0 where the system does not tell (outside Linux)."""
+    """Returns the resident memory of this process; 0 if it is not known (outside Linux)."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -120,7 +119,7 @@ def _load_or_refuse(tokenizer: Tokenizer) -> tuple[Any, str | None]:
 
 
 def _difference(tokenizer: Tokenizer, fast: Any, sample: list[str]) -> str | None:
-    """Returns where gigatoken's ids differ from the reference's; None where they do not."""
+    """Describes the first difference between gigatoken's ids and the reference's; None if they are equal."""
     for text in chain(sample, PROBE_TEXTS, ("",), added_token_texts(tokenizer)):
         if fast.encode(text).tolist() != tokenizer.tokenize(text):
             return f"gigatoken's ids differ from the reference's on a sampled text that begins {text[:40]!r}"
@@ -128,7 +127,7 @@ def _difference(tokenizer: Tokenizer, fast: Any, sample: list[str]) -> str | Non
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Cuts a list so that no piece but a single long text exceeds `_BATCH_CHARACTERS`: encodings take much memory."""
+    """Divides a list into batches of at most `_BATCH_CHARACTERS`, or one longer text: encodings take much memory."""
     begin, characters = 0, 0
     for position, text in enumerate(texts):
         if characters and characters + len(text) > _BATCH_CHARACTERS:

@@ -1,7 +1,7 @@
-"""What of a tokenizer.json `gigatoken` does not implement, found by comparing it with `tokenizers`.
+"""Finds settings of a tokenizer.json that `gigatoken` ignores; the list was made by comparing it with `tokenizers`.
 
-gigatoken refuses most of what it cannot do when it loads a file. The settings below it accepts and ignores (0.10.0), so
-ids differ only in texts that a sample may not hold: they are looked for in the description itself.
+gigatoken refuses most of what it does not implement when it loads a file, but ignores the settings below (0.10.0). They
+change the ids of rare texts only, which a sample may not contain, so they are looked for in the file itself.
 """
 
 import json
@@ -15,11 +15,11 @@ _MODEL_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def load(tokenizer: Tokenizer) -> Any:
-    """Returns gigatoken's form of a tokenizer, None where there is none.
+    """Returns gigatoken's form of a tokenizer; None if there is none.
 
     Raises:
         ModuleNotFoundError: gigatoken is not installed.
-        Exception: of several kinds, where it cannot load this one.
+        Exception: of several kinds, if gigatoken cannot load this tokenizer.
     """
     import gigatoken
 
@@ -28,7 +28,7 @@ def load(tokenizer: Tokenizer) -> Any:
 
 
 def left_out(tokenizer_json: str | bytes) -> str | None:
-    """Returns the first setting of a tokenizer.json that gigatoken would ignore, in words; None where there is none."""
+    """Describes the first setting of a tokenizer.json that gigatoken would ignore; None if there is none."""
     content = json.loads(tokenizer_json)
     for name in _MODEL_SETTINGS:
         if content["model"].get(name):
@@ -37,7 +37,7 @@ def left_out(tokenizer_json: str | bytes) -> str | None:
 
 
 def added_token_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields texts in which every added token stands beside letters, white space, punctuation and itself."""
+    """Yields texts in which every added token is next to letters, white space, punctuation and itself."""
     source = tokenizer.gigatoken_source()
     for token in json.loads(source).get("added_tokens", ()) if source is not None else ():
         name = token["content"]

@@ -1,8 +1,8 @@
 """Raw text to indexed datasets, `PREFIX_KEY_document.bin` and `.idx`, with a manifest.
 
-The parent reads no text but streams; workers read byte ranges, tokenize and write shards (`shards.py`), which
-are appended in order (`scheduler.py`, `assembly.py`), published by rename (`work_directory.py`) and described
-(`manifest.py`). The result does not depend on the number of workers, and is byte for byte what mcore's
+The parent process reads streams only; workers read byte ranges, tokenize and write shards (`shards.py`). Shards are
+appended in order (`scheduler.py`, `assembly.py`), the result is published by rename (`work_directory.py`) and gets a
+manifest (`manifest.py`). It does not depend on the number of workers, and is byte for byte what mcore's
 `IndexedDatasetBuilder` writes.
 """
 
@@ -38,15 +38,15 @@ _SAMPLED_CHARACTERS = 64 << 10
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
         prefixes: the datasets, one for each key.
-        choice: which encoder ran and why; None where a resumed run had only to be published.
-        totals: counts.
+        choice: which encoder ran and why; None if a resumed run only had to publish.
+        totals: counts over all documents.
         seconds: wall time.
-        resumed_shards: finished pieces taken over from a killed run.
-        note: for the user, or None.
+        resumed_shards: number of finished shards taken over from a killed run.
+        message: for the user, or None.
     """
 
     prefixes: list[str]
@@ -63,12 +63,12 @@ def dataset_prefix(output_prefix: str, key: str) -> str:
 
 
 def rejected_path(output_prefix: str) -> str:
-    """Returns where rejected lines are reported: JSON lines of file, line, byte offset, reason."""
+    """Returns the path of the report on rejected lines: JSON lines of file, line, byte offset, reason."""
     return f"{output_prefix}_rejected.jsonl"
 
 
 def quarantined_path(output_prefix: str) -> str:
-    """Returns where rejected lines are kept as they were read (`--on-error quarantine`)."""
+    """Returns the path of the rejected lines themselves (`--on-error quarantine`)."""
     return f"{output_prefix}_quarantined.jsonl"
 
 
@@ -77,11 +77,11 @@ class Preprocessor:
 
     Args:
         inputs: what to read.
-        tokenizer_config: with what.
+        tokenizer_config: the tokenizer.
         config: how to write.
 
     Raises:
-        ValueError, OSError: a user's mistake, in one line.
+        ValueError, OSError: a user error, in one line.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class Preprocessor:
         """Makes the datasets.
 
         Raises:
-            ValueError, OSError: a user's mistake or a full disk, in one line; nothing of the run is left.
-            WorkerDied, WorkerBug, KeyboardInterrupt: what was finished is kept for `--resume`.
+            ValueError, OSError: a user error or a full disk, in one line; all files of the run are removed.
+            WorkerDied, WorkerBug, KeyboardInterrupt: finished shards are kept for `--resume`.
         """
         begin = time.monotonic()
         work = WorkDirectory(self.config.output_prefix, self._plan(), resume=self.config.resume)
@@ -135,7 +135,7 @@ class Preprocessor:
         return f"the tokenizer's own configuration puts {bos} before a text, these documents have none (--prepend-bos)"
 
     def _refuse_own_output(self) -> None:
-        """An older run's report or dataset, read as input, would be removed or replaced when this run ends."""
+        """Refuses to read an older run's report or dataset that this run would remove or replace at its end."""
         prefix = self.config.output_prefix
         written = [rejected_path(prefix), quarantined_path(prefix)]
         written += [
@@ -149,7 +149,7 @@ class Preprocessor:
                     )
 
     def _plan(self) -> dict[str, Any]:
-        """Everything the bytes of the result depend on, for `--resume` to compare."""
+        """Returns everything that the result depends on, which `--resume` compares."""
         inputs = asdict(self.inputs)
         inputs.pop("input")
         files = []
@@ -220,7 +220,7 @@ class Preprocessor:
         work.prepare(moves, stale)
 
     def _description(self) -> dict[str, object]:
-        """The tokenizer as the manifest has it; with the token that begins every document, where one does."""
+        """Describes the tokenizer for the manifest, with the token that begins every document, if any."""
         begun = {PREPENDED_BOS: self.tokenizer.bos} if self.config.prepend_bos else {}
         return self.tokenizer.describe() | begun
 
@@ -236,7 +236,7 @@ class Preprocessor:
     def _moves(
         self, work: WorkDirectory, assembly: Assembly, unpublished: list[str]
     ) -> tuple[list[tuple[Any, str]], list[str]]:
-        """The renames that publish the run, every index last; and what an older run left at the same names."""
+        """Returns the renames that publish the run, each index last, and an older run's files to remove before."""
         prefix = self.config.output_prefix
         reports = [
             (Assembly.REJECTED, rejected_path(prefix)),
@@ -268,7 +268,7 @@ class Preprocessor:
         }
 
     def _sample(self, first: list[Chunk]) -> list[str]:
-        """Documents from places spread over the input, the first chunk's among them."""
+        """Returns documents from chunks that are spread over the input; the first chunk is one of them."""
         plain = [source for source in self.sources if not source.is_stream]
         packed = [source for source in self.sources if source.is_stream and source.size() is not None]
         spread = _evenly(list(plan_chunks(plain, self.chunk_bytes, self.inputs.max_line_bytes)))

@@ -1,4 +1,4 @@
-"""Gives chunks to worker processes and their shards to the assembly, in order."""
+"""Gives chunks to worker processes and appends the shards they write, in order."""
 
 import dataclasses
 import itertools
@@ -20,15 +20,7 @@ from megatron_ext.data.preprocess.shards import (
     remove_shard,
 )
 from megatron_ext.data.preprocess.work_directory import hold_as_worker
-from megatron_ext.data.preprocess.worker_pool import (
-    Closable,
-    Done,
-    Failed,
-    Report,
-    TaskFunction,
-    WorkerPool,
-    WorkerProgress,
-)
+from megatron_ext.data.preprocess.worker_pool import Closable, Report, TaskFunction, WorkerPool
 from megatron_ext.data.readers import Chunk, read_chunk
 from megatron_ext.data.readers.lines import count_line_starts
 from megatron_ext.data.tokenizers import build_tokenizer
@@ -41,8 +33,9 @@ class WorkerSettings:
     """What a worker process is started with.
 
     Attributes:
-        tokenizer, encoder_name: what to tokenize with.
-        options: the run's.
+        tokenizer: the tokenizer to build.
+        encoder_name: the library that tokenizes.
+        options: how to write shards.
         encoder: the parent's, which a forked worker inherits; a spawned one gets None and builds its own.
     """
 
@@ -52,7 +45,7 @@ class WorkerSettings:
     encoder: Encoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a spawned worker gets: the libraries' objects cannot be pickled."""
+        """Leaves the encoder out: the tokenizer libraries' objects cannot be pickled."""
         return {**self.__dict__, "encoder": None}
 
 
@@ -67,17 +60,17 @@ class _Task:
 
 
 def make_worker(settings: WorkerSettings) -> TaskFunction:
-    """Marks the directory, has the tokenizer ready and returns the function that handles a task."""
+    """Locks the directory, builds the tokenizer and returns the function that handles a task."""
     held = hold_as_worker(settings.options.directory)
     encoder = settings.encoder or Encoder(build_tokenizer(settings.tokenizer), settings.encoder_name)
 
     def handle(task: _Task, report: Report) -> ShardInfo:
-        def tell(info: ShardInfo) -> None:
+        def report_counts(info: ShardInfo) -> None:
             report((task.index, info.documents, sum(info.tokens), info.text_bytes))
 
-        assert not held.closed
+        assert not held.closed  # this function keeps the lock's file open as long as the worker lives
         try:
-            return encode_chunk(settings.options, task.index, task.chunk, encoder, task.limit, tell)
+            return encode_chunk(settings.options, task.index, task.chunk, encoder, task.limit, report_counts)
         except ValueError as error:
             raise ValueError(f"{task}: {error}") from None
 
@@ -85,7 +78,7 @@ def make_worker(settings: WorkerSettings) -> TaskFunction:
 
 
 class LongLines:
-    """Keeps the lines of a stream that are too long to hold: each becomes a shard that the parent writes itself."""
+    """Quarantines the lines of a stream that are too long for memory; the parent writes a shard for each itself."""
 
     def __init__(self, options: ShardOptions) -> None:
         self._options = options
@@ -93,13 +86,13 @@ class LongLines:
         self.next_index = 0
 
     def write(self, data: bytes) -> None:
-        """Takes a piece of the line that will be chunk number `next_index`."""
+        """Writes a piece of the line that will be chunk number `next_index`."""
         if self._writer is None:
             self._writer = ShardWriter(self._options, self.next_index)
         self._writer.keep_raw(data)
 
     def finish(self, index: int, chunk: Chunk) -> ShardInfo:
-        """Completes the shard of the line."""
+        """Finishes the shard of the line."""
         writer = self._writer or ShardWriter(self._options, index)
         self._writer = None
         for batch in read_chunk(chunk, self._options.keys, self._options.max_line_bytes):
@@ -112,9 +105,9 @@ class Scheduler:
 
     Args:
         chunks: all chunks, in order.
-        assembly: gets the shards; says which have been appended by the run that is resumed.
-        options: for the shards.
-        long_lines: what the chunks' iterator hands its long lines to.
+        assembly: appends the shards; knows which ones the run that is resumed has appended.
+        options: how to write shards.
+        long_lines: receives the long lines from the iterator `chunks`.
         max_documents: stop after this many documents; needs a single worker.
     """
 
@@ -139,14 +132,14 @@ class Scheduler:
         """Handles every chunk.
 
         Args:
-            settings: for the workers.
-            workers: processes, at most.
-            display: shown while they work; not started yet, since its thread would forbid a fork.
-            lock: of the working directory, which is the parent's alone.
+            settings: what a worker is started with.
+            workers: the most processes to start.
+            display: shows the progress; must not be started yet, since a process with a second thread cannot fork.
+            lock: the working directory's lock file, which workers must not hold.
 
         Raises:
-            ValueError: a line is no document and the run shall stop; or what a worker met.
-            OSError: no space left, or another error of the system.
+            ValueError: a line is no document and `on_error` is "fail", or a worker raised it.
+            OSError: a worker raised it, for example since the disk is full.
             WorkerDied, WorkerBug: see `worker_pool`.
         """
         task = self._next_task()
@@ -166,13 +159,12 @@ class Scheduler:
 
     def _pass_over(self, pool: WorkerPool, tasks: Iterator[_Task], display: ProgressDisplay) -> None:
         while self._submit(pool, tasks) or pool.num_running:
-            for message in pool.wait(_WAIT_SECONDS):
-                self._handle(message)
-            if self._max_documents is None:  # else the next task depends on what is appended
+            self._handle(*pool.wait(_WAIT_SECONDS))
+            if self._max_documents is None:  # otherwise the next task depends on the documents appended
                 self._submit(pool, tasks)
             self._append_finished()
             self._show(display)
-        self._append_finished()  # what needed no worker, after the last task
+        self._append_finished()  # shards after the last task, which needed no worker
 
     def _submit(self, pool: WorkerPool, tasks: Iterator[_Task]) -> bool:
         submitted = False
@@ -182,7 +174,7 @@ class Scheduler:
         return submitted
 
     def _next_task(self) -> _Task | None:
-        """Returns the next chunk that a worker has to handle, after noting those that need none."""
+        """Returns the next chunk that needs a worker; those before it are finished, appended or long lines."""
         limit = self._documents_left()
         while limit != 0:
             self._long_lines.next_index = self._next_index
@@ -195,7 +187,7 @@ class Scheduler:
             if index < self._assembly.state.next_shard:
                 remove_shard(self._options.directory, index)
                 continue
-            self._pending[index] = dataclasses.replace(chunk, data=None)  # the text itself goes with the task
+            self._pending[index] = dataclasses.replace(chunk, data=None)  # only the task keeps the text
             info = long_line or read_finished_shard(self._options.directory, index, check=True)
             if info is None:
                 remove_shard(self._options.directory, index)
@@ -217,17 +209,15 @@ class Scheduler:
         except RejectedLine as error:
             raise ValueError(self._place(index, error)) from None
 
-    def _handle(self, message: WorkerProgress | Done | Failed) -> None:
-        if isinstance(message, WorkerProgress):
-            index, *counts = message.value
-            self._running[index] = counts
-        elif isinstance(message, Done):
-            self._running.pop(message.task.index, None)
-            self._finished[message.task.index] = message.result
-        elif isinstance(message.error, RejectedLine):
-            raise ValueError(self._place(message.task.index, message.error))
-        else:
-            raise message.error
+    def _handle(self, results: list[tuple[_Task, Any]], reports: list[tuple[int, ...]]) -> None:
+        self._running.update((index, counts) for index, *counts in reports)
+        for task, result in results:
+            if isinstance(result, RejectedLine):
+                raise ValueError(self._place(task.index, result))
+            if isinstance(result, Exception):
+                raise result
+            self._running.pop(task.index, None)
+            self._finished[task.index] = result
 
     def _append_finished(self) -> None:
         state = self._assembly.state

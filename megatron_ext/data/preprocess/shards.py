@@ -1,4 +1,4 @@
-"""What one worker makes of one chunk: for every key a file of tokens and a file of lengths, and a description.
+"""Writes the shard of a chunk: for every key a file of tokens and a file of lengths, and a description.
 
 00000012.0.bin      tokens of the documents, key 0
 00000012.0.lengths  int32, tokens of each document; 0 for an empty one
@@ -24,7 +24,7 @@ from megatron_ext.data.readers import Batch, Chunk, Reject, read_chunk
 
 
 class RejectedLine(Exception):
-    """A line is no document and the run shall stop for it; carries its place within the chunk."""
+    """A line is no document, and the run stops for it (`on_error` "fail"); holds its position in the chunk."""
 
     def __init__(self, line: int, offset: int | None, reason: str) -> None:
         super().__init__(line, offset, reason)
@@ -33,25 +33,25 @@ class RejectedLine(Exception):
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """What every worker of a run has to know beside its tokenizer."""
+    """What every worker of a run needs beside its tokenizer."""
 
     directory: str
-    """Where shards are written."""
+    """Directory of the shards."""
 
     keys: tuple[str, ...]
-    """`--json-keys`."""
+    """Values of `--json-keys`."""
 
     dtype: str
     """Type of one token, "uint16" or "int32"."""
 
     vocab_size: int
-    """Every id must be below it."""
+    """Every token id must be below it."""
 
     eod: int | None
-    """Id that ends a document, None without `--append-eod`."""
+    """Id that ends a document; None without `--append-eod`."""
 
     bos: int | None
-    """Id that begins a document, None without `--prepend-bos`."""
+    """Id that begins a document; None without `--prepend-bos`."""
 
     on_error: OnError
     """What to do with a line that is no document."""
@@ -68,13 +68,16 @@ class ShardInfo:
     """Counts of a shard.
 
     Attributes:
-        documents: documents written (empty ones too, unless skipped).
-        tokens, empty: for every key, tokens and documents without one.
+        documents: documents written (with empty ones, unless they are skipped).
+        tokens: tokens for every key.
+        empty: documents without a token, for every key.
         skipped_empty: documents left out because they are empty.
-        lines, blank, rejected: lines read, of white space alone, and set aside.
+        lines: lines read.
+        blank: lines of white space alone.
+        rejected: lines that are no documents.
         text_bytes: bytes read, unpacked.
-        input_bytes: bytes on disk consumed.
-        files: size and CRC-32 of each file by its suffix.
+        input_bytes: bytes read from disk.
+        files: size and CRC-32 of each file, by its suffix.
     """
 
     documents: int = 0
@@ -95,7 +98,7 @@ def shard_path(directory: str, index: int, suffix: str) -> Path:
 
 
 class _CheckedFile:
-    """A file that knows its size and CRC-32."""
+    """A file that counts its size and its CRC-32 as it is written."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by `close`
@@ -127,14 +130,14 @@ class ShardWriter:
         return self._files[suffix]
 
     def keep_raw(self, data: bytes) -> None:
-        """Adds to the quarantine."""
+        """Adds bytes of a rejected line to the quarantine."""
         self._file("raw").write(data)
 
     def add(self, batch: Batch, encoder: Encoder | None) -> None:
-        """Tokenizes and writes the documents of a batch, and what it rejected; no encoder, no documents.
+        """Tokenizes and writes the documents of a batch, and its rejected lines; without an encoder, no documents.
 
         Raises:
-            RejectedLine: the run shall stop at such a line.
+            RejectedLine: a line is no document and `on_error` is "fail".
         """
         for reject in batch.rejects:
             self._reject(reject)
@@ -165,7 +168,7 @@ class ShardWriter:
             self.keep_raw(reject.raw)
 
     def _encode(self, texts: list[str], encoder: Encoder | None) -> tuple[list[bytes], Ids]:
-        """Returns the tokens as bytes of the dataset's type, and each document's length with its begin and end."""
+        """Returns the tokens as bytes of the dataset's type, and each document's length with begin and end token."""
         pieces: list[bytes] = []
         all_lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
         for ids, lengths in encoder.encode(texts) if encoder is not None else ():
@@ -179,7 +182,7 @@ class ShardWriter:
         return pieces, np.concatenate(all_lengths)
 
     def _framed(self, ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
-        """The ids with a begin and an end around each document that is not empty, where they are asked for."""
+        """Puts the begin and end tokens that the options ask for around each document that is not empty."""
         filled = lengths > 0
         if self._options.eod is not None:
             ids = np.insert(ids, np.cumsum(lengths)[filled], self._options.eod)
@@ -190,7 +193,7 @@ class ShardWriter:
         return ids, lengths
 
     def finish(self, input_bytes: int) -> ShardInfo:
-        """Closes the files and writes the description, which makes the shard count as finished."""
+        """Closes the files and writes the description, which marks the shard as finished."""
         self.close()
         self.info.input_bytes = input_bytes
         self.info.files = {suffix: (file.size, file.crc) for suffix, file in self._files.items()}
@@ -239,7 +242,7 @@ def encode_chunk(
 
 
 def read_finished_shard(directory: str, index: int, *, check: bool) -> ShardInfo | None:
-    """Returns the description of a finished shard; None where there is none or (with `check`) its files are damaged."""
+    """Reads the description of a finished shard; None if there is none or (with `check`) its files are damaged."""
     path = shard_path(directory, index, "json")
     if not path.is_file():
         return None

@@ -1,9 +1,8 @@
-"""The directory of an unfinished run, `PREFIX.preprocess/`: locked, described, resumed, published from,
-removed.
+"""The directory of an unfinished run, `PREFIX.preprocess/`: its lock, its plan, and how it is resumed and published.
 
-Nothing in it has a dataset's name. Publishing is a list of renames written down first, every `.bin` before any
-`.idx`, so a run killed between two renames is completed by `--resume`, and until then no `.idx` of the new
-dataset stands alone.
+No file in it has a dataset's name. A run publishes by a list of renames, which it first writes to disk, with every
+`.bin` before any `.idx`. So `--resume` completes a run that was killed between two renames, and no `.idx` of the new
+dataset is ever without its `.bin`.
 """
 
 import contextlib
@@ -21,12 +20,12 @@ _ORPHAN_SECONDS = 60.0
 
 
 def hold_as_worker(directory: str) -> BinaryIO:
-    """Marks this process as writing in a working directory until the file returned is closed.
+    """Locks a working directory for this worker until the returned file is closed; workers share the lock.
 
-    A worker whose parent was killed may write a moment longer; the run that takes the directory up waits for it.
+    A worker whose parent was killed may write a moment longer; the next run in this directory waits for it.
 
     Raises:
-        EOFError: the parent is gone already, so another run may have taken the directory up.
+        EOFError: the parent has died already, so another run may be using the directory.
     """
     file = open(Path(directory, _WORKERS_LOCK), "wb")  # noqa: SIM115 - held while the process lives
     fcntl.flock(file, fcntl.LOCK_SH)
@@ -37,12 +36,12 @@ def hold_as_worker(directory: str) -> BinaryIO:
 
 
 class WorkDirectory:
-    """Makes or takes up the working directory of a prefix.
+    """Creates the working directory of a prefix, or continues with that of a killed run.
 
     Args:
-        output_prefix: `--output-prefix`; missing directories are made.
+        output_prefix: `--output-prefix`; missing directories are created.
         plan: what the run's result depends on; a resumed run must have the same.
-        resume: take up a killed run where there is one.
+        resume: continue a killed run, if there is one.
 
     Attributes:
         lock: held while this process works on the prefix.
@@ -81,7 +80,7 @@ class WorkDirectory:
                     if time.monotonic() > deadline:
                         self.release()
                         raise ValueError(
-                            f"{self.path}: a worker of a run that was killed still writes in it"
+                            f"{self.path}: a worker of a killed run is still writing in it; try again when it has ended"
                         ) from None
                     time.sleep(0.05)
 
@@ -92,7 +91,7 @@ class WorkDirectory:
                 self.release()
                 raise ValueError(
                     f"--resume: {name} is {value!r} and was {before.get(name)!r} in the run to resume; "
-                    f"without --resume it starts anew"
+                    f"without --resume the run starts from the beginning"
                 )
 
     def _clear(self) -> None:
@@ -107,11 +106,11 @@ class WorkDirectory:
 
     @property
     def is_publishing(self) -> bool:
-        """Whether the datasets are complete and wait to be renamed."""
+        """Whether the datasets are complete and only have to be renamed."""
         return (self.path / PUBLISH).is_file()
 
     def prepare(self, moves: list[tuple[Path, str]], stale: list[str]) -> None:
-        """Writes down the renames to make, in order, and the files of an older dataset to remove before."""
+        """Writes the list of renames to make, in order, and of an older dataset's files to remove before."""
         self._write(PUBLISH, {"moves": [[str(source), target] for source, target in moves], "stale": stale})
 
     def publish(self) -> None:
@@ -127,7 +126,7 @@ class WorkDirectory:
                 os.replace(source, target)
 
     def remove(self) -> None:
-        """Removes the directory and all in it; what a killed removal leaves still counts as published."""
+        """Removes the directory; one that is only partly removed still counts as published."""
         last = (PLAN, PUBLISH, STATE)
         with contextlib.suppress(FileNotFoundError):
             for path in sorted(
@@ -138,5 +137,5 @@ class WorkDirectory:
         self.release()
 
     def release(self) -> None:
-        """Lets another process take the directory up."""
+        """Lets another process use the directory."""
         self.lock.close()

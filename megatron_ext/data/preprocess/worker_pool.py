@@ -1,12 +1,12 @@
-"""Worker processes for a stream of tasks, whose death is noticed at once.
+"""Worker processes for a stream of tasks; the parent notices at once when one dies, and says at what task.
 
-`multiprocessing.Pool` waits for ever when a worker is killed, and its task queue has no bound. Here every
-worker has a pipe of its own and one task at a time, and the parent waits on the pipes and on the processes
-themselves. A worker whose parent dies reads the end of its pipe and leaves.
+`multiprocessing.Pool` waits for ever for a killed worker. `concurrent.futures.ProcessPoolExecutor` does not say which
+task killed it, lets running tasks end before it stops, and its workers outlive a killed parent. Here every worker
+has a pipe of its own and one task at a time: the pipe ends with the worker, and for the worker with its parent.
 
-Workers are forked where this process has a single thread: they start at once with all that is loaded (Python, numpy,
-the tokenizer), which would else cost each of them a third of a second. Threads do not survive a fork, so with several
-workers are spawned and load everything themselves.
+Workers are forked if this process has a single thread: they start at once with all that is loaded (Python, numpy, the
+tokenizer), which would otherwise cost each of them a third of a second. Threads do not survive a fork, so a process
+with several threads spawns its workers, which load everything themselves.
 """
 
 import contextlib
@@ -15,14 +15,12 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, Protocol
 
 Report = Callable[[Any], None]
 TaskFunction = Callable[[Any, Report], Any]
-StartMethod = Literal["fork", "spawn"]
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,38 +32,15 @@ class Closable(Protocol):
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended without being told to (killed, out of memory)."""
+    """A worker process ended although the parent had not asked it to (killed, out of memory)."""
 
 
 class WorkerBug(RuntimeError):
-    """A worker raised what is not a user's mistake; the message holds its traceback."""
+    """A worker raised an exception that no input should cause; the message holds its traceback."""
 
 
-@dataclass(frozen=True)
-class WorkerProgress:
-    """A report of a running task."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Done:
-    """The result of a task."""
-
-    task: Any
-    result: Any
-
-
-@dataclass(frozen=True)
-class Failed:
-    """An exception of the kinds that the pool passes on."""
-
-    task: Any
-    error: Exception
-
-
-def start_method() -> StartMethod:
-    """Returns how to start workers: by fork where this process is known to have one thread."""
+def start_method() -> Literal["fork", "spawn"]:
+    """Returns how to start workers: by fork if this process is known to have one thread."""
     try:
         return "fork" if len(os.listdir("/proc/self/task")) == 1 else "spawn"
     except OSError:  # a system without /proc
@@ -79,9 +54,8 @@ class WorkerPool:
         make_worker: importable; called in the worker, returns `function(task, report) -> result`.
         argument: given to `make_worker`; a forked worker inherits it, a spawned one gets a pickled copy.
         size: number of processes.
-        passed_on: kinds of exception that come back as `Failed`; others end the run with `WorkerBug`.
+        passed_on: kinds of exception that are returned as a task's result; others raise `WorkerBug`.
         parents_own: open files that workers must not hold (a lock lives as long as any process holds its file).
-        method: how workers are started.
     """
 
     def __init__(
@@ -92,15 +66,13 @@ class WorkerPool:
         passed_on: tuple[type[Exception], ...],
         *,
         parents_own: Sequence[Closable] = (),
-        method: StartMethod | None = None,
     ) -> None:
-        method = method or start_method()
+        method = start_method()
         context = multiprocessing.get_context(method)
         self._processes: dict[Connection, Any] = {}
         self._running: dict[Connection, Any] = {}
-        self._idle: list[Connection] = []
         if method == "spawn":
-            resource_tracker.ensure_running()  # its start would lift the signals' block
+            resource_tracker.ensure_running()  # starting it would unblock the signals
         with _signals_blocked():
             for _ in range(size):
                 ours, theirs = context.Pipe()
@@ -109,9 +81,9 @@ class WorkerPool:
                 arguments = (make_worker, argument, theirs, passed_on, inherited)
                 process = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
                 process.start()
-                theirs.close()
+                theirs.close()  # so that the worker's death ends the pipe
                 self._processes[ours] = process
-                self._idle.append(ours)
+        self._idle = list(self._processes)
 
     @property
     def num_idle(self) -> int:
@@ -120,7 +92,7 @@ class WorkerPool:
 
     @property
     def num_running(self) -> int:
-        """Tasks that have not come back."""
+        """Tasks without a result."""
         return len(self._running)
 
     def submit(self, task: Any) -> None:
@@ -132,41 +104,32 @@ class WorkerPool:
         except (BrokenPipeError, ConnectionResetError):
             raise self._death(connection) from None
 
-    def wait(self, timeout: float) -> list[WorkerProgress | Done | Failed]:
-        """Returns what the workers said since the last call, after at most `timeout` seconds.
+    def wait(self, timeout: float) -> tuple[list[tuple[Any, Any]], list[Any]]:
+        """Waits at most `timeout` seconds for messages; returns pairs of task and result, and what tasks reported.
 
         Raises:
             WorkerDied: a worker ended.
-            WorkerBug: a worker raised something that is not passed on.
+            WorkerBug: a worker raised an exception that is not passed on.
         """
-        sentinels = {process.sentinel: connection for connection, process in self._processes.items()}
-        ready = wait([*self._processes, *sentinels], timeout)
-        messages: list[WorkerProgress | Done | Failed] = []
-        for connection in [item for item in ready if item in self._processes]:
+        results, reports = [], []
+        ready: list[Any] = wait(self._processes, timeout)
+        for connection in ready:
             try:
                 kind, value = connection.recv()
             except (EOFError, ConnectionResetError):
                 raise self._death(connection) from None
-            messages.append(self._message(connection, kind, value))
-        dead = [sentinels[item] for item in ready if item in sentinels]
-        if dead and not messages:
-            raise self._death(dead[0])
-        return messages
-
-    def _message(self, connection: Any, kind: str, value: Any) -> WorkerProgress | Done | Failed:
-        if kind == "progress":
-            return WorkerProgress(value)
-        if kind == "bug":
-            raise WorkerBug(value)
-        if connection not in self._running:
-            raise WorkerBug(f"a worker answered without a task: {value}")
-        task = self._running.pop(connection)
-        self._idle.append(connection)
-        return Done(task, value) if kind == "done" else Failed(task, value)
+            if kind == "bug":
+                raise WorkerBug(value)
+            if kind == "report":
+                reports.append(value)
+            else:
+                results.append((self._running.pop(connection), value))
+                self._idle.append(connection)
+        return results, reports
 
     def _death(self, connection: Any) -> WorkerDied:
         process = self._processes[connection]
-        process.join(5)
+        process.join(5)  # the pipe ends a moment before the exit code is known
         code = process.exitcode
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         task = self._running.get(connection)
@@ -175,7 +138,7 @@ class WorkerPool:
         )
 
     def close(self) -> None:
-        """Ends all workers now, whatever they do."""
+        """Kills all workers, whatever they are doing."""
         for connection, process in self._processes.items():
             process.kill()
             connection.close()
@@ -185,7 +148,7 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back; a process started within begins its life so, until `_work` ignores them."""
+    """Holds SIGINT and SIGTERM back; a process started within begins with them blocked, until `_work` ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
@@ -200,7 +163,7 @@ def _work(
     passed_on: tuple[type[Exception], ...],
     inherited: Sequence[Closable],
 ) -> None:
-    for number in _STOPPING:  # they reach the whole group, and the parent, which has to tell of it, ends us
+    for number in _STOPPING:  # sent to the whole group; the parent handles them and kills this process
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     try:
@@ -210,10 +173,10 @@ def _work(
         while True:
             task = connection.recv()
             try:
-                answer = ("done", function(task, lambda value: connection.send(("progress", value))))
+                result = function(task, lambda value: connection.send(("report", value)))
             except passed_on as error:
-                answer = ("failed", error)
-            connection.send(answer)
+                result = error
+            connection.send(("result", result))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
     except BaseException:

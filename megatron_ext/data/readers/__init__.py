@@ -1,8 +1,8 @@
-"""Raw text in: which files, cut into chunks (`sources`), cut into lines (`lines`), parsed into documents
-(`documents`).
+"""Reads raw text: finds the files and divides them into chunks (`sources`), divides chunks into lines (`lines`) and
+parses lines into documents (`documents`).
 
-A chunk is what one worker process handles at a time. The cut depends on the input alone, never on the number of
-workers, so that a run can be resumed with another number.
+A chunk is what one worker process handles at a time. Chunks depend on the input alone, not on the number of workers, so
+a run can be resumed with another number.
 """
 
 from megatron_ext.data.readers.documents import Batch, Reject, iter_documents, read_chunk

@@ -1,7 +1,7 @@
-"""Documents in columns: .parquet, and Arrow's own files (.arrow, .feather), a document a row.
+"""Reads documents from columns: .parquet and Arrow files (.arrow, .feather), one document per row.
 
-A parquet file is cut into its row groups, an Arrow file (random access or stream, as `datasets` writes it) into its
-record batches. A column of text may be stored in any of Arrow's forms of string and binary, and as a dictionary.
+A chunk is a row group of a parquet file, or a record batch of an Arrow file (random access or stream, as `datasets`
+writes it). A text column may have any of Arrow's string and binary types, or be a dictionary of one.
 """
 
 import contextlib
@@ -13,19 +13,19 @@ from megatron_ext.data.files.optional_packages import import_optional
 Format = Literal["parquet", "arrow"]
 
 FORMATS: dict[str, Format] = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
-"""How a file's name says that it holds columns."""
+"""File name suffix -> format with columns."""
 
 UNITS = {"parquet": "row group", "arrow": "record batch"}
-"""What a file of each format is cut into."""
+"""Format -> the unit that becomes a chunk."""
 
 _ROWS = 256
 
 
 def check_columns(path: str, file_format: str, keys: tuple[str, ...]) -> None:
-    """Raises `ValueError` where the file cannot be read or lacks a text column."""
+    """Raises `ValueError` if the file cannot be read or lacks a text column."""
     import_optional("pyarrow", f"--input {path}")
     kind = "a parquet" if file_format == "parquet" else "an Arrow"
-    with _told(f"--input {path}: not {kind} file"), _open(path, file_format) as file:
+    with _in_one_line(f"--input {path}: not {kind} file"), _open(path, file_format) as file:
         schema = file.schema_arrow if file_format == "parquet" else file.schema
     for key in keys:
         if schema.names.count(key) != 1:
@@ -48,8 +48,8 @@ def _is_text(kind: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _told(message: str) -> Iterator[None]:
-    """Makes one line of what pyarrow says of a damaged file; errors of the system pass."""
+def _in_one_line(message: str) -> Iterator[None]:
+    """Turns pyarrow's error about a damaged file into one line; errors of the operating system pass unchanged."""
     import pyarrow
 
     try:
@@ -63,7 +63,7 @@ def _told(message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path: str, file_format: str) -> Iterator[Any]:
-    """A parquet file, an Arrow file (has `num_record_batches`) or an Arrow stream."""
+    """Opens a parquet file, an Arrow file (has `num_record_batches`) or an Arrow stream."""
     import pyarrow.ipc
     import pyarrow.parquet
 
@@ -74,7 +74,7 @@ def _open(path: str, file_format: str) -> Iterator[Any]:
     with open(path, "rb") as head:
         is_stream = head.read(6) != b"ARROW1"
     with pyarrow.memory_map(path) as mapped:
-        # No threads: the parent shall be able to fork its workers, each of which is one core.
+        # No threads: only a process without them can fork its workers, and each worker uses one core.
         options = pyarrow.ipc.IpcReadOptions(use_threads=False)
         open_ipc = pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file
         yield open_ipc(mapped, options=options)
@@ -82,7 +82,7 @@ def _open(path: str, file_format: str) -> Iterator[Any]:
 
 def row_counts(path: str, file_format: str) -> Iterator[int]:
     """Yields the number of rows of each row group or record batch."""
-    with _told(f"{path}: cannot be read"), _open(path, file_format) as file:
+    with _in_one_line(f"{path}: cannot be read"), _open(path, file_format) as file:
         if file_format == "parquet":
             yield from (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         else:
@@ -90,7 +90,7 @@ def row_counts(path: str, file_format: str) -> Iterator[int]:
 
 
 def _record_batches(file: Any, first: int) -> Iterator[Any]:
-    """Record batches from number `first` on; those of a memory-mapped file cost nothing until they are looked at."""
+    """Yields record batches from number `first` on; the file is memory-mapped, so unused batches cost nothing."""
     if hasattr(file, "num_record_batches"):
         yield from (file.get_batch(number) for number in range(first, file.num_record_batches))
         return
@@ -104,14 +104,17 @@ def read_rows(
 ) -> Iterator[tuple[int, list[list[bytes | None]]]]:
     """Yields (bytes, columns) of some rows of a row group or record batch; a column's values are bytes, None for null.
 
-    They are bytes because a string column may hold invalid UTF-8, which must cost its own row alone.
+    They are bytes because a string column may hold invalid UTF-8, for which only its own row is rejected.
 
     Raises:
         ValueError: a part of the file cannot be read.
     """
     import pyarrow
 
-    with _told(f"{path}: {UNITS[file_format]} {part} cannot be read"), _open(path, file_format) as file:
+    with (
+        _in_one_line(f"{path}: {UNITS[file_format]} {part} cannot be read"),
+        _open(path, file_format) as file,
+    ):
         if file_format == "parquet":
             rows = file.iter_batches(_ROWS, row_groups=[part], columns=list(keys), use_threads=False)
         else:

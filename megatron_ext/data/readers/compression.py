@@ -1,8 +1,8 @@
-"""Unpacking of .gz, .zst, .bz2 and .xz, in pieces, with an error for a file that ends too early.
+"""Unpacks .gz, .zst, .bz2 and .xz files piece by piece; a file that ends too early is an error.
 
 A file may hold several packed pieces one after the other (gzip members, zstd frames, bzip2 and xz streams); they are
-read as one. The libraries' own file readers are not used for the last three: they take a file that was cut short for
-a complete one, or ignore what follows the first piece.
+read as one text. The last three do not use their libraries' own file readers, which accept a truncated file as complete
+or ignore what follows the first piece.
 """
 
 import bz2
@@ -16,10 +16,10 @@ from megatron_ext.data.files.optional_packages import import_optional
 
 Compression = Literal["gz", "zst", "bz2", "xz"]
 SUFFIXES: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
-"""How a file's name says how it is packed."""
+"""File name suffix -> compression."""
 
 MAX_ZSTD_WINDOW = 1 << 31
-"""Bytes of unpacked data that a zstd frame may look back on (`zstd --long=31`); they are kept in memory."""
+"""Largest window of unpacked data that a zstd frame may refer to (`zstd --long=31`); it is kept in memory."""
 
 _PACKED_BYTES = 16 << 10
 
@@ -28,7 +28,7 @@ def open_packed(file: BinaryIO, path: str, compression: Compression) -> Callable
     """Returns `read(n)` of the unpacked bytes of a file; `n` is only a hint.
 
     Raises (from `read`):
-        ValueError: not data of that kind, cut short, or more memory needed than is allowed.
+        ValueError: the data has another format, is truncated, or needs more memory than allowed.
     """
     if compression == "gz":
         return _open_gzip(file, path)
@@ -96,7 +96,7 @@ def _open_pieces(
 
 
 def _reason(kind: str, error: Exception) -> str:
-    """What an unpacking library's error means."""
+    """Explains an unpacking library's error."""
     text = str(error)
     if "too much memory" in text:
         return (

@@ -1,6 +1,6 @@
-"""Refuses a file whose first bytes show that it is not UTF-8 text, with what to do about it.
+"""Refuses a file whose first bytes show that it is not UTF-8 text, and says what to do.
 
-Otherwise each of its lines would be rejected as malformed, or (UTF-16 of plain ASCII) taken for text full of zeros.
+Otherwise each of its lines would be rejected as malformed, or (ASCII in UTF-16) read as text full of zero bytes.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def check_is_text(read: Callable[[int], bytes], path: str) -> bytes:
     """Reads the beginning of a file and returns it.
 
     Raises:
-        ValueError: it is something else than UTF-8 text; says what, and what to do.
+        ValueError: it is not UTF-8 text; the message says what it is and what to do.
     """
     head = b""
     while len(head) < HEAD_BYTES and (piece := read(HEAD_BYTES - len(head))):

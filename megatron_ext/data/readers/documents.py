@@ -1,4 +1,4 @@
-"""Parses a chunk into documents, and sets aside every line that is not one, with its place and the reason."""
+"""Parses a chunk into documents, and rejects every line that is not one, with its position and the reason."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,8 +22,8 @@ class Reject:
     Attributes:
         line: counted from 0 within the chunk (a row of a file of columns).
         offset: first byte in the unpacked source, None for a row.
-        reason: in words.
-        raw: the line as it was read, for the quarantine; None where it was handed over in pieces.
+        reason: for the user.
+        raw: the line as it was read, for the quarantine; None if `on_long_line` got it in pieces.
     """
 
     line: int
@@ -34,14 +34,14 @@ class Reject:
 
 @dataclass
 class Batch:
-    """Documents that lie next to each other.
+    """Consecutive documents of a chunk.
 
     Attributes:
-        texts: for every key the documents' texts, in order; the lists have one length.
-        places: for every document the line it stood on, counted as in `Reject`.
-        rejects: lines among them that are no documents.
-        lines: lines read, all kinds.
-        blank: lines of white space alone, which are neither documents nor errors.
+        texts: for every key the documents' texts, in order; the lists have the same length.
+        places: for every document its line, counted as in `Reject`.
+        rejects: the lines among them that are no documents.
+        lines: number of lines read, of any kind.
+        blank: number of lines of white space alone, which are neither documents nor errors.
         text_bytes: bytes read.
     """
 
@@ -68,9 +68,9 @@ def read_chunk(
 
     Args:
         chunk: what to read.
-        keys: keys of a JSON line, or columns; their number alone matters for plain text.
+        keys: keys of a JSON line, or columns; for plain text only their number matters.
         max_line_bytes: a longer line is rejected.
-        on_long_line: gets the pieces of a line too long to hold, after the batch that rejects it.
+        on_long_line: gets the pieces of a line that is too long for memory, after the batch that rejects it.
         limit: stop after this many documents.
     """
     for batch in _read(chunk, keys, max_line_bytes, on_long_line):
@@ -83,10 +83,11 @@ def read_chunk(
 
 
 def iter_documents(config: InputConfig) -> Iterator[tuple[str, ...]]:
-    """Yields the documents of `--input` one after the other in this process, a text for each key.
+    """Yields the documents of `--input`, read in this process, as one text for each key.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, or a line is no document; names file and byte.
+        FileNotFoundError: a file is missing.
+        ValueError: a line is no document; names file and byte.
     """
     sources = expand_inputs(config)
     left = config.max_documents
@@ -122,7 +123,7 @@ def _read(
 
 
 def _cut(batch: Batch, limit: int) -> None:
-    """Shortens a batch to its first documents, and forgets what was rejected after them."""
+    """Shortens a batch to its first documents, and drops the lines that were rejected after them."""
     if len(batch.texts[0]) >= limit:
         last = batch.places[limit - 1]
         batch.rejects = [reject for reject in batch.rejects if reject.line < last]

@@ -1,7 +1,7 @@
-"""Cuts bytes into whole lines, with bounded memory whatever the length of a line.
+"""Divides bytes into whole lines, with bounded memory whatever the length of a line.
 
-A byte range `[start, end)` of a file owns the lines whose first byte lies in it, so that ranges laid end to end
-cover every line once: the first partial line is left to the range before, the last line is read beyond `end`.
+A byte range `[start, end)` of a file owns the lines whose first byte lies in it, so adjacent ranges cover every line
+once: a partial line at the beginning belongs to the range before, and the last line is read beyond `end`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ class Span:
 
     Attributes:
         kind: `LINES`, whole lines; `LONG`, a part of a line over the limit; `LONG_END`, its last part (may be empty).
-        offset: of the first byte in the source.
+        offset: position of the first byte in the source.
         data: the bytes, newlines included (the last line of a source may have none).
     """
 
@@ -33,9 +33,10 @@ def scan_lines(read: Read, start: int, end: int | None, max_line_bytes: int) -> 
 
     Args:
         read: reads up to n bytes, none at the end; positioned at `max(start - 1, 0)`.
-        start, end: the range; `end` None for all.
-        max_line_bytes: a line that is longer is yielded in parts; one that ends within the block it was found in may
-            still come among `LINES`, so the caller checks the length of each.
+        start: first byte of the range.
+        end: end of the range; None for the end of the file.
+        max_line_bytes: a longer line is yielded in parts; one that ends in the block in which it was found may still
+            be among `LINES`, so the caller must check the length of each.
     """
     tail, tail_offset = bytearray(), 0
     in_long_line = False

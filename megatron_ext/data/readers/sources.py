@@ -1,4 +1,4 @@
-"""Which files to read, and how they are cut into chunks.
+"""Finds the files to read, and divides them into chunks.
 
 plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
 packed, standard input, a pipe      blocks of whole lines, unpacked by the parent process and sent to the workers
@@ -130,7 +130,7 @@ def _source(path: str, config: InputConfig) -> TextSource:
         columns.check_columns(path, file_format, config.json_keys)
         return TextSource(path, file_format, None, False)
     source = _text_source(path, suffix, compression, is_stream, config)
-    if is_regular:  # the content of a pipe is looked at when it comes
+    if is_regular:  # the content of a pipe is checked when it is read
         file, read = open_stream(source)
         with file:
             check_is_text(read, path)
@@ -152,7 +152,7 @@ def _text_source(
 
 
 def chunk_size(sources: list[TextSource]) -> int:
-    """Returns the bytes of a byte range: the 64th part of the input, within limits."""
+    """Returns the size of a byte range: a 64th of the input, within limits."""
     total = sum(source.size() or 0 for source in sources)
     return min(max(total // 64, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
 
@@ -163,12 +163,12 @@ def plan_chunks(
     max_line_bytes: int,
     on_long_line: Callable[[bytes], None] | None = None,
 ) -> Iterator[Chunk]:
-    """Cuts the sources into chunks, in order; streams are read as the iterator advances.
+    """Divides the sources into chunks, in order; streams are read as the iterator advances.
 
     Args:
         sources: what to read.
-        chunk_bytes: bytes of a byte range.
-        max_line_bytes: longer lines of a stream become a chunk of their own, marked `long_line`.
+        chunk_bytes: size of a byte range.
+        max_line_bytes: a longer line of a stream becomes a chunk of its own, marked `long_line`.
         on_long_line: gets the pieces of such a line before its chunk is yielded; without it the chunk comes at once.
     """
     for index, source in enumerate(sources):
@@ -204,7 +204,7 @@ def open_stream(source: TextSource) -> tuple[BinaryIO, Callable[[int], bytes]]:
 
 
 class _StreamCutter:
-    """Collects the spans of a stream into chunks, and keeps count of bytes and lines."""
+    """Collects the spans of a stream into chunks, and counts bytes and lines."""
 
     def __init__(self, index: int, source: TextSource, packed_position: Callable[[], int] | None) -> None:
         self._index, self._source, self._packed_position = index, source, packed_position
@@ -212,13 +212,13 @@ class _StreamCutter:
         self._start, self.position, self._line, self._consumed = 0, 0, 0, 0
 
     def add(self, data: bytes) -> bool:
-        """Adds whole lines; true when a chunk is full."""
+        """Adds whole lines; returns True when the chunk is full."""
         self._parts.append(data)
         self.position += len(data)
         return self.position - self._start >= STREAM_CHUNK_BYTES
 
     def take(self, *, long_line: bool = False) -> Iterator[Chunk]:
-        """Yields the chunk of what was added, or of the long line that was passed over; nothing if there is none."""
+        """Yields the chunk of the lines added, or of the long line that was skipped; nothing if there is none."""
         if self.position > self._start:
             consumed = self._packed_position() if self._packed_position else self.position
             data = None if long_line else b"".join(self._parts)
@@ -230,12 +230,12 @@ class _StreamCutter:
             self._consumed, self._start, self._parts = consumed, self.position, []
 
     def skip(self) -> None:
-        """Leaves out what was passed over since the last chunk."""
+        """Leaves out the bytes that were skipped since the last chunk."""
         self._start = self.position
 
 
 def _checked(read: Callable[[int], bytes], path: str) -> Callable[[int], bytes]:
-    """`read`, after a look at the beginning of the content."""
+    """Wraps `read`; checks the beginning of the content at the first call."""
     head: bytes | None = None
 
     def checked(size: int) -> bytes:

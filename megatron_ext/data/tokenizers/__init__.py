@@ -1,7 +1,7 @@
 """Tokenizers: `build_tokenizer` makes the one that a `TokenizerConfig` describes.
 
-All types share the interface of `base.Tokenizer`, which is also what mcore's datasets ask of a tokenizer.
-Libraries are imported when their type is built, so that a tool starts quickly.
+All types share the interface of `tokenizer.Tokenizer`, which mcore's datasets accept. A library is imported when a
+tokenizer of its type is built, so that tools start quickly.
 """
 
 from typing import TypeVar
@@ -55,6 +55,6 @@ def _build(config: TokenizerConfig) -> Tokenizer:
 
 
 def _given(value: _Value | None) -> _Value:
-    """Asserts what `TokenizerConfig` has checked: the type's own flags are present."""
+    """Asserts that a flag was given, which `TokenizerConfig` has checked."""
     assert value is not None
     return value

@@ -17,7 +17,7 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 EOD_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
-"""Tried in this order where no configuration file names the end-of-sequence token."""
+"""Tried in this order if no configuration file names the end-of-sequence token."""
 
 
 class LibraryTokenizer(Tokenizer):
@@ -26,8 +26,8 @@ class LibraryTokenizer(Tokenizer):
     Args:
         backend: the library's object; its padding and truncation are switched off.
         eod_token: the end-of-document token, which must be in the vocabulary.
-        source: what to name in an error message.
-        bos_token: the begin-of-text token; what the backend's post-processor puts before a text goes before.
+        source: name for error messages.
+        bos_token: the begin-of-text token; a token that the backend's post-processor puts before a text has priority.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LibraryTokenizer(Tokenizer):
         return dict(self.backend.get_vocab())
 
     def _further_probes(self) -> list[object]:
-        """The added tokens with a flag that says where in a text they count: no text of a fixed list need show it."""
+        """The added tokens with a flag that limits where they match, which the fixed texts need not show."""
         normalizes = self.backend.normalizer is not None
         return [
             [token_id, token.single_word, token.lstrip, token.rstrip, token.normalized and normalizes]
@@ -90,7 +90,7 @@ class GPT2BPETokenizer(LibraryTokenizer):
         merge_file: merges.txt.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or not of its format.
+        FileNotFoundError, ValueError: a file is missing or has another format.
     """
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
@@ -111,7 +111,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
     """A tokenizer.json, or a local directory as `save_pretrained` writes it.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or nothing that can be read as a tokenizer.
+        FileNotFoundError, ValueError: the path does not exist, or cannot be read as a tokenizer.
     """
 
     def __init__(self, tokenizer_model: str) -> None:
@@ -131,7 +131,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
 
 
 def require_file(flag: str, path: str) -> None:
-    """Raises `FileNotFoundError` naming the flag where `path` is not a file."""
+    """Raises `FileNotFoundError`, which names the flag, if `path` is not a file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file")
 
@@ -181,7 +181,7 @@ def _convert_directory(path: Path, source: str) -> tokenizers.Tokenizer:
 
 
 def tokenizer_settings(directory: Path) -> dict[str, Any]:
-    """Returns the content of tokenizer_config.json, empty where there is none."""
+    """Returns the content of tokenizer_config.json; empty if there is none."""
     return _read_settings(directory / "tokenizer_config.json")
 
 
@@ -189,8 +189,8 @@ def configured_token(directory: Path, name: str) -> str | None:
     """Returns a special token (`eos_token`, `bos_token`) as the files beside a tokenizer name it.
 
     Args:
-        directory: where tokenizer_config.json and special_tokens_map.json are, if they are.
-        name: its key in them.
+        directory: of tokenizer_config.json and special_tokens_map.json, if they exist.
+        name: the token's key in them.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _read_settings(directory / file).get(name)
@@ -214,7 +214,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _put_before_a_text(backend: tokenizers.Tokenizer) -> list[int]:
-    """Returns the ids that the post-processor puts before a text's own."""
+    """Returns the ids that the post-processor puts before those of a text."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     starts = range(len(whole) - len(plain) + 1)

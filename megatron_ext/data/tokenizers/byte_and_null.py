@@ -11,7 +11,7 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """One id for each UTF-8 byte; 256 ends a document; 257 ids."""
+    """Ids 0 to 255 are the UTF-8 bytes; 256 ends a document."""
 
     vocab_size = 257
     eod = 256
@@ -33,7 +33,7 @@ class ByteLevelTokenizer(Tokenizer):
 
 
 class NullTokenizer(Tokenizer):
-    """A text is ids in decimal, separated by white space; for benchmarks and tests.
+    """Reads texts that are decimal ids, separated by white space; for benchmarks and tests.
 
     Args:
         vocab_size: number of ids that may occur; the end-of-document id follows them, so there are `vocab_size + 1`.
@@ -60,7 +60,7 @@ class NullTokenizer(Tokenizer):
         return ids
 
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the ids in decimal, separated by a space."""
+        """Returns the ids in decimal, separated by spaces."""
         return " ".join(map(str, map(int, ids)))
 
     @cached_property

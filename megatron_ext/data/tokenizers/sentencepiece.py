@@ -1,7 +1,7 @@
 """`SentencePieceTokenizer` and `Llama2Tokenizer`: a SentencePiece model file.
 
-Both encode as mcore's class does: no token is added before or after the text. Llama 2's model begins every text with
-its `<s>`; another one does where a tokenizer_config.json beside its file says `add_bos_token`.
+Both encode as mcore's class does: no token is added before or after the text. Models were trained on texts that begin
+with `<s>` if they are Llama 2's, or if a tokenizer_config.json beside the file sets `add_bos_token`.
 """
 
 from functools import cached_property
@@ -20,7 +20,7 @@ class SentencePieceTokenizer(Tokenizer):
         tokenizer_model: the .model file; its end-of-sentence piece ends a document.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a model, or no end-of-document piece.
+        FileNotFoundError, ValueError: the file is missing, is no model, or has no end-of-document piece.
     """
 
     def __init__(self, tokenizer_model: str) -> None:
@@ -35,8 +35,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = self._find_eod()
         bos: int = self._processor.bos_id()
         self.bos = bos if bos >= 0 else None
-        told = tokenizer_settings(Path(tokenizer_model).parent).get("add_bos_token", self._begins_with_bos)
-        self.adds_bos = bool(told) and self.bos is not None
+        adds = tokenizer_settings(Path(tokenizer_model).parent).get("add_bos_token", self._begins_with_bos)
+        self.adds_bos = bool(adds) and self.bos is not None
 
     reads_special_tokens = False
     _begins_with_bos = False
@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the text of ids; control pieces are silent."""
+        """Returns the text of ids; control pieces give no text."""
         text: str = self._processor.decode(list(map(int, ids)))
         return text
 
@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
         return Path(self._path).read_bytes()
 
     def gigatoken_source(self) -> bytes | str | None:
-        """Returns the model converted to a tokenizer.json; None for what the conversion does not support."""
+        """Returns the model converted to a tokenizer.json; None if the conversion does not support it."""
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
         try:

@@ -22,7 +22,7 @@ PATTERN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""mcore's default (`v2`): words by case, single digits, punctuation, white space."""
+"""mcore's default pattern (`v2`): splits words by case, single digits, punctuation and white space."""
 
 
 class TikTokenizer(Tokenizer):
@@ -34,7 +34,7 @@ class TikTokenizer(Tokenizer):
             the file holds.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not of that form, or fewer ranks than `vocab_size` asks for.
+        FileNotFoundError, ValueError: the file is missing, has another form, or fewer ranks than `vocab_size` needs.
     """
 
     def __init__(self, tokenizer_model: str, vocab_size: int | None = None) -> None:

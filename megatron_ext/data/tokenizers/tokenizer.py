@@ -1,4 +1,4 @@
-"""What every tokenizer offers to the tools and to mcore's datasets.
+"""The interface of all tokenizers, for the tools and for mcore's datasets.
 
 The names are mcore's own (`tokenize`, `detokenize`, `vocab`, `inv_vocab`, `vocab_size`, `eod`,
 `unique_identifiers`), so an instance can be handed to `GPTDatasetConfig(tokenizer=...)`. mcore's classes are
@@ -21,7 +21,7 @@ PROBE_TEXTS = (
     "UPPER lower MiXeD snake_case camelCase http://example.org/?q=1&r=2 a@b.c <b>&amp;</b> $#@!%^*()[]{}|\\/~`",
     "<|endoftext|>between<|endoftext|> </s><s> <unk> <pad> [MASK] <|im_end|>",
 )
-"""Texts whose ids stand for a tokenizer's behaviour (merges, splitting, normalisation, special tokens in text)."""
+"""Texts whose ids show how a tokenizer behaves (merges, splitting, normalisation, special tokens in text)."""
 
 
 class Tokenizer(ABC):
@@ -30,12 +30,13 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of ids, special tokens included; every id is below it.
         eod: id of the end-of-document token.
-        bos: id of the begin-of-text token that the tokenizer's own files name, None without one.
-        adds_bos: the tokenizer's own configuration puts `bos` before a text. `tokenize` never does: who makes a text's
-            beginning decides it (`--prepend-bos` in preprocessing, generation, evaluation).
-        reads_special_tokens: a special token that a text spells out becomes its id; else its letters are tokenized.
-        reserved_ids: ids at the end of `vocab_size` that no text gives; see `reserve`.
-        files: where it was read from, for messages.
+        bos: id of the begin-of-text token that the tokenizer's own files name; None if they name none.
+        adds_bos: the tokenizer's own configuration puts `bos` before a text. `tokenize` never does; its callers decide
+            (`--prepend-bos` in preprocessing, generation, evaluation).
+        reads_special_tokens: whether a special token that a text spells out becomes its id; if not, its letters are
+            tokenized.
+        reserved_ids: number of ids at the end of `vocab_size` that no text produces; see `reserve`.
+        files: the files it was read from, for messages.
     """
 
     vocab_size: int
@@ -47,16 +48,16 @@ class Tokenizer(ABC):
     files: tuple[str, ...] = ()
 
     def reserve(self, vocab_size: int) -> None:
-        """Makes `vocab_size` at least so large: a pretrained model may have more embeddings than its tokenizer tokens.
+        """Raises `vocab_size` to a minimum: a pretrained model may have more embeddings than its tokenizer has tokens.
 
-        The fingerprint stays, as does everything that a text is turned into.
+        The fingerprint and the ids of texts do not change.
         """
         self.reserved_ids = max(0, vocab_size - self.vocab_size)
         self.vocab_size += self.reserved_ids
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text. No token is added; see `reads_special_tokens` for one that is spelled out."""
+        """Returns the ids of a text. No token is added; for spelled-out special tokens see `reads_special_tokens`."""
 
     @abstractmethod
     def detokenize(self, ids: list[int]) -> str:
@@ -65,7 +66,7 @@ class Tokenizer(ABC):
     @cached_property
     @abstractmethod
     def vocab(self) -> dict[str, int]:
-        """Token as the vocabulary spells it (for byte-level BPE in GPT-2's byte alphabet) -> id."""
+        """Token -> id; tokens are spelled as in the vocabulary (byte-level BPE: in GPT-2's byte alphabet)."""
 
     @cached_property
     def inv_vocab(self) -> dict[int, str]:
@@ -73,22 +74,22 @@ class Tokenizer(ABC):
         return {token_id: token for token, token_id in self.vocab.items()}
 
     def begin(self, ids: list[int]) -> list[int]:
-        """Returns the ids of a text's beginning: `bos` before them where `adds_bos` says so, but not a second one."""
+        """Returns ids that begin a text: with `bos` before them if `adds_bos`, unless they have it already."""
         if not self.adds_bos or self.bos is None or ids[:1] == [self.bos]:
             return list(ids)
         return [self.bos, *ids]
 
     def begin_as(self, documents: list[int] | None) -> None:
-        """Begins texts as the documents do that a model was trained on: with a token, or none; None is not known."""
+        """Makes `begin` add what a model's training documents begin with: a token or none; None if unknown."""
         if documents is not None:
             self.adds_bos = bool(documents)
             self.bos = documents[0] if documents else self.bos
 
     def choose_bos(self, adds_bos: bool | None) -> None:
-        """Sets `adds_bos`; None leaves it as the tokenizer's own files say.
+        """Sets `adds_bos`; None keeps the setting of the tokenizer's own files.
 
         Raises:
-            ValueError: it shall be added, and the tokenizer has none.
+            ValueError: True was given, but the tokenizer has no begin-of-text token.
         """
         if adds_bos and self.bos is None:
             raise ValueError("--bos: the tokenizer's files name no begin-of-text token (bos_token)")
@@ -99,7 +100,7 @@ class Tokenizer(ABC):
         return [self.tokenize(text) for text in texts]
 
     def gigatoken_source(self) -> str | bytes | None:
-        """Returns what `gigatoken` can load this tokenizer from (a tokenizer.json), None where it cannot."""
+        """Returns the tokenizer.json from which `gigatoken` can load this tokenizer; None if there is none."""
         return None
 
     @cached_property
@@ -118,7 +119,7 @@ class Tokenizer(ABC):
     _takes_any_text = True
 
     def _further_probes(self) -> list[object]:
-        """What else tells this tokenizer from others; empty where the vocabulary and the texts show its behaviour."""
+        """What distinguishes this tokenizer from others beside the vocabulary and the ids of `PROBE_TEXTS`."""
         return []
 
     def fingerprint(self) -> str:
@@ -131,7 +132,7 @@ class Tokenizer(ABC):
 
     @property
     def unique_identifiers(self) -> "OrderedDict[str, str]":
-        """What mcore puts into the hash that names a cached sample index."""
+        """What mcore hashes, among other things, to name a cached sample index."""
         return OrderedDict({"class": type(self).__name__, "fingerprint": self.fingerprint()})
 
     def describe(self) -> dict[str, object]:
@@ -145,15 +146,15 @@ class Tokenizer(ABC):
 
 
 def in_words(description: Mapping[str, object]) -> str:
-    """Names a tokenizer in a message by its class, size, files and the beginning of its fingerprint, where known.
+    """Describes a tokenizer for a message: class, size, files and the beginning of its fingerprint, as far as known.
 
     Args:
-        description: as `Tokenizer.describe` gives it, perhaps with `files`.
+        description: the result of `Tokenizer.describe`, perhaps with `files`.
     """
     size, fingerprint = description.get("vocab_size"), str(description.get("fingerprint"))
     files = description.get("files")
     parts = [str(description.get("class") or "")]
     parts += [f"{size:,} ids"] if isinstance(size, int) else []
     parts += [" + ".join(map(str, files))] if isinstance(files, list | tuple) and files else []
-    told = ", ".join(part for part in parts if part)
-    return f"{told}, fingerprint {fingerprint[:8]}" if told else fingerprint
+    known = ", ".join(part for part in parts if part)
+    return f"{known}, fingerprint {fingerprint[:8]}" if known else fingerprint

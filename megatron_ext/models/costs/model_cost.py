@@ -133,8 +133,7 @@ def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 def layer_flops_per_token(model: ModelConfig) -> float:
     """Returns the forward FLOPs per token of one layer."""
-    projections = 2.0 * model.hidden_size * (qkv_width(model) + attention_width(model))
-    return projections + core_attention_flops_per_token(model) + mlp_flops_per_token(model)
+    return linear_flops_per_token(model, *linear_sizes(model)) + core_attention_flops_per_token(model)
 
 
 def core_attention_flops_per_token(model: ModelConfig) -> float:
@@ -144,8 +143,24 @@ def core_attention_flops_per_token(model: ModelConfig) -> float:
 
 def mlp_flops_per_token(model: ModelConfig) -> float:
     """Returns the forward FLOPs per token of one MLP."""
-    matrices = 3 if model.swiglu else 2
-    return 2.0 * matrices * model.hidden_size * model.resolved_ffn_hidden_size
+    return linear_flops_per_token(model, "fc1", "fc2")
+
+
+def linear_flops_per_token(model: ModelConfig, *names: str) -> float:
+    """Returns the forward FLOPs per token of some of a layer's linear modules, named as in `linear_sizes`."""
+    sizes = linear_sizes(model)
+    return 2.0 * sum(sizes[name][0] * sizes[name][1] for name in names)
+
+
+def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns input and output sizes of a layer's linear modules, in the order of the forward pass."""
+    hidden, ffn, width = model.hidden_size, model.resolved_ffn_hidden_size, attention_width(model)
+    return {
+        "qkv": (hidden, qkv_width(model)),
+        "proj": (width, hidden),
+        "fc1": (hidden, ffn * (1 + model.swiglu)),
+        "fc2": (ffn, hidden),
+    }
 
 
 def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
@@ -154,10 +169,9 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     Matrices and the biases of column-parallel layers are split over the ranks; norms and the biases of row-parallel
     layers, which are added after the reduction, are on every rank.
     """
-    hidden, ffn = model.hidden_size, model.resolved_ffn_hidden_size
-    fc1_width = 2 * ffn if model.swiglu else ffn
-    shared = hidden * (qkv_width(model) + attention_width(model)) + hidden * (fc1_width + ffn)
-    shared += qkv_width(model) * model.has_qkv_bias + fc1_width * model.has_mlp_bias
+    hidden, sizes = model.hidden_size, linear_sizes(model)
+    shared = sum(inner * outer for inner, outer in sizes.values())
+    shared += sizes["qkv"][1] * model.has_qkv_bias + sizes["fc1"][1] * model.has_mlp_bias
     replicated = 2 * norm_parameters(model, hidden)
     replicated += hidden * (model.has_attention_output_bias + model.has_mlp_bias)
     if model.qk_layernorm:

@@ -345,5 +345,5 @@ def test_a_distribution_counts_what_is_not_finite() -> None:
 
 def test_a_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "one"), [[[7]]])
-    with pytest.raises(RuntimeError, match="one: the dataset must have at least 2 tokens, got 1"):
+    with pytest.raises(ValueError, match="one: the dataset must have at least 2 tokens, got 1"):
         run_single(_evaluated, "outer drop", ParallelConfig(), str(tmp_path / "one"))

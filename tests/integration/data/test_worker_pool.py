@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.data.preprocess.worker_pool import (
-    Done,
-    Failed,
-    WorkerBug,
-    WorkerDied,
-    WorkerPool,
-    WorkerProgress,
-)
+from megatron_ext.data.preprocess.worker_pool import WorkerBug, WorkerDied, WorkerPool
 
 
 def make_worker(argument: int) -> Any:
@@ -39,42 +32,45 @@ def broken_worker(argument: int) -> Any:
     raise RuntimeError("cannot start")
 
 
-def collect(pool: WorkerPool, tasks: list[Any]) -> list[Any]:
-    """Everything the workers say until all tasks are answered."""
+def collect(pool: WorkerPool, tasks: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Pairs of task and result, and reports, until all tasks have a result."""
     todo = iter(tasks)
-    messages: list[Any] = []
+    results: list[Any] = []
+    reports: list[Any] = []
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         while pool.num_idle and (task := next(todo, None)) is not None:
             pool.submit(task)
         if not pool.num_running:
-            return messages
-        messages += pool.wait(0.2)
+            return results, reports
+        for found, new in zip((results, reports), pool.wait(0.2), strict=True):
+            found += new
     raise AssertionError("the pool did not answer")
 
 
-def test_every_task_is_answered_once_with_its_result_failure_or_progress() -> None:
+def test_every_task_has_one_result_or_failure_and_its_reports_arrive() -> None:
     pool = WorkerPool(make_worker, 10, 2, (ValueError,))
     try:
-        messages = collect(pool, [*range(40), -5])
+        results, reports = collect(pool, [*range(40), -5])
     finally:
         pool.close()
-    assert sorted(m.result for m in messages if isinstance(m, Done)) == [10 * i for i in range(40)]
-    assert sorted(m.value for m in messages if isinstance(m, WorkerProgress)) == list(range(40))
-    ((failed),) = [m for m in messages if isinstance(m, Failed)]
-    assert (failed.task, str(failed.error)) == (-5, "negative: -5")
+    (failed,) = [pair for pair in results if pair[0] == -5]
+    results.remove(failed)
+    assert sorted(results) == [(i, 10 * i) for i in range(40)]
+    assert sorted(reports) == list(range(40))
+    assert (type(failed[1]), str(failed[1])) == (ValueError, "negative: -5")
 
 
 @pytest.mark.parametrize(
     ("worker", "task", "error", "message"),
     [
-        (make_worker, "kill", WorkerDied, "signal SIGKILL"),
-        (make_worker, "exit", WorkerDied, "exit code 7"),
+        (make_worker, "kill", WorkerDied, r"ended unexpectedly \(signal SIGKILL\) at kill"),
+        (make_worker, "exit", WorkerDied, r"ended unexpectedly \(exit code 7\) at exit"),
         (make_worker, "bug", WorkerBug, "ZeroDivisionError: a defect"),
         (broken_worker, 1, WorkerBug, "RuntimeError: cannot start"),
     ],
 )
-def test_a_worker_that_dies_or_breaks_ends_the_run(worker: Any, task: Any, error: Any, message: str) -> None:
+def test_a_worker_that_dies_or_breaks_is_an_error(worker: Any, task: Any, error: Any, message: str) -> None:
     pool = WorkerPool(worker, 10, 2, (ValueError,))
     try:
         with pytest.raises(error, match=message):

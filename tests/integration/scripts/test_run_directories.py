@@ -268,7 +268,7 @@ def test_read_only_data_and_checkpoints_are_enough_to_train_and_evaluate(
         code, output = start("pretrain_gpt_per_layer.py", *flags, prefix=user)
         assert code == 0 and "saved step 7" in output, output
         assert (
-            f"note: {place}/index_cache: Permission denied; every process makes the sample indices" in output
+            f"note: {place}/index_cache: Permission denied; every process builds the sample indices" in output
         )
         code, output = start("tools/evaluate.py", "--load", str(copy), "--data-path", prefix, prefix=user)
         assert code == 0, output

@@ -109,7 +109,7 @@ def test_an_export_has_the_tokenizer_and_transformers_loads_both(folder: Path, t
     assert [before[name] for name in same] == [after[name] for name in same]
     assert after["eos_token_id"] == tokenizer.eos_token_id == 5
     # A second export over it is refused, unless asked for; then it takes the other's place whole.
-    with pytest.raises(RuntimeError, match="--model-dir .* not empty"):
+    with pytest.raises(ValueError, match="--model-dir .* not empty"):
         alone(main, argv)
     assert alone(main, [*argv, "--overwrite", "--no-tokenizer", "--dtype", "bfloat16"]) == 0
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "out").values()} == {torch.bfloat16}
@@ -186,7 +186,7 @@ def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path,
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]
-    with pytest.raises(RuntimeError, match="transformers reads the tokenizer differently"):
+    with pytest.raises(ValueError, match="transformers reads the tokenizer differently"):
         alone(main, argv)
     assert alone(main, [*argv, "--no-tokenizer"]) == 0
     before, after = tensors_in(folder / "hf"), tensors_in(tmp_path / "out")

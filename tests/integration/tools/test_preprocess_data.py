@@ -247,7 +247,7 @@ def test_a_killed_run_leaves_nothing_finished_and_is_resumed(
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code, stderr
     if code == 3:
-        assert "ended unexpectedly (signal SIGKILL)" in stderr
+        assert f"worker process {workers[0]} ended unexpectedly (signal SIGKILL) at {corpus}" in stderr
     assert left_behind(tmp_path) == ["c.preprocess"]
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:

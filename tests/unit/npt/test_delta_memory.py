@@ -81,7 +81,7 @@ def _difference() -> dict[str, float]:
             loss = (output * output.detach().cos()).sum()
             results.append([output, *torch.autograd.grad(loss, wanted)])
         found[str(settings)] = max(
-            float((a - b).norm() / (b.norm() + 1e-30)) for a, b in zip(*results, strict=True)
+            float(((a - b).norm() / (b.norm() + 1e-30)).detach()) for a, b in zip(*results, strict=True)
         )
     return found
 

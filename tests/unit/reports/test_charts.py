@@ -87,3 +87,10 @@ def test_a_heat_map_of_many_layers_is_not_higher_than_a_page_and_labels_some_of_
     height = float(ET.fromstring(svg).attrib["height"].removesuffix("pt"))
     assert height < 72 * 6.5
     assert {"0", "4", "92"} <= set(_texts(svg)) and "93" not in _texts(svg)
+
+
+def test_a_stage_in_which_a_value_was_not_measured_is_not_named_beside_its_heat_map() -> None:
+    bands = [("early", 1.0, 2.0), ("late", 3.0, 9.0), ("after", 10.0, 20.0)]
+    texts = _texts(step_heat_map({0: ([3, 4, 5], [1.0, 2.0, 3.0])}, title="x", bands=bands))
+    assert "late" in texts
+    assert not {"early", "after"} & set(texts)
