@@ -78,14 +78,14 @@ def test_a_matrix_of_zeros_stays_zero(precision: str) -> None:
 
 def test_a_missing_library_is_one_line() -> None:
     with pytest.raises(
-        ValueError, match=r"^precision qlora: needs nothing_such, which cannot be imported"
+        ValueError, match=r"^precision qlora requires nothing_such, which cannot be imported"
     ) as e:
         _load("nothing_such.functional", "qlora", "nothing_such")
     assert "\n" not in str(e.value) and "pip install 'megatron-ext[quantization]'" in str(e.value)
 
 
 def test_nvfp4_refuses_a_row_that_16_does_not_divide() -> None:
-    with pytest.raises(ValueError, match=r"^precision nvfp4: 16 must divide .*, which is 24$"):
+    with pytest.raises(ValueError, match=r"^precision nvfp4: .* must be a multiple of 16, but it is 24$"):
         check_part("nvfp4", Part(rows=8, row=24, splits_input=False), 1)
 
 

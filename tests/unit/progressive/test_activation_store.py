@@ -59,7 +59,7 @@ def test_files_are_found_by_a_later_run_and_by_other_processes(tmp_path: Path) -
 
 def test_one_process_writes_a_file(tmp_path: Path) -> None:
     store = _store(tmp_path)
-    with pytest.raises(ValueError, match="--cache-dir .* another process writes rank0"):
+    with pytest.raises(ValueError, match="--cache-dir .* another process is writing rank0"):
         _store(tmp_path)
     store.close()
 

@@ -92,7 +92,7 @@ def test_without_event_files_the_phases_wall_time_stands_for_the_training_time(t
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"--runs x={tmp_path}: holds no progressive.json"):
+    with pytest.raises(FileNotFoundError, match=f"--runs x={tmp_path}: contains no progressive.json"):
         read_run("x", tmp_path)
     write_history(tmp_path, History(rack=RACK))
     with pytest.raises(ValueError, match="no phase of this training is finished"):

@@ -134,7 +134,7 @@ def _by_a_causal_model() -> str:
 
 
 def test_a_model_that_was_not_trained_on_masks_is_refused() -> None:
-    assert "was not trained on masked tokens" in run_single(_by_a_causal_model)
+    assert "requires a model trained on masked tokens" in run_single(_by_a_causal_model)
 
 
 @pytest.mark.parametrize(
