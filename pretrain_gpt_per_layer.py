@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pretrains a GPT with per-layer embeddings: one process on a laptop, many under `torchrun`.
+"""Pretrains a GPT with per-layer embeddings (PLE), in one process or in many under `torchrun`.
 
 torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --use-per-layer-embedding --num-layers 4 ...
 """
@@ -27,19 +27,19 @@ def main() -> int:
     config = parse(
         PerLayerRunConfig,
         prog="pretrain_gpt_per_layer.py",
-        description="Pretrain a GPT with per-layer embeddings (PLE). A checkpoint (--load) gives shape and "
-        "tokenizer: flags called required below are so for a new model only.",
+        description="Pretrain a GPT with per-layer embeddings (PLE). With --load, the checkpoint provides the model's "
+        "shape and the tokenizer; the flags marked as required below are then optional.",
         example=EXAMPLE,
         find=_find,
     )
-    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.training.pretrain import pretrain
 
     return pretrain(config, _families)
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """The shape of the model that is loaded, its tokenizer and per-layer settings; flags that are given win."""
+    """Defaults from the checkpoint in --load: model, tokenizer and per-layer settings."""
     if "load" not in given:
         return []
     from megatron_ext.training.checkpoint.run_directory import stored_defaults

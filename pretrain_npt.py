@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains neuro-plastic transformers: converts a base model's layers, to equivalence, layer by layer, by curriculum.
+"""Trains neuro-plastic transformers (NPT) by converting layers of a base model.
 
 torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half ...
 """
@@ -18,7 +18,7 @@ EXAMPLE = (
 )
 
 
-# Document 002's file has NPT's shape under `model`, and losses, optimizer and lengths under `training`.
+# A YAML file as in docs/design/npt_equivalence.md has NPT's flags under `model`, losses and optimizer under `training`.
 DOCUMENT_SECTIONS = {"model": ("npt", "np"), "training": ("npt", "optimizer", "model")}
 
 BASE_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
@@ -29,22 +29,22 @@ def main() -> int:
     config = parse(
         NPTRunConfig,
         prog="pretrain_npt.py",
-        description="Train neuro-plastic transformers (NPT) on top of a base model. Its checkpoint (--load) gives "
-        "shape and tokenizer. Defaults of the losses' weights, --np-form and --np-rank follow from --mode; below are "
-        "those of equivalence. docs/npt.md has all.",
+        description="Train neuro-plastic transformers (NPT) on top of a base model, whose checkpoint (--load) provides "
+        "the shape and the tokenizer. The defaults of the loss weights, --np-form and --np-rank depend on --mode; "
+        "those shown below are of --mode equivalence. docs/npt.md lists all of them.",
         example=EXAMPLE,
         find=_find,
-        supplied=dict.fromkeys(BASE_SHAPE, "that of --load; required without one"),
+        supplied=dict.fromkeys(BASE_SHAPE, "from --load; required without it"),
         sections=DOCUMENT_SECTIONS,
     )
-    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.npt.runs.npt_run import run_npt
 
     return run_npt(config)
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """What follows from the mode; what made the NP weights that are loaded; the shape of the model that is loaded."""
+    """Defaults of the mode, overridden by those of loaded NP weights, and these by those of the base checkpoint."""
     found = [mode_defaults(given)]
     if "load_npt_weights" in given:
         from megatron_ext.npt.runs.npt_run import weights_defaults
@@ -52,8 +52,8 @@ def _find(given: Mapping[str, Any]) -> list[Found]:
         found.append(weights_defaults(given))
     if not given.keys() & {"base_checkpoint", "load", "num_layers"}:
         raise ValueError(
-            "--load: missing, the checkpoint of the base model (or --base-checkpoint); a model from scratch needs "
-            "--no-freeze-base and a shape, --num-layers and the rest"
+            "--load is missing: give the checkpoint of the base model (or --base-checkpoint); to train from scratch, "
+            "give --no-freeze-base and the model's shape (--num-layers, --hidden-size, ...)"
         )
     if "base_checkpoint" in given or "load" in given:
         from megatron_ext.npt.runs.npt_run import checkpoint_defaults

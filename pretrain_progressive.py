@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Grows a model stack by stack over a frozen or LoRA trunk.
 
-torchrun --nproc-per-node 2 pretrain_progressive.py --config examples/progressive/append_frozen.yaml \
-    --data-path corpus_text_document --save racks
+    torchrun --nproc-per-node 2 pretrain_progressive.py --config examples/progressive/append_frozen.yaml \
+        --data-path corpus_text_document --save racks
 """
 
 from collections.abc import Mapping
@@ -24,26 +24,26 @@ def main() -> int:
     config = parse(
         ProgressiveRunConfig,
         prog="pretrain_progressive.py",
-        description="Grow a model stack by stack (document 004): each stack trains over the trunk of those before it. "
-        "A training that is in --save gives the shape and the tokenizer: flags called required below are so for a new "
-        "one only.",
+        description="Grow a model stack by stack: each stack trains on top of the earlier ones, the trunk. If --save "
+        "holds a training already, it provides the model's shape and the tokenizer; the flags marked as required below "
+        "are then optional.",
         example=EXAMPLE,
         find=_find,
-        supplied={"num_layers": "those of the stacks"},
+        supplied={"num_layers": "sum over the stacks"},
     )
-    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.progressive.runs.progressive_run import run_progressive
 
     return run_progressive(config)
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """What follows from the stacks; and the shape and tokenizer of a training that is in --save already."""
+    """Defaults that follow from the stacks, overridden by those of a training that is in --save already."""
     found = [stack_defaults(given)]
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
-        from megatron_ext.progressive.growth.training_history import stored_defaults
+        from megatron_ext.progressive.growth.training_history import stored_rack_defaults
 
-        found.append(stored_defaults(Path(given["save"]), given))
+        found.append(stored_rack_defaults(Path(given["save"]), given))
     return found
 
 

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Speed and memory of preprocessing: ours beside Megatron-LM's documented single-process loop, on the same real
-text.
+"""Measures speed and memory of preprocessing, compared with Megatron-LM's documented single-process loop.
 
     python benchmarks/data.py                   CPython's documentation and sources, repeated; 32k byte-level BPE
     python benchmarks/data.py --memory-gb 2     also the peak memory on a generated input of that size
 
-Every round runs every variant once, in turn, so that a drift of the machine's speed meets all of them; the
-table shows medians over rounds. Ours is timed as a user runs it: the whole command, from the start of Python to
-the manifest with its checksums. The loop is re-created from its public description (read a line, `json.loads`,
-tokenize, `builder.add_item`, `builder.end_document`) with the same `tokenizers` tokenizer and mcore's builder,
-and timed without its imports. Both outputs are compared byte for byte.
+Every round runs each variant once, in turn, so that changes in the machine's speed affect all of them; the table shows
+medians over the rounds. Our tool is timed as a user runs it: the whole command, from the start of Python to the
+manifest with its checksums. The loop follows Megatron-LM's public description (read a line, `json.loads`, tokenize,
+`builder.add_item`, `builder.end_document`) with the same tokenizer and mcore's builder, and is timed without its
+imports. Both outputs are compared byte for byte.
 """
 
 import json
@@ -36,27 +35,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """What is measured."""
+    """Size of the benchmark."""
 
     repeat: int = 4
-    """Copies of the corpus (about 13 MB each) in the input of every variant."""
+    """Copies of the corpus (about 13 MB each) in the input."""
 
     rounds: int = 3
-    """Timed rounds; each runs every variant once."""
+    """Number of timed rounds; each runs every variant once."""
 
     vocab_size: int = 32768
-    """Ids of the tokenizer, trained on the corpus."""
+    """Vocabulary size of the tokenizer, which is trained on the corpus."""
 
     memory_gb: float | None = None
-    """Also measure peak memory on a generated input of this many GB, all of it different."""
+    """Also measure peak memory, on a generated input of this many GB without repetition."""
 
     skip_speed: bool = False
-    """Measure memory alone."""
+    """Measure only memory."""
 
 
 @dataclass
 class Files:
-    """Where the benchmark keeps its files."""
+    """Paths of the benchmark's files, and the commands that work on them."""
 
     directory: Path
 
@@ -92,14 +91,14 @@ def _quiet(command: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """One run: wall time, and processor time of all its processes, which other load on the machine disturbs less."""
+    """Wall time of one run, and CPU time of all its processes, which other load on the machine disturbs less."""
 
     seconds: float
     cpu_seconds: float
 
 
 def megatron_loop(files: Files) -> Timing:
-    """Runs Megatron-LM's loop as its documentation describes it; imports and loading are left out."""
+    """Runs Megatron-LM's loop as its documentation describes it; imports and loading are not timed."""
     import tokenizers
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -119,7 +118,7 @@ def megatron_loop(files: Files) -> Timing:
 
 
 def ours(files: Files, encoder: str, workers: int) -> Callable[[], Timing]:
-    """Returns a function that runs our tool once."""
+    """Returns a function that runs and times our tool once, and compares its output with the loop's."""
 
     def timed() -> Timing:
         begin, cpu = time.perf_counter(), _children_cpu()
@@ -138,7 +137,7 @@ def ours(files: Files, encoder: str, workers: int) -> Callable[[], Timing]:
 
 
 def _children_cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # of ended children and their own
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # children that have ended, and their children
     return usage.ru_utime + usage.ru_stime
 
 
@@ -187,7 +186,8 @@ def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> No
 
 
 def generate(path: Path, size: int) -> None:
-    """Writes JSON lines of words that hardly repeat, which no cache can hold; documents of 20 B to 200 kB."""
+    """Writes JSON lines of random words, in documents of 20 B to 200 kB."""
+    # Words hardly repeat, so that no tokenizer can serve them from its cache.
     rng = random.Random(1)
     with open(path, "w", encoding="ascii") as file:
         while file.tell() < size:
@@ -215,7 +215,7 @@ def measure_memory(files: Files, config: BenchmarkConfig, console: Console) -> N
 
 
 def _peak_memory(command: list[str]) -> tuple[float, float]:
-    """Runs a command; returns the highest resident memory seen of all its processes together, and of one, in MB."""
+    """Runs a command; returns the peak resident memory of all its processes together and of one of them, in MB."""
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     total = single = 0.0
     while process.poll() is None:
@@ -228,7 +228,7 @@ def _peak_memory(command: list[str]) -> tuple[float, float]:
         total, single = max(total, sum(sizes)), max(single, *sizes, 0.0)
         time.sleep(0.05)
     if process.returncode != 0:
-        raise ValueError(f"{' '.join(command)} ended with {process.returncode}")
+        raise ValueError(f"{' '.join(command)}: failed with exit code {process.returncode}")
     return total, single
 
 

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Speed of a training step: ours beside Hugging Face's Llama of the same shape, and beside the machine's own GEMM rate.
+"""Measures the speed of a training step against Hugging Face's Llama of the same shape and the machine's GEMM rate.
 
     python benchmarks/gpt.py                      h=512, 4 layers, s=512, b=2, V=8192, fp32 and bf16, all cores
 
-Every variant has a process of its own, as its user would run it, and works while the others wait.
-Every round times every variant once, in turn, so that a drift of the machine's speed meets all of them; the table shows
-medians over rounds, and a ratio is the median of the rounds' own ratios. Both sides do a whole training step: forward,
-backward, clipping of the gradient norm, AdamW in one fused kernel. Ours also does what training needs and the peer
-leaves out: a gradient buffer for data parallelism, a check for non-finite gradients, and in bf16 fp32 main weights (the
-peer updates bf16 weights).
+Each variant has its own process and works while the others wait. Every round times each variant once, in turn, so that
+changes in the machine's speed affect all of them; the table shows medians over the rounds, and a ratio is the median of
+the ratios within a round. Both sides run a whole training step: forward, backward, gradient clipping, fused AdamW. Ours
+does more than the peer: it has a gradient buffer for data parallelism, checks for non-finite gradients, and in bf16
+keeps fp32 main weights (the peer updates bf16 weights).
 """
 
 import statistics
@@ -46,25 +45,25 @@ class BenchmarkConfig:
     """Shape and length of the measurement."""
 
     hidden_size: int = 512
-    """h."""
+    """Hidden size (h)."""
 
     num_layers: int = 4
-    """L."""
+    """Number of layers."""
 
     seq_length: int = 512
-    """s."""
+    """Tokens per sequence (s)."""
 
     micro_batch_size: int = 2
-    """b."""
+    """Sequences per step (b)."""
 
     vocab_size: int = 8192
-    """V."""
+    """Vocabulary size (V)."""
 
     rounds: int = 15
-    """Timed rounds; each times every variant once."""
+    """Number of timed rounds; each times every variant once."""
 
     worker: str | None = None
-    """Hold one variant and answer on standard output; how the benchmark starts its own processes."""
+    """Internal: run as the process of this variant, given as NAME/PRECISION."""
 
 
 SHAPE = ("hidden_size", "num_layers", "seq_length", "micro_batch_size", "vocab_size")
@@ -72,14 +71,14 @@ SHAPE = ("hidden_size", "num_layers", "seq_length", "micro_batch_size", "vocab_s
 
 @dataclass
 class Variant:
-    """Something to time."""
+    """A model whose forward+backward and whole training step can be timed."""
 
     forward_backward: Callable[[], None]
     step: Callable[[], None]
 
 
 class Worker:
-    """A process that holds one variant and times what it is asked to, as its user would run it."""
+    """A process that holds one variant and times it on request."""
 
     def __init__(self, config: BenchmarkConfig, name: str, bf16: bool) -> None:
         shape = [f"--{field.replace('_', '-')}={getattr(config, field)}" for field in SHAPE]
@@ -88,7 +87,7 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, part: str) -> float:
-        """Seconds of `fb` (forward+backward) or `step`, FLOP/s of `gemm`, bytes of `peak` or `steps`."""
+        """Returns seconds for `fb` (forward+backward) or `step`, FLOP/s for `gemm`, bytes for `peak` or `steps`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(part, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
@@ -99,7 +98,7 @@ class Worker:
 
 
 def main() -> None:
-    """Runs the benchmark and prints one table for each precision."""
+    """Runs the benchmark and prints one table per precision."""
     config: BenchmarkConfig = parse(
         BenchmarkConfig, prog="benchmarks/gpt.py", description="Speed of a training step against its peers."
     )
@@ -120,7 +119,7 @@ def main() -> None:
 
 
 def _serve(config: BenchmarkConfig, name: str, precision: str) -> None:
-    """Answers `Worker.ask` line by line."""
+    """Runs in the worker process: answers the requests of `Worker.ask`."""
     bf16 = precision == "bf16"
     variant = VARIANTS[name](config, bf16)
     before = memory_use().current
@@ -164,7 +163,7 @@ def _print(
 
 
 def _ratios(config: BenchmarkConfig, times: dict[str, list[float]]) -> Iterator[str]:
-    """What the benchmark is for, a line each; a ratio is the median of the rounds' ratios."""
+    """Yields the results, one line each; a ratio is the median of the ratios within a round."""
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
@@ -303,7 +302,7 @@ def _batches(config: BenchmarkConfig) -> Iterator[Batch]:
 
 
 def _gemm_rate(bf16: bool, size: int = 2048) -> float:
-    """FLOP/s of a large square matrix product, the machine's own limit."""
+    """FLOP/s of a large square matrix product, an upper bound for the machine."""
     size = 8192 if use_cuda() else size
     a = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=_device())
     return 2.0 * size**3 / min(_timed(lambda: _discard(a @ a)) for _ in range(3))
@@ -327,7 +326,7 @@ def _wait() -> None:
 
 
 def _discard(_: Any) -> None:
-    """Drops a result that only its computation's time was wanted of."""
+    """Drops a result, of which only the time is measured."""
 
 
 if __name__ == "__main__":

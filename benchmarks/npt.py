@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
-"""Cost of NP components in one layer, forward and backward: time against FLOP share, memory, and the materialised form.
+"""Measures the cost of NP components in one layer, forward and backward: time against FLOPs, and memory.
 
     python benchmarks/npt.py                      h=1024, f=4096, s=512, b=2, fp32, all cores
 
-    share        FLOPs of the products that NP components add / FLOPs of the same layer without them, forward and
-                 backward; a product has two in the backward pass, one where its weight is frozen
-    wall time    time of the NPT layer / time of the base layer - 1, the median over rounds of a round's own ratio
-    over         that - share, in points
+    share        FLOPs that NP components add / FLOPs of the base layer, forward and backward
+    wall time    time of the NPT layer / time of the base layer - 1, as the median of the ratios within a round
+    over         (wall time - share) in percentage points
 
-The claim, at most 3 points over, is about `trained`: both layers train all their weights. `frozen` freezes the base
-weights in both; its last column is what a conversion sees, NPT with its base frozen against the base layer in full
-training. Every round times every layer once, in turn. Processor time counts all threads, their waiting included: of one
-thread (`--threads 1`) it is the better measure where the machine has other work.
+The claim of at most 3 points `over` is for the mode `trained`, in which both layers train all their weights. The mode
+`frozen` freezes the base weights of both; its last column compares with the base layer in full training, which is what
+a conversion replaces. Every round times each layer once, in turn. CPU time includes the waiting of all threads; on a
+busy machine, CPU time with `--threads 1` is the better measure.
 
-Peak memory is a whole training step's with AdamW: weights, gradients, optimizer, activations.
+Peak memory is that of a training step with AdamW: weights, gradients, optimizer state and activations.
 """
 
 import statistics
@@ -50,7 +49,7 @@ CASES = {
 MODES = ("trained", "frozen")
 WARM_UP = 2
 PROJECTED = (4096, 14336, 4096, 16)
-"""h, f, tokens and converted layers that document 002's headline is computed at."""
+"""h, f, tokens and converted layers of the memory figure in docs/design/npt_equivalence.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +57,25 @@ class BenchmarkConfig:
     """Shape and length of the measurement."""
 
     hidden_size: int = 1024
-    """h."""
+    """Hidden size (h)."""
 
     ffn_hidden_size: int = 4096
-    """f."""
+    """FFN size (f)."""
 
     seq_length: int = 512
-    """s."""
+    """Tokens per sequence (s)."""
 
     micro_batch_size: int = 2
-    """b."""
+    """Sequences per step (b)."""
 
     rounds: int = 5
-    """Timed rounds; each times every layer once."""
+    """Number of timed rounds; each times every layer once."""
 
     threads: int = 0
-    """Threads of the CPU; 0 for torch's own choice."""
+    """Number of CPU threads; 0 uses torch's default."""
 
     materialised_tokens: int = 8
-    """Tokens that the materialised form is timed with."""
+    """Number of tokens to time the materialized form with."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "seq_length", "micro_batch_size", "rounds", "materialised_tokens")
@@ -84,7 +83,7 @@ class BenchmarkConfig:
 
 
 class Layer:
-    """One layer to measure, with or without NP components."""
+    """One layer to measure; `settings=None` has no NP components."""
 
     def __init__(self, config: BenchmarkConfig, settings: NPTModuleConfig | None) -> None:
         extensions: list[Any] = [] if settings is None else [NPTExtension(settings)]
@@ -98,18 +97,19 @@ class Layer:
         )
 
     def train(self, mode: str) -> None:
-        """Freezes the base weights, or not."""
+        """Trains all weights (`trained`), or freezes the base weights (`frozen`)."""
         for name, parameter in self.layer.named_parameters():
             parameter.requires_grad_(mode == "trained" or name.startswith("feed_forward."))
 
     def forward_backward(self) -> None:
-        """One pass; the layer's input has a gradient, as in the middle of a model."""
+        """Runs one forward and backward pass."""
+        # The input needs a gradient, as it does in the middle of a model.
         inputs = self.inputs.detach().requires_grad_()
         output, _ = self.layer(inputs, attention_mask=None, rotary_pos_emb=self.rotary)
         output.backward(self.gradient)
 
     def seconds(self) -> tuple[float, float]:
-        """Wall and processor time of one pass."""
+        """Returns the wall time and CPU time of one pass."""
         self.layer.zero_grad(set_to_none=True)
         _wait()
         begin = time.perf_counter(), time.process_time()
@@ -118,7 +118,7 @@ class Layer:
         return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     def peak_bytes(self, mode: str) -> int:
-        """Of a training step, weights and optimizer included."""
+        """Returns the peak bytes of a training step: weights, gradients, optimizer state and activations."""
         self.train(mode)
         trained = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         held = sum(p.numel() * p.element_size() for p in self.layer.parameters())
@@ -135,7 +135,7 @@ class Layer:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints its tables."""
     config: BenchmarkConfig = parse(
         BenchmarkConfig,
         prog="benchmarks/npt.py",
@@ -179,7 +179,7 @@ def _print(
             f"b={config.micro_batch_size}; {config.rounds} rounds"
         )
         table.add_column("", no_wrap=True)
-        for column in ("FLOP share", "wall time", "over", "processor time", "over", "peak of a step"):
+        for column in ("FLOP share", "wall time", "over", "CPU time", "over", "peak of a step"):
             table.add_column(column, justify="right")
         if mode == "frozen":
             table.add_column("wall, to base trained", justify="right")
@@ -215,19 +215,19 @@ def _ratio(times: list[tuple[float, float]], base: list[tuple[float, float]], cl
 
 
 def _share(config: BenchmarkConfig, settings: NPTModuleConfig, mode: str) -> float:
-    """FLOPs that NP components add, forward and backward, over the base layer's."""
+    """FLOPs that NP components add / FLOPs of the base layer, forward and backward."""
     model = _model(config)
     base = layer_flops_per_token(model)
-    passes = 3 * base
-    if (
-        mode == "frozen"
-    ):  # the products of a linear layer with a frozen weight: forward, and gradient of its input
+    passes = 3 * base  # each product has two more in the backward pass
+    if mode == "frozen":
+        # With a frozen weight the backward pass has one product, for the input's gradient. Core attention has no
+        # weight and keeps all three.
         passes = 2 * base + core_attention_flops_per_token(model)
     return 3 * npt_cost(settings, model).forward_flops_per_token / passes
 
 
 def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> None:
-    """Time and memory of the form that builds every token's delta, beside the factored one."""
+    """Prints time and memory of the form that materializes every token's delta, and of the factored form."""
     console = Console(width=130)
     tokens = config.seq_length * config.micro_batch_size
     for name in ("low_rank, gate, r=64", "outer_product, gate, r=64"):
@@ -241,8 +241,8 @@ def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> No
             lambda *x, of=layer: materialised_mlp(of.feed_forward, of.mlp, *x),
         )
         console.print(
-            f"{name}, MLP alone, base frozen: {1e3 * factored:.2f} ms a token factored, {1e3 * built:.1f} ms "
-            f"materialised ({config.materialised_tokens} tokens)",
+            f"{name}, MLP alone, base frozen: {1e3 * factored:.2f} ms per token factored, {1e3 * built:.1f} ms "
+            f"materialized ({config.materialised_tokens} tokens)",
             highlight=False,
         )
     hidden, ffn, batch, converted = PROJECTED
@@ -251,7 +251,7 @@ def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> No
         measured = [measure_memory(settings, size, size * ffn // hidden, bf16) for size in (256, 512, 1024)]
         found = project_memory(measured, hidden, ffn)
         sizes = [
-            f"{count} converted layer(s) {found.materialised.of(batch, count) / 2**30:,.0f} GiB materialised "
+            f"{count} converted layer(s) {found.materialised.of(batch, count) / 2**30:,.0f} GiB materialized "
             f"({batch * count * found.materialised.kept / 2**30:,.0f} kept for the backward pass), "
             f"{found.factored.of(batch, count) / 2**20:.1f} MiB factored"
             for count in (1, converted)
@@ -259,13 +259,13 @@ def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> No
         precision = "bf16" if bf16 else "fp32"
         console.print(
             f"{batch} tokens, h={hidden}, f={ffn}, gate, r=16, {precision}, beyond the base MLP, from measured bytes "
-            f"a token: {'; '.join(sizes)}",
+            f"per token: {'; '.join(sizes)}",
             highlight=False,
         )
 
 
 def _mlp_seconds(config: BenchmarkConfig, tokens: int, run: Callable[..., torch.Tensor]) -> float:
-    """Seconds a token of forward and backward."""
+    """Seconds per token for forward and backward."""
     device = torch.cuda.current_device() if use_cuda() else "cpu"
     shape = (tokens, 1, config.hidden_size)
     inputs = [torch.randn(shape, device=device).requires_grad_() for _ in range(2)]

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Speed of per-layer data: tokens a second on one core, for every strategy, on real text repeated.
+"""Measures the speed of making per-layer data: tokens per second on one core, for every strategy.
 
     python benchmarks/per_layer_data.py --tokens 100000000
 
-The corpus of `tools/build_corpus.py` is tokenized once with a byte-level BPE trained on it and repeated to the size
-asked for; that is not timed. Timed, in one process on one core: the vocabulary's counting pass, the writing of each
-aligned dataset (to the disk, fsync included), and its manifest's checksums. Beside it the same mapping done one token
-at a time in Python, on a hundredth of the data. Rates are by the wall clock and by the processor time used; they
-differ where the machine has other work.
+The corpus of `tools/build_corpus.py` is tokenized once with a byte-level BPE trained on it, and repeated to the given
+size; this is not timed. Timed in one process on one core are the counting pass of the vocabulary, the writing of each
+aligned dataset (with fsync), and the checksums of its manifest. For comparison, the same mapping is done token by token
+in Python on a hundredth of the data. Rates are by wall time and by CPU time; on a busy machine they differ.
 """
 
 import json
@@ -45,27 +44,27 @@ class BenchmarkConfig:
     """Size of the benchmark."""
 
     tokens: int = 100_000_000
-    """Tokens of the dataset, at least."""
+    """Smallest number of tokens in the dataset."""
 
     vocab_size: int = 32_768
-    """Entries of the main tokenizer."""
+    """Vocabulary size of the tokenizer."""
 
     per_layer_vocab_size: int = 10_000
-    """Entries of the per-layer vocabulary."""
+    """Number of entries of the per-layer vocabulary."""
 
     corpus_bytes: int = 8_000_000
     """Bytes of real text before repetition."""
 
 
 def main() -> None:
-    """Build the dataset, time every strategy, print one table."""
+    """Builds the dataset, times every strategy and prints one table."""
     config: BenchmarkConfig = parse(
         BenchmarkConfig,
         prog="benchmarks/per_layer_data.py",
         description=str(__doc__),
         example="python benchmarks/per_layer_data.py",
     )
-    if hasattr(os, "sched_setaffinity"):  # one core
+    if hasattr(os, "sched_setaffinity"):  # run on one core only
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, index = _dataset(config, folder)
@@ -73,7 +72,7 @@ def main() -> None:
 
 
 def _dataset(config: BenchmarkConfig, folder: str) -> tuple[Tokenizer, Index]:
-    """A tokenizer trained on the corpus, and the corpus tokenized and repeated."""
+    """Returns a tokenizer trained on the corpus, and the corpus tokenized and repeated."""
     write_corpus(f"{folder}/train.jsonl", f"{folder}/held_out.jsonl", max_bytes=config.corpus_bytes)
     lines = Path(f"{folder}/train.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
@@ -96,12 +95,10 @@ def _dataset(config: BenchmarkConfig, folder: str) -> tuple[Tokenizer, Index]:
 
 
 def _print(config: BenchmarkConfig, folder: str, tokenizer: Tokenizer, index: Index) -> None:
-    """Time every pass and print the table."""
+    """Times every pass and prints the table."""
     total = index.num_tokens
     title = f"per-layer data: {total / 1e6:.0f} million tokens, {index.num_documents:,} documents, one core"
-    table = Table(
-        "pass", "million tokens/s", "by processor time", "with checksums", "by processor time", title=title
-    )
+    table = Table("pass", "million tokens/s", "by CPU time", "with checksums", "by CPU time", title=title)
     counts = count_tokens(index, tokenizer.vocab_size)
     counting = _seconds(lambda: count_tokens(index, tokenizer.vocab_size))
     table.add_row("vocabulary: counting", *_rates(total, counting))
@@ -132,14 +129,14 @@ def _print(config: BenchmarkConfig, folder: str, tokenizer: Tokenizer, index: In
 
 
 def _seconds(action: Callable[[], object]) -> np.ndarray:
-    """Wall and processor time of one call."""
+    """Returns wall time and CPU time of one call."""
     begin = np.array([time.perf_counter(), time.process_time()])
     action()
     return np.array([time.perf_counter(), time.process_time()]) - begin
 
 
 def _rates(tokens: int, seconds: np.ndarray) -> list[str]:
-    """Million tokens a second, by the wall clock and by processor time."""
+    """Million tokens per second, by wall time and by CPU time."""
     return [f"{tokens / second / 1e6:.1f}" for second in seconds]
 
 

@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""What progressive training saves: time, memory and loss by stack, against end-to-end training and G_stack.
+"""Measures what progressive training saves: time, memory and loss per stack, against end-to-end training and G_stack.
 
     python benchmarks/progressive.py     12 layers in 3 stacks of 4, h=512, f=1536, V=8192, s=256; 40 minutes, all cores
 
-    frozen + cache      stacks appended to a frozen trunk, whose output is cached
+    frozen + cache      stacks on a frozen trunk whose output is cached
     frozen              the same without the cache
-    qlora               a trunk in four bits (NF4), its adapters train
-    g_stack             new stacks are copies of the last one, everything trains (arXiv 2405.15319)
-    end to end          all layers from the start
+    qlora               stacks on a 4-bit trunk (NF4) with trainable adapters
+    g_stack             new stacks are copies of the last one, and all layers train (arXiv 2405.15319)
+    end to end          all layers train from the start
 
-All see the same sequences in the same order, for as many steps; new stacks are copies in all. A step's time leaves out
-start-up, evaluation and checkpoints. The strategies take turns stack by stack, so that a drift of the machine's speed
-meets all of them. Memory is told twice: the peak of a process that trains one stack and nothing else, Python, torch and
-what the allocator keeps included; and, from a training of two steps a stack, the most bytes of tensors alive: weights,
-gradients, optimizer and activations, as a GPU's memory would hold them.
-A stack's sequences come `epochs` times: the cache is filled in the first epoch and hits in the others.
+All strategies see the same sequences in the same order, for the same number of steps; every new stack is a copy of the
+last one. The time of a step excludes start-up, evaluation and checkpoints. The strategies take turns stack by stack, so
+that changes in the machine's speed affect all of them. Each stack sees its sequences `epochs` times: the first epoch
+fills the cache, the others read it.
+
+Memory is measured in two ways: the peak resident memory of a process that trains one stack; and the peak bytes of live
+tensors (weights, gradients, optimizer state and activations) in a training of two steps per stack, which is what a GPU
+would need.
 """
 
 import os
@@ -46,40 +48,40 @@ class BenchmarkConfig:
     """Shape and length of the measurement."""
 
     output_dir: str = "runs/benchmark_progressive"
-    """Corpus, racks, event files and report; what is there already is gone on with."""
+    """Directory for the corpus, racks, event files and report. An interrupted benchmark continues there."""
 
     hidden_size: int = 512
-    """h."""
+    """Hidden size (h)."""
 
     ffn_hidden_size: int = 1536
-    """f."""
+    """FFN size (f)."""
 
     seq_length: int = 256
-    """s."""
+    """Tokens per sequence (s)."""
 
     vocab_size: int = 8192
-    """V."""
+    """Vocabulary size of the tokenizer (V)."""
 
     stacks: int = 3
-    """Stacks."""
+    """Number of stacks."""
 
     n_blocks: int = 4
-    """Layers of a stack."""
+    """Layers per stack."""
 
     batch_size: int = 16
-    """Sequences in a step, one micro-batch."""
+    """Sequences per step, in one micro-batch."""
 
     stack_steps: int = 24
-    """Steps of a stack; end to end takes them all."""
+    """Steps per stack. End-to-end training runs the same total."""
 
     epochs: int = 2
     """How often a stack sees its sequences."""
 
     strategies: tuple[str, ...] = tuple(STRATEGIES)
-    """Which ones; end_to_end is what the others are compared with."""
+    """Strategies to run; the others are compared with end_to_end."""
 
     count: str | None = None
-    """Train this strategy shortly, and print the most bytes of tensors; how the benchmark starts its own processes."""
+    """Internal: train this strategy briefly and print the peak bytes of its tensors."""
 
     def __post_init__(self) -> None:
         for name in self.strategies:
@@ -93,11 +95,11 @@ class BenchmarkConfig:
 
 
 def main() -> None:
-    """Trains every strategy, one stack after the other, evaluates and prints the report."""
+    """Trains every strategy stack by stack, evaluates, and prints the report."""
     config: BenchmarkConfig = parse(
         BenchmarkConfig,
         prog="benchmarks/progressive.py",
-        description="What progressive training saves: time, memory and loss by stack.",
+        description="Measure what progressive training saves: time, memory and loss per stack.",
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     out = Path(config.output_dir)
@@ -119,7 +121,7 @@ def main() -> None:
 
 
 def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
-    """The most bytes of tensors alive, of every strategy; each is counted in a process of its own."""
+    """Prints the peak bytes of live tensors of every strategy; each is counted in its own process."""
     shape = [
         f"--{field.name.replace('_', '-')}={getattr(config, field.name)}"
         for field in fields(BenchmarkConfig)
@@ -128,9 +130,7 @@ def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
     found = {}
     for name in config.strategies:
         command = [sys.executable, __file__, *shape, f"--output-dir={out}", f"--count={name}"]
-        lines = subprocess.run_progressive(
-            command, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout.splitlines()
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         found[name] = int(lines[-1])
     for name, size in found.items():
         ratio = f", {size / found['end_to_end']:.3f} of end_to_end" if "end_to_end" in found else ""
@@ -138,7 +138,7 @@ def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
 
 
 def _count(config: BenchmarkConfig, out: Path, name: str) -> None:
-    """Trains all stacks for two steps each in this process; the last line says how many bytes of tensors it had."""
+    """Trains all stacks for two steps each in this process; the last printed line is the peak bytes of tensors."""
     from megatron_ext.platform.allocations import AllocationCounter
     from megatron_ext.progressive.runs.progressive_run import run_progressive
     from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig, stack_defaults
@@ -173,7 +173,14 @@ def _prepare_data(config: BenchmarkConfig, out: Path) -> None:
 def _flags(
     config: BenchmarkConfig, out: Path, name: str, changed: Mapping[str, object] | None = None
 ) -> list[str]:
-    """A command that trains the next stack, or as many steps of all; None in `changed` leaves a flag out."""
+    """Flags that train the next stack (or, end to end, as many steps).
+
+    Args:
+        config: shape and length of the benchmark.
+        out: directory of the benchmark.
+        name: the strategy.
+        changed: flag -> value that replaces the usual one; None leaves the flag out.
+    """
     sequences = config.stack_steps * config.batch_size // config.epochs
     values: dict[str, object] = {
         "hidden-size": config.hidden_size,
@@ -216,7 +223,7 @@ def _flags(
 
 def _run(script: str, *arguments: str) -> None:
     print("$ python", script, *arguments, flush=True)
-    subprocess.run_progressive([sys.executable, str(ROOT / script), *arguments], check=True)
+    subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Sourced by the quickstarts, in the project's root: how they run commands, and the data that they share.
+# Sourced by the quickstarts in the project's root: functions to run commands and to make the shared data.
 
 python=${PYTHON:-python3}
 # Two processes share the cores; more threads than cores would only make them wait for each other.
@@ -12,28 +12,28 @@ run() { # prints the command so that it can be pasted, then runs it
     "$@"
 }
 
-fresh_directory() { # DIRECTORY MARKER: empties it where it holds MARKER, which an earlier run has made, and makes MARKER
+fresh_directory() { # DIRECTORY MARKER: creates DIRECTORY/MARKER; empties DIRECTORY first if an earlier run made it
     if [ -e "$1" ] && [ ! -d "$1/$2" ] && [ -n "$(ls -A "$1")" ]; then
-        echo "error: $1: holds something that this script did not make" >&2
+        echo "error: $1: holds files that this script did not make; give another directory" >&2
         exit 2
     fi
     rm -rf "$1"
     mkdir -p "$1/$2"
 }
 
-find_or_make_data() { # DIRECTORY: sets data, to make quickstart's directory (QUICKSTART) where it is there, or else to this one
+find_or_make_data() { # DIRECTORY: sets $data to QUICKSTART if it holds data, else makes the data in DIRECTORY
     data=${QUICKSTART:-runs/quickstart}
     if [ -f "$data/held_out_text_document.idx" ] && [ -f "$data/tokenizer/tokenizer.json" ]; then
         return
     fi
     data=$1
-    echo "== 0. Real text that is on every machine, a tokenizer, indexed datasets (as make quickstart does)"
+    echo "== 0. Corpus, tokenizer and indexed datasets (as in make quickstart)"
     run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
         --max-bytes 8000000 --held-out-fraction 0.1
     tokenize "$data" "$data" 4096
 }
 
-tokenize() { # TEXT OUTPUT SIZE: trains a tokenizer on TEXT's text, and makes indexed datasets of it in OUTPUT
+tokenize() { # TEXT OUTPUT SIZE: trains a tokenizer of SIZE ids on the text in TEXT, and writes indexed datasets to OUTPUT
     run "$python" tools/train_tokenizer.py --input "$1/train.jsonl" --output-dir "$2/tokenizer" --vocab-size "$3"
     local part
     for part in train held_out; do

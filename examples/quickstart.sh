@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole story of per-layer GPT pretraining on real text, on two CPU cores in about five minutes: `make quickstart`.
-# Every command is printed before it runs. Everything it makes is under runs/quickstart, or the directory given.
+# `make quickstart`: pretrains a GPT with per-layer embeddings on real text, from corpus to generation, on two CPU cores
+# in about five minutes. Every command is printed before it runs. All output is under runs/quickstart, or the directory
+# given.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}
@@ -9,11 +10,11 @@ out=${1:-runs/quickstart}
 rm -rf "$out"
 mkdir -p "$out"
 
-echo "== 1. Real text that is on every machine: CPython's documentation, docstrings and sources"
+echo "== 1. A corpus that every machine has: CPython's documentation, docstrings and sources"
 run "$python" tools/build_corpus.py --output "$out/train.jsonl" --held-out "$out/held_out.jsonl" \
     --max-bytes 8000000 --held-out-fraction 0.1
 
-echo "== 2. A tokenizer, trained on it"
+echo "== 2. A tokenizer, trained on this corpus"
 run "$python" tools/train_tokenizer.py --input "$out/train.jsonl" --output-dir "$out/tokenizer" --vocab-size 4096
 tokenizer=(--tokenizer-type GPT2BPETokenizer --vocab-file "$out/tokenizer/vocab.json"
     --merge-file "$out/tokenizer/merges.txt")
@@ -33,18 +34,18 @@ train=(pretrain_gpt_per_layer.py --config examples/gpt_per_layer/quickstart.yaml
     --data-cache-path "$out/cache" --tensorboard-dir "$out/tensorboard" --save "$out/checkpoint")
 run "${torchrun[@]}" "${train[@]}" --exit-interval 100
 
-echo "== 5. The same run goes on from its checkpoint"
+echo "== 5. The same run continues from its checkpoint"
 run "${torchrun[@]}" "${train[@]}" --load "$out/checkpoint"
 
-echo "== 6. Held-out text: loss and perplexity, beside the unigram entropy of the corpus"
+echo "== 6. Loss and perplexity on held-out text, compared with the unigram entropy of the corpus"
 run "${torchrun[@]}" tools/evaluate.py --load "$out/checkpoint" --data-path "$out/held_out_text_document" \
     --unigram-from "$out/train_text_document" --output "$out/evaluation.json"
 
-echo "== 7. A continuation"
+echo "== 7. A continuation of a prompt"
 run "${torchrun[@]}" tools/generate.py --load "$out/checkpoint" --prompt "The function returns" --max-new-tokens 48 \
     --temperature 0.7 --top-p 0.9
 
-echo "== 8. What happened"
+echo "== 8. Summary of the training"
 run "$python" tools/training_summary.py --tensorboard-dir "$out/tensorboard" --evaluation "$out/evaluation.json"
 cat <<TEXT
 

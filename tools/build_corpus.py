@@ -1,4 +1,4 @@
-"""Write a JSON-lines corpus of real text that is on every machine: CPython's documentation and standard library."""
+"""Write a JSON-lines corpus of real text that every machine has: CPython's documentation and standard library."""
 
 from dataclasses import dataclass
 
@@ -8,26 +8,26 @@ from megatron_ext.data.corpora.python_corpus import write_corpus
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What to write."""
+    """Size and place of the corpus."""
 
     output: str
-    """Training file, JSON lines of {"text": ...}."""
+    """Training file to write: JSON lines of {"text": ...}."""
 
     held_out: str
-    """Held-out file, from other modules and topics than the training file."""
+    """Held-out file to write; its modules and topics are not in the training file."""
 
     max_bytes: int | None = None
-    """Bytes of text to take, both files together: documentation first, then docstrings, then sources. Default: all."""
+    """Bytes of text in both files: documentation first, then docstrings, then sources. Default: all."""
 
     held_out_fraction: float = 0.05
-    """Share of the modules and topics that goes to the held-out file."""
+    """Fraction of the modules and topics in the held-out file."""
 
     repeat: int = 1
-    """Write the training documents this many times over, to make large inputs."""
+    """Write the training documents this many times, to make a large input."""
 
 
 def main() -> None:
-    """Parse the flags, write both files, print what they hold."""
+    """Writes both files and prints their sizes."""
     config = parse(
         CorpusConfig,
         prog="tools/build_corpus.py",

@@ -4,8 +4,9 @@
     convert_checkpoint.py import --model-dir DIR --save CKPT      config.json + safetensors -> a checkpoint
     convert_checkpoint.py export --load CKPT --model-dir DIR      a checkpoint -> what from_pretrained loads
 
-One process, no network; a checkpoint can be loaded at any tensor- and pipeline-parallel size. Each command has its own
---help; docs/interop.md tells what is converted and what is refused. Exit codes: 0 done, 2 a wrong flag or file.
+The tool runs in one process and needs no network. Checkpoints load at any tensor- and pipeline-parallel size. Each
+command has its own --help; docs/interop.md lists what is converted and what is refused.
+Exit codes: 0 done, 2 wrong flag or file.
 """
 
 import re
@@ -23,19 +24,19 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """What to import, and where to."""
+    """Model to import and checkpoint to write."""
 
     model_dir: str
-    """Local Hugging Face directory: config.json, safetensors, perhaps a tokenizer."""
+    """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer."""
 
     save: str
-    """Directory of checkpoints to write; missing or empty."""
+    """Directory for the checkpoint; must be missing or empty."""
 
     seq_length: int | None = None
-    """Tokens of a training sequence. Without it the model's longest position, at most 4096."""
+    """Tokens per training sequence. Default: the model's maximum position, at most 4096."""
 
     make_vocab_size_divisible_by: int | None = None
-    """Pad the vocabulary to a multiple of this. Without it the greatest power of two up to 128 that pads nothing."""
+    """Pad the vocabulary to a multiple of this. Default: the largest power of two up to 128 that needs no padding."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "seq_length", "make_vocab_size_divisible_by")
@@ -43,45 +44,44 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to export, and where to."""
+    """Checkpoint to export and Hugging Face directory to write."""
 
     load: str
-    """Directory of checkpoints, or one checkpoint's own."""
+    """Directory of checkpoints, or the directory of one checkpoint."""
 
     model_dir: str
-    """Hugging Face directory to write; missing or empty, unless --overwrite."""
+    """Hugging Face directory to write; must be missing or empty, unless --overwrite is given."""
 
     ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
+    """Step to export. Default: the newest complete checkpoint."""
 
     architecture: str | None = None
-    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. Without it the one that the model
-    was imported from, else the first that expresses it."""
+    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. Default: the one that the model was
+    imported from, else the first that can express the model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the tensors. Without it the checkpoint's."""
+    """Dtype of the tensors. Default: that of the checkpoint."""
 
     max_shard_size: str = "5GB"
-    """Most bytes of a safetensors file, as in 500MB or 2GiB."""
+    """Largest size of a safetensors file, such as 500MB or 2GiB."""
 
     base_only: bool = False
-    """Export the base model without what a family added to it; only where the base was frozen (NPT)."""
+    """Export the base model without what a family added to it; the base must have been frozen (NPT)."""
 
     merge_adapters: Switch = False
-    """Export a rack of progressive training (clm) as a plain model, its adapters merged into the base weights."""
+    """Merge the adapters of a progressive rack (clm) into its weights and export it as a plain model."""
 
     adapter_dir: str | None = None
-    """Export the base model alone to --model-dir, and every adapter in peft's format to a directory of its name in
-    this one."""
+    """Write every adapter in peft's format to a subdirectory of this one, and the base model alone to --model-dir."""
 
     tokenizer_model: str | None = None
-    """Where the tokenizer's file or directory is now, if not where the checkpoint says."""
+    """Path of the tokenizer's file or directory, if it has moved since training."""
 
     no_tokenizer: Switch = False
-    """Write no tokenizer."""
+    """Export the model without a tokenizer."""
 
     overwrite: bool = False
-    """Replace what is in --model-dir."""
+    """Replace the content of --model-dir."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "ckpt_step")
@@ -91,12 +91,12 @@ class ExportConfig:
         self.resolved_max_shard_size()
 
     def resolved_max_shard_size(self) -> int:
-        """Bytes."""
+        """`max_shard_size` in bytes; raises `ValueError` if it is not a size."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", self.max_shard_size, re.IGNORECASE)
         unit = match[2].upper() if match else "?"
         size = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
         if size < 1:
-            raise ValueError(f"--max-shard-size {self.max_shard_size}: must be a size as in 500MB or 2GiB")
+            raise ValueError(f"--max-shard-size {self.max_shard_size}: must be a size such as 500MB or 2GiB")
         return size
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in ("-h", "--help"):
             print(__doc__)
             return 0
-        raise ValueError(f"unknown command {command!r}: one of {', '.join(_COMMANDS)}")
+        raise ValueError(f"unknown command {command!r}: must be one of {', '.join(_COMMANDS)}")
     group, run, example = _COMMANDS[command]
     config = parse(
         group,
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_import(config: ImportConfig) -> None:
-    """Write a local Hugging Face model as a checkpoint, with its tokenizer, and its flags as model.yaml."""
+    """Write a local Hugging Face model and its tokenizer as a checkpoint, and its flags as model.yaml."""
     from megatron_ext.interop import import_checkpoint
 
     found = import_checkpoint(
@@ -140,12 +140,12 @@ def run_import(config: ImportConfig) -> None:
     rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
     tokenizer = found.tokenizer_config
     if tokenizer.tokenizer_model is not None:
-        print("data for it, with its own tokenizer:")
+        print("prepare data with its tokenizer:")
         print(
             f"    python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod "
             f"--tokenizer-type {tokenizer.tokenizer_type} --tokenizer-model {shlex.quote(tokenizer.tokenizer_model)}"
         )
-    print("train it, or convert it to NPT:")
+    print("continue training, or convert it to NPT:")
     print(
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )

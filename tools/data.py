@@ -1,13 +1,13 @@
-"""Look after indexed datasets: verify, inspect, merge, split and shuffle.
+"""Verify, inspect, merge, split and shuffle indexed datasets.
 
-    data.py verify PREFIX ...       read everything: sizes, pointers, ids, checksums, alignment of per-layer data
-    data.py inspect PREFIX          counts, lengths, one document as text, per-layer ids beside tokens
-    data.py merge PREFIX ...        concatenate into --output-prefix
-    data.py split PREFIX            cut into consecutive parts: --output-prefix A B --shares 95 5
-    data.py shuffle PREFIX          documents in a random order, into --output-prefix
+    data.py verify PREFIX ...       check sizes, pointers, ids, checksums and alignment of per-layer data
+    data.py inspect PREFIX          show counts, lengths, and one document as text or with per-layer ids
+    data.py merge PREFIX ...        concatenate datasets into --output-prefix
+    data.py split PREFIX            split into consecutive parts: --output-prefix A B --shares 95 5
+    data.py shuffle PREFIX          write the documents in random order to --output-prefix
 
 A PREFIX is a path without .bin or .idx. Each command has its own --help.
-Exit codes: 0 all is well, 1 verify found a broken dataset, 2 a wrong flag or file.
+Exit codes: 0 done, 1 verify found a broken dataset, 2 wrong flag or file.
 """
 
 import sys
@@ -29,54 +29,53 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class OptionalTokenizerConfig(TokenizerConfig):
-    """The tokenizer, if its ids are to be compared or decoded."""
+    """Tokenizer to compare the ids with or to decode them (optional)."""
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """No flag is required; `__post_init__` checks those that are given."""
+        """Requires no flag; `__post_init__` checks those that are given."""
         return []
 
     def __post_init__(self) -> None:
-        """Check the flags when any of them is given."""
         if self.is_given():
             super().__post_init__()
 
     def is_given(self) -> bool:
-        """Whether any of the tokenizer's flags is given."""
+        """Whether any flag of the tokenizer differs from its default."""
         files = (self.tokenizer_model, self.vocab_file, self.merge_file, self.vocab_size)
         return any(files) or self.tokenizer_type != "GPT2BPETokenizer"
 
     def build(self) -> Tokenizer | None:
-        """The tokenizer, if it is given."""
+        """Builds the tokenizer; returns None if none is given."""
         return build_tokenizer(self) if self.is_given() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """What to verify."""
+    """Datasets to verify."""
 
     prefix: tuple[str, ...]
-    """Datasets; they may also stand before all flags, without --prefix."""
+    """Datasets. They may also be given first, without --prefix."""
 
     source: str | None = None
-    """The main data of per-layer data, where it is no longer where the manifest says."""
+    """For per-layer data: path of the main dataset, if it is not where the manifest says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What to look at."""
+    """Dataset to inspect."""
 
     prefix: str
-    """Dataset; it may also stand before all flags, without --prefix."""
+    """Dataset. It may also be given first, without --prefix."""
 
     document: int | None = None
-    """Number of a document to show, from 0; negative counts from the end."""
+    """Index of a document to show, from 0; a negative index counts from the end."""
 
     max_tokens: int = 100
-    """Tokens of the document to show."""
+    """Largest number of the document's tokens to show."""
 
     per_layer_data_path: str | None = None
-    """Aligned per-layer data to show beside the tokens."""
+    """Aligned per-layer dataset whose ids are shown beside the tokens."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -85,41 +84,41 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What to concatenate."""
+    """Datasets to concatenate."""
 
     prefix: tuple[str, ...]
-    """Datasets in order; they may also stand before all flags, without --prefix."""
+    """Datasets, in order. They may also be given first, without --prefix."""
 
     output_prefix: str
-    """The new dataset."""
+    """Dataset to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """What to cut."""
+    """Dataset to split."""
 
     prefix: str
-    """Dataset; it may also stand before all flags, without --prefix."""
+    """Dataset. It may also be given first, without --prefix."""
 
     output_prefix: tuple[str, ...]
-    """The parts, in the order of the documents."""
+    """Datasets to write, in the order of the documents."""
 
     shares: tuple[float, ...]
-    """Share of the documents of each part."""
+    """Proportion of the documents for each part, such as 95 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffleConfig:
-    """What to shuffle."""
+    """Dataset to shuffle."""
 
     prefix: str
-    """Dataset; it may also stand before all flags, without --prefix."""
+    """Dataset. It may also be given first, without --prefix."""
 
     output_prefix: str
-    """The new dataset."""
+    """Dataset to write."""
 
     seed: int = 1234
-    """The order follows from it and the number of documents, so per-layer data stays aligned."""
+    """Seed of the order. With the same seed a dataset and its per-layer dataset stay aligned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in ("-h", "--help"):
             print(__doc__)
             return 0
-        raise ValueError(f"unknown command {command!r}: one of {', '.join(_COMMANDS)}")
+        raise ValueError(f"unknown command {command!r}: must be one of {', '.join(_COMMANDS)}")
     flags_type, run, example = _COMMANDS[command]
     rest = arguments[1:]
     if rest and not rest[0].startswith("-"):
@@ -183,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_verify(flags: VerifyFlags) -> int:
-    """Read all of each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment of per-layer data."""
+    """Read each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment of per-layer data."""
     config, tokenizer = flags.data, flags.tokenizer.build()
     broken = 0
     refuse_same_dataset("verify", config.prefix)
@@ -206,7 +205,7 @@ def run_verify(flags: VerifyFlags) -> int:
 
 
 def run_inspect(flags: InspectFlags) -> int:
-    """Show a dataset's counts and the lengths of its documents; one document, decoded where a tokenizer is given."""
+    """Show a dataset's counts and document lengths, and one document, decoded if a tokenizer is given."""
     config, tokenizer = flags.data, flags.tokenizer.build()
     index = check_dataset(config.prefix, tokenizer)
     manifest = read_manifest(config.prefix)
@@ -219,7 +218,7 @@ def run_inspect(flags: InspectFlags) -> int:
         for name in ("tokenizer", "per_layer"):
             if manifest.get(name):
                 print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in manifest[name].items()))
-    print("  tokens of a document:")
+    print("  tokens per document:")
     for smallest, documents in length_histogram(index):
         largest = max(2 * smallest - 1, 0)
         bar = "#" * max(1, round(40 * documents / index.num_documents))
@@ -230,11 +229,13 @@ def run_inspect(flags: InspectFlags) -> int:
 
 
 def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | None) -> None:
-    """Print the tokens of one document, with text and per-layer ids where they are known."""
+    """Prints the tokens of one document, with their text and per-layer ids if these are given."""
     total = index.num_documents
     assert config.document is not None
     if not -total <= config.document < total:
-        raise ValueError(f"--document {config.document}: {config.prefix} has {total} documents")
+        raise ValueError(
+            f"--document {config.document}: must be below {total}, the documents in {config.prefix}"
+        )
     number = config.document % total
     start, end = index.document_starts(number, number + 2).tolist()
     tokens = index.tokens()[start : min(end, start + config.max_tokens)].tolist()
@@ -255,7 +256,7 @@ def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | N
 
 
 def _per_layer_names(prefix: str) -> dict[int, str]:
-    """Per-layer id -> entry of the vocabulary that the manifest names; empty when it is not at hand."""
+    """Per-layer id -> entry of the vocabulary that the manifest names; empty if the file is missing."""
     made = (read_manifest(prefix) or {}).get("per_layer") or {}
     try:
         return row_names(made["vocab_file"], made["strategy"]) if made.get("vocab_file") else {}
@@ -264,7 +265,7 @@ def _per_layer_names(prefix: str) -> dict[int, str]:
 
 
 def _names(inputs: list[dict[str, Any]]) -> str:
-    """The first few input files."""
+    """Names the first three input files and counts the rest."""
     paths = [entry["path"] for entry in inputs]
     return (
         ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
@@ -274,25 +275,25 @@ def _names(inputs: list[dict[str, Any]]) -> str:
 
 
 def run_merge(flags: MergeFlags) -> int:
-    """Concatenate datasets of the same token type and tokenizer."""
+    """Concatenate datasets that have the same token type and tokenizer."""
     merge(flags.data.prefix, flags.data.output_prefix)
     return _report(flags.data.output_prefix)
 
 
 def run_split(flags: SplitFlags) -> int:
-    """Cut a dataset into consecutive parts of whole documents; shuffle it first for random parts."""
+    """Split a dataset into consecutive parts of whole documents; for random parts, shuffle it first."""
     split(flags.data.prefix, flags.data.output_prefix, flags.data.shares)
     return _report(*flags.data.output_prefix)
 
 
 def run_shuffle(flags: ShuffleFlags) -> int:
-    """Write a dataset's documents in a random order."""
+    """Write a dataset's documents in random order."""
     shuffle(flags.data.prefix, flags.data.output_prefix, seed=flags.data.seed)
     return _report(flags.data.output_prefix)
 
 
 def _report(*outputs: str) -> int:
-    """Print what was written."""
+    """Prints the size of each written dataset."""
     for output in outputs:
         index = check_dataset(output)
         print(f"{output}.bin/.idx: {index.num_documents:,} documents, {index.num_tokens:,} tokens")

@@ -1,70 +1,51 @@
 #!/usr/bin/env python3
-"""Measures a checkpoint's perplexity on an indexed dataset; one process, or several under `torchrun`."""
+"""Measures a checkpoint's perplexity on indexed datasets, in one process or in several under `torchrun`."""
 
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, one_of_two
+from megatron_ext.config.command_line.field_checks import check_at_least
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig
 
 if TYPE_CHECKING:
     from megatron_ext.inference.perplexity import Perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What to evaluate, on what, and how it is cut."""
+class EvaluateConfig(LoadConfig):
+    """Checkpoint and data to evaluate, and the parallel layout."""
 
     load: str
-    """Directory of checkpoints, or one checkpoint's own."""
+    """Directory of checkpoints, or the directory of one checkpoint."""
 
     data_path: tuple[str, ...]
-    """Prefixes of indexed datasets, each evaluated by itself."""
-
-    ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
+    """Prefixes of indexed datasets; each is evaluated separately."""
 
     unigram_from: str | None = None
-    """Prefix of the training data: also print the cross-entropy of its token frequencies on the evaluated data, and
-    for a model that tells its accuracy that of always guessing the most frequent token."""
+    """Prefix of the training data, for baselines: the cross-entropy of its unigram distribution, and the accuracy of
+    its most frequent token if the model reports an accuracy."""
 
     micro_batch_size: int = 4
-    """Windows at a time on each process."""
+    """Windows per micro-batch on each process."""
 
     max_tokens: int | None = None
-    """At most so many tokens of each dataset."""
+    """Evaluate only this many tokens of each dataset. Default: all."""
 
     seq_length: int | None = None
-    """Tokens of a window. Without it the training's sequence length."""
-
-    tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
-    they divide the layers; those that are left hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
-
-    bos: Switch = False
-    """Begin every window with the begin-of-text token. Without this and --no-bos as the model was trained."""
-
-    no_bos: Switch = False
-    """Begin every window without it."""
+    """Tokens per window. Default: the sequence length of the training."""
 
     output: str | None = None
-    """JSON file for the result."""
+    """JSON file to write the result to."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
-        check_at_least(self, 1, "pipeline_model_parallel_size")
-        one_of_two(self, "bos", "no_bos")
+        super().__post_init__()
+        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
 
 
 def main() -> None:
-    """Evaluates and prints one line a dataset on rank 0."""
+    """Evaluates, and prints one line per dataset on rank 0."""
     config: EvaluateConfig = parse(
         EvaluateConfig,
         prog="tools/evaluate.py",
@@ -78,21 +59,17 @@ def main() -> None:
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES, window_begin
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     if config.output is not None:
-        check_writable("--output", config.output)
+        check_report_writable("--output", config.output)
     refuse_same_dataset("--data-path", config.data_path)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
     loaded = load_model(
         config.load,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", flush=True)
@@ -122,14 +99,14 @@ def main() -> None:
         if process_groups.rank() == 0:
             print(f"{prefix}: {line}", flush=True)
     if config.output is not None and process_groups.rank() == 0:
-        write_text(config.output, json.dumps(results, indent=2) + "\n")
+        write_report(config.output, json.dumps(results, indent=2) + "\n")
     process_groups.shutdown()
 
 
 def _report(found: "Perplexity", unigram_cross_entropy: float | None) -> tuple[dict[str, float], str]:
-    """A dataset's entry in the JSON file, and its line."""
+    """Returns a dataset's entry in the JSON file, and its printed line."""
     entry = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-    line = f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens"
+    line = f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens"
     further = {name.replace("/", "_"): value for name, value in found.values.items()}
     if further and found.guess_accuracy is not None:
         further["unigram_accuracy"] = found.guess_accuracy

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Evaluates an NPT checkpoint against its base model on held-out text; one process, or several under `torchrun`.
+"""Evaluates an NPT checkpoint against its base model on held-out text, in one process or several under `torchrun`.
 
-Perplexity ratio, KL of the next token, every NPT layer beside the base layer, sizes of the weight deltas, generations
-side by side: a JSON report, and with --html one page that opens offline. docs/npt_evaluation.md tells every key.
-`--config` also takes a training configuration with the sections `model` and `training` (batch_size and max_length count
-here; npt_layers, rank and modulation_scale must be the checkpoint's; the rest is training's).
+The report is a JSON file and, with --html, one self-contained page: perplexity ratio, KL divergence of the next token,
+each NPT layer compared with its base layer, norms of the weight deltas, and generations of both models.
+docs/npt_evaluation.md explains every key. `--config` also takes a training configuration with the sections `model` and
+`training`: batch_size and max_length are used, npt_layers, rank and modulation_scale must be those of the checkpoint,
+and other keys are ignored.
 """
 
 import json
@@ -14,99 +15,71 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag, flag_name, one_of_two
+from megatron_ext.config.command_line.field_checks import check_at_least, flag, flag_name
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig, SamplingConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateNPTConfig:
-    """What to evaluate, on what, and where the report goes."""
+class EvaluateNPTConfig(LoadConfig, SamplingConfig):
+    """Checkpoint and data to evaluate, and the report to write."""
 
     checkpoint: Annotated[str, flag(aliases=("--load",))]
-    """Directory of checkpoints, or one checkpoint's own: NPT's, or a base model's with --npt-weights."""
+    """Directory of checkpoints, or of one checkpoint: of an NPT run, or of a base model with --npt-weights."""
 
     data_path: str
     """Prefix of a held-out indexed dataset."""
 
-    ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
-
     npt_weights: str | None = None
-    """npt_weights.pt or .safetensors to put into the model; beside a base checkpoint its config.json must lie by it."""
+    """npt_weights.pt or .safetensors to load into the model. For a base checkpoint, its config.json must be beside
+    it."""
 
     output: str = "evaluation_report.json"
-    """JSON file for the report."""
+    """JSON file to write the report to."""
 
     html: str | None = None
-    """HTML file for the report with its pictures; needs matplotlib."""
+    """HTML file to write the report with its pictures to; requires matplotlib."""
 
     max_tokens: int | None = None
-    """At most so many tokens of the dataset. Each keeps four bytes an NPT layer and target for the deltas' norms."""
+    """Evaluate only this many tokens. Default: all. Each takes four bytes of memory per NPT layer and target."""
 
     micro_batch_size: Annotated[int, flag(aliases=("--batch_size",))] = 4
-    """Windows at a time on each process."""
+    """Windows per micro-batch on each process."""
 
     seq_length: Annotated[int | None, flag(aliases=("--max_length",))] = None
-    """Tokens of a window. Without it the training's sequence length."""
+    """Tokens per window. Default: the sequence length of the training."""
 
     prompts: tuple[str, ...] = ()
-    """Texts that both models continue. Without any the beginnings of three held-out documents."""
+    """Texts that both models continue. Default: the beginnings of three held-out documents."""
 
     prompts_file: str | None = None
-    """File with a prompt on each line."""
+    """File with one prompt per line."""
 
     max_new_tokens: int = 64
-    """Tokens to generate after each prompt; 0 leaves generations out."""
+    """Number of tokens to generate after each prompt; 0 generates nothing."""
 
     temperature: float = 0.8
-    """Of the sampled continuations; greedy ones are made too."""
-
-    top_k: int = 0
-    """Sampled continuations: only the k most likely tokens; 0 is all."""
-
-    top_p: float = 0.0
-    """Sampled continuations: only the most likely tokens that together have this probability; 0 is all."""
-
-    seed: int = 1234
-    """Of the sampled continuations, the same for both models."""
-
-    bos: Switch = False
-    """Begin every window and prompt with the begin-of-text token. Without this and --no-bos as the model was
-    trained."""
-
-    no_bos: Switch = False
-    """Begin them without it."""
+    """Temperature of the sampled continuations; a greedy one is generated as well."""
 
     npt_layers: str | None = None
-    """The checkpoint's NPT layers must be these."""
+    """Fail unless these are the checkpoint's NPT layers."""
 
     np_rank: Annotated[int | None, flag(aliases=("--rank",))] = None
-    """The checkpoint's NP rank must be this."""
+    """Fail unless this is the checkpoint's NP rank."""
 
     np_scale: Annotated[float | None, flag(aliases=("--modulation_scale",))] = None
-    """The checkpoint's NP scale must be this."""
-
-    tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
-    they divide the layers; those that are left hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
+    """Fail unless this is the checkpoint's NP scale."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length", "tensor_model_parallel_size")
-        check_at_least(self, 1, "pipeline_model_parallel_size")
+        super().__post_init__()
+        check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
         check_at_least(self, 0, "max_new_tokens")
-        one_of_two(self, "bos", "no_bos")
 
 
 def main() -> None:
-    """Evaluates, writes the report and prints its main figures on rank 0."""
+    """Evaluates; on rank 0, writes the report and prints its main figures."""
     config: EvaluateNPTConfig = parse(
         EvaluateNPTConfig,
         _with_training_file(sys.argv[1:]),
@@ -118,20 +91,20 @@ def main() -> None:
     from megatron_ext.npt.evaluation.evaluation_summary import print_summary
     from megatron_ext.platform import process_groups
     from megatron_ext.reports.charts import require_matplotlib
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     for name, path in (("--output", config.output), ("--html", config.html)):
         if path is not None:
-            check_writable(name, path)
+            check_report_writable(name, path)
     if config.html is not None:
         require_matplotlib(f"--html {config.html}")
     report = _evaluate(config)
     if report is not None:
-        write_text(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_report(config.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
         if config.html is not None:
             from megatron_ext.npt.evaluation.evaluation_page import evaluation_page
 
-            write_text(config.html, evaluation_page(report))
+            write_report(config.html, evaluation_page(report))
         print_summary(report)
         print(f"{report['checkpoint']}: step {report['step']}")
         print(
@@ -142,13 +115,13 @@ def main() -> None:
 
 
 def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
-    """The whole report on the first rank, None on the others."""
+    """Returns the report on rank 0, and None on the other ranks."""
     from megatron_ext.data.indexed.manifest import check_dataset
     from megatron_ext.inference.generation import Sampling
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
     from megatron_ext.npt.evaluation.paired_generation import held_out_prompts, paired_generations
-    from megatron_ext.npt.weights.conversion import draw
+    from megatron_ext.npt.weights.conversion import initialize_np_factors
     from megatron_ext.registry.known_families import window_begin
     from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
@@ -156,14 +129,13 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     check_dataset(config.data_path, stored["tokenizer_fingerprint"])
     sampling = None
     if config.max_new_tokens:
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        sampling = Sampling(**{name: getattr(config, name) for name in names})
+        sampling = Sampling(**config.sampling_options())
     prompts = _prompts(config)
     loaded, families, settings = _load(config, stored)
     length = config.seq_length or loaded.config.seq_length
     loaded.model.check_length(length, f"--seq-length {length}")
     prompts = prompts or held_out_prompts(config.data_path, loaded.tokenizer)
-    # First, as a prompt that does not fit should be told at once.
+    # Generate first: a prompt that is too long should be reported before the long evaluation.
     generations = (
         paired_generations(
             loaded.model,
@@ -182,9 +154,9 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         "begin": window_begin(loaded),
     }
     report = evaluate_npt([loaded.model], families, settings, config.data_path, **on)
-    # Last, as it takes the place of the trained weights.
+    # The untrained baseline comes last, because its weights replace the trained ones.
     seed = stored.get("training", {}).get("seed", TrainingConfig.seed)
-    draw([loaded.model], seed)
+    initialize_np_factors([loaded.model], seed)
     untrained = evaluate_perplexity([loaded.model], families, config.data_path, **on)
     if report is None:
         return None
@@ -201,7 +173,7 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
 
 
 def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[Any], Any]:
-    """The loaded model with its NP components, families, NPT's settings."""
+    """Returns the loaded model with its NP components, the families, and NPT's settings."""
     from megatron_ext.inference.load_model import load_model
     from megatron_ext.npt.npt_family import NPTFamily
     from megatron_ext.npt.weights.conversion import attach
@@ -218,7 +190,7 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
         tensors, settings = read_np_weight_file(config.npt_weights)
         if settings is None:
             raise ValueError(
-                f"--npt-weights {config.npt_weights}: no config.json beside it tells how it was made"
+                f"--npt-weights {config.npt_weights}: for a base checkpoint, its config.json is required beside it"
             )
     if settings is None:
         raise ValueError(
@@ -228,11 +200,7 @@ def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[
     loaded = load_model(
         config.checkpoint,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     families = list(loaded.families)
     if own is None:
@@ -249,12 +217,12 @@ def _check_expected(config: EvaluateNPTConfig, settings: Any, num_layers: int) -
     found = settings.layers(num_layers)
     if config.npt_layers is not None and choose_layers(config.npt_layers, num_layers) != found:
         raise ValueError(
-            f"--npt-layers {config.npt_layers}: the NP components are in layers {', '.join(map(str, found))}"
+            f"--npt-layers {config.npt_layers}: the checkpoint's NPT layers are {', '.join(map(str, found))}"
         )
     for name in ("np_rank", "np_scale"):
         expected, actual = getattr(config, name), getattr(settings, name)
         if expected is not None and expected != actual:
-            raise ValueError(f"{flag_name(name)} {expected}: the NP components have {actual}")
+            raise ValueError(f"{flag_name(name)} {expected}: the checkpoint's value is {actual}")
 
 
 def _prompts(config: EvaluateNPTConfig) -> list[str]:
@@ -262,7 +230,7 @@ def _prompts(config: EvaluateNPTConfig) -> list[str]:
     if config.prompts_file is not None:
         texts += read_lines("--prompts-file", config.prompts_file)
         if not texts:
-            raise ValueError(f"--prompts-file {config.prompts_file}: holds no prompt")
+            raise ValueError(f"--prompts-file {config.prompts_file}: has no prompt; write one per line")
     if not all(texts):
         raise ValueError(f"--prompts {texts}: a prompt must not be empty")
     return texts
@@ -272,13 +240,13 @@ _FROM_TRAINING = {
     "model": {"npt_layers": "--npt-layers", "rank": "--np-rank", "modulation_scale": "--np-scale"},
     "training": {"batch_size": "--micro-batch-size", "max_length": "--seq-length"},
 }
-"""Sections and keys of a training configuration that count here."""
+"""Section -> key -> flag, for the values of a training configuration that are used here."""
 
 
 def _with_training_file(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with a training configuration after `--config` turned into those of its values that count here.
+    """Replaces `--config` with a training configuration by flags for those of its values that are used here.
 
-    Any other file, and what cannot be read, is left to `parse`.
+    Other files, and files that cannot be read, are left to `parse`.
     """
     import yaml
 

@@ -1,23 +1,22 @@
 #!/usr/bin/env python3
-"""Generates text with a checkpoint, also under `torchrun`.
+"""Generates text with a checkpoint, in one process or in several under `torchrun`.
 
-Token after token with a KV cache (greedy, temperature, top-k, top-p); or, by a model that was trained on masked tokens,
-from masks that become tokens, the most confident first.
+A causal model generates token by token with a KV cache (greedy, temperature, top-k, top-p). A model that was trained on
+masked tokens replaces masks by tokens, the most confident first.
 """
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     Repeated,
-    Switch,
     check_at_least,
     flag_name,
-    one_of_two,
 )
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
+from megatron_ext.config.groups.inference_config import LoadConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizers import Tokenizer
@@ -25,73 +24,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """What to continue, how tokens are chosen, and how the model is cut."""
+class GenerateConfig(LoadConfig, SamplingConfig):
+    """Checkpoint, prompts, sampling, and the parallel layout."""
 
     load: str
-    """Directory of checkpoints, or one checkpoint's own."""
+    """Directory of checkpoints, or the directory of one checkpoint."""
 
     prompt: tuple[str, ...] = ()
     """Texts to continue."""
 
     stop: Repeated[str] = ()
-    """A text that ends a continuation, which is cut before it; several: the flag again for each."""
+    """Text that ends a continuation and is not printed; repeat the flag for several."""
 
     stop_id: Repeated[int] = ()
-    """A token that ends a continuation, besides the model's own end tokens; several likewise."""
-
-    bos: Switch = False
-    """Begin every prompt with the begin-of-text token. Without this and --no-bos as the model was trained."""
-
-    no_bos: Switch = False
-    """Begin every prompt without it."""
+    """Token id that ends a continuation, in addition to the model's own; repeat the flag for several."""
 
     prompt_file: str | None = None
-    """File with a prompt on each line; - is standard input (single process)."""
-
-    ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
+    """File with one prompt per line; - is standard input (single process only)."""
 
     sampler: Literal["autoregressive", "diffusion"] | None = None
-    """Token after token, or from masks that become tokens. Without it the one that the model was trained for."""
+    """Generate token by token (autoregressive) or by replacing masks (diffusion). Default: as the model was trained."""
 
     diffusion_steps: int = 32
-    """diffusion: forward passes in which all masks become tokens."""
-
-    max_new_tokens: int = 64
-    """Tokens to generate after each prompt."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token (greedy)."""
-
-    top_k: int = 0
-    """Only the k most likely tokens; 0 is all."""
-
-    top_p: float = 0.0
-    """Only the most likely tokens that together have this probability; 0 is all."""
-
-    seed: int = 1234
-    """Seed of the choice."""
-
-    tensor_model_parallel_size: int | None = None
-    """Processes that share every layer's matrices. Without it as many as the model allows."""
-
-    pipeline_model_parallel_size: int | None = None
-    """Processes among which the layers are split. Without either the processes that cannot share the matrices, where
-    they divide the layers; those that are left hold copies of the model."""
-
-    bf16: bool = False
-    """Compute in bfloat16."""
+    """With --sampler diffusion: number of forward passes that replace the masks."""
 
     def __post_init__(self) -> None:
-        check_at_least(
-            self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "diffusion_steps"
-        )
-        one_of_two(self, "bos", "no_bos")
+        super().__post_init__()
+        check_at_least(self, 1, "diffusion_steps")
         if not all(self.stop):
             raise ValueError("--stop '': must not be empty")
         if not self.prompt and self.prompt_file is None:
-            raise ValueError("--prompt: missing (or --prompt-file)")
+            raise ValueError("--prompt is missing: give --prompt or --prompt-file")
 
 
 def main() -> None:
@@ -107,16 +70,12 @@ def main() -> None:
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES
 
-    Sampling(**_sampling(config))  # a mistake in these is told before the model is loaded
+    Sampling(**config.sampling_options())  # checks the values before the model is loaded
     texts = _prompts(config)
     loaded = load_model(
         config.load,
         FAMILIES,
-        ckpt_step=config.ckpt_step,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        bf16=config.bf16,
-        bos=one_of_two(config, "bos", "no_bos"),
+        **config.load_options(),
     )
     if process_groups.rank() == 0:
         print(f"{loaded.folder}: step {loaded.step}", file=sys.stderr, flush=True)
@@ -131,26 +90,20 @@ def main() -> None:
 
 
 def _shown(tokenizer: "Tokenizer", prompt: list[int], new: list[int], stops: tuple[str, ...]) -> str:
-    """The prompt with its continuation, which is cut before the first stop text."""
+    """Returns the prompt with its continuation up to the first stop text."""
     from megatron_ext.inference.stopping import cut_at_any
 
     kept = cut_at_any(tokenizer.detokenize(new), stops)
     if kept == tokenizer.detokenize(new):
-        return tokenizer.detokenize(prompt + new)  # together: a letter may lie across the two
+        return tokenizer.detokenize(prompt + new)  # decoded together: one character may span the two
     return tokenizer.detokenize(prompt) + kept
 
 
-def _sampling(config: GenerateConfig) -> dict[str, Any]:
-    return {
-        name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    }
-
-
 def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[int]]) -> list[list[int]]:
-    """The new tokens of each prompt.
+    """Returns the new tokens of each prompt.
 
     Raises:
-        ValueError: the model was not trained for the sampler.
+        ValueError: the model was not trained for the requested sampler.
     """
     from megatron_ext.inference.generation import Sampling, generate
     from megatron_ext.inference.stopping import ends_with_any
@@ -166,7 +119,9 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
     if config.sampler == "diffusion" or (config.sampler is None and objective and objective.masks_tokens):
         for name in ("top_k", "top_p"):
             if getattr(config, name):
-                raise ValueError(f"{flag_name(name)} {getattr(config, name)}: is not for --sampler diffusion")
+                raise ValueError(
+                    f"{flag_name(name)} {getattr(config, name)}: cannot be used with --sampler diffusion"
+                )
         unmasking = DiffusionSampling(
             max_new_tokens=config.max_new_tokens,
             steps=config.diffusion_steps,
@@ -177,9 +132,10 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
         return generate_by_unmasking(*arguments, unmasking, tokenizer.vocab_size)
     if objective is not None and objective.bidirectional:
         raise ValueError(
-            f"--sampler autoregressive: the model was trained for {objective.kind}, where every token sees all others"
+            f"--sampler autoregressive: requires a causal model; this one was trained with {objective.kind}, where "
+            "every token sees all others"
         )
-    sampling = Sampling(**_sampling(config), stop_tokens=stop_tokens)
+    sampling = Sampling(**config.sampling_options(), stop_tokens=stop_tokens)
     return generate(*arguments, sampling, tokenizer.vocab_size, ends_with_any(tokenizer, _stops(config)))
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Memory of NP components in a training step: one delta matrix a token, against the factored form. Measured.
+"""Measures the memory of NP components in a training step: one delta matrix per token against the factored form.
 
     python tools/memory_report.py --np-rank 16 --np-target gate --output report.json
 
-Measured at a few sizes: bytes a token that one converted layer takes beyond its base MLP, kept for the backward pass
-and at the peak, see `megatron_ext/npt/evaluation/delta_memory.py`. From them the same at the shape of a 7B model,
-and for a whole micro-batch over all converted layers. Document 002's 448 GB are one delta of [14336, 4096] in bf16 for
-each of 4096 tokens.
+At a few sizes it measures the bytes per token that one converted layer needs beyond its base MLP, both kept for the
+backward pass and at the peak (`megatron_ext/npt/evaluation/delta_memory.py`). From these it projects to the shape of a
+7B model and to a whole micro-batch over all converted layers. The 448 GB of docs/design/npt_equivalence.md are one bf16
+delta of [14336, 4096] for each of 4096 tokens.
 """
 
 import json
@@ -28,42 +28,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReportConfig:
-    """What is measured, and the model that it is projected to."""
+    """Sizes to measure, and the model to project to."""
 
     sizes: str = "256,512,1024"
-    """Hidden sizes to measure, at least two; f is in proportion to the projected model's."""
+    """Hidden sizes to measure, at least two. The FFN size is scaled like that of the projected model."""
 
     bf16: bool = False
-    """Weights and activations in bfloat16, else in fp32."""
+    """Use bfloat16 weights and activations instead of fp32."""
 
     projected_hidden_size: int = 4096
-    """h of the model that is projected to."""
+    """Hidden size of the projected model."""
 
     projected_ffn_hidden_size: int = 11008
-    """f of that model: Llama 2 7B's; Llama 3 8B has 14336."""
+    """FFN size of the projected model. The default is Llama 2 7B's; Llama 3 8B has 14336."""
 
     projected_num_layers: int = 32
-    """Layers of that model; --npt-layers says which are converted."""
+    """Number of layers of the projected model; --npt-layers selects those that are converted."""
 
     tokens: int = 4096
-    """Tokens of its micro-batch."""
+    """Tokens per micro-batch of the projected model."""
 
     output: str | None = None
-    """JSON file to write."""
+    """JSON file to write the figures to."""
 
     def __post_init__(self) -> None:
         names = ("projected_hidden_size", "projected_ffn_hidden_size", "projected_num_layers", "tokens")
         check_at_least(self, 1, *names)
         if len(set(self.hidden_sizes)) < 2:
-            raise ValueError(f"--sizes {self.sizes}: must name two sizes at least")
+            raise ValueError(f"--sizes {self.sizes}: must have at least two different sizes")
 
     @property
     def hidden_sizes(self) -> list[int]:
-        """The sizes as numbers.
-
-        Raises:
-            ValueError: they are none, or too small.
-        """
+        """`sizes` as integers; raises `ValueError` if it is not a list of integers from 16."""
         parts = self.sizes.split(",")
         if not all(part.strip().isdecimal() and int(part) >= 16 for part in parts):
             raise ValueError(f"--sizes {self.sizes}: must be whole numbers from 16, separated by commas")
@@ -79,17 +75,17 @@ class MemoryReportFlags:
 
 
 def main() -> None:
-    """Measures, projects, prints, writes."""
+    """Measures the memory, projects it, and prints and writes the figures."""
     flags = parse(
         MemoryReportFlags,
         prog="tools/memory_report.py",
-        description="Memory of NP components in training: materialised against factored.",
+        description="Measure the memory of NP components in training: materialized against factored deltas.",
         example="python tools/memory_report.py --np-rank 16 --output report.json",
     )
     config, settings = flags.report, flags.npt
     layers = len(settings.layers(config.projected_num_layers))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--output {config.output}: its folder does not exist")
+        raise FileNotFoundError(f"--output {config.output}: the directory of the file does not exist")
     # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
     from megatron_ext.npt.evaluation.delta_memory import measure_memory, project_memory
     from megatron_ext.platform.process_groups import initialize
@@ -129,7 +125,7 @@ def _print(
     console = Console(width=120)
     table = Table(
         title=f"{settings.np_form}, {settings.np_target}, r={settings.total_rank}, "
-        f"{'bf16' if config.bf16 else 'fp32'}: bytes a token of one layer, beyond the base MLP"
+        f"{'bf16' if config.bf16 else 'fp32'}: bytes per token of one layer, beyond the base MLP"
     )
     table.add_column("h x f")
     for column in ("materialised: kept", "peak", "factored: kept", "peak", "kept, ratio"):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Checks in seconds that per-layer embedding works on this machine, with the given options and cut.
+"""Checks in seconds that per-layer embedding works on this machine with the given options and parallel layout.
 
-Trains a tiny model on a rule (every second token follows from the one before), prints what each layer's statistics say,
-and fails if a layer's per-layer parameters get no gradient or the loss does not fall. Exit codes: 0 all is well, 1 it
-is not, 2 a wrong flag.
+It trains a tiny model on data in which every second token is a function of the one before, prints each layer's
+statistics, and fails if a layer's per-layer parameters get no gradient or the loss does not fall.
+Exit codes: 0 passed, 1 failed, 2 wrong flag.
 """
 
 import sys
@@ -44,7 +44,7 @@ class DemoFlags:
 
 
 def main() -> int:
-    """Parses the flags, trains, prints; returns the exit code."""
+    """Trains, prints the statistics and returns the exit code."""
     flags = parse(
         DemoFlags,
         ["--use-per-layer-embedding", *TINY, *sys.argv[1:]],
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[float], dict[str, float]]:
-    """Loss of every step, and the last step's statistics."""
+    """Trains the tiny model; returns the loss of every step, and the last step's statistics."""
     import torch
 
     from megatron_ext.models.build_model import build_model
@@ -98,7 +98,7 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
 
 
 def rule() -> Iterator[dict[str, Any]]:
-    """Endless micro-batches of one sequence in which token 2i + 1 follows from token 2i."""
+    """Yields endless micro-batches of one sequence in which token 2i + 1 is a function of token 2i."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -115,7 +115,7 @@ def rule() -> Iterator[dict[str, Any]]:
 
 
 def report(settings: PerLayerConfig, losses: list[float], statistics: dict[str, float]) -> int:
-    """Prints the result; returns the exit code."""
+    """Prints the statistics and the verdict; returns the exit code."""
     print("layer  " + "  ".join(SHOWN))
     gradients = []
     for layer in range(MODEL.num_layers):

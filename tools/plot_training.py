@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws a run from its TensorBoard files: the losses, and one of the per-layer statistics. Needs the dev extra."""
+"""Draws the losses of a run and one of its per-layer statistics from TensorBoard files. Requires matplotlib."""
 
 import json
 import re
@@ -15,23 +15,23 @@ from megatron_ext.reports.events import Curve, read_curves
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """What to read and where to draw."""
+    """Run to draw and picture to write."""
 
     tensorboard_dir: Annotated[str, flag(aliases=("--logdir",))]
-    """Directory that training wrote its event files to."""
+    """TensorBoard directory of the run."""
 
     output: str
-    """Picture to write; its ending says the format (png, svg, pdf)."""
+    """Picture to write; the suffix chooses the format (png, svg, pdf)."""
 
     evaluation: str | None = None
-    """JSON that tools/evaluate.py wrote: also draw the held-out loss and the unigram entropy."""
+    """JSON file of tools/evaluate.py: draw its held-out loss and unigram entropy too."""
 
     statistic: str = "per-layer/update-ratio"
-    """Tag of a per-layer statistic, without /layer_NN; left out where the run has none."""
+    """Tag of a per-layer statistic without /layer_NN. It is not drawn if the run does not have it."""
 
 
 def main() -> None:
-    """Reads, draws, prints the picture's name."""
+    """Draws the picture and prints its path."""
     config: PlotConfig = parse(
         PlotConfig,
         prog="tools/plot_training.py",
@@ -80,7 +80,7 @@ def _draw_losses(axes: Any, config: PlotConfig, curves: dict[str, Curve]) -> Non
             axes.axhline(
                 found["unigram_cross_entropy"], color="grey", linestyle="--", label="unigram entropy"
             )
-    axes.set(xlabel="step", ylabel="cross-entropy, nats a token")
+    axes.set(xlabel="step", ylabel="cross-entropy, nats per token")
     axes.legend(fontsize=8)
 
 

@@ -1,12 +1,11 @@
-"""Turn raw text into the indexed datasets that training reads: PREFIX_KEY_document.bin and .idx, with a
-manifest.
+"""Tokenize raw text into indexed datasets for training: PREFIX_KEY_document.bin and .idx, with a manifest.
 
-The flags are Megatron-LM's. The result is byte for byte what Megatron-LM writes for the same documents,
+The flags are Megatron-LM's. The files are byte for byte those that Megatron-LM writes for the same documents,
 whatever the number of workers.
 
-Exit codes: 0 done; 2 a mistake in flags or input, or a full disk (nothing is left behind); 3 a worker process
-ended unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM (after 3, 130 and 143 the same command with
---resume goes on).
+Exit codes: 0 done; 2 an error in flags or input, or a full disk (no partial output is left); 3 a worker process
+ended unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM. After 3, 130 and 143 the same command with
+--resume continues.
 """
 
 import os
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-if __name__ == "__main__":  # until there is something to put in order, Ctrl-C ends this without a traceback
+if __name__ == "__main__":  # during the slow imports, Ctrl-C should end the tool without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from megatron_ext.config.command_line.parse import parse, run_main
@@ -36,7 +35,7 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    _handle_signals(signal.SIG_IGN)  # a second one would interrupt the tidying up
+    _handle_signals(signal.SIG_IGN)  # a second signal would interrupt the clean-up
     raise _Stopped(number)
 
 
@@ -55,15 +54,15 @@ class PreprocessFlags:
 
 
 def main() -> int:
-    """Parses the flags, makes the datasets, prints a summary; returns the exit code."""
+    """Writes the datasets, prints a summary and returns the exit code."""
     flags = parse(
         PreprocessFlags,
         prog="tools/preprocess_data.py",
         description=str(__doc__),
         example=EXAMPLE,
     )
-    # Each worker is one core, so no library shall start threads of its own; and only a process without threads can
-    # fork its workers, with all that it has loaded.
+    # Libraries must start no threads: each worker has one core, and only a process without threads can safely fork
+    # workers that share what it has loaded.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
@@ -72,14 +71,15 @@ def main() -> int:
 
     output = flags.output
     try:
+        # Raise on a signal, so that the preprocessor's clean-up runs before the process ends.
         _handle_signals(_stop)
         summary = Preprocessor(flags.input, flags.tokenizer, output).run()
         _handle_signals(signal.SIG_DFL)
     except (WorkerDied, WorkerBug) as error:
-        print(f"error: {error}; --resume goes on from what is finished", file=sys.stderr)
+        print(f"error: {error}; --resume continues from the finished pieces", file=sys.stderr)
         return EXIT_WORKER_DIED
     except _Stopped as stop:
-        print("interrupted; --resume goes on from what is finished", file=sys.stderr)
+        print("interrupted; --resume continues from the finished pieces", file=sys.stderr)
         return 128 + int(stop.args[0])
     totals = summary.totals
     if summary.choice is not None:
@@ -87,11 +87,11 @@ def main() -> int:
     if summary.message is not None:
         print(f"note: {summary.message}")
     if summary.resumed_shards:
-        print(f"resumed: {summary.resumed_shards} finished pieces taken over")
+        print(f"resumed: {summary.resumed_shards} finished pieces reused")
     for prefix, tokens, empty in zip(summary.prefixes, totals.tokens, totals.empty, strict=True):
         print(f"{prefix}: {totals.documents:,} documents ({empty:,} empty), {tokens:,} tokens")
     if totals.skipped_empty:
-        print(f"left out: {totals.skipped_empty:,} empty documents")
+        print(f"skipped: {totals.skipped_empty:,} empty documents")
     if totals.rejected:
         kept = (
             f", kept in {quarantined_path(output.output_prefix)}" if output.on_error == "quarantine" else ""

@@ -1,8 +1,8 @@
 """Build the per-layer vocabulary, the token-to-per-layer table and the aligned per-layer dataset.
 
-Reads the tokenized data that tools/preprocess_data.py made (OUTPUT_PREFIX_KEY_document); no text is tokenized again.
-Writes PER_LAYER_OUTPUT_PREFIX_KEY_document.bin/.idx/.json, the vocabulary, and the table beside it. A vocabulary file
-that exists is used as it is: that is how a held-out set gets the training set's vocabulary.
+The tool reads the tokenized data of tools/preprocess_data.py (OUTPUT_PREFIX_KEY_document); it does not tokenize again.
+It writes PER_LAYER_OUTPUT_PREFIX_KEY_document.bin/.idx/.json, the vocabulary, and the table beside it. An existing
+vocabulary file is used unchanged; give the training set's file to process a held-out set.
 """
 
 import time
@@ -46,10 +46,10 @@ _MARKS = ("<|layer_start|>", "<|attention|>", "<|layer_end|>")
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayerDataConfig:
-    """What to read and what to write."""
+    """Tokenized data to read, and per-layer data to write."""
 
     input: tuple[str, ...] = ()
-    """The text the tokenized data was made from; recorded in the manifest, not read."""
+    """Text files that the tokenized data was made from. They are recorded in the manifest, not read."""
 
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the JSON lines, as given to tools/preprocess_data.py."""
@@ -61,20 +61,23 @@ class PerLayerDataConfig:
     """Prefix of the per-layer data to write."""
 
     per_layer_vocab_file: str | None = None
-    """Per-layer vocabulary (JSON): written when missing, else used. Strategy identity needs none."""
+    """Per-layer vocabulary (JSON). It is created if it is missing, else used. Not needed for strategy identity."""
 
     per_layer_vocab_size: int | None = None
-    """Entries of the per-layer vocabulary at most, special tokens included. Default: 10000, or what the file has."""
+    """Largest number of entries of the per-layer vocabulary, with special tokens. Default: 10000, or that of the
+    file."""
 
     per_layer_strategy: Strategy = "syntax_focus"
-    """How a token id becomes a per-layer id."""
+    """How a token id is mapped to a per-layer id."""
 
     seed: int = 1234
-    """What strategy random_subset draws with."""
+    """Seed of strategy random_subset."""
 
     def __post_init__(self) -> None:
         if self.per_layer_strategy != "identity" and self.per_layer_vocab_file is None:
-            raise ValueError(f"--per-layer-strategy {self.per_layer_strategy} needs --per-layer-vocab-file")
+            raise ValueError(
+                f"--per-layer-strategy {self.per_layer_strategy} requires --per-layer-vocab-file"
+            )
         check_at_least(self, 1, "per_layer_vocab_size")
         refuse_same_file("--input", [(path, path) for path in self.input])
         if self.per_layer_output_prefix == self.output_prefix:
@@ -85,15 +88,15 @@ class PerLayerDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyConfig(TokenizerConfig):
-    """The main tokenizer and its files."""
+    """The tokenizer of the tokenized data, and its files."""
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """None is known to be missing before merges.txt was looked for; see `__post_init__`."""
+        """Requires no flag: `__post_init__` may still find merges.txt, and checks the rest."""
         return []
 
     def __post_init__(self) -> None:
-        """Find merges.txt beside vocab.json where only the latter is given, as document 003 does."""
+        # As in docs/design/per_layer_embedding.md, merges.txt is found beside vocab.json if it is not given.
         if self.tokenizer_type == "GPT2BPETokenizer" and self.vocab_file and self.merge_file is None:
             beside = self.vocab_file.removesuffix("vocab.json") + "merges.txt"
             if self.vocab_file.endswith("vocab.json") and Path(beside).is_file():
@@ -110,7 +113,7 @@ class PerLayerDataFlags:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the flags, make the vocabulary and the table, write one aligned dataset for each key."""
+    """Builds the vocabulary and the table, and writes one aligned dataset per key."""
     flags = parse(
         PerLayerDataFlags,
         argv,
@@ -132,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _require_tokenized(source: str, config: PerLayerDataConfig) -> None:
-    """Raise, with the command that makes it, when the tokenized data is missing."""
+    """Raises if the tokenized data is missing; the error shows the command that makes it."""
     if Path(bin_path(source)).is_file() and Path(idx_path(source)).is_file():
         return
     keys = f" --json-keys {' '.join(config.json_keys)}" if config.json_keys != ("text",) else ""
@@ -145,7 +148,7 @@ def _require_tokenized(source: str, config: PerLayerDataConfig) -> None:
 def _make_table(
     config: PerLayerDataConfig, tokenizer: Tokenizer, indices: list[Index]
 ) -> tuple[TableArray, int]:
-    """The table [V] and the number of per-layer ids; writes vocabulary and table unless the strategy is identity."""
+    """Returns the table [V] of per-layer ids and their number; writes the vocabulary and the table if needed."""
     path, strategy = config.per_layer_vocab_file, config.per_layer_strategy
     if strategy == "identity":
         return np.arange(tokenizer.vocab_size, dtype=np.int32), tokenizer.vocab_size
@@ -174,16 +177,16 @@ def _make_table(
 def _vocabulary(
     config: PerLayerDataConfig, path: str, tokenizer: Tokenizer, indices: list[Index]
 ) -> dict[str, int]:
-    """The vocabulary, text -> id: from its file, or made from the tokens and written there."""
+    """Returns the vocabulary (text -> id), read from its file or built from the tokens and written there."""
     size = config.per_layer_vocab_size
     if Path(path).exists():
         vocabulary = load_vocabulary(path)
         if size is not None and len(vocabulary) > size:
             raise ValueError(
                 f"{path} has {len(vocabulary)} entries, more than --per-layer-vocab-size {size};"
-                f" leave the flag out, or remove the file to have it made anew"
+                f" leave the flag out, or remove the file to rebuild it"
             )
-        print(f"{path}: used as it is, {len(vocabulary):,} entries")
+        print(f"{path}: used unchanged, {len(vocabulary):,} entries")
         return vocabulary
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     with token_progress("counting", sum(index.num_tokens for index in indices)) as progress:
@@ -198,14 +201,15 @@ def _vocabulary(
 
 
 def _stored_table(config: PerLayerDataConfig, path: str, tokenizer: Tokenizer) -> TableArray | None:
-    """The table that is there for this vocabulary and tokenizer: other data was made with it, so it stays as it is."""
+    """Returns the stored table if it belongs to this vocabulary and tokenizer, else None."""
+    # A stored table is never rebuilt: other datasets may have been made with it.
     stored = read_table(path, config.per_layer_strategy)
     if stored is None or (stored.tokenizer, stored.vocabulary) != (tokenizer.fingerprint(), sha256_of(path)):
         return None
     if config.per_layer_strategy == "random_subset" and stored.seed != config.seed:
         raise ValueError(
-            f"--seed {config.seed}: {table_path(path, config.per_layer_strategy)} was drawn with --seed {stored.seed};"
-            f" give that, or another --per-layer-vocab-file"
+            f"--seed {config.seed}: {table_path(path, config.per_layer_strategy)} was made with --seed {stored.seed};"
+            f" give that seed, or another --per-layer-vocab-file"
         )
     return stored.table
 
@@ -218,7 +222,7 @@ def _write(
     tokenizer: Tokenizer,
     vocab_size: int,
 ) -> None:
-    """Write the aligned dataset of one key, and its manifest."""
+    """Writes the aligned dataset of one key, and its manifest."""
     output = f"{config.per_layer_output_prefix}_{key}_document"
     begin = time.perf_counter()
     with token_progress("per-layer ids", index.num_tokens) as progress:

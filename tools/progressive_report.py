@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares progressive trainings: time, memory and losses of each run and phase, as tables, JSON and one HTML page.
 
-A run is the --save directory of pretrain_progressive.py. Beside its progressive.json it may hold `tensorboard` (what
---tensorboard-dir was given: step times and losses) and evaluation.json (of tools/evaluate.py --output).
+A run is the --save directory of pretrain_progressive.py, with its progressive.json. For step times and losses it should
+also hold `tensorboard` (the run's --tensorboard-dir), and for held-out losses evaluation.json (of tools/evaluate.py).
 """
 
 import json
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveReportConfig:
-    """What to compare, and where the report goes."""
+    """Runs to compare, and the report to write."""
 
     runs: tuple[str, ...]
-    """NAME=DIR of every run."""
+    """Runs as NAME=DIR."""
 
     reference: str | None = None
-    """Name of the run to which step time and memory are put in proportion."""
+    """Name of the run that step times and memory are divided by."""
 
     html: str | None = None
-    """HTML file for the tables, every run's timeline of growth and the curves of all runs; needs matplotlib."""
+    """HTML file to write with tables, growth timelines and loss curves; requires matplotlib."""
 
     output: str | None = None
-    """JSON file for the figures."""
+    """JSON file to write the figures to."""
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -43,7 +43,7 @@ class ProgressiveReportConfig:
 
 
 def main() -> None:
-    """Reads, compares, writes and prints."""
+    """Compares the runs; writes and prints the report."""
     config: ProgressiveReportConfig = parse(
         ProgressiveReportConfig,
         prog="tools/progressive_report.py",
@@ -60,20 +60,20 @@ def main() -> None:
     )
     from megatron_ext.progressive.report.training_results import read_run
     from megatron_ext.reports.charts import require_matplotlib
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
 
     for flag, path in (("--html", config.html), ("--output", config.output)):
         if path is not None:
-            check_writable(flag, path)
+            check_report_writable(flag, path)
     if config.html is not None:
         require_matplotlib(f"--html {config.html}")
     named = (text.partition("=") for text in config.runs)
     runs = [read_run(name, directory) for name, _, directory in named]
     comparison = compare_runs(runs, config.reference)
     if config.output is not None:
-        write_text(config.output, json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n")
+        write_report(config.output, json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n")
     if config.html is not None:
-        write_text(config.html, report_page(runs, comparison))
+        write_report(config.html, report_page(runs, comparison))
     for table in (runs_table(comparison), phases_table(comparison)):
         _print(table)
     print("\n".join(messages(comparison)))
@@ -89,7 +89,7 @@ def _print(table: "Table") -> None:
     shown = RichTable(title=table.title)
     rows = [[_text(cell) for cell in row] for row in table.rows]
     for place, name in enumerate(table.columns):
-        # As wide as its widest cell, whatever the window: headers wrap at spaces, and no number is cut.
+        # Each column is as wide as its widest cell or header word: rich would otherwise truncate numbers to the window.
         width = max(map(len, [*name.split(), *(row[place] for row in rows)]))
         is_text = any(isinstance(row[place], str) for row in table.rows)
         shown.add_column(name, justify="left" if is_text else "right", width=width)

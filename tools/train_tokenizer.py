@@ -1,7 +1,7 @@
 """Train a tokenizer on raw text: byte-level BPE (vocab.json, merges.txt, tokenizer.json) or SentencePiece
 (tokenizer.model).
 
-Exit codes: 0 done; 2 a mistake in flags or input.
+Exit codes: 0 done; 2 an error in flags or input.
 """
 
 from collections.abc import Iterator
@@ -21,41 +21,41 @@ EXAMPLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig:
-    """The tokenizer to train."""
+    """Tokenizer to train."""
 
     output_dir: str
-    """Directory of its files."""
+    """Directory to write the tokenizer's files to."""
 
     vocab_size: int = 32768
     """Number of ids."""
 
     tokenizer_type: Literal["GPT2BPETokenizer", "SentencePieceTokenizer"] = "GPT2BPETokenizer"
-    """Byte-level BPE, or SentencePiece."""
+    """Type of the tokenizer: byte-level BPE (GPT2BPETokenizer) or SentencePiece."""
 
     model_type: Literal["unigram", "bpe"] = "unigram"
-    """SentencePiece's algorithm."""
+    """Algorithm of SentencePiece."""
 
     special_tokens: tuple[str, ...] = (END_OF_TEXT,)
-    """Tokens with the first ids."""
+    """Special tokens; they get the first ids."""
 
     min_frequency: int = 2
-    """Byte-level BPE merges no pair that is rarer."""
+    """Byte-level BPE: merge only pairs that occur at least this often."""
 
     max_characters: int | None = None
-    """Train on this many characters of text at most, taken from the beginning."""
+    """Train on this many characters from the beginning of the input. Default: all."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "vocab_size", "min_frequency", "max_characters")
         if self.tokenizer_type == "GPT2BPETokenizer" and END_OF_TEXT not in self.special_tokens:
-            raise ValueError(f"--special-tokens {' '.join(self.special_tokens)}: needs {END_OF_TEXT}")
+            raise ValueError(f"--special-tokens {' '.join(self.special_tokens)}: must include {END_OF_TEXT}")
 
 
 def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
-    """Yields the documents' texts under all keys.
+    """Yields the texts of all documents and keys, up to `max_characters` in all.
 
     Raises:
-        ValueError: a line is no document, or there is no text at all.
+        ValueError: a line is not a document, or the input has no text.
     """
     from megatron_ext.data.readers import iter_documents
 
@@ -69,7 +69,7 @@ def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
                 if left <= 0:
                     return
     if is_empty:
-        raise ValueError(f"--input {' '.join(inputs.input)}: holds no text to train a tokenizer on")
+        raise ValueError(f"--input {' '.join(inputs.input)}: has no text to train a tokenizer on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class TrainTokenizerFlags:
 
 
 def main() -> None:
-    """Parses the flags, trains, prints where the files are."""
+    """Trains the tokenizer and prints its size."""
     flags = parse(
         TrainTokenizerFlags,
         prog="tools/train_tokenizer.py",
@@ -104,8 +104,8 @@ def main() -> None:
     print(f"{config.output_dir}: {config.tokenizer_type} of {size:,} tokens")
     if size < config.vocab_size:
         print(
-            f"fewer than --vocab-size {config.vocab_size}: the text yields no further pair that occurs"
-            f" --min-frequency {config.min_frequency} times; {size:,} is the size to go on with"
+            f"fewer than --vocab-size {config.vocab_size}: no further pair in the text occurs --min-frequency"
+            f" {config.min_frequency} times; the vocabulary size is {size:,}"
         )
 
 

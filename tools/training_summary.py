@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints a run's losses from its TensorBoard files as a table, beside the baselines of an evaluation."""
+"""Prints a table of a run's losses from its TensorBoard files, and the result of an evaluation."""
 
 import json
 import math
@@ -13,34 +13,34 @@ from megatron_ext.reports.events import read_curves
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryConfig:
-    """What to read and how much to print."""
+    """Run to summarize."""
 
     tensorboard_dir: str
-    """Directory that training wrote its event files to."""
+    """TensorBoard directory of the run."""
 
     evaluation: str | None = None
-    """JSON that tools/evaluate.py wrote."""
+    """JSON file of tools/evaluate.py, to print its losses too."""
 
     rows: int = 10
-    """Rows of the table, spread evenly over the run; evaluated steps come first."""
+    """Number of rows: the first, last and evaluated steps, then steps spread evenly over the run."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "rows")
 
 
 def main() -> None:
-    """Reads, picks rows, prints."""
+    """Prints the table."""
     config: SummaryConfig = parse(
         SummaryConfig,
         prog="tools/training_summary.py",
-        description="The losses of a run, from its TensorBoard files.",
+        description="Print a table of a run's losses from its TensorBoard files.",
         example="python tools/training_summary.py --tensorboard-dir runs/quickstart/tensorboard",
     )
     from rich.console import Console
     from rich.table import Table
 
     losses, validation = _read(config.tensorboard_dir)
-    table = Table(title="cross-entropy in nats a token")
+    table = Table(title="cross-entropy in nats per token")
     for column in (
         "step",
         "training loss (mean since the row above)",
@@ -63,11 +63,11 @@ def main() -> None:
 
 
 def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
-    """Step -> training loss, and step -> validation loss.
+    """Reads step -> training loss, and step -> validation loss.
 
     Raises:
-        FileNotFoundError: no event files there.
-        ValueError: they hold no losses.
+        FileNotFoundError: the directory holds no event files.
+        ValueError: the event files hold no losses.
     """
     curves = read_curves(directory, required="lm loss")
     training, validation = (
@@ -77,7 +77,7 @@ def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def _pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
-    """First, last and evaluated steps, filled up evenly to `rows`."""
+    """The first, last and evaluated steps, filled up to `rows` with evenly spread ones."""
     evenly = [steps[round(i * (len(steps) - 1) / (rows - 1))] for i in range(rows)]
     kept = dict.fromkeys([steps[0], steps[-1], *evaluated[-rows:], *evenly])
     return sorted(list(kept)[: max(rows, 2)])

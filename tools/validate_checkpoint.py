@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Validates an NPT checkpoint of document 001: its files are there, load, and match their checksums.
+"""Validates an NPT checkpoint: all required files exist, can be read, and match their checksums.
 
     python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000
-    python tools/validate_checkpoint.py experiments/run/checkpoints                     the newest complete one in it
+    python tools/validate_checkpoint.py experiments/run/checkpoints                     the newest complete one
 
-Exit codes: 0 it is whole, 1 it is not, 2 a wrong flag or directory.
+The layout of such a checkpoint is described in docs/design/npt_curriculum.md.
+Exit codes: 0 valid, 1 damaged or incomplete, 2 wrong flag or directory.
 """
 
 import sys
@@ -17,15 +18,15 @@ from megatron_ext.config.command_line.parse import parse, run_main
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateConfig:
-    """What to validate."""
+    """Checkpoint to validate."""
 
     checkpoint: str
-    """The checkpoint's own directory, or a directory of checkpoints, of which the newest complete one is validated; it
-    may also stand first, without --checkpoint."""
+    """Directory of the checkpoint, or a directory of checkpoints, whose newest complete one is validated. It may also
+    be given first, without --checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints step, layers and stage, and what is wrong; returns the exit code."""
+    """Prints step, layers, stage and problems; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--checkpoint")
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValidateConfig,
         arguments,
         prog="tools/validate_checkpoint.py",
-        description="Validate an NPT checkpoint: required files, their content, checksums.",
+        description="Validate an NPT checkpoint: required files, their content and checksums.",
         example="python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000",
     )
     from megatron_ext.npt.weights.checkpoint_validation import choose_checkpoint, validate_checkpoint

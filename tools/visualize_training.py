@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Draws runs from their TensorBoard files: losses, a layer x step heat map of every per-layer value, all other curves.
+"""Draws the TensorBoard files of one or more runs: losses, heat maps (layer x step) of per-layer values, other curves.
 
-One HTML page that opens offline (--html), or a picture for every chart (--output-dir). A directory of several runs, as
-sequential training leaves, gives sections for each. Stages of a curriculum are shaded. Needs matplotlib.
+The output is one self-contained HTML page (--html), or a directory of pictures (--output-dir). Each run below the given
+directory gets its own sections. Stages of a curriculum are shaded. Requires matplotlib.
 """
 
 import re
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VisualizeConfig:
-    """What to read and where to draw."""
+    """Runs to draw, and the output."""
 
     tensorboard_dir: Annotated[str, flag(aliases=("--logdir",))]
-    """Directory of TensorBoard files, or of folders with such files."""
+    """TensorBoard directory of a run, or a directory with several of them."""
 
     html: str | None = None
     """HTML file to write."""
 
     output_dir: str | None = None
-    """Directory for the pictures as SVG files, one a chart; with several runs a folder each."""
+    """Directory to write one SVG file per chart to; several runs get a subdirectory each."""
 
     tags: str = ""
-    """Regular expression: draw only tags in which it is found."""
+    """Draw only the tags that match this regular expression (a match anywhere counts)."""
 
     def __post_init__(self) -> None:
         if (self.html is None) == (self.output_dir is None):
-            raise ValueError("--html, --output-dir: give one of them")
+            raise ValueError("--html, --output-dir: give exactly one of them")
         try:
             re.compile(self.tags)
         except re.error as error:
@@ -45,7 +45,7 @@ class VisualizeConfig:
 
 
 def main() -> None:
-    """Reads, draws, prints what was written."""
+    """Draws the charts and prints where they are."""
     config: VisualizeConfig = parse(
         VisualizeConfig,
         prog="tools/visualize_training.py",
@@ -55,11 +55,11 @@ def main() -> None:
     from megatron_ext.registry.known_charts import KNOWN_CHARTS
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
-    from megatron_ext.reports.report_files import check_writable, write_text
+    from megatron_ext.reports.report_files import check_report_writable, write_report
     from megatron_ext.reports.training_charts import training_charts
 
     target = config.html if config.html is not None else str(Path(config.output_dir or "", "x.svg"))
-    check_writable("--html" if config.html is not None else "--output-dir", target)
+    check_report_writable("--html" if config.html is not None else "--output-dir", target)
     require_matplotlib("tools/visualize_training.py")
     found = {}
     for name, folder in find_runs(config.tensorboard_dir).items():
@@ -70,16 +70,16 @@ def main() -> None:
     count = sum(map(len, found.values()))
     if not count:
         raise ValueError(
-            f"--tensorboard-dir {config.tensorboard_dir}: its files hold no scalars"
-            + f" with --tags {config.tags}" * bool(config.tags)
+            f"--tensorboard-dir {config.tensorboard_dir}: the TensorBoard files have no scalars"
+            + f" that match --tags {config.tags}" * bool(config.tags)
         )
     if config.html is not None:
-        write_text(config.html, _page(f"Training: {config.tensorboard_dir}", found))
+        write_report(config.html, _page(f"Training: {config.tensorboard_dir}", found))
     for name, charts in found.items() if config.output_dir is not None else ():
         for chart in charts:
             ending = "_layers" if chart.is_heat_map else ""
             file = f"{_file_name(chart.name)}{ending}.svg"
-            write_text(Path(config.output_dir or "", name, file), chart.svg)
+            write_report(Path(config.output_dir or "", name, file), chart.svg)
     print(f"{config.html or config.output_dir}: {count} charts")
 
 

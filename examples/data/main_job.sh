@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The data tools at work on a gigabyte of real text: corpus, tokenizer, datasets, per-layer data for every strategy, all
-# of it verified, and a few training steps on it. Each command is printed before it runs, and its time after it.
+# Runs the data tools on a gigabyte of real text: corpus, tokenizer, datasets, per-layer data for every strategy,
+# verification, and a few training steps. Prints each command before it runs, and its time afterwards.
 #
 #   bash examples/data/main_job.sh
 #   SIZE_GB=10 OUT=/fast/disk bash examples/data/main_job.sh
 #
-# The text is CPython's documentation and sources (13 MB), repeated to SIZE_GB. Everything it makes is under OUT and takes
-# four times SIZE_GB of disk. One GB takes about a minute of processor time.
+# The text is CPython's documentation and sources (13 MB), repeated to SIZE_GB. All output is under OUT and takes four
+# times SIZE_GB of disk space. One GB takes about a minute of CPU time.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -15,9 +15,9 @@ OUT=${OUT:-runs/data_main_job}
 VOCAB_SIZE=${VOCAB_SIZE:-32768}
 PER_LAYER_VOCAB_SIZE=${PER_LAYER_VOCAB_SIZE:-10000}
 TRAIN_ITERS=${TRAIN_ITERS:-5}
-CORPUS_BYTES=${CORPUS_BYTES:-}        # of the corpus before it is repeated; empty is all of it
+CORPUS_BYTES=${CORPUS_BYTES:-}        # size of the corpus before repetition; empty: all of it
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-TIMEFORMAT='(%R s; processor time %U s user, %S s system)'
+TIMEFORMAT='(%R s; CPU time %U s user, %S s system)'
 
 run() {
     printf '\n$ %s\n' "$*"
@@ -55,10 +55,10 @@ for strategy in syntax_focus semantic_focus attention_guidance random_subset ide
     datasets+=("$OUT/${strategy}_text_document")
 done
 
-echo "== 5. All of it verified: every pointer, id and checksum"
+echo "== 5. Verify every pointer, id and checksum"
 run "$PYTHON" tools/data.py verify "${datasets[@]}" "${tokenizer[@]}"
 
-echo "== 6. A few steps on it"
+echo "== 6. A few training steps"
 run "$PYTHON" pretrain_gpt_per_layer.py \
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --swiglu --disable-bias-linear \
     --use-per-layer-embedding --per-layer-hidden-size 32 \

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Per-layer embedding against the base model at an equal number of steps, on held-out text, two seeds each.
+# Compares per-layer embedding with the base model after the same number of steps, on held-out text, with two seeds.
 #
 #     make quickstart && bash examples/gpt_per_layer/compare_with_base.sh
 #
-# Uses the quickstart's data (or that of the directory given). A second call trains again, in the place of the first. Two runs at a time, one core each; about six minutes.
+# Uses the data of the quickstart, or of the given directory. A second call replaces the results of the first.
+# Two runs at a time, one core each; about six minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=${1:-runs/quickstart}

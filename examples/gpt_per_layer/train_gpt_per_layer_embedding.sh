@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Large-scale per-layer GPT training: document 003's seven arguments in its order, its 175B-scale settings.
+# Large-scale per-layer GPT training with the settings of docs/design/per_layer_embedding.md (175B parameters).
 #
 #   bash examples/gpt_per_layer/train_gpt_per_layer_embedding.sh \
 #       CHECKPOINTS LOGS VOCAB MERGES DATA PER_LAYER_VOCAB PER_LAYER_DATA [FLAGS OF pretrain_gpt_per_layer.py ...]
 #
-#   CHECKPOINTS      directory to save to and to go on from
-#   LOGS             directory of TensorBoard's files
+#   CHECKPOINTS      directory to save checkpoints to and to continue from
+#   LOGS             directory for TensorBoard's files
 #   VOCAB, MERGES    vocab.json and merges.txt of the tokenizer
-#   DATA             --output-prefix of tools/preprocess_data.py, or the prefix of a dataset itself
+#   DATA             --output-prefix of tools/preprocess_data.py, or the prefix of a dataset
 #   PER_LAYER_VOCAB  --per-layer-vocab-file of tools/preprocess_per_layer_data.py
-#   PER_LAYER_DATA   its --per-layer-output-prefix, or the prefix of a dataset itself
+#   PER_LAYER_DATA   --per-layer-output-prefix of that tool, or the prefix of a dataset
 #
-# What the run would cost, on this machine and without a process group:
+# To see what the run would cost, without starting it:
 #   WORLD_SIZE=1024 bash examples/gpt_per_layer/train_gpt_per_layer_embedding.sh ... --dry-run
 #
-# Sizes and the cut are environment variables, named below. On several hosts run the same command on each of them, with
-# NNODES and RDZV_ENDPOINT set (examples/multi_node/launch.sh), or under Slurm (examples/multi_node/slurm.sbatch).
+# Sizes and the parallel layout are environment variables, see below. On several hosts, run the same command on each with
+# NNODES and RDZV_ENDPOINT set (examples/multi_node/launch.sh), or use Slurm (examples/multi_node/slurm.sbatch).
 set -euo pipefail
 
 if [ $# -lt 7 ]; then
@@ -26,7 +26,7 @@ checkpoints=$1 logs=$2 vocab=$3 merges=$4 data=$5 per_layer_vocab=$6 per_layer_d
 shift 7
 examples=$(cd "$(dirname "$0")/.." && pwd)
 
-# The tools write PREFIX_text_document.idx; both names of it are taken.
+# The tools write PREFIX_text_document.idx; accept PREFIX as well as PREFIX_text_document.
 dataset() {
     if [ ! -e "$1.idx" ] && [ -e "$1_text_document.idx" ]; then
         echo "$1_text_document"
@@ -46,7 +46,7 @@ model=(
 )
 per_layer=(
     --use-per-layer-embedding
-    ${PER_LAYER_VOCAB_SIZE:+--per-layer-vocab-size "$PER_LAYER_VOCAB_SIZE"} # without it as many rows as there are ids
+    ${PER_LAYER_VOCAB_SIZE:+--per-layer-vocab-size "$PER_LAYER_VOCAB_SIZE"} # default: one row per id
     --per-layer-hidden-size "${PER_LAYER_HIDDEN_SIZE:-2048}" # about a sixth of the hidden size
     --per-layer-combination-method "${PER_LAYER_COMBINATION_METHOD:-scaled_add}"
     --per-layer-gate-activation "${PER_LAYER_GATE_ACTIVATION:-silu}"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A small per-layer GPT for development: document 003's settings for testing, on a CPU or one GPU.
+# A small per-layer GPT for development, on a CPU or one GPU (the test settings of docs/design/per_layer_embedding.md).
 #
 #   bash examples/gpt_per_layer/train_gpt_per_layer_small.sh [FLAGS OF pretrain_gpt_per_layer.py ...]
 #
-# Everything it makes is under OUT. It trains on INPUT, JSON lines of {"text": ...}; without it, on a corpus of
-# CPython's documentation and sources. Data that is there already is used as it is, and a second call goes on from
-# the checkpoint of the first. Further flags win over those below.
+# All output is under OUT. It trains on INPUT, JSON lines of {"text": ...}; by default on a corpus of CPython's
+# documentation and sources. Existing data is reused, and a second call continues from the checkpoint of the first.
+# Flags on the command line override those below.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 OUT=${OUT:-runs/gpt_per_layer_small}
 INPUT=${INPUT:-}
-NPROC=${NPROC:-1}                     # processes on this machine; they share every layer (tensor parallel)
+NPROC=${NPROC:-1}                     # processes on this machine, as tensor-parallel ranks
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
 NUM_LAYERS=${NUM_LAYERS:-4}
 HIDDEN_SIZE=${HIDDEN_SIZE:-256}
@@ -22,9 +22,9 @@ PER_LAYER_HIDDEN_SIZE=${PER_LAYER_HIDDEN_SIZE:-256}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16}
 TRAIN_ITERS=${TRAIN_ITERS:-200}
-CORPUS_BYTES=${CORPUS_BYTES:-8000000} # of the corpus that is made where INPUT is not given
+CORPUS_BYTES=${CORPUS_BYTES:-8000000} # size of the corpus if INPUT is not given
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-# One process may use all cores; several share them.
+# A single process uses all cores; several processes get one each.
 [ "$NPROC" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 run() {

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Converts one base model in many ways, trains each for the same steps, and prints perplexity ratios on held-out text.
+"""Converts a base model in several ways, trains each for the same steps, and prints perplexity ratios on held-out text.
 
     python examples/npt/compare_forms.py --base-checkpoint runs/base --train-data train_text_document \
         --held-out-data held_out_text_document --output forms.json
 
 Every row is one conversion: layers, residual, form, targets, rank, components, affine. All see the same batches. The
-table in docs/npt.md comes from here. One process; rows that the output file holds already are not run again.
+script runs in one process and skips rows that the output file has already. It made the table in docs/npt.md.
 """
 
 import json
@@ -25,60 +25,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
-    """What is compared, on what."""
+    """Conversions to compare, and the data to compare them on."""
 
     base_checkpoint: str
-    """The base model's checkpoint."""
+    """Checkpoint of the base model."""
 
     train_data: str
-    """Indexed dataset to train on, without .bin and .idx."""
+    """Prefix of the indexed dataset to train on, without .bin and .idx."""
 
     held_out_data: str
-    """Indexed dataset of held-out text."""
+    """Prefix of the indexed dataset to evaluate on, without .bin and .idx."""
 
     output: str
-    """JSON file with a row for each conversion; it grows as they end."""
+    """JSON file to write the results to, one row per conversion as it finishes."""
 
     rows: str
-    """Conversions, separated by blanks: layers/residual/form/target/rank[/components[/affine|plain]], as
+    """Conversions, separated by spaces: layers/residual/form/target/rank[/components[/affine|plain]], such as
     upper_half/keep/low_rank/gate+up/64 or all/drop/outer_product/gate+up+down/64/4/plain."""
 
     steps: int = 200
-    """Optimizer steps of each."""
+    """Optimizer steps per conversion."""
 
     micro_batch_size: int = 8
-    """Sequences in a step."""
+    """Sequences per step."""
 
     lr: float = 5e-3
-    """Highest learning rate; cosine to a tenth, 10 steps of warm-up."""
+    """Peak learning rate. The schedule is 10 steps of warm-up, then cosine to a tenth."""
 
     equivalence_weight: float = 0.0
-    """Weight of the layer-wise equivalence."""
+    """Weight of the layer-wise equivalence loss."""
 
     direct_mlp_weight: float = 1.0
     """Weight of the direct MLP loss."""
 
     fidelity_weight: float = 1.0
-    """Weight of the logits' divergence."""
+    """Weight of the divergence between the logits of NPT and base."""
 
     regularization_weight: float = 0.0
-    """Weight of the regularization."""
+    """Weight of the regularization of the deltas."""
 
     curriculum_stages: str | None = None
-    """Curriculum; without it student throughout."""
+    """Stages of the curriculum. Default: the stage `student` throughout."""
 
     np_init_scale: float = 0.01
-    """Size of the first deltas."""
+    """Size of the initial deltas."""
 
     seeds: tuple[int, ...] = (1234,)
-    """Seeds of the NP components and the order of the data; every row is run with each."""
+    """Seeds of the NP components and of the data order; every conversion is run with each of them."""
 
     max_tokens: int = 100_000
-    """Held-out tokens."""
+    """Held-out tokens to evaluate on."""
 
 
 def main() -> int:
-    """Runs the rows that are missing and prints all."""
+    """Runs the rows that the output file lacks, and prints all."""
     config: ComparisonConfig = parse(
         ComparisonConfig, prog="compare_forms.py", description="Compare forms of NPT."
     )
@@ -115,7 +115,7 @@ def main() -> int:
 
 
 def module_of(row: str, init_scale: float) -> Any:
-    """NPT's settings of a row."""
+    """Parses a row into NPT's configuration."""
     from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 
     layers, residual, form, target, rank, *more = row.split("/")
@@ -133,7 +133,7 @@ def module_of(row: str, init_scale: float) -> Any:
 
 
 def run_config(config: ComparisonConfig, stored: dict[str, Any], seed: int) -> "RunConfig":
-    """The configuration of a row's training, on the model of the base's configuration `stored`."""
+    """Configuration of a training on the base model whose run_config.json is `stored`."""
     from megatron_ext.config.groups.data_config import DataConfig
     from megatron_ext.config.groups.logging_config import LoggingConfig
     from megatron_ext.config.groups.model_config import ModelConfig
@@ -158,7 +158,7 @@ def run_config(config: ComparisonConfig, stored: dict[str, Any], seed: int) -> "
 
 
 def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[str, float]:
-    """Perplexity ratios before and after training, the parameters' share and the seconds of a row."""
+    """Runs one row; returns perplexity ratios before and after training, the parameter share and the seconds."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_ext.data.tokenizers import build_tokenizer
     from megatron_ext.npt.npt_family import NPTFamily
@@ -193,13 +193,13 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
     options = RunOptions(base=base, prepare=before, finish=after)
     code = train(run, build_tokenizer(run.tokenizer), [family], options)
     if "ratio" not in found:
-        sys.exit(code)  # stopped by a signal before its last step: no row
+        sys.exit(code)  # a signal stopped the training before its last step, so there is no result
     found["seconds"] = time.perf_counter() - started
     return found
 
 
 def parameter_share(chunks: list[Any], converted: int) -> float:
-    """What trains, over the own parameters of `converted` layers."""
+    """Number of trainable parameters / number of base parameters in the `converted` layers."""
     trainable = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
     named = chunks[0].decoder.layers[0].named_parameters()
     return trainable / (converted * sum(p.numel() for name, p in named if "feed_forward" not in name))
@@ -208,7 +208,7 @@ def parameter_share(chunks: list[Any], converted: int) -> float:
 def perplexity_ratio(
     config: ComparisonConfig, length: int, chunks: list[Any], family: Any, found: dict[str, float]
 ) -> float:
-    """Perplexity NPT / base on held-out text; the base's is measured once, into `found`."""
+    """Perplexity NPT / base on held-out text; the perplexity of the base is measured once and stored in `found`."""
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.npt.modules.npt_layers import deactivated
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Equivalence pre-training from a configuration file, document 002's.
+# Equivalence pre-training from a configuration file (docs/design/npt_equivalence.md).
 #
 #   bash examples/npt/launch_training.sh [small|optimized|FILE.yaml] [FLAGS OF pretrain_npt.py ...]
 #
-# Without a name examples/npt/config.yaml. A second call goes on from the last checkpoint. Flags win over the file. The base model and the data that these files name are
-# made by `make quickstart` and `make npt`; other ones: --base-model-name CHECKPOINT --data-path PREFIX.
+# The default file is examples/npt/config.yaml. A second call continues from the last checkpoint. Flags override the file.
+# `make quickstart` and `make npt` make the data and the base model that these files name; to use others, give
+# --base-model-name CHECKPOINT --data-path PREFIX.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-NPROC=${NPROC:-1}                     # processes on this machine; they share the batch
+NPROC=${NPROC:-1}                     # processes on this machine, as data-parallel ranks
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 [ "$NPROC" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole story of NPT on two CPU cores, on real text: a small Llama-style base model, to Hugging Face format and back,
-# its upper half converted, trained layer by layer and then together, evaluated beside the base model.
+# `make npt`: NPT on two CPU cores, on real text. Pretrains a small Llama-style base model, converts it to Hugging Face's
+# format and back, converts its upper half to NPT, trains it layer by layer and then jointly, and evaluates it.
 #
 #     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; under six minutes
 #
-# Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
+# Data and tokenizer come from the directory of `make quickstart` (QUICKSTART) if they exist, else they are made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/npt}
@@ -15,7 +15,7 @@ find_or_make_data "$out"
 batches=(--micro-batch-size 8 --global-batch-size 16 --data-path "$data/train_text_document" --split 97,2,1
     --num-workers 0 --data-cache-path "$out/cache" --log-interval 20)
 
-echo "== 1. The base model: Llama's architecture, six layers"
+echo "== 1. Pretrain a base model of six layers with Llama's architecture"
 run "${torchrun[@]}" pretrain_gpt_per_layer.py --num-layers 6 --hidden-size 192 --num-attention-heads 6 \
     --seq-length 256 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights \
     --hidden-dropout 0 --attention-dropout 0 --tokenizer-type HuggingFaceTokenizer \
@@ -23,7 +23,7 @@ run "${torchrun[@]}" pretrain_gpt_per_layer.py --num-layers 6 --hidden-size 192 
     --eval-iters 4 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 \
     --adam-beta2 0.95 --save "$out/pretrained"
 
-echo "== 2. To Hugging Face format, as any Llama, and back: what a user brings along"
+echo "== 2. Export it to Hugging Face's format and import it, as with any Llama model"
 run "$python" tools/convert_checkpoint.py export --load "$out/pretrained" --model-dir "$out/llama"
 run "$python" tools/convert_checkpoint.py import --model-dir "$out/llama" --save "$out/base"
 
@@ -31,18 +31,18 @@ np=(--npt-layers upper_half --np-form low_rank --np-target gate+up --np-rank 64 
 losses=(--direct-mlp-weight 1 --fidelity-weight 1 --regularization-weight 0 --npt-log-interval 10)
 schedule=(--min-lr 2e-4 --lr 2e-3 --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0)
 
-echo "== 3. The upper half of its layers converted, one after the other"
+echo "== 3. Convert the upper half of its layers to NPT, one after the other"
 run "${torchrun[@]}" pretrain_npt.py --mode sequential --load "$out/base" "${np[@]}" "${losses[@]}" "${schedule[@]}" \
     "${batches[@]}" --seq-length 256 --stage1-steps 0 --steps-per-layer 30 --eval-interval 1000 --eval-iters 2 \
     --checkpoint-dir "$out/sequential" --tensorboard-dir "$out/tensorboard/sequential"
 
-echo "== 4. Then all together: the teacher's inputs first, a blend, their own at last"
+echo "== 4. Train the converted layers jointly: first on the teacher's inputs, then on a blend, then on their own"
 run "${torchrun[@]}" pretrain_npt.py --mode multi_layer --load "$out/base" "${np[@]}" "${losses[@]}" "${schedule[@]}" \
     "${batches[@]}" --seq-length 256 --load-npt-weights "$out/sequential/accumulated_npt_weights.pt" \
     --curriculum-stages teacher:20,mixed:30:0.5,student:50 --train-iters 100 --eval-interval 50 --eval-iters 2 \
     --save "$out/joint/checkpoints" --tensorboard-dir "$out/tensorboard/joint"
 
-echo "== 5. Held-out text: perplexity, layers, deltas, generations; base and NPT side by side"
+echo "== 5. Compare base and NPT on held-out text: perplexity, layers, deltas, generations"
 run "${torchrun[@]}" tools/evaluate_npt.py --checkpoint "$out/joint/checkpoints" \
     --data-path "$data/held_out_text_document" --max-tokens 100000 --output "$out/evaluation_report.json" \
     --html "$out/report.html" --prompts "The function returns" "import " --max-new-tokens 32

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Sequential NPT training, document 000's: one layer after the other, each on top of those that are trained.
+# Sequential NPT training: layer by layer, each on top of the trained ones (docs/design/npt_sequential.md).
 #
 #   bash examples/npt/run_sequential_training.sh [--demo] [--layers all|upper_half|0,1,2] [--steps N]
 #       [--dataset small|medium|large] [FLAGS OF pretrain_npt.py ...]
 #
-#   --demo       the first four layers with few steps; without BASE on a tiny base model and text that are made for it
-#   --layers     all by default
-#   --steps      of every layer, 2000 by default; the first quarter, at most 500, is stage 1
-#   --dataset    a preset of examples/npt/datasets.yaml; DATA, a prefix, wins over it
+#   --demo       train the first four layers with few steps; without BASE, make a tiny base model and data first
+#   --layers     layers to train (default: all)
+#   --steps      steps per layer (default: 2000); the first quarter, at most 500, is stage 1
+#   --dataset    a preset of examples/npt/datasets.yaml; DATA, a prefix, overrides it
 #
-# BASE is a checkpoint of the base model: `make npt` leaves one, tools/convert_checkpoint.py import makes one of a
-# Hugging Face directory. Everything is written under RUN; the same RUN goes on after an interruption.
+# BASE is a checkpoint of the base model, made by `make npt` or by tools/convert_checkpoint.py import. All output is under
+# RUN; after an interruption, the same RUN continues.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -20,14 +20,14 @@ while [ $# -gt 0 ]; do
     case $1 in
         --demo) demo=true && shift ;;
         --layers | --steps | --dataset)
-            [ $# -gt 1 ] || { echo "error: $1: needs a value" >&2; exit 2; }
+            [ $# -gt 1 ] || { echo "error: $1: requires a value" >&2; exit 2; }
             printf -v "${1#--}" '%s' "$2" && shift 2 ;;
         *) flags+=("$1") && shift ;;
     esac
 done
 
 DATA=${DATA:-}
-NPROC=${NPROC:-1}                     # processes on this machine; they share every layer (tensor parallel)
+NPROC=${NPROC:-1}                     # processes on this machine, as tensor-parallel ranks
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 [ "$NPROC" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Multi-layer NPT training with document 001's curriculum and checkpoints. A second call goes on from the last checkpoint.
+# Multi-layer NPT training with the curriculum and checkpoints of docs/design/npt_curriculum.md. A second call continues
+# from the last checkpoint.
 #
 #   BASE=base_checkpoint DATA=corpus_text_document bash examples/npt/train_improved_npt.sh [FLAGS OF pretrain_npt.py ...]
 #
-# Everything it makes is under RUN: checkpoints/checkpoint-<step>, checkpoints/final, tensorboard. Flags win over those below.
+# All output is under RUN: checkpoints/checkpoint-<step>, checkpoints/final, tensorboard. Flags override those below.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-BASE=${BASE:-runs/npt/base}           # made by `make npt`; or by tools/convert_checkpoint.py import
+BASE=${BASE:-runs/npt/base}           # made by `make npt` or by tools/convert_checkpoint.py import
 DATA=${DATA:-runs/quickstart/train_text_document}
 RUN=${RUN:-experiments/npt_new_arch}
-NPROC=${NPROC:-1}                     # processes on this machine; they share every layer (tensor parallel)
+NPROC=${NPROC:-1}                     # processes on this machine, as tensor-parallel ranks
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 [ "$NPROC" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Progressive growth on two CPU cores, on real text: one model of six layers trained five ways on the same tokens (three
-# stacks over a frozen and cached trunk, prepended stacks, a four-bit trunk with adapters, G_stack, end to end), and a rack
-# trained on masked tokens that generates by unmasking. Tables and one page compare them.
+# Progressive growth on two CPU cores, on real text. A model of six layers is trained in five ways on the same tokens
+# (three stacks on a frozen and cached trunk, prepended stacks, a 4-bit trunk with adapters, G_stack, end to end); tables
+# and one page compare them. Then a rack is trained on masked tokens and generates by unmasking.
 #
 #     bash examples/progressive/quickstart.sh [DIRECTORY]        `make progressive` does this; seven minutes
 #
-# Data and tokenizer are taken from `make quickstart`'s directory (QUICKSTART) where they are there, else made.
+# Data and tokenizer come from the directory of `make quickstart` (QUICKSTART) if they exist, else they are made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/progressive}
@@ -23,7 +23,7 @@ causal=("${common[@]}" --training-objective clm --micro-batch-size 4 --global-ba
     --stack-steps 80 --epoch-samples 400 --eval-interval 40)
 evaluate=(--data-path "$data/held_out_text_document" --max-tokens 60000)
 
-train() { # NAME FLAGS...: trains a rack, and evaluates it on held-out text
+train() { # NAME FLAGS...: trains a rack and evaluates it on held-out text
     local name=$1
     shift
     run "${torchrun[@]}" pretrain_progressive.py "$@" --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard"
@@ -31,24 +31,24 @@ train() { # NAME FLAGS...: trains a rack, and evaluates it on held-out text
         --unigram-from "$data/train_text_document" --output "$out/$name/evaluation.json"
 }
 
-echo "== 1. Append: each stack over a frozen trunk, whose output is cached"
+echo "== 1. Append: each stack trains on a frozen trunk whose output is cached"
 train append "${causal[@]}" --no-qlora-enabled --growth-init copy
-echo "== 2. Prepend: each stack before the trunk, the loss flows through what is frozen"
+echo "== 2. Prepend: each stack trains below the trunk, so gradients flow through the frozen layers"
 train prepend "${causal[@]}" --no-qlora-enabled --growth-init copy --building-mode prepend --no-cache-activations
-echo "== 3. QLoRA: the trunk in four bits, its adapters train"
+echo "== 3. QLoRA: a 4-bit trunk with trainable adapters"
 train qlora "${causal[@]}" --growth-init copy --trunk-strategy qlora --trunk-precision qlora --qlora-rank 16 \
     --progressive-qlora-rank 8 --no-cache-activations
-echo "== 4. G_stack: new stacks are copies, everything trains"
+echo "== 4. G_stack: new stacks are copies, and all layers train"
 train g_stack "${causal[@]}" --no-qlora-enabled --growth-init copy --trunk-strategy trained --no-cache-activations
-echo "== 5. End to end: all six layers from the start, for as many steps"
+echo "== 5. End to end: all six layers train from the start, for the same number of steps"
 train end_to_end "${causal[@]}" --no-qlora-enabled --no-enabled --no-cache-activations
 
-echo "== 6. The same steps and tokens, side by side"
+echo "== 6. Compare the five, after the same steps and tokens"
 run "$python" tools/progressive_report.py --html "$out/report.html" --output "$out/report.json" --reference end_to_end \
     --runs append="$out/append" prepend="$out/prepend" qlora="$out/qlora" g_stack="$out/g_stack" end_to_end="$out/end_to_end"
-echo "A few hundred steps on text that comes again and again rank nothing but time and memory; docs/progressive.md has more."
+echo "After so few steps on repeated text only time and memory can be compared; docs/progressive.md has longer runs."
 
-echo "== 7. Masked tokens, seen from both sides. Each stack masks more than the one before: its losses are of a harder task"
+echo "== 7. Masked tokens with bidirectional attention. Each stack masks more tokens than the one before, a harder task"
 masked=$out/masked_data
 tokenize "$data" "$masked" 1024
 run "${torchrun[@]}" pretrain_progressive.py "${common[@]}" --training-objective mlm --min-mask-fraction 0.3 \
@@ -60,7 +60,7 @@ run "${torchrun[@]}" pretrain_progressive.py "${common[@]}" --training-objective
 run "${torchrun[@]}" tools/evaluate.py --load "$out/masked/progressive_rack" --max-tokens 60000 \
     --data-path "$masked/held_out_text_document" --unigram-from "$masked/train_text_document"
 
-echo "== 8. A sample: 24 masks after a prompt become text one by one, the most confident first"
+echo "== 8. A sample: 24 masks after a prompt are replaced one by one, the most confident first"
 run "$python" tools/generate.py --load "$out/masked/progressive_rack" --sampler diffusion --prompt "def __init__(self, " \
     --max-new-tokens 24 --diffusion-steps 24 --temperature 0.8
 

@@ -1,14 +1,14 @@
-"""Configuration: a frozen tree of dataclasses, and the one place that reads the command line and YAML.
+"""Configuration: a frozen tree of dataclasses, and the one place that reads the command line and YAML files.
 
-    run_config       RunConfig, the tree of a training run; a family's own subclass adds the family's groups
-    groups/          its groups: model, parallel, training, optimizer, data, tokenizer, checkpoint, logging
-    cross_checks     checks of several groups together, which `RunConfig.resolved` runs
-    serialize        to JSON and back, and as YAML text
-    command_line/    parse(): flags from the fields, files, errors in one line
-        field_checks  flag_table    how a field becomes a flag; checks of values
-        argument_words yaml_file values    what the command line and a file give, converted by the field's type
-        merge         which source of a value wins; `--show-config`
-        help_text     `--help`
+    run_config       RunConfig, the tree of a training run; a family's subclass adds the family's groups
+    groups/          one dataclass per config group; a field is a flag, its docstring the help text
+    cross_checks     checks between several config groups, which `RunConfig.resolved` runs
+    serialize        to JSON and YAML, and back
+    command_line/    parse(): flags, `--config file.yaml` and one-line errors
+        flag_table, field_checks             how a field becomes a flag; checks of values
+        argument_words, yaml_file, values    reading the command line and files; conversion to the field's type
+        merge                                precedence of the sources of a value; `--show-config`
+        help_text                            `--help`
 
-Importing any of it imports neither torch nor megatron.
+Nothing here imports torch or megatron.
 """

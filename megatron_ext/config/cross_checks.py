@@ -1,7 +1,7 @@
-"""Checks that concern several configurations at once: the cut against the model, the batch and the schedule.
+"""Checks between config groups: the parallel layout against the model, the batch and the schedule.
 
-They run before any process group starts; each raises one `ValueError` that names the flag and its value. What one
-concern can tell alone is checked in its own `__post_init__`.
+They run before any process group starts and raise a `ValueError` that names the flag and its value. A check that needs
+only one group is in the group's `__post_init__`.
 """
 
 import os
@@ -23,15 +23,17 @@ def validate(
     *,
     world_size: int | None = None,
 ) -> None:
-    """Raises `ValueError` for the first contradiction between the configurations.
+    """Raises `ValueError` for the first contradiction between the config groups.
+
+    Tools that do not train leave out `training`, `optimizer` and `data`, and with them their checks.
 
     Args:
-        model: the base model.
+        model: configuration of the base model.
         parallel: the parallel layout.
-        training: batch sizes and length; left out by tools that do not train.
-        optimizer: the schedules; left out by tools that do not train.
-        data: the samples' masks and positions; left out by tools that do not train.
-        world_size: number of processes; `torchrun`'s WORLD_SIZE, or 1, by default.
+        training: batch sizes and length of the run.
+        optimizer: schedules of learning rate and weight decay.
+        data: attention masks and positions of the samples.
+        world_size: number of processes; the default is `torchrun`'s WORLD_SIZE, or 1.
     """
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE") or 1)
@@ -86,8 +88,8 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
 def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
     tensor, length = parallel.tensor_model_parallel_size, model.seq_length
     if "mlp" in parallel.recompute_modules and model.has_mlp_bias:
-        # The engine's checkpoint of its MLP returns fc2's bias, and recomputes without end.
-        raise ValueError("--recompute-modules mlp: needs --disable-bias-linear, without --add-mlp-bias")
+        # With a bias, mcore's recomputed MLP recurses without end.
+        raise ValueError("--recompute-modules mlp: requires --disable-bias-linear and no --add-mlp-bias")
     if parallel.sequence_parallel and length % tensor:
         raise ValueError(
             f"--seq-length {length}: --sequence-parallel needs it divisible by --tensor-model-parallel-size {tensor}"
@@ -95,16 +97,16 @@ def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_resets(model: ModelConfig, data: DataConfig) -> None:
-    """What a document's end resets must have an effect in the model, and the one that is meant."""
+    """Refuses resets at a document's end that would have no effect in this model."""
     if data.reset_attention_mask and model.attention_backend == "te":
-        # Transformer Engine's causal attention makes its own mask and reads no other.
-        raise ValueError("--reset-attention-mask: needs --attention-backend sdpa or local, it is te")
+        # Transformer Engine's causal attention builds its own mask and ignores ours.
+        raise ValueError("--reset-attention-mask: requires --attention-backend sdpa or local (got te)")
     positions_count = model.position_embedding_type == "learned_absolute" or data.reset_attention_mask
     if data.reset_position_ids and not positions_count:
-        # Rotary attention sees differences of positions alone; within a document a reset leaves them as they are.
+        # Rotary attention depends on differences of positions only, and a reset keeps these within a document.
         raise ValueError(
-            "--reset-position-ids: has no effect, it needs --reset-attention-mask, or --position-embedding-type "
-            f"learned_absolute (it is {model.position_embedding_type})"
+            "--reset-position-ids: has no effect; it requires --reset-attention-mask, or --position-embedding-type "
+            f"learned_absolute (got {model.position_embedding_type})"
         )
 
 
@@ -112,19 +114,19 @@ def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parall
     global_batch_size = training.resolved_global_batch_size(data_parallel_size)
     if training.train_samples is not None and training.train_samples < global_batch_size:
         raise ValueError(
-            f"--train-samples {training.train_samples}: less than one global batch of {global_batch_size}"
+            f"--train-samples {training.train_samples}: must be at least one global batch of {global_batch_size}"
         )
     micro_batches = global_batch_size // (training.micro_batch_size * data_parallel_size)
     stages = parallel.pipeline_model_parallel_size
     if parallel.num_layers_per_virtual_pipeline_stage is not None and micro_batches % stages:
         raise ValueError(
-            f"--global-batch-size {global_batch_size}: makes {micro_batches} micro-batches a step; "
+            f"--global-batch-size {global_batch_size}: gives {micro_batches} micro-batches per step; "
             f"with virtual stages their number must be a multiple of --pipeline-model-parallel-size {stages}"
         )
 
 
 def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
-    """The schedule counts in the unit of the run's length, and the warm-up ends before the decay does."""
+    """The schedule must be in the unit of the run's length (steps or samples); the warm-up must be shorter."""
     counts_samples = training.train_samples is not None
     unit, other = ("samples", "iters") if counts_samples else ("iters", "samples")
     for kind in ("decay", "warmup", "wsd_decay"):

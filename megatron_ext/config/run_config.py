@@ -1,4 +1,4 @@
-"""The configuration of a training run: a frozen tree of groups. A family's own subclass adds the family's groups."""
+"""The configuration of a training run: a frozen tree of config groups. A family's subclass adds the family's groups."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
 C = TypeVar("C", bound="RunConfig")
-"""The configuration of some family's run."""
+"""`RunConfig` or a family's subclass of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All that a training run is told. A change is a new configuration, made with `dataclasses.replace`."""
+    """All settings of a training run. To change one, make a new configuration with `dataclasses.replace`."""
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -34,21 +34,20 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
-    """Field's name -> where its value came from, for all that do not have their default; no group."""
+    """Field name -> where its value came from, for all fields that do not have their default. Not a config group."""
 
     def resolved(self: C, world_size: int, *, epoch_samples: int | None = None) -> C:
-        """Returns the configuration as it trains, its groups checked against each other.
-
-        A length in epochs becomes a number of steps. Other sizes that follow from several fields stay properties of
-        their group (`resolved_...`), so that a checkpoint's `run_config.json` says what was given.
+        """Checks the groups against each other, and returns the configuration with a length in steps or samples.
 
         Args:
             world_size: number of processes.
-            epoch_samples: sequences in the training data, where the length is in epochs.
+            epoch_samples: number of sequences in the training data; required if the length is given in epochs.
 
         Raises:
-            ValueError: two groups contradict each other, or the processes do not divide.
+            ValueError: two groups contradict each other, or the layout does not divide the number of processes.
         """
+        # Other derived sizes stay properties of their group (`resolved_...`), so that a checkpoint's run_config.json
+        # records what the user gave.
         try:
             training = self.training
             if training.num_epochs is not None and epoch_samples is not None:

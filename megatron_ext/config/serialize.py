@@ -1,6 +1,6 @@
-"""Configurations as JSON-able dictionaries (for checkpoints and manifests) and as YAML text (for people).
+"""Converts configurations to dictionaries of JSON types (for checkpoints and manifests) and to YAML text.
 
-The text is a valid `--config` file: what a run prints can start the same run again.
+The YAML text is a valid `--config` file, so what a run prints can start the same run again.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ def group_to_dict(group: "DataclassInstance") -> dict[str, Any]:
 
 
 def config_to_dict(config: object) -> dict[str, dict[str, Any]]:
-    """Returns `{group: {field: value}}` of a configuration, of plain JSON types."""
+    """Returns `{group: {field: value}}` of a configuration, in plain JSON types."""
     return {name: group_to_dict(getattr(config, name)) for name in groups_of(type(config))}
 
 
 def group_from_dict(group_type: type[G], values: Mapping[str, Any], name: str) -> G:
-    """Builds the group that `group_to_dict` took apart, checks included.
+    """Builds a config group from the result of `group_to_dict`, and checks it.
 
     Args:
-        group_type: its dataclass.
-        values: as made by `group_to_dict`.
-        name: of the group, for errors.
+        group_type: dataclass of the group.
+        values: result of `group_to_dict`.
+        name: name of the group, for error messages.
 
     Raises:
-        ValueError: if `values` holds a key that is not a field of the group, or a value that its checks refuse.
+        ValueError: `values` has an unknown key or an invalid value.
     """
     known = [field.name for field in dataclasses.fields(group_type)]
     for key in values:
@@ -46,10 +46,10 @@ def group_from_dict(group_type: type[G], values: Mapping[str, Any], name: str) -
 
 
 def group_in(group_type: type[G], stored: Mapping[str, Any], name: str) -> G:
-    """Builds one group of a stored configuration, see `group_from_dict`.
+    """Builds one config group of a stored configuration, see `group_from_dict`.
 
     Raises:
-        ValueError: as there; or the configuration has no such group.
+        ValueError: the configuration lacks the group, or the group has an unknown key or an invalid value.
     """
     if name not in stored:
         raise ValueError(f"the configuration has no section {name}, only {', '.join(stored)}")
@@ -57,8 +57,8 @@ def group_in(group_type: type[G], stored: Mapping[str, Any], name: str) -> G:
 
 
 def format_groups(groups: Mapping[str, "DataclassInstance"]) -> str:
-    """Returns groups by name as YAML, one section per group, every field with its value."""
-    # Imported late: a command line without a file needs no YAML.
+    """Returns config groups as YAML text, with one section per group and all its fields."""
+    # Imported late, because importing YAML takes time and most command lines do not need it.
     import yaml
 
     sections = {name: group_to_dict(group) for name, group in groups.items()}

@@ -1,1 +1,1 @@
-"""What is done with a trained model: load it at any parallel layout, generate text, measure perplexity."""
+"""Loads a trained model at any parallel layout, generates text with it and measures its perplexity."""

@@ -1,4 +1,4 @@
-"""How a model is cut for inference where the user does not say: over as many processes as fit, tensor ranks first."""
+"""Chooses the parallel layout for inference if the user gives none."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ def choose_layout(
     tensor: int | None = None,
     pipeline: int | None = None,
 ) -> ParallelConfig:
-    """The layout that spreads the model over most processes; between equal ones that of more tensor ranks.
+    """Returns the layout that shards the model over the most processes; on a tie, the one with more tensor ranks.
 
-    What is left of the processes holds copies of the model (data parallel).
+    The remaining processes hold copies of the model (data parallelism).
 
     Args:
-        model: the base model.
-        families: the model's.
+        model: configuration of the base model.
+        families: families of the model, which may refuse a layout.
         world_size: number of processes.
-        tensor: the user's tensor-parallel size; the pipeline's is then 1 unless it is given too.
-        pipeline: the user's pipeline-parallel size.
+        tensor: tensor-parallel size that the user gave; the pipeline-parallel size then defaults to 1.
+        pipeline: pipeline-parallel size that the user gave.
 
     Raises:
-        ValueError: the sizes given do not fit the model or the processes.
+        ValueError: the given sizes do not fit the model or the number of processes.
     """
     if tensor is not None:
         asked = _layout(tensor, pipeline or 1)
@@ -37,8 +37,8 @@ def choose_layout(
         return asked
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     stages = divisors if pipeline is None else [pipeline]
-    sizes = sorted(itertools.product(divisors, stages), key=lambda cut: (cut[0] * cut[1], cut[0]))
-    layouts = [_layout(*cut) for cut in reversed(sizes)]
+    sizes = sorted(itertools.product(divisors, stages), key=lambda pair: (pair[0] * pair[1], pair[0]))
+    layouts = [_layout(*pair) for pair in reversed(sizes)]
     for layout in layouts:
         try:
             check_layout(model, families, layout, world_size)
@@ -46,20 +46,20 @@ def choose_layout(
             refused = error
         else:
             return layout
-    raise refused  # of one tensor rank: what the user gave does not fit
+    raise refused  # from the smallest layout: the size that the user gave does not fit
 
 
 def check_layout(
     model: ModelConfig, families: Sequence[Family], layout: ParallelConfig, world_size: int
 ) -> None:
-    """Raises `ValueError` where a model with its families cannot be cut so."""
+    """Raises `ValueError` if the model or one of its families does not support the layout."""
     validate(model, layout, world_size=world_size)
     for family in families:
         family.check(model, layout)
 
 
 def describe_layout(layout: ParallelConfig, world_size: int) -> str:
-    """The layout in words, for a line of its own."""
+    """Describes a layout in one line, for the log."""
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     return (
         f"{world_size} processes: --tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}, "

@@ -3,8 +3,9 @@
     p(next) = softmax(logits / temperature), restricted to the top_k most likely tokens and to the smallest set of them
     whose probabilities reach top_p; temperature 0 takes the most likely token (greedy).
 
-Prompts of different lengths share a batch: the shortest is read at once, the others' further tokens are read one by one
-beside the first generated ones. Every rank takes part and gets the same tokens. No beam search, no batching over time.
+Prompts of different lengths share a batch: the length of the shortest one is processed at once; then longer prompts are
+read token by token while shorter ones already generate. Every rank takes part and returns the same tokens. There is no
+beam search and no continuous batching.
 """
 
 import math
@@ -18,7 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
+from megatron_ext.platform import process_groups
+from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,47 +28,47 @@ class Sampling:
     """How the next token is chosen."""
 
     max_new_tokens: int = 64
-    """Tokens to generate after each prompt."""
+    """Number of tokens to generate after each prompt."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """The logits are divided by this; 0 takes the most likely token (greedy)."""
 
     top_k: int = 0
-    """Only the k most likely tokens; 0 is all."""
+    """Sample from the k most likely tokens only; 0 is off."""
 
     top_p: float = 0.0
-    """Only the most likely tokens that together have this probability; 0 is all."""
+    """Sample from the smallest set of tokens whose probabilities reach this sum; 0 is off."""
 
     seed: int = 1234
-    """Seed of the choice."""
+    """Seed of the random choice."""
 
     stop_tokens: tuple[int, ...] = ()
-    """A prompt's generation ends with any of these tokens."""
+    """Token ids that end the generation."""
 
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)
         check_temperature(self.temperature)
         check_seed(self.seed)
         if self.top_k < 0:
-            raise ValueError(f"--top-k {self.top_k}: must be 0 (all) or more")
+            raise ValueError(f"--top-k {self.top_k}: must be at least 0 (0 is off)")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: must lie in [0, 1]")
 
 
 def check_max_new_tokens(count: int) -> None:
-    """Raises `ValueError` unless so many tokens can be numbered."""
+    """Raises `ValueError` unless 1 <= count < 2**31."""
     if not 1 <= count < 2**31:
         raise ValueError(f"--max-new-tokens {count}: must be at least 1 and below 2**31")
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises `ValueError` unless it is a number from 0 on."""
+    """Raises `ValueError` unless the temperature is finite and at least 0."""
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"--temperature {temperature}: must be a number, 0 (greedy) or more")
+        raise ValueError(f"--temperature {temperature}: must be a finite number, at least 0 (0 is greedy)")
 
 
 def check_seed(seed: int) -> None:
-    """Raises `ValueError` unless torch's generators take it."""
+    """Raises `ValueError` unless torch's generators accept the seed."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed {seed}: must lie in [0, 2**63)")
 
@@ -80,21 +82,21 @@ def generate(
     vocab_size: int,
     is_end: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Continues the prompts.
+    """Continues the prompts. Collective.
 
     Args:
-        model: this rank's only chunk, unwrapped, without sequence parallel.
-        families: asked for the model's auxiliary inputs.
-        prompts: token ids, at least one each.
-        sampling: how tokens are chosen.
-        vocab_size: of the tokenizer; padded rows are never chosen.
-        is_end: of a prompt's new tokens: True ends its generation, the last token included.
+        model: this rank's only chunk, unwrapped, without sequence parallelism.
+        families: families of the model; they compute its auxiliary inputs.
+        prompts: token ids of each prompt, at least one.
+        sampling: how the next token is chosen.
+        vocab_size: size of the tokenizer's vocabulary; padded rows are never chosen.
+        is_end: called with a prompt's new tokens after each step; True ends its generation, the last token included.
 
     Returns:
-        The new tokens of each prompt, on every rank; a stop token is left out.
+        The new tokens of each prompt, without the stop token; equal on every rank.
 
     Raises:
-        ValueError: a prompt is empty or too long, for the model's positions, its sliding window or the memory.
+        ValueError: a prompt is empty, or too long for the model's positions, its sliding window or the memory.
     """
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + sampling.max_new_tokens
@@ -104,16 +106,21 @@ def generate(
         total, f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {max(lengths)} tokens"
     )
     model.eval()
-    check_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
+    check_cache_memory(_cache_bytes(model, len(prompts), total), sampling.max_new_tokens)
     tokens = _padded(prompts, total)
     stops = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=tokens.device)
     context = StaticInferenceContext(len(prompts), total)
     generator = torch.Generator(device=tokens.device).manual_seed(sampling.seed)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
+    # The first pass reads positions [0, shortest prompt); each later pass reads one position.
     start, end = 0, min(lengths)
     while end < total and not bool(finished.all()):
-        logits = _forward(model, families, tokens, start, end, context)
-        chosen = _share_from_last_stage(logits, sampling, generator, vocab_size, len(prompts))
+        inputs = tokens[:, start:end]
+        positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
+        logits = stage_logits(model, families, {"tokens": inputs, "position_ids": positions}, context)
+        context.increment_sequence_len_offset(end - start)
+        chosen = _chosen(logits, sampling, generator, vocab_size, len(prompts))
+        # Rows whose prompt is longer keep their own next token instead of the chosen one.
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
         finished |= ~in_prompt & torch.isin(tokens[:, end], stops)
@@ -129,14 +136,14 @@ def generate(
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Next tokens [b] from logits [b, V]; see the formula at the top of this file."""
+    """Chooses the next tokens [b] from logits [b, V]; the formula is at the top of this file."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """What the next tokens are drawn from, [b, V], at a temperature above 0; see the formula at the top."""
+    """The distribution [b, V] that next tokens are sampled from, for a temperature above 0."""
     logits = tempered(logits, sampling.temperature)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, -1:]
@@ -144,34 +151,33 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.top_p:
         ordered, order = logits.sort(descending=True)
         sorted_probabilities = ordered.softmax(-1)
-        # A token stays if those before it have not reached top_p: the most likely one always does.
+        # Drop a token if the more likely ones alone already reach top_p.
         dropped = sorted_probabilities.cumsum(-1) - sorted_probabilities >= sampling.top_p
-        dropped[..., 0] = False  # also where top_p is too small for a float
+        dropped[..., 0] = False  # a top_p that underflows to 0 must not drop every token
         logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
     return logits.softmax(-1)
 
 
 def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits of the same softmax as `logits / temperature`, finite for any temperature above 0.
-
-    The largest becomes 0 before the division. Beyond 1e30 either way a temperature changes nothing any more.
-    """
+    """Returns logits with the softmax of `logits / temperature`, finite for any temperature above 0."""
     logits = logits.float()
+    # Shifting the largest logit to 0 leaves the softmax unchanged and prevents overflow. Temperatures beyond 1e30 or
+    # 1e-30 already give the limit (uniform or greedy).
     return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
 
 
-def check_memory(needed: int, max_new_tokens: int) -> None:
-    """Raises `ValueError` where a generation needs more bytes than are free: the system would end the process."""
+def check_cache_memory(needed: int, max_new_tokens: int) -> None:
+    """Raises `ValueError` if a generation needs more bytes than are free; the system would kill the process."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
             f"--max-new-tokens {max_new_tokens}: needs about {needed / 2**30:,.1f} GiB of memory, "
-            f"{free / 2**30:,.1f} are free"
+            f"{free / 2**30:,.1f} GiB are free; generate fewer tokens or use fewer prompts"
         )
 
 
 def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
-    """Bytes of the tokens, of this rank's keys and values, and of the rotary table."""
+    """Bytes of the tokens (8 each), of this rank's key/value cache, and of the rotary table (fp32)."""
     config = model.config
     groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
     values = 2 * len(model.decoder.layers) * groups * config.kv_channels
@@ -179,57 +185,65 @@ def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
 
 
 def _padded(prompts: list[list[int]], total: int) -> torch.Tensor:
-    tokens = torch.zeros(len(prompts), total, dtype=torch.long, device=torch.cuda.current_device())
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long, device=process_groups.device())
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     return tokens
 
 
-def _forward(
+def stage_logits(
     model: GPTModel,
     families: list[Family],
-    tokens: torch.Tensor,
-    start: int,
-    end: int,
-    context: StaticInferenceContext,
+    batch: Batch,
+    context: StaticInferenceContext | None = None,
 ) -> torch.Tensor | None:
-    """Logits [b, V] after position `end - 1` on the last stage, None on the others."""
-    inputs = tokens[:, start:end]
-    positions = torch.arange(start, end, device=tokens.device).expand_as(inputs)
-    batch = {"tokens": inputs, "position_ids": positions}
+    """Runs the stages one after the other; returns logits [b, s, V] on the last stage, None on the others.
+
+    Args:
+        model: this rank's only chunk, unwrapped, without sequence parallel.
+        families: all families of the model, for its auxiliary inputs.
+        batch: `tokens` and `position_ids` [b, s], and the families' fields.
+        context: the KV cache.
+    """
+    tokens = batch["tokens"]
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
-        rows = (end - start) * model.auxiliary.pipeline_factor(hidden_size)
-        shape = (rows, len(tokens), hidden_size)
+        # Auxiliary inputs of families travel between stages as further rows of the hidden width.
+        shape = (tokens.size(1) * model.auxiliary.pipeline_factor(hidden_size), len(tokens), hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
         model.set_input_tensor(received)
     output = model(
-        inputs,
-        positions,
+        tokens,
+        batch["position_ids"],
         None,
         auxiliary_inputs=auxiliary_inputs(families, batch),
         inference_context=context,
         runtime_gather_output=True,
     )
-    context.increment_sequence_len_offset(end - start)
     if model.post_process:
-        return output[:, -1]
+        return output
     dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
     return None
 
 
-def _share_from_last_stage(
+def _chosen(
     logits: torch.Tensor | None, sampling: Sampling, generator: torch.Generator, vocab_size: int, batch: int
 ) -> torch.Tensor:
-    """The chosen tokens [b] on every rank. Tensor ranks choose alike: same logits, same generator."""
-    chosen = torch.empty(batch, dtype=torch.long, device=torch.cuda.current_device())
+    """Chooses the next tokens [b] on the last stage and broadcasts them to all stages."""
+    chosen = torch.empty(batch, dtype=torch.long, device=process_groups.device())
     if logits is not None:
-        chosen = choose(logits[:, :vocab_size], sampling, generator)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(chosen, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        chosen = choose(logits[:, -1, :vocab_size], sampling, generator)
+    share_from_last_stage(chosen)
     return chosen
+
+
+def share_from_last_stage(tokens: torch.Tensor) -> None:
+    """Broadcasts the last stage's tokens to all stages, in place."""
+    # Tensor ranks need no broadcast: they have equal logits and equal generators.
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 
 
 def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:
@@ -238,10 +252,10 @@ def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:
 
 
 def first_of(wanted: Sequence[int], tokens: list[int]) -> int:
-    """The place of the first wanted token; the number of tokens where there is none."""
+    """Index of the first token that is wanted, or the number of tokens if there is none."""
     return next((place for place, token in enumerate(tokens) if token in wanted), len(tokens))
 
 
 def _until_end(new: list[int], is_end: Callable[[list[int]], bool]) -> list[int]:
-    """The new tokens with which a row has ended: others of its batch may have gone on."""
+    """Drops what a row generated after its end, while other rows of the batch still continued."""
     return next((new[:count] for count in range(1, len(new) + 1) if is_end(new[:count])), new)

@@ -1,8 +1,6 @@
-"""Rebuilds the model of a checkpoint, families included, at any tensor x pipeline layout, for evaluation and
-generation.
+"""Loads a checkpoint's model with its families, at any tensor x pipeline layout, for evaluation and generation.
 
-Everything needed is in the checkpoint: configurations, vocabulary size, families. Only the tokenizer's files are
-outside it; where they have moved, the caller gives new paths.
+The checkpoint holds all that is needed except the tokenizer's files; if these have moved, the caller gives their path.
 """
 
 import sys
@@ -26,7 +24,7 @@ from megatron_ext.training.checkpoint.same_run_checks import tokenizer_in_words
 from megatron_ext.training.interface.family_interface import Family
 
 FamilyTypes = dict[str, type[Any]]
-"""Name -> family class with `from_configuration`; the script that calls knows which families there are."""
+"""Name -> family class with `from_configuration`. The caller passes it, because inference must not import families."""
 
 
 @dataclass(kw_only=True)
@@ -37,22 +35,22 @@ class LoadedModel:
     """This rank's only chunk, in evaluation mode."""
 
     config: ModelConfig
-    """The base model's configuration."""
+    """Configuration of the base model, with dropout off."""
 
     families: list[Family]
-    """Its families."""
+    """Families of the model."""
 
     tokenizer: Tokenizer
-    """The tokenizer it was trained with; its `adds_bos` says how this model's texts begin."""
+    """Tokenizer that the model was trained with; `adds_bos` is set as in its training data."""
 
     stop_tokens: tuple[int, ...]
-    """Ids that end a text: the tokenizer's end-of-document token, and those that an imported model names."""
+    """Ids that end a text: the tokenizer's end-of-document token, and those in the files of an imported model."""
 
     folder: Path
-    """The checkpoint's own directory."""
+    """Directory of the checkpoint itself, `.../iter_NNNNNNN`."""
 
     step: int
-    """Optimizer steps that it was trained for."""
+    """Optimizer steps that the model was trained for."""
 
 
 def load_model(
@@ -69,39 +67,41 @@ def load_model(
     """Joins the process group and loads a checkpoint's model.
 
     Args:
-        path: a directory of checkpoints, or one checkpoint's own.
-        families: the families the caller knows.
-        ckpt_step: the step to load instead of the newest.
-        tensor_model_parallel_size: the cut, which need not be the checkpoint's; None for one that fits, see
-            `choose_layout`. What was chosen for several processes is printed to standard error.
-        pipeline_model_parallel_size: likewise.
-        bf16: the precision to run in.
-        tokenizer: where the tokenizer's files are, if not where training found them.
-        bos: whether a text begins with the tokenizer's begin-of-text token. None: as the model's training data does
-            where that is known, else as the tokenizer's own files say.
+        path: a directory of checkpoints, or the directory of one checkpoint.
+        families: name -> class of the families that the caller supports.
+        ckpt_step: step to load; the default is the newest.
+        tensor_model_parallel_size: may differ from the checkpoint's. None lets `choose_layout` choose; with several
+            processes the choice is printed to standard error.
+        pipeline_model_parallel_size: as `tensor_model_parallel_size`.
+        bf16: run in bfloat16 instead of fp32.
+        tokenizer: configuration with the new path of the tokenizer's files; None uses the path that training used.
+        bos: whether a text begins with the begin-of-text token. None decides as the training data did if that is
+            recorded, else by the tokenizer's own files.
 
     Raises:
-        ValueError: the parallel layout does not fit the model, the tokenizer is another one, the checkpoint is
-        damaged or of a
-            family that the caller does not know.
-        OSError: something cannot be read.
+        ValueError: the layout does not fit the model, the tokenizer differs from the one used in training, or the
+            checkpoint is damaged or has a family that the caller does not support.
+        OSError: a file cannot be read.
     """
     stored = read_run_config(path, ckpt_step)
-    stored["model"] = on_this_machine(stored["model"])
+    stored["model"] = on_this_machine(stored["model"])  # the run may have used Transformer Engine
     model = replace(group_in(ModelConfig, stored, "model"), hidden_dropout=0.0, attention_dropout=0.0)
     built = build_tokenizer(tokenizer or group_in(TokenizerConfig, stored, "tokenizer"))
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
         raise ValueError(
-            f"{path}: was trained with another tokenizer ({tokenizer_in_words(stored)}) than {ours}"
+            f"{path}: was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
         )
-    if "training" in stored:  # not so an imported model: its tokenizer's files say how a text begins
-        built.begin_as(stored.get(BEGIN, []))  # before this was recorded, no data had a begin
+    # A model that was imported and never trained here has no section `training`; its tokenizer's files decide.
+    if "training" in stored:
+        built.begin_as(
+            stored.get(BEGIN, [])
+        )  # older checkpoints lack the entry; their data had no begin token
     built.choose_bos(bos)
     unknown = set(stored["families"]) - set(families)
     if unknown:
         raise ValueError(
-            f"{path}: holds the family {', '.join(sorted(unknown))}, which this tool does not know"
+            f"{path}: has the family {', '.join(sorted(unknown))}, which this tool does not support"
         )
     made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
     world_size = process_groups.world_size()

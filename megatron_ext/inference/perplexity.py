@@ -1,16 +1,15 @@
-"""Perplexity of a model on an indexed dataset.
+"""Measures the perplexity of a model on an indexed dataset.
 
     perplexity = exp( sum of -log p(token | tokens before it in its window) / number of tokens )
 
-The dataset is read as one stream of tokens in windows of the sequence length; each window's first token is the last one
-of the window before it, so that every token but the very first is predicted exactly once. Free-running, no dropout.
+The dataset is one stream of tokens that is read in windows of the sequence length. Windows overlap by one token, so
+every token except the very first is predicted exactly once. Dropout is off.
 
-For a model whose texts begin with a begin-of-text token (`bos`) every window begins with it, then come the tokens that
-follow those of the window before: every token is predicted exactly once, the very first too. The token itself is
-context and never asked for, neither ours nor the data's own (unless it ends documents too); where a window of the data
-begins with it, it is not put there twice.
+If the model's texts begin with a begin-of-text token (`bos`), every window begins with it and windows do not overlap;
+then the very first token is predicted too. The bos token itself is context and is never predicted, whether we added it
+or the data has it (unless it is the end-of-document token too). A window that begins with it already gets no second.
 
-A family that masks tokens asks for the masked ones instead, and may tell more of each token than its loss.
+A family that masks tokens predicts the masked ones instead, and may return further values per token.
 """
 
 import math
@@ -26,6 +25,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import OutputLoss, select_output_loss
@@ -35,13 +35,13 @@ _GUESS = "guess"
 
 @dataclass(frozen=True)
 class Begin:
-    """What every window of an evaluation begins with."""
+    """The token that every window of an evaluation begins with."""
 
     token: int
-    """The begin-of-text token."""
+    """Id of the begin-of-text token."""
 
     ends_documents: bool
-    """It is the end-of-document token too, so where the data has it, it is asked for as any other."""
+    """Whether it is the end-of-document token too; then its occurrences in the data are predicted like any token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,16 @@ class Perplexity:
     """The result of an evaluation."""
 
     loss: float
-    """Mean negative log-likelihood a token, in nats; as a family weights its tokens."""
+    """Mean negative log-likelihood per token in nats, weighted if a family weights its tokens."""
 
     tokens: int
-    """Tokens predicted, or the sum of their weights."""
+    """Number of predicted tokens, or the sum of their weights."""
 
     values: dict[str, float]
-    """Means over the same tokens of what a family's evaluation tells besides the loss, by its name."""
+    """Name -> mean over the same tokens of the further values that a family's evaluation returns."""
 
     guess_accuracy: float | None
-    """How often the guess was the token asked for."""
+    """Fraction of the predicted tokens that equal the guess; None without a guess."""
 
     @property
     def perplexity(self) -> float:
@@ -77,17 +77,17 @@ def evaluate_perplexity(
     guess: int | None = None,
     begin: Begin | None = None,
 ) -> Perplexity:
-    """Measures the perplexity on every rank's share of the windows; all ranks get the result.
+    """Measures the perplexity; every rank evaluates its share of the windows and returns the same result. Collective.
 
     Args:
         chunks: this rank's model chunks.
-        families: asked for what the model is fed and asked, its auxiliary inputs, and values besides the loss.
-        prefix: indexed dataset without `.bin` and `.idx`; it exists and is whole.
-        sequence_length: tokens of a window.
-        micro_batch_size: windows at a time.
-        max_tokens: at most so many tokens, from the dataset's beginning.
-        guess: a token that is compared with those asked for.
-        begin: what every window begins with; None for nothing, and for a model that sees what lies ahead.
+        families: families of the model; they make its inputs and the evaluation's loss.
+        prefix: path of the indexed dataset without `.bin` or `.idx`; the dataset must exist and be intact.
+        sequence_length: tokens per window.
+        micro_batch_size: windows per micro-batch.
+        max_tokens: use only the first tokens of the dataset, at most so many.
+        guess: a token id whose frequency among the predicted tokens is measured as well (a baseline).
+        begin: the token that every window begins with; must be None for a bidirectional model.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
@@ -97,12 +97,13 @@ def evaluate_perplexity(
         chunk.eval()
     loss = select_output_loss(family.evaluation_loss() for family in families)
     loss = loss if guess is None else _WithGuess(loss, guess)
-    sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    sums = torch.zeros(len(loss.names), 2, dtype=torch.float64, device=process_groups.device())
     with torch.no_grad():
         for step in steps:
             made = [make_batch(families, batch) for batch in step]
             for output in run_microbatches(chunks, families, made, loss, forward_only=True):
                 sums += torch.stack([output[name] for name in loss.names])
+    # The first sum is over the ranks' windows; the second shares the result of the last stage with all stages.
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     means = {name: float(total / weight) for name, (total, weight) in zip(loss.names, sums, strict=True)}
@@ -121,16 +122,16 @@ def held_out_steps(
     max_tokens: int | None = None,
     begin: Begin | None = None,
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of a dataset, as many at a time as the pipeline has stages.
+    """Yields this rank's micro-batches of a dataset, grouped so that each group has one per pipeline stage.
 
-    `loss_mask` is 1 where a token counts: windows that are short, or added to fill up, count less or nothing.
+    `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows and of added micro-batches.
 
     Args:
-        prefix: indexed dataset without `.bin` and `.idx`; it exists and is whole.
-        sequence_length: tokens of a window.
-        micro_batch_size: windows of a micro-batch.
-        max_tokens: at most so many tokens, from the dataset's beginning.
-        begin: what every window begins with, or None.
+        prefix: path of the indexed dataset without `.bin` or `.idx`; the dataset must exist and be intact.
+        sequence_length: tokens per window.
+        micro_batch_size: windows per micro-batch.
+        max_tokens: use only the first tokens of the dataset, at most so many.
+        begin: the token that every window begins with, or None.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
@@ -138,9 +139,9 @@ def held_out_steps(
     dataset = IndexedDataset(prefix)
     total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
     if total < 2:
-        raise ValueError(f"{prefix}: has {total} tokens, at least 2 are needed")
+        raise ValueError(f"{prefix}: the dataset must have at least 2 tokens, got {total}")
     if max_tokens is not None:
-        total = min(total, max_tokens + (begin is None))
+        total = min(total, max_tokens + (begin is None))  # without `begin` the first token is not predicted
     if begin is None:
         windows = _windows(dataset, total, sequence_length)
     else:
@@ -152,7 +153,7 @@ def held_out_steps(
 
 def _by_step(batches: Iterator[Batch], stages: int) -> Iterator[list[Batch]]:
     while step := list(islice(batches, stages)):
-        # The interleaved schedule wants the number of micro-batches to be a multiple of the stages.
+        # The interleaved schedule requires a multiple of the number of stages; added micro-batches have a zero mask.
         while len(step) < stages:
             step.append({**step[0], "loss_mask": torch.zeros_like(step[0]["loss_mask"])})
         yield step
@@ -161,9 +162,9 @@ def _by_step(batches: Iterator[Batch], stages: int) -> Iterator[list[Batch]]:
 def _windows(
     dataset: IndexedDataset, total: int, length: int, first: int | None = None
 ) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    """The stream's windows of `length + 1` tokens, overlapping by one; the last may be shorter.
+    """Yields windows of `length + 1` tokens that overlap by one; the last one may be shorter.
 
-    A `first` token comes before the stream's own and does not count to its `total`.
+    A `first` token is put before the stream and not counted in `total`.
     """
     buffer: list[np.ndarray[Any, np.dtype[Any]]] = [] if first is None else [np.array([first])]
     held, taken = len(buffer), 0
@@ -189,10 +190,10 @@ def _windows(
 def _begun_windows(
     dataset: IndexedDataset, total: int, length: int, bos: int
 ) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    """The stream cut into pieces of `length` tokens, each begun with `bos`; the last may be shorter."""
+    """Yields consecutive pieces of `length` tokens, each preceded by `bos`; the last one may be shorter."""
     begin = np.array([bos])
     for window in _windows(dataset, total, length, first=bos):
-        tokens = window[1:]  # the one before them belongs to the window before
+        tokens = window[1:]  # the first token is the overlap with the window before
         yield tokens if tokens[0] == bos else np.concatenate([begin, tokens])
 
 
@@ -202,7 +203,7 @@ def _micro_batches(
     micro_batch_size: int,
     never_asked: int | None,
 ) -> Iterator[Batch]:
-    """This data-parallel rank's micro-batches; every rank makes equally many, padded ones count nothing."""
+    """Yields this data-parallel rank's micro-batches. Every rank yields equally many; padding has a zero mask."""
     rank = parallel_state.get_data_parallel_rank()
     copies = parallel_state.get_data_parallel_world_size()
     while group := list(islice(windows, micro_batch_size * copies)):
@@ -224,7 +225,7 @@ def _micro_batches(
 
 
 class _WithGuess(OutputLoss):
-    """A family's evaluation, and how often a guessed token is the one asked for."""
+    """Adds to an evaluation loss how often the predicted token equals a guess."""
 
     def __init__(self, of: OutputLoss, guess: int) -> None:
         self._of = of

@@ -1,4 +1,4 @@
-"""Where a generated text ends: ids that the model's own files name, and texts that a user names."""
+"""Decides where a generated text ends: at token ids from the model's files, or at texts that the user gives."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from megatron_ext.training.checkpoint.checkpointer import IMPORTED
 def stop_tokens(run_config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a text, in ascending order.
 
-    They are the tokenizer's end-of-document token and those that an imported model's generation_config.json or
-    config.json names.
+    They are the tokenizer's end-of-document token and the `eos_token_id` of an imported model's generation_config.json
+    or config.json.
 
     Args:
-        run_config: the checkpoint's.
-        tokenizer: the model's.
+        run_config: content of the checkpoint's run_config.json.
+        tokenizer: tokenizer of the model.
     """
     section = run_config.get(IMPORTED) or {}
-    # Checkpoints of an earlier version hold the content of config.json itself.
+    # Older checkpoints keep the content of config.json here, with `eos_token_id` at its top level.
     ids = section.get("eos_token_ids", section.get("eos_token_id"))
     if ids is None:
         return (tokenizer.eod,)
@@ -26,7 +26,7 @@ def stop_tokens(run_config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, 
 
 
 def ends_with_any(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[list[int]], bool] | None:
-    """For `generate`: tells whether new tokens contain one of the texts; None where there is none to look for."""
+    """Returns the `is_end` of `generate`, which looks for the texts in the decoded tokens; None if there are none."""
     if not texts:
         return None
 
@@ -38,6 +38,6 @@ def ends_with_any(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[list[
 
 
 def cut_at_any(text: str, stops: Iterable[str]) -> str:
-    """The text up to the first place where one of the stops begins."""
+    """Returns the text before the first occurrence of any stop."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text

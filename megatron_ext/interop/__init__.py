@@ -1,4 +1,4 @@
-"""Hugging Face models of the Llama family, to and from checkpoints and built models; see docs/interop.md."""
+"""Imports Llama-family models from Hugging Face and exports ours to it; see docs/interop.md."""
 
 from megatron_ext.interop.hf_export import export_checkpoint, export_hf
 from megatron_ext.interop.hf_import import HuggingFaceModel, import_checkpoint, load_hf

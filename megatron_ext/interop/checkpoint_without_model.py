@@ -1,7 +1,7 @@
-"""Our checkpoints as plain tensors by global name: written without a run, read without a model; one process.
+"""Reads and writes a checkpoint as plain tensors by global name, in one process and without building a model.
 
-A checkpoint of an imported model is that of step 0 of a run that has not begun: no optimizer, no schedule, no random
-state. Everything that loads a model loads it, at any parallel layout; a run takes it up with `--finetune`.
+An imported model is stored as a checkpoint of step 0, without optimizer, scheduler or random state. Everything that
+loads a model can load it, at any parallel layout; to train from it, pass `--finetune`.
 """
 
 import json
@@ -21,18 +21,19 @@ from megatron_ext.training.checkpoint.optimizer_state import PREFIX
 
 
 def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: dict[str, Any]) -> Path:
-    """Writes a checkpoint of step 0; needs a process group of one.
+    """Writes a checkpoint of step 0; needs an initialized process group of size 1.
 
     Args:
-        root: the directory of checkpoints.
-        state: whole tensors by global name.
-        run_config: sections `model` and `tokenizer`, `vocab_size`, `tokenizer_fingerprint` and `families`.
+        root: directory that holds all checkpoints of a run.
+        state: unsharded tensors by global name.
+        run_config: content of run_config.json: sections `model` and `tokenizer`, `vocab_size`,
+            `tokenizer_fingerprint` and `families`.
 
     Returns:
-        The checkpoint's directory.
+        The checkpoint's own directory, `root/iter_0000000`.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the checkpoint could not be written.
     """
     name = files.checkpoint_name(0)
     folder = files.begin(root, name)
@@ -45,6 +46,7 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
     }
     files.write_text(folder / files.STATE, json.dumps({**progress, "families": {}, "cut": {}}, indent=1))
     files.write_text(folder / files.RUN_CONFIG, json.dumps(run_config, indent=1))
+    # Checksums come last, so that they cover all files; a checkpoint counts as complete only when it is published.
     written = [path.name for path in folder.iterdir() if path.is_file()]
     files.write_checksums(folder, files.digests(folder, written))
     files.publish(root, name)
@@ -52,28 +54,30 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
 
 
 def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
-    """The engine expects beside each linear layer's weight an object that holds nothing but for FP8."""
+    """mcore expects an `_extra_state` object beside the weight of every linear layer; it is empty except for FP8."""
     layers = [name.removesuffix("weight") for name in names if ".linear_" in name and name.endswith("weight")]
     keys = [f"{layer}_extra_state" for layer in layers]
     return {key: ShardedObject(key, None, (1,), (0,)) for key in keys}
 
 
 class CheckpointState(Mapping[str, torch.Tensor]):
-    """A checkpoint's model, tensor by tensor as it is asked for; needs a process group of one."""
+    """The model tensors of one or more checkpoints, each read on access; needs a process group of size 1.
+
+    Args:
+        *folders: the checkpoints' own directories. A tensor is read from the first one that has it, so list what was
+            trained on top of a base before the base. All files are compared with their checksums first.
+        only: names of the tensors to expose; None exposes all.
+
+    Raises:
+        ValueError: a checkpoint is damaged.
+    """
 
     def __init__(self, *folders: Path, only: set[str] | None = None) -> None:
-        """Args:
-        *folders: checkpoints' own directories, all files of which are compared with their checksums first. A tensor
-            is taken from the first that has it: what was trained on top of a base, then the base.
-        only: leave out all tensors but these.
-
-        Raises:
-            ValueError: a checkpoint is damaged.
-        """
         self._stored: dict[str, tuple[Path, ShardedTensor]] = {}
         for folder in folders:
             files.verify_checkpoint(folder)
             for name, shard in dist_checkpointing.load_tensors_metadata(str(folder)).items():
+                # Names under PREFIX belong to the optimizer's state.
                 if not name.startswith(PREFIX) and (only is None or name in only):
                     self._stored.setdefault(name, (folder, shard))
 
@@ -91,10 +95,10 @@ class CheckpointState(Mapping[str, torch.Tensor]):
         return len(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Whole shape of a tensor, without reading it."""
+        """Unsharded shape of a tensor, from the checkpoint's metadata."""
         return tuple(self._stored[name][1].global_shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor, without reading it."""
+        """Stored dtype of a tensor, from the checkpoint's metadata."""
         dtype: torch.dtype = self._stored[name][1].dtype
         return dtype

@@ -1,4 +1,4 @@
-"""A base model of ours as a Hugging Face directory of the Llama family, which `from_pretrained` loads."""
+"""Exports a base model as a Llama-family Hugging Face directory, which `from_pretrained` loads."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from megatron_ext.interop.formats.hf_config import (
     from_model_config,
     read_architecture,
 )
-from megatron_ext.interop.formats.hf_files import write_tensors
+from megatron_ext.interop.formats.hf_files import write_safetensors
 from megatron_ext.interop.formats.imported_model import Imported
 from megatron_ext.interop.formats.tokenizer_files import TOKENIZER_CONFIG, write_files
 from megatron_ext.interop.formats.tokenizer_readback import check_read_back
@@ -49,26 +49,28 @@ def export_hf(
     overwrite: bool = False,
     imported: Imported | None = None,
 ) -> list[str]:
-    """Writes a Hugging Face directory, complete or not at all.
+    """Writes a Hugging Face directory; on an error nothing is left at `model_dir`.
 
     Args:
-        model: the base model.
-        vocab_size: embeddings to write; further rows of `state` are padding.
-        state: whole tensors of the base model by global name: of a checkpoint, of `base_state`, of `load_hf`.
-        model_dir: the directory.
-        tokenizer_config: the tokenizer to write beside the model, or None for none.
-        architecture: as in `LlamaForCausalLM`; by default the first that expresses the model, or the imported one.
-        dtype: float32, bfloat16 or float16; by default the tensors'.
-        max_shard_size: bytes of a safetensors file.
-        overwrite: replace what is in `model_dir`.
-        imported: what the directory held that the model was imported from, as `load_hf(...).imported`.
+        model: configuration of the base model.
+        vocab_size: number of embedding rows to write; the rows of `state` beyond it are padding.
+        state: unsharded tensors of the base model by global name, from a checkpoint, `base_state` or `load_hf`.
+        model_dir: output directory.
+        tokenizer_config: tokenizer to write beside the model; None writes none.
+        architecture: Hugging Face class, such as `LlamaForCausalLM`. The default is the imported model's class, or
+            else the first class that can express the model.
+        dtype: float32, bfloat16 or float16; the default keeps the dtype of the tensors.
+        max_shard_size: largest size of one safetensors file, in bytes.
+        overwrite: replace the content of `model_dir`.
+        imported: config and files of the directory that the model was imported from, as in `load_hf(...).imported`.
 
     Returns:
-        Notes for the user.
+        Messages for the user.
 
     Raises:
-        ValueError: the model cannot be expressed, tensors are missing or superfluous, or `model_dir` holds something.
-        OSError: it cannot be written.
+        ValueError: no Llama-family class can express the model, the tensors do not match it, or `model_dir` is not
+            empty.
+        OSError: the directory cannot be written.
     """
     check_free(model_dir, "--model-dir", overwrite=overwrite)
     if dtype is not None and dtype not in DTYPES:
@@ -88,44 +90,46 @@ def export_hf(
     with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
         if tokenizer is not None and tokenizer_config is not None:
             if write_files(tokenizer_config, tokenizer, folder):
+                # Without an end token transformers would generate up to the maximum length.
                 if "eos_token_id" in config and config["eos_token_id"] is None:
                     config["eos_token_id"] = tokenizer.eod
             else:
                 messages.append(
-                    f"transformers has no {tokenizer_config.tokenizer_type}: no tokenizer is written"
+                    f"no tokenizer is written: transformers has no {tokenizer_config.tokenizer_type}"
                 )
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if imported is not None:
             messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
-            # What has been trained on ids of ours must be read with them, though the import was read otherwise.
+            # After training, the exported tokenizer must produce the ids the model was trained on. Before any training,
+            # transformers may read it as differently from us as it reads the original directory.
             as_imported = (
                 imported is not None
                 and not imported.is_trained
                 and config["model_type"] == imported.config["model_type"]
             )
             messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
-        write_tensors(folder, tensors, max_shard_size)
+        write_safetensors(folder, tensors, max_shard_size)
     return [f"{chosen}, {written_as}", *messages]
 
 
 def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor]) -> list[Entry]:
-    """The model's tensors, compared by name with those that there are."""
+    """The tensors that `model` requires; raises unless `state` has exactly these names."""
     found = entries(model, vocab_size, vocab_size)
     wanted = {entry.name for entry in found}
     for names, what in (
-        (wanted - set(state), "lacks"),
-        (set(state) - wanted, "has, beyond a Llama-family model,"),
+        (wanted - set(state), "the model to export lacks"),
+        (set(state) - wanted, "the model to export has a tensor that no Llama-family model has:"),
     ):
         if names:
-            raise ValueError(f"the model to export {what} {min(names)} ({len(names)} tensors in all)")
+            raise ValueError(f"{what} {min(names)} ({len(names)} tensors in all)")
     return found
 
 
 def _tensors(
     found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> Iterator[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]:
-    """For `write_tensors`: each entry's parts with their sizes, and what reads them."""
+    """Yields per entry what `write_safetensors` takes: (name, bytes) of its parts, and a function that reads them."""
     for entry in found:
         size = (dtype or _dtype(state, entry.name)).itemsize
         sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]
@@ -135,7 +139,9 @@ def _tensors(
             if entry.kind == "vocabulary":
                 whole = whole[: entry.shape[0]]
             if whole.shape != entry.shape:
-                raise ValueError(f"{entry.name} has shape {list(whole.shape)} instead of {list(entry.shape)}")
+                raise ValueError(
+                    f"{entry.name}: the configuration requires shape {list(entry.shape)}, got {list(whole.shape)}"
+                )
             return [part.to(dtype or part.dtype) for part in split(entry, whole, model)]
 
         yield sizes, read
@@ -165,21 +171,23 @@ def export_checkpoint(
     tokenizer_model: str | None = None,
     no_tokenizer: bool = False,
 ) -> list[str]:
-    """Writes a checkpoint's model as a Hugging Face directory.
+    """Exports a checkpoint's model as a Hugging Face directory.
+
+    Arguments that are not listed here are those of `export_hf`.
 
     Args:
-        load: a directory of checkpoints, or one checkpoint's own.
-        model_dir: see `export_hf`, as all that is not named here.
-        ckpt_step: the step instead of the newest.
-        base_only: leave out what families added to a frozen base.
-        tokenizer_model: where the tokenizer's files are, if not where training found them.
-        no_tokenizer: write none.
+        load: a directory of checkpoints, or the directory of one checkpoint.
+        ckpt_step: step to export; the default is the newest.
+        base_only: export the frozen base without the parameters that families added to it.
+        tokenizer_model: path of the tokenizer's files; the default is the path that training used.
+        no_tokenizer: export the model without a tokenizer.
 
     Returns:
-        Notes for the user.
+        Messages for the user.
 
     Raises:
-        ValueError, OSError: as `export_hf`; or the checkpoint cannot be read or holds families.
+        ValueError: as `export_hf`; also if the checkpoint is damaged, or has families and `base_only` is off.
+        OSError: as `export_hf`.
     """
     require_one_process()
     check_free(model_dir, "--model-dir", overwrite=overwrite)
@@ -193,9 +201,10 @@ def export_checkpoint(
     tokenizer = None if no_tokenizer else _tokenizer_config(tokens, tokenizer_model, run_config, load)
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
+    # mcore's checkpoint reader needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
-        # A frozen base is not saved again with what was trained on top of it.
+        # A run on a frozen base saves only what it trained; the base itself stays in the checkpoint it came from.
         base = BaseCheckpoint.of_run(run_config)
         folders = (folder,) if base is None else (folder, base.folder)
         state = CheckpointState(*folders, only=_base_names(model) if base_only else None)
@@ -225,18 +234,18 @@ def _check_families(families: dict[str, Any], load: str, *, base_only: bool) -> 
     for name, configuration in families.items():
         if not base_only:
             raise ValueError(
-                f"--load {load}: holds the family {name}, which no Llama-family model has; "
-                "--base-only exports a frozen base without it, --merge-adapters a rack with its adapters merged"
+                f"--load {load}: no Llama-family model can express the family {name}; "
+                "use --base-only to export the frozen base without it, or --merge-adapters for a rack with adapters"
             )
         if not _value(configuration, "freeze_base"):
             raise ValueError(
-                f"--base-only: the base model of {load} was trained together with the family {name} "
-                "and is no model without it"
+                f"--base-only requires a base that was frozen; the base of {load} was trained together with "
+                f"the family {name} and does not work without it"
             )
 
 
 def _value(configuration: Any, name: str) -> Any:
-    """The value of a field, wherever it is nested."""
+    """The first true value of a field, at any depth of nested dicts."""
     if not isinstance(configuration, dict):
         return None
     return configuration.get(name) or any(_value(inner, name) for inner in configuration.values())
@@ -248,5 +257,8 @@ def _tokenizer_config(
     if tokenizer_model is not None:
         config = replace(config, tokenizer_model=tokenizer_model)
     if build_tokenizer(config).fingerprint() != run_config["tokenizer_fingerprint"]:
-        raise ValueError(f"--load {load}: was trained with another tokenizer than {config.tokenizer_model}")
+        raise ValueError(
+            f"--load {load}: was trained with another tokenizer than {config.tokenizer_model}; "
+            "give the original one with --tokenizer-model"
+        )
     return config

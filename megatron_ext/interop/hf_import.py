@@ -1,6 +1,6 @@
-"""A local Hugging Face directory of the Llama family as a model of ours: in memory, or as a checkpoint.
+"""Imports a local Llama-family Hugging Face directory, into memory or into a checkpoint.
 
-Nothing is downloaded, and no code of the directory is run.
+Nothing is downloaded, and no code from the directory is run.
 """
 
 import os
@@ -32,31 +32,31 @@ FLAGS_FILE = "model.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
-    """A model of a Hugging Face directory, in our terms."""
+    """A model read from a Hugging Face directory."""
 
     model: ModelConfig
-    """The base model's configuration."""
+    """Configuration of the base model."""
 
     tokenizer_config: TokenizerConfig
-    """Its tokenizer, with files in the directory."""
+    """Configuration of the tokenizer, which points to the files in the directory."""
 
     tokenizer: Tokenizer
-    """The same, built."""
+    """The tokenizer built from `tokenizer_config`."""
 
     vocab_size: int
-    """What `build_model` takes: embeddings, or the tokenizer's ids where these are more."""
+    """Vocabulary size for `build_model`: the larger of the embedding's rows and the tokenizer's ids."""
 
     state: HuggingFaceState
-    """The tensors by global name, whole, each read when it is asked for."""
+    """Unsharded tensors by global name; each is read from disk on access."""
 
     dtype: torch.dtype
-    """fp32 or bf16, the precision of the tensors."""
+    """Precision of the tensors: fp32 or bf16."""
 
     imported: Imported
-    """What the directory holds beside the tensors and the tokenizer, for an export."""
+    """Configuration and small files that a later export writes back."""
 
     messages: tuple[str, ...]
-    """For the user: what was not taken over as it stands."""
+    """What could not be imported unchanged, one line each, for the user."""
 
 
 def load_hf(
@@ -65,15 +65,17 @@ def load_hf(
     seq_length: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
 ) -> HuggingFaceModel:
-    """Reads a directory's configuration and the headers of its files, and checks that they fit; no tensor is read yet.
+    """Reads a directory's configuration and file headers and checks them against each other; reads no tensor yet.
 
     Args:
-        model_dir: a local directory with config.json and safetensors; Llama, Mistral, Qwen2 or Qwen3.
-        seq_length: tokens of a training sequence; by default the model's longest position, at most 4096.
-        make_vocab_size_divisible_by: of the embedding's rows; by default such that nothing is padded.
+        model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model.
+        seq_length: tokens per training sequence; the default is the model's maximum position, at most 4096.
+        make_vocab_size_divisible_by: the embedding's rows are padded to a multiple of this; the default avoids
+            padding.
 
     Raises:
-        FileNotFoundError, ValueError: one line that names what is missing, damaged, unknown or does not fit.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or the model cannot be expressed.
     """
     content = read_config(model_dir)
     source = to_model_config(
@@ -107,26 +109,26 @@ def import_checkpoint(
     make_vocab_size_divisible_by: int | None = None,
     message: Callable[[str], None] = print,
 ) -> HuggingFaceModel:
-    """Writes a Hugging Face model as a checkpoint, complete or not at all.
+    """Converts a Hugging Face model to a checkpoint; on an error nothing is left at `save`.
 
         {save}/iter_0000000/, {save}/latest_checkpointed_iteration.txt      the checkpoint
         {save}/tokenizer/                                                   the tokenizer's files
-        {save}/hugging_face/                                                other small files beside the weights
-        {save}/model.yaml                                                   model and tokenizer as flags, for --config
+        {save}/hugging_face/                                                other small files of `model_dir`
+        {save}/model.yaml                                                   model and tokenizer flags, for --config
+
+    `model_dir`, `seq_length` and `make_vocab_size_divisible_by` are those of `load_hf`.
 
     Args:
-        model_dir: see `load_hf`.
-        save: the directory of checkpoints; missing or empty.
-        seq_length: see `load_hf`.
-        make_vocab_size_divisible_by: see `load_hf`.
-        note: takes lines for the user.
+        save: directory for the checkpoint; must be missing or empty.
+        message: called with each line for the user.
 
     Returns:
-        The model, its tokenizer's files in the checkpoint.
+        The model; its `tokenizer_config` points to the files in `save`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_hf`, or `save` holds something.
-        OSError: it cannot be written.
+        FileNotFoundError: as `load_hf`.
+        ValueError: as `load_hf`; also if `save` is not empty.
+        OSError: the checkpoint cannot be written.
     """
     require_one_process()
     check_free(save, "--save")
@@ -135,7 +137,8 @@ def import_checkpoint(
     )
     tokenizer = found.tokenizer_config
     if tokenizer.tokenizer_model is not None:
-        within = os.path.relpath(tokenizer.tokenizer_model, model_dir)  # of a SentencePiece model, else "."
+        # "." for a tokenizer that is a directory; a file name for a SentencePiece model.
+        within = os.path.relpath(tokenizer.tokenizer_model, model_dir)
         place = os.path.abspath(Path(save, TOKENIZER_FOLDER, within))
         tokenizer = replace(tokenizer, tokenizer_model=place)
     run_config = {
@@ -146,6 +149,7 @@ def import_checkpoint(
         "families": {},
         IMPORTED: found.imported.placed(save).as_json(),
     }
+    # mcore's checkpoint writer needs a process group, even for one process; the seed has no effect.
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
         with complete_directory(save, "--save") as folder:
@@ -164,13 +168,11 @@ def require_one_process() -> None:
     """Raises `ValueError` under `torchrun` with several processes."""
     if process_groups.world_size() > 1:
         raise ValueError(
-            f"conversion runs in one process, not {process_groups.world_size()}; "
-            "what it writes can be loaded at any tensor- and pipeline-parallel size"
+            f"conversion runs in one process (got {process_groups.world_size()}); start it without torchrun. "
+            "The checkpoint can be loaded at any tensor- and pipeline-parallel size"
         )
 
 
 def _flags(model: ModelConfig, tokenizer: TokenizerConfig) -> str:
-    head = (
-        "# Imported model and tokenizer, for a training script's --config; flags on its command line win.\n"
-    )
+    head = "# Imported model and tokenizer. Pass this file to a training script as --config; its flags override it.\n"
     return head + format_groups({"model": model, "tokenizer": tokenizer})

@@ -1,4 +1,4 @@
-"""A base model's tensors into, and out of, built model chunks, without a checkpoint on disk."""
+"""Copies a base model's tensors into and out of built model chunks, without a checkpoint on disk."""
 
 from collections.abc import Mapping
 
@@ -12,22 +12,23 @@ from megatron_ext.platform.collectives import gather_or_raise
 
 @torch.no_grad()
 def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None:
-    """Fills the base model's parameters at the present parallel layout; what families have added is left alone.
-    Collective.
+    """Copies `state` into the base model's parameters, at any parallel layout. Collective.
+
+    Parameters that families added keep their values.
 
     Args:
         chunks: this rank's model chunks, built from `state`'s `ModelConfig` and vocabulary, with or without families.
-        state: a checkpoint's tensors by global name, whole, as `load_hf(...).state`; read one at a time, and copied
-            into the parameters' own precision.
+        state: unsharded tensors by global name, as in `load_hf(...).state`; read one at a time and converted to the
+            dtype of the parameters.
 
     Raises:
-        ValueError: the model has other tensors than `state`; on every rank.
+        ValueError: names or shapes of `state` and the model differ; raised on every rank.
     """
     taken = set().union(*gather_or_raise(lambda: _fill(chunks, state)))
     left = sorted(set(state) - taken)
     if left:
         raise ValueError(
-            f"{left[0]} ({len(left)} tensors in all) has no place in the model that is to be filled"
+            f"the given tensors have {left[0]} ({len(left)} tensors in all), which the model to be filled lacks"
         )
 
 
@@ -43,14 +44,15 @@ def _fill(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> set[str]
                 continue
             if shard.key not in state:
                 raise ValueError(f"the model to be filled has {shard.key}, which the given tensors lack")
-            if shard.key != name:  # a fused projection asks for the same tensor several times
+            if shard.key != name:  # a fused projection has several shards of one tensor; read it once
                 name, whole = shard.key, state[shard.key]
             if whole.shape[1:] != shard.global_shape[1:] or whole.shape[0] > shard.global_shape[0]:
                 raise ValueError(
-                    f"{name}: has shape {list(whole.shape)}, in the model to be filled {list(shard.global_shape)}"
+                    f"{name}: the model to be filled requires shape {list(shard.global_shape)}, "
+                    f"got {list(whole.shape)}"
                 )
             ranges = zip(shard.global_offset, shard.local_shape, strict=True)
-            # A vocabulary that is padded further at this cut has rows past the end: zero, as all padding.
+            # This layout may pad the vocabulary further than `state` does: the extra rows stay zero, like all padding.
             part = whole[tuple(slice(start, start + size) for start, size in ranges)]
             shard.data.zero_()
             shard.data.view(shard.local_shape)[: part.size(0)].copy_(part)
@@ -60,13 +62,13 @@ def _fill(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> set[str]
 
 @torch.no_grad()
 def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """The base model's tensors by global name, without what families have added, for `export_hf`.
+    """The base model's tensors by global name, without those of families, as `export_hf` takes them.
 
     Args:
-        chunks: all chunks of the model, on one process (tensor- and pipeline-parallel sizes of 1).
+        chunks: all chunks of the model, in one process (tensor- and pipeline-parallel sizes of 1).
 
     Returns:
-        Name -> whole tensor on its device, sharing the model's memory.
+        Unsharded tensors by name. They share the model's memory and stay on its device.
     """
     found: dict[str, torch.Tensor] = {}
     for chunk in chunks:
@@ -76,6 +78,6 @@ def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
         ):
             if id(parameter) not in base:
                 continue
-            assert parameter.numel() == torch.Size(shard.global_shape).numel(), "the model is cut"
+            assert parameter.numel() == torch.Size(shard.global_shape).numel(), "the model is sharded"
             found[shard.key] = parameter.detach().view(shard.global_shape)
     return found

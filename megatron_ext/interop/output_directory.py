@@ -1,7 +1,7 @@
-"""A directory that appears under its name when it is complete, and not before.
+"""Writes a directory atomically: it appears under its name only when it is complete.
 
-It is written beside its place under a hidden name, forced to the disk and renamed. What a kill leaves behind is hidden
-and is removed by the next attempt.
+It is written next to its final place under a hidden name, flushed to disk and renamed. A killed process leaves only
+hidden files behind, which the next attempt removes.
 """
 
 import contextlib
@@ -17,54 +17,59 @@ def check_free(target: str | Path, flag: str, *, overwrite: bool = False) -> Non
     """Raises unless a directory can be written at `target`.
 
     Args:
-        target: the directory to be.
-        flag: the flag that names it, for errors.
-        overwrite: what is in it may be replaced.
+        target: path of the output directory.
+        flag: the command-line flag that gave `target`, for error messages.
+        overwrite: allow existing content, which will be replaced.
 
     Raises:
-        ValueError: there is something already.
+        ValueError: `target` is a file, or a directory that is not empty.
     """
     path = Path(target)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{flag} {target}: a file, not a directory")
+        raise ValueError(f"{flag} {target}: is a file; give a directory that is missing or empty")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"{flag} {target}: not empty")
+        raise ValueError(f"{flag} {target}: not empty; give a directory that is missing or empty")
 
 
 @contextlib.contextmanager
 def complete_directory(target: str | Path, flag: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives an empty directory to write into, and puts it in place of `target` when the block ends well.
+    """Yields an empty directory to write into and renames it to `target` when the block ends without an error.
 
     Args:
-        target: the directory to be; missing or empty, unless `overwrite`.
-        flag: the flag that names it, for errors.
-        overwrite: replaces what is there.
+        target: path of the output directory; must be missing or empty, unless `overwrite` is set.
+        flag: the command-line flag that gave `target`, for error messages.
+        overwrite: replace the content of `target`.
 
     Raises:
-        ValueError: there is something already.
-        OSError: it cannot be written; nothing of it is left.
+        ValueError: `target` is a file, or not empty.
+        OSError: the directory cannot be written; no partial output is left.
     """
     check_free(target, flag, overwrite=overwrite)
     path = Path(os.path.abspath(target))
     writing, replaced = (path.with_name(f".{path.name}.{word}") for word in ("writing", "replaced"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if replaced.exists() and not path.exists():  # a kill between the two renames below
+        if (
+            replaced.exists() and not path.exists()
+        ):  # an earlier process was killed between the two renames below
             replaced.rename(path)
         for left_behind in (writing, replaced):
             shutil.rmtree(left_behind, ignore_errors=True)
         writing.mkdir()
         yield writing
+        # Flush the content before the rename, or a power failure could leave the new name with empty files.
         for file in writing.rglob("*"):
             fsync_path(file)
         if path.exists():
             path.rename(replaced)
         writing.rename(path)
-        fsync_path(path.parent)
+        fsync_path(path.parent)  # makes the rename itself durable
     except OSError as error:
         shutil.rmtree(writing, ignore_errors=True)
         reason = error.strerror or str(error)
-        raise OSError(f"{flag} {target}: could not be written ({reason}); nothing of it is left") from error
+        raise OSError(
+            f"{flag} {target}: could not be written ({reason}); no partial output is left"
+        ) from error
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise

@@ -1,10 +1,10 @@
-"""An adapter in the format of Hugging Face `peft`, over the model that `interop.export_hf` writes.
+"""Exports a LoRA adapter in the format of Hugging Face `peft`, for the base model that `interop.export_hf` writes.
 
     adapter_config.json, adapter_model.safetensors       PeftModel.from_pretrained(base, directory)
 
-A fused projection's adapter becomes one for each of its parts: the rows of B go to the part they belong to, A to all
-parts. B A has the same rows as before, so the function is the same. Each adapter is exported by itself; `peft` adds
-several up when all are active:
+Hugging Face splits our fused projections, so the adapter of a fused projection is split too: each part gets its own
+rows of B and a copy of A. The product B A keeps its rows, so the model computes the same function. Each adapter is
+exported separately; `peft` sums the adapters that are active:
 
     model = PeftModel.from_pretrained(base, "stack", adapter_name="stack")
     model.load_adapter("progressive", adapter_name="progressive")
@@ -36,15 +36,18 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 
 ADAPTER_FLAG = "--adapter-dir"
-"""Under which the command line knows the directory."""
+"""Command-line flag of the output directory, for error messages."""
 
 
 def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Tensor]:
-    """The factors of an adapter, whole, on the CPU of every rank: `decoder.layers.{i}.{linear}.A` and `.B`. Collective.
+    """Gathers the unsharded factors of an adapter onto the CPU of every rank. Collective.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        name: the adapter's.
+        name: name of the adapter.
+
+    Returns:
+        `decoder.layers.{i}.{linear}.A` -> [rank, inputs] and `decoder.layers.{i}.{linear}.B` -> [outputs, rank].
     """
     infix = f".{ADAPTERS}.{name}."
     pieces = []
@@ -52,6 +55,8 @@ def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Te
         for key, value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).items():
             if infix not in key:
                 continue
+            # A factory is a fused projection, whose parts are separate shards. A shard that several ranks hold has a
+            # replica_id other than zero on all but one of them.
             shards = value.build() if isinstance(value, ShardedTensorFactory) else [value]
             pieces += [_piece(shard) for shard in shards if not any(shard.replica_id)]
     whole: dict[str, torch.Tensor] = {}
@@ -76,28 +81,30 @@ def export_peft(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes one adapter of all layers that have it; collective, the first rank writes, complete or not at all.
+    """Writes one adapter, of all layers that have it, in `peft`'s format. Collective; rank 0 writes.
+
+    On an error nothing is left at `directory`.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        name: the adapter's.
-        model: the base model.
-        directory: missing or empty, unless `overwrite`.
-        base_model: directory of the exported base model, told in adapter_config.json.
-        overwrite: replace what is in `directory`.
+        name: name of the adapter.
+        model: configuration of the base model.
+        directory: output directory; must be missing or empty, unless `overwrite` is set.
+        base_model: path or hub name of the exported base model, recorded in adapter_config.json.
+        overwrite: replace the content of `directory`.
 
     Raises:
-        ValueError: no layer has the adapter, `directory` holds something, or the model is no Llama.
-        OSError: it cannot be written.
+        ValueError: no layer has the adapter, `directory` is not empty, or no Llama-family class can express the model.
+        OSError: the directory cannot be written.
     """
     choose_architecture(model, None)
     shapes = _shapes(chunks, name)
     if not shapes:
-        raise ValueError(f"adapter {name}: no layer of the model has it")
+        raise ValueError(f"adapter {name}: no layer of the model has an adapter of this name")
     factors = gather_lora_factors(chunks, name)
 
     def write() -> None:
-        from safetensors.torch import save_file  # of the extra `hf`
+        from safetensors.torch import save_file  # installed by the extra `hf`
 
         check_free(directory, ADAPTER_FLAG, overwrite=overwrite)
         with complete_directory(directory, ADAPTER_FLAG, overwrite=overwrite) as folder:
@@ -109,7 +116,12 @@ def export_peft(
 
 
 def peft_tensors(factors: dict[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    """`peft`'s names and tensors from those of `gather_adapter`."""
+    """Renames and splits the result of `gather_lora_factors` into the tensors that `peft` expects.
+
+    Args:
+        factors: A [rank, inputs] and B [outputs, rank] by the linear layer's name.
+        model: configuration of the base model.
+    """
     found: dict[str, torch.Tensor] = {}
     for entry in entries(model, 1, 1):
         linear = entry.name.removesuffix(".weight")
@@ -124,7 +136,7 @@ def peft_tensors(factors: dict[str, torch.Tensor], model: ModelConfig) -> dict[s
 
 
 def _for_rows(entry: Entry, rank: int) -> Entry:
-    """The entry of a weight made that of a matrix with the same rows, and `rank` columns."""
+    """The entry of factor B: the weight's rows and parts, with `rank` columns."""
     parts = tuple((name, (shape[0], rank)) for name, shape in entry.parts)
     return replace(entry, shape=(entry.shape[0], rank), parts=parts)
 
@@ -133,10 +145,11 @@ def peft_config(shapes: dict[int, AdapterShape], num_layers: int, base_model: st
     """The content of adapter_config.json.
 
     Args:
-        shapes: rank and alpha by layer, of the layers that have the adapter.
-        num_layers: of the model.
-        base_model: where the base model is, or None.
+        shapes: rank and alpha by layer index, for the layers that have the adapter.
+        num_layers: number of layers of the base model.
+        base_model: path or hub name of the base model, or None.
     """
+    # peft takes one default rank and alpha, and patterns for the layers that differ from it.
     usual = Counter(shapes.values()).most_common(1)[0][0]
     others = {rf"model\.layers\.{i}\..*": shape for i, shape in shapes.items() if shape != usual}
     return {
@@ -158,7 +171,7 @@ def peft_config(shapes: dict[int, AdapterShape], num_layers: int, base_model: st
 
 
 def _shapes(chunks: list[GPTModel], name: str) -> dict[int, AdapterShape]:
-    """Rank and alpha by layer, over the whole model; collective."""
+    """Rank and alpha by layer index, over all pipeline stages. Collective."""
     local = {
         number: adapter.shape
         for number, _, linear in adapted_linears(chunks)

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ext.lora.lora_config import AdapterShape
+from megatron_ext.platform import process_groups
 
 
 class LoRAAdapter(MegatronModule):
@@ -73,7 +74,7 @@ class LoRAAdapter(MegatronModule):
         split = self.split_dims.get(name)
         if split is not None:
             shape[split] //= self.tp_group.size()
-        values = torch.zeros(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        values = torch.zeros(shape, dtype=self.config.params_dtype, device=process_groups.device())
         factor = torch.nn.Parameter(values)
         if split is not None:
             set_tensor_model_parallel_attributes(factor, True, split, 2 if self.is_gated else 1)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import merge_over_ranks
 
 
@@ -80,7 +81,7 @@ class LayerLosses:
             return {}
         # Sorted: the reduction below adds by position, and ranks may have recorded in different order.
         names = sorted(merged)
-        values = torch.tensor([merged[name] for name in names], device=torch.cuda.current_device())
+        values = torch.tensor([merged[name] for name in names], device=process_groups.device())
         data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
         dist.all_reduce(values, group=data_parallel)
         return dict(zip(names, (values / dist.get_world_size(data_parallel)).tolist(), strict=True))

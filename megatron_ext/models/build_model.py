@@ -3,7 +3,6 @@
 A rank holds one chunk, or several with the interleaved pipeline schedule.
 """
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,6 +19,7 @@ from megatron_ext.models.initialization import initialize_parameters
 from megatron_ext.models.layer_spec import block_spec, layer_spec
 from megatron_ext.models.model_extension import Extension, StageInfo
 from megatron_ext.models.ops.rotary import rotary_frequencies
+from megatron_ext.platform import process_groups
 
 
 def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size: int) -> int:
@@ -126,7 +126,7 @@ def _build_chunk(
         if module is not None:
             chunk.add_stage_module(extension.name, module)
     # The engine builds its position embedding in fp32 whatever `params_dtype` says.
-    return chunk.to(device=torch.device(torch.cuda.current_device()), dtype=config.params_dtype)
+    return chunk.to(device=process_groups.device(), dtype=config.params_dtype)
 
 
 def _merged(

@@ -25,6 +25,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_inputs import PER_LAYER_STREAM
 from megatron_ext.per_layer.sharded_weight import initial_std, mark
 from megatron_ext.per_layer.statistics_recorder import Recorder
+from megatron_ext.platform import process_groups
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -73,7 +74,7 @@ class PerLayerBlock(MegatronModule):
         mark(self.projection.weight, initial_std(settings, config.init_method_std, hidden, width))
         mark(self.post_norm.weight, 0.0)
         if settings.has_layer_scalar:
-            ones = torch.ones(1, dtype=config.params_dtype, device=torch.cuda.current_device())
+            ones = torch.ones(1, dtype=config.params_dtype, device=process_groups.device())
             self.register_buffer("layer_scalar", ones)
         self.activation = ACTIVATIONS[settings.per_layer_gate_activation]
         self.recorder: Recorder | None = None

@@ -26,6 +26,7 @@ from megatron_ext.per_layer.per_layer_block import PerLayerBlock
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_inputs import PerLayerInputs, stage_module
 from megatron_ext.per_layer.statistics_recorder import Recorder
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.gradient_norms import gradient_square_sum
 
 _RECORDED = (
@@ -57,7 +58,7 @@ def start_recording(chunks: list[GPTModel]) -> None:
 def stop_recording(chunks: list[GPTModel], settings: PerLayerConfig) -> dict[str, float]:
     """Ends the recording and returns tag -> value. Collective; call it between backward pass and update."""
     num_layers = chunks[0].config.num_layers
-    device = torch.device(torch.cuda.current_device())
+    device = process_groups.device()
     sums = {name: torch.zeros(num_layers, dtype=torch.float64, device=device) for name in _QUANTITIES}
     for chunk in chunks:
         _add_inputs(sums, chunk)

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.platform import process_groups
 
 
 class ShardedWeight(torch.nn.Module):
@@ -42,7 +43,7 @@ class ShardedWeight(torch.nn.Module):
         local = list(shape)
         local[dim] //= groups.tp.size()
         self.weight = torch.nn.Parameter(
-            torch.full(local, value, dtype=config.params_dtype, device=torch.cuda.current_device())
+            torch.full(local, value, dtype=config.params_dtype, device=process_groups.device())
         )
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=dim, stride=1)
         mark(self.weight, std)

@@ -1,1 +1,1 @@
-"""Where a run happens: CUDA with NCCL, or CPU with gloo. The only place that adapts `torch.cuda`."""
+"""Adapts a run to its machine: CUDA with NCCL, or CPU with gloo. Only this package changes `torch.cuda`."""

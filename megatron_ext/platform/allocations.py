@@ -1,7 +1,7 @@
-"""Bytes of tensors that a piece of work allocates: those alive now, and the most at any moment.
+"""Counts the bytes of tensors that a block of code allocates: those alive now, and the peak.
 
-On a GPU torch's allocator counts. On a CPU it does not: there every storage that an operation returns is counted until
-it is freed, exactly and whatever else the process does, but what a kernel allocates for itself is not seen.
+On a GPU the counts are those of torch's allocator. On a CPU, which has none, every storage that an operation returns is
+counted until it is freed. That is exact, but does not include a kernel's temporary memory.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from megatron_ext.platform.process_groups import use_cuda
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Counts within `with AllocationCounter() as counter:`; what existed before is not counted, nor is its end."""
+    """Counts allocations inside `with AllocationCounter() as counter:`; tensors that existed before do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,16 +44,16 @@ class AllocationCounter(TorchDispatchMode):
 
     @property
     def current(self) -> int:
-        """Bytes allocated since the beginning and alive now."""
+        """Bytes that were allocated inside the block and are alive now."""
         return torch.cuda.memory_allocated() - self._before if use_cuda() else self._live
 
     @property
     def peak(self) -> int:
-        """The most that `current` has been."""
+        """The largest value of `current` so far."""
         return torch.cuda.max_memory_allocated() - self._before if use_cuda() else self._peak
 
     def _skip(self, args: Any, kwargs: Any) -> None:
-        """What an operation is given existed before, unless it is known: views of it are not new."""
+        """Marks an operation's inputs as known, so that views of tensors from before the block do not count."""
         for value in tree_leaves((args, kwargs or {})):
             if isinstance(value, torch.Tensor):
                 self._known.add(value.untyped_storage())
@@ -64,6 +64,7 @@ class AllocationCounter(TorchDispatchMode):
         self._known.add(storage)
         self._live += storage.nbytes()
         self._peak = max(self._peak, self._live)
+        # The size is bound now: a storage that is being finalized no longer has one.
         weakref.finalize(storage, self._free, storage.nbytes())
 
     def _free(self, size: int) -> None:

@@ -1,6 +1,6 @@
-"""What one rank finds out, every rank must know: a failure on one must not leave the others waiting in a collective.
+"""Shares results and errors among all ranks, so that a failure on one does not leave the others in a collective.
 
-Without a process group there is one rank.
+Without a process group, a process is the only rank.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,22 +14,22 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 _KINDS = (ValueError, FileNotFoundError, OSError)
-"""Errors of these kinds keep their kind on the other ranks."""
+"""Errors of these types keep their type on the other ranks."""
 
 
 def gather_or_raise(action: Callable[[], T]) -> list[T]:
-    """Runs `action` on every rank and gives every rank all results; collective.
+    """Runs `action` on every rank and returns all results on every rank. Collective.
 
     Args:
-        action: must not itself wait for other ranks. Its result must be picklable.
+        action: must not itself wait for other ranks; its result must be picklable.
 
     Returns:
-        The results in the order of ranks.
+        The results, ordered by rank.
 
     Raises:
-        ValueError: a rank raised one; so does every rank, with the message of the lowest.
-        OSError: likewise, and so is `FileNotFoundError`.
-        RuntimeError: another rank raised something else (the rank itself keeps its own exception).
+        ValueError: `action` raised a `ValueError` on some rank; raised on every rank with the lowest rank's message.
+        OSError: as `ValueError`; `FileNotFoundError` keeps its type.
+        RuntimeError: `action` raised another exception on another rank. The failing rank raises its own exception.
     """
     if not dist.is_initialized():
         return [action()]
@@ -50,26 +50,26 @@ def gather_or_raise(action: Callable[[], T]) -> list[T]:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0 and gives every rank its result; raises as `gather_or_raise` does. Collective."""
+    """Runs `action` on rank 0 and returns its result on every rank; raises as `gather_or_raise` does. Collective."""
     return gather_or_raise(lambda: action() if is_first_rank() else None)[0]  # type: ignore[return-value]
 
 
 def on_every_rank(action: Callable[[], T]) -> T:
-    """Runs `action` on every rank, which keeps its own result; raises as `gather_or_raise` does. Collective."""
+    """Runs `action` on every rank and returns the rank's own result; raises as `gather_or_raise` does. Collective."""
     kept: list[T] = []
     gather_or_raise(lambda: kept.append(action()))
     return kept[0]
 
 
 def merge_over_ranks(local: Mapping[K, T], group: dist.ProcessGroup | None = None) -> dict[K, T]:
-    """The entries of all ranks of a group (of all ranks without one), on each of them; collective."""
+    """Merges the dicts of all ranks of a group (of all ranks if it is None). Collective."""
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, dict(local), group=group)
     return {key: value for part in found for key, value in part.items()}
 
 
 def is_first_rank() -> bool:
-    """True on rank 0, and where there is no process group."""
+    """Whether this is rank 0, or there is no process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

@@ -1,11 +1,11 @@
-"""Runs megatron-core on a machine without a GPU by giving `torch.cuda` a CPU meaning.
+"""Runs megatron-core on a machine without a GPU by redirecting `torch.cuda` to the CPU.
 
-megatron-core calls CUDA unconditionally in some hundred places. `install` replaces those entry points, once and
-explicitly, with what they mean on a CPU: the current device is `cpu`, a stream does nothing, the random state is the
-CPU's, `device="cuda"` in a factory call is `device="cpu"`. `torch.cuda.is_available()` keeps saying False, so other
-libraries still see the truth.
+megatron-core calls CUDA unconditionally in about a hundred places. `install` replaces the functions it calls by their
+CPU counterparts: the current device is `cpu`, a stream does nothing, the random state is the CPU's, and `device="cuda"`
+in a factory call means `device="cpu"`. `torch.cuda.is_available()` still returns False, so that other libraries do not
+expect a GPU.
 
-It does not emulate a GPU: nothing here makes asynchronous work asynchronous, and CUDA-only kernels stay missing.
+This does not emulate a GPU: nothing runs asynchronously, and CUDA-only kernels stay unavailable.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ _installed = False
 
 
 class CpuStream:
-    """Stands for `torch.cuda.Stream`: work on a CPU is finished when the call returns."""
+    """Replaces `torch.cuda.Stream`. Work on a CPU is finished when a call returns, so there is nothing to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = _CPU
@@ -52,43 +52,41 @@ class CpuStream:
         return None
 
     def synchronize(self) -> None:
-        """Nothing is pending."""
+        return None
 
     def wait_stream(self, _: Any) -> None:
-        """The other stream has nothing pending either."""
+        return None
 
     wait_event = wait_stream
 
     def record_event(self, event: "CpuEvent | None" = None) -> "CpuEvent":
-        """An event that has already happened."""
         return event or CpuEvent()
 
 
 class CpuEvent:
-    """Stands for `torch.cuda.Event`."""
+    """Replaces `torch.cuda.Event`; it has always happened already."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = _CPU
 
     def record(self, *_: Any) -> None:
-        """The event happens at once."""
+        return None
 
     wait = synchronize = record
 
     def query(self) -> bool:
-        """True: it has happened."""
         return True
 
 
 def install() -> None:
-    """Gives `torch.cuda` its CPU meaning. Call once, before a model is built, and only where no CUDA device is present.
+    """Redirects `torch.cuda` to the CPU; further calls do nothing. Call before a model is built.
 
     Raises:
-        RuntimeError: a CUDA device is present; there the real `torch.cuda` must be used.
+        RuntimeError: a CUDA device is present.
     """
     global _installed
     if torch.cuda.is_available():
-        raise RuntimeError("the CPU adapter must not be installed on a machine with a CUDA device")
+        raise RuntimeError("the CPU adapter must not be installed: this machine has a CUDA device")
     if _installed:
         return
     _installed = True
@@ -97,7 +95,7 @@ def install() -> None:
     _patch_factories()
     _patch_type_names()
     _keep_freed_memory()
-    # The engine warns when the CPU's random state moves in a stream of the GPU's; here the two are one.
+    # mcore warns if the CPU's random state changes inside a GPU stream; here both are the same state.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -133,7 +131,7 @@ def _patch_random_state() -> None:
     engine._get_cuda_rng_state, engine._set_cuda_rng_state = get_state, set_state
     for module in (cuda, cuda.random):
         module.get_rng_state, module.set_rng_state = get_state, set_state
-        # Not `torch.manual_seed`, which itself calls `torch.cuda.manual_seed_all`.
+        # `torch.manual_seed` would recurse: it calls `torch.cuda.manual_seed_all`.
         module.manual_seed = torch.default_generator.manual_seed
 
 
@@ -149,8 +147,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_factories() -> None:
-    # `with torch.device("meta")`, on which transformers builds models, knows the factories by identity and remembers
-    # them at its first use: before they are replaced, or it would miss every call.
+    # `with torch.device("meta")`, which transformers builds models in, recognizes factories by identity and caches them
+    # at its first use. Fill the cache before they are replaced, or it would miss every call.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -169,7 +167,7 @@ def _patch_factories() -> None:
 
 
 def _patch_type_names() -> None:
-    """The engine's optimizers tell precisions apart by the name `torch.cuda.*Tensor`."""
+    """mcore's optimizers recognize precisions by the type name `torch.cuda.*Tensor`."""
     tensor_class: Any = torch.Tensor
     type_of = tensor_class.type
 
@@ -183,11 +181,9 @@ def _patch_type_names() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets the C library keep large freed blocks for the next step, in place of mapping and clearing them anew.
-
-    A training step frees and asks for the same activations again and again; on the benchmark's shape a step is about
-    5 % faster. Only glibc has this call; elsewhere nothing changes.
-    """
+    """Lets glibc keep large freed blocks, instead of returning them to the system; does nothing elsewhere."""
+    # Every step allocates and frees the same activations; without this each one is mapped and zeroed anew. A step of
+    # the benchmark's shape is about 5 % faster.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter, value in (

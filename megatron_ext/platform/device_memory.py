@@ -1,7 +1,7 @@
-"""Memory of this process: what its device has allocated on a GPU, resident memory on a CPU.
+"""Memory of this process: allocated memory on a GPU, resident memory on a CPU.
 
-On a CPU resident memory counts everything the process holds: parameters, activations, and also Python, torch and pages
-of data files that are mapped into memory. The peak is the process's own, since it started.
+Resident memory includes everything in the process: parameters and activations, but also Python, torch and the pages of
+memory-mapped data files. Its peak is counted since the process started.
 """
 
 import resource
@@ -18,17 +18,17 @@ class MemoryUse:
     """Bytes in use by this process on its device."""
 
     current: int
-    """Now: allocated by torch on the GPU, or resident on the CPU."""
+    """Bytes that torch has allocated on the GPU, or that are resident on the CPU."""
 
     peak: int
-    """The most so far."""
+    """The largest value of `current` so far."""
 
     reserved: int
-    """Held by torch's allocator on the GPU, unused blocks included; resident memory on the CPU."""
+    """Bytes that torch's allocator holds on the GPU, including free blocks; resident memory on the CPU."""
 
 
 def host_memory() -> int:
-    """Bytes of memory that the processes of this machine may use together: all of it, or their control group's part."""
+    """Bytes of memory that all processes of this machine may use: the whole memory, or the limit of their cgroup."""
     total = int(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
@@ -38,14 +38,14 @@ def host_memory() -> int:
 
 
 def device_memory() -> tuple[int, bool]:
-    """Bytes of memory of this process's device, and whether all processes of the machine share them (a CPU's)."""
+    """Bytes of memory of this process's device, and whether all processes of the machine share it (on a CPU)."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory), False
     return host_memory(), True
 
 
 def memory_use() -> MemoryUse:
-    """Current and peak memory of this process; on a GPU of its current device."""
+    """Current and peak memory of this process, on its current device."""
     if torch.cuda.is_available():
         return MemoryUse(
             current=torch.cuda.memory_allocated(),
@@ -57,11 +57,12 @@ def memory_use() -> MemoryUse:
 
 
 def _peak_resident() -> int:
-    """The kernel's high-water mark. `getrusage` would not do: a child starts with its parent's peak there."""
+    """Peak resident bytes of this process."""
+    # Not `getrusage`, where a forked child starts with its parent's peak.
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             marks = [line.split()[1] for line in status if line.startswith("VmHWM:")]
         return int(marks[0]) * 1024
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB

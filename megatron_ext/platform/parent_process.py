@@ -1,4 +1,4 @@
-"""A process that does not outlive the one that has started it."""
+"""Keeps a process from outliving its parent."""
 
 import ctypes
 import signal
@@ -7,9 +7,9 @@ _PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 
 
 def signal_at_parents_end(number: signal.Signals) -> None:
-    """Has the system send this process a signal when the thread that has started it ends, in whatever way.
+    """Makes the kernel send this process a signal when its parent ends for any reason; works on Linux only.
 
-    Only Linux can do it; elsewhere nothing happens.
+    "Parent" is the thread that started this process: the signal also comes when only that thread ends.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):

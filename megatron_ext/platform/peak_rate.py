@@ -1,11 +1,10 @@
-"""The peak rate of this process's device, against which model FLOPs utilization (MFU) is counted.
+"""Finds the peak FLOP rate of this process's device, the baseline of model FLOPs utilization (MFU).
 
     MFU = model FLOPs per second / peak FLOPs per second
 
-On a known NVIDIA GPU the peak is the vendor's figure for dense matrix products (no sparsity) in the precision used. Any
-other device, a CPU among them, is measured: the best rate of a few large matrix products, as fast as torch makes them
-with this process's threads, in several rounds. A measured peak is what the machine gives, not what it could give in
-theory; one that was measured while other programs kept the machine busy is too low, and `raised` when a run shows it.
+For a known NVIDIA GPU the peak is the vendor's figure for dense matrix products in the precision in use. Any other
+device, such as a CPU, is measured: the peak is the best rate of a few large matrix products with this process's
+threads. A measurement on a busy machine is too low; `DevicePeak.raised` corrects it when a run is faster.
 """
 
 import functools
@@ -21,7 +20,7 @@ _CPU_SIZES = (512, 1024)
 _CUDA_SIZES = (2048, 8192)
 
 _TFLOPS: dict[tuple[str, ...], tuple[float, float, float]] = {
-    # words of the device's name: bf16, tf32, fp32
+    # words in the device's name -> dense TFLOP/s in bf16, tf32, fp32; more specific names first
     ("B200",): (2250.0, 1125.0, 75.0),
     ("GH200",): (989.4, 494.7, 66.9),
     ("H200",): (989.4, 494.7, 66.9),
@@ -46,19 +45,22 @@ class DevicePeak:
     """A device's peak rate and where the figure comes from."""
 
     flops_per_second: float
-    """Of one device, or of one process on a CPU."""
+    """FLOP/s of one GPU, or of one process on a CPU."""
 
     source: str
-    """In words, for the user."""
+    """Description of where the figure comes from, for the log."""
 
     dtype: torch.dtype | None = None
-    """The precision of the measured products; None for a figure that was given or is known."""
+    """Precision of the measured products; None if the figure was given or is the vendor's."""
 
     def raised(self, flops_per_second: float) -> "DevicePeak":
-        """A measured peak that is not below a rate the device has just reached; measured anew, in less than a second.
+        """Returns a peak that is at least a rate that a run has reached.
+
+        A measured peak below the rate is measured again, which takes less than a second. A peak that was given, or is
+        the vendor's, is returned unchanged.
 
         Args:
-            flops_per_second: the rate; a peak that is given or known stays as it is.
+            flops_per_second: FLOP/s that the run has reached.
         """
         if self.dtype is None or flops_per_second <= self.flops_per_second:
             return self
@@ -66,14 +68,14 @@ class DevicePeak:
 
 
 def device_peak(bf16: bool, tflops: float | None = None) -> DevicePeak:
-    """The peak of this process's device.
+    """Returns the peak of this process's device.
 
-    Where nothing is known this measures for less than a second, once a process. On a CPU that several processes
-    share they should measure at the same time, so that each finds its share.
+    A device that is not in the table is measured once per process, in less than a second. Processes that share a CPU
+    should measure at the same time, so that each measures its share.
 
     Args:
-        bf16: matrix products in bfloat16, else in fp32 (or TF32 where torch is allowed to use it).
-        tflops: the user's own figure, in TFLOP/s; taken as it is.
+        bf16: use bfloat16 products instead of fp32 (or TF32, where torch allows it).
+        tflops: peak that the user gave, in TFLOP/s; used unchanged.
     """
     if tflops is not None:
         return DevicePeak(tflops * 1e12, "given")
@@ -88,10 +90,10 @@ def device_peak(bf16: bool, tflops: float | None = None) -> DevicePeak:
 
 
 def known_tflops(device_name: str, precision: str) -> float | None:
-    """The vendor's dense TFLOP/s of an NVIDIA GPU, None for one that the table does not hold.
+    """The vendor's dense TFLOP/s of an NVIDIA GPU; None if the GPU is not in the table.
 
     Args:
-        device_name: as `torch.cuda.get_device_name` gives it, for example `NVIDIA A100-SXM4-80GB`.
+        device_name: result of `torch.cuda.get_device_name`, for example `NVIDIA A100-SXM4-80GB`.
         precision: `bf16`, `tf32` or `fp32`.
     """
     words = set(re.split(r"[\s\-]+", device_name))
@@ -104,12 +106,13 @@ def known_tflops(device_name: str, precision: str) -> float | None:
 
 @functools.cache
 def measured_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the best of a few square matrix products on this process's device; measured once a process."""
+    """FLOP/s of the fastest of a few square matrix products on this process's device; measured once per process."""
     return _measure(dtype)
 
 
 def _measure(dtype: torch.dtype) -> float:
-    """The best of several rounds, with pauses: what keeps a machine busy for a moment spoils a round, not all."""
+    """The best rate of several rounds, in FLOP/s."""
+    # Rounds with pauses: a short load of the machine spoils one round, not all.
     rates = [_measured_round(dtype)]
     for _ in range(_ROUNDS - 1):
         time.sleep(_PAUSE_SECONDS)
@@ -121,16 +124,16 @@ def _measured_round(dtype: torch.dtype) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small, large = _CUDA_SIZES if device.type == "cuda" else _CPU_SIZES
     rate = _best_rate(small, dtype, device, _MEASURE_SECONDS / 4)
-    # A bfloat16 product without hardware for it is slow; the large one is tried only where it fits into the time.
+    # bfloat16 without hardware support is slow: try the large product only if about three fit into the time.
     if 3 * 2.0 * large**3 / rate < _MEASURE_SECONDS:
         rate = max(rate, _best_rate(large, dtype, device, _MEASURE_SECONDS * 3 / 4))
     return rate
 
 
 def _best_rate(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOP/s of the fastest [size, size] product within the time; at least one is measured."""
+    """FLOP/s of the fastest [size, size] product within `seconds`; measures at least one."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    result = left @ right  # the first call also pays for threads, buffers and kernels
+    result = left @ right  # warm-up: the first call also creates threads, buffers and kernels
     _synchronize(device)
     fastest, deadline = float("inf"), time.perf_counter() + seconds
     while True:

@@ -1,8 +1,7 @@
 """Starts and ends a run: the device, the process group, megatron-core's parallel state and its random streams.
 
-The same call serves a laptop (CPU, gloo, one process or several under `torchrun`) and a cluster (CUDA, NCCL). It reads
-what `torchrun` puts into the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it, the run
-is a single process.
+The same call serves a laptop (CPU, gloo) and a cluster (CUDA, NCCL). It reads the environment of `torchrun` (RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it, the run is a single process.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from megatron_ext.platform.parent_process import signal_at_parents_end
 
 
 def use_cuda() -> bool:
-    """True where a CUDA device is present."""
+    """Whether a CUDA device is present."""
     return torch.cuda.is_available()
 
 
@@ -32,34 +31,34 @@ def device() -> torch.device:
 
 
 def world_size() -> int:
-    """Number of processes of the run as `torchrun` tells, 1 without it."""
+    """Number of processes of the run, from `torchrun`'s environment; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's rank as `torchrun` tells, 0 without it."""
+    """Rank of this process, from `torchrun`'s environment; 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> None:
-    """Joins the process group and sets up the parallel state and the random streams.
+    """Joins the process group and sets up the parallel state and the random streams. Collective.
 
     Args:
-        parallel: how the run is cut.
-        seed: base of every random stream; those of tensor-parallel ranks, stages and model copies are derived from it.
+        parallel: the parallel layout.
+        seed: seed that the random streams of all ranks are derived from.
 
     Raises:
-        ValueError: the backend cannot serve this machine.
+        ValueError: the machine does not support the backend.
     """
     backend = _backend(parallel.distributed_backend)
-    # One queue keeps communication ahead of the computation that overlaps it; the engine warns without it.
+    # mcore requires one hardware queue, so that communication starts before the computation that it overlaps.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if use_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         cpu.install()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A launcher that is killed cannot end its processes: they would train on unseen. With this they save and leave.
+        # A launcher that is killed by SIGKILL cannot stop its workers. With this signal they save and exit.
         signal_at_parents_end(signal.SIGTERM)
     if not dist.is_initialized():
         _join(backend, timedelta(minutes=parallel.distributed_timeout_minutes))
@@ -67,13 +66,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 
 def use_gloo_twins() -> bool:
-    """True where megatron-core needs gloo groups beside its own, for checkpoints gathered in the CPU's memory."""
+    """Whether megatron-core needs gloo groups beside NCCL's, to gather checkpoints in CPU memory."""
     return use_cuda()
 
 
 def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
-    """Sets megatron-core's parallel state and random streams; the process group must exist."""
-    parallel_state.destroy_model_parallel()
+    """Sets megatron-core's parallel state and random streams; the process group must exist. Collective."""
+    parallel_state.destroy_model_parallel()  # mcore refuses to set a state that is set already
     with contextlib.nullcontext() if use_cuda() else groups.shared_groups():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -86,14 +85,14 @@ def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
 
 
 def seed_streams(seed: int) -> int:
-    """Seeds torch's generator and the engine's named streams for this rank; the parallel state must be set.
+    """Seeds torch's generator and mcore's named streams for this rank; the parallel state must be set.
 
-    Tensor-parallel ranks share one stream and have one each (the engine's part). Pipeline stages and model copies
-    differ in both: they hold other layers, or read other sequences, and need dropout masks of their own.
+    mcore derives from the seed one stream that tensor-parallel ranks share and one that each has for itself.
 
     Returns:
-        The seed of this rank's stage and model copy, for generators of other libraries.
+        The seed of this rank's pipeline stage and model copy, for generators of other libraries.
     """
+    # Stages hold different layers and model copies read different sequences: each needs its own dropout masks.
     stage = parallel_state.get_pipeline_model_parallel_rank()
     copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     own = seed + 100 * stage + 100_000 * copy
@@ -113,7 +112,7 @@ def shutdown() -> None:
 def _backend(requested: str) -> str:
     if requested == "nccl" and not use_cuda():
         raise ValueError(
-            "--distributed-backend nccl needs a CUDA device, and this machine has none: use gloo or auto"
+            "--distributed-backend nccl requires a CUDA device, and this machine has none; use gloo or auto"
         )
     if requested == "auto":
         return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"
@@ -124,4 +123,5 @@ def _join(backend: str, timeout: timedelta) -> None:
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
+        # A single process needs no rendezvous: an in-memory store opens no port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,11 +1,10 @@
-"""On gloo, one process group for every set of ranks, however many parts of megatron-core ask for one.
+"""Makes megatron-core share one gloo process group per set of ranks.
 
-Every gloo group costs its process three threads, one of which wakes a hundred times a second. megatron-core asks for
-some twenty groups; with few processes most of them are the same few sets of ranks, and many hold a single rank. Sharing
-is safe on gloo: ranks issue the collectives of one set in the same order whichever part of the engine asks, and gloo
-tells messages between two ranks apart from collectives.
+megatron-core creates about twenty groups, and every gloo group costs a process three threads, one of which wakes a
+hundred times per second. With few processes most groups have the same ranks. Sharing them is safe on gloo: all ranks
+issue the collectives of one set of ranks in the same order, and gloo keeps point-to-point messages apart from them.
 
-With NCCL every group stays its own: there they are communicators with streams of their own, made when first used.
+NCCL groups are not shared: each is a communicator with its own stream, created at its first use.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from megatron.core import parallel_state
 
 
 class _Groups:
-    """Sorted ranks -> their group, or torch's mark of a group that this rank is not in."""
+    """Sorted ranks -> their group, or torch's `NON_GROUP_MEMBER` if this rank is not in it."""
 
     def __init__(self, world: Any) -> None:
         self.world = world
@@ -26,15 +25,13 @@ class _Groups:
 
 
 _groups: _Groups | None = None
-"""Those of the process group that this process has joined."""
+"""Groups that were made since this process joined its present default group."""
 
 
 @contextlib.contextmanager
 def shared_groups() -> Iterator[None]:
-    """Within it megatron-core gets one group for every set of ranks; collective, as its making of groups is.
-
-    This replaces a function of the engine for the time of a call: it has no argument for how groups are made.
-    """
+    """Inside the block megatron-core gets one group per set of ranks. Collective, like creating groups."""
+    # mcore has no argument for how groups are created, so its function is replaced inside the block.
     global _groups
     if _groups is None or _groups.world is not dist.group.WORLD:
         _groups = _Groups(dist.group.WORLD)
@@ -54,6 +51,6 @@ def shared_groups() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Lets go of the groups, whose threads live as long as somebody has them; call where the process group ends."""
+    """Drops the groups, so that their threads end; call when the default process group is destroyed."""
     global _groups
     _groups = None

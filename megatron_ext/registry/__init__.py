@@ -1,1 +1,1 @@
-"""The families that a checkpoint may hold."""
+"""Lists the model families, for tools that open any checkpoint."""

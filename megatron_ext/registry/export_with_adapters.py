@@ -1,7 +1,7 @@
-"""A checkpoint with adapters as a Hugging Face directory: the adapters merged, or beside it in the format of `peft`.
+"""Exports a checkpoint with adapters to Hugging Face: adapters merged into the weights, or as separate `peft` adapters.
 
-The model is built and loaded, on one process in fp32; its families say what they are for a plain model. Checkpoints of
-base models are exported tensor by tensor, without being built, by `interop.export_checkpoint`.
+The model is built and loaded in one process in fp32, and its families merge or write their adapters.
+`interop.export_checkpoint` exports base models tensor by tensor, without building them.
 """
 
 from dataclasses import replace
@@ -36,22 +36,24 @@ def export_plain(
     tokenizer_model: str | None = None,
     no_tokenizer: bool = False,
 ) -> list[str]:
-    """Writes a checkpoint's model with its adapters merged, or its base model and the adapters apart.
+    """Exports a checkpoint's model with its adapters merged, or its base model and each adapter separately.
+
+    Arguments that are not listed here are those of `export_hf`.
 
     Args:
-        load: a directory of checkpoints, or one checkpoint's own.
-        model_dir: see `export_hf`, as all that is not named here.
-        adapter_dir: gets a directory for each adapter; None merges them.
-        ckpt_step: the step instead of the newest.
-        dtype: by default the run's.
-        tokenizer_model: where the tokenizer's files are, if not where training found them.
-        no_tokenizer: write none.
+        load: a directory of checkpoints, or the directory of one checkpoint.
+        adapter_dir: output directory with one subdirectory per adapter; None merges the adapters.
+        ckpt_step: step to export; the default is the newest.
+        dtype: the default is the precision of the run.
+        tokenizer_model: path of the tokenizer's files; the default is the path that training used.
+        no_tokenizer: export the model without a tokenizer.
 
     Returns:
-        Notes for the user.
+        Messages for the user.
 
     Raises:
-        ValueError, OSError: as `export_hf`; or a family of the checkpoint cannot be merged, or has no adapters.
+        ValueError: as `export_hf`; also if a family cannot be merged, or the checkpoint has no adapters.
+        OSError: as `export_hf`.
     """
     require_one_process()
     check_free(model_dir, "--model-dir", overwrite=overwrite)
@@ -92,9 +94,11 @@ def export_plain(
 
 
 def _check_families(families: dict[str, Any], load: str, *, as_adapters: bool) -> None:
-    """Before the model is loaded, which may take long."""
+    """Raises unless every family can be exported; called before the model is loaded, which may take long."""
     if not families:
-        raise ValueError(f"--load {load}: is a base model, without adapters; export it as it is")
+        raise ValueError(
+            f"--load {load}: is a base model without adapters; export it without --merge-adapters and --adapter-dir"
+        )
     for name in families.keys() & FAMILIES.keys():
         try:
             FAMILIES[name].from_configuration(families[name]).check_plain(as_adapters=as_adapters)

@@ -1,4 +1,4 @@
-"""The families a checkpoint may hold, by the name under which it holds them. For tools that serve all of them."""
+"""The families that a checkpoint may hold, for tools that open any checkpoint."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, type[Any]] = {
     family.name: family for family in (PerLayerFamily, NPTFamily, ProgressiveFamily)
 }
-"""Family's name -> class with `from_configuration`."""
+"""Name in a checkpoint -> family class with `from_configuration`."""
 
 
 def window_begin(loaded: "LoadedModel") -> Begin | None:
-    """The token with which an evaluation begins a model's windows, None for none.
-
-    A model that sees what lies ahead is asked for tokens of the window itself, so nothing is put there.
-    """
+    """The token that every window of an evaluation begins with, or None."""
     objective = objective_of(loaded.families)
     if objective is not None and objective.bidirectional:
+        # A bidirectional model predicts tokens of the window itself, so no token needs one before it.
         return None
     tokenizer = loaded.tokenizer
     if not tokenizer.adds_bos or tokenizer.bos is None:

@@ -1,4 +1,4 @@
-"""Pictures and pages of results: TensorBoard files as curves, charts as SVG, one HTML page that opens offline.
+"""Draws results: reads TensorBoard files as curves, draws charts as SVG, and writes self-contained HTML pages.
 
-Knows no family: plain numbers and texts come in, and what they mean stands in their labels.
+Nothing here depends on a family: the functions take plain numbers and texts, and labels say what they mean.
 """

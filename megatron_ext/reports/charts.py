@@ -1,7 +1,7 @@
-"""Charts as SVG texts, from plain numbers: curves, heat maps, histograms, bars. matplotlib draws them.
+"""Draws curves, heat maps, histograms and bars with matplotlib and returns them as SVG text.
 
-Values that are not finite are left out. Heat maps take a logarithmic colour scale where values are positive and span
-more than two orders of magnitude. The same numbers give the same text: no dates, no random names in it.
+Values that are not finite are left out. A scale is logarithmic if all values are positive and span more than two
+orders of magnitude. Equal input gives equal text: the SVG holds no dates and no random names.
 """
 
 import io
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Band = tuple[str, float, float]
-"""Label, begin and end of a part of the x axis that is shaded."""
+"""Label, begin and end of a shaded range of the x axis."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
-"""Okabe and Ito's, which the colour-blind tell apart."""
+"""Okabe and Ito's palette, whose colours colour-blind readers can distinguish."""
 
 _MOST_COLUMNS = 300
-"""Of a heat map over steps; more are averaged."""
+"""Columns of a heat map over steps; more steps are averaged into this many."""
 _LOG_SPAN = 100.0
 _HIGHEST = 4.5
 """Inches of a heat map's rows; where there are more, they are lower."""
@@ -37,7 +37,7 @@ def require_matplotlib(what: str) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ValueError(f"{what}: needs matplotlib, which the extra plots installs") from None
+        raise ValueError(f"{what}: requires matplotlib; install the extra `plots`") from None
 
 
 def curves_chart(
@@ -48,14 +48,14 @@ def curves_chart(
     bands: Sequence[Band] = (),
     x_label: str = "step",
 ) -> str:
-    """Lines by name over steps.
+    """Draws one line per curve, with a legend if there are several.
 
     Args:
-        curves: name -> steps, or what else the x axis is, and values.
-        y_label: what the values are.
-        title: above the chart.
-        bands: shaded parts, labelled at the top.
-        x_label: what the steps are.
+        curves: name -> x values (steps, unless `x_label` says otherwise) and y values.
+        y_label: label of the y axis.
+        title: text above the chart.
+        bands: shaded ranges of the x axis, labelled at the top.
+        x_label: label of the x axis.
     """
     with _chart(6.4, 3.2, title) as (axes, out):
         for name, (steps, values) in curves.items():
@@ -87,13 +87,13 @@ def step_heat_map(
     bands: Sequence[Band] = (),
     row_name: str = "layer",
 ) -> str:
-    """Rows over steps as a heat map; steps that are many are averaged.
+    """Draws a heat map with one row per layer and steps on the x axis; more than 300 steps are averaged.
 
     Args:
-        layers: row's number -> steps and values.
-        title: what the values are; above the chart.
-        bands: parts of the steps, marked at their ends and labelled at the top.
-        row_name: what a row is.
+        layers: row number -> steps and values.
+        title: text above the chart, which names the values.
+        bands: ranges of steps, separated by lines and labelled at the top.
+        row_name: label of the y axis.
     """
     values, first, last = _binned(layers)
     with _chart(6.4, 1.4 + min(0.22 * len(layers), _HIGHEST), title) as (axes, out):
@@ -124,14 +124,14 @@ def metric_heat_map(
     title: str = "",
     row_name: str = "layer",
 ) -> str:
-    """Rows x metrics with the numbers written in; every column has a colour scale of its own, dark is large.
+    """Draws a table of numbers as a heat map; every column has its own colour scale, darker is larger.
 
     Args:
-        rows: labels.
-        columns: labels.
-        values: for every row a value of each column; None where there is none.
-        title: above the chart.
-        row_name: what a row is.
+        rows: row labels.
+        columns: column labels.
+        values: [rows][columns]; None is drawn as `-`.
+        title: text above the chart.
+        row_name: label of the y axis.
     """
     numbers = np.array([[math.nan if v is None else v for v in row] for row in values], dtype=float)
     shades = np.column_stack([_shades(column) for column in numbers.T])
@@ -156,15 +156,15 @@ def histogram_chart(
     y_label: str = "tokens",
     marks: Sequence[tuple[str, float]] = (),
 ) -> str:
-    """A histogram.
+    """Draws a histogram whose bins are already counted.
 
     Args:
-        edges: of the bins, one more than there are counts.
-        counts: of the bins.
-        x_label: what was counted.
-        title: above the chart.
-        y_label: what the counts are of.
-        marks: label and place of vertical lines.
+        edges: bin edges, one more than there are counts.
+        counts: number of values in each bin.
+        x_label: label of the x axis.
+        title: text above the chart.
+        y_label: label of the y axis.
+        marks: label and x position of vertical lines.
     """
     with _chart(5.2, 3.0, title) as (axes, out):
         axes.stairs(counts, edges, fill=True, color="C0", alpha=0.7)
@@ -177,7 +177,7 @@ def histogram_chart(
 
 
 def bar_chart(bars: dict[str, float], *, y_label: str, title: str = "") -> str:
-    """Bars by name, their values written above them."""
+    """Draws one bar per name, with its value above it."""
     with _chart(1.5 + 1.2 * len(bars), 3.0, title) as (axes, out):
         values = [value if math.isfinite(value) else 0.0 for value in bars.values()]
         drawn = axes.bar(range(len(bars)), values, color=[f"C{n}" for n in range(len(bars))], width=0.6)
@@ -190,7 +190,7 @@ def bar_chart(bars: dict[str, float], *, y_label: str, title: str = "") -> str:
 
 @contextmanager
 def _chart(width: float, height: float, title: str) -> Iterator[tuple["Axes", list[str]]]:
-    """Axes to draw on, and a list that holds the SVG afterwards."""
+    """Yields axes to draw on, and a list to which the SVG text is appended when the block ends."""
     with stacked_axes(width, [height], title) as (axes, out):
         yield axes[0], out
 
@@ -199,13 +199,19 @@ def _chart(width: float, height: float, title: str) -> Iterator[tuple["Axes", li
 def stacked_axes(
     width: float, heights: Sequence[float], title: str
 ) -> Iterator[tuple[list["Axes"], list[str]]]:
-    """Axes one below the other over the same x axis, and a list that holds the SVG afterwards; sizes in inches."""
+    """Yields axes stacked over one x axis, and a list to which the SVG text is appended when the block ends.
+
+    Args:
+        width: width of the figure in inches.
+        heights: height of each of the axes in inches, from top to bottom.
+        title: text above the chart.
+    """
     from cycler import cycler
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     out: list[str] = []
-    # Labels stay text; with a salt the names within the file follow from the content; `$` in a label is no formula.
+    # fonttype: labels stay text. hashsalt: ids follow from the content. parse_math: `$` in a label is literal.
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "megatron_ext",
@@ -227,7 +233,7 @@ def stacked_axes(
 
 
 def _binned(layers: dict[int, Curve]) -> tuple[npt.NDArray[np.float64], int, int]:
-    """Values [layers, bins], NaN where there are none, and the first and last step."""
+    """Averages the curves into bins; returns values [layers, bins], NaN for empty bins, and the first and last step."""
     steps = np.unique(np.concatenate([np.array(steps) for steps, _ in layers.values()]))
     first, last = int(steps[0]), int(steps[-1])
     bins = min(_MOST_COLUMNS, len(steps))
@@ -247,14 +253,14 @@ def _spans_orders(values: npt.NDArray[np.float64]) -> bool:
 
 
 def count_in_whole_numbers(axis: Any) -> None:
-    """No ticks at 0.5 of a step."""
+    """Puts ticks at whole numbers only: there is no step 0.5."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _write_plainly(axis: Any) -> None:
-    """The numbers of a logarithmic axis as 0.01, not as a formula."""
+    """Labels a logarithmic axis with plain numbers such as 0.01 instead of powers of ten."""
     from matplotlib.ticker import LogFormatter
 
     axis.set_major_formatter(LogFormatter())
@@ -270,7 +276,7 @@ def _norm(values: npt.NDArray[np.float64]) -> Any:
 
 
 def _shades(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A column between 0 and 1 for its smallest and largest value; all 0 where they are the same."""
+    """Scales a column so that its smallest value is 0 and its largest 1; all 0 if they are equal."""
     scaled = np.log(column) if _spans_orders(column) else column
     finite = scaled[np.isfinite(scaled)]
     if not len(finite) or finite.max() == finite.min():

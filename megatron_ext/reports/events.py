@@ -1,7 +1,7 @@
-"""Reads TensorBoard's event files as plain curves, and sorts them: losses, per-layer values, stages of a curriculum.
+"""Reads TensorBoard's event files as curves and sorts them by tag.
 
-name/layer_N          one value a layer: the group `name`, layer N
-curriculum/stage      the number of the stage that a step belongs to
+name/layer_N          one value per layer: layer N of the group `name`
+curriculum/stage      index of the curriculum stage that a step belongs to
 """
 
 import itertools
@@ -9,30 +9,30 @@ import re
 from pathlib import Path
 
 Curve = tuple[list[int], list[float]]
-"""Steps, ascending, and values."""
+"""Steps in ascending order, and the value at each of them."""
 
 STAGE_TAG = "curriculum/stage"
-"""Tag of the number of the present stage."""
+"""Tag of the index of the current stage."""
 
 _LAYER_TAG = re.compile(r"(?P<name>.+)/layer_(?P<number>\d+)")
 _FILES = "events.out.tfevents.*"
 _FOLDERS_LEFT_OUT = {"by_samples"}
-"""Folders whose curves are another folder's over consumed samples."""
+"""Folders that repeat another folder's curves over consumed samples instead of steps."""
 
 
 def read_curves(
     directory: str | Path, *, flag: str = "--tensorboard-dir", required: str | None = None
 ) -> dict[str, Curve]:
-    """Tag -> curve, of the event files in a directory; not of its folders.
+    """Reads the event files in a directory, not in its subdirectories; returns tag -> curve.
 
     Args:
-        directory: what training wrote to.
-        flag: named in messages, as what gave the directory.
-        required: a tag that must be there.
+        directory: the TensorBoard directory of a run.
+        flag: the command-line flag that gave `directory`, for error messages.
+        required: a tag that the files must hold.
 
     Raises:
-        FileNotFoundError: no event files there.
-        ValueError: the required tag is not in them.
+        FileNotFoundError: the directory holds no event files.
+        ValueError: the files do not hold the required tag.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,15 +41,15 @@ def read_curves(
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     if required is not None and required not in scalars:
-        raise ValueError(f"{flag} {directory}: its files hold no '{required}'")
+        raise ValueError(f"{flag} {directory}: the TensorBoard files hold no tag '{required}'")
     return {tag: ([e.step for e in found], [e.value for e in found]) for tag, found in scalars.items()}
 
 
 def find_runs(directory: str | Path, *, flag: str = "--tensorboard-dir") -> dict[str, Path]:
-    """Name -> folder of every run below a directory; a run in the directory itself has the name "".
+    """Finds all runs below a directory; returns name -> folder, where a run in the directory itself is named "".
 
     Raises:
-        FileNotFoundError: no event files there.
+        FileNotFoundError: there are no event files below the directory.
     """
     root = Path(directory)
     folders = sorted({path.parent for path in root.glob(f"**/{_FILES}")})
@@ -64,7 +64,7 @@ def find_runs(directory: str | Path, *, flag: str = "--tensorboard-dir") -> dict
 
 
 def layer_groups(curves: dict[str, Curve]) -> dict[str, dict[int, Curve]]:
-    """The curves of tags `name/layer_N`: name -> layer -> curve, layers ascending."""
+    """Selects the tags `name/layer_N`; returns name -> layer -> curve, with layers in ascending order."""
     groups: dict[str, dict[int, Curve]] = {}
     for tag, curve in curves.items():
         if match := _LAYER_TAG.fullmatch(tag):
@@ -73,7 +73,7 @@ def layer_groups(curves: dict[str, Curve]) -> dict[str, dict[int, Curve]]:
 
 
 def plain_curves(curves: dict[str, Curve]) -> dict[str, Curve]:
-    """The curves that are of no single layer, without the curriculum's stage."""
+    """Selects the tags that are neither of a single layer nor the curriculum's stage."""
     return {
         tag: curve
         for tag, curve in sorted(curves.items())
@@ -82,7 +82,7 @@ def plain_curves(curves: dict[str, Curve]) -> dict[str, Curve]:
 
 
 def stages(curves: dict[str, Curve]) -> list[tuple[str, int, int]]:
-    """Name, first and last logged step of each stage in turn; empty without a curriculum."""
+    """Returns the (name, first, last logged step) of each curriculum stage in order; empty without a curriculum."""
     if STAGE_TAG not in curves:
         return []
     logged = zip(*curves[STAGE_TAG], strict=True)

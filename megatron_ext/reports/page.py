@@ -1,6 +1,7 @@
-"""One HTML page that holds everything it shows: pictures embedded, no script, nothing fetched; it opens offline.
+"""Builds a self-contained HTML page: pictures are embedded, there are no scripts or requests, so it opens offline.
 
-Every text is escaped, and the page's own policy forbids scripts and requests: what a model generated cannot run.
+All text is escaped, and the page's security policy forbids scripts and requests, so text that a model generated cannot
+run.
 """
 
 import base64
@@ -27,13 +28,14 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; paddi
 
 
 class Page:
-    """Collects the parts of a page from top to bottom."""
+    """Collects the parts of a page from top to bottom.
+
+    Args:
+        title: title of the page.
+        has_contents: put a linked list of the sections below the title.
+    """
 
     def __init__(self, title: str, *, has_contents: bool = False) -> None:
-        """Args:
-        title: of the page.
-        has_contents: put a list of the sections, with links, below the title.
-        """
         self._title = html.escape(title)
         self._has_contents = has_contents
         self._headings: list[str] = []
@@ -45,11 +47,11 @@ class Page:
         self._parts.append(f'<h2 id="section-{len(self._headings)}">{self._headings[-1]}</h2>')
 
     def paragraph(self, text: str) -> None:
-        """A paragraph of plain text."""
+        """Adds a paragraph of plain text."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
     def key_numbers(self, numbers: Sequence[tuple[str, str, str]]) -> None:
-        """The main figures side by side: label, value, and a remark below (may be empty)."""
+        """Adds the main figures side by side, each a (label, value, remark); the remark may be empty."""
         boxes = "".join(
             f"<div>{html.escape(label)}<b>{html.escape(value)}</b><small>{html.escape(remark)}</small></div>"
             for label, value, remark in numbers
@@ -57,30 +59,30 @@ class Page:
         self._parts.append(f'<div class="numbers">{boxes}</div>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> None:
-        """A table; numbers are written with four digits and stand to the right, None is left empty."""
+        """Adds a table; floats are written with four significant digits, None as an empty cell."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
         body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def pictures(self, pictures: Sequence[tuple[str, str]], *, in_columns: bool = False) -> None:
-        """Pictures side by side: SVG text, and a caption that tells what is seen.
+        """Adds pictures side by side.
 
         Args:
-            pictures: text and caption of each.
-            in_columns: scale all to the width of two columns; else each has its own size.
+            pictures: (SVG text, caption) of each.
+            in_columns: scale all pictures to two columns; otherwise each keeps its own size.
         """
         figures = "".join(_figure(svg, caption) for svg, caption in pictures)
         self._parts.append(f'<div class="{"columns" if in_columns else "pictures"}">{figures}</div>')
 
     def beside(self, texts: Sequence[tuple[str, str]]) -> None:
-        """Longer texts side by side for comparison: label and text, line ends kept."""
+        """Adds longer texts side by side for comparison, each a (label, text); line breaks are kept."""
         columns = "".join(
             f"<div><b>{html.escape(label)}</b><pre>{html.escape(text)}</pre></div>" for label, text in texts
         )
         self._parts.append(f'<div class="beside">{columns}</div>')
 
     def html(self) -> str:
-        """The page."""
+        """Returns the whole page as text."""
         contents = [_contents(self._headings)] if self._has_contents else []
         body = "\n".join([f"<h1>{self._title}</h1>", *contents, *self._parts])
         return (
@@ -109,7 +111,7 @@ def _decimal(value: float) -> str:
 
 
 def _figure(svg: str, caption: str) -> str:
-    # As an image, not inline: the browser runs nothing in it, and names within two pictures cannot clash.
+    # An <img> instead of inline SVG: the browser runs nothing in it, and ids of two pictures cannot clash.
     data = base64.b64encode(svg.encode()).decode()
     text = html.escape(caption)
     return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'

@@ -1,22 +1,22 @@
-"""Where a report goes: checked before the work begins, written whole or not at all."""
+"""Checks the path of a report before the work begins, and writes reports atomically."""
 
 import os
 from pathlib import Path
 
 
-def check_writable(flag: str, path: str | Path) -> None:
+def check_report_writable(flag: str, path: str | Path) -> None:
     """Raises `OSError` naming the flag unless a file can be written at `path`, where folders may still be missing."""
     target = Path(path)
     if target.is_dir():
-        raise IsADirectoryError(f"{flag} {path}: is a directory, must be a file")
+        raise IsADirectoryError(f"{flag} {path}: is a directory; give the path of a file")
     folder = next(parent for parent in target.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise NotADirectoryError(f"{flag} {path}: {folder} is not a directory")
+        raise NotADirectoryError(f"{flag} {path}: {folder} is a file, not a directory")
     if not os.access(target if target.exists() else folder, os.W_OK):
-        raise PermissionError(f"{flag} {path}: cannot be written")
+        raise PermissionError(f"{flag} {path}: no permission to write")
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_report(path: str | Path, text: str) -> None:
     """Writes a file by rename, with the folders above it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +25,8 @@ def write_text(path: str | Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         part.replace(target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None  # a full disk names no file
+        raise OSError(
+            error.errno, error.strerror, str(target)
+        ) from None  # the error of a full disk names no file
     finally:
         part.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Which scalars share a chart, in which section, and what the chart shows.
+"""Declares which scalars share a chart, and the section, title and caption of the chart.
 
-The training system and every family declare the charts of the tags that they write. TensorBoard's Custom Scalars page
-and our own pages are laid out by these declarations; a tag that nobody has declared gets a chart of its own.
+The training system and every family declare charts for the tags that they write. TensorBoard's Custom Scalars page and
+our own pages follow these declarations; an undeclared tag gets its own chart.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 LOSSES = "Losses"
 """The first section of every page."""
 OTHER_VALUES = "Other values"
-"""Section of the tags that nobody has declared."""
+"""Section of undeclared tags."""
 
 _LAYER = re.compile(r"(?P<name>.+)/layer_\d+(?P<split> \w+)?")
 _EVALUATION = re.compile(r"(?P<name>.+?)( validation| test)?(?P<perplexity> ppl)?")
@@ -22,20 +22,20 @@ class ScalarChart:
     """The scalars of one chart."""
 
     section: str
-    """Heading under which the chart stands."""
+    """Heading of the chart's section."""
 
     title: str
     """Title of the chart, unique in its section."""
 
     tags: str
-    """Regular expression that matches the whole of every tag in the chart."""
+    """Regular expression that fully matches every tag in the chart."""
 
     shows: str = ""
-    """What the values are: one sentence for the caption."""
+    """Sentence for the caption that explains the values."""
 
 
 def chart_of(tag: str, charts: Iterable[ScalarChart]) -> ScalarChart:
-    """The declared chart that a tag belongs to; else a new one, shared with the tag's other layers and splits."""
+    """Returns the declared chart of a tag, or a new chart for the tag with its other layers and splits."""
     declared = next((chart for chart in charts if re.fullmatch(chart.tags, tag)), None)
     if declared is not None:
         return declared

@@ -1,4 +1,4 @@
-"""A chart of what is there at which step: rectangles over steps and rows, and curves below them on the same axis."""
+"""Draws a timeline: rectangles over steps and rows (what exists when), and optional curves below on the same axis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ _MOST_ROW_LABELS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What rectangles of one colour have in common."""
+    """Colour and legend entry that rectangles share."""
 
     name: str
-    """For the legend."""
+    """Text in the legend."""
 
     colour: str
     text_colour: str
@@ -28,18 +28,20 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A rectangle."""
+    """One rectangle of the timeline."""
 
     begin: float
     """First step."""
 
     end: float
+    """Last step."""
+
     rows: range
-    """Rows that it covers, 0 at the bottom."""
+    """Rows that the rectangle covers; row 0 is at the bottom."""
 
     kind: Kind
     labels: tuple[str, ...]
-    """From long to short: the first that fits is written in it, none if none does."""
+    """Texts from long to short; the first that fits is written into the rectangle."""
 
 
 def timeline_chart(
@@ -51,15 +53,15 @@ def timeline_chart(
     points: tuple[str, Curve] | None = None,
     curves_label: str = "",
 ) -> str:
-    """Rectangles over steps, the parts of the steps named above them, curves below.
+    """Draws the rectangles with named ranges of steps above them, and a chart of curves below if any are given.
 
     Args:
-        blocks: the rectangles.
-        bands: name, first and last step of each part of the steps; together the whole x axis.
-        y_label: what a row is.
-        line: name and curve of a thin line.
-        points: name and curve of large points.
-        curves_label: what the two are; without both there is no lower chart.
+        blocks: the rectangles; at least one.
+        bands: name, first and last step of consecutive ranges that cover the whole x axis.
+        y_label: label of the rows.
+        line: name and curve that is drawn as a thin line.
+        points: name and curve that is drawn as large points.
+        curves_label: y label of the curves.
     """
     rows = max(block.rows.stop for block in blocks)
     has_curves = line is not None or points is not None
@@ -94,7 +96,7 @@ def _draw_blocks(axes: "Axes", blocks: Sequence[Block], rows: int, letters_a_ste
         axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=2))
         label = _first_that_fits(block.labels, width * letters_a_step)
         place = (block.begin + width / 2, block.rows.start + height / 2)
-        # The box keeps the lines between rows away from the letters.
+        # The filled box hides the lines between rows behind the text.
         box = {"facecolor": block.kind.colour, "edgecolor": "none", "pad": 1.5}
         axes.text(
             *place,
@@ -138,7 +140,7 @@ def _draw_curves(axes: "Axes", line: tuple[str, Curve] | None, points: tuple[str
         axes.plot(*line[1], color=COLOURS[0], linewidth=0.9, label=line[0])
     if points is not None:
         name, (steps, values) = points
-        # Not cut off at the last step.
+        # clip_on=False: a point at the last step would otherwise be half hidden.
         axes.plot(steps, values, "o", color=COLOURS[1], markersize=4, label=name, clip_on=False, zorder=3)
     axes.legend(fontsize="small", frameon=False)
 

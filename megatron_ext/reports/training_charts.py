@@ -1,4 +1,4 @@
-"""The charts of one training run, from its curves: losses first, then heat maps of layers, then all else."""
+"""Draws the charts of one training run: losses first, then heat maps of layers, then all other curves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from megatron_ext.reports.scalar_charts import LOSSES, ScalarChart, chart_of
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture."""
+    """One chart with its name and caption."""
 
     section: str
-    """Heading under which it stands."""
+    """Heading of the chart's section."""
 
     name: str
-    """Its title, different from that of every other chart of the run."""
+    """Title of the chart, unique in the run."""
 
     caption: str
-    """What is seen, and the tags of the values."""
+    """Text below the chart: what it shows, and the tags of its values."""
 
     svg: str
-    """The picture."""
+    """The chart as SVG text."""
 
     is_heat_map: bool
-    """Layer x step, not curves."""
+    """Whether it is a heat map (layer x step) instead of curves."""
 
 
 def training_charts(
@@ -33,12 +33,12 @@ def training_charts(
     declared: Sequence[ScalarChart] = (),
     wanted: Callable[[str], bool] = lambda tag: True,
 ) -> list[Chart]:
-    """Charts of all wanted tags, section by section.
+    """Draws all wanted tags, section by section.
 
     Args:
-        curves: by tag.
-        declared: charts of known tags; a tag of none gets a chart of its own.
-        wanted: tells whether a tag is drawn; the curriculum's stages are always shaded.
+        curves: TensorBoard tag -> steps and values.
+        declared: charts of known tags; a tag that is in none of them gets its own chart.
+        wanted: returns True for a tag to draw. The stages of a curriculum are shaded in any case.
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]
     groups: dict[ScalarChart, dict[str, Curve]] = {}
@@ -52,7 +52,7 @@ def training_charts(
 
 
 def _draw(chart: ScalarChart, curves: dict[str, Curve], bands: Sequence[Band]) -> list[Chart]:
-    """A heat map of the tags that are of layers, and a chart with a line for every other tag."""
+    """Draws a heat map of the tags `name/layer_N`, and a chart with one line for every other tag."""
     drawn = []
     for name, layers in layer_groups(curves).items():
         svg = step_heat_map(layers, title=chart.title, bands=bands)
@@ -73,7 +73,7 @@ def _caption(chart: ScalarChart, tags: str) -> str:
 
 
 def _in_sections(charts: list[Chart]) -> list[Chart]:
-    """Losses first, then the sections with heat maps, then the others; a section's charts together."""
+    """Sorts charts by section: losses, then sections with heat maps, then the others."""
     with_heat_maps = {chart.section for chart in charts if chart.is_heat_map}
     sections = list(dict.fromkeys(chart.section for chart in charts))
     ordered = sorted(sections, key=lambda section: (section != LOSSES, section not in with_heat_maps))

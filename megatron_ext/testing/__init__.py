@@ -1,1 +1,1 @@
-"""Helpers for tests: several processes on gloo, tiny configurations, reference implementations."""
+"""Helpers for tests: runs in several gloo processes, tiny models and datasets, reference implementations."""

@@ -1,6 +1,4 @@
-"""A tiny run that can be saved and loaded, for tests: model, optimizer, schedule, step and checkpointer at any
-parallel layout.
-"""
+"""A tiny training run that can be saved and loaded at any parallel layout, for tests of checkpoints."""
 
 import warnings
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
 
 TINY_WITH_DROPOUT = replace(TINY, hidden_dropout=0.1, attention_dropout=0.1)
-"""Every step draws random numbers, of both the shared and the rank's own stream."""
+"""With dropout, every step samples from both the shared random stream and the rank's own."""
 
 SCHEDULE = OptimizerSettings(
     lr=1e-2, min_lr=1e-3, weight_decay=0.1, lr_decay_style="cosine", lr_warmup_iters=2
@@ -37,7 +35,7 @@ SCHEDULE = OptimizerSettings(
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a tiny run is made of; picklable."""
+    """Configuration of a tiny run; picklable, so that it can be passed to other processes."""
 
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
@@ -47,13 +45,13 @@ class RunSettings:
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"
     tokenizer_config: TokenizerConfig | None = None
-    """For checkpoints that `inference.loading` reads; `tokenizer` is its fingerprint then."""
+    """Stored in checkpoints for `inference.load_model`; `tokenizer` must then be its fingerprint."""
 
     make_families: Callable[[], list[Family]] = list
 
 
 class TinyRun:
-    """A run in the making; every process of the layout makes one. Loads at once where the settings say so."""
+    """A run; every process of the layout creates one. Loads a checkpoint at once if the settings have one."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
@@ -105,7 +103,7 @@ class TinyRun:
             next(self._batches)
 
     def train(self, steps: int) -> list[float]:
-        """Trains and returns the losses."""
+        """Trains for `steps` steps and returns the loss of each."""
         losses = []
         for _ in range(steps):
             self.progress.iteration += 1
@@ -114,13 +112,13 @@ class TinyRun:
         return losses
 
     def save(self) -> Path:
-        """Saves a checkpoint."""
+        """Saves a checkpoint and returns its directory."""
         return self.checkpointer.save(self.progress)
 
 
 def read_plain(folder: str) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, whole, as megatron-core's own reader gives them; needs a process group."""
+    """Reads all tensors of a checkpoint, unsharded, with megatron-core's own reader; needs a process group."""
     with warnings.catch_warnings():
-        # The engine calls torch's loader by its older name.
+        # mcore calls torch's loader by its deprecated name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         return dist_checkpointing.load_plain_tensors(folder)

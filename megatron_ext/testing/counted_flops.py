@@ -1,4 +1,4 @@
-"""What a training step really trains and computes, for tests of what `training.costs` and the dry run say of it."""
+"""Measures what a training step trains and computes, for tests of the predictions of the dry run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ from megatron_ext.training.logging.family_costs import RunCost, run_cost
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One step's figures, measured or predicted; the same fields for both."""
+    """Figures of one step, measured or predicted."""
 
     trained: int
-    """Parameters that train."""
+    """Number of trainable parameters."""
 
     parameters: int
     gradient_bytes: float
     optimizer_bytes: float
     flops: float
-    """Of all matrix products of the step."""
+    """FLOPs of all matrix products of the step."""
 
 
 def measured_and_predicted(
     family: Family, model: ModelConfig, iteration: int, earlier_steps: int = 0
 ) -> tuple[StepFigures, StepFigures]:
-    """A step of a run with one family in this process, counted by torch, and what is said of it.
+    """Runs a step of a run with one family in this process; returns torch's counts and our prediction.
 
     Args:
-        family: of the run.
-        model: with `attention_backend="local"`, of which torch counts every product.
+        family: the family of the run.
+        model: configuration with `attention_backend="local"`: torch counts each of its matrix products.
         iteration: number of the step.
-        earlier_steps: so many steps on the same sequences come before it.
+        earlier_steps: number of steps on the same sequences to run before the measured one.
     """
     parallel = ParallelConfig()
     run = TinyRun(
@@ -93,7 +93,7 @@ def _predicted(cost: RunCost, model: ModelConfig, parallel: ParallelConfig) -> S
 
 
 def _with_masks(length: int) -> Iterator[Batch]:
-    """The tests' first batches over and over, with the mask that local attention asks for."""
+    """Repeats the first batches of the tests, with the attention mask that local attention needs."""
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     for batch in cycle(islice(synthetic_batches(length), GLOBAL_BATCH_SIZE)):
         yield batch | {"attention_mask": mask}

@@ -1,7 +1,7 @@
-"""Runs a script as a shell does, without importing torch and the engine anew.
+"""Runs a script like a shell, but in processes that have torch and mcore imported already.
 
-The processes are forked from the server of `run_distributed`, which has them imported: a script that Python starts
-spends five seconds of a core on that. Tests of what the launcher or the imports do start the real command.
+The processes are forked from the server of `run_distributed`; a new Python process would need five seconds for
+these imports. Tests of the launcher or of the imports must start the real command instead.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from megatron_ext.testing.run_distributed import context
 from megatron_ext.testing.torchrun import ROOT, environment
 
 _SECONDS_FOR_THE_OTHERS = 20.0
-"""After one rank has failed, as torchrun waits for them."""
+"""Time for the other ranks to end after one has failed, like torchrun's."""
 
 
 def run_script(
@@ -30,17 +30,17 @@ def run_script(
     before: Callable[[], None] | None = None,
     timeout: float = 240.0,
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs `python script flags`, or so many ranks of it, and waits for the end.
+    """Runs `python script flags` in one or several ranks, and waits for the end.
 
     Args:
-        script: path, relative to the repository's root.
-        flags: its command line.
-        processes: ranks, which find each other as those of `torchrun` do.
-        before: a module-level function that is called in every process first.
+        script: path relative to the root of the repository.
+        flags: command line of the script.
+        processes: number of ranks, which rendezvous as under `torchrun`.
+        before: module-level function to call first in every process.
         timeout: seconds after which all processes are killed.
 
     Returns:
-        Exit code, standard output and errors; of several ranks, the code of the one that failed first.
+        Exit code (of the rank that failed first), standard output and standard error.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = f"{folder}/stdout", f"{folder}/stderr"
@@ -63,7 +63,7 @@ def run_script(
 
 
 def _places(processes: int) -> list[dict[str, str]]:
-    """What tells each rank its place; nothing for a script of its own."""
+    """The environment variables of each rank; none for a single process."""
     if processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -74,7 +74,7 @@ def _places(processes: int) -> list[dict[str, str]]:
 
 
 def _first_failure(started: list[BaseProcess], timeout: float) -> int:
-    """Waits for all, once one has failed not for long, and returns its exit code; 0 where none fails."""
+    """Waits for all processes, but only briefly once one has failed; returns the exit code of that one, else 0."""
     first, deadline = 0, time.monotonic() + timeout
     while any(process.is_alive() for process in started):
         failed = [process.exitcode for process in started if process.exitcode]

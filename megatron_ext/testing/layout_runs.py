@@ -1,7 +1,7 @@
-"""Trains variants of a model at several parallel layouts and compares each run with that of a single process.
+"""Trains variants of a model at several parallel layouts, and compares each run with that of a single process.
 
-All runs with one number of processes share one group of processes, which starts at the first question; those of one
-process run in the caller's.
+All runs with the same number of processes share one group of processes, which starts when the first of them is needed.
+Runs of a single process run in the caller's process.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,14 +32,14 @@ from megatron_ext.testing.tiny_training import (
 from megatron_ext.training.interface.family_interface import Family
 
 RECOMPUTED, MLP_RECOMPUTED = " recomputed", " MLP recomputed"
-"""Endings of a layout's name: every layer whole, or attention and MLP, again in the backward pass."""
+"""Suffixes of a layout's name: recompute whole layers, or attention and MLP, in the backward pass."""
 
 OVERLAPPED = "DP2 overlapped distributed optimizer"
 OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
 _OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 _MORE_LAYOUTS = {
     OVERLAPPED: (_OVERLAP, 2),
-    # DP2 leaves two micro-batches for two stages, where messages of two kinds between the same ranks would meet.
+    # With DP2 there are two micro-batches for two stages, so two kinds of messages between the same ranks coincide.
     OVERLAPPED_PIPELINE: (
         replace(_OVERLAP, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
         4,
@@ -51,19 +51,19 @@ SavedTensors = set[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A training; travels to the processes by pickle, so its functions are module-level ones."""
+    """A model and how it trains. It is pickled for the processes, so its functions must be module-level."""
 
     make_families: Callable[[], list[Family]] = list
     model: ModelConfig = TINY
     steps: int = 2
     bf16: bool = False
     examine: Callable[[list[GPTModel]], Any] | None = None
-    """What else of the untrained model to report."""
+    """Called on the untrained model; its result is compared too."""
 
 
 @dataclass
 class Run:
-    """What one variant gave at one layout, on one rank."""
+    """Result of one variant at one layout on one rank."""
 
     trace: TrainingTrace
     saved: SavedTensors
@@ -76,9 +76,9 @@ class LayoutRuns:
     """The runs of one family's variants.
 
     Args:
-        variants: by name.
-        layouts: those at which all variants train, beside the single process.
-        some: layout -> names of the variants that train there.
+        variants: name -> variant.
+        layouts: layouts at which all variants train, in addition to the single process.
+        some: layout -> names of the variants that train only there.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class LayoutRuns:
         self._found: dict[int, list[dict[str, dict[str, Run]]]] = {}
 
     def cases(self) -> list[tuple[str, str]]:
-        """Layout and variant of every run but the single process's."""
+        """(layout, variant) of every run, except those of the single process."""
         return [(layout, name) for layout, names in self.layouts.items() if layout != "TP1" for name in names]
 
     def at(self, layout: str, variant: str) -> list[Run]:
-        """The runs of all ranks."""
+        """Returns the results of all ranks; trains first if needed."""
         size = _world_size(layout)
         if size not in self._found:
             runs = {
@@ -111,7 +111,7 @@ class LayoutRuns:
         return [of_rank[layout][variant] for of_rank in self._found[size]]
 
     def single(self, variant: str) -> Run:
-        """The single process's run."""
+        """Returns the result of the single process."""
         return self.at("TP1", variant)[0]
 
 
@@ -171,15 +171,15 @@ def assert_same_run(
     gradients: float = 1e-5,
     statistics: float = 1e-3,
 ) -> None:
-    """Compares the run of all ranks with the single process's.
+    """Compares the results of all ranks with that of the single process.
 
     Args:
-        found: by rank.
-        expected: the single process's; may have more steps.
-        losses: relative tolerance of losses; a tenth of it, but at least 1e-6, at the first step.
-        norms: of gradient norms.
-        gradients: of every parameter's first gradient, relative to its norm.
-        statistics: of the families' statistics.
+        found: results, ordered by rank.
+        expected: result of the single process; may have more steps.
+        losses: relative tolerance of losses; at the first step a tenth of it, but at least 1e-6.
+        norms: relative tolerance of gradient norms.
+        gradients: tolerance of every parameter's first gradient, relative to the gradient's norm.
+        statistics: relative tolerance of the families' statistics.
     """
     wanted = expected.trace
     for run in found:
@@ -191,13 +191,13 @@ def assert_same_run(
             assert ours == pytest.approx(theirs, rel=2 * losses, abs=1e-9)
         assert trace.statistics == pytest.approx(wanted.statistics, rel=statistics, abs=1e-6, nan_ok=True)
         assert run.examined == expected.examined
-    if found[0].trace.first_gradients:  # the distributed optimizer keeps only parts of them
+    if found[0].trace.first_gradients:  # with the distributed optimizer a rank has only a part of them
         assert_same_gradients([run.trace for run in found], wanted, gradients)
     assert set().union(*(run.saved for run in found)) == expected.saved
 
 
 def assert_same_gradients(found: list[TrainingTrace], expected: TrainingTrace, tolerance: float) -> None:
-    """Compares the first step's gradients, assembled from all ranks' shards, parameter by parameter."""
+    """Compares the gradients of the first step, joined from all ranks' shards, for every parameter."""
     gradients, wanted = assemble(found), assemble([expected])
     assert gradients.keys() == wanted.keys()
     for key, gradient in wanted.items():

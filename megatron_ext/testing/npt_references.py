@@ -1,7 +1,8 @@
-"""Reference of an NPT layer's feed-forward for tests: every token's weights are built, in float64, from the formulas.
+"""Reference of an NPT layer's feed-forward for tests: builds every token's weights in float64 from the formulas.
 
-Letters: n tokens, h hidden, f FFN, r rank, k components. Weights are [output, input] as the engine has them. Source:
-mathematics of NPT in `npt.modulation`; written with loops over tokens' matrices and components, slow on purpose.
+The formulas are those of `npt.modules.modulation`, written with one matrix per token and a loop over components: slow,
+but easy to check. n: tokens, h: hidden size, f: FFN size, r: rank, k: components. Weights are [output, input], as in
+megatron-core.
 """
 
 import math
@@ -17,14 +18,14 @@ Factors = dict[str, Tensor]
 
 
 def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: Tensor, down: bool) -> Tensor:
-    """The deltas of one target for every token, [n, output, input].
+    """The weight deltas of one target for every token, [n, output, input].
 
     Args:
-        settings: form, rank, components and scale.
-        factors: of the target.
-        a: [n, h], attention output.
-        x: [n, input]; outer_product measures the input of `down` by it.
-        down: the target is `down`.
+        settings: NPT's configuration.
+        factors: factors of the target by name.
+        a: attention output, [n, h].
+        x: input of the target, [n, input]; outer_product normalizes the delta of `down` by it.
+        down: whether the target is `down`.
     """
     rank = settings.np_rank
     total: Tensor | None = None
@@ -72,15 +73,15 @@ def reference_feed_forward(
     a: Tensor,
     eps: float,
 ) -> Tensor:
-    """Output of the layer [n, h] without dropout.
+    """Output of the layer, [n, h], without dropout.
 
     Args:
         settings: NPT's configuration.
-        base: `norm` [h], `fc1` [2 f or f, h], `fc1_bias`, `fc2` [h, f], `fc2_bias` of the base layer.
-        factors: by target.
-        hidden: [n, h], the layer's input.
-        a: [n, h], attention output.
-        eps: of the norm.
+        base: weights of the base layer: `norm` [h], `fc1` [2 f or f, h], `fc1_bias`, `fc2` [h, f], `fc2_bias`.
+        factors: target -> its factors by name.
+        hidden: input of the layer, [n, h].
+        a: attention output, [n, h].
+        eps: epsilon of the norm.
     """
     normed = reference_rms_norm(hidden, base["norm"], eps)
     deltas = {

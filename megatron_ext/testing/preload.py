@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that each test process starts at once. Starts no threads, no process group."""
+"""Imported once by the fork server, so that test processes start quickly. Must start no threads or process groups."""
 
 import megatron_ext.platform.process_groups
 import megatron_ext.testing.checkpoint_runs

@@ -1,6 +1,7 @@
-"""Reference implementations for tests: plain, whole tensors, in float64, straight from the formulas. Slow on purpose.
+"""Reference implementations for tests: unsharded tensors in float64, written directly from the formulas.
 
-Per-layer embedding (mathematics.md, section 1). Shapes: e [n, h], ids [n], tables L x [Vp, p], and so on.
+The formulas of the per-layer embedding are in `per_layer.combination`. n: tokens, h: hidden size,
+p: per-layer size, Vp: per-layer vocabulary size.
 """
 
 import math
@@ -16,10 +17,10 @@ def reference_rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def reference_activation(values: Tensor, name: str) -> Tensor:
-    """relu, gelu (by erf), gelu_tanh, silu or swish, written out.
+    """The activation `name`: relu, gelu (exact), gelu_tanh, silu or swish.
 
     Raises:
-        ValueError: another name; a new activation is written out here before its test can pass.
+        ValueError: the name is unknown; the test of a new activation needs its formula here.
     """
     if name == "relu":
         return torch.where(values > 0, values, torch.zeros_like(values))
@@ -47,15 +48,15 @@ def reference_per_layer_vector(
     """The vector `c` of one layer, [n, p].
 
     Args:
-        embedding: [n, h], the word embedding.
-        ids: [n] per-layer ids, or None: then c is the projected word embedding.
-        table: [Vp, p].
-        context_weight: [p, h].
-        norm_weight: [p].
-        combination_weight: [p, 2p] for `concat` and `gated`.
+        embedding: word embedding, [n, h].
+        ids: per-layer ids [n]; None makes c the projected word embedding alone.
+        table: per-layer embedding table of the layer, [Vp, p].
+        context_weight: projection of the word embedding, [p, h].
+        norm_weight: weight of the norm after the projection, [p].
+        combination_weight: [p, 2p] for `concat` and `gated`, else None.
         method: `scaled_add`, `concat` or `gated`.
-        embed_scale: factor on the table's rows beside sqrt(p).
-        eps: of the norm.
+        embed_scale: factor on the table's rows in addition to sqrt(p).
+        eps: epsilon of the norm.
     """
     hidden, width = embedding.size(1), table.size(1)
     context = reference_rms_norm(embedding @ context_weight.T * hidden**-0.5, norm_weight, eps)
@@ -83,7 +84,7 @@ def reference_per_layer_block(
     eps: float,
     layer_scalar: float = 1.0,
 ) -> Tensor:
-    """The block of one layer without dropout: [n, h] and c [n, p] -> [n, h]."""
+    """Output [n, h] of the per-layer block for hidden states [n, h] and the layer's vector c [n, p], no dropout."""
     activated = reference_activation(hidden_states @ gate_weight.T, activation)
     update = (activated * vector) @ projection_weight.T
     return (hidden_states + reference_rms_norm(update, post_norm_weight, eps)) * layer_scalar

@@ -1,7 +1,7 @@
 """Runs a test function in several processes that form one gloo group.
 
-The processes are forked from a server that has imported torch and the engine once, so that a test with four processes
-costs a fork, not four imports. A process that fails or dies ends the test with its traceback; none is left behind.
+The processes are forked from a server that has already imported torch and mcore, so a test with four processes does not
+import them four times. If a process fails, the test fails with its traceback, and no process is left behind.
 """
 
 import contextlib
@@ -25,33 +25,33 @@ context.set_forkserver_preload(["megatron_ext.testing.preload"])
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
 ) -> list[Any]:
-    """Calls `function(*args)` in `world_size` processes that share one torch.distributed environment.
+    """Calls `function(*args)` in `world_size` processes that form one gloo group.
 
-    The processes find RANK, WORLD_SIZE, LOCAL_RANK in their environment and an initialised gloo process group.
+    RANK, WORLD_SIZE and LOCAL_RANK are set in their environment, and the process group is initialized.
 
     Args:
-        function: a module-level function; its result must be picklable (tensors are fine).
+        function: a module-level function; its result must be picklable (tensors are).
         world_size: number of processes.
         timeout: seconds after which all processes are killed.
 
     Returns:
-        The results in the order of ranks.
+        The results, ordered by rank.
 
     Raises:
-        RuntimeError: a process failed; the message holds its traceback.
+        RuntimeError: a process failed, or the time ran out; the message has the traceback.
     """
     with _started(function, world_size, args) as (processes, results):
         return _collect(processes, results, world_size, timeout)
 
 
 def run_and_kill(function: Callable[..., Any], world_size: int, *args: Any, seconds: float) -> bool:
-    """As `run_distributed`, but all processes are killed (SIGKILL) after `seconds`.
+    """Like `run_distributed`, but kills all processes (SIGKILL) after `seconds`.
 
     Returns:
-        True where they had finished before.
+        True if all had finished before.
 
     Raises:
-        RuntimeError: a process failed before; the message holds its traceback.
+        RuntimeError: a process failed before; the message has its traceback.
     """
     with _started(function, world_size, args) as (processes, results):
         end = time.monotonic() + seconds
@@ -67,7 +67,7 @@ def run_and_kill(function: Callable[..., Any], world_size: int, *args: Any, seco
 def _started(
     function: Callable[..., Any], world_size: int, args: tuple[Any, ...]
 ) -> Iterator[tuple[list[Any], Any]]:
-    """The processes, and the queue of their results; within it they run, afterwards they are gone."""
+    """Yields the running processes and the queue of their results; kills what still runs when the block ends."""
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -95,7 +95,7 @@ def _collect(processes: list[Any], results: Any, world_size: int, timeout: float
             rank, error, result = results.get(timeout=0.2)
         except queue.Empty:
             dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
-            if dead and results.empty():  # else it has left its traceback just now
+            if dead and results.empty():  # if not empty, the traceback has just arrived: read it first
                 raise RuntimeError(f"a process died with exit code {dead[0]}") from None
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no result within {timeout:.0f} s") from None
@@ -114,10 +114,10 @@ def _run_rank(
         import torch
         import torch.distributed as dist
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # several processes share the cores
         store = dist.FileStore(str(Path(folder, "rendezvous")), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        # Pickled here, not by the queue: that would pass tensors through shared memory which ends with this process.
+        # The queue would pass tensors through shared memory, which disappears with this process.
         result = pickle.dumps(function(*args))
         dist.barrier()
         results.put((rank, None, result))

@@ -1,7 +1,7 @@
-"""Runs a test function as the only rank of a gloo group in this process, and leaves the process as it was.
+"""Runs a test function as the only rank of a gloo group in this process, and restores the process afterwards.
 
-Most of what a test asks needs a group but no second rank. Without a process of its own a test costs what it computes.
-Tests that need several ranks, or end their process, call `run_distributed`.
+Most tests need a process group but no second rank, and starting a process costs more than such a test computes. Tests
+that need several ranks, or that end their process, call `run_distributed`.
 """
 
 import contextlib
@@ -22,10 +22,9 @@ from megatron_ext.platform import process_groups
 
 
 def run_single(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function(*args)` as `run_distributed(function, 1, *args)[0]` does, but in this process.
+    """Calls `function(*args)` like `run_distributed(function, 1, *args)[0]`, but in this process.
 
-    The function finds RANK, WORLD_SIZE, LOCAL_RANK in its environment and an initialised gloo process group, which it
-    may end.
+    RANK, WORLD_SIZE and LOCAL_RANK are set, and a gloo process group is initialized, which the function may destroy.
     """
     with clean_process():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -35,20 +34,19 @@ def run_single(function: Callable[..., Any], *args: Any) -> Any:
 
 @contextlib.contextmanager
 def clean_process() -> Iterator[None]:
-    """Within it a run may start; afterwards nothing of the run is left in the process.
+    """Restores the state of the process at the end of the block, so that a run may start in it.
 
-    Restored are what torch, the engine and this package keep once per process: groups, parallel state, random
-    streams, attached losses, gradient mode, default type, threads; and the environment, the command line and the
-    filters of warnings.
+    It restores all global state of torch, mcore and this package (process groups, parallel state, random streams,
+    attached losses, gradient mode, default dtype, threads), the environment, the command line and the warning filters.
     """
-    shutdown = process_groups.shutdown  # which a test replaces to train several times in one group
+    shutdown = process_groups.shutdown  # a test may replace it, to train several times in one group
     environment, arguments, threads = dict(os.environ), sys.argv, torch.get_num_threads()
     random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     dtype, has_gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
-            # The engine's about itself, which Python does not show a program's user either.
+            # mcore's own deprecation warnings, which Python does not show outside of tests either.
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:

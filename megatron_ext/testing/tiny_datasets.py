@@ -18,8 +18,8 @@ def write_dataset(
 
     Args:
         prefix: path without `.bin` or `.idx`.
-        documents: each a list of sequences, each a list of token ids; an empty list is an empty document.
-        dtype: type of one token.
+        documents: [documents][sequences][token ids]; an empty list of sequences is an empty document.
+        dtype: integer type of the token ids in the file.
     """
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.dtype(dtype).type)
     for sequences in documents:
@@ -30,7 +30,7 @@ def write_dataset(
 
 
 class ListTokenizer(Tokenizer):
-    """A tokenizer whose vocabulary is a list of pieces; `▁` marks a leading space. It splits text at white space."""
+    """A tokenizer with a given list of pieces, where `▁` is a leading space; it splits text at white space."""
 
     def __init__(self, pieces: Sequence[str], eod: int = 0) -> None:
         self.pieces = list(pieces)
@@ -38,11 +38,11 @@ class ListTokenizer(Tokenizer):
         self.eod = eod
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of the words that the vocabulary holds, others are left out."""
+        """Ids of the words that are in the vocabulary; other words are left out."""
         return [self.vocab[word] for word in text.split() if word in self.vocab]
 
     def detokenize(self, ids: list[int]) -> str:
-        """The pieces, marks turned into spaces."""
+        """Joins the pieces, with `▁` replaced by a space."""
         return "".join(self.pieces[token] for token in ids).replace("▁", " ")
 
     @cached_property

@@ -1,8 +1,7 @@
-"""Trains tiny models in tests, at any parallel layout, on deterministic data, and brings results to one place for
-comparison.
+"""Trains tiny models on synthetic data at any parallel layout, and gathers the results for comparison.
 
-Sample `i` of global batch `k` is the same whatever the parallel layout; data-parallel rank `r` takes its share as the
-sampler does.
+Sample `i` of global batch `k` does not depend on the parallel layout; a data-parallel rank takes the same samples as
+with the real sampler.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ TINY = ModelConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-"""A Llama-like model that every parallel layout of up to four processes divides."""
+"""A Llama-like model whose sizes are divisible for every layout of up to four processes."""
 
 LAYOUTS: dict[str, ParallelConfig] = {
     "TP1": ParallelConfig(),
@@ -55,19 +54,19 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "DP2 distributed optimizer": ParallelConfig(use_distributed_optimizer=True),
     "TP2+SP": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
-"""The layouts that must agree with the single process."""
+"""The layouts whose results must equal those of a single process."""
 
 WORLD_SIZES = {name: 4 if name == "TP2xPP2" else 1 if name == "TP1" else 2 for name in LAYOUTS}
 
 
 def with_full_recompute(parallel: ParallelConfig) -> ParallelConfig:
-    """The same layout, every layer recomputed in the backward pass."""
+    """The same layout with every layer recomputed in the backward pass."""
     return replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
 @dataclass
 class TrainingTrace:
-    """What a short training gives, gathered so that layouts can be compared."""
+    """Results of a short training, for comparison between layouts."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -75,16 +74,16 @@ class TrainingTrace:
     first_gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = field(
         default_factory=list
     )
-    """This rank's gradients of the first step: name, global shape, offset, values."""
+    """This rank's gradient shards of the first step: global name, global shape, offset, values."""
 
     statistics: dict[str, float] = field(default_factory=dict)
-    """Families' statistics, those of the last step in which they were due."""
+    """Each family statistic from the last step that computed it."""
 
 
 def synthetic_batches(
     sequence_length: int, micro_batch_size: int = 1, global_batch_size: int = GLOBAL_BATCH_SIZE
 ) -> Iterator[Batch]:
-    """Endless micro-batches for this data-parallel rank; tokens follow a rule that can be learned."""
+    """Yields endless micro-batches for this data-parallel rank; every second token is a function of the one before."""
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
     step = 0
@@ -109,14 +108,14 @@ def train_tiny(
     model: ModelConfig = TINY,
     bf16: bool = False,
 ) -> TrainingTrace:
-    """Trains `model` for `steps` steps at this cut; runs in every process of the cut.
+    """Trains `model` for `steps` steps; call it in every process of the layout.
 
     Args:
         parallel: the parallel layout.
-        steps: optimizer steps of a global batch of 4 sequences.
-        make_families: makes the families of the run; a module-level function.
-        model: the base model.
-        bf16: precision.
+        steps: optimizer steps, each with a global batch of 4 sequences.
+        make_families: module-level function that returns the families of the run.
+        model: configuration of the base model.
+        bf16: train in bfloat16 instead of fp32.
     """
     initialize(parallel, seed=1)
     families = make_families()
@@ -153,8 +152,14 @@ def train_tiny(
 def local_gradients(
     chunks: list[GPTModel], grad_norm: float, clip: float
 ) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
-    """This rank's gradients by global name, with global shape and offset, the clipping undone."""
-    undo = max(1.0, (grad_norm + 1.0e-6) / clip)
+    """This rank's gradient shards before clipping: global name, global shape, offset, values.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        grad_norm: gradient norm of the step, before clipping.
+        clip: the norm that the gradients were clipped to.
+    """
+    undo = max(1.0, (grad_norm + 1.0e-6) / clip)  # the inverse of mcore's clipping coefficient
     found = []
     for chunk in chunks:
         for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
@@ -183,7 +188,7 @@ def _parameter_shards(value: object) -> Iterator[tuple[torch.Tensor, list[Sharde
 
 
 def assemble(traces: list[TrainingTrace]) -> dict[str, torch.Tensor]:
-    """The full gradients from all ranks' shards, by global name."""
+    """Joins all ranks' gradient shards; returns global name -> unsharded gradient (NaN where a shard is missing)."""
     full: dict[str, torch.Tensor] = {}
     for trace in traces:
         for key, shape, offset, values in trace.first_gradients:

@@ -1,4 +1,4 @@
-"""Runs a training script as a user does, under `torchrun`, and sends signals to it while it runs."""
+"""Runs a training script under `torchrun`, as a user does, and sends signals to it while it runs."""
 
 import os
 import re
@@ -16,58 +16,59 @@ ROOT = Path(__file__).parents[2]
 
 
 def torchrun(script: str, *flags: str, processes: int = 2) -> list[str]:
-    """The command; with no processes the script's own."""
+    """The command that runs a script under `torchrun`; with `processes=0`, the script without a launcher."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(launcher if processes else []), str(ROOT / script), *flags]
 
 
 @dataclass
 class Running:
-    """A run in a process group of its own, whose output has been read up to a line."""
+    """A running command in its own process group, with the output that it has printed so far."""
 
     process: subprocess.Popen[str]
     lines: list[str]
     ranks: list[psutil.Process] = field(default_factory=list)
-    """The training processes, those with the lowest rank first."""
+    """The training processes, ordered by rank."""
 
     loaders: list[psutil.Process] = field(default_factory=list)
-    """Their loader processes."""
+    """The data loader processes of all ranks."""
 
     def send_to_group(self, number: signal.Signals) -> None:
-        """As a terminal does: without a launcher to the training process with its loader processes, else to torchrun,
+        """Sends a signal to the process group, as a terminal does.
 
-        which has put each of its processes into a group of its own, and passes the signal on to these groups.
+        Without a launcher the group is the training process and its data loaders. With one it is torchrun alone, which
+        starts each worker in a group of its own and forwards the signal.
         """
         os.killpg(self.process.pid, number)
 
 
 @dataclass
 class Ended:
-    """What a run has left."""
+    """Results of a command that has ended."""
 
     code: int
     output: str
     seconds: float
-    """From the signal to the end."""
+    """Time from the signal to the end."""
 
-    parameters_with_state: list[psutil.Process]
-    """Processes of the run that live ten seconds after it."""
+    still_running: list[psutil.Process]
+    """Processes of the run that are alive ten seconds after its end."""
 
 
 def run_until(
     command: list[str], moment: str | Path, act: Callable[[Running], None], *, timeout: float = 240.0
 ) -> Ended:
-    """Starts a command, acts at a moment, and waits for the end.
+    """Starts a command, calls `act` at a given moment, and waits for the end.
 
     Args:
-        command: see `torchrun`.
-        moment: a regular expression, which a line of the output matches at its start; or a file that appears.
-        act: sends signals.
-        timeout: seconds from the signal on, after which everything is killed.
+        command: the command, see `torchrun`.
+        moment: a regular expression that the start of an output line matches, or a file that appears.
+        act: called at the moment; sends signals.
+        timeout: seconds to wait for the end after `act`; then everything is killed.
 
     Raises:
-        AssertionError: it ends before.
-        TimeoutExpired: it goes on after the signal.
+        AssertionError: the command ended before the moment.
+        TimeoutExpired: the command did not end within `timeout`.
     """
     with subprocess.Popen(
         command,
@@ -88,16 +89,16 @@ def run_until(
             act(running)
             rest, _ = process.communicate(timeout=timeout)
             seconds = time.monotonic() - started
-            parameters_with_state = psutil.wait_procs(everyone, timeout=10)[1]
+            still_running = psutil.wait_procs(everyone, timeout=10)[1]
         finally:
             for one in everyone:
                 if one.is_running():
                     one.kill()
-    return Ended(process.returncode, "".join(running.lines) + rest, seconds, parameters_with_state)
+    return Ended(process.returncode, "".join(running.lines) + rest, seconds, still_running)
 
 
 def _reaches(running: Running, moment: str | Path) -> bool:
-    """Waits for the moment; False where the run ends before."""
+    """Waits for the moment; returns False if the command ends before."""
     if isinstance(moment, Path):
         while not moment.exists():
             if running.process.poll() is not None:
@@ -113,7 +114,7 @@ def _reaches(running: Running, moment: str | Path) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, without a place in another run."""
+    """This process's environment without the variables that would make the command a rank of another run."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     mine = {name: value for name, value in os.environ.items() if name not in names}
     return {**mine, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}

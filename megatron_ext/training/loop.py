@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.platform import process_groups
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import Stepper, StepResult, parameters_norm
 from megatron_ext.training.interface.family_interface import Batch
@@ -229,6 +230,6 @@ class Loop:
 def _on_any_rank(condition: bool) -> bool:
     """Returns whether the condition holds on any rank. Collective."""
     # Clocks differ between ranks, but all ranks must leave the loop in the same step.
-    value = torch.tensor([condition], dtype=torch.int32, device=torch.cuda.current_device())
+    value = torch.tensor([condition], dtype=torch.int32, device=process_groups.device())
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())

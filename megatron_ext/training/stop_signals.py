@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext.platform import process_groups
+
 EXIT_SIGHUP = 128 + signal.SIGHUP
 """Exit code of a run that saved and stopped on SIGHUP (its terminal was closed)."""
 
@@ -64,7 +66,7 @@ class SignalWatcher:
 
         If ranks have received different signals, the one with the highest number counts.
         """
-        received = torch.tensor([self._received], dtype=torch.int32, device=torch.cuda.current_device())
+        received = torch.tensor([self._received], dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(received, op=dist.ReduceOp.MAX)
         number = int(received.item())
         return EXIT_CODES[signal.Signals(number)] if number else None

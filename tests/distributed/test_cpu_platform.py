@@ -20,7 +20,7 @@ from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, train_
 def test_adapter_refuses_a_machine_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     stream, empty = torch.cuda.Stream, torch.empty
-    with pytest.raises(RuntimeError, match="must not be installed on a machine with a CUDA device"):
+    with pytest.raises(RuntimeError, match="must not be installed: this machine has a CUDA device"):
         cpu.install()
     assert torch.cuda.Stream is stream and torch.empty is empty
 

@@ -95,5 +95,5 @@ def _measured_up_to(parallel: ParallelConfig, prefix: str, limits: list[int]) ->
 
 def test_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "one"), [[[7]]])
-    with pytest.raises(ValueError, match="one: has 1 tokens, at least 2 are needed"):
+    with pytest.raises(ValueError, match="one: the dataset must have at least 2 tokens, got 1"):
         run_single(_measured, ParallelConfig(), str(tmp_path / "one"), 1, None)

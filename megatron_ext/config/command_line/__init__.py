@@ -1,1 +1,1 @@
-"""From arguments and YAML to the dataclasses: flags, checks of values, error lines."""
+"""Reads the command line and YAML files into the config dataclasses: flags, checks of values, error lines."""

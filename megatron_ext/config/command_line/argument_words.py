@@ -1,4 +1,4 @@
-"""The words of a command line, read against the flags."""
+"""Parses the words of a command line into values of fields."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,15 +9,15 @@ from megatron_ext.config.command_line.values import from_words
 
 
 def read_arguments(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, Any]:
-    """Returns field's name -> value of the flags that are given; of a flag given twice the last one counts.
+    """Returns field name -> value of the given flags; of a repeated flag the last one counts.
 
     Args:
-        arguments: without those of `OWN_FLAGS`.
-        flags: all that are known.
+        arguments: the words of the command line, without `OWN_FLAGS`.
+        flags: all known flags.
 
     Raises:
-        ValueError: a flag is unknown (the message names all such, each with what to use in its place), lacks its value,
-            has one that is not of its type, or a word belongs to no flag.
+        ValueError: flags are unknown (the message lists all of them, each with what to use instead), a flag lacks its
+            value or has one of the wrong type, or a word belongs to no flag.
     """
     flag_of = {spelling: flag for flag in flags for spelling in flag.names + flag.negations}
     _check_known(arguments, list(flag_of))
@@ -30,7 +30,7 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str,
             continue
         if not flag.takes_many or flag.is_repeated:
             if not words:
-                raise ValueError(f"{spelled}: needs a value")
+                raise ValueError(f"{spelled}: requires a value")
             _check_end(spelled, words, 1)
         value = from_words(flag, spelled, words)
         given[flag.field] = (*given.get(flag.field, ()), *value) if flag.is_repeated else value
@@ -51,12 +51,12 @@ def _check_known(arguments: Sequence[str], known: list[str]) -> None:
 
 
 def _is_flag(word: str) -> bool:
-    """True for --x, and for -x, which no flag is; not for -1, for - alone, or a text that begins with a dash."""
+    """Whether a word is meant as a flag: --x or -x, but not -1, a single -, or other text that begins with a dash."""
     return word.startswith("--") or re.fullmatch(r"-[A-Za-z]\S*", word) is not None
 
 
 def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields every flag as it is spelled, and the words up to the next one."""
+    """Yields every flag as the user spelled it, with the words up to the next flag."""
     spelled: str | None = None
     words: list[str] = []
     for argument in arguments:

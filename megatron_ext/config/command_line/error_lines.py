@@ -1,14 +1,11 @@
-"""How an entry point ends: what a user can change is one `error: ...` line, anything else keeps its traceback.
+"""Reports how an entry point ends: errors that a user can fix as one `error: ...` line, defects with their traceback.
 
-    a user's mistake            one line on the first rank of a host, exit code 2 on every rank
-    a process of the run died   one line, exit code 1
-    Ctrl-C, before a run listens for it     one line, exit code 130
-    anything else               a defect: its traceback, exit code 1
+    user error (ValueError, OSError)        one line on the first rank of each host, exit code 2 on every rank
+    another process of the run died         one line, exit code 1
+    Ctrl-C before training has started      one line, exit code 130
+    any other exception (a defect)          traceback, exit code 1
 
 `MEGATRON_EXT_TRACEBACK=1` shows the traceback of the first two as well.
-
-`torchrun` ends with a long report of its own. It shows last what the first process to fail has left in a file, which is
-therefore written here: the line, or the traceback, stands at the end of all that the user sees.
 """
 
 import contextlib
@@ -25,35 +22,33 @@ from typing import NoReturn
 from megatron_ext.config.command_line.flag_text import print_any_text, use_utf8
 
 EXIT_UNEXPECTED = 1
-"""Exit code after what is not the user's doing."""
+"""Exit code after a defect or a lost process."""
 
 EXIT_USER_ERROR = 2
-"""Exit code after a user's mistake."""
+"""Exit code after an error that the user can fix."""
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-"""Exit code after Ctrl-C, the shell's own."""
+"""Exit code after Ctrl-C, as shells report it."""
 
 USER_ERRORS = (ValueError, OSError)
-"""What the library raises for a user's mistake; missing files and permissions are kinds of `OSError`."""
+"""Exceptions that the library raises for user errors; missing files and permissions are `OSError`s."""
 
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""What gloo and NCCL say in a process whose partner in a collective has died."""
+"""Messages of gloo and NCCL in a process whose peer in a collective has died."""
 
 _LAUNCHER_SECONDS = 2.0
-"""Longer than `torchrun` takes to see that a process has died, and to end the others."""
+"""Longer than `torchrun` needs to notice that a process has died and to stop the others."""
 
 Main = Callable[[], int | None]
 
 
 class ProcessLost(Exception):
-    """A process that the run needs has died: no flag is wrong, and this process's traceback would tell nothing."""
+    """Another process of the run has died. No flag is wrong, and this process's traceback would not help."""
 
 
 def exit_with_error(message: str, code: int = EXIT_USER_ERROR, *, on_every_rank: bool = False) -> NoReturn:
-    """Prints `error: message` as one line on the first rank of every host and leaves with the code on every rank.
-
-    Every host speaks, because a file may be missing on one of them alone.
-    """
+    """Prints `error: message` as one line on the first rank of every host, and exits with `code` on every rank."""
+    # Not on rank 0 alone: a file may be missing on one host only.
     line = "error: " + " ".join(message.split())
     if on_every_rank or int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0) == 0:
         print(line, file=sys.stderr, flush=True)
@@ -62,9 +57,10 @@ def exit_with_error(message: str, code: int = EXIT_USER_ERROR, *, on_every_rank:
 
 
 def tell_launcher(text: str) -> None:
-    """Leaves why this process ends, for the report of `torchrun`; nothing happens where there is no launcher.
+    """Writes the reason why this process ends to the file that `torchrun` reads; does nothing without a launcher.
 
-    The file's form is that of `torch.distributed.elastic.multiprocessing.errors.record`; the first text counts.
+    `torchrun` ends with a long report, whose last lines are the text of the first process that failed. The format is
+    that of `torch.distributed.elastic.multiprocessing.errors.record`.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or os.path.exists(path):
@@ -75,21 +71,21 @@ def tell_launcher(text: str) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Returns a user's mistake in words: the message; of the system's `OSError` the reason, after the file if known."""
+    """Returns the text of an error: its message, or `file: reason` for an `OSError` of the system."""
     if isinstance(error, OSError) and error.strerror is not None:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
 def main_guard(main: Main) -> Main:
-    """Wraps an entry point so that it ends as told above."""
+    """Wraps an entry point so that errors end it as described at the top of this file."""
 
     @functools.wraps(main)
     def guarded() -> int | None:
         try:
             return main()
         except BrokenPipeError:
-            # Whoever read our output has left (`--help | head`); nothing of it is a mistake.
+            # The reader has closed our output (`--help | head`). Redirect stdout, or Python's flush at exit fails.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_UNEXPECTED
         except KeyboardInterrupt:
@@ -111,11 +107,12 @@ def main_guard(main: Main) -> Main:
 
 
 def _follow_lost_peer() -> NoReturn:
-    """Leaves because another process has left, which has told why, and must stay the first to fail for the launcher."""
+    """Exits because another process of the run has died."""
+    # torchrun reports the first process that exits; wait, so that it is the one that failed.
     time.sleep(_LAUNCHER_SECONDS)
     rank = os.environ.get("RANK", "0")
     exit_with_error(
-        f"rank {rank} has lost another process of the run; the error is that process's, or the system has killed it",
+        f"rank {rank} has lost another process of the run, which failed or was killed; see the output of that process",
         EXIT_UNEXPECTED,
         on_every_rank=True,
     )

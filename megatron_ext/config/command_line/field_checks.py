@@ -1,7 +1,7 @@
-"""Small helpers to declare and check configuration fields.
+"""Helpers to declare and check the fields of config dataclasses.
 
-A field's flag follows from its name (`num_layers` -> `--num-layers`); nothing here lists flags. `flag()` adds other
-spellings of the same field, and the `check_*` functions raise the one-line `ValueError` that a user sees.
+A field's flag follows from its name (`num_layers` -> `--num-layers`). `flag()` adds aliases. The `check_*` functions
+raise the one-line `ValueError` that a user sees.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Spelling:
 
 
 Switch = Annotated[bool, Spelling(has_negation=False)]
-"""A boolean whose name is already a negation (`--no-load-optim`), so that it gets no `--no-` twin."""
+"""A boolean whose name is a negation already (`--no-load-optim`), so that it gets no second `--no-` flag."""
 
 _LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
@@ -39,17 +39,17 @@ _LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 _Value = typing.TypeVar("_Value")
 
 Repeated = Annotated[tuple[_Value, ...], Spelling(is_repeated=True)]
-"""Values each given with its own flag (`--stop A --stop B`)."""
+"""Several values, each given by repeating the flag (`--stop A --stop B`)."""
 
 
 def one_of_two(config: object, name: str, negation: str) -> bool | None:
-    """Returns which of two switches is given, None for neither.
+    """Returns True if the switch `name` is set, False if `negation` is set, and None if neither is.
 
     Raises:
-        ValueError: both are.
+        ValueError: both are set.
     """
     if getattr(config, name) and getattr(config, negation):
-        raise ValueError(f"{flag_name(name)}, {flag_name(negation)}: give one of them")
+        raise ValueError(f"{flag_name(name)}, {flag_name(negation)}: give only one of them")
     return True if getattr(config, name) else False if getattr(config, negation) else None
 
 
@@ -59,11 +59,11 @@ def flag_name(field_name: str) -> str:
 
 
 def flag(*, aliases: Sequence[str] = (), metavar: str | None = None) -> Spelling:
-    """Annotates a field with how it appears on the command line; use it inside `Annotated[...]`.
+    """Returns metadata for a field's `Annotated[...]` that sets how its flag appears on the command line.
 
     Args:
-        aliases: other names of the same flag, with `-` or `_`, such as `--learning_rate`.
-        metavar: what `--help` prints for the value.
+        aliases: further names of the flag, with `-` or `_`, such as `--learning_rate`.
+        metavar: placeholder of the value in `--help`.
     """
     return Spelling(aliases=tuple(flag_name(alias.lstrip("-")) for alias in aliases), metavar=metavar)
 
@@ -85,16 +85,16 @@ def check_at_most(config: object, maximum: float, *names: str) -> None:
 
 
 def check_numbers(config: "DataclassInstance") -> None:
-    """Raises `ValueError` for the first field that holds no finite number of fp32, or a whole one beyond 64 bits.
+    """Raises `ValueError` for the first float that is not finite in fp32, or integer that does not fit 64 bits.
 
-    `parse` calls it for every configuration; the dataclasses that Python code makes call it themselves.
+    `parse` calls it for every group. Groups that Python code may build call it in their `__post_init__` too.
     """
     for field in dataclasses.fields(config):
         held = getattr(config, field.name)
         for value in held if isinstance(held, tuple) else (held,):
             if isinstance(value, float) and not abs(value) <= _LARGEST_FP32:
                 raise ValueError(
-                    f"{flag_name(field.name)} {value}: must be a finite number that fp32 can hold"
+                    f"{flag_name(field.name)} {value}: must be a finite number in the range of fp32"
                 )
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise ValueError(f"{flag_name(field.name)} {value}: must be less than 2^63")
@@ -119,9 +119,9 @@ def check_fraction(config: object, *names: str, closed: bool = False) -> None:
 
 
 def check_choices(config: "DataclassInstance") -> None:
-    """Raises `ValueError` for the first field typed `Literal[...]` whose value is none of the choices.
+    """Raises `ValueError` for the first field typed `Literal[...]` whose value is not one of the choices.
 
-    The command line checks this itself; a config made in Python or from a checkpoint's JSON gets it from here.
+    The command line is checked when it is parsed; this check is for groups built in Python or from JSON.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -134,7 +134,7 @@ def check_choices(config: "DataclassInstance") -> None:
 
 
 def literal_values(hint: Any) -> tuple[Any, ...]:
-    """The choices of a type that is or holds a `Literal[...]`."""
+    """The choices of a type that is or contains a `Literal[...]`; empty for other types."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
     return tuple(value for arg in typing.get_args(hint) for value in literal_values(arg))

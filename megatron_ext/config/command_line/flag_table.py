@@ -1,7 +1,6 @@
-"""The flags that a configuration's dataclasses make: one for every field, plus its aliases.
+"""Derives the command-line flags from the config dataclasses: one flag per field, plus its aliases.
 
-A configuration is a tree, a dataclass whose fields are groups (`RunConfig`), or one group alone.
-Everything is read from the dataclasses; there is no list of flags anywhere.
+A configuration is a dataclass whose fields are config groups (`RunConfig`), or a single group.
 """
 
 import dataclasses
@@ -15,66 +14,65 @@ from megatron_ext.config.command_line.field_checks import Spelling, flag_name, l
 from megatron_ext.config.command_line.megatron_flags import instead_of
 
 Groups = Mapping[str, type[Any]]
-"""Name of a group (section of a YAML file, heading of `--help`) -> its dataclass."""
+"""Name of a config group (section in a YAML file, heading in `--help`) -> its dataclass."""
 
 CONFIG, HELP, SHOW_CONFIG = "--config", "--help", "--show-config"
 OWN_FLAGS = (CONFIG, HELP, SHOW_CONFIG)
-"""Flags of every command line, which no group declares."""
+"""Flags of every command line that belong to no config group."""
 
 SINGLE_GROUP = "config"
-"""Name of the group where the configuration is one group alone."""
+"""Name of the group if the configuration is a single group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """One field of one group, as the command line sees it."""
+    """The flag of one field of a config group."""
 
     group: str
     """Name of the group."""
 
     field: str
-    """Name of the field. No two groups of a configuration share one."""
+    """Name of the field, which is unique in the configuration."""
 
     names: tuple[str, ...]
-    """Its flag, then the aliases, in dashes."""
+    """The flag, then its aliases, all with dashes."""
 
     negations: tuple[str, ...]
-    """The flags that set a boolean to false; empty for others, and for a boolean that is a negation itself."""
+    """Flags that set a boolean to false; empty for other types and for a `Switch`."""
 
     takes_many: bool
-    """True for a field of several values."""
+    """Whether the field holds several values."""
 
     is_repeated: bool
-    """True for a field of several values, each given with a flag of its own."""
+    """Whether several values are given by repeating the flag."""
 
     kind: type
-    """What a value is: bool, int, float or str (choices are texts); of several values each."""
+    """Type of one value: bool, int, float or str."""
 
     choices: tuple[str, ...]
-    """The values that are allowed; empty where any is."""
+    """Allowed values; empty if any value is."""
 
     is_required: bool
-    """True if the field has no default."""
+    """Whether the field has no default."""
 
     default: object
-    """The field's default; None where it has none."""
+    """Default of the field, or None."""
 
     metavar: str | None
-    """What `--help` prints for the value, where that does not follow from the type."""
+    """Placeholder of the value in `--help`; None derives it from the type."""
 
     @property
     def is_switch(self) -> bool:
-        """True for a boolean."""
         return self.kind is bool
 
     @property
     def name(self) -> str:
-        """The flag that the field's own name makes."""
+        """The flag without its aliases."""
         return self.names[0]
 
 
 def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
-    """Returns the groups of a configuration: the fields that are dataclasses, or the configuration as the only one."""
+    """Returns the config groups: the fields that are dataclasses, or else the configuration as a single group."""
     hints = typing.get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     groups = {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
@@ -85,7 +83,7 @@ def flags_of(config_type: type[Any]) -> list[Flag]:
     """Returns the flags of all fields of a configuration.
 
     Raises:
-        TypeError: if two fields claim one flag, which is a defect of the dataclasses.
+        TypeError: two fields have the same flag, which is a defect of the dataclasses.
     """
     flags = [
         _flag(group, field, hints[field.name])
@@ -103,7 +101,7 @@ def flags_of(config_type: type[Any]) -> list[Flag]:
 
 
 def known_flags(config_type: type[Any]) -> frozenset[str]:
-    """Returns every spelling that the command line accepts for a configuration, in dashes."""
+    """Returns every name of a flag that the command line accepts for a configuration, with dashes."""
     return frozenset(OWN_FLAGS).union(*(flag.names + flag.negations for flag in flags_of(config_type)))
 
 
@@ -113,14 +111,15 @@ def with_dashes(flag: str) -> str:
 
 
 def missing_flags(groups: Groups, flags: Sequence[Flag], given: Mapping[str, Any]) -> list[str]:
-    """Returns all flags that a command lacks: those without a default, and what groups ask for besides.
+    """Returns all required flags that a command lacks.
 
-    A group with the class method `missing(given)` gives its own, of which any one of several may be needed.
+    These are flags without a default, and those that a group's class method `missing(given)` returns, such as "one of
+    several" or "required with --tokenizer-type X".
 
     Args:
-        groups: the dataclasses by name.
-        flags: their flags.
-        given: field's name -> value, of all fields that have one from anywhere.
+        groups: name -> dataclass.
+        flags: flags of the groups.
+        given: field name -> value, for all fields that have a value from any source.
     """
     missing = [flag.name for flag in flags if flag.is_required and flag.field not in given]
     for group in groups.values():
@@ -130,18 +129,18 @@ def missing_flags(groups: Groups, flags: Sequence[Flag], given: Mapping[str, Any
 
 
 def did_you_mean(unknown: str, known: Iterable[str]) -> str:
-    """Returns ` (did you mean X?)` for the nearest known name, or nothing if none is near."""
+    """Returns ` (did you mean X?)` for the most similar known name, or "" if none is similar."""
     near = difflib.get_close_matches(unknown, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def instead_of_unknown(flag: str, known: Iterable[str], shown: str | None = None) -> str:
-    """Returns, in brackets, what to use in place of an unknown flag; nothing where nothing is known.
+    """Returns ` (what to use instead of an unknown flag)`, or "" if there is nothing to suggest.
 
     Args:
-        flag: in dashes.
-        known: names of which the nearest is proposed.
-        shown: the unknown name as it compares with `known`; the flag by default.
+        flag: the unknown flag, with dashes.
+        known: known names; the most similar one is suggested.
+        shown: the unknown name in the form of `known`; the default is `flag`.
     """
     words = instead_of(flag)
     return f" ({words})" if words is not None else did_you_mean(shown or flag, known)
@@ -171,13 +170,13 @@ def _flag(group: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """The parts of `X | None`; of another type the type."""
+    """The parts of a union such as `X | None`, or else the type itself."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if is_union else (hint,)
 
 
 def _kind(hint: Any) -> type:
-    """The type of a value under `| None`, `tuple[...]` and `Literal[...]`."""
+    """The type of one value inside `| None`, `tuple[...]` and `Literal[...]`."""
     if typing.get_origin(hint) is typing.Literal:
         return str
     parts = [part for part in typing.get_args(hint) if part not in (type(None), ...)]

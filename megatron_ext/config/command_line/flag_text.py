@@ -1,7 +1,6 @@
-"""Text from outside, whatever the locale: all text is UTF-8, and only a line feed ends a line.
+"""Reads and prints text as UTF-8, whatever the locale.
 
-Without a locale (LC_ALL=C, a bare container) Python may take ASCII for the command line and the standard streams, and
-`str.splitlines` also cuts at form feeds, U+0085 and U+2028, which belong to a text.
+Without a locale (LC_ALL=C, a bare container) Python may use ASCII for the command line and the standard streams.
 """
 
 import codecs
@@ -15,47 +14,46 @@ _ERRORS = "megatron_ext.escaped"
 
 
 def argument_text(flag: str, argument: str) -> str:
-    """Returns the text of a command-line argument.
+    """Returns a command-line argument decoded as UTF-8.
 
     Args:
-        flag: its flag, for errors.
-        argument: as Python has decoded it: bytes that its locale does not know come as lone surrogates.
+        flag: the flag of the argument, for error messages.
+        argument: the argument as Python decoded it; bytes that the locale cannot decode are lone surrogates.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: the argument is not UTF-8.
     """
     try:
         return argument.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
-        raise ValueError(f"{flag} {argument!a}: is not UTF-8") from None
+        raise ValueError(f"{flag} {argument!a}: is not valid UTF-8") from None
 
 
 def read_lines(flag: str, path: str) -> list[str]:
-    """Returns the lines of a UTF-8 file, or of standard input for `-`, that hold more than white space.
+    """Returns the lines of a UTF-8 file, or of standard input for `-`, without blank lines.
 
-    A byte order mark at the beginning is dropped, as is a carriage return at a line's end.
+    A byte order mark at the beginning and carriage returns at line ends are dropped.
 
     Args:
-        flag: the flag that names the file, for errors.
-        path: the file.
+        flag: the flag that gave `path`, for error messages.
+        path: the file, or `-`.
 
     Raises:
-        ValueError: it is not UTF-8.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8.
+        OSError: the file cannot be read.
     """
     raw = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {path}: is not UTF-8 (byte {error.start})") from None
+        raise ValueError(f"{flag} {path}: is not valid UTF-8 (at byte {error.start})") from None
+    # Not `str.splitlines`, which also splits at form feeds, U+0085 and U+2028; these are part of a text.
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
 def use_utf8() -> None:
-    """Starts this program anew in Python's UTF-8 mode where the locale is ASCII.
-
-    Libraries, torch among them, read files of their own in the locale's encoding.
-    """
+    """Restarts this program in Python's UTF-8 mode if the locale is ASCII."""
+    # `reconfigure` is not enough: libraries such as torch open their own files with the locale's encoding.
     asked = sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1"
     if not asked and _is_ascii(locale.getpreferredencoding(False)):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
@@ -66,7 +64,7 @@ def _is_ascii(encoding: str) -> bool:
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A byte of a file's name that the locale did not know is written as it was; what a stream lacks, as an escape."""
+    """Error handler: undecodable bytes of a file name are written unchanged, other characters as an escape."""
     assert isinstance(error, UnicodeEncodeError)
     letter = error.object[error.start]
     name = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "backslashreplace"
@@ -75,7 +73,7 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def print_any_text() -> None:
-    """Lets the standard streams print any text: ASCII ones become UTF-8, others escape what they lack."""
+    """Makes the standard streams print any text: ASCII streams become UTF-8, others escape what they cannot encode."""
     codecs.register_error(_ERRORS, _escaped)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)

@@ -1,4 +1,4 @@
-"""What `--help` prints: required flags first, then the groups, each flag with its field's docstring."""
+"""Formats `--help`: required flags first, then the config groups, each flag with its field's docstring."""
 
 import ast
 import dataclasses
@@ -18,11 +18,11 @@ _KINDS = {int: "INT", float: "FLOAT", str: "TEXT"}
 _OWN = (
     (
         f"{CONFIG} FILE",
-        "YAML file of flags, flat or in sections named as the groups below; flags given here win.",
+        "YAML file of flags, flat or in sections named like the groups below. The command line overrides it.",
     ),
     (SHOW_CONFIG, "Print every value with its source (flag, file, checkpoint, default), and exit."),
-    (HELP, "Print this, and exit."),
-    ("--no-...", "With a switch's name: turn it off."),
+    (HELP, "Print this help, and exit."),
+    ("--no-...", "Turn off the switch of this name."),
 )
 
 
@@ -35,16 +35,15 @@ def format_help(
     example: str,
     supplied: Mapping[str, str],
 ) -> str:
-    """Returns the text.
+    """Returns the help text.
 
     Args:
-        groups: the dataclasses by name, in the order in which they are to stand.
-        flags: their flags.
-        prog: the program's name.
-        description: what it does.
-        example: a command that works.
-        supplied: field's name -> where a value comes from that is not given; other fields without a default are
-            required.
+        groups: name -> dataclass, in the order of the help.
+        flags: flags of the groups.
+        prog: name of the program.
+        description: description of the program.
+        example: an example command, or "".
+        supplied: field name -> text that is shown as its default; other fields without a default are required.
     """
     width = min(_WIDEST, shutil.get_terminal_size().columns)
     documented = {name: field_docs(group) for name, group in groups.items()}
@@ -63,14 +62,14 @@ def format_help(
 
 
 def _paragraph(text: str, width: int) -> list[str]:
-    """A paragraph, wrapped; indented lines and lists stay as they are."""
+    """Wraps a paragraph; one with indented lines is left unchanged."""
     if any(line.startswith(" ") for line in text.split("\n")):
         return text.split("\n")
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _spelled(flag: Flag) -> str:
-    """The flag, its aliases, and what it takes."""
+    """The flag with its aliases and the placeholder of its value."""
     if flag.is_switch:
         return ", ".join((*flag.names, *flag.negations[: bool(flag.default)]))
     value = flag.metavar or ("{" + ", ".join(flag.choices) + "}" if flag.choices else _KINDS[flag.kind])
@@ -94,7 +93,7 @@ def _told(flag: Flag, documented: Mapping[str, Mapping[str, str]], supplied: Map
 
 
 def _entry(spelled: str, text: str, width: int) -> Iterator[str]:
-    """Flag and text beside each other where the flag is short, else below each other."""
+    """Yields the lines of one flag: the text is beside a short flag, and below a long one."""
     told = textwrap.wrap(text, width - _COLUMN, break_long_words=False, break_on_hyphens=False)
     head = textwrap.wrap(
         spelled, width - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
@@ -107,7 +106,7 @@ def _entry(spelled: str, text: str, width: int) -> Iterator[str]:
 
 
 def field_docs(group: type[Any]) -> dict[str, str]:
-    """Returns field's name -> the text below it, of a dataclass and those that it extends; empty without a file."""
+    """Returns field name -> docstring, of a dataclass and its bases; empty if there is no source file."""
     found: dict[str, str] = {}
     for owner in reversed(group.__mro__):
         if dataclasses.is_dataclass(owner):

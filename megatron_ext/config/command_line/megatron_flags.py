@@ -1,7 +1,7 @@
-"""Megatron-LM's flags that this command line does not have: what to use here in place of each.
+"""Says what to use instead of Megatron-LM's flags that this command line does not have.
 
-A launch script for `pretrain_gpt.py` holds a dozen of them. Some are always on here, some have another name, some name
-a function that is not offered. The names are those of Megatron-LM's arguments and of its published examples.
+A launch script for `pretrain_gpt.py` has about a dozen of them: some are always on here, some have another name, some
+are not supported. The list follows Megatron-LM's arguments and its published examples.
 """
 
 _ALWAYS_ON = [
@@ -66,10 +66,10 @@ _SPEED = [
     "--use-tp-pp-dp-mapping",
 ]
 _INSTEAD = {
-    "--use-flash-attn": "leave it out: --attention-backend sdpa, the default, takes flash kernels",
+    "--use-flash-attn": "leave it out: --attention-backend sdpa, the default, uses flash kernels",
     "--use-rotary-position-embeddings": "leave it out: --position-embedding-type rope is the default",
     "--no-position-embedding": "leave it out: --position-embedding-type rope is the default",
-    "--use-checkpoint-args": "not offered: give the model's flags, or the model.yaml of an import with --config",
+    "--use-checkpoint-args": "not supported: give the model's flags, or the model.yaml of an import with --config",
     "--log-validation-ppl-to-tensorboard": "leave it out: --log-validation-ppl is the default",
     "--fp16": "use --bf16",
     "--loss-scale": "use --bf16, which needs no loss scale",
@@ -83,76 +83,76 @@ _INSTEAD = {
     "--checkpoint-num-layers": "use --recompute-num-layers with --recompute-granularity full",
     "--num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",
     "--model-parallel-size": "use --tensor-model-parallel-size",
-    "--rampup-batch-size": "not offered: use --global-batch-size",
-    "--step-batch-size-schedule": "not offered: use --global-batch-size",
+    "--rampup-batch-size": "not supported: use --global-batch-size",
+    "--step-batch-size-schedule": "not supported: use --global-batch-size",
     "--warmup": "use --lr-warmup-fraction",
-    "--optimizer": "leave it out: AdamW is the only one",
-    "--decoupled-lr": "not offered: one --lr for all weights",
-    "--decoupled-min-lr": "not offered: one --min-lr for all weights",
-    "--apply-layernorm-1p": "not offered: it changes what a norm's weight means",
+    "--optimizer": "leave it out: AdamW is the only optimizer",
+    "--decoupled-lr": "not supported: --lr applies to all weights",
+    "--decoupled-min-lr": "not supported: --min-lr applies to all weights",
+    "--apply-layernorm-1p": "not supported: it changes the meaning of a norm's weight",
     "--layernorm-epsilon": "use --norm-epsilon",
     "--rotary-scaling-factor": "use --rope-scaling-factor with --use-rope-scaling",
-    "--rotary-interleaved": "not offered: halves are rotated, as in GPT-NeoX and Llama",
-    "--window-size": "not offered: attention has no window, sequences must fit into --sliding-window",
-    "--cp-comm-type": "not offered: context parallelism is not built yet",
-    "--hierarchical-context-parallel-sizes": "not offered: context parallelism is not built yet",
-    "--mock-data": "not offered: tools/build_corpus.py makes a corpus of real text",
+    "--rotary-interleaved": "not supported: the two halves of a head are rotated, as in GPT-NeoX and Llama",
+    "--window-size": "not supported: attention has no window, sequences must fit into --sliding-window",
+    "--cp-comm-type": "not supported: there is no context parallelism",
+    "--hierarchical-context-parallel-sizes": "not supported: there is no context parallelism",
+    "--mock-data": "not supported: tools/build_corpus.py makes a corpus of real text",
     "--data-args-path": "use --data-path, or a YAML file with --config",
     "--per-split-data-args-path": "use --train-data-path, --valid-data-path and --test-data-path",
-    "--data-impl": "leave it out: data is mmap",
-    "--dataset-impl": "leave it out: data is mmap",
+    "--data-impl": "leave it out: data is always memory-mapped",
+    "--dataset-impl": "leave it out: data is always memory-mapped",
     "--full-validation": "use tools/evaluate.py",
-    "--vocab-extra-ids": "use --vocab-size, the least number of ids",
+    "--vocab-extra-ids": "use --vocab-size, the minimum number of ids",
     "--padded-vocab-size": "use --make-vocab-size-divisible-by",
-    "--tiktoken-pattern": "leave it out: it is v2",
-    "--tiktoken-num-special-tokens": "leave it out: it is 1000",
+    "--tiktoken-pattern": "leave it out: it is always v2",
+    "--tiktoken-num-special-tokens": "leave it out: it is always 1000",
     "--tokenizer-name-or-path": "use --tokenizer-model",
     "--tensorboard-log-dir": "use --tensorboard-dir",
-    "--log-num-zeros-in-grad": "not offered: --log-params-norm and the gradient norm are",
+    "--log-num-zeros-in-grad": "not supported: see --log-params-norm; the gradient norm is always logged",
     "--log-memory-to-tensorboard": "use --log-memory",
     "--log-loss-scale-to-tensorboard": "leave it out: bf16 has no loss scale",
     "--wandb-entity": "set WANDB_ENTITY in the environment",
     "--check-for-nan-in-loss-and-grad": "always on, see --max-consecutive-nan-steps",
     "--no-check-for-nan-in-loss-and-grad": "always on, see --max-consecutive-nan-steps",
-    "--rerun-mode": "not offered, see --max-consecutive-nan-steps",
-    "--exit-signal-handler": "always on: SIGTERM, SIGINT and SIGUSR1 save and leave",
-    "--exit-on-missing-checkpoint": "not offered: an empty --load starts a new run",
+    "--rerun-mode": "not supported, see --max-consecutive-nan-steps",
+    "--exit-signal-handler": "always on: on SIGTERM, SIGINT and SIGUSR1 a run saves and exits",
+    "--exit-on-missing-checkpoint": "not supported: an empty --load starts a new run",
     "--save-retain-interval": "use --keep-last",
     "--pretrained-checkpoint": "use --load with --finetune",
-    "--nproc-per-node": "an option of torchrun, to stand before the script",
-    "--nproc_per_node": "an option of torchrun, to stand before the script",
-    "--nnodes": "an option of torchrun, to stand before the script",
-    "--node-rank": "an option of torchrun, to stand before the script",
-    "--master-addr": "an option of torchrun, to stand before the script",
-    "--master-port": "an option of torchrun, to stand before the script",
+    "--nproc-per-node": "this is an option of torchrun: put it before the script",
+    "--nproc_per_node": "this is an option of torchrun: put it before the script",
+    "--nnodes": "this is an option of torchrun: put it before the script",
+    "--node-rank": "this is an option of torchrun: put it before the script",
+    "--master-addr": "this is an option of torchrun: put it before the script",
+    "--master-port": "this is an option of torchrun: put it before the script",
 }
 _FAMILIES = {
-    "--moe-": "not offered: no mixture of experts",
-    "--num-experts": "not offered: no mixture of experts",
-    "--expert-": "not offered: no mixture of experts",
-    "--fp8-": "not offered: use --bf16",
-    "--fp4-": "not offered: use --bf16",
-    "--mtp-": "not offered: no multi-token prediction",
-    "--retro-": "not offered: the models are decoder-only",
-    "--encoder-": "not offered: the models are decoder-only",
-    "--decoder-": "not offered: use --num-layers and --seq-length",
-    "--multi-latent-attention": "not offered: attention has query groups (--num-query-groups)",
-    "--profile": "not offered: run under torch's or NVIDIA's profiler",
-    "--tp-comm-": "leave it out: it changes speed alone, and is not offered",
+    "--moe-": "not supported: there is no mixture of experts",
+    "--num-experts": "not supported: there is no mixture of experts",
+    "--expert-": "not supported: there is no mixture of experts",
+    "--fp8-": "not supported: use --bf16",
+    "--fp4-": "not supported: use --bf16",
+    "--mtp-": "not supported: there is no multi-token prediction",
+    "--retro-": "not supported: the models are decoder-only",
+    "--encoder-": "not supported: the models are decoder-only",
+    "--decoder-": "not supported: use --num-layers and --seq-length",
+    "--multi-latent-attention": "not supported: use grouped-query attention (--num-query-groups)",
+    "--profile": "not supported: run under torch's or NVIDIA's profiler",
+    "--tp-comm-": "leave it out: it changes only speed, and is not supported",
     "--inference-": "use tools/generate.py",
 }
 
 
 def instead_of(flag: str) -> str | None:
-    """What to use here in place of a flag of Megatron-LM, in words; None for a flag that is not known either.
+    """Returns what to use instead of a flag of Megatron-LM; None for a flag that Megatron-LM does not have either.
 
     Args:
-        flag: in dashes, one that the command line does not have.
+        flag: a flag with dashes that this command line does not have.
     """
     if flag in _INSTEAD:
         return _INSTEAD[flag]
     if flag in _ALWAYS_ON:
-        return "leave it out: always so here"
+        return "leave it out: it is always on here"
     if flag in _SPEED:
-        return "leave it out: it changes speed, memory or files alone, and is not offered"
+        return "leave it out: it changes only speed, memory or files, and is not supported"
     return next((words for start, words in _FAMILIES.items() if flag.startswith(start)), None)

@@ -1,10 +1,10 @@
-"""The one merge of all that can give a field its value, field by field, and where each value came from.
+"""Merges all sources of values field by field, and records where each value came from.
 
-    flag  >  YAML file (--config)  >  what the program finds  >  the field's default
+    flag  >  YAML file (--config)  >  values that the program finds  >  default of the field
 
-What a program finds follows from what is given: a mode, a file of weights, a checkpoint. Each is a `Found`, and of two
-the later one wins: in `pretrain_npt.py` the checkpoint over the weights file over the mode, in
-`pretrain_progressive.py` the training in --save over what follows from the stacks.
+A program finds values that depend on the given flags: of a mode, a weights file or a checkpoint. Each of these is a
+`Found`, and a later one overrides an earlier one: in `pretrain_npt.py` mode < weights file < checkpoint, in
+`pretrain_progressive.py` stacks < training in --save.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ class Source:
     """Where the value of a field comes from."""
 
     text: str
-    """As `--show-config` prints it."""
+    """Description in `--show-config`."""
 
     is_yaml: bool = False
-    """True for the YAML file of --config."""
+    """Whether the source is the YAML file of --config."""
 
 
 FLAG = Source("flag")
@@ -39,24 +39,24 @@ DERIVED = Source("follows from others")
 """Of a field that is not given, and has another value than its default."""
 
 Sources = Mapping[str, Source]
-"""Field's name -> source, for all fields that do not have their default."""
+"""Field name -> source, for all fields that do not have their default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Values that a program finds for fields that are not given."""
+    """Values that a program finds for fields that the user has not given."""
 
     source: str
-    """Where it finds them."""
+    """Description of the source, for `--show-config` and error messages."""
 
     sections: Mapping[str, Mapping[str, Any]]
-    """Group's name -> field's name -> value, plain or as JSON has it; None leaves a field alone."""
+    """Group name -> field name -> value, as in Python or JSON; None sets nothing."""
 
     def values(self, flags: Iterable[Flag]) -> dict[str, Any]:
-        """Returns field's name -> value of the field's type.
+        """Returns field name -> value, converted to the field's type.
 
         Raises:
-            ValueError: a value is not of its field's type.
+            ValueError: a value cannot be converted.
         """
         flag_of = {(flag.group, flag.field): flag for flag in flags}
         try:
@@ -72,23 +72,23 @@ class Found:
 
 @dataclasses.dataclass
 class Merged:
-    """Values with their sources; what is added first wins."""
+    """Values with their sources; the first value that is added for a field is kept."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
 
     def add(self, source: Source, values: Mapping[str, Any]) -> None:
-        """Adds the values of fields that have none yet."""
+        """Adds values for the fields that have none yet."""
         new = {field: value for field, value in values.items() if field not in self.values}
         self.values |= new
         self.sources |= dict.fromkeys(new, source)
 
 
 def build(config_type: type[T], merged: Merged) -> T:
-    """Makes the configuration; fields without a value have their default.
+    """Builds and checks the configuration; fields without a value get their default.
 
     Raises:
-        ValueError: a group refuses its values.
+        ValueError: a value is invalid.
     """
     groups = {
         name: group(
@@ -99,7 +99,7 @@ def build(config_type: type[T], merged: Merged) -> T:
     for group in groups.values():
         check_numbers(group)
     (first, *_) = groups.values()
-    if isinstance(first, config_type):  # it has one group alone
+    if isinstance(first, config_type):  # the configuration is a single group
         return first
     names = {field.name for field in dataclasses.fields(config_type)}
     more = {"sources": merged.sources} if "sources" in names else {}
@@ -107,7 +107,7 @@ def build(config_type: type[T], merged: Merged) -> T:
 
 
 def name_yaml(message: str, sources: Sources) -> str:
-    """Returns an error's message, with what of it the YAML file says: its flags need not be on the command line."""
+    """Appends to an error message which of its flags were set in the YAML file, as they are not on the command line."""
     named = {}
     for flag in re.findall(r"--([\w-]+)", message):
         field = flag.replace("-", "_")
@@ -118,7 +118,7 @@ def name_yaml(message: str, sources: Sources) -> str:
 
 
 def format_sources(config: "DataclassInstance", sources: Sources) -> str:
-    """Returns every field of a configuration with its value and where that comes from, group by group."""
+    """Returns the text of `--show-config`: every field with its value and source, by config group."""
     groups = {name: getattr(config, name, config) for name in groups_of(type(config))}
     rows = {
         name: [

@@ -1,13 +1,13 @@
-"""The command line and YAML: the one place that reads either.
+"""Reads the command line and YAML files; nothing else does.
 
-`parse` makes one flat set of flags from the fields of a configuration's groups, reads the command line and the file of
---config, and gives the configuration back:
+`parse` derives a flat set of flags from the fields of the config groups, reads the command line and the file of
+--config, and returns the configuration:
 
     config = parse(RunConfig, prog="pretrain_x.py", description="...")
     config.model.num_layers
 
-A script may find values that follow from what was given (a mode, a checkpoint to load); see `merge` for the order.
-Nothing here imports torch, so `--help` and a mistyped flag answer at once.
+A script may add values that depend on the given flags (a mode, a checkpoint to load); `merge` defines the precedence.
+Nothing here imports torch, so that `--help` and errors in flags appear at once.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ __all__ = ["Found", "known_flags", "main_guard", "parse", "run_main"]
 
 T = TypeVar("T", bound="DataclassInstance")
 Given = Mapping[str, Any]
-"""Field's name -> value, of what the command line and the YAML file give."""
+"""Field name -> value, for the fields that the command line and the YAML file set."""
 
 
 def parse(
@@ -63,19 +63,18 @@ def parse(
     """Reads the command line into a configuration.
 
     Args:
-        config_type: a dataclass of groups (a group's name is its heading in `--help` and its YAML section), or one
-            group alone.
-        argv: arguments without the program's name; the process's own by default.
-        prog: the program's name for `--help`.
-        description: what the program does, for `--help`.
-        example: a command that works, for `--help`.
-        find: gives, from what is given, values for fields that are not; of two the later one wins.
-        sections: YAML section's name -> further groups whose flags it may hold, for files of earlier systems.
-        supplied: field's name -> where `find` takes its value from, for `--help`, which calls others required.
+        config_type: a dataclass of config groups (the name of a group is its heading in `--help` and its YAML section),
+            or a single group.
+        argv: arguments without the program's name; the default is `sys.argv[1:]`.
+        prog: name of the program in `--help`.
+        description: description of the program in `--help`.
+        example: an example command for `--help`.
+        find: called with the given values; returns values for fields that are not given, later ones override earlier.
+        sections: name of a YAML section -> further groups whose flags it may hold.
+        supplied: field name -> text that `--help` shows as its default, because `find` provides the value.
 
     Raises:
-        SystemExit: code 2 after a user's mistake, reported in one line on rank 0; code 0 after `--help` and
-            `--show-config`.
+        SystemExit: code 2 after a user error, which is printed as one line; code 0 after `--help` and `--show-config`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or HELP in arguments:
@@ -113,11 +112,11 @@ def _merge(
     find: Callable[[Given], Sequence[Found]] | None,
     sections: Mapping[str, Container[str]],
 ) -> None:
-    """Adds the values of all sources, the strongest first; raises `ValueError` where a required one has none."""
+    """Adds the values of all sources in order of precedence; raises `ValueError` if a required value is missing."""
     groups, flags = groups_of(config_type), flags_of(config_type)
     merged.add(FLAG, read_arguments(arguments, flags))
     if path is not None:
-        # Imported late: most command lines name no file.
+        # Imported late, because importing YAML takes time and most command lines have no file.
         from megatron_ext.config.command_line.yaml_file import read_yaml
 
         merged.add(Source(path, is_yaml=True), read_yaml(path, groups, flags, sections))
@@ -129,7 +128,7 @@ def _merge(
 
 
 def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:
-    """The groups, those that a family adds to another configuration before the others."""
+    """The config groups, with those that a family adds to `RunConfig` first."""
     groups = groups_of(config_type)
     bases = filter(dataclasses.is_dataclass, config_type.__mro__[1:])
     inherited = {field.name for base in bases for field in dataclasses.fields(base)}
@@ -145,7 +144,7 @@ def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         if argument == CONFIG:
             path = next(remaining, None)
             if path is None or path.startswith("--"):
-                raise ValueError(f"{CONFIG}: needs a file")
+                raise ValueError(f"{CONFIG}: requires the path of a YAML file")
         elif argument.startswith(f"{CONFIG}="):
             path = argument.partition("=")[2]
         else:

@@ -1,4 +1,4 @@
-"""The value of a field, from a word of the command line or from a file: checked and converted by the field's type."""
+"""Converts words of the command line and values of YAML or JSON files to the type of a field."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,35 +10,35 @@ _TYPES = {**_KINDS, list: "a list", dict: "a section", type(None): "empty"}
 
 
 def from_words(flag: Flag, spelled: str, words: Sequence[str]) -> Any:
-    """Returns the field's value from the words after its flag, one or, for a field of several values, any number.
+    """Converts the words after a flag: one, or any number for a field that holds several values.
 
     Raises:
-        ValueError: a word is not of the field's type.
+        ValueError: a word cannot be converted to the field's type.
     """
     values = [_from_word(flag, spelled, word) for word in words]
     return tuple(values) if flag.takes_many else values[0]
 
 
 def from_file(flag: Flag, key: str, value: object) -> Any:
-    """Returns the field's value from that of a YAML or JSON file.
+    """Converts a value of a YAML or JSON file.
 
-    A text is read as on the command line, because YAML takes 1e-4 for one. A list of whole numbers may stand for a text
-    of numbers with commas between, as the layers of --npt-layers.
+    Texts are converted as on the command line, because YAML 1.1 reads 1e-4 as a text. A list of integers may be given
+    for a field that the command line takes as a text such as 1,2,3 (--npt-layers).
 
     Args:
-        flag: of the field.
-        key: as the file calls it, for errors.
-        value: not None.
+        flag: flag of the field.
+        key: name of the value in the file, for error messages.
+        value: the value; not None.
 
     Raises:
-        ValueError: it is not of the field's type.
+        ValueError: the value cannot be converted to the field's type.
     """
     if isinstance(value, (list, tuple)) and flag.takes_many:
         return tuple(_from_scalar(flag, key, part) for part in value)
     if isinstance(value, list) and flag.kind is str and value and all(type(part) is int for part in value):
         value = ",".join(map(str, value))
     if isinstance(value, (list, dict)):
-        raise ValueError(f"{key} {value}: must be a single value, it is {_TYPES[type(value)]}")
+        raise ValueError(f"{key} {value}: must be a single value (got {_TYPES[type(value)]})")
     scalar = _from_scalar(flag, key, value)
     return (scalar,) if flag.takes_many else scalar
 
@@ -57,16 +57,16 @@ def _from_word(flag: Flag, spelled: str, word: str) -> Any:
 def _from_scalar(flag: Flag, key: str, value: object) -> Any:
     if flag.is_switch:
         if not isinstance(value, bool):
-            raise ValueError(f"{key} {value}: is neither true nor false")
+            raise ValueError(f"{key} {value}: must be true or false")
         return value
-    found = f"it is {_TYPES.get(type(value), type(value).__name__)}"
+    found = f"(got {_TYPES.get(type(value), type(value).__name__)})"
     if flag.choices:
         if value not in flag.choices:
-            raise ValueError(f"{key} {value}: must be one of {', '.join(flag.choices)}, {found}")
+            raise ValueError(f"{key} {value}: must be one of {', '.join(flag.choices)} {found}")
         return value
     if not isinstance(value, (bool, list, dict, type(None))):
         try:
             return flag.kind(str(value))
         except ValueError:
             pass
-    raise ValueError(f"{key} {value}: must be {_KINDS[flag.kind]}, {found}")
+    raise ValueError(f"{key} {value}: must be {_KINDS[flag.kind]} {found}")

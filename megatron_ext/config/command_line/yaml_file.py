@@ -1,7 +1,7 @@
-"""Reads a configuration file.
+"""Reads a YAML configuration file.
 
-The file holds flags (`num_layers: 12`, `-` and `_` alike), or sections of them by group name, or both; a section may
-stand inside another one (`training: {progressive: ...}`).
+The file holds flags (`num_layers: 12`, with `-` or `_`), sections of flags by group name, or both. Sections may be
+nested (`training: {progressive: ...}`).
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -21,17 +21,17 @@ def read_yaml(
     flags: Sequence[Flag],
     sections: Mapping[str, Container[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Returns field's name -> value of a file; a field that is null there is left out.
+    """Returns field name -> value; a field that is null in the file is left out.
 
     Args:
         path: the YAML file.
-        groups: the dataclasses by section name.
-        flags: their flags.
-        sections: section's name -> further groups whose flags it may hold.
+        groups: section name -> dataclass.
+        flags: flags of the groups.
+        sections: section name -> further groups whose flags it may hold.
 
     Raises:
-        ValueError: the file is missing or is not a mapping of flags; or it holds unknown keys, or repeated ones, or
-            values of a wrong type, of which the message names all.
+        ValueError: the file is missing or not a mapping of flags; or it has unknown keys, repeated keys, or values of
+            the wrong type, all of which the message lists.
     """
     flag_of = {name: flag for flag in flags for name in flag.names}
     values: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str
     if content is None:
         return
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must be a mapping of flags, it is a {type(content).__name__}")
+        raise ValueError(f"--config {path}: must be a mapping of flags (got {type(content).__name__})")
     for key, value in content.items():
         if key in sections and isinstance(value, dict):
             yield from _read_section(key, value, sections)

@@ -1,8 +1,4 @@
-"""Where checkpoints are written and read, how often, and what they hold.
-
-Exit codes of the entry points: 0 done; 1 an unexpected error, with its traceback; 2 the user's mistake, one line;
-the codes of a run that saved and left early on a signal are documented where the signals are handled.
-"""
+"""Where checkpoints are written to and read from, how often, and what they hold."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,16 +11,16 @@ class CheckpointConfig:
     """Saving and loading."""
 
     save: Annotated[str | None, flag(aliases=("--checkpoint_dir",))] = None
-    """Directory to write checkpoints to: empty, missing, or the one that --load goes on from."""
+    """Directory to write checkpoints to. It must be missing, empty, or the directory that --load continues from."""
 
     load: Annotated[str | None, flag(aliases=("--resume_from",))] = None
-    """Directory to load a checkpoint from; where it is `--save` too and holds none, a new run starts."""
+    """Directory to load a checkpoint from. If it is also --save and has no checkpoint yet, a new run starts."""
 
     save_interval: Annotated[int | None, flag(aliases=("--save_steps",))] = None
-    """Optimizer steps between two checkpoints. Without it only at the end."""
+    """Optimizer steps between two checkpoints. Default: save only at the end."""
 
     ckpt_step: int | None = None
-    """Step to load, instead of the newest complete one."""
+    """Step to load. Default: the newest complete checkpoint."""
 
     no_save_optim: Switch = False
     """Leave the optimizer's state out of checkpoints."""
@@ -39,24 +35,24 @@ class CheckpointConfig:
     """Do not load the random number generators' state."""
 
     finetune: bool = False
-    """Load the model only and start at step 0, with a new optimizer and new data order."""
+    """Load only the model and start at step 0, with a new optimizer and a new data order."""
 
     keep_last: int | None = None
-    """Complete checkpoints to keep; older ones are removed after a save. Without it all are kept."""
+    """Number of complete checkpoints to keep; older ones are removed after a save. Default: keep all."""
 
     overwrite_checkpoints: bool = False
-    """Let the run take the place of another one in --save, or of the steps after the one that is loaded: their
-    checkpoints are removed once this run has written its first."""
+    """Allow a run to replace another run in --save, or the steps after the one it loads: their checkpoints are removed
+    when this run has written its first."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_interval", "keep_last")
         check_at_least(self, 0, "ckpt_step")
         for name, value in (("--save-interval", self.save_interval), ("--keep-last", self.keep_last)):
             if value is not None and self.save is None:
-                raise ValueError(f"{name} {value}: needs --save")
+                raise ValueError(f"{name} {value}: requires --save")
         if self.overwrite_checkpoints and self.save is None:
-            raise ValueError("--overwrite-checkpoints: needs --save")
+            raise ValueError("--overwrite-checkpoints: requires --save")
         if self.ckpt_step is not None and self.load is None:
-            raise ValueError(f"--ckpt-step {self.ckpt_step}: needs --load")
+            raise ValueError(f"--ckpt-step {self.ckpt_step}: requires --load")
         if self.finetune and self.load is None:
-            raise ValueError("--finetune: needs --load")
+            raise ValueError("--finetune: requires --load")

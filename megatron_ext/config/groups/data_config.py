@@ -1,7 +1,7 @@
 """Which indexed datasets a run reads, and how documents become samples.
 
-Paths are prefixes as Megatron writes them (`corpus_text_document`, without `.bin` or `.idx`). Whether the files exist
-and agree with each other is checked by `megatron_ext.data`.
+Paths are Megatron's prefixes (`corpus_text_document`, without `.bin` or `.idx`). `megatron_ext.data` checks that the
+files exist and match each other.
 """
 
 from dataclasses import dataclass
@@ -17,34 +17,34 @@ class DataConfig:
     """Datasets, blends and splits."""
 
     data_path: _Prefixes = None
-    """One prefix, several, or weights and prefixes in turn: 0.3 first 0.7 second."""
+    """Datasets: one prefix, several prefixes, or alternating weights and prefixes (0.3 first 0.7 second)."""
 
     train_data_path: _Prefixes = None
-    """The training set's own prefixes, instead of --data-path and --split."""
+    """Datasets of the training set, instead of --data-path and --split."""
 
     valid_data_path: _Prefixes = None
-    """The validation set's own prefixes."""
+    """Datasets of the validation set, instead of --data-path and --split."""
 
     test_data_path: _Prefixes = None
-    """The test set's own prefixes."""
+    """Datasets of the test set, instead of --data-path and --split."""
 
     split: str = "969, 30, 1"
-    """Shares of training, validation and test in --data-path."""
+    """Proportions of the training, validation and test sets in --data-path."""
 
     data_cache_path: str | None = None
-    """Directory for the sample index. Without it beside the dataset, or in memory where that cannot be written to."""
+    """Directory for the sample index. Default: beside the dataset, or in memory if that is not writable."""
 
     num_workers: int = 2
-    """Loader processes for each training process."""
+    """Data loader processes per training process."""
 
     reset_position_ids: bool = False
-    """Count positions anew after every end-of-document token."""
+    """Restart positions at 0 after every end-of-document token."""
 
     reset_attention_mask: bool = False
-    """Let no token attend over an end-of-document token."""
+    """Prevent attention across end-of-document tokens."""
 
     eod_mask_loss: bool = False
-    """Leave out of the loss what follows an end-of-document token: its prediction from there, as in Megatron-LM."""
+    """Exclude from the loss the token that is predicted from an end-of-document token, as Megatron-LM does."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "num_workers")
@@ -60,7 +60,7 @@ class DataConfig:
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        """The training data's prefixes, with weights between them where there are any; empty where none is given."""
+        """Datasets of the training set, with their weights if these are given; empty if there are none."""
         return self.data_path or self.train_data_path or ()
 
 
@@ -69,14 +69,16 @@ def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
         return
     given = " ".join(values)
     if not values:
-        raise ValueError(f"{flag}: needs at least one prefix")
+        raise ValueError(f"{flag}: requires at least one prefix")
     if len(values) == 1 or not is_number(values[0]):
         return
     if len(values) % 2:
-        raise ValueError(f"{flag} {given}: weights and prefixes must alternate, the last has no partner")
+        raise ValueError(
+            f"{flag} {given}: weights and prefixes must alternate, but the last one has no partner"
+        )
     for weight in values[::2]:
         if not is_number(weight) or not 0 < float(weight) < float("inf"):
-            raise ValueError(f"{flag} {given}: {weight!r} is not a weight above 0")
+            raise ValueError(f"{flag} {given}: weight {weight!r} must be a number above 0")
 
 
 def _check_split(split: str) -> None:
@@ -85,12 +87,12 @@ def _check_split(split: str) -> None:
         raise ValueError(f"--split {split}: must be up to three shares such as 969,30,1")
     if len(parts) > 3:
         raise ValueError(
-            f"--split {split}: has {len(parts)} shares, at most three (training, validation, test) are known"
+            f"--split {split}: must have at most three shares (training, validation, test), got {len(parts)}"
         )
 
 
 def is_number(text: str) -> bool:
-    """True for a weight in a blend, False for a prefix."""
+    """Whether an item of a blend is a weight; otherwise it is a prefix."""
     try:
         float(text)
     except ValueError:

@@ -1,6 +1,6 @@
 """What a run prints, and what it writes to TensorBoard and W&B.
 
-A family's own statistics have their flags in the family's config.
+Flags of a family's own statistics are in the family's config group.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class LoggingConfig:
     """Directory for TensorBoard's event files."""
 
     tensorboard_log_interval: int = 1
-    """Optimizer steps between two TensorBoard values."""
+    """Optimizer steps between two values in TensorBoard."""
 
     wandb_project: str | None = None
-    """W&B project to log to. Needs the wandb extra."""
+    """W&B project to log to. Requires the extra `wandb`."""
 
     wandb_exp_name: str | None = None
     """Name of the W&B run."""
@@ -37,16 +37,16 @@ class LoggingConfig:
     """Compute and log the norm of all parameters."""
 
     log_throughput: bool = True
-    """Log tokens a second and the part of the device's peak in use (MFU)."""
+    """Log tokens per second and model FLOPs utilization (MFU)."""
 
     log_memory: bool = False
-    """Write memory in use and its peak to TensorBoard; the progress line always shows the peak."""
+    """Write current and peak memory to TensorBoard; the progress line shows the peak in any case."""
 
     log_validation_ppl: bool = True
-    """Log the validation perplexity beside the loss."""
+    """Log the validation perplexity in addition to the loss."""
 
     device_peak_tflops: float | None = None
-    """The device's peak for MFU, in TFLOP/s. Without it a table of known devices, else a short measurement."""
+    """Peak of the device for MFU, in TFLOP/s. Default: from a table of known GPUs, else a short measurement."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "log_interval", "tensorboard_log_interval")
@@ -55,4 +55,4 @@ class LoggingConfig:
             value = getattr(self, name)
             if value is not None and self.wandb_project is None:
                 text = " ".join(value) if isinstance(value, tuple) else value
-                raise ValueError(f"{flag_name(name)} {text}: needs --wandb-project")
+                raise ValueError(f"{flag_name(name)} {text}: requires --wandb-project")

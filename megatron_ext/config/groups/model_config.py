@@ -1,7 +1,7 @@
-"""The base model: sizes, positions, norm, activation, dropout and initialisation.
+"""The base model: sizes, positions, norm, activation, dropout and initialization.
 
-Names and defaults are Megatron's, but for the three that say otherwise: rotary positions and RMSNorm are the defaults,
-and `--num-query-groups` alone turns on grouped-query attention. What a family adds to a layer is the family's config.
+Names and defaults are Megatron's, with three exceptions: rotary positions and RMSNorm are the defaults, and
+`--num-query-groups` alone turns on grouped-query attention. A family configures its own modules in its own group.
 """
 
 import importlib.util
@@ -31,17 +31,17 @@ _ROPE_SCALING = (
 
 
 def check_fits_window(window: int | None, length: int, asked: str) -> None:
-    """Raises `ValueError` for a sequence that is longer than a model's sliding window.
+    """Raises `ValueError` if a sequence is longer than the model's sliding window.
 
     Args:
-        window: the model's `sliding_window`.
-        length: tokens of the sequence.
-        asked: the flags and values that ask for it, the beginning of the message.
+        window: the model's `sliding_window`, in tokens.
+        length: length of the sequence, in tokens.
+        asked: flags and values that led to this length; the message begins with them.
     """
     if window is not None and length > window:
         raise ValueError(
             f"{asked}: a sequence of {length} tokens exceeds the model's sliding window of {window} "
-            "(--sliding-window); windows are not built yet, so a sequence must fit into one"
+            "(--sliding-window); windowed attention is not supported, so a sequence must fit into the window"
         )
 
 
@@ -59,80 +59,80 @@ class ModelConfig:
     """Number of attention heads."""
 
     seq_length: Annotated[int, flag(aliases=("--max_length",))]
-    """Tokens in a training sequence."""
+    """Tokens per training sequence."""
 
     ffn_hidden_size: int | None = None
-    """Width of the MLP. Without it 4 * hidden size; with --swiglu two thirds of that, down to a multiple of 64."""
+    """Width of the MLP. Default: 4 * hidden size; with --swiglu 8/3 of it, rounded down to a multiple of 64."""
 
     num_query_groups: int | None = None
-    """Number of key/value heads (grouped-query attention). Without it every head has its own."""
+    """Number of key/value heads (grouped-query attention). Default: one per attention head."""
 
     group_query_attention: bool = False
-    """Megatron's switch for grouped-query attention; asks for --num-query-groups, which alone is enough here."""
+    """Megatron's switch for grouped-query attention. It requires --num-query-groups, which is enough by itself."""
 
     kv_channels: int | None = None
-    """Width of one attention head. Without it hidden size / heads."""
+    """Width of one attention head. Default: hidden size / number of heads."""
 
     max_position_embeddings: int | None = None
-    """Longest position the model is built for. Without it the sequence length."""
+    """Largest number of positions. Default: the sequence length."""
 
     sliding_window: int | None = None
-    """Tokens that an attention layer of the model looks back over, as imported; attention here looks at all, which is
-    the same on sequences up to the window: longer ones are refused."""
+    """Attention window of an imported model, in tokens. Attention here has no window, which gives the same result for
+    sequences up to the window; longer sequences are refused."""
 
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    """How positions enter the model."""
+    """Position embedding: rotary, learned, or none."""
 
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
 
     rotary_percent: float = 1.0
-    """Part of a head's width that is rotated, in (0, 1]."""
+    """Fraction of a head's width that is rotated, in (0, 1]."""
 
     rotary_seq_len_interpolation_factor: float | None = None
-    """Rotary positions are divided by this (linear scaling), for sequences longer than those first trained on."""
+    """Divide rotary positions by this (linear scaling), to use sequences longer than those of the first training."""
 
     use_rope_scaling: bool = False
-    """Llama 3's scaling: slow rotary frequencies are divided by a factor, fast ones kept, those between blended."""
+    """Llama 3's rope scaling: divide slow rotary frequencies by a factor, keep fast ones, blend those in between."""
 
     rope_scaling_factor: float = 8.0
-    """Llama 3's scaling: the factor."""
+    """Llama 3's rope scaling: the factor."""
 
     rope_low_freq_factor: float = 1.0
-    """Llama 3's scaling: wavelengths above the original length divided by this are slow."""
+    """Llama 3's rope scaling: a frequency is slow if its wavelength exceeds the original length divided by this."""
 
     rope_high_freq_factor: float = 4.0
-    """Llama 3's scaling: wavelengths below the original length divided by this are fast."""
+    """Llama 3's rope scaling: a frequency is fast if its wavelength is below the original length divided by this."""
 
     rope_original_max_position_embeddings: int = 8192
-    """Llama 3's scaling: the original length, in tokens."""
+    """Llama 3's rope scaling: the original length, in tokens."""
 
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    """Norm before attention and MLP, and at the end."""
+    """Norm before attention and MLP, and after the last layer."""
 
     norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
 
     swiglu: bool = False
-    """Gated MLP with SiLU instead of GELU."""
+    """Use a gated MLP with SiLU (SwiGLU) instead of GELU."""
 
     disable_bias_linear: Switch = False
-    """No bias in the linear layers."""
+    """Leave out the biases of the linear layers."""
 
     add_qkv_bias: bool = False
-    """A bias in the query/key/value projection although --disable-bias-linear is on."""
+    """With --disable-bias-linear: keep the bias of the query/key/value projection."""
 
     add_attention_output_bias: bool = False
-    """A bias in the attention's output projection although --disable-bias-linear is on."""
+    """With --disable-bias-linear: keep the bias of the attention's output projection."""
 
     add_mlp_bias: bool = False
-    """Biases in the MLP although --disable-bias-linear is on."""
+    """With --disable-bias-linear: keep the biases of the MLP."""
 
     qk_layernorm: bool = False
-    """Norm on queries and keys, head by head."""
+    """Normalize queries and keys per head."""
 
     untie_embeddings_and_output_weights: bool = False
-    """An output layer of its own instead of the word embedding's transpose."""
+    """Give the output layer its own weight instead of sharing the word embedding."""
 
     hidden_dropout: float = 0.1
     """Dropout on the residual branches and the embedding."""
@@ -144,13 +144,13 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
 
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    """Pad the vocabulary to a multiple of this times the tensor-parallel size."""
 
     attention_backend: Literal["sdpa", "local", "te"] = "sdpa"
     """Core attention: torch's scaled_dot_product_attention, mcore's local one, or Transformer Engine's."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Linear layers: mcore's own or Transformer Engine's; auto takes what is installed."""
+    """Linear layers: mcore's or Transformer Engine's; auto uses Transformer Engine on a GPU if it is installed."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -172,22 +172,23 @@ class ModelConfig:
         self._check_window()
         if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
             raise ValueError(
-                f"--max-position-embeddings {self.max_position_embeddings}: less than --seq-length {self.seq_length}"
+                f"--max-position-embeddings {self.max_position_embeddings}: must be at least --seq-length "
+                f"{self.seq_length}"
             )
         if self.attention_backend == "te" and self.transformer_impl == "local":
             raise ValueError(
-                "--attention-backend te: needs Transformer Engine, but --transformer-impl is local"
+                "--attention-backend te: requires --transformer-impl auto or transformer_engine (got local)"
             )
 
     def _check_mlp(self) -> None:
         if self.resolved_ffn_hidden_size < 1:
             raise ValueError(
-                f"--hidden-size {self.hidden_size}: the MLP's width that follows from it with --swiglu is 0 "
-                "(8/3 of it, down to a multiple of 64); give --ffn-hidden-size"
+                f"--hidden-size {self.hidden_size}: with --swiglu it gives an MLP width of 0 "
+                "(8/3 of it, rounded down to a multiple of 64); give --ffn-hidden-size"
             )
 
     def _check_rotary(self) -> None:
-        """Rotary settings that would have no effect are refused, as a number of channels that cannot be rotated is."""
+        """Refuses rotary settings that would have no effect, and an odd number of rotated channels."""
         if self.position_embedding_type != "rope":
             for name in (
                 "rotary_base",
@@ -196,7 +197,7 @@ class ModelConfig:
                 *_ROPE_SCALING,
             ):
                 self._require_default(
-                    name, f"--position-embedding-type rope, it is {self.position_embedding_type}"
+                    name, f"--position-embedding-type rope (got {self.position_embedding_type})"
                 )
             return
         if not self.use_rope_scaling:
@@ -209,7 +210,7 @@ class ModelConfig:
             given = sizes if self.kv_channels is None else f"--kv-channels {channels}"
             raise ValueError(
                 f"{given}: a head has {channels} channels, of which --rotary-percent {self.rotary_percent} "
-                f"rotates {rotated}; the number must be even"
+                f"rotates {rotated}; this number must be even"
                 f"{'' if rotated else ' and above 0'}"
             )
 
@@ -217,7 +218,7 @@ class ModelConfig:
         value = getattr(self, name)
         if value != type(self).__dataclass_fields__[name].default:
             shown = "" if value is True else f" {value}"
-            raise ValueError(f"{flag_name(name)}{shown}: has no effect, it needs {needed}")
+            raise ValueError(f"{flag_name(name)}{shown}: has no effect; it requires {needed}")
 
     def _check_window(self) -> None:
         check_at_least(self, 1, "sliding_window")
@@ -236,20 +237,18 @@ class ModelConfig:
         factor = self.rotary_seq_len_interpolation_factor
         if factor is not None and self.use_rope_scaling:
             raise ValueError(
-                f"--rotary-seq-len-interpolation-factor {factor}: not together with --use-rope-scaling"
+                f"--rotary-seq-len-interpolation-factor {factor}: cannot be given together with --use-rope-scaling"
             )
 
     def _check_heads(self) -> None:
         heads = self.num_attention_heads
         if self.kv_channels is None and self.hidden_size % heads:
-            raise ValueError(
-                f"--num-attention-heads {heads}: does not divide --hidden-size {self.hidden_size}"
-            )
+            raise ValueError(f"--num-attention-heads {heads}: must divide --hidden-size {self.hidden_size}")
         if self.group_query_attention and self.num_query_groups is None:
-            raise ValueError("--group-query-attention: needs --num-query-groups")
+            raise ValueError("--group-query-attention: requires --num-query-groups")
         if self.num_query_groups is not None and heads % self.num_query_groups:
             raise ValueError(
-                f"--num-query-groups {self.num_query_groups}: does not divide --num-attention-heads {heads}"
+                f"--num-query-groups {self.num_query_groups}: must divide --num-attention-heads {heads}"
             )
 
     @property
@@ -269,7 +268,7 @@ class ModelConfig:
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
-        """Width of the MLP, the default applied (Megatron's rule for SwiGLU included)."""
+        """Width of the MLP after defaults, which follow Megatron's rule for SwiGLU."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.swiglu:
@@ -278,26 +277,26 @@ class ModelConfig:
 
     @property
     def resolved_num_query_groups(self) -> int:
-        """Number of key/value heads, the default applied."""
+        """Number of key/value heads after defaults."""
         return self.num_query_groups if self.num_query_groups is not None else self.num_attention_heads
 
     @property
     def resolved_kv_channels(self) -> int:
-        """Width of one head, the default applied."""
+        """Width of one attention head after defaults."""
         return (
             self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
         )
 
     @property
     def resolved_max_position_embeddings(self) -> int:
-        """Longest position, the default applied."""
+        """Largest number of positions after defaults."""
         return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
 
 
 def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's section `model` with this machine's implementations where Transformer Engine is not installed.
+    """Replaces Transformer Engine in a checkpoint's section `model` if it is not installed on this machine.
 
-    Linear layers and attention compute the same in either implementation, and have the same weights.
+    This is safe: both implementations of linear layers and attention compute the same from the same weights.
     """
     if importlib.util.find_spec("transformer_engine") is not None:
         return dict(section)

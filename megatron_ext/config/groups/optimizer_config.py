@@ -1,6 +1,6 @@
 """AdamW, gradient clipping, and the schedules of learning rate and weight decay.
 
-The values are handed to mcore's `OptimizerConfig` and `OptimizerParamScheduler`, whose names these are.
+The names are those of mcore's `OptimizerConfig` and `OptimizerParamScheduler`, which receive the values.
 """
 
 from dataclasses import dataclass
@@ -31,19 +31,19 @@ class OptimizerSettings:
     """Shape of the decay after the warm-up."""
 
     lr_decay_iters: int | None = None
-    """Optimizer steps over which the learning rate decays. Without it the whole run."""
+    """Optimizer steps over which the learning rate decays. Default: the whole run."""
 
     lr_decay_samples: int | None = None
-    """The same in sequences, for runs with --train-samples."""
+    """As --lr-decay-iters, in sequences; for runs with --train-samples."""
 
     lr_warmup_iters: int = 0
     """Optimizer steps over which the learning rate rises to its peak."""
 
     lr_warmup_samples: int = 0
-    """The same in sequences, for runs with --train-samples."""
+    """As --lr-warmup-iters, in sequences; for runs with --train-samples."""
 
     lr_warmup_fraction: float | None = None
-    """The same as a part of the decay steps."""
+    """Length of the warm-up as a fraction of the decay steps, instead of --lr-warmup-iters."""
 
     lr_warmup_init: float = 0.0
     """Learning rate at the start of the warm-up."""
@@ -55,7 +55,7 @@ class OptimizerSettings:
     """With --lr-decay-style WSD: optimizer steps of the final decay."""
 
     lr_wsd_decay_samples: int | None = None
-    """The same in sequences, for runs with --train-samples."""
+    """As --lr-wsd-decay-iters, in sequences; for runs with --train-samples."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay."""
@@ -67,25 +67,25 @@ class OptimizerSettings:
     """Weight decay at the end, with --weight-decay-incr-style linear or cosine."""
 
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight decay moves from start to end."""
+    """How the weight decay changes from start to end."""
 
     adam_beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of Adam's running mean of gradients."""
 
     adam_beta2: float = 0.999
-    """Decay of the squared gradient's running mean."""
+    """Decay rate of Adam's running mean of squared gradients."""
 
     adam_eps: float = 1e-8
-    """Added to the denominator."""
+    """Constant that Adam adds to the denominator."""
 
     clip_grad: Annotated[float, flag(aliases=("--max_grad_norm",))] = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    """Scale gradients down to this global norm if they exceed it; 0 turns clipping off."""
 
     override_opt_param_scheduler: bool = False
-    """On --load, take the schedule from the flags and not from the checkpoint."""
+    """With --load: use the schedule of the flags, not of the checkpoint."""
 
     use_checkpoint_opt_param_scheduler: bool = False
-    """On --load, take the schedule from the checkpoint and ignore the flags."""
+    """With --load: use the schedule of the checkpoint and ignore the flags."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -99,14 +99,14 @@ class OptimizerSettings:
         self._check_weight_decay()
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
             raise ValueError(
-                "--override-opt-param-scheduler: contradicts --use-checkpoint-opt-param-scheduler"
+                "--override-opt-param-scheduler: cannot be given together with --use-checkpoint-opt-param-scheduler"
             )
 
     def _check_learning_rate(self) -> None:
         if self.min_lr > self.lr:
-            raise ValueError(f"--min-lr {self.min_lr}: above --lr {self.lr}")
+            raise ValueError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
         if self.lr_warmup_init > self.lr:
-            raise ValueError(f"--lr-warmup-init {self.lr_warmup_init}: above --lr {self.lr}")
+            raise ValueError(f"--lr-warmup-init {self.lr_warmup_init}: must be at most --lr {self.lr}")
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_samples):
             raise ValueError(
                 f"--lr-warmup-fraction {self.lr_warmup_fraction}: cannot be given together with "
@@ -115,11 +115,13 @@ class OptimizerSettings:
         wants_wsd = self.lr_decay_style == "WSD"
         has_wsd = self.lr_wsd_decay_iters is not None or self.lr_wsd_decay_samples is not None
         if wants_wsd and not has_wsd:
-            raise ValueError("--lr-decay-style WSD: needs --lr-wsd-decay-iters (or --lr-wsd-decay-samples)")
+            raise ValueError(
+                "--lr-decay-style WSD: requires --lr-wsd-decay-iters (or --lr-wsd-decay-samples)"
+            )
         if has_wsd and not wants_wsd:
             name = "lr_wsd_decay_iters" if self.lr_wsd_decay_iters is not None else "lr_wsd_decay_samples"
             raise ValueError(
-                f"{flag_name(name)} {getattr(self, name)}: needs --lr-decay-style WSD, it is {self.lr_decay_style}"
+                f"{flag_name(name)} {getattr(self, name)}: requires --lr-decay-style WSD (got {self.lr_decay_style})"
             )
 
     def _check_weight_decay(self) -> None:
@@ -127,7 +129,7 @@ class OptimizerSettings:
         if self.weight_decay_incr_style == "constant":
             if ends != (None, None):
                 raise ValueError(
-                    "--start-weight-decay, --end-weight-decay: need --weight-decay-incr-style linear or cosine"
+                    "--start-weight-decay, --end-weight-decay: require --weight-decay-incr-style linear or cosine"
                 )
         elif self.start_weight_decay is None or self.end_weight_decay is None:
             raise ValueError(
@@ -136,5 +138,6 @@ class OptimizerSettings:
             )
         elif self.end_weight_decay < self.start_weight_decay:
             raise ValueError(
-                f"--end-weight-decay {self.end_weight_decay}: below --start-weight-decay {self.start_weight_decay}"
+                f"--end-weight-decay {self.end_weight_decay}: must be at least --start-weight-decay "
+                f"{self.start_weight_decay}"
             )

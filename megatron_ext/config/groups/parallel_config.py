@@ -1,7 +1,6 @@
-"""How a run is cut over processes, and what it recomputes.
+"""The parallel layout of a run, and what it recomputes in the backward pass.
 
-Only what one process count or flag pair can tell is checked here; checks against the model and the batch are in
-`validate.py`. Nothing here starts a process group.
+Checks against the model and the batch are in `cross_checks`.
 """
 
 from dataclasses import dataclass
@@ -24,46 +23,46 @@ class ParallelConfig:
     """Tensor, pipeline, sequence and data parallelism."""
 
     tensor_model_parallel_size: int = 1
-    """Processes that share every layer's matrices."""
+    """Number of processes that each layer's matrices are sharded over."""
 
     pipeline_model_parallel_size: int = 1
-    """Processes among which the layers are split in stages."""
+    """Number of pipeline stages that the layers are divided into."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers in one virtual stage; turns on the interleaved pipeline schedule."""
+    """Layers per virtual stage; turns on the interleaved pipeline schedule."""
 
     context_parallel_size: int = 1
-    """Processes that share every sequence; must be 1, as context parallelism is not built yet."""
+    """Number of processes that each sequence is sharded over; must be 1 (context parallelism is not supported)."""
 
     sequence_parallel: bool = False
-    """Split norms and dropout along the sequence among the tensor-parallel processes. No effect without them."""
+    """Shard norms and dropout along the sequence over tensor-parallel ranks. No effect without tensor parallelism."""
 
     use_distributed_optimizer: bool = False
-    """Split the optimizer's state among the data-parallel processes."""
+    """Shard the optimizer's state over the data-parallel processes."""
 
     overlap_grad_reduce: bool = False
-    """Reduce gradients while backward still runs."""
+    """Overlap the reduction of gradients with the backward pass."""
 
     overlap_param_gather: bool = False
-    """Gather the distributed optimizer's parameters while forward already runs."""
+    """Overlap gathering the distributed optimizer's parameters with the forward pass."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers (full) or only --recompute-modules (selective) in backward, to save memory."""
+    """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
 
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full recompute: groups of --recompute-num-layers layers (uniform), or that many layers a stage (block)."""
+    """With full recompute: all layers in groups of --recompute-num-layers (uniform), or so many per stage (block)."""
 
     recompute_num_layers: int | None = None
-    """With full recompute: layers in a group (uniform), or layers recomputed in a stage (block)."""
+    """With full recompute: layers per group (uniform), or recomputed layers per stage (block)."""
 
     recompute_modules: tuple[str, ...] = _RECOMPUTED
-    """With selective recompute: what is recomputed (core_attn, mlp, layernorm)."""
+    """With selective recompute: modules to recompute (core_attn, mlp, layernorm)."""
 
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Communication library; auto takes NCCL where there is a CUDA device and gloo elsewhere."""
+    """Communication library; auto uses NCCL if there is a CUDA device, else gloo."""
 
     distributed_timeout_minutes: int = 10
-    """Minutes after which a collective that does not finish ends the run."""
+    """Minutes after which an unfinished collective ends the run."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -80,25 +79,25 @@ class ParallelConfig:
         self._check_recompute()
 
     def _check_context(self) -> None:
-        # The engine alone would slice the rotary table, while batch and core attention stay whole: wrong positions.
+        # mcore would slice the rotary table, while our batch and core attention stay unsliced: positions were wrong.
         if self.context_parallel_size > 1:
             raise ValueError(
-                f"--context-parallel-size {self.context_parallel_size}: must be 1, as context parallelism is not built "
-                "yet; for long sequences use --tensor-model-parallel-size with --sequence-parallel, or recomputation"
+                f"--context-parallel-size {self.context_parallel_size}: must be 1 (no context parallelism); "
+                "for long sequences use --tensor-model-parallel-size with --sequence-parallel, or recomputation"
             )
 
     def _check_pipeline(self) -> None:
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size < 2:
             raise ValueError(
                 f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}: "
-                f"needs --pipeline-model-parallel-size above 1, it is {self.pipeline_model_parallel_size}"
+                f"requires --pipeline-model-parallel-size above 1 (got {self.pipeline_model_parallel_size})"
             )
 
     def _check_overlap(self) -> None:
         if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError("--overlap-param-gather: needs --use-distributed-optimizer")
+            raise ValueError("--overlap-param-gather: requires --use-distributed-optimizer")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("--overlap-param-gather: needs --overlap-grad-reduce")
+            raise ValueError("--overlap-param-gather: requires --overlap-grad-reduce")
 
     def _check_recompute(self) -> None:
         known = ("core_attn", "mlp", "layernorm")
@@ -107,25 +106,25 @@ class ParallelConfig:
                 raise ValueError(f"--recompute-modules {module}: must be one of {', '.join(known)}")
         if self.recompute_modules != _RECOMPUTED and self.recompute_granularity != "selective":
             raise ValueError(
-                f"--recompute-modules {' '.join(self.recompute_modules)}: needs --recompute-granularity selective, "
-                f"it is {self.recompute_granularity}"
+                f"--recompute-modules {' '.join(self.recompute_modules)}: requires --recompute-granularity selective "
+                f"(got {self.recompute_granularity})"
             )
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:
                 raise ValueError(
-                    "--recompute-granularity full: needs --recompute-method (uniform or block) "
+                    "--recompute-granularity full: requires --recompute-method (uniform or block) "
                     "and --recompute-num-layers"
                 )
         elif self.recompute_method is not None or self.recompute_num_layers is not None:
             name = "--recompute-method" if self.recompute_method is not None else "--recompute-num-layers"
             value = self.recompute_method if self.recompute_method is not None else self.recompute_num_layers
             raise ValueError(
-                f"{name} {value}: needs --recompute-granularity full, it is {self.recompute_granularity}"
+                f"{name} {value}: requires --recompute-granularity full (got {self.recompute_granularity})"
             )
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that together hold one copy of the model and of a sequence."""
+        """Number of processes that together hold one copy of the model."""
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
@@ -145,7 +144,7 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
-        """Returns the number of virtual stages on each pipeline stage, None without interleaving (as for one)."""
+        """Returns the number of virtual stages per pipeline stage; None if there is only one (no interleaving)."""
         if self.num_layers_per_virtual_pipeline_stage is None:
             return None
         stages = num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage

@@ -1,4 +1,4 @@
-"""What the data tools read (`InputConfig`) and how `tools/preprocess_data.py` writes (`PreprocessConfig`)."""
+"""Input of the data tools (`InputConfig`) and output of `tools/preprocess_data.py` (`PreprocessConfig`)."""
 
 import os
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ OnError = Literal["fail", "skip", "quarantine"]
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """Raw text: files, and what to do with a line that is not a document."""
+    """Files of raw text, and how documents are read from them."""
 
     input: tuple[str, ...]
-    """Files, patterns, - for standard input: .txt, .parquet, .arrow, else JSON lines; .gz .zst .bz2 .xz on top."""
+    """Files, glob patterns, or - for standard input: .txt, .parquet, .arrow, else JSON lines; may be compressed (.gz,
+    .zst, .bz2, .xz)."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line (columns of a .parquet or .arrow file) that hold text; each makes its own dataset."""
+    """Keys of a JSON line (columns of a .parquet or .arrow file) that hold text; each gives a dataset of its own."""
 
     text_unit: Literal["line", "file"] = "line"
-    """What a document is in a .txt file: every line that is not blank, or the whole file."""
+    """Document in a .txt file: each line that is not blank, or the whole file."""
 
     max_line_bytes: int = 256_000_000
-    """A longer line (or whole-file document) is an error."""
+    """Largest size of a line (or of a whole-file document) in bytes; a longer one is an error."""
 
     max_documents: int | None = None
     """Stop after this many documents, for a trial run."""
@@ -32,7 +33,7 @@ class InputConfig:
         check_choices(self)
         check_at_least(self, 1, "max_line_bytes", "max_documents")
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
-            raise ValueError(f"--json-keys {' '.join(self.json_keys)}: needs different keys, at least one")
+            raise ValueError(f"--json-keys {' '.join(self.json_keys)}: give at least one key, and none twice")
         bad = [key for key in self.json_keys if "/" in key or not key]
         if bad:
             raise ValueError(f"--json-keys {bad[0]!r}: a key becomes part of a file name and cannot hold /")
@@ -43,42 +44,42 @@ class PreprocessConfig:
     """How documents become `PREFIX_KEY_document.bin` and `.idx`."""
 
     output_prefix: str
-    """Path of the datasets without `_KEY_document.bin`; missing directories are made."""
+    """Path of the datasets without `_KEY_document.bin`; missing directories are created."""
 
     append_eod: bool = False
-    """End every document that is not empty with the end-of-document token."""
+    """Append the end-of-document token to every non-empty document."""
 
     prepend_bos: bool = False
-    """Begin every document that is not empty with the tokenizer's begin-of-text token."""
+    """Prepend the tokenizer's begin-of-text token to every non-empty document."""
 
     workers: int | None = None
-    """Worker processes. Default: every core this process may use."""
+    """Number of worker processes. Default: one per core that this process may use."""
 
     partitions: int = 1
-    """With N above 1, documents are dealt in turn to N parts that follow each other, which is Megatron-LM's order."""
+    """Distribute the documents round-robin over N parts and concatenate these, as Megatron-LM does."""
 
     keep_sequential_samples: bool = False
-    """Keep the order of the input where --partitions is above 1."""
+    """With --partitions above 1: keep the order of the input."""
 
     on_error: OnError = "fail"
-    """A line that is not a document: stop, leave it out, or leave it out and keep it in PREFIX_quarantined.jsonl."""
+    """On a line that is not a document: stop, skip it, or skip it and keep it in PREFIX_quarantined.jsonl."""
 
     skip_empty: bool = False
-    """Leave out documents without a token (under every key); by default they keep their place in the index."""
+    """Skip documents that have no token under any key. Default: they keep their place in the index."""
 
     encoder: Literal["auto", "gigatoken", "reference"] = "auto"
-    """Who tokenizes: gigatoken where its ids equal the reference's on a sample of the input, or the reference."""
+    """Tokenizer implementation; auto uses gigatoken if its ids equal the reference's on a sample of the input."""
 
     resume: bool = False
-    """Go on from the finished pieces of a run that was killed."""
+    """Continue from the finished pieces of a run that was killed."""
 
     log_interval: int = 1000
-    """Documents between two progress lines where the output is not a terminal; at most one line a second."""
+    """Documents between two progress lines if the output is not a terminal; at most one line per second."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "workers", "partitions", "log_interval")
         if self.keep_sequential_samples and self.partitions == 1:
-            raise ValueError("--keep-sequential-samples: says something only with --partitions above 1")
+            raise ValueError("--keep-sequential-samples: requires --partitions above 1 (got 1)")
         if os.path.basename(self.output_prefix) == "":
-            raise ValueError(f"--output-prefix {self.output_prefix!r}: needs a name after the directory")
+            raise ValueError(f"--output-prefix {self.output_prefix!r}: requires a name after the directory")

@@ -1,4 +1,4 @@
-"""Which tokenizer turns text into ids. Building it is `megatron_ext.data.tokenizers`."""
+"""Which tokenizer a run uses; `megatron_ext.data.tokenizers` builds it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ class TokenizerConfig:
     """The tokenizer and its files."""
 
     tokenizer_type: TokenizerType = "GPT2BPETokenizer"
-    """Kind of tokenizer."""
+    """Type of the tokenizer."""
 
     tokenizer_model: str | None = None
-    """Its file or local directory (Hugging Face, SentencePiece, Llama 2, tiktoken)."""
+    """File or local directory of the tokenizer (Hugging Face, SentencePiece, Llama 2, tiktoken)."""
 
     vocab_file: str | None = None
     """GPT-2 BPE's vocab.json."""
@@ -48,11 +48,11 @@ class TokenizerConfig:
     """GPT-2 BPE's merges.txt."""
 
     vocab_size: int | None = None
-    """Number of ids: needed by NullTokenizer, a lower bound for the others."""
+    """Number of ids: required by NullTokenizer, a lower bound for other tokenizers."""
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Flags that a command lacks, see `flag_table.missing_flags`."""
+        """Required flags that a command lacks, see `flag_table.missing_flags`."""
         kind = given.get("tokenizer_type", cls.tokenizer_type)
         lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if name not in given]
         return [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]
@@ -60,13 +60,13 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "vocab_size")
-        check_at_most(self, 2**24, "vocab_size")  # a vocabulary is listed in memory
+        check_at_most(self, 2**24, "vocab_size")  # the vocabulary is kept as a list in memory
         for name in _NEEDS.get(self.tokenizer_type, ()):
             if getattr(self, name) is None:
-                raise ValueError(f"--tokenizer-type {self.tokenizer_type}: needs {flag_name(name)}")
+                raise ValueError(f"--tokenizer-type {self.tokenizer_type}: requires {flag_name(name)}")
 
     def files(self) -> tuple[str, ...]:
-        """Paths of what it is read from."""
+        """Paths of the tokenizer's files."""
         return tuple(
             path for path in (self.tokenizer_model, self.vocab_file, self.merge_file) if path is not None
         )

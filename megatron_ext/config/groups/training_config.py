@@ -1,6 +1,6 @@
-"""How long and on what batches a run trains, when it evaluates and when it ends.
+"""Batch sizes, length of a run, evaluation, precision and seed.
 
-The schedule of the learning rate is in `lr_schedule.py`; saving is in `checkpointer.py`.
+Flags of the learning-rate schedule are in `optimizer_config`, flags of saving in `checkpoint_config`.
 """
 
 from collections.abc import Mapping
@@ -18,52 +18,52 @@ from megatron_ext.config.command_line.field_checks import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Batch sizes, length of the run, evaluation, precision and seeds."""
+    """Batch sizes, length of the run, evaluation, precision and seed."""
 
     micro_batch_size: Annotated[int, flag(aliases=("--batch_size",))] = 1
-    """Sequences that one process works on at a time."""
+    """Sequences per micro-batch, which one process computes at a time."""
 
     global_batch_size: int | None = None
-    """Sequences in one optimizer step over all processes. Without it micro batch size * data-parallel size."""
+    """Sequences per optimizer step over all processes. Default: micro-batch size * data-parallel size."""
 
     gradient_accumulation_steps: int | None = None
-    """Micro-batches in one optimizer step: another way to give the global batch size."""
+    """Micro-batches per optimizer step and process, instead of --global-batch-size."""
 
     train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
-    """Optimizer steps of the whole run; this or --train-samples."""
+    """Length of the run in optimizer steps."""
 
     train_samples: int | None = None
-    """Sequences of the whole run; this or --train-iters."""
+    """Length of the run in sequences, instead of --train-iters."""
 
     num_epochs: float | None = None
-    """Passes over the training data, in place of --train-iters; made into steps when the run starts."""
+    """Length of the run in passes over the training data, instead of --train-iters."""
 
     eval_interval: int = 1000
     """Optimizer steps between two evaluations on the validation set."""
 
     eval_iters: int = 100
-    """Global batches in one evaluation; 0 turns evaluation off."""
+    """Global batches per evaluation; 0 turns evaluation off."""
 
     exit_interval: int | None = None
     """Save and exit at the first step that is a multiple of this."""
 
     exit_duration_in_mins: float | None = None
-    """Save and exit after so many minutes."""
+    """Save and exit after this many minutes."""
 
     seed: int = 1234
-    """Seed of the initial weights, the dropout and the order of the data."""
+    """Seed of the initial weights, of dropout and of the data order."""
 
     bf16: Annotated[bool, flag(aliases=("--mixed_precision",))] = False
-    """Compute in bfloat16 with fp32 main weights; without it everything is fp32."""
+    """Compute in bfloat16 with fp32 main weights. Default: everything is fp32."""
 
     max_consecutive_nan_steps: int = 3
-    """So many steps in a row with a loss or gradient that is not finite end the run; each one is skipped."""
+    """A step whose loss or gradient is not finite is skipped; this many in a row end the run."""
 
     skip_train: bool = False
-    """Only evaluate, then exit."""
+    """Evaluate only, then exit."""
 
     dry_run: bool = False
-    """Print parameters, memory and FLOPs a step for this cut, build nothing, exit."""
+    """Print the parameters, memory and FLOPs per step of this layout and exit without building the model."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -76,8 +76,10 @@ class TrainingConfig:
         lengths = (self.train_iters, self.train_samples, self.num_epochs)
         given = [str(length) for length in lengths if length is not None]
         if len(given) != 1:
-            told = "none is given" if not given else f"given are {', '.join(given)}"
-            raise ValueError(f"--train-iters, --train-samples or --num-epochs: exactly one is needed, {told}")
+            got = ", ".join(given) or "none"
+            raise ValueError(
+                f"--train-iters, --train-samples, --num-epochs: exactly one is required (got {got})"
+            )
         if self.global_batch_size is not None and self.gradient_accumulation_steps is not None:
             raise ValueError(
                 f"--gradient-accumulation-steps {self.gradient_accumulation_steps}: "
@@ -86,15 +88,15 @@ class TrainingConfig:
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Flags that a command lacks, see `flag_table.missing_flags`."""
+        """Required flags that a command lacks, see `flag_table.missing_flags`."""
         lengths = {"train_iters", "train_samples", "num_epochs"}
         return [] if given.keys() & lengths else ["--train-iters (or --train-samples, --num-epochs)"]
 
     def resolved_global_batch_size(self, data_parallel_size: int) -> int:
-        """Returns the sequences in one optimizer step, the default applied.
+        """Returns the number of sequences per optimizer step, after defaults.
 
         Raises:
-            ValueError: if the global batch is not a whole number of micro-batches on every model copy.
+            ValueError: the global batch is not a multiple of micro-batch size x data-parallel size.
         """
         samples_at_once = self.micro_batch_size * data_parallel_size
         if self.global_batch_size is None:
@@ -107,9 +109,9 @@ class TrainingConfig:
         return self.global_batch_size
 
     def resolved_train_iters(self, global_batch_size: int) -> int:
-        """Returns the optimizer steps of the whole run (Megatron's rounding: the last partial batch is left out).
+        """Returns the optimizer steps of the whole run; like Megatron, it drops the last partial batch.
 
-        A length in epochs must have been made into steps before, see `with_epochs`.
+        A length in epochs must have been converted before, see `with_epochs`.
         """
         if self.train_iters is not None:
             return self.train_iters
@@ -117,11 +119,11 @@ class TrainingConfig:
         return self.train_samples // global_batch_size
 
     def with_epochs(self, epoch_samples: int, data_parallel_size: int) -> "TrainingConfig":
-        """The same with `num_epochs` made into `train_iters`, at least one.
+        """Returns a copy with `num_epochs` converted to `train_iters`, at least one step.
 
         Args:
-            epoch_samples: sequences in the training data.
-            data_parallel_size: copies of the model.
+            epoch_samples: number of sequences in the training data.
+            data_parallel_size: number of model copies.
         """
         assert self.num_epochs is not None
         samples = int(self.num_epochs * epoch_samples)

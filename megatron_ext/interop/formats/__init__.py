@@ -1,1 +1,1 @@
-"""Hugging Face's files: configuration, weights, tokenizer."""
+"""Reads and writes Hugging Face's files: configuration, weights and tokenizer."""

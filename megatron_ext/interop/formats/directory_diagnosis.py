@@ -1,4 +1,4 @@
-"""What a directory holds from which no model can be read, and what to do about it: each in one line."""
+"""Explains in one line why a directory cannot be imported, and what to do about it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,29 +20,29 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ),
     (
         "consolidated*.safetensors",
-        "the model in its maker's own format; take the files that are in Hugging Face's, or convert it with "
+        "a model in its maker's own format; download it in Hugging Face's format, or convert it with "
         "transformers' conversion script",
     ),
-    ("consolidated*.pth", "the model in Meta's format; convert it with transformers' conversion script"),
+    ("consolidated*.pth", "a model in Meta's format; convert it with transformers' conversion script"),
     (
         "model.*.safetensors",
-        f"a variant, which is not read; {_SAVE}, or rename it to model.safetensors",
+        f"a variant such as fp16, which is not read; {_SAVE}, or rename it to model.safetensors",
     ),
-    ("model.*.safetensors.index.json", f"a variant, which is not read; {_SAVE}"),
+    ("model.*.safetensors.index.json", f"a variant such as fp16, which is not read; {_SAVE}"),
     ("*.bin", f"pickled weights, which are not read; {_SAVE}"),
     ("*.pt", "pickled weights, which are not read; save them as a Hugging Face directory"),
     ("*.pth", "pickled weights, which are not read; save them as a Hugging Face directory"),
-    ("*.h5", f"TensorFlow's weights, which are not read; {_SAVE}"),
-    ("*.msgpack", f"Flax's weights, which are not read; {_SAVE}"),
-    ("model_index.json", "a pipeline of diffusers, not a language model"),
+    ("*.h5", f"TensorFlow weights, which are not read; {_SAVE}"),
+    ("*.msgpack", f"Flax weights, which are not read; {_SAVE}"),
+    ("model_index.json", "a diffusers pipeline, not a language model"),
     (TRACKER, "a checkpoint, not a Hugging Face directory; load it with --load"),
     ("checksums.json", "a checkpoint, not a Hugging Face directory; load it with --load"),
     (
         "*.safetensors",
-        "weights under another name; rename them to model.safetensors where they are the whole model",
+        "weights under another name; rename the file to model.safetensors if it holds the whole model",
     ),
 )
-"""Files -> what they are, in the order in which they tell most."""
+"""File pattern -> what such a file is, and what to do. The first pattern that matches is reported."""
 
 _QUANTIZED = {
     ".qweight": "GPTQ or AWQ",
@@ -56,7 +56,7 @@ _QUANTIZED = {
 
 
 def what_is_there(folder: Path) -> str | None:
-    """Names a file of another format, and what to do; None where there is nothing of the kind."""
+    """Names a file of an unsupported format, or the place of the model, and what to do; None if nothing is found."""
     for pattern, meaning in _FORMATS:
         found = sorted(path.name for path in folder.glob(pattern))
         if found:
@@ -65,32 +65,35 @@ def what_is_there(folder: Path) -> str | None:
     for below in sorted(path for path in folder.glob("*/*") if path.name == "config.json"):
         return f"{below.parent} has one"
     for below in sorted(folder.glob("snapshots/*/config.json")):
-        return f"it is a cache of the hub; the model is {below.parent}"
+        return f"it is a cache of the Hugging Face hub; the model is in {below.parent}"
     return None
 
 
 def check_no_pointer(path: Path) -> None:
-    """Raises `ValueError` where a file's content stayed behind in git's large file storage."""
+    """Raises `ValueError` if a file is a git-lfs pointer instead of its content."""
     with open(path, "rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ValueError(
-                f"{path}: a pointer of git-lfs, not the file itself; fetch the files with `git lfs pull`"
+                f"{path}: a git-lfs pointer, not the file itself; fetch the content with `git lfs pull`"
             )
 
 
 def describe_missing(path: Path) -> str:
-    """Why a file that should be there is not."""
+    """Says that a file is missing, or that it is a dangling link."""
     if path.is_symlink():
-        return f"{path.name} is a link to a file that is missing"
+        return f"{path.name} is a link to a missing file"
     return f"{path.name} is missing"
 
 
 def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
-    """How the tensors of files differ as a whole from those that a model needs; None where they do not.
+    """Recognizes tensor names that differ systematically from those of a model: quantized, prefixed and the like.
 
     Args:
-        names: the files' tensors.
-        wanted: the model's.
+        names: names of the tensors in the files.
+        wanted: names of the tensors of the model.
+
+    Returns:
+        What the files hold and what to do, or None if they differ in no known way.
     """
     found, needed = set(names), list(wanted)
     for ending, method in _QUANTIZED.items():
@@ -100,18 +103,18 @@ def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
                 "dequantized with transformers (model.dequantize(), then save_pretrained())"
             )
     if any(".lora_A." in name for name in found):
-        return "the weights are a peft adapter's; merge it into its base model with peft (merge_and_unload())"
+        return "the weights are a peft adapter; merge it into its base model with peft (merge_and_unload())"
     prefixes = {name.removesuffix(needed[0]) for name in found if name.endswith(f".{needed[0]}")}
     for prefix in sorted(prefixes):
         if sum(prefix + name in found for name in needed) > len(needed) // 2:
             return (
-                f"all tensors are named {prefix}...: a part of a larger model; "
-                "save the language model alone, as a causal model, with transformers"
+                f"all tensor names begin with {prefix}, so the model is part of a larger one; "
+                "save the language model alone with transformers, as a causal model"
             )
     bare = [name.removeprefix("model.") for name in needed]
     if sum(name in found for name in bare) > len(needed) // 2:
         return (
-            "the tensors' names lack the beginning model.: saved from the model without its head; "
+            "the tensor names lack the prefix model., so the model was saved without its head; "
             "load it as a causal model in transformers and save that with save_pretrained()"
         )
     return None

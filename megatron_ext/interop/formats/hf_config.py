@@ -1,13 +1,11 @@
-"""A Llama-family config.json as a `ModelConfig`, and back. What cannot be expressed exactly is an error of one line.
+"""Converts a Llama-family config.json to a `ModelConfig` and back; raises if a model cannot be expressed exactly.
 
-    model_type   beyond Llama's RMSNorm, rotary positions, SwiGLU and grouped-query attention
+All models have RMSNorm, rotary positions, SwiGLU and grouped-query attention. They add:
+
     llama        attention_bias: biases in q, k, v, o; mlp_bias: in gate, up, down; rope scaling `llama3`, `linear`
     mistral      a sliding window
     qwen2        biases in q, k and v
     qwen3        norms on queries and keys; attention_bias as in Llama
-
-Attention here looks at everything before a token. A model with a sliding window does the same on sequences up to the
-window, so it is imported for those: its longest position becomes the window, and whatever would go past it is refused.
 """
 
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ ARCHITECTURES = {
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
-# Values of Hugging Face's classes where a config.json leaves a field out; they differ between models.
+# Defaults of transformers' configuration classes, for fields that a config.json leaves out.
 _DEFAULT_HEAD_SIZE = {"qwen3": 128}
 _DEFAULT_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
@@ -35,22 +33,22 @@ _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3":
 
 @dataclass(frozen=True)
 class HFModel:
-    """What a config.json says, in our terms."""
+    """The model that a config.json describes."""
 
     model: ModelConfig
     vocab_size: int
     architecture: str
     messages: tuple[str, ...]
-    """For the user: what is not taken over as it stands."""
+    """What could not be imported unchanged, one line each, for the user."""
 
 
 def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
-    """The architecture of a config.json, and notes for the user.
+    """The architecture of a config.json, and messages for the user.
 
-    transformers goes by `model_type`; `architectures` only tells which head the model was saved with.
+    transformers chooses the class by `model_type`; `architectures` only names the class that saved the model.
 
     Raises:
-        ValueError: none that can be imported.
+        ValueError: the architecture is none of `ARCHITECTURES`.
     """
     kind, named = config.get("model_type"), config.get("architectures") or []
     if not isinstance(named, list) or any(name not in ARCHITECTURES for name in named):
@@ -59,16 +57,16 @@ def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[s
     kinds = {model_type: name for name, model_type in ARCHITECTURES.items()}
     if kind is None and named:
         raise ValueError(
-            f"{source}: model_type is missing, by which transformers chooses the model; "
-            f"for {named[0]} it is {ARCHITECTURES[named[0]]}"
+            f"{source}: model_type is missing, but transformers chooses the model by it; "
+            f"for {named[0]} set it to {ARCHITECTURES[named[0]]}"
         )
     if kind not in kinds:
         raise ValueError(
             f"{source}: model_type {kind}: must be one of {', '.join(kinds)}"
-            + (f" (transformers goes by it, not by architectures {named[0]})" if named else "")
+            + (f" (transformers chooses the model by it, not by architectures {named[0]})" if named else "")
         )
     if named and kinds[kind] not in named:
-        return kinds[kind], (f"imported as {kinds[kind]} by its model_type, not as {named[0]}",)
+        return kinds[kind], (f"imported as {kinds[kind]}, by its model_type, not as {named[0]}",)
     return kinds[kind], ()
 
 
@@ -79,13 +77,13 @@ def to_model_config(
     seq_length: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
 ) -> HFModel:
-    """What a config.json describes.
+    """Converts the content of a config.json.
 
     Args:
-        config: the file's content.
-        source: the file, named in errors.
-        seq_length: tokens of a training sequence; by default the longest position, at most 4096.
-        make_vocab_size_divisible_by: by default the greatest power of two up to 128 that leaves nothing to pad.
+        config: parsed content of the file.
+        source: path of the file, for error messages.
+        seq_length: tokens per training sequence; the default is the model's maximum position, at most 4096.
+        make_vocab_size_divisible_by: the default is the largest power of two up to 128 that needs no padding.
 
     Raises:
         ValueError: the model cannot be expressed.
@@ -99,8 +97,9 @@ def to_model_config(
     positions, window_notes = _longest_position(config, kind, longest, source)
     if seq_length is not None and seq_length > positions:
         raise ValueError(
-            f"--seq-length {seq_length}: {source} describes a model for up to {positions} tokens"
+            f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}"
         )
+    # mcore pads the vocabulary to a multiple; the default divisor leaves the imported embedding unpadded.
     divisor = make_vocab_size_divisible_by or next(
         d for d in (128, 64, 32, 16, 8, 4, 2, 1) if vocab_size % d == 0
     )
@@ -127,7 +126,7 @@ def to_model_config(
     try:
         return HFModel(ModelConfig(**fields), vocab_size, architecture, messages)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: describes no model that can be built ({error})") from None
+        raise ValueError(f"{source}: describes a model that cannot be built ({error})") from None
 
 
 def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def _heads(config: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     if width % 2 or width == 0:
         what = f"head_dim {width}" if size is not None else f"hidden_size {hidden} / {heads} heads = {width}"
         raise ValueError(f"{source}: {what}: must be an even number")
-    if hidden % heads:  # transformers rounds down
+    if hidden % heads:  # transformers rounds the head size down, so it must be given explicitly
         size = width
     return {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": size}
 
@@ -154,9 +153,11 @@ def _longest_position(
     window = sliding_window(config, kind, source)
     if window is None or window >= positions:
         return positions, ()
+    # Full attention equals windowed attention on sequences up to the window. So the model is imported with the window
+    # as its maximum position, and longer sequences are refused.
     message = (
-        f"sliding window {window}: attention here has no window, which is the same for sequences up to {window} "
-        "tokens; the model is imported for those"
+        f"sliding window {window}: attention here has no window, so the model is imported for sequences of up to "
+        f"{window} tokens, on which both compute the same"
     )
     return window, (message,)
 
@@ -175,14 +176,14 @@ def _biases(config: dict[str, Any], kind: str) -> dict[str, bool]:
 
 
 def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
-    """The architecture that expresses a model exactly.
+    """Chooses an architecture that can express a model exactly.
 
     Args:
-        model: the base model.
-        wanted: an architecture of `ARCHITECTURES`, or None for the first that does.
+        model: configuration of the base model.
+        wanted: one of `ARCHITECTURES`; None chooses the first that fits.
 
     Raises:
-        ValueError: there is none, or not the wanted one; it names the flag that stands in the way.
+        ValueError: no architecture, or not the wanted one, can express the model; the error names the flag.
     """
     obstacles = {
         "--normalization": (model.normalization, "RMSNorm"),
@@ -193,19 +194,19 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
     for flag, (ours, theirs) in obstacles.items():
         if ours != theirs:
             raise ValueError(
-                f"{flag} {ours}: a Llama-family model has {theirs}, so this one cannot be exported"
+                f"{flag} {ours}: the model cannot be exported; a Llama-family model requires {theirs}"
             )
     fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind)]
     if wanted is not None and wanted not in ARCHITECTURES:
         raise ValueError(f"--architecture {wanted}: must be one of {', '.join(ARCHITECTURES)}")
     if wanted is not None and wanted not in fitting:
         raise ValueError(
-            f"--architecture {wanted}: does not have this model's biases or query and key norms"
-            + (f"; {', '.join(fitting)} does" if fitting else "")
+            f"--architecture {wanted}: cannot express this model's biases or query and key norms"
+            + (f"; use {' or '.join(fitting)}" if fitting else "")
         )
     if not fitting:
         raise ValueError(
-            "no Llama-family model has this model's combination of biases and query and key norms"
+            "no Llama-family architecture can express this model's combination of biases and query and key norms"
         )
     return wanted or fitting[0]
 
@@ -213,7 +214,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
 def _fits(model: ModelConfig, kind: str) -> bool:
     qkv, output, mlp = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
     if kind == "llama":
-        is_even = model.hidden_size % model.num_attention_heads == 0  # transformers demands it of Llama alone
+        is_even = model.hidden_size % model.num_attention_heads == 0  # transformers requires it only of Llama
         return qkv == output and not model.qk_layernorm and is_even
     if kind == "mistral":
         return not (qkv or output or mlp or model.qk_layernorm)
@@ -234,7 +235,7 @@ _REPLACED = {
     "_name_or_path",
     "_commit_hash",
 }
-"""Fields of an imported config.json that are not written again: ours stand for them, or they told of its directory."""
+"""Fields of an imported config.json that an export drops: our own replace them, or they describe the old directory."""
 
 _WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -246,14 +247,14 @@ def from_model_config(
     dtype: str,
     imported: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The config.json of a model, in the words that both transformers 4 and 5 read.
+    """The content of a model's config.json, in field names that both transformers 4 and 5 read.
 
     Args:
-        model: the base model.
+        model: configuration of the base model.
         vocab_size: rows of the embedding, without padding.
-        architecture: as `choose_architecture` gave it.
-        dtype: as in `float32`.
-        imported: the config.json that the model was imported from, for what it says beyond the model.
+        architecture: Hugging Face class from `choose_architecture`, such as `LlamaForCausalLM`.
+        dtype: name of the dtype, such as `float32`.
+        imported: content of the config.json that the model was imported from; its other fields are kept.
     """
     kind = ARCHITECTURES[architecture]
     free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
@@ -269,9 +270,8 @@ def from_model_config(
     if window is None or window >= longest:
         config = {name: value for name, value in config.items() if name not in _WINDOW}
         config |= {name: imported[name] for name in _WINDOW if name in imported}
-    if (
-        window == longest
-    ):  # imported for sequences up to its window; the same model with the window back in place
+    if window == longest:
+        # The import lowered the maximum position to the window (see `_longest_position`); undo that.
         config["max_position_embeddings"] = imported.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
     return config
 

@@ -1,9 +1,11 @@
-"""The fields of a config.json: the types that transformers demands, and what an import does with each field.
+"""Checks the fields of a config.json: their types and values, and whether an import can honour them.
 
-    taken over       read by `hf_config`, `hf_rope` and `sliding_window` below
-    without effect   on the model's outputs; kept for an export
-    refused          they change what is computed, in a way that cannot be expressed here
-    unknown          to transformers' class, which ignores them; they are ignored here as well, and named in a note
+A field is one of:
+
+    imported         read by `hf_config`, `hf_rope` and `sliding_window` below
+    without effect   does not change the model's outputs; kept for an export
+    refused          changes the computation in a way that cannot be expressed here
+    unknown          not a field of transformers' class, which ignores it; ignored here too, with a message
 
 Types and defaults are those of transformers' classes (5.23); a value that transformers refuses is refused here.
 """
@@ -61,7 +63,7 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     "qwen2": {"head_dim": (int,), **_WINDOW_TYPES},
     "qwen3": {"head_dim": (int,), "attention_bias": (bool,), **_WINDOW_TYPES},
 }
-"""Fields of one model_type, or with another type in it."""
+"""Fields that only one model_type has, or whose type differs in it."""
 
 _COUNTS = (
     "vocab_size",
@@ -91,12 +93,12 @@ _WITHOUT_EFFECT = {
     "attn_implementation",
     "_attn_implementation",
     "auto_map",
-    # Of the rotary embedding, read by `hf_rope`.
+    # `hf_rope` reads and checks these.
     "rope_theta",
     "partial_rotary_factor",
     "original_max_position_embeddings",
 }
-"""Known fields without a type that is checked here."""
+"""Known fields whose type is not checked here."""
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None, {}),
@@ -113,22 +115,22 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "generator": (None,),
     "text_encoder": (None,),
 }
-"""Fields that code shared by all models of transformers reads, and the values without effect."""
+"""Fields that transformers' shared code reads for every model -> values that have no effect; others are refused."""
 
 
 def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]:
-    """Checks every field of a config.json by itself.
+    """Checks the type and value of every field of a config.json.
 
     Args:
-        config: the file's content.
-        kind: its model_type.
-        source: the file, named in errors.
+        config: parsed content of the file.
+        kind: model_type of the file, such as `llama`.
+        source: path of the file, for error messages.
 
     Returns:
-        Notes for the user: what is ignored.
+        Messages about the fields that are ignored.
 
     Raises:
-        ValueError: a field has a type or a value with which there is no such model, or one that cannot be expressed.
+        ValueError: transformers refuses a field's type or value, or it cannot be expressed here.
     """
     types = _TYPES | _OWN_TYPES[kind]
     for name in _REQUIRED:
@@ -148,20 +150,20 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
             f"{', '.join(unknown)}: not a field of transformers' {kind} configuration, ignored here as there"
         )
     if config.get("auto_map"):
-        messages.append("auto_map: code of the directory is not run, transformers' own class is meant")
+        messages.append("auto_map: code from the directory is not run; transformers' own class is used")
     return messages
 
 
 def _check_type(name: str, value: Any, types: tuple[type, ...], source: str) -> None:
     if isinstance(value, bool) and bool not in types or not isinstance(value, types):
         wanted = " or ".join("null" if kind is _NONE else kind.__name__ for kind in types)
-        raise ValueError(f"{source}: {name} {_short(value)}: must be {wanted}, as transformers demands")
+        raise ValueError(f"{source}: {name} {_short(value)}: transformers requires {wanted}")
 
 
 def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
     for name in _COUNTS:
         value = config.get(name)
-        least = 2 if name == "vocab_size" else 1  # of two ids, one ends a document
+        least = 2 if name == "vocab_size" else 1  # one id is needed to end a document
         if value is not None and value < least:
             raise ValueError(f"{source}: {name} {value}: must be a number of at least {least}")
     epsilon, deviation = config.get("rms_norm_eps", 1e-6), config.get("initializer_range", 0.02)
@@ -183,7 +185,7 @@ def _check_values(config: Mapping[str, Any], kind: str, source: str) -> None:
             lambda v: v is None or -config["vocab_size"] <= v < config["vocab_size"],
             "an id of the vocabulary",
         ),
-        ("dtype", named, lambda v: isinstance(getattr(torch, v, None), torch.dtype), "a type of torch"),
+        ("dtype", named, lambda v: isinstance(getattr(torch, v, None), torch.dtype), "a dtype of torch"),
     ):
         if not holds(value):
             raise ValueError(f"{source}: {name} {value}: must be {wanted}")
@@ -205,15 +207,15 @@ def _short(value: Any) -> str:
 
 
 def sliding_window(config: Mapping[str, Any], kind: str, source: str = "config.json") -> int | None:
-    """Tokens that an attention layer looks back at most, in the layer that looks back least; None for all.
+    """The smallest attention window of any layer, in tokens; None if every layer sees the whole sequence.
 
     Args:
-        config: the file's content.
-        kind: its model_type.
-        source: the file, named in errors.
+        config: parsed content of the file.
+        kind: model_type of the file, such as `llama`.
+        source: path of the file, for error messages.
 
     Raises:
-        ValueError: the fields contradict one another, or say something that cannot be imported.
+        ValueError: the fields contradict each other, or the window cannot be imported.
     """
     if not kind.startswith("qwen"):
         return _uniform_window(config, kind, source)
@@ -246,13 +248,15 @@ def _layer_types(config: Mapping[str, Any], source: str) -> list[str] | None:
 def _uniform_window(config: Mapping[str, Any], kind: str, source: str) -> int | None:
     if kind == "mistral":
         if "layer_types" in config:
-            raise ValueError(f"{source}: layer_types: with it transformers makes mistral a ministral")
+            raise ValueError(
+                f"{source}: layer_types cannot be imported for mistral: transformers reads the model as ministral"
+            )
         return _at_least_one(config.get("sliding_window", 4096), source)
     if config.get("sliding_window") is not None:
-        # Prompts are computed without it, but transformers' cache forgets what is older.
-        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: a llama has none")
+        # transformers' llama ignores the window on prompts, but its KV cache drops older tokens: two different models.
+        raise ValueError(f"{source}: sliding_window {config['sliding_window']}: llama requires null")
     if "sliding_attention" in (_layer_types(config, source) or ()):
-        raise ValueError(f"{source}: layer_types: a llama has full_attention only")
+        raise ValueError(f"{source}: layer_types: llama requires full_attention in every layer")
     return None
 
 

@@ -1,7 +1,7 @@
-"""Tensors of a Hugging Face directory: one safetensors file, or several and their index.
+"""Reads and writes the safetensors files of a Hugging Face directory: one file, or several with an index.
 
-A tensor is read when it is asked for, and written files hold at most as much as a user allows, so that neither side
-needs more memory than a tensor or a file. Pickled weights (`pytorch_model.bin`) are not read.
+Reading needs memory for one tensor and writing for one file, whatever the size of the model: a tensor is read on
+access, and the size of a written file is limited. Pickled weights (`pytorch_model.bin`) are not read.
 """
 
 import json
@@ -27,21 +27,22 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _READ_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
-"""Stored type -> type it is given in. The engine trains in fp32 and bf16; fp16 becomes fp32, without loss."""
+"""Dtype in the file -> dtype after reading. Training is in fp32 or bf16; fp16 becomes fp32, without loss."""
 
 
 def read_config(model_dir: str | Path) -> dict[str, Any]:
-    """The config.json of a directory.
+    """Reads the config.json of a directory.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is not a JSON object.
+        FileNotFoundError: there is no config.json; the error says what the directory holds instead.
+        ValueError: it is not a JSON object.
     """
     folder = Path(model_dir)
     if folder.is_file():
-        raise NotADirectoryError(f"--model-dir {model_dir}: a file, not a Hugging Face directory")
+        raise NotADirectoryError(f"--model-dir {model_dir}: is a file; give a Hugging Face directory")
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"--model-dir {model_dir}: no such directory (a name on a hub is not looked up)"
+            f"--model-dir {model_dir}: no such directory; download the model first (hub names are not looked up)"
         )
     there = None if (folder / CONFIG).is_file() else what_is_there(folder)
     return read_object(
@@ -50,10 +51,14 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
 
 
 def read_object(path: Path, missing: str) -> dict[str, Any]:
-    """A JSON object of a file.
+    """Reads a file that holds one JSON object.
+
+    Args:
+        path: path of the JSON file.
+        missing: text of the error if there is no such file.
 
     Raises:
-        FileNotFoundError: with the text `missing`.
+        FileNotFoundError: there is no such file.
         ValueError: it is not a JSON object.
     """
     if not path.is_file():
@@ -69,18 +74,15 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
 
 
 class SafetensorsFiles:
-    """The tensors of a directory by name.
+    """The safetensors of a directory, by name; the constructor reads the headers of all files.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, a file is missing or damaged, or the index does not fit.
+        FileNotFoundError: there are no safetensors files, or one is missing.
+        ValueError: a file is damaged, or the index does not match the files.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
-        """Reads the headers of all files. None stays open: what is mapped of it would count as memory in use.
-
-        Args:
-            model_dir: the directory.
-        """
+        # No file stays open between reads: its mapped pages would count as memory in use.
         self.folder = Path(model_dir)
         self._headers: dict[str, tuple[Shape, str]] = {}
         self._file_of: dict[str, str] = {}
@@ -101,7 +103,9 @@ class SafetensorsFiles:
             there = what_is_there(self.folder)
             what = f"neither {SINGLE_FILE} nor {INDEX} in it" + (f"; {there}" if there else "")
         elif len(listed) > 1:
-            what += f" ({len(missing)} of the {len(listed)} files in {INDEX}); copy the whole directory again"
+            what += (
+                f" ({len(missing)} of the {len(listed)} files in {INDEX} are); copy the whole directory again"
+            )
         raise FileNotFoundError(f"--model-dir {self.folder}: {what}")
 
     def _open(self, file: str) -> None:
@@ -112,10 +116,10 @@ class SafetensorsFiles:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
                 headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
+            raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from None
         for name, header in headers.items():
             if name in self._file_of:
-                raise ValueError(f"{path}: holds {name}, as does {self._file_of[name]}")
+                raise ValueError(f"{path}: holds {name}, which is also in {self._file_of[name]}")
             self._file_of[name], self._headers[name] = file, header
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
@@ -124,12 +128,12 @@ class SafetensorsFiles:
             if listed != found:
                 where = f"is in {found}" if found else "is in no file"
                 raise ValueError(
-                    f"{self.folder / INDEX}: {name} {where}, the index says {listed or 'nothing of it'}"
+                    f"{self.folder / INDEX}: {name} {where}, but the index "
+                    + (f"says {listed}" if listed else "does not list it")
                 )
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
         return set(self._file_of)
 
     def shape(self, name: str) -> Shape:
@@ -137,20 +141,20 @@ class SafetensorsFiles:
         return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that `read` gives a tensor in.
+        """The dtype that `read` returns a tensor in.
 
         Raises:
-            ValueError: the file's type is not one that can be imported.
+            ValueError: the dtype in the file is not supported.
         """
         stored = self._headers[name][1]
         if stored not in _READ_AS:
             raise ValueError(
-                f"{self.folder / self._file_of[name]}: {name} is {stored}, must be {', '.join(_READ_AS)}"
+                f"{self.folder / self._file_of[name]}: {name} is {stored}, must be one of {', '.join(_READ_AS)}"
             )
         return _READ_AS[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU."""
+        """Reads a tensor into CPU memory, in the dtype of `dtype(name)`."""
         with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor.to(self.dtype(name))
@@ -163,22 +167,23 @@ def _indexed_files(index: Path) -> list[str]:
     files = sorted({str(file) for file in weight_map.values()})
     for file in files:
         if Path(file).name != file:
-            raise ValueError(f"{index}: {file}: not a file of this directory")
+            raise ValueError(f"{index}: {file}: must be the name of a file in the same directory")
     return files
 
 
 class HuggingFaceState(Mapping[str, torch.Tensor]):
-    """A checkpoint's tensors by global name, made from Hugging Face's when they are asked for."""
+    """A checkpoint's tensors by global name, each converted from Hugging Face's tensors on access.
+
+    Args:
+        files: the Hugging Face tensors.
+        model: configuration of the base model.
+        found: result of `weight_layout.entries` for the model.
+
+    Raises:
+        ValueError: a tensor is missing or superfluous, or has the wrong shape or dtype.
+    """
 
     def __init__(self, files: SafetensorsFiles, model: ModelConfig, found: list[Entry]) -> None:
-        """Args:
-        files: where they come from.
-        model: the base model.
-        found: its `layout.entries`.
-
-        Raises:
-            ValueError: a tensor is missing, superfluous, or of another shape or type.
-        """
         self._files = files
         self._model = model
         self._entries = {entry.name: entry for entry in found}
@@ -195,12 +200,12 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         return len(self._entries)
 
     def shape(self, name: str) -> Shape:
-        """Whole shape of a tensor, without reading it."""
+        """Unsharded shape of a tensor in the checkpoint."""
         return self._entries[name].shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """fp32 where any tensor is, else bf16."""
+        """bf16 if all tensors are bf16, else fp32."""
         types = {self._files.dtype(part) for entry in self._entries.values() for part, _ in entry.parts}
         return torch.bfloat16 if types == {torch.bfloat16} else torch.float32
 
@@ -215,10 +220,10 @@ def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
     if missing:
         raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its safetensors files")
     if tied and "lm_head.weight" in extra:
-        # Saved by some although config.json says that the embedding serves; harmless where it is the same.
+        # Some tools save the tied output layer as well; that is harmless as long as both are equal.
         if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
             raise ValueError(
-                f"--model-dir {files.folder}: lm_head.weight differs from the embedding, to which config.json ties it"
+                f"--model-dir {files.folder}: config.json ties lm_head.weight to the embedding, but they differ"
             )
         extra.remove("lm_head.weight")
     if extra:
@@ -227,7 +232,7 @@ def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
         if files.shape(name) != shape:
             raise ValueError(
                 f"--model-dir {files.folder}: {name} has shape {list(files.shape(name))}, "
-                f"by config.json it should be {list(shape)}"
+                f"but config.json requires {list(shape)}"
             )
         files.dtype(name)
 
@@ -236,17 +241,18 @@ def _listed(names: Sequence[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
-def write_tensors(
+def write_safetensors(
     folder: Path,
     tensors: Iterable[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]],
     max_shard_size: int,
 ) -> list[str]:
-    """Writes tensors into safetensors files of at most `max_shard_size` bytes, with an index where there are several.
+    """Writes tensors into safetensors files of at most `max_shard_size` bytes, and an index if there are several.
 
     Args:
         folder: an empty directory.
-        tensors: groups that are read together: name and size in bytes of each, and what reads them.
-        max_shard_size: bytes; a group that is larger has a file for itself.
+        tensors: groups of tensors that are read together; for each group the (name, bytes) of its tensors and a
+            function that reads them.
+        max_shard_size: largest size of a file in bytes; a larger group gets a file of its own.
 
     Returns:
         The names of the files.

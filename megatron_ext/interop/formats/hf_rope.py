@@ -1,12 +1,12 @@
-"""The rotary embedding of a config.json in our terms, read as transformers reads it.
+"""Reads the rotary embedding of a config.json, with the same precedence as transformers.
 
-Where the file has several places for a value, transformers' order decides:
+A value can stand in several places. The first of these counts:
 
-    parameters                    `rope_scaling` (its name up to transformers 4), else `rope_parameters`
-    base                          `rope_theta` in them, else beside them, else 10000
-    kind                          `rope_type` in them, else `type`, else default
-    original length (llama3)      `original_max_position_embeddings` beside them, else in them, else the longest
-                                  position
+    rope dict                     `rope_scaling` (the name in transformers 4), `rope_parameters`
+    base                          `rope_theta` in the rope dict, at the top level, 10000
+    type                          `rope_type` in the rope dict, `type` in it, "default"
+    original length (llama3)      `original_max_position_embeddings` at the top level, in the rope dict, the model's
+                                  maximum position
 """
 
 from collections.abc import Mapping
@@ -20,28 +20,30 @@ _KEYS = {
 
 
 def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple[dict[str, Any], list[str]]:
-    """Base and scaling as fields of `ModelConfig`, and notes for the user.
+    """Returns the rotary base and scaling as fields of `ModelConfig`, and messages for the user.
 
     Args:
-        config: the content of a config.json, its fields checked.
-        positions: its `max_position_embeddings`.
-        source: the file, named in errors.
+        config: content of a config.json that has passed `check_fields`.
+        positions: maximum position of the model, in tokens.
+        source: path of the file, for error messages.
 
     Raises:
-        ValueError: they cannot be expressed.
+        ValueError: the rotary embedding cannot be expressed.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope: dict[str, Any] = config.get(name) or {}
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(f"{source}: {name} {nested[0]}: one for each kind of layer cannot be imported")
+        raise ValueError(f"{source}: {name} {nested[0]}: rotary parameters per layer type cannot be imported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _KEYS:
         raise ValueError(f"{source}: rope scaling {kind}: only llama3, linear and default can be imported")
     for place in (rope, config):
         partial = place.get("partial_rotary_factor", 1)
         if partial != 1 and (partial is not None or place is rope):
-            raise ValueError(f"{source}: partial_rotary_factor {partial}: only whole heads can be rotated")
+            raise ValueError(
+                f"{source}: partial_rotary_factor {partial}: must be 1; rotating part of a head cannot be imported"
+            )
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     found: dict[str, Any] = {"rotary_base": _number("rope_theta", theta, source, least=1)}
     if kind == "linear":

@@ -1,14 +1,14 @@
-"""What an imported model brought beside its tensors, and how it gets into checkpoints and out again.
+"""Carries an imported model's configuration and small files through checkpoints, so that an export can restore them.
 
-    {save}/hugging_face/            the small files that stood beside the weights, as they were
+    {save}/hugging_face/            unchanged copies of the small files beside the weights
     run_config.json, `hugging_face`
         config                      content of config.json
         generation_config           content of generation_config.json, or null
-        eos_token_ids               ids that end a generation, as transformers would take them from the two
-        folder, files               the directory above, and the names in it
+        eos_token_ids               ids that end a generation, as transformers reads them from the two
+        folder, files               path of {save}/hugging_face/ and the names of the files in it
 
-Every run that starts from an imported model keeps the section while it keeps the model's tokenizer
-(`training.checkpoint`). The tokenizer's own files are carried by `tokenizer_files`.
+A run that starts from an imported model copies this section into its checkpoints, unless it changes the tokenizer
+(`training.checkpoint`). The tokenizer's own files are handled by `tokenizer_files`.
 """
 
 import json
@@ -45,37 +45,37 @@ _CODE = (".py", ".pyc", ".sh", ".so", ".ipynb")
 _LARGEST = 32 * 2**20
 
 _DEFAULT_EOS = {"llama": 2, "mistral": 2}
-"""Ids of transformers' classes where a config.json has no `eos_token_id`."""
+"""Defaults of transformers' classes for a config.json without `eos_token_id`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What a model's directory says beyond its tensors and its tokenizer."""
+    """Content of an imported directory other than its tensors and its tokenizer."""
 
     config: dict[str, Any]
     """Content of config.json."""
 
     generation_config: dict[str, Any] | None = None
-    """Content of generation_config.json, None where there is none."""
+    """Content of generation_config.json, or None."""
 
     eos_token_ids: tuple[int, ...] = ()
     """Ids that end a generation."""
 
     folder: str | None = None
-    """Where the files are."""
+    """Directory of `files`."""
 
     files: tuple[str, ...] = ()
     """Names of the small files to keep."""
 
     is_trained: bool = False
-    """A run has trained the model since, on the ids that the tokenizer has here; `of_run` finds it out."""
+    """Whether a run here has trained the model since the import; set by `of_run`, not stored."""
 
     @classmethod
     def read(cls, model_dir: str | Path, config: dict[str, Any]) -> tuple["Imported", list[str]]:
-        """Reads a directory; also the names of what is left behind.
+        """Reads a directory; also returns the names of the files that an import does not keep.
 
         Raises:
-            ValueError: generation_config.json is not JSON, or its ids are none.
+            ValueError: generation_config.json is not JSON, or its `eos_token_id` is not an id or a list of ids.
         """
         path = Path(model_dir, GENERATION_CONFIG)
         generation = read_object(path, "") if path.is_file() else None
@@ -92,38 +92,42 @@ class Imported:
 
     @classmethod
     def of_run(cls, *run_configs: Mapping[str, Any]) -> "Imported | None":
-        """The first that a configuration in a checkpoint tells of, None for models that were not imported."""
+        """Reads the first section `hugging_face` among the run configurations; None if the model was not imported."""
         for run_config in run_configs:
             section = run_config.get(IMPORTED)
             if section is not None and "config" in section:
                 lists = {name: tuple(section[name]) for name in ("eos_token_ids", "files")}
                 return cls(**{**section, **lists}, is_trained="training" in run_config)
-            if section is not None:  # a checkpoint of a version that kept config.json alone
+            if section is not None:  # older checkpoints keep only the content of config.json
                 return cls(config=section, is_trained="training" in run_config)
         return None
 
     def as_json(self) -> dict[str, Any]:
-        """The section of run_config.json; `of_run` reads it."""
+        """The section `hugging_face` of run_config.json, which `of_run` reads."""
         return {name: value for name, value in asdict(self).items() if name != "is_trained"}
 
     def copy_files(self, save: Path) -> None:
-        """Copies the files into the directory of a checkpoint that is being written."""
+        """Copies the files to `save`/hugging_face."""
         if self.files:
             (save / FOLDER).mkdir()
         for name in self.files:
             _copy(Path(self.folder or "", name), save / FOLDER / name)
 
     def placed(self, save: str | Path) -> "Imported":
-        """The same with its files where `copy_files` has put them, once `save` is there."""
+        """Returns a copy whose `folder` is where `copy_files` puts the files for the final directory `save`."""
         return replace(self, folder=os.path.abspath(Path(save, FOLDER)) if self.files else None)
 
     def write_files(self, target: Path, tokenizer_dir: Path | None) -> list[str]:
-        """Writes what an export keeps, but for config.json and the tokenizer's files; returns notes for the user.
+        """Writes generation_config.json, the small files and the chat template into an exported directory.
 
         Args:
-            target: the directory, with the tokenizer's files in it.
-            tokenizer_dir: where the tokenizer's files came from, None for none.
+            target: the exported directory; the tokenizer's files are already in it.
+            tokenizer_dir: directory that the tokenizer's files came from, or None.
+
+        Returns:
+            Messages for the user.
         """
+        # A checkpoint may have been moved since the import: look beside its tokenizer as well.
         places = [Path(self.folder)] if self.folder is not None else []
         places += [tokenizer_dir.parent / FOLDER] if tokenizer_dir is not None else []
         kept, gone = [], []
@@ -142,12 +146,12 @@ class Imported:
             _keep_chat_template(tokenizer_dir, target)
         messages = [f"kept as imported: {', '.join(kept)}"] if kept else []
         if gone:
-            messages.append(f"not written, as {self.folder} is not there any more: {', '.join(gone)}")
+            messages.append(f"not written, because {self.folder} no longer exists: {', '.join(gone)}")
         return messages
 
 
 def _sort_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the small files to keep, and of what is left behind although somebody may miss it."""
+    """Names of the small files to keep, and of other files that a user may miss."""
     of_others = {CONFIG, GENERATION_CONFIG, *FILES} - {_CHAT_TEMPLATE}
     read = _weights_read(folder)
     kept, left = [], []
@@ -174,7 +178,7 @@ def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any], pat
     found = generation.get("eos_token_id", of_model)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"{path}: eos_token_id {found}: must be ids")
+        raise ValueError(f"{path}: eos_token_id {found}: must be an id or a list of ids")
     return tuple(ids)
 
 
@@ -186,7 +190,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
-    """A tokenizer that was written anew has no chat template; the imported one's is its configuration's."""
+    """Copies the chat template of the imported tokenizer_config.json, which a newly written one lacks."""
     before, after = tokenizer_dir / _TOKENIZER_CONFIG, target / _TOKENIZER_CONFIG
     if not (before.is_file() and after.is_file()) or (target / _CHAT_TEMPLATE).exists():
         return
@@ -197,6 +201,6 @@ def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
 
 
 def left_behind(names: Iterable[str]) -> list[str]:
-    """A note that names what an import does not take along; none where there is nothing."""
+    """A message that lists the files that an import does not keep; empty if there are none."""
     listed = ", ".join(names)
-    return [f"left behind: {listed}"] if listed else []
+    return [f"not imported: {listed}"] if listed else []

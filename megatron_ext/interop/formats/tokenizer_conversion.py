@@ -1,12 +1,12 @@
-"""Tokenizers of ours as one tokenizer.json of Hugging Face's `tokenizers`, with equal ids.
+"""Converts our tokenizers to Hugging Face's `tokenizers` (one tokenizer.json) with equal ids.
 
-    byte-level BPE, Hugging Face      the library's object itself
+    byte-level BPE, Hugging Face      already an object of the library
     SentencePiece                     unigram or BPE over the whole text, as SentencePiece segments it
-    tiktoken                          byte-level BPE whose merges are found from the ranks
-    bytes                             byte-level BPE without a merge
+    tiktoken                          byte-level BPE whose merges are derived from the ranks
+    bytes                             byte-level BPE without merges
 
-transformers has a conversion of SentencePiece models too, but it assumes one kind of model and gives other ids for
-others. What differs in the two libraries is said where it is dealt with. Whoever writes the result reads it back.
+transformers can convert SentencePiece models too, but it assumes one kind of model and produces different ids for
+the others. `tokenizer_readback` compares the result with the original.
 """
 
 import re
@@ -29,14 +29,14 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
 def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None:
-    """Returns an object of `tokenizers` that gives a tokenizer's ids; None where it has none.
+    """Converts a tokenizer; returns None for a kind that `tokenizers` has no counterpart for.
 
     Args:
-        tokenizer: any of ours.
-        source: its file, for errors.
+        tokenizer: the tokenizer to convert.
+        source: its flag and file, for error messages.
 
     Raises:
-        ValueError: a SentencePiece model of a kind that `tokenizers` cannot express.
+        ValueError: `tokenizers` cannot express this kind of SentencePiece model.
     """
     if isinstance(tokenizer, LibraryTokenizer):
         return tokenizer.backend
@@ -58,7 +58,8 @@ def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
     for what, is_so in unsupported.items():
         if is_so:
             raise ValueError(
-                f"{source}: has {what}, which no tokenizer.json expresses; --no-tokenizer leaves it out"
+                f"{source}: has {what}, which tokenizer.json cannot express; "
+                "use --no-tokenizer to export without the tokenizer"
             )
     symbols = [piece.piece for piece in pieces if piece.type == _USER_DEFINED]
     is_bpe = trainer.model_type == _BPE
@@ -70,7 +71,7 @@ def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
     if is_bpe and symbols:
         splits += _guards(pieces)
     if splits:
-        # SentencePiece never segments across a symbol of the user's, and keeps it whole.
+        # SentencePiece keeps a user-defined symbol whole and never segments across it.
         library.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(splits)), "isolated")
     steps: list[Any] = [
         decoders.Replace(_SPACE, " "),
@@ -80,14 +81,15 @@ def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", 1, 0))
     library.decoder = decoders.Sequence(steps)
+    # SentencePiece reads a control piece such as `</s>` in a text as ordinary letters.
     library.encode_special_tokens = True
     return library
 
 
 def _normalizers(rules: Any) -> Iterator[Any]:
     if rules.precompiled_charsmap:
-        # `Precompiled` knows a letter with its marks only up to five bytes, so NFKC composes them before. It would also
-        # replace the wave dash, which SentencePiece's rules keep: a code point that is no character stands for it.
+        # `Precompiled` handles a letter with its combining marks only up to five bytes, so NFKC composes them first.
+        # NFKC would also replace the wave dash, which SentencePiece keeps; a noncharacter stands in for it meanwhile.
         composed = "nfkc" in rules.name
         if composed:
             yield normalizers.Replace(_WAVE_DASH, _NO_CHARACTER)
@@ -104,9 +106,9 @@ def _normalizers(rules: Any) -> Iterator[Any]:
 
 
 def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
-    """The pieces with their scores; those that no text gives get a score that loses against their own letters."""
+    """Pieces with scores. Pieces that text never yields (control, byte) score below their own letters, so they lose."""
     score_of = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
-    unknown = min(score_of.values(), default=0.0) - 10.0
+    unknown = min(score_of.values(), default=0.0) - 10.0  # SentencePiece's penalty for an unknown letter
     vocab = []
     for piece in pieces:
         spelled = sum(score_of.get(letter, unknown) for letter in piece.piece) - 1.0
@@ -115,7 +117,10 @@ def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
 
 
 def _merging_model(pieces: list[Any], trainer: Any, has_symbols: bool) -> models.BPE:
-    """SentencePiece merges any two neighbours that make a piece, the best piece first: so each way is a merge here."""
+    """BPE with one merge for every way to split a piece in two.
+
+    SentencePiece merges any two neighbours that form a piece, best score first; it has no list of merges.
+    """
     number = {piece.piece: i for i, piece in enumerate(pieces)}
     normal = {piece.piece for piece in pieces if piece.type == _NORMAL}
     merges: list[tuple[str, str]] = []
@@ -130,12 +135,15 @@ def _merging_model(pieces: list[Any], trainer: Any, has_symbols: bool) -> models
         unk_token=trainer.unk_piece,
         fuse_unk=True,
         byte_fallback=trainer.byte_fallback,
-        ignore_merges=has_symbols,  # a symbol is found whole, there is no merge that makes it
+        ignore_merges=has_symbols,  # no merge yields a user-defined symbol; it must be looked up whole
     )
 
 
 def _guards(pieces: list[Any]) -> Iterator[str]:
-    """Patterns that cut what spells a piece no text gives (`</s>`, `<0x41>`), where no piece reaches across the cut."""
+    """Patterns that split text which spells a control or byte piece (`</s>`, `<0x41>`), so that it is not one token.
+
+    The split is at two letters that are neighbours in no normal piece, so that it separates nothing else.
+    """
     pairs = {
         pair
         for piece in pieces
@@ -151,6 +159,8 @@ def _guards(pieces: list[Any]) -> Iterator[str]:
 
 
 def _from_ranks(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
+    # tiktoken has no list of merges: it merges the pair whose result has the lowest rank. So every way to split a token
+    # in two becomes a merge, in the order of the token's rank.
     ranks = tokenizer.mergeable_ranks()
     merges: list[tuple[int, bytes, bytes]] = []
     for token, rank in ranks.items():
@@ -169,7 +179,7 @@ def _from_ranks(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
 
 def _from_bytes(tokenizer: ByteLevelTokenizer) -> tokenizers.Tokenizer:
     library = _byte_level({bytes([i]): i for i in range(256)}, [], None, {})
-    # Its text is bytes and nothing else, the end-of-document token's name too.
+    # The tokenizer reads all text as bytes, even the name of the end-of-document token.
     library.add_special_tokens(
         [AddedToken(tokenizer.inv_vocab[tokenizer.eod], special=True, normalized=False)]
     )
@@ -192,7 +202,7 @@ def _byte_level(
 
 
 def _letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it prints, else the next one from U+0100 on."""
+    """GPT-2's letter for each byte: the byte itself if it is printable, else the next letter from U+0100."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]

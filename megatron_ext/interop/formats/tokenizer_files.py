@@ -1,4 +1,4 @@
-"""Tokenizer files of a Hugging Face directory, to and from a checkpoint."""
+"""Reads, copies and writes the tokenizer files of a Hugging Face directory."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""Of a tokenizer, in a Hugging Face directory."""
+"""Files that may belong to a tokenizer in a Hugging Face directory."""
 
 _NOT_READ = (
     "tekken.json",
@@ -39,18 +39,15 @@ _NOT_READ = (
     "vocab.txt",
     "tokenizer.model.*",
 )
-"""Tokenizers of other kinds."""
+"""Tokenizer formats that cannot be read; they are named in a message."""
 
 
 def copy_files(source: Path, target: Path) -> list[str]:
-    """Copies the tokenizer files that there are.
+    """Copies those of `FILES` that exist in `source`, and returns their names.
 
     Args:
-        source: a Hugging Face directory, or one that this has written.
-        target: a directory, made where there is something to copy.
-
-    Returns:
-        Their names.
+        source: a Hugging Face directory, or a directory written by this function.
+        target: output directory; created only if there is a file to copy.
     """
     names = [name for name in FILES if (source / name).is_file()]
     if names:
@@ -63,16 +60,16 @@ def copy_files(source: Path, target: Path) -> list[str]:
 def imported_tokenizer(
     model_dir: str | Path, vocab_size: int
 ) -> tuple[TokenizerConfig, Tokenizer, str | None]:
-    """The tokenizer of a Hugging Face directory, for a model with `vocab_size` embeddings.
+    """Reads the tokenizer of a Hugging Face directory, for a model with `vocab_size` embeddings.
 
     It is read from tokenizer.json, from tokenizer.model (SentencePiece), or from vocab.json and merges.txt, which
-    transformers converts; where there is none of these it is the one whose text is ids in decimal.
+    transformers converts. Without any of these the result is a `NullTokenizer`, whose text is ids in decimal.
 
     Returns:
-        Its configuration; the tokenizer; a note for the user, or None.
+        Configuration of the tokenizer, the tokenizer, and a message for the user or None.
 
     Raises:
-        ValueError: its files cannot be read.
+        ValueError: the files cannot be read.
     """
     folder = Path(model_dir)
     for name in FILES:
@@ -88,8 +85,12 @@ def imported_tokenizer(
     if config.tokenizer_type == "SentencePieceTokenizer":
         message = _lacking_tokens(folder, tokenizer.vocab_size)
     if tokenizer.vocab_size > vocab_size:
-        message = f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings: the rest are zero"
+        message = (
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings; "
+            "the embeddings of the other ids are zero"
+        )
     elif tokenizer.vocab_size < vocab_size:
+        # Models often have more embeddings than their tokenizer has ids; keep all rows of the checkpoint.
         config = replace(config, vocab_size=vocab_size)
         tokenizer = build_tokenizer(config)
     return config, tokenizer, message
@@ -104,12 +105,13 @@ def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str 
         return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path), None
     others = [path.name for pattern in _NOT_READ for path in sorted(folder.glob(pattern))]
     what = f" ({', '.join(others)} cannot be read)" if others else ""
-    message = f"no {TOKENIZER_JSON}{what}: the checkpoint is for token ids, not text"
+    message = f"no {TOKENIZER_JSON}{what}: the checkpoint takes token ids, not text"
+    # NullTokenizer adds an end-of-document id of its own.
     return TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1), message
 
 
 def _lacking_tokens(folder: Path, pieces: int) -> str | None:
-    """Tokens that were added to a SentencePiece model in transformers are not in its file."""
+    """A message about tokens that transformers added: they are not in the SentencePiece file."""
     named: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         content = read_object(folder / name, "") if (folder / name).is_file() else {}
@@ -121,17 +123,17 @@ def _lacking_tokens(folder: Path, pieces: int) -> str | None:
         return None
     return (
         f"{len(added)} added tokens ({', '.join(token for _, token in added[:3])}, ...) are not in {SENTENCEPIECE}, "
-        f"no text gives them; save a {TOKENIZER_JSON} with transformers to have them"
+        f"so no text yields them; to keep them, save a {TOKENIZER_JSON} with transformers"
     )
 
 
 def copy_imported(tokenizer: Tokenizer, source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer of `imported_tokenizer`, and adds a tokenizer.json where it was converted.
+    """Copies the files of an imported tokenizer, and writes a tokenizer.json if transformers had to convert it.
 
     Args:
-        tokenizer: as it was built from the source.
+        tokenizer: result of `imported_tokenizer` for `source`.
         source: the Hugging Face directory.
-        target: the directory to copy to.
+        target: output directory.
     """
     copy_files(source, target)
     if isinstance(tokenizer, LibraryTokenizer) and not (target / TOKENIZER_JSON).is_file():
@@ -139,18 +141,18 @@ def copy_imported(tokenizer: Tokenizer, source: Path, target: Path) -> None:
 
 
 def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> list[str]:
-    """Writes a tokenizer as transformers reads it; `tokenizer_readback` proves that it does.
+    """Writes a tokenizer in transformers' format; `tokenizer_readback` checks the result.
 
     Args:
-        config: where its files are.
-        tokenizer: built from `config`.
-        target: the directory.
+        config: configuration of the tokenizer, which names its files.
+        tokenizer: the tokenizer built from `config`.
+        target: output directory.
 
     Returns:
-        The names of the files; none for a tokenizer that transformers does not have.
+        The names of the files; empty for a kind of tokenizer that transformers does not have.
 
     Raises:
-        ValueError: a SentencePiece model of a kind that has no tokenizer.json.
+        ValueError: tokenizer.json cannot express this kind of SentencePiece model.
     """
     path = Path(config.tokenizer_model or "")
     names = []
@@ -169,7 +171,7 @@ def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> 
         text = library.to_str(pretty=True)
         (target / TOKENIZER_JSON).write_text(text, encoding="utf-8")
         names = [TOKENIZER_JSON]
-        if isinstance(tokenizer, SentencePieceTokenizer):  # for readers of SentencePiece models
+        if isinstance(tokenizer, SentencePieceTokenizer):  # other tools than transformers read this file
             (target / "tokenizer.model").write_bytes(tokenizer.serialized_model())
             names.append("tokenizer.model")
     if TOKENIZER_CONFIG not in names:

@@ -1,7 +1,7 @@
-"""Reads an exported tokenizer with transformers' own `AutoTokenizer` and compares it with ours.
+"""Reads an exported tokenizer with transformers' `AutoTokenizer` and compares it with ours.
 
-Compared are the ids of `PROBE_TEXTS`, of texts in which every special and added token stands, and of the text of every
-single id; the text of the probes' ids; the ids of the end and the begin of a text, and what is put before a text.
+It compares the end- and begin-of-text ids and what is put before a text; the ids of the probe texts, of texts with
+special tokens, and of the text of every single id; and the text decoded from the probes' ids.
 """
 
 import json
@@ -37,23 +37,23 @@ _FURTHER_TEXTS = (
 def check_read_back(
     folder: Path, tokenizer: Tokenizer, shown: str | Path, *, as_imported: bool = False
 ) -> list[str]:
-    """Raises unless `AutoTokenizer` reads from a directory what was written there.
+    """Raises unless `AutoTokenizer` reads a tokenizer equal to `tokenizer` from a directory.
 
-    transformers builds some models' tokenizers anew, by its own idea of their class, instead of taking tokenizer.json
-    as it is. Where the directory is not read right, its tokenizer_config.json gets the general class and is read again.
+    For some models transformers rebuilds the tokenizer by rules of the model's class instead of using tokenizer.json.
+    If that changes ids, the class in tokenizer_config.json is replaced by the general one and the check is repeated.
 
     Args:
         folder: a Hugging Face directory with config.json and the tokenizer's files.
-        tokenizer: what it must equal.
-        shown: the directory as the user calls it.
-        as_imported: these files and this kind of model were imported together, so a difference was there before; it is
-            told, not refused.
+        tokenizer: the tokenizer that was exported.
+        shown: the directory's name in error messages.
+        as_imported: the files were imported together with this kind of model and the model was not trained since. A
+            difference then comes from the import, so it is reported and not refused.
 
     Returns:
-        Notes for the user.
+        Messages for the user.
 
     Raises:
-        ValueError: it is read as another tokenizer, with a text on which they differ.
+        ValueError: the tokenizers differ; the error names a text on which they do.
     """
     try:
         import transformers
@@ -65,30 +65,30 @@ def check_read_back(
         before = (folder / TOKENIZER_CONFIG).read_bytes()
         former = _set_class(folder)
         messages = [
-            f"tokenizer_class is {_GENERAL_CLASS}: as {former} transformers gives other ids ({difference})"
+            f"tokenizer_class is {_GENERAL_CLASS}: with {former}, transformers gives other ids ({difference})"
         ]
         left = _difference(transformers, folder, tokenizer)
         if left is not None and not as_imported:
             raise ValueError(
                 f"--model-dir {shown}: transformers reads the tokenizer differently ({left}); "
-                "--no-tokenizer leaves it out, another --architecture may be read right"
+                "use --no-tokenizer to export without it, or try another --architecture"
             )
         if left is not None:
             (folder / TOKENIZER_CONFIG).write_bytes(before)
             messages = [
-                f"transformers reads this tokenizer, as that of the imported directory, otherwise than its "
-                f"{TOKENIZER_JSON} says ({difference})"
+                f"transformers reads this tokenizer differently from its {TOKENIZER_JSON} ({difference}), "
+                "as it did in the imported directory"
             ]
     if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_unigram:
         messages.append(
-            "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts the same pieces "
-            "may stand in another order where both orders are equally likely (runs of white space)"
+            "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts, pieces may come "
+            "in another order where both orders are equally likely (runs of white space)"
         )
     return messages
 
 
 def _set_class(folder: Path) -> str | None:
-    """Writes the general class into tokenizer_config.json; returns the class that it had."""
+    """Sets `tokenizer_class` in tokenizer_config.json to the general class; returns the former class."""
     path = folder / TOKENIZER_CONFIG
     content = json.loads(path.read_text(encoding="utf-8"))
     former: str | None = content.get("tokenizer_class")
@@ -98,10 +98,10 @@ def _set_class(folder: Path) -> str | None:
 
 
 def _difference(transformers: Any, folder: Path, ours: Tokenizer) -> str | None:
-    """Says in what `AutoTokenizer` differs; None where it does not."""
+    """Describes the first difference between `AutoTokenizer` and ours; None if they are equal."""
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # of any kind; the user needs to know that it cannot be read
+    except Exception as error:  # transformers raises many types; any of them means that it cannot be read
         return str(error).strip().partition("\n")[0] or type(error).__name__
     named = {"eos_token_id": (theirs.eos_token_id, ours.eod), "bos_token_id": (theirs.bos_token_id, ours.bos)}
     for name, (their_id, our_id) in named.items():
@@ -139,6 +139,6 @@ def _texts(ours: Tokenizer) -> Iterator[str]:
 
 
 def _around(ids: list[int], others: list[int]) -> list[int]:
-    """The ids near the first place where they differ from others."""
+    """The ids around the first position where they differ from `others`."""
     place = next((i for i, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), 0)
     return ids[max(place - 2, 0) : place + 6]

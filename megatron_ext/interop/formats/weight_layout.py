@@ -1,4 +1,4 @@
-"""Names and layouts of a Llama-family model's tensors: Hugging Face's against a checkpoint's, in both directions.
+"""Maps the tensors of a Llama-family model between a checkpoint and Hugging Face: names, shapes and row order.
 
     checkpoint                                                   Hugging Face
     embedding.word_embeddings.weight          [V_pad, h]         model.embed_tokens.weight [V, h]
@@ -10,11 +10,12 @@
       mlp.linear_fc1.{weight,bias}            [2 f, ..]          mlp.{gate,up}_proj.{weight,bias}: gate, then up
       mlp.linear_fc2.{weight,bias}                               mlp.down_proj.{weight,bias}
     decoder.final_layernorm.weight                               model.norm.weight
-    output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], where it is not the embedding
+    output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], unless tied to the embedding
 
-The fused projection is ordered by key/value group: the group's n/g query heads, its key head, its value head. Both
-sides rotate halves of a head, so no channel moves. Names are global; no tensor here depends on a cut.
-Letters: h hidden, f FFN, n query heads, g key/value heads, d head size, V vocabulary. No I/O.
+linear_qkv is ordered by key/value group: the n/g query heads of the group, its key head, its value head. Both sides
+rotate the two halves of a head, so the channels within a head keep their order. Names and shapes are global: they do
+not depend on the parallel layout.
+h: hidden size, f: FFN size, n: query heads, g: key/value heads, d: head size, V: vocabulary size.
 """
 
 from collections.abc import Sequence
@@ -30,28 +31,29 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint and the Hugging Face tensors that it is made of."""
+    """One tensor of a checkpoint and the Hugging Face tensors that it consists of."""
 
     name: str
     """Global name in a checkpoint."""
 
     shape: Shape
-    """Whole shape in a checkpoint."""
+    """Unsharded shape in a checkpoint."""
 
     parts: tuple[tuple[str, Shape], ...]
     """Name and shape of each Hugging Face tensor."""
 
     kind: Literal["same", "rows", "groups", "vocabulary"]
-    """How parts make the tensor: one part, rows one after the other, rows by key/value group, rows and padding."""
+    """same: one part, equal; rows: parts concatenated; groups: rows of the parts interleaved by key/value group;
+    vocabulary: one part, padded with zero rows."""
 
 
 def entries(model: ModelConfig, vocab_size: int, padded_vocab_size: int) -> list[Entry]:
-    """All tensors of a model that `hf_config` can express, in the order of use.
+    """All tensors of a model that `hf_config` can express, from the embedding to the output layer.
 
     Args:
-        model: the base model.
-        vocab_size: rows of the Hugging Face embedding.
-        padded_vocab_size: rows of the checkpoint's.
+        model: configuration of the base model.
+        vocab_size: rows of Hugging Face's embedding.
+        padded_vocab_size: rows of the checkpoint's embedding.
     """
     hidden = model.hidden_size
     found = [
@@ -66,12 +68,15 @@ def entries(model: ModelConfig, vocab_size: int, padded_vocab_size: int) -> list
 
 
 def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
-    """The checkpoint's tensor from the Hugging Face tensors of `entry.parts`, in their order and shapes.
+    """Builds a checkpoint's tensor from Hugging Face's tensors.
 
     Args:
-        entry: of `entries(model, ...)`.
-        parts: the tensors.
-        model: the base model.
+        entry: the tensor, from `entries`.
+        parts: Hugging Face's tensors, in the order and shapes of `entry.parts`.
+        model: configuration of the base model.
+
+    Returns:
+        Tensor of shape `entry.shape`.
     """
     if entry.kind == "same":
         return parts[0]
@@ -82,17 +87,21 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> tor
         padded[: parts[0].size(0)] = parts[0]
         return padded
     groups = model.resolved_num_query_groups
+    # Rows of q, k and v are interleaved by group, so that a tensor-parallel shard of linear_qkv holds whole groups.
     by_group = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).reshape(entry.shape)
 
 
 def split(entry: Entry, tensor: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
-    """The Hugging Face tensors of `entry.parts` from the checkpoint's tensor; the inverse of `join`.
+    """Splits a checkpoint's tensor into Hugging Face's tensors; the inverse of `join`.
 
     Args:
-        entry: of `entries(model, ...)`.
-        tensor: of `entry.shape`.
-        model: the base model.
+        entry: the tensor, from `entries`.
+        tensor: its value, of shape `entry.shape`.
+        model: configuration of the base model.
+
+    Returns:
+        Tensors in the order and shapes of `entry.parts`.
     """
     shapes = [shape for _, shape in entry.parts]
     if entry.kind == "same":
@@ -135,7 +144,7 @@ def _linear(
     kind: Literal["same", "rows", "groups"],
     has_bias: bool,
 ) -> list[Entry]:
-    """Weight, and bias where there is one, of a linear layer made of those with `outputs` (name, output size)."""
+    """Entries for the weight and bias of a linear layer that fuses the layers in `outputs` (name, output size)."""
     total = sum(rows for _, rows in outputs)
     weights = tuple((f"{part}.weight", (rows, width)) for part, rows in outputs)
     biases = tuple((f"{part}.bias", (rows,)) for part, rows in outputs)

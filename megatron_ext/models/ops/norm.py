@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.platform import process_groups
+
 
 class _CpuRMSNorm(torch.autograd.Function):
     """RMSNorm in few passes over memory; on a CPU torch's own RMSNorm takes four times as long."""
@@ -89,7 +91,7 @@ class Norm:
 
 
 def _constant(config: TransformerConfig, size: int, value: float) -> torch.Tensor:
-    return torch.full((size,), value, dtype=config.params_dtype, device=torch.cuda.current_device())
+    return torch.full((size,), value, dtype=config.params_dtype, device=process_groups.device())
 
 
 def _mark(config: TransformerConfig, *parameters: torch.nn.Parameter) -> None:

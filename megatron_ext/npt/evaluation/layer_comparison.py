@@ -26,6 +26,7 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms
 from megatron_ext.npt.objective.fidelity_loss import log_probabilities
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
@@ -69,7 +70,7 @@ def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -
     findings = Findings()
     with _Observer(chunks, findings) as observer:
         for step in steps:
-            masks = [batch["loss_mask"].to(torch.cuda.current_device()) > 0 for batch in step]
+            masks = [batch["loss_mask"].to(process_groups.device()) > 0 for batch in step]
             outputs = HiddenStates()
             observer.begin(masks, base=True)
             with deactivated(chunks):

@@ -46,6 +46,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.platform import process_groups
 
 EPS = 1e-6
 """Added to mean squares before division, so that an attention output of zero gives a delta of zero."""
@@ -136,7 +137,7 @@ class Modulation(MegatronModule):
         if of_ffn is not None:
             local[of_ffn] //= self.groups.tp.size()
             self.split_dims[name] = of_ffn
-        values = torch.zeros(local, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        values = torch.zeros(local, dtype=self.config.params_dtype, device=process_groups.device())
         parameter = torch.nn.Parameter(values)
         parameter.init_std = std  # type: ignore[attr-defined]
         if of_ffn is not None:

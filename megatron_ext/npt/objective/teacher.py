@@ -9,46 +9,36 @@ finds them. States that do not fit are recomputed.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.models.transformer_layer import ExtendedTransformerLayer
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name
-from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
+from megatron_ext.training.frozen_forward import FrozenForward, run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
-from megatron_ext.training.interface.output_losses import HiddenStates
+from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 OUTPUT = f"{TEACHER}/output"
 """Name of the batch field with the teacher's output-layer input, [s, b, h] ([s/t, b, h] under sequence parallel)."""
 
 
-@dataclass
-class TeacherCache:
+class TeacherCache(FrozenForward):
     """Cache of the teacher's states by sequence, in host memory."""
 
-    max_bytes: int
-    """Size limit on this rank; 0 for no cache."""
+    def __init__(self, max_bytes: int) -> None:
+        """Args:
+        max_bytes: size limit on this rank; 0 for no cache.
+        """
+        super().__init__()
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        """Current size."""
 
-    states: dict[Id, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Digest of a sequence's tokens -> its states, each [s, h]."""
-
-    bytes: int = 0
-    """Current size."""
-
-    hits: int = 0
-    """Number of micro-batches found in the cache."""
-
-    misses: int = 0
-    """Number of micro-batches not found."""
-
-    was_skipped: bool = False
-    """Whether the last micro-batch was found, so that the teacher's pass was skipped."""
+        self.states: dict[Id, dict[str, torch.Tensor]] = {}
+        """Digest of a sequence's tokens -> its states, each [s, h]."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
         """Returns the states of a micro-batch, or None unless every model-parallel rank has all of them; collective."""
@@ -56,14 +46,9 @@ class TeacherCache:
             return None
         rows = [self.states.get(key) for key in _keys(batch)]
         found = all(row is not None and row.keys() >= set(names) for row in rows)
-        agreed = torch.tensor([found], dtype=torch.int32, device=batch["tokens"].device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
-        self.was_skipped = bool(agreed)
-        if not self.was_skipped:
-            self.misses += 1
-            return None
-        self.hits += 1
         device = batch["tokens"].device
+        if not all(self.agree([found], device)):
+            return None
         return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
@@ -108,7 +93,7 @@ class Teacher:
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return self._one_by_one(chunks, families, batches, layers, output)
-        states = _through_pipeline(chunks, families, batches, layers, output)
+        states = _states(chunks, families, batches, layers, output)
         return [batch | of_batch for batch, of_batch in zip(batches, states, strict=True)]
 
     def _one_by_one(
@@ -123,69 +108,32 @@ class Teacher:
         for batch in batches:
             states = self.cache.find(batch, names)
             if states is None:
-                states = _directly(chunks[0], families, batch, layers, output)
+                (states,) = _states(chunks, families, [batch], layers, output)
                 self.cache.add(batch, states)
             yield batch | states
 
 
-@torch.no_grad()
-def _directly(
-    chunk: GPTModel, families: list[Family], batch: Batch, layers: tuple[int, ...], output: bool
-) -> dict[str, torch.Tensor]:
-    recorder = _Recorder([chunk], layers)
-    with recorder, deactivated([chunk]):
-        hidden_states = run_directly(chunk, families, batch)
-    states = {name: values[0] for name, values in recorder.values.items()}
-    return states | ({OUTPUT: hidden_states} if output else {})
-
-
-@torch.no_grad()
-def _through_pipeline(
+def _states(
     chunks: list[GPTModel],
     families: list[Family],
     batches: list[Batch],
     layers: tuple[int, ...],
     output: bool,
 ) -> list[dict[str, torch.Tensor]]:
+    """The states of each micro-batch that this stage owns, by the names of batch fields."""
+    # The norm's input: before it a layer may add something of its own to what it gets.
+    norms = {
+        input_name(layer.layer_number - 1): layer.input_layernorm
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        if layer.layer_number - 1 in layers
+    }
     outputs = HiddenStates()
-    recorder = _Recorder(chunks, layers)
-    with recorder, deactivated(chunks):
-        run_microbatches(chunks, families, batches, outputs, forward_only=True)
-    states = [
-        {name: values[index] for name, values in recorder.values.items()} for index in range(len(batches))
-    ]
-    if output and outputs.values:
-        states = [s | {OUTPUT: value} for s, value in zip(states, outputs.values, strict=True)]
+    with deactivated(chunks):
+        states = run_frozen(chunks, families, batches, norms, outputs if output else NoLoss())
+    if outputs.values:
+        states = [known | {OUTPUT: value} for known, value in zip(states, outputs.values, strict=True)]
     return states
-
-
-class _Recorder:
-    """Context that records the inputs of layers, one list per layer, with dropout switched off."""
-
-    def __init__(self, chunks: list[GPTModel], layers: tuple[int, ...]) -> None:
-        self.values: dict[str, list[torch.Tensor]] = {}
-        self._chunks = chunks
-        self._layers = layers
-
-    def __enter__(self) -> None:
-        self._training = [chunk.training for chunk in self._chunks]
-        self._hooks = []
-        for chunk in self._chunks:
-            chunk.eval()
-            for layer in chunk.decoder.layers:
-                assert isinstance(layer, ExtendedTransformerLayer)
-                if layer.layer_number - 1 in self._layers:
-                    kept = self.values.setdefault(input_name(layer.layer_number - 1), [])
-                    hook = layer.input_layernorm.register_forward_pre_hook(
-                        lambda _, inputs, kept=kept: kept.append(inputs[0])
-                    )
-                    self._hooks.append(hook)
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for chunk, training in zip(self._chunks, self._training, strict=True):
-            chunk.train(training)
 
 
 def _keys(batch: Batch) -> list[Id]:

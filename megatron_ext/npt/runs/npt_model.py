@@ -27,7 +27,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.conversion import convert, draw
+from megatron_ext.npt.weights.conversion import convert, initialize_np_factors
 from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import (
     STEM,
@@ -163,7 +163,7 @@ class NPTModel:
         if isinstance(config, NPTConfig) and config.single_layer_mode and len(layers) != 1:
             raise ValueError(f"NPTConfig: single_layer_mode requires one layer, not {len(layers)}")
         convert([self.model], module)
-        draw([self.model], seed)
+        initialize_np_factors([self.model], seed)
         self.settings = module
 
     def load_npt_weights(self, weights: str | Path | Mapping[str, torch.Tensor]) -> None:
@@ -250,7 +250,7 @@ class NPTModel:
     @torch.no_grad()
     def logits(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Returns logits [b, s, V] for token ids [b, s], or [s, V] for ids [s]."""
-        tokens = torch.as_tensor(ids, dtype=torch.long, device=torch.cuda.current_device())
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=process_groups.device())
         batch = tokens.view(-1, tokens.size(-1))
         self.model.check_length(batch.size(1))
         positions = torch.arange(batch.size(1), device=batch.device).expand_as(batch)

@@ -56,7 +56,7 @@ def run_npt(config: NPTRunConfig) -> int:
             "--freeze-base requires a base model; pass --load or --base-checkpoint, or --no-freeze-base"
         )
     if training.mode == "sequential" and not config.training.dry_run:
-        return run_sequential(config, RunOptions(base=base, checkpoint_name=checkpoint_name))
+        return run_sequential(config, RunOptions(base=base, checkpoint_name=npt_checkpoint_name))
     module, load, trains, words = _starting_weights(config)
     config = replace(config, np=module)
     if training.mode == "sequential":  # a dry run, of the last layer's training
@@ -66,7 +66,7 @@ def run_npt(config: NPTRunConfig) -> int:
     config = resolve(config)
     options = RunOptions(
         base=base,
-        checkpoint_name=checkpoint_name,
+        checkpoint_name=npt_checkpoint_name,
         loads_what_fits=takes_what_fits,
         prepare=partial(_prepare, config, base, load, words, trains),
         finish=partial(write_final, config),
@@ -148,7 +148,7 @@ def settled(config: NPTRunConfig) -> NPTRunConfig:
     )
 
 
-def checkpoint_name(step: int) -> str:
+def npt_checkpoint_name(step: int) -> str:
     """Returns the name of a checkpoint's directory, as in docs/design/npt_curriculum.md."""
     return f"checkpoint-{step}"
 

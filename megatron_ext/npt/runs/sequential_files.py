@@ -13,7 +13,6 @@ layer again gives the same weights.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,7 +108,7 @@ def write_state(folder: Path, state: SequentialState) -> None:
         "base_checkpoint": state.base,
         "np": group_to_dict(state.settings),
     }
-    _replace(folder / INFO, json.dumps(info, indent=2))
+    files.replace_text(folder / INFO, json.dumps(info, indent=2))
 
 
 def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Tensor]:
@@ -142,7 +141,9 @@ def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str
     """
     more = {"trained_layers": list(state.trained), "base_checkpoint": state.base}
     write_np_weights(folder, tensors, state.settings_of_trained, more, STEM)
-    _replace(folder / LOADER, _LOADER.format(base=state.base["path"], sha256=state.base["sha256"], stem=STEM))
+    files.replace_text(
+        folder / LOADER, _LOADER.format(base=state.base["path"], sha256=state.base["sha256"], stem=STEM)
+    )
 
 
 def layer_of_np_key(key: str) -> int:
@@ -155,13 +156,6 @@ def layer_of_np_key(key: str) -> int:
     if not number.isdigit():
         raise ValueError(f"{key}: not the name of an NP factor, such as layer_0_np.gate.W_down")
     return int(number)
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    files.write_text(part, text)
-    os.replace(part, path)
-    files.fsync_path(path.parent)
 
 
 _LOADER = '''"""Loads a model whose layers were trained one after the other. Written by pretrain_npt.py.

@@ -22,7 +22,6 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
-from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_module_config import choose_layers
@@ -40,13 +39,13 @@ from megatron_ext.platform.collectives import (
     print_on_first_rank,
 )
 from megatron_ext.training.checkpoint import random_state
-from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.checkpoint.run_directory import check_unused
 from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.loop import EXIT_OK
 from megatron_ext.training.pretrain import check_run, process_group, resolve, train
 from megatron_ext.training.run_options import RunOptions
+from megatron_ext.training.series import config_in
 
 
 def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
@@ -158,24 +157,12 @@ class _Sequence:
         name, settings = self.state.current[1], self.config.np
         npt = self.config.npt
         weights = npt.weights_of_layers(_layers(self.config))
-        folder = str(self.folder / name / store.CHECKPOINTS)
-        goes_on = on_first_rank(lambda: find_checkpoint(folder) is not None)
         return replace(
-            self.config,
+            config_in(self.config, self.folder / name / store.CHECKPOINTS, self.started),
             np=with_layers(settings, [*self.state.trained, layer]),
             npt=replace(npt, layer_weights=str(weights[layer])),
-            training=self._training(),
-            checkpoint=replace(self.config.checkpoint, save=folder, load=folder if goes_on else None),
             logging=layer_logging(self.config.logging, name, layer, npt.model_size),
         )
-
-    def _training(self) -> TrainingConfig:
-        """`--exit-duration-in-mins` counts from the command's start."""
-        training = self.config.training
-        if training.exit_duration_in_mins is None:
-            return training
-        gone = (time.monotonic() - self.started) / 60
-        return replace(training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone))
 
     def _finish(
         self, layer: int, config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress

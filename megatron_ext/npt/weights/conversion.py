@@ -37,7 +37,7 @@ def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
 
 
 @torch.no_grad()
-def draw(chunks: list[GPTModel], seed: int) -> None:
+def initialize_np_factors(chunks: list[GPTModel], seed: int) -> None:
     """Initializes all NP components as a training run with this seed does.
 
     Args:

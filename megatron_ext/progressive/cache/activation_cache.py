@@ -29,6 +29,7 @@ from megatron.core import parallel_state
 from megatron_ext.config.command_line.error_lines import describe
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import on_every_rank
 from megatron_ext.progressive.cache.activation_store import DiskStore, MemoryStore, Store
 from megatron_ext.progressive.cache.frozen_trunk import (
@@ -38,6 +39,7 @@ from megatron_ext.progressive.cache.frozen_trunk import (
     trunk_version,
 )
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
+from megatron_ext.training.frozen_forward import FrozenForward
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 IDENTITY_FILE = "cache.json"
@@ -77,7 +79,7 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
             )
 
 
-class ActivationCache:
+class ActivationCache(FrozenForward):
     """The cache of one phase of training: one trunk."""
 
     def __init__(self, config: ProgressiveConfig, *, trunk_layers: int, identity: Mapping[str, Any]) -> None:
@@ -89,6 +91,7 @@ class ActivationCache:
         Raises:
             ValueError: the directory belongs to another run.
         """
+        super().__init__()
         check_cache_directory(config, identity)
         self._directory = None if config.cache_dir is None else Path(config.cache_dir)
         self._max_bytes = int(config.cache_max_gb * 2**30)
@@ -97,9 +100,6 @@ class ActivationCache:
         self._version: int | None = None
         self._fingerprint = b""
         self._store: Store | None = None
-        self._hits = self._misses = 0
-        self.was_skipped = False
-        """Whether the trunk was skipped for all micro-batches of the last step."""
 
     def prepare(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
@@ -120,10 +120,7 @@ class ActivationCache:
         found: list[torch.Tensor | None] = [None] * len(batches)
         if holds:
             found = [self._find(of_batch) for of_batch in keys]
-        hits = self._agree([not holds or value is not None for value in found], batches[0]["tokens"].device)
-        self._hits += sum(hits)
-        self._misses += len(hits) - sum(hits)
-        self.was_skipped = all(hits)
+        hits = self.agree([not holds or value is not None for value in found], batches[0]["tokens"].device)
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             agreed = [value if hit else None for value, hit in zip(found, hits, strict=True)]
             return self._one_by_one(chunks, families, batches, keys, agreed)
@@ -152,19 +149,19 @@ class ActivationCache:
         Collective.
         """
         sums = torch.tensor(
-            [self._hits, self._misses, 0 if self._store is None else self._store.size],
+            [self.hits, self.misses, 0 if self._store is None else self._store.size],
             dtype=torch.float64,
-            device=torch.cuda.current_device(),
+            device=process_groups.device(),
         )
         dist.all_reduce(sums)
-        self._hits = self._misses = 0
+        self.hits = self.misses = 0
         hits, misses, size = sums.tolist()
         return {"cache/hit_rate": hits / max(1.0, hits + misses), "cache/bytes": size}
 
     def _follow_trunk(self, chunks: list[GPTModel], families: list[Family], holds: bool, length: int) -> None:
         """Opens the store of the current trunk: in the first step, and again if a weight of the trunk has changed."""
         version = trunk_version(chunks, self._layers)
-        same = torch.tensor([version == self._version], dtype=torch.int32, device=torch.cuda.current_device())
+        same = torch.tensor([version == self._version], dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
         if bool(same):
             return
@@ -241,12 +238,6 @@ class ActivationCache:
         assert self._store is not None
         for row, key in enumerate(keys):
             self._store.put(key, hidden_states[:, row])
-
-    def _agree(self, found: list[bool], device: torch.device) -> list[bool]:
-        """Returns for each micro-batch whether all ranks of this model-parallel group have it."""
-        agreed = torch.tensor(found, dtype=torch.int32, device=device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
-        return [bool(value) for value in agreed.tolist()]
 
     def _one_by_one(
         self,

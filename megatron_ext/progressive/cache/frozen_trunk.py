@@ -14,9 +14,10 @@ from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.lora.trainable_layers import adapted_linears
-from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import merge_over_ranks
-from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
+from megatron_ext.training.frozen_forward import run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import NoLoss
 
@@ -102,7 +103,7 @@ def trunk_fingerprint(
         "families": {
             family.name: _fixed(family.configuration(), family.free_on_resume) for family in families
         },
-        "device": torch.device(torch.cuda.current_device()).type,
+        "device": process_groups.device().type,
         "torch": torch.__version__,
     }
     parts = [
@@ -124,13 +125,10 @@ def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, 
     }
 
 
-@torch.no_grad()
 def run_trunk(
     chunks: list[GPTModel], families: list[Family], batches: list[Batch], layers: int
 ) -> list[torch.Tensor]:
     """Runs the trunk without dropout. Collective over the pipeline stages.
-
-    Without pipeline parallelism the schedule is not used, so that this can be called while it runs.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -142,29 +140,12 @@ def run_trunk(
         The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h] under sequence parallel), on the stage that
         holds this layer; an empty list on other stages.
     """
-    outputs: list[torch.Tensor] = []
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, __, kwargs: outputs.append(kwargs["hidden_states"]), with_kwargs=True
-        )
-        for chunk in chunks
-        for layer in chunk.decoder.layers
-        if layer.layer_number - 1 == layers
-    ]
-    training = [chunk.training for chunk in chunks]
+    above = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 == layers]
     for chunk in chunks:
-        chunk.eval()
         chunk.run_layers(0, layers)
     try:
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            run_microbatches(chunks, families, batches, NoLoss(), forward_only=True)
-        else:
-            for batch in batches:
-                run_directly(chunks[0], families, batch)
+        states = run_frozen(chunks, families, batches, {HIDDEN_STATES: above[0]} if above else {}, NoLoss())
     finally:
-        for hook in hooks:
-            hook.remove()
-        for chunk, was_training in zip(chunks, training, strict=True):
-            chunk.train(was_training)
+        for chunk in chunks:
             chunk.run_layers()
-    return outputs
+    return [of_batch[HIDDEN_STATES] for of_batch in states if of_batch]

@@ -152,7 +152,7 @@ def _read_layers(
             return everything and name in stored
         return everything or layer_of_name(name) is not None
 
-    tensors.load_into(
+    tensors.read_into(
         chunks, folder, wanted=wanted, rename=_name_in_trunk(sources), whole=False, same_vocabulary=True
     )
 

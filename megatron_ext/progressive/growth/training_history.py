@@ -106,10 +106,7 @@ def write_history(save: Path, history: History) -> None:
         "finished": [asdict(phase) for phase in history.finished],
     }
     save.mkdir(parents=True, exist_ok=True)
-    part = save / f".{FILE}.part"
-    files.write_text(part, json.dumps(content, indent=1))
-    os.replace(part, save / FILE)
-    files.fsync_path(save)
+    files.replace_text(save / FILE, json.dumps(content, indent=1))
 
 
 def finished_checkpoint(save: Path, name: str) -> Path:
@@ -127,7 +124,7 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     return folder
 
 
-def stored_defaults(save: Path, given: Mapping[str, Any]) -> Found:
+def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
     """Groups `model`, but for its layers, and `tokenizer` of a training in a directory, as defaults to go on with it.
 
     Args:

@@ -14,21 +14,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_ext.inference.generation import (
+    check_cache_memory,
     check_max_new_tokens,
-    check_memory,
     check_seed,
     check_temperature,
     first_of,
+    share_from_last_stage,
+    stage_logits,
     tempered,
 )
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.progressive.objectives.stack_objective import StackObjective
 from megatron_ext.progressive.objectives.time_steps import TIME_STEP, time_step_of_fraction
-from megatron_ext.training.interface.family_interface import Family, auxiliary_inputs
+from megatron_ext.training.interface.family_interface import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +97,18 @@ def generate_by_unmasking(
         f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {longest} tokens",
     )
     model.eval()
-    generator = torch.Generator(device=torch.cuda.current_device()).manual_seed(sampling.seed)
+    generator = torch.Generator(device=process_groups.device()).manual_seed(sampling.seed)
     new: dict[int, list[int]] = {}
     for length in sorted(set(map(len, prompts))):
         members = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
         given = [prompts[number] for number in members]
         rows = len(members) * (length + sampling.max_new_tokens)
-        check_memory(rows * vocab_size * 3 * 4, sampling.max_new_tokens)  # logits, probabilities, a copy
+        check_cache_memory(
+            rows * vocab_size * 3 * 4, sampling.max_new_tokens
+        )  # logits, probabilities, a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
-    return [_until(new[number], sampling.stop_tokens) for number in range(len(prompts))]
+    return [new[n][: first_of(sampling.stop_tokens, new[n])] for n in range(len(prompts))]
 
 
 def _unmask_all(
@@ -119,7 +122,7 @@ def _unmask_all(
 ) -> torch.Tensor:
     """Returns prompts of equal length with their continuations, [b, s]."""
     assert objective.mask_token_id is not None
-    mask_token, device = objective.mask_token_id, torch.cuda.current_device()
+    mask_token, device = objective.mask_token_id, process_groups.device()
     given = torch.tensor(prompts, dtype=torch.long, device=device)
     tokens = torch.cat([given, given.new_full((len(prompts), sampling.max_new_tokens), mask_token)], dim=1)
     masked = torch.zeros_like(tokens, dtype=torch.bool)
@@ -129,12 +132,17 @@ def _unmask_all(
     for step in range(steps):
         count = -(-left // (steps - step))
         time_step = time_step_of_fraction(objective.config, left / tokens.size(1))
-        logits = _forward(model, families, tokens, time_step)
+        batch = {
+            "tokens": tokens,
+            "position_ids": torch.arange(tokens.size(1), device=device).expand_as(tokens),
+            TIME_STEP: torch.full((len(tokens),), time_step, device=device),
+        }
+        logits = stage_logits(model, families, batch)
         if logits is not None:
             logits[:, :, vocab_size:] = float("-inf")
             logits[:, :, mask_token] = float("-inf")
             tokens = unmask(tokens, masked, logits, count, sampling.temperature, generator)
-        _share_from_last_stage(tokens)
+        share_from_last_stage(tokens)
         masked &= tokens == mask_token
         left -= count
     return tokens
@@ -173,44 +181,3 @@ def unmask(
     ranked = confidence.round(decimals=5).masked_fill(~masked, -1.0).sort(dim=1, descending=True, stable=True)
     places = ranked.indices[:, :count]
     return tokens.scatter(1, places, chosen.gather(1, places))
-
-
-def _forward(
-    model: GPTModel, families: list[Family], tokens: torch.Tensor, time_step: int
-) -> torch.Tensor | None:
-    """Runs the model; returns logits [b, s, V] on the last stage, None on others."""
-    rows, length = tokens.shape
-    batch = {
-        "tokens": tokens,
-        "position_ids": torch.arange(length, device=tokens.device).expand(rows, length),
-        TIME_STEP: torch.full((rows,), time_step, device=tokens.device),
-    }
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if not model.pre_process:
-        hidden_size = model.config.hidden_size
-        shape = (length * model.auxiliary.pipeline_factor(hidden_size), rows, hidden_size)
-        received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
-        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-        model.set_input_tensor(received)
-    output = model(
-        tokens,
-        batch["position_ids"],
-        None,
-        auxiliary_inputs=auxiliary_inputs(families, batch),
-        runtime_gather_output=True,
-    )
-    if model.post_process:
-        return output
-    dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
-    return None
-
-
-def _share_from_last_stage(tokens: torch.Tensor) -> None:
-    """Copies the tokens of the last stage to all stages, in place."""
-    # The last stage's tensor-parallel ranks have chosen the same tokens: equal logits, equal generators.
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-
-
-def _until(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
-    return tokens[: first_of(stop_tokens, tokens)]

@@ -41,7 +41,6 @@ from megatron_ext.progressive.objectives.stack_objective import mask_token_of, r
 from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk, stack_bytes
 from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 from megatron_ext.training.checkpoint import random_state
-from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.dry_run_report import planned_world_size
 from megatron_ext.training.interface.family_interface import Family
@@ -49,6 +48,7 @@ from megatron_ext.training.logging.progress_line import compact
 from megatron_ext.training.loop import EXIT_OK, Data
 from megatron_ext.training.pretrain import MakeFamilies, check_run, pretrain, process_group, resolve, train
 from megatron_ext.training.run_options import RunOptions
+from megatron_ext.training.series import config_in
 
 
 def run_progressive(
@@ -244,17 +244,8 @@ class Growth:
         return Trunk(folder=folder.resolve(), rack=phase.rack, trains=phase.trains)
 
     def _config_of(self, phase: Phase, first: int) -> ProgressiveRunConfig:
-        folder = str(self.save / phase.name)
-        goes_on = on_first_rank(lambda: find_checkpoint(folder) is not None)
-        own = config_of(self.config, phase)
-        training = replace(own.training, train_iters=first + phase.steps)
-        if training.exit_duration_in_mins is not None:
-            gone = (time.monotonic() - self.started) / 60
-            training = replace(
-                training, exit_duration_in_mins=max(1e-6, training.exit_duration_in_mins - gone)
-            )
-        checkpoint = replace(self.config.checkpoint, save=folder, load=folder if goes_on else None)
-        return replace(own, training=training, checkpoint=checkpoint)
+        own = config_in(config_of(self.config, phase), self.save / phase.name, self.started)
+        return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
         """Prints the numbers of trained and frozen parameters, and the bytes of each stack."""

@@ -85,7 +85,7 @@ class BaseCheckpoint:
         ours = {**run_config, "families": {f.name: run_config["families"][f.name] for f in shared}}
         check_same_model(ours, stored, shared, self.folder, finetune=False)
         base = base_parameter_ids(models)
-        tensors.load_into(
+        tensors.read_into(
             models,
             self.folder,
             wanted=lambda name, value, names: name in names or id(value) in base,

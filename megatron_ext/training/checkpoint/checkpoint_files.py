@@ -210,9 +210,7 @@ def publish(root: Path, name: str) -> None:
         target.rename(replaced)
     writing_folder(root, name).rename(target)
     fsync_path(root)
-    write_text(root / f".{TRACKER}", str(step_of(name)))
-    os.replace(root / f".{TRACKER}", root / TRACKER)
-    fsync_path(root)
+    replace_text(root / TRACKER, str(step_of(name)))
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -220,7 +218,7 @@ def publish(root: Path, name: str) -> None:
 def discard(root: Path, name: str) -> None:
     """Removes the files of an unfinished save."""
     shutil.rmtree(writing_folder(root, name), ignore_errors=True)
-    (root / f".{TRACKER}").unlink(missing_ok=True)
+    (root / f".{TRACKER}.part").unlink(missing_ok=True)
 
 
 def prune(root: Path, keep_last: int, iteration: int) -> None:
@@ -257,6 +255,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file, whole or not at all, also where the machine goes down."""
+    part = path.with_name(f".{path.name}.part")
+    write_text(part, text)
+    os.replace(part, path)
+    fsync_path(path.parent)
 
 
 def write_tensors(path: Path, value: Any) -> None:

@@ -72,7 +72,7 @@ def model_state(
     return states
 
 
-def load_into(
+def read_into(
     models: list[GPTModel],
     folder: Path,
     *,
@@ -111,7 +111,7 @@ def load_optimizer(
         folder: the checkpoint's directory.
         step: Adam's step count.
         whole: whether it is an error if the checkpoint lacks a parameter's state; otherwise that state is unchanged.
-        same_vocabulary: as in `load_into`.
+        same_vocabulary: as in `read_into`.
     """
     stored = stored_shapes(folder)
     main_params = any(name.startswith(MAIN_PARAM_PREFIX) for name in stored)

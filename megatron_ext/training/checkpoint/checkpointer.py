@@ -260,7 +260,7 @@ class Checkpointer:
         }
 
     def _load_tensors(self, folder: Path, state: dict[str, Any], same_vocabulary: bool) -> None:
-        tensors.load_into(
+        tensors.read_into(
             self.models,
             folder,
             wanted=self._wanted(),
@@ -336,7 +336,7 @@ def load_weights(
     of_base = base_parameter_ids(models)
     if base is not None:
         base.load(models, stored, families)
-    tensors.load_into(
+    tensors.read_into(
         models,
         folder,
         wanted=None if base is None else lambda name, value, names: name in names or id(value) not in of_base,

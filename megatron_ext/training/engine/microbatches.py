@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.data_parallel import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 from megatron_ext.training.interface.output_losses import OutputLoss
@@ -46,7 +47,7 @@ def run_microbatches(
     Returns:
         On the last stage the logged sums of `output_loss` for each micro-batch, on other stages an empty list.
     """
-    device = torch.device(torch.cuda.current_device())
+    device = process_groups.device()
     moved = [
         {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
     ]

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.data_parallel import unwrap_models
 from megatron_ext.training.engine.gradient_norms import clip_gradients
 from megatron_ext.training.engine.microbatches import run_microbatches
@@ -204,7 +205,7 @@ class Stepper:
 
 def parameters_norm(models: list[GPTModel]) -> float:
     """Returns the global L2 norm of all parameters, each replicated parameter counted once. Collective."""
-    squares = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    squares = torch.zeros((), dtype=torch.float64, device=process_groups.device())
     for model in models:
         for parameter in model.parameters():
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
@@ -223,7 +224,7 @@ def _means(
         names: the names of the values, in the same order on every rank.
         of_nothing: the mean if all weights are 0.
     """
-    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=process_groups.device())
     for output in outputs:
         sums += torch.stack([output[name] for name in names]) if names else 0.0
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

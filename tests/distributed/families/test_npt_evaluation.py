@@ -22,7 +22,7 @@ from megatron_ext.npt.evaluation.npt_evaluation import distribution, evaluate_np
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
-from megatron_ext.npt.weights.conversion import draw
+from megatron_ext.npt.weights.conversion import initialize_np_factors
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.npt_references import reference_delta
 from megatron_ext.testing.run_distributed import run_distributed
@@ -307,10 +307,10 @@ def test_drawn_again_the_model_is_the_converted_one_that_nothing_has_trained(
 
 
 def _drawn_again(layout: str, prefix: str) -> list[float]:
-    """The loss of a model as it is built, with other NP factors, and after `draw`."""
+    """The loss of a model as it is built, with other NP factors, and after `initialize_np_factors`."""
     model, family = _build("outer drop", LAYOUTS[layout])
     losses = []
-    for change in (lambda: None, lambda: _disturb(model), lambda: draw([model], 1)):
+    for change in (lambda: None, lambda: _disturb(model), lambda: initialize_np_factors([model], 1)):
         change()
         found = evaluate_perplexity(
             [model], [family], prefix, sequence_length=MODEL.seq_length, micro_batch_size=4
@@ -345,5 +345,5 @@ def test_a_distribution_counts_what_is_not_finite() -> None:
 
 def test_a_dataset_of_one_token_is_refused(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "one"), [[[7]]])
-    with pytest.raises(ValueError, match="one: has 1 tokens, at least 2 are needed"):
+    with pytest.raises(ValueError, match="one: the dataset must have at least 2 tokens, got 1"):
         run_single(_evaluated, "outer drop", ParallelConfig(), str(tmp_path / "one"))

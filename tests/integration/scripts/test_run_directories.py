@@ -208,7 +208,10 @@ def test_another_tokenizer_is_told_by_class_size_and_files(data: str, run: Path)
 
 def test_npt_without_a_checkpoint_asks_for_one(data: str) -> None:
     code, output = start("pretrain_npt.py", "--mode", "multi_layer", "--data-path", data)
-    assert (code, message(output).startswith("error: --load: missing, the checkpoint of the base model")) == (
+    assert (
+        code,
+        message(output).startswith("error: --load is missing: give the checkpoint of the base model"),
+    ) == (
         2,
         True,
     )

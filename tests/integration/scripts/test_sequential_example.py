@@ -31,4 +31,4 @@ def test_the_demo_trains_from_nothing_and_its_load_model_generates(tmp_path: Pat
 
 def test_a_flag_without_its_value_is_told() -> None:
     result = bash(SCRIPT, "--demo", "--steps")
-    assert result.returncode == 2 and result.stderr == "error: --steps: needs a value\n"
+    assert result.returncode == 2 and result.stderr == "error: --steps: requires a value\n"

@@ -100,7 +100,7 @@ def to_group(number: signal.Signals, times: int = 1) -> Callable[[Running], None
 
 def ended(result: Ended) -> str:
     """The output of a run that is over at once and has left no process."""
-    assert not result.parameters_with_state, result.output
+    assert not result.still_running, result.output
     assert result.seconds < 60
     return result.output
 

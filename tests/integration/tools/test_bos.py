@@ -271,4 +271,4 @@ def test_what_cannot_be_begun_is_refused(folder: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         _run(generate.main, "--load", str(folder), "--prompt", "x", "--bos", "--no-bos")
     assert ended.value.code == 2
-    assert "--bos, --no-bos: give one of them" in capsys.readouterr().err
+    assert "--bos, --no-bos: give only one of them" in capsys.readouterr().err

@@ -214,15 +214,19 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
     assert base.keys() == of_npt.keys() and all(torch.equal(base[name], of_npt[name]) for name in base)
     out = tmp_path / "out"
     for name, flags, message in (
-        ("npt", [], "holds the family npt, which no Llama-family model has; --base-only exports"),
-        ("per_layer", [], "holds the family per_layer"),
-        ("per_layer", ["--base-only"], "--base-only: the base model of .* was trained together with"),
+        ("npt", [], "no Llama-family model can express the family npt; use --base-only to export"),
+        ("per_layer", [], "can express the family per_layer"),
+        (
+            "per_layer",
+            ["--base-only"],
+            "--base-only requires a base that was frozen; the base of .* was trained together with",
+        ),
         (
             "base",
             ["--tokenizer-model", "x", "--ckpt-step", "7"],
             "contains no complete checkpoint of this step",
         ),
-        ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: does not have"),
+        ("base", ["--architecture", "Qwen3ForCausalLM"], "--architecture Qwen3ForCausalLM: cannot express"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             main(["export", "--load", str(tmp_path / name), "--model-dir", str(out), *flags])
@@ -256,7 +260,7 @@ def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as exit_code:
         main(["export", "--load", "c", "--model-dir", "d", "--max-shard-size", "many"])
     assert exit_code.value.code == 2
-    assert capsys.readouterr().err == "error: --max-shard-size many: must be a size as in 500MB or 2GiB\n"
+    assert capsys.readouterr().err == "error: --max-shard-size many: must be a size such as 500MB or 2GiB\n"
     sizes = {"20KB": 20_000, "1.5GiB": 3 * 2**29, "7": 7}
     for text, size in sizes.items():
         config = ExportConfig(load="c", model_dir="d", max_shard_size=text)

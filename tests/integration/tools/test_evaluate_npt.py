@@ -201,8 +201,8 @@ REFUSED = {
     "output is a directory": (["--html", "{made}/base"], "--html"),
     "no weights": (["--npt-weights", "{made}/none.pt"], "none.pt"),
     "weights are no tensors": (["--npt-weights", "{made}/held.bin"], "held.bin"),
-    "another rank": (["--np-rank", "8"], "--np-rank 8: the NP components have 4"),
-    "other layers": (["--npt-layers", "all"], "--npt-layers all: the NP components are in layers 1, 2"),
+    "another rank": (["--np-rank", "8"], "--np-rank 8: the checkpoint's value is 4"),
+    "other layers": (["--npt-layers", "all"], "--npt-layers all: the checkpoint's NPT layers are 1, 2"),
     "no prompts": (["--prompts-file", "{made}/none.txt"], "none.txt"),
     "a wrong number": (["--max-tokens", "0"], "--max-tokens 0"),
 }

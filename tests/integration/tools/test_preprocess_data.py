@@ -255,7 +255,7 @@ def test_a_killed_run_leaves_nothing_finished_and_is_resumed(
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     result = run(*arguments, "--workers", 1, "--resume")
     assert result.returncode == 0, result.stderr
-    assert "finished pieces taken over" in result.stdout
+    assert "finished pieces reused" in result.stdout
     assert outputs(tmp_path / "c") == expected
     assert left_behind(tmp_path) == [f"c_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
 
@@ -301,7 +301,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
         (["--input", "none.jsonl"], "error: --input none.jsonl: no such file"),
         (["--input", "none*.jsonl"], "error: --input none*.jsonl: matches no file"),
         (["--inputs", "a"], "unknown flag --inputs"),
-        (["--input", "-", "--json-keys", "a", "a"], "--json-keys a a: needs different keys"),
+        (["--input", "-", "--json-keys", "a", "a"], "--json-keys a a: give at least one key, and none twice"),
         (["--input", "-", "--workers", "0"], "--workers 0: must be at least 1"),
         (["--input", "-", "--resume"], "--resume: standard input"),
     ],

@@ -126,7 +126,7 @@ def test_held_out_data_gets_the_training_vocabulary(folder: Any, capsys: pytest.
         (folder / "per_layer_vocab.syntax_focus.npz").read_bytes(),
     )
     assert after == before
-    assert "used as it is" in capsys.readouterr().out
+    assert "used unchanged" in capsys.readouterr().out
     check_aligned(f"{folder}/held_out_text_document", f"{folder}/held_out_pl_text_document")
 
 
@@ -134,7 +134,7 @@ def test_a_table_that_is_there_stays_as_it_is(folder: Any) -> None:
     main(document_003(folder, "--per-layer-strategy", "random_subset"))
     path, tokenizer = f"{folder}/per_layer_vocab.json", the_tokenizer(folder)
     with pytest.raises(
-        ValueError, match=r"--seed 5: .*random_subset\.npz was drawn with --seed 1234; give that"
+        ValueError, match=r"--seed 5: .*random_subset\.npz was made with --seed 1234; give that"
     ):
         main(document_003(folder, "--per-layer-strategy", "random_subset", "--seed", "5"))
     sparse = np.full(
@@ -155,7 +155,7 @@ def test_without_a_size_a_vocabulary_of_any_size_is_used(
     flags = document_003(folder)
     at = flags.index("--per-layer-vocab-size")
     main(flags[:at] + flags[at + 2 :])
-    assert "per_layer_vocab.json: used as it is" in capsys.readouterr().out
+    assert "per_layer_vocab.json: used unchanged" in capsys.readouterr().out
 
 
 def test_missing_tokenized_data_names_the_command_that_makes_it(folder: Any) -> None:

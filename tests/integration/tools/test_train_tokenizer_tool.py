@@ -65,15 +65,18 @@ def test_sentencepiece_model_is_of_the_asked_kind(tmp_path: Path, corpus: Path, 
     ("flags", "message"),
     [
         (["--vocab-size", "100"], "--vocab-size 100: must be at least 257"),
-        (["--vocab-size", "600", "--special-tokens", "<s>"], "--special-tokens <s>: needs <|endoftext|>"),
+        (
+            ["--vocab-size", "600", "--special-tokens", "<s>"],
+            "--special-tokens <s>: must include <|endoftext|>",
+        ),
         (
             ["--vocab-size", "90000", "--tokenizer-type", "SentencePieceTokenizer"],
             "--vocab-size 90000: the text yields ",
         ),
-        (["--input", "/dev/null"], "--input /dev/null: holds no text to train a tokenizer on"),
+        (["--input", "/dev/null"], "--input /dev/null: has no text to train a tokenizer on"),
         (
             ["--input", "/dev/null", "--tokenizer-type", "SentencePieceTokenizer"],
-            "--input /dev/null: holds no text to train a tokenizer on",
+            "--input /dev/null: has no text to train a tokenizer on",
         ),
     ],
 )
@@ -100,7 +103,7 @@ def test_documents_without_text_train_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 3)
     result = run("--input", tmp_path / "empty.jsonl", "--output-dir", tmp_path / "t")
     assert result.returncode == 2
-    assert "empty.jsonl: holds no text to train a tokenizer on" in result.stderr
+    assert "empty.jsonl: has no text to train a tokenizer on" in result.stderr
     assert not (tmp_path / "t").exists()
 
 
@@ -109,7 +112,7 @@ def test_the_size_that_a_small_text_yields_is_said(tmp_path: Path) -> None:
     result = run("--input", tmp_path / "small.txt", "--output-dir", tmp_path / "t", "--vocab-size", "32768")
     assert result.returncode == 0, result.stderr
     size = len(json.loads((tmp_path / "t" / "vocab.json").read_text()))
-    assert f"{size} is the size to go on with" in result.stdout
+    assert f"the vocabulary size is {size}" in result.stdout
 
 
 def _limit_file_size() -> None:  # stands in for a full disk: merges.txt fits, tokenizer.json does not

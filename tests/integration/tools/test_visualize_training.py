@@ -84,12 +84,12 @@ def test_several_runs_give_a_folder_of_pictures_each(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--logdir", "{tmp}"], "--html, --output-dir: give one of them"),
+        (["--logdir", "{tmp}"], "--html, --output-dir: give exactly one of them"),
         (["--logdir", "{tmp}/none", "--html", "{tmp}/x.html"], "--tensorboard-dir"),
         (["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "["], "--tags ["),
         (
             ["--logdir", "{tmp}/run", "--html", "{tmp}/x.html", "--tags", "nothing"],
-            "no scalars with --tags nothing",
+            "no scalars that match --tags nothing",
         ),
         (["--logdir", "{tmp}/run", "--html", "{tmp}/run"], "--html"),
     ],

@@ -84,19 +84,19 @@ BAD = [
     (
         ModelConfig,
         {"swiglu": True, "hidden_size": 16},
-        ["--hidden-size 16", "is 0", "give --ffn-hidden-size"],
+        ["--hidden-size 16", "width of 0", "give --ffn-hidden-size"],
     ),
     (ModelConfig, {"rotary_percent": 1e-3}, ["--rotary-percent 0.001", "rotates 0", "above 0"]),
     # what would have no effect
     (
         ModelConfig,
         {"position_embedding_type": "learned_absolute", "rotary_percent": 0.5},
-        ["--rotary-percent 0.5: has no effect", "--position-embedding-type rope, it is learned_absolute"],
+        ["--rotary-percent 0.5: has no effect", "--position-embedding-type rope (got learned_absolute)"],
     ),
     (
         ModelConfig,
         {"position_embedding_type": "none", "use_rope_scaling": True},
-        ["--use-rope-scaling: has no effect", "it is none"],
+        ["--use-rope-scaling: has no effect", "(got none)"],
     ),
     (
         ModelConfig,
@@ -135,13 +135,13 @@ BAD = [
     (
         ParallelConfig,
         {"recompute_modules": ("mlp",)},
-        ["--recompute-modules mlp: needs --recompute-granularity selective, it is None"],
+        ["--recompute-modules mlp: requires --recompute-granularity selective (got None)"],
     ),
     (ParallelConfig, {"context_parallel_size": 2}, ["--context-parallel-size 2: must be 1"]),
     (ParallelConfig, {"distributed_timeout_minutes": 10**9}, ["--distributed-timeout-minutes 1000000000"]),
     (TrainingConfig, {"seed": 2**32}, ["--seed 4294967296", "at most 4294967295"]),
     (TrainingConfig, {"train_iters": None, "num_epochs": float("inf")}, ["--num-epochs inf", "finite"]),
-    (TrainingConfig, {"train_iters": None}, ["--train-iters", "--train-samples", "none is given"]),
+    (TrainingConfig, {"train_iters": None}, ["--train-iters", "--train-samples", "(got none)"]),
     (TrainingConfig, {"train_samples": 7}, ["--train-iters", "--train-samples", "10", "7"]),
     (
         TrainingConfig,

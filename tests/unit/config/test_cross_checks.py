@@ -56,7 +56,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {PP: 2, VP: 2, "num_layers": 6},
         "--num-layers-per-virtual-pipeline-stage 2: does not divide the 3 layers",
     ),
-    (2, {PP: 2, VP: 1, "global_batch_size": 3}, "--global-batch-size 3: makes 3 micro-batches a step"),
+    (2, {PP: 2, VP: 1, "global_batch_size": 3}, "--global-batch-size 3: gives 3 micro-batches per step"),
     (
         2,
         {"global_batch_size": 3},
@@ -66,12 +66,12 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"reset_position_ids": True},
-        "--reset-position-ids: has no effect, it needs --reset-attention-mask, or",
+        "--reset-position-ids: has no effect; it requires --reset-attention-mask, or",
     ),
     (
         1,
         {"reset_attention_mask": True, "attention_backend": "te"},
-        "--reset-attention-mask: needs --attention-backend sdpa or local, it is te",
+        "--reset-attention-mask: requires --attention-backend sdpa or local (got te)",
     ),
     (
         2,
@@ -88,7 +88,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"train_iters": None, "train_samples": 9, "global_batch_size": 10},
-        "--train-samples 9: less than one global",
+        "--train-samples 9: must be at least one global",
     ),
     (1, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "--lr-wsd-decay-iters 11: more than the 10"),
 ]

@@ -61,12 +61,12 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
     path.write_bytes("\ufeffa\u2028b\x0cc\u0085d\n\n  \r\nsecond é\r\nthird\x1c".encode())
     assert read_lines("--prompt-file", str(path)) == ["a\u2028b\x0cc\u0085d", "second é", "third\x1c"]
     path.write_bytes(b"good\nbad \xff\n")
-    with pytest.raises(ValueError, match=r"--prompt-file .*prompts.txt: is not UTF-8 \(byte 9\)"):
+    with pytest.raises(ValueError, match=r"--prompt-file .*prompts.txt: is not valid UTF-8 \(at byte 9\)"):
         read_lines("--prompt-file", str(path))
 
 
 def test_an_argument_is_the_same_text_in_every_locale() -> None:
     for seen in ("é 漢", "é 漢".encode().decode("ascii", "surrogateescape")):
         assert argument_text("--prompt", seen) == "é 漢"
-    with pytest.raises(ValueError, match="--prompt .*: is not UTF-8"):
+    with pytest.raises(ValueError, match="--prompt .*: is not valid UTF-8"):
         argument_text("--prompt", "\udcff")

@@ -104,8 +104,8 @@ def test_all_wrong_values_of_a_yaml_file_are_reported_at_once(
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
         f"error: {path}: unknown key hidden_siz in section model (did you mean hidden_size?); "
-        "num_layers two: must be a whole number, it is text; swiglu 1: is neither true nor false; "
-        "seed [1]: must be a single value, it is a list\n"
+        "num_layers two: must be a whole number (got text); swiglu 1: must be true or false; "
+        "seed [1]: must be a single value (got a list)\n"
     )
 
 
@@ -127,7 +127,7 @@ def test_an_error_about_a_value_names_the_yaml_file_that_gives_it(
 def test_what_a_program_finds_is_checked_against_the_fields_type(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(RunConfig, GIVEN.split(), find=lambda _: [Found("checkpoint x", {"model": {"swiglu": 3}})])
-    assert capsys.readouterr().err == "error: checkpoint x: swiglu 3: is neither true nor false\n"
+    assert capsys.readouterr().err == "error: checkpoint x: swiglu 3: must be true or false\n"
 
 
 @pytest.mark.parametrize("config_type", [RunConfig, PerLayerRunConfig, NPTRunConfig, ProgressiveRunConfig])

@@ -117,16 +117,16 @@ def test_a_yaml_file_is_flat_or_in_sections_and_explicit_flags_win(tmp_path: Pat
         ("model: {num_layer: 3}", ["num_layer", "section model", "did you mean num_layers?"]),
         ("num_layres: 3", ["num_layres", "did you mean num_layers?"]),
         ("model: {lr: 3}", ["unknown key lr", "section model"]),
-        ("num_layers: two", ["num_layers two", "must be a whole number, it is text"]),
-        ("num_layers: 2.5", ["num_layers 2.5", "must be a whole number, it is a number"]),
-        ("num_layers: true", ["num_layers True", "must be a whole number, it is true or false"]),
+        ("num_layers: two", ["num_layers two", "must be a whole number (got text)"]),
+        ("num_layers: 2.5", ["num_layers 2.5", "must be a whole number (got a number)"]),
+        ("num_layers: true", ["num_layers True", "must be a whole number (got true or false)"]),
         (
             "hidden_size: sixty",
             ["hidden_size sixty", "must be a whole number"],
         ),  # the command line gives it too
-        ("hidden_dropout: high", ["hidden_dropout high", "must be a number, it is text"]),
+        ("hidden_dropout: high", ["hidden_dropout high", "must be a number (got text)"]),
         ("normalization: rms", ["normalization rms", "must be one of RMSNorm, LayerNorm"]),
-        ("recompute_modules: [mlp, [1]]", ["recompute_modules [1]", "must be text, it is a list"]),
+        ("recompute_modules: [mlp, [1]]", ["recompute_modules [1]", "must be text (got a list)"]),
         (
             "frobnicate: 1\nuse_mcore_models: true\nnum_layres: 2",
             [
@@ -178,7 +178,7 @@ def test_a_mistake_in_a_yaml_file_names_file_and_key(
         (f"{SHAPE} {REST} stray", ["stray"]),
         (f"{SHAPE} {REST} --hidden-size 63", ["--num-attention-heads 4", "--hidden-size 63"]),
         ("--config nowhere.yaml", ["nowhere.yaml", "No such file"]),
-        ("--config", ["--config: needs a file"]),
+        ("--config", ["--config: requires the path of a YAML file"]),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(
@@ -210,7 +210,7 @@ def test_every_unknown_flag_of_megatrons_scripts_is_named_with_what_to_use_here(
     assert len(unknown) >= 38
     message = refused(unknown, capsys)
     for flag_name in unknown:
-        assert re.search(rf"{flag_name} \((leave it out|use |not offered)", message), flag_name
+        assert re.search(rf"{flag_name} \((leave it out|use |not supported)", message), flag_name
 
 
 def test_what_the_table_of_megatrons_flags_names_is_known_here_and_its_keys_are_not() -> None:
@@ -231,7 +231,7 @@ def test_help_tells_where_a_required_flag_comes_from_if_it_is_not_given(
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert "Number of transformer layers. (default: that of --load)" in text
     assert "Width of the residual stream. (required)" in text
-    assert "Longest position the model is built for. Without it the sequence length." in text
+    assert "Largest number of positions. Default: the sequence length." in text
 
 
 def test_a_long_value_stands_whole_in_the_message(capsys: pytest.CaptureFixture[str]) -> None:

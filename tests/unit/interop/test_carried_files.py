@@ -228,7 +228,7 @@ def test_files_are_found_where_a_checkpoint_was_moved_with_its_tokenizer_or_are_
         shutil.rmtree(tmp_path / "moved" / "hugging_face")
         shutil.rmtree(tmp_path / "out")
         notes = alone(_moved, str(tmp_path))
-        assert any("not written, as" in line and "README.md" in line for line in notes), notes
+        assert any("not written, because" in line and "README.md" in line for line in notes), notes
         _same_generation(folder / "hf", tmp_path / "out")
     finally:
         (tmp_path / "away").rename(folder / "checkpoint")

@@ -98,28 +98,28 @@ DIRECTORIES: dict[str, Callable[[Path], Any]] = {
     r"neither .* in it; it holds model-q4.gguf: a model in the format of llama.cpp": _renamed(
         "model-q4.gguf"
     ),
-    r"no config.json in it; it holds consolidated.safetensors: the model in its maker's own format": _renamed(
+    r"no config.json in it; it holds consolidated.safetensors: a model in its maker's own format": _renamed(
         "consolidated.safetensors", config=False
     ),
-    r"it holds consolidated.00.pth: the model in Meta's format": _renamed("consolidated.00.pth"),
-    r"it holds model.fp16.safetensors: a variant, which is not read; .*rename it": _renamed(
+    r"it holds consolidated.00.pth: a model in Meta's format": _renamed("consolidated.00.pth"),
+    r"it holds model.fp16.safetensors: a variant such as fp16, which is not read; .*rename it": _renamed(
         "model.fp16.safetensors"
     ),
     r"it holds pytorch_model.bin: pickled weights, which are not read; .*save_pretrained": _renamed(
         "pytorch_model.bin"
     ),
-    r"it holds tf_model.h5: TensorFlow's weights": _renamed("tf_model.h5"),
+    r"it holds tf_model.h5: TensorFlow weights": _renamed("tf_model.h5"),
     r"it holds my-model.safetensors: weights under another name; rename": _renamed("my-model.safetensors"),
     r"no config.json in it; it holds adapter_config.json: a peft adapter, .*merge_and_unload": _adapter,
     r"neither .* in it; it holds adapter_config.json: a peft adapter": _adapter_with_config,
-    r"no config.json in it; it is a cache of the hub; the model is .*snapshots/a1b2": _cache,
-    r"all tensors are named language_model....: a part of a larger model": _tensors(
+    r"no config.json in it; it is a cache of the Hugging Face hub; the model is in .*snapshots/a1b2": _cache,
+    r"all tensor names begin with language_model., so the model is part of a larger one": _tensors(
         lambda name: f"language_model.{name}"
     ),
-    r"all tensors are named model.language_model....: a part": _tensors(
+    r"all tensor names begin with model.language_model., so": _tensors(
         lambda name: f"model.language_model.{name}"
     ),
-    r"the tensors' names lack the beginning model.: saved from the model without its head": _base_model,
+    r"the tensor names lack the prefix model., so the model was saved without its head": _base_model,
     r"quantized \(GPTQ or AWQ: tensors ....qweight\) and cannot be imported; save them dequantized": _tensors(
         lambda name: name.replace("q_proj.weight", "q_proj.qweight")
     ),
@@ -129,12 +129,12 @@ DIRECTORIES: dict[str, Callable[[Path], Any]] = {
     r"quantization_config .*: bitsandbytes weights cannot be imported": _quantized(
         {"quant_method": "bitsandbytes", "load_in_4bit": True}
     ),
-    r"model.safetensors: a pointer of git-lfs, not the file itself; fetch the files with `git lfs pull`": _pointer(
+    r"model.safetensors: a git-lfs pointer, not the file itself; fetch the content with `git lfs pull`": _pointer(
         WEIGHTS
     ),
-    r"tokenizer.json: a pointer of git-lfs": _pointer("tokenizer.json"),
-    r"tokenizer.model: a pointer of git-lfs": _pointer("tokenizer.model"),
-    r"model.safetensors is a link to a file that is missing": _link,
+    r"tokenizer.json: a git-lfs pointer": _pointer("tokenizer.json"),
+    r"tokenizer.model: a git-lfs pointer": _pointer("tokenizer.model"),
+    r"model.safetensors is a link to a missing file": _link,
 }
 
 
@@ -156,12 +156,12 @@ def test_missing_shards_and_pointers_among_them_are_told(saved: Path, tmp_path: 
     shutil.copytree(saved / "many", folder)
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[1].write_text(POINTER)
-    with pytest.raises(ValueError, match=f"{shards[1].name}: a pointer of git-lfs"):
+    with pytest.raises(ValueError, match=f"{shards[1].name}: a git-lfs pointer"):
         import_checkpoint(folder, tmp_path / "out")
     shards[1].unlink()
     shards[2].unlink()
     expected = (
-        f"{shards[1].name} is missing .2 of the {len(shards)} files in {INDEX}.; copy the whole directory"
+        f"{shards[1].name} is missing .2 of the {len(shards)} files in {INDEX} are.; copy the whole directory"
     )
     with pytest.raises(FileNotFoundError, match=expected):
         import_checkpoint(folder, tmp_path / "out")
@@ -179,5 +179,5 @@ def test_what_stands_beside_a_model_and_is_not_taken_is_told(saved: Path, tmp_pa
     (folder / "README.md").write_text("A model.\n")
     (folder / ".gitattributes").write_text("x\n")
     found = load_hf(folder)
-    assert "left behind: modeling_x.py, onnx/, training_args.bin" in found.messages
+    assert "not imported: modeling_x.py, onnx/, training_args.bin" in found.messages
     assert found.imported.files == ("README.md",)

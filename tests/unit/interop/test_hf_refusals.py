@@ -82,31 +82,31 @@ MISTAKES: dict[str, Callable[[Path], Any]] = {
     "rope scaling llama3: low_freq_factor is missing": _config(
         rope_scaling={"rope_type": "llama3", "factor": 2.0}
     ),
-    "hidden_size null: must be int": _config(hidden_size=None),
+    "hidden_size null: transformers requires int": _config(hidden_size=None),
     "num_key_value_heads 3: must divide num_attention_heads 4": _config(num_key_value_heads=3),
-    "--seq-length 65: .* describes a model for up to 64 tokens": lambda folder: 65,
+    "--seq-length 65: must be at most 64, the maximum position in .*config.json": lambda folder: 65,
     "model.layers.1.mlp.up_proj.weight is missing": _weights(
         lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")
     ),
     "model.layers.0.x and 1 more are not part of the model": _weights(
         lambda tensors: tensors.update({"model.layers.0.x": torch.ones(1), "model.layers.0.y": torch.ones(1)})
     ),
-    r"model.norm.weight has shape \[31\], by config.json it should be \[32\]": _weights(
+    r"model.norm.weight has shape \[31\], but config.json requires \[32\]": _weights(
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})
     ),
-    "model.norm.weight is I64, must be F32, BF16, F16": _weights(
+    "model.norm.weight is I64, must be one of F32, BF16, F16": _weights(
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.long)})
     ),
-    "lm_head.weight differs from the embedding": _config(tie_word_embeddings=True),
-    "model.safetensors: damaged or no safetensors file": _truncate,
+    "config.json ties lm_head.weight to the embedding, but they differ": _config(tie_word_embeddings=True),
+    "model.safetensors: damaged, or not a safetensors file": _truncate,
     "holds pytorch_model.bin: pickled weights, which are not read": _pickle_only,
     "neither model.safetensors nor model.safetensors.index.json": lambda folder: (
         folder / "model.safetensors"
     ).unlink(),
     "model-2.safetensors is missing": _index({"a": "model.safetensors", "b": "model-2.safetensors"}),
-    "/etc/x: not a file of this directory": _index({"a": "/etc/x"}),
+    "/etc/x: must be the name of a file in the same directory": _index({"a": "/etc/x"}),
     "has no weight_map": _index({}),
-    "lm_head.weight is in model.safetensors, the index says nothing of it": _index(
+    "lm_head.weight is in model.safetensors, but the index does not list it": _index(
         {"model.norm.weight": "model.safetensors"}
     ),
     "--model-dir .*tokenizer.json cannot be read as a tokenizer": lambda folder: (
@@ -132,7 +132,7 @@ def test_a_directory_that_holds_something_is_not_written_into(saved: Path, tmp_p
     (tmp_path / "kept").write_text("x")
     with pytest.raises(ValueError, match=f"--save {tmp_path}: not empty"):
         import_checkpoint(saved, tmp_path)
-    with pytest.raises(ValueError, match="--save .*kept: this is a file, not a directory"):
+    with pytest.raises(ValueError, match="--save .*kept: is a file; give a directory"):
         import_checkpoint(saved, tmp_path / "kept")
     with pytest.raises(ValueError, match=f"--model-dir {tmp_path}: not empty"):
         export_checkpoint("nowhere", tmp_path)
@@ -170,7 +170,10 @@ def test_a_sliding_window_bounds_the_longest_position_and_is_told(saved: Path, t
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
         ({"swiglu": False}, "--swiglu False"),
         ({"rotary_percent": 0.5}, "--rotary-percent 0.5"),
-        ({"qk_layernorm": True, "add_qkv_bias": True}, "no Llama-family model has this model's combination"),
+        (
+            {"qk_layernorm": True, "add_qkv_bias": True},
+            "no Llama-family architecture can express this model's combination",
+        ),
     ],
 )
 def test_a_model_that_no_llama_family_config_expresses_is_refused(
@@ -195,7 +198,7 @@ def test_the_architecture_follows_from_biases_and_norms(model: ModelConfig, arch
     with pytest.raises(ValueError, match="--architecture GemmaForCausalLM: must be one of"):
         choose_architecture(model, "GemmaForCausalLM")
     if architecture != "LlamaForCausalLM":
-        with pytest.raises(ValueError, match="--architecture MistralForCausalLM: does not have"):
+        with pytest.raises(ValueError, match="--architecture MistralForCausalLM: cannot express"):
             choose_architecture(model, "MistralForCausalLM")
 
 
@@ -205,8 +208,11 @@ def test_tensors_that_are_missing_or_superfluous_stop_an_export(saved: Path, tmp
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     for state, message in (
         ({key: value for key, value in tensors.items() if key != name}, f"lacks {name}"),
-        ({**tensors, "extra": torch.ones(1)}, r"has, .*extra \(1 tensors"),
-        ({**tensors, name: torch.ones(3)}, rf"{name} has shape \[3\] instead of \[32, 48\]"),
+        ({**tensors, "extra": torch.ones(1)}, r"no Llama-family model has: extra \(1 tensors"),
+        (
+            {**tensors, name: torch.ones(3)},
+            rf"{name}: the configuration requires shape \[32, 48\], got \[3\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             export_hf(found.model, found.vocab_size, state, tmp_path / "out")

@@ -215,7 +215,7 @@ def test_a_tokenizer_that_transformers_reads_differently_is_refused(tmp_path: Pa
     # Qwen2's class is always built anew by transformers 5, with Qwen's own pattern.
     config = MADE["our SentencePiece bpe"](tmp_path)
     with pytest.raises(
-        ValueError, match="--model-dir .*out: transformers reads .*; --no-tokenizer leaves it out"
+        ValueError, match="--model-dir .*out: transformers reads .*; use --no-tokenizer to export without it"
     ):
         _exported(config, tmp_path / "out", "qwen2")
 

@@ -186,7 +186,7 @@ def test_with_the_base_frozen_the_optimizer_holds_np_parameters_only() -> None:
     assert held == names
 
 
-def _adapter_errors() -> list[str]:
+def _np_factor_errors() -> list[str]:
     chunk = _build(OUTER, _model_config(OUTER))
     before = gather_np_factors([chunk])
     key = "layer_2_np.gate.W_down.1"
@@ -203,8 +203,8 @@ def _adapter_errors() -> list[str]:
     return errors
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_the_differences_and_changes_nothing() -> None:
-    missing, other_rank, unknown, nothing = run_single(_adapter_errors)
+def test_np_factors_that_do_not_fit_are_refused_with_the_differences_and_changes_nothing() -> None:
+    missing, other_rank, unknown, nothing = run_single(_np_factor_errors)
     prefix = "the NP weights do not fit the model; "
     assert missing == f"{prefix}missing: layer_2_np.gate.W_down.1"
     assert other_rank == f"{prefix}of another shape: layer_2_np.gate.W_down.1 is [32, 3], must be [32, 4]"

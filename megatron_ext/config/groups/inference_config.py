@@ -1,0 +1,64 @@
+"""Flags that the tools share which run a trained model: how it is loaded, and how tokens are sampled."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.config.command_line.field_checks import Switch, check_at_least, one_of_two
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """Which step of a checkpoint is loaded, and how the model is split over the processes."""
+
+    ckpt_step: int | None = None
+    """Step to load. Default: the newest complete checkpoint."""
+
+    bos: Switch = False
+    """Begin every prompt and every window of an evaluation with the begin-of-text token. Default: as in training."""
+
+    no_bos: Switch = False
+    """Do not begin prompts and windows with the begin-of-text token."""
+
+    tensor_model_parallel_size: int | None = None
+    """Number of processes that each layer's matrices are sharded over. Default: as many as the model allows."""
+
+    pipeline_model_parallel_size: int | None = None
+    """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many of the remaining
+    processes as the model allows. Processes that are left over hold copies of the model."""
+
+    bf16: bool = False
+    """Compute in bfloat16."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        one_of_two(self, "bos", "no_bos")
+
+    def load_options(self) -> dict[str, Any]:
+        """Returns these flags as keyword arguments of `inference.load_model`."""
+        names = ("ckpt_step", "tensor_model_parallel_size", "pipeline_model_parallel_size", "bf16")
+        return {**{name: getattr(self, name) for name in names}, "bos": one_of_two(self, "bos", "no_bos")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are sampled."""
+
+    max_new_tokens: int = 64
+    """Number of tokens to generate after each prompt."""
+
+    temperature: float = 1.0
+    """Divide the logits by this; 0 takes the most likely token (greedy)."""
+
+    top_k: int = 0
+    """Sample from the k most likely tokens only; 0 is off."""
+
+    top_p: float = 0.0
+    """Sample from the smallest set of tokens whose probabilities reach this sum; 0 is off."""
+
+    seed: int = 1234
+    """Seed of the sampling."""
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns these flags as keyword arguments of `inference.Sampling`."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        return {name: getattr(self, name) for name in names}
