@@ -97,7 +97,7 @@ def test_a_key_that_is_unknown_or_contradicts_another_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {d_model: 32, n_heads: 4}\n", "model.vocab_size None: must be a number"),
+        ("model: {d_model: 32, n_heads: 4}\n", "model.vocab_size None: must be an integer"),
         ("model: {vocab_size: 8, d_model: 32}\n", "model.n_heads: missing"),
         ("model: {vocab_size: 8, d_model: 32, n_heads: 4, depth: 3}\n", "unknown key in model: depth"),
         ("modell: {vocab_size: 8}\n", "unknown section: modell .did you mean model"),
