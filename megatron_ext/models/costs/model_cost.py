@@ -12,6 +12,9 @@ product: not the word embedding's lookup, but always the output layer, even if b
 attention counts the full s x s square although it is causal; norms, activations and softmax are not counted.
 If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
 family reports its own part in another `ModelCost`.
+
+Formulas are used instead of torch's `FlopCounterMode`, with which the tests compare them: the counter slows a step down
+several times, counts recomputation too, and misses the fused attention kernel of the CPU.
 """
 
 from collections.abc import Iterable

@@ -236,7 +236,7 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["convert"], "unknown command 'convert': one of import, export"),
+        (["convert"], "unknown command 'convert': must be one of import, export"),
         ([], "unknown command ''"),
     ],
 )

@@ -184,7 +184,7 @@ def _divergences() -> list[float]:
         ours = measure(base, model, group)  # type: ignore[arg-type]
         (gradient,) = torch.autograd.grad((ours * weights).sum(), model)
         (expected,) = torch.autograd.grad((values * weights).sum(), twin)
-        found += [float((ours - values).abs().max()), float((gradient - expected).abs().max())]
+        found += [float((ours - values).detach().abs().max()), float((gradient - expected).abs().max())]
     return found
 
 
