@@ -119,7 +119,7 @@ def packing(precision: str) -> Packing:
     """Returns the four-bit format of a precision, `qlora` or `nvfp4`.
 
     Raises:
-        ValueError: its library is not installed.
+        ValueError: the library that implements the format is not installed.
     """
     if precision not in _made:
         _made[precision] = _PACKINGS[precision]()

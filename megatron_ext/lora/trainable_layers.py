@@ -14,7 +14,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import SLOTS
 
 SettingsByLayer = Mapping[int, LayerSettings]
-"""Number of a layer, from 0 over the whole model -> its settings."""
+"""Maps a layer's number, from 0 over the whole model, to the layer's settings."""
 
 
 def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:

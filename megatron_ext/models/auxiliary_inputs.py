@@ -102,8 +102,8 @@ class AuxiliaryInputs:
         """Packs the streams for the layers into one flat tensor.
 
         Args:
-            values: stream name -> tensor of any shape with the stream's element count. The stream of variable width may
-                be missing.
+            values: maps stream name to a tensor of any shape that has as many elements as the stream. The stream of
+                variable width may be missing.
 
         Returns:
             A tensor of one dimension, or None if there is nothing to pack.
@@ -116,7 +116,7 @@ class AuxiliaryInputs:
         return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
-        """Returns the reader and writer of `packed` for one layer; `hidden_states` [s, b, h] gives the row counts."""
+        """Returns access to `packed` for one layer; the row counts come from `hidden_states` [s, b, h]."""
         rows, batch = hidden_states.shape[:2]
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 

@@ -23,7 +23,7 @@ from megatron_ext.platform import process_groups
 
 
 def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size: int) -> int:
-    """Returns the rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
+    """Returns the number of rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
 
     The divisor is the smallest multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
     Megatron-LM always multiplies by the tensor-parallel size instead. Here the shapes of checkpoints and of initial
@@ -44,7 +44,7 @@ def build_model(
     bf16: bool = False,
     extensions: list[Extension] | None = None,
 ) -> list[GPTModel]:
-    """Builds and initializes the chunks of this rank on this rank's device.
+    """Builds this rank's model chunks on its device, and initializes them.
 
     Args:
         model: configuration of the base model.

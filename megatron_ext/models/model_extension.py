@@ -19,7 +19,7 @@ class StageInfo:
     """Describes which part of the model a chunk holds."""
 
     layer_numbers: tuple[int, ...]
-    """Numbers of its layers, counted from 0 over the whole model."""
+    """Numbers of the chunk's layers, counted from 0 over the whole model."""
 
     is_first: bool
     """Whether the chunk holds the word embedding."""
@@ -53,11 +53,11 @@ class StageModule(torch.nn.Module):
 
         Args:
             auxiliary_inputs: the families' batch fields by name, such as integer ids [b, s]; every stage gets them.
-            travelling: streams received from the previous stage, each [s, b, width]. On the first stage only the word
+            travelling: streams received from the previous stage, each [s, b, width]. The first stage gets only the word
                 embedding.
 
         Returns:
-            Stream name -> [s, b, width].
+            The streams by name, each [s, b, width].
         """
         return {}
 
@@ -66,7 +66,8 @@ class Extension:
     """A family's contribution to the model."""
 
     name: str
-    """Name of the model's attribute that holds the stage module, and so the prefix of its parameters' names."""
+    """Name of the model's attribute that holds the stage module, and therefore the prefix of the module's parameter
+    names."""
 
     bidirectional: bool = False
     """Whether every position attends to all others instead of only to earlier ones."""
@@ -76,11 +77,11 @@ class Extension:
         return []
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns slot name -> module spec for a layer, numbered from 0 over the whole model."""
+        """Returns a layer's slot modules, as slot name -> spec; layers are numbered from 0 over the whole model."""
         return {}
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns name in `layer_spec.LINEARS` -> spec of the module that replaces the layer's own."""
+        """Returns the modules that replace a layer's linear modules, as name in `layer_spec.LINEARS` -> spec."""
         return {}
 
     def stage_module(

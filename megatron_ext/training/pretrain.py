@@ -82,7 +82,7 @@ def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PL
 
 
 def resolve(config: C) -> C:
-    """Returns the configuration with its length in steps or samples, checked for the run's number of processes.
+    """Returns the configuration with the run's length in steps or samples, checked for the run's number of processes.
 
     Raises:
         ValueError: settings contradict each other, or do not fit the number of processes.
@@ -144,12 +144,12 @@ def _check_files(data: DataConfig, checkpoint: CheckpointConfig, tokenizer: Toke
 def train(
     config: RunConfig, tokenizer: Tokenizer, families: list[Family], options: RunOptions = PLAIN
 ) -> int:
-    """Trains in an existing process group; `pretrain` without its checks. Collective.
+    """Trains in an existing process group; same as `pretrain`, but without its checks. Collective.
 
     Args:
         config: the run's configuration, resolved.
         tokenizer: the tokenizer of the training data.
-        families: already checked against the model and its parallel layout.
+        families: the run's model families, already checked against the model and its parallel layout.
         options: deviations from plain pretraining.
 
     Returns:

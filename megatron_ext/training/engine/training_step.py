@@ -98,7 +98,7 @@ class Stepper:
         """Runs one step: forward, backward and update on the next micro-batches. Collective.
 
         Args:
-            batches: endless iterator, of which the step takes `num_microbatches`.
+            batches: endless iterator, from which the step takes `num_microbatches` micro-batches.
             iteration: number of this step, from 1; a family's statistics are due at multiples of its interval.
         """
         for family in self.families:
@@ -124,7 +124,7 @@ class Stepper:
         )
 
     def forward_backward(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, float]]:
-        """Computes the gradients of the next micro-batches, without an update.
+        """Computes the gradients of one step's micro-batches, without an update.
 
         Returns:
             The mean losses, and the means of the layers' values, both by name.
@@ -220,9 +220,9 @@ def _means(
     """Returns weighted means over the tokens of all micro-batches and data-parallel ranks, by name. Collective.
 
     Args:
-        outputs: for each micro-batch name -> [weighted sum, sum of weights]; empty except on the last stage.
+        outputs: one mapping per micro-batch, name -> [weighted sum, sum of weights]; empty except on the last stage.
         names: the names of the values, in the same order on every rank.
-        of_nothing: the mean if all weights are 0.
+        of_nothing: the value to return as mean if all weights are 0.
     """
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=process_groups.device())
     for output in outputs:

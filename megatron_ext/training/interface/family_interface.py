@@ -1,7 +1,8 @@
 """The hooks through which a family takes part in training.
 
-`training` knows families only through this interface and never tests which family it has. Every method has a default
-that does nothing, so a family overrides only what it needs. Several families may take part in one run.
+The package `training` knows model families only through this interface and never tests which family it has. Every
+method has a default that does nothing, so a family overrides only what it needs. Several families may take part in one
+run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """A text that a family reports after a step."""
+    """A text that a model family reports after a step."""
 
     text: str
     """One line to print; with a `tag` a Markdown text for TensorBoard."""
@@ -39,7 +40,7 @@ class Message:
 
 
 class Family:
-    """A family's part in a run; subclasses override what they need."""
+    """A model family's part in a run; subclasses override what they need."""
 
     name: str
     """Short name of the family and of its `Extension`."""
@@ -61,7 +62,7 @@ class Family:
         """Checks that the family supports the model and its parallel layout; called before anything is built.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the family does not support them.
         """
 
     def configuration(self) -> dict[str, Any]:
@@ -73,11 +74,11 @@ class Family:
         return {}
 
     def cost(self, model: ModelConfig) -> ModelCost | None:
-        """Returns the parameters and FLOPs that the family adds to `model`; None for none."""
+        """Returns the parameters and FLOPs that the family adds to `model`; None if it adds none."""
         return None
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
-        """Returns which parts of the model a training step runs and trains; None for everything.
+        """Returns which parts of the model a training step runs and trains; None if it runs and trains all.
 
         Args:
             model: configuration of the base model.
@@ -96,7 +97,7 @@ class Family:
         return batch
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Returns the family's inputs to the model, on every pipeline stage, from a micro-batch on the device."""
+        """Computes the family's model inputs from a micro-batch on the device; called on every pipeline stage."""
         return {}
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
@@ -122,7 +123,7 @@ class Family:
         return None
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Called at the beginning of a training step (numbered from 1), and with None at that of an evaluation."""
+        """Called before each training step with its number, from 1, and before each evaluation with None."""
 
     def prepare_batches(
         self, chunks: list[GPTModel], families: list["Family"], batches: list[Batch]
@@ -155,7 +156,7 @@ class Family:
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
         """Returns further values of a training step, computed from its losses and its layers' values, by name.
 
-        Must be equal on every rank. A name without `/` is shown in the progress line.
+        The values must be equal on every rank. A value whose name has no `/` is shown in the progress line.
         """
         return {}
 
@@ -173,14 +174,14 @@ class Family:
         return []
 
     def is_complete(self) -> bool:
-        """Whether the run ends now as if this were its last step; must be equal on every rank."""
+        """Whether the run should end now, as after its last step; must be equal on every rank."""
         return False
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
-        """Called before a step whose statistics are due; modules begin to record here."""
+        """Called before a step whose statistics are due; the family's modules should start recording."""
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns TensorBoard tag -> value, complete on rank 0; called between backward pass and update. Collective.
+        """Returns statistics, TensorBoard tag -> value, complete on rank 0. Collective; called before the update.
 
         Norms must be global over tensor-parallel ranks and pipeline stages.
         """
@@ -193,11 +194,11 @@ class Family:
             as_adapters: whether `write_adapters` is to be used instead of `merge`.
 
         Raises:
-            ValueError: the family supports no such export.
+            ValueError: the family does not support this export.
         """
         raise ValueError(
-            f"a model with the family '{self.name}' cannot be exported: no Llama-family model has its layers, and they "
-            "are not adapters"
+            f"a model built with the model family '{self.name}' cannot be exported: its layers are neither Llama's "
+            "nor adapters"
         )
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
@@ -230,11 +231,11 @@ class Family:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns state to save besides the model's parameters, as JSON values."""
+        """Returns the family's state other than model parameters, to be saved as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the state that `state_dict` returned."""
 
 
 def auxiliary_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:

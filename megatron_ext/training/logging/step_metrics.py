@@ -1,6 +1,6 @@
 """Metrics of one training step, and their means over a log interval.
 
-The losses of a skipped step (loss or gradient not finite) are left out of the means; its time and tokens count.
+The losses of a skipped step (loss or gradient not finite) are left out of the means; its time and tokens are included.
 """
 
 import math
