@@ -21,7 +21,7 @@ def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:
     """Sets which parameters train, and converts frozen weights to their precision, as a plan specifies.
 
     Call it before the model is wrapped, and again after loading weights that were not saved with this plan. Modules in
-    the layers' slots belong to other families and do not change.
+    the layers' slots belong to other model families and do not change.
 
     Args:
         chunks: this rank's model chunks, unwrapped, built with the same plan.

@@ -1,6 +1,6 @@
 """Auxiliary streams: named tensors that accompany the hidden states through the layers and from stage to stage.
 
-A family declares `AuxiliaryStream`s. They are transported in two ways:
+A model family declares `AuxiliaryStream`s. They are transported in two ways:
 
 * To the layers of a stage. The engine passes one extra tensor, `context`, to every layer and treats it as an input of
   activation recomputation. A decoder-only layer does not use it, so all streams are packed into it as one flat tensor.
@@ -25,7 +25,7 @@ class AuxiliaryStream:
     """Declaration of one named tensor [s, b, width]."""
 
     name: str
-    """Name of the stream, unique over all families of a run."""
+    """Name of the stream, unique over all model families of a run."""
 
     width: int | None
     """Size of the last dimension on this rank. None: the width may differ per micro-batch and may be 0; at most one

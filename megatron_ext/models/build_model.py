@@ -1,4 +1,4 @@
-"""Builds the model chunks of this rank: the base model with every family's slot modules, streams and stage modules.
+"""Builds this rank's model chunks: the base model with every model family's slot modules, streams and stage modules.
 
 A rank holds one chunk, or several with the interleaved pipeline schedule.
 """
@@ -52,7 +52,7 @@ def build_model(
         vocab_size: the tokenizer's vocabulary size, before padding.
         seed: the initial weights depend only on this seed and the parameters' names.
         bf16: whether parameters are in bfloat16 or in fp32.
-        extensions: what the families add to the model.
+        extensions: what the model families add to the model.
 
     Returns:
         The chunks in the order of their virtual pipeline stages.
@@ -132,7 +132,7 @@ def _build_chunk(
 def _merged(
     kind: str, layer_number: int, contributions: list[tuple[str, dict[str, ModuleSpec]]]
 ) -> dict[str, ModuleSpec]:
-    """Merges the slot modules, or the linear modules, that the families contribute to one layer."""
+    """Merges the slot modules, or the linear modules, that the model families contribute to one layer."""
     merged: dict[str, ModuleSpec] = {}
     for family, modules in contributions:
         for name, spec in modules.items():

@@ -31,7 +31,7 @@ Shape [s, b, h] ([s/t, b, h] under sequence parallel)."""
 
 
 class GPTModel(EngineGPTModel):
-    """One pipeline chunk of megatron-core's GPT model, with the families' stage modules."""
+    """One pipeline chunk of megatron-core's GPT model, with the model families' stage modules."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class GPTModel(EngineGPTModel):
         self._runs_none = False
 
     def add_stage_module(self, name: str, module: StageModule) -> None:
-        """Registers a family's module under its own attribute, so that its parameters are named `{name}.*`."""
+        """Registers a model family's module under its own attribute, so that its parameters are named `{name}.*`."""
         setattr(self, name, module)
         self.stage_module_names.append(name)
         # Keep the modules in order of use: the engine prefetches sharded parameters in this order.
@@ -97,7 +97,7 @@ class GPTModel(EngineGPTModel):
             input_ids: [b, s].
             position_ids: [b, s].
             attention_mask: [b, 1, s, s], True where attention is forbidden, or None for plain causal attention.
-            auxiliary_inputs: the families' batch fields by name.
+            auxiliary_inputs: the model families' batch fields by name.
             **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
 
         Returns:

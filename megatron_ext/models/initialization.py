@@ -1,8 +1,8 @@
 """Initializes every parameter with a generator seeded by its global name, and so independently of the parallel layout.
 
 The sharded state dict gives each local parameter's global name, shape and offset at any tensor- and pipeline-parallel
-size; the full tensor is sampled and the local part is kept. A family chooses the distribution of its parameters with
-the attribute `init_std` (standard deviation; 0 keeps the built value) or `init_uniform` (bound).
+size; the full tensor is sampled and the local part is kept. A model family chooses the distribution of its parameters
+with the attribute `init_std` (standard deviation; 0 keeps the built value) or `init_uniform` (bound).
 
     base model:  N(0, std), output projections N(0, std / sqrt(2 L)), norms and biases as built
                                                                                 (Megatron-LM's scheme)

@@ -1,8 +1,8 @@
 """The layer spec: chooses the modules of a transformer layer.
 
 Attention and linear layers are megatron-core's, or Transformer Engine's on a GPU where it is installed; norm and core
-attention are this project's by default. The MLP's norm is always a separate module, because families read its output;
-Transformer Engine's own specs would fuse it into the first linear layer.
+attention are this project's by default. The MLP's norm is always a separate module, because model families read its
+output; Transformer Engine's own specs would fuse it into the first linear layer.
 """
 
 import functools

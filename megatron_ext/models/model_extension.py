@@ -1,4 +1,4 @@
-"""The interface through which a family extends the model: slot modules, auxiliary streams, a module per pipeline stage.
+"""The interface by which a model family extends the model: slot modules, auxiliary streams, a module per stage.
 
 A family does not build the model; it passes an `Extension` to `build_model`, which accepts several. Every method has a
 default that adds nothing.
@@ -32,14 +32,14 @@ class StageInfo:
 
 
 class StageModule(torch.nn.Module):
-    """A family's module on one pipeline stage; computes the auxiliary streams that the stage's layers read."""
+    """A model family's module on one pipeline stage; computes the auxiliary streams that the stage's layers read."""
 
     def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the input of the first layer; called on the first stage only, before the word embedding is used.
 
         Args:
             embedding: the word embedding, [s, b, h] ([s/t, b, h] under sequence parallel).
-            auxiliary_inputs: the families' batch fields by name.
+            auxiliary_inputs: the model families' batch fields by name.
 
         Returns:
             A tensor of the shape of `embedding`; by default `embedding` itself.
@@ -49,7 +49,7 @@ class StageModule(torch.nn.Module):
     def forward(
         self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Computes the family's streams on this stage.
+        """Computes the model family's streams on this stage.
 
         Args:
             auxiliary_inputs: the families' batch fields by name, such as integer ids [b, s]; every stage gets them.
@@ -63,7 +63,7 @@ class StageModule(torch.nn.Module):
 
 
 class Extension:
-    """A family's contribution to the model."""
+    """A model family's contribution to the model."""
 
     name: str
     """Name of the model's attribute that holds the stage module, and therefore the prefix of the module's parameter
@@ -73,7 +73,7 @@ class Extension:
     """Whether every position attends to all others instead of only to earlier ones."""
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """Returns the family's streams. The model itself supplies a travelling stream named `word_embedding`."""
+        """Returns the model family's streams. The model itself supplies a travelling stream named `word_embedding`."""
         return []
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
@@ -87,5 +87,5 @@ class Extension:
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> StageModule | None:
-        """Returns the family's module for one stage, or None."""
+        """Returns the model family's module for one stage, or None."""
         return None

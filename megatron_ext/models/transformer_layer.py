@@ -1,4 +1,4 @@
-"""The transformer layer that all families share: megatron-core's, with three more slots.
+"""The transformer layer that all model families share: megatron-core's, with three more slots.
 
     x      <- before_layer(x, streams)
     x      <- x + Attention(LN1(x))

@@ -79,7 +79,7 @@ class PerLayerFamily(Family):
 
     @classmethod
     def from_tokenizer(cls, settings: PerLayerConfig, tokenizer: Tokenizer) -> "PerLayerFamily":
-        """Builds the family; per-layer ids come from aligned datasets or the table of `--per-layer-vocab-file`.
+        """Builds the model family with the ids of aligned datasets or the table of `--per-layer-vocab-file`.
 
         Raises:
             ValueError: per-layer ids are required, but neither source is given.
@@ -107,7 +107,7 @@ class PerLayerFamily(Family):
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
-        """Rebuilds the family from its `configuration()`; needs no file other than the checkpoint."""
+        """Rebuilds the model family from its `configuration()`; needs no file other than the checkpoint."""
         settings = group_in(PerLayerConfig, configuration, "settings")
         if settings.uses_token_ids:  # older checkpoints store a default that does not apply to token ids
             settings = replace(settings, per_layer_vocab_size=None)

@@ -48,7 +48,7 @@ def print_dry_run(
 
     Args:
         config: the run's configuration, resolved for `planned_world_size` processes.
-        make_families: builds the families from configuration and tokenizer.
+        make_families: builds the model families from configuration and tokenizer.
         stream: where to print; None for standard output.
 
     Raises:

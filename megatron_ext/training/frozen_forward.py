@@ -53,7 +53,7 @@ def run_frozen(
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        families: all families of the run.
+        families: all model families of the run.
         batches: micro-batches on the device; under pipeline parallelism, as many as its schedule can process.
         watched: name -> module of this rank (a layer or its norm) whose input is recorded.
         output: called with the output layer's input, on the last stage.

@@ -110,7 +110,7 @@ class Loop:
         return EXIT_OK, progress
 
     def is_complete(self, progress: TrainingProgress) -> bool:
-        """Whether the last step is done, or a family ends the run early."""
+        """Whether the last step is done, or a model family ends the run early."""
         enough = any(family.is_complete() for family in self.stepper.families)
         return enough or progress.iteration >= self.total_iterations
 

@@ -1,4 +1,4 @@
-"""A whole pretraining run: from configurations and families to an exit code.
+"""A whole pretraining run: from configurations and model families to an exit code.
 
     check -> tokenizer -> families -> process group -> model -> optimizer -> checkpoint -> data -> loop
 
@@ -51,14 +51,14 @@ from megatron_ext.training.run_data import build_data, training_samples
 from megatron_ext.training.run_options import PLAIN, RunOptions
 
 MakeFamilies = Callable[[C, Tokenizer], list[Family]]
-"""Builds the families of a run from its configuration and tokenizer."""
+"""Builds the model families of a run from its configuration and tokenizer."""
 
 
 def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PLAIN) -> int:
     """Runs pretraining.
 
     Args:
-        config: the run's configuration, including the families' groups.
+        config: the run's configuration, including the model families' groups.
         make_families: builds the families; called once.
         options: deviations from plain pretraining.
 
@@ -209,7 +209,7 @@ def train(
 def _build_model(
     config: RunConfig, run_config: dict[str, Any], families: list[Family], options: RunOptions
 ) -> list[GPTModel]:
-    """Builds this rank's chunks, loads the base model's weights, and lets the families freeze parameters."""
+    """Builds this rank's chunks, loads the base model's weights, and lets the model families freeze parameters."""
     chunks = build_model(
         config.model,
         config.parallel,

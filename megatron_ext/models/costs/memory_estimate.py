@@ -6,8 +6,8 @@ Bytes per parameter, with D data-parallel ranks:
     fp32      4           4          8                8 / D
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
 
-Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a family
-quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
+Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a model
+family quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
 `layer_activation_bytes`. With the 1F1B schedule stage i of P holds up to P - i micro-batches at once, with the
 interleaved schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Without full recomputation a layer that no gradient reaches
 saves nothing, and a layer with frozen weights counts as if they trained.

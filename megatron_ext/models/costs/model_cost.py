@@ -11,7 +11,7 @@ This is the usual 6ND plus attention (arXiv 2204.02311, appendix B). N counts th
 product: not the word embedding's lookup, but always the output layer, even if both share their weights. By convention
 attention counts the full s x s square although it is causal; norms, activations and softmax are not counted.
 If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
-family reports its own part in another `ModelCost`.
+model family reports its own part in another `ModelCost`.
 
 Torch's `FlopCounterMode` is used only in tests, to check these formulas: it makes a step several times slower, counts
 recomputation too, and misses the CPU's fused attention kernel.
@@ -28,7 +28,7 @@ from megatron_ext.models.costs.step_work import StepWork, Use
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Parameters and FLOPs of the base model, or of a family's part of the model."""
+    """Parameters and FLOPs of the base model, or of a model family's part of the model."""
 
     parameters: int
     """Number of parameters of the whole model; copies on other ranks or stages are not counted."""
@@ -101,8 +101,8 @@ def hardware_flops_per_token(
 ) -> float:
     """Returns the FLOPs per token of a training step including activation recomputation.
 
-    Assumes that a family's part is recomputed together with its layers, and that frozen layers are recomputed like
-    trained ones. The recomputation inside a fused attention kernel's backward pass is not counted.
+    Assumes that a model family's part is recomputed together with its layers, and that frozen layers are recomputed
+    like trained ones. The recomputation inside a fused attention kernel's backward pass is not counted.
 
     Args:
         model: configuration of the base model.

@@ -3,7 +3,7 @@
     use         forward   gradient of inputs   gradient of weights     passes: products with weights, core attention
     SKIPPED                                                            0       0
     FORWARD     x                                                      1       1
-    PARTIAL     x         what the family counts as its own            1       1
+    PARTIAL     x         in parts that the family counts              1       1
     GRADIENT    x         x                                            2       3
     TRAINED     x         x                    x                       3       3
 
@@ -61,7 +61,7 @@ class StepWork:
     """Number of the model family's own parameters that are trained."""
 
     flops_per_token: float = 0.0
-    """FLOPs per token of the family's own matrix products, forward and backward."""
+    """FLOPs per token of the model family's own matrix products, forward and backward."""
 
     @property
     def layer_passes(self) -> tuple[int, int]:

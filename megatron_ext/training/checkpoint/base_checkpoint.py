@@ -74,7 +74,7 @@ class BaseCheckpoint:
         Args:
             models: this rank's chunks, unwrapped.
             run_config: the run's configuration, with the section `families`.
-            families: the families of the run.
+            families: the model families of the run.
 
         Raises:
             ValueError: the checkpoint is damaged, or it is one of another model.

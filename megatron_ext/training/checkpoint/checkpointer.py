@@ -1,4 +1,4 @@
-"""Saves and loads runs: model, optimizer, schedule, random state, progress, families' state, configuration.
+"""Saves and loads runs: model, optimizer, schedule, random state, progress, model families' state, configuration.
 
 With the same parallel layout a resumed run continues bit for bit. With another tensor-, pipeline- or data-parallel size
 model, optimizer and schedule are the same, and the random generators are re-seeded. `checkpoint_files` and

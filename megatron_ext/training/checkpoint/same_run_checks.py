@@ -54,7 +54,7 @@ def check_same_model(
     Args:
         run: the run's `run_config`, with sections `model` and `families` and `tokenizer_fingerprint`.
         stored: the checkpoint's `run_config`.
-        families: the run's families; their `free_on_resume` lists the fields that may differ.
+        families: the run's model families; their `free_on_resume` lists the fields that may differ.
         folder: the checkpoint's directory, named in errors.
         finetune: whether the tokenizer, and fields such as the rotary base, may differ.
 

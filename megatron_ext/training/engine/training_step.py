@@ -34,8 +34,8 @@ class StepResult:
     """Results of one step, equal on every rank except `statistics`."""
 
     losses: dict[str, float]
-    """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the family that replaces
-    it; also the families' summaries of the step's values."""
+    """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the model family that
+    replaces it; also the families' summaries of the step's values."""
 
     layer_losses: dict[str, float]
     """Means of the losses attached to layers and of other values recorded by layers, by name."""
@@ -50,11 +50,11 @@ class StepResult:
     """Whether the update was skipped because the loss or gradient norm is not finite."""
 
     statistics: dict[str, float]
-    """The families' statistics of this step; empty between their intervals, complete only on rank 0."""
+    """The model families' statistics of this step; empty between their intervals, complete only on rank 0."""
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy in nats per token; nan if a family's output loss does not compute it."""
+        """Mean cross-entropy in nats per token; nan if a model family's output loss does not compute it."""
         return self.losses.get("lm loss", math.nan)
 
 
@@ -99,7 +99,7 @@ class Stepper:
 
         Args:
             batches: endless iterator, from which the step takes `num_microbatches` micro-batches.
-            iteration: number of this step, from 1; a family's statistics are due at multiples of its interval.
+            iteration: number of this step, from 1; a model family's statistics are due at multiples of its interval.
         """
         for family in self.families:
             family.begin_step(self.models, iteration)
@@ -149,7 +149,7 @@ class Stepper:
         Args:
             make_batches: returns an iterator over the batches, the same ones at every call.
             num_steps: number of global batches.
-            split: `validation` or `test`, passed on to the families.
+            split: `validation` or `test`, passed on to the model families.
 
         Returns:
             `lm loss` in nats per token, the layers' values and the families' further values, by name.

@@ -1,4 +1,4 @@
-"""Losses on the last stage's output. The default is cross-entropy; a family may replace it.
+"""Losses on the last stage's output. The default is cross-entropy; a model family may replace it.
 
     loss of a step = sum(value * weight) / sum(weight)        over all tokens of the global batch
 

@@ -35,7 +35,7 @@ class ChartLayout:
         """Takes over the charts of an earlier run.
 
         Args:
-            charts: declared by the training system and the run's families, in the order of the page.
+            charts: declared by the training system and the run's model families, in the order of the page.
             folder: the run's event files; may be missing.
         """
         self._charts = charts

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a run's base model and families in a given step, for MFU and `--dry-run`.
+"""Parameters and FLOPs of a run's base model and model families in a given step, for MFU and `--dry-run`.
 
 Steps may train different parts of the model, so the costs are computed for each step.
 """
@@ -35,7 +35,7 @@ def run_cost(
         model: configuration of the base model.
         vocab_size: the tokenizer's vocabulary size, before padding.
         tensor_parallel_size: determines the padding of the vocabulary.
-        families: the families of the run.
+        families: the model families of the run.
         iteration: number of the step, from 1.
     """
     works = {family.name: family.step_work(model, iteration) for family in families}

@@ -65,7 +65,7 @@ class Reporter:
             total_iterations: optimizer steps of the whole run.
             flops_per_token: called with a step's number; returns the step's model FLOPs per token (forward and
                 backward, model families included), for throughput and MFU.
-            charts: the families' charts for TensorBoard's Custom Scalars page.
+            charts: the model families' charts for TensorBoard's Custom Scalars page.
             bf16: the run's precision, on which the device's peak rate depends.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
@@ -151,7 +151,7 @@ class Reporter:
         self._flush()
 
     def statistics(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Writes a family's statistics (tag -> value) to TensorBoard and W&B; prints nothing."""
+        """Writes a model family's statistics (tag -> value) to TensorBoard and W&B; prints nothing."""
         if self._is_silent:
             return
         for tag, value in values.items():

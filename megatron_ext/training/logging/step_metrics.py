@@ -13,7 +13,7 @@ class StepMetrics:
     """Metrics of one optimizer step."""
 
     losses: Mapping[str, float]
-    """Means over the step's tokens by name: `lm loss`, and the families' losses and values."""
+    """Means over the step's tokens by name: `lm loss`, and the model families' losses and values."""
 
     learning_rate: float
     """Learning rate of this step."""

@@ -35,7 +35,7 @@ class TensorBoard:
 
         Args:
             directory: created if it is missing.
-            charts: the families' charts.
+            charts: the model families' charts.
             iteration: the step from which the run continues; later values in this directory become void.
             consumed_samples: number of samples consumed up to that step.
 
