@@ -187,7 +187,7 @@ class AdaptedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Returns the entries of the engine's linear layer and those of its adapters."""
+        """Returns the entries of the engine's linear layer and of its adapters."""
         base = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         # The engine would describe the adapters' split factors as replicated.
         state = {key: value for key, value in base.items() if not key.startswith(f"{prefix}{ADAPTERS}.")}

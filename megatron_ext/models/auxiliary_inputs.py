@@ -75,7 +75,7 @@ class AuxiliaryInputs:
         return bool(self._to_layers)
 
     def join(self, hidden_states: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Appends the travelling streams to the hidden states [s, b, h]; returns what a stage sends, [k * s, b, h]."""
+        """Returns the tensor that a stage sends, [k * s, b, h]: hidden states [s, b, h], then travelling streams."""
         if not self._travelling:
             return hidden_states
         rows, batch, hidden_size = hidden_states.shape
@@ -87,7 +87,7 @@ class AuxiliaryInputs:
         return torch.cat([hidden_states, as_rows])
 
     def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Splits what a stage receives, [k * s, b, h], into hidden states and travelling streams; inverse of `join`."""
+        """Splits a received tensor, [k * s, b, h], into hidden states and travelling streams; inverse of `join`."""
         if not self._travelling:
             return joined, {}
         _, batch, hidden_size = joined.shape

@@ -97,7 +97,7 @@ def _build_chunk(
             model,
             auxiliary,
             _merged("slot", number, [(e.name, e.slots(config, number)) for e in extensions]),
-            _merged("linear", number, [(e.name, e.linears(config, number)) for e in extensions]),
+            _merged("linear layer", number, [(e.name, e.linears(config, number)) for e in extensions]),
             bidirectional=any(extension.bidirectional for extension in extensions),
         )
         for number in stage.layer_numbers
@@ -138,8 +138,8 @@ def _merged(
         for name, spec in modules.items():
             if name in merged:
                 raise ValueError(
-                    f"layer {layer_number}: '{family}' uses the {kind} '{name}', which another family already uses; "
-                    "apply them to different layers"
+                    f"layer {layer_number}: the model family '{family}' uses the {kind} '{name}', which another model "
+                    "family already uses; apply them to different layers"
                 )
             merged[name] = spec
     return merged

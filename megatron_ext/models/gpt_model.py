@@ -72,8 +72,8 @@ class GPTModel(EngineGPTModel):
         check_fits_window(self.sliding_window, length, asked or f"a sequence of {length} tokens")
         if asked and length > self.max_sequence_length and self.position_embedding_type == "learned_absolute":
             raise ValueError(
-                f"{asked}: exceeds the model's {self.max_sequence_length} positions; use a shorter prompt or fewer "
-                "new tokens"
+                f"{asked}: a sequence of {length} tokens exceeds the model's {self.max_sequence_length} positions; "
+                "use a shorter prompt or fewer new tokens"
             )
 
     def set_input_tensor(self, input_tensor: Any) -> None:

@@ -203,8 +203,8 @@ def _num_ids(settings: PerLayerConfig, table: "npt.ArrayLike | None") -> int | N
 def _check_table(table: torch.Tensor, vocab_size: int, rows: int) -> None:
     if len(table) != vocab_size:
         raise ValueError(
-            f"--per-layer-vocab-file: its table is for {len(table)} token ids, but the tokenizer has {vocab_size}; "
-            "use the tokenizer with which it was made"
+            f"--per-layer-vocab-file: the table is for {len(table)} token ids, but the tokenizer has {vocab_size}; "
+            "use the tokenizer with which the table was made"
         )
     if int(table.min()) < 0 or int(table.max()) >= rows:
         raise ValueError(

@@ -34,7 +34,7 @@ PER_LAYER_IDS = "per_layer_ids"
 
 
 class PerLayerWeights(torch.nn.Module):
-    """One layer's weights in the stage module: table, context projection, and for concat and gated a matrix."""
+    """One layer's weights: table, context projection, and for concat and gated the matrix that combines both."""
 
     def __init__(
         self, config: TransformerConfig, settings: PerLayerConfig, groups: ProcessGroupCollection, rows: int

@@ -1,7 +1,7 @@
 """Forward passes through a frozen part of the model, in addition to the training step; their values may be cached.
 
 They are used for NPT's teacher and for the trunk below a progressive stack. Each has its own cache contents and keys:
-the teacher's values depend on tokens and positions only, those of the trunk also on its weights and on all other
+the teacher's values depend on tokens and positions only; the trunk's values also depend on its weights and on all other
 inputs.
 """
 
@@ -49,13 +49,13 @@ def run_frozen(
     watched: Mapping[str, torch.nn.Module],
     output: NoLoss,
 ) -> list[dict[str, torch.Tensor]]:
-    """Runs micro-batches forward without gradients and dropout.
+    """Runs the forward pass on micro-batches, without gradients and without dropout.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
         families: all model families of the run.
         batches: micro-batches on the device; under pipeline parallelism, as many as its schedule can process.
-        watched: name -> module of this rank (a layer or its norm) whose input is recorded.
+        watched: modules of this rank (layers or their norms), by name, whose inputs are recorded.
         output: called with the output layer's input, on the last stage.
 
     Returns:

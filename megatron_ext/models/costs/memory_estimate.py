@@ -245,7 +245,7 @@ def _sequence_split(parallel: ParallelConfig) -> int:
 
 
 def _chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
-    """Returns the largest number of chunks whose forward pass is done and whose backward pass is not."""
+    """Returns the largest number of forward passes that await their backward pass at the same time."""
     stages, chunks = layout.parallel.pipeline_model_parallel_size, layout.chunks
     if chunks == 1:
         return min(layout.num_microbatches, stages - stage)

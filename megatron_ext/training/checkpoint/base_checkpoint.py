@@ -77,7 +77,7 @@ class BaseCheckpoint:
             families: the model families of the run.
 
         Raises:
-            ValueError: the checkpoint is damaged, or it is one of another model.
+            ValueError: the checkpoint is damaged or belongs to another model.
         """
         tensors.verify(self.folder)
         stored = self.run_config()

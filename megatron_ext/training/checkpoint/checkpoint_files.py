@@ -116,8 +116,8 @@ def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
 
     Raises:
         FileNotFoundError: there is no complete checkpoint of step `ckpt_step`.
-        ValueError: `root` contains something that cannot be loaded: an incomplete checkpoint, one of another program,
-            a tracker that names a missing step, a model in another format; or `root` is a file.
+        ValueError: `root` contains something that cannot be loaded: an incomplete checkpoint, a checkpoint of another
+            program, a tracker that names a missing step, a model in another format; or `root` is a file.
         OSError: the directory cannot be read.
     """
     folder = Path(root)
@@ -144,7 +144,7 @@ def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], 
     others = f"; --ckpt-step selects another one (available: {_listed(found)})" if found else ""
     if chosen is None:
         raise ValueError(
-            f"{root / TRACKER}: names step {tracked}, but there is no checkpoint of this step{others}"
+            f"{root / TRACKER}: the file names step {tracked}, but there is no checkpoint of this step{others}"
         )
     reason = kinds.foreign(chosen)
     if chosen != root:
@@ -173,7 +173,7 @@ def tracked_step(root: Path) -> int | None:
     if text == "release" and not found:
         raise ValueError(f"{root}: {kinds.OF_MEGATRON}")
     others = f"; --ckpt-step selects one (available: {_listed(found)})" if found else ""
-    raise ValueError(f"{root / TRACKER}: contains {text[:40]!r} instead of a step number{others}")
+    raise ValueError(f"{root / TRACKER}: the file contains {text[:40]!r} instead of a step number{others}")
 
 
 def _listed(steps: Iterable[int]) -> str:

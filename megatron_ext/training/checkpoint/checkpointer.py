@@ -327,7 +327,7 @@ def load_weights(
         The checkpoint's directory.
 
     Raises:
-        ValueError: the checkpoint is damaged, or it is one of another model.
+        ValueError: the checkpoint is damaged or belongs to another model.
         OSError: there is no checkpoint, or it cannot be read.
     """
     folder = on_first_rank(lambda: _existing(path, ckpt_step))

@@ -23,7 +23,7 @@ def wrap_model(
     """Converts the chunks to bf16 if `bf16` is set, and wraps them for data parallelism.
 
     Args:
-        chunks: this rank's model chunks. Freeze parameters before: frozen ones get no gradient buffer.
+        chunks: this rank's model chunks. Freeze parameters first: frozen ones get no gradient buffer.
         parallel: specifies how gradients are reduced.
         bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
     """

@@ -14,7 +14,7 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) ->
     """Scales this rank's gradients in place so that their global norm does not exceed `largest`.
 
     Args:
-        optimizer: holds the gradients.
+        optimizer: the optimizer that holds the gradients.
         norm: the gradients' global L2 norm.
         largest: the limit of the norm.
     """

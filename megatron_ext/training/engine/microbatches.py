@@ -38,7 +38,7 @@ def run_microbatches(
 
     Args:
         chunks: this rank's model chunks, wrapped or unwrapped.
-        families: supply the model's auxiliary inputs.
+        families: the run's model families, which supply the model's auxiliary inputs.
         batches: micro-batches of equal shape, `tokens` [b, s].
         output_loss: computes the loss on the last stage.
         forward_only: whether to omit the backward pass.
@@ -114,7 +114,7 @@ def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch
 
     Args:
         chunk: the whole model (pipeline-parallel size 1), unwrapped.
-        families: supply the model's auxiliary inputs.
+        families: the run's model families, which supply the model's auxiliary inputs.
         batch: a micro-batch on the device.
 
     Returns:

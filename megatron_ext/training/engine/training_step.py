@@ -75,7 +75,7 @@ class Stepper:
     ) -> None:
         """Args:
         chunks: this rank's model chunks, wrapped by `wrap_model`.
-        families: supply auxiliary inputs, losses and statistics.
+        families: the run's model families, which supply auxiliary inputs, losses and statistics.
         optimizer: the optimizer of `chunks`.
         scheduler: learning-rate schedule, advanced by `global_batch_size` samples per step.
         global_batch_size: sequences per step, over all data-parallel ranks.

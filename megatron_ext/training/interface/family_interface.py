@@ -203,7 +203,7 @@ class Family:
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
         """Turns a loaded model into a base model that computes the same function; returns messages for the user."""
-        raise TypeError(f"{type(self).__name__} overrides check_plain but not merge")
+        raise TypeError(f"{type(self).__name__} overrides check_plain but not merge; it must override both")
 
     def write_adapters(
         self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
@@ -217,7 +217,9 @@ class Family:
             base_model: path or name of the exported base model, stored in the adapters' configuration.
             overwrite: whether to replace existing files.
         """
-        raise TypeError(f"{type(self).__name__} overrides check_plain but not write_adapters")
+        raise TypeError(
+            f"{type(self).__name__} overrides check_plain but not write_adapters; it must override both"
+        )
 
     def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
         """Writes the model family's own files into a checkpoint; the checkpoint's manifest covers them. Collective.
