@@ -47,7 +47,7 @@ class LoadedModel:
     """Tokenizer that the model was trained with; its `adds_bos` says whether texts begin with a begin-of-text token."""
 
     stop_tokens: tuple[int, ...]
-    """Token ids that end a text: the tokenizer's end-of-document id and, for an imported model, the ids in its files."""
+    """Token ids that end a text: the tokenizer's end-of-document id and, for an imported model, those in its files."""
 
     folder: Path
     """Directory of this one checkpoint, `.../iter_NNNNNNN`."""
@@ -93,7 +93,7 @@ def load_model(
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
         raise ValueError(
-            f"{path}: was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
+            f"{path}: the model was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
         )
     # A model that was imported and never trained here has no section `training`; its tokenizer's files decide.
     if "training" in stored:
@@ -104,7 +104,7 @@ def load_model(
     unknown = set(stored["families"]) - set(families)
     if unknown:
         raise ValueError(
-            f"{path}: has the family {', '.join(sorted(unknown))}, which this tool does not support"
+            f"{path}: was built with the model family {', '.join(sorted(unknown))}, which this tool does not support"
         )
     made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
     world_size = process_groups.world_size()

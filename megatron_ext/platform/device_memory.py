@@ -28,7 +28,7 @@ class MemoryUse:
 
 
 def host_memory() -> int:
-    """Returns the bytes that all processes together may use: this machine's memory, or their cgroup's limit if lower."""
+    """Returns the bytes that all processes together may use: this machine's memory, or the cgroup's limit if lower."""
     total = int(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
