@@ -196,7 +196,7 @@ class Family:
             ValueError: the family supports no such export.
         """
         raise ValueError(
-            f"a model with the family '{self.name}' cannot be exported: no Llama-family model has its layers, and they "
+            f"a model with the family '{self.name}' cannot be exported: no Llama-like model has its layers, and they "
             "are not adapters"
         )
 
