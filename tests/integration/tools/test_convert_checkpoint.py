@@ -214,7 +214,7 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
     assert base.keys() == of_npt.keys() and all(torch.equal(base[name], of_npt[name]) for name in base)
     out = tmp_path / "out"
     for name, flags, message in (
-        ("npt", [], "no Llama-family model can express the family npt; use --base-only to export"),
+        ("npt", [], "no Llama-like model can express the model family npt; use --base-only to export"),
         ("per_layer", [], "can express the family per_layer"),
         (
             "per_layer",
