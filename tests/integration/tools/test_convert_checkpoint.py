@@ -215,7 +215,7 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
     out = tmp_path / "out"
     for name, flags, message in (
         ("npt", [], "no Llama-like model can express the model family npt; use --base-only to export"),
-        ("per_layer", [], "can express the family per_layer"),
+        ("per_layer", [], "can express the model family per_layer"),
         (
             "per_layer",
             ["--base-only"],
