@@ -21,8 +21,8 @@ from megatron_ext.progressive.growth.rack import Rack, Stack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 Trains = Literal["newest", "all", "none"]
-"""What a phase trains: the newest stack (and the trunk according to its strategy), everything, or nothing (inference).
-"""
+"""What a phase trains: the newest stack (and the trunk according to its strategy), everything, or nothing
+(inference)."""
 
 TREATMENTS = ("trained", "adapters", "frozen", "cached")
 """How a phase treats a stack: trains all of it, only its adapters, nothing, or nothing with its output cached."""

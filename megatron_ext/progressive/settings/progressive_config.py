@@ -106,8 +106,8 @@ class ProgressiveConfig(LoRAConfig):
     """With --time-interpretation depth: mapping from stacks to time steps."""
 
     custom_time_mapping: str | None = None
-    """With --stack-time-mapping custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time step.
-    """
+    """With --stack-time-mapping custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time
+    step."""
 
     time_per_stack: int = 100
     """With --time-interpretation depth: number of time steps per stack."""
