@@ -81,7 +81,7 @@ class NPTFamily(Family):
         return cls(group_in(NPTModuleConfig, configuration, "settings"))
 
     def configuration(self) -> dict[str, Any]:
-        """Returns NPT's settings."""
+        """Returns NPT's settings as JSON values."""
         return {"settings": group_to_dict(self.settings)}
 
     def extension(self) -> NPTExtension:

@@ -65,7 +65,7 @@ def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -
 
     Args:
         chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.
-        families: supply the model's auxiliary inputs.
+        families: the model families, which supply the model's auxiliary inputs.
         steps: lists of micro-batches, from `held_out_steps`.
     """
     findings = Findings()

@@ -64,7 +64,7 @@ def evaluate_npt(
 
     Args:
         chunks: this rank's model chunks, unwrapped, built with NP components and without sequence parallelism.
-        families: supply the model's auxiliary inputs.
+        families: the model families, which supply the model's auxiliary inputs.
         settings: the configuration of the NP components.
         prefix: path of the held-out indexed dataset without `.bin` and `.idx`; already checked.
         sequence_length: tokens per window.

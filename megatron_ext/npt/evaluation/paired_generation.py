@@ -23,7 +23,7 @@ def paired_generations(
 
     Args:
         model: this rank's only chunk, unwrapped, built with NP components.
-        families: supply the model's auxiliary inputs.
+        families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the model's tokenizer.
         prompts: the texts to continue.
         sampling: settings of the sampled continuations; the greedy ones differ only in the temperature.

@@ -55,7 +55,7 @@ def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer,
 
     Args:
         chunk: this rank's only chunk, unwrapped; its NPT layers must have no training step set.
-        families: supply the model's auxiliary inputs.
+        families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the run's tokenizer.
         prompt: the text to continue.
 

@@ -66,7 +66,7 @@ class Modulation(MegatronModule):
         target: str,
     ) -> None:
         """Args:
-        config: the engine's configuration.
+        config: megatron-core's transformer configuration.
         groups: the process groups; factors with a dimension f are split over the tensor-parallel group.
         settings: form, rank and initial values.
         target: `gate`, `up`, `down` or `fc1`.

@@ -44,7 +44,7 @@ class NPFeedForward(MegatronModule):
         settings: NPTModuleConfig,
     ) -> None:
         """Args:
-        config: the engine's configuration.
+        config: megatron-core's transformer configuration.
         layer_number: number of the layer in the whole model, from 1.
         pg_collection: the process groups.
         settings: NPT's configuration.

@@ -233,7 +233,7 @@ def mode_defaults(given: Mapping[str, Any]) -> Found:
     """Returns the defaults that depend on the mode.
 
     Args:
-        given: field's name -> value, of the command line and the YAML file.
+        given: values set on the command line or in the YAML file, by field name.
     """
     mode = given.get("mode", "equivalence")
     sections = {"np": MODULE_DEFAULTS[mode]}

@@ -86,7 +86,7 @@ class Teacher:
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            families: all families of the run.
+            families: all model families of the run.
             batches: the micro-batches, on the device.
             layers: indices of the layers (on any pipeline stage) whose inputs are added.
             output: whether the output layer's input is added.

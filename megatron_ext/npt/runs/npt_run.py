@@ -201,7 +201,7 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
     """Returns the config groups `model` and `tokenizer` of the checkpoint to load, and `np` if its run is resumed.
 
     Args:
-        given: field's name -> value, of the command line and the YAML file.
+        given: values set on the command line or in the YAML file, by field name.
 
     Raises:
         OSError: there is no checkpoint, and the flags do not specify the model's shape either.
@@ -229,7 +229,7 @@ def weights_defaults(given: Mapping[str, Any]) -> Found:
     """Returns the config group `np` from the file of `--load-npt-weights`; given flags are compared with it later.
 
     Args:
-        given: field's name -> value, of the command line and the YAML file.
+        given: values set on the command line or in the YAML file, by field name.
 
     Raises:
         OSError, ValueError: the file or the configuration in it cannot be read.
