@@ -29,7 +29,7 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
-    """Returns the cost of adapters and time embedding.
+    """Returns the parameters and FLOPs that adapters and time embedding add to the model.
 
     Args:
         plan: the settings of all layers.
@@ -58,7 +58,8 @@ def progressive_work(
         config: the configuration of progressive training.
         model: configuration of the base model.
         trains_embedding: whether word and time embedding train.
-        cached_layers: number of first layers that are not run, because the activation cache supplies their output.
+        cached_layers: number of layers, from the first, that are not run because the activation cache supplies their
+            output.
     """
     uses, trained, flops, reached = [], 0, 0.0, trains_embedding
     for number in range(model.num_layers):

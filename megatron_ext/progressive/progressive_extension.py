@@ -14,7 +14,7 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 class ProgressiveExtension(Extension):
-    """Extends the model with the linear layers of a plan, and with what the objective requires."""
+    """Extends the model with the adapted linear layers that `plan` describes, and with what the objective requires."""
 
     name = "progressive"
 

@@ -1,4 +1,4 @@
-"""NPT's losses on the student's output.
+"""NPT's losses on the student's output: cross-entropy, and fidelity to the base model's logits.
 
     lm          cross-entropy
     fidelity    kl     mean over tokens of KL(base || NPT) = sum_v p_v (log p_v - log q_v)

@@ -71,7 +71,7 @@ class Rack:
         return next(layers for stack, layers in self.layers() if stack.index == index)
 
     def layers_of_other(self, other: "Rack") -> dict[int, int]:
-        """Returns number of each layer that the other rack has too -> its number there; sizes may differ."""
+        """Maps the number of each layer that both racks have to its number in `other`; the racks' sizes may differ."""
         there = {
             (stack.index, place): layer
             for stack, layers in other.layers()

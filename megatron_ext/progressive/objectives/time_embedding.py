@@ -23,7 +23,7 @@ class TimeEmbedding(StageModule):
 
     def __init__(self, config: TransformerConfig, settings: ProgressiveConfig) -> None:
         """Args:
-        config: the engine's configuration.
+        config: megatron-core's transformer configuration.
         settings: kind and width of the embedding, number of time steps.
         """
         super().__init__()
