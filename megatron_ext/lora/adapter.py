@@ -54,7 +54,7 @@ class LoRAAdapter(MegatronModule):
         config: the engine's configuration, which specifies the dtype and sequence parallelism.
         input_size: input size of the whole linear layer, over all ranks.
         output_size: output size of the whole linear layer, over all ranks.
-        shape: rank and alpha.
+        shape: the adapter's rank and alpha.
         tp_group: the tensor-parallel group.
         splits_input: whether the base layer is row-parallel; otherwise it is column-parallel.
         is_gated: whether the output is [gate ; up], of which each half is split over the ranks.
@@ -114,7 +114,7 @@ def add_adapters(
             parallelism.
         x: the base layer's input, [s, b, input(/t)]; [s/t, b, input] for a column-parallel layer under sequence
             parallelism.
-        adapters: at least one adapter.
+        adapters: the layer's adapters; at least one.
         splits_input: whether the base layer is row-parallel.
 
     Returns:

@@ -153,7 +153,7 @@ def check_part(precision: str, part: Part, ranks: int) -> None:
 
     Args:
         precision: `qlora` or `nvfp4`.
-        part: the part of each rank.
+        part: a rank's part of the matrix; all ranks have parts of the same size.
         ranks: tensor-parallel size.
 
     Raises:

@@ -71,7 +71,7 @@ class AdaptedLinear(torch.nn.Module):
         """Args:
         input_size: input size of the whole layer, over all ranks.
         output_size: output size of the whole layer, over all ranks.
-        settings: adapters and precision.
+        settings: the layer's adapters and precision.
         stride: 2 if the output is [gate ; up], as in the engine.
         **kwargs: further arguments of the engine's class.
         """

@@ -32,7 +32,7 @@ class _Attach(torch.autograd.Function):
 
 
 class LayerLosses:
-    """Attaches losses to layer outputs and records their values; class state, one per process.
+    """Attaches losses to layer outputs and records the losses' values; state is kept in the class, once per process.
 
     Layers deep in the model record here without a reference to the training step, as with the engine's own trackers.
     """

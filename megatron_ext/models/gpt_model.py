@@ -97,7 +97,7 @@ class GPTModel(EngineGPTModel):
             input_ids: [b, s].
             position_ids: [b, s].
             attention_mask: [b, 1, s, s], True where attention is forbidden, or None for plain causal attention.
-            auxiliary_inputs: the model families' batch fields by name.
+            auxiliary_inputs: the batch fields that model families add, by name.
             **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
 
         Returns:

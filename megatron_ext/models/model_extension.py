@@ -39,7 +39,7 @@ class StageModule(torch.nn.Module):
 
         Args:
             embedding: the word embedding, [s, b, h] ([s/t, b, h] under sequence parallel).
-            auxiliary_inputs: the model families' batch fields by name.
+            auxiliary_inputs: the batch fields that model families add, by name.
 
         Returns:
             A tensor of the shape of `embedding`; by default `embedding` itself.

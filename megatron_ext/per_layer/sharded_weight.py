@@ -30,7 +30,7 @@ class ShardedWeight(torch.nn.Module):
         value: float = 0.0,
     ) -> None:
         """Args:
-        config: gives the dtype of the weight.
+        config: the engine's configuration, which specifies the dtype of the weight.
         groups: the weight is split over the tensor-parallel group.
         shape: shape of the whole tensor.
         dim: the dimension that is split.

@@ -34,7 +34,7 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
     """Prints a warning if the run's training samples are in another order than those of the loaded checkpoint.
 
     Args:
-        config: names the checkpoint that was loaded.
+        config: the run's checkpoint flags, which name the loaded checkpoint.
         run: the run's configuration, with sections `model`, `training` and `data`, and `TRAINING_SAMPLES`.
         progress: the checkpoint's progress.
 

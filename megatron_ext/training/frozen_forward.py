@@ -30,7 +30,7 @@ class FrozenForward:
 
         Args:
             found: for each micro-batch, whether this rank has cached its values.
-            device: device of the collective's tensor.
+            device: device of the tensor that the ranks exchange.
         """
         agreed = torch.tensor(found, dtype=torch.int32, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())

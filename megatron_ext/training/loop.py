@@ -43,7 +43,7 @@ class Data:
     """Training batches."""
 
     valid: Batches | None
-    """Validation batches, or None; every evaluation uses the same ones, so that its values can be compared."""
+    """Validation batches, or None; every evaluation uses the same batches, so that evaluations can be compared."""
 
     test: Batches | None
     """Test batches, or None; evaluated once after the last step."""

@@ -24,7 +24,7 @@ def plan_memory(
         config: the run's configuration, resolved.
         tokenizer: the tokenizer, from which the vocabulary size is taken.
         families: the run's model families, whose parameters and FLOPs are included.
-        copies: data-parallel size.
+        copies: number of model copies, which is the data-parallel size.
     """
     model, parallel, training = config.model, config.parallel, config.training
     batch = training.resolved_global_batch_size(copies)

@@ -39,7 +39,7 @@ class Use(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """The work of one training step."""
+    """How much of the model one training step runs and trains."""
 
     layers: tuple[Use, ...]
     """How a step uses each layer of the base model (skipped, run, or trained), in order."""
@@ -48,7 +48,7 @@ class StepWork:
     """How a step uses the final norm and the output layer: skipped, run, or trained."""
 
     trains_embedding: bool = True
-    """Whether word and position embedding train."""
+    """Whether the word and position embeddings are trained."""
 
     head_forwards: int = 1
     """Number of forward passes of the head (final norm and output layer): 0 if no loss reads the output, 2 if a

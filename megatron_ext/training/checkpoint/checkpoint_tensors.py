@@ -108,9 +108,9 @@ def load_optimizer(
     """Reads the optimizer's tensors from a checkpoint; load the model first. Collective.
 
     Args:
-        optimizer: the state to fill.
+        optimizer: the optimizer whose state is filled.
         folder: the checkpoint's directory.
-        step: Adam's step count.
+        step: Adam's step count in the checkpoint.
         whole: whether it is an error if the checkpoint lacks a parameter's state; otherwise that state is unchanged.
         same_vocabulary: as in `read_into`.
     """
@@ -190,7 +190,7 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Compares a checkpoint's files with their checksums, divided among the ranks; collective.
+    """Compares a checkpoint's files with their checksums; every rank checks a share of the files. Collective.
 
     Raises:
         ValueError: a file is missing or damaged.

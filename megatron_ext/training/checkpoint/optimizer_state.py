@@ -135,7 +135,7 @@ def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, tor
 def _whole(
     part: MegatronOptimizer, is_loading: bool
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Yields parameters with their whole state: the optimizer's tensors, or with a distributed optimizer copies."""
+    """Yields parameters with their whole state: the optimizer's tensors, or copies if it is distributed."""
     if isinstance(part, DistributedOptimizer) and not is_loading:
         for buffer, buffer_ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
             for bucket, ranges in zip(buffer.buckets, next(iter(buffer_ranges.values())), strict=True):

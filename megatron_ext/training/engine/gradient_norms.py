@@ -16,7 +16,7 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) ->
     Args:
         optimizer: the optimizer that holds the gradients.
         norm: the gradients' global L2 norm.
-        largest: the limit of the norm.
+        largest: the largest norm that is allowed.
     """
     # Not the engine's clipping: without Apex and Transformer Engine it allocates a scaled copy of all gradients.
     factor = largest / (norm + 1.0e-6)

@@ -50,7 +50,7 @@ class StepResult:
     """Whether the update was skipped because the loss or gradient norm is not finite."""
 
     statistics: dict[str, float]
-    """The model families' statistics of this step; empty between their intervals, complete only on rank 0."""
+    """The model families' statistics of this step; empty if none are due, and complete only on rank 0."""
 
     @property
     def loss(self) -> float:

@@ -154,7 +154,7 @@ class Family:
         return {}
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Returns further values of a training step, computed from its losses and its layers' values, by name.
+        """Returns additional values of a training step by name, computed from its losses and its layers' values.
 
         The values must be equal on every rank. A value whose name has no `/` is shown in the progress line.
         """

@@ -70,8 +70,8 @@ class Reporter:
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
             configuration: the config groups by name, as dataclasses or JSON values; written as text.
-            rank: this process's rank; None for `torchrun`'s.
-            world_size: number of processes; None for `torchrun`'s.
+            rank: this process's rank; None for the rank that `torchrun` sets.
+            world_size: number of processes; None for the number that `torchrun` sets.
             stream: where progress is printed; None for standard output.
 
         Raises:
