@@ -273,7 +273,7 @@ def _check(config: NPTRunConfig) -> None:
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(
-            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir"
+            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir; omit it"
         )
     if training.skip_train:
         raise ValueError(

@@ -91,7 +91,9 @@ def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleCo
         if name not in _FREE and ours[name] != theirs[name]
     ]
     if differences:
-        raise ValueError(f"{path}: was made with another configuration: {'; '.join(differences)}")
+        raise ValueError(
+            f"{path}: the NP weights were made with another configuration: {'; '.join(differences)}"
+        )
 
 
 def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:

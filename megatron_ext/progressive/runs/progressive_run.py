@@ -249,7 +249,7 @@ class Growth:
         return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints the numbers of trained and frozen parameters, and the bytes of each stack."""
+        """Prints how many parameters are trained and frozen, and the bytes of each stack's weights."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         weights = ", ".join(

@@ -208,8 +208,8 @@ class ProgressiveConfig(LoRAConfig):
             values = getattr(self, name)
             if values is not None and len(values) != 1 and len(values) < needed:
                 raise ValueError(
-                    f"{flag_name(name)} {' '.join(map(str, values))}: has {len(values)} values, but --target-stacks "
-                    f"{stacks} requires 1 or {needed}"
+                    f"{flag_name(name)} {' '.join(map(str, values))}: {len(values)} values are given, but "
+                    f"--target-stacks {stacks} requires 1 or {needed}"
                 )
         self.check_stacks(stacks)
 
