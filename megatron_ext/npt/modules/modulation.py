@@ -133,8 +133,7 @@ class Modulation(MegatronModule):
             shape: shape of the whole factor.
             std: standard deviation of the initial values; with 0 they are zeros.
             of_ffn: index of the dimension of size f, which is split over the tensor-parallel ranks; None to replicate
-                the
-                factor.
+                the factor.
         """
         local = list(shape)
         if of_ffn is not None:

@@ -161,8 +161,7 @@ def attach_zero_gradient(value: torch.Tensor, other: torch.Tensor) -> torch.Tens
     """Returns `value`; its backward pass also reaches `other`, with a gradient of zero.
 
     This is needed where no loss uses the layers below: backward must still reach the losses attached to these layers,
-    and
-    their pipeline stage waits for a gradient.
+    and their pipeline stage waits for a gradient.
     """
     return _Connect.apply(value, other)
 

@@ -108,8 +108,7 @@ class NPTModel:
         Args:
             path: a Hugging Face directory of a model with a Llama architecture; or a checkpoint of this project, or a
                 directory of checkpoints. For a checkpoint of an NPT run, the base model is loaded too, and the run's
-                NPT
-                layers are converted.
+                NPT layers are converted.
             bf16: whether to compute in bfloat16 instead of fp32.
             sha256: required digest of the checkpoint, as `training_info.json` stores it; None accepts any.
 

@@ -5,8 +5,7 @@
     config.json                the configuration: NPT's settings under "np", and entries that the caller adds
 
 The keys are those of `np_factors`. The .pt files described in docs/design/npt_sequential.md and
-docs/design/npt_curriculum.md differ only in the names of
-the factors.
+docs/design/npt_curriculum.md differ only in the names of the factors.
 """
 
 import contextlib

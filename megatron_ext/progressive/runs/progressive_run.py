@@ -6,8 +6,7 @@
     random       generators are re-seeded at the start of every phase
 
 The command may be interrupted at any moment. If it is repeated, it continues from the newest checkpoint, and the final
-weights
-are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
+weights are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
 """
 
 import gc
