@@ -106,7 +106,7 @@ class NPTModel:
         """Loads a model from a local directory.
 
         Args:
-            path: a Hugging Face directory of a model with a Llama architecture; or a checkpoint of this project, or a
+            path: a Hugging Face directory of a Llama-like model; or a checkpoint of this project, or a
                 directory of checkpoints. For a checkpoint of an NPT run, the base model is loaded too, and the run's
                 NPT layers are converted.
             bf16: whether to compute in bfloat16 instead of fp32.
