@@ -154,7 +154,7 @@ class Modulation(MegatronModule):
         """Registers B or W_b_up.
 
         Args:
-            scale: standard deviation with which the delta would have unit size; `np_init_scale` multiplies it.
+            scale: standard deviation at which the delta would have unit size; it is multiplied by `np_init_scale`.
         """
         settings = self.settings
         std = scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0

@@ -132,7 +132,7 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
 
 
 def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replaces the accumulated weights and the module that loads them.
+    """Replaces the accumulated weights and the generated Python module that loads them.
 
     Args:
         folder: the run's directory.
