@@ -12,7 +12,7 @@ A training step with a frozen base (`npt_work`):
 
     layers below the first trained one      forward only
     the first trained layer                 forward; fc2's input gradient; NP: gradients of the factors and of u
-    layers above                            forward and input gradients; NP: all gradients, or only those of its inputs
+    layers above                            forward and input gradients; NP: all gradients, or only input gradients
     teacher, if a loss or a blend needs it  one more forward pass, and that of the output layer
     direct MLP, equivalence                 one more forward pass of the MLP
 

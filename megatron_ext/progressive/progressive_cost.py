@@ -32,7 +32,7 @@ def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: Mo
     """Returns the parameters and FLOPs that adapters and time embedding add to the model.
 
     Args:
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
     """
@@ -54,7 +54,7 @@ def progressive_work(
     """Returns which parts of the model a training step runs and trains.
 
     Args:
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
         trains_embedding: whether word and time embedding train.

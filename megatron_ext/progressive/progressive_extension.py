@@ -20,7 +20,7 @@ class ProgressiveExtension(Extension):
 
     def __init__(self, plan: SettingsByLayer, config: ProgressiveConfig) -> None:
         """Args:
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         config: objective and time embedding.
         """
         self.plan = plan

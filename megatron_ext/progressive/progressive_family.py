@@ -270,7 +270,7 @@ class ProgressiveFamily(Family):
             config = self.config
             text = (
                 f"plateau at step {iteration}: the mean loss of the last {config.plateau_patience} steps is not "
-                f"{config.plateau_min_delta:g} lower than that of the {config.plateau_patience} steps before"
+                f"{config.plateau_min_delta:g} lower than the mean loss of the {config.plateau_patience} steps before"
             )
             return [Message(text=text)]
         return []
@@ -280,17 +280,17 @@ class ProgressiveFamily(Family):
         return self.plateau.is_reached
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns the numbers of trainable and frozen parameters and of stacks, and the cache's values."""
+        """Returns the counts of trainable parameters, frozen parameters and stacks, and the cache's values."""
         counts = {f"progressive/{name}_parameters": float(n) for name, n in self.parameters.items()}
         cached = self.cache.values() if self.cache is not None else {}
         return {**counts, **cached, "progressive/stacks": float(len(self.rack.stacks))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the plateau's state, and the numbers of updates in earlier phases."""
+        """Returns the plateau detector's state, and each parameter's update count from earlier phases."""
         return {"plateau": self.plateau.state_dict(), "earlier_steps": self.earlier_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the plateau's state; the numbers of updates follow from the trunk's checkpoint."""
+        """Restores the plateau detector's state; the update counts are read from the trunk's checkpoint instead."""
         self.plateau.load_state_dict(state["plateau"])
 
     def _sources(self, trunk: Trunk) -> dict[int, int]:

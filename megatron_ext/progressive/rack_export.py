@@ -20,7 +20,7 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
 
     Args:
         config: the configuration of progressive training.
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         as_adapters: whether adapters are to be exported separately.
 
     Raises:

@@ -9,8 +9,7 @@ difference, and the base MLP's memory is subtracted. For f proportional to h, th
 
 The constants are fitted by least squares to the measured model sizes; they give the memory at other sizes, for example
 that of a 7B model. All L layers hold their kept memory at the same time, but only one layer is at its peak: the total
-is
-L kept + (peak - kept).
+is L kept + (peak - kept).
 """
 
 from collections.abc import Callable, Sequence

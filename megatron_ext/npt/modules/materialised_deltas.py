@@ -3,8 +3,7 @@
     y = W x + delta x,      delta [n, output, input], one matrix per token and target
 
 This is the first of the two formulations in docs/design/npt_equivalence.md. It supports no tensor parallelism and is
-not used in
-training.
+not used in training.
 """
 
 import math

@@ -133,8 +133,7 @@ class Modulation(MegatronModule):
             shape: shape of the whole factor.
             std: standard deviation of the initial values; with 0 they are zeros.
             of_ffn: index of the dimension of size f, which is split over the tensor-parallel ranks; None to replicate
-                the
-                factor.
+                the factor.
         """
         local = list(shape)
         if of_ffn is not None:
@@ -155,7 +154,7 @@ class Modulation(MegatronModule):
         """Registers B or W_b_up.
 
         Args:
-            scale: standard deviation with which the delta would have unit size; `np_init_scale` multiplies it.
+            scale: standard deviation at which the delta would have unit size; it is multiplied by `np_init_scale`.
         """
         settings = self.settings
         std = scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0

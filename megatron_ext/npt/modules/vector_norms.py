@@ -27,9 +27,8 @@ parallel):
 Results without a shape are fp32 scalars. Means are over this rank's tokens and over the components.
 Tensor parallelism: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
 Without sequence parallelism all ranks get equal values, and each rank adds them to its loss. Under sequence parallelism
-every
-rank adds its values divided by t. In both cases the gradients of all factors are correct after the engine's reduction,
-which under sequence parallelism sums the gradients of replicated factors over the group.
+every rank adds its values divided by t. In both cases the gradients of all factors are correct after the engine's
+reduction, which under sequence parallelism sums the gradients of replicated factors over the group.
 """
 
 import functools

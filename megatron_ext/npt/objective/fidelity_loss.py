@@ -45,7 +45,7 @@ class NPTOutputLoss(OutputLoss):
     def __call__(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Computes the loss of one micro-batch; see `OutputLoss`. It is zero if both weights are 0."""
+        """Computes the loss of one micro-batch; see `OutputLoss`. The loss is zero if both weights are 0."""
         if self.reads == "hidden":
             # No loss uses the output, but backward must still reach the layer losses below.
             return attach_zero_gradient(output.new_zeros(()).float(), output), {}

@@ -62,7 +62,7 @@ class LayerStepLosses(LayerStep):
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `LayerStep`."""
+        """Returns the inputs of attention and MLP, blended as the curriculum says; see `LayerStep.inputs`."""
         if not self.needs_teacher:
             return hidden_states, hidden_states
         teacher = layer_inputs.read_part(TEACHER, *self.place)
@@ -80,7 +80,7 @@ class LayerStepLosses(LayerStep):
         mlp_output: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """See `LayerStep`."""
+        """Computes the losses and attaches them to the output; see `LayerStep.attach`."""
         student, hidden_states = inputs
         terms = self._terms(module, layer, hidden_states, attention_output, mlp_output)
         losses = [weight * value for weight, value in terms.values() if weight]
@@ -161,8 +161,7 @@ def attach_zero_gradient(value: torch.Tensor, other: torch.Tensor) -> torch.Tens
     """Returns `value`; its backward pass also reaches `other`, with a gradient of zero.
 
     This is needed where no loss uses the layers below: backward must still reach the losses attached to these layers,
-    and
-    their pipeline stage waits for a gradient.
+    and their pipeline stage waits for a gradient.
     """
     return _Connect.apply(value, other)
 

@@ -89,16 +89,16 @@ class NPTTrainingConfig:
     """YAML file of named blends."""
 
     equivalence_weight: float | None = None
-    """Weight of the equivalence loss, between each layer's output and the base layer's on the same input."""
+    """Weight of the equivalence loss, between an NPT layer's output and the base layer's output on the same input."""
 
     equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How equivalence is measured."""
+    """How the equivalence of two outputs is measured: mean square error, or 1 - cosine."""
 
     direct_mlp_weight: float | None = None
     """Weight of the direct MLP loss, between the modulated MLP's output and its target from the base layer."""
 
     fidelity_weight: float | None = None
-    """Weight of the fidelity loss, between the logits and those of the base model."""
+    """Weight of the fidelity loss, between the model's logits and the base model's logits."""
 
     fidelity_loss: Literal["kl", "mse"] = "kl"
     """How fidelity is measured: KL(base || NPT) of the next token, or the logits' mean square error."""
@@ -140,7 +140,7 @@ class NPTTrainingConfig:
     """Prompt of the generated text samples."""
 
     npt_log_interval: int = 10
-    """Number of steps between two measurements of v_a, v_b and the deltas."""
+    """Number of steps between two measurements of the norms of v_a, v_b and the deltas."""
 
     def __post_init__(self) -> None:
         check_choices(self)

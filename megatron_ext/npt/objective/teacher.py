@@ -41,7 +41,7 @@ class TeacherCache(FrozenForward):
         """Maps the digest of a sequence's tokens to the teacher's states for the sequence, each [s, h]."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
-        """Returns the states of a micro-batch, or None unless every model-parallel rank has all of them; collective."""
+        """Returns a micro-batch's cached states; None unless every model-parallel rank has all of them. Collective."""
         if not self.max_bytes:
             return None
         rows = [self.states.get(key) for key in _keys(batch)]
@@ -52,7 +52,7 @@ class TeacherCache(FrozenForward):
         return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
-        """Stores a micro-batch's states as long as they fit."""
+        """Stores a micro-batch's states as long as they fit into the size limit."""
         for row, key in enumerate(_keys(batch)):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:

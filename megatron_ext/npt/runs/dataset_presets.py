@@ -55,7 +55,7 @@ def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
         raise ValueError(f"--dataset-preset {preset}: {presets_file} has no such preset (available: {known})")
     blend = _words(content[preset])
     if not any(not is_number(word) for word in blend):
-        raise ValueError(f"--dataset-preset {preset}: {presets_file} names no dataset for it")
+        raise ValueError(f"--dataset-preset {preset}: {presets_file} names no dataset for this preset")
     return blend
 
 

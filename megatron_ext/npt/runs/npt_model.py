@@ -150,7 +150,7 @@ class NPTModel:
 
         Args:
             config: the layers to convert, and the form of their NP components.
-            seed: the initial values are those of a training run with this seed.
+            seed: gives the same initial values as a training run with this seed.
 
         Raises:
             ValueError: the configuration does not fit the model, or layers are already converted.

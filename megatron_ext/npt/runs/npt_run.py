@@ -86,8 +86,7 @@ def _starting_weights(
 
     Returns:
         The configuration of the NP components, a function that loads their initial weights, the layers to train (None
-        for
-        all), and a description of the weights.
+        for all), and a description of the weights.
     """
     training, module = config.npt, config.np
     fresh = start.fresh(module, config.training.seed)

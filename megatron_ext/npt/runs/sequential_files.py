@@ -8,8 +8,8 @@
     {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     the layer's run: checkpoint-{step}/, final/npt_weights.pt
 
 A layer counts as trained once `training_info.json` names it; that file is written last, after the accumulated weights.
-Accumulated weights of a layer that it does not name are ignored: the run was interrupted between writing the two files,
-and training the layer again gives the same weights.
+Accumulated weights of a layer that `training_info.json` does not name are ignored: the run was interrupted between
+writing the two files, and training the layer again gives the same weights.
 """
 
 import json
@@ -132,7 +132,7 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
 
 
 def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replaces the accumulated weights and the module that loads them.
+    """Replaces the accumulated weights and the generated Python module that loads them.
 
     Args:
         folder: the run's directory.

@@ -6,9 +6,8 @@
     random generators     re-seeded at every layer's start
 
 One command trains all layers in one process group. Each layer is a run with its own checkpoints. The command may be
-interrupted at any moment; if it is repeated, it
-continues, and the final weights are the same bit for bit. `sequential_files`
-describes the files. Source: docs/design/npt_sequential.md.
+interrupted at any moment; if it is repeated, it continues, and the final weights are the same bit for bit.
+`sequential_files` describes the files. Source: docs/design/npt_sequential.md.
 """
 
 import gc
@@ -273,7 +272,7 @@ def _check(config: NPTRunConfig) -> None:
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(
-            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir"
+            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir; omit it"
         )
     if training.skip_train:
         raise ValueError(

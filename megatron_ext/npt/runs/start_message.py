@@ -32,7 +32,7 @@ def print_start(
         base: the run's base checkpoint; None for a model from scratch.
         weights: describes where the NP weights come from.
         total_steps: number of steps of the run.
-        trains: numbers of the trained NPT layers; None for all.
+        trains: indices of the trained NPT layers, from 0; None for all.
     """
     settings = config.np
     num_layers = config.model.num_layers

@@ -129,7 +129,7 @@ def _describe_stage(state: dict[str, Any], found: Validation) -> None:
         return
     if not isinstance(index, int) or not 0 <= index < len(schedule):
         found.problems.append(
-            f"{MULTI_LAYER_STATE}: current_stage_index {index} is not one of {len(schedule)} stages"
+            f"{MULTI_LAYER_STATE}: current_stage_index {index} is out of range for {len(schedule)} stages"
         )
         return
     stage = schedule[index]

@@ -5,8 +5,7 @@
     config.json                the configuration: NPT's settings under "np", and entries that the caller adds
 
 The keys are those of `np_factors`. The .pt files described in docs/design/npt_sequential.md and
-docs/design/npt_curriculum.md differ only in the names of
-the factors.
+docs/design/npt_curriculum.md differ only in the names of the factors.
 """
 
 import contextlib
@@ -91,7 +90,9 @@ def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleCo
         if name not in _FREE and ours[name] != theirs[name]
     ]
     if differences:
-        raise ValueError(f"{path}: was made with another configuration: {'; '.join(differences)}")
+        raise ValueError(
+            f"{path}: the NP weights were made with another configuration: {'; '.join(differences)}"
+        )
 
 
 def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:

@@ -6,8 +6,7 @@
     config.json             the run's whole configuration; NPT's settings under "np"
 
 These files are for people and other programs: tensors and plain values, loaded with weights_only. A resumed run reads
-the
-files of `checkpoint_files` in the same directory instead. Only those contain Adam's moments, in shards;
+the files of `checkpoint_files` in the same directory instead. Only those contain Adam's moments, in shards;
 `optimizer_state_dict["state"]` lists their names.
 """
 

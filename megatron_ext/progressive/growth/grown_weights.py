@@ -192,7 +192,7 @@ def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping
     """Finds the trainable parameters whose optimizer state is in a checkpoint, and sets `earlier_steps`; collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, already frozen where they do not train.
+        chunks: this rank's chunks, unwrapped, with the untrained parameters already frozen.
         folder: directory of the trunk's checkpoint; its model-family state contains this function's result for the
             checkpoint's own run.
         sources: maps the number of each layer that the checkpoint has to its number in the checkpoint.

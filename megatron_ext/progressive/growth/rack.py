@@ -60,7 +60,7 @@ class Rack:
         return Rack(stacks=tuple(stack for stack in self.stacks if stack.index < num_stacks))
 
     def layers(self) -> Iterator[tuple[Stack, range]]:
-        """Yields every stack with the numbers of its layers, from 0 over the whole model."""
+        """Yields every stack with the range of its layer numbers, counted from 0 over the whole model."""
         first = 0
         for stack in self.stacks:
             yield stack, range(first, first + stack.n_blocks)

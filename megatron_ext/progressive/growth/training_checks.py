@@ -137,9 +137,9 @@ def check_history(save: Path, phases: list[Phase]) -> History:
     for place, phase in enumerate(history.finished):
         if phase.name == JOINT and len(planned) > len(there):
             raise ValueError(
-                f"--target-stacks {len(planned)}: the training in {save} is complete, its {len(there)} stacks have had "
-                "their joint phase; pass --joint-steps only with the last stack"
+                f"--target-stacks {len(planned)}: the rack in {save} is complete: its {len(there)} stacks have had "
+                "their joint phase; pass --joint-steps only when adding the last stack"
             )
         if place >= len(names) or phase.name != names[place]:
-            raise ValueError(f"--save {save}: contains {phase.name}, which does not belong to this training")
+            raise ValueError(f"--save {save}: contains {phase.name}, which is not a phase of this run")
     return history

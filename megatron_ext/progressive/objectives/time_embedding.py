@@ -65,5 +65,5 @@ def sinusoidal(steps: torch.Tensor, width: int) -> torch.Tensor:
 def time_embedding(
     config: TransformerConfig, settings: ProgressiveConfig, stage: StageInfo
 ) -> TimeEmbedding | None:
-    """Returns the time embedding on the first stage, None on others."""
+    """Returns the time embedding on the first pipeline stage, None on other stages."""
     return TimeEmbedding(config, settings) if stage.is_first else None

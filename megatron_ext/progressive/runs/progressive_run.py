@@ -6,8 +6,7 @@
     random       generators are re-seeded at the start of every phase
 
 The command may be interrupted at any moment. If it is repeated, it continues from the newest checkpoint, and the final
-weights
-are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
+weights are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
 """
 
 import gc
@@ -252,7 +251,7 @@ class Growth:
         return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints the numbers of trained and frozen parameters, and the bytes of each stack."""
+        """Prints how many parameters are trained and frozen, and the bytes of each stack's weights."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         weights = ", ".join(

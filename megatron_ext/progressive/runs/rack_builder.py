@@ -6,8 +6,7 @@
     rack = builder.build_rack()
 
 After training (`ProgressiveTrainer`) the model is built with its trained weights; stacks added after training are newly
-initialized.
-One process is enough; under torchrun with `parallel` set every process builds its part of the model.
+initialized. One process is enough; under torchrun with `parallel` set every process builds its part of the model.
 """
 
 from dataclasses import replace

@@ -61,7 +61,7 @@ class ProgressiveConfig(LoRAConfig):
     added."""
 
     trunk_precision: Literal["full", "half", "bfloat16", "nvfp4", "qlora"] | None = None
-    """Precision of stacks once they belong to the trunk. Default: that of each stack."""
+    """Precision of stacks once they belong to the trunk. Default: each stack keeps its own precision."""
 
     train_embedding: bool = False
     """Train the embedding with every stack instead of only the first; implied by --trunk-strategy trained."""
@@ -100,7 +100,7 @@ class ProgressiveConfig(LoRAConfig):
     """With --time-interpretation input: width of the time embedding before its projection to the hidden size."""
 
     time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """With --time-interpretation input: encoding of time."""
+    """With --time-interpretation input: how the time step is encoded."""
 
     stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
     """With --time-interpretation depth: mapping from stacks to time steps."""
@@ -208,8 +208,8 @@ class ProgressiveConfig(LoRAConfig):
             values = getattr(self, name)
             if values is not None and len(values) != 1 and len(values) < needed:
                 raise ValueError(
-                    f"{flag_name(name)} {' '.join(map(str, values))}: has {len(values)} values, but --target-stacks "
-                    f"{stacks} requires 1 or {needed}"
+                    f"{flag_name(name)} {' '.join(map(str, values))}: {len(values)} values are given, but "
+                    f"--target-stacks {stacks} requires 1 or {needed}"
                 )
         self.check_stacks(stacks)
 

@@ -77,7 +77,7 @@ class StackWiseConfig:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not YAML: {error}") from None
         if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
-            raise ValueError(f"{path}: must have sections such as model and training")
+            raise ValueError(f"{path}: the file must have sections such as model and training")
         try:
             return cls(**content)
         except ValueError as error:
@@ -142,7 +142,7 @@ class StackWiseConfig:
         for name, ours in _MODEL_NAMES.items():
             if name in model and ours in model:
                 raise ValueError(
-                    f"model.{name} {model[name]}: another name of {ours}, which is given too; omit one"
+                    f"model.{name} {model[name]}: this is another name of {ours}, which is also given; omit one"
                 )
             if name in model:
                 model[ours] = model.pop(name)
