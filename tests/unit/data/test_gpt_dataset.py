@@ -201,7 +201,7 @@ def test_data_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
         build(DataConfig())
     with pytest.raises(FileNotFoundError, match=r"data file not found: .*nope\.idx"):
         build(DataConfig(data_path=(f"{tmp_path}/nope",)))
-    with pytest.raises(ValueError, match="--per-layer-data-path has 2 prefixes, --data-path has 1"):
+    with pytest.raises(ValueError, match="--per-layer-data-path has 2 prefixes, but --data-path has 1"):
         build(DataConfig(data_path=(prefix,)), per_layer=["a", "b"])
     write_manifest(prefix, tool="t", tokenizer={"fingerprint": "other"}, inputs=[])
     with pytest.raises(ValueError, match="was made with the tokenizer other"):
