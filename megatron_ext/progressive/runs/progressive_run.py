@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.config.serialize import group_to_dict
+from megatron_ext.data.datasets.epochs import epoch_samples
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
@@ -105,6 +106,8 @@ def _identity(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> dict[str, A
 def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
     training = config.training
     copies = config.parallel.data_parallel_size(world_size)
+    if training.num_epochs is not None:
+        training = training.with_epochs(epoch_samples(config.data, config.model.seq_length), copies)
     phases = list_phases(
         config.progressive,
         training,
