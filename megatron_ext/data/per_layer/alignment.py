@@ -48,14 +48,14 @@ def check_aligned(
     )
     for name, ours, theirs in pairs:
         if ours != theirs:
-            raise _mismatch(prefix, per_layer_prefix, f"{ours} and {theirs} {name}")
+            raise _mismatch(prefix, per_layer_prefix, f"it has {theirs} {name} instead of {ours}")
     for name, a, b in (
         ("the length of sequence", main.lengths, aligned.lengths),
         ("the first sequence of document", main.document_indices, aligned.document_indices),
     ):
         at = _first_difference(a, b)
         if at is not None:
-            raise _mismatch(prefix, per_layer_prefix, f"{name} {at} is {a[at]} and {b[at]}")
+            raise _mismatch(prefix, per_layer_prefix, f"{name} {at} is {b[at]} instead of {a[at]}")
     _check_manifests(prefix, per_layer_prefix, strategy, vocab_size)
 
 

@@ -25,7 +25,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class StoredTable:
-    """The content of a table's file."""
+    """The content of the file that holds a table."""
 
     table: TableArray
     """[V] per-layer id of each token id."""

@@ -29,7 +29,7 @@ _COPY_UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, 
 
 @dataclass
 class State:
-    """What has been appended so far.
+    """How far the shards of a run have been appended to its datasets.
 
     Attributes:
         next_shard: number of the first shard that has not been appended.

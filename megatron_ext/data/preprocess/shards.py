@@ -33,7 +33,7 @@ class RejectedLine(Exception):
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """What every worker of a run needs besides its tokenizer."""
+    """Settings that every worker of a run needs in addition to its tokenizer."""
 
     directory: str
     """Directory in which the shards are written."""

@@ -124,7 +124,7 @@ class Tokenizer(ABC):
     _takes_any_text = True
 
     def _further_probes(self) -> list[object]:
-        """Returns what else the fingerprint must cover, besides the vocabulary and the ids of `PROBE_TEXTS`."""
+        """Returns what the fingerprint must cover in addition to the vocabulary and the ids of `PROBE_TEXTS`."""
         return []
 
     def fingerprint(self) -> str:
