@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pretrains a GPT with per-layer embeddings (PLE), in one process or in many under `torchrun`.
+"""Pretrains a GPT model with per-layer embeddings (PLE), in one process or in several under `torchrun`.
 
 torchrun --nproc-per-node 2 pretrain_gpt_per_layer.py --use-per-layer-embedding --num-layers 4 ...
 """
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """Defaults from the checkpoint in --load: model, tokenizer and per-layer settings."""
+    """Returns defaults from the --load checkpoint: model, tokenizer and per-layer settings."""
     if "load" not in given:
         return []
     from megatron_ext.training.checkpoint.run_directory import stored_defaults

@@ -31,7 +31,7 @@ def main() -> int:
         prog="pretrain_npt.py",
         description="Train neuro-plastic transformers (NPT) on top of a base model, whose checkpoint (--load) provides "
         "the shape and the tokenizer. The defaults of the loss weights, --np-form and --np-rank depend on --mode; "
-        "those shown below are of --mode equivalence. docs/npt.md lists all of them.",
+        "those shown below apply to --mode equivalence. docs/npt.md lists all of them.",
         example=EXAMPLE,
         find=_find,
         supplied=dict.fromkeys(BASE_SHAPE, "from --load; required without it"),
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """Defaults of the mode, overridden by those of loaded NP weights, and these by those of the base checkpoint."""
+    """Returns defaults from --mode, the loaded NP weights and the base checkpoint; later sources override earlier."""
     found = [mode_defaults(given)]
     if "load_npt_weights" in given:
         from megatron_ext.npt.runs.npt_run import weights_defaults

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Grows a model stack by stack over a frozen or LoRA trunk.
+"""Trains a model that grows by stacks of layers; the earlier layers (the trunk) are frozen or have LoRA adapters.
 
     torchrun --nproc-per-node 2 pretrain_progressive.py --config examples/progressive/append_frozen.yaml \
         --data-path corpus_text_document --save racks
@@ -25,7 +25,7 @@ def main() -> int:
         ProgressiveRunConfig,
         prog="pretrain_progressive.py",
         description="Grow a model stack by stack: each stack trains on top of the earlier ones, the trunk. If --save "
-        "holds a training already, it provides the model's shape and the tokenizer; the flags marked as required below "
+        "holds a training run, it provides the model's shape and the tokenizer; the flags marked as required below "
         "are then optional.",
         example=EXAMPLE,
         find=_find,
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """Defaults that follow from the stacks, overridden by those of a training that is in --save already."""
+    """Returns defaults that follow from the stacks, overridden by those of an existing training run in --save."""
     found = [stack_defaults(given)]
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
         from megatron_ext.progressive.growth.training_history import stored_rack_defaults

@@ -1,4 +1,4 @@
-"""Write a JSON-lines corpus of real text that every machine has: CPython's documentation and standard library."""
+"""Write a JSON-lines corpus of text that every machine with Python has: CPython's documentation and library sources."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,23 @@ from megatron_ext.data.corpora.python_corpus import write_corpus
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Size and place of the corpus."""
+    """Flags for the size of the corpus and the files to write."""
 
     output: str
-    """Training file to write: JSON lines of {"text": ...}."""
+    """Training file to write: JSON lines of the form {"text": ...}."""
 
     held_out: str
-    """Held-out file to write; its modules and topics are not in the training file."""
+    """Held-out file to write; it covers other modules and topics than the training file."""
 
     max_bytes: int | None = None
-    """Bytes of text in both files: documentation first, then docstrings, then sources. Default: all."""
+    """Largest number of bytes of text in both files together; documentation is taken first, then docstrings, then
+    sources. Default: take all text."""
 
     held_out_fraction: float = 0.05
-    """Fraction of the modules and topics in the held-out file."""
+    """Fraction of the modules and topics that is written to the held-out file."""
 
     repeat: int = 1
-    """Write the training documents this many times, to make a large input."""
+    """Write the training documents this many times, to make a large input file."""
 
 
 def main() -> None:

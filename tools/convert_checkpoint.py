@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Convert models between Hugging Face's format and checkpoints: Llama, Mistral, Qwen2 and Qwen3.
+"""Convert Llama, Mistral, Qwen2 and Qwen3 models between Hugging Face's format and this package's checkpoints.
 
-    convert_checkpoint.py import --model-dir DIR --save CKPT      config.json + safetensors -> a checkpoint
-    convert_checkpoint.py export --load CKPT --model-dir DIR      a checkpoint -> what from_pretrained loads
+    convert_checkpoint.py import --model-dir DIR --save CKPT      make a checkpoint from config.json and safetensors
+    convert_checkpoint.py export --load CKPT --model-dir DIR      make a directory that from_pretrained loads
 
-The tool runs in one process and needs no network. Checkpoints load at any tensor- and pipeline-parallel size. Each
-command has its own --help; docs/interop.md lists what is converted and what is refused.
-Exit codes: 0 done, 2 wrong flag or file.
+The tool runs in one process and needs no network. Checkpoints can be loaded at any tensor- and pipeline-parallel size.
+Each command has its own --help; docs/interop.md lists what is converted and what is rejected.
+Exit codes: 0 success, 2 wrong flag or file.
 """
 
 import re
@@ -24,19 +24,20 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Model to import and checkpoint to write."""
+    """Flags for the model to import and the checkpoint to write."""
 
     model_dir: str
     """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer."""
 
     save: str
-    """Directory for the checkpoint; must be missing or empty."""
+    """Directory to write the checkpoint to; must not exist yet, or be empty."""
 
     seq_length: int | None = None
-    """Tokens per training sequence. Default: the model's maximum position, at most 4096."""
+    """Tokens per training sequence. Default: the model's maximum position, but at most 4096."""
 
     make_vocab_size_divisible_by: int | None = None
-    """Pad the vocabulary to a multiple of this. Default: the largest power of two up to 128 that needs no padding."""
+    """Pad the vocabulary size to a multiple of this number. Default: the largest power of two up to 128 that needs no
+    padding."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "seq_length", "make_vocab_size_divisible_by")
@@ -44,35 +45,37 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Checkpoint to export and Hugging Face directory to write."""
+    """Flags for the checkpoint to export and the Hugging Face directory to write."""
 
     load: str
     """Directory of checkpoints, or the directory of one checkpoint."""
 
     model_dir: str
-    """Hugging Face directory to write; must be missing or empty, unless --overwrite is given."""
+    """Hugging Face directory to write; must not exist or be empty, unless --overwrite is given."""
 
     ckpt_step: int | None = None
     """Step to export. Default: the newest complete checkpoint."""
 
     architecture: str | None = None
-    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. Default: the one that the model was
-    imported from, else the first that can express the model."""
+    """Architecture to export to: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. Default:
+    the one that the model was imported from, else the first that can express the model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the tensors. Default: that of the checkpoint."""
+    """Dtype of the exported tensors. Default: the dtype in the checkpoint."""
 
     max_shard_size: str = "5GB"
     """Largest size of a safetensors file, such as 500MB or 2GiB."""
 
     base_only: bool = False
-    """Export the base model without what a family added to it; the base must have been frozen (NPT)."""
+    """Export the base model without the parameters that a model family (NPT) added; the base must have been frozen."""
 
     merge_adapters: Switch = False
-    """Merge the adapters of a progressive rack (clm) into its weights and export it as a plain model."""
+    """Merge the adapters of a model trained by pretrain_progressive.py (objective clm) into its weights, and export the
+    result as a plain model."""
 
     adapter_dir: str | None = None
-    """Write every adapter in peft's format to a subdirectory of this one, and the base model alone to --model-dir."""
+    """Write each adapter in peft's format to a subdirectory of this directory, and only the base model to
+    --model-dir."""
 
     tokenizer_model: str | None = None
     """Path of the tokenizer's file or directory, if it has moved since training."""
@@ -91,7 +94,7 @@ class ExportConfig:
         self.resolved_max_shard_size()
 
     def resolved_max_shard_size(self) -> int:
-        """`max_shard_size` in bytes; raises `ValueError` if it is not a size."""
+        """Returns `max_shard_size` in bytes; raises `ValueError` if the text is not a size."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", self.max_shard_size, re.IGNORECASE)
         unit = match[2].upper() if match else "?"
         size = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0

@@ -1,13 +1,13 @@
 """Verify, inspect, merge, split and shuffle indexed datasets.
 
-    data.py verify PREFIX ...       check sizes, pointers, ids, checksums and alignment of per-layer data
+    data.py verify PREFIX ...       check sizes, pointers, ids, checksums and alignment with per-layer data
     data.py inspect PREFIX          show counts, lengths, and one document as text or with per-layer ids
     data.py merge PREFIX ...        concatenate datasets into --output-prefix
     data.py split PREFIX            split into consecutive parts: --output-prefix A B --shares 95 5
     data.py shuffle PREFIX          write the documents in random order to --output-prefix
 
-A PREFIX is a path without .bin or .idx. Each command has its own --help.
-Exit codes: 0 done, 1 verify found a broken dataset, 2 wrong flag or file.
+A PREFIX is the path of a dataset without .bin or .idx. Each command has its own --help.
+Exit codes: 0 success, 1 verify found a broken dataset, 2 wrong flag or file.
 """
 
 import sys
@@ -29,11 +29,11 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class OptionalTokenizerConfig(TokenizerConfig):
-    """Tokenizer to compare the ids with or to decode them (optional)."""
+    """Flags for an optional tokenizer, with which the token ids are checked or decoded."""
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Requires no flag; `__post_init__` checks those that are given."""
+        """Returns no missing flags, as the tokenizer is optional; `__post_init__` checks the flags that are given."""
         return []
 
     def __post_init__(self) -> None:
@@ -41,41 +41,41 @@ class OptionalTokenizerConfig(TokenizerConfig):
             super().__post_init__()
 
     def is_given(self) -> bool:
-        """Whether any flag of the tokenizer differs from its default."""
+        """Whether any tokenizer flag differs from its default."""
         files = (self.tokenizer_model, self.vocab_file, self.merge_file, self.vocab_size)
         return any(files) or self.tokenizer_type != "GPT2BPETokenizer"
 
     def build(self) -> Tokenizer | None:
-        """Builds the tokenizer; returns None if none is given."""
+        """Builds the tokenizer; returns None if no tokenizer flag is given."""
         return build_tokenizer(self) if self.is_given() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Datasets to verify."""
+    """Flags for the datasets to verify."""
 
     prefix: tuple[str, ...]
-    """Datasets. They may also be given first, without --prefix."""
+    """Prefixes of the datasets to verify. They may also be given first, without --prefix."""
 
     source: str | None = None
-    """For per-layer data: path of the main dataset, if it is not where the manifest says."""
+    """For per-layer data: prefix of the main dataset, if it is not at the path in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Dataset to inspect."""
+    """Flags for the dataset to inspect."""
 
     prefix: str
-    """Dataset. It may also be given first, without --prefix."""
+    """Prefix of the dataset to inspect. It may also be given first, without --prefix."""
 
     document: int | None = None
-    """Index of a document to show, from 0; a negative index counts from the end."""
+    """Index of a document to show, counted from 0; a negative index counts from the end."""
 
     max_tokens: int = 100
-    """Largest number of the document's tokens to show."""
+    """Show at most this many tokens of the document."""
 
     per_layer_data_path: str | None = None
-    """Aligned per-layer dataset whose ids are shown beside the tokens."""
+    """Prefix of the aligned per-layer dataset, whose ids are shown beside the tokens."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -84,41 +84,41 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Datasets to concatenate."""
+    """Flags for the datasets to concatenate."""
 
     prefix: tuple[str, ...]
-    """Datasets, in order. They may also be given first, without --prefix."""
+    """Prefixes of the datasets to concatenate, in order. They may also be given first, without --prefix."""
 
     output_prefix: str
-    """Dataset to write."""
+    """Prefix of the merged dataset to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Dataset to split."""
+    """Flags for the dataset to split."""
 
     prefix: str
-    """Dataset. It may also be given first, without --prefix."""
+    """Prefix of the dataset to split. It may also be given first, without --prefix."""
 
     output_prefix: tuple[str, ...]
-    """Datasets to write, in the order of the documents."""
+    """Prefixes of the datasets to write; the first gets the first documents, and so on."""
 
     shares: tuple[float, ...]
-    """Proportion of the documents for each part, such as 95 5."""
+    """Proportion of the documents that each dataset gets, such as 95 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffleConfig:
-    """Dataset to shuffle."""
+    """Flags for the dataset to shuffle."""
 
     prefix: str
-    """Dataset. It may also be given first, without --prefix."""
+    """Prefix of the dataset to shuffle. It may also be given first, without --prefix."""
 
     output_prefix: str
-    """Dataset to write."""
+    """Prefix of the shuffled dataset to write."""
 
     seed: int = 1234
-    """Seed of the order. With the same seed a dataset and its per-layer dataset stay aligned."""
+    """Random seed for the order. A dataset and its per-layer dataset stay aligned if both use the same seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class ShuffleFlags:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code."""
+    """Runs one subcommand; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else ""
     if command not in _COMMANDS:
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_verify(flags: VerifyFlags) -> int:
-    """Read each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment of per-layer data."""
+    """Read each dataset and check sizes, pointers, ids, checksums, tokenizer and alignment with per-layer data."""
     config, tokenizer = flags.data, flags.tokenizer.build()
     broken = 0
     refuse_same_dataset("verify", config.prefix)
@@ -205,7 +205,7 @@ def run_verify(flags: VerifyFlags) -> int:
 
 
 def run_inspect(flags: InspectFlags) -> int:
-    """Show a dataset's counts and document lengths, and one document, decoded if a tokenizer is given."""
+    """Show the counts and document lengths of a dataset, and one document (as text if a tokenizer is given)."""
     config, tokenizer = flags.data, flags.tokenizer.build()
     index = check_dataset(config.prefix, tokenizer)
     manifest = read_manifest(config.prefix)
@@ -229,12 +229,12 @@ def run_inspect(flags: InspectFlags) -> int:
 
 
 def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | None) -> None:
-    """Prints the tokens of one document, with their text and per-layer ids if these are given."""
+    """Prints the tokens of one document, with their text if a tokenizer is given, and with per-layer ids if given."""
     total = index.num_documents
     assert config.document is not None
     if not -total <= config.document < total:
         raise ValueError(
-            f"--document {config.document}: must be below {total}, the documents in {config.prefix}"
+            f"--document {config.document}: must be below {total}, the number of documents in {config.prefix}"
         )
     number = config.document % total
     start, end = index.document_starts(number, number + 2).tolist()
@@ -256,7 +256,7 @@ def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | N
 
 
 def _per_layer_names(prefix: str) -> dict[int, str]:
-    """Per-layer id -> entry of the vocabulary that the manifest names; empty if the file is missing."""
+    """Returns the text of each per-layer id, from the vocabulary named in the manifest; empty if that is missing."""
     made = (read_manifest(prefix) or {}).get("per_layer") or {}
     try:
         return row_names(made["vocab_file"], made["strategy"]) if made.get("vocab_file") else {}
@@ -265,7 +265,7 @@ def _per_layer_names(prefix: str) -> dict[int, str]:
 
 
 def _names(inputs: list[dict[str, Any]]) -> str:
-    """Names the first three input files and counts the rest."""
+    """Returns the names of the first three input files, and how many more there are."""
     paths = [entry["path"] for entry in inputs]
     return (
         ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

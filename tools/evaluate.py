@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures a checkpoint's perplexity on indexed datasets, in one process or in several under `torchrun`."""
+"""Measures the perplexity of a model on indexed datasets, in one process or in several under `torchrun`."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(LoadConfig):
-    """Checkpoint and data to evaluate, and the parallel layout."""
+    """Flags for the checkpoint and data to evaluate, and for the parallel layout."""
 
     load: str
     """Directory of checkpoints, or the directory of one checkpoint."""
@@ -24,17 +24,17 @@ class EvaluateConfig(LoadConfig):
     """Prefixes of indexed datasets; each is evaluated separately."""
 
     unigram_from: str | None = None
-    """Prefix of the training data, for baselines: the cross-entropy of its unigram distribution, and the accuracy of
-    its most frequent token if the model reports an accuracy."""
+    """Prefix of the training data, from which two baselines are computed: the cross-entropy of its unigram
+    distribution, and (if the model reports an accuracy) the accuracy of always predicting its most frequent token."""
 
     micro_batch_size: int = 4
-    """Windows per micro-batch on each process."""
+    """Number of windows that each process evaluates at a time."""
 
     max_tokens: int | None = None
     """Evaluate only this many tokens of each dataset. Default: all."""
 
     seq_length: int | None = None
-    """Tokens per window. Default: the sequence length of the training."""
+    """Tokens per window. Default: the sequence length used in training."""
 
     output: str | None = None
     """JSON file to write the result to."""
@@ -45,7 +45,7 @@ class EvaluateConfig(LoadConfig):
 
 
 def main() -> None:
-    """Evaluates, and prints one line per dataset on rank 0."""
+    """Evaluates the datasets, and prints one line for each on rank 0."""
     config: EvaluateConfig = parse(
         EvaluateConfig,
         prog="tools/evaluate.py",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Generates text with a checkpoint, in one process or in several under `torchrun`.
+"""Generates text with a trained model, in one process or in several under `torchrun`.
 
 A causal model generates token by token with a KV cache (greedy, temperature, top-k, top-p). A model that was trained on
-masked tokens replaces masks by tokens, the most confident first.
+masked tokens begins with masks and replaces them with tokens, the most confident predictions first.
 """
 
 import sys
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(LoadConfig, SamplingConfig):
-    """Checkpoint, prompts, sampling, and the parallel layout."""
+    """Flags for the checkpoint, the prompts, the sampling and the parallel layout."""
 
     load: str
     """Directory of checkpoints, or the directory of one checkpoint."""
@@ -34,16 +34,17 @@ class GenerateConfig(LoadConfig, SamplingConfig):
     """Texts to continue."""
 
     stop: Repeated[str] = ()
-    """Text that ends a continuation and is not printed; repeat the flag for several."""
+    """Text that ends a continuation and is not printed; repeat the flag for several texts."""
 
     stop_id: Repeated[int] = ()
-    """Token id that ends a continuation, in addition to the model's own; repeat the flag for several."""
+    """Token id that ends a continuation, in addition to the model's own stop ids; repeat the flag for several ids."""
 
     prompt_file: str | None = None
-    """File with one prompt per line; - is standard input (single process only)."""
+    """File with one prompt per line, or - for standard input (single process only)."""
 
     sampler: Literal["autoregressive", "diffusion"] | None = None
-    """Generate token by token (autoregressive) or by replacing masks (diffusion). Default: as the model was trained."""
+    """Generate token by token (autoregressive), or by replacing masks (diffusion). Default: the way that fits the
+    model's training objective."""
 
     diffusion_steps: int = 32
     """With --sampler diffusion: number of forward passes that replace the masks."""
@@ -133,7 +134,7 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
     if objective is not None and objective.bidirectional:
         raise ValueError(
             f"--sampler autoregressive: requires a causal model; this one was trained with {objective.kind}, where "
-            "every token sees all others"
+            "every token attends to all others"
         )
     sampling = Sampling(**config.sampling_options(), stop_tokens=stop_tokens)
     return generate(*arguments, sampling, tokenizer.vocab_size, ends_with_any(tokenizer, _stops(config)))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measures the memory of NP components in a training step: one delta matrix per token against the factored form.
+"""Measures the memory that NP components need in training, with one delta matrix per token and in factored form.
 
     python tools/memory_report.py --np-rank 16 --np-target gate --output report.json
 
-At a few sizes it measures the bytes per token that one converted layer needs beyond its base MLP, both kept for the
-backward pass and at the peak (`megatron_ext/npt/evaluation/delta_memory.py`). From these it projects to the shape of a
-7B model and to a whole micro-batch over all converted layers. The 448 GB of docs/design/npt_equivalence.md are one bf16
-delta of [14336, 4096] for each of 4096 tokens.
+For a few hidden sizes, it measures how many bytes per token one converted layer needs in addition to its base MLP: the
+bytes kept for the backward pass, and the peak (see `megatron_ext/npt/evaluation/delta_memory.py`). From these it
+extrapolates to a 7B model, for a whole micro-batch and all converted layers. The 448 GB mentioned in
+docs/design/npt_equivalence.md are one bf16 delta matrix [14336, 4096] for each of 4096 tokens.
 """
 
 import json
@@ -28,22 +28,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReportConfig:
-    """Sizes to measure, and the model to project to."""
+    """Flags for the sizes to measure, and for the model to extrapolate to (the projected model)."""
 
     sizes: str = "256,512,1024"
-    """Hidden sizes to measure, at least two. The FFN size is scaled like that of the projected model."""
+    """Hidden sizes to measure, at least two, separated by commas. The ratio of FFN size to hidden size is that of the
+    projected model."""
 
     bf16: bool = False
     """Use bfloat16 weights and activations instead of fp32."""
 
     projected_hidden_size: int = 4096
-    """Hidden size of the projected model."""
+    """Hidden size of the model that the measurements are extrapolated to (the projected model)."""
 
     projected_ffn_hidden_size: int = 11008
-    """FFN size of the projected model. The default is Llama 2 7B's; Llama 3 8B has 14336."""
+    """FFN size of the projected model. The default is that of Llama 2 7B; Llama 3 8B has 14336."""
 
     projected_num_layers: int = 32
-    """Number of layers of the projected model; --npt-layers selects those that are converted."""
+    """Number of layers of the projected model; --npt-layers selects which of them are converted."""
 
     tokens: int = 4096
     """Tokens per micro-batch of the projected model."""
@@ -59,10 +60,12 @@ class MemoryReportConfig:
 
     @property
     def hidden_sizes(self) -> list[int]:
-        """`sizes` as integers; raises `ValueError` if it is not a list of integers from 16."""
+        """Returns `sizes` as integers; raises `ValueError` unless all are whole numbers of at least 16."""
         parts = self.sizes.split(",")
         if not all(part.strip().isdecimal() and int(part) >= 16 for part in parts):
-            raise ValueError(f"--sizes {self.sizes}: must be whole numbers from 16, separated by commas")
+            raise ValueError(
+                f"--sizes {self.sizes}: must be whole numbers of at least 16, separated by commas"
+            )
         return [int(part) for part in parts]
 
 
@@ -75,7 +78,7 @@ class MemoryReportFlags:
 
 
 def main() -> None:
-    """Measures the memory, projects it, and prints and writes the figures."""
+    """Measures the memory, extrapolates it to the projected model, and prints and writes the figures."""
     flags = parse(
         MemoryReportFlags,
         prog="tools/memory_report.py",

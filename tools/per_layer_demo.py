@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Checks in seconds that per-layer embedding works on this machine with the given options and parallel layout.
+"""Checks in seconds that per-layer embedding works on this machine with the given flags and parallel layout.
 
-It trains a tiny model on data in which every second token is a function of the one before, prints each layer's
-statistics, and fails if a layer's per-layer parameters get no gradient or the loss does not fall.
+It trains a tiny model on data in which every second token is a function of the token before, prints the statistics of
+each layer, and fails if the per-layer parameters of a layer get no gradient or the loss does not fall.
 Exit codes: 0 passed, 1 failed, 2 wrong flag.
 """
 
@@ -44,7 +44,7 @@ class DemoFlags:
 
 
 def main() -> int:
-    """Trains, prints the statistics and returns the exit code."""
+    """Trains the tiny model, prints the statistics and returns the exit code."""
     flags = parse(
         DemoFlags,
         ["--use-per-layer-embedding", *TINY, *sys.argv[1:]],
@@ -98,7 +98,7 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
 
 
 def rule() -> Iterator[dict[str, Any]]:
-    """Yields endless micro-batches of one sequence in which token 2i + 1 is a function of token 2i."""
+    """Yields micro-batches without end, each with one sequence in which token 2i + 1 is a function of token 2i."""
     import torch
 
     generator = torch.Generator().manual_seed(1)

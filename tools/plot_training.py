@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws the losses of a run and one of its per-layer statistics from TensorBoard files. Requires matplotlib."""
+"""Draws the losses of a training run and one per-layer statistic from TensorBoard files. Requires matplotlib."""
 
 import json
 import re
@@ -15,19 +15,19 @@ from megatron_ext.reports.events import Curve, read_curves
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Run to draw and picture to write."""
+    """Flags for the run to draw and the picture to write."""
 
     tensorboard_dir: Annotated[str, flag(aliases=("--logdir",))]
     """TensorBoard directory of the run."""
 
     output: str
-    """Picture to write; the suffix chooses the format (png, svg, pdf)."""
+    """Picture file to write; its suffix chooses the format (png, svg, pdf)."""
 
     evaluation: str | None = None
-    """JSON file of tools/evaluate.py: draw its held-out loss and unigram entropy too."""
+    """JSON file written by tools/evaluate.py, to draw its held-out loss and unigram entropy too."""
 
     statistic: str = "per-layer/update-ratio"
-    """Tag of a per-layer statistic without /layer_NN. It is not drawn if the run does not have it."""
+    """TensorBoard tag of the per-layer statistic to draw, without /layer_NN; not drawn if the run does not have it."""
 
 
 def main() -> None:

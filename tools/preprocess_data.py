@@ -1,11 +1,11 @@
 """Tokenize raw text into indexed datasets for training: PREFIX_KEY_document.bin and .idx, with a manifest.
 
-The flags are Megatron-LM's. The files are byte for byte those that Megatron-LM writes for the same documents,
-whatever the number of workers.
+The flags are those of Megatron-LM. For the same documents, the files equal Megatron-LM's byte for byte, with any number
+of worker processes.
 
-Exit codes: 0 done; 2 an error in flags or input, or a full disk (no partial output is left); 3 a worker process
-ended unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM. After 3, 130 and 143 the same command with
---resume continues.
+Exit codes: 0 success; 2 an error in flags or input, or a full disk (no partial output is left); 3 a worker process
+ended unexpectedly; 130 and 143 interrupted by SIGINT and SIGTERM. After exit codes 3, 130 and 143, the same command
+with --resume continues the work.
 """
 
 import os
@@ -31,7 +31,7 @@ EXAMPLE = (
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
+    """Raised when SIGINT or SIGTERM arrives."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
 """Build the per-layer vocabulary, the token-to-per-layer table and the aligned per-layer dataset.
 
-The tool reads the tokenized data of tools/preprocess_data.py (OUTPUT_PREFIX_KEY_document); it does not tokenize again.
-It writes PER_LAYER_OUTPUT_PREFIX_KEY_document.bin/.idx/.json, the vocabulary, and the table beside it. An existing
-vocabulary file is used unchanged; give the training set's file to process a held-out set.
+The tool reads the data that tools/preprocess_data.py has tokenized (OUTPUT_PREFIX_KEY_document). It writes
+PER_LAYER_OUTPUT_PREFIX_KEY_document.bin/.idx/.json, and the vocabulary with the table in the same directory. An
+existing vocabulary file is used unchanged; for a held-out set, give the vocabulary file of the training set.
 """
 
 import time
@@ -46,10 +46,10 @@ _MARKS = ("<|layer_start|>", "<|attention|>", "<|layer_end|>")
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayerDataConfig:
-    """Tokenized data to read, and per-layer data to write."""
+    """Flags for the tokenized data to read, and the per-layer data to write."""
 
     input: tuple[str, ...] = ()
-    """Text files that the tokenized data was made from. They are recorded in the manifest, not read."""
+    """Text files that the tokenized data was made from. They are only recorded in the manifest, not read."""
 
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the JSON lines, as given to tools/preprocess_data.py."""
@@ -61,17 +61,18 @@ class PerLayerDataConfig:
     """Prefix of the per-layer data to write."""
 
     per_layer_vocab_file: str | None = None
-    """Per-layer vocabulary (JSON). It is created if it is missing, else used. Not needed for strategy identity."""
+    """JSON file of the per-layer vocabulary. An existing file is used, a missing one is created. Not needed with
+    --per-layer-strategy identity."""
 
     per_layer_vocab_size: int | None = None
-    """Largest number of entries of the per-layer vocabulary, with special tokens. Default: 10000, or that of the
-    file."""
+    """Largest number of entries in the per-layer vocabulary, including special tokens. Default: 10000, or the size of
+    the existing vocabulary file."""
 
     per_layer_strategy: Strategy = "syntax_focus"
     """How a token id is mapped to a per-layer id."""
 
     seed: int = 1234
-    """Seed of strategy random_subset."""
+    """Random seed for --per-layer-strategy random_subset."""
 
     def __post_init__(self) -> None:
         if self.per_layer_strategy != "identity" and self.per_layer_vocab_file is None:
@@ -88,11 +89,11 @@ class PerLayerDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyConfig(TokenizerConfig):
-    """The tokenizer of the tokenized data, and its files."""
+    """Flags for the tokenizer that made the tokenized data, and its files."""
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Requires no flag: `__post_init__` may still find merges.txt, and checks the rest."""
+        """Returns no missing flags: `__post_init__` may still find merges.txt, and checks the other flags."""
         return []
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _require_tokenized(source: str, config: PerLayerDataConfig) -> None:
-    """Raises if the tokenized data is missing; the error shows the command that makes it."""
+    """Raises `ValueError` if the tokenized data is missing; the message shows the command that makes it."""
     if Path(bin_path(source)).is_file() and Path(idx_path(source)).is_file():
         return
     keys = f" --json-keys {' '.join(config.json_keys)}" if config.json_keys != ("text",) else ""
@@ -148,7 +149,10 @@ def _require_tokenized(source: str, config: PerLayerDataConfig) -> None:
 def _make_table(
     config: PerLayerDataConfig, tokenizer: Tokenizer, indices: list[Index]
 ) -> tuple[TableArray, int]:
-    """Returns the table [V] of per-layer ids and their number; writes the vocabulary and the table if needed."""
+    """Returns the table [V] from token id to per-layer id, and the number of per-layer ids.
+
+    The vocabulary and the table are written if their files do not exist yet.
+    """
     path, strategy = config.per_layer_vocab_file, config.per_layer_strategy
     if strategy == "identity":
         return np.arange(tokenizer.vocab_size, dtype=np.int32), tokenizer.vocab_size
@@ -177,7 +181,7 @@ def _make_table(
 def _vocabulary(
     config: PerLayerDataConfig, path: str, tokenizer: Tokenizer, indices: list[Index]
 ) -> dict[str, int]:
-    """Returns the vocabulary (text -> id), read from its file or built from the tokens and written there."""
+    """Returns the vocabulary (per-layer id by text): read from its file, or built from the tokens and written to it."""
     size = config.per_layer_vocab_size
     if Path(path).exists():
         vocabulary = load_vocabulary(path)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Compares progressive trainings: time, memory and losses of each run and phase, as tables, JSON and one HTML page.
+"""Compares progressive training runs: time, memory and losses of each run and phase, as tables, JSON and an HTML page.
 
-A run is the --save directory of pretrain_progressive.py, with its progressive.json. For step times and losses it should
-also hold `tensorboard` (the run's --tensorboard-dir), and for held-out losses evaluation.json (of tools/evaluate.py).
+A run is given as the --save directory of pretrain_progressive.py, which contains progressive.json. To report step times
+and losses, it must also contain a directory `tensorboard` (the run's --tensorboard-dir); to report held-out losses,
+evaluation.json, written by tools/evaluate.py.
 """
 
 import json
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveReportConfig:
-    """Runs to compare, and the report to write."""
+    """Flags for the runs to compare, and the report to write."""
 
     runs: tuple[str, ...]
-    """Runs as NAME=DIR."""
+    """Runs to compare, each as NAME=DIR: a name for the report, and the run's --save directory."""
 
     reference: str | None = None
-    """Name of the run that step times and memory are divided by."""
+    """Name of the run whose step times and memory those of all runs are divided by."""
 
     html: str | None = None
     """HTML file to write with tables, growth timelines and loss curves; requires matplotlib."""

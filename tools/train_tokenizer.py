@@ -1,7 +1,7 @@
 """Train a tokenizer on raw text: byte-level BPE (vocab.json, merges.txt, tokenizer.json) or SentencePiece
 (tokenizer.model).
 
-Exit codes: 0 done; 2 an error in flags or input.
+Exit codes: 0 success; 2 an error in flags or input.
 """
 
 from collections.abc import Iterator
@@ -21,25 +21,25 @@ EXAMPLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig:
-    """Tokenizer to train."""
+    """Flags for the tokenizer to train."""
 
     output_dir: str
     """Directory to write the tokenizer's files to."""
 
     vocab_size: int = 32768
-    """Number of ids."""
+    """Number of token ids, including special tokens."""
 
     tokenizer_type: Literal["GPT2BPETokenizer", "SentencePieceTokenizer"] = "GPT2BPETokenizer"
     """Type of the tokenizer: byte-level BPE (GPT2BPETokenizer) or SentencePiece."""
 
     model_type: Literal["unigram", "bpe"] = "unigram"
-    """Algorithm of SentencePiece."""
+    """With SentencePieceTokenizer: the algorithm, unigram or BPE."""
 
     special_tokens: tuple[str, ...] = (END_OF_TEXT,)
-    """Special tokens; they get the first ids."""
+    """Special tokens of the tokenizer; they get the first ids."""
 
     min_frequency: int = 2
-    """Byte-level BPE: merge only pairs that occur at least this often."""
+    """With byte-level BPE: merge only pairs that occur at least this often."""
 
     max_characters: int | None = None
     """Train on this many characters from the beginning of the input. Default: all."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints a table of a run's losses from its TensorBoard files, and the result of an evaluation."""
+"""Prints a table of a training run's losses from its TensorBoard files, and optionally the result of an evaluation."""
 
 import json
 import math
@@ -13,23 +13,24 @@ from megatron_ext.reports.events import read_curves
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryConfig:
-    """Run to summarize."""
+    """Flags for the run to summarize."""
 
     tensorboard_dir: str
     """TensorBoard directory of the run."""
 
     evaluation: str | None = None
-    """JSON file of tools/evaluate.py, to print its losses too."""
+    """JSON file written by tools/evaluate.py, to print its losses too."""
 
     rows: int = 10
-    """Number of rows: the first, last and evaluated steps, then steps spread evenly over the run."""
+    """Number of rows in the table: the first, last and evaluated steps, and further steps spread evenly over the
+    run."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "rows")
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table of losses, and the evaluation if one is given."""
     config: SummaryConfig = parse(
         SummaryConfig,
         prog="tools/training_summary.py",
@@ -63,11 +64,11 @@ def main() -> None:
 
 
 def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
-    """Reads step -> training loss, and step -> validation loss.
+    """Returns the training losses and the validation losses, each by step.
 
     Raises:
-        FileNotFoundError: the directory holds no event files.
-        ValueError: the event files hold no losses.
+        FileNotFoundError: the directory has no event files.
+        ValueError: the event files contain no losses.
     """
     curves = read_curves(directory, required="lm loss")
     training, validation = (
@@ -77,7 +78,7 @@ def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def _pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
-    """The first, last and evaluated steps, filled up to `rows` with evenly spread ones."""
+    """Returns the first, last and evaluated steps, and evenly spread steps to make up `rows` in total."""
     evenly = [steps[round(i * (len(steps) - 1) / (rows - 1))] for i in range(rows)]
     kept = dict.fromkeys([steps[0], steps[-1], *evaluated[-rows:], *evenly])
     return sorted(list(kept)[: max(rows, 2)])

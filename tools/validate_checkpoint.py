@@ -2,7 +2,7 @@
 """Validates an NPT checkpoint: all required files exist, can be read, and match their checksums.
 
     python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000
-    python tools/validate_checkpoint.py experiments/run/checkpoints                     the newest complete one
+    python tools/validate_checkpoint.py experiments/run/checkpoints                     the newest complete checkpoint
 
 The layout of such a checkpoint is described in docs/design/npt_curriculum.md.
 Exit codes: 0 valid, 1 damaged or incomplete, 2 wrong flag or directory.
@@ -18,15 +18,15 @@ from megatron_ext.config.command_line.parse import parse, run_main
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateConfig:
-    """Checkpoint to validate."""
+    """Flags for the checkpoint to validate."""
 
     checkpoint: str
-    """Directory of the checkpoint, or a directory of checkpoints, whose newest complete one is validated. It may also
-    be given first, without --checkpoint."""
+    """Directory of one checkpoint, or of several, of which the newest complete one is validated. It may also be given
+    first, without --checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints step, layers, stage and problems; returns the exit code."""
+    """Prints the checkpoint's step, NPT layers, curriculum stage and problems; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--checkpoint")

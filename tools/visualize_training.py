@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws the TensorBoard files of one or more runs: losses, heat maps (layer x step) of per-layer values, other curves.
 
-The output is one self-contained HTML page (--html), or a directory of pictures (--output-dir). Each run below the given
-directory gets its own sections. Stages of a curriculum are shaded. Requires matplotlib.
+The output is a self-contained HTML page (--html), or a directory of pictures (--output-dir). Each run in or below the
+given directory gets its own sections. Curriculum stages are shaded. Requires matplotlib.
 """
 
 import re
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VisualizeConfig:
-    """Runs to draw, and the output."""
+    """Flags for the runs to draw and the files to write."""
 
     tensorboard_dir: Annotated[str, flag(aliases=("--logdir",))]
-    """TensorBoard directory of a run, or a directory with several of them."""
+    """TensorBoard directory of a run, or a directory that contains several of them."""
 
     html: str | None = None
     """HTML file to write."""
 
     output_dir: str | None = None
-    """Directory to write one SVG file per chart to; several runs get a subdirectory each."""
+    """Directory to write one SVG file per chart to, with one subdirectory per run if there are several runs."""
 
     tags: str = ""
-    """Draw only the tags that match this regular expression (a match anywhere counts)."""
+    """Draw only the tags that contain a match of this regular expression."""
 
     def __post_init__(self) -> None:
         if (self.html is None) == (self.output_dir is None):
@@ -45,7 +45,7 @@ class VisualizeConfig:
 
 
 def main() -> None:
-    """Draws the charts and prints where they are."""
+    """Draws the charts, and prints where they were written."""
     config: VisualizeConfig = parse(
         VisualizeConfig,
         prog="tools/visualize_training.py",

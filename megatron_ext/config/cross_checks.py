@@ -1,7 +1,7 @@
-"""Checks between config groups: the parallel layout against the model, the batch and the schedule.
+"""Checks that compare several config groups, such as the parallel layout with the model and the batch size.
 
 They run before any process group starts and raise a `ValueError` that names the flag and its value. A check that needs
-only one group is in the group's `__post_init__`.
+only one group is in that group's `__post_init__`.
 """
 
 import os
@@ -25,15 +25,15 @@ def validate(
 ) -> None:
     """Raises `ValueError` for the first contradiction between the config groups.
 
-    Tools that do not train leave out `training`, `optimizer` and `data`, and with them their checks.
+    Tools that do not train omit `training`, `optimizer` and `data`; the checks that need these groups are then skipped.
 
     Args:
         model: configuration of the base model.
         parallel: the parallel layout.
-        training: batch sizes and length of the run.
+        training: batch sizes and length of the training run.
         optimizer: schedules of learning rate and weight decay.
-        data: attention masks and positions of the samples.
-        world_size: number of processes; the default is `torchrun`'s WORLD_SIZE, or 1.
+        data: how the samples are built; only its attention-mask and position resets are checked.
+        world_size: number of processes; the default is the environment variable WORLD_SIZE set by `torchrun`, or 1.
     """
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE") or 1)
@@ -97,7 +97,7 @@ def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_resets(model: ModelConfig, data: DataConfig) -> None:
-    """Refuses resets at a document's end that would have no effect in this model."""
+    """Rejects --reset-attention-mask and --reset-position-ids where the model would ignore them."""
     if data.reset_attention_mask and model.attention_backend == "te":
         # Transformer Engine's causal attention builds its own mask and ignores ours.
         raise ValueError("--reset-attention-mask: requires --attention-backend sdpa or local (got te)")
@@ -126,7 +126,7 @@ def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parall
 
 
 def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
-    """The schedule must be in the unit of the run's length (steps or samples); the warm-up must be shorter."""
+    """Checks that schedule and run length share one unit (steps or samples), and that the phases fit the schedule."""
     counts_samples = training.train_samples is not None
     unit, other = ("samples", "iters") if counts_samples else ("iters", "samples")
     for kind in ("decay", "warmup", "wsd_decay"):
@@ -134,15 +134,17 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
         if value:
             flag = flag_name(f"lr_{kind}")
             raise ValueError(
-                f"{flag}-{other} {value}: the run's length is given by --train-{unit}, use {flag}-{unit}"
+                f"{flag}-{other} {value}: the run's length is given by --train-{unit}; use {flag}-{unit} instead"
             )
     length = training.train_samples if counts_samples else training.train_iters
     decay = getattr(optimizer, f"lr_decay_{unit}") or length
     warmup = getattr(optimizer, f"lr_warmup_{unit}")
     if warmup >= decay:
-        raise ValueError(f"--lr-warmup-{unit} {warmup}: must be less than the {decay} {unit} of the decay")
+        raise ValueError(
+            f"--lr-warmup-{unit} {warmup}: must be less than the {decay} {unit} of the whole schedule"
+        )
     wsd_decay = getattr(optimizer, f"lr_wsd_decay_{unit}")
     if wsd_decay is not None and wsd_decay > decay:
         raise ValueError(
-            f"--lr-wsd-decay-{unit} {wsd_decay}: more than the {decay} {unit} of the whole schedule"
+            f"--lr-wsd-decay-{unit} {wsd_decay}: exceeds the {decay} {unit} of the whole schedule"
         )

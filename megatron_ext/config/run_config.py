@@ -1,4 +1,7 @@
-"""The configuration of a training run: a frozen tree of config groups. A family's subclass adds the family's groups."""
+"""The configuration of a training run: a frozen tree of config groups.
+
+Each model family (PLE, NPT, progressive growth) adds its own groups in a subclass of `RunConfig`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +20,7 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
 C = TypeVar("C", bound="RunConfig")
-"""`RunConfig` or a family's subclass of it."""
+"""`RunConfig` or a model family's subclass of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +37,20 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
-    """Field name -> where its value came from, for all fields that do not have their default. Not a config group."""
+    """Maps each field that differs from its default to the source of its value. This field is not a config group."""
 
     def resolved(self: C, world_size: int, *, epoch_samples: int | None = None) -> C:
-        """Checks the groups against each other, and returns the configuration with a length in steps or samples.
+        """Checks the config groups against each other, and converts a run length in epochs to optimizer steps.
 
         Args:
             world_size: number of processes.
-            epoch_samples: number of sequences in the training data; required if the length is given in epochs.
+            epoch_samples: number of sequences in the training data; required if the run length is given in epochs.
+
+        Returns:
+            The checked configuration, whose run length is in optimizer steps or samples.
 
         Raises:
-            ValueError: two groups contradict each other, or the layout does not divide the number of processes.
+            ValueError: two groups contradict each other, or the parallel layout does not fit the number of processes.
         """
         # Other derived sizes stay properties of their group (`resolved_...`), so that a checkpoint's run_config.json
         # records what the user gave.

@@ -1,6 +1,6 @@
 """Converts configurations to dictionaries of JSON types (for checkpoints and manifests) and to YAML text.
 
-The YAML text is a valid `--config` file, so what a run prints can start the same run again.
+The YAML text is a valid `--config` file: a run's printed configuration can start the same run again.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ G = TypeVar("G", bound="DataclassInstance")
 
 
 def group_to_dict(group: "DataclassInstance") -> dict[str, Any]:
-    """Returns `{field: value}` of plain JSON types; tuples become lists."""
+    """Returns a config group as `{field: value}` with plain JSON types; tuples become lists."""
     return {name: _plain(value) for name, value in dataclasses.asdict(group).items()}
 
 
 def config_to_dict(config: object) -> dict[str, dict[str, Any]]:
-    """Returns `{group: {field: value}}` of a configuration, in plain JSON types."""
+    """Returns a configuration as `{group: {field: value}}` with plain JSON types."""
     return {name: group_to_dict(getattr(config, name)) for name in groups_of(type(config))}
 
 
@@ -46,18 +46,18 @@ def group_from_dict(group_type: type[G], values: Mapping[str, Any], name: str) -
 
 
 def group_in(group_type: type[G], stored: Mapping[str, Any], name: str) -> G:
-    """Builds one config group of a stored configuration, see `group_from_dict`.
+    """Builds one config group from a stored configuration (all groups), as `group_from_dict` does.
 
     Raises:
         ValueError: the configuration lacks the group, or the group has an unknown key or an invalid value.
     """
     if name not in stored:
-        raise ValueError(f"the configuration has no section {name}, only {', '.join(stored)}")
+        raise ValueError(f"the configuration has no section {name}; its sections are {', '.join(stored)}")
     return group_from_dict(group_type, stored[name], name)
 
 
 def format_groups(groups: Mapping[str, "DataclassInstance"]) -> str:
-    """Returns config groups as YAML text, with one section per group and all its fields."""
+    """Returns config groups as YAML text: one section per group, with every field of the group."""
     # Imported late, because importing YAML takes time and most command lines do not need it.
     import yaml
 

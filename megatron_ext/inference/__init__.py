@@ -1,1 +1,1 @@
-"""Loads a trained model at any parallel layout, generates text with it and measures its perplexity."""
+"""Loads a trained model in any parallel layout, generates text with it and measures its perplexity."""

@@ -1,4 +1,4 @@
-"""Chooses the parallel layout for inference if the user gives none."""
+"""Chooses the parallel layout for inference where the user has not given one."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,16 +17,17 @@ def choose_layout(
     tensor: int | None = None,
     pipeline: int | None = None,
 ) -> ParallelConfig:
-    """Returns the layout that shards the model over the most processes; on a tie, the one with more tensor ranks.
+    """Returns the layout that shards the model over the most processes.
 
-    The remaining processes hold copies of the model (data parallelism).
+    If several layouts use equally many processes, the one with the largest tensor-parallel size is returned. The
+    remaining processes hold copies of the model (data parallelism).
 
     Args:
         model: configuration of the base model.
-        families: families of the model, which may refuse a layout.
+        families: model families that the model is built with; each may reject a layout.
         world_size: number of processes.
-        tensor: tensor-parallel size that the user gave; the pipeline-parallel size then defaults to 1.
-        pipeline: pipeline-parallel size that the user gave.
+        tensor: tensor-parallel size given by the user, or None; if given, the pipeline-parallel size defaults to 1.
+        pipeline: pipeline-parallel size given by the user, or None.
 
     Raises:
         ValueError: the given sizes do not fit the model or the number of processes.
@@ -52,14 +53,14 @@ def choose_layout(
 def check_layout(
     model: ModelConfig, families: Sequence[Family], layout: ParallelConfig, world_size: int
 ) -> None:
-    """Raises `ValueError` if the model or one of its families does not support the layout."""
+    """Raises `ValueError` if the base model or one of the model families does not support the layout."""
     validate(model, layout, world_size=world_size)
     for family in families:
         family.check(model, layout)
 
 
 def describe_layout(layout: ParallelConfig, world_size: int) -> str:
-    """Describes a layout in one line, for the log."""
+    """Returns a one-line description of a parallel layout, for the log."""
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     return (
         f"{world_size} processes: --tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}, "

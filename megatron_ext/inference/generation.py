@@ -1,11 +1,11 @@
-"""Autoregressive generation with a KV cache, at any tensor x pipeline layout.
+"""Autoregressive generation with a KV cache, in any tensor- and pipeline-parallel layout.
 
     p(next) = softmax(logits / temperature), restricted to the top_k most likely tokens and to the smallest set of them
-    whose probabilities reach top_p; temperature 0 takes the most likely token (greedy).
+    whose probabilities sum to at least top_p; temperature 0 always takes the most likely token (greedy decoding).
 
-Prompts of different lengths share a batch: the length of the shortest one is processed at once; then longer prompts are
-read token by token while shorter ones already generate. Every rank takes part and returns the same tokens. There is no
-beam search and no continuous batching.
+Prompts of different lengths share a batch. First, all prompts are processed up to the length of the shortest one in a
+single forward pass; then the rest of the longer prompts is read token by token, while shorter prompts are already being
+continued. Every rank takes part and returns the same tokens. There is no beam search and no continuous batching.
 """
 
 import math
@@ -31,19 +31,19 @@ class Sampling:
     """Number of tokens to generate after each prompt."""
 
     temperature: float = 1.0
-    """The logits are divided by this; 0 takes the most likely token (greedy)."""
+    """The logits are divided by this value; 0 always takes the most likely token (greedy decoding)."""
 
     top_k: int = 0
-    """Sample from the k most likely tokens only; 0 is off."""
+    """Sample only from this many most likely tokens; 0 turns the limit off."""
 
     top_p: float = 0.0
-    """Sample from the smallest set of tokens whose probabilities reach this sum; 0 is off."""
+    """Sample from the smallest set of most likely tokens whose probabilities reach this sum; 0 turns this off."""
 
     seed: int = 1234
-    """Seed of the random choice."""
+    """Random seed for sampling."""
 
     stop_tokens: tuple[int, ...] = ()
-    """Token ids that end the generation."""
+    """Token ids that end the generated text."""
 
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)
@@ -68,7 +68,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raises `ValueError` unless torch's generators accept the seed."""
+    """Raises `ValueError` unless the seed is in the range that torch's generators accept."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed {seed}: must lie in [0, 2**63)")
 
@@ -82,21 +82,21 @@ def generate(
     vocab_size: int,
     is_end: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Continues the prompts. Collective.
+    """Generates a continuation for each prompt. Collective.
 
     Args:
-        model: this rank's only chunk, unwrapped, without sequence parallelism.
-        families: families of the model; they compute its auxiliary inputs.
+        model: this rank's only model chunk, unwrapped, without sequence parallelism.
+        families: model families that the model is built with; they compute its auxiliary inputs.
         prompts: token ids of each prompt, at least one.
         sampling: how the next token is chosen.
-        vocab_size: size of the tokenizer's vocabulary; padded rows are never chosen.
-        is_end: called with a prompt's new tokens after each step; True ends its generation, the last token included.
+        vocab_size: size of the tokenizer's vocabulary; the ids added as padding are never chosen.
+        is_end: called with a prompt's new tokens after each step; generation for this prompt ends when it returns True.
 
     Returns:
-        The new tokens of each prompt, without the stop token; equal on every rank.
+        The new tokens for each prompt, without the stop token; equal on every rank.
 
     Raises:
-        ValueError: a prompt is empty, or too long for the model's positions, its sliding window or the memory.
+        ValueError: a prompt is empty, or too long for the model's positions, its sliding window or the free memory.
     """
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + sampling.max_new_tokens
@@ -136,14 +136,14 @@ def generate(
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Chooses the next tokens [b] from logits [b, V]; the formula is at the top of this file."""
+    """Chooses the next tokens [b] from logits [b, V], by the formula at the top of this file."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution [b, V] that next tokens are sampled from, for a temperature above 0."""
+    """Returns the distribution [b, V] that the next tokens are sampled from, for a temperature above 0."""
     logits = tempered(logits, sampling.temperature)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, -1:]
@@ -159,7 +159,7 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Returns logits with the softmax of `logits / temperature`, finite for any temperature above 0."""
+    """Returns finite logits whose softmax equals that of `logits / temperature`, for any temperature above 0."""
     logits = logits.float()
     # Shifting the largest logit to 0 leaves the softmax unchanged and prevents overflow. Temperatures beyond 1e30 or
     # 1e-30 already give the limit (uniform or greedy).
@@ -167,17 +167,17 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def check_cache_memory(needed: int, max_new_tokens: int) -> None:
-    """Raises `ValueError` if a generation needs more bytes than are free; the system would kill the process."""
+    """Raises `ValueError` if generation needs more bytes than are free, before the system kills the process."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
             f"--max-new-tokens {max_new_tokens}: needs about {needed / 2**30:,.1f} GiB of memory, "
-            f"{free / 2**30:,.1f} GiB are free; generate fewer tokens or use fewer prompts"
+            f"but {free / 2**30:,.1f} GiB are free; generate fewer tokens or use fewer prompts"
         )
 
 
 def _cache_bytes(model: GPTModel, rows: int, total: int) -> int:
-    """Bytes of the tokens (8 each), of this rank's key/value cache, and of the rotary table (fp32)."""
+    """Returns the bytes needed for the tokens (8 each), this rank's key/value cache and the rotary table (fp32)."""
     config = model.config
     groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
     values = 2 * len(model.decoder.layers) * groups * config.kv_channels
@@ -197,13 +197,13 @@ def stage_logits(
     batch: Batch,
     context: StaticInferenceContext | None = None,
 ) -> torch.Tensor | None:
-    """Runs the stages one after the other; returns logits [b, s, V] on the last stage, None on the others.
+    """Runs the pipeline stages in turn; returns logits [b, s, V] on the last stage and None on all others.
 
     Args:
-        model: this rank's only chunk, unwrapped, without sequence parallel.
-        families: all families of the model, for its auxiliary inputs.
-        batch: `tokens` and `position_ids` [b, s], and the families' fields.
-        context: the KV cache.
+        model: this rank's only model chunk, unwrapped, without sequence parallelism.
+        families: all model families that the model is built with; they compute its auxiliary inputs.
+        batch: `tokens` and `position_ids` [b, s], and the fields that the model families use.
+        context: the KV cache; None runs without a cache.
     """
     tokens = batch["tokens"]
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -231,7 +231,7 @@ def stage_logits(
 def _chosen(
     logits: torch.Tensor | None, sampling: Sampling, generator: torch.Generator, vocab_size: int, batch: int
 ) -> torch.Tensor:
-    """Chooses the next tokens [b] on the last stage and broadcasts them to all stages."""
+    """Chooses the next tokens [b] on the last pipeline stage and broadcasts them to all stages."""
     chosen = torch.empty(batch, dtype=torch.long, device=process_groups.device())
     if logits is not None:
         chosen = choose(logits[:, -1, :vocab_size], sampling, generator)
@@ -240,7 +240,7 @@ def _chosen(
 
 
 def share_from_last_stage(tokens: torch.Tensor) -> None:
-    """Broadcasts the last stage's tokens to all stages, in place."""
+    """Broadcasts the tokens of the last pipeline stage to all stages, in place."""
     # Tensor ranks need no broadcast: they have equal logits and equal generators.
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
@@ -252,10 +252,10 @@ def _new_tokens(row: list[int], length: int, sampling: Sampling) -> list[int]:
 
 
 def first_of(wanted: Sequence[int], tokens: list[int]) -> int:
-    """Index of the first token that is wanted, or the number of tokens if there is none."""
+    """Returns the index of the first token that is in `wanted`, or the number of tokens if none is."""
     return next((place for place, token in enumerate(tokens) if token in wanted), len(tokens))
 
 
 def _until_end(new: list[int], is_end: Callable[[list[int]], bool]) -> list[int]:
-    """Drops what a row generated after its end, while other rows of the batch still continued."""
+    """Drops the tokens that a row generated after its end, while the batch continued for other rows."""
     return next((new[:count] for count in range(1, len(new) + 1) if is_end(new[:count])), new)

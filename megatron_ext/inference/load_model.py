@@ -1,4 +1,4 @@
-"""Loads a checkpoint's model with its families, at any tensor x pipeline layout, for evaluation and generation.
+"""Loads a model and its model families from a checkpoint, in any tensor- and pipeline-parallel layout, for inference.
 
 The checkpoint holds all that is needed except the tokenizer's files; if these have moved, the caller gives their path.
 """
@@ -24,7 +24,10 @@ from megatron_ext.training.checkpoint.same_run_checks import tokenizer_in_words
 from megatron_ext.training.interface.family_interface import Family
 
 FamilyTypes = dict[str, type[Any]]
-"""Name -> family class with `from_configuration`. The caller passes it, because inference must not import families."""
+"""Maps the name of a model family to its class, which has a method `from_configuration`.
+
+The caller passes this table, because this package must not import the model families.
+"""
 
 
 @dataclass(kw_only=True)
@@ -32,25 +35,25 @@ class LoadedModel:
     """A model ready for inference."""
 
     model: GPTModel
-    """This rank's only chunk, in evaluation mode."""
+    """This rank's only model chunk, in evaluation mode."""
 
     config: ModelConfig
-    """Configuration of the base model, with dropout off."""
+    """Configuration of the base model, with dropout turned off."""
 
     families: list[Family]
-    """Families of the model."""
+    """The model families that the model is built with."""
 
     tokenizer: Tokenizer
-    """Tokenizer that the model was trained with; `adds_bos` is set as in its training data."""
+    """Tokenizer that the model was trained with; its `adds_bos` says whether texts begin with a begin-of-text token."""
 
     stop_tokens: tuple[int, ...]
-    """Ids that end a text: the tokenizer's end-of-document token, and those in the files of an imported model."""
+    """Token ids that end a text: the tokenizer's end-of-document id and, for an imported model, those in its files."""
 
     folder: Path
-    """Directory of the checkpoint itself, `.../iter_NNNNNNN`."""
+    """Directory of this one checkpoint, `.../iter_NNNNNNN`."""
 
     step: int
-    """Optimizer steps that the model was trained for."""
+    """Number of optimizer steps that the model was trained for."""
 
 
 def load_model(
@@ -64,23 +67,23 @@ def load_model(
     tokenizer: TokenizerConfig | None = None,
     bos: bool | None = None,
 ) -> LoadedModel:
-    """Joins the process group and loads a checkpoint's model.
+    """Joins the process group and loads the model of a checkpoint. Collective.
 
     Args:
         path: a directory of checkpoints, or the directory of one checkpoint.
-        families: name -> class of the families that the caller supports.
+        families: classes of the model families that the caller supports, by name.
         ckpt_step: step to load; the default is the newest.
-        tensor_model_parallel_size: may differ from the checkpoint's. None lets `choose_layout` choose; with several
-            processes the choice is printed to standard error.
-        pipeline_model_parallel_size: as `tensor_model_parallel_size`.
+        tensor_model_parallel_size: may differ from the size used in training. None lets `choose_layout` choose; with
+            several processes, the chosen layout is printed to standard error.
+        pipeline_model_parallel_size: like `tensor_model_parallel_size`.
         bf16: run in bfloat16 instead of fp32.
         tokenizer: configuration with the new path of the tokenizer's files; None uses the path that training used.
-        bos: whether a text begins with the begin-of-text token. None decides as the training data did if that is
-            recorded, else by the tokenizer's own files.
+        bos: whether a text begins with the begin-of-text token. None follows the training data if the checkpoint
+            records what it did, else the tokenizer's files.
 
     Raises:
         ValueError: the layout does not fit the model, the tokenizer differs from the one used in training, or the
-            checkpoint is damaged or has a family that the caller does not support.
+            checkpoint is damaged or uses a model family that the caller does not support.
         OSError: a file cannot be read.
     """
     stored = read_run_config(path, ckpt_step)
@@ -90,7 +93,7 @@ def load_model(
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
         raise ValueError(
-            f"{path}: was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
+            f"{path}: the model was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
         )
     # A model that was imported and never trained here has no section `training`; its tokenizer's files decide.
     if "training" in stored:
@@ -101,7 +104,7 @@ def load_model(
     unknown = set(stored["families"]) - set(families)
     if unknown:
         raise ValueError(
-            f"{path}: has the family {', '.join(sorted(unknown))}, which this tool does not support"
+            f"{path}: was built with the model family {', '.join(sorted(unknown))}, which this tool does not support"
         )
     made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
     world_size = process_groups.world_size()

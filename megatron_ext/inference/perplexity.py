@@ -1,15 +1,16 @@
 """Measures the perplexity of a model on an indexed dataset.
 
-    perplexity = exp( sum of -log p(token | tokens before it in its window) / number of tokens )
+    perplexity = exp( sum of -log p(token | earlier tokens in its window) / number of predicted tokens )
 
 The dataset is one stream of tokens that is read in windows of the sequence length. Windows overlap by one token, so
 every token except the very first is predicted exactly once. Dropout is off.
 
 If the model's texts begin with a begin-of-text token (`bos`), every window begins with it and windows do not overlap;
-then the very first token is predicted too. The bos token itself is context and is never predicted, whether we added it
-or the data has it (unless it is the end-of-document token too). A window that begins with it already gets no second.
+then the very first token is predicted too. The bos token itself is context only and never predicted, whether it was
+added here or is in the data (unless it is also the end-of-document token). A window that already begins with bos gets
+no second one.
 
-A family that masks tokens predicts the masked ones instead, and may return further values per token.
+A model family that masks tokens predicts the masked tokens instead, and may return further values per token.
 """
 
 import math
@@ -35,13 +36,13 @@ _GUESS = "guess"
 
 @dataclass(frozen=True)
 class Begin:
-    """The token that every window of an evaluation begins with."""
+    """The token that every evaluation window begins with."""
 
     token: int
     """Id of the begin-of-text token."""
 
     ends_documents: bool
-    """Whether it is the end-of-document token too; then its occurrences in the data are predicted like any token."""
+    """Whether the token is also the end-of-document token; if so, it is predicted like any other token in the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +50,20 @@ class Perplexity:
     """The result of an evaluation."""
 
     loss: float
-    """Mean negative log-likelihood per token in nats, weighted if a family weights its tokens."""
+    """Mean negative log-likelihood per token in nats; a weighted mean if a model family gives tokens weights."""
 
     tokens: int
     """Number of predicted tokens, or the sum of their weights."""
 
     values: dict[str, float]
-    """Name -> mean over the same tokens of the further values that a family's evaluation returns."""
+    """Further values that a model family's evaluation returns: the mean over the predicted tokens, by name."""
 
     guess_accuracy: float | None
-    """Fraction of the predicted tokens that equal the guess; None without a guess."""
+    """Fraction of the predicted tokens that equal the token `guess`; None if no guess was given."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """The perplexity, exp(loss)."""
         return math.exp(self.loss)
 
 
@@ -81,13 +82,13 @@ def evaluate_perplexity(
 
     Args:
         chunks: this rank's model chunks.
-        families: families of the model; they make its inputs and the evaluation's loss.
+        families: model families that the model is built with; they compute its inputs and the evaluation loss.
         prefix: path of the indexed dataset without `.bin` or `.idx`; the dataset must exist and be intact.
         sequence_length: tokens per window.
         micro_batch_size: windows per micro-batch.
-        max_tokens: use only the first tokens of the dataset, at most so many.
-        guess: a token id whose frequency among the predicted tokens is measured as well (a baseline).
-        begin: the token that every window begins with; must be None for a bidirectional model.
+        max_tokens: use only this many tokens from the beginning of the dataset; None uses all.
+        guess: a token id whose frequency among the predicted tokens is measured as a baseline, or None.
+        begin: the token that every window begins with, or None; must be None for a bidirectional model.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
@@ -122,7 +123,7 @@ def held_out_steps(
     max_tokens: int | None = None,
     begin: Begin | None = None,
 ) -> Iterator[list[Batch]]:
-    """Yields this rank's micro-batches of a dataset, grouped so that each group has one per pipeline stage.
+    """Yields this rank's micro-batches of a dataset in groups, each with one micro-batch per pipeline stage.
 
     `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows and of added micro-batches.
 
@@ -130,7 +131,7 @@ def held_out_steps(
         prefix: path of the indexed dataset without `.bin` or `.idx`; the dataset must exist and be intact.
         sequence_length: tokens per window.
         micro_batch_size: windows per micro-batch.
-        max_tokens: use only the first tokens of the dataset, at most so many.
+        max_tokens: use only this many tokens from the beginning of the dataset; None uses all.
         begin: the token that every window begins with, or None.
 
     Raises:
@@ -164,7 +165,7 @@ def _windows(
 ) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
     """Yields windows of `length + 1` tokens that overlap by one; the last one may be shorter.
 
-    A `first` token is put before the stream and not counted in `total`.
+    The token `first`, if given, is put before the stream; it does not count towards `total`.
     """
     buffer: list[np.ndarray[Any, np.dtype[Any]]] = [] if first is None else [np.array([first])]
     held, taken = len(buffer), 0
@@ -203,7 +204,7 @@ def _micro_batches(
     micro_batch_size: int,
     never_asked: int | None,
 ) -> Iterator[Batch]:
-    """Yields this data-parallel rank's micro-batches. Every rank yields equally many; padding has a zero mask."""
+    """Yields this data-parallel rank's micro-batches, equally many on every rank; padding has a zero loss mask."""
     rank = parallel_state.get_data_parallel_rank()
     copies = parallel_state.get_data_parallel_world_size()
     while group := list(islice(windows, micro_batch_size * copies)):
@@ -225,7 +226,7 @@ def _micro_batches(
 
 
 class _WithGuess(OutputLoss):
-    """Adds to an evaluation loss how often the predicted token equals a guess."""
+    """Wraps an evaluation loss; also counts how often the token to predict equals a fixed guess."""
 
     def __init__(self, of: OutputLoss, guess: int) -> None:
         self._of = of

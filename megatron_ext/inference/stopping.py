@@ -1,4 +1,4 @@
-"""Decides where a generated text ends: at token ids from the model's files, or at texts that the user gives."""
+"""Decides where a generated text ends: at token ids from the model's files, or at stop texts given by the user."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from megatron_ext.training.checkpoint.checkpointer import IMPORTED
 
 
 def stop_tokens(run_config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text, in ascending order.
+    """Returns the token ids that end a text, in ascending order.
 
-    They are the tokenizer's end-of-document token and the `eos_token_id` of an imported model's generation_config.json
-    or config.json.
+    These are the tokenizer's end-of-document id and, for an imported model, the `eos_token_id` in its
+    generation_config.json or config.json.
 
     Args:
         run_config: content of the checkpoint's run_config.json.
@@ -26,7 +26,7 @@ def stop_tokens(run_config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, 
 
 
 def ends_with_any(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[list[int]], bool] | None:
-    """Returns the `is_end` of `generate`, which looks for the texts in the decoded tokens; None if there are none."""
+    """Returns an `is_end` function for `generate` that looks for stop texts in the decoded tokens; None without any."""
     if not texts:
         return None
 
@@ -38,6 +38,6 @@ def ends_with_any(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[list[
 
 
 def cut_at_any(text: str, stops: Iterable[str]) -> str:
-    """Returns the text before the first occurrence of any stop."""
+    """Returns the part of `text` before the first occurrence of any stop text."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text

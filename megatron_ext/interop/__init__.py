@@ -1,4 +1,4 @@
-"""Imports Llama-family models from Hugging Face and exports ours to it; see docs/interop.md."""
+"""Imports Llama-like models from Hugging Face's format, and exports models to it; see docs/interop.md."""
 
 from megatron_ext.interop.hf_export import export_checkpoint, export_hf
 from megatron_ext.interop.hf_import import HuggingFaceModel, import_checkpoint, load_hf

@@ -1,7 +1,7 @@
 """Reads and writes a checkpoint as plain tensors by global name, in one process and without building a model.
 
-An imported model is stored as a checkpoint of step 0, without optimizer, scheduler or random state. Everything that
-loads a model can load it, at any parallel layout; to train from it, pass `--finetune`.
+An imported model is stored as a checkpoint of step 0, without optimizer, scheduler or random state. Every tool that
+loads a model can load it, in any parallel layout; to train from it, pass `--finetune`.
 """
 
 import json
@@ -30,7 +30,7 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
             `tokenizer_fingerprint` and `families`.
 
     Returns:
-        The checkpoint's own directory, `root/iter_0000000`.
+        The directory of the new checkpoint, `root/iter_0000000`.
 
     Raises:
         OSError: the checkpoint could not be written.
@@ -54,7 +54,7 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
 
 
 def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
-    """mcore expects an `_extra_state` object beside the weight of every linear layer; it is empty except for FP8."""
+    """Returns the `_extra_state` object that mcore expects with every linear layer's weight; empty without FP8."""
     layers = [name.removesuffix("weight") for name in names if ".linear_" in name and name.endswith("weight")]
     keys = [f"{layer}_extra_state" for layer in layers]
     return {key: ShardedObject(key, None, (1,), (0,)) for key in keys}
@@ -63,9 +63,11 @@ def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
 class CheckpointState(Mapping[str, torch.Tensor]):
     """The model tensors of one or more checkpoints, each read on access; needs a process group of size 1.
 
+    The constructor compares all files with their checksums.
+
     Args:
-        *folders: the checkpoints' own directories. A tensor is read from the first one that has it, so list what was
-            trained on top of a base before the base. All files are compared with their checksums first.
+        *folders: directory of each checkpoint. A tensor is read from the first checkpoint that has it, so a checkpoint
+            that was trained on top of a base must be listed before the base.
         only: names of the tensors to expose; None exposes all.
 
     Raises:
@@ -95,10 +97,10 @@ class CheckpointState(Mapping[str, torch.Tensor]):
         return len(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Unsharded shape of a tensor, from the checkpoint's metadata."""
+        """Returns the unsharded shape of a tensor, from the checkpoint's metadata."""
         return tuple(self._stored[name][1].global_shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor, from the checkpoint's metadata."""
+        """Returns the stored dtype of a tensor, from the checkpoint's metadata."""
         dtype: torch.dtype = self._stored[name][1].dtype
         return dtype

@@ -1,4 +1,4 @@
-"""Exports a base model as a Llama-family Hugging Face directory, which `from_pretrained` loads."""
+"""Exports a base model as a Hugging Face directory of a Llama-like architecture, which `from_pretrained` loads."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -53,22 +53,22 @@ def export_hf(
 
     Args:
         model: configuration of the base model.
-        vocab_size: number of embedding rows to write; the rows of `state` beyond it are padding.
+        vocab_size: number of embedding rows to write; any further rows in `state` are padding.
         state: unsharded tensors of the base model by global name, from a checkpoint, `base_state` or `load_hf`.
         model_dir: output directory.
-        tokenizer_config: tokenizer to write beside the model; None writes none.
+        tokenizer_config: tokenizer to write into the same directory; None writes no tokenizer.
         architecture: Hugging Face class, such as `LlamaForCausalLM`. The default is the imported model's class, or
             else the first class that can express the model.
         dtype: float32, bfloat16 or float16; the default keeps the dtype of the tensors.
         max_shard_size: largest size of one safetensors file, in bytes.
         overwrite: replace the content of `model_dir`.
-        imported: config and files of the directory that the model was imported from, as in `load_hf(...).imported`.
+        imported: for an imported model, the configuration and small files of its source (`load_hf(...).imported`).
 
     Returns:
         Messages for the user.
 
     Raises:
-        ValueError: no Llama-family class can express the model, the tensors do not match it, or `model_dir` is not
+        ValueError: no supported architecture can express the model, the tensors do not match it, or `model_dir` is not
             empty.
         OSError: the directory cannot be written.
     """
@@ -114,12 +114,12 @@ def export_hf(
 
 
 def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor]) -> list[Entry]:
-    """The tensors that `model` requires; raises unless `state` has exactly these names."""
+    """Returns the layout entries of all tensors in `model`; raises `ValueError` unless `state` has exactly these."""
     found = entries(model, vocab_size, vocab_size)
     wanted = {entry.name for entry in found}
     for names, what in (
         (wanted - set(state), "the model to export lacks"),
-        (set(state) - wanted, "the model to export has a tensor that no Llama-family model has:"),
+        (set(state) - wanted, "the model to export has a tensor that no Llama-like model has:"),
     ):
         if names:
             raise ValueError(f"{what} {min(names)} ({len(names)} tensors in all)")
@@ -129,7 +129,7 @@ def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.T
 def _tensors(
     found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> Iterator[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]:
-    """Yields per entry what `write_safetensors` takes: (name, bytes) of its parts, and a function that reads them."""
+    """Yields, for each entry, the arguments of `write_safetensors`: its parts as (name, bytes), and their reader."""
     for entry in found:
         size = (dtype or _dtype(state, entry.name)).itemsize
         sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]
@@ -171,14 +171,14 @@ def export_checkpoint(
     tokenizer_model: str | None = None,
     no_tokenizer: bool = False,
 ) -> list[str]:
-    """Exports a checkpoint's model as a Hugging Face directory.
+    """Exports the model in a checkpoint as a Hugging Face directory.
 
-    Arguments that are not listed here are those of `export_hf`.
+    The other arguments are described at `export_hf`.
 
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
         ckpt_step: step to export; the default is the newest.
-        base_only: export the frozen base without the parameters that families added to it.
+        base_only: export the frozen base model without the parameters that model families added to it.
         tokenizer_model: path of the tokenizer's files; the default is the path that training used.
         no_tokenizer: export the model without a tokenizer.
 
@@ -186,8 +186,9 @@ def export_checkpoint(
         Messages for the user.
 
     Raises:
-        ValueError: as `export_hf`; also if the checkpoint is damaged, or has families and `base_only` is off.
-        OSError: as `export_hf`.
+        ValueError: as in `export_hf`; also if the checkpoint is damaged, or was built with model families and
+            `base_only` is not set.
+        OSError: as in `export_hf`.
     """
     require_one_process()
     check_free(model_dir, "--model-dir", overwrite=overwrite)
@@ -234,18 +235,18 @@ def _check_families(families: dict[str, Any], load: str, *, base_only: bool) -> 
     for name, configuration in families.items():
         if not base_only:
             raise ValueError(
-                f"--load {load}: no Llama-family model can express the family {name}; "
-                "use --base-only to export the frozen base without it, or --merge-adapters for a rack with adapters"
+                f"--load {load}: no Llama-like model can express the model family {name}; use --base-only to "
+                "export the frozen base without it, or --merge-adapters for a rack with adapters"
             )
         if not _value(configuration, "freeze_base"):
             raise ValueError(
                 f"--base-only requires a base that was frozen; the base of {load} was trained together with "
-                f"the family {name} and does not work without it"
+                f"the model family {name} and does not work without it"
             )
 
 
 def _value(configuration: Any, name: str) -> Any:
-    """The first true value of a field, at any depth of nested dicts."""
+    """Returns the first true value stored under a key, at any depth of nested dicts."""
     if not isinstance(configuration, dict):
         return None
     return configuration.get(name) or any(_value(inner, name) for inner in configuration.values())

@@ -1,4 +1,4 @@
-"""Imports a local Llama-family Hugging Face directory, into memory or into a checkpoint.
+"""Imports a Llama-like model from a local Hugging Face directory, into memory or into a checkpoint.
 
 Nothing is downloaded, and no code from the directory is run.
 """
@@ -38,13 +38,13 @@ class HuggingFaceModel:
     """Configuration of the base model."""
 
     tokenizer_config: TokenizerConfig
-    """Configuration of the tokenizer, which points to the files in the directory."""
+    """Configuration of the tokenizer; its paths point to the files in the Hugging Face directory."""
 
     tokenizer: Tokenizer
     """The tokenizer built from `tokenizer_config`."""
 
     vocab_size: int
-    """Vocabulary size for `build_model`: the larger of the embedding's rows and the tokenizer's ids."""
+    """Vocabulary size for `build_model`: the number of embedding rows or of tokenizer ids, whichever is larger."""
 
     state: HuggingFaceState
     """Unsharded tensors by global name; each is read from disk on access."""
@@ -53,10 +53,10 @@ class HuggingFaceModel:
     """Precision of the tensors: fp32 or bf16."""
 
     imported: Imported
-    """Configuration and small files that a later export writes back."""
+    """Configuration and small files of the directory, which a later export restores."""
 
     messages: tuple[str, ...]
-    """What could not be imported unchanged, one line each, for the user."""
+    """Messages for the user about everything that could not be imported unchanged, one line each."""
 
 
 def load_hf(
@@ -65,17 +65,17 @@ def load_hf(
     seq_length: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
 ) -> HuggingFaceModel:
-    """Reads a directory's configuration and file headers and checks them against each other; reads no tensor yet.
+    """Opens a Hugging Face model: reads its configuration and file headers and compares them, but reads no tensors yet.
 
     Args:
         model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model.
-        seq_length: tokens per training sequence; the default is the model's maximum position, at most 4096.
-        make_vocab_size_divisible_by: the embedding's rows are padded to a multiple of this; the default avoids
-            padding.
+        seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
+        make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
+            avoids padding.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the model cannot be expressed.
+        ValueError: a file is damaged, or a `ModelConfig` cannot express the model.
     """
     content = read_config(model_dir)
     source = to_model_config(
@@ -116,18 +116,18 @@ def import_checkpoint(
         {save}/hugging_face/                                                other small files of `model_dir`
         {save}/model.yaml                                                   model and tokenizer flags, for --config
 
-    `model_dir`, `seq_length` and `make_vocab_size_divisible_by` are those of `load_hf`.
+    `model_dir`, `seq_length` and `make_vocab_size_divisible_by` are described at `load_hf`.
 
     Args:
-        save: directory for the checkpoint; must be missing or empty.
-        message: called with each line for the user.
+        save: directory for the checkpoint; must not exist yet, or be empty.
+        message: called with each line of text for the user.
 
     Returns:
         The model; its `tokenizer_config` points to the files in `save`.
 
     Raises:
-        FileNotFoundError: as `load_hf`.
-        ValueError: as `load_hf`; also if `save` is not empty.
+        FileNotFoundError: as in `load_hf`.
+        ValueError: as in `load_hf`; also if `save` is not empty.
         OSError: the checkpoint cannot be written.
     """
     require_one_process()
@@ -165,10 +165,10 @@ def import_checkpoint(
 
 
 def require_one_process() -> None:
-    """Raises `ValueError` under `torchrun` with several processes."""
+    """Raises `ValueError` if `torchrun` has started several processes."""
     if process_groups.world_size() > 1:
         raise ValueError(
-            f"conversion runs in one process (got {process_groups.world_size()}); start it without torchrun. "
+            f"conversion requires a single process (got {process_groups.world_size()}); start it without torchrun. "
             "The checkpoint can be loaded at any tensor- and pipeline-parallel size"
         )
 

@@ -1,4 +1,4 @@
-"""Copies a base model's tensors into and out of built model chunks, without a checkpoint on disk."""
+"""Copies a base model's tensors into and out of a model in memory, without a checkpoint on disk."""
 
 from collections.abc import Mapping
 
@@ -12,17 +12,17 @@ from megatron_ext.platform.collectives import gather_or_raise
 
 @torch.no_grad()
 def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None:
-    """Copies `state` into the base model's parameters, at any parallel layout. Collective.
+    """Copies `state` into the base model's parameters, in any parallel layout. Collective.
 
-    Parameters that families added keep their values.
+    Parameters that model families have added keep their values.
 
     Args:
-        chunks: this rank's model chunks, built from `state`'s `ModelConfig` and vocabulary, with or without families.
-        state: unsharded tensors by global name, as in `load_hf(...).state`; read one at a time and converted to the
-            dtype of the parameters.
+        chunks: this rank's model chunks, with the configuration and vocabulary size that `state` belongs to.
+        state: unsharded tensors by global name, as in `load_hf(...).state`; they are read one at a time and converted
+            to the dtype of the parameters.
 
     Raises:
-        ValueError: names or shapes of `state` and the model differ; raised on every rank.
+        ValueError: the tensors in `state` have other names or shapes than the model's; raised on every rank.
     """
     taken = set().union(*gather_or_raise(lambda: _fill(chunks, state)))
     left = sorted(set(state) - taken)
@@ -62,10 +62,10 @@ def _fill(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> set[str]
 
 @torch.no_grad()
 def base_state(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """The base model's tensors by global name, without those of families, as `export_hf` takes them.
+    """Returns the base model's tensors by global name for `export_hf`, without those that model families have added.
 
     Args:
-        chunks: all chunks of the model, in one process (tensor- and pipeline-parallel sizes of 1).
+        chunks: all chunks of the model, in one process (tensor- and pipeline-parallel size 1).
 
     Returns:
         Unsharded tensors by name. They share the model's memory and stay on its device.

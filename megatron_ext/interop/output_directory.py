@@ -1,7 +1,7 @@
 """Writes a directory atomically: it appears under its name only when it is complete.
 
-It is written next to its final place under a hidden name, flushed to disk and renamed. A killed process leaves only
-hidden files behind, which the next attempt removes.
+The directory is written next to its final place under a hidden name, flushed to disk and then renamed. A killed process
+leaves only hidden files behind, which the next attempt removes.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from megatron_ext.training.checkpoint.checkpoint_files import fsync_path
 
 
 def check_free(target: str | Path, flag: str, *, overwrite: bool = False) -> None:
-    """Raises unless a directory can be written at `target`.
+    """Raises `ValueError` unless a new directory may be written at `target`.
 
     Args:
         target: path of the output directory.
@@ -26,9 +26,9 @@ def check_free(target: str | Path, flag: str, *, overwrite: bool = False) -> Non
     """
     path = Path(target)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{flag} {target}: is a file; give a directory that is missing or empty")
+        raise ValueError(f"{flag} {target}: is a file; give a directory that does not exist or is empty")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"{flag} {target}: not empty; give a directory that is missing or empty")
+        raise ValueError(f"{flag} {target}: not empty; give a directory that does not exist or is empty")
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def complete_directory(target: str | Path, flag: str, *, overwrite: bool = False
     """Yields an empty directory to write into and renames it to `target` when the block ends without an error.
 
     Args:
-        target: path of the output directory; must be missing or empty, unless `overwrite` is set.
+        target: path of the output directory; must not exist or be empty, unless `overwrite` is set.
         flag: the command-line flag that gave `target`, for error messages.
         overwrite: replace the content of `target`.
 

@@ -1,10 +1,10 @@
-"""Exports a LoRA adapter in the format of Hugging Face `peft`, for the base model that `interop.export_hf` writes.
+"""Exports a LoRA adapter in the format of Hugging Face's `peft`, for a base model exported by `interop.export_hf`.
 
     adapter_config.json, adapter_model.safetensors       PeftModel.from_pretrained(base, directory)
 
-Hugging Face splits our fused projections, so the adapter of a fused projection is split too: each part gets its own
-rows of B and a copy of A. The product B A keeps its rows, so the model computes the same function. Each adapter is
-exported separately; `peft` sums the adapters that are active:
+Hugging Face splits megatron-core's fused projections, so the adapter of a fused projection is split too: each part gets
+its own rows of B and a copy of A. Each part of the product B A has the same rows as before, so the model computes the
+same function. Each adapter is exported separately; `peft` adds up the active adapters:
 
     model = PeftModel.from_pretrained(base, "stack", adapter_name="stack")
     model.load_adapter("progressive", adapter_name="progressive")
@@ -36,18 +36,18 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 
 ADAPTER_FLAG = "--adapter-dir"
-"""Command-line flag of the output directory, for error messages."""
+"""Command-line flag for the output directory, used in error messages."""
 
 
 def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Tensor]:
-    """Gathers the unsharded factors of an adapter onto the CPU of every rank. Collective.
+    """Gathers the unsharded factors of an adapter in CPU memory on every rank. Collective.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
         name: name of the adapter.
 
     Returns:
-        `decoder.layers.{i}.{linear}.A` -> [rank, inputs] and `decoder.layers.{i}.{linear}.B` -> [outputs, rank].
+        Tensors named `decoder.layers.{i}.{linear}.A` [rank, inputs] and `...{linear}.B` [outputs, rank].
     """
     infix = f".{ADAPTERS}.{name}."
     pieces = []
@@ -81,20 +81,21 @@ def export_peft(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes one adapter, of all layers that have it, in `peft`'s format. Collective; rank 0 writes.
+    """Writes one adapter in `peft`'s format, for all layers that have it. Collective; rank 0 writes.
 
-    On an error nothing is left at `directory`.
+    After an error, nothing is left at `directory`.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
         name: name of the adapter.
         model: configuration of the base model.
-        directory: output directory; must be missing or empty, unless `overwrite` is set.
+        directory: output directory; must not exist or be empty, unless `overwrite` is set.
         base_model: path or hub name of the exported base model, recorded in adapter_config.json.
         overwrite: replace the content of `directory`.
 
     Raises:
-        ValueError: no layer has the adapter, `directory` is not empty, or no Llama-family class can express the model.
+        ValueError: no layer has the adapter, `directory` is not empty, or no supported architecture can express the
+            model.
         OSError: the directory cannot be written.
     """
     choose_architecture(model, None)
@@ -136,13 +137,13 @@ def peft_tensors(factors: dict[str, torch.Tensor], model: ModelConfig) -> dict[s
 
 
 def _for_rows(entry: Entry, rank: int) -> Entry:
-    """The entry of factor B: the weight's rows and parts, with `rank` columns."""
+    """Returns the layout of factor B: it has the weight's rows and parts, but `rank` columns."""
     parts = tuple((name, (shape[0], rank)) for name, shape in entry.parts)
     return replace(entry, shape=(entry.shape[0], rank), parts=parts)
 
 
 def peft_config(shapes: dict[int, AdapterShape], num_layers: int, base_model: str | None) -> dict[str, Any]:
-    """The content of adapter_config.json.
+    """Returns the content of peft's adapter_config.json.
 
     Args:
         shapes: rank and alpha by layer index, for the layers that have the adapter.
@@ -171,7 +172,7 @@ def peft_config(shapes: dict[int, AdapterShape], num_layers: int, base_model: st
 
 
 def _shapes(chunks: list[GPTModel], name: str) -> dict[int, AdapterShape]:
-    """Rank and alpha by layer index, over all pipeline stages. Collective."""
+    """Returns the adapter's rank and alpha by layer index, over all pipeline stages. Collective."""
     local = {
         number: adapter.shape
         for number, _, linear in adapted_linears(chunks)

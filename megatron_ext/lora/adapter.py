@@ -51,7 +51,7 @@ class LoRAAdapter(MegatronModule):
         is_gated: bool = False,
     ) -> None:
         """Args:
-        config: the engine's configuration; gives dtype and sequence parallelism.
+        config: the engine's configuration, which specifies the dtype and sequence parallelism.
         input_size: input size of the whole linear layer, over all ranks.
         output_size: output size of the whole linear layer, over all ranks.
         shape: rank and alpha.
@@ -64,7 +64,7 @@ class LoRAAdapter(MegatronModule):
         self.tp_group = tp_group
         self.is_gated = is_gated
         self.split_dims = {"A": 1} if splits_input else {"B": 0}
-        """Split factor -> dimension that is split over the tensor-parallel ranks; the other factor is replicated."""
+        """Maps the factor that tensor parallelism splits to the dimension that is split; the other is replicated."""
         self._add_factor("A", [shape.rank, input_size])
         self.A.init_uniform = input_size**-0.5
         self._add_factor("B", [output_size, shape.rank])

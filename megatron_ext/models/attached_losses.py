@@ -38,7 +38,7 @@ class LayerLosses:
     """
 
     scale: float = 1.0
-    """Gradient of every attached loss: loss scale / number of micro-batches. The training step sets it."""
+    """Gradient that every attached loss gets: loss scale / number of micro-batches. The training step sets it."""
 
     evaluating: bool = False
     """True while the loop evaluates; `record` then also counts passes without gradients."""

@@ -1,7 +1,7 @@
-"""Counts the bytes of tensors that a block of code allocates: those alive now, and the peak.
+"""Counts the bytes that a block of code allocates for tensors: the bytes allocated now, and their peak.
 
-On a GPU the counts are those of torch's allocator. On a CPU, which has none, every storage that an operation returns is
-counted until it is freed. That is exact, but does not include a kernel's temporary memory.
+On a GPU the counts come from torch's caching allocator. A CPU has no such allocator: there, every storage that an
+operation returns is counted until it is freed. This is exact, but does not include a kernel's temporary memory.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from megatron_ext.platform.process_groups import use_cuda
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Counts allocations inside `with AllocationCounter() as counter:`; tensors that existed before do not count."""
+    """Counts the allocations made inside `with AllocationCounter() as counter:`, and none made before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class AllocationCounter(TorchDispatchMode):
 
     @property
     def current(self) -> int:
-        """Bytes that were allocated inside the block and are alive now."""
+        """Bytes that were allocated inside the block and have not been freed."""
         return torch.cuda.memory_allocated() - self._before if use_cuda() else self._live
 
     @property
@@ -53,7 +53,7 @@ class AllocationCounter(TorchDispatchMode):
         return torch.cuda.max_memory_allocated() - self._before if use_cuda() else self._peak
 
     def _skip(self, args: Any, kwargs: Any) -> None:
-        """Marks an operation's inputs as known, so that views of tensors from before the block do not count."""
+        """Marks an operation's inputs as known, so that views of tensors made before the block are not counted."""
         for value in tree_leaves((args, kwargs or {})):
             if isinstance(value, torch.Tensor):
                 self._known.add(value.untyped_storage())

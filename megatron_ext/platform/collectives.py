@@ -1,6 +1,6 @@
-"""Shares results and errors among all ranks, so that a failure on one does not leave the others in a collective.
+"""Shares results and errors among all ranks, so that a failure on one rank does not leave the others waiting.
 
-Without a process group, a process is the only rank.
+Without a process group, the process counts as the only rank.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,22 +14,22 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 _KINDS = (ValueError, FileNotFoundError, OSError)
-"""Errors of these types keep their type on the other ranks."""
+"""Exception types that stay the same when an error is raised again on the other ranks."""
 
 
 def gather_or_raise(action: Callable[[], T]) -> list[T]:
     """Runs `action` on every rank and returns all results on every rank. Collective.
 
     Args:
-        action: must not itself wait for other ranks; its result must be picklable.
+        action: function without arguments; must not itself wait for other ranks, and its result must be picklable.
 
     Returns:
         The results, ordered by rank.
 
     Raises:
-        ValueError: `action` raised a `ValueError` on some rank; raised on every rank with the lowest rank's message.
-        OSError: as `ValueError`; `FileNotFoundError` keeps its type.
-        RuntimeError: `action` raised another exception on another rank. The failing rank raises its own exception.
+        ValueError: `action` raised a `ValueError` on a rank. Every rank raises the error of the lowest failing rank.
+        OSError: the same for an `OSError`; a `FileNotFoundError` keeps its type.
+        RuntimeError: `action` raised another type of exception on another rank. The failing rank raises its own.
     """
     if not dist.is_initialized():
         return [action()]
@@ -55,14 +55,14 @@ def on_first_rank(action: Callable[[], T]) -> T:
 
 
 def on_every_rank(action: Callable[[], T]) -> T:
-    """Runs `action` on every rank and returns the rank's own result; raises as `gather_or_raise` does. Collective."""
+    """Runs `action` on every rank and returns this rank's result; raises as `gather_or_raise` does. Collective."""
     kept: list[T] = []
     gather_or_raise(lambda: kept.append(action()))
     return kept[0]
 
 
 def merge_over_ranks(local: Mapping[K, T], group: dist.ProcessGroup | None = None) -> dict[K, T]:
-    """Merges the dicts of all ranks of a group (of all ranks if it is None). Collective."""
+    """Returns one dict with the entries of all ranks in `group` (of every rank if it is None). Collective."""
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, dict(local), group=group)
     return {key: value for part in found for key, value in part.items()}

@@ -1,7 +1,7 @@
 """Runs megatron-core on a machine without a GPU by redirecting `torch.cuda` to the CPU.
 
-megatron-core calls CUDA unconditionally in about a hundred places. `install` replaces the functions it calls by their
-CPU counterparts: the current device is `cpu`, a stream does nothing, the random state is the CPU's, and `device="cuda"`
+megatron-core calls CUDA unconditionally in about a hundred places. `install` replaces these functions with their CPU
+counterparts: the current device is `cpu`, a stream does nothing, the random state is the CPU's, and `device="cuda"`
 in a factory call means `device="cpu"`. `torch.cuda.is_available()` still returns False, so that other libraries do not
 expect a GPU.
 
@@ -64,7 +64,7 @@ class CpuStream:
 
 
 class CpuEvent:
-    """Replaces `torch.cuda.Event`; it has always happened already."""
+    """Replaces `torch.cuda.Event`. Every event counts as completed at once, because work on a CPU is synchronous."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = _CPU
@@ -167,7 +167,7 @@ def _patch_factories() -> None:
 
 
 def _patch_type_names() -> None:
-    """mcore's optimizers recognize precisions by the type name `torch.cuda.*Tensor`."""
+    """Makes CPU tensors report the type name `torch.cuda.*Tensor`, by which mcore's optimizers recognize precisions."""
     tensor_class: Any = torch.Tensor
     type_of = tensor_class.type
 
@@ -181,7 +181,7 @@ def _patch_type_names() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep large freed blocks, instead of returning them to the system; does nothing elsewhere."""
+    """Lets glibc keep large freed blocks for reuse; does nothing with another C library."""
     # Every step allocates and frees the same activations; without this each one is mapped and zeroed anew. A step of
     # the benchmark's shape is about 5 % faster.
     libc = ctypes.CDLL(None)

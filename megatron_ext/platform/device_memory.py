@@ -1,7 +1,7 @@
-"""Memory of this process: allocated memory on a GPU, resident memory on a CPU.
+"""Measures the memory of this process: memory allocated by torch on a GPU, resident memory on a CPU.
 
 Resident memory includes everything in the process: parameters and activations, but also Python, torch and the pages of
-memory-mapped data files. Its peak is counted since the process started.
+memory-mapped data files. Its peak is the largest value since the process started.
 """
 
 import resource
@@ -18,7 +18,7 @@ class MemoryUse:
     """Bytes in use by this process on its device."""
 
     current: int
-    """Bytes that torch has allocated on the GPU, or that are resident on the CPU."""
+    """Bytes that torch has allocated on the GPU; on a CPU, the resident bytes of this process."""
 
     peak: int
     """The largest value of `current` so far."""
@@ -28,7 +28,7 @@ class MemoryUse:
 
 
 def host_memory() -> int:
-    """Bytes of memory that all processes of this machine may use: the whole memory, or the limit of their cgroup."""
+    """Returns the bytes that all processes together may use: this machine's memory, or the cgroup's limit if lower."""
     total = int(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
@@ -38,14 +38,14 @@ def host_memory() -> int:
 
 
 def device_memory() -> tuple[int, bool]:
-    """Bytes of memory of this process's device, and whether all processes of the machine share it (on a CPU)."""
+    """Returns the memory of this process's device in bytes, and whether all processes share it (as on a CPU)."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory), False
     return host_memory(), True
 
 
 def memory_use() -> MemoryUse:
-    """Current and peak memory of this process, on its current device."""
+    """Returns the current and peak memory of this process on its current device."""
     if torch.cuda.is_available():
         return MemoryUse(
             current=torch.cuda.memory_allocated(),

@@ -1,4 +1,4 @@
-"""Keeps a process from outliving its parent."""
+"""Prevents a process from outliving its parent process."""
 
 import ctypes
 import signal

@@ -1,10 +1,10 @@
-"""Finds the peak FLOP rate of this process's device, the baseline of model FLOPs utilization (MFU).
+"""Finds the peak FLOP rate of this process's device, which model FLOPs utilization (MFU) is relative to.
 
     MFU = model FLOPs per second / peak FLOPs per second
 
-For a known NVIDIA GPU the peak is the vendor's figure for dense matrix products in the precision in use. Any other
-device, such as a CPU, is measured: the peak is the best rate of a few large matrix products with this process's
-threads. A measurement on a busy machine is too low; `DevicePeak.raised` corrects it when a run is faster.
+For a known NVIDIA GPU the peak is the vendor's figure for dense matrix products in the run's precision. For any other
+device, such as a CPU, the peak is measured: the best rate of a few large matrix products with this process's threads. A
+measurement on a busy machine is too low; `DevicePeak.raised` corrects it if a run turns out to be faster.
 """
 
 import functools
@@ -51,13 +51,13 @@ class DevicePeak:
     """Description of where the figure comes from, for the log."""
 
     dtype: torch.dtype | None = None
-    """Precision of the measured products; None if the figure was given or is the vendor's."""
+    """Precision of the measured matrix products; None if the figure was not measured."""
 
     def raised(self, flops_per_second: float) -> "DevicePeak":
-        """Returns a peak that is at least a rate that a run has reached.
+        """Returns a measured peak that is at least the rate that a run has reached.
 
-        A measured peak below the rate is measured again, which takes less than a second. A peak that was given, or is
-        the vendor's, is returned unchanged.
+        A measured peak below this rate is measured again, which takes less than a second. A peak given by the user or
+        by the vendor is returned unchanged.
 
         Args:
             flops_per_second: FLOP/s that the run has reached.
@@ -68,14 +68,14 @@ class DevicePeak:
 
 
 def device_peak(bf16: bool, tflops: float | None = None) -> DevicePeak:
-    """Returns the peak of this process's device.
+    """Returns the peak FLOP rate of this process's device.
 
-    A device that is not in the table is measured once per process, in less than a second. Processes that share a CPU
-    should measure at the same time, so that each measures its share.
+    A device that is not in the table of known GPUs is measured once per process, in less than a second. Processes that
+    share a CPU should measure at the same time, so that each measures its share.
 
     Args:
-        bf16: use bfloat16 products instead of fp32 (or TF32, where torch allows it).
-        tflops: peak that the user gave, in TFLOP/s; used unchanged.
+        bf16: return the peak for bfloat16 instead of fp32 (or TF32, where torch allows it).
+        tflops: peak given by the user, in TFLOP/s; returned unchanged.
     """
     if tflops is not None:
         return DevicePeak(tflops * 1e12, "given")
@@ -90,7 +90,7 @@ def device_peak(bf16: bool, tflops: float | None = None) -> DevicePeak:
 
 
 def known_tflops(device_name: str, precision: str) -> float | None:
-    """The vendor's dense TFLOP/s of an NVIDIA GPU; None if the GPU is not in the table.
+    """Returns the vendor's figure for an NVIDIA GPU in dense TFLOP/s; None if the GPU is not in the table.
 
     Args:
         device_name: result of `torch.cuda.get_device_name`, for example `NVIDIA A100-SXM4-80GB`.
@@ -106,12 +106,12 @@ def known_tflops(device_name: str, precision: str) -> float | None:
 
 @functools.cache
 def measured_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square matrix products on this process's device; measured once per process."""
+    """Returns the FLOP/s of the fastest square matrix product on this process's device; measured once per process."""
     return _measure(dtype)
 
 
 def _measure(dtype: torch.dtype) -> float:
-    """The best rate of several rounds, in FLOP/s."""
+    """Returns the best rate of several measurement rounds, in FLOP/s."""
     # Rounds with pauses: a short load of the machine spoils one round, not all.
     rates = [_measured_round(dtype)]
     for _ in range(_ROUNDS - 1):
@@ -131,7 +131,7 @@ def _measured_round(dtype: torch.dtype) -> float:
 
 
 def _best_rate(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOP/s of the fastest [size, size] product within `seconds`; measures at least one."""
+    """Times [size, size] matrix products for `seconds`, at least one; returns the FLOP/s of the fastest."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     result = left @ right  # warm-up: the first call also creates threads, buffers and kernels
     _synchronize(device)

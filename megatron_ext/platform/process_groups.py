@@ -1,7 +1,7 @@
-"""Starts and ends a run: the device, the process group, megatron-core's parallel state and its random streams.
+"""Sets up and ends distributed computation: device, process group, megatron-core's parallel state and random streams.
 
-The same call serves a laptop (CPU, gloo) and a cluster (CUDA, NCCL). It reads the environment of `torchrun` (RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it, the run is a single process.
+`initialize` works on a laptop (CPU, gloo) and on a cluster (CUDA, NCCL). It reads the environment variables that
+`torchrun` sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them, the run is a single process.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ def use_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: its GPU, or the CPU."""
+    """Returns the device of this process: its GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda() else torch.device("cpu")
 
 
 def world_size() -> int:
-    """Number of processes of the run, from `torchrun`'s environment; 1 without it."""
+    """Returns the number of processes of the run, from `torchrun`'s environment; 1 without `torchrun`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Rank of this process, from `torchrun`'s environment; 0 without it."""
+    """Returns the rank of this process, from `torchrun`'s environment; 0 without `torchrun`."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -48,7 +48,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         seed: seed that the random streams of all ranks are derived from.
 
     Raises:
-        ValueError: the machine does not support the backend.
+        ValueError: the machine does not support the chosen communication backend.
     """
     backend = _backend(parallel.distributed_backend)
     # mcore requires one hardware queue, so that communication starts before the computation that it overlaps.
@@ -66,7 +66,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 
 def use_gloo_twins() -> bool:
-    """Whether megatron-core needs gloo groups beside NCCL's, to gather checkpoints in CPU memory."""
+    """Whether megatron-core needs gloo groups in addition to NCCL's, to gather checkpoints in CPU memory."""
     return use_cuda()
 
 
@@ -85,12 +85,12 @@ def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
 
 
 def seed_streams(seed: int) -> int:
-    """Seeds torch's generator and mcore's named streams for this rank; the parallel state must be set.
+    """Seeds torch's generator and mcore's named random streams for this rank; the parallel state must be set.
 
-    mcore derives from the seed one stream that tensor-parallel ranks share and one that each has for itself.
+    From the seed, mcore derives one stream that all tensor-parallel ranks share and one that differs on each of them.
 
     Returns:
-        The seed of this rank's pipeline stage and model copy, for generators of other libraries.
+        The seed of this rank's pipeline stage and model copy, to seed the generators of other libraries.
     """
     # Stages hold different layers and model copies read different sequences: each needs its own dropout masks.
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -112,7 +112,7 @@ def shutdown() -> None:
 def _backend(requested: str) -> str:
     if requested == "nccl" and not use_cuda():
         raise ValueError(
-            "--distributed-backend nccl requires a CUDA device, and this machine has none; use gloo or auto"
+            "--distributed-backend nccl requires a CUDA device, but this machine has none; use gloo or auto"
         )
     if requested == "auto":
         return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"

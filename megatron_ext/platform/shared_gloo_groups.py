@@ -1,8 +1,8 @@
 """Makes megatron-core share one gloo process group per set of ranks.
 
-megatron-core creates about twenty groups, and every gloo group costs a process three threads, one of which wakes a
-hundred times per second. With few processes most groups have the same ranks. Sharing them is safe on gloo: all ranks
-issue the collectives of one set of ranks in the same order, and gloo keeps point-to-point messages apart from them.
+megatron-core creates about twenty groups, and every gloo group costs each process three threads, one of which wakes a
+hundred times per second. With few processes, most groups consist of the same ranks. Sharing them is safe with gloo: all
+ranks issue the collectives of a set of ranks in the same order, and gloo keeps point-to-point messages separate.
 
 NCCL groups are not shared: each is a communicator with its own stream, created at its first use.
 """
@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 
 class _Groups:
-    """Sorted ranks -> their group, or torch's `NON_GROUP_MEMBER` if this rank is not in it."""
+    """Maps a sorted tuple of ranks to their group, or to torch's `NON_GROUP_MEMBER` if this rank is not in it."""
 
     def __init__(self, world: Any) -> None:
         self.world = world
@@ -25,12 +25,12 @@ class _Groups:
 
 
 _groups: _Groups | None = None
-"""Groups that were made since this process joined its present default group."""
+"""Groups created since this process joined its current default process group."""
 
 
 @contextlib.contextmanager
 def shared_groups() -> Iterator[None]:
-    """Inside the block megatron-core gets one group per set of ranks. Collective, like creating groups."""
+    """Inside this context, megatron-core gets the same group whenever it asks for the same ranks. Collective."""
     # mcore has no argument for how groups are created, so its function is replaced inside the block.
     global _groups
     if _groups is None or _groups.world is not dist.group.WORLD:
@@ -51,6 +51,6 @@ def shared_groups() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Drops the groups, so that their threads end; call when the default process group is destroyed."""
+    """Drops all shared groups, so that their threads end; call this when the default process group is destroyed."""
     global _groups
     _groups = None

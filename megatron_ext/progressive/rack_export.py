@@ -29,7 +29,7 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
     if config.bidirectional:
         raise ValueError(
             f"a rack trained with --training-objective {config.training_objective} cannot be exported: its attention "
-            "is bidirectional, which no Llama-family model supports"
+            "is bidirectional, which no Llama-like model supports"
         )
     if as_adapters and not any(settings.adapters for settings in plan.values()):
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Lists the model families, for tools that open any checkpoint."""
+"""Lists the model families and their charts, for tools that open the checkpoint or logs of any run."""

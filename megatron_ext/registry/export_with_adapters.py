@@ -1,6 +1,6 @@
 """Exports a checkpoint with adapters to Hugging Face: adapters merged into the weights, or as separate `peft` adapters.
 
-The model is built and loaded in one process in fp32, and its families merge or write their adapters.
+The model is built and loaded in one process in fp32; then its model family merges the adapters or writes them.
 `interop.export_checkpoint` exports base models tensor by tensor, without building them.
 """
 
@@ -38,13 +38,13 @@ def export_plain(
 ) -> list[str]:
     """Exports a checkpoint's model with its adapters merged, or its base model and each adapter separately.
 
-    Arguments that are not listed here are those of `export_hf`.
+    The other arguments are described at `export_hf`.
 
     Args:
         load: a directory of checkpoints, or the directory of one checkpoint.
         adapter_dir: output directory with one subdirectory per adapter; None merges the adapters.
         ckpt_step: step to export; the default is the newest.
-        dtype: the default is the precision of the run.
+        dtype: float32, bfloat16 or float16; the default is the precision of the training run.
         tokenizer_model: path of the tokenizer's files; the default is the path that training used.
         no_tokenizer: export the model without a tokenizer.
 
@@ -52,8 +52,8 @@ def export_plain(
         Messages for the user.
 
     Raises:
-        ValueError: as `export_hf`; also if a family cannot be merged, or the checkpoint has no adapters.
-        OSError: as `export_hf`.
+        ValueError: as in `export_hf`; also if the checkpoint has no adapters, or they cannot be merged or exported.
+        OSError: as in `export_hf`.
     """
     require_one_process()
     check_free(model_dir, "--model-dir", overwrite=overwrite)
@@ -94,7 +94,7 @@ def export_plain(
 
 
 def _check_families(families: dict[str, Any], load: str, *, as_adapters: bool) -> None:
-    """Raises unless every family can be exported; called before the model is loaded, which may take long."""
+    """Raises `ValueError` unless every model family can be exported; called before the model is loaded (slow)."""
     if not families:
         raise ValueError(
             f"--load {load}: is a base model without adapters; export it without --merge-adapters and --adapter-dir"

@@ -1,4 +1,4 @@
-"""The families that a checkpoint may hold, for tools that open any checkpoint."""
+"""Lists the model families that a checkpoint may contain, for tools that open any checkpoint."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, type[Any]] = {
     family.name: family for family in (PerLayerFamily, NPTFamily, ProgressiveFamily)
 }
-"""Name in a checkpoint -> family class with `from_configuration`."""
+"""Maps the name of a model family in a checkpoint to the family's class, which has a method `from_configuration`."""
 
 
 def window_begin(loaded: "LoadedModel") -> Begin | None:
-    """The token that every window of an evaluation begins with, or None."""
+    """Returns the token that every evaluation window of this model begins with, or None."""
     objective = objective_of(loaded.families)
     if objective is not None and objective.bidirectional:
         # A bidirectional model predicts tokens of the window itself, so no token needs one before it.

@@ -1,4 +1,4 @@
-"""Draws results: reads TensorBoard files as curves, draws charts as SVG, and writes self-contained HTML pages.
+"""Presents results: reads TensorBoard files as curves, draws charts as SVG, and writes self-contained HTML pages.
 
-Nothing here depends on a family: the functions take plain numbers and texts, and labels say what they mean.
+Nothing here depends on a model family: the functions take plain numbers and texts, and the caller provides all labels.
 """

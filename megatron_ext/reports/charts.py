@@ -1,7 +1,7 @@
 """Draws curves, heat maps, histograms and bars with matplotlib and returns them as SVG text.
 
 Values that are not finite are left out. A scale is logarithmic if all values are positive and span more than two
-orders of magnitude. Equal input gives equal text: the SVG holds no dates and no random names.
+orders of magnitude. Equal input gives equal SVG text: it contains no dates and no random names.
 """
 
 import io
@@ -22,18 +22,18 @@ Band = tuple[str, float, float]
 """Label, begin and end of a shaded range of the x axis."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
-"""Okabe and Ito's palette, whose colours colour-blind readers can distinguish."""
+"""Palette by Okabe and Ito; colour-blind readers can distinguish its colours."""
 
 _MOST_COLUMNS = 300
-"""Columns of a heat map over steps; more steps are averaged into this many."""
+"""Largest number of columns in a heat map over steps; more steps are averaged into this many columns."""
 _LOG_SPAN = 100.0
 _HIGHEST = 4.5
-"""Inches of a heat map's rows; where there are more, they are lower."""
+"""Largest height of all rows of a heat map together, in inches; many rows are made lower to fit."""
 _MOST_ROW_LABELS = 24
 
 
 def require_matplotlib(what: str) -> None:
-    """Raises `ValueError` naming `what`, a flag or tool, unless matplotlib is installed."""
+    """Raises `ValueError` if matplotlib is not installed; the message names `what` (a flag or tool) requires it."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -51,10 +51,10 @@ def curves_chart(
     """Draws one line per curve, with a legend if there are several.
 
     Args:
-        curves: name -> x values (steps, unless `x_label` says otherwise) and y values.
+        curves: for each name in the legend, the x values (steps, unless `x_label` says otherwise) and the y values.
         y_label: label of the y axis.
         title: text above the chart.
-        bands: shaded ranges of the x axis, labelled at the top.
+        bands: ranges of the x axis to shade and to label at the top.
         x_label: label of the x axis.
     """
     with _chart(6.4, 3.2, title) as (axes, out):
@@ -90,9 +90,9 @@ def step_heat_map(
     """Draws a heat map with one row per layer and steps on the x axis; more than 300 steps are averaged.
 
     Args:
-        layers: row number -> steps and values.
-        title: text above the chart, which names the values.
-        bands: ranges of steps, separated by lines and labelled at the top.
+        layers: for each row number, the steps and the values.
+        title: text above the chart; it names the values.
+        bands: ranges of steps to separate by lines and to label at the top.
         row_name: label of the y axis.
     """
     values, first, last = _binned(layers)
@@ -132,7 +132,7 @@ def metric_heat_map(
     Args:
         rows: row labels.
         columns: column labels.
-        values: [rows][columns]; None is drawn as `-`.
+        values: numbers as [rows][columns]; None is drawn as `-`.
         title: text above the chart.
         row_name: label of the y axis.
     """
@@ -167,7 +167,7 @@ def histogram_chart(
         x_label: label of the x axis.
         title: text above the chart.
         y_label: label of the y axis.
-        marks: label and x position of vertical lines.
+        marks: label and x position of each vertical line to draw.
     """
     with _chart(5.2, 3.0, title) as (axes, out):
         axes.stairs(counts, edges, fill=True, color="C0", alpha=0.7)
@@ -202,7 +202,7 @@ def _chart(width: float, height: float, title: str) -> Iterator[tuple["Axes", li
 def stacked_axes(
     width: float, heights: Sequence[float], title: str
 ) -> Iterator[tuple[list["Axes"], list[str]]]:
-    """Yields axes stacked over one x axis, and a list to which the SVG text is appended when the block ends.
+    """Yields axes stacked on a shared x axis, and a list to which the SVG text is appended when the block ends.
 
     Args:
         width: width of the figure in inches.
@@ -236,7 +236,11 @@ def stacked_axes(
 
 
 def _binned(layers: dict[int, Curve]) -> tuple[npt.NDArray[np.float64], int, int]:
-    """Averages the curves into bins; returns values [layers, bins], NaN for empty bins, and the first and last step."""
+    """Averages the curves over bins of steps.
+
+    Returns:
+        Values [layers, bins] with NaN for empty bins, the first step and the last step.
+    """
     steps = np.unique(np.concatenate([np.array(steps) for steps, _ in layers.values()]))
     first, last = int(steps[0]), int(steps[-1])
     bins = min(_MOST_COLUMNS, len(steps))
@@ -256,7 +260,7 @@ def _spans_orders(values: npt.NDArray[np.float64]) -> bool:
 
 
 def count_in_whole_numbers(axis: Any) -> None:
-    """Puts ticks at whole numbers only: there is no step 0.5."""
+    """Puts axis ticks at whole numbers only, because there is no step 0.5."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -279,7 +283,7 @@ def _norm(values: npt.NDArray[np.float64]) -> Any:
 
 
 def _shades(column: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Scales a column so that its smallest value is 0 and its largest 1; all 0 if they are equal."""
+    """Scales a column linearly from 0 (its smallest value) to 1 (its largest); all 0 if all values are equal."""
     scaled = np.log(column) if _spans_orders(column) else column
     finite = scaled[np.isfinite(scaled)]
     if not len(finite) or finite.max() == finite.min():

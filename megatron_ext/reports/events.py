@@ -1,6 +1,8 @@
 """Reads TensorBoard's event files as curves and sorts them by tag.
 
-name/layer_N          one value per layer: layer N of the group `name`
+Two kinds of tags have a special meaning:
+
+name/layer_N          a value that exists once per layer: the value `name` of layer N
 curriculum/stage      index of the curriculum stage that a step belongs to
 """
 
@@ -12,27 +14,27 @@ Curve = tuple[list[int], list[float]]
 """Steps in ascending order, and the value at each of them."""
 
 STAGE_TAG = "curriculum/stage"
-"""Tag of the index of the current stage."""
+"""Tag that holds the index of the current curriculum stage."""
 
 _LAYER_TAG = re.compile(r"(?P<name>.+)/layer_(?P<number>\d+)")
 _FILES = "events.out.tfevents.*"
 _FOLDERS_LEFT_OUT = {"by_samples"}
-"""Folders that repeat another folder's curves over consumed samples instead of steps."""
+"""Folders that are not read, because they repeat another folder's curves over samples instead of steps."""
 
 
 def read_curves(
     directory: str | Path, *, flag: str = "--tensorboard-dir", required: str | None = None
 ) -> dict[str, Curve]:
-    """Reads the event files in a directory, not in its subdirectories; returns tag -> curve.
+    """Reads the event files in a directory (not in its subdirectories); returns the curve of each tag.
 
     Args:
         directory: the TensorBoard directory of a run.
         flag: the command-line flag that gave `directory`, for error messages.
-        required: a tag that the files must hold.
+        required: a tag that the files must contain, or None.
 
     Raises:
-        FileNotFoundError: the directory holds no event files.
-        ValueError: the files do not hold the required tag.
+        FileNotFoundError: the directory has no event files.
+        ValueError: the files do not contain the required tag.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,12 +43,12 @@ def read_curves(
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     if required is not None and required not in scalars:
-        raise ValueError(f"{flag} {directory}: the TensorBoard files hold no tag '{required}'")
+        raise ValueError(f"{flag} {directory}: the TensorBoard files do not contain the tag '{required}'")
     return {tag: ([e.step for e in found], [e.value for e in found]) for tag, found in scalars.items()}
 
 
 def find_runs(directory: str | Path, *, flag: str = "--tensorboard-dir") -> dict[str, Path]:
-    """Finds all runs below a directory; returns name -> folder, where a run in the directory itself is named "".
+    """Finds all runs in and below a directory; returns each run's folder by name ("" for the directory itself).
 
     Raises:
         FileNotFoundError: there are no event files below the directory.
@@ -64,7 +66,7 @@ def find_runs(directory: str | Path, *, flag: str = "--tensorboard-dir") -> dict
 
 
 def layer_groups(curves: dict[str, Curve]) -> dict[str, dict[int, Curve]]:
-    """Selects the tags `name/layer_N`; returns name -> layer -> curve, with layers in ascending order."""
+    """Selects the tags `name/layer_N`; returns the curves by name and layer, with layers in ascending order."""
     groups: dict[str, dict[int, Curve]] = {}
     for tag, curve in curves.items():
         if match := _LAYER_TAG.fullmatch(tag):
@@ -73,12 +75,12 @@ def layer_groups(curves: dict[str, Curve]) -> dict[str, dict[int, Curve]]:
 
 
 def plain_curves(curves: dict[str, Curve]) -> dict[str, Curve]:
-    """Selects the tags that are neither of a single layer nor the curriculum's stage."""
+    """Selects the curves of all tags except `name/layer_N` and `curriculum/stage`."""
     return {tag: curve for tag, curve in curves.items() if tag != STAGE_TAG and not _LAYER_TAG.fullmatch(tag)}
 
 
 def stages(curves: dict[str, Curve]) -> list[tuple[str, int, int]]:
-    """Returns the (name, first, last logged step) of each curriculum stage in order; empty without a curriculum."""
+    """Returns (name, first logged step, last logged step) for each curriculum stage; empty without a curriculum."""
     if STAGE_TAG not in curves:
         return []
     logged = zip(*curves[STAGE_TAG], strict=True)

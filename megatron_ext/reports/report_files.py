@@ -1,11 +1,11 @@
-"""Checks the path of a report before the work begins, and writes reports atomically."""
+"""Checks that a report can be written before the work for it begins, and writes reports atomically."""
 
 import os
 from pathlib import Path
 
 
 def check_report_writable(flag: str, path: str | Path) -> None:
-    """Raises `OSError` naming the flag unless a file can be written at `path`, where folders may still be missing."""
+    """Raises `OSError` unless a file can be written at `path`; missing folders are fine, `write_report` makes them."""
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{flag} {path}: is a directory; give the path of a file")
@@ -17,7 +17,7 @@ def check_report_writable(flag: str, path: str | Path) -> None:
 
 
 def write_report(path: str | Path, text: str) -> None:
-    """Writes a file by rename, with the folders above it."""
+    """Writes a file atomically (under another name, then renamed) and creates missing folders."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

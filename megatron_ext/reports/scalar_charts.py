@@ -1,7 +1,7 @@
-"""Declares which scalars share a chart, and the section, title and caption of the chart.
+"""Declares which TensorBoard scalars share a chart, and the section, title and caption of that chart.
 
-The training system and every family declare charts for the tags that they write. TensorBoard's Custom Scalars page and
-our own pages follow these declarations; an undeclared tag gets its own chart.
+The training code and every model family declare charts for the tags that they write. TensorBoard's Custom Scalars page
+and the report pages follow these declarations; a tag without a declaration gets a separate chart.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LOSSES = "Losses"
-"""The first section of every page."""
+"""Name of the first section on every page."""
 OTHER_VALUES = "Other values"
-"""Section of undeclared tags."""
+"""Name of the section for tags that no chart declares."""
 
 _LAYER = re.compile(r"(?P<name>.+)/layer_\d+(?P<split> \w+)?")
 _EVALUATION = re.compile(r"(?P<name>.+?)( validation| test)?(?P<perplexity> ppl)?")
@@ -19,7 +19,7 @@ _EVALUATION = re.compile(r"(?P<name>.+?)( validation| test)?(?P<perplexity> ppl)
 
 @dataclass(frozen=True, kw_only=True)
 class ScalarChart:
-    """The scalars of one chart."""
+    """Declares one chart: which scalars it shows, and its section, title and caption."""
 
     section: str
     """Heading of the chart's section."""
@@ -31,11 +31,11 @@ class ScalarChart:
     """Regular expression that fully matches every tag in the chart."""
 
     shows: str = ""
-    """Sentence for the caption that explains the values."""
+    """Sentence in the caption that explains the values."""
 
 
 def chart_of(tag: str, charts: Iterable[ScalarChart]) -> ScalarChart:
-    """Returns the declared chart of a tag, or a new chart for the tag with its other layers and splits."""
+    """Returns the declared chart for a tag, or a new one for this value in all layers and in validation and test."""
     declared = next((chart for chart in charts if re.fullmatch(chart.tags, tag)), None)
     if declared is not None:
         return declared

@@ -1,4 +1,4 @@
-"""Draws a timeline: rectangles over steps and rows (what exists when), and optional curves below on the same axis."""
+"""Draws a timeline: rectangles that show what exists at which steps, and optional curves below on the same x axis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MOST_ROW_LABELS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """Colour and legend entry that rectangles share."""
+    """A kind of rectangle: all rectangles of one kind share a colour and an entry in the legend."""
 
     name: str
     """Text in the legend."""
@@ -41,7 +41,7 @@ class Block:
 
     kind: Kind
     labels: tuple[str, ...]
-    """Texts from long to short; the first that fits is written into the rectangle."""
+    """Alternative texts from long to short; the first that fits is written into the rectangle."""
 
 
 def timeline_chart(
@@ -57,11 +57,11 @@ def timeline_chart(
 
     Args:
         blocks: the rectangles; at least one.
-        bands: name, first and last step of consecutive ranges that cover the whole x axis.
-        y_label: label of the rows.
-        line: name and curve that is drawn as a thin line.
-        points: name and curve that is drawn as large points.
-        curves_label: y label of the curves.
+        bands: name, first step and last step of consecutive ranges that cover the whole x axis.
+        y_label: label of the y axis of the rectangles.
+        line: name and values of a curve to draw as a thin line.
+        points: name and values of a curve to draw as large points.
+        curves_label: label of the y axis of the curves.
     """
     rows = max(block.rows.stop for block in blocks)
     has_curves = line is not None or points is not None

@@ -16,16 +16,16 @@ class Chart:
     """Heading of the chart's section."""
 
     name: str
-    """Title of the chart, unique in the run."""
+    """Title of the chart; no other chart of the run has the same title."""
 
     caption: str
-    """Text below the chart: what it shows, and the tags of its values."""
+    """Text below the chart: what it shows, and the TensorBoard tags of its values."""
 
     svg: str
     """The chart as SVG text."""
 
     is_heat_map: bool
-    """Whether it is a heat map (layer x step) instead of curves."""
+    """Whether the chart is a heat map (layer x step) instead of curves."""
 
 
 def training_charts(
@@ -33,12 +33,12 @@ def training_charts(
     declared: Sequence[ScalarChart] = (),
     wanted: Callable[[str], bool] = lambda tag: True,
 ) -> list[Chart]:
-    """Draws all wanted tags, section by section.
+    """Draws charts of all wanted tags, sorted by section.
 
     Args:
-        curves: TensorBoard tag -> steps and values.
-        declared: charts of known tags; a tag that is in none of them gets its own chart.
-        wanted: returns True for a tag to draw. The stages of a curriculum are shaded in any case.
+        curves: steps and values of each TensorBoard tag.
+        declared: charts of known tags; a tag that belongs to none of them gets a separate chart.
+        wanted: returns whether a tag is to be drawn. Curriculum stages are always shaded.
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]
     groups: dict[ScalarChart, dict[str, Curve]] = {}
@@ -52,7 +52,7 @@ def training_charts(
 
 
 def _draw(chart: ScalarChart, curves: dict[str, Curve], bands: Sequence[Band]) -> list[Chart]:
-    """Draws a heat map of the tags `name/layer_N`, and a chart with one line for every other tag."""
+    """Draws a heat map for each `name` with tags `name/layer_N`, and one chart with a line for each other tag."""
     drawn = []
     for name, layers in layer_groups(curves).items():
         svg = step_heat_map(layers, title=chart.title, bands=bands)

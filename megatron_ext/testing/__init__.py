@@ -1,1 +1,1 @@
-"""Helpers for tests: runs in several gloo processes, tiny models and datasets, reference implementations."""
+"""Helpers for tests: functions run in several gloo processes, tiny models and datasets, reference implementations."""

@@ -1,4 +1,4 @@
-"""A tiny training run that can be saved and loaded at any parallel layout, for tests of checkpoints."""
+"""A tiny training run that can be saved and loaded in any parallel layout, for tests of checkpoints."""
 
 import warnings
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
 
 TINY_WITH_DROPOUT = replace(TINY, hidden_dropout=0.1, attention_dropout=0.1)
-"""With dropout, every step samples from both the shared random stream and the rank's own."""
+"""The tiny model with dropout: each step draws from the random stream that ranks share and from this rank's stream."""
 
 SCHEDULE = OptimizerSettings(
     lr=1e-2, min_lr=1e-3, weight_decay=0.1, lr_decay_style="cosine", lr_warmup_iters=2
@@ -35,7 +35,7 @@ SCHEDULE = OptimizerSettings(
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Configuration of a tiny run; picklable, so that it can be passed to other processes."""
+    """Configuration of a `TinyRun`; picklable, so that it can be passed to other processes."""
 
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
@@ -45,13 +45,13 @@ class RunSettings:
     vocab_size: int = VOCAB_SIZE
     tokenizer: str = "numbers"
     tokenizer_config: TokenizerConfig | None = None
-    """Stored in checkpoints for `inference.load_model`; `tokenizer` must then be its fingerprint."""
+    """Tokenizer to record in checkpoints for `inference.load_model`; if given, `tokenizer` must be its fingerprint."""
 
     make_families: Callable[[], list[Family]] = list
 
 
 class TinyRun:
-    """A run; every process of the layout creates one. Loads a checkpoint at once if the settings have one."""
+    """A tiny training run. Every process of the layout creates one; it loads the checkpoint that the settings name."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
@@ -103,7 +103,7 @@ class TinyRun:
             next(self._batches)
 
     def train(self, steps: int) -> list[float]:
-        """Trains for `steps` steps and returns the loss of each."""
+        """Trains for `steps` steps and returns the loss of each step."""
         losses = []
         for _ in range(steps):
             self.progress.iteration += 1

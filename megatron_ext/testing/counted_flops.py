@@ -1,4 +1,4 @@
-"""Measures what a training step trains and computes, for tests of the predictions of the dry run."""
+"""Measures the trained parameters and the FLOPs of a training step, to test the predictions of `--dry-run`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_ext.training.logging.family_costs import RunCost, run_cost
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Figures of one step, measured or predicted."""
+    """Figures for one training step, either measured or predicted."""
 
     trained: int
     """Number of trainable parameters."""
@@ -29,17 +29,17 @@ class StepFigures:
     gradient_bytes: float
     optimizer_bytes: float
     flops: float
-    """FLOPs of all matrix products of the step."""
+    """FLOPs of all matrix products in the step."""
 
 
 def measured_and_predicted(
     family: Family, model: ModelConfig, iteration: int, earlier_steps: int = 0
 ) -> tuple[StepFigures, StepFigures]:
-    """Runs a step of a run with one family in this process; returns torch's counts and our prediction.
+    """Runs one training step in this process; returns the figures counted by torch and those that we predict.
 
     Args:
-        family: the family of the run.
-        model: configuration with `attention_backend="local"`: torch counts each of its matrix products.
+        family: the model family that the model is built with.
+        model: configuration with `attention_backend="local"`, so that torch counts each matrix product of attention.
         iteration: number of the step.
         earlier_steps: number of steps on the same sequences to run before the measured one.
     """
@@ -93,7 +93,7 @@ def _predicted(cost: RunCost, model: ModelConfig, parallel: ParallelConfig) -> S
 
 
 def _with_masks(length: int) -> Iterator[Batch]:
-    """Repeats the first batches of the tests, with the attention mask that local attention needs."""
+    """Yields the same synthetic batches again and again, with the attention mask that local attention needs."""
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     for batch in cycle(islice(synthetic_batches(length), GLOBAL_BATCH_SIZE)):
         yield batch | {"attention_mask": mask}

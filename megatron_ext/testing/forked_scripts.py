@@ -1,6 +1,6 @@
-"""Runs a script like a shell, but in processes that have torch and mcore imported already.
+"""Runs a script as a shell would, but in processes that have already imported torch and mcore.
 
-The processes are forked from the server of `run_distributed`; a new Python process would need five seconds for
+The processes are forked from the server that `run_distributed` uses; a new Python process would need five seconds for
 these imports. Tests of the launcher or of the imports must start the real command instead.
 """
 
@@ -20,7 +20,7 @@ from megatron_ext.testing.run_distributed import context
 from megatron_ext.testing.torchrun import ROOT, environment
 
 _SECONDS_FOR_THE_OTHERS = 20.0
-"""Time for the other ranks to end after one has failed, like torchrun's."""
+"""Seconds that the other ranks get to end after one has failed; `torchrun` waits too."""
 
 
 def run_script(
@@ -30,17 +30,17 @@ def run_script(
     before: Callable[[], None] | None = None,
     timeout: float = 240.0,
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs `python script flags` in one or several ranks, and waits for the end.
+    """Runs `python script flags` on one or several ranks, and waits until all have ended.
 
     Args:
         script: path relative to the root of the repository.
         flags: command line of the script.
-        processes: number of ranks, which rendezvous as under `torchrun`.
-        before: module-level function to call first in every process.
+        processes: number of ranks; they connect to each other as under `torchrun`.
+        before: module-level function that every process calls first.
         timeout: seconds after which all processes are killed.
 
     Returns:
-        Exit code (of the rank that failed first), standard output and standard error.
+        Exit code (of the rank that failed first, else 0), standard output and standard error.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = f"{folder}/stdout", f"{folder}/stderr"
@@ -63,7 +63,7 @@ def run_script(
 
 
 def _places(processes: int) -> list[dict[str, str]]:
-    """The environment variables of each rank; none for a single process."""
+    """Returns the environment variables to set on each rank (none for a single process)."""
     if processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -74,7 +74,7 @@ def _places(processes: int) -> list[dict[str, str]]:
 
 
 def _first_failure(started: list[BaseProcess], timeout: float) -> int:
-    """Waits for all processes, but only briefly once one has failed; returns the exit code of that one, else 0."""
+    """Waits for all processes (only briefly once one has failed); returns the exit code of the failed one, else 0."""
     first, deadline = 0, time.monotonic() + timeout
     while any(process.is_alive() for process in started):
         failed = [process.exitcode for process in started if process.exitcode]

@@ -1,7 +1,7 @@
-"""Trains variants of a model at several parallel layouts, and compares each run with that of a single process.
+"""Trains variants of a model in several parallel layouts, and compares each run with a run in a single process.
 
-All runs with the same number of processes share one group of processes, which starts when the first of them is needed.
-Runs of a single process run in the caller's process.
+All runs with the same number of processes share one group of processes, which starts when the first of these runs is
+needed. Runs in a single process use the caller's process.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ from megatron_ext.testing.tiny_training import (
 from megatron_ext.training.interface.family_interface import Family
 
 RECOMPUTED, MLP_RECOMPUTED = " recomputed", " MLP recomputed"
-"""Suffixes of a layout's name: recompute whole layers, or attention and MLP, in the backward pass."""
+"""Suffixes for a layout's name: whole layers, or only attention and MLP, are recomputed in the backward pass."""
 
 OVERLAPPED = "DP2 overlapped distributed optimizer"
 OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
@@ -51,19 +51,19 @@ SavedTensors = set[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model and how it trains. It is pickled for the processes, so its functions must be module-level."""
+    """A model and how it is trained. It is pickled for the processes, so its functions must be module-level."""
 
     make_families: Callable[[], list[Family]] = list
     model: ModelConfig = TINY
     steps: int = 2
     bf16: bool = False
     examine: Callable[[list[GPTModel]], Any] | None = None
-    """Called on the untrained model; its result is compared too."""
+    """Function to call on the untrained model, or None; its result is compared too."""
 
 
 @dataclass
 class Run:
-    """Result of one variant at one layout on one rank."""
+    """Result of training one variant in one layout, on one rank."""
 
     trace: TrainingTrace
     saved: SavedTensors
@@ -73,12 +73,12 @@ class Run:
 
 
 class LayoutRuns:
-    """The runs of one family's variants.
+    """Runs of all variants of one model family, each trained when its result is first needed.
 
     Args:
-        variants: name -> variant.
-        layouts: layouts at which all variants train, in addition to the single process.
-        some: layout -> names of the variants that train only there.
+        variants: variants by name.
+        layouts: names of the layouts in which all variants train, in addition to the single process.
+        some: maps the name of a further layout to the names of the only variants that train in it.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class LayoutRuns:
         self._found: dict[int, list[dict[str, dict[str, Run]]]] = {}
 
     def cases(self) -> list[tuple[str, str]]:
-        """(layout, variant) of every run, except those of the single process."""
+        """Returns (layout, variant) for every run except those in a single process."""
         return [(layout, name) for layout, names in self.layouts.items() if layout != "TP1" for name in names]
 
     def at(self, layout: str, variant: str) -> list[Run]:
-        """Returns the results of all ranks; trains first if needed."""
+        """Returns the results of a variant in a layout on all ranks; trains it first if needed."""
         size = _world_size(layout)
         if size not in self._found:
             runs = {
@@ -111,7 +111,7 @@ class LayoutRuns:
         return [of_rank[layout][variant] for of_rank in self._found[size]]
 
     def single(self, variant: str) -> Run:
-        """Returns the result of the single process."""
+        """Returns the result of a variant in a single process."""
         return self.at("TP1", variant)[0]
 
 
@@ -171,15 +171,15 @@ def assert_same_run(
     gradients: float = 1e-5,
     statistics: float = 1e-3,
 ) -> None:
-    """Compares the results of all ranks with that of the single process.
+    """Asserts that the results of all ranks equal the result in a single process, within tolerances.
 
     Args:
         found: results, ordered by rank.
-        expected: result of the single process; may have more steps.
-        losses: relative tolerance of losses; at the first step a tenth of it, but at least 1e-6.
-        norms: relative tolerance of gradient norms.
-        gradients: tolerance of every parameter's first gradient, relative to the gradient's norm.
-        statistics: relative tolerance of the families' statistics.
+        expected: result in a single process; may have more steps.
+        losses: relative tolerance for losses; for the first step a tenth of it, but at least 1e-6.
+        norms: relative tolerance for gradient norms.
+        gradients: tolerance for every parameter's gradient in the first step, relative to the gradient's norm.
+        statistics: relative tolerance for the statistics of the model family.
     """
     wanted = expected.trace
     for run in found:
@@ -197,7 +197,7 @@ def assert_same_run(
 
 
 def assert_same_gradients(found: list[TrainingTrace], expected: TrainingTrace, tolerance: float) -> None:
-    """Compares the gradients of the first step, joined from all ranks' shards, for every parameter."""
+    """Asserts that every parameter's gradient in the first step, joined from all ranks' shards, is as expected."""
     gradients, wanted = assemble(found), assemble([expected])
     assert gradients.keys() == wanted.keys()
     for key, gradient in wanted.items():

@@ -1,8 +1,8 @@
-"""Reference of an NPT layer's feed-forward for tests: builds every token's weights in float64 from the formulas.
+"""Reference implementation of an NPT layer's feed-forward for tests: computes each token's weights in float64.
 
-The formulas are those of `npt.modules.modulation`, written with one matrix per token and a loop over components: slow,
+It uses the formulas in `npt.modules.modulation`, written with one matrix per token and a loop over components: slow,
 but easy to check. n: tokens, h: hidden size, f: FFN size, r: rank, k: components. Weights are [output, input], as in
-megatron-core.
+megatron-core. A target is a weight matrix that NPT modulates.
 """
 
 import math
@@ -14,17 +14,17 @@ from megatron_ext.testing.references import reference_activation, reference_rms_
 
 Tensor = torch.Tensor
 Factors = dict[str, Tensor]
-"""The factors of one target by name, all components side by side."""
+"""Maps the name of each factor of one target to its tensor, with all components side by side."""
 
 
 def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: Tensor, down: bool) -> Tensor:
-    """The weight deltas of one target for every token, [n, output, input].
+    """Returns the weight deltas of one target for every token, [n, output, input].
 
     Args:
         settings: NPT's configuration.
         factors: factors of the target by name.
         a: attention output, [n, h].
-        x: input of the target, [n, input]; outer_product normalizes the delta of `down` by it.
+        x: input of the target, [n, input]; the form outer_product uses it to normalize the delta of `down`.
         down: whether the target is `down`.
     """
     rank = settings.np_rank
@@ -48,7 +48,7 @@ def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: T
 def reference_vectors(
     settings: NPTModuleConfig, factors: Factors, a: Tensor, x: Tensor, down: bool, component: int
 ) -> tuple[Tensor, Tensor]:
-    """v_a [n, input] and v_b [n, output] of one component of outer_product."""
+    """Returns the vectors v_a [n, input] and v_b [n, output] for one component of the form outer_product."""
     rank = settings.np_rank
     columns = slice(component * rank, (component + 1) * rank)
     z = a @ factors["W_down"][:, columns]
@@ -73,12 +73,12 @@ def reference_feed_forward(
     a: Tensor,
     eps: float,
 ) -> Tensor:
-    """Output of the layer, [n, h], without dropout.
+    """Returns the output of the layer, [n, h], without dropout.
 
     Args:
         settings: NPT's configuration.
         base: weights of the base layer: `norm` [h], `fc1` [2 f or f, h], `fc1_bias`, `fc2` [h, f], `fc2_bias`.
-        factors: target -> its factors by name.
+        factors: factors by target and name.
         hidden: input of the layer, [n, h].
         a: attention output, [n, h].
         eps: epsilon of the norm.

@@ -1,4 +1,4 @@
-"""Imported once by the fork server, so that test processes start quickly. Must start no threads or process groups."""
+"""Imports torch and mcore once in the fork server, so that test processes start quickly. Starts no threads."""
 
 import megatron_ext.platform.process_groups
 import megatron_ext.testing.checkpoint_runs

@@ -1,6 +1,6 @@
 """Reference implementations for tests: unsharded tensors in float64, written directly from the formulas.
 
-The formulas of the per-layer embedding are in `per_layer.combination`. n: tokens, h: hidden size,
+The formulas for the per-layer embedding are in `per_layer.combination`. n: tokens, h: hidden size,
 p: per-layer size, Vp: per-layer vocabulary size.
 """
 
@@ -12,15 +12,15 @@ Tensor = torch.Tensor
 
 
 def reference_rms_norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """Returns x / sqrt(mean(x^2) + eps) * weight, with the mean over the last dimension."""
     return values / torch.sqrt((values * values).mean(-1, keepdim=True) + eps) * weight
 
 
 def reference_activation(values: Tensor, name: str) -> Tensor:
-    """The activation `name`: relu, gelu (exact), gelu_tanh, silu or swish.
+    """Applies the activation `name`: relu, gelu (exact), gelu_tanh, silu or swish.
 
     Raises:
-        ValueError: the name is unknown; the test of a new activation needs its formula here.
+        ValueError: the name is unknown; the formula of a new activation must be added here to test it.
     """
     if name == "relu":
         return torch.where(values > 0, values, torch.zeros_like(values))
@@ -30,7 +30,7 @@ def reference_activation(values: Tensor, name: str) -> Tensor:
         return 0.5 * values * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)))
     if name in ("silu", "swish"):
         return values / (1 + torch.exp(-values))
-    raise ValueError(f"activation {name}: has no reference; write its formula into reference_activation")
+    raise ValueError(f"activation {name}: has no reference; add its formula to reference_activation")
 
 
 def reference_per_layer_vector(
@@ -45,17 +45,17 @@ def reference_per_layer_vector(
     embed_scale: float,
     eps: float,
 ) -> Tensor:
-    """The vector `c` of one layer, [n, p].
+    """Returns the per-layer vector `c` of one layer, [n, p].
 
     Args:
         embedding: word embedding, [n, h].
-        ids: per-layer ids [n]; None makes c the projected word embedding alone.
-        table: per-layer embedding table of the layer, [Vp, p].
+        ids: per-layer ids [n]; with None, c is the projected word embedding alone.
+        table: the layer's per-layer embedding table, [Vp, p].
         context_weight: projection of the word embedding, [p, h].
         norm_weight: weight of the norm after the projection, [p].
         combination_weight: [p, 2p] for `concat` and `gated`, else None.
         method: `scaled_add`, `concat` or `gated`.
-        embed_scale: factor on the table's rows in addition to sqrt(p).
+        embed_scale: factor by which the table's rows are multiplied, in addition to sqrt(p).
         eps: epsilon of the norm.
     """
     hidden, width = embedding.size(1), table.size(1)
@@ -84,7 +84,7 @@ def reference_per_layer_block(
     eps: float,
     layer_scalar: float = 1.0,
 ) -> Tensor:
-    """Output [n, h] of the per-layer block for hidden states [n, h] and the layer's vector c [n, p], no dropout."""
+    """Returns the per-layer block's output [n, h] for hidden states [n, h] and vector c [n, p], without dropout."""
     activated = reference_activation(hidden_states @ gate_weight.T, activation)
     update = (activated * vector) @ projection_weight.T
     return (hidden_states + reference_rms_norm(update, post_norm_weight, eps)) * layer_scalar

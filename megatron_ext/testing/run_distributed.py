@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 context = multiprocessing.get_context("forkserver")
-"""Makes processes that have torch and the engine imported."""
+"""Multiprocessing context that starts processes with torch and mcore already imported."""
 
 context.set_forkserver_preload(["megatron_ext.testing.preload"])
 
@@ -48,10 +48,10 @@ def run_and_kill(function: Callable[..., Any], world_size: int, *args: Any, seco
     """Like `run_distributed`, but kills all processes (SIGKILL) after `seconds`.
 
     Returns:
-        True if all had finished before.
+        True if all processes had already finished.
 
     Raises:
-        RuntimeError: a process failed before; the message has its traceback.
+        RuntimeError: a process failed before that; the message contains its traceback.
     """
     with _started(function, world_size, args) as (processes, results):
         end = time.monotonic() + seconds
@@ -67,7 +67,7 @@ def run_and_kill(function: Callable[..., Any], world_size: int, *args: Any, seco
 def _started(
     function: Callable[..., Any], world_size: int, args: tuple[Any, ...]
 ) -> Iterator[tuple[list[Any], Any]]:
-    """Yields the running processes and the queue of their results; kills what still runs when the block ends."""
+    """Yields the running processes and the queue of their results; kills those still running when the block ends."""
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [

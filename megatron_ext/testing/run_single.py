@@ -1,4 +1,4 @@
-"""Runs a test function as the only rank of a gloo group in this process, and restores the process afterwards.
+"""Runs a test function in this process as the only rank of a gloo group, and restores the process's state afterwards.
 
 Most tests need a process group but no second rank, and starting a process costs more than such a test computes. Tests
 that need several ranks, or that end their process, call `run_distributed`.
@@ -24,7 +24,7 @@ from megatron_ext.platform import process_groups
 def run_single(function: Callable[..., Any], *args: Any) -> Any:
     """Calls `function(*args)` like `run_distributed(function, 1, *args)[0]`, but in this process.
 
-    RANK, WORLD_SIZE and LOCAL_RANK are set, and a gloo process group is initialized, which the function may destroy.
+    RANK, WORLD_SIZE and LOCAL_RANK are set, and a gloo process group is initialized; the function may destroy it.
     """
     with clean_process():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -34,9 +34,9 @@ def run_single(function: Callable[..., Any], *args: Any) -> Any:
 
 @contextlib.contextmanager
 def clean_process() -> Iterator[None]:
-    """Restores the state of the process at the end of the block, so that a run may start in it.
+    """Restores the state of this process when the block ends, so that a test may train inside the block.
 
-    It restores all global state of torch, mcore and this package (process groups, parallel state, random streams,
+    Restored are the global state of torch, mcore and this package (process groups, parallel state, random streams,
     attached losses, gradient mode, default dtype, threads), the environment, the command line and the warning filters.
     """
     shutdown = process_groups.shutdown  # a test may replace it, to train several times in one group

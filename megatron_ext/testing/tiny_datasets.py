@@ -30,7 +30,7 @@ def write_dataset(
 
 
 class ListTokenizer(Tokenizer):
-    """A tokenizer with a given list of pieces, where `▁` is a leading space; it splits text at white space."""
+    """A tokenizer with a given list of pieces, in which `▁` stands for a leading space; splits text at white space."""
 
     def __init__(self, pieces: Sequence[str], eod: int = 0) -> None:
         self.pieces = list(pieces)
@@ -38,7 +38,7 @@ class ListTokenizer(Tokenizer):
         self.eod = eod
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of the words that are in the vocabulary; other words are left out."""
+        """Returns the ids of the words that are in the vocabulary; other words are left out."""
         return [self.vocab[word] for word in text.split() if word in self.vocab]
 
     def detokenize(self, ids: list[int]) -> str:
@@ -47,5 +47,5 @@ class ListTokenizer(Tokenizer):
 
     @cached_property
     def vocab(self) -> dict[str, int]:
-        """Piece -> id."""
+        """The vocabulary, which maps each piece to its id."""
         return {piece: number for number, piece in enumerate(self.pieces)}

@@ -1,7 +1,7 @@
-"""Trains tiny models on synthetic data at any parallel layout, and gathers the results for comparison.
+"""Trains tiny models on synthetic data in any parallel layout, and gathers the results for comparison.
 
-Sample `i` of global batch `k` does not depend on the parallel layout; a data-parallel rank takes the same samples as
-with the real sampler.
+Sample `i` of global batch `k` does not depend on the parallel layout; each data-parallel rank takes the samples that
+the real sampler would give it.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,19 +54,19 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "DP2 distributed optimizer": ParallelConfig(use_distributed_optimizer=True),
     "TP2+SP": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
-"""The layouts whose results must equal those of a single process."""
+"""Layouts, by name, whose training results must equal those of a single process."""
 
 WORLD_SIZES = {name: 4 if name == "TP2xPP2" else 1 if name == "TP1" else 2 for name in LAYOUTS}
 
 
 def with_full_recompute(parallel: ParallelConfig) -> ParallelConfig:
-    """The same layout with every layer recomputed in the backward pass."""
+    """Returns the same layout, but with every layer recomputed in the backward pass."""
     return replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
 @dataclass
 class TrainingTrace:
-    """Results of a short training, for comparison between layouts."""
+    """Results of a short training run, for comparison between layouts."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -74,16 +74,16 @@ class TrainingTrace:
     first_gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = field(
         default_factory=list
     )
-    """This rank's gradient shards of the first step: global name, global shape, offset, values."""
+    """This rank's gradient shards from the first step, each as (global name, global shape, offset, values)."""
 
     statistics: dict[str, float] = field(default_factory=dict)
-    """Each family statistic from the last step that computed it."""
+    """Statistics of the model families by name, each from the last step that computed it."""
 
 
 def synthetic_batches(
     sequence_length: int, micro_batch_size: int = 1, global_batch_size: int = GLOBAL_BATCH_SIZE
 ) -> Iterator[Batch]:
-    """Yields endless micro-batches for this data-parallel rank; every second token is a function of the one before."""
+    """Yields micro-batches for this data-parallel rank without end; every second token follows from the one before."""
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
     step = 0
@@ -113,7 +113,7 @@ def train_tiny(
     Args:
         parallel: the parallel layout.
         steps: optimizer steps, each with a global batch of 4 sequences.
-        make_families: module-level function that returns the families of the run.
+        make_families: module-level function that returns the model families to build the model with.
         model: configuration of the base model.
         bf16: train in bfloat16 instead of fp32.
     """
@@ -152,12 +152,12 @@ def train_tiny(
 def local_gradients(
     chunks: list[GPTModel], grad_norm: float, clip: float
 ) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
-    """This rank's gradient shards before clipping: global name, global shape, offset, values.
+    """Returns this rank's gradient shards before clipping, each as (global name, global shape, offset, values).
 
     Args:
         chunks: this rank's model chunks, unwrapped.
         grad_norm: gradient norm of the step, before clipping.
-        clip: the norm that the gradients were clipped to.
+        clip: largest gradient norm; larger gradients were scaled down to it.
     """
     undo = max(1.0, (grad_norm + 1.0e-6) / clip)  # the inverse of mcore's clipping coefficient
     found = []
@@ -188,7 +188,7 @@ def _parameter_shards(value: object) -> Iterator[tuple[torch.Tensor, list[Sharde
 
 
 def assemble(traces: list[TrainingTrace]) -> dict[str, torch.Tensor]:
-    """Joins all ranks' gradient shards; returns global name -> unsharded gradient (NaN where a shard is missing)."""
+    """Joins all ranks' gradient shards; returns unsharded gradients by global name (NaN where a shard is missing)."""
     full: dict[str, torch.Tensor] = {}
     for trace in traces:
         for key, shape, offset, values in trace.first_gradients:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def torchrun(script: str, *flags: str, processes: int = 2) -> list[str]:
-    """The command that runs a script under `torchrun`; with `processes=0`, the script without a launcher."""
+    """Returns the command that runs a script under `torchrun`, or without a launcher if `processes` is 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(launcher if processes else []), str(ROOT / script), *flags]
 
@@ -31,13 +31,13 @@ class Running:
     """The training processes, ordered by rank."""
 
     loaders: list[psutil.Process] = field(default_factory=list)
-    """The data loader processes of all ranks."""
+    """The data-loading processes of all ranks."""
 
     def send_to_group(self, number: signal.Signals) -> None:
         """Sends a signal to the process group, as a terminal does.
 
-        Without a launcher the group is the training process and its data loaders. With one it is torchrun alone, which
-        starts each worker in a group of its own and forwards the signal.
+        Without `torchrun`, the group is the training process and its data-loading processes. With `torchrun`, it is
+        `torchrun` alone, which starts each rank in a separate group and forwards the signal.
         """
         os.killpg(self.process.pid, number)
 
@@ -49,10 +49,10 @@ class Ended:
     code: int
     output: str
     seconds: float
-    """Time from the signal to the end."""
+    """Seconds from the signal to the end of the command."""
 
     still_running: list[psutil.Process]
-    """Processes of the run that are alive ten seconds after its end."""
+    """Processes of the run that are still alive ten seconds after the command's end."""
 
 
 def run_until(
@@ -61,10 +61,10 @@ def run_until(
     """Starts a command, calls `act` at a given moment, and waits for the end.
 
     Args:
-        command: the command, see `torchrun`.
-        moment: a regular expression that the start of an output line matches, or a file that appears.
-        act: called at the moment; sends signals.
-        timeout: seconds to wait for the end after `act`; then everything is killed.
+        command: the command, from the function `torchrun`.
+        moment: when to act: once the start of an output line matches this regular expression, or this file exists.
+        act: function to call at that moment; it sends signals.
+        timeout: seconds to wait for the end of the command after `act`; then all its processes are killed.
 
     Raises:
         AssertionError: the command ended before the moment.
@@ -98,7 +98,7 @@ def run_until(
 
 
 def _reaches(running: Running, moment: str | Path) -> bool:
-    """Waits for the moment; returns False if the command ends before."""
+    """Waits for the moment; returns False if the command ends before it."""
     if isinstance(moment, Path):
         while not moment.exists():
             if running.process.poll() is not None:
@@ -114,7 +114,7 @@ def _reaches(running: Running, moment: str | Path) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without the variables that would make the command a rank of another run."""
+    """Returns this process's environment without the variables that would make a command a rank of this run."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     mine = {name: value for name, value in os.environ.items() if name not in names}
     return {**mine, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}

@@ -70,7 +70,7 @@ def _other_epochs(run: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     if shuffled_epochs(data, sequence_length, ours) == shuffled_epochs(data, sequence_length, theirs):
         return []
     return [
-        f"the run has {ours} samples and the checkpoint's run {theirs}, so other epochs are shuffled together "
+        f"the run has {ours} samples and the checkpoint's run {theirs}, so different epochs are shuffled together "
         "(see --train-iters and --global-batch-size)"
     ]
 

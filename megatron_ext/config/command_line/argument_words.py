@@ -1,4 +1,4 @@
-"""Parses the words of a command line into values of fields."""
+"""Parses the words of a command line into values of config fields."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,15 +9,15 @@ from megatron_ext.config.command_line.values import from_words
 
 
 def read_arguments(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str, Any]:
-    """Returns field name -> value of the given flags; of a repeated flag the last one counts.
+    """Returns a dictionary from field name to value for all given flags; the last occurrence of a flag wins.
 
     Args:
-        arguments: the words of the command line, without `OWN_FLAGS`.
+        arguments: the words of the command line, without the flags in `flag_table.OWN_FLAGS`.
         flags: all known flags.
 
     Raises:
-        ValueError: flags are unknown (the message lists all of them, each with what to use instead), a flag lacks its
-            value or has one of the wrong type, or a word belongs to no flag.
+        ValueError: a flag is unknown (the message lists all unknown flags, each with what to use instead), a value is
+            missing or has the wrong type, or a word does not follow a flag.
     """
     flag_of = {spelling: flag for flag in flags for spelling in flag.names + flag.negations}
     _check_known(arguments, list(flag_of))
@@ -51,12 +51,12 @@ def _check_known(arguments: Sequence[str], known: list[str]) -> None:
 
 
 def _is_flag(word: str) -> bool:
-    """Whether a word is meant as a flag: --x or -x, but not -1, a single -, or other text that begins with a dash."""
+    """Whether a word is a flag: --x or -x, but not -1, a single -, or other text that begins with a dash."""
     return word.startswith("--") or re.fullmatch(r"-[A-Za-z]\S*", word) is not None
 
 
 def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields every flag as the user spelled it, with the words up to the next flag."""
+    """Yields every flag as the user spelled it, together with the words between it and the next flag."""
     spelled: str | None = None
     words: list[str] = []
     for argument in arguments:

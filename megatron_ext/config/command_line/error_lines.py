@@ -1,11 +1,11 @@
-"""Reports how an entry point ends: errors that a user can fix as one `error: ...` line, defects with their traceback.
+"""Ends an entry point after an error: prints one `error: ...` line if the user can fix it, a traceback if it is a bug.
 
     user error (ValueError, OSError)        one line on the first rank of each host, exit code 2 on every rank
     another process of the run died         one line, exit code 1
     Ctrl-C before training has started      one line, exit code 130
-    any other exception (a defect)          traceback, exit code 1
+    any other exception (a bug)             traceback, exit code 1
 
-`MEGATRON_EXT_TRACEBACK=1` shows the traceback of the first two as well.
+With `MEGATRON_EXT_TRACEBACK=1` in the environment, the first two cases show their traceback as well.
 """
 
 import contextlib
@@ -22,28 +22,28 @@ from typing import NoReturn
 from megatron_ext.config.command_line.flag_text import print_any_text, use_utf8
 
 EXIT_UNEXPECTED = 1
-"""Exit code after a defect or a lost process."""
+"""Exit code after a bug, or after another process of the run has died."""
 
 EXIT_USER_ERROR = 2
 """Exit code after an error that the user can fix."""
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-"""Exit code after Ctrl-C, as shells report it."""
+"""Exit code after Ctrl-C: 128 plus the signal's number, the convention of shells."""
 
 USER_ERRORS = (ValueError, OSError)
-"""Exceptions that the library raises for user errors; missing files and permissions are `OSError`s."""
+"""Exceptions that count as user errors; a missing file or a lacking permission is an `OSError`."""
 
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""Messages of gloo and NCCL in a process whose peer in a collective has died."""
+"""Texts in the error messages of gloo and NCCL that mean: another process of the collective has died."""
 
 _LAUNCHER_SECONDS = 2.0
-"""Longer than `torchrun` needs to notice that a process has died and to stop the others."""
+"""Seconds to wait for `torchrun` to notice that a process has died and to stop the other processes."""
 
 Main = Callable[[], int | None]
 
 
 class ProcessLost(Exception):
-    """Another process of the run has died. No flag is wrong, and this process's traceback would not help."""
+    """Another process of the run has died, so this process stops without a traceback of its own."""
 
 
 def exit_with_error(message: str, code: int = EXIT_USER_ERROR, *, on_every_rank: bool = False) -> NoReturn:
@@ -57,10 +57,10 @@ def exit_with_error(message: str, code: int = EXIT_USER_ERROR, *, on_every_rank:
 
 
 def tell_launcher(text: str) -> None:
-    """Writes the reason why this process ends to the file that `torchrun` reads; does nothing without a launcher.
+    """Writes the reason why this process ends to the file that `torchrun` reads; does nothing without `torchrun`.
 
-    `torchrun` ends with a long report, whose last lines are the text of the first process that failed. The format is
-    that of `torch.distributed.elastic.multiprocessing.errors.record`.
+    `torchrun` ends with a long report; its last lines show this text for the first process that failed. The file has
+    the format of `torch.distributed.elastic.multiprocessing.errors.record`.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or os.path.exists(path):
@@ -71,7 +71,7 @@ def tell_launcher(text: str) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the text of an error: its message, or `file: reason` for an `OSError` of the system."""
+    """Returns an exception as text: its message, or `file: reason` for an `OSError` raised by the operating system."""
     if isinstance(error, OSError) and error.strerror is not None:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
@@ -119,7 +119,10 @@ def _follow_lost_peer() -> NoReturn:
 
 
 def run_main(main: Main) -> NoReturn:
-    """Runs an entry point and exits with its code (None is 0); use as `if __name__ == "__main__": run_main(main)`."""
+    """Runs an entry point and exits with the code it returns (0 for None).
+
+    Use it as `if __name__ == "__main__": run_main(main)`.
+    """
     use_utf8()
     print_any_text()
     raise SystemExit(main_guard(main)() or 0)

@@ -1,7 +1,7 @@
 """Helpers to declare and check the fields of config dataclasses.
 
-A field's flag follows from its name (`num_layers` -> `--num-layers`). `flag()` adds aliases. The `check_*` functions
-raise the one-line `ValueError` that a user sees.
+A field's name determines its flag (`num_layers` becomes `--num-layers`). `flag()` adds aliases. The `check_*` functions
+raise a `ValueError` whose one-line message is shown to the user.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """How a field appears on the command line, where its name and type alone do not say it."""
+    """How a field appears on the command line, as far as its name and type do not determine this."""
 
     aliases: tuple[str, ...] = ()
-    """Further flags, in dashes."""
+    """Further flags that set the field, spelled with dashes (`--learning-rate`)."""
 
     metavar: str | None = None
-    """What `--help` prints for the value."""
+    """Placeholder that `--help` prints for the value; None derives it from the field's type."""
 
     has_negation: bool = True
-    """For a boolean: `--x` has its `--no-x`."""
+    """For a boolean: whether `--x` also has a flag `--no-x` that turns it off."""
 
     is_repeated: bool = False
-    """For several values: each is given with a flag of its own."""
+    """For a field with several values: whether the flag is repeated for each value."""
 
 
 Switch = Annotated[bool, Spelling(has_negation=False)]
-"""A boolean whose name is a negation already (`--no-load-optim`), so that it gets no second `--no-` flag."""
+"""A boolean without an additional `--no-` flag, mostly because its name is a negation already (`--no-load-optim`)."""
 
 _LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
@@ -59,17 +59,17 @@ def flag_name(field_name: str) -> str:
 
 
 def flag(*, aliases: Sequence[str] = (), metavar: str | None = None) -> Spelling:
-    """Returns metadata for a field's `Annotated[...]` that sets how its flag appears on the command line.
+    """Returns metadata for a field's `Annotated[...]` type that adds aliases or a placeholder to the field's flag.
 
     Args:
         aliases: further names of the flag, with `-` or `_`, such as `--learning_rate`.
-        metavar: placeholder of the value in `--help`.
+        metavar: placeholder for the value in `--help`; "" or None derives it from the field's type.
     """
     return Spelling(aliases=tuple(flag_name(alias.lstrip("-")) for alias in aliases), metavar=metavar)
 
 
 def check_at_least(config: object, minimum: float, *names: str) -> None:
-    """Raises `ValueError` for the first named field whose value is set and lies below `minimum`."""
+    """Raises `ValueError` for the first named field that is not None and lies below `minimum`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:
@@ -77,7 +77,7 @@ def check_at_least(config: object, minimum: float, *names: str) -> None:
 
 
 def check_at_most(config: object, maximum: float, *names: str) -> None:
-    """Raises `ValueError` for the first named field whose value is set and lies above `maximum`."""
+    """Raises `ValueError` for the first named field that is not None and lies above `maximum`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value <= maximum:
@@ -85,9 +85,9 @@ def check_at_most(config: object, maximum: float, *names: str) -> None:
 
 
 def check_numbers(config: "DataclassInstance") -> None:
-    """Raises `ValueError` for the first float that is not finite in fp32, or integer that does not fit 64 bits.
+    """Raises `ValueError` for the first float that is not finite in fp32, or integer that does not fit in 64 bits.
 
-    `parse` calls it for every group. Groups that Python code may build call it in their `__post_init__` too.
+    `parse` calls it for every config group. Groups that are also built in Python call it in their `__post_init__`.
     """
     for field in dataclasses.fields(config):
         held = getattr(config, field.name)
@@ -101,7 +101,7 @@ def check_numbers(config: "DataclassInstance") -> None:
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Raises `ValueError` for the first named field whose value is set and is not above zero."""
+    """Raises `ValueError` for the first named field that is not None and not above zero."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > 0:
@@ -109,7 +109,7 @@ def check_positive(config: object, *names: str) -> None:
 
 
 def check_fraction(config: object, *names: str, closed: bool = False) -> None:
-    """Raises `ValueError` for the first named field whose value is set and lies outside [0, 1) ([0, 1] if closed)."""
+    """Raises `ValueError` for the first named field that is not None and outside [0, 1) ([0, 1] if `closed`)."""
     for name in names:
         value = getattr(config, name)
         if value is None:
@@ -119,9 +119,9 @@ def check_fraction(config: object, *names: str, closed: bool = False) -> None:
 
 
 def check_choices(config: "DataclassInstance") -> None:
-    """Raises `ValueError` for the first field typed `Literal[...]` whose value is not one of the choices.
+    """Raises `ValueError` for the first field of type `Literal[...]` whose value is not one of the choices.
 
-    The command line is checked when it is parsed; this check is for groups built in Python or from JSON.
+    Values from the command line are checked when it is parsed; this check is for groups built in Python or from JSON.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -134,7 +134,7 @@ def check_choices(config: "DataclassInstance") -> None:
 
 
 def literal_values(hint: Any) -> tuple[Any, ...]:
-    """The choices of a type that is or contains a `Literal[...]`; empty for other types."""
+    """Returns the choices of a type that is or contains a `Literal[...]`; empty for other types."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
     return tuple(value for arg in typing.get_args(hint) for value in literal_values(arg))

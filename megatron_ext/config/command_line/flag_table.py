@@ -14,28 +14,28 @@ from megatron_ext.config.command_line.field_checks import Spelling, flag_name, l
 from megatron_ext.config.command_line.megatron_flags import instead_of
 
 Groups = Mapping[str, type[Any]]
-"""Name of a config group (section in a YAML file, heading in `--help`) -> its dataclass."""
+"""Maps the name of a config group (section in a YAML file, heading in `--help`) to the group's dataclass."""
 
 CONFIG, HELP, SHOW_CONFIG = "--config", "--help", "--show-config"
 OWN_FLAGS = (CONFIG, HELP, SHOW_CONFIG)
-"""Flags of every command line that belong to no config group."""
+"""Flags that every command line accepts and that set no field of a config group."""
 
 SINGLE_GROUP = "config"
-"""Name of the group if the configuration is a single group."""
+"""Name given to the config group if the configuration is a single group, not a tree of groups."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """The flag of one field of a config group."""
+    """The command-line flag that sets one field of a config group."""
 
     group: str
-    """Name of the group."""
+    """Name of the config group that holds the field."""
 
     field: str
-    """Name of the field, which is unique in the configuration."""
+    """Name of the field; no two groups of a configuration have a field of the same name."""
 
     names: tuple[str, ...]
-    """The flag, then its aliases, all with dashes."""
+    """The flag, followed by its aliases, all spelled with dashes."""
 
     negations: tuple[str, ...]
     """Flags that set a boolean to false; empty for other types and for a `Switch`."""
@@ -44,22 +44,22 @@ class Flag:
     """Whether the field holds several values."""
 
     is_repeated: bool
-    """Whether several values are given by repeating the flag."""
+    """Whether the flag is repeated for each value of a field that holds several."""
 
     kind: type
     """Type of one value: bool, int, float or str."""
 
     choices: tuple[str, ...]
-    """Allowed values; empty if any value is."""
+    """Allowed values; empty if any value is allowed."""
 
     is_required: bool
-    """Whether the field has no default."""
+    """Whether the user must give the flag, because the field has no default."""
 
     default: object
     """Default of the field, or None."""
 
     metavar: str | None
-    """Placeholder of the value in `--help`; None derives it from the type."""
+    """Placeholder for the value in `--help`; None derives it from the type."""
 
     @property
     def is_switch(self) -> bool:
@@ -72,7 +72,7 @@ class Flag:
 
 
 def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
-    """Returns the config groups: the fields that are dataclasses, or else the configuration as a single group."""
+    """Returns a configuration's groups by name: its fields that are dataclasses, or itself if it has no such field."""
     hints = typing.get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     groups = {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
@@ -83,7 +83,7 @@ def flags_of(config_type: type[Any]) -> list[Flag]:
     """Returns the flags of all fields of a configuration.
 
     Raises:
-        TypeError: two fields have the same flag, which is a defect of the dataclasses.
+        TypeError: two fields declare the same flag, which is a bug in the dataclasses.
     """
     flags = [
         _flag(group, field, hints[field.name])
@@ -107,25 +107,25 @@ def _own_fields_first(group_type: type[Any]) -> list[dataclasses.Field[Any]]:
 
 
 def known_flags(config_type: type[Any]) -> frozenset[str]:
-    """Returns every name of a flag that the command line accepts for a configuration, with dashes."""
+    """Returns every flag, alias and negation that the command line accepts for a configuration, with dashes."""
     return frozenset(OWN_FLAGS).union(*(flag.names + flag.negations for flag in flags_of(config_type)))
 
 
 def with_dashes(flag: str) -> str:
-    """Returns `--a_b` as `--a-b`."""
+    """Returns the flag with underscores replaced by dashes: `--a_b` becomes `--a-b`."""
     return flag_name(flag.removeprefix("--"))
 
 
 def missing_flags(groups: Groups, flags: Sequence[Flag], given: Mapping[str, Any]) -> list[str]:
-    """Returns all required flags that a command lacks.
+    """Returns all required flags that were not given.
 
-    These are flags without a default, and those that a group's class method `missing(given)` returns, such as "one of
-    several" or "required with --tokenizer-type X".
+    A flag is required if its field has no default, or if a config group's class method `missing(given)` names it (one
+    of several alternatives, or a flag that another flag requires).
 
     Args:
-        groups: name -> dataclass.
+        groups: config groups by name.
         flags: flags of the groups.
-        given: field name -> value, for all fields that have a value from any source.
+        given: field name and value of every field that has a value from any source.
     """
     missing = [flag.name for flag in flags if flag.is_required and flag.field not in given]
     for group in groups.values():
@@ -141,12 +141,12 @@ def did_you_mean(unknown: str, known: Iterable[str]) -> str:
 
 
 def instead_of_unknown(flag: str, known: Iterable[str], shown: str | None = None) -> str:
-    """Returns ` (what to use instead of an unknown flag)`, or "" if there is nothing to suggest.
+    """Returns what to use instead of an unknown flag, in brackets, or "" if there is nothing to suggest.
 
     Args:
         flag: the unknown flag, with dashes.
-        known: known names; the most similar one is suggested.
-        shown: the unknown name in the form of `known`; the default is `flag`.
+        known: known names (flags, or keys of a YAML file); the most similar one is suggested.
+        shown: the unknown name, spelled like the names in `known`; the default is `flag`.
     """
     words = instead_of(flag)
     return f" ({words})" if words is not None else did_you_mean(shown or flag, known)
@@ -176,13 +176,13 @@ def _flag(group: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """The parts of a union such as `X | None`, or else the type itself."""
+    """Returns the member types of a union such as `X | None`, or the type itself if it is not a union."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if is_union else (hint,)
 
 
 def _kind(hint: Any) -> type:
-    """The type of one value inside `| None`, `tuple[...]` and `Literal[...]`."""
+    """Returns the type of a single value: the type inside `| None`, `tuple[...]` or `Literal[...]`."""
     if typing.get_origin(hint) is typing.Literal:
         return str
     parts = [part for part in typing.get_args(hint) if part not in (type(None), ...)]

@@ -1,6 +1,6 @@
 """Reads and prints text as UTF-8, whatever the locale.
 
-Without a locale (LC_ALL=C, a bare container) Python may use ASCII for the command line and the standard streams.
+Without a locale (LC_ALL=C, minimal container) Python may use ASCII for the command line and the standard streams.
 """
 
 import codecs
@@ -18,7 +18,7 @@ def argument_text(flag: str, argument: str) -> str:
 
     Args:
         flag: the flag of the argument, for error messages.
-        argument: the argument as Python decoded it; bytes that the locale cannot decode are lone surrogates.
+        argument: the argument as Python decoded it; bytes that the locale cannot decode are surrogate escapes.
 
     Raises:
         ValueError: the argument is not UTF-8.
@@ -64,7 +64,7 @@ def _is_ascii(encoding: str) -> bool:
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler: undecodable bytes of a file name are written unchanged, other characters as an escape."""
+    """Codec error handler: writes undecodable bytes of a file name unchanged, and other characters as an escape."""
     assert isinstance(error, UnicodeEncodeError)
     letter = error.object[error.start]
     name = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "backslashreplace"
@@ -73,7 +73,7 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def print_any_text() -> None:
-    """Makes the standard streams print any text: ASCII streams become UTF-8, others escape what they cannot encode."""
+    """Lets stdout and stderr print any text: ASCII streams become UTF-8, others escape what they cannot encode."""
     codecs.register_error(_ERRORS, _escaped)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)

@@ -1,4 +1,4 @@
-"""Formats `--help`: required flags first, then the config groups, each flag with its field's docstring."""
+"""Formats `--help`: the required flags, then the flags of each config group, each with its field's docstring."""
 
 import ast
 import dataclasses
@@ -38,12 +38,13 @@ def format_help(
     """Returns the help text.
 
     Args:
-        groups: name -> dataclass, in the order of the help.
+        groups: config groups by name, in the order in which the help lists them.
         flags: flags of the groups.
         prog: name of the program.
         description: description of the program.
         example: an example command, or "".
-        supplied: field name -> text that is shown as its default; other fields without a default are required.
+        supplied: maps a field without a default, which the program fills in, to the text shown as its default; other
+            fields without a default are listed as required.
     """
     width = min(_WIDEST, shutil.get_terminal_size().columns)
     documented = {name: field_docs(group) for name, group in groups.items()}
@@ -63,14 +64,14 @@ def format_help(
 
 
 def _paragraph(text: str, width: int) -> list[str]:
-    """Wraps a paragraph; one with indented lines is left unchanged."""
+    """Wraps a paragraph to `width`; leaves a paragraph with indented lines unchanged."""
     if any(line.startswith(" ") for line in text.split("\n")):
         return text.split("\n")
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _spelled(flag: Flag) -> str:
-    """The flag with its aliases and the placeholder of its value."""
+    """Returns the flag with its aliases and the placeholder for its value."""
     if flag.is_switch:
         return ", ".join((*flag.names, *flag.negations[: bool(flag.default)]))
     value = flag.metavar or ("{" + ", ".join(flag.choices) + "}" if flag.choices else _KINDS[flag.kind])
@@ -96,7 +97,7 @@ def _told(flag: Flag, documented: Mapping[str, Mapping[str, str]], supplied: Map
 
 
 def _entry(spelled: str, text: str, width: int) -> Iterator[str]:
-    """Yields the lines of one flag: the text is beside a short flag, and below a long one."""
+    """Yields the help lines of one flag: the text stands beside a short flag, and below a long one."""
     told = textwrap.wrap(text, width - _COLUMN, break_long_words=False, break_on_hyphens=False)
     head = textwrap.wrap(
         spelled, width - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
@@ -109,7 +110,7 @@ def _entry(spelled: str, text: str, width: int) -> Iterator[str]:
 
 
 def field_docs(group: type[Any]) -> dict[str, str]:
-    """Returns field name -> docstring, of a dataclass and its bases; empty if there is no source file."""
+    """Returns the docstring of each field of a dataclass and its bases; empty if the source file is missing."""
     found: dict[str, str] = {}
     for owner in reversed(group.__mro__):
         if dataclasses.is_dataclass(owner):

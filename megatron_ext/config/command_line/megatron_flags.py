@@ -1,7 +1,7 @@
-"""Says what to use instead of Megatron-LM's flags that this command line does not have.
+"""Says what to use instead of each Megatron-LM flag that this command line does not have.
 
-A launch script for `pretrain_gpt.py` has about a dozen of them: some are always on here, some have another name, some
-are not supported. The list follows Megatron-LM's arguments and its published examples.
+A typical launch script for Megatron-LM's `pretrain_gpt.py` uses about a dozen such flags: some are always on here, some
+have another name, some are not supported. The list follows Megatron-LM's arguments and its published examples.
 """
 
 _ALWAYS_ON = [
@@ -144,7 +144,7 @@ _FAMILIES = {
 
 
 def instead_of(flag: str) -> str | None:
-    """Returns what to use instead of a flag of Megatron-LM; None for a flag that Megatron-LM does not have either.
+    """Returns what to use instead of a Megatron-LM flag; None if Megatron-LM does not have this flag either.
 
     Args:
         flag: a flag with dashes that this command line does not have.

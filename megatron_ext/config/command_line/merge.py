@@ -1,10 +1,10 @@
-"""Merges all sources of values field by field, and records where each value came from.
+"""Merges the values of a configuration field by field from several sources, and records where each value came from.
 
     flag  >  YAML file (--config)  >  values that the program finds  >  default of the field
 
-A program finds values that depend on the given flags: of a mode, a weights file or a checkpoint. Each of these is a
-`Found`, and a later one overrides an earlier one: in `pretrain_npt.py` mode < weights file < checkpoint, in
-`pretrain_progressive.py` stacks < training in --save.
+The given flags may name a mode, a weights file or a checkpoint, in which the program finds further values. Each such
+source is a `Found`; a later one overrides an earlier one. `pretrain_npt.py` reads the mode, then the weights file, then
+the checkpoint; `pretrain_progressive.py` reads the stacks, then the training run in --save.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Source:
     """Where the value of a field comes from."""
 
     text: str
-    """Description in `--show-config`."""
+    """Description of the source, as `--show-config` prints it."""
 
     is_yaml: bool = False
     """Whether the source is the YAML file of --config."""
@@ -36,24 +36,24 @@ class Source:
 FLAG = Source("flag")
 DEFAULT = Source("default")
 DERIVED = Source("follows from others")
-"""Of a field that is not given, and has another value than its default."""
+"""Source of a field that no source sets but that differs from its default, because it follows from other fields."""
 
 Sources = Mapping[str, Source]
-"""Field name -> source, for all fields that do not have their default."""
+"""Maps each field that differs from its default to the source of its value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Values that a program finds for fields that the user has not given."""
+    """Values that a program finds, such as in a checkpoint, for fields that the user has not set."""
 
     source: str
     """Description of the source, for `--show-config` and error messages."""
 
     sections: Mapping[str, Mapping[str, Any]]
-    """Group name -> field name -> value, as in Python or JSON; None sets nothing."""
+    """Values by group name and field name, as Python or JSON values; None leaves the field unset."""
 
     def values(self, flags: Iterable[Flag]) -> dict[str, Any]:
-        """Returns field name -> value, converted to the field's type.
+        """Returns the values by field name, each converted to the field's type.
 
         Raises:
             ValueError: a value cannot be converted.
@@ -72,13 +72,13 @@ class Found:
 
 @dataclasses.dataclass
 class Merged:
-    """Values with their sources; the first value that is added for a field is kept."""
+    """Collects values with their sources; the first value added for a field is kept."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
 
     def add(self, source: Source, values: Mapping[str, Any]) -> None:
-        """Adds values for the fields that have none yet."""
+        """Adds those values whose field has no value yet."""
         new = {field: value for field, value in values.items() if field not in self.values}
         self.values |= new
         self.sources |= dict.fromkeys(new, source)
@@ -107,7 +107,7 @@ def build(config_type: type[T], merged: Merged) -> T:
 
 
 def name_yaml(message: str, sources: Sources) -> str:
-    """Appends to an error message which of its flags were set in the YAML file, as they are not on the command line."""
+    """Appends to an error message which of the flags it names were set in the YAML file, not on the command line."""
     named = {}
     for flag in re.findall(r"--([\w-]+)", message):
         field = flag.replace("-", "_")

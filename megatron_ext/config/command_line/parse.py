@@ -1,12 +1,12 @@
-"""Reads the command line and YAML files; nothing else does.
+"""Reads the command line and the YAML file into a configuration; the only module that does so.
 
-`parse` derives a flat set of flags from the fields of the config groups, reads the command line and the file of
---config, and returns the configuration:
+`parse` derives the flags from the fields of all config groups, reads the command line and the --config file, and
+returns the configuration:
 
     config = parse(RunConfig, prog="pretrain_x.py", description="...")
     config.model.num_layers
 
-A script may add values that depend on the given flags (a mode, a checkpoint to load); `merge` defines the precedence.
+A script may add values that depend on the given flags (from a mode or a checkpoint); `merge` defines the precedence.
 Nothing here imports torch, so that `--help` and errors in flags appear at once.
 """
 
@@ -46,7 +46,7 @@ __all__ = ["Found", "known_flags", "main_guard", "parse", "run_main"]
 
 T = TypeVar("T", bound="DataclassInstance")
 Given = Mapping[str, Any]
-"""Field name -> value, for the fields that the command line and the YAML file set."""
+"""Maps each field that the command line or the YAML file sets to its value."""
 
 
 def parse(
@@ -63,18 +63,20 @@ def parse(
     """Reads the command line into a configuration.
 
     Args:
-        config_type: a dataclass of config groups (the name of a group is its heading in `--help` and its YAML section),
-            or a single group.
+        config_type: a dataclass whose fields are config groups, or a single config group. The name of a group is its
+            heading in `--help` and its section in the YAML file.
         argv: arguments without the program's name; the default is `sys.argv[1:]`.
         prog: name of the program in `--help`.
         description: description of the program in `--help`.
         example: an example command for `--help`.
-        find: called with the given values; returns values for fields that are not given, later ones override earlier.
-        sections: name of a YAML section -> further groups whose flags it may hold.
-        supplied: field name -> text that `--help` shows as its default, because `find` provides the value.
+        find: called with the given values; returns values for fields that were not given. Later entries override
+            earlier ones.
+        sections: maps the name of a YAML section to the names of further groups whose flags it may hold.
+        supplied: maps a field that `find` fills in to the text that `--help` shows as its default.
 
     Raises:
-        SystemExit: code 2 after a user error, which is printed as one line; code 0 after `--help` and `--show-config`.
+        SystemExit: with code 2 after a user error, which is printed as one line; with code 0 after `--help` and
+            `--show-config`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or HELP in arguments:
@@ -128,7 +130,7 @@ def _merge(
 
 
 def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:
-    """The config groups, with those that a family adds to `RunConfig` first."""
+    """Returns the config groups, starting with those that a model family adds to `RunConfig`."""
     groups = groups_of(config_type)
     bases = filter(dataclasses.is_dataclass, config_type.__mro__[1:])
     inherited = {field.name for base in bases for field in dataclasses.fields(base)}
@@ -136,7 +138,7 @@ def _own_groups_first(config_type: type[Any]) -> dict[str, type[Any]]:
 
 
 def _take_config_path(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """Takes `--config PATH` or `--config=PATH` out of the arguments."""
+    """Removes `--config PATH` or `--config=PATH` from the arguments; returns the other arguments and the path."""
     rest: list[str] = []
     path: str | None = None
     remaining = iter(arguments)

@@ -10,7 +10,7 @@ _TYPES = {**_KINDS, list: "a list", dict: "a section", type(None): "empty"}
 
 
 def from_words(flag: Flag, spelled: str, words: Sequence[str]) -> Any:
-    """Converts the words after a flag: one, or any number for a field that holds several values.
+    """Converts the words after a flag: one word, or any number of words if the field holds several values.
 
     Raises:
         ValueError: a word cannot be converted to the field's type.
@@ -22,8 +22,8 @@ def from_words(flag: Flag, spelled: str, words: Sequence[str]) -> Any:
 def from_file(flag: Flag, key: str, value: object) -> Any:
     """Converts a value of a YAML or JSON file.
 
-    Texts are converted as on the command line, because YAML 1.1 reads 1e-4 as a text. A list of integers may be given
-    for a field that the command line takes as a text such as 1,2,3 (--npt-layers).
+    Strings are converted as on the command line, because YAML 1.1 reads 1e-4 as a string. A field whose flag takes text
+    such as 1,2,3 (--npt-layers) may also be given as a list of integers.
 
     Args:
         flag: flag of the field.

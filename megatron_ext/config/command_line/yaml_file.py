@@ -1,7 +1,7 @@
 """Reads a YAML configuration file.
 
-The file holds flags (`num_layers: 12`, with `-` or `_`), sections of flags by group name, or both. Sections may be
-nested (`training: {progressive: ...}`).
+The file holds flags (`num_layers: 12`, spelled with `-` or `_`), or sections of flags named like their config group, or
+both. Sections may be nested (`training: {progressive: ...}`).
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -21,17 +21,17 @@ def read_yaml(
     flags: Sequence[Flag],
     sections: Mapping[str, Container[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Returns field name -> value; a field that is null in the file is left out.
+    """Returns the values in a YAML file by field name, without fields that are null in the file.
 
     Args:
         path: the YAML file.
-        groups: section name -> dataclass.
+        groups: config groups by section name.
         flags: flags of the groups.
-        sections: section name -> further groups whose flags it may hold.
+        sections: maps the name of a section to the names of further groups whose flags it may hold.
 
     Raises:
-        ValueError: the file is missing or not a mapping of flags; or it has unknown keys, repeated keys, or values of
-            the wrong type, all of which the message lists.
+        ValueError: the file is missing or not a mapping of flags, or it has unknown keys, repeated keys, or values of
+            the wrong type; the message lists all of these.
     """
     flag_of = {name: flag for flag in flags for name in flag.names}
     values: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[s
 
 
 def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str, Any]]:
-    """Yields (section or None, key, value)."""
+    """Yields every entry of the file as (section, key, value); the section is None for a key outside all sections."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

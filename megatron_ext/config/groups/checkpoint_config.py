@@ -1,4 +1,4 @@
-"""Where checkpoints are written to and read from, how often, and what they hold."""
+"""Where checkpoints are saved and loaded, how often they are saved, and what they hold."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -8,19 +8,19 @@ from megatron_ext.config.command_line.field_checks import Switch, check_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Saving and loading."""
+    """Flags for saving and loading checkpoints."""
 
     save: Annotated[str | None, flag(aliases=("--checkpoint_dir",))] = None
-    """Directory to write checkpoints to. It must be missing, empty, or the directory that --load continues from."""
+    """Directory to write checkpoints to: a new or empty one, or the --load directory of the run that is continued."""
 
     load: Annotated[str | None, flag(aliases=("--resume_from",))] = None
-    """Directory to load a checkpoint from. If it is also --save and has no checkpoint yet, a new run starts."""
+    """Directory to load a checkpoint from. If it equals --save and has no checkpoint yet, a new run starts."""
 
     save_interval: Annotated[int | None, flag(aliases=("--save_steps",))] = None
     """Optimizer steps between two checkpoints. Default: save only at the end."""
 
     ckpt_step: int | None = None
-    """Step to load. Default: the newest complete checkpoint."""
+    """Step of the checkpoint to load. Default: the newest complete checkpoint."""
 
     no_save_optim: Switch = False
     """Leave the optimizer's state out of checkpoints."""
@@ -35,14 +35,14 @@ class CheckpointConfig:
     """Do not load the random number generators' state."""
 
     finetune: bool = False
-    """Load only the model and start at step 0, with a new optimizer and a new data order."""
+    """Load only the model's weights and start at step 0, with a new optimizer state and a new data order."""
 
     keep_last: int | None = None
-    """Number of complete checkpoints to keep; older ones are removed after a save. Default: keep all."""
+    """Number of complete checkpoints to keep; older ones are deleted after each save. Default: keep all."""
 
     overwrite_checkpoints: bool = False
-    """Allow a run to replace another run in --save, or the steps after the one it loads: their checkpoints are removed
-    when this run has written its first."""
+    """Allow this run to replace another run in --save, or checkpoints later than the step it loads. They are deleted
+    once this run has written its first checkpoint."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_interval", "keep_last")

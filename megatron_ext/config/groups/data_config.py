@@ -1,7 +1,7 @@
-"""Which indexed datasets a run reads, and how documents become samples.
+"""Which indexed datasets a run reads, and how their documents become training samples.
 
-Paths are Megatron's prefixes (`corpus_text_document`, without `.bin` or `.idx`). `megatron_ext.data` checks that the
-files exist and match each other.
+Datasets are named by Megatron's prefixes: the path without `.bin` or `.idx`, such as `corpus_text_document`.
+`megatron_ext.data` checks that the files exist and match each other.
 """
 
 from dataclasses import dataclass
@@ -14,37 +14,37 @@ _Prefixes = Annotated[tuple[str, ...] | None, flag(metavar="[WEIGHT] PREFIX ..."
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Datasets, blends and splits."""
+    """Flags for the datasets of a run, their blending weights, and their split into training, validation and test."""
 
     data_path: _Prefixes = None
-    """Datasets: one prefix, several prefixes, or alternating weights and prefixes (0.3 first 0.7 second)."""
+    """Dataset prefixes: one, several, or several with a weight before each (0.3 first 0.7 second)."""
 
     train_data_path: _Prefixes = None
-    """Datasets of the training set, instead of --data-path and --split."""
+    """Dataset prefixes for training; use instead of the training part of --data-path and --split."""
 
     valid_data_path: _Prefixes = None
-    """Datasets of the validation set, instead of --data-path and --split."""
+    """Dataset prefixes for validation; use instead of the validation part of --data-path and --split."""
 
     test_data_path: _Prefixes = None
-    """Datasets of the test set, instead of --data-path and --split."""
+    """Dataset prefixes for testing; use instead of the test part of --data-path and --split."""
 
     split: str = "969, 30, 1"
-    """Proportions of the training, validation and test sets in --data-path."""
+    """Proportions in which --data-path is divided into training, validation and test sets."""
 
     data_cache_path: str | None = None
-    """Directory for the sample index. Default: beside the dataset, or in memory if that is not writable."""
+    """Directory that caches the sample index. Default: the dataset's directory, or memory if it is not writable."""
 
     num_workers: int = 2
-    """Data loader processes per training process."""
+    """Number of data-loading processes for each training process."""
 
     reset_position_ids: bool = False
-    """Restart positions at 0 after every end-of-document token."""
+    """Restart the position ids at 0 after every end-of-document token."""
 
     reset_attention_mask: bool = False
-    """Prevent attention across end-of-document tokens."""
+    """Prevent tokens from attending across an end-of-document token."""
 
     eod_mask_loss: bool = False
-    """Exclude from the loss the token that is predicted from an end-of-document token, as Megatron-LM does."""
+    """Exclude from the loss the prediction made at each end-of-document token, as Megatron-LM does."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "num_workers")
@@ -60,7 +60,7 @@ class DataConfig:
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        """Datasets of the training set, with their weights if these are given; empty if there are none."""
+        """Dataset prefixes for training, with their weights if given; empty if no dataset is given."""
         return self.data_path or self.train_data_path or ()
 
 
@@ -92,7 +92,7 @@ def _check_split(split: str) -> None:
 
 
 def is_number(text: str) -> bool:
-    """Whether an item of a blend is a weight; otherwise it is a prefix."""
+    """Whether an item of a dataset list such as `0.3 first 0.7 second` is a weight; otherwise it is a prefix."""
     try:
         float(text)
     except ValueError:

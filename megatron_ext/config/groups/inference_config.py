@@ -1,4 +1,4 @@
-"""Flags that the tools share which run a trained model: how it is loaded, and how tokens are sampled."""
+"""Flags shared by the tools that run a trained model: how the model is loaded, and how tokens are sampled."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,23 +8,23 @@ from megatron_ext.config.command_line.field_checks import Switch, check_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Which step of a checkpoint is loaded, and how the model is split over the processes."""
+    """Flags for which step is loaded from a checkpoint, and how the model is sharded over the processes."""
 
     ckpt_step: int | None = None
-    """Step to load. Default: the newest complete checkpoint."""
+    """Step of the checkpoint to load. Default: the newest complete checkpoint."""
 
     bos: Switch = False
-    """Begin every prompt and every window of an evaluation with the begin-of-text token. Default: as in training."""
+    """Begin every prompt and every evaluation window with the begin-of-text token. Default: as in training."""
 
     no_bos: Switch = False
-    """Do not begin prompts and windows with the begin-of-text token."""
+    """Do not begin prompts and evaluation windows with the begin-of-text token. Default: as in training."""
 
     tensor_model_parallel_size: int | None = None
-    """Number of processes that each layer's matrices are sharded over. Default: as many as the model allows."""
+    """Number of processes that share each layer's matrices. Default: as many as the model allows."""
 
     pipeline_model_parallel_size: int | None = None
-    """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many of the remaining
-    processes as the model allows. Processes that are left over hold copies of the model."""
+    """Number of pipeline stages. Default: 1 if --tensor-model-parallel-size is given, else as many as the model and the
+    remaining processes allow. Any further processes hold copies of the model."""
 
     bf16: bool = False
     """Compute in bfloat16."""
@@ -41,22 +41,22 @@ class LoadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How tokens are sampled."""
+    """Flags for how tokens are sampled."""
 
     max_new_tokens: int = 64
     """Number of tokens to generate after each prompt."""
 
     temperature: float = 1.0
-    """Divide the logits by this; 0 takes the most likely token (greedy)."""
+    """Divide the logits by this value; 0 always takes the most likely token (greedy decoding)."""
 
     top_k: int = 0
-    """Sample from the k most likely tokens only; 0 is off."""
+    """Sample only from this many most likely tokens; 0 turns the limit off."""
 
     top_p: float = 0.0
-    """Sample from the smallest set of tokens whose probabilities reach this sum; 0 is off."""
+    """Sample from the smallest set of most likely tokens whose probabilities reach this sum; 0 turns this off."""
 
     seed: int = 1234
-    """Seed of the sampling."""
+    """Random seed for sampling."""
 
     def sampling_options(self) -> dict[str, Any]:
         """Returns these flags as keyword arguments of `inference.Sampling`."""

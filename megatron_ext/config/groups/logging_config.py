@@ -1,6 +1,6 @@
 """What a run prints, and what it writes to TensorBoard and W&B.
 
-Flags of a family's own statistics are in the family's config group.
+Flags for statistics that only one model family has are in that family's config group.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron_ext.config.command_line.field_checks import check_at_least, check_
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Progress lines, TensorBoard and W&B."""
+    """Flags for progress lines, TensorBoard and W&B."""
 
     log_interval: int = 100
     """Optimizer steps between two progress lines."""
@@ -19,7 +19,7 @@ class LoggingConfig:
     """Directory for TensorBoard's event files."""
 
     tensorboard_log_interval: int = 1
-    """Optimizer steps between two values in TensorBoard."""
+    """Optimizer steps between two values written to TensorBoard."""
 
     wandb_project: str | None = None
     """W&B project to log to. Requires the extra `wandb`."""
@@ -34,19 +34,19 @@ class LoggingConfig:
     """Directory for W&B's own files."""
 
     log_params_norm: bool = False
-    """Compute and log the norm of all parameters."""
+    """Compute and log the L2 norm of all parameters together."""
 
     log_throughput: bool = True
     """Log tokens per second and model FLOPs utilization (MFU)."""
 
     log_memory: bool = False
-    """Write current and peak memory to TensorBoard; the progress line shows the peak in any case."""
+    """Write current and peak memory to TensorBoard; the progress line always shows the peak."""
 
     log_validation_ppl: bool = True
     """Log the validation perplexity in addition to the loss."""
 
     device_peak_tflops: float | None = None
-    """Peak of the device for MFU, in TFLOP/s. Default: from a table of known GPUs, else a short measurement."""
+    """Peak TFLOP/s of the device, used to compute MFU. Default: from a table of known GPUs, else measured briefly."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "log_interval", "tensorboard_log_interval")

@@ -1,7 +1,7 @@
 """The base model: sizes, positions, norm, activation, dropout and initialization.
 
 Names and defaults are Megatron's, with three exceptions: rotary positions and RMSNorm are the defaults, and
-`--num-query-groups` alone turns on grouped-query attention. A family configures its own modules in its own group.
+`--num-query-groups` alone turns on grouped-query attention. Each model family configures its modules in its own group.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def check_fits_window(window: int | None, length: int, asked: str) -> None:
     Args:
         window: the model's `sliding_window`, in tokens.
         length: length of the sequence, in tokens.
-        asked: flags and values that led to this length; the message begins with them.
+        asked: flags and values that led to this length; the error message begins with this text.
     """
     if window is not None and length > window:
         raise ValueError(
@@ -47,7 +47,7 @@ def check_fits_window(window: int | None, length: int, asked: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and numerics of the base GPT model."""
+    """Flags for the sizes, layers and initialization of the base GPT model."""
 
     num_layers: int
     """Number of transformer layers."""
@@ -62,23 +62,24 @@ class ModelConfig:
     """Tokens per training sequence."""
 
     ffn_hidden_size: int | None = None
-    """Width of the MLP. Default: 4 * hidden size; with --swiglu 8/3 of it, rounded down to a multiple of 64."""
+    """Width of the MLP. Default: 4 x hidden size (with --swiglu: 8/3 x hidden size, rounded down to a multiple of
+    64)."""
 
     num_query_groups: int | None = None
-    """Number of key/value heads (grouped-query attention). Default: one per attention head."""
+    """Number of key/value heads; below the number of attention heads: grouped-query attention. Default: equal to it."""
 
     group_query_attention: bool = False
-    """Megatron's switch for grouped-query attention. It requires --num-query-groups, which is enough by itself."""
+    """Megatron's switch for grouped-query attention; requires --num-query-groups, which also works without it."""
 
     kv_channels: int | None = None
-    """Width of one attention head. Default: hidden size / number of heads."""
+    """Width of one attention head. Default: hidden size / number of attention heads."""
 
     max_position_embeddings: int | None = None
     """Largest number of positions. Default: the sequence length."""
 
     sliding_window: int | None = None
-    """Attention window of an imported model, in tokens. Attention here has no window, which gives the same result for
-    sequences up to the window; longer sequences are refused."""
+    """Sliding attention window of an imported model, in tokens. Windowed attention is not supported: sequences longer
+    than the window are rejected; for all others, full attention gives the same result."""
 
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """Position embedding: rotary, learned, or none."""
@@ -87,34 +88,34 @@ class ModelConfig:
     """Base of the rotary frequencies."""
 
     rotary_percent: float = 1.0
-    """Fraction of a head's width that is rotated, in (0, 1]."""
+    """Fraction of each head's channels that are rotated, in (0, 1]."""
 
     rotary_seq_len_interpolation_factor: float | None = None
-    """Divide rotary positions by this (linear scaling), to use sequences longer than those of the first training."""
+    """Divide rotary positions by this factor (linear scaling), for longer sequences than the model was trained on."""
 
     use_rope_scaling: bool = False
-    """Llama 3's rope scaling: divide slow rotary frequencies by a factor, keep fast ones, blend those in between."""
+    """Scale rotary frequencies as Llama 3 does: divide low ones by a factor, keep high ones, blend those in between."""
 
     rope_scaling_factor: float = 8.0
-    """Llama 3's rope scaling: the factor."""
+    """Llama 3's rope scaling: the factor that low frequencies are divided by."""
 
     rope_low_freq_factor: float = 1.0
-    """Llama 3's rope scaling: a frequency is slow if its wavelength exceeds the original length divided by this."""
+    """Llama 3's rope scaling: a frequency is low if its wavelength exceeds the original length / this value."""
 
     rope_high_freq_factor: float = 4.0
-    """Llama 3's rope scaling: a frequency is fast if its wavelength is below the original length divided by this."""
+    """Llama 3's rope scaling: a frequency is high if its wavelength is below the original length / this value."""
 
     rope_original_max_position_embeddings: int = 8192
-    """Llama 3's rope scaling: the original length, in tokens."""
+    """Llama 3's rope scaling: sequence length that the model was first trained with, in tokens (original length)."""
 
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    """Norm before attention and MLP, and after the last layer."""
+    """Type of the norms before attention, before the MLP, and after the last layer."""
 
     norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
 
     swiglu: bool = False
-    """Use a gated MLP with SiLU (SwiGLU) instead of GELU."""
+    """Use a gated MLP with SiLU (SwiGLU) instead of an MLP with GELU."""
 
     disable_bias_linear: Switch = False
     """Leave out the biases of the linear layers."""
@@ -129,28 +130,30 @@ class ModelConfig:
     """With --disable-bias-linear: keep the biases of the MLP."""
 
     qk_layernorm: bool = False
-    """Normalize queries and keys per head."""
+    """Normalize the queries and keys of each attention head."""
 
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer its own weight instead of sharing the word embedding."""
 
     hidden_dropout: float = 0.1
-    """Dropout on the residual branches and the embedding."""
+    """Dropout probability on the embedding and on the outputs of attention and MLP."""
 
     attention_dropout: float = 0.1
-    """Dropout on the attention probabilities."""
+    """Dropout probability on the attention weights."""
 
     init_method_std: float = 0.02
     """Standard deviation of the initial weights."""
 
     make_vocab_size_divisible_by: int = 128
-    """Pad the vocabulary to a multiple of this times the tensor-parallel size."""
+    """Pad the vocabulary size to a multiple of this value x --tensor-model-parallel-size."""
 
     attention_backend: Literal["sdpa", "local", "te"] = "sdpa"
-    """Core attention: torch's scaled_dot_product_attention, mcore's local one, or Transformer Engine's."""
+    """Implementation of core attention: torch's scaled_dot_product_attention (sdpa), mcore's (local), or Transformer
+    Engine's (te)."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Linear layers: mcore's or Transformer Engine's; auto uses Transformer Engine on a GPU if it is installed."""
+    """Implementation of linear layers: mcore's (local) or Transformer Engine's; auto uses Transformer Engine if it is
+    installed and there is a GPU."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -188,7 +191,7 @@ class ModelConfig:
             )
 
     def _check_rotary(self) -> None:
-        """Refuses rotary settings that would have no effect, and an odd number of rotated channels."""
+        """Rejects rotary settings that would have no effect, and an odd number of rotated channels."""
         if self.position_embedding_type != "rope":
             for name in (
                 "rotary_base",
@@ -268,7 +271,7 @@ class ModelConfig:
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
-        """Width of the MLP after defaults, which follow Megatron's rule for SwiGLU."""
+        """Width of the MLP; without --ffn-hidden-size the default, which follows Megatron's rule for SwiGLU."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.swiglu:
@@ -277,26 +280,26 @@ class ModelConfig:
 
     @property
     def resolved_num_query_groups(self) -> int:
-        """Number of key/value heads after defaults."""
+        """Number of key/value heads; without --num-query-groups, the number of attention heads."""
         return self.num_query_groups if self.num_query_groups is not None else self.num_attention_heads
 
     @property
     def resolved_kv_channels(self) -> int:
-        """Width of one attention head after defaults."""
+        """Width of one attention head; without --kv-channels, the hidden size / number of attention heads."""
         return (
             self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
         )
 
     @property
     def resolved_max_position_embeddings(self) -> int:
-        """Largest number of positions after defaults."""
+        """Largest number of positions; without --max-position-embeddings, the sequence length."""
         return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
 
 
 def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces Transformer Engine in a checkpoint's section `model` if it is not installed on this machine.
+    """Replaces Transformer Engine in a checkpoint's `model` section if it is not installed on this machine.
 
-    This is safe: both implementations of linear layers and attention compute the same from the same weights.
+    This is safe: the replacements use the same weights and compute the same function.
     """
     if importlib.util.find_spec("transformer_engine") is not None:
         return dict(section)

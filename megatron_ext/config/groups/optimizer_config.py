@@ -1,6 +1,6 @@
 """AdamW, gradient clipping, and the schedules of learning rate and weight decay.
 
-The names are those of mcore's `OptimizerConfig` and `OptimizerParamScheduler`, which receive the values.
+The fields have the names that mcore's `OptimizerConfig` and `OptimizerParamScheduler` use; both receive these values.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from megatron_ext.config.command_line.field_checks import (
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Learning rate, weight decay, AdamW and clipping."""
+    """Flags for learning rate, weight decay, AdamW and gradient clipping."""
 
     lr: Annotated[float, flag(aliases=("--learning_rate",))]
     """Peak learning rate."""
@@ -34,16 +34,16 @@ class OptimizerSettings:
     """Optimizer steps over which the learning rate decays. Default: the whole run."""
 
     lr_decay_samples: int | None = None
-    """As --lr-decay-iters, in sequences; for runs with --train-samples."""
+    """Sequences over which the learning rate decays; use with --train-samples, instead of --lr-decay-iters."""
 
     lr_warmup_iters: int = 0
-    """Optimizer steps over which the learning rate rises to its peak."""
+    """Optimizer steps over which the learning rate rises to its peak (warm-up)."""
 
     lr_warmup_samples: int = 0
-    """As --lr-warmup-iters, in sequences; for runs with --train-samples."""
+    """Sequences over which the learning rate warms up; use with --train-samples, instead of --lr-warmup-iters."""
 
     lr_warmup_fraction: float | None = None
-    """Length of the warm-up as a fraction of the decay steps, instead of --lr-warmup-iters."""
+    """Length of the warm-up as a fraction of the decay length; use instead of --lr-warmup-iters."""
 
     lr_warmup_init: float = 0.0
     """Learning rate at the start of the warm-up."""
@@ -52,13 +52,13 @@ class OptimizerSettings:
     """With --lr-decay-style WSD: shape of the final decay."""
 
     lr_wsd_decay_iters: int | None = None
-    """With --lr-decay-style WSD: optimizer steps of the final decay."""
+    """With --lr-decay-style WSD: length of the final decay, in optimizer steps."""
 
     lr_wsd_decay_samples: int | None = None
-    """As --lr-wsd-decay-iters, in sequences; for runs with --train-samples."""
+    """With --lr-decay-style WSD and --train-samples: length of the final decay, in sequences."""
 
     weight_decay: float = 0.01
-    """Decoupled weight decay."""
+    """Coefficient of AdamW's decoupled weight decay."""
 
     start_weight_decay: float | None = None
     """Weight decay at the start, with --weight-decay-incr-style linear or cosine."""
@@ -67,7 +67,7 @@ class OptimizerSettings:
     """Weight decay at the end, with --weight-decay-incr-style linear or cosine."""
 
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight decay changes from start to end."""
+    """How the weight decay changes from --start-weight-decay to --end-weight-decay."""
 
     adam_beta1: float = 0.9
     """Decay rate of Adam's running mean of gradients."""
@@ -76,16 +76,16 @@ class OptimizerSettings:
     """Decay rate of Adam's running mean of squared gradients."""
 
     adam_eps: float = 1e-8
-    """Constant that Adam adds to the denominator."""
+    """Constant that Adam adds to the denominator of its update."""
 
     clip_grad: Annotated[float, flag(aliases=("--max_grad_norm",))] = 1.0
-    """Scale gradients down to this global norm if they exceed it; 0 turns clipping off."""
+    """Scale the gradients down if their global norm exceeds this value; 0 turns clipping off."""
 
     override_opt_param_scheduler: bool = False
-    """With --load: use the schedule of the flags, not of the checkpoint."""
+    """With --load: use the learning-rate and weight-decay schedule given by the flags, not the checkpoint's."""
 
     use_checkpoint_opt_param_scheduler: bool = False
-    """With --load: use the schedule of the checkpoint and ignore the flags."""
+    """With --load: use the checkpoint's learning-rate and weight-decay schedule and ignore the flags."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -1,6 +1,6 @@
-"""The parallel layout of a run, and what it recomputes in the backward pass.
+"""The parallel layout of a run, and which activations are recomputed in the backward pass.
 
-Checks against the model and the batch are in `cross_checks`.
+`cross_checks` checks whether the layout fits the model and the batch size.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ _RECOMPUTED = ("core_attn",)
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Tensor, pipeline, sequence and data parallelism."""
+    """Flags for tensor, pipeline, sequence and data parallelism, and for recomputation."""
 
     tensor_model_parallel_size: int = 1
-    """Number of processes that each layer's matrices are sharded over."""
+    """Number of processes that share each layer's matrices."""
 
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages that the layers are divided into."""
@@ -32,10 +32,11 @@ class ParallelConfig:
     """Layers per virtual stage; turns on the interleaved pipeline schedule."""
 
     context_parallel_size: int = 1
-    """Number of processes that each sequence is sharded over; must be 1 (context parallelism is not supported)."""
+    """Number of processes that share each sequence; must be 1 (context parallelism is not supported)."""
 
     sequence_parallel: bool = False
-    """Shard norms and dropout along the sequence over tensor-parallel ranks. No effect without tensor parallelism."""
+    """Split the sequence over the tensor-parallel processes in norms and dropout; no effect without tensor
+    parallelism."""
 
     use_distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel processes."""
@@ -44,16 +45,17 @@ class ParallelConfig:
     """Overlap the reduction of gradients with the backward pass."""
 
     overlap_param_gather: bool = False
-    """Overlap gathering the distributed optimizer's parameters with the forward pass."""
+    """Overlap the distributed optimizer's gathering of parameters with the forward pass."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
 
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full recompute: all layers in groups of --recompute-num-layers (uniform), or so many per stage (block)."""
+    """With full recompute: recompute all layers, in groups of --recompute-num-layers (uniform), or only the first
+    --recompute-num-layers of each pipeline stage (block)."""
 
     recompute_num_layers: int | None = None
-    """With full recompute: layers per group (uniform), or recomputed layers per stage (block)."""
+    """With full recompute: layers per group (uniform), or recomputed layers per pipeline stage (block)."""
 
     recompute_modules: tuple[str, ...] = _RECOMPUTED
     """With selective recompute: modules to recompute (core_attn, mlp, layernorm)."""
@@ -133,7 +135,7 @@ class ParallelConfig:
         """Returns the number of model copies among `world_size` processes.
 
         Raises:
-            ValueError: if the processes do not divide into whole copies.
+            ValueError: `world_size` is not divisible by the number of processes that hold one copy.
         """
         if world_size % self.model_parallel_size:
             raise ValueError(
@@ -144,7 +146,7 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
-        """Returns the number of virtual stages per pipeline stage; None if there is only one (no interleaving)."""
+        """Returns the number of virtual stages in each pipeline stage; None without the interleaved schedule."""
         if self.num_layers_per_virtual_pipeline_stage is None:
             return None
         stages = num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage

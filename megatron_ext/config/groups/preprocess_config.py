@@ -1,4 +1,4 @@
-"""Input of the data tools (`InputConfig`) and output of `tools/preprocess_data.py` (`PreprocessConfig`)."""
+"""Flags for the input of the data tools (`InputConfig`) and the output of `tools/preprocess_data.py`."""
 
 import os
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ OnError = Literal["fail", "skip", "quarantine"]
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """Files of raw text, and how documents are read from them."""
+    """Flags for the files of raw text, and how documents are read from them."""
 
     input: tuple[str, ...]
-    """Files, glob patterns, or - for standard input: .txt, .parquet, .arrow, else JSON lines; may be compressed (.gz,
-    .zst, .bz2, .xz)."""
+    """Input files or glob patterns, or - for standard input. Files other than .txt, .parquet and .arrow are read as
+    JSON lines; files may be compressed (.gz, .zst, .bz2, .xz)."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line (columns of a .parquet or .arrow file) that hold text; each gives a dataset of its own."""
+    """Keys of the JSON lines (or columns of .parquet and .arrow files) that hold text; each key gives one dataset."""
 
     text_unit: Literal["line", "file"] = "line"
-    """Document in a .txt file: each line that is not blank, or the whole file."""
+    """What counts as one document in a .txt file: each line that is not blank, or the whole file."""
 
     max_line_bytes: int = 256_000_000
-    """Largest size of a line (or of a whole-file document) in bytes; a longer one is an error."""
+    """Largest allowed size of a line (or of a document that is a whole file) in bytes; a larger one is an error."""
 
     max_documents: int | None = None
     """Stop after this many documents, for a trial run."""
@@ -33,7 +33,9 @@ class InputConfig:
         check_choices(self)
         check_at_least(self, 1, "max_line_bytes", "max_documents")
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
-            raise ValueError(f"--json-keys {' '.join(self.json_keys)}: give at least one key, and none twice")
+            raise ValueError(
+                f"--json-keys {' '.join(self.json_keys)}: give at least one key, and no key twice"
+            )
         bad = [key for key in self.json_keys if "/" in key or not key]
         if bad:
             raise ValueError(f"--json-keys {bad[0]!r}: a key becomes part of a file name and cannot hold /")
@@ -41,10 +43,10 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """How documents become `PREFIX_KEY_document.bin` and `.idx`."""
+    """Flags for how documents are tokenized and written to `PREFIX_KEY_document.bin` and `.idx`."""
 
     output_prefix: str
-    """Path of the datasets without `_KEY_document.bin`; missing directories are created."""
+    """Path of the output datasets, without `_KEY_document.bin`; missing directories are created."""
 
     append_eod: bool = False
     """Append the end-of-document token to every non-empty document."""
@@ -56,25 +58,27 @@ class PreprocessConfig:
     """Number of worker processes. Default: one per core that this process may use."""
 
     partitions: int = 1
-    """Distribute the documents round-robin over N parts and concatenate these, as Megatron-LM does."""
+    """Distribute the documents round-robin over this many parts and concatenate the parts, as Megatron-LM does."""
 
     keep_sequential_samples: bool = False
-    """With --partitions above 1: keep the order of the input."""
+    """With --partitions above 1: keep the documents in the order of the input."""
 
     on_error: OnError = "fail"
-    """On a line that is not a document: stop, skip it, or skip it and keep it in PREFIX_quarantined.jsonl."""
+    """What to do with a line that is not a valid document: stop with an error (fail), skip it, or skip it and write it
+    to PREFIX_quarantined.jsonl (quarantine)."""
 
     skip_empty: bool = False
-    """Skip documents that have no token under any key. Default: they keep their place in the index."""
+    """Skip documents that have no tokens under any key. Default: keep them as empty documents."""
 
     encoder: Literal["auto", "gigatoken", "reference"] = "auto"
-    """Tokenizer implementation; auto uses gigatoken if its ids equal the reference's on a sample of the input."""
+    """Tokenizer implementation: gigatoken (fast) or the reference; auto uses gigatoken if both give the same token ids
+    on a sample of the input."""
 
     resume: bool = False
-    """Continue from the finished pieces of a run that was killed."""
+    """Continue an earlier run that was killed, and reuse the pieces it has finished."""
 
     log_interval: int = 1000
-    """Documents between two progress lines if the output is not a terminal; at most one line per second."""
+    """Documents between two progress lines if the output is not a terminal (at most one line per second is printed)."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -33,26 +33,26 @@ _NEEDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The tokenizer and its files."""
+    """Flags for the tokenizer and its files."""
 
     tokenizer_type: TokenizerType = "GPT2BPETokenizer"
-    """Type of the tokenizer."""
+    """Tokenizer implementation, named as in Megatron-LM."""
 
     tokenizer_model: str | None = None
-    """File or local directory of the tokenizer (Hugging Face, SentencePiece, Llama 2, tiktoken)."""
+    """File or local directory of a Hugging Face, SentencePiece, Llama 2 or tiktoken tokenizer."""
 
     vocab_file: str | None = None
-    """GPT-2 BPE's vocab.json."""
+    """Path of vocab.json, for GPT2BPETokenizer."""
 
     merge_file: str | None = None
-    """GPT-2 BPE's merges.txt."""
+    """Path of merges.txt, for GPT2BPETokenizer."""
 
     vocab_size: int | None = None
-    """Number of ids: required by NullTokenizer, a lower bound for other tokenizers."""
+    """Number of token ids: the exact number for NullTokenizer, which requires it; a minimum for other tokenizers."""
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Required flags that a command lacks, see `flag_table.missing_flags`."""
+        """Returns the required flags that were not given; see `flag_table.missing_flags`."""
         kind = given.get("tokenizer_type", cls.tokenizer_type)
         lacking = [flag_name(name) for name in _NEEDS.get(kind, ()) if name not in given]
         return [f"{flag} (for --tokenizer-type {kind})" for flag in lacking]

@@ -1,6 +1,6 @@
-"""Batch sizes, length of a run, evaluation, precision and seed.
+"""Batch sizes, length of the training run, evaluation, precision and seed.
 
-Flags of the learning-rate schedule are in `optimizer_config`, flags of saving in `checkpoint_config`.
+The flags for the learning-rate schedule are in `optimizer_config`, the flags for saving in `checkpoint_config`.
 """
 
 from collections.abc import Mapping
@@ -18,52 +18,52 @@ from megatron_ext.config.command_line.field_checks import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Batch sizes, length of the run, evaluation, precision and seed."""
+    """Flags for batch sizes, length of the training run, evaluation, precision and seed."""
 
     micro_batch_size: Annotated[int, flag(aliases=("--batch_size",))] = 1
-    """Sequences per micro-batch, which one process computes at a time."""
+    """Sequences per micro-batch: the number that one model copy processes at a time."""
 
     global_batch_size: int | None = None
-    """Sequences per optimizer step over all processes. Default: micro-batch size * data-parallel size."""
+    """Sequences per optimizer step, over all model copies. Default: micro-batch size x number of model copies."""
 
     gradient_accumulation_steps: int | None = None
-    """Micro-batches per optimizer step and process, instead of --global-batch-size."""
+    """Micro-batches per optimizer step on each model copy; use instead of --global-batch-size."""
 
     train_iters: Annotated[int | None, flag(aliases=("--max_steps",))] = None
     """Length of the run in optimizer steps."""
 
     train_samples: int | None = None
-    """Length of the run in sequences, instead of --train-iters."""
+    """Length of the run in sequences; use instead of --train-iters."""
 
     num_epochs: float | None = None
-    """Length of the run in passes over the training data, instead of --train-iters."""
+    """Length of the run in passes over the training data; use instead of --train-iters."""
 
     eval_interval: int = 1000
     """Optimizer steps between two evaluations on the validation set."""
 
     eval_iters: int = 100
-    """Global batches per evaluation; 0 turns evaluation off."""
+    """Number of global batches in each evaluation; 0 turns evaluation off."""
 
     exit_interval: int | None = None
-    """Save and exit at the first step that is a multiple of this."""
+    """Save and exit at the first step that is a multiple of this number."""
 
     exit_duration_in_mins: float | None = None
     """Save and exit after this many minutes."""
 
     seed: int = 1234
-    """Seed of the initial weights, of dropout and of the data order."""
+    """Random seed for the initial weights, dropout and the data order."""
 
     bf16: Annotated[bool, flag(aliases=("--mixed_precision",))] = False
-    """Compute in bfloat16 with fp32 main weights. Default: everything is fp32."""
+    """Compute in bfloat16, with fp32 copies of the weights for the optimizer. Default: everything is fp32."""
 
     max_consecutive_nan_steps: int = 3
-    """A step whose loss or gradient is not finite is skipped; this many in a row end the run."""
+    """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped."""
 
     skip_train: bool = False
-    """Evaluate only, then exit."""
+    """Evaluate without training, then exit."""
 
     dry_run: bool = False
-    """Print the parameters, memory and FLOPs per step of this layout and exit without building the model."""
+    """Print the number of parameters, the memory and the FLOPs per step, and exit without building the model."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -88,12 +88,12 @@ class TrainingConfig:
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:
-        """Required flags that a command lacks, see `flag_table.missing_flags`."""
+        """Returns the required flags that were not given; see `flag_table.missing_flags`."""
         lengths = {"train_iters", "train_samples", "num_epochs"}
         return [] if given.keys() & lengths else ["--train-iters (or --train-samples, --num-epochs)"]
 
     def resolved_global_batch_size(self, data_parallel_size: int) -> int:
-        """Returns the number of sequences per optimizer step, after defaults.
+        """Returns the number of sequences per optimizer step, computed from the other flags if it is not given.
 
         Raises:
             ValueError: the global batch is not a multiple of micro-batch size x data-parallel size.
@@ -109,9 +109,9 @@ class TrainingConfig:
         return self.global_batch_size
 
     def resolved_train_iters(self, global_batch_size: int) -> int:
-        """Returns the optimizer steps of the whole run; like Megatron, it drops the last partial batch.
+        """Returns the number of optimizer steps in the whole run; as in Megatron, a last partial batch is dropped.
 
-        A length in epochs must have been converted before, see `with_epochs`.
+        A length in epochs must have been converted to steps before; see `with_epochs`.
         """
         if self.train_iters is not None:
             return self.train_iters
@@ -119,7 +119,7 @@ class TrainingConfig:
         return self.train_samples // global_batch_size
 
     def with_epochs(self, epoch_samples: int, data_parallel_size: int) -> "TrainingConfig":
-        """Returns a copy with `num_epochs` converted to `train_iters`, at least one step.
+        """Returns a copy in which `num_epochs` is converted to `train_iters` (at least one step).
 
         Args:
             epoch_samples: number of sequences in the training data.

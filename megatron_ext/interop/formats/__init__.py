@@ -1,1 +1,1 @@
-"""Reads and writes Hugging Face's files: configuration, weights and tokenizer."""
+"""Reads and writes the files of a Hugging Face model: configuration, weights and tokenizer."""

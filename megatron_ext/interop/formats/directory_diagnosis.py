@@ -11,7 +11,7 @@ _SAVE = "load it with transformers and save it with save_pretrained()"
 _FORMATS: tuple[tuple[str, str], ...] = (
     (
         "adapter_config.json",
-        "a peft adapter, not a model; merge it into its base model with peft (merge_and_unload()) and save that",
+        "a peft adapter, not a model; merge it into its base model with peft (merge_and_unload()) and save the result",
     ),
     (
         "*.gguf",
@@ -42,7 +42,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
         "weights under another name; rename the file to model.safetensors if it holds the whole model",
     ),
 )
-"""File pattern -> what such a file is, and what to do. The first pattern that matches is reported."""
+"""Pairs of a file pattern, and what such a file is and what to do. The first pattern that matches is reported."""
 
 _QUANTIZED = {
     ".qweight": "GPTQ or AWQ",
@@ -56,7 +56,7 @@ _QUANTIZED = {
 
 
 def what_is_there(folder: Path) -> str | None:
-    """Names a file of an unsupported format, or the place of the model, and what to do; None if nothing is found."""
+    """Says which unsupported file a directory holds and what to do, or where the model is; None if nothing is found."""
     for pattern, meaning in _FORMATS:
         found = sorted(path.name for path in folder.glob(pattern))
         if found:
@@ -79,21 +79,21 @@ def check_no_pointer(path: Path) -> None:
 
 
 def describe_missing(path: Path) -> str:
-    """Says that a file is missing, or that it is a dangling link."""
+    """Returns text saying that a file is missing, or that it is a link to a missing file."""
     if path.is_symlink():
         return f"{path.name} is a link to a missing file"
     return f"{path.name} is missing"
 
 
 def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
-    """Recognizes tensor names that differ systematically from those of a model: quantized, prefixed and the like.
+    """Recognizes tensor names that differ systematically from the expected ones (quantized, with a prefix, and so on).
 
     Args:
         names: names of the tensors in the files.
-        wanted: names of the tensors of the model.
+        wanted: names of the tensors that the model requires.
 
     Returns:
-        What the files hold and what to do, or None if they differ in no known way.
+        What the files hold and what to do; None if the names match no known case.
     """
     found, needed = set(names), list(wanted)
     for ending, method in _QUANTIZED.items():
@@ -115,6 +115,6 @@ def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
     if sum(name in found for name in bare) > len(needed) // 2:
         return (
             "the tensor names lack the prefix model., so the model was saved without its head; "
-            "load it as a causal model in transformers and save that with save_pretrained()"
+            "load it as a causal model in transformers and save it with save_pretrained()"
         )
     return None

@@ -1,6 +1,6 @@
-"""Converts a Llama-family config.json to a `ModelConfig` and back; raises if a model cannot be expressed exactly.
+"""Converts the config.json of a Llama-like model to a `ModelConfig` and back; raises if this is not possible exactly.
 
-All models have RMSNorm, rotary positions, SwiGLU and grouped-query attention. They add:
+All supported models have RMSNorm, rotary positions, SwiGLU and grouped-query attention. In addition:
 
     llama        attention_bias: biases in q, k, v, o; mlp_bias: in gate, up, down; rope scaling `llama3`, `linear`
     mistral      a sliding window
@@ -21,7 +21,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""Architecture -> model_type of the models that can be imported and exported."""
+"""Maps each architecture (class in transformers) that can be imported and exported to its model_type."""
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
@@ -39,16 +39,16 @@ class HFModel:
     vocab_size: int
     architecture: str
     messages: tuple[str, ...]
-    """What could not be imported unchanged, one line each, for the user."""
+    """Messages for the user about everything that could not be imported unchanged, one line each."""
 
 
 def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[str, ...]]:
-    """The architecture of a config.json, and messages for the user.
+    """Returns the architecture that a config.json describes, and messages for the user.
 
     transformers chooses the class by `model_type`; `architectures` only names the class that saved the model.
 
     Raises:
-        ValueError: the architecture is none of `ARCHITECTURES`.
+        ValueError: the architecture is not one of `ARCHITECTURES`.
     """
     kind, named = config.get("model_type"), config.get("architectures") or []
     if not isinstance(named, list) or any(name not in ARCHITECTURES for name in named):
@@ -82,11 +82,11 @@ def to_model_config(
     Args:
         config: parsed content of the file.
         source: path of the file, for error messages.
-        seq_length: tokens per training sequence; the default is the model's maximum position, at most 4096.
+        seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
         make_vocab_size_divisible_by: the default is the largest power of two up to 128 that needs no padding.
 
     Raises:
-        ValueError: the model cannot be expressed.
+        ValueError: a `ModelConfig` cannot express the model.
     """
     architecture, messages = read_architecture(config, source)
     kind = ARCHITECTURES[architecture]
@@ -157,7 +157,7 @@ def _longest_position(
     # as its maximum position, and longer sequences are refused.
     message = (
         f"sliding window {window}: attention here has no window, so the model is imported for sequences of up to "
-        f"{window} tokens, on which both compute the same"
+        f"{window} tokens, for which the result is the same"
     )
     return window, (message,)
 
@@ -183,7 +183,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
         wanted: one of `ARCHITECTURES`; None chooses the first that fits.
 
     Raises:
-        ValueError: no architecture, or not the wanted one, can express the model; the error names the flag.
+        ValueError: no architecture (or not the wanted one) can express the model; the message names the flag at fault.
     """
     obstacles = {
         "--normalization": (model.normalization, "RMSNorm"),
@@ -194,7 +194,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
     for flag, (ours, theirs) in obstacles.items():
         if ours != theirs:
             raise ValueError(
-                f"{flag} {ours}: the model cannot be exported; a Llama-family model requires {theirs}"
+                f"{flag} {ours}: the model cannot be exported; a Llama-like model requires {theirs}"
             )
     fitting = [name for name, kind in ARCHITECTURES.items() if _fits(model, kind)]
     if wanted is not None and wanted not in ARCHITECTURES:
@@ -206,7 +206,7 @@ def choose_architecture(model: ModelConfig, wanted: str | None = None) -> str:
         )
     if not fitting:
         raise ValueError(
-            "no Llama-family architecture can express this model's combination of biases and query and key norms"
+            "no Llama-like architecture can express this model's combination of biases and query and key norms"
         )
     return wanted or fitting[0]
 
@@ -235,7 +235,7 @@ _REPLACED = {
     "_name_or_path",
     "_commit_hash",
 }
-"""Fields of an imported config.json that an export drops: our own replace them, or they describe the old directory."""
+"""Fields of an imported config.json that an export drops, because it writes others or they describe the old files."""
 
 _WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -247,14 +247,14 @@ def from_model_config(
     dtype: str,
     imported: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of a model's config.json, in field names that both transformers 4 and 5 read.
+    """Returns the content of a model's config.json, with field names that both transformers 4 and 5 read.
 
     Args:
         model: configuration of the base model.
         vocab_size: rows of the embedding, without padding.
         architecture: Hugging Face class from `choose_architecture`, such as `LlamaForCausalLM`.
         dtype: name of the dtype, such as `float32`.
-        imported: content of the config.json that the model was imported from; its other fields are kept.
+        imported: content of the config.json that the model was imported from, or None; its other fields are kept.
     """
     kind = ARCHITECTURES[architecture]
     free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}

@@ -3,11 +3,11 @@
 A field is one of:
 
     imported         read by `hf_config`, `hf_rope` and `sliding_window` below
-    without effect   does not change the model's outputs; kept for an export
-    refused          changes the computation in a way that cannot be expressed here
-    unknown          not a field of transformers' class, which ignores it; ignored here too, with a message
+    without effect   does not change the model's outputs; kept for a later export
+    rejected         changes the computation in a way that is not supported here
+    unknown          not a field of the class in transformers, which ignores it; ignored here too, with a message
 
-Types and defaults are those of transformers' classes (5.23); a value that transformers refuses is refused here.
+Types and defaults follow the classes in transformers 5.23; a value that transformers rejects is rejected here too.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     "qwen2": {"head_dim": (int,), **_WINDOW_TYPES},
     "qwen3": {"head_dim": (int,), "attention_bias": (bool,), **_WINDOW_TYPES},
 }
-"""Fields that only one model_type has, or whose type differs in it."""
+"""For each model_type, the types of the fields that only it has or whose type differs from other models."""
 
 _COUNTS = (
     "vocab_size",
@@ -98,7 +98,7 @@ _WITHOUT_EFFECT = {
     "partial_rotary_factor",
     "original_max_position_embeddings",
 }
-"""Known fields whose type is not checked here."""
+"""Known fields that do not change the model's outputs, or that other modules check; not checked here."""
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None, {}),
@@ -115,7 +115,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "generator": (None,),
     "text_encoder": (None,),
 }
-"""Fields that transformers' shared code reads for every model -> values that have no effect; others are refused."""
+"""Maps each field that transformers reads for every model to its harmless values; all other values are rejected."""
 
 
 def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]:
@@ -130,7 +130,7 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
         Messages about the fields that are ignored.
 
     Raises:
-        ValueError: transformers refuses a field's type or value, or it cannot be expressed here.
+        ValueError: a field has a type or value that transformers rejects, or a value that is not supported here.
     """
     types = _TYPES | _OWN_TYPES[kind]
     for name in _REQUIRED:
@@ -147,7 +147,7 @@ def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]
     unknown = sorted(name for name, value in config.items() if value and name not in known)
     if unknown:
         messages.append(
-            f"{', '.join(unknown)}: not a field of transformers' {kind} configuration, ignored here as there"
+            f"{', '.join(unknown)}: not a field of transformers' {kind} configuration; ignored here, as by transformers"
         )
     if config.get("auto_map"):
         messages.append("auto_map: code from the directory is not run; transformers' own class is used")
@@ -207,7 +207,7 @@ def _short(value: Any) -> str:
 
 
 def sliding_window(config: Mapping[str, Any], kind: str, source: str = "config.json") -> int | None:
-    """The smallest attention window of any layer, in tokens; None if every layer sees the whole sequence.
+    """Returns the smallest attention window of any layer, in tokens; None if all layers attend to the whole sequence.
 
     Args:
         config: parsed content of the file.
@@ -227,7 +227,7 @@ def sliding_window(config: Mapping[str, Any], kind: str, source: str = "config.j
         is_used = "sliding_attention" in types
         if is_used and window is None:
             raise ValueError(
-                f"{source}: layer_types has sliding_attention, which needs use_sliding_window and sliding_window"
+                f"{source}: layer_types has sliding_attention, which requires use_sliding_window and sliding_window"
             )
     return _at_least_one(window, source) if is_used else None
 

@@ -1,7 +1,7 @@
 """Reads and writes the safetensors files of a Hugging Face directory: one file, or several with an index.
 
-Reading needs memory for one tensor and writing for one file, whatever the size of the model: a tensor is read on
-access, and the size of a written file is limited. Pickled weights (`pytorch_model.bin`) are not read.
+Each tensor is read only on access, and the size of written files is limited, so for a model of any size, reading needs
+memory for one tensor, and writing for one file. Pickled weights (`pytorch_model.bin`) are not supported.
 """
 
 import json
@@ -27,7 +27,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _READ_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
-"""Dtype in the file -> dtype after reading. Training is in fp32 or bf16; fp16 becomes fp32, without loss."""
+"""Maps the dtype in a file to the dtype after reading. Training uses fp32 or bf16, so fp16 becomes fp32 (exactly)."""
 
 
 def read_config(model_dir: str | Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no config.json; the error says what the directory holds instead.
-        ValueError: it is not a JSON object.
+        ValueError: config.json is not a JSON object.
     """
     folder = Path(model_dir)
     if folder.is_file():
@@ -55,7 +55,7 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
 
     Args:
         path: path of the JSON file.
-        missing: text of the error if there is no such file.
+        missing: error message to raise if the file does not exist.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -74,7 +74,7 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
 
 
 class SafetensorsFiles:
-    """The safetensors of a directory, by name; the constructor reads the headers of all files.
+    """The tensors in a directory's safetensors files, by name; the constructor reads the headers of all files.
 
     Raises:
         FileNotFoundError: there are no safetensors files, or one is missing.
@@ -137,11 +137,11 @@ class SafetensorsFiles:
         return set(self._file_of)
 
     def shape(self, name: str) -> Shape:
-        """Shape of a tensor, from the file's header."""
+        """Returns the shape of a tensor, from the file's header."""
         return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that `read` returns a tensor in.
+        """Returns the dtype in which `read` returns a tensor.
 
         Raises:
             ValueError: the dtype in the file is not supported.
@@ -154,7 +154,7 @@ class SafetensorsFiles:
         return _READ_AS[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads a tensor into CPU memory, in the dtype of `dtype(name)`."""
+        """Reads a tensor into CPU memory, converted to the dtype that `dtype(name)` returns."""
         with safe_open(str(self.folder / self._file_of[name]), framework="pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor.to(self.dtype(name))
@@ -172,7 +172,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 class HuggingFaceState(Mapping[str, torch.Tensor]):
-    """A checkpoint's tensors by global name, each converted from Hugging Face's tensors on access.
+    """A Hugging Face model's tensors under the global names of a checkpoint, each read and converted on access.
 
     Args:
         files: the Hugging Face tensors.
@@ -180,7 +180,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         found: result of `weight_layout.entries` for the model.
 
     Raises:
-        ValueError: a tensor is missing or superfluous, or has the wrong shape or dtype.
+        ValueError: a tensor is missing, does not belong to the model, or has the wrong shape or dtype.
     """
 
     def __init__(self, files: SafetensorsFiles, model: ModelConfig, found: list[Entry]) -> None:
@@ -200,12 +200,12 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         return len(self._entries)
 
     def shape(self, name: str) -> Shape:
-        """Unsharded shape of a tensor in the checkpoint."""
+        """Returns the unsharded shape that a tensor has in a checkpoint."""
         return self._entries[name].shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """bf16 if all tensors are bf16, else fp32."""
+        """Precision for training the model: bf16 if all tensors are bf16, else fp32."""
         types = {self._files.dtype(part) for entry in self._entries.values() for part, _ in entry.parts}
         return torch.bfloat16 if types == {torch.bfloat16} else torch.float32
 
@@ -250,9 +250,9 @@ def write_safetensors(
 
     Args:
         folder: an empty directory.
-        tensors: groups of tensors that are read together; for each group the (name, bytes) of its tensors and a
+        tensors: groups of tensors that are read together: for each group, a list of (name, bytes) of its tensors, and a
             function that reads them.
-        max_shard_size: largest size of a file in bytes; a larger group gets a file of its own.
+        max_shard_size: largest size of a file in bytes; a group that is larger gets a separate file.
 
     Returns:
         The names of the files.

@@ -1,6 +1,6 @@
-"""Reads the rotary embedding of a config.json, with the same precedence as transformers.
+"""Reads the rotary-embedding settings in a config.json, with the same precedence as transformers.
 
-A value can stand in several places. The first of these counts:
+Each value may be given in several places; the first of these that is present counts:
 
     rope dict                     `rope_scaling` (the name in transformers 4), `rope_parameters`
     base                          `rope_theta` in the rope dict, at the top level, 10000
@@ -20,7 +20,7 @@ _KEYS = {
 
 
 def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple[dict[str, Any], list[str]]:
-    """Returns the rotary base and scaling as fields of `ModelConfig`, and messages for the user.
+    """Returns the rotary base and scaling as field values of `ModelConfig`, and messages for the user.
 
     Args:
         config: content of a config.json that has passed `check_fields`.
@@ -28,7 +28,7 @@ def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple
         source: path of the file, for error messages.
 
     Raises:
-        ValueError: the rotary embedding cannot be expressed.
+        ValueError: a `ModelConfig` cannot express the rotary embedding.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope: dict[str, Any] = config.get(name) or {}
@@ -52,7 +52,9 @@ def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple
         found |= _llama3(rope, config, positions, source)
     known = _KEYS[kind] | {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     extra = [f"{name}.{key}" for key in sorted(rope) if key not in known]
-    return found, [f"{', '.join(extra)}: not used by rope scaling {kind}, ignored"] if extra else []
+    return found, [
+        f"{', '.join(extra)}: ignored, because rope scaling {kind} does not use it"
+    ] if extra else []
 
 
 def _llama3(

@@ -4,11 +4,11 @@
     run_config.json, `hugging_face`
         config                      content of config.json
         generation_config           content of generation_config.json, or null
-        eos_token_ids               ids that end a generation, as transformers reads them from the two
+        eos_token_ids               ids that end a generated text, as transformers reads them from these two files
         folder, files               path of {save}/hugging_face/ and the names of the files in it
 
 A run that starts from an imported model copies this section into its checkpoints, unless it changes the tokenizer
-(`training.checkpoint`). The tokenizer's own files are handled by `tokenizer_files`.
+(see `training.checkpoint`). `tokenizer_files` handles the tokenizer's own files.
 """
 
 import json
@@ -45,7 +45,7 @@ _CODE = (".py", ".pyc", ".sh", ".so", ".ipynb")
 _LARGEST = 32 * 2**20
 
 _DEFAULT_EOS = {"llama": 2, "mistral": 2}
-"""Defaults of transformers' classes for a config.json without `eos_token_id`."""
+"""The `eos_token_id` that transformers assumes for each model_type if config.json has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +59,20 @@ class Imported:
     """Content of generation_config.json, or None."""
 
     eos_token_ids: tuple[int, ...] = ()
-    """Ids that end a generation."""
+    """Token ids that end a generated text."""
 
     folder: str | None = None
-    """Directory of `files`."""
+    """Directory that holds `files`, or None."""
 
     files: tuple[str, ...] = ()
-    """Names of the small files to keep."""
+    """Names of the small files that an export restores."""
 
     is_trained: bool = False
-    """Whether a run here has trained the model since the import; set by `of_run`, not stored."""
+    """Whether the model has been trained since the import; set by `of_run`, not stored."""
 
     @classmethod
     def read(cls, model_dir: str | Path, config: dict[str, Any]) -> tuple["Imported", list[str]]:
-        """Reads a directory; also returns the names of the files that an import does not keep.
+        """Reads a Hugging Face directory; also returns the names of the files that an import does not keep.
 
         Raises:
             ValueError: generation_config.json is not JSON, or its `eos_token_id` is not an id or a list of ids.
@@ -92,7 +92,7 @@ class Imported:
 
     @classmethod
     def of_run(cls, *run_configs: Mapping[str, Any]) -> "Imported | None":
-        """Reads the first section `hugging_face` among the run configurations; None if the model was not imported."""
+        """Reads the section `hugging_face` of the first run configuration that has one; None if none has."""
         for run_config in run_configs:
             section = run_config.get(IMPORTED)
             if section is not None and "config" in section:
@@ -103,7 +103,7 @@ class Imported:
         return None
 
     def as_json(self) -> dict[str, Any]:
-        """The section `hugging_face` of run_config.json, which `of_run` reads."""
+        """Returns the section `hugging_face` for run_config.json; `of_run` reads it."""
         return {name: value for name, value in asdict(self).items() if name != "is_trained"}
 
     def copy_files(self, save: Path) -> None:
@@ -151,7 +151,7 @@ class Imported:
 
 
 def _sort_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the small files to keep, and of other files that a user may miss."""
+    """Returns the names of the small files to keep, and of further files that an import does not keep."""
     of_others = {CONFIG, GENERATION_CONFIG, *FILES} - {_CHAT_TEMPLATE}
     read = _weights_read(folder)
     kept, left = [], []
@@ -201,6 +201,6 @@ def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
 
 
 def left_behind(names: Iterable[str]) -> list[str]:
-    """A message that lists the files that an import does not keep; empty if there are none."""
+    """Returns a message that lists the files that an import does not keep; an empty list if there are none."""
     listed = ", ".join(names)
     return [f"not imported: {listed}"] if listed else []

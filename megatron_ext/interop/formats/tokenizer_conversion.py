@@ -1,6 +1,6 @@
-"""Converts our tokenizers to Hugging Face's `tokenizers` (one tokenizer.json) with equal ids.
+"""Converts this package's tokenizers to Hugging Face's `tokenizers` library (tokenizer.json) with equal token ids.
 
-    byte-level BPE, Hugging Face      already an object of the library
+    byte-level BPE, Hugging Face      already an object of that library
     SentencePiece                     unigram or BPE over the whole text, as SentencePiece segments it
     tiktoken                          byte-level BPE whose merges are derived from the ranks
     bytes                             byte-level BPE without merges
@@ -29,11 +29,11 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
 def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None:
-    """Converts a tokenizer; returns None for a kind that `tokenizers` has no counterpart for.
+    """Converts a tokenizer; returns None if the `tokenizers` library has no counterpart for this kind.
 
     Args:
         tokenizer: the tokenizer to convert.
-        source: its flag and file, for error messages.
+        source: the flag that gave the tokenizer and its file, for error messages.
 
     Raises:
         ValueError: `tokenizers` cannot express this kind of SentencePiece model.
@@ -106,7 +106,7 @@ def _normalizers(rules: Any) -> Iterator[Any]:
 
 
 def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
-    """Pieces with scores. Pieces that text never yields (control, byte) score below their own letters, so they lose."""
+    """Returns a unigram model. Pieces that text must never yield (control, byte) score below their single letters."""
     score_of = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     unknown = min(score_of.values(), default=0.0) - 10.0  # SentencePiece's penalty for an unknown letter
     vocab = []
@@ -117,7 +117,7 @@ def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
 
 
 def _merging_model(pieces: list[Any], trainer: Any, has_symbols: bool) -> models.BPE:
-    """BPE with one merge for every way to split a piece in two.
+    """Returns a BPE model with one merge for every way to split a piece into two pieces.
 
     SentencePiece merges any two neighbours that form a piece, best score first; it has no list of merges.
     """
@@ -140,9 +140,9 @@ def _merging_model(pieces: list[Any], trainer: Any, has_symbols: bool) -> models
 
 
 def _guards(pieces: list[Any]) -> Iterator[str]:
-    """Patterns that split text which spells a control or byte piece (`</s>`, `<0x41>`), so that it is not one token.
+    """Yields patterns that split text such as `</s>` or `<0x41>`, so that it does not become a control or byte piece.
 
-    The split is at two letters that are neighbours in no normal piece, so that it separates nothing else.
+    Each pattern splits between two letters that are adjacent in no normal piece, so no other piece is split.
     """
     pairs = {
         pair
@@ -202,7 +202,7 @@ def _byte_level(
 
 
 def _letters() -> list[str]:
-    """GPT-2's letter for each byte: the byte itself if it is printable, else the next letter from U+0100."""
+    """Returns GPT-2's character for each byte: the byte's own if printable, else the next unused one from U+0100."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]

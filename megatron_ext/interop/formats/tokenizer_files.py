@@ -39,11 +39,11 @@ _NOT_READ = (
     "vocab.txt",
     "tokenizer.model.*",
 )
-"""Tokenizer formats that cannot be read; they are named in a message."""
+"""Patterns of tokenizer files that cannot be read; a message names such files."""
 
 
 def copy_files(source: Path, target: Path) -> list[str]:
-    """Copies those of `FILES` that exist in `source`, and returns their names.
+    """Copies the files listed in `FILES` that exist in `source`, and returns their names.
 
     Args:
         source: a Hugging Face directory, or a directory written by this function.
@@ -62,8 +62,8 @@ def imported_tokenizer(
 ) -> tuple[TokenizerConfig, Tokenizer, str | None]:
     """Reads the tokenizer of a Hugging Face directory, for a model with `vocab_size` embeddings.
 
-    It is read from tokenizer.json, from tokenizer.model (SentencePiece), or from vocab.json and merges.txt, which
-    transformers converts. Without any of these the result is a `NullTokenizer`, whose text is ids in decimal.
+    The tokenizer is read from tokenizer.json, from tokenizer.model (SentencePiece), or from vocab.json and merges.txt,
+    which transformers converts. Without any of these the result is a `NullTokenizer`, which reads and prints ids.
 
     Returns:
         Configuration of the tokenizer, the tokenizer, and a message for the user or None.
@@ -87,7 +87,7 @@ def imported_tokenizer(
     if tokenizer.vocab_size > vocab_size:
         message = (
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} embeddings; "
-            "the embeddings of the other ids are zero"
+            "the embeddings of the remaining ids are zero"
         )
     elif tokenizer.vocab_size < vocab_size:
         # Models often have more embeddings than their tokenizer has ids; keep all rows of the checkpoint.
@@ -111,7 +111,7 @@ def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str 
 
 
 def _lacking_tokens(folder: Path, pieces: int) -> str | None:
-    """A message about tokens that transformers added: they are not in the SentencePiece file."""
+    """Returns a message about tokens that transformers has added and the SentencePiece file lacks; None without any."""
     named: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         content = read_object(folder / name, "") if (folder / name).is_file() else {}
@@ -141,15 +141,15 @@ def copy_imported(tokenizer: Tokenizer, source: Path, target: Path) -> None:
 
 
 def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> list[str]:
-    """Writes a tokenizer in transformers' format; `tokenizer_readback` checks the result.
+    """Writes a tokenizer in the format of transformers; `tokenizer_readback` checks the result.
 
     Args:
-        config: configuration of the tokenizer, which names its files.
+        config: configuration of the tokenizer, with the paths of its files.
         tokenizer: the tokenizer built from `config`.
         target: output directory.
 
     Returns:
-        The names of the files; empty for a kind of tokenizer that transformers does not have.
+        The names of the written files; empty if transformers does not have this kind of tokenizer.
 
     Raises:
         ValueError: tokenizer.json cannot express this kind of SentencePiece model.

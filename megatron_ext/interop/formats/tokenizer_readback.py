@@ -1,7 +1,7 @@
-"""Reads an exported tokenizer with transformers' `AutoTokenizer` and compares it with ours.
+"""Reads an exported tokenizer with transformers' `AutoTokenizer` and compares it with the original tokenizer.
 
-It compares the end- and begin-of-text ids and what is put before a text; the ids of the probe texts, of texts with
-special tokens, and of the text of every single id; and the text decoded from the probes' ids.
+It compares the end-of-text and begin-of-text ids, and whether a text begins with the latter; the ids of sample texts,
+of texts with special tokens, and of the text of every single id; and the text decoded from the ids of the samples.
 """
 
 import json
@@ -37,23 +37,23 @@ _FURTHER_TEXTS = (
 def check_read_back(
     folder: Path, tokenizer: Tokenizer, shown: str | Path, *, as_imported: bool = False
 ) -> list[str]:
-    """Raises unless `AutoTokenizer` reads a tokenizer equal to `tokenizer` from a directory.
+    """Raises `ValueError` unless `AutoTokenizer` reads a tokenizer equal to `tokenizer` from a directory.
 
     For some models transformers rebuilds the tokenizer by rules of the model's class instead of using tokenizer.json.
-    If that changes ids, the class in tokenizer_config.json is replaced by the general one and the check is repeated.
+    If this changes ids, the class in tokenizer_config.json is replaced with the general one and the check is repeated.
 
     Args:
         folder: a Hugging Face directory with config.json and the tokenizer's files.
         tokenizer: the tokenizer that was exported.
-        shown: the directory's name in error messages.
-        as_imported: the files were imported together with this kind of model and the model was not trained since. A
-            difference then comes from the import, so it is reported and not refused.
+        shown: name of the directory in error messages.
+        as_imported: whether the files were imported with the model and the model has not been trained since. A
+            difference was then in the imported directory already, so it gives a message instead of an error.
 
     Returns:
         Messages for the user.
 
     Raises:
-        ValueError: the tokenizers differ; the error names a text on which they do.
+        ValueError: the tokenizers differ; the message names a text for which they do.
     """
     try:
         import transformers
@@ -98,7 +98,7 @@ def _set_class(folder: Path) -> str | None:
 
 
 def _difference(transformers: Any, folder: Path, ours: Tokenizer) -> str | None:
-    """Describes the first difference between `AutoTokenizer` and ours; None if they are equal."""
+    """Describes the first difference between `AutoTokenizer` and the tokenizer `ours`; None if they are equal."""
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types; any of them means that it cannot be read
@@ -139,6 +139,6 @@ def _texts(ours: Tokenizer) -> Iterator[str]:
 
 
 def _around(ids: list[int], others: list[int]) -> list[int]:
-    """The ids around the first position where they differ from `others`."""
+    """Returns the ids around the first position at which `ids` and `others` differ."""
     place = next((i for i, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), 0)
     return ids[max(place - 2, 0) : place + 6]

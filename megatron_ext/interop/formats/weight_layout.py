@@ -1,4 +1,4 @@
-"""Maps the tensors of a Llama-family model between a checkpoint and Hugging Face: names, shapes and row order.
+"""Maps the tensors of a Llama-like model between a checkpoint and Hugging Face: names, shapes and row order.
 
     checkpoint                                                   Hugging Face
     embedding.word_embeddings.weight          [V_pad, h]         model.embed_tokens.weight [V, h]
@@ -12,9 +12,9 @@
     decoder.final_layernorm.weight                               model.norm.weight
     output_layer.weight                       [V_pad, h]         lm_head.weight [V, h], unless tied to the embedding
 
-linear_qkv is ordered by key/value group: the n/g query heads of the group, its key head, its value head. Both sides
-rotate the two halves of a head, so the channels within a head keep their order. Names and shapes are global: they do
-not depend on the parallel layout.
+The rows of linear_qkv are ordered by key/value group: the group's n/g query heads, then its key head, then its value
+head. Both formats rotate the two halves of a head, so the channels within a head keep their order. Names and shapes are
+global: they do not depend on the parallel layout.
 h: hidden size, f: FFN size, n: query heads, g: key/value heads, d: head size, V: vocabulary size.
 """
 
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint and the Hugging Face tensors that it consists of."""
+    """One tensor in a checkpoint, and the Hugging Face tensors that it consists of."""
 
     name: str
     """Global name in a checkpoint."""
@@ -43,17 +43,17 @@ class Entry:
     """Name and shape of each Hugging Face tensor."""
 
     kind: Literal["same", "rows", "groups", "vocabulary"]
-    """same: one part, equal; rows: parts concatenated; groups: rows of the parts interleaved by key/value group;
-    vocabulary: one part, padded with zero rows."""
+    """How the parts form the tensor. same: it equals its only part; rows: the parts are concatenated; groups: the rows
+    of the parts are interleaved by key/value group; vocabulary: its only part is padded with zero rows."""
 
 
 def entries(model: ModelConfig, vocab_size: int, padded_vocab_size: int) -> list[Entry]:
-    """All tensors of a model that `hf_config` can express, from the embedding to the output layer.
+    """Returns the entries for all tensors of a model, from the embedding to the output layer.
 
     Args:
-        model: configuration of the base model.
-        vocab_size: rows of Hugging Face's embedding.
-        padded_vocab_size: rows of the checkpoint's embedding.
+        model: configuration of the base model, which `hf_config` must be able to express.
+        vocab_size: number of rows of the embedding in Hugging Face's format.
+        padded_vocab_size: number of rows of the embedding in a checkpoint.
     """
     hidden = model.hidden_size
     found = [
@@ -71,8 +71,8 @@ def join(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> tor
     """Builds a checkpoint's tensor from Hugging Face's tensors.
 
     Args:
-        entry: the tensor, from `entries`.
-        parts: Hugging Face's tensors, in the order and shapes of `entry.parts`.
+        entry: layout of the tensor, from `entries`.
+        parts: Hugging Face's tensors, in the order and with the shapes given in `entry.parts`.
         model: configuration of the base model.
 
     Returns:
@@ -96,12 +96,12 @@ def split(entry: Entry, tensor: torch.Tensor, model: ModelConfig) -> list[torch.
     """Splits a checkpoint's tensor into Hugging Face's tensors; the inverse of `join`.
 
     Args:
-        entry: the tensor, from `entries`.
-        tensor: its value, of shape `entry.shape`.
+        entry: layout of the tensor, from `entries`.
+        tensor: the checkpoint's tensor, of shape `entry.shape`.
         model: configuration of the base model.
 
     Returns:
-        Tensors in the order and shapes of `entry.parts`.
+        Hugging Face's tensors, in the order and with the shapes given in `entry.parts`.
     """
     shapes = [shape for _, shape in entry.parts]
     if entry.kind == "same":
@@ -144,7 +144,7 @@ def _linear(
     kind: Literal["same", "rows", "groups"],
     has_bias: bool,
 ) -> list[Entry]:
-    """Entries for the weight and bias of a linear layer that fuses the layers in `outputs` (name, output size)."""
+    """Returns the entries for weight and bias of a linear layer that fuses the layers in `outputs` (name, size)."""
     total = sum(rows for _, rows in outputs)
     weights = tuple((f"{part}.weight", (rows, width)) for part, rows in outputs)
     biases = tuple((f"{part}.bias", (rows,)) for part, rows in outputs)

@@ -106,7 +106,7 @@ class NPTModel:
         """Loads a model from a local directory.
 
         Args:
-            path: a Hugging Face directory of a Llama-family model; or a checkpoint of this project, or a directory of
+            path: a Hugging Face directory of a Llama-like model; or a checkpoint of this project, or a directory of
                 checkpoints. With the checkpoint of an NPT run its base is loaded too, and its layers are converted.
             bf16: whether to compute in bfloat16 or in fp32.
             sha256: required digest of the checkpoint, as `training_info.json` stores it; None accepts any.

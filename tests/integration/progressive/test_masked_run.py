@@ -109,7 +109,7 @@ def test_the_tool_samples_from_the_complete_rack(runs: dict[str, Any]) -> None:
 
 
 def test_the_wrong_sampler_is_refused(runs: dict[str, Any]) -> None:
-    assert "every token sees all others" in runs["autoregressive"]
+    assert "every token attends to all others" in runs["autoregressive"]
     assert "cannot be used with --sampler diffusion" in runs["top-k"] or "--top-k 3" in runs["top-k"]
 
 

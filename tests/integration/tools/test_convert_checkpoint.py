@@ -182,7 +182,7 @@ def _finetuned(path: str, out: str) -> dict[str, Any]:
 
 def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path, tmp_path: Path) -> None:
     found = alone(_finetuned, str(folder), str(tmp_path))
-    assert "contains an imported model and no run that could be continued" in found["errors"][1]
+    assert "contains an imported model, not a run that can be resumed" in found["errors"][1]
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]
@@ -214,7 +214,7 @@ def test_families_are_refused_and_a_frozen_base_is_exported_alone(folder: Path, 
     assert base.keys() == of_npt.keys() and all(torch.equal(base[name], of_npt[name]) for name in base)
     out = tmp_path / "out"
     for name, flags, message in (
-        ("npt", [], "no Llama-family model can express the family npt; use --base-only to export"),
+        ("npt", [], "no Llama-like model can express the model family npt; use --base-only to export"),
         ("per_layer", [], "can express the family per_layer"),
         (
             "per_layer",

@@ -301,7 +301,10 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
         (["--input", "none.jsonl"], "error: --input none.jsonl: no such file"),
         (["--input", "none*.jsonl"], "error: --input none*.jsonl: matches no file"),
         (["--inputs", "a"], "unknown flag --inputs"),
-        (["--input", "-", "--json-keys", "a", "a"], "--json-keys a a: give at least one key, and none twice"),
+        (
+            ["--input", "-", "--json-keys", "a", "a"],
+            "--json-keys a a: give at least one key, and no key twice",
+        ),
         (["--input", "-", "--workers", "0"], "--workers 0: must be at least 1"),
         (["--input", "-", "--resume"], "--resume: standard input"),
     ],

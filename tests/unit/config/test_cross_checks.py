@@ -90,7 +90,7 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {"train_iters": None, "train_samples": 9, "global_batch_size": 10},
         "--train-samples 9: must be at least one global",
     ),
-    (1, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "--lr-wsd-decay-iters 11: more than the 10"),
+    (1, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "--lr-wsd-decay-iters 11: exceeds the 10"),
 ]
 
 

@@ -172,7 +172,7 @@ def test_a_sliding_window_bounds_the_longest_position_and_is_told(saved: Path, t
         ({"rotary_percent": 0.5}, "--rotary-percent 0.5"),
         (
             {"qk_layernorm": True, "add_qkv_bias": True},
-            "no Llama-family architecture can express this model's combination",
+            "no Llama-like architecture can express this model's combination",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_tensors_that_are_missing_or_superfluous_stop_an_export(saved: Path, tmp
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     for state, message in (
         ({key: value for key, value in tensors.items() if key != name}, f"lacks {name}"),
-        ({**tensors, "extra": torch.ones(1)}, r"no Llama-family model has: extra \(1 tensors"),
+        ({**tensors, "extra": torch.ones(1)}, r"no Llama-like model has: extra \(1 tensors"),
         (
             {**tensors, name: torch.ones(3)},
             rf"{name}: the configuration requires shape \[32, 48\], got \[3\]",
