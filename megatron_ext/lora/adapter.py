@@ -51,10 +51,10 @@ class LoRAAdapter(MegatronModule):
         is_gated: bool = False,
     ) -> None:
         """Args:
-        config: the engine's configuration; gives dtype and sequence parallelism.
+        config: the engine's configuration, which specifies the dtype and sequence parallelism.
         input_size: input size of the whole linear layer, over all ranks.
         output_size: output size of the whole linear layer, over all ranks.
-        shape: rank and alpha.
+        shape: the adapter's rank and alpha.
         tp_group: the tensor-parallel group.
         splits_input: whether the base layer is row-parallel; otherwise it is column-parallel.
         is_gated: whether the output is [gate ; up], of which each half is split over the ranks.
@@ -64,7 +64,7 @@ class LoRAAdapter(MegatronModule):
         self.tp_group = tp_group
         self.is_gated = is_gated
         self.split_dims = {"A": 1} if splits_input else {"B": 0}
-        """Split factor -> dimension that is split over the tensor-parallel ranks; the other factor is replicated."""
+        """Maps the factor that tensor parallelism splits to the dimension that is split; the other is replicated."""
         self._add_factor("A", [shape.rank, input_size])
         self.A.init_uniform = input_size**-0.5
         self._add_factor("B", [output_size, shape.rank])
@@ -114,7 +114,7 @@ def add_adapters(
             parallelism.
         x: the base layer's input, [s, b, input(/t)]; [s/t, b, input] for a column-parallel layer under sequence
             parallelism.
-        adapters: at least one adapter.
+        adapters: the layer's adapters; at least one.
         splits_input: whether the base layer is row-parallel.
 
     Returns:

@@ -119,7 +119,7 @@ def packing(precision: str) -> Packing:
     """Returns the four-bit format of a precision, `qlora` or `nvfp4`.
 
     Raises:
-        ValueError: its library is not installed.
+        ValueError: the library that implements the format is not installed.
     """
     if precision not in _made:
         _made[precision] = _PACKINGS[precision]()
@@ -153,7 +153,7 @@ def check_part(precision: str, part: Part, ranks: int) -> None:
 
     Args:
         precision: `qlora` or `nvfp4`.
-        part: the part of each rank.
+        part: a rank's part of the matrix; all ranks have parts of the same size.
         ranks: tensor-parallel size.
 
     Raises:
@@ -169,8 +169,9 @@ def check_part(precision: str, part: Part, ranks: int) -> None:
     together = part.row if part.splits_input else part.rows // part.pieces * part.row
     if ranks > 1 and together % block:
         raise ValueError(
-            f"precision {precision}: tensor parallelism would split blocks of {block} weights: {together} consecutive "
-            f"weights{where}; choose another --tensor-model-parallel-size, or sizes that keep blocks whole"
+            f"precision {precision}: tensor parallelism would split blocks of {block} weights, because the matrix has "
+            f"{together} consecutive weights{where}; choose another --tensor-model-parallel-size, or layer sizes that "
+            "keep blocks whole"
         )
 
 

@@ -1,4 +1,4 @@
-"""The precision of a stack's linear layers: how they store frozen weights and in which dtype they multiply.
+"""The precision of the linear layers in a stack of layers: storage of frozen weights, and dtype of the products.
 
     full       fp32           half       fp16           bfloat16   bf16
     qlora      NF4 weights    nvfp4      NVFP4 weights  both compute in the run's precision; see `four_bit_weights`
@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 Precision = Literal["full", "half", "bfloat16", "nvfp4", "qlora"]
-"""Names of the precisions, those of docs/design/progressive_growth.md."""
+"""Names of the precisions, as in docs/design/progressive_growth.md."""
 
 _COMPUTE = {"full": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def compute_dtype(precision: str | None, run_dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which a stack's linear layers multiply: the run's for four-bit weights and for None."""
+    """Returns the dtype of a stack's matrix products: the run's dtype for four-bit weights and for None."""
     return _COMPUTE.get(precision or "", run_dtype)
 
 
@@ -81,7 +81,7 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _in_range(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Casts a gradient to `dtype`; for fp16 divides it by a power of two first, and returns that scale too."""
+    """Casts a gradient to `dtype`; for fp16 divides it by a power of two first, and also returns that power."""
     # Gradients of a mean over thousands of tokens are below fp16's range. With this scale the largest value is in
     # [0.5, 1); multiplying the product by it is exact except for fp16's rounding, so no loss scale is needed.
     if dtype is not torch.float16 or grad.dtype is torch.float16:

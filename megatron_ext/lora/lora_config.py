@@ -1,4 +1,4 @@
-"""LoRA flags: which adapters a stack gets, and their rank and alpha.
+"""LoRA flags: which adapters a stack (a group of layers of a growing model) gets, and their rank and alpha.
 
 A stack has at most two adapters, which add up (dual LoRA, docs/design/progressive_growth.md):
 
@@ -37,25 +37,25 @@ class AdapterShape:
 
     @property
     def scale(self) -> float:
-        """The factor alpha / rank on B A x."""
+        """The factor alpha / rank by which the adapter's product B A x is multiplied."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """LoRA adapters on every linear layer of a stack; the defaults are those of docs/design/progressive_growth.md."""
+    """LoRA adapters on every linear layer of a stack; the defaults are given in docs/design/progressive_growth.md."""
 
     qlora_enabled: bool = True
     """Add LoRA adapters to every new stack."""
 
     qlora_rank: int = 16
-    """Rank of the stack adapters; with --qlora-strategy progressive, that of stack 0."""
+    """Rank of the stack adapters; with --qlora-strategy progressive, the rank of stack 0."""
 
     qlora_alpha: float = 32
     """Alpha of the stack adapters; their output is scaled by alpha / rank."""
 
     qlora_strategy: Literal["simplified", "progressive", "variable"] = "simplified"
-    """Rank and alpha of the stacks: the same for all (simplified), by a pattern (progressive), or a list (variable)."""
+    """Choice of each stack's rank and alpha: same for all (simplified), pattern (progressive), list (variable)."""
 
     qlora_rank_pattern: Pattern | None = None
     """Rank of stack i with --qlora-strategy progressive: constant r, increasing r*2^i (default), decreasing r/2^i (at
@@ -97,7 +97,7 @@ class LoRAConfig:
         """Checks that --qlora-configs lists at least `num_stacks` stacks.
 
         Raises:
-            ValueError: it lists fewer.
+            ValueError: --qlora-configs lists fewer stacks.
         """
         if self.qlora_enabled and self.qlora_strategy == "variable" and len(self._listed()) < num_stacks:
             raise ValueError(
@@ -125,7 +125,7 @@ class LoRAConfig:
         return AdapterShape(rank=self.progressive_qlora_rank, alpha=self.progressive_qlora_alpha)
 
     def adapters(self, stack_idx: int, *, in_trunk: bool) -> dict[str, AdapterShape]:
-        """Returns name -> shape of a stack's adapters.
+        """Returns a stack's adapters, as adapter name -> rank and alpha.
 
         Args:
             stack_idx: index of the stack in the order of creation, from 0.

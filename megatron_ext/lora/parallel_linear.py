@@ -1,4 +1,4 @@
-"""The engine's column- and row-parallel linear layers with LoRA adapters and a precision of their own.
+"""The engine's column- and row-parallel linear layers, extended by LoRA adapters and a selectable precision.
 
 Names do not change: the weight of `linear_qkv` stays `linear_qkv.weight` in every checkpoint, and its adapters are
 `linear_qkv.adapters.{name}.A` and `.B`. Without adapters and in the run's precision the forward pass equals the
@@ -27,7 +27,7 @@ class LayerSettings:
     """Adapters, frozen parts and precision of one transformer layer."""
 
     adapters: Mapping[str, AdapterShape] = field(default_factory=dict)
-    """Name -> rank and alpha of the adapters on each of the layer's linear layers."""
+    """Adapters of each of the layer's linear modules, as adapter name -> rank and alpha."""
 
     trained_adapters: frozenset[str] = frozenset()
     """Names of the adapters that train; the others are frozen."""
@@ -36,7 +36,7 @@ class LayerSettings:
     """Whether the layer's own weights, norms and biases train."""
 
     precision: Precision | None = None
-    """Precision of the layer's linear layers; None for the run's."""
+    """Precision of the layer's linear modules; None for the run's precision."""
 
     def __post_init__(self) -> None:
         unknown = self.trained_adapters - self.adapters.keys()
@@ -60,7 +60,7 @@ def linear_modules(settings: LayerSettings) -> dict[str, ModuleSpec]:
 
 
 class AdaptedLinear(torch.nn.Module):
-    """Adapters and precision of a linear layer; a mixin that must precede the engine's class in the list of bases."""
+    """Mixin that gives a linear layer adapters and a precision; it precedes the engine's class among the bases."""
 
     splits_input: bool
     """Whether the layer is row-parallel."""
@@ -71,7 +71,7 @@ class AdaptedLinear(torch.nn.Module):
         """Args:
         input_size: input size of the whole layer, over all ranks.
         output_size: output size of the whole layer, over all ranks.
-        settings: adapters and precision.
+        settings: the layer's adapters and precision.
         stride: 2 if the output is [gate ; up], as in the engine.
         **kwargs: further arguments of the engine's class.
         """
@@ -187,7 +187,7 @@ class AdaptedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Returns the engine's entries and those of the adapters."""
+        """Returns the entries of the engine's linear layer and of its adapters."""
         base = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         # The engine would describe the adapters' split factors as replicated.
         state = {key: value for key, value in base.items() if not key.startswith(f"{prefix}{ADAPTERS}.")}

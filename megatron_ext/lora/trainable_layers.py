@@ -14,14 +14,14 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import SLOTS
 
 SettingsByLayer = Mapping[int, LayerSettings]
-"""Number of a layer, from 0 over the whole model -> its settings."""
+"""Maps a layer's number, from 0 over the whole model, to the layer's settings."""
 
 
 def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:
     """Sets which parameters train, and converts frozen weights to their precision, as a plan specifies.
 
     Call it before the model is wrapped, and again after loading weights that were not saved with this plan. Modules in
-    the layers' slots belong to other families and do not change.
+    the layers' slots belong to other model families and do not change.
 
     Args:
         chunks: this rank's model chunks, unwrapped, built with the same plan.

@@ -32,13 +32,13 @@ class _Attach(torch.autograd.Function):
 
 
 class LayerLosses:
-    """Attaches losses to layer outputs and records their values; class state, one per process.
+    """Attaches losses to layer outputs and records the losses' values; state is kept in the class, once per process.
 
     Layers deep in the model record here without a reference to the training step, as with the engine's own trackers.
     """
 
     scale: float = 1.0
-    """Gradient of every attached loss: loss scale / number of micro-batches. The training step sets it."""
+    """Gradient that every attached loss gets: loss scale / number of micro-batches. The training step sets it."""
 
     evaluating: bool = False
     """True while the loop evaluates; `record` then also counts passes without gradients."""

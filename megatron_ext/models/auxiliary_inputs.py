@@ -1,6 +1,6 @@
 """Auxiliary streams: named tensors that accompany the hidden states through the layers and from stage to stage.
 
-A family declares `AuxiliaryStream`s. They are transported in two ways:
+A model family declares `AuxiliaryStream`s. They are transported in two ways:
 
 * To the layers of a stage. The engine passes one extra tensor, `context`, to every layer and treats it as an input of
   activation recomputation. A decoder-only layer does not use it, so all streams are packed into it as one flat tensor.
@@ -25,7 +25,7 @@ class AuxiliaryStream:
     """Declaration of one named tensor [s, b, width]."""
 
     name: str
-    """Name of the stream, unique over all families of a run."""
+    """Name of the stream, unique over all model families of a run."""
 
     width: int | None
     """Size of the last dimension on this rank. None: the width may differ per micro-batch and may be 0; at most one
@@ -75,7 +75,7 @@ class AuxiliaryInputs:
         return bool(self._to_layers)
 
     def join(self, hidden_states: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Appends the travelling streams to the hidden states [s, b, h]; returns what a stage sends, [k * s, b, h]."""
+        """Returns the tensor that a stage sends, [k * s, b, h]: hidden states [s, b, h], then travelling streams."""
         if not self._travelling:
             return hidden_states
         rows, batch, hidden_size = hidden_states.shape
@@ -87,7 +87,7 @@ class AuxiliaryInputs:
         return torch.cat([hidden_states, as_rows])
 
     def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Splits what a stage receives, [k * s, b, h], into hidden states and travelling streams; inverse of `join`."""
+        """Splits a received tensor, [k * s, b, h], into hidden states and travelling streams; inverse of `join`."""
         if not self._travelling:
             return joined, {}
         _, batch, hidden_size = joined.shape
@@ -102,8 +102,8 @@ class AuxiliaryInputs:
         """Packs the streams for the layers into one flat tensor.
 
         Args:
-            values: stream name -> tensor of any shape with the stream's element count. The stream of variable width may
-                be missing.
+            values: maps stream name to a tensor of any shape that has as many elements as the stream. The stream of
+                variable width may be missing.
 
         Returns:
             A tensor of one dimension, or None if there is nothing to pack.
@@ -116,7 +116,7 @@ class AuxiliaryInputs:
         return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
-        """Returns the reader and writer of `packed` for one layer; `hidden_states` [s, b, h] gives the row counts."""
+        """Returns access to `packed` for one layer; the row counts come from `hidden_states` [s, b, h]."""
         rows, batch = hidden_states.shape[:2]
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 

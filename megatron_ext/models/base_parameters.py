@@ -1,4 +1,4 @@
-"""Separates the base model's parameters from those of the families, for families that freeze the base model."""
+"""Separates the base model's parameters from those that model families add, so that a family can freeze the base."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,11 +8,11 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import SLOTS
 
 ADAPTERS = "adapters"
-"""Attribute of a linear module that holds the modules a family adds to it."""
+"""Name of the attribute in which a linear module holds its adapters, the modules that a model family adds to it."""
 
 
 def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """Yields the parameters of a chunk that are in no layer slot, no stage module and no adapter."""
+    """Yields a chunk's base-model parameters: those outside layer slots, stage modules and adapters."""
     for name, parameter in chunk.named_parameters():
         parts = name.split(".")
         in_slot = parts[:2] == ["decoder", "layers"] and parts[3] in SLOTS
@@ -21,5 +21,5 @@ def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
 
 
 def base_parameter_ids(chunks: Iterable[GPTModel]) -> set[int]:
-    """Returns the `id()` of every base parameter; the tensors of a state dict are recognised by it."""
+    """Returns the `id()` of every base parameter; it identifies the base model's tensors in a state dict."""
     return {id(parameter) for chunk in chunks for parameter in base_parameters(chunk)}

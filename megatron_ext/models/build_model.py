@@ -1,4 +1,4 @@
-"""Builds the model chunks of this rank: the base model with every family's slot modules, streams and stage modules.
+"""Builds this rank's model chunks: the base model with every model family's slot modules, streams and stage modules.
 
 A rank holds one chunk, or several with the interleaved pipeline schedule.
 """
@@ -23,7 +23,7 @@ from megatron_ext.platform import process_groups
 
 
 def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size: int) -> int:
-    """Returns the rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
+    """Returns the number of rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
 
     The divisor is the smallest multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
     Megatron-LM always multiplies by the tensor-parallel size instead. Here the shapes of checkpoints and of initial
@@ -44,7 +44,7 @@ def build_model(
     bf16: bool = False,
     extensions: list[Extension] | None = None,
 ) -> list[GPTModel]:
-    """Builds and initializes the chunks of this rank on this rank's device.
+    """Builds this rank's model chunks on its device, and initializes them.
 
     Args:
         model: configuration of the base model.
@@ -52,7 +52,7 @@ def build_model(
         vocab_size: the tokenizer's vocabulary size, before padding.
         seed: the initial weights depend only on this seed and the parameters' names.
         bf16: whether parameters are in bfloat16 or in fp32.
-        extensions: what the families add to the model.
+        extensions: what the model families add to the model.
 
     Returns:
         The chunks in the order of their virtual pipeline stages.
@@ -97,7 +97,7 @@ def _build_chunk(
             model,
             auxiliary,
             _merged("slot", number, [(e.name, e.slots(config, number)) for e in extensions]),
-            _merged("linear", number, [(e.name, e.linears(config, number)) for e in extensions]),
+            _merged("linear layer", number, [(e.name, e.linears(config, number)) for e in extensions]),
             bidirectional=any(extension.bidirectional for extension in extensions),
         )
         for number in stage.layer_numbers
@@ -132,14 +132,14 @@ def _build_chunk(
 def _merged(
     kind: str, layer_number: int, contributions: list[tuple[str, dict[str, ModuleSpec]]]
 ) -> dict[str, ModuleSpec]:
-    """Merges the slot modules, or the linear modules, that the families contribute to one layer."""
+    """Merges the slot modules, or the linear modules, that the model families contribute to one layer."""
     merged: dict[str, ModuleSpec] = {}
     for family, modules in contributions:
         for name, spec in modules.items():
             if name in merged:
                 raise ValueError(
-                    f"layer {layer_number}: '{family}' uses the {kind} '{name}', which another family already uses; "
-                    "apply them to different layers"
+                    f"layer {layer_number}: the model family '{family}' uses the {kind} '{name}', which another model "
+                    "family already uses; apply them to different layers"
                 )
             merged[name] = spec
     return merged

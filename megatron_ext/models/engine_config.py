@@ -1,6 +1,6 @@
 """Translates this project's configuration into megatron-core's `TransformerConfig`.
 
-This is the only place that translates. Families are not part of `TransformerConfig`.
+No other module does this. The settings of model families are not part of `TransformerConfig`.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ def build_transformer_config(
         bf16: whether parameters and activations are in bfloat16 (the optimizer keeps fp32 copies) or in fp32.
 
     Raises:
-        ValueError: `--recompute-modules layernorm` without Transformer Engine.
+        ValueError: `--recompute-modules layernorm` is given, but Transformer Engine is not installed.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     pipeline = parallel.pipeline_model_parallel_size

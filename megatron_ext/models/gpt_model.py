@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel with auxiliary inputs: what families need beside token ids, on every pipeline stage.
+"""megatron-core's GPTModel with auxiliary inputs, which model families need on every stage in addition to token ids.
 
     input       hidden states and travelling streams; the first stage starts both from the word embedding
     families    stage modules compute the streams of this stage's layers from auxiliary inputs and travelling streams
@@ -31,7 +31,7 @@ Shape [s, b, h] ([s/t, b, h] under sequence parallel)."""
 
 
 class GPTModel(EngineGPTModel):
-    """One pipeline chunk of megatron-core's GPT model, with the families' stage modules."""
+    """One pipeline chunk of megatron-core's GPT model, with the model families' stage modules."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class GPTModel(EngineGPTModel):
         self._runs_none = False
 
     def add_stage_module(self, name: str, module: StageModule) -> None:
-        """Registers a family's module under its own attribute, so that its parameters are named `{name}.*`."""
+        """Registers a model family's module under its own attribute, so that its parameters are named `{name}.*`."""
         setattr(self, name, module)
         self.stage_module_names.append(name)
         # Keep the modules in order of use: the engine prefetches sharded parameters in this order.
@@ -72,8 +72,8 @@ class GPTModel(EngineGPTModel):
         check_fits_window(self.sliding_window, length, asked or f"a sequence of {length} tokens")
         if asked and length > self.max_sequence_length and self.position_embedding_type == "learned_absolute":
             raise ValueError(
-                f"{asked}: exceeds the model's {self.max_sequence_length} positions; use a shorter prompt or fewer "
-                "new tokens"
+                f"{asked}: a sequence of {length} tokens exceeds the model's {self.max_sequence_length} positions; "
+                "use a shorter prompt or fewer new tokens"
             )
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -97,7 +97,7 @@ class GPTModel(EngineGPTModel):
             input_ids: [b, s].
             position_ids: [b, s].
             attention_mask: [b, 1, s, s], True where attention is forbidden, or None for plain causal attention.
-            auxiliary_inputs: the families' batch fields by name.
+            auxiliary_inputs: the batch fields that model families add, by name.
             **kwargs: as in megatron-core (`labels` [b, s], `inference_context`, `runtime_gather_output`, ...).
 
         Returns:
@@ -145,7 +145,7 @@ class GPTModel(EngineGPTModel):
         self._runs_none = all(layer.skipped for layer in self.decoder.layers)
 
     def _known_start(self, hidden_states: torch.Tensor, recomputes: bool) -> dict[str, torch.Tensor]:
-        """Replaces the stage's input with known hidden states; returns further arguments of the engine's forward."""
+        """Replaces the stage's input by known hidden states; returns extra arguments for the engine's `forward`."""
         if self.pre_process:
             if recomputes and torch.is_grad_enabled():
                 hidden_states = hidden_states.detach().requires_grad_()
@@ -176,14 +176,14 @@ class GPTModel(EngineGPTModel):
         return self.output_layer(hidden_states, weight=weight)[0]
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Returns the losses [b, s] of labels [b, s] for logits [s, b, V/t]."""
+        """Returns the losses [b, s] for labels [b, s] and logits [s, b, V/t]."""
         if self.pg_collection.tp.size() > 1:
             return super().compute_language_model_loss(labels, logits)
         return cross_entropy(logits, labels.transpose(0, 1)).transpose(0, 1)
 
 
 class _Replace(torch.autograd.Function):
-    """Returns `known`; `received` gets a gradient of zeros, because the previous stage waits for a gradient."""
+    """Returns `known`; sends zeros as the gradient of `received`, because the previous stage waits for a gradient."""
 
     @staticmethod
     def forward(ctx: Any, received: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Initializes every parameter independently of the parallel layout, with a generator seeded by its global name.
+"""Initializes every parameter with a generator seeded by its global name, and so independently of the parallel layout.
 
 The sharded state dict gives each local parameter's global name, shape and offset at any tensor- and pipeline-parallel
-size; the full tensor is sampled and the local part is kept. A family chooses the distribution of its parameters with
-the attribute `init_std` (standard deviation; 0 keeps the built value) or `init_uniform` (bound).
+size; the full tensor is sampled and the local part is kept. A model family chooses the distribution of its parameters
+with the attribute `init_std` (standard deviation; 0 keeps the built value) or `init_uniform` (bound).
 
     base model:  N(0, std), output projections N(0, std / sqrt(2 L)), norms and biases as built
                                                                                 (Megatron-LM's scheme)
@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_ext.models.gpt_model import GPTModel
 
 CHECKPOINT_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-"""Argument of every `sharded_state_dict`: layers may differ, and optimizer states load in any parallel layout."""
+"""The `metadata` of all `sharded_state_dict` calls: layers may differ; optimizer states load in any layout."""
 
 _SCALED = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 

@@ -1,8 +1,8 @@
 """The layer spec: chooses the modules of a transformer layer.
 
 Attention and linear layers are megatron-core's, or Transformer Engine's on a GPU where it is installed; norm and core
-attention are this project's by default. The MLP's norm is always a separate module, because families read its output;
-Transformer Engine's own specs would fuse it into the first linear layer.
+attention are this project's by default. The MLP's norm is always a separate module, because model families read its
+output; Transformer Engine's own specs would fuse it into the first linear layer.
 """
 
 import functools
@@ -27,7 +27,7 @@ from megatron_ext.models.transformer_layer import ExtendedLayerSubmodules, Exten
 from megatron_ext.platform.process_groups import use_cuda
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-"""Names of a layer's linear modules; in this order column-parallel, row-parallel, column-parallel, row-parallel."""
+"""Names of a layer's linear modules; the first and third are column-parallel, the second and fourth row-parallel."""
 
 
 def layer_spec(
@@ -42,8 +42,8 @@ def layer_spec(
     Args:
         model: configuration of the base model; chooses the implementations of attention, norm and linear layers.
         auxiliary: layout of the auxiliary streams.
-        slots: slot name -> the family's module for that slot.
-        linears: name in `LINEARS` -> the family's module that replaces it.
+        slots: maps slot name to the module that a model family puts into that slot.
+        linears: maps a name in `LINEARS` to the module with which a model family replaces that linear layer.
         bidirectional: whether every position attends to all others; False for causal attention.
 
     Raises:

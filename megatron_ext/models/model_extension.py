@@ -1,4 +1,4 @@
-"""The interface through which a family extends the model: slot modules, auxiliary streams, a module per pipeline stage.
+"""The interface by which a model family extends the model: slot modules, auxiliary streams, a module per stage.
 
 A family does not build the model; it passes an `Extension` to `build_model`, which accepts several. Every method has a
 default that adds nothing.
@@ -19,7 +19,7 @@ class StageInfo:
     """Describes which part of the model a chunk holds."""
 
     layer_numbers: tuple[int, ...]
-    """Numbers of its layers, counted from 0 over the whole model."""
+    """Numbers of the chunk's layers, counted from 0 over the whole model."""
 
     is_first: bool
     """Whether the chunk holds the word embedding."""
@@ -32,14 +32,14 @@ class StageInfo:
 
 
 class StageModule(torch.nn.Module):
-    """A family's module on one pipeline stage; computes the auxiliary streams that the stage's layers read."""
+    """A model family's module on one pipeline stage; computes the auxiliary streams that the stage's layers read."""
 
     def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the input of the first layer; called on the first stage only, before the word embedding is used.
 
         Args:
             embedding: the word embedding, [s, b, h] ([s/t, b, h] under sequence parallel).
-            auxiliary_inputs: the families' batch fields by name.
+            auxiliary_inputs: the batch fields that model families add, by name.
 
         Returns:
             A tensor of the shape of `embedding`; by default `embedding` itself.
@@ -49,42 +49,43 @@ class StageModule(torch.nn.Module):
     def forward(
         self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Computes the family's streams on this stage.
+        """Computes the model family's streams on this stage.
 
         Args:
             auxiliary_inputs: the families' batch fields by name, such as integer ids [b, s]; every stage gets them.
-            travelling: streams received from the previous stage, each [s, b, width]. On the first stage only the word
+            travelling: streams received from the previous stage, each [s, b, width]. The first stage gets only the word
                 embedding.
 
         Returns:
-            Stream name -> [s, b, width].
+            The streams by name, each [s, b, width].
         """
         return {}
 
 
 class Extension:
-    """A family's contribution to the model."""
+    """A model family's contribution to the model."""
 
     name: str
-    """Name of the model's attribute that holds the stage module, and so the prefix of its parameters' names."""
+    """Name of the model's attribute that holds the stage module, and therefore the prefix of the module's parameter
+    names."""
 
     bidirectional: bool = False
     """Whether every position attends to all others instead of only to earlier ones."""
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """Returns the family's streams. The model itself supplies a travelling stream named `word_embedding`."""
+        """Returns the model family's streams. The model itself supplies a travelling stream named `word_embedding`."""
         return []
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns slot name -> module spec for a layer, numbered from 0 over the whole model."""
+        """Returns a layer's slot modules, as slot name -> spec; layers are numbered from 0 over the whole model."""
         return {}
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns name in `layer_spec.LINEARS` -> spec of the module that replaces the layer's own."""
+        """Returns the modules that replace a layer's linear modules, as name in `layer_spec.LINEARS` -> spec."""
         return {}
 
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> StageModule | None:
-        """Returns the family's module for one stage, or None."""
+        """Returns the model family's module for one stage, or None."""
         return None

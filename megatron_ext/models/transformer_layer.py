@@ -1,4 +1,4 @@
-"""The transformer layer that all families share: megatron-core's, with three more slots.
+"""The transformer layer that all model families share: megatron-core's, with three more slots.
 
     x      <- before_layer(x, streams)
     x      <- x + Attention(LN1(x))
@@ -28,7 +28,7 @@ SLOTS = ("before_layer", "feed_forward", "after_mlp")
 
 @dataclass
 class ExtendedLayerSubmodules(TransformerLayerSubmodules):
-    """megatron-core's submodules and the slots; modules are built with `config=`, `layer_number=`, `pg_collection=`."""
+    """megatron-core's submodules, and slots for modules that take `config=`, `layer_number=`, `pg_collection=`."""
 
     before_layer: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, streams) -> hidden_states`, called before the attention's norm."""

@@ -1,7 +1,7 @@
 """Flags of per-layer embedding (PLE), and the preset `gemma4`.
 
-Names and defaults are those of docs/design/per_layer_embedding.md. The preset gives Gemma 4's block: the per-layer ids
-are the token ids and the tables have as many rows as the vocabulary; the gate's activation is gelu_tanh; the block
+Names and defaults are specified in docs/design/per_layer_embedding.md. The preset gives Gemma 4's block: the per-layer
+ids are the token ids and the tables have as many rows as the vocabulary; the gate's activation is gelu_tanh; the block
 comes after the MLP and is followed by `x <- x * layer_scalar`.
 """
 
@@ -23,10 +23,10 @@ _GEMMA4 = {
     "per_layer_position": "after_mlp",
     "per_layer_strategy": "identity",
 }
-"""Values of the preset. They replace defaults; another value given by the user is an error."""
+"""Values that the preset sets in place of the defaults; it is an error if the user gives a different value."""
 
 _DEFAULT_ROWS = 10_000
-"""Number of rows if the number of per-layer ids is unknown."""
+"""Number of rows of a table if the number of per-layer ids is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class PerLayerConfig:
     """Add per-layer embedding to every layer."""
 
     per_layer_preset: Literal["gemma4"] | None = None
-    """Preset of several flags. gemma4: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add, a layer scalar."""
+    """Sets several flags. gemma4: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add, a layer scalar."""
 
     per_layer_vocab_size: int | None = None
-    """Rows of every per-layer table. Default: the number of ids in the per-layer data, or 10000 if it is unknown."""
+    """Number of rows of every per-layer table. Default: number of ids in the per-layer data, or 10000 if unknown."""
 
     per_layer_hidden_size: int = 1024
     """Width of the per-layer embeddings."""
@@ -61,7 +61,7 @@ class PerLayerConfig:
     """Factor on the tables' rows, in addition to the square root of --per-layer-hidden-size."""
 
     per_layer_init_method: Literal["normal", "xavier_normal", "zeros"] = "normal"
-    """Initialization: N(0, std); variance 2 / (rows + columns); or tables of zeros and the rest N(0, std)."""
+    """Initialization: N(0, std); variance 2 / (rows + columns); or zeros in the tables and N(0, std) elsewhere."""
 
     per_layer_init_std: float | None = None
     """Standard deviation of the initial weights. Default: --init-method-std."""
@@ -76,7 +76,7 @@ class PerLayerConfig:
     """Freeze the per-layer tables; gates and projections still train."""
 
     per_layer_vocab_file: str | None = None
-    """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), by which token ids become per-layer ids."""
+    """Per-layer vocabulary (JSON, from tools/preprocess_per_layer_data.py), which maps token ids to per-layer ids."""
 
     per_layer_strategy: Literal[
         "syntax_focus", "semantic_focus", "attention_guidance", "random_subset", "identity"
@@ -84,7 +84,7 @@ class PerLayerConfig:
     """How token ids become per-layer ids."""
 
     per_layer_data_path: tuple[str, ...] | None = None
-    """Prefixes of per-layer datasets aligned with those of --data-path, in the same order; ids are read from them."""
+    """Prefixes of the datasets with the per-layer ids: one for each dataset of --data-path, in the same order."""
 
     log_per_layer_stats: bool = False
     """Write per-layer statistics to TensorBoard."""
@@ -154,7 +154,7 @@ class PerLayerConfig:
         """Checks that the tensor-parallel size divides the per-layer hidden size.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it does not divide it.
         """
         if self.per_layer_hidden_size % tensor_parallel_size:
             raise ValueError(

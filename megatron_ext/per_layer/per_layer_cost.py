@@ -3,8 +3,8 @@
     parameters   Vp L p + h L p + p + L (2 h p + h)          + 2 p p L for concat and gated
     FLOPs        L 6 h p  forward                            + L 4 p p for concat and gated
 
-In this order: table, context projection, shared norm, then gate, output projection and post-norm of every layer. A
-table look-up costs no FLOPs.
+The terms are, in this order: table, context projection, shared norm, then gate, output projection and post-norm of
+every layer. A table look-up costs no FLOPs.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig

@@ -49,7 +49,7 @@ class PerLayerExtension(Extension):
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> PerLayerInputs:
-        """Returns the tables and projections of the stage's layers."""
+        """Returns the module with the tables and projections of the stage's layers."""
         return PerLayerInputs(config, self.settings, stage, pg_collection, self.rows)
 
 

@@ -1,4 +1,4 @@
-"""PLE in a training run: its part of the model, its ids, optimizer settings and statistics.
+"""PLE in a training run: its part of the model, per-layer ids, optimizer settings and statistics.
 
 The per-layer ids are `table[tokens]`, the token ids themselves (strategy `identity`), or read from an aligned dataset.
 """
@@ -32,7 +32,7 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 
 
 class PerLayerFamily(Family):
-    """Per-layer embedding as a family of a run."""
+    """Per-layer embedding (PLE) as a model family."""
 
     name = "per_layer"
 
@@ -79,10 +79,10 @@ class PerLayerFamily(Family):
 
     @classmethod
     def from_tokenizer(cls, settings: PerLayerConfig, tokenizer: Tokenizer) -> "PerLayerFamily":
-        """Returns the family of a run; ids come from the aligned dataset or the table of `--per-layer-vocab-file`.
+        """Builds the model family with the ids of aligned datasets or the table of `--per-layer-vocab-file`.
 
         Raises:
-            ValueError: neither is given.
+            ValueError: per-layer ids are required, but neither source is given.
             FileNotFoundError: the vocabulary or its table is missing.
         """
         table = None
@@ -107,7 +107,7 @@ class PerLayerFamily(Family):
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "PerLayerFamily":
-        """Rebuilds the family from its `configuration()`; needs no file besides the checkpoint."""
+        """Rebuilds the model family from its `configuration()`; needs no file other than the checkpoint."""
         settings = group_in(PerLayerConfig, configuration, "settings")
         if settings.uses_token_ids:  # older checkpoints store a default that does not apply to token ids
             settings = replace(settings, per_layer_vocab_size=None)
@@ -179,7 +179,7 @@ class PerLayerFamily(Family):
         return {ParamKey(attr="per_layer"): ParamGroupOverride(**override)} if override else {}
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
-        """Makes PLE's modules record."""
+        """Makes PLE's modules record the values that `statistics` needs."""
         start_recording(chunks)
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
@@ -203,8 +203,8 @@ def _num_ids(settings: PerLayerConfig, table: "npt.ArrayLike | None") -> int | N
 def _check_table(table: torch.Tensor, vocab_size: int, rows: int) -> None:
     if len(table) != vocab_size:
         raise ValueError(
-            f"--per-layer-vocab-file: its table is for {len(table)} token ids, but the tokenizer has {vocab_size}; "
-            "use the tokenizer with which it was made"
+            f"--per-layer-vocab-file: the table is for {len(table)} token ids, but the tokenizer has {vocab_size}; "
+            "use the tokenizer with which the table was made"
         )
     if int(table.min()) < 0 or int(table.max()) >= rows:
         raise ValueError(

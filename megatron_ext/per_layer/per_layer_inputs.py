@@ -27,14 +27,14 @@ from megatron_ext.per_layer.sharded_weight import ShardedWeight, initial_std, in
 from megatron_ext.per_layer.statistics_recorder import Recorder
 
 PER_LAYER_STREAM = "per_layer"
-"""Name of the auxiliary stream to the layers."""
+"""Name of the auxiliary stream that carries the per-layer vectors to the layers."""
 
 PER_LAYER_IDS = "per_layer_ids"
-"""Name of the auxiliary input with the integer ids [b, s]."""
+"""Name of the auxiliary input with the integer per-layer ids [b, s]."""
 
 
 class PerLayerWeights(torch.nn.Module):
-    """Weights of one layer that the stage module uses: table, context projection, and for concat and gated a matrix."""
+    """One layer's weights: table, context projection, and for concat and gated the matrix that combines both."""
 
     def __init__(
         self, config: TransformerConfig, settings: PerLayerConfig, groups: ProcessGroupCollection, rows: int
@@ -104,7 +104,7 @@ class PerLayerInputs(StageModule):
         return cast(list[PerLayerWeights], list(self.layers))
 
     def freeze_tables(self) -> None:
-        """Freezes the tables."""
+        """Freezes the per-layer embedding tables."""
         for layer in self.weights():
             layer.embedding.weight.requires_grad_(False)
 

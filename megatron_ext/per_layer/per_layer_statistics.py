@@ -50,13 +50,13 @@ _QUANTITIES = (
 
 
 def start_recording(chunks: list[GPTModel]) -> None:
-    """Makes PLE's modules record until `stop_recording`."""
+    """Makes PLE's modules record their statistics until `stop_recording`."""
     for module in _modules(chunks):
         module.recorder = Recorder()
 
 
 def stop_recording(chunks: list[GPTModel], settings: PerLayerConfig) -> dict[str, float]:
-    """Ends the recording and returns tag -> value. Collective; call it between backward pass and update."""
+    """Returns the recorded statistics, tag -> value. Collective; call it between backward pass and update."""
     num_layers = chunks[0].config.num_layers
     device = process_groups.device()
     sums = {name: torch.zeros(num_layers, dtype=torch.float64, device=device) for name in _QUANTITIES}

@@ -1,7 +1,7 @@
 """A weight that is split over the tensor-parallel ranks, with the attributes and shards that the engine needs.
 
-For PLE's tables, projections and norm, which are used for all layers of a stage at once and so cannot be the engine's
-linear layers.
+PLE uses it for tables, projections and norm: they serve all layers of a stage at once, which the engine's linear layers
+cannot do.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ class ShardedWeight(torch.nn.Module):
         value: float = 0.0,
     ) -> None:
         """Args:
-        config: gives the dtype of the weight.
+        config: the engine's configuration, which specifies the dtype of the weight.
         groups: the weight is split over the tensor-parallel group.
         shape: shape of the whole tensor.
         dim: the dimension that is split.

@@ -8,7 +8,7 @@ import torch
 
 
 class Recorder:
-    """Sums by name, float64 [L], on the device."""
+    """Accumulates sums by name, each a float64 tensor [L] on the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}

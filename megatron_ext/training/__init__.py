@@ -1,1 +1,1 @@
-"""The training loop, optimizer, schedules, checkpoints, metrics, logging and signals; independent of the families."""
+"""Training loop, optimizer, schedules, checkpoints, metrics, logging and signals; independent of model families."""

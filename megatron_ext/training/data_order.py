@@ -34,7 +34,7 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
     """Prints a warning if the run's training samples are in another order than those of the loaded checkpoint.
 
     Args:
-        config: names the checkpoint that was loaded.
+        config: the run's checkpoint flags, which name the loaded checkpoint.
         run: the run's configuration, with sections `model`, `training` and `data`, and `TRAINING_SAMPLES`.
         progress: the checkpoint's progress.
 
@@ -70,7 +70,7 @@ def _other_epochs(run: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     if shuffled_epochs(data, sequence_length, ours) == shuffled_epochs(data, sequence_length, theirs):
         return []
     return [
-        f"the run has {ours} samples and the checkpoint's run {theirs}, so other epochs are shuffled together "
+        f"the run has {ours} samples and the checkpoint's run {theirs}, so different epochs are shuffled together "
         "(see --train-iters and --global-batch-size)"
     ]
 

@@ -2,8 +2,8 @@
 
 No process group and no model are built. The tokenizer is built for the size of its vocabulary; if it does not exist
 yet, use a NullTokenizer with --vocab-size. The number of processes is the environment variable WORLD_SIZE, which
-`torchrun` sets; set it yourself to plan for a cluster. Without it one copy of the model is assumed. If steps differ in
-what they train, as under a curriculum, all figures are those of the last step.
+`torchrun` sets; set it yourself to plan for a cluster. Without it one copy of the model is assumed. If steps train
+different parts, as under a curriculum, all figures are for the last step.
 """
 
 import os
@@ -35,7 +35,7 @@ _PLAIN_WIDTH = 110  # columns where the output is not a terminal
 
 
 def planned_world_size(parallel: ParallelConfig) -> int:
-    """Returns the number of processes: the environment variable WORLD_SIZE, or what one copy of the model needs."""
+    """Returns the number of processes: WORLD_SIZE from the environment, or as many as one copy of the model needs."""
     return int(os.environ.get("WORLD_SIZE") or parallel.model_parallel_size)
 
 
@@ -48,7 +48,7 @@ def print_dry_run(
 
     Args:
         config: the run's configuration, resolved for `planned_world_size` processes.
-        make_families: builds the families from configuration and tokenizer.
+        make_families: builds the model families from configuration and tokenizer.
         stream: where to print; None for standard output.
 
     Raises:

@@ -1,7 +1,8 @@
 """Forward passes through a frozen part of the model, in addition to the training step; their values may be cached.
 
-NPT's teacher and the trunk below a progressive stack use them. Each has its own cache contents and keys: the
-teacher's values depend on tokens and positions only, those of the trunk also on its weights and on all other inputs.
+They are used for NPT's teacher and for the trunk below a progressive stack. Each has its own cache contents and keys:
+the teacher's values depend on tokens and positions only; the trunk's values also depend on its weights and on all other
+inputs.
 """
 
 from collections.abc import Mapping
@@ -17,19 +18,19 @@ from megatron_ext.training.interface.output_losses import NoLoss
 
 
 class FrozenForward:
-    """Base class of the caches of frozen passes: agreement between ranks, and counts of hits and misses."""
+    """Base class of the caches for frozen forward passes: makes ranks agree on hits, and counts hits and misses."""
 
     def __init__(self) -> None:
         self.hits = self.misses = 0
         self.was_skipped = False
-        """Whether the last lookup found all micro-batches, so that the pass was not run."""
+        """Whether the last lookup found cached values for all micro-batches, so that the pass was not run."""
 
     def agree(self, found: list[bool], device: torch.device) -> list[bool]:
-        """Returns for each micro-batch whether all model-parallel ranks have found it; collective.
+        """Returns, for each micro-batch, whether every model-parallel rank has cached its values; collective.
 
         Args:
-            found: for each micro-batch, whether this rank has found it.
-            device: device of the collective's tensor.
+            found: for each micro-batch, whether this rank has cached its values.
+            device: device of the tensor that the ranks exchange.
         """
         agreed = torch.tensor(found, dtype=torch.int32, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
@@ -48,13 +49,13 @@ def run_frozen(
     watched: Mapping[str, torch.nn.Module],
     output: NoLoss,
 ) -> list[dict[str, torch.Tensor]]:
-    """Runs micro-batches forward without gradients and dropout.
+    """Runs the forward pass on micro-batches, without gradients and without dropout.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        families: all families of the run.
-        batches: micro-batches on the device; under pipeline parallelism, a number that its schedule accepts.
-        watched: name -> module of this rank (a layer or its norm) whose input is recorded.
+        families: all model families of the run.
+        batches: micro-batches on the device; under pipeline parallelism, as many as its schedule can process.
+        watched: modules of this rank (layers or their norms), by name, whose inputs are recorded.
         output: called with the output layer's input, on the last stage.
 
     Returns:

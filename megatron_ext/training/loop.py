@@ -32,7 +32,7 @@ EXIT_NOT_FINITE = 3
 """`--max-consecutive-nan-steps` steps in a row had a loss or gradient norm that is not finite."""
 
 Batches = Callable[[int], Iterator[Batch]]
-"""Number of consumed samples -> endless iterator over the micro-batches that follow them."""
+"""Given the number of consumed samples, returns an endless iterator over the micro-batches after them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Data:
     """Training batches."""
 
     valid: Batches | None
-    """Validation batches, or None; every evaluation uses the same ones, so that its values can be compared."""
+    """Validation batches, or None; every evaluation uses the same batches, so that evaluations can be compared."""
 
     test: Batches | None
     """Test batches, or None; evaluated once after the last step."""
@@ -110,7 +110,7 @@ class Loop:
         return EXIT_OK, progress
 
     def is_complete(self, progress: TrainingProgress) -> bool:
-        """Whether the last step is done, or a family ends the run early."""
+        """Whether the last step is done, or a model family ends the run early."""
         enough = any(family.is_complete() for family in self.stepper.families)
         return enough or progress.iteration >= self.total_iterations
 

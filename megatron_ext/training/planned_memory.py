@@ -1,6 +1,6 @@
 """Estimates a run's memory before anything is built, and refuses a run that cannot fit.
 
-The estimate is also the dry run's. It is a lower bound (`memory_estimate` lists what is left out), so a run that passes
+A dry run prints the same estimate. It is a lower bound (`memory_estimate` lists what is left out), so a run that passes
 this check may still run out of memory.
 """
 
@@ -22,9 +22,9 @@ def plan_memory(
 
     Args:
         config: the run's configuration, resolved.
-        tokenizer: gives the vocabulary size.
-        families: add their parameters and FLOPs.
-        copies: data-parallel size.
+        tokenizer: the tokenizer, from which the vocabulary size is taken.
+        families: the run's model families, whose parameters and FLOPs are included.
+        copies: number of model copies, which is the data-parallel size.
     """
     model, parallel, training = config.model, config.parallel, config.training
     batch = training.resolved_global_batch_size(copies)
@@ -50,7 +50,7 @@ def plan_memory(
 
 
 def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int) -> None:
-    """Checks that the estimate for this machine's ranks fits into its memory; the arguments are those of `plan_memory`.
+    """Checks that this machine has enough memory for the estimates of its ranks; arguments as for `plan_memory`.
 
     Raises:
         ValueError: the estimate exceeds the memory.

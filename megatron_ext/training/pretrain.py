@@ -1,4 +1,4 @@
-"""A whole pretraining run: from configurations and families to an exit code.
+"""A whole pretraining run: from configurations and model families to an exit code.
 
     check -> tokenizer -> families -> process group -> model -> optimizer -> checkpoint -> data -> loop
 
@@ -51,14 +51,14 @@ from megatron_ext.training.run_data import build_data, training_samples
 from megatron_ext.training.run_options import PLAIN, RunOptions
 
 MakeFamilies = Callable[[C, Tokenizer], list[Family]]
-"""Builds the families of a run from its configuration and tokenizer."""
+"""Builds the model families of a run from its configuration and tokenizer."""
 
 
 def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PLAIN) -> int:
     """Runs pretraining.
 
     Args:
-        config: the run's configuration, including the families' groups.
+        config: the run's configuration, including the model families' groups.
         make_families: builds the families; called once.
         options: deviations from plain pretraining.
 
@@ -82,7 +82,7 @@ def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PL
 
 
 def resolve(config: C) -> C:
-    """Returns the configuration with its length in steps or samples, checked for the run's number of processes.
+    """Returns the configuration with the run's length in steps or samples, checked for the run's number of processes.
 
     Raises:
         ValueError: settings contradict each other, or do not fit the number of processes.
@@ -144,12 +144,12 @@ def _check_files(data: DataConfig, checkpoint: CheckpointConfig, tokenizer: Toke
 def train(
     config: RunConfig, tokenizer: Tokenizer, families: list[Family], options: RunOptions = PLAIN
 ) -> int:
-    """Trains in an existing process group; `pretrain` without its checks. Collective.
+    """Trains in an existing process group; same as `pretrain`, but without its checks. Collective.
 
     Args:
         config: the run's configuration, resolved.
         tokenizer: the tokenizer of the training data.
-        families: already checked against the model and its parallel layout.
+        families: the run's model families, already checked against the model and its parallel layout.
         options: deviations from plain pretraining.
 
     Returns:
@@ -209,7 +209,7 @@ def train(
 def _build_model(
     config: RunConfig, run_config: dict[str, Any], families: list[Family], options: RunOptions
 ) -> list[GPTModel]:
-    """Builds this rank's chunks, loads the base model's weights, and lets the families freeze parameters."""
+    """Builds this rank's chunks, loads the base model's weights, and lets the model families freeze parameters."""
     chunks = build_model(
         config.model,
         config.parallel,
@@ -278,7 +278,7 @@ def _flops_per_token(config: RunConfig, vocab_size: int, families: list[Family],
 
 
 def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns what a checkpoint stores about its run: all config groups, the vocabulary, and how documents begin."""
+    """Returns the configuration that checkpoints store: config groups, vocabulary, and how documents begin."""
     trained_on = (prefix for prefix in config.data.trained_on if not is_number(prefix))
     return {
         **run_groups(config),

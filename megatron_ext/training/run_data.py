@@ -31,7 +31,7 @@ def build_data(
     global_batch_size: int,
     run_options: RunOptions,
 ) -> Data:
-    """Builds the run's training, validation and test batches, including the fields from the families' own data files.
+    """Builds the run's training, validation and test batches, with the fields from the families' own data files.
 
     Raises:
         FileNotFoundError, ValueError: the data is missing or unsuitable; every rank raises the same one-line error.

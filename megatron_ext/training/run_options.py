@@ -1,4 +1,4 @@
-"""Options by which scripts and series of trainings deviate from plain pretraining."""
+"""Options by which scripts and series of training runs deviate from plain pretraining."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class RunOptions:
     """A checkpoint with the base model's weights. The run's own checkpoints then omit frozen parameters."""
 
     checkpoint_name: Callable[[int], str] = checkpoint_name
-    """Step -> name of the checkpoint's directory; `checkpoint_files.step_of` must be able to parse it."""
+    """Returns the name of a step's checkpoint directory; `checkpoint_files.step_of` must be able to parse it."""
 
     loads_what_fits: bool = False
     """Whether --load loads only the tensors that checkpoint and run have in common, with a new optimizer state."""
@@ -35,10 +35,10 @@ class RunOptions:
     """Called after the last step; collective."""
 
     first_sample: int = 0
-    """Sequences of the training set that earlier trainings of a series have consumed; the run begins after them."""
+    """Number of training sequences that earlier runs of a series have consumed; this run begins after them."""
 
     first_iteration: int = 0
-    """Steps of earlier trainings of a series. Step numbers continue; the learning-rate schedule starts anew."""
+    """Number of steps of earlier runs in a series. Step numbers continue; the learning-rate schedule restarts."""
 
     data: Data | None = None
     """The caller's batches, used instead of --data-path."""
@@ -48,7 +48,7 @@ class RunOptions:
     as megatron-core does."""
 
     samples: int | None = None
-    """Number of sequences of the whole series, which are shuffled together; None for a single run."""
+    """Number of sequences in a whole series of runs, which are shuffled together; None for a single run."""
 
 
 PLAIN = RunOptions()

@@ -1,4 +1,4 @@
-"""Configuration of one training in a series that one command runs: a layer of NPT, or a phase of a growing model."""
+"""Configuration of one run in a series that one command starts: a layer of NPT, or a phase of a growing model."""
 
 import time
 from dataclasses import replace
@@ -10,11 +10,11 @@ from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 
 
 def config_in(config: C, folder: Path, began: float) -> C:
-    """Returns the configuration of a training that saves to `folder` and resumes from a checkpoint there; collective.
+    """Returns the configuration of a run that saves to `folder` and resumes from a checkpoint there; collective.
 
     Args:
-        config: configuration of the command.
-        folder: directory of the training's checkpoints.
+        config: configuration of the whole command.
+        folder: directory of the run's checkpoints.
         began: start of the command (`time.monotonic`), from which `--exit-duration-in-mins` counts.
     """
     training, save = config.training, str(folder)

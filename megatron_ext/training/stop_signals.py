@@ -35,7 +35,7 @@ EXIT_CODES = {
     signal.SIGUSR1: EXIT_SIGUSR1,
     signal.SIGTERM: EXIT_SIGTERM,
 }
-"""Handled signal -> exit code."""
+"""Maps each handled signal to its exit code."""
 
 
 # `torchrun` forwards a SIGINT that the terminal has already sent to every process: one Ctrl-C arrives twice.

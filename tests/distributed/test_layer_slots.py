@@ -248,8 +248,8 @@ def _feed_forward_losses(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def test_two_families_in_one_slot_are_refused() -> None:
     message = run_single(_error_of_one_slot)
     assert (
-        message == "layer 0: 'second' uses the slot 'before_layer', which another family already uses; "
-        "apply them to different layers"
+        message == "layer 0: the model family 'second' uses the slot 'before_layer', which "
+        "another model family already uses; apply them to different layers"
     )
 
 

@@ -89,7 +89,7 @@ def flags_of(config_type: type[Any]) -> list[Flag]:
         _flag(group, field, hints[field.name])
         for group, group_type in groups_of(config_type).items()
         for hints in [typing.get_type_hints(group_type, include_extras=True)]
-        for field in dataclasses.fields(group_type)
+        for field in _own_fields_first(group_type)
     ]
     owner: dict[str, Flag] = {}
     for flag in flags:
@@ -98,6 +98,12 @@ def flags_of(config_type: type[Any]) -> list[Flag]:
                 raise TypeError(f"{spelling} is declared by {owner[spelling].group} and by {flag.group}")
             owner[spelling] = flag
     return flags
+
+
+def _own_fields_first(group_type: type[Any]) -> list[dataclasses.Field[Any]]:
+    # A tool's own flags before those that it inherits from a group shared by several tools.
+    inherited = {name for base in group_type.__mro__[1:] for name in vars(base).get("__annotations__", ())}
+    return sorted(dataclasses.fields(group_type), key=lambda field: field.name in inherited)
 
 
 def known_flags(config_type: type[Any]) -> frozenset[str]:

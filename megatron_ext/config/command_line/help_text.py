@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_ext.config.command_line.flag_table import CONFIG, HELP, SHOW_CONFIG, Flag, Groups
+from megatron_ext.config.command_line.flag_table import CONFIG, HELP, SHOW_CONFIG, SINGLE_GROUP, Flag, Groups
 
 _WIDEST, _COLUMN = 100, 34
 _KINDS = {int: "INT", float: "FLOAT", str: "TEXT"}
@@ -51,7 +51,8 @@ def format_help(
     required = [flag for flag in flags if flag.is_required and flag.field not in supplied]
     sections = {"required": required}
     for name in groups:
-        sections[f"{name} options"] = [flag for flag in flags if flag.group == name and flag not in required]
+        heading = "flags" if name == SINGLE_GROUP else f"{name} options"
+        sections[heading] = [flag for flag in flags if flag.group == name and flag not in required]
     lines = [f"usage: {prog} [flags]", ""]
     for paragraph in [*description.split("\n\n"), *([f"Example: {example}"] if example else [])]:
         lines += [*_paragraph(paragraph, width), ""]
@@ -82,7 +83,9 @@ def _spelled(flag: Flag) -> str:
 def _told(flag: Flag, documented: Mapping[str, Mapping[str, str]], supplied: Mapping[str, str]) -> str:
     text = " ".join(documented[flag.group].get(flag.field, "").split())
     if flag.is_required:
-        told = f"default: {supplied[flag.field]}" if flag.field in supplied else "required"
+        if flag.field not in supplied:
+            return text  # its heading says that it is required
+        told = f"default: {supplied[flag.field]}"
     elif flag.default is None or flag.default == () or (flag.is_switch and not flag.default):
         return text
     elif flag.is_switch:

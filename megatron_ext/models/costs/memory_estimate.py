@@ -6,8 +6,8 @@ Bytes per parameter, with D data-parallel ranks:
     fp32      4           4          8                8 / D
     bf16      2           4          4 + 8            (4 + 8) / D          (fp32 main weights, two moments)
 
-Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a family
-quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
+Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a model
+family quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
 `layer_activation_bytes`. With the 1F1B schedule stage i of P holds up to P - i micro-batches at once, with the
 interleaved schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Without full recomputation a layer that no gradient reaches
 saves nothing, and a layer with frozen weights counts as if they trained.
@@ -38,7 +38,7 @@ class StageMemory:
     """Number of parameters on the rank."""
 
     trained_parameters: int
-    """How many of these parameters train."""
+    """Number of these parameters that are trained."""
 
     parameter_bytes: float
     gradient_bytes: float
@@ -82,7 +82,7 @@ class ParallelLayout:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the word embedding after padding."""
+        """Number of rows of the word embedding, after padding of the vocabulary."""
         return padded_vocab_size(self.vocab_size, self.model, self.parallel.tensor_model_parallel_size)
 
     @property
@@ -96,7 +96,7 @@ class ParallelLayout:
         return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.chunks
 
     def layers_of(self, stage: int, least: Use) -> int:
-        """Returns how many layers of a stage, over all its chunks, have a `Use` of at least `least`."""
+        """Returns the number of layers, over all chunks of a stage, whose `Use` is at least `least`."""
         if self.work is None:
             return self.chunks * self.layers_per_chunk
         stages, size = self.parallel.pipeline_model_parallel_size, self.layers_per_chunk
@@ -112,9 +112,9 @@ def estimate_memory(
 
     Args:
         layout: the run's settings.
-        family_parameters: parameters of all families over the whole model; assumed to be spread evenly over
-            tensor-parallel ranks and stages.
-        trained_family_parameters: how many of these train; None for all.
+        family_parameters: number of parameters that all model families add to the whole model; assumed to be spread
+            evenly over tensor-parallel ranks and stages.
+        trained_family_parameters: number of these parameters that are trained; None for all.
 
     Returns:
         One entry per stage, from first to last.
@@ -227,7 +227,7 @@ def layer_activation_bytes(layout: ParallelLayout) -> float:
 
 
 def head_activation_bytes(layout: ParallelLayout) -> float:
-    """Returns the bytes of final norm, logits and loss for one micro-batch."""
+    """Returns the bytes that final norm, logits and loss save for the backward pass of one micro-batch."""
     hidden = 2 * layout.model.hidden_size * layout.element_bytes / _sequence_split(layout.parallel)
     # The logits in the run's precision, and an fp32 softmax for the backward pass.
     logits = (4 + layout.element_bytes) * layout.padded_vocab / layout.parallel.tensor_model_parallel_size
@@ -245,7 +245,7 @@ def _sequence_split(parallel: ParallelConfig) -> int:
 
 
 def _chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
-    """Returns the largest number of chunks whose forward pass is done and whose backward pass is not."""
+    """Returns the largest number of forward passes that await their backward pass at the same time."""
     stages, chunks = layout.parallel.pipeline_model_parallel_size, layout.chunks
     if chunks == 1:
         return min(layout.num_microbatches, stages - stage)

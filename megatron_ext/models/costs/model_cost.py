@@ -11,10 +11,10 @@ This is the usual 6ND plus attention (arXiv 2204.02311, appendix B). N counts th
 product: not the word embedding's lookup, but always the output layer, even if both share their weights. By convention
 attention counts the full s x s square although it is causal; norms, activations and softmax are not counted.
 If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
-family reports its own part in another `ModelCost`.
+model family reports its own part in another `ModelCost`.
 
-Formulas are used instead of torch's `FlopCounterMode`, with which the tests compare them: the counter slows a step down
-several times, counts recomputation too, and misses the fused attention kernel of the CPU.
+Torch's `FlopCounterMode` is used only in tests, to check these formulas: it makes a step several times slower, counts
+recomputation too, and misses the CPU's fused attention kernel.
 """
 
 from collections.abc import Iterable
@@ -28,23 +28,23 @@ from megatron_ext.models.costs.step_work import StepWork, Use
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Parameters and FLOPs of the base model, or of a family's part of the model."""
+    """Parameters and FLOPs of the base model, or of a model family's part of the model."""
 
     parameters: int
-    """Parameters of the whole model; copies on other ranks or stages are not counted."""
+    """Number of parameters of the whole model; copies on other ranks or stages are not counted."""
 
     forward_flops_per_token: float
     """FLOPs per token of the matrix products in one forward pass."""
 
     trained: int | None = None
-    """How many of the parameters train; None for all."""
+    """Number of these parameters that are trained; None if all are."""
 
     training_flops: float | None = None
     """FLOPs per token of the matrix products in a training step; None for three times the forward pass."""
 
     @property
     def trained_parameters(self) -> int:
-        """How many of the parameters train."""
+        """Number of parameters that are trained."""
         return self.parameters if self.trained is None else self.trained
 
     @property
@@ -63,7 +63,7 @@ def model_cost(
     Args:
         model: configuration of the base model.
         vocab_size: the tokenizer's vocabulary size, before padding.
-        tensor_parallel_size: the padding depends on it.
+        tensor_parallel_size: determines the padding of the vocabulary.
         work: which parts a training step runs and trains; None if everything trains.
     """
     vocab = padded_vocab_size(vocab_size, model, tensor_parallel_size)
@@ -101,8 +101,8 @@ def hardware_flops_per_token(
 ) -> float:
     """Returns the FLOPs per token of a training step including activation recomputation.
 
-    Assumes that a family's part is recomputed together with its layers, and that frozen layers are recomputed like
-    trained ones. The recomputation inside a fused attention kernel's backward pass is not counted.
+    Assumes that a model family's part is recomputed together with its layers, and that frozen layers are recomputed
+    like trained ones. The recomputation inside a fused attention kernel's backward pass is not counted.
 
     Args:
         model: configuration of the base model.
@@ -125,7 +125,7 @@ def recomputed_flops_per_token(model: ModelConfig, parallel: ParallelConfig) -> 
 
 
 def recomputed_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Returns how many layers of the whole model full recomputation runs twice."""
+    """Returns how many layers of the whole model run their forward pass twice because of full recomputation."""
     if parallel.recompute_granularity != "full":
         return 0
     if parallel.recompute_method == "uniform":
@@ -140,7 +140,7 @@ def layer_flops_per_token(model: ModelConfig) -> float:
 
 
 def core_attention_flops_per_token(model: ModelConfig) -> float:
-    """Returns the forward FLOPs per token of one layer's scores and weighted sum over the full sequence."""
+    """Returns the forward FLOPs per token of one layer's attention (scores, weighted sum), over the full sequence."""
     return 4.0 * model.seq_length * attention_width(model)
 
 
@@ -150,7 +150,7 @@ def mlp_flops_per_token(model: ModelConfig) -> float:
 
 
 def linear_flops_per_token(model: ModelConfig, *names: str) -> float:
-    """Returns the forward FLOPs per token of some of a layer's linear modules, named as in `linear_sizes`."""
+    """Returns the forward FLOPs per token of the given linear modules of a layer, named as in `linear_sizes`."""
     sizes = linear_sizes(model)
     return 2.0 * sum(sizes[name][0] * sizes[name][1] for name in names)
 
@@ -167,7 +167,7 @@ def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Returns the parameters of one layer that one tensor-parallel rank holds.
+    """Returns the number of parameters of one layer on one tensor-parallel rank.
 
     Matrices and the biases of column-parallel layers are split over the ranks; norms and the biases of row-parallel
     layers, which are added after the reduction, are on every rank.
@@ -183,7 +183,7 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
 
 
 def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_size: int = 1) -> int:
-    """Returns the parameters of word and position embedding that one tensor-parallel rank holds."""
+    """Returns the number of parameters of the word and position embeddings on one tensor-parallel rank."""
     words = padded_vocab * model.hidden_size // tensor_parallel_size
     if model.position_embedding_type != "learned_absolute":
         return words
@@ -191,7 +191,7 @@ def embedding_parameters(model: ModelConfig, padded_vocab: int, tensor_parallel_
 
 
 def norm_parameters(model: ModelConfig, width: int) -> int:
-    """Returns the parameters of one norm over `width` values."""
+    """Returns the number of parameters of one norm over `width` values."""
     return width if model.normalization == "RMSNorm" else 2 * width
 
 

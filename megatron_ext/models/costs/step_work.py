@@ -1,9 +1,9 @@
-"""How much of the base model's forward and backward pass a training step runs when parts are frozen.
+"""How much of the base model's forward and backward pass a training step runs when parts of the model are frozen.
 
     use         forward   gradient of inputs   gradient of weights     passes: products with weights, core attention
     SKIPPED                                                            0       0
     FORWARD     x                                                      1       1
-    PARTIAL     x         what the family counts as its own            1       1
+    PARTIAL     x         in parts that the family counts              1       1
     GRADIENT    x         x                                            2       3
     TRAINED     x         x                    x                       3       3
 
@@ -39,32 +39,33 @@ class Use(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """The work of one training step."""
+    """How much of the model one training step runs and trains."""
 
     layers: tuple[Use, ...]
-    """Use of every layer of the base model, in order."""
+    """How a step uses each layer of the base model (skipped, run, or trained), in order."""
 
     head: Use = Use.TRAINED
-    """Use of final norm and output layer."""
+    """How a step uses the final norm and the output layer: skipped, run, or trained."""
 
     trains_embedding: bool = True
-    """Whether word and position embedding train."""
+    """Whether the word and position embeddings are trained."""
 
     head_forwards: int = 1
-    """Forward passes of the head: 0 if no loss reads the output, 2 if a teacher's output is computed as well."""
+    """Number of forward passes of the head (final norm and output layer): 0 if no loss reads the output, 2 if a
+    teacher's output is computed as well."""
 
     further_forwards: int = 0
-    """Additional forward passes of all layers without the head, for example a teacher's."""
+    """Number of additional forward passes of all layers without the head, for example those of a teacher."""
 
     trained_parameters: int = 0
-    """How many of the family's own parameters train."""
+    """Number of the model family's own parameters that are trained."""
 
     flops_per_token: float = 0.0
-    """FLOPs per token of the family's own matrix products, forward and backward."""
+    """FLOPs per token of the model family's own matrix products, forward and backward."""
 
     @property
     def layer_passes(self) -> tuple[int, int]:
-        """FLOPs of all layers in units of one layer's forward pass: (products with weights, core attention)."""
+        """FLOPs of all layers, in forward passes of one layer, as the pair (weight products, core attention)."""
         further = self.further_forwards * len(self.layers)
         of_weights = sum(use.weight_passes for use in self.layers)
         return of_weights + further, sum(use.attention_passes for use in self.layers) + further
@@ -76,9 +77,9 @@ class StepWork:
 
 
 def merged_work(works: Sequence[StepWork]) -> StepWork | None:
-    """Combines the work that several families describe; None if there is none and everything trains.
+    """Combines the work that several model families describe; returns None if none does, so that everything trains.
 
-    A part is frozen if one family freezes it.
+    A part is frozen if at least one family freezes it.
     """
     if not works:
         return None

@@ -76,7 +76,8 @@ class SDPAttention(torch.nn.Module):
             key: [s_k, b, g, d]; `g` must divide `n`.
             value: [s_k, b, g, d].
             attention_mask: [b, 1, s_q, s_k], True where attention is forbidden, or None.
-            attn_mask_type: overrides the module's own; the engine passes `no_mask` when decoding with a KV cache.
+            attn_mask_type: overrides the module's own mask type; the engine passes `no_mask` when decoding with a KV
+                cache.
             attention_bias: not supported, must be None.
             packed_seq_params: not supported, must be None.
 

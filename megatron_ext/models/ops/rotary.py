@@ -1,4 +1,4 @@
-"""Rotary position embedding in few passes over memory, and the frequencies under context-length scaling.
+"""Rotary position embedding in few passes over memory, and its frequencies with context-length scaling.
 
     [x1 ; x2] -> [x1 cos - x2 sin ; x2 cos + x1 sin]                 (arXiv 2104.09864, halves as in GPT-NeoX and Llama)
 

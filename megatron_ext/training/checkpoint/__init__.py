@@ -1,1 +1,1 @@
-"""Checkpoints: files, tensors, optimizer state, random state, checks of the run directory, and its lock."""
+"""Checkpoints: files, tensors, optimizer state, random state, checks of the run directory, and the directory's lock."""

@@ -25,7 +25,7 @@ class BaseCheckpoint:
     """Directory of this checkpoint."""
 
     sha256: str
-    """Digest of its `checksums.json`."""
+    """SHA-256 digest of the checkpoint's `checksums.json`."""
 
     @classmethod
     def find(cls, path: str, ckpt_step: int | None = None) -> "BaseCheckpoint":
@@ -46,8 +46,8 @@ class BaseCheckpoint:
         """Returns the base checkpoint that a run's configuration names, or None.
 
         Raises:
-            OSError: it no longer exists.
-            ValueError: another checkpoint has taken its place.
+            OSError: the base checkpoint no longer exists.
+            ValueError: its directory now contains another checkpoint.
         """
         named = run_config.get("base_checkpoint")
         if named is None:
@@ -60,24 +60,24 @@ class BaseCheckpoint:
         return found
 
     def as_json(self) -> dict[str, str]:
-        """Returns the entry for a run's configuration; `of_run` reads it."""
+        """Returns the entry that a run's configuration stores for this checkpoint; `of_run` reads it."""
         return {"path": str(self.folder), "sha256": self.sha256}
 
     def run_config(self) -> dict[str, Any]:
-        """Returns the configuration with which the base was trained."""
+        """Returns the configuration with which the base model was trained."""
         files.verify_checkpoint(self.folder, names=[files.RUN_CONFIG])
         return files.read_json(self.folder / files.RUN_CONFIG)
 
     def load(self, models: list[GPTModel], run_config: dict[str, Any], families: list[Family]) -> None:
-        """Loads all tensors of the base into models that may have further parameters; collective.
+        """Loads all tensors of the base model into models that may have further parameters; collective.
 
         Args:
             models: this rank's chunks, unwrapped.
             run_config: the run's configuration, with the section `families`.
-            families: the families of the run.
+            families: the model families of the run.
 
         Raises:
-            ValueError: the checkpoint is damaged, or it is one of another model.
+            ValueError: the checkpoint is damaged or belongs to another model.
         """
         tensors.verify(self.folder)
         stored = self.run_config()

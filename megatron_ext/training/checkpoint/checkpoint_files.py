@@ -32,14 +32,14 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 RUN_CONFIG = "run_config.json"
 BEGIN = "begin_of_documents"
-"""Key of the run configuration: the begin-of-text token of the training documents as a list, empty if they have none;
-None if unknown."""
+"""Key of the run configuration for the list of tokens that begin every training document: one token or none. The value
+is None if this is unknown."""
 STATE = "state.json"
 FINAL = "final"
 """Subdirectory of `--save` with the NP weights after the last step."""
 
 WRITING, REPLACED = ".writing.", ".replaced."
-"""Prefixes of hidden directories: one that is being written, and one that is being replaced."""
+"""Prefixes of two hidden directories: of a checkpoint being written, and of one being replaced."""
 _REMOVED = ".removed."
 _SHOWN = 8
 
@@ -67,7 +67,7 @@ def check_writable(save: str) -> None:
 
 
 def checkpoint_name(iteration: int) -> str:
-    """Returns the name of a checkpoint's directory, the same as Megatron-LM's."""
+    """Returns the name of a checkpoint's directory, as Megatron-LM forms it."""
     return f"iter_{iteration:07d}"
 
 
@@ -78,7 +78,7 @@ def step_of(name: str) -> int | None:
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """Returns step -> directory of every checkpoint in `root`, complete or not, of this program or another one."""
+    """Returns all checkpoints in `root`, as step -> directory: also incomplete ones and those of other programs."""
     found = {step_of(name): root / name for name in kinds.entries(root)}
     return {
         step: path for step, path in sorted(found.items(), key=lambda item: item[0] or 0) if step is not None
@@ -86,7 +86,7 @@ def step_folders(root: Path) -> dict[int, Path]:
 
 
 def complete_checkpoints(root: Path) -> dict[int, Path]:
-    """Returns step -> directory of every complete checkpoint in `root`, in ascending order."""
+    """Returns the complete checkpoints in `root`, as step -> directory, in ascending order of steps."""
     found: dict[int, Path] = {}
     # If a replacement was interrupted, the old directory counts unless the new one was completed.
     for prefix in (REPLACED, ""):
@@ -98,7 +98,7 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
 
 
 def checkpoints_below(root: Path) -> list[Path]:
-    """Returns the directories with complete checkpoints one or two levels below `root`, as in a series of trainings."""
+    """Returns the directories with complete checkpoints one or two levels below `root`, as in a series of runs."""
     folders = [path for pattern in ("*/", "*/*/") for path in root.glob(pattern) if path.is_dir()]
     found = []
     for folder in folders:
@@ -112,12 +112,12 @@ def find_checkpoint(root: str, ckpt_step: int | None = None) -> Path | None:
 
     Args:
         root: a directory of checkpoints, or the directory of one checkpoint.
-        ckpt_step: the step to load; None for the one that the tracker names, or without a tracker the newest.
+        ckpt_step: the step to load; None for the step that the tracker names, or for the newest if there is no tracker.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint of step `ckpt_step`.
-        ValueError: `root` contains something that cannot be loaded: an incomplete checkpoint, one of another program,
-            a tracker that names a missing step, a model in another format; or `root` is a file.
+        ValueError: `root` contains something that cannot be loaded: an incomplete checkpoint, a checkpoint of another
+            program, a tracker that names a missing step, a model in another format; or `root` is a file.
         OSError: the directory cannot be read.
     """
     folder = Path(root)
@@ -144,7 +144,7 @@ def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], 
     others = f"; --ckpt-step selects another one (available: {_listed(found)})" if found else ""
     if chosen is None:
         raise ValueError(
-            f"{root / TRACKER}: names step {tracked}, but there is no checkpoint of this step{others}"
+            f"{root / TRACKER}: the file names step {tracked}, but there is no checkpoint of this step{others}"
         )
     reason = kinds.foreign(chosen)
     if chosen != root:
@@ -173,7 +173,7 @@ def tracked_step(root: Path) -> int | None:
     if text == "release" and not found:
         raise ValueError(f"{root}: {kinds.OF_MEGATRON}")
     others = f"; --ckpt-step selects one (available: {_listed(found)})" if found else ""
-    raise ValueError(f"{root / TRACKER}: contains {text[:40]!r} instead of a step number{others}")
+    raise ValueError(f"{root / TRACKER}: the file contains {text[:40]!r} instead of a step number{others}")
 
 
 def _listed(steps: Iterable[int]) -> str:
@@ -283,12 +283,12 @@ def fsync_path(path: Path) -> None:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Flushes files to the disk; returns name -> sha256 and size of each."""
+    """Flushes files to the disk; returns the sha256 and size of each, by file name."""
     return {name: _digest(folder / name, sync=True) for name in names}
 
 
 def write_checksums(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Writes the manifest, which is the last file of a checkpoint, and flushes the directories to the disk."""
+    """Writes a checkpoint's last file, the manifest, and flushes the checkpoint's directories to the disk."""
     write_text(folder / CHECKSUMS, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
     for path in (folder / "rng", folder):
         fsync_path(path)
@@ -297,7 +297,7 @@ def write_checksums(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 def verify_checkpoint(
     folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] | None = None
 ) -> None:
-    """Compares files with the manifest.
+    """Compares a checkpoint's files with its manifest, `checksums.json`.
 
     Args:
         folder: a checkpoint's directory.

@@ -37,7 +37,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
 
 Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
-"""(Name in the checkpoint, the model's tensor, all names in the checkpoint) -> whether to read the tensor."""
+"""Decides whether to read a tensor. Arguments: its name in the checkpoint, the model's tensor, all names there."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -51,9 +51,9 @@ def model_state(
 
     Args:
         models: the chunks, unwrapped.
-        keeps: (global name, the model's tensor) -> whether to include it; None includes all.
-        rename: global name -> name in the checkpoint, which is then passed to `keeps`. With it, entries that are not
-            tensors are omitted.
+        keeps: called with a global name and the model's tensor; returns whether to include it. None includes all.
+        rename: turns a global name into the name in the checkpoint, which is then passed to `keeps`. If it is given,
+            entries that are not tensors are omitted.
     """
     states = {}
     for index, model in enumerate(models):
@@ -85,11 +85,12 @@ def read_into(
 
     Args:
         models: this rank's chunks, unwrapped.
-        folder: the checkpoint's directory; call `verify` before.
+        folder: the checkpoint's directory; check it with `verify` first.
         wanted: chooses the tensors to read; None reads every tensor of the model.
         rename: as in `model_state`.
-        whole: whether it is an error if the checkpoint contains further tensors of the model.
-        same_vocabulary: whether the tokenizers' sizes agree, so that only the padding of the embedding may differ.
+        whole: whether additional model tensors in the checkpoint are an error.
+        same_vocabulary: whether run and checkpoint have the same vocabulary size, so that only the padding of the
+            embedding may differ.
 
     Raises:
         ValueError: model and checkpoint differ; the message names the tensor.
@@ -107,9 +108,9 @@ def load_optimizer(
     """Reads the optimizer's tensors from a checkpoint; load the model first. Collective.
 
     Args:
-        optimizer: the state to fill.
+        optimizer: the optimizer whose state is filled.
         folder: the checkpoint's directory.
-        step: Adam's step count.
+        step: Adam's step count in the checkpoint.
         whole: whether it is an error if the checkpoint lacks a parameter's state; otherwise that state is unchanged.
         same_vocabulary: as in `read_into`.
     """
@@ -162,7 +163,7 @@ def write(state: ShardedStateDict, folder: Path) -> None:
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's writer, with the operating system's errors."""
+    """torch's writer, changed so that it raises the operating system's errors."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Writes this rank's files."""
@@ -174,7 +175,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
-    """Fills a sharded state dict, which may be empty on some ranks; collective. Call `check` before.
+    """Fills a sharded state dict, which may be empty on some ranks; collective. Call `check` first.
 
     An `_extra_state` that the checkpoint lacks is omitted: only Transformer Engine's modules have one (for FP8).
     """
@@ -189,7 +190,7 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Compares a checkpoint's files with their checksums, divided among the ranks; collective.
+    """Compares a checkpoint's files with their checksums; every rank checks a share of the files. Collective.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -198,7 +199,7 @@ def verify(folder: Path) -> None:
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Returns name -> global shape of every tensor in a checkpoint; collective. Call `verify` before: it unpickles."""
+    """Returns the global shapes of a checkpoint's tensors by name. Collective; unpickles, so call `verify` first."""
 
     def own() -> dict[str, tuple[int, ...]]:
         tensors = dist_checkpointing.load_tensors_metadata(str(folder))
@@ -215,17 +216,18 @@ def check(
     same_vocabulary: bool,
     whole: bool = True,
 ) -> None:
-    """Checks that the checkpoint contains every tensor to load in its shape; collective.
+    """Checks that the checkpoint contains every tensor to load, in the required shape; collective.
 
     Args:
         state: the sharded state dict to load.
-        stored: name -> global shape in the checkpoint.
-        folder: the checkpoint's directory, for errors.
-        same_vocabulary: whether the tokenizers' sizes agree, so that only the padding of the embedding may differ.
-        whole: whether it is an error if the checkpoint contains further tensors of the model.
+        stored: global shapes of the checkpoint's tensors, by name.
+        folder: the checkpoint's directory, named in errors.
+        same_vocabulary: whether run and checkpoint have the same vocabulary size, so that only the padding of the
+            embedding may differ.
+        whole: whether additional model tensors in the checkpoint are an error.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or is one too many; the message names it.
+        ValueError: a tensor is missing, unexpected, or of another shape; the message names it.
     """
     wanted = {shard.key: tuple(shard.global_shape) for shard in _shards(state)}
     everywhere = merge_over_ranks(wanted)

@@ -1,4 +1,4 @@
-"""Saves and loads runs: model, optimizer, schedule, random state, progress, families' state, configuration.
+"""Saves and loads runs: model, optimizer, schedule, random state, progress, model families' state, configuration.
 
 With the same parallel layout a resumed run continues bit for bit. With another tensor-, pipeline- or data-parallel size
 model, optimizer and schedule are the same, and the random generators are re-seeded. `checkpoint_files` and
@@ -37,7 +37,7 @@ from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap
 from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
-"""Section of `run_config` in which an import stores what it read besides tensors; runs copy it for a later export."""
+"""Section of `run_config` with the data other than tensors that an import read; runs copy it for a later export."""
 
 
 @dataclass(kw_only=True)
@@ -72,15 +72,16 @@ class Checkpointer:
         message: Callable[[str], None] = print_on_first_rank,
     ) -> None:
         """Args:
-        config: directories, retention, and what is saved and loaded.
+        config: directories, number of checkpoints to keep, and what is saved and loaded.
         chunks: this rank's model chunks, wrapped or unwrapped.
         optimizer: the optimizer of `chunks`.
         scheduler: the schedule of `optimizer`.
         run_config: the configuration as JSON values: one section per config group, `vocab_size` and
             `tokenizer_fingerprint`. The families' sections are added here.
-        families: their configuration, state and files are saved.
+        families: the run's model families, whose configuration, state and files are saved.
         base: the loaded checkpoint of the base model; the run's checkpoints then omit frozen base parameters.
-        name: step -> name of the checkpoint's directory; `checkpoint_files.step_of` must be able to parse it.
+        name: returns the name of the checkpoint's directory for a step; `checkpoint_files.step_of` must be able to
+            parse it.
         loads_what_fits: whether to load only the tensors that checkpoint and run have in common, with a new optimizer
             state.
         message: prints a line for the user; called on every rank.
@@ -119,7 +120,7 @@ class Checkpointer:
             The checkpoint's directory.
 
         Raises:
-            OSError: it could not be written; raised on every rank. Earlier checkpoints are intact.
+            OSError: the checkpoint could not be written; raised on every rank. Earlier checkpoints are intact.
         """
         assert self.config.save is not None, "saving needs --save"
         gather_parameters(self.chunks)
@@ -152,8 +153,8 @@ class Checkpointer:
             The run's progress (step 0 with `--finetune`), or None if there is nothing to load.
 
         Raises:
-            ValueError: the checkpoint is damaged, is one of another model, or lacks something that is to be loaded.
-            OSError: it cannot be read, or the step of `--ckpt-step` does not exist.
+            ValueError: the checkpoint is damaged, belongs to another model, or lacks something that is to be loaded.
+            OSError: the checkpoint cannot be read, or the step of `--ckpt-step` does not exist.
         """
         if self.config.load is None:
             return None
@@ -186,7 +187,7 @@ class Checkpointer:
         return progress
 
     def _keep_import(self, stored: dict[str, Any]) -> None:
-        """Copies what the import stored, unless the tokenizer differs: it refers to the tokenizer's ids and files."""
+        """Copies the data that the import stored, which refers to the tokenizer, unless the tokenizer differs."""
         if IMPORTED not in stored:
             return
         if stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
@@ -198,9 +199,9 @@ class Checkpointer:
             )
 
     def _keeps(self) -> Callable[[str, torch.Tensor], bool] | None:
-        """Returns a test for the model's tensors that the run's checkpoints contain; None for all.
+        """Returns a function that selects the model's tensors to save in the run's checkpoints; None for all.
 
-        On top of a base that is what the base lacks, frozen or not, and what is trained.
+        With a base checkpoint these are the trained tensors and all tensors that the base checkpoint lacks.
         """
         if self.base is None:
             return None
@@ -208,7 +209,7 @@ class Checkpointer:
         return lambda _, value: id(value) not in of_base or value.requires_grad
 
     def _wanted(self) -> tensors.Wanted | None:
-        """Returns a test for the model's tensors that a load reads; None for all."""
+        """Returns a function that selects the model's tensors to load; None for all."""
         keeps, fits = self._keeps(), self.loads_what_fits
         if keeps is None and not fits:
             return None
@@ -220,8 +221,8 @@ class Checkpointer:
         theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
         if (theirs and theirs["sha256"]) != (ours and ours["sha256"]):
             raise ValueError(
-                f"{folder}: was trained on top of {theirs['path'] if theirs else 'nothing'}, "
-                f"this run on top of {ours['path'] if ours else 'nothing'}"
+                f"{folder}: base checkpoint of this checkpoint: {theirs['path'] if theirs else 'none'}; of this run: "
+                f"{ours['path'] if ours else 'none'}; resume with the same base checkpoint"
             )
 
     def _write(self, folder: Path, progress: TrainingProgress) -> None:
@@ -313,12 +314,12 @@ def load_weights(
 ) -> Path:
     """Loads only the model, in any parallel layout, for tools that evaluate, generate or convert; collective.
 
-    If the checkpoint has a base checkpoint, that is loaded first.
+    If the checkpoint refers to a base checkpoint, that one is loaded first.
 
     Args:
         path: a directory of checkpoints, or the directory of one checkpoint.
         chunks: this rank's model chunks, wrapped or unwrapped, built with the configuration of `read_run_config`.
-        families: the families of the model.
+        families: the model families with which the model is built.
         vocab_size: the tokenizer's vocabulary size; if it equals the checkpoint's, the padding may differ.
         ckpt_step: the step to load; None for the newest.
 
@@ -326,7 +327,7 @@ def load_weights(
         The checkpoint's directory.
 
     Raises:
-        ValueError: the checkpoint is damaged, or it is one of another model.
+        ValueError: the checkpoint is damaged or belongs to another model.
         OSError: there is no checkpoint, or it cannot be read.
     """
     folder = on_first_rank(lambda: _existing(path, ckpt_step))
@@ -385,7 +386,7 @@ def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _files_of(folder: Path, rank: int) -> list[str]:
-    """Returns the files that a rank has written, relative to the checkpoint; rank 0's include all without a rank."""
+    """Returns the files that a rank has written, by relative path; rank 0's include those that belong to no rank."""
     names = [str(path.relative_to(folder)) for path in folder.glob(f"__{rank}_*.distcp")]
     names += [name for name in [random_state.file_name(rank)] if (folder / name).is_file()]
     if rank == 0:
@@ -394,7 +395,7 @@ def _files_of(folder: Path, rank: int) -> list[str]:
 
 
 def _cut(models: list[GPTModel]) -> dict[str, int]:
-    """Returns the layout that must be equal for every rank to find its own random state."""
+    """Returns the parallel sizes that must be equal for every rank to find its own random state."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 SERIES = ("progressive.json", "training_info.json")
-"""Files of a series of trainings (progressive growth, NPT's sequential mode), whose checkpoints are in subdirectories.
+"""Files that mark a series of training runs (progressive growth, NPT's sequential mode), whose checkpoints are in
+subdirectories.
 """
 
 OF_MEGATRON = (
@@ -61,12 +62,12 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def holds_np_weights(folder: Path) -> bool:
-    """Returns whether a directory contains NP weight files, as the `final/` of a run does."""
+    """Returns whether a directory contains NP weight files, as a run's `final/` does."""
     return any(name.startswith(_NP_WEIGHTS) for name in entries(folder))
 
 
 def foreign(folder: Path) -> str | None:
-    """Describes what a directory without a complete checkpoint contains instead; None if it is nothing known."""
+    """Describes what a directory without a complete checkpoint contains; None if the contents are not recognized."""
     names = set(entries(folder))
     if names & _OWN_PARTS:
         return "not a complete checkpoint of this program, checksums.json is missing; copy it again, whole"

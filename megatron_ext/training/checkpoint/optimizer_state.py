@@ -33,7 +33,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Held:
-    """The part of one parameter's state on this rank: all of it, or a range with the distributed optimizer."""
+    """This rank's part of one parameter's state: all of it, or with the distributed optimizer a range."""
 
     model_param: torch.Tensor
     main_param: torch.Tensor
@@ -65,7 +65,7 @@ class OptimizerState:
         return max(map(_step, self._parts), default=0)
 
     def sharded(self, *, is_loading: bool, with_main_params: bool = True) -> dict[int, Any]:
-        """Returns the sharded state dict; collective.
+        """Returns the optimizer's sharded state dict; collective.
 
         Args:
             is_loading: whether the state dict is to be filled from a checkpoint or to be saved.
@@ -135,7 +135,7 @@ def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, tor
 def _whole(
     part: MegatronOptimizer, is_loading: bool
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Yields parameters with their whole state: the optimizer's own tensors, or copies with the distributed one."""
+    """Yields parameters with their whole state: the optimizer's tensors, or copies if it is distributed."""
     if isinstance(part, DistributedOptimizer) and not is_loading:
         for buffer, buffer_ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
             for bucket, ranges in zip(buffer.buckets, next(iter(buffer_ranges.values())), strict=True):
@@ -151,7 +151,7 @@ def _whole(
 def _gathered(
     part: DistributedOptimizer, places: dict[torch.Tensor, Any], bucket: Any, ranges: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Yields a bucket's parameters with their gathered state on the first data-parallel rank; nothing on others."""
+    """Yields a bucket's parameters with their gathered state, on the first data-parallel rank only."""
     # Copies are gathered in CPU memory by gloo; if the group is gloo's itself, it has no separate gloo group.
     group = part.data_parallel_group_gloo or part.data_parallel_group
     names = ("param", *_MOMENTS)
@@ -172,7 +172,7 @@ def _gathered(
 
 
 def _parameter_pairs(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields the model's parameters with the tensors that are updated: fp32 copies in bf16, otherwise the same."""
+    """Yields pairs of parameter and updated tensor: its fp32 copy in bf16 runs, otherwise the parameter itself."""
     if hasattr(part, "fp32_from_float16_groups"):
         for low, main in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(low, main, strict=True)
@@ -192,7 +192,7 @@ def _earlier_steps(model_param: torch.Tensor) -> int:
 
 
 def _fill_state(part: MegatronOptimizer) -> None:
-    """Creates the optimizer's zero state before its first step, as torch's Adam does in that step."""
+    """Creates the optimizer's state of zeros before the first step, in which torch's Adam would create it."""
     inner = part.optimizer
     part.init_state_fn(inner, part.config)
     if _keeps_step_per_parameter(inner):

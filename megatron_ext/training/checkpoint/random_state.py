@@ -68,7 +68,7 @@ def save(path: Path) -> None:
 
 
 def load(path: Path) -> str | None:
-    """Restores what `save` wrote; collective.
+    """Restores the state that `save` wrote; collective.
 
     Args:
         path: this rank's file.
@@ -88,7 +88,7 @@ def load(path: Path) -> str | None:
     kinds = gather_or_raise(read)
     ours = process_groups.device().type
     if any(kind != ours for kind in kinds):
-        return f"the checkpoint's are for {' and '.join(sorted(set(kinds)))}, but the run uses {ours}"
+        return f"the checkpoint's states are for {' and '.join(sorted(set(kinds)))}, but the run uses {ours}"
     restore_random_state(state)
     return None
 

@@ -1,4 +1,4 @@
-"""Checks whether a run may load from its --load and write to its --save, by the names of files only.
+"""Checks from file names alone whether a run may load from its --load and write to its --save.
 
 A run starts from scratch only if there is nothing to load: no directory, or an empty one. It writes only to a directory
 without checkpoints or to the one from which it resumes; `--overwrite-checkpoints` permits replacing another run.
@@ -16,7 +16,7 @@ from megatron_ext.training.checkpoint import incomplete_checkpoints as kinds
 
 
 def check_directories(config: CheckpointConfig, *, writes: bool) -> None:
-    """Checks that a run may load from and write to the directories of its flags.
+    """Checks that a run may load from and write to the directories that its flags name.
 
     Called on every rank before the process group starts, and again on rank 0 when the run has locked its directory,
     because another run may have written to it in between.
@@ -70,16 +70,16 @@ def check_unused(save: Path, remedy: str, but_for: Collection[str] = ()) -> None
     if steps or "release" in names:
         raise ValueError(f"--save {save}: contains another run (steps {_listed(steps)}); {remedy}")
     if series:
-        raise ValueError(f"--save {save}: contains a series of trainings ({series[0]}); {remedy}")
+        raise ValueError(f"--save {save}: contains a series of training runs ({series[0]}); {remedy}")
 
 
 def checkpoint_to_load(config: CheckpointConfig) -> Path | None:
     """Returns the checkpoint that a run loads, or None if it starts from scratch.
 
-    A run starts from scratch without --load, or if --load is --save and contains no checkpoint yet.
+    A run starts from scratch if --load is omitted, or if it equals --save and contains no checkpoint yet.
 
     Raises:
-        ValueError, OSError: see `find_checkpoint`; or --load is not --save and contains no checkpoint.
+        ValueError, OSError: see `find_checkpoint`; or --load differs from --save and contains no checkpoint.
     """
     if config.load is None:
         return None
@@ -95,11 +95,11 @@ def checkpoint_to_load(config: CheckpointConfig) -> Path | None:
 
 
 def stored_defaults(given: Mapping[str, Any], names: Sequence[str]) -> list[Found]:
-    """Returns config groups of the checkpoint of `--load`, as defaults of the run that loads it.
+    """Returns config groups stored in the checkpoint of `--load`, as defaults for the run that loads it.
 
     Args:
-        given: name of a field -> value, from command line and YAML file; without `load` the result is empty.
-        names: the wanted groups; the tokenizer's is omitted if `--tokenizer-type` differs.
+        given: the fields given on the command line or in the YAML file, by name; without `load` the result is empty.
+        names: names of the groups; the tokenizer's group is omitted if `--tokenizer-type` differs.
 
     Raises:
         ValueError, OSError: see `find_checkpoint`; or the configuration file is damaged.
@@ -128,7 +128,7 @@ def step_to_go_on_from(config: CheckpointConfig, folder: Path | None) -> int | N
 
 
 def later_steps(config: CheckpointConfig, step: int | None) -> str:
-    """Lists the checkpoints in --save after `step` in words; empty if there are none or `step` is None."""
+    """Describes in words the checkpoints in --save that are later than `step`; empty if none, or if `step` is None."""
     if config.save is None or step is None:
         return ""
     later = [other for other in files.step_folders(Path(config.save)) if other > step]

@@ -90,7 +90,7 @@ def release_lock(file: TextIO) -> None:
 
 
 def _is_at(path: Path, file: TextIO) -> bool:
-    """Returns whether the open file is still the one at `path`."""
+    """Returns whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

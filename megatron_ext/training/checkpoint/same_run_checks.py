@@ -1,6 +1,6 @@
 """Checks that a checkpoint belongs to this run's model, by comparing configurations before any tensor is read.
 
-Settings of training (dropout, batch size, the parallel layout, ...) may differ.
+Training settings (dropout, batch size, the parallel layout, ...) may differ.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ _MEANING = (
     "rope_original_max_position_embeddings",
     "norm_epsilon",
 )
-"""Fields that fine-tuning may change intentionally."""
+"""Fields of `ModelConfig` that a fine-tuning run may set differently."""
 
 
 def check_same_model(
@@ -54,8 +54,8 @@ def check_same_model(
     Args:
         run: the run's `run_config`, with sections `model` and `families` and `tokenizer_fingerprint`.
         stored: the checkpoint's `run_config`.
-        families: the run's families; their `free_on_resume` lists the fields that may differ.
-        folder: the checkpoint's directory, for errors.
+        families: the run's model families; their `free_on_resume` lists the fields that may differ.
+        folder: the checkpoint's directory, named in errors.
         finetune: whether the tokenizer, and fields such as the rotary base, may differ.
 
     Raises:
@@ -95,7 +95,7 @@ def check_same_layers(
     Args:
         ours: the run's model configuration.
         stored: the checkpoint's `run_config`.
-        folder: the checkpoint's directory, for errors.
+        folder: the checkpoint's directory, named in errors.
         finetune: see `check_same_model`.
 
     Raises:
@@ -113,8 +113,8 @@ def _check_families(
     run: Mapping[str, Any], stored: Mapping[str, Any], families: list[Family], folder: Path
 ) -> None:
     for name in sorted(set(run) ^ set(stored)):
-        there, here = ("has", "this run does not use") if name in stored else ("lacks", "this run uses")
-        raise ValueError(f"{folder}: the checkpoint {there} the family {name}, which {here}")
+        there, here = ("uses", "does not use") if name in stored else ("does not use", "uses")
+        raise ValueError(f"{folder}: the checkpoint {there} the model family {name}, which this run {here}")
     for family in families:
         ours, theirs = _leaves(run[family.name]), _leaves(stored[family.name])
         for name in sorted(set(ours) | set(theirs)):

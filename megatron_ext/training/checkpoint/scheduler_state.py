@@ -30,7 +30,8 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "wd_incr_style": ("weight_decay_incr_style",),
     "wd_incr_steps": (*_LENGTH, *_BATCH),
 }
-"""Attribute of the schedule (lengths are in samples) -> fields of the configuration on which it depends."""
+"""Maps each attribute of the schedule (lengths are in samples) to the fields of the configuration on which it
+depends."""
 
 _WITHOUT_EFFECT_IF_CONSTANT = {
     "lr_decay_style": {"min_lr", "lr_decay_steps", "wsd_decay_steps", "lr_wsd_decay_style"},
@@ -40,7 +41,7 @@ _GROUP_FIELDS = ("max_lr", "min_lr")
 
 
 def scheduler_state_of(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
-    """Returns the schedule, and the parameter groups' rates (which families may scale), as JSON values."""
+    """Returns the schedule and the parameter groups' rates, which model families may scale, as JSON values."""
     groups = [{name: group[name] for name in _GROUP_FIELDS} for group in scheduler.optimizer.param_groups]
     shape = {name: getattr(scheduler, name) for name in _SETTINGS}
     return {"num_steps": scheduler.num_steps, "shape": shape, "groups": groups}
@@ -54,21 +55,21 @@ def restore_scheduler(
     run: Mapping[str, Any],
     stored: Mapping[str, Any],
 ) -> None:
-    """Restores the position, and with `--use-checkpoint-opt-param-scheduler` the settings as well.
+    """Restores the schedule's position, and with `--use-checkpoint-opt-param-scheduler` the settings as well.
 
     Args:
         scheduler: this run's schedule.
         state: the state from `scheduler_state_of`; None in an imported checkpoint.
-        folder: the checkpoint's directory, for errors.
+        folder: the checkpoint's directory, named in errors.
         run: the run's `run_config`, which has the settings as the user typed them.
         stored: the checkpoint's `run_config`.
 
     Raises:
-        ValueError: the settings differ and neither flag is given, or there is no schedule.
+        ValueError: the settings differ and neither flag is given, or `state` is None.
     """
     if state is None:
         raise ValueError(
-            f"{folder}: contains an imported model and no run that could be continued; add --finetune"
+            f"{folder}: contains an imported model, not a run that can be resumed; add --finetune"
         )
     if scheduler.use_checkpoint_opt_param_scheduler:
         _take_shape(scheduler, state, folder)
@@ -78,7 +79,7 @@ def restore_scheduler(
 
 
 def move_to(scheduler: OptimizerParamScheduler, samples: int) -> None:
-    """Sets the schedule's position, and updates the rates accordingly."""
+    """Sets the schedule's position to `samples`, and updates the learning rates accordingly."""
     scheduler.num_steps = samples
     scheduler.step(increment=0)
 

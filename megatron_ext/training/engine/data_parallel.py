@@ -20,10 +20,10 @@ from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
 def wrap_model(
     chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool
 ) -> list[DistributedDataParallel]:
-    """Converts the chunks to bf16 if wanted, and wraps them for data parallelism.
+    """Converts the chunks to bf16 if `bf16` is set, and wraps them for data parallelism.
 
     Args:
-        chunks: this rank's model chunks. Freeze parameters before: frozen ones get no gradient buffer.
+        chunks: this rank's model chunks. Freeze parameters first: frozen ones get no gradient buffer.
         parallel: specifies how gradients are reduced.
         bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
     """
@@ -64,7 +64,7 @@ def unwrap_models(chunks: Sequence[torch.nn.Module]) -> list[GPTModel]:
 
 
 def gather_parameters(chunks: list[torch.nn.Module]) -> None:
-    """Gathers the parameters that the last step has updated; collective, does nothing without --overlap-param-gather.
+    """Gathers the parameters that the last step updated. Collective; does nothing without --overlap-param-gather.
 
     With that flag the next forward pass would gather them; until then each rank has only its own part's new values.
     """

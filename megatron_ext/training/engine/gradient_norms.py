@@ -1,4 +1,4 @@
-"""Clips gradients by their global norm, and computes the norms of single gradients for statistics.
+"""Clips gradients by their global norm, and computes the norms of individual gradients for statistics.
 
 Without the distributed optimizer every data-parallel rank has the whole reduced gradient in `main_grad`. With it a rank
 has only its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
@@ -14,9 +14,9 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) ->
     """Scales this rank's gradients in place so that their global norm does not exceed `largest`.
 
     Args:
-        optimizer: holds the gradients.
-        norm: their global L2 norm.
-        largest: the limit of the norm.
+        optimizer: the optimizer that holds the gradients.
+        norm: the gradients' global L2 norm.
+        largest: the largest norm that is allowed.
     """
     # Not the engine's clipping: without Apex and Transformer Engine it allocates a scaled copy of all gradients.
     factor = largest / (norm + 1.0e-6)

@@ -17,8 +17,8 @@ def build_scheduler(
 
     Args:
         settings: rates and lengths; lengths in iterations are converted to samples.
-        training: the run's length, used where the settings give no decay length.
-        optimizer: its parameter groups are scheduled.
+        training: the run's length, used if the settings give no decay length.
+        optimizer: the optimizer whose parameter groups are scheduled.
         global_batch_size: samples per step.
 
     Raises:

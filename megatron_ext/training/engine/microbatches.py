@@ -32,20 +32,20 @@ def run_microbatches(
     forward_only: bool,
     prepare: Prepare = list,
 ) -> list[dict[str, torch.Tensor]]:
-    """Runs the forward pass, and the backward pass if wanted, on every micro-batch. Collective.
+    """Runs the forward pass, and unless `forward_only` the backward pass, on every micro-batch. Collective.
 
     With a backward pass the gradients are those of the mean loss over the tokens of the whole global batch.
 
     Args:
         chunks: this rank's model chunks, wrapped or unwrapped.
-        families: supply the model's auxiliary inputs.
+        families: the run's model families, which supply the model's auxiliary inputs.
         batches: micro-batches of equal shape, `tokens` [b, s].
         output_loss: computes the loss on the last stage.
         forward_only: whether to omit the backward pass.
         prepare: adds fields to the micro-batches once they are on the device.
 
     Returns:
-        On the last stage the logged sums of `output_loss` for each micro-batch, on other stages an empty list.
+        On the last stage, the sums that `output_loss` logs, one mapping per micro-batch; on other stages an empty list.
     """
     device = process_groups.device()
     moved = [
@@ -72,7 +72,7 @@ def run_microbatches(
 
 
 def _mean_weight(batches: list[Batch]) -> torch.Tensor:
-    """Returns the mean of the loss weights' sum over micro-batches and data-parallel ranks; 1 if all weights are 0."""
+    """Returns the mean of a micro-batch's summed loss weights, over all data-parallel ranks; 1 if all are 0."""
     # The engine averages gradients over both, so a micro-batch's loss sum divided by this is its part of the mean loss
     # over the global batch.
     total = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
@@ -110,11 +110,11 @@ def _loss(
 
 
 def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:
-    """Runs one micro-batch without the engine's schedule, and so can be called while the schedule runs.
+    """Runs one micro-batch without the engine's schedule; may be called while the schedule runs.
 
     Args:
         chunk: the whole model (pipeline-parallel size 1), unwrapped.
-        families: supply the model's auxiliary inputs.
+        families: the run's model families, which supply the model's auxiliary inputs.
         batch: a micro-batch on the device.
 
     Returns:

@@ -32,9 +32,9 @@ def build_optimizer(
 
     Args:
         settings: learning rate, weight decay, Adam's constants, clipping.
-        parallel: chooses the distributed optimizer.
+        parallel: specifies whether the distributed optimizer is used.
         chunks: this rank's chunks, wrapped by `wrap_model`.
-        families: supply learning-rate and weight-decay overrides for their parameters.
+        families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters.
         bf16: whether parameters are in bfloat16.
     """
     config = OptimizerConfig(

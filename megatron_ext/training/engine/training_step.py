@@ -34,8 +34,8 @@ class StepResult:
     """Results of one step, equal on every rank except `statistics`."""
 
     losses: dict[str, float]
-    """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the family that replaces
-    it; also the families' summaries of the step's values."""
+    """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the model family that
+    replaces it; also the families' summaries of the step's values."""
 
     layer_losses: dict[str, float]
     """Means of the losses attached to layers and of other values recorded by layers, by name."""
@@ -50,11 +50,11 @@ class StepResult:
     """Whether the update was skipped because the loss or gradient norm is not finite."""
 
     statistics: dict[str, float]
-    """The families' statistics of this step; empty between their intervals, complete only on rank 0."""
+    """The model families' statistics of this step; empty if none are due, and complete only on rank 0."""
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy in nats per token; nan if a family's output loss does not compute it."""
+        """Mean cross-entropy in nats per token; nan if a model family's output loss does not compute it."""
         return self.losses.get("lm loss", math.nan)
 
 
@@ -75,7 +75,7 @@ class Stepper:
     ) -> None:
         """Args:
         chunks: this rank's model chunks, wrapped by `wrap_model`.
-        families: supply auxiliary inputs, losses and statistics.
+        families: the run's model families, which supply auxiliary inputs, losses and statistics.
         optimizer: the optimizer of `chunks`.
         scheduler: learning-rate schedule, advanced by `global_batch_size` samples per step.
         global_batch_size: sequences per step, over all data-parallel ranks.
@@ -98,8 +98,8 @@ class Stepper:
         """Runs one step: forward, backward and update on the next micro-batches. Collective.
 
         Args:
-            batches: endless iterator, of which the step takes `num_microbatches`.
-            iteration: number of this step, from 1; a family's statistics are due at multiples of its interval.
+            batches: endless iterator, from which the step takes `num_microbatches` micro-batches.
+            iteration: number of this step, from 1; a model family's statistics are due at multiples of its interval.
         """
         for family in self.families:
             family.begin_step(self.models, iteration)
@@ -124,7 +124,7 @@ class Stepper:
         )
 
     def forward_backward(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, float]]:
-        """Computes the gradients of the next micro-batches, without an update.
+        """Computes the gradients of one step's micro-batches, without an update.
 
         Returns:
             The mean losses, and the means of the layers' values, both by name.
@@ -149,7 +149,7 @@ class Stepper:
         Args:
             make_batches: returns an iterator over the batches, the same ones at every call.
             num_steps: number of global batches.
-            split: `validation` or `test`, passed on to the families.
+            split: `validation` or `test`, passed on to the model families.
 
         Returns:
             `lm loss` in nats per token, the layers' values and the families' further values, by name.
@@ -220,9 +220,9 @@ def _means(
     """Returns weighted means over the tokens of all micro-batches and data-parallel ranks, by name. Collective.
 
     Args:
-        outputs: for each micro-batch name -> [weighted sum, sum of weights]; empty except on the last stage.
+        outputs: one mapping per micro-batch, name -> [weighted sum, sum of weights]; empty except on the last stage.
         names: the names of the values, in the same order on every rank.
-        of_nothing: the mean if all weights are 0.
+        of_nothing: the value to return as mean if all weights are 0.
     """
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=process_groups.device())
     for output in outputs:

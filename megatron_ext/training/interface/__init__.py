@@ -1,1 +1,1 @@
-"""The interface between a family and the training system: hooks, and the loss on the model's output."""
+"""The interface between a model family and the training system: hooks, and the loss on the model's output."""

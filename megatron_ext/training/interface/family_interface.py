@@ -1,7 +1,8 @@
 """The hooks through which a family takes part in training.
 
-`training` knows families only through this interface and never tests which family it has. Every method has a default
-that does nothing, so a family overrides only what it needs. Several families may take part in one run.
+The package `training` knows model families only through this interface and never tests which family it has. Every
+method has a default that does nothing, so a family overrides only what it needs. Several families may take part in one
+run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """A text that a family reports after a step."""
+    """A text that a model family reports after a step."""
 
     text: str
     """One line to print; with a `tag` a Markdown text for TensorBoard."""
@@ -39,45 +40,45 @@ class Message:
 
 
 class Family:
-    """A family's part in a run; subclasses override what they need."""
+    """A model family's part in a run; subclasses override what they need."""
 
     name: str
-    """Short name of the family and of its `Extension`."""
+    """Short name of the model family and of its `Extension`."""
 
     statistics_interval: int | None = None
     """Number of steps between two calls of `statistics`; None never calls it."""
 
     charts: tuple[ScalarChart, ...] = ()
-    """The charts of all values that the family may log."""
+    """The charts of all values that the model family may log."""
 
     free_on_resume: frozenset[str] = frozenset()
     """Keys of `configuration` that may differ between a checkpoint and the run that loads it, such as dropout."""
 
     def extension(self) -> Extension:
-        """Returns the family's contribution to the model."""
+        """Returns the model family's contribution to the model."""
         raise TypeError(f"{type(self).__name__} must implement extension()")
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Checks that the family supports the model and its parallel layout; called before anything is built.
+        """Checks that the model family supports the model and its parallel layout; called before anything is built.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the family does not support them.
         """
 
     def configuration(self) -> dict[str, Any]:
-        """Returns the settings that a checkpoint stores to rebuild the family, as JSON values; see `Checkpointer`."""
+        """Returns the settings with which a checkpoint can rebuild the model family, as JSON values."""
         return {}
 
     def dataset_options(self) -> dict[str, Any]:
-        """Returns keyword arguments for `gpt_dataset.build_datasets` that specify the family's own data files."""
+        """Returns keyword arguments for `gpt_dataset.build_datasets` that specify the model family's own data files."""
         return {}
 
     def cost(self, model: ModelConfig) -> ModelCost | None:
-        """Returns the parameters and FLOPs that the family adds to `model`; None for none."""
+        """Returns the parameters and FLOPs that the model family adds to `model`; None if it adds none."""
         return None
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork | None:
-        """Returns which parts of the model a training step runs and trains; None for everything.
+        """Returns which parts of the model a training step runs and trains; None if it runs and trains all.
 
         Args:
             model: configuration of the base model.
@@ -91,12 +92,12 @@ class Family:
     def make_batch(self, batch: Batch) -> Batch:
         """Changes a micro-batch of the dataset before anything else reads it, in training and evaluation.
 
-        Called before the batch is moved to the device. At most one family of a run may change tokens or labels.
+        Called before the batch is moved to the device. At most one model family of a run may change tokens or labels.
         """
         return batch
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Returns the family's inputs to the model, on every pipeline stage, from a micro-batch on the device."""
+        """Computes the family's inputs to the model from a micro-batch on the device; called on every stage."""
         return {}
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
@@ -110,7 +111,7 @@ class Family:
     def output_loss(self) -> OutputLoss | None:
         """Returns the training loss on the model's output; None for cross-entropy. Called before every step.
 
-        At most one family of a run may override this. Evaluations use `evaluation_loss`.
+        At most one model family of a run may override this. Evaluations use `evaluation_loss`.
         """
         return None
 
@@ -122,7 +123,7 @@ class Family:
         return None
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Called at the beginning of a training step (numbered from 1), and with None at that of an evaluation."""
+        """Called before each training step with its number, from 1, and before each evaluation with None."""
 
     def prepare_batches(
         self, chunks: list[GPTModel], families: list["Family"], batches: list[Batch]
@@ -131,7 +132,7 @@ class Family:
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            families: all families of the run.
+            families: all model families of the run.
             batches: the micro-batches of the step.
 
         Returns:
@@ -153,9 +154,9 @@ class Family:
         return {}
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Returns further values of a training step, computed from its losses and its layers' values, by name.
+        """Returns additional values of a training step by name, computed from its losses and its layers' values.
 
-        Must be equal on every rank. A name without `/` is shown in the progress line.
+        The values must be equal on every rank. A value whose name has no `/` is shown in the progress line.
         """
         return {}
 
@@ -166,21 +167,21 @@ class Family:
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            families: all families of the run.
+            families: all model families of the run.
             iteration: number of the step, from 1.
             values: the step's losses and its layers' values, by name; equal on every rank.
         """
         return []
 
     def is_complete(self) -> bool:
-        """Whether the run ends now as if this were its last step; must be equal on every rank."""
+        """Whether the run should end now, as after its last step; must be equal on every rank."""
         return False
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
-        """Called before a step whose statistics are due; modules begin to record here."""
+        """Called before a step whose statistics are due; the model family's modules should start recording."""
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns TensorBoard tag -> value, complete on rank 0; called between backward pass and update. Collective.
+        """Returns statistics, TensorBoard tag -> value, complete on rank 0. Collective; called before the update.
 
         Norms must be global over tensor-parallel ranks and pipeline stages.
         """
@@ -193,21 +194,21 @@ class Family:
             as_adapters: whether `write_adapters` is to be used instead of `merge`.
 
         Raises:
-            ValueError: the family supports no such export.
+            ValueError: the model family does not support this export.
         """
         raise ValueError(
-            f"a model with the family '{self.name}' cannot be exported: no Llama-like model has its layers, and they "
-            "are not adapters"
+            f"a model built with the model family '{self.name}' cannot be exported: its layers are neither Llama's "
+            "nor adapters"
         )
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
         """Turns a loaded model into a base model that computes the same function; returns messages for the user."""
-        raise TypeError(f"{type(self).__name__} overrides check_plain but not merge")
+        raise TypeError(f"{type(self).__name__} overrides check_plain but not merge; it must override both")
 
     def write_adapters(
         self, chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
     ) -> list[str]:
-        """Writes the family's adapters in the format of `peft`; returns messages for the user. Collective.
+        """Writes the model family's adapters in the format of `peft`; returns messages for the user. Collective.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
@@ -216,10 +217,12 @@ class Family:
             base_model: path or name of the exported base model, stored in the adapters' configuration.
             overwrite: whether to replace existing files.
         """
-        raise TypeError(f"{type(self).__name__} overrides check_plain but not write_adapters")
+        raise TypeError(
+            f"{type(self).__name__} overrides check_plain but not write_adapters; it must override both"
+        )
 
     def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
-        """Writes the family's own files into a checkpoint; the checkpoint's manifest covers them. Collective.
+        """Writes the model family's own files into a checkpoint; the checkpoint's manifest covers them. Collective.
 
         Only rank 0 writes to disk; the other ranks take part in gathering the tensors.
 
@@ -230,20 +233,20 @@ class Family:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns state to save besides the model's parameters, as JSON values."""
+        """Returns the model family's state other than model parameters, to be saved as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the state that `state_dict` returned."""
 
 
 def auxiliary_inputs(families: Iterable[Family], batch: Batch) -> dict[str, torch.Tensor]:
-    """Returns the auxiliary inputs of all families."""
+    """Returns the auxiliary inputs of all model families."""
     return {name: value for family in families for name, value in family.auxiliary_inputs(batch).items()}
 
 
 def make_batch(families: Iterable[Family], batch: Batch) -> Batch:
-    """Applies every family's `make_batch` to a micro-batch."""
+    """Applies every model family's `make_batch` to a micro-batch."""
     for family in families:
         batch = family.make_batch(batch)
     return batch

@@ -1,4 +1,4 @@
-"""Losses on the last stage's output. The default is cross-entropy; a family may replace it.
+"""Losses on the last stage's output. The default is cross-entropy; a model family may replace it.
 
     loss of a step = sum(value * weight) / sum(weight)        over all tokens of the global batch
 
@@ -27,7 +27,7 @@ class OutputLoss:
     """Names of the logged values, in the same order on every stage."""
 
     factors: Mapping[str, float] = {"lm loss": 1.0}
-    """Name of a value -> its factor in the loss that is differentiated; these values are weighted by `loss_mask`."""
+    """Maps a value's name to its factor in the loss that is differentiated; `loss_mask` weights these values."""
 
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
@@ -53,12 +53,12 @@ class OutputLoss:
     def of_tokens(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Returns name -> (values, weights), both [b, s], for each of `names`; arguments as in `__call__`."""
+        """Returns, for each of `names`, (values, weights), both [b, s]; the arguments are those of `__call__`."""
         return {"lm loss": (output, batch["loss_mask"])}
 
 
 class NoLoss(OutputLoss):
-    """A loss of zero, for passes that are run only for what layers compute or record."""
+    """A loss of zero, for passes that are run only because layers compute or record something."""
 
     reads = "hidden"
     names = ()
@@ -88,12 +88,12 @@ def select_output_loss(brought: Iterable[OutputLoss | None]) -> OutputLoss:
     """Returns the output loss that one of the families defines, or cross-entropy if none does.
 
     Raises:
-        ValueError: two families define one.
+        ValueError: two model families define one.
     """
     losses = [loss for loss in brought if loss is not None]
     if len(losses) > 1:
         raise ValueError(
-            "two families define an output loss, but a run can have only one; train them separately"
+            "two model families define an output loss, but a run can have only one; train them separately"
         )
     return losses[0] if losses else OutputLoss()
 

@@ -1,7 +1,7 @@
 """The layout of TensorBoard's Custom Scalars page: a chart for every group of tags that a run has written so far.
 
-The layout is an event in the run's own files. TensorBoard shows the last one, so it is written again whenever a tag has
-brought a new chart, and a resumed run starts from the layouts that the files hold.
+The layout is an event in the run's own files. TensorBoard shows the last one, so it is written again whenever a new tag
+adds a chart, and a resumed run starts from the layouts that the files hold.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from megatron_ext.training.logging.run_charts import COUNTS
 OVER_SAMPLES = "Over consumed samples"
 """Section of the curves whose x axis is the number of samples instead of steps."""
 SAMPLES_ENDING = " vs samples"
-"""Ending of the tags of those curves."""
+"""Ending of the tags of curves over consumed samples."""
 
 _LAST = (OTHER_VALUES, COUNTS, OVER_SAMPLES)
 _CLOSED = (COUNTS, OVER_SAMPLES)
@@ -35,7 +35,7 @@ class ChartLayout:
         """Takes over the charts of an earlier run.
 
         Args:
-            charts: declared by the training system and the run's families, in the order of the page.
+            charts: declared by the training system and the run's model families, in the order of the page.
             folder: the run's event files; may be missing.
         """
         self._charts = charts
@@ -59,7 +59,7 @@ class ChartLayout:
             self._is_written = False
 
     def summary(self) -> Summary | None:
-        """The layout as a summary to write; None if the last one still holds."""
+        """Returns the layout as a TensorBoard summary to write, or None if it has not changed."""
         if self._is_written or not self._entries:
             return None
         self._is_written = True
@@ -117,7 +117,7 @@ def _entries_in(record: bytes) -> set[_Entry]:
 
 
 def _records(file: Path) -> Iterator[bytes]:
-    """The records of an event file: length (8 bytes), its checksum (4), record, its checksum (4)."""
+    """Yields an event file's records, each stored as length (8 bytes), its checksum (4), record, its checksum (4)."""
     with file.open("rb") as stream:
         while len(head := stream.read(12)) == 12:
             length = int.from_bytes(head[:8], "little")

@@ -1,6 +1,6 @@
-"""Parameters and FLOPs of a run's base model and families in a given step, for MFU and `--dry-run`.
+"""Parameters and FLOPs of a run's base model and model families in a given step, for MFU and `--dry-run`.
 
-Steps may differ in what they train, so the costs are computed for each step.
+Steps may train different parts of the model, so the costs are computed for each step.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class RunCost:
     """The cost of one step."""
 
     parts: dict[str, ModelCost]
-    """Cost of the base model under `base`, then of the families under their names."""
+    """Cost of the base model under `base`, then of each model family under its name."""
 
     work: StepWork | None
     """Which parts of the base model the step runs and trains; None if everything trains."""
@@ -34,8 +34,8 @@ def run_cost(
     Args:
         model: configuration of the base model.
         vocab_size: the tokenizer's vocabulary size, before padding.
-        tensor_parallel_size: the padding depends on it.
-        families: the families of the run.
+        tensor_parallel_size: determines the padding of the vocabulary.
+        families: the model families of the run.
         iteration: number of the step, from 1.
     """
     works = {family.name: family.step_work(model, iteration) for family in families}

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 Fields = dict[str, str]
-"""Name -> value as text, in the order in which they are shown."""
+"""The fields of a progress display, as name -> text of the value, in the order of display."""
 
 
 class PlainProgress:

@@ -11,7 +11,7 @@ The loop makes the same calls on every rank; nothing here is collective, and onl
 TensorBoard's tags are Megatron-LM's: `lm loss`, `learning-rate`, `grad-norm`, `params-norm`, `batch-size`,
 `iteration-time`, `throughput` (TFLOP/s per device), `mem-allocated-bytes`, ..., `lm loss validation`,
 `lm loss validation ppl`. Further tags are `tokens-per-second`, `mfu`, `skipped-iterations`, `nan-iterations`.
-Curves show the values of single steps; printed losses, speed and MFU are means over the log interval.
+Curves show the values of individual steps; printed losses, speed and MFU are means over the log interval.
 """
 
 import dataclasses
@@ -63,15 +63,15 @@ class Reporter:
         Args:
             logging: what to write, and where.
             total_iterations: optimizer steps of the whole run.
-            flops_per_token: number of the step just done -> its model FLOPs per token, forward and backward, families
-                included; used for throughput and MFU.
-            charts: the families' charts for TensorBoard's Custom Scalars page.
+            flops_per_token: called with a step's number; returns the step's model FLOPs per token (forward and
+                backward, model families included), for throughput and MFU.
+            charts: the model families' charts for TensorBoard's Custom Scalars page.
             bf16: the run's precision, on which the device's peak rate depends.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
-            configuration: name of a config group -> its dataclass or JSON values; written as text.
-            rank: this process's rank; None for `torchrun`'s.
-            world_size: number of processes; None for `torchrun`'s.
+            configuration: the config groups by name, as dataclasses or JSON values; written as text.
+            rank: this process's rank; None for the rank that `torchrun` sets.
+            world_size: number of processes; None for the number that `torchrun` sets.
             stream: where progress is printed; None for standard output.
 
         Raises:
@@ -151,7 +151,7 @@ class Reporter:
         self._flush()
 
     def statistics(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Writes a family's statistics (tag -> value) to TensorBoard and W&B; prints nothing."""
+        """Writes a model family's statistics (tag -> value) to TensorBoard and W&B; prints nothing."""
         if self._is_silent:
             return
         for tag, value in values.items():

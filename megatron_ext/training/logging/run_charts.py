@@ -1,4 +1,4 @@
-"""The charts of what every run logs, whatever its families: losses, learning rate, norms, speed, memory, counts."""
+"""Charts of the values that every run logs: losses, learning rate, norms, speed, memory, counts."""
 
 from megatron_ext.reports.scalar_charts import LOSSES, ScalarChart
 

@@ -1,6 +1,6 @@
 """Metrics of one training step, and their means over a log interval.
 
-The losses of a skipped step (loss or gradient not finite) are left out of the means; its time and tokens count.
+The losses of a skipped step (loss or gradient not finite) are left out of the means; its time and tokens are included.
 """
 
 import math
@@ -13,7 +13,7 @@ class StepMetrics:
     """Metrics of one optimizer step."""
 
     losses: Mapping[str, float]
-    """Means over the step's tokens by name: `lm loss`, and the families' losses and values."""
+    """Means over the step's tokens by name: `lm loss`, and the model families' losses and values."""
 
     learning_rate: float
     """Learning rate of this step."""

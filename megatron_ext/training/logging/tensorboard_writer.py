@@ -2,8 +2,8 @@
 
 Curves over steps are in the given directory, curves over consumed samples (Megatron's `... vs samples`) in its
 subdirectory `by_samples`, which TensorBoard shows as a separate run. They cannot share a directory: a resumed run
-specifies from which step on older values are void, and that number applies to all curves of a directory.
-TensorBoard's Custom Scalars page shows charts of both.
+specifies the step from which older values are void, and that number applies to all curves of a directory. TensorBoard's
+Custom Scalars page shows charts of both.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ class TensorBoard:
 
         Args:
             directory: created if it is missing.
-            charts: the families' charts.
+            charts: the model families' charts.
             iteration: the step from which the run continues; later values in this directory become void.
-            consumed_samples: the same number in samples.
+            consumed_samples: number of samples consumed up to that step.
 
         Raises:
             ValueError: the directory cannot be written.

@@ -99,5 +99,5 @@ def test_another_per_layer_embedding_is_refused_with_its_flag(tmp_path: Path) ->
     assert activation.startswith("--per-layer-gate-activation relu: ")
     assert (
         without
-        == f"{folder}/iter_0000002: the checkpoint has the family per_layer, which this run does not use"
+        == f"{folder}/iter_0000002: the checkpoint uses the model family per_layer, which this run does not use"
     )

@@ -65,8 +65,8 @@ def test_random_numbers_of_another_device_are_seeded_anew_on_every_rank(
     kinds = "cuda" if len(ranks) == 2 else "cpu and cuda"
     for losses, notes in found:
         assert (
-            notes[0]
-            == f"random generators are re-seeded at step 2: the checkpoint's are for {kinds}, but the run uses cpu"
+            notes[0] == "random generators are re-seeded at step 2: "
+            f"the checkpoint's states are for {kinds}, but the run uses cpu"
         )
         assert losses[0] == pytest.approx(straight[0][0], rel=0.05) and losses != straight[0]
 

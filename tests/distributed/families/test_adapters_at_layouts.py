@@ -45,7 +45,9 @@ def test_weights_in_four_bits_do_not_depend_on_the_layout(precision: str) -> Non
 
 
 def test_a_layout_through_a_block_is_refused() -> None:
-    message = "precision qlora: tensor parallelism would split blocks of 64 weights: 96 consecutive"
+    message = (
+        "precision qlora: tensor parallelism would split blocks of 64 weights, because the matrix has 96"
+    )
     with pytest.raises(RuntimeError, match=message):
         run_distributed(_unpacked, 2, "qlora", "TP2", 192)
 

@@ -54,6 +54,12 @@ def test_a_training_that_is_left_inside_and_between_stacks_ends_with_the_same_bi
     assert [len(losses_of(output)) for output in outputs] == [2, 2, 2, 5]
 
 
+def test_a_length_in_epochs_is_that_of_every_stack(data: str, tmp_path: Path) -> None:
+    # 54 documents of 40 tokens to train on: 134 sequences of 16, of which a tenth makes 3 steps of 4.
+    _, output = run_single(train, data, str(tmp_path), "--target-stacks", "2", "--num-epochs", "0.1")
+    assert len(losses_of(output)) == 2 * 3
+
+
 def stack_by_stack(data: str, folder: str) -> list[Tensors]:
     flags: tuple[str, ...] = (*STEPS, "--trunk-strategy", "qlora", "--trunk-precision", "qlora")
     for target in ("1", "2", "3"):

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--seq-length 16 --train-iters 6 --seed 5", "--seed is 5 now and 1234 in the checkpoint"),
         (
             "--seq-length 16 --train-iters 29 --exit-interval 6",
-            "the run has 116 samples and the checkpoint's run 20, so other epochs are shuffled together",
+            "the run has 116 samples and the checkpoint's run 20, so different epochs are shuffled together",
         ),
         ("--seq-length 8 --train-iters 1 --finetune", None),
     ],

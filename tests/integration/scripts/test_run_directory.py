@@ -301,7 +301,7 @@ def test_a_load_without_a_checkpoint_is_a_start_from_scratch_only_where_the_run_
 @pytest.mark.parametrize("name", ["progressive.json", "training_info.json"])
 def test_a_run_does_not_write_into_the_directory_of_a_series(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
-    assert f"contains a series of trainings ({name})" in _message(save=str(tmp_path))
+    assert f"contains a series of training runs ({name})" in _message(save=str(tmp_path))
 
 
 def _remains_of_a_kill(folder: str) -> str:

@@ -182,7 +182,7 @@ def _finetuned(path: str, out: str) -> dict[str, Any]:
 
 def test_training_goes_on_from_an_import_and_says_what_it_asks_for(folder: Path, tmp_path: Path) -> None:
     found = alone(_finetuned, str(folder), str(tmp_path))
-    assert "contains an imported model and no run that could be continued" in found["errors"][1]
+    assert "contains an imported model, not a run that can be resumed" in found["errors"][1]
     assert found["config"]["add_qkv_bias"] and found["config"]["seq_length"] == 32
     # transformers would read this tokenizer beside a Qwen2 with Qwen's own splitting.
     argv = ["export", "--load", f"{tmp_path}/same", "--model-dir", f"{tmp_path}/out"]

@@ -230,7 +230,8 @@ def test_help_tells_where_a_required_flag_comes_from_if_it_is_not_given(
         )
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert "Number of transformer layers. (default: that of --load)" in text
-    assert "Width of the residual stream. (required)" in text
+    required = text[text.index(" required: ") : text.index(" model options: ")]
+    assert "Width of the residual stream." in required and "Number of transformer layers." not in required
     assert "Largest number of positions. Default: the sequence length." in text
 
 

@@ -95,8 +95,8 @@ def _two_families() -> str:
 def test_two_families_cannot_bring_the_same_linear_layer() -> None:
     message = run_single(_two_families)
     assert (
-        message == "layer 0: 'adapted' uses the linear 'linear_qkv', which another family already uses; "
-        "apply them to different layers"
+        message == "layer 0: the model family 'adapted' uses the linear layer 'linear_qkv', which "
+        "another model family already uses; apply them to different layers"
     )
 
 

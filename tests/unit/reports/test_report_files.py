@@ -18,7 +18,7 @@ def test_folders_are_made_and_nothing_else_is_left(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_told_with_its_flag(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="--output .*file is not a directory"):
+    with pytest.raises(NotADirectoryError, match="--output .*file is a file, not a directory"):
         check_report_writable("--output", tmp_path / "file" / "x.json")
     with pytest.raises(IsADirectoryError, match="--output .*is a directory"):
         check_report_writable("--output", tmp_path)

@@ -207,7 +207,11 @@ def test_families_are_compared_but_for_what_they_leave_free() -> None:
         check({"extra": {"settings": {"extra_size": 4}}}, {"extra": {"settings": {"extra_size": 8}}})
     with pytest.raises(ValueError, match="--table: the checkpoint checkpoints was made with another value"):
         check({"extra": {"table": [1, 2]}}, {"extra": {"table": [2, 1]}})
-    with pytest.raises(ValueError, match="the checkpoint has the family extra, which this run does not use"):
+    with pytest.raises(
+        ValueError, match="the checkpoint uses the model family extra, which this run does not use"
+    ):
         check({}, {"extra": {}})
-    with pytest.raises(ValueError, match="the checkpoint lacks the family extra, which this run uses"):
+    with pytest.raises(
+        ValueError, match="the checkpoint does not use the model family extra, which this run uses"
+    ):
         check({"extra": {}}, {})
