@@ -12,13 +12,13 @@ A training step with a frozen base (`npt_work`):
 
     layers below the first trained one      forward only
     the first trained layer                 forward; fc2's input gradient; NP: gradients of the factors and of u
-    layers above                            forward and input gradients; NP: all gradients, or only those of its inputs
+    layers above                            forward and input gradients; NP: all gradients, or only input gradients
     teacher, if a loss or a blend needs it  one more forward pass, and that of the output layer
     direct MLP, equivalence                 one more forward pass of the MLP
 
 A layer whose input comes only from the teacher counts like the first trained layer. A backward pass that carries only a
-gradient of zero counts, because it is run. Not counted are products of size r: the losses on the factors
-(reconstruction, regularization) and the measurements of `--npt-log-interval`.
+gradient of zero is counted, because it is run. Products of size r are not counted:
+those for the losses on the factors (reconstruction, regularization) and for the measurements of `--npt-log-interval`.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ from megatron_ext.npt.objective.step_objective import StepObjective
 
 
 def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
-    """Returns the cost of the NP components.
+    """Returns the parameters and FLOPs that the NP components add to the model.
 
     Args:
         settings: NPT's configuration.
@@ -63,7 +63,7 @@ def npt_work(
         settings: NPT's configuration.
         model: configuration of the base model.
         objective: the losses and the curriculum stage of the step.
-        weights: number of each trained NPT layer -> weight of its losses.
+        weights: maps the index of each trained NPT layer to the weight of its losses.
     """
     converted = settings.layers(model.num_layers)
     uses, flops, reached = [], 0.0, not settings.freeze_base
@@ -110,7 +110,7 @@ class _Layer:
 
 
 def _layer(settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool) -> _Layer:
-    """Describes a layer; `reached` says whether a trained layer lies below it, so that its input needs a gradient."""
+    """Returns which gradients a layer computes; `reached` means that a trained layer lies below it."""
     # Layers that do not train always get the student's states; see `NPTFamily.begin_step`.
     stage = objective.stage
     to_attention = reached and (not trains or stage.attention_share > 0)
@@ -131,7 +131,7 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
 
 
 def _base_flops(model: ModelConfig, layer: _Layer) -> float:
-    """Returns the backward FLOPs per token of the frozen base in a PARTIAL layer: fc2, and the parts that need one."""
+    """Returns a PARTIAL layer's backward FLOPs per token in the frozen base: fc2, and parts that need gradients."""
     if layer.use is not Use.PARTIAL:
         return 0.0
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
@@ -150,7 +150,7 @@ def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> f
 
 
 def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """Returns target -> forward FLOPs per token of the products with x, with a, and with u."""
+    """Maps each target to the forward FLOPs per token of its products with x, with a, and with u."""
     rank = settings.total_rank
     found = {}
     for target in settings.targets:
@@ -171,6 +171,6 @@ def _layer_parameters(settings: NPTModuleConfig, model: ModelConfig) -> int:
 
 
 def _sizes(target: str, model: ModelConfig) -> tuple[int, int]:
-    """Returns input and output size of a target's weight."""
+    """Returns the input size and the output size of a target's weight matrix."""
     widths = (model.hidden_size, model.resolved_ffn_hidden_size)
     return widths[::-1] if target == "down" else widths

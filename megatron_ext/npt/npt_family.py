@@ -1,6 +1,6 @@
 """NPT in a training run: its part of the model, the frozen base, its cost, and the losses of each step.
 
-Without a training configuration (in tools that evaluate or generate) the family only extends the model.
+Without a training configuration (in tools that evaluate or generate) the model family only extends the model.
 """
 
 import math
@@ -38,7 +38,7 @@ from megatron_ext.training.interface.output_losses import OutputLoss
 
 
 class NPTFamily(Family):
-    """NP components as a family of a run."""
+    """NPT as a model family: adds NP components to the model, and the losses that train them."""
 
     name = "npt"
 
@@ -59,7 +59,7 @@ class NPTFamily(Family):
         settings: NPT's configuration.
         training: losses, curriculum and teacher; None outside training.
         total_steps: steps of the run, over which the curriculum is spread.
-        trains: numbers of the layers to train; the other NPT layers are frozen. None for all.
+        trains: indices of the NPT layers to train, from 0; the other NPT layers are frozen. None for all.
         tokenizer: the run's tokenizer, for generated text samples.
         """
         self.settings = settings
@@ -77,11 +77,11 @@ class NPTFamily(Family):
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "NPTFamily":
-        """Rebuilds the family from its `configuration()`."""
+        """Rebuilds the model family from the result of `configuration()`."""
         return cls(group_in(NPTModuleConfig, configuration, "settings"))
 
     def configuration(self) -> dict[str, Any]:
-        """Returns NPT's settings."""
+        """Returns NPT's settings as JSON values."""
         return {"settings": group_to_dict(self.settings)}
 
     def extension(self) -> NPTExtension:
@@ -93,7 +93,7 @@ class NPTFamily(Family):
         return npt_cost(self.settings, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """Returns which parts the step runs and trains; a teacher's pass that the cache has replaced is not counted."""
+        """Returns which parts of the model a step runs and trains; teacher passes served by the cache do not count."""
         training, layers = self.training, self._trained(model.num_layers)
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
         weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
@@ -101,7 +101,7 @@ class NPTFamily(Family):
         return replace(work, further_forwards=0) if self.teacher.cache.was_skipped else work
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
-        """Freezes the base model, except with `--no-freeze-base`, and the NPT layers that do not train."""
+        """Freezes the NPT layers that do not train and, unless `--no-freeze-base` is given, the base model."""
         if self.settings.freeze_base:
             for chunk in chunks:
                 for parameter in base_parameters(chunk):
@@ -136,7 +136,7 @@ class NPTFamily(Family):
     def prepare_batches(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """Runs the teacher if the step's losses or inputs need it."""
+        """Runs the teacher if the step needs it, and adds the teacher's hidden states to the micro-batches."""
         objective = self._objective
         if objective is None:
             return batches
@@ -183,7 +183,7 @@ class NPTFamily(Family):
         return messages
 
     def write_files(self, chunks: list[GPTModel], folder: Path, state: dict[str, Any]) -> None:
-        """Writes the files of docs/design/npt_curriculum.md into a training run's checkpoint."""
+        """Writes the files described in docs/design/npt_curriculum.md into a training run's checkpoint."""
         if self.training is None:
             return
         weights = self.training.weights_of_layers(self._trained(chunks[0].config.num_layers))

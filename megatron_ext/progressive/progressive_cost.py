@@ -29,10 +29,10 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: ModelConfig) -> ModelCost:
-    """Returns the cost of adapters and time embedding.
+    """Returns the parameters and FLOPs that adapters and time embedding add to the model.
 
     Args:
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
     """
@@ -54,11 +54,12 @@ def progressive_work(
     """Returns which parts of the model a training step runs and trains.
 
     Args:
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
         trains_embedding: whether word and time embedding train.
-        cached_layers: number of first layers that are not run, because the activation cache supplies their output.
+        cached_layers: number of layers, from the first, that are not run because the activation cache supplies their
+            output.
     """
     uses, trained, flops, reached = [], 0, 0.0, trains_embedding
     for number in range(model.num_layers):

@@ -14,13 +14,13 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 class ProgressiveExtension(Extension):
-    """Extends the model with the linear layers of a plan, and with what the objective requires."""
+    """Extends the model with the adapted linear layers that `plan` describes, and with what the objective requires."""
 
     name = "progressive"
 
     def __init__(self, plan: SettingsByLayer, config: ProgressiveConfig) -> None:
         """Args:
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         config: objective and time embedding.
         """
         self.plan = plan

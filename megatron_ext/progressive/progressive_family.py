@@ -52,14 +52,14 @@ class Trunk:
     """Directory of the checkpoint."""
 
     rack: Rack
-    """The stacks of its model."""
+    """The stacks of the checkpoint's model."""
 
     trains: Trains
     """What the checkpoint's phase trained."""
 
 
 class ProgressiveFamily(Family):
-    """A rack as a family of a run."""
+    """Progressive growth as a model family: grows, freezes and trains the rack of one phase."""
 
     name = "progressive"
 
@@ -93,8 +93,8 @@ class ProgressiveFamily(Family):
         trains: what the phase trains.
         trunk: the checkpoint from which the model grows; None for a new model, or one that is loaded unchanged.
         mask_token_id: see `stack_objective.reserve_mask_token`; None if no tokens are masked.
-        cache_identity: values by which the caches of different runs are distinguished; None for no activation cache.
-        frozen: stack index -> `frozen` or `qlora`, overrides the trunk strategy for these stacks.
+        cache_identity: values that tell the caches of different runs apart; None for no activation cache.
+        frozen: `frozen` or `qlora` by stack index; overrides the trunk strategy for these stacks.
         seed: the run's seed.
         tokens_per_step: tokens per training step, for the log.
         statistics_interval: number of steps between two records of the statistics; None for no record.
@@ -112,7 +112,7 @@ class ProgressiveFamily(Family):
 
         self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
         self.earlier_steps: dict[str, int] = {}
-        """Global name of a parameter whose optimizer state is carried over -> number of updates in earlier phases."""
+        """Updates in earlier phases, by global name of each parameter whose optimizer state is carried over."""
         self.parameters: dict[str, int] = {}
         """Numbers of `trainable` and `frozen` parameters of the whole model."""
 
@@ -136,14 +136,14 @@ class ProgressiveFamily(Family):
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
-        """Rebuilds the family from its `configuration()`, for inference."""
+        """Rebuilds the model family from the result of `configuration()`, for inference."""
         config = group_in(ProgressiveConfig, configuration, "settings")
         family = cls(config, Rack.from_json(configuration["rack"]), mask_token_id=configuration["mask_token"])
         family.plan = settings_after_training(family.rack, config, configuration["trains"])
         return family
 
     def configuration(self) -> dict[str, Any]:
-        """Returns the rack, what trains, and all settings."""
+        """Returns the rack, what the phase trains, and all settings, as JSON values."""
         return {
             "rack": self.rack.as_json(),
             "trains": self.trains,
@@ -156,11 +156,11 @@ class ProgressiveFamily(Family):
         return ProgressiveExtension(self.plan, self.config)
 
     def cost(self, model: ModelConfig) -> ModelCost:
-        """Returns the cost of adapters and time embedding."""
+        """Returns the parameters and FLOPs that adapters and time embedding add to `model`."""
         return progressive_cost(self.plan, self.config, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """Returns which parts the step runs and trains.
+        """Returns which parts of the model a step runs and trains.
 
         The trunk is not counted if the activation cache had all micro-batches of the last step.
         """
@@ -191,7 +191,7 @@ class ProgressiveFamily(Family):
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether the embeddings train: with the first stack, a trained trunk, in the joint phase, or on request."""
+        """Whether the embeddings train: in the first and the joint phase, with a trained trunk, or on request."""
         asked = self.config.train_embedding or self.config.trunk_strategy == "trained"
         return self.trains == "all" or len(self.rack.stacks) == 1 or asked
 
@@ -210,7 +210,7 @@ class ProgressiveFamily(Family):
         return {name: batch[name] for name in wanted if name in batch}
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Records the step; before an evaluation makes the model run all its layers again."""
+        """Records the step number; before an evaluation, makes the model run all its layers, without the cache."""
         self._iteration = iteration or self._iteration
         if self.cache is not None and iteration is None:
             self.cache.release(chunks)
@@ -240,7 +240,7 @@ class ProgressiveFamily(Family):
         rack_export.check_plain(self.config, self.plan, as_adapters=as_adapters)
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
-        """Adds all adapters to their base weights."""
+        """Adds all adapters to their base weights; returns messages about the stacks' precision."""
         merge_adapters(chunks)
         return rack_export.precision_notes(self.rack, self.plan)
 
@@ -262,7 +262,7 @@ class ProgressiveFamily(Family):
     def after_step(
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]
     ) -> list[Message]:
-        """Checks for a plateau of the loss."""
+        """Returns a message if the loss has reached a plateau."""
         self.losses.append(values["lm loss"])
         was_reached = self.plateau.is_reached
         self.plateau.add(values["lm loss"])
@@ -270,7 +270,7 @@ class ProgressiveFamily(Family):
             config = self.config
             text = (
                 f"plateau at step {iteration}: the mean loss of the last {config.plateau_patience} steps is not "
-                f"{config.plateau_min_delta:g} lower than that of the {config.plateau_patience} steps before"
+                f"{config.plateau_min_delta:g} lower than the mean loss of the {config.plateau_patience} steps before"
             )
             return [Message(text=text)]
         return []
@@ -280,17 +280,17 @@ class ProgressiveFamily(Family):
         return self.plateau.is_reached
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns the numbers of trainable and frozen parameters and of stacks, and the cache's values."""
+        """Returns the counts of trainable parameters, frozen parameters and stacks, and the cache's values."""
         counts = {f"progressive/{name}_parameters": float(n) for name, n in self.parameters.items()}
         cached = self.cache.values() if self.cache is not None else {}
         return {**counts, **cached, "progressive/stacks": float(len(self.rack.stacks))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the plateau's state, and the numbers of updates in earlier phases."""
+        """Returns the plateau detector's state, and each parameter's update count from earlier phases."""
         return {"plateau": self.plateau.state_dict(), "earlier_steps": self.earlier_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the plateau's state; the numbers of updates follow from the trunk's checkpoint."""
+        """Restores the plateau detector's state; the update counts are read from the trunk's checkpoint instead."""
         self.plateau.load_state_dict(state["plateau"])
 
     def _sources(self, trunk: Trunk) -> dict[int, int]:
@@ -320,7 +320,7 @@ def stack_seed(seed: int, index: int) -> int:
 
 
 def stack_bytes(chunks: list[GPTModel], rack: Rack) -> dict[int, int]:
-    """Returns stack index -> bytes of its stored weights, on the rank where they are largest. Collective."""
+    """Returns the bytes of each stack's stored weights by index, on the rank where they are largest. Collective."""
     own = weight_bytes(chunks)
     local = {stack.index: sum(own.get(layer, 0) for layer in layers) for stack, layers in rack.layers()}
     found = gather_or_raise(lambda: local)

@@ -20,7 +20,7 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
 
     Args:
         config: the configuration of progressive training.
-        plan: the settings of all layers.
+        plan: the settings of all layers, by layer number.
         as_adapters: whether adapters are to be exported separately.
 
     Raises:
@@ -40,7 +40,7 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
 def write_adapters(
     chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
 ) -> list[str]:
-    """Writes every adapter to a directory of its name with `export_peft`; returns a message for each."""
+    """Writes every adapter with `export_peft` to a directory named after it; returns one message per adapter."""
     names = sorted({name for _, _, linear in adapted_linears(chunks) for name in linear.adapters})
     for name in names:
         export_peft(chunks, name, model, directory / name, base_model=base_model, overwrite=overwrite)

@@ -1,1 +1,1 @@
-"""Builds a corpus, trains tokenizers, verifies and rewrites datasets."""
+"""Builds a small corpus, trains tokenizers, and verifies, merges, splits and shuffles datasets."""

@@ -1,6 +1,6 @@
-"""Verifies a whole dataset: every pointer, token id and checksum, and how the per-layer ids were derived.
+"""Verifies a whole dataset: every pointer, token id and checksum, and every per-layer id.
 
-A training run makes a cheap check (`manifest.check_dataset`); this one reads all of the data once or twice.
+A training run makes only a quick check (`manifest.check_dataset`); this module reads all of the data once or twice.
 """
 
 from pathlib import Path
@@ -25,19 +25,19 @@ def verify_dataset(
     vocab_size: int | None = None,
     source: str | None = None,
 ) -> list[str]:
-    """Check everything that can be checked.
+    """Checks everything in a dataset that can be checked with the files at hand.
 
     Args:
-        prefix: the dataset, without `.bin` or `.idx`.
-        tokenizer_fingerprint: compared with the manifest's if both are known.
-        vocab_size: upper bound of the token ids, used if the manifest records none.
-        source: the main dataset that per-layer data is aligned with; by default the one the manifest names.
+        prefix: path of the dataset without `.bin` or `.idx`.
+        tokenizer_fingerprint: compared with the fingerprint in the manifest, if both are known.
+        vocab_size: every token id must be below it; used if the manifest records no size.
+        source: for per-layer data, prefix of the main dataset; by default the one that the manifest names.
 
     Returns:
-        One line for each check that passed, and for each that could not be made, with the reason.
+        One line for each check that passed, and one with the reason for each check that could not be made.
 
     Raises:
-        FileNotFoundError, ValueError: names the first error found.
+        FileNotFoundError, ValueError: the dataset has an error; the message names the first one found.
     """
     index = check_dataset(prefix, tokenizer_fingerprint)
     check_contiguous(index)
@@ -65,7 +65,7 @@ def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
     if manifest["counts"] != counts or manifest["dtype"] != index.dtype.name:
         raise ValueError(
             f"{index.prefix}: the manifest records {manifest['counts']} of {manifest['dtype']},"
-            f" the index has {counts} of {index.dtype.name}"
+            f" but the index has {counts} of {index.dtype.name}"
         )
     for name, path in (("bin", bin_path(index.prefix)), ("idx", idx_path(index.prefix))):
         actual = sha256_of(path)
@@ -78,7 +78,7 @@ def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
 
 
 def _check_tokens(index: Index, vocab_size: int | None) -> str:
-    """Finds the smallest and the largest token id; both must lie in the vocabulary, if its size is known."""
+    """Finds the smallest and the largest token id, and checks both against the vocabulary if its size is known."""
     low, high = None, None
     for chunk in index.token_chunks(_CHUNK_TOKENS):
         if vocab_size is not None:
@@ -94,12 +94,14 @@ def _check_tokens(index: Index, vocab_size: int | None) -> str:
 def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> list[str]:
     """Checks the alignment with the main dataset, and every per-layer id if its table is available."""
     if not Path(idx_path(source)).is_file():
-        return [f"alignment: not checked, the main data {source} is not here (--source names another place)"]
+        return [
+            f"alignment: not checked: the main data {source} was not found (give its prefix with --source)"
+        ]
     check_aligned(source, index.prefix)
     aligned = f"alignment: documents and lengths equal those of {source}"
     strategy, vocab_file = per_layer.get("strategy"), per_layer.get("vocab_file")
     if strategy not in STRATEGIES:
-        return [aligned, "per-layer ids: not checked, the manifest names no strategy"]
+        return [aligned, "per-layer ids: not checked: the manifest names no strategy"]
     main = check_dataset(source)
     tokenizer = (read_manifest(index.prefix) or {}).get("tokenizer") or {}
     table: np.ndarray[Any, Any]
@@ -109,14 +111,14 @@ def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> li
         path = table_path(str(vocab_file), strategy)
         stored = read_table(str(vocab_file), strategy)
         if stored is None:
-            return [aligned, f"per-layer ids: not checked, their table {path} is not here"]
+            return [aligned, f"per-layer ids: not checked: their table {path} was not found"]
         load_vocabulary(str(vocab_file))
         table = stored.table
         made_for = stored.tokenizer, stored.vocabulary
         if made_for != (tokenizer.get("fingerprint"), per_layer.get("vocab_checksum")):
             return [
                 aligned,
-                f"per-layer ids: not checked, {path} was made since, from another vocabulary or tokenizer",
+                f"per-layer ids: not checked: {path} was made from another vocabulary or tokenizer",
             ]
     position = 0
     with open(bin_path(index.prefix), "rb") as stream:

@@ -1,8 +1,8 @@
-"""New datasets from old ones: concatenated, cut, or with their documents in a random order.
+"""Makes new datasets from old ones: merges several, splits one, or shuffles the documents of one.
 
-Every function here moves whole documents (empty ones and those of several sequences stay as they are), streams over
-memory maps, and writes by rename, the index last. The result depends on the number of documents and the seed only, so
-a main dataset and its per-layer data stay aligned when both go through the same command.
+Every function here moves whole documents (also empty ones and those of several sequences), reads piece by piece, and
+writes by rename, the index last. Where a document goes depends only on the number of documents and the seed, so a main
+dataset and its per-layer data stay aligned if both go through the same command.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ _ROUNDS = 6
 
 
 class DatasetWriter:
-    """Writes a dataset of unknown size with bounded memory; both files appear when the block ends, the index last.
+    """Writes a dataset of unknown size with bounded memory; both files appear at the end of the `with` block.
 
-    Temporary files hold the columns of the index until their lengths are known. An error removes all files.
+    Temporary files hold the columns of the index until their lengths are known. An error removes all these files.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
@@ -61,12 +61,12 @@ class DatasetWriter:
         return self
 
     def add(self, tokens: Iterable[bytes], lengths: IntArray, document_ends: IntArray) -> None:
-        """Append documents.
+        """Appends documents.
 
         Args:
-            tokens: bytes of their tokens, in pieces.
-            lengths: tokens of each of their sequences.
-            document_ends: [documents] number of sequences up to the end of each, counted from the first one added here.
+            tokens: the tokens of all these documents as bytes, in pieces.
+            lengths: number of tokens in each sequence of these documents.
+            document_ends: [documents] number of sequences up to the end of each document, counted within this call.
         """
         self._tokens.writelines(tokens)
         self._lengths.write(lengths.astype(np.int32).tobytes())
@@ -97,10 +97,10 @@ class DatasetWriter:
 
 
 def merge(prefixes: Sequence[str], output: str) -> None:
-    """Concatenate datasets in the order given.
+    """Concatenates datasets in the order given.
 
     Raises:
-        ValueError: token types, tokenizers or per-layer strategies differ, an input is given twice or is the output.
+        ValueError: token types, tokenizers or per-layer strategies differ, or an input is given twice or is the output.
     """
     indices = [open_index(prefix) for prefix in prefixes]
     refuse_same_dataset("merge", prefixes)
@@ -117,22 +117,26 @@ def merge(prefixes: Sequence[str], output: str) -> None:
 
 
 def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> None:
-    """Cut a dataset into consecutive parts of whole documents.
+    """Cuts a dataset into consecutive parts of whole documents.
 
     Args:
-        prefix: the dataset.
+        prefix: prefix of the dataset.
         outputs: prefix of each part.
         shares: each part's share of the documents; they need not add up to 1.
 
     Raises:
-        ValueError: the shares do not match the outputs, are not positive, or leave a part without a document.
+        ValueError: the shares do not match the outputs, one is not positive, or a part would have no document.
     """
     if len(outputs) != len(shares) or not outputs:
-        raise ValueError(f"--shares has {len(shares)} values, --output-prefix {len(outputs)}")
+        raise ValueError(
+            f"--shares has {len(shares)} values, but --output-prefix has {len(outputs)}; give one for each part"
+        )
     if min(shares) <= 0:
         raise ValueError(f"--shares {' '.join(map(str, shares))} must all be positive")
     if len(set(outputs)) != len(outputs):
-        raise ValueError(f"--output-prefix {' '.join(outputs)} names a part twice")
+        raise ValueError(
+            f"--output-prefix {' '.join(outputs)}: a prefix is given twice; each part needs its own"
+        )
     _refuse_overwriting([prefix], outputs)
     index = open_index(prefix)
     bounds = [round(end * index.num_documents) for end in np.cumsum([0.0, *shares]) / sum(shares)]
@@ -149,7 +153,7 @@ def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> None:
 
 
 def shuffle(prefix: str, output: str, *, seed: int) -> None:
-    """Write the documents in a random order that depends on their number and the seed only."""
+    """Writes a dataset's documents in a random order that depends only on their number and the seed."""
     _refuse_overwriting([prefix], [output])
     index = open_index(prefix)
     described = _described([prefix])
@@ -169,9 +173,10 @@ def shuffle(prefix: str, output: str, *, seed: int) -> None:
 
 
 def permuted(numbers: npt.NDArray[np.int64], total: int, seed: int) -> npt.NDArray[np.int64]:
-    """Applies a seeded random permutation of `range(total)` to some numbers; needs no memory of size `total`.
+    """Applies a seeded random permutation of `range(total)` to the given numbers; memory does not grow with `total`.
 
-    A Feistel network permutes the next power of four; a number that lands outside `range(total)` is permuted again.
+    A Feistel network permutes the range up to the next power of four; a number that lands outside `range(total)` is
+    permuted again.
     """
     half = max((int(total - 1).bit_length() + 1) // 2, 1) if total else 1
     mask = np.uint64((1 << half) - 1)
@@ -191,14 +196,14 @@ def permuted(numbers: npt.NDArray[np.int64], total: int, seed: int) -> npt.NDArr
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser, a good hash of 64 bits (Steele et al., 2014)."""
+    """Hashes 64-bit numbers with SplitMix64's finaliser (Steele et al., 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _copy(index: Index, writer: DatasetWriter, begin: int, end: int) -> None:
-    """Append documents `begin` .. `end - 1`."""
+    """Appends documents `begin` .. `end - 1` of a dataset to the writer."""
     with open(bin_path(index.prefix), "rb", buffering=0) as source:
         for a, b in chunks(end - begin, _CHUNK_DOCUMENTS):
             ends = np.asarray(index.document_indices[begin + a : begin + b + 1])
@@ -211,14 +216,14 @@ def _copy(index: Index, writer: DatasetWriter, begin: int, end: int) -> None:
 
 
 def _read(descriptor: int, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """Yields the bytes of some ranges [start, stop) of a file, in pieces of bounded size."""
+    """Yields the bytes of the given ranges [start, stop) of a file, in pieces of bounded size."""
     for start, stop in ranges:
         for begin, end in chunks(stop - start, _READ_BYTES):
             yield os.pread(descriptor, end - begin, start + begin)
 
 
 def _map_column(path: Path, dtype: npt.DTypeLike) -> IntArray:
-    """Maps a temporary column; an empty file, which cannot be mapped, gives an empty array."""
+    """Memory-maps a temporary column; an empty file, which cannot be mapped, gives an empty array."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")
@@ -228,11 +233,11 @@ def _refuse_overwriting(inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Raises `ValueError` if an output is also an input."""
     for output in outputs:
         if any(os.path.realpath(bin_path(output)) == os.path.realpath(bin_path(prefix)) for prefix in inputs):
-            raise ValueError(f"--output-prefix {output} is an input too")
+            raise ValueError(f"--output-prefix {output} is also an input; give another prefix")
 
 
 def _described(prefixes: Sequence[str]) -> dict[str, Any]:
-    """Returns what the inputs' manifests record of tokenizer and per-layer ids; they must not contradict each other."""
+    """Returns the tokenizer and per-layer entries of the inputs' manifests, which must not contradict each other."""
     manifests = [(prefix, manifest) for prefix in prefixes if (manifest := read_manifest(prefix)) is not None]
     result: dict[str, Any] = {"tokenizer": None, "per_layer": None}
     seen: dict[str, tuple[str, Any]] = {}
@@ -251,7 +256,7 @@ def _described(prefixes: Sequence[str]) -> dict[str, Any]:
         for name, value in facts.items():
             other, known = seen.setdefault(name, (prefix, value))
             if known != value:
-                raise ValueError(f"the {name} of {other} is {known}, that of {prefix} is {value}")
+                raise ValueError(f"the {name} of {other} is {known}, but that of {prefix} is {value}")
         result["tokenizer"] = result["tokenizer"] or manifest.get("tokenizer")
         result["per_layer"] = result["per_layer"] or per_layer
     if len(manifests) != len(prefixes):  # an input of unknown origin
@@ -260,7 +265,7 @@ def _described(prefixes: Sequence[str]) -> dict[str, Any]:
 
 
 def _finish(output: str, tool: str, inputs: Sequence[str], described: dict[str, Any], **extra: Any) -> None:
-    """Write the manifest of a new dataset."""
+    """Writes the manifest of a new dataset."""
     if described["per_layer"] is not None:
         extra["per_layer"] = described["per_layer"]
     files = [bin_path(prefix) for prefix in inputs]
@@ -268,7 +273,7 @@ def _finish(output: str, tool: str, inputs: Sequence[str], described: dict[str, 
 
 
 def length_histogram(index: Index) -> Iterator[tuple[int, int]]:
-    """Yield (smallest length, documents) for lengths 0, 1, 2-3, 4-7, ...: documents by tokens, empty bins left out."""
+    """Yields (smallest length, number of documents) for documents of 0, 1, 2-3, 4-7, ... tokens; skips empty bins."""
     counts = np.zeros(65, dtype=np.int64)
     for begin, end in chunks(index.num_documents, _CHUNK_DOCUMENTS):
         sizes = np.diff(index.document_starts(begin, end + 1))

@@ -1,14 +1,14 @@
-"""A corpus of real text that is on every machine with Python: CPython's own documentation and library.
+"""A corpus of real text that comes with every Python installation: CPython's own documentation and library.
 
 Three kinds of document, in order of preference when a size limit is given:
 
     topics      the language reference as `help()` shows it (`pydoc_data.topics`)
     docstrings  all docstrings of one standard-library module
-    sources     the source of one standard-library module
+    sources     the source code of one standard-library module
 
 The same interpreter gives the same bytes. Everything that comes from one file falls on the same side of the
 train / held-out split (the split is by hash of its origin), so a held-out docstring is never in a training source.
-It is a corpus for quick starts, tests and benchmarks, not one to train a real model on.
+The corpus is meant for quick starts, tests and benchmarks, not for training a real model.
 """
 
 import ast
@@ -42,25 +42,25 @@ class Document:
     """`topics`, `docstrings` or `sources`."""
 
     origin: str
-    """Topic name, or path of the module inside the standard library; decides the split."""
+    """Topic name, or path of the module inside the standard library; decides whether the document is held out."""
 
     text: str
-    """The text itself."""
+    """Content of the document."""
 
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """Counts of one output file."""
+    """How much text one output file holds."""
 
     documents: int
-    """Number of documents, with repetitions."""
+    """Number of documents, repetitions included."""
 
     text_bytes: int
-    """UTF-8 bytes of all texts, with repetitions."""
+    """Number of UTF-8 bytes in all texts, repetitions included."""
 
 
 def standard_library_documents() -> Iterator[Document]:
-    """All documents of this interpreter: topics, then docstrings, then sources, each sorted by origin."""
+    """Yields all documents of this interpreter: topics, then docstrings, then sources, each sorted by origin."""
     return _without_duplicates(_documents(Path(sysconfig.get_paths()["stdlib"])))
 
 
@@ -72,15 +72,15 @@ def write_corpus(
     held_out_fraction: float = 0.05,
     repeat: int = 1,
 ) -> tuple[CorpusCounts, CorpusCounts]:
-    """Write the corpus as JSON lines `{"text": ...}`, both files by rename.
+    """Writes the corpus as two files of JSON lines `{"text": ...}`, both by rename.
 
     Args:
         train: path of the training file.
         held_out: path of the held-out file.
         max_bytes: take documents, in order of preference, up to the first whose text would pass this many bytes
             (both files together, before `repeat`); None takes all.
-        held_out_fraction: expected share of the origins in the held-out file, in (0, 1).
-        repeat: write the training documents this many times over, for large inputs.
+        held_out_fraction: expected share of the topics and modules that are held out, in (0, 1).
+        repeat: how many times the training documents are written, to make a large input.
 
     Returns:
         Counts of the training and of the held-out file.
@@ -103,7 +103,8 @@ def write_corpus(
         sides[_is_held_out(document.origin, held_out_fraction)].append(document.text)
     if not sides[0] or not sides[1]:
         raise ValueError(
-            f"--max-bytes {max_bytes} leaves {len(sides[0])} training, {len(sides[1])} held-out documents"
+            f"--max-bytes {max_bytes} leaves {len(sides[0])} training and {len(sides[1])} held-out documents; "
+            "both files need at least one"
         )
     with write_atomically(train) as train_path, write_atomically(held_out) as held_out_path:
         with train_path.open("w", encoding="utf-8") as stream:
@@ -115,7 +116,7 @@ def write_corpus(
 
 
 def _documents(library: Path) -> Iterator[Document]:
-    """Yields topics, docstrings and sources; each is read when it is asked for, so that a small corpus is quick."""
+    """Yields topics, docstrings and sources, each read only when needed, so that a small corpus is quick to make."""
     yield from _topics()
     for origin, source in _modules(library):
         if text := _docstrings(source):
@@ -125,7 +126,7 @@ def _documents(library: Path) -> Iterator[Document]:
 
 
 def _topics() -> list[Document]:
-    """Yields the language reference's topics; none if this Python was distributed without them."""
+    """Returns the topics of the language reference; an empty list if this Python was distributed without them."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -134,7 +135,7 @@ def _topics() -> list[Document]:
 
 
 def _modules(library: Path) -> Iterator[tuple[str, str]]:
-    """Yields (path inside the library, source) of every module, sorted; skips files that are not UTF-8."""
+    """Yields (path inside the library, source code) of every module, sorted; skips files that are not UTF-8."""
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
         if _SKIPPED_FOLDERS.intersection(inside.parts):
@@ -165,7 +166,7 @@ def _docstrings(source: str) -> str:
 
 
 def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yields the documents whose text has not come before."""
+    """Yields the documents, leaving out those whose text has come before."""
     seen = set()
     for document in documents:
         key = _hash(document.text)
@@ -175,7 +176,7 @@ def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _take(documents: Iterable[Document], max_bytes: int | None) -> list[Document]:
-    """Yields documents in order, and stops before the first that would exceed the limit."""
+    """Returns the documents, in order, that come before the first one that would exceed the limit."""
     taken, total = [], 0
     for document in documents:
         total += len(document.text.encode())
@@ -186,7 +187,7 @@ def _take(documents: Iterable[Document], max_bytes: int | None) -> list[Document
 
 
 def _hash(text: str) -> bytes:
-    """SHA-256 of a text."""
+    """Returns the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).digest()
 
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer on documents: byte-level BPE (library `tokenizers`) and SentencePiece (unigram or BPE)."""
+"""Trains a tokenizer on documents: byte-level BPE (library `tokenizers`) or SentencePiece (unigram or BPE)."""
 
 import contextlib
 import json
@@ -20,25 +20,25 @@ _MAX_SENTENCE_BYTES = 16_000
 def train_byte_level_bpe(
     texts: Iterator[str], output_dir: str, vocab_size: int, special_tokens: Sequence[str], min_frequency: int
 ) -> int:
-    """Trains GPT-2's kind of BPE and writes vocab.json, merges.txt, tokenizer.json and tokenizer_config.json.
+    """Trains a byte-level BPE as GPT-2's and writes vocab.json, merges.txt, tokenizer.json and tokenizer_config.json.
 
     Args:
         texts: documents.
-        output_dir: created if missing; its files are replaced by rename.
-        vocab_size: number of ids, with the 256 bytes and the special tokens; a short text may yield fewer.
-        special_tokens: they get the first ids, in order; `<|endoftext|>`, which ends a document, must be among them.
-        min_frequency: pairs that are rarer are not merged.
+        output_dir: directory of these files, created if missing; existing files are replaced by rename.
+        vocab_size: number of ids, the 256 bytes and the special tokens included; a short text may yield fewer.
+        special_tokens: tokens that get the first ids, in order; must include `<|endoftext|>`, which ends a document.
+        min_frequency: pairs of tokens that occur less often are not merged.
 
     Returns:
         The vocabulary's size.
 
     Raises:
-        ValueError: `vocab_size` leaves no room for bytes and special tokens.
+        ValueError: `vocab_size` is too small for the bytes and the special tokens.
     """
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(
-            f"--vocab-size {vocab_size}: must be at least {least}, the bytes and the special tokens"
+            f"--vocab-size {vocab_size}: must be at least {least}, the number of bytes and special tokens"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,16 +87,16 @@ def train_sentencepiece(
 
     Args:
         texts: documents; the library trains on their lines.
-        output_dir: created if missing.
-        vocab_size: number of pieces, with the 256 bytes and the control pieces.
-        model_type: the library's algorithm.
-        special_tokens: further pieces beside `<unk>`, `<s>` and `</s>`.
+        output_dir: directory of tokenizer.model, created if missing.
+        vocab_size: number of pieces, the 256 bytes and the control pieces included.
+        model_type: the algorithm of the library to use.
+        special_tokens: pieces to add to `<unk>`, `<s>` and `</s>`.
 
     Returns:
         The vocabulary's size.
 
     Raises:
-        ValueError: the library refuses, for example a vocabulary too large for the text.
+        ValueError: SentencePiece cannot train the model, for example if the text is too short for the vocabulary.
     """
     sentencepiece = import_optional("sentencepiece", "--tokenizer-type SentencePieceTokenizer")
     with write_atomically(Path(output_dir, "tokenizer.model")) as temporary, open(temporary, "wb") as model:
@@ -131,7 +131,7 @@ def train_sentencepiece(
 
 
 def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    """Yields the lines of documents; cuts long ones, since the library drops lines beyond its limit."""
+    """Yields the lines of documents; cuts long lines, since the library drops lines beyond its limit."""
     step = _MAX_SENTENCE_BYTES // 4
     for text in texts:
         for line in text.split("\n"):

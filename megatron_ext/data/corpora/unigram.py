@@ -1,4 +1,4 @@
-"""The simplest language model a trained one must beat: the frequencies of single tokens.
+"""The simplest language model, which every trained model must beat: the frequencies of single tokens.
 
 H = - sum_v q(v) log p(v),   q: frequencies in the evaluated data,  p: in the training data, add-one smoothed
 """
@@ -14,11 +14,11 @@ _CHUNK = 1 << 22
 
 
 def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) -> float:
-    """Cross-entropy, in nats per token, of the training data's token frequencies on other data (or on itself).
+    """Returns the cross-entropy, in nats per token, of data predicted by the token frequencies of the training data.
 
     Args:
         train_prefix: indexed dataset whose token frequencies are the model.
-        data_prefix: indexed dataset that the model predicts.
+        data_prefix: indexed dataset to predict; may be the same.
         vocab_size: number of token ids.
     """
     train = token_counts(train_prefix, vocab_size) + 1.0
@@ -28,12 +28,12 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
 
 
 def most_frequent_token(prefix: str, vocab_size: int) -> int:
-    """The token id that occurs most often in an indexed dataset: what a unigram model predicts."""
+    """Returns the token id that occurs most often in an indexed dataset, which a unigram model always predicts."""
     return int(token_counts(prefix, vocab_size).argmax())
 
 
 def token_counts(prefix: str, vocab_size: int) -> npt.NDArray[np.float64]:
-    """How often every token id occurs in an indexed dataset, [V]."""
+    """Returns how often every token id occurs in an indexed dataset, [V]."""
     counts = np.zeros(vocab_size, dtype=np.float64)
     for tokens in _chunks(prefix):
         counts += np.bincount(tokens, minlength=vocab_size)[:vocab_size]

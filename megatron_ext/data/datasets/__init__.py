@@ -1,1 +1,1 @@
-"""What training reads from indexed files: blends, splits, epochs, samplers and loader processes."""
+"""Turns indexed datasets into training samples: blends, splits, epochs, samplers and loader processes."""

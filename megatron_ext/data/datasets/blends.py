@@ -25,13 +25,13 @@ class Blends:
     """Shares of training, validation and test in `blend`, which add up to 1."""
 
     num_samples: tuple[int, int, int]
-    """Samples needed of each split; 0 for a split without a share or a path."""
+    """Number of samples needed from each split; 0 for a split that has neither a share of `split` nor a path."""
 
     per_layer: dict[str, str] | None
-    """Prefix -> prefix of its aligned per-layer data."""
+    """Maps each prefix to the prefix of its per-layer data; None without per-layer data."""
 
     def prefixes(self) -> list[str]:
-        """All prefixes of the blends, each once, in order."""
+        """Returns all prefixes of the blends in order, each once."""
         blends = [self.blend] if self.blend is not None else self.blend_per_split or []
         return list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
 
@@ -39,12 +39,12 @@ class Blends:
 def blends_of(
     data: DataConfig, num_samples: tuple[int, int, int], per_layer_data_path: Sequence[str] | None
 ) -> Blends:
-    """The blends of a configuration.
+    """Returns the blends that the data flags describe.
 
     Args:
-        data: the flags.
-        num_samples: samples needed of each split; with 0, a share of 0 or no path, the split is not built.
-        per_layer_data_path: prefixes of the aligned data, in the order of the main ones.
+        data: the data flags.
+        num_samples: samples needed from each split; a split with 0 samples, or without a share or path, is not built.
+        per_layer_data_path: prefixes of the per-layer data, in the order of the main prefixes.
 
     Raises:
         ValueError: no data is given, or the per-layer prefixes do not match the main ones.
@@ -67,7 +67,7 @@ def blends_of(
 
 
 def parse_blend(values: Sequence[str]) -> Blend:
-    """Parses a flag's values, `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`, into (prefixes, weights)."""
+    """Parses a flag's values, `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`, into (prefixes, weights or None)."""
     if len(values) % 2 == 0:
         try:
             return [value.strip() for value in values[1::2]], [float(value) for value in values[::2]]
@@ -80,7 +80,7 @@ def check_repeats(blends: Blends) -> None:
     """Refuses a dataset that appears twice in one blend: its weight would be wrong, or it would count twice.
 
     Raises:
-        ValueError: names the flag and both spellings of the prefix.
+        ValueError: a dataset appears twice; the message names the flag and both spellings of the prefix.
     """
     if blends.blend is not None:
         refuse_same_dataset("--data-path", blends.blend[0])
@@ -90,12 +90,12 @@ def check_repeats(blends: Blends) -> None:
 
 
 def check_splits(blends: Blends, seq_length: int) -> None:
-    """Refuses a split that needs samples but has no tokens, or too few for one sample in a blend without weights.
+    """Refuses a split that is needed but has no tokens, or, in a blend without weights, too few for one sample.
 
     mcore would loop for ever over an empty split.
 
     Raises:
-        ValueError: names the dataset, the split and its number of tokens.
+        ValueError: a split is too small; the message names the dataset, the split and its number of tokens.
     """
     for number, (name, wanted) in enumerate(zip(SPLITS, blends.num_samples, strict=True)):
         if not wanted:
@@ -113,7 +113,7 @@ def check_splits(blends: Blends, seq_length: int) -> None:
 
 
 def tokens_between(prefix: str, begin: float, end: float) -> int:
-    """Counts the tokens between two shares of a dataset's sequences, which are rounded as mcore does."""
+    """Counts the tokens of a dataset from share `begin` to share `end` of its sequences, rounded as mcore rounds."""
     index = open_index(prefix)
     first, last = (round(bound * index.num_sequences) for bound in (begin, end))
     return int(index.sequence_start(last) - index.sequence_start(first))
@@ -127,7 +127,7 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
         begin, end = (round(bound * index.num_sequences) for bound in bounds)
         raise ValueError(
             f"{prefix}: the {name} split has {end - begin} of {index.num_sequences} documents and {tokens} tokens,"
-            f" at least {minimum} tokens are needed: change --split (for example 90,10,0: no test data)"
+            f" but at least {minimum} tokens are needed; change --split (for example 90,10,0: no test data)"
             f" or give more data"
         )
 
@@ -141,7 +141,7 @@ def _shares(split: str) -> tuple[float, float, float]:
 
 
 def _only_where(given: Sequence[object], num_samples: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The numbers of samples, with 0 for a split that has no data."""
+    """Returns `num_samples`, with 0 for each split that has no data."""
     train, valid, test = (number if source else 0 for source, number in zip(given, num_samples, strict=True))
     return train, valid, test
 
@@ -149,15 +149,15 @@ def _only_where(given: Sequence[object], num_samples: tuple[int, int, int]) -> t
 def _pair(
     main: tuple[str, list[str], list[float] | None], per_layer: Sequence[str] | None
 ) -> dict[str, str] | None:
-    """Maps each prefix to its per-layer prefix; `main` holds the flag's name, its prefixes and its weights."""
+    """Maps each main prefix to its per-layer prefix; `main` holds the main flag's name, prefixes and weights."""
     if per_layer is None:
         return None
     flag, prefixes, weights = main
     paired, own_weights = parse_blend(per_layer)
     if len(paired) != len(prefixes):
-        raise ValueError(f"--per-layer-data-path has {len(paired)} prefixes, {flag} has {len(prefixes)}")
+        raise ValueError(f"--per-layer-data-path has {len(paired)} prefixes, but {flag} has {len(prefixes)}")
     if own_weights is not None and own_weights != weights:
-        raise ValueError(f"--per-layer-data-path has the weights {own_weights}, {flag} has {weights}")
+        raise ValueError(f"--per-layer-data-path has the weights {own_weights}, but {flag} has {weights}")
     result: dict[str, str] = {}
     for prefix, aligned in zip(prefixes, paired, strict=True):
         if result.setdefault(prefix, aligned) != aligned:

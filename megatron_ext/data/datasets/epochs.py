@@ -11,14 +11,14 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.data.datasets.blends import blends_of, tokens_between
 
 _SURPLUS = 0.005
-"""Share of samples that mcore adds to those a weighted blend needs of a dataset (`mid_level_dataset_surplus`)."""
+"""Share of extra samples that mcore requests from each dataset of a weighted blend (`mid_level_dataset_surplus`)."""
 
 _SHUFFLED_APART_BELOW = 0.8
-"""Part of an epoch below which mcore shuffles the last epoch separately."""
+"""mcore shuffles the last epoch separately if less than this share of it is read."""
 
 
 def epoch_samples(data: DataConfig, seq_length: int) -> int:
-    """Sequences of `seq_length` tokens in the training data.
+    """Number of sequences of `seq_length` tokens in one pass over the training data.
 
     Raises:
         OSError: a dataset does not exist.
@@ -31,17 +31,17 @@ def epoch_samples(data: DataConfig, seq_length: int) -> int:
 
 
 def shuffled_epochs(data: DataConfig, seq_length: int, num_samples: int) -> list[tuple[int, bool]]:
-    """What mcore's order of the training samples depends on, besides data, split, sequence length and seed.
+    """Returns how mcore shuffles epochs; with data, split, sequence length and seed, this fixes the sample order.
 
     Args:
         data: the training data.
-        seq_length: tokens of a sample.
+        seq_length: tokens per sample.
         num_samples: samples that the whole run reads.
 
     Returns:
-        For each dataset the number of epochs that are shuffled, and whether the last one is shuffled separately. Two
-        runs of different lengths for which this is equal read the same samples in the same order, until the shorter
-        one ends.
+        For each dataset, the number of epochs that are shuffled and whether the last epoch is shuffled separately. If
+        two runs of different lengths have equal results, they read the same samples in the same order until the
+        shorter one ends.
 
     Raises:
         OSError, ValueError: see `epoch_samples`.
@@ -65,7 +65,7 @@ def _epochs(tokens: int, num_samples: int, seq_length: int) -> tuple[int, bool]:
 
 
 def _training_blend(data: DataConfig) -> tuple[list[int], list[float] | None]:
-    """Returns the tokens of each dataset's training split, and the blend's weights."""
+    """Returns the number of tokens in each dataset's training split, and the blend's weights."""
     blends = blends_of(data, (1, 0, 0), None)
     blend = blends.blend if blends.blend is not None else (blends.blend_per_split or [None])[0]
     share = blends.split[0] if blends.blend is not None else 1.0

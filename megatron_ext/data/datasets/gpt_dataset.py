@@ -1,14 +1,16 @@
-"""Training, validation and test samples: mcore's `GPTDataset`, blended, split and cached, with per-layer ids beside it.
+"""Builds training, validation and test sets: mcore's `GPTDataset`, blended, split and cached, with per-layer ids.
 
 A sample holds `tokens`, `labels`, `loss_mask`, `position_ids`, each [s] (`labels[i]` is the token after
 `tokens[i]`), an `attention_mask` [1, s, s] where `--reset-attention-mask` asks for one, and, when aligned per-layer
-data is given, `per_layer_ids` [s]: the ids of `tokens`, read with the very same document, sample and shuffle indices.
-Without aligned data a sample has no such field: the per-layer ids are then `table[tokens]`, computed with the batch.
+data is given, `per_layer_ids` [s]: the ids of `tokens`, read with the same document, sample and shuffle indices.
+Without aligned data a sample has no such field; the per-layer ids are then computed per batch as `table[tokens]`.
 
-Some errors would make mcore hang or read garbage. They are found first, and every rank raises one line: a missing or
-truncated file, another tokenizer, per-layer data of another shape, a split without documents (mcore loops for ever), a
-failing rank 0 (the others would wait at a barrier). The key of mcore's cache of sample indices also contains the
-identity of the `.idx`, so data remade under the same name never uses a stale index; see `index_cache` for the rest.
+Some errors would make mcore hang or read garbage. They are found beforehand, and every rank raises the same one-line
+error: a missing or truncated file, data from another tokenizer, per-layer data that does not match, a split without
+documents (mcore would loop for ever), a failure on rank 0 (the other ranks would wait at a barrier).
+
+The key of mcore's cache of sample indices also contains the identity of the `.idx`, so data that is remade under the
+same name never uses an outdated index; `index_cache` makes the cache safe to share.
 """
 
 import copy
@@ -43,17 +45,17 @@ Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 
 @dataclass
 class AlignedGPTDatasetConfig(GPTDatasetConfig):
-    """mcore's configuration, where the aligned per-layer data of each dataset is, and which index files are read."""
+    """mcore's configuration of its datasets, extended by the per-layer data and the identities of the index files."""
 
     per_layer_prefixes: dict[str, str] | None = None
-    """Prefix of the main data -> prefix of its per-layer data; None without aligned data."""
+    """Maps the prefix of each main dataset to that of its per-layer data; None without aligned data."""
 
     index_identities: dict[str, str] = field(default_factory=dict)
-    """Prefix of the main data -> what tells its index file from another one of the same name."""
+    """Maps the prefix of each main dataset to its index file's size and checksum."""
 
 
 class AlignedGPTDataset(GPTDataset):
-    """mcore's `GPTDataset`; adds `per_layer_ids` [s] int64 to a sample when its per-layer data is known."""
+    """mcore's `GPTDataset`; adds `per_layer_ids` [s] int64 to every sample if the dataset has per-layer data."""
 
     config: AlignedGPTDatasetConfig
 
@@ -67,7 +69,7 @@ class AlignedGPTDataset(GPTDataset):
             self._per_layer._pad_token_id = 0  # padded positions carry no loss
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Sample number `idx`; mcore asks for None to pad a batch, and gets sample 0 without loss."""
+        """Returns sample number `idx`; for None, which mcore passes to pad a batch, sample 0 with no loss."""
         sample: dict[str, torch.Tensor] = super().__getitem__(idx)
         if self._per_layer is not None:
             ids, _ = self._per_layer._query_document_sample_shuffle_indices(0 if idx is None else idx)
@@ -77,7 +79,7 @@ class AlignedGPTDataset(GPTDataset):
     def _build_document_sample_shuffle_indices(
         self,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """Calls mcore's method, with the identity of the index file in the cache key."""
+        """Calls mcore's method, after adding the identity of the index file to the cache key."""
         self.unique_identifiers["index_identity"] = self.config.index_identities[self.dataset.path_prefix]
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers
@@ -102,13 +104,13 @@ class _Blend(BlendedDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """mcore's builder, except that an error on rank 0 is raised on every rank; there the others wait for ever."""
+    """mcore's builder, except that an error on rank 0 is raised on every rank; in mcore the others wait for ever."""
 
     @staticmethod
     def build_generic_dataset(  # the signature is mcore's
         cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
-        """Rank 0 builds and writes the cache, then the others read it."""
+        """Builds a dataset on rank 0, which writes the cache, and then on the other ranks, which read it."""
         if cls is BlendedDataset:
             cls = _Blend
             if not dist.is_initialized():
@@ -123,7 +125,7 @@ class _Builder(BlendedMegatronDatasetBuilder):
     def _build_megatron_datasets_parallel(
         self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
     ) -> list[list[Any]]:
-        """Builds the datasets one after the other, each on rank 0 first; returns them as [split][prefix]."""
+        """Builds the datasets one after the other, each on rank 0 first; returns lists indexed [split][prefix]."""
         built = [
             self._build_megatron_dataset_splits(prefix, split, sizes)
             for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
@@ -142,23 +144,23 @@ def build_datasets(
     per_layer_strategy: str | None = None,
     per_layer_vocab_size: int | None = None,
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """Build the training, validation and test sets; every rank calls it, with or without a process group.
+    """Builds the training, validation and test sets; every rank calls it, with or without a process group.
 
     Args:
         data: blends, splits and cache.
-        seq_length: s, tokens of a sample.
-        seed: shuffles documents and samples.
-        num_samples: samples needed of (train, valid, test). A set that needs none, or that has neither a share of
-            --split nor a path of its own, is None. A set repeats its documents, in a new random order each time, until
-            it holds that many samples; a blend without weights is at most one epoch.
+        seq_length: s, the number of tokens per sample.
+        seed: decides the order of documents and samples.
+        num_samples: samples needed from (train, valid, test). The result is None for a set with 0 samples, or with
+            neither a share of --split nor its own path. A set repeats its documents, in a new random order each time,
+            until it holds that many samples; a blend without weights is at most one epoch.
         tokenizer: the run's tokenizer.
-        per_layer_data_path: prefixes of the aligned per-layer data, in the order of the main ones (training,
-            validation, test if these are given separately); weights may precede them and must equal the main ones.
-        per_layer_strategy: the strategy that made the aligned data; compared if its manifest names one.
-        per_layer_vocab_size: rows of the per-layer embedding, which must hold all ids; compared if the manifest has it.
+        per_layer_data_path: prefixes of the per-layer data, in the order of the main prefixes (training, validation,
+            test if these are given separately); weights that precede them must equal the main weights.
+        per_layer_strategy: the strategy that the run uses; compared with the manifest of the per-layer data.
+        per_layer_vocab_size: rows of the per-layer embedding; at least as many as the data has per-layer ids.
 
     Raises:
-        FileNotFoundError, ValueError: every rank raises the same line, which names the error in the data.
+        FileNotFoundError, ValueError: the data has an error, named in one line; every rank raises the same line.
     """
     blends = blends_of(data, num_samples, per_layer_data_path)
 
@@ -189,7 +191,7 @@ def build_datasets(
 def _mcore_config(
     data: DataConfig, blends: Blends, seq_length: int, seed: int, tokenizer: Tokenizer, cache: str
 ) -> AlignedGPTDatasetConfig:
-    """Fills in mcore's configuration of the datasets."""
+    """Returns mcore's configuration of the datasets."""
     return AlignedGPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -209,7 +211,7 @@ def _mcore_config(
 
 
 def _identity(prefix: str) -> str:
-    """What distinguishes an index file from another of the same name: its size and the checksum of its content."""
+    """Returns the size and checksum of an index file, which tell it from another file of the same name."""
     path = f"{prefix}.idx"
     checksum = 0
     with open(path, "rb") as stream:

@@ -1,9 +1,9 @@
-"""The engine's cache of sample indices, made safe for several runs and nodes at a time: no file is ever incomplete.
+"""Makes mcore's cache of sample indices safe for several runs and nodes at once: no file is ever incomplete.
 
-The engine writes the arrays in place. A run that maps them while another run writes them dies of a bus error, and a run
-that finds only some of them fails. Here they are written into a directory of their own and then moved; a run that has
-mapped an older file of the same name keeps it. A failed attempt (a full disk) leaves no file. If the data's directory
-is not writable, there is no cache: every process builds the indices in its own memory.
+mcore writes the arrays in place. A run that maps them while another run writes them dies of a bus error, and a run that
+finds only some of them fails. Here they are written into a temporary directory and then moved into the cache; a run
+that has mapped an older file of the same name keeps that file. A failed attempt (a full disk) leaves no file. If the
+data's directory is not writable, there is no cache: every process builds the indices in its own memory.
 """
 
 import copy
@@ -23,7 +23,7 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.platform.collectives import on_first_rank
 
 IN_MEMORY = ""
-"""Value of the cache path with which mcore writes no index."""
+"""Cache path that makes mcore keep the indices in memory and write no file."""
 
 _BUILDING = ".building-"
 _REMAINS_SECONDS = 24 * 3600
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 
 def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
-    """Returns the directory of the sample indices, or `IN_MEMORY`; collective, since the first rank decides.
+    """Returns the directory of the sample indices, or `IN_MEMORY`; all ranks must call it, the first rank decides.
 
     Args:
-        data: its `--data-cache-path` is used if given.
-        prefixes: the datasets; by default the directory lies beside the first.
+        data: the data flags, of which `--data-cache-path` is used if given.
+        prefixes: the datasets; by default, the directory is `index_cache` beside the first one.
     """
     if data.data_cache_path is not None:
         return data.data_cache_path
@@ -63,15 +63,15 @@ def _beside(prefix: str) -> str:
 
 
 def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -> T:
-    """Returns what `engine` reads from the cache; rank 0 builds it if a file is missing or truncated.
+    """Returns the arrays that `engine` reads from the cache; rank 0 builds the cache if a file is missing or damaged.
 
     Args:
-        dataset: the engine's dataset; its `config.path_to_cache` names the cache, or is `IN_MEMORY`.
-        names: the cache's files for this dataset.
-        engine: reads the cache if all files exist; otherwise builds the arrays and writes the files.
+        dataset: mcore's dataset; its `config.path_to_cache` names the cache, or is `IN_MEMORY`.
+        names: names of this dataset's files in the cache.
+        engine: mcore's method; reads the cache if all files exist, otherwise builds the arrays and writes the files.
 
     Raises:
-        FileNotFoundError: a rank other than 0 does not see the files.
+        FileNotFoundError: a rank other than 0 does not see the files that rank 0 wrote.
         OSError: the cache cannot be written.
     """
     cache = dataset.config.path_to_cache
@@ -100,7 +100,7 @@ def through_cache(dataset: Any, names: Sequence[str], engine: Callable[[], T]) -
 
 
 def _remove_remains(cache: str) -> None:
-    """Removes old directories that killed runs have left; a recent one may belong to a run that is building now."""
+    """Removes directories that killed runs left a day ago or earlier; newer ones may still be in use."""
     for path in Path(cache).glob(f"{_BUILDING}*"):
         if time.time() - path.stat().st_mtime > _REMAINS_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Refuses a run whose index of samples, which mcore builds in memory before training, does not fit.
+"""Refuses a run if its index of samples, which mcore builds before training, does not fit into memory.
 
 The index lists every document of every pass over a dataset, and for every sample its position in that list.
 """
@@ -10,19 +10,19 @@ from megatron_ext.data.indexed.indexed_files import open_index
 from megatron_ext.platform.device_memory import host_memory
 
 _BYTES_OF_A_DOCUMENT = 20
-"""Per document and pass: two 64-bit numbers and one of 32 bits, while the list is built."""
+"""Bytes per document and pass while the list is built: two 64-bit numbers and one 32-bit number."""
 
 _BYTES_OF_A_SAMPLE = 12
-"""Per sample: two 32-bit numbers for where it begins, one for its position in the order."""
+"""Bytes per sample: two 32-bit numbers for where the sample begins, one for its place in the order."""
 
 _LENGTH_FLAGS = {"training": "--train-iters, --global-batch-size or --seq-length"}
 
 
 def check_index_size(blends: Blends, seq_length: int) -> None:
-    """Raises `ValueError` for a dataset whose index would take more than this machine's memory.
+    """Raises `ValueError` if the index of a dataset would take more than this machine's memory.
 
     Args:
-        blends: the run's datasets; every split that needs samples has documents.
+        blends: the run's datasets; every split that is needed must have documents (see `check_splits`).
         seq_length: tokens per sample.
     """
     limit = host_memory()
@@ -43,7 +43,7 @@ def check_index_size(blends: Blends, seq_length: int) -> None:
             if needed > limit:
                 flags = _LENGTH_FLAGS.get(name, "--eval-iters, --global-batch-size or --seq-length")
                 raise ValueError(
-                    f"{prefix}: {wanted:,} {name} samples of {seq_length:,} tokens are {passes:,} passes over its "
-                    f"documents, whose index takes {needed / 2**30:,.0f} GiB, and this machine has "
+                    f"{prefix}: {wanted:,} {name} samples of {seq_length:,} tokens take {passes:,} passes over its "
+                    f"documents; their index needs {needed / 2**30:,.0f} GiB of memory, but this machine has "
                     f"{limit / 2**30:,.0f} GiB; lower {flags}"
                 )

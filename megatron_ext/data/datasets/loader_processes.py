@@ -1,13 +1,14 @@
-"""Loader processes that end with their run, and with nothing else.
+"""Starts loader processes that end when their run ends, and for no other reason.
 
 torch's launcher, a terminal and a scheduler send their signals to a whole process group. The run reacts by saving and
 ending; its loader processes must keep working meanwhile, since the run first finishes its step, which needs their
-batches, and torch raises an error in the run when a loader process dies. So they are forked with these signals blocked
-and leave them blocked: there is no moment at which a signal could end them, and torch's own handlers do not matter.
+batches, and torch raises an error in the run when a loader process dies. So loader processes are
+forked with these signals blocked and keep them blocked: none of these signals can ever end them, whatever handlers
+torch installs.
 
-The parent cannot use SIGTERM either, since it is blocked; it ends a process that does not exit by itself with SIGKILL.
-The system sends SIGKILL too when the parent dies, even if the parent was killed itself: no loader process is left
-behind. (What counts is the thread that forks; a run forks from its main thread.)
+The parent cannot use SIGTERM either, since it is blocked; a process that does not exit by itself gets SIGKILL. The
+operating system also sends SIGKILL when the parent dies, even if the parent was killed: no loader process is left
+behind. (To be exact, it does so when the thread that forked ends; a run forks from its main thread.)
 """
 
 import contextlib
@@ -38,7 +39,7 @@ class _Handle(Popen):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
-        """Kills the process; torch's SIGCHLD handler, which would report a failure, is not installed meanwhile."""
+        """Kills the process, with torch's SIGCHLD handler, which would report a failure, switched off meanwhile."""
         if threading.current_thread() is not threading.main_thread():
             self.kill()
             return
@@ -56,7 +57,7 @@ class _LoaderProcess(ForkProcess):
         return _Handle(process_obj)
 
     def run(self) -> None:
-        """Runs torch's loader loop, and ends with the parent."""
+        """Runs torch's loader loop; the process ends when its parent does."""
         signal_at_parents_end(signal.SIGKILL)
         if os.getppid() != self._parent_pid:  # type: ignore[attr-defined]  # typeshed does not have it
             os._exit(1)  # the parent has ended before its death could send a signal
@@ -64,14 +65,14 @@ class _LoaderProcess(ForkProcess):
 
 
 class LoaderContext(ForkContext):
-    """`DataLoader(multiprocessing_context=LoaderContext())` forks, whatever Python's default start method is."""
+    """For `DataLoader(multiprocessing_context=...)`: forks loader processes, whatever Python's default is."""
 
     Process = _LoaderProcess
 
 
 @contextlib.contextmanager
 def loader_failures() -> Iterator[None]:
-    """Reports the death of a loader process, which torch may raise at any line of the block, in one line.
+    """Turns torch's error about a dead loader process, raised anywhere in the block, into a one-line error.
 
     Raises:
         ProcessLost: a loader process has died.
@@ -83,6 +84,6 @@ def loader_failures() -> Iterator[None]:
         if not message.startswith(_DIED):
             raise
         raise ProcessLost(
-            f"--num-workers: {message.rstrip('.')}; lower it if memory is short; "
+            f"--num-workers: {message.rstrip('.')}; lower --num-workers if memory is short; "
             "--load continues from the last checkpoint"
         ) from error

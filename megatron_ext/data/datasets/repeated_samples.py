@@ -1,7 +1,7 @@
-"""Repeats the same samples in every epoch, in another order, for what is stored by sample (the activation cache).
+"""Repeats the same samples in every epoch, in another order, so that a cache per sample (of activations) is reused.
 
-mcore's dataset packs documents differently when it repeats them, so no sequence comes twice. Here the first n samples
-are an epoch, and the epochs follow one another. Blocks of samples are shuffled, not single samples: if a block is the
+mcore's dataset packs documents differently when it repeats them, so no sequence comes twice. Here an epoch consists of
+the first n samples. Blocks of samples are shuffled, not single samples: if a block is the
 micro-batches of all data-parallel ranks, a micro-batch always holds the same samples, on the same rank.
 """
 
@@ -15,15 +15,15 @@ Sample = dict[str, torch.Tensor]
 
 
 class RepeatedDataset(torch.utils.data.Dataset[Sample]):
-    """Epochs of the same samples; every sample gets the field `epoch`."""
+    """A dataset in which every epoch holds the same samples; adds the field `epoch` to each sample."""
 
     def __init__(self, dataset: Any, *, epoch_samples: int, block: int, num_samples: int, seed: int) -> None:
         """Args:
-        dataset: samples as dictionaries of tensors.
-        epoch_samples: number of samples in an epoch, rounded down to whole blocks; at most the dataset's.
-        block: number of samples that stay together.
-        num_samples: length over all epochs.
-        seed: determines the order; the first epoch has the dataset's order.
+        dataset: the samples to repeat, as dictionaries of tensors.
+        epoch_samples: number of samples in an epoch, rounded down to whole blocks; at most the dataset's size.
+        block: number of consecutive samples that stay together when the order changes.
+        num_samples: number of samples in all epochs together.
+        seed: decides the order of every epoch but the first, which keeps the dataset's order.
 
         Raises:
             ValueError: an epoch is shorter than one block.
@@ -32,8 +32,8 @@ class RepeatedDataset(torch.utils.data.Dataset[Sample]):
         self.blocks = min(epoch_samples, len(dataset)) // block
         if self.blocks == 0:
             raise ValueError(
-                f"--epoch-samples {epoch_samples}: of {len(dataset)} samples, is less than the {block} that all "
-                "processes read at a time"
+                f"--epoch-samples {epoch_samples}: an epoch must hold at least the {block} samples that all processes "
+                f"together read at a time (the dataset has {len(dataset)})"
             )
         self._order: tuple[int, npt.NDArray[np.int64]] = (0, np.arange(self.blocks))
 

@@ -1,7 +1,7 @@
-"""Identifies a sequence by a digest of its content.
+"""Identifies a sample by a digest of its content.
 
-The same tokens have the same id in every epoch, order, restart and parallel layout, and other data have other ids;
-samplers and loaders need not pass on any number.
+The same tokens have the same id in every epoch, order, restart and parallel layout, and different tokens have different
+ids, so samplers and loaders need not pass sample numbers on.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 Id = bytes
-"""A digest of 16 bytes."""
+"""Id of a sample: a digest of 16 bytes."""
 
 
 def sample_ids(rows: torch.Tensor) -> list[Id]:
@@ -19,10 +19,10 @@ def sample_ids(rows: torch.Tensor) -> list[Id]:
 
 
 def digest(parts: Iterable[bytes | torch.Tensor], size: int = 16) -> bytes:
-    """Returns a digest of tensors (their type, shape and bytes) and bytes, in this order.
+    """Returns one digest of all given tensors (their type, shape and content) and byte strings, in order.
 
     Args:
-        parts: tensors (of any type, on any device) and bytes.
+        parts: tensors (of any type, on any device) and byte strings.
         size: length of the digest in bytes.
     """
     hasher = hashlib.blake2b(digest_size=size)

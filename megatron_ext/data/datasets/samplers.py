@@ -5,9 +5,9 @@ With d data-parallel ranks and micro-batches of b samples, step k of rank r hold
     consumed + k * b * d + r * b + (0 .. b - 1)
 
 so all ranks together read b * d consecutive samples in each step, and a global batch holds the same samples whatever
-d is. The dataset's own shuffle index makes the order random; this file uses no random numbers, so a run resumes
-anywhere from its count of consumed samples, also with another d. After the dataset's last sample comes sample 0 again
-(only a blend without weights can end: all others are built for the samples that the run needs).
+d is. The dataset's own shuffle index makes the order random; this file uses no random numbers, so a run can
+resume at any point from its count of consumed samples, even with another d. After the last sample of the dataset,
+sample 0 follows again (this happens only in a blend without weights; others hold all samples that the run needs).
 """
 
 from collections.abc import Iterator
@@ -37,17 +37,20 @@ class SequentialBatchSampler(Sampler[list[int]]):
             raise ValueError("the dataset has no samples")
         if consumed_samples < 0 or micro_batch_size < 1:
             raise ValueError(
-                f"consumed samples {consumed_samples}, micro-batch size {micro_batch_size}: out of range"
+                f"consumed samples {consumed_samples} must be at least 0, "
+                f"and micro-batch size {micro_batch_size} at least 1"
             )
         if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ValueError(f"data-parallel rank {data_parallel_rank} is not one of {data_parallel_size}")
+            raise ValueError(
+                f"data-parallel rank {data_parallel_rank} must lie between 0 and {data_parallel_size - 1}"
+            )
         self.num_samples = num_samples
         self.first = consumed_samples + data_parallel_rank * micro_batch_size
         self.micro_batch_size = micro_batch_size
         self.step = micro_batch_size * data_parallel_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield micro-batches for ever."""
+        """Yields micro-batches for ever, as lists of sample numbers."""
         start = self.first
         while True:
             yield [number % self.num_samples for number in range(start, start + self.micro_batch_size)]
@@ -66,12 +69,12 @@ def build_data_iterator(
     """Returns an endless iterator over one data-parallel rank's micro-batches; each value is [micro_batch_size, ...].
 
     Args:
-        dataset: samples as dictionaries of tensors.
+        dataset: the samples, as dictionaries of tensors.
         consumed_samples: samples that all ranks together have read so far; 0 at the start of a run.
         micro_batch_size: samples per micro-batch.
-        data_parallel_rank: number of this rank among the `data_parallel_size` that read different samples.
+        data_parallel_rank: index of this rank among the `data_parallel_size` ranks that read different samples.
         data_parallel_size: number of such ranks.
-        num_workers: number of loader processes; with 0 this process reads.
+        num_workers: number of loader processes; with 0, this process reads the samples itself.
 
     Raises:
         ValueError: an argument is out of range or the dataset is empty.

@@ -1,4 +1,4 @@
-"""A progress bar for the tools that read token ids: shown on a terminal only, with tokens/s and the time left."""
+"""A progress bar for the tools that read token ids; shows tokens/s and the time left, on a terminal only."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,16 +10,16 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """Millions of tokens per second."""
+    """Column of the progress bar that shows millions of tokens per second."""
 
     def render(self, task: Task) -> Text:
-        """Returns the rate; nothing before it is known."""
+        """Returns the rate as text; empty text before it is known."""
         return Text(f"{task.speed / 1e6:.1f}M tokens/s" if task.speed else "")
 
 
 @contextmanager
 def token_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances the bar by a number of tokens; it does nothing if stderr is no terminal."""
+    """Yields a function that advances the bar by a number of tokens; it does nothing if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda tokens: None
         return

@@ -1,4 +1,4 @@
-"""Packages that only some inputs and tokenizers need (the extra `data`)."""
+"""Imports packages that only some inputs and tokenizers need (the extra `megatron-ext[data]` installs them)."""
 
 import importlib
 from typing import Any
@@ -8,11 +8,11 @@ def import_optional(module: str, needed_for: str) -> Any:
     """Imports a module of an optional package.
 
     Args:
-        module: dotted name.
-        needed_for: the flag and value that need it, for the error message.
+        module: dotted name of the module.
+        needed_for: the flag and value that need the package, for the error message.
 
     Raises:
-        ValueError: its package is not installed.
+        ValueError: the package is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -1,1 +1,1 @@
-"""Indexed datasets on disk and the manifest beside them."""
+"""Reads, checks and writes indexed datasets on disk, and the manifest beside each dataset."""

@@ -13,9 +13,9 @@ and documents:
     ..      8 * S       int64 byte offset of each sequence in the .bin
     ..      8 * D       int64 index of each document's first sequence; the last one is S
 
-The layout is that of `megatron.core.datasets.indexed_dataset`; tests compare the two. Files are memory mapped, or read
-and written in chunks, so memory does not grow with the dataset. The optional mode column of multimodal datasets is not
-read.
+The layout is that of `megatron.core.datasets.indexed_dataset`; tests compare the two. Files are memory-mapped, or read
+and written in chunks, so memory use does not grow with the dataset. The optional mode column of multimodal datasets is
+ignored.
 """
 
 import mmap
@@ -57,13 +57,13 @@ class Index:
     """Type of one token in the `.bin`."""
 
     lengths: IntArray
-    """int32 [S], tokens of each sequence."""
+    """int32 [S], number of tokens in each sequence."""
 
     pointers: IntArray
-    """int64 [S], byte offset of each sequence."""
+    """int64 [S], byte offset of each sequence in the `.bin`."""
 
     document_indices: IntArray
-    """int64 [documents + 1], first sequence of each document, then S."""
+    """int64 [documents + 1], index of each document's first sequence, followed by S."""
 
     @property
     def num_sequences(self) -> int:
@@ -72,34 +72,34 @@ class Index:
 
     @property
     def num_documents(self) -> int:
-        """Number of documents, with the empty ones."""
+        """Number of documents, empty ones included."""
         return len(self.document_indices) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens: where the last sequence ends, since sequences follow one another without gaps."""
+        """Number of tokens: the end of the last sequence, since sequences follow one another without gaps."""
         if self.num_sequences == 0:
             return 0
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
     def token_chunks(self, size: int) -> Iterator[IntArray]:
-        """Yields all tokens in order, `size` at a time; they are read, not mapped, so that memory does not grow."""
+        """Yields all tokens in order, `size` at a time; does not map them, so that memory use does not grow."""
         with open(bin_path(self.prefix), "rb") as stream:
             for begin, end in chunks(self.num_tokens, size):
                 yield np.fromfile(stream, dtype=self.dtype, count=end - begin)
 
     def release(self) -> None:
-        """Returns the pages of the mapped index to the kernel; a pass over the whole index calls this now and then."""
+        """Frees the memory that the mapped index takes up; a pass over the whole index calls this from time to time."""
         release(self.lengths)
 
     def tokens(self) -> IntArray:
-        """Maps the whole `.bin` as one array [tokens] of `dtype`; made for reading parts of it."""
+        """Memory-maps the whole `.bin` as one array [tokens] of `dtype`, so that a caller can read any part of it."""
         if self.num_tokens == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
     def sequence_start(self, sequence: int) -> int:
-        """Token offset at which a sequence starts; for sequence S, the number of tokens."""
+        """Token offset at which a sequence starts; for S (one past the last sequence), the number of tokens."""
         if sequence == self.num_sequences:
             return self.num_tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
@@ -107,12 +107,12 @@ class Index:
     def document_starts(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Token offsets at which documents `begin` .. `end - 1` start, int64 [end - begin].
 
-        The range may include document `num_documents`, whose offset is the number of tokens.
+        The range may include `num_documents` (one past the last document), whose offset is the number of tokens.
         """
         return self.sequence_starts(np.asarray(self.document_indices[begin:end]))
 
     def sequence_starts(self, sequences: IntArray) -> npt.NDArray[np.int64]:
-        """Token offsets at which some sequences start, int64; for sequence S, the number of tokens."""
+        """Token offsets at which the given sequences start, int64; for S (one past the last), the number of tokens."""
         starts = np.full(len(sequences), self.num_tokens, dtype=np.int64)
         inside = sequences < self.num_sequences
         starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
@@ -120,26 +120,26 @@ class Index:
 
 
 def bin_path(prefix: str) -> str:
-    """Path of the token file of a dataset."""
+    """Path of a dataset's token file."""
     return f"{prefix}.bin"
 
 
 def idx_path(prefix: str) -> str:
-    """Path of the index file of a dataset."""
+    """Path of a dataset's index file."""
     return f"{prefix}.idx"
 
 
 def optimal_dtype(vocab_size: int | None) -> type[np.generic]:
-    """The token type mcore chooses: uint16 for a vocabulary below 65,500, int32 for a larger or unknown one."""
+    """Returns the token type that mcore chooses: uint16 for a vocabulary of fewer than 65,500 ids, otherwise int32."""
     return np.uint16 if vocab_size is not None and vocab_size < 65500 else np.int32
 
 
 def open_index(prefix: str) -> Index:
-    """Map `PREFIX.idx` and check what can be checked in constant time.
+    """Memory-maps `PREFIX.idx` and makes all checks that take constant time.
 
     Raises:
         FileNotFoundError: the `.idx` or the `.bin` is missing.
-        ValueError: the file is no index, or a file's size contradicts the header (it is truncated).
+        ValueError: the `.idx` is not an index file, or the size of a file contradicts the header (a truncated file).
     """
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
@@ -150,7 +150,9 @@ def open_index(prefix: str) -> Index:
     expected = _HEADER_BYTES + 12 * sequences + 8 * documents
     actual = os.path.getsize(idx)
     if actual not in (expected, expected + sequences):  # multimodal datasets append one byte per sequence
-        raise ValueError(f"{idx} is {actual} bytes, but its header asks for {expected}: truncated or corrupt")
+        raise ValueError(
+            f"{idx} is {actual} bytes, but its header describes {expected}: truncated or corrupt"
+        )
     index = _map_arrays(prefix, dtype, sequences, documents)
     if documents < 1 or int(index.document_indices[-1]) != sequences:
         raise ValueError(f"{idx}: the last document must end at sequence {sequences}: corrupt index")
@@ -173,7 +175,7 @@ def _read_header(path: str) -> tuple[np.dtype, int, int]:
 
 
 def _map_arrays(prefix: str, dtype: np.dtype, sequences: int, documents: int) -> Index:
-    """Maps the three columns of an index file of known size."""
+    """Memory-maps the three columns of an index file, given the numbers in its header."""
     raw = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
     a = _HEADER_BYTES
     b, c = a + 4 * sequences, a + 12 * sequences
@@ -187,7 +189,7 @@ def _map_arrays(prefix: str, dtype: np.dtype, sequences: int, documents: int) ->
 
 
 def check_contiguous(index: Index) -> None:
-    """Check every pointer and document index; one streaming pass over the index file.
+    """Checks every pointer and document index in one pass over the index file; memory use does not grow with its size.
 
     Raises:
         ValueError: a length is negative, a sequence does not start where the one before it ended, or the
@@ -202,7 +204,7 @@ def check_contiguous(index: Index) -> None:
             at = int(np.argmax(wrong))
             raise ValueError(
                 f"{idx_path(index.prefix)}: sequence {begin + at} has length {lengths[at]} and pointer "
-                f"{index.pointers[begin + at]}, not back to back with the one before it"
+                f"{index.pointers[begin + at]}: it does not start where the sequence before it ends"
             )
         expected = int(ends[-1])
         index.release()
@@ -217,9 +219,9 @@ def check_contiguous(index: Index) -> None:
 
 
 def release(array: IntArray) -> None:
-    """Lets the kernel drop the pages of a memory-mapped array from this process; they can still be read.
+    """Frees the memory that a memory-mapped array takes up in this process; the array can still be read.
 
-    Otherwise reading a large file would count as this process's memory. Other arrays are left as they are.
+    Without this, a large file that has been read would count as this process's memory. Does nothing for other arrays.
     """
     mapping = getattr(array, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -227,7 +229,7 @@ def release(array: IntArray) -> None:
 
 
 def chunks(total: int, size: int = _CHUNK) -> Iterator[tuple[int, int]]:
-    """Cut `range(total)` into (begin, end) pieces of at most `size`."""
+    """Yields (begin, end) pairs that cut `range(total)` into pieces of at most `size` numbers."""
     for begin in range(0, total, size):
         yield begin, min(begin + size, total)
 
@@ -235,13 +237,13 @@ def chunks(total: int, size: int = _CHUNK) -> Iterator[tuple[int, int]]:
 def write_index(
     path: str | Path, dtype: npt.DTypeLike, lengths: IntArray, document_indices: IntArray
 ) -> None:
-    """Write an index file, byte for byte as mcore's `IndexedDatasetBuilder` does, then flush it to disk.
+    """Writes an index file, byte for byte as mcore's `IndexedDatasetBuilder` does, and flushes it to disk.
 
     Args:
-        path: the file to write; callers pass a temporary name and rename it (see `manifest.write_atomically`).
+        path: the file to write; callers pass a temporary path and rename the file (see `manifest.write_atomically`).
         dtype: type of one token.
-        lengths: [S] tokens of each sequence, any integer type; may be memory mapped.
-        document_indices: [documents + 1] first sequence of each document, then S.
+        lengths: [S] number of tokens in each sequence, of any integer type; may be memory-mapped.
+        document_indices: [documents + 1] index of each document's first sequence, followed by S.
     """
     token = np.dtype(dtype)
     code = next(code for code, known in DTYPE_CODES.items() if np.dtype(known) == token)

@@ -1,8 +1,8 @@
-"""The manifest beside a dataset, `PREFIX.json`: the tool, inputs and tokenizer that made it, and its checksums.
+"""The manifest of a dataset, `PREFIX.json`: which tool, inputs and tokenizer made the dataset, and its checksums.
 
-Every training run calls `check_dataset` at its start; it takes constant time, whatever the size. `tools/data.py verify`
-checks everything, with the checksums. For a dataset without a manifest (one made by Megatron-LM) the checks that need
-one are skipped. A manifest does not record the time, so equal inputs give equal manifests.
+Every training run calls `check_dataset` when it starts; this takes constant time, whatever the size of the dataset.
+`tools/data.py verify` checks everything, checksums included. If a dataset has no manifest (Megatron-LM writes none),
+checks that need one are skipped. A manifest records no date or time, so equal inputs give equal manifests.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer, in_words
 
 FORMAT = "megatron_ext.dataset/1"
 PREPENDED_BOS = "prepended_bos"
-"""Key of the token that begins every document in the tokenizer's description; missing if none does."""
+"""Key, in a manifest's `tokenizer` entry, of the id put before every document; absent if none was put there."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_BYTES = 1 << 18
 
@@ -34,10 +34,10 @@ def manifest_path(prefix: str) -> str:
 
 @contextlib.contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the same directory; rename it to `path` on success, remove it on any failure.
+    """Yields a temporary path in the same directory; renames it to `path` on success, removes it on any failure.
 
-    The directory is created if missing. A killed process leaves at most files ending in `.tmp`. The next writer of the
-    same path removes those that nobody has locked: a writer holds a lock on its files while it lives.
+    Creates the directory if it is missing. A killed process leaves only files that end in `.tmp`. Every writer locks
+    its temporary file while it lives, so the next writer of the same path can remove the files that nobody has locked.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes the files that killed writers of a path left: TARGET.PID.tmp and TARGET.PID.NAME.tmp."""
+    """Removes the temporary files that killed writers of `target` left: TARGET.PID.tmp and TARGET.PID.NAME.tmp."""
     for leftover in target.parent.glob(f"{glob.escape(target.name)}.*[0-9].tmp"):
         with contextlib.suppress(OSError), leftover.open("rb") as held:  # locked by a writer, or gone
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +66,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Computes the hex SHA-256 of a file, which is read in chunks."""
+    """Returns the SHA-256 of a file in hexadecimal; reads the file in chunks."""
     digest = hashlib.sha256()
     # One buffer for all reads: allocating memory costs more than the hash.
     block = memoryview(bytearray(_READ_BYTES))
@@ -77,7 +77,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def tool_version() -> str:
-    """Version of the installed package, or "unknown" in a checkout that is not installed."""
+    """Returns the version of the installed package, or "unknown" in a checkout that is not installed."""
     try:
         return importlib.metadata.version("megatron-ext")
     except importlib.metadata.PackageNotFoundError:
@@ -92,17 +92,17 @@ def write_manifest(
     inputs: list[str],
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write `PREFIX.json` for the finished `PREFIX.bin` and `PREFIX.idx`, by rename.
+    """Writes `PREFIX.json` for a finished `PREFIX.bin` and `PREFIX.idx`; the file appears complete, by rename.
 
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
-        tool: name of the command that made it.
-        tokenizer: description of the tokenizer, of which `check_dataset` compares `fingerprint`; None if not known.
+        tool: name of the command that made the dataset.
+        tokenizer: `Tokenizer.describe()` of the tokenizer that made the dataset; None if not known.
         inputs: the files the data was made from, in order; "-" is standard input.
         extra: more top-level keys, for example the per-layer strategy.
 
     Raises:
-        ValueError: `extra` would replace a key of the manifest, or the two files contradict each other.
+        ValueError: a key of `extra` is one of the manifest's own, or `.bin` and `.idx` contradict each other.
     """
     index = open_index(prefix)
     manifest: dict[str, Any] = {
@@ -134,7 +134,7 @@ def write_manifest(
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:
-    """The manifest of a dataset, or None when there is none.
+    """Returns the manifest of a dataset, or None if it has none.
 
     Raises:
         ValueError: the file is not a manifest.
@@ -152,10 +152,10 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
 
 
 def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
-    """Returns `[id]` if every document has that token before it, `[]` if none; None if unknown or datasets differ.
+    """Returns `[id]` if every document begins with that token, `[]` if none does; None if unknown or mixed.
 
     Args:
-        prefixes: paths without `.bin` or `.idx`.
+        prefixes: paths of the datasets without `.bin` or `.idx`.
     """
     described = [(manifest or {}).get("tokenizer") for manifest in map(read_manifest, prefixes)]
     begins = {one.get(PREPENDED_BOS) for one in described if one is not None}
@@ -165,11 +165,11 @@ def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
 
 
 def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Index:
-    """Refuses a dataset whose files contradict each other or that another tokenizer made; takes constant time.
+    """Opens a dataset; refuses one whose files contradict each other or that another tokenizer made, in constant time.
 
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
-        tokenizer: the run's tokenizer or its fingerprint; compared if the manifest names one.
+        tokenizer: the run's tokenizer or its fingerprint; compared with the manifest's tokenizer if that is known.
 
     Returns:
         The opened index.

@@ -1,6 +1,6 @@
-"""Refuses inputs that name the same file twice (`a` and `./a`, a pattern that also matches it, a symbolic link).
+"""Refuses inputs that name the same file twice: as `a` and `./a`, by name and by pattern, or through a symbolic link.
 
-Its text would otherwise count twice in a vocabulary, in a dataset and in training.
+The text of that file would otherwise count twice in a vocabulary, in a dataset and in training.
 """
 
 import os
@@ -10,11 +10,12 @@ from megatron_ext.data.indexed.indexed_files import idx_path
 
 
 def refuse_same_file(flag: str, files: Iterable[tuple[str, str | int]]) -> None:
-    """Compares files by device and inode number.
+    """Refuses a list of files that names the same file twice; compares files by device and inode number.
 
     Args:
         flag: the flag that names the files, for the error message.
-        files: (spelling, path or open file descriptor) of each; missing files are ignored, since reading them fails.
+        files: for each file, its name in messages and its path or open descriptor; missing files are ignored, since
+            reading them fails later.
 
     Raises:
         ValueError: two of them are the same file.
@@ -32,5 +33,5 @@ def refuse_same_file(flag: str, files: Iterable[tuple[str, str | int]]) -> None:
 
 
 def refuse_same_dataset(flag: str, prefixes: Iterable[str]) -> None:
-    """Compares datasets, given by their prefixes, in the same way."""
+    """Refuses a list of prefixes that names the same dataset twice; compares the index files."""
     refuse_same_file(flag, ((prefix, idx_path(prefix)) for prefix in prefixes))

@@ -1,4 +1,4 @@
-"""Checks that a per-layer dataset belongs to a main one: same documents and sequence lengths, made from its tokens."""
+"""Checks that a per-layer dataset belongs to a main dataset: made from its tokens, with equal documents and lengths."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _REMEDY = "make it with: python tools/preprocess_per_layer_data.py"
 
 
 def require_per_layer_files(prefix: str, per_layer_prefix: str) -> None:
-    """Raises an error that shows the command to run if the aligned data of `prefix` is missing.
+    """Raises an error if the per-layer data of the dataset `prefix` is missing; the error shows the command to run.
 
     Raises:
         FileNotFoundError: `.bin` or `.idx` is missing.
@@ -28,17 +28,17 @@ def require_per_layer_files(prefix: str, per_layer_prefix: str) -> None:
 def check_aligned(
     prefix: str, per_layer_prefix: str, *, strategy: str | None = None, vocab_size: int | None = None
 ) -> None:
-    """Compares a per-layer dataset with its main one; streams over both index files and reads no tokens.
+    """Compares a per-layer dataset with its main dataset; reads both index files piece by piece, and no tokens.
 
     Args:
-        prefix: the main dataset.
-        per_layer_prefix: the aligned one.
-        strategy: the run's `--per-layer-strategy`; compared if the manifest names one.
-        vocab_size: the run's `--per-layer-vocab-size`; the manifest's must not be larger.
+        prefix: prefix of the main dataset.
+        per_layer_prefix: prefix of the per-layer dataset.
+        strategy: the run's `--per-layer-strategy`; compared with the one in the manifest, if that names one.
+        vocab_size: the run's `--per-layer-vocab-size`; the vocabulary size in the manifest must not be larger.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: names the difference, with both values.
+        ValueError: the datasets differ; the message names the difference and both values.
     """
     main, aligned = open_index(prefix), check_dataset(per_layer_prefix)
     pairs = (
@@ -48,21 +48,21 @@ def check_aligned(
     )
     for name, ours, theirs in pairs:
         if ours != theirs:
-            raise _mismatch(prefix, per_layer_prefix, f"{ours} and {theirs} {name}")
+            raise _mismatch(prefix, per_layer_prefix, f"it has {theirs} {name} instead of {ours}")
     for name, a, b in (
         ("the length of sequence", main.lengths, aligned.lengths),
         ("the first sequence of document", main.document_indices, aligned.document_indices),
     ):
         at = _first_difference(a, b)
         if at is not None:
-            raise _mismatch(prefix, per_layer_prefix, f"{name} {at} is {a[at]} and {b[at]}")
+            raise _mismatch(prefix, per_layer_prefix, f"{name} {at} is {b[at]} instead of {a[at]}")
     _check_manifests(prefix, per_layer_prefix, strategy, vocab_size)
 
 
 def _check_manifests(
     prefix: str, per_layer_prefix: str, strategy: str | None, vocab_size: int | None
 ) -> None:
-    """Compares the two manifests, if both exist."""
+    """Compares what the two manifests record; skips whatever is not recorded."""
     per_layer = (read_manifest(per_layer_prefix) or {}).get("per_layer", {})
     made_from = per_layer.get("source_checksum")
     checksum = (read_manifest(prefix) or {}).get("checksums", {}).get("bin")
@@ -85,7 +85,7 @@ def _mismatch(prefix: str, per_layer_prefix: str, what: str) -> ValueError:
 
 
 def _first_difference(a: IntArray, b: IntArray) -> int | None:
-    """Index of the first difference of two arrays of equal length."""
+    """Returns the index of the first difference between two arrays of equal length; None if they are equal."""
     for begin, end in chunks(len(a)):
         differs = a[begin:end] != b[begin:end]
         if differs.any():
@@ -96,6 +96,6 @@ def _first_difference(a: IntArray, b: IntArray) -> int | None:
 
 
 def _tool_prefix(prefix: str) -> str:
-    """The prefix that the user gave the tool, without `_KEY_document`."""
+    """Returns a dataset's prefix without `_KEY_document`: the `--output-prefix` that the tool was given."""
     head, _, last = prefix.rpartition("_")
     return head.rpartition("_")[0] if last == "document" and "_" in head else prefix

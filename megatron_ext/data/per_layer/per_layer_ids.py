@@ -2,14 +2,15 @@
 
     ids[i] = table[tokens[i]]
 
-and for `attention_guidance`, by position in the document (0 is its first token), the first rule that holds:
+For `attention_guidance`, the position in the document (0 is the first token) matters too; the first rule that holds
+applies:
 
     <|layer_end|>    the document's end-of-document token, if it has one
     <|layer_start|>  position 0
     <|attention|>    positions 10, 20, 30, ...
     else             table[tokens[i]]
 
-The aligned dataset has the same documents and sequence lengths as its source, so the same sample indices read both.
+The aligned dataset has the same documents and sequence lengths as its source, so the same sample indices serve both.
 All data is streamed, so memory does not grow with the dataset. No text is read or tokenized.
 """
 
@@ -41,12 +42,12 @@ ReportTokens = Callable[[int], None]
 def count_tokens(
     index: Index, vocab_size: int, progress: ReportTokens = lambda tokens: None
 ) -> npt.NDArray[np.int64]:
-    """Counts how often each token id occurs, int64 [V].
+    """Counts how often each token id occurs in a dataset, int64 [V].
 
     Args:
         index: the tokenized dataset.
-        vocab_size: V of the main tokenizer.
-        progress: called with the number of tokens done, chunk by chunk.
+        vocab_size: V, the vocabulary size of the main tokenizer.
+        progress: called after every chunk with the number of tokens in it.
 
     Raises:
         ValueError: a token id is not below V.
@@ -69,22 +70,22 @@ def write_aligned(
     per_layer_vocab_size: int,
     progress: ReportTokens = lambda tokens: None,
 ) -> None:
-    """Writes `output_prefix.bin` and `.idx`, aligned with `index`; both by rename, the index last.
+    """Writes the per-layer ids of a dataset as an aligned dataset; both files appear by rename, the index last.
 
-    The index and manifest of an older dataset of that name are removed before its tokens are replaced, so an old index
-    never points at new ids.
+    The index and manifest of an older dataset with the same prefix are removed before its `.bin` is replaced, so an old
+    index never points at new ids.
 
     Args:
         index: the tokenized dataset.
         output_prefix: path of the aligned dataset without `.bin` or `.idx`.
         table: [V] per-layer id of each token id.
-        strategy: what the table was built for; `attention_guidance` adds its marks.
+        strategy: the strategy that the table was built for; `attention_guidance` adds its marks.
         eod: end-of-document token id of the main tokenizer.
-        per_layer_vocab_size: number of per-layer ids; determines their type, by mcore's rule for tokens.
-        progress: called with the number of tokens done, chunk by chunk.
+        per_layer_vocab_size: number of per-layer ids; decides the integer type of the file (see `optimal_dtype`).
+        progress: called after every chunk with the number of tokens in it.
 
     Raises:
-        ValueError: a token id is not below V, or the source's sequences do not follow one another.
+        ValueError: a token id is not below V, or the dataset's sequences are not stored without gaps.
     """
     check_contiguous(index)
     dtype = optimal_dtype(per_layer_vocab_size)
@@ -105,12 +106,12 @@ def write_aligned(
 
 
 def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> Iterator[IntArray]:
-    """Yield the per-layer ids of a tokenized dataset, chunk by chunk, in the table's type.
+    """Yields the per-layer ids of a tokenized dataset, chunk by chunk, in the integer type of `table`.
 
     Args:
         index: the tokenized dataset.
         table: [V] per-layer id of each token id.
-        strategy: what the table was built for; `attention_guidance` adds its marks.
+        strategy: the strategy that the table was built for; `attention_guidance` adds its marks.
         eod: end-of-document token id of the main tokenizer.
 
     Raises:
@@ -130,13 +131,13 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
 def document_ids(
     tokens: IntArray, table: TableArray, strategy: Strategy, *, eod: int
 ) -> npt.NDArray[np.int32]:
-    """Computes the per-layer ids of the beginning of one document, for example of a prompt, int32 [n].
+    """Computes the per-layer ids of tokens that begin a document, for example of a prompt, int32 [n].
 
     Args:
         tokens: [n] token ids; an `eod` at the end ends the document.
         table: [V] per-layer id of each token id.
-        strategy: what the table was built for.
-        eod: end-of-document token id.
+        strategy: the strategy that the table was built for.
+        eod: end-of-document token id of the main tokenizer.
     """
     ids = table[tokens]
     if strategy == "attention_guidance" and len(tokens):
@@ -148,7 +149,7 @@ def document_ids(
 
 
 def _mark(index: Index, ids: IntArray, tokens: IntArray, begin: int, eod: int) -> None:
-    """Put the marks of `attention_guidance` into the ids of tokens `begin` .. `begin + len(ids) - 1`, in place."""
+    """Writes the marks of `attention_guidance` into `ids`, the ids of tokens `begin` .. `begin + len(ids) - 1`."""
     end = begin + len(ids)
     for starts, ends in _documents_between(index, begin, end):
         # Marks start + 10, start + 20, ... of each document, cut to [begin, end).
@@ -167,7 +168,7 @@ def _mark(index: Index, ids: IntArray, tokens: IntArray, begin: int, eod: int) -
 def _documents_between(
     index: Index, begin: int, end: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Yield (starts, ends), int64 token offsets of the non-empty documents that overlap tokens [begin, end)."""
+    """Yields (starts, ends): int64 token offsets of the non-empty documents that overlap tokens [begin, end)."""
     document = _document_at(index, begin)
     while document < index.num_documents:
         upto = min(document + _CHUNK_DOCUMENTS, index.num_documents)
@@ -181,7 +182,7 @@ def _documents_between(
 
 
 def _document_at(index: Index, token: int) -> int:
-    """Finds the last document that starts at or before a token offset, by bisection of the memory-mapped index."""
+    """Returns the last document that starts at or before a token offset; found by bisection of the index."""
     low, high = 0, index.num_documents
     while high - low > 1:
         middle = (low + high) // 2

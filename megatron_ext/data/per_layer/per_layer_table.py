@@ -2,13 +2,13 @@
 
     per_layer_ids = table[token_ids]          table: [V], values 0 .. rows - 1
 
-A strategy keeps only a part of the vocabulary (`syntax_focus` about 350 forms of ten thousand), so its ids are
+A strategy keeps only a part of the vocabulary (`syntax_focus` keeps about 350 of ten thousand forms), so its ids are
 renumbered in the vocabulary's order; the special tokens come first and keep their ids. Each id is one row of a model's
 per-layer tables. `NAME.STRATEGY.npz` beside the vocabulary `NAME.json` holds:
 
     table        int32 [V]
-    entries      int32 [rows], the vocabulary's id of each row (missing in older files, whose rows are the vocabulary's)
-    seed, tokenizer, vocabulary    what it was made with: seed, the tokenizer's fingerprint, the vocabulary's SHA-256
+    entries      int32 [rows], for each row, its id in the vocabulary (absent from older files, where both are the same)
+    seed, tokenizer, vocabulary    the seed, the tokenizer's fingerprint and the vocabulary's SHA-256
 """
 
 import zipfile
@@ -25,44 +25,44 @@ from megatron_ext.data.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class StoredTable:
-    """The content of a table's file."""
+    """The content of the file that holds a table."""
 
     table: TableArray
     """[V] per-layer id of each token id."""
 
     entries: TableArray | None
-    """[rows] the vocabulary's id of each per-layer id; None if they are the same."""
+    """[rows] for each per-layer id, its id in the vocabulary; None if both are the same."""
 
     seed: int
-    """Seed of the random choice in `random_subset`."""
+    """Seed with which `random_subset` chose its forms."""
 
     tokenizer: str
-    """Fingerprint of the main tokenizer."""
+    """Fingerprint of the main tokenizer that the table was made for."""
 
     vocabulary: str
-    """SHA-256 of the vocabulary's file."""
+    """SHA-256 of the vocabulary file that the table was made from."""
 
 
 def number_densely(by_vocabulary: TableArray) -> tuple[TableArray, TableArray]:
     """Renumbers per-layer ids without gaps, in the same order; special tokens keep their ids.
 
     Args:
-        by_vocabulary: [V] the vocabulary's id of each token id, from `build_table`.
+        by_vocabulary: [V] for each token id, its id in the vocabulary; from `build_table`.
 
     Returns:
-        The table [V] and the vocabulary's id of each of its ids [rows].
+        The table [V] with the new ids, and for each new id its id in the vocabulary [rows].
     """
     entries = np.union1d(np.arange(len(SPECIAL_TOKENS)), by_vocabulary).astype(np.int32)
     return np.searchsorted(entries, by_vocabulary).astype(np.int32), entries
 
 
 def rows_of(table: TableArray) -> int:
-    """Number of rows a model needs for the ids of a table, with the marks of `attention_guidance`."""
+    """Number of embedding rows that a model needs for the ids of a table, special tokens included."""
     return max(int(table.max()) + 1, len(SPECIAL_TOKENS))
 
 
 def table_path(vocab_file: str, strategy: Strategy) -> str:
-    """Path of a strategy's table: beside the vocabulary `NAME.json`, `NAME.STRATEGY.npz`."""
+    """Path of a strategy's table: `NAME.STRATEGY.npz`, beside the vocabulary `NAME.json`."""
     return f"{Path(vocab_file).with_suffix('')}.{strategy}.npz"
 
 
@@ -75,7 +75,7 @@ def save_table(
     seed: int,
     entries: TableArray | None = None,
 ) -> None:
-    """Writes a table beside its vocabulary, by rename, with the seed, tokenizer and vocabulary that made it."""
+    """Writes a table beside its vocabulary, by rename, with the seed, tokenizer and vocabulary it was made from."""
     more: dict[str, Any] = {} if entries is None else {"entries": entries}
     with write_atomically(table_path(vocab_file, strategy)) as temporary, temporary.open("wb") as stream:
         np.savez(
@@ -108,12 +108,13 @@ def read_table(vocab_file: str, strategy: Strategy) -> StoredTable | None:
             )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is not a per-layer table ({error}); remove it, and the tool makes it again"
+            f"{path} is not a per-layer table ({error}); remove it, "
+            "and tools/preprocess_per_layer_data.py makes it again"
         ) from None
 
 
 def row_names(vocab_file: str, strategy: Strategy) -> dict[int, str]:
-    """Per-layer id -> entry of the vocabulary.
+    """Maps each per-layer id of a strategy to its text in the vocabulary.
 
     Raises:
         FileNotFoundError, ValueError: see `load_vocabulary` and `read_table`.
@@ -129,11 +130,11 @@ def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file
     """Loads the table from which training computes per-layer ids, int32 [V]; `identity` needs no file.
 
     For `attention_guidance` the table is not enough, since some ids depend on the position: a training run must read
-    the aligned dataset instead, and a prompt goes through `per_layer_ids.document_ids`.
+    the aligned dataset instead, and `per_layer_ids.document_ids` computes the ids of a prompt.
 
     Raises:
         FileNotFoundError: the vocabulary or the table is missing.
-        ValueError: the table was made for another tokenizer or another version of the vocabulary.
+        ValueError: no vocabulary is given, or the table was made for another tokenizer or vocabulary.
     """
     if strategy == "identity":
         return np.arange(tokenizer.vocab_size, dtype=np.int32)
@@ -147,7 +148,7 @@ def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file
         raise FileNotFoundError(f"per-layer table not found: {path}; {remedy}")
     if stored.tokenizer != tokenizer.fingerprint():
         raise ValueError(
-            f"{path} is for the tokenizer {stored.tokenizer}, this run's is {tokenizer.fingerprint()}; {remedy}"
+            f"{path} is for the tokenizer {stored.tokenizer}, but this run uses {tokenizer.fingerprint()}; {remedy}"
         )
     if stored.vocabulary != sha256_of(vocab_file):
         raise ValueError(f"{path} was made from another version of {vocab_file}; {remedy}")

@@ -2,19 +2,19 @@
 
     per_layer_ids = table[token_ids]          table: [V]
 
-A vocabulary is a flat JSON object, text -> id, as document 003 shows it: document 003's four special tokens first, then
-ours and the shape classes, then the corpus's most frequent forms. The *form* of a token is its text without surrounding
-white space, lower-cased. A strategy is how the table follows from a vocabulary (mathematics.md, section 1):
+A vocabulary is a flat JSON object that maps text to id: first the special tokens, among them the shape classes, then
+the most frequent forms of the corpus. The *form* of a token is its text in lower case, without surrounding white space.
+A strategy decides how a vocabulary becomes a table (see docs/per_layer.md):
 
-    syntax_focus        function words, code keywords, punctuation and single digits keep their own id; the rest
-                        falls into a shape class
-    semantic_focus      content forms keep their own id; function words, keywords, punctuation and white space are
-                        <|context|>; what the vocabulary does not hold is <|unk|>
-    attention_guidance  the table of syntax_focus, then marked by position: see `per_layer_ids`
-    random_subset       a seeded random half of the vocabulary's forms keep their own id, the rest is <|unk|>
+    syntax_focus        function words, code keywords, punctuation and single digits keep their own id; every
+                        other form gets the id of its shape class
+    semantic_focus      content forms keep their own id; function words, keywords, punctuation and white space become
+                        <|context|>; forms that the vocabulary lacks become <|unk|>
+    attention_guidance  the table of syntax_focus, with some ids replaced by position: see `per_layer_ids`
+    random_subset       a seeded random half of the vocabulary's forms keep their own id, the others become <|unk|>
     identity            the token id itself; needs no vocabulary
 
-Because the ids are a function of the token ids, they cannot be misaligned with them. A strategy keeps only a part of
+Per-layer ids are a function of the token ids, so the two cannot be misaligned. A strategy keeps only a part of
 the vocabulary, so the ids that a model and a dataset use are renumbered without gaps: see `per_layer_table`.
 """
 
@@ -54,7 +54,7 @@ SPECIAL_TOKENS = (
     "<|space|>",
     "<|bytes|>",
 )
-"""Entries 0 .. 14 of every vocabulary; from `<|word_start|>` on they are the shape classes."""
+"""Entries 0 to 14 of every vocabulary; those from `<|word_start|>` on are the shape classes."""
 
 SPECIAL = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
 
@@ -95,7 +95,7 @@ class TokenForm:
     """The properties of a main token that the strategies use."""
 
     form: str
-    """Text without surrounding white space, lower-cased; "" for white space and special tokens."""
+    """Text in lower case, without surrounding white space; "" for white space and special tokens."""
 
     shape: str
     """The token's shape class, `<|endoftext|>` or `<|startoftext|>`, or `<|unk|>` for an id without text."""
@@ -126,7 +126,7 @@ def form_of(text: str, *, starts_word: bool = False) -> TokenForm:
 
     Args:
         text: the decoded token.
-        starts_word: the tokenizer marks it as the start of a word; needed if decoding drops the leading space.
+        starts_word: whether the tokenizer marks the token as the start of a word; decoding may drop the leading space.
     """
     starts_word = starts_word or text[:1].isspace()
     form = text.strip().lower()
@@ -156,11 +156,11 @@ def build_vocabulary(
         size: `--per-layer-vocab-size`. Forms that never occur are left out, so the result can be smaller.
 
     Raises:
-        ValueError: `size` is less than the number of special tokens.
+        ValueError: `size` is smaller than the number of special tokens.
     """
     if size < len(SPECIAL_TOKENS):
         raise ValueError(
-            f"--per-layer-vocab-size {size} must be at least {len(SPECIAL_TOKENS)}, the special tokens"
+            f"--per-layer-vocab-size {size} must be at least {len(SPECIAL_TOKENS)}, the number of special tokens"
         )
     counts: Counter[str] = Counter()
     for form, count in zip(forms, token_counts.tolist(), strict=True):
@@ -174,13 +174,13 @@ def build_vocabulary(
 def build_table(
     strategy: Strategy, forms: list[TokenForm], vocabulary: Mapping[str, int], *, seed: int = 1234
 ) -> TableArray:
-    """Returns the vocabulary's id of every main token, int32 [V].
+    """Returns, for every main token, the vocabulary id that a strategy gives it, int32 [V].
 
     Args:
-        strategy: one of `STRATEGIES`; the table of `attention_guidance` is that of `syntax_focus`.
+        strategy: one of `STRATEGIES`; `attention_guidance` has the same table as `syntax_focus`.
         forms: [V] from `token_forms`.
-        vocabulary: text -> id; `identity` does not use it.
-        seed: of the random choice in `random_subset`.
+        vocabulary: maps text to id; `identity` does not use it.
+        seed: decides which forms `random_subset` chooses.
     """
     if strategy == "identity":
         return np.arange(len(forms), dtype=np.int32)
@@ -188,7 +188,7 @@ def build_table(
 
 
 def _per_layer_id(strategy: Strategy, form: TokenForm, vocabulary: Mapping[str, int], seed: int) -> int:
-    """Returns the per-layer id of one form."""
+    """Returns the vocabulary id that a strategy gives to one form."""
     if form.shape in ("<|endoftext|>", "<|startoftext|>"):
         return SPECIAL[form.shape]
     own = vocabulary.get(form.form) if form.form else None
@@ -205,18 +205,18 @@ def _per_layer_id(strategy: Strategy, form: TokenForm, vocabulary: Mapping[str, 
 
 
 def _is_drawn(form: str, seed: int) -> bool:
-    """Flips a fair coin for a form, by a hash: the result is the same with every version of numpy."""
+    """Decides with probability 1/2 whether `random_subset` keeps a form; by hash, so the same with every numpy."""
     return hashlib.sha256(f"{seed}:{form}".encode()).digest()[0] % 2 == 0
 
 
 def save_vocabulary(path: str, vocabulary: Mapping[str, int]) -> None:
-    """Write a vocabulary as JSON, by rename."""
+    """Writes a vocabulary as JSON, by rename."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(vocabulary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_vocabulary(path: str) -> dict[str, int]:
-    """Read a vocabulary and check it.
+    """Reads a vocabulary and checks it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -234,7 +234,7 @@ def load_vocabulary(path: str) -> dict[str, int]:
         map(str, range(len(vocabulary)))
     ):
         raise ValueError(
-            f"{path} is not a per-layer vocabulary: its ids must be 0 to the number of entries less one"
+            f"{path} is not a per-layer vocabulary: its ids must count from 0 without gaps or repetition"
         )
     for token, number in SPECIAL.items():
         if vocabulary.get(token) != number:

@@ -1,9 +1,9 @@
-"""Appends the shards of a run, in order, to the files of the datasets.
+"""Appends the shards of a preprocessing run, in order, to the files of its datasets.
 
-A shard is appended as soon as it is complete, and then removed, so that the disk holds the tokens once. After every
-append `state.json` records the length of each file; a resumed run first truncates the files to these lengths. The
-columns of the index (lengths and document ends, see `indexed_files.py`) are on disk too, so memory does not grow with
-the dataset.
+A shard is appended as soon as it is complete, and then removed, so that the disk holds the tokens only once. After
+every append, `state.json` records the length of each file; a resumed run first truncates the files to these lengths.
+The columns of the index (lengths and document ends, see `indexed_files.py`) are on disk too, so memory does not grow
+with the dataset.
 
 With P > 1 partitions document i goes to part i mod P, and the parts are joined at the end.
 """
@@ -29,14 +29,14 @@ _COPY_UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, 
 
 @dataclass
 class State:
-    """What has been appended so far.
+    """How far the shards of a run have been appended to its datasets.
 
     Attributes:
-        next_shard: the first shard that has not been appended.
-        totals: sums over the appended shards.
-        source_index: the source of the last one.
-        source_lines: lines of that source so far.
-        sizes: bytes of each file in the working directory.
+        next_shard: number of the first shard that has not been appended.
+        totals: counts over all appended shards.
+        source_index: number of the source that the last appended shard came from.
+        source_lines: number of lines of that source appended so far.
+        sizes: maps the name of each file in the working directory to its size in bytes.
     """
 
     next_shard: int = 0
@@ -47,7 +47,7 @@ class State:
 
 
 def load_state(directory: Path, num_keys: int) -> State:
-    """Reads the state of a working directory; a new one if nothing was appended."""
+    """Reads the state of a working directory; returns an empty state if nothing has been appended."""
     path = directory / "state.json"
     if not path.is_file():
         return State(totals=ShardInfo(tokens=[0] * num_keys, empty=[0] * num_keys))
@@ -60,12 +60,12 @@ class Assembly:
 
     Args:
         directory: the working directory.
-        num_keys: number of datasets.
-        partitions: number of parts of each.
-        sources: the inputs, for the report of rejected lines.
+        num_keys: number of datasets, one for each key.
+        partitions: number of parts of each dataset.
+        sources: the input files, named in the report on rejected lines.
 
     Raises:
-        ValueError: a file is shorter than the killed run recorded.
+        ValueError: a file is shorter than the state of the killed run says.
     """
 
     REJECTED = "rejected.jsonl"
@@ -96,7 +96,7 @@ class Assembly:
         return [*columns, self.REJECTED, self.QUARANTINED]
 
     def append(self, info: ShardInfo, source_index: int) -> None:
-        """Appends shard number `state.next_shard` and removes it."""
+        """Appends shard number `state.next_shard` to the datasets, then removes its files."""
         state, index = self.state, self.state.next_shard
         for key in range(self._num_keys):
             self._append_tokens(index, key)
@@ -135,7 +135,7 @@ class Assembly:
             self._append_columns(f"out-{key}-{part}", lengths[part_of_document == part])
 
     def _append_columns(self, name: str, lengths: npt.NDArray[np.integer]) -> None:
-        """Appends document lengths: one sequence for each document that is not empty, one document end for each."""
+        """Appends one sequence length for each document that is not empty, and one document end for every document."""
         sequences = self.state.sizes[f"{name}.lengths"] // 4
         with self._appending(f"{name}.lengths") as out:
             out.write(lengths[lengths > 0].astype("<i4").tobytes())
@@ -159,7 +159,7 @@ class Assembly:
         return _Appending(self._directory / name, self.state.sizes)
 
     def finish(self, dtype: str) -> list[str]:
-        """Writes the indices; returns for each key the prefix of its complete `.bin` and `.idx`."""
+        """Writes the index of every dataset; returns, for each key, the prefix of the complete `.bin` and `.idx`."""
         return [self._finish_key(key, dtype) for key in range(self._num_keys)]
 
     def _finish_key(self, key: int, dtype: str) -> str:
@@ -194,7 +194,7 @@ class Assembly:
 
 
 class _Appending:
-    """Opens a file to append to it, and records its size when closed."""
+    """Opens a file for appending, and records its size when it is closed."""
 
     def __init__(self, path: Path, sizes: dict[str, int]) -> None:
         self._path, self._sizes = path, sizes
@@ -213,7 +213,7 @@ class _Appending:
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO) -> None:
-    """Copies the rest of one file to another, inside the kernel where it can."""
+    """Copies the rest of one file to another, inside the kernel where that is possible."""
     target.flush()
     remaining = os.fstat(source.fileno()).st_size - source.tell()
     position = source.tell()
@@ -234,7 +234,7 @@ def copy_bytes(source: BinaryIO, target: BinaryIO) -> None:
 
 
 def _map(path: Path, dtype: str) -> npt.NDArray[np.integer]:
-    """Maps a file of numbers; an empty file cannot be mapped."""
+    """Memory-maps a file of numbers; an empty file, which cannot be mapped, gives an empty array."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")

@@ -1,9 +1,9 @@
-"""Encodes batches of text into one flat array of ids: by `gigatoken` if its ids are the same, otherwise by the
+"""Encodes batches of text into one flat array of ids: with `gigatoken` if its ids are the same, otherwise with the
 tokenizer itself.
 
-`gigatoken` is about ten times faster than the library that defines a byte-level BPE, but it is another implementation.
-It runs only if the tokenizer.json has no setting that gigatoken ignores (see `gigatoken.py`), and if its ids equal the
-reference's on a sample of the input, on texts with every added token in them, and on `PROBE_TEXTS`.
+`gigatoken` encodes byte-level BPE about ten times faster than the tokenizer's own library, but it is a different
+implementation. It is used only if the tokenizer.json has no setting that gigatoken ignores (see `gigatoken.py`), and if
+its ids equal the reference's on a sample of the input, on texts with every added token in them, and on `PROBE_TEXTS`.
 """
 
 import os
@@ -34,15 +34,15 @@ class Choice:
 
 
 class Encoder:
-    """Encodes batches of texts.
+    """Encodes texts with gigatoken or with the tokenizer's own library.
 
     gigatoken is called text by text: its batch call returns an `awkward` array, whose import and bookkeeping cost
-    more. It caches every word without limit, so it is loaded again whenever this process has grown by `_CACHE_BYTES`;
-    the ids stay the same.
+    more. gigatoken caches every word without limit, so it is loaded again when this process has grown by
+    `_CACHE_BYTES`; the ids stay the same.
 
     Args:
-        tokenizer: the reference.
-        name: which implementation to use; "gigatoken" only if `choose_encoder` chose it.
+        tokenizer: the tokenizer, with its own library (the reference).
+        name: the implementation to use; "gigatoken" only if `choose_encoder` chose it.
         fast: gigatoken's tokenizer, if it is loaded already.
     """
 
@@ -53,7 +53,7 @@ class Encoder:
         self._bytes_when_loaded: int | None = None
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
-        """Yields `(ids, lengths)`, in order: the ids of some texts one after the other, and the length of each text."""
+        """Yields `(ids, lengths)` for some texts at a time, in order: all their ids, and each text's length."""
         for batch in _batches(texts):
             if self._fast is not None:
                 self._forget()
@@ -62,7 +62,7 @@ class Encoder:
                 yield _flatten(self._tokenizer.tokenize_batch(batch))
 
     def _forget(self) -> None:
-        """Frees gigatoken's cache once it is large."""
+        """Frees gigatoken's cache, by loading gigatoken again, once the cache is large."""
         if self._bytes_when_loaded is None:
             self._bytes_when_loaded = resident_bytes()
         if resident_bytes() - self._bytes_when_loaded > _CACHE_BYTES:
@@ -73,7 +73,7 @@ class Encoder:
 
 
 def resident_bytes() -> int:
-    """Returns the resident memory of this process; 0 if it is not known (outside Linux)."""
+    """Returns the resident memory of this process in bytes; 0 if it is not known (outside Linux)."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -87,7 +87,7 @@ def choose_encoder(
     """Compares gigatoken with the reference on a sample; returns the encoder to use, and why.
 
     Raises:
-        ValueError: gigatoken was asked for by name and cannot be used.
+        ValueError: `wanted` is "gigatoken", but it cannot be used.
     """
     name = type(tokenizer).__name__
     if wanted == "reference":
@@ -103,7 +103,7 @@ def choose_encoder(
 
 
 def _load_or_refuse(tokenizer: Tokenizer) -> tuple[Any, str | None]:
-    """Returns gigatoken's tokenizer, or why there is none."""
+    """Returns gigatoken's tokenizer and None, or None and the reason why there is none."""
     try:
         source = tokenizer.gigatoken_source()
         refusal = None if source is None else left_out(source)
@@ -127,7 +127,7 @@ def _difference(tokenizer: Tokenizer, fast: Any, sample: list[str]) -> str | Non
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Divides a list into batches of at most `_BATCH_CHARACTERS`, or one longer text: encodings take much memory."""
+    """Divides texts into batches of at most `_BATCH_CHARACTERS`, to save memory; a longer text is a batch alone."""
     begin, characters = 0, 0
     for position, text in enumerate(texts):
         if characters and characters + len(text) > _BATCH_CHARACTERS:

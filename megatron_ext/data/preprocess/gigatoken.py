@@ -1,4 +1,4 @@
-"""Finds settings of a tokenizer.json that `gigatoken` ignores; the list was made by comparing it with `tokenizers`.
+"""Finds settings of a tokenizer.json that `gigatoken` ignores; found by comparing gigatoken with `tokenizers`.
 
 gigatoken refuses most of what it does not implement when it loads a file, but ignores the settings below (0.10.0). They
 change the ids of rare texts only, which a sample may not contain, so they are looked for in the file itself.
@@ -15,11 +15,11 @@ _MODEL_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def load(tokenizer: Tokenizer) -> Any:
-    """Returns gigatoken's form of a tokenizer; None if there is none.
+    """Loads a tokenizer into gigatoken; returns None if the tokenizer has no tokenizer.json for it.
 
     Raises:
         ModuleNotFoundError: gigatoken is not installed.
-        Exception: of several kinds, if gigatoken cannot load this tokenizer.
+        Exception: gigatoken cannot load this tokenizer; it raises exceptions of several kinds.
     """
     import gigatoken
 

@@ -1,8 +1,8 @@
-"""Raw text to indexed datasets, `PREFIX_KEY_document.bin` and `.idx`, with a manifest.
+"""Turns raw text into indexed datasets, `PREFIX_KEY_document.bin` and `.idx`, each with a manifest.
 
 The parent process reads streams only; workers read byte ranges, tokenize and write shards (`shards.py`). Shards are
-appended in order (`scheduler.py`, `assembly.py`), the result is published by rename (`work_directory.py`) and gets a
-manifest (`manifest.py`). It does not depend on the number of workers, and is byte for byte what mcore's
+appended in order (`scheduler.py`, `assembly.py`), the result gets a manifest (`manifest.py`) and is published by rename
+(`work_directory.py`). The result does not depend on the number of workers, and is byte for byte what mcore's
 `IndexedDatasetBuilder` writes.
 """
 
@@ -38,15 +38,15 @@ _SAMPLED_CHARACTERS = 64 << 10
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a run.
+    """The result of a preprocessing run.
 
     Attributes:
-        prefixes: the datasets, one for each key.
-        choice: which encoder ran and why; None if a resumed run only had to publish.
+        prefixes: prefixes of the datasets, one for each key.
+        choice: which encoder ran and why; None if a resumed run only had to publish the datasets.
         totals: counts over all documents.
-        seconds: wall time.
+        seconds: wall-clock time of the run.
         resumed_shards: number of finished shards taken over from a killed run.
-        message: for the user, or None.
+        message: a note to show to the user, or None.
     """
 
     prefixes: list[str]
@@ -58,30 +58,30 @@ class Summary:
 
 
 def dataset_prefix(output_prefix: str, key: str) -> str:
-    """Returns a dataset's prefix, named as Megatron-LM names it."""
+    """Returns the prefix of the dataset of one key, named as Megatron-LM names it."""
     return f"{output_prefix}_{key}_document"
 
 
 def rejected_path(output_prefix: str) -> str:
-    """Returns the path of the report on rejected lines: JSON lines of file, line, byte offset, reason."""
+    """Returns the path of the report on rejected lines: JSON lines with file, line, byte offset and reason."""
     return f"{output_prefix}_rejected.jsonl"
 
 
 def quarantined_path(output_prefix: str) -> str:
-    """Returns the path of the rejected lines themselves (`--on-error quarantine`)."""
+    """Returns the path of the file that holds the rejected lines themselves (`--on-error quarantine`)."""
     return f"{output_prefix}_quarantined.jsonl"
 
 
 class Preprocessor:
-    """One run of the tool.
+    """One run of `tools/preprocess_data.py`.
 
     Args:
         inputs: what to read.
-        tokenizer_config: the tokenizer.
-        config: how to write.
+        tokenizer_config: which tokenizer to use.
+        config: how to write the datasets.
 
     Raises:
-        ValueError, OSError: a user error, in one line.
+        ValueError, OSError: a flag or a file cannot be used; the message is one line for the user.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class Preprocessor:
         """Makes the datasets.
 
         Raises:
-            ValueError, OSError: a user error or a full disk, in one line; all files of the run are removed.
-            WorkerDied, WorkerBug, KeyboardInterrupt: finished shards are kept for `--resume`.
+            ValueError, OSError: the input is wrong or the disk is full, in one line; all files of the run are removed.
+            WorkerDied, WorkerBug, KeyboardInterrupt: the run was interrupted; `--resume` can use its finished shards.
         """
         begin = time.monotonic()
         work = WorkDirectory(self.config.output_prefix, self._plan(), resume=self.config.resume)
@@ -132,10 +132,13 @@ class Preprocessor:
         if self.config.prepend_bos or not self.tokenizer.adds_bos or self.tokenizer.bos is None:
             return None
         bos = self.tokenizer.inv_vocab[self.tokenizer.bos]
-        return f"the tokenizer's own configuration puts {bos} before a text, these documents have none (--prepend-bos)"
+        return (
+            f"the tokenizer's own configuration puts {bos} before a text, but these documents have none "
+            "(--prepend-bos adds it)"
+        )
 
     def _refuse_own_output(self) -> None:
-        """Refuses to read an older run's report or dataset that this run would remove or replace at its end."""
+        """Refuses an input file that this run would itself remove or replace when it publishes its datasets."""
         prefix = self.config.output_prefix
         written = [rejected_path(prefix), quarantined_path(prefix)]
         written += [
@@ -149,7 +152,7 @@ class Preprocessor:
                     )
 
     def _plan(self) -> dict[str, Any]:
-        """Returns everything that the result depends on, which `--resume` compares."""
+        """Returns everything that the result depends on; `--resume` compares it with the plan of the killed run."""
         inputs = asdict(self.inputs)
         inputs.pop("input")
         files = []
@@ -220,7 +223,7 @@ class Preprocessor:
         work.prepare(moves, stale)
 
     def _description(self) -> dict[str, object]:
-        """Describes the tokenizer for the manifest, with the token that begins every document, if any."""
+        """Describes the tokenizer for the manifest, together with the token put before every document, if any."""
         begun = {PREPENDED_BOS: self.tokenizer.bos} if self.config.prepend_bos else {}
         return self.tokenizer.describe() | begun
 
@@ -236,7 +239,7 @@ class Preprocessor:
     def _moves(
         self, work: WorkDirectory, assembly: Assembly, unpublished: list[str]
     ) -> tuple[list[tuple[Any, str]], list[str]]:
-        """Returns the renames that publish the run, each index last, and an older run's files to remove before."""
+        """Returns the renames that publish the datasets, indices last, and an older run's files to remove first."""
         prefix = self.config.output_prefix
         reports = [
             (Assembly.REJECTED, rejected_path(prefix)),
@@ -268,7 +271,7 @@ class Preprocessor:
         }
 
     def _sample(self, first: list[Chunk]) -> list[str]:
-        """Returns documents from chunks that are spread over the input; the first chunk is one of them."""
+        """Returns documents from the first chunk and from chunks spread over the input, to compare encoders."""
         plain = [source for source in self.sources if not source.is_stream]
         packed = [source for source in self.sources if source.is_stream and source.size() is not None]
         spread = _evenly(list(plan_chunks(plain, self.chunk_bytes, self.inputs.max_line_bytes)))

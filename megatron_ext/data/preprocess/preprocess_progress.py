@@ -1,4 +1,4 @@
-"""Shows the progress of a run: a live bar on a terminal, elsewhere a line from time to time."""
+"""Shows the progress of a preprocessing run: a live bar on a terminal, otherwise a line from time to time."""
 
 import sys
 import time
@@ -12,8 +12,8 @@ class ProgressDisplay:
     """Shows documents/s, MB/s, tokens/s and the time left, on standard error.
 
     Args:
-        total_bytes: bytes of input on disk; None if not known.
-        log_interval: documents between two lines, if standard error is no terminal.
+        total_bytes: number of bytes of input on disk; None if not known.
+        log_interval: number of documents between two progress lines, if standard error is not a terminal.
     """
 
     def __init__(self, total_bytes: int | None, log_interval: int) -> None:
@@ -47,7 +47,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def update(self, documents: int, tokens: int, input_bytes: int) -> None:
-        """Shows the progress; all three numbers count from the beginning of the dataset."""
+        """Shows the progress; all three numbers count from the beginning of the dataset, also in a resumed run."""
         if self._first is None:  # shards that a killed run finished do not count for this run's speed
             self._first = (documents, tokens, input_bytes)
         seconds = max(time.monotonic() - self._begin, 1e-9)

@@ -1,4 +1,4 @@
-"""Gives chunks to worker processes and appends the shards they write, in order."""
+"""Gives chunks of the input to worker processes and appends the shards that they write, in order."""
 
 import dataclasses
 import itertools
@@ -33,10 +33,10 @@ class WorkerSettings:
     """What a worker process is started with.
 
     Attributes:
-        tokenizer: the tokenizer to build.
+        tokenizer: configuration of the tokenizer to build.
         encoder_name: the library that tokenizes.
         options: how to write shards.
-        encoder: the parent's, which a forked worker inherits; a spawned one gets None and builds its own.
+        encoder: the parent's encoder, which a forked worker inherits; a spawned worker gets None and builds its own.
     """
 
     tokenizer: TokenizerConfig
@@ -60,7 +60,7 @@ class _Task:
 
 
 def make_worker(settings: WorkerSettings) -> TaskFunction:
-    """Locks the directory, builds the tokenizer and returns the function that handles a task."""
+    """Locks the working directory, builds the tokenizer and returns the function that handles one task."""
     held = hold_as_worker(settings.options.directory)
     encoder = settings.encoder or Encoder(build_tokenizer(settings.tokenizer), settings.encoder_name)
 
@@ -78,7 +78,7 @@ def make_worker(settings: WorkerSettings) -> TaskFunction:
 
 
 class LongLines:
-    """Quarantines the lines of a stream that are too long for memory; the parent writes a shard for each itself."""
+    """Quarantines lines of a stream that are too long for memory; the parent itself writes a shard for each line."""
 
     def __init__(self, options: ShardOptions) -> None:
         self._options = options
@@ -86,13 +86,13 @@ class LongLines:
         self.next_index = 0
 
     def write(self, data: bytes) -> None:
-        """Writes a piece of the line that will be chunk number `next_index`."""
+        """Writes a piece of the long line that will be chunk number `next_index`."""
         if self._writer is None:
             self._writer = ShardWriter(self._options, self.next_index)
         self._writer.keep_raw(data)
 
     def finish(self, index: int, chunk: Chunk) -> ShardInfo:
-        """Finishes the shard of the line."""
+        """Finishes the shard of a long line and returns its counts."""
         writer = self._writer or ShardWriter(self._options, index)
         self._writer = None
         for batch in read_chunk(chunk, self._options.keys, self._options.max_line_bytes):
@@ -101,13 +101,13 @@ class LongLines:
 
 
 class Scheduler:
-    """One pass over the chunks.
+    """One pass over all chunks: hands them to workers and appends the resulting shards in order.
 
     Args:
         chunks: all chunks, in order.
-        assembly: appends the shards; knows which ones the run that is resumed has appended.
+        assembly: appends the shards; knows which shards a killed run has already appended.
         options: how to write shards.
-        long_lines: receives the long lines from the iterator `chunks`.
+        long_lines: receives the long lines that the iterator `chunks` finds.
         max_documents: stop after this many documents; needs a single worker.
     """
 
@@ -129,17 +129,17 @@ class Scheduler:
         self.resumed_shards = assembly.state.next_shard
 
     def run(self, settings: WorkerSettings, workers: int, display: ProgressDisplay, lock: Closable) -> None:
-        """Handles every chunk.
+        """Handles every chunk, with worker processes.
 
         Args:
             settings: what a worker is started with.
-            workers: the most processes to start.
+            workers: the largest number of processes to start.
             display: shows the progress; must not be started yet, since a process with a second thread cannot fork.
             lock: the working directory's lock file, which workers must not hold.
 
         Raises:
-            ValueError: a line is no document and `on_error` is "fail", or a worker raised it.
-            OSError: a worker raised it, for example since the disk is full.
+            ValueError: a line is not a document and `on_error` is "fail", or a worker raised the error.
+            OSError: a worker raised the error, for example because the disk is full.
             WorkerDied, WorkerBug: see `worker_pool`.
         """
         task = self._next_task()
@@ -174,7 +174,7 @@ class Scheduler:
         return submitted
 
     def _next_task(self) -> _Task | None:
-        """Returns the next chunk that needs a worker; those before it are finished, appended or long lines."""
+        """Returns the next chunk that needs a worker; skips long lines and chunks that are finished or appended."""
         limit = self._documents_left()
         while limit != 0:
             self._long_lines.next_index = self._next_index
@@ -226,7 +226,7 @@ class Scheduler:
             self._assembly.append(info, chunk.source_index)
 
     def _place(self, index: int, error: RejectedLine) -> str:
-        """Returns the message for a line that stops the run: file, line, byte offset, reason."""
+        """Returns the error message for a line that stops the run: file, line, byte offset and reason."""
         chunk = self._pending[index]
         if chunk.source.has_columns:
             return f"{chunk.source.path}: row {(chunk.first_line or 0) + error.line + 1}: {error.reason}"

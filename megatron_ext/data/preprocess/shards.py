@@ -1,8 +1,8 @@
-"""Writes the shard of a chunk: for every key a file of tokens and a file of lengths, and a description.
+"""Writes the shard of one chunk: for every key, a file of tokens and a file of lengths; and a description.
 
-00000012.0.bin      tokens of the documents, key 0
-00000012.0.lengths  int32, tokens of each document; 0 for an empty one
-00000012.rejects    JSON lines [line, offset, reason], lines counted from the chunk's start
+00000012.0.bin      tokens of all documents, key 0
+00000012.0.lengths  int32, number of tokens in each document; 0 for an empty one
+00000012.rejects    JSON lines [line, offset, reason], lines counted from the start of the chunk
 00000012.raw        the rejected lines themselves (quarantine)
 00000012.json       counts, sizes and CRC-32 of the others; written last, by rename, so its presence means "finished"
 """
@@ -24,7 +24,7 @@ from megatron_ext.data.readers import Batch, Chunk, Reject, read_chunk
 
 
 class RejectedLine(Exception):
-    """A line is no document, and the run stops for it (`on_error` "fail"); holds its position in the chunk."""
+    """A line is not a document and stops the run (`on_error` is "fail"); holds the line's position in the chunk."""
 
     def __init__(self, line: int, offset: int | None, reason: str) -> None:
         super().__init__(line, offset, reason)
@@ -33,10 +33,10 @@ class RejectedLine(Exception):
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """What every worker of a run needs beside its tokenizer."""
+    """Settings that every worker of a run needs in addition to its tokenizer."""
 
     directory: str
-    """Directory of the shards."""
+    """Directory in which the shards are written."""
 
     keys: tuple[str, ...]
     """Values of `--json-keys`."""
@@ -45,39 +45,39 @@ class ShardOptions:
     """Type of one token, "uint16" or "int32"."""
 
     vocab_size: int
-    """Every token id must be below it."""
+    """Number of ids; every token id must be smaller."""
 
     eod: int | None
-    """Id that ends a document; None without `--append-eod`."""
+    """Id of the token that ends every document; None without `--append-eod`."""
 
     bos: int | None
-    """Id that begins a document; None without `--prepend-bos`."""
+    """Id of the token that begins every document; None without `--prepend-bos`."""
 
     on_error: OnError
-    """What to do with a line that is no document."""
+    """What to do with a line that is not a document."""
 
     skip_empty: bool
-    """Leave out documents that are empty under every key."""
+    """Whether to leave out documents whose texts are empty under every key."""
 
     max_line_bytes: int
-    """Longer lines are rejected."""
+    """Limit on the length of a line; longer lines are rejected."""
 
 
 @dataclass
 class ShardInfo:
-    """Counts of a shard.
+    """Counts for one shard, or for several together.
 
     Attributes:
-        documents: documents written (with empty ones, unless they are skipped).
-        tokens: tokens for every key.
-        empty: documents without a token, for every key.
-        skipped_empty: documents left out because they are empty.
-        lines: lines read.
-        blank: lines of white space alone.
-        rejected: lines that are no documents.
-        text_bytes: bytes read, unpacked.
-        input_bytes: bytes read from disk.
-        files: size and CRC-32 of each file, by its suffix.
+        documents: number of documents written, empty ones included.
+        tokens: for every key, the number of tokens.
+        empty: for every key, the number of documents without a token.
+        skipped_empty: number of documents left out because they are empty.
+        lines: number of lines read.
+        blank: number of lines with nothing but white space.
+        rejected: number of lines that are not documents.
+        text_bytes: number of bytes read, after unpacking.
+        input_bytes: number of bytes read from disk.
+        files: maps the suffix of each file of the shard to its size and CRC-32.
     """
 
     documents: int = 0
@@ -93,12 +93,12 @@ class ShardInfo:
 
 
 def shard_path(directory: str, index: int, suffix: str) -> Path:
-    """Returns the path of one file of a shard."""
+    """Returns the path of the file of shard `index` that has a given suffix."""
     return Path(directory, f"{index:08d}.{suffix}")
 
 
 class _CheckedFile:
-    """A file that counts its size and its CRC-32 as it is written."""
+    """A file that keeps track of its size and CRC-32 while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by `close`
@@ -130,14 +130,14 @@ class ShardWriter:
         return self._files[suffix]
 
     def keep_raw(self, data: bytes) -> None:
-        """Adds bytes of a rejected line to the quarantine."""
+        """Adds bytes of a rejected line to the quarantine file."""
         self._file("raw").write(data)
 
     def add(self, batch: Batch, encoder: Encoder | None) -> None:
-        """Tokenizes and writes the documents of a batch, and its rejected lines; without an encoder, no documents.
+        """Tokenizes and writes a batch's documents, and records its rejected lines; rejects alone need no encoder.
 
         Raises:
-            RejectedLine: a line is no document and `on_error` is "fail".
+            RejectedLine: a line is not a document and `on_error` is "fail".
         """
         for reject in batch.rejects:
             self._reject(reject)
@@ -168,13 +168,13 @@ class ShardWriter:
             self.keep_raw(reject.raw)
 
     def _encode(self, texts: list[str], encoder: Encoder | None) -> tuple[list[bytes], Ids]:
-        """Returns the tokens as bytes of the dataset's type, and each document's length with begin and end token."""
+        """Returns the tokens as bytes, and the length of each document, its begin and end tokens included."""
         pieces: list[bytes] = []
         all_lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
         for ids, lengths in encoder.encode(texts) if encoder is not None else ():
             if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._options.vocab_size:
                 raise ValueError(
-                    f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size}"
+                    f"token id {int(ids.max())} lies outside the vocabulary of {self._options.vocab_size} ids"
                 )
             ids, lengths = self._framed(ids, lengths)
             pieces.append(ids.astype(self._options.dtype).tobytes())
@@ -182,7 +182,7 @@ class ShardWriter:
         return pieces, np.concatenate(all_lengths)
 
     def _framed(self, ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
-        """Puts the begin and end tokens that the options ask for around each document that is not empty."""
+        """Puts the begin and end tokens that the options name around each document that is not empty."""
         filled = lengths > 0
         if self._options.eod is not None:
             ids = np.insert(ids, np.cumsum(lengths)[filled], self._options.eod)
@@ -193,7 +193,7 @@ class ShardWriter:
         return ids, lengths
 
     def finish(self, input_bytes: int) -> ShardInfo:
-        """Closes the files and writes the description, which marks the shard as finished."""
+        """Closes the shard's files and writes its description, which marks the shard as finished."""
         self.close()
         self.info.input_bytes = input_bytes
         self.info.files = {suffix: (file.size, file.crc) for suffix, file in self._files.items()}
@@ -204,7 +204,7 @@ class ShardWriter:
         return self.info
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the shard's files."""
         for file in self._files.values():
             file.close()
 
@@ -217,18 +217,18 @@ def encode_chunk(
     limit: int | None = None,
     report: Callable[[ShardInfo], None] = lambda info: None,
 ) -> ShardInfo:
-    """Reads, tokenizes and writes one chunk.
+    """Reads and tokenizes one chunk, and writes its shard.
 
     Args:
-        options: the run's.
-        index: the chunk's number, which names the shard.
+        options: how to write shards.
+        index: number of the chunk, which names the shard's files.
         chunk: what to read.
-        encoder: the tokenizer.
+        encoder: turns texts into ids.
         limit: stop after this many documents.
         report: called after every batch with the counts so far.
 
     Raises:
-        RejectedLine: a line is no document and `on_error` is "fail".
+        RejectedLine: a line is not a document and `on_error` is "fail".
     """
     writer = ShardWriter(options, index)
     keep_raw = writer.keep_raw if options.on_error == "quarantine" else None
@@ -242,7 +242,7 @@ def encode_chunk(
 
 
 def read_finished_shard(directory: str, index: int, *, check: bool) -> ShardInfo | None:
-    """Reads the description of a finished shard; None if there is none or (with `check`) its files are damaged."""
+    """Reads a finished shard's description; returns None if there is none or, with `check`, a file is damaged."""
     path = shard_path(directory, index, "json")
     if not path.is_file():
         return None

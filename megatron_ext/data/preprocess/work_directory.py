@@ -1,8 +1,8 @@
-"""The directory of an unfinished run, `PREFIX.preprocess/`: its lock, its plan, and how it is resumed and published.
+"""The directory of an unfinished run, `PREFIX.preprocess/`: its lock, its plan, resumption and publication.
 
-No file in it has a dataset's name. A run publishes by a list of renames, which it first writes to disk, with every
-`.bin` before any `.idx`. So `--resume` completes a run that was killed between two renames, and no `.idx` of the new
-dataset is ever without its `.bin`.
+No file in it has the name of a dataset. A run publishes its datasets by renaming files; it first writes the list of
+renames to disk, with every `.bin` before any `.idx`. So `--resume` can complete a run that was killed between two
+renames, and no `.idx` of the new dataset is ever without its `.bin`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def hold_as_worker(directory: str) -> BinaryIO:
     A worker whose parent was killed may write a moment longer; the next run in this directory waits for it.
 
     Raises:
-        EOFError: the parent has died already, so another run may be using the directory.
+        EOFError: the parent has already died, so another run may be using the directory.
     """
     file = open(Path(directory, _WORKERS_LOCK), "wb")  # noqa: SIM115 - held while the process lives
     fcntl.flock(file, fcntl.LOCK_SH)
@@ -36,15 +36,15 @@ def hold_as_worker(directory: str) -> BinaryIO:
 
 
 class WorkDirectory:
-    """Creates the working directory of a prefix, or continues with that of a killed run.
+    """The working directory of an output prefix: created, or taken over from a killed run.
 
     Args:
         output_prefix: `--output-prefix`; missing directories are created.
-        plan: what the run's result depends on; a resumed run must have the same.
+        plan: what the run's result depends on; a resumed run must have the same plan.
         resume: continue a killed run, if there is one.
 
     Attributes:
-        lock: held while this process works on the prefix.
+        lock: the lock file, held while this process works on the prefix.
 
     Raises:
         ValueError: another process works on the prefix, or the run to resume had another plan.
@@ -106,15 +106,15 @@ class WorkDirectory:
 
     @property
     def is_publishing(self) -> bool:
-        """Whether the datasets are complete and only have to be renamed."""
+        """Whether the datasets are complete and only their renames remain."""
         return (self.path / PUBLISH).is_file()
 
     def prepare(self, moves: list[tuple[Path, str]], stale: list[str]) -> None:
-        """Writes the list of renames to make, in order, and of an older dataset's files to remove before."""
+        """Writes two lists to disk: renames to make, in order, and an older dataset's files to remove before them."""
         self._write(PUBLISH, {"moves": [[str(source), target] for source, target in moves], "stale": stale})
 
     def publish(self) -> None:
-        """Makes the renames that have not been made."""
+        """Makes the renames that have not been made yet."""
         todo = json.loads((self.path / PUBLISH).read_text(encoding="utf-8"))
         moves = [(Path(source), target) for source, target in todo["moves"]]
         made = {target for source, target in moves if not source.exists()}
@@ -126,7 +126,7 @@ class WorkDirectory:
                 os.replace(source, target)
 
     def remove(self) -> None:
-        """Removes the directory; one that is only partly removed still counts as published."""
+        """Removes the directory; if this is interrupted, the rest still shows that the run was published."""
         last = (PLAN, PUBLISH, STATE)
         with contextlib.suppress(FileNotFoundError):
             for path in sorted(
@@ -137,5 +137,5 @@ class WorkDirectory:
         self.release()
 
     def release(self) -> None:
-        """Lets another process use the directory."""
+        """Gives up the lock, so that another process can use the directory."""
         self.lock.close()

@@ -1,8 +1,9 @@
-"""Worker processes for a stream of tasks; the parent notices at once when one dies, and says at what task.
+"""Worker processes for a stream of tasks; the parent notices at once when a worker dies, and says at which task.
 
 `multiprocessing.Pool` waits for ever for a killed worker. `concurrent.futures.ProcessPoolExecutor` does not say which
 task killed it, lets running tasks end before it stops, and its workers outlive a killed parent. Here every worker
-has a pipe of its own and one task at a time: the pipe ends with the worker, and for the worker with its parent.
+has its own pipe and one task at a time: the parent sees the pipe close when the worker dies, and the worker sees it
+close when the parent dies.
 
 Workers are forked if this process has a single thread: they start at once with all that is loaded (Python, numpy, the
 tokenizer), which would otherwise cost each of them a third of a second. Threads do not survive a fork, so a process
@@ -28,11 +29,11 @@ class Closable(Protocol):
     """An open file or connection."""
 
     def close(self) -> None:
-        """Closes it."""
+        """Closes the file or connection."""
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended although the parent had not asked it to (killed, out of memory)."""
+    """A worker process ended although the parent had not ended it (it was killed, or ran out of memory)."""
 
 
 class WorkerBug(RuntimeError):
@@ -40,7 +41,7 @@ class WorkerBug(RuntimeError):
 
 
 def start_method() -> Literal["fork", "spawn"]:
-    """Returns how to start workers: by fork if this process is known to have one thread."""
+    """Returns how to start workers: "fork" if this process is known to have only one thread, otherwise "spawn"."""
     try:
         return "fork" if len(os.listdir("/proc/self/task")) == 1 else "spawn"
     except OSError:  # a system without /proc
@@ -51,10 +52,10 @@ class WorkerPool:
     """Processes that each run `make_worker(argument)` once and then the function it returns for every task.
 
     Args:
-        make_worker: importable; called in the worker, returns `function(task, report) -> result`.
+        make_worker: an importable function, called in the worker; returns `function(task, report) -> result`.
         argument: given to `make_worker`; a forked worker inherits it, a spawned one gets a pickled copy.
         size: number of processes.
-        passed_on: kinds of exception that are returned as a task's result; others raise `WorkerBug`.
+        passed_on: exception classes that are returned as a task's result; any other exception raises `WorkerBug`.
         parents_own: open files that workers must not hold (a lock lives as long as any process holds its file).
     """
 
@@ -87,12 +88,12 @@ class WorkerPool:
 
     @property
     def num_idle(self) -> int:
-        """Workers without a task."""
+        """Number of workers without a task."""
         return len(self._idle)
 
     @property
     def num_running(self) -> int:
-        """Tasks without a result."""
+        """Number of tasks without a result."""
         return len(self._running)
 
     def submit(self, task: Any) -> None:
@@ -105,11 +106,11 @@ class WorkerPool:
             raise self._death(connection) from None
 
     def wait(self, timeout: float) -> tuple[list[tuple[Any, Any]], list[Any]]:
-        """Waits at most `timeout` seconds for messages; returns pairs of task and result, and what tasks reported.
+        """Waits at most `timeout` seconds for messages; returns (task, result) pairs and the values tasks reported.
 
         Raises:
-            WorkerDied: a worker ended.
-            WorkerBug: a worker raised an exception that is not passed on.
+            WorkerDied: a worker process ended.
+            WorkerBug: a worker raised an exception that is not one of `passed_on`.
         """
         results, reports = [], []
         ready: list[Any] = wait(self._processes, timeout)
@@ -148,7 +149,7 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back; a process started within begins with them blocked, until `_work` ignores them."""
+    """Blocks SIGINT and SIGTERM, also in processes started inside the block, until `_work` ignores them there."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield

@@ -2,7 +2,7 @@
 parses lines into documents (`documents`).
 
 A chunk is what one worker process handles at a time. Chunks depend on the input alone, not on the number of workers, so
-a run can be resumed with another number.
+a run can be resumed with another number of workers.
 """
 
 from megatron_ext.data.readers.documents import Batch, Reject, iter_documents, read_chunk

@@ -1,7 +1,8 @@
-"""Reads documents from columns: .parquet and Arrow files (.arrow, .feather), one document per row.
+"""Reads documents from the columns of .parquet and Arrow files (.arrow, .feather), one document per row.
 
-A chunk is a row group of a parquet file, or a record batch of an Arrow file (random access or stream, as `datasets`
-writes it). A text column may have any of Arrow's string and binary types, or be a dictionary of one.
+A chunk is one row group of a parquet file, or one record batch of an Arrow file (in the random-access format, or in the
+stream format that `datasets` writes). A text column may have any of Arrow's string and binary types, also
+dictionary-encoded.
 """
 
 import contextlib
@@ -13,10 +14,10 @@ from megatron_ext.data.files.optional_packages import import_optional
 Format = Literal["parquet", "arrow"]
 
 FORMATS: dict[str, Format] = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
-"""File name suffix -> format with columns."""
+"""Maps a file name suffix to the format of such a file, for formats that have columns."""
 
 UNITS = {"parquet": "row group", "arrow": "record batch"}
-"""Format -> the unit that becomes a chunk."""
+"""Maps a format to the name of the part of a file that becomes one chunk."""
 
 _ROWS = 256
 
@@ -29,7 +30,7 @@ def check_columns(path: str, file_format: str, keys: tuple[str, ...]) -> None:
         schema = file.schema_arrow if file_format == "parquet" else file.schema
     for key in keys:
         if schema.names.count(key) != 1:
-            how = "several columns of that name" if key in schema.names else "the columns"
+            how = "several columns of that name" if key in schema.names else "no column of that name, only"
             raise ValueError(f"--json-keys {key}: {path} has {how}: {', '.join(schema.names)}")
         if not _is_text(schema.field(key).type):
             raise ValueError(
@@ -49,7 +50,7 @@ def _is_text(kind: Any) -> bool:
 
 @contextlib.contextmanager
 def _in_one_line(message: str) -> Iterator[None]:
-    """Turns pyarrow's error about a damaged file into one line; errors of the operating system pass unchanged."""
+    """Turns pyarrow's error about a damaged file into a one-line `ValueError`; passes on operating system errors."""
     import pyarrow
 
     try:
@@ -63,7 +64,7 @@ def _in_one_line(message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path: str, file_format: str) -> Iterator[Any]:
-    """Opens a parquet file, an Arrow file (has `num_record_batches`) or an Arrow stream."""
+    """Opens a parquet file, an Arrow file (whose reader has `num_record_batches`) or an Arrow stream."""
     import pyarrow.ipc
     import pyarrow.parquet
 
@@ -102,12 +103,13 @@ def _record_batches(file: Any, first: int) -> Iterator[Any]:
 def read_rows(
     path: str, file_format: str, part: int, keys: tuple[str, ...]
 ) -> Iterator[tuple[int, list[list[bytes | None]]]]:
-    """Yields (bytes, columns) of some rows of a row group or record batch; a column's values are bytes, None for null.
+    """Yields the rows of a row group or record batch, some at a time: (size in bytes, a list of values per column).
 
-    They are bytes because a string column may hold invalid UTF-8, for which only its own row is rejected.
+    Values are bytes, or None for null. They are not strings because a column may hold invalid UTF-8; then only the row
+    concerned is rejected.
 
     Raises:
-        ValueError: a part of the file cannot be read.
+        ValueError: the row group or record batch cannot be read.
     """
     import pyarrow
 

@@ -1,8 +1,8 @@
 """Unpacks .gz, .zst, .bz2 and .xz files piece by piece; a file that ends too early is an error.
 
 A file may hold several packed pieces one after the other (gzip members, zstd frames, bzip2 and xz streams); they are
-read as one text. The last three do not use their libraries' own file readers, which accept a truncated file as complete
-or ignore what follows the first piece.
+read as one text. For zstd, bzip2 and xz, the libraries' own file readers are not used: they accept a truncated file as
+complete, or ignore what follows the first piece.
 """
 
 import bz2
@@ -16,19 +16,19 @@ from megatron_ext.data.files.optional_packages import import_optional
 
 Compression = Literal["gz", "zst", "bz2", "xz"]
 SUFFIXES: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
-"""File name suffix -> compression."""
+"""Maps a file name suffix to the compression of such a file."""
 
 MAX_ZSTD_WINDOW = 1 << 31
-"""Largest window of unpacked data that a zstd frame may refer to (`zstd --long=31`); it is kept in memory."""
+"""Largest window, in bytes, that a zstd frame may need (`zstd --long=31`); the window is kept in memory."""
 
 _PACKED_BYTES = 16 << 10
 
 
 def open_packed(file: BinaryIO, path: str, compression: Compression) -> Callable[[int], bytes]:
-    """Returns `read(n)` of the unpacked bytes of a file; `n` is only a hint.
+    """Returns a function `read(n)` that reads about `n` unpacked bytes of a file.
 
     Raises (from `read`):
-        ValueError: the data has another format, is truncated, or needs more memory than allowed.
+        ValueError: the data is in another format, is truncated, or needs more memory than allowed.
     """
     if compression == "gz":
         return _open_gzip(file, path)
@@ -63,9 +63,9 @@ def _open_pieces(
     errors: tuple[type[Exception], ...],
     padding: bytes = b"",
 ) -> Callable[[int], bytes]:
-    """Reads pieces one after the other; `new_piece` makes an object with `decompress`, `eof` and `unused_data`.
+    """Returns a function that reads packed pieces one after the other as one text.
 
-    `padding` may stand between pieces.
+    `new_piece` makes an object with `decompress`, `eof` and `unused_data`; `padding` may stand between pieces.
     """
     piece = new_piece()
     rest, started = b"", False
@@ -96,7 +96,7 @@ def _open_pieces(
 
 
 def _reason(kind: str, error: Exception) -> str:
-    """Explains an unpacking library's error."""
+    """Turns the error of an unpacking library into a message for the user."""
     text = str(error)
     if "too much memory" in text:
         return (

@@ -1,6 +1,7 @@
 """Refuses a file whose first bytes show that it is not UTF-8 text, and says what to do.
 
-Otherwise each of its lines would be rejected as malformed, or (ASCII in UTF-16) read as text full of zero bytes.
+Without this check, every line of the file would be rejected as malformed, or (ASCII in UTF-16) read as text full of
+zero bytes.
 """
 
 from collections.abc import Callable
@@ -26,10 +27,10 @@ _FORMATS = (
 
 
 def check_is_text(read: Callable[[int], bytes], path: str) -> bytes:
-    """Reads the beginning of a file and returns it.
+    """Reads the beginning of a file, checks that it is UTF-8 text, and returns it.
 
     Raises:
-        ValueError: it is not UTF-8 text; the message says what it is and what to do.
+        ValueError: the file is not UTF-8 text; the message says what it is and what to do.
     """
     head = b""
     while len(head) < HEAD_BYTES and (piece := read(HEAD_BYTES - len(head))):

@@ -1,4 +1,4 @@
-"""Parses a chunk into documents, and rejects every line that is not one, with its position and the reason."""
+"""Parses a chunk into documents, and rejects every line that is not a document, with its position and the reason."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from megatron_ext.data.readers.sources import MAX_CHUNK_BYTES, Chunk, expand_inp
 
 _BOM = b"\xef\xbb\xbf"
 _NO_OBJECT = ("malformed JSON", "expected a JSON object")
-_FIRST_LINE_HINT = " (JSON lines are one object a line; a file of plain text must be named .txt)"
+_FIRST_LINE_HINT = " (JSON lines hold one object per line; a file of plain text must be named .txt)"
 _decode_json = json.JSONDecoder().decode
 
 
@@ -20,10 +20,10 @@ class Reject:
     """A line that is not a document.
 
     Attributes:
-        line: counted from 0 within the chunk (a row of a file of columns).
-        offset: first byte in the unpacked source, None for a row.
-        reason: for the user.
-        raw: the line as it was read, for the quarantine; None if `on_long_line` got it in pieces.
+        line: number of the line (or row) within the chunk, counted from 0.
+        offset: position of its first byte in the unpacked source; None for a row.
+        reason: why it is not a document, in words for the user.
+        raw: the line as it was read, for the quarantine file; None if `on_long_line` received it in pieces.
     """
 
     line: int
@@ -37,12 +37,12 @@ class Batch:
     """Consecutive documents of a chunk.
 
     Attributes:
-        texts: for every key the documents' texts, in order; the lists have the same length.
-        places: for every document its line, counted as in `Reject`.
-        rejects: the lines among them that are no documents.
-        lines: number of lines read, of any kind.
-        blank: number of lines of white space alone, which are neither documents nor errors.
-        text_bytes: bytes read.
+        texts: for every key, the texts of the documents, in order; all lists have the same length.
+        places: for every document, the number of its line, counted as in `Reject`.
+        rejects: the rejected lines between these documents.
+        lines: number of lines read: documents, rejected lines and blank lines.
+        blank: number of lines with nothing but white space, which are neither documents nor errors.
+        text_bytes: number of bytes read.
     """
 
     texts: list[list[str]]
@@ -54,7 +54,7 @@ class Batch:
 
 
 class _NotADocument(ValueError):
-    """The reason why a line is rejected."""
+    """A line is not a document; the message is the reason for which it is rejected."""
 
 
 def read_chunk(
@@ -68,9 +68,9 @@ def read_chunk(
 
     Args:
         chunk: what to read.
-        keys: keys of a JSON line, or columns; for plain text only their number matters.
+        keys: keys of the JSON objects, or names of columns; for plain text only their number matters.
         max_line_bytes: a longer line is rejected.
-        on_long_line: gets the pieces of a line that is too long for memory, after the batch that rejects it.
+        on_long_line: receives the pieces of a line that is too long for memory, after the batch that rejects the line.
         limit: stop after this many documents.
     """
     for batch in _read(chunk, keys, max_line_bytes, on_long_line):
@@ -83,11 +83,11 @@ def read_chunk(
 
 
 def iter_documents(config: InputConfig) -> Iterator[tuple[str, ...]]:
-    """Yields the documents of `--input`, read in this process, as one text for each key.
+    """Yields each document of `--input` as a tuple with one text per key; reads the files in this process.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a line is no document; names file and byte.
+        ValueError: a line is not a document; the message names the file and the line's first byte.
     """
     sources = expand_inputs(config)
     left = config.max_documents
@@ -155,7 +155,7 @@ def _read_range(
 def _parse_lines(
     chunk: Chunk, keys: tuple[str, ...], offset: int, data: bytes, first_line: int, max_line_bytes: int
 ) -> Batch:
-    """Parses whole lines; `offset` and `first_line` are those of the first of them."""
+    """Parses whole lines; `offset` and `first_line` are the position and the number of the first line."""
     batch = Batch([[] for _ in keys], text_bytes=len(data))
     lines = data.split(b"\n")
     if not lines[-1]:

@@ -1,4 +1,4 @@
-"""Divides bytes into whole lines, with bounded memory whatever the length of a line.
+"""Divides bytes into whole lines, with bounded memory however long a line is.
 
 A byte range `[start, end)` of a file owns the lines whose first byte lies in it, so adjacent ranges cover every line
 once: a partial line at the beginning belongs to the range before, and the last line is read beyond `end`.
@@ -15,10 +15,11 @@ Read = Callable[[int], bytes]
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive bytes.
+    """Consecutive bytes of a source.
 
     Attributes:
-        kind: `LINES`, whole lines; `LONG`, a part of a line over the limit; `LONG_END`, its last part (may be empty).
+        kind: `LINES` for whole lines, `LONG` for a part of a line over the limit, `LONG_END` for its last part (maybe
+            empty).
         offset: position of the first byte in the source.
         data: the bytes, newlines included (the last line of a source may have none).
     """
@@ -32,11 +33,11 @@ def scan_lines(read: Read, start: int, end: int | None, max_line_bytes: int) -> 
     """Yields the lines that start in `[start, end)`, about `BLOCK_BYTES` at a time.
 
     Args:
-        read: reads up to n bytes, none at the end; positioned at `max(start - 1, 0)`.
+        read: reads up to n bytes, none at the end; its first byte must be number `max(start - 1, 0)` of the source.
         start: first byte of the range.
         end: end of the range; None for the end of the file.
-        max_line_bytes: a longer line is yielded in parts; one that ends in the block in which it was found may still
-            be among `LINES`, so the caller must check the length of each.
+        max_line_bytes: a longer line is yielded in parts. If it ends within the block in which it was found, it may
+            still be among `LINES`, so the caller must check the length of every line.
     """
     tail, tail_offset = bytearray(), 0
     in_long_line = False
@@ -65,7 +66,7 @@ def scan_lines(read: Read, start: int, end: int | None, max_line_bytes: int) -> 
 
 
 def _owned(read: Read, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
-    """Yields the owned bytes in pieces, each with its offset."""
+    """Yields the bytes of the lines that the range owns, in pieces, each with its offset."""
     position = max(start - 1, 0)
     skipping = start > 0  # until the newline that ends the line of the byte before the range
     complete = True
@@ -93,7 +94,7 @@ def _owned(read: Read, start: int, end: int | None) -> Iterator[tuple[int, bytes
 
 
 def count_line_starts(path: str, start: int, end: int) -> int:
-    """Returns how many lines of a file start in `[start, end)`: after every newline, and at byte 0."""
+    """Returns how many lines of a file start in `[start, end)`; a line starts at byte 0 and after every newline."""
     count, position = int(start == 0 < end), max(start - 1, 0)
     with open(path, "rb") as file:
         file.seek(position)

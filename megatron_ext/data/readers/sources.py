@@ -1,7 +1,7 @@
 """Finds the files to read, and divides them into chunks.
 
 plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
-packed, standard input, a pipe      blocks of whole lines, unpacked by the parent process and sent to the workers
+packed files, standard input, pipes blocks of whole lines, unpacked by the parent process and sent to the workers
 .parquet, .arrow, .feather          one chunk for each row group or record batch
 .txt with --text-unit file          one chunk for each file
 """
@@ -33,10 +33,10 @@ class TextSource:
     """One input file.
 
     Attributes:
-        path: as the user wrote it, or as the pattern matched; "-" for standard input.
-        format: what its content is.
-        compression: how it is packed.
-        is_stream: whether it can only be read from start to end.
+        path: the path as the user wrote it or as a pattern matched it; "-" for standard input.
+        format: what the file holds.
+        compression: how the file is packed; None if it is not.
+        is_stream: whether it can only be read from start to end (a packed file, standard input, a pipe).
     """
 
     path: str
@@ -46,11 +46,11 @@ class TextSource:
 
     @property
     def has_columns(self) -> bool:
-        """Whether a document is a row of columns."""
+        """Whether the file has columns, with one document per row."""
         return self.format in columns.UNITS
 
     def size(self) -> int | None:
-        """Bytes on disk, None for standard input and pipes."""
+        """Number of bytes on disk; None for standard input and pipes."""
         if self.path == STDIN or (self.is_stream and self.compression is None):
             return None
         return os.path.getsize(self.path)
@@ -58,17 +58,17 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a source.
+    """The part of a source that one worker handles at a time.
 
     Attributes:
-        source_index: which source, counted in input order.
-        source: the file.
-        start, end: bytes of the unpacked content; for columns the number of the row group or record batch, and
-            that number plus one.
-        input_bytes: bytes on disk that reading it consumes, for the progress display.
-        data: the content, where the source is a stream.
-        first_line: lines (rows) of the source before the chunk, where that is known without reading it again.
-        long_line: the chunk is a single line over the limit, not kept here.
+        source_index: number of the source, counted in input order.
+        source: the source itself.
+        start, end: range of bytes in the unpacked content; for columns, the number of the row group or record batch,
+            and that number plus one.
+        input_bytes: number of bytes on disk that the chunk takes up, for the progress display.
+        data: the content of the chunk if the source is a stream; otherwise None.
+        first_line: number of lines (rows) before the chunk; None if the source would have to be read again to know.
+        long_line: whether the chunk is a single line over the limit, whose content is not kept here.
     """
 
     source_index: int
@@ -86,10 +86,11 @@ class Chunk:
 
 
 def expand_inputs(config: InputConfig) -> list[TextSource]:
-    """Returns the sources of `--input`, patterns in sorted order.
+    """Returns the sources that `--input` names; the files that a pattern matches are sorted.
 
     Raises:
-        FileNotFoundError, ValueError: one line that names the argument; also for a file that is named twice.
+        FileNotFoundError, PermissionError, ValueError: an argument cannot be read, or names a file a second time; the
+            one-line message names the argument.
     """
     sources: list[TextSource] = []
     spelled: list[tuple[str, str | int]] = []
@@ -125,7 +126,7 @@ def _source(path: str, config: InputConfig) -> TextSource:
         file_format = columns.FORMATS[suffix]
         if is_stream:
             raise ValueError(
-                f"--input {path}: a {suffix} file must be a plain file, it packs its columns itself"
+                f"--input {path}: a {suffix} file must be neither compressed nor a pipe; unpack it to a file"
             )
         columns.check_columns(path, file_format, config.json_keys)
         return TextSource(path, file_format, None, False)
@@ -147,12 +148,14 @@ def _text_source(
     if config.text_unit == "line":
         return TextSource(path, "text", compression, is_stream)
     if is_stream:
-        raise ValueError(f"--text-unit file: {path} must be a plain .txt file")
+        raise ValueError(
+            f"--text-unit file: {path} must be neither compressed nor a pipe; unpack it to a .txt file"
+        )
     return TextSource(path, "whole_text", None, False)
 
 
 def chunk_size(sources: list[TextSource]) -> int:
-    """Returns the size of a byte range: a 64th of the input, within limits."""
+    """Returns the number of bytes in a chunk of plain lines: a 64th of the input, within limits."""
     total = sum(source.size() or 0 for source in sources)
     return min(max(total // 64, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
 
@@ -167,9 +170,10 @@ def plan_chunks(
 
     Args:
         sources: what to read.
-        chunk_bytes: size of a byte range.
-        max_line_bytes: a longer line of a stream becomes a chunk of its own, marked `long_line`.
-        on_long_line: gets the pieces of such a line before its chunk is yielded; without it the chunk comes at once.
+        chunk_bytes: number of bytes in a chunk of plain lines.
+        max_line_bytes: a longer line of a stream becomes a separate chunk, marked `long_line`.
+        on_long_line: receives the pieces of such a line before its chunk is yielded; if None, the chunk is yielded
+            before the whole line is read.
     """
     for index, source in enumerate(sources):
         if source.is_stream:
@@ -194,7 +198,7 @@ def _column_chunks(index: int, source: TextSource) -> Iterator[Chunk]:
 
 
 def open_stream(source: TextSource) -> tuple[BinaryIO, Callable[[int], bytes]]:
-    """Opens a stream: the file on disk (for its position) and a function that reads unpacked bytes."""
+    """Opens a source; returns the file on disk, whose position shows the progress, and a reader of unpacked bytes."""
     if source.path == STDIN:
         return sys.stdin.buffer, sys.stdin.buffer.read
     file = open(source.path, "rb")  # noqa: SIM115 - the caller closes it
@@ -204,7 +208,7 @@ def open_stream(source: TextSource) -> tuple[BinaryIO, Callable[[int], bytes]]:
 
 
 class _StreamCutter:
-    """Collects the spans of a stream into chunks, and counts bytes and lines."""
+    """Collects the spans of a stream into chunks, and counts their bytes and lines."""
 
     def __init__(self, index: int, source: TextSource, packed_position: Callable[[], int] | None) -> None:
         self._index, self._source, self._packed_position = index, source, packed_position
@@ -218,7 +222,7 @@ class _StreamCutter:
         return self.position - self._start >= STREAM_CHUNK_BYTES
 
     def take(self, *, long_line: bool = False) -> Iterator[Chunk]:
-        """Yields the chunk of the lines added, or of the long line that was skipped; nothing if there is none."""
+        """Yields the chunk of the lines added so far, or of the skipped long line; yields nothing if there are none."""
         if self.position > self._start:
             consumed = self._packed_position() if self._packed_position else self.position
             data = None if long_line else b"".join(self._parts)
@@ -230,12 +234,12 @@ class _StreamCutter:
             self._consumed, self._start, self._parts = consumed, self.position, []
 
     def skip(self) -> None:
-        """Leaves out the bytes that were skipped since the last chunk."""
+        """Makes the next chunk start after the bytes skipped since the last one."""
         self._start = self.position
 
 
 def _checked(read: Callable[[int], bytes], path: str) -> Callable[[int], bytes]:
-    """Wraps `read`; checks the beginning of the content at the first call."""
+    """Wraps `read` so that its first call checks the beginning of the content."""
     head: bytes | None = None
 
     def checked(size: int) -> bytes:

@@ -1,7 +1,7 @@
-"""Tokenizers: `build_tokenizer` makes the one that a `TokenizerConfig` describes.
+"""Tokenizers; `build_tokenizer` builds the one that a `TokenizerConfig` describes.
 
-All types share the interface of `tokenizer.Tokenizer`, which mcore's datasets accept. A library is imported when a
-tokenizer of its type is built, so that tools start quickly.
+All types share the interface of `tokenizer.Tokenizer`, which mcore's datasets accept. The library behind a type is
+imported only when a tokenizer of that type is built, so that tools start quickly.
 """
 
 from typing import TypeVar
@@ -15,10 +15,10 @@ _Value = TypeVar("_Value", str, int)
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Builds the tokenizer of a configuration.
+    """Builds the tokenizer that a configuration describes.
 
     Raises:
-        FileNotFoundError, ValueError: one line that names the flag and the file.
+        FileNotFoundError, ValueError: the tokenizer cannot be built; the one-line message names the flag and the file.
     """
     tokenizer = _build(config)
     tokenizer.files = config.files()
@@ -55,6 +55,6 @@ def _build(config: TokenizerConfig) -> Tokenizer:
 
 
 def _given(value: _Value | None) -> _Value:
-    """Asserts that a flag was given, which `TokenizerConfig` has checked."""
+    """Returns the value of a flag that must have been given; `TokenizerConfig` has already checked that it was."""
     assert value is not None
     return value

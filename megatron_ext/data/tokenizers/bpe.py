@@ -1,7 +1,7 @@
-"""Tokenizers on Hugging Face's `tokenizers` library: GPT-2's byte-level BPE, and any local tokenizer.json.
+"""Tokenizers based on Hugging Face's `tokenizers` library: GPT-2's byte-level BPE, and any local tokenizer.json.
 
 `GPT2BPETokenizer` reads vocab.json and merges.txt; mcore's class of that name downloads GPT-2's configuration
-first, which a machine without the internet cannot do. `HuggingFaceTokenizer` reads a tokenizer.json, or a
+first, which fails on a machine without internet access. `HuggingFaceTokenizer` reads a tokenizer.json, or a
 directory that holds one (or files that `transformers` can convert); it never downloads.
 """
 
@@ -17,17 +17,17 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 EOD_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
-"""Tried in this order if no configuration file names the end-of-sequence token."""
+"""End-of-document tokens that are tried, in this order, if no configuration file names one."""
 
 
 class LibraryTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer` behind our interface.
+    """Gives a `tokenizers.Tokenizer` the interface of our `Tokenizer`.
 
     Args:
-        backend: the library's object; its padding and truncation are switched off.
+        backend: the `tokenizers.Tokenizer`; its padding and truncation are switched off.
         eod_token: the end-of-document token, which must be in the vocabulary.
-        source: name for error messages.
-        bos_token: the begin-of-text token; a token that the backend's post-processor puts before a text has priority.
+        source: flag and path that the tokenizer comes from, for error messages.
+        bos_token: the begin-of-text token; a token that the backend's post-processor puts before a text replaces it.
     """
 
     def __init__(
@@ -38,7 +38,9 @@ class LibraryTokenizer(Tokenizer):
         self.backend = backend
         eod = backend.token_to_id(eod_token)
         if eod is None:
-            raise ValueError(f"{source}: the vocabulary has no {eod_token}, which ends a document")
+            raise ValueError(
+                f"{source}: the vocabulary has no {eod_token}, the token that must end a document"
+            )
         self.eod = eod
         self.bos = None if bos_token is None else backend.token_to_id(bos_token)
         self.reads_special_tokens = not backend.encode_special_tokens
@@ -58,17 +60,17 @@ class LibraryTokenizer(Tokenizer):
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the text of ids."""
+        """Returns the text that token ids stand for, special tokens included."""
         text: str = self.backend.decode(list(map(int, ids)), skip_special_tokens=False)
         return text
 
     @cached_property
     def vocab(self) -> dict[str, int]:
-        """Token -> id, added tokens included."""
+        """Maps each token, added tokens included, to its id."""
         return dict(self.backend.get_vocab())
 
     def _further_probes(self) -> list[object]:
-        """The added tokens with a flag that limits where they match, which the fixed texts need not show."""
+        """Returns the added tokens with a flag that limits where they match, which `PROBE_TEXTS` might not reveal."""
         normalizes = self.backend.normalizer is not None
         return [
             [token_id, token.single_word, token.lstrip, token.rstrip, token.normalized and normalizes]
@@ -77,20 +79,20 @@ class LibraryTokenizer(Tokenizer):
         ]
 
     def gigatoken_source(self) -> str:
-        """Returns the tokenizer.json."""
+        """Returns this tokenizer as the text of a tokenizer.json."""
         text: str = self.backend.to_str()
         return text
 
 
 class GPT2BPETokenizer(LibraryTokenizer):
-    """GPT-2's byte-level BPE from its two files.
+    """GPT-2's byte-level BPE, read from its two files.
 
     Args:
-        vocab_file: vocab.json, token -> id; must hold `<|endoftext|>`.
-        merge_file: merges.txt.
+        vocab_file: vocab.json, which maps each token to its id; must contain `<|endoftext|>`.
+        merge_file: merges.txt, which lists one pair of tokens to merge per line.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or has another format.
+        FileNotFoundError, ValueError: a file is missing or malformed.
     """
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
@@ -108,30 +110,34 @@ class GPT2BPETokenizer(LibraryTokenizer):
 
 
 class HuggingFaceTokenizer(LibraryTokenizer):
-    """A tokenizer.json, or a local directory as `save_pretrained` writes it.
+    """A tokenizer read from a tokenizer.json, or from a local directory that `save_pretrained` wrote.
 
     Raises:
-        FileNotFoundError, ValueError: the path does not exist, or cannot be read as a tokenizer.
+        FileNotFoundError, ValueError: the path does not exist, or does not hold a readable tokenizer.
     """
 
     def __init__(self, tokenizer_model: str) -> None:
         path = Path(tokenizer_model)
         source = f"--tokenizer-model {tokenizer_model}"
         if not path.exists():
-            raise FileNotFoundError(f"{source}: no such file or directory (a name on a hub is not looked up)")
+            raise FileNotFoundError(
+                f"{source}: no such file or directory (only local paths are read, no hub)"
+            )
         file = path / "tokenizer.json" if path.is_dir() else path
         backend = _read_tokenizer_json(file, source) if file.is_file() else _convert_directory(path, source)
         folder = path if path.is_dir() else path.parent
         eod_token = configured_token(folder, "eos_token") or _first_known_eod(backend)
         if eod_token is None:
-            raise ValueError(f"{source}: no end-of-document token; looked for {', '.join(EOD_CANDIDATES)}")
+            raise ValueError(
+                f"{source}: it has no end-of-document token; looked for {', '.join(EOD_CANDIDATES)}"
+            )
         if tokenizer_settings(folder).get("split_special_tokens"):
             backend.encode_special_tokens = True
         super().__init__(backend, eod_token, source, configured_token(folder, "bos_token"))
 
 
 def require_file(flag: str, path: str) -> None:
-    """Raises `FileNotFoundError`, which names the flag, if `path` is not a file."""
+    """Raises a `FileNotFoundError` that names the flag if `path` is not a file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file")
 
@@ -154,7 +160,7 @@ def _read_merges(path: str, vocab: dict[str, int]) -> list[tuple[str, str]]:
         pair = line.split(" ")
         if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
             raise ValueError(
-                f"--merge-file {path}: line {number} is not a pair of tokens of the vocabulary: {line!r}"
+                f"--merge-file {path}: line {number} is not a pair of tokens from the vocabulary: {line!r}"
             )
         merges.append((pair[0], pair[1]))
     return merges
@@ -168,7 +174,7 @@ def _read_tokenizer_json(file: Path, source: str) -> tokenizers.Tokenizer:
 
 
 def _convert_directory(path: Path, source: str) -> tokenizers.Tokenizer:
-    """Lets `transformers` convert a directory without a tokenizer.json, from local files only."""
+    """Lets `transformers` convert a directory that has no tokenizer.json; reads local files only."""
     try:
         from transformers import AutoTokenizer
 
@@ -176,21 +182,21 @@ def _convert_directory(path: Path, source: str) -> tokenizers.Tokenizer:
     except Exception as error:  # whatever transformers raises, the user sees one line
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{source}: no tokenizer.json, and transformers cannot convert it ({reason})"
+            f"{source}: it has no tokenizer.json, and transformers cannot convert it ({reason})"
         ) from None
 
 
 def tokenizer_settings(directory: Path) -> dict[str, Any]:
-    """Returns the content of tokenizer_config.json; empty if there is none."""
+    """Returns the content of a directory's tokenizer_config.json; empty if there is no such file."""
     return _read_settings(directory / "tokenizer_config.json")
 
 
 def configured_token(directory: Path, name: str) -> str | None:
-    """Returns a special token (`eos_token`, `bos_token`) as the files beside a tokenizer name it.
+    """Returns the special token that the configuration files beside a tokenizer name; None if they name none.
 
     Args:
-        directory: of tokenizer_config.json and special_tokens_map.json, if they exist.
-        name: the token's key in them.
+        directory: where tokenizer_config.json and special_tokens_map.json are looked for.
+        name: the token's key in these files, `eos_token` or `bos_token`.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _read_settings(directory / file).get(name)
@@ -214,7 +220,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _put_before_a_text(backend: tokenizers.Tokenizer) -> list[int]:
-    """Returns the ids that the post-processor puts before those of a text."""
+    """Returns the ids of the special tokens that the post-processor puts before the ids of a text."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     starts = range(len(whole) - len(plain) + 1)

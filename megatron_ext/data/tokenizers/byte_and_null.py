@@ -1,4 +1,4 @@
-"""Tokenizers without a file: `ByteLevelTokenizer` (UTF-8 bytes) and `NullTokenizer` (ids written as numbers).
+"""Tokenizers that need no file: `ByteLevelTokenizer` (UTF-8 bytes) and `NullTokenizer` (ids written as numbers).
 
 mcore's byte-level class gives its special tokens the ids 0 and 1 by default, which are also bytes; here the
 byte values keep 0..255 and the end-of-document token follows them.
@@ -11,32 +11,32 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """Ids 0 to 255 are the UTF-8 bytes; 256 ends a document."""
+    """Tokenizer whose ids 0 to 255 are the bytes of UTF-8 text; id 256 ends a document."""
 
     vocab_size = 257
     eod = 256
     reads_special_tokens = False
 
     def tokenize(self, text: str) -> list[int]:
-        """Returns the bytes of a text."""
+        """Returns the UTF-8 bytes of a text, as ids."""
         return list(text.encode("utf-8"))
 
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the text of bytes; `<|endoftext|>` for 256."""
+        """Returns the text whose bytes the ids are; id 256 becomes `<|endoftext|>`."""
         pieces = (END_OF_TEXT.encode() if i == self.eod else bytes([i]) for i in map(int, ids))
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     @cached_property
     def vocab(self) -> dict[str, int]:
-        """`<0x41>` -> 65, and `<|endoftext|>` -> 256."""
+        """Maps `<0x00>` to 0, and so on up to `<0xFF>` to 255, and `<|endoftext|>` to 256."""
         return {**{f"<0x{byte:02X}>": byte for byte in range(256)}, END_OF_TEXT: self.eod}
 
 
 class NullTokenizer(Tokenizer):
-    """Reads texts that are decimal ids, separated by white space; for benchmarks and tests.
+    """Tokenizer for texts that consist of decimal ids separated by white space; for benchmarks and tests.
 
     Args:
-        vocab_size: number of ids that may occur; the end-of-document id follows them, so there are `vocab_size + 1`.
+        vocab_size: number of ordinary ids; the next id ends a document, so the tokenizer has `vocab_size + 1` ids.
     """
 
     _takes_any_text = False
@@ -46,7 +46,7 @@ class NullTokenizer(Tokenizer):
         self.vocab_size = vocab_size + 1
 
     def tokenize(self, text: str) -> list[int]:
-        """Returns the numbers of a text.
+        """Returns the numbers that a text consists of.
 
         Raises:
             ValueError: a word is not a number in `[0, vocab_size)`.
@@ -65,5 +65,5 @@ class NullTokenizer(Tokenizer):
 
     @cached_property
     def vocab(self) -> dict[str, int]:
-        """Decimal -> id."""
+        """Maps the decimal spelling of each id to the id."""
         return {str(i): i for i in range(self.vocab_size)}

@@ -1,7 +1,7 @@
-"""`SentencePieceTokenizer` and `Llama2Tokenizer`: a SentencePiece model file.
+"""`SentencePieceTokenizer` and `Llama2Tokenizer`, which read a SentencePiece model file.
 
-Both encode as mcore's class does: no token is added before or after the text. Models were trained on texts that begin
-with `<s>` if they are Llama 2's, or if a tokenizer_config.json beside the file sets `add_bos_token`.
+Both encode as mcore's class does: they add no token before or after the text. A model is taken to expect `<s>` before a
+text (`adds_bos`) if it is Llama 2's, or if a tokenizer_config.json beside the model file sets `add_bos_token`.
 """
 
 from functools import cached_property
@@ -14,13 +14,13 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model.
+    """A tokenizer read from a SentencePiece model file.
 
     Args:
         tokenizer_model: the .model file; its end-of-sentence piece ends a document.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, is no model, or has no end-of-document piece.
+        FileNotFoundError, ValueError: the file is missing, is no SentencePiece model, or has no end-of-document piece.
     """
 
     def __init__(self, tokenizer_model: str) -> None:
@@ -49,7 +49,9 @@ class SentencePieceTokenizer(Tokenizer):
             piece_id: int = self._processor.piece_to_id(piece)
             if piece_id != self._processor.unk_id():
                 return piece_id
-        raise ValueError(f"--tokenizer-model {self._path}: no end-of-sentence piece, which ends a document")
+        raise ValueError(
+            f"--tokenizer-model {self._path}: the model has no end-of-sentence piece, which is needed to end a document"
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of a text."""
@@ -57,23 +59,23 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of each text, in this thread."""
+        """Returns the ids of each text; uses the calling thread only."""
         ids: list[list[int]] = self._processor.encode(texts, num_threads=1)
         return ids
 
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the text of ids; control pieces give no text."""
+        """Returns the text that token ids stand for; leaves out control pieces such as `</s>`."""
         text: str = self._processor.decode(list(map(int, ids)))
         return text
 
     @cached_property
     def vocab(self) -> dict[str, int]:
-        """Piece -> id."""
+        """Maps each piece to its id."""
         return {self._processor.id_to_piece(i): i for i in range(self._processor.get_piece_size())}
 
     @property
     def is_unigram(self) -> bool:
-        """True for the algorithm that weighs whole segmentations, False for one that merges pairs."""
+        """True for a unigram model, which compares whole segmentations; False for BPE, which merges pairs."""
         return bool(self.proto().trainer_spec.model_type == 1)
 
     def proto(self) -> Any:
@@ -84,11 +86,11 @@ class SentencePieceTokenizer(Tokenizer):
         return message.ModelProto.FromString(self.serialized_model())
 
     def serialized_model(self) -> bytes:
-        """Returns the model as its file holds it."""
+        """Returns the content of the model file."""
         return Path(self._path).read_bytes()
 
     def gigatoken_source(self) -> bytes | str | None:
-        """Returns the model converted to a tokenizer.json; None if the conversion does not support it."""
+        """Returns the model converted to a tokenizer.json; None if it cannot be converted."""
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
         try:
@@ -104,6 +106,6 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class Llama2Tokenizer(SentencePieceTokenizer):
-    """Llama 2's SentencePiece model."""
+    """Llama 2's SentencePiece model, which expects `<s>` before a text unless its configuration says otherwise."""
 
     _begins_with_bos = True

@@ -1,8 +1,9 @@
-"""`TikTokenizer`: a byte-pair rank file in the JSON form that mcore reads, encoded by `tiktoken`.
+"""`TikTokenizer`, which reads a byte-pair rank file in mcore's JSON format and encodes with `tiktoken`.
 
-The file is a list of `{"rank", "token_bytes" (base64), "token_str"}` in rank order, the 256 bytes first. Ids
-follow mcore's layout: `NUM_SPECIAL_TOKENS` special tokens first (named ones, then `<SPECIAL_i>`), then the
-ranks. OpenAI's own `.tiktoken` files carry neither the pattern nor the special tokens and are not read.
+The file is a list of objects `{"rank", "token_bytes" (base64), "token_str"}` in rank order; the first 256 are the
+single bytes. Ids follow mcore's layout: first `NUM_SPECIAL_TOKENS` special tokens (named ones, then `<SPECIAL_i>`),
+then the ranks. OpenAI's own `.tiktoken` files are not supported: they lack the splitting pattern and the special
+tokens.
 """
 
 import base64
@@ -22,19 +23,19 @@ PATTERN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""mcore's default pattern (`v2`): splits words by case, single digits, punctuation and white space."""
+"""mcore's default pattern (`v2`), which splits a text into words (by case), single digits, punctuation and spaces."""
 
 
 class TikTokenizer(Tokenizer):
-    """A `tiktoken.Encoding` with mcore's layout of ids.
+    """Tokenizer that encodes with `tiktoken` and numbers the ids as mcore does.
 
     Args:
         tokenizer_model: the JSON rank file.
-        vocab_size: number of ids, special tokens included; ranks beyond it are cut. None: 131072, or as many as
-            the file holds.
+        vocab_size: number of ids, special tokens included; tokens whose rank does not fit are dropped. None: all ids of
+            the file, but at most 131,072.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, has another form, or fewer ranks than `vocab_size` needs.
+        FileNotFoundError, ValueError: the file is missing or malformed, or has fewer ranks than `vocab_size` needs.
     """
 
     def __init__(self, tokenizer_model: str, vocab_size: int | None = None) -> None:
@@ -46,7 +47,7 @@ class TikTokenizer(Tokenizer):
         if not 256 + NUM_SPECIAL_TOKENS <= self.vocab_size <= available:
             raise ValueError(
                 f"--vocab-size {self.vocab_size}: must lie between {256 + NUM_SPECIAL_TOKENS} and {available}, "
-                f"which {tokenizer_model} offers with its special tokens"
+                f"the number of ids in {tokenizer_model} with the special tokens"
             )
         fill = tuple(f"<SPECIAL_{i}>" for i in range(len(SPECIAL_TOKENS), NUM_SPECIAL_TOKENS))
         self._special = {token: i for i, token in enumerate(SPECIAL_TOKENS + fill)}
@@ -61,11 +62,11 @@ class TikTokenizer(Tokenizer):
         )
 
     def mergeable_ranks(self) -> dict[bytes, int]:
-        """Returns the bytes of each token that is not special, with its id."""
+        """Maps the bytes of each token that is not special to its id."""
         return {token: i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
 
     def special_tokens(self) -> dict[str, int]:
-        """Returns the special tokens with their ids."""
+        """Maps each special token to its id."""
         return dict(self._special)
 
     def tokenize(self, text: str) -> list[int]:
@@ -73,12 +74,12 @@ class TikTokenizer(Tokenizer):
         return self._encoding.encode(text, allowed_special="all")
 
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the text of ids."""
+        """Returns the text that token ids stand for."""
         return self._encoding.decode(list(map(int, ids)))
 
     @cached_property
     def vocab(self) -> dict[str, int]:
-        """Token -> id; a token that is not UTF-8 by itself is spelled in bytes, `<0xE6><0xBC>`."""
+        """Maps each token to its id; a token that is not valid UTF-8 is spelled in bytes, as `<0xE6><0xBC>`."""
         spelled = {_spell(token): i + NUM_SPECIAL_TOKENS for i, token in enumerate(self._tokens)}
         return {**spelled, **self._special}
 
@@ -90,12 +91,13 @@ def _read_ranks(path: str) -> list[bytes]:
         tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
     except (ValueError, TypeError, KeyError):
         raise ValueError(
-            f'--tokenizer-model {path}: expected a JSON list of {{"rank", "token_bytes"}}'
+            f'--tokenizer-model {path}: expected a JSON list of objects with "rank" and "token_bytes"'
         ) from None
     in_order = ranks == list(range(len(ranks))) and len(set(tokens)) == len(tokens)
     if not in_order or tokens[:256] != [bytes([i]) for i in range(256)]:
         raise ValueError(
-            f"--tokenizer-model {path}: ranks must count from 0, the 256 bytes first, without repetition"
+            f"--tokenizer-model {path}: ranks must count from 0, the first 256 must be the single bytes, and no "
+            "token may appear twice"
         )
     return tokens
 

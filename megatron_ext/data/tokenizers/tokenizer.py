@@ -1,9 +1,9 @@
-"""The interface of all tokenizers, for the tools and for mcore's datasets.
+"""The interface that all tokenizers share, used by the tools and by mcore's datasets.
 
 The names are mcore's own (`tokenize`, `detokenize`, `vocab`, `inv_vocab`, `vocab_size`, `eod`,
-`unique_identifiers`), so an instance can be handed to `GPTDatasetConfig(tokenizer=...)`. mcore's classes are
-not the base: importing them loads torch (seconds in every worker process) and they encode one text at a time.
-The tests compare the ids with theirs.
+`unique_identifiers`), so an instance can be handed to `GPTDatasetConfig(tokenizer=...)`. mcore's classes do
+not serve as the base: importing them loads torch (seconds in every worker process), and they encode one text at a
+time. Tests compare our ids with those of mcore's classes.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ PROBE_TEXTS = (
 
 
 class Tokenizer(ABC):
-    """Text to ids and back.
+    """Turns text into token ids and back.
 
     Attributes:
         vocab_size: number of ids, special tokens included; every id is below it.
         eod: id of the end-of-document token.
         bos: id of the begin-of-text token that the tokenizer's own files name; None if they name none.
-        adds_bos: the tokenizer's own configuration puts `bos` before a text. `tokenize` never does; its callers decide
-            (`--prepend-bos` in preprocessing, generation, evaluation).
-        reads_special_tokens: whether a special token that a text spells out becomes its id; if not, its letters are
-            tokenized.
-        reserved_ids: number of ids at the end of `vocab_size` that no text produces; see `reserve`.
-        files: the files it was read from, for messages.
+        adds_bos: whether the tokenizer's own configuration puts `bos` before a text. `tokenize` never does; its callers
+            decide (`--prepend-bos` in preprocessing, generation, evaluation).
+        reads_special_tokens: whether a special token spelled out in a text becomes that token's id; if not, it is
+            tokenized like any other text.
+        reserved_ids: number of ids at the end of the vocabulary that no text produces; see `reserve`.
+        files: the files that the tokenizer was read from, for messages.
     """
 
     vocab_size: int
@@ -48,8 +48,9 @@ class Tokenizer(ABC):
     files: tuple[str, ...] = ()
 
     def reserve(self, vocab_size: int) -> None:
-        """Raises `vocab_size` to a minimum: a pretrained model may have more embeddings than its tokenizer has tokens.
+        """Increases `self.vocab_size` to the given size if it is smaller.
 
+        A pretrained model may have more embedding rows than its tokenizer has tokens.
         The fingerprint and the ids of texts do not change.
         """
         self.reserved_ids = max(0, vocab_size - self.vocab_size)
@@ -57,36 +58,40 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text. No token is added; for spelled-out special tokens see `reads_special_tokens`."""
+        """Returns the ids of a text and adds none; `reads_special_tokens` says how special tokens in it are treated."""
 
     @abstractmethod
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text that token ids stand for, special tokens included; invalid UTF-8 becomes U+FFFD."""
 
     @cached_property
     @abstractmethod
     def vocab(self) -> dict[str, int]:
-        """Token -> id; tokens are spelled as in the vocabulary (byte-level BPE: in GPT-2's byte alphabet)."""
+        """Maps each token to its id; byte-level BPE spells tokens in GPT-2's byte alphabet."""
 
     @cached_property
     def inv_vocab(self) -> dict[int, str]:
-        """Id -> token, the inverse of `vocab`."""
+        """Maps each id to its token: the inverse of `vocab`."""
         return {token_id: token for token, token_id in self.vocab.items()}
 
     def begin(self, ids: list[int]) -> list[int]:
-        """Returns ids that begin a text: with `bos` before them if `adds_bos`, unless they have it already."""
+        """Returns `ids` as the beginning of a text: with `bos` put first if `adds_bos` is set and `bos` is missing."""
         if not self.adds_bos or self.bos is None or ids[:1] == [self.bos]:
             return list(ids)
         return [self.bos, *ids]
 
     def begin_as(self, documents: list[int] | None) -> None:
-        """Makes `begin` add what a model's training documents begin with: a token or none; None if unknown."""
+        """Makes `begin` treat a text as a model's training documents were treated.
+
+        Args:
+            documents: `[id]` if each document begins with that token, `[]` if with none; None (unknown) has no effect.
+        """
         if documents is not None:
             self.adds_bos = bool(documents)
             self.bos = documents[0] if documents else self.bos
 
     def choose_bos(self, adds_bos: bool | None) -> None:
-        """Sets `adds_bos`; None keeps the setting of the tokenizer's own files.
+        """Sets `adds_bos`; None keeps the setting from the tokenizer's own files.
 
         Raises:
             ValueError: True was given, but the tokenizer has no begin-of-text token.
@@ -96,11 +101,11 @@ class Tokenizer(ABC):
         self.adds_bos = self.adds_bos if adds_bos is None else adds_bos
 
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of each text; equal to `tokenize` on each."""
+        """Returns the ids of each text, equal to what `tokenize` returns for it."""
         return [self.tokenize(text) for text in texts]
 
     def gigatoken_source(self) -> str | bytes | None:
-        """Returns the tokenizer.json from which `gigatoken` can load this tokenizer; None if there is none."""
+        """Returns a tokenizer.json from which `gigatoken` can load this tokenizer; None if there is none."""
         return None
 
     @cached_property
@@ -119,20 +124,20 @@ class Tokenizer(ABC):
     _takes_any_text = True
 
     def _further_probes(self) -> list[object]:
-        """What distinguishes this tokenizer from others beside the vocabulary and the ids of `PROBE_TEXTS`."""
+        """Returns what the fingerprint must cover in addition to the vocabulary and the ids of `PROBE_TEXTS`."""
         return []
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 (hex) of the vocabulary, the eod id and the ids of `PROBE_TEXTS`.
 
-        It depends on what the tokenizer does, not on its file's path, format or type, so the same vocabulary as
-        vocab.json + merges.txt and as tokenizer.json has one fingerprint.
+        It depends on what the tokenizer does, not on its files or type: the same BPE has the same fingerprint whether
+        it is stored as vocab.json and merges.txt or as tokenizer.json.
         """
         return self._fingerprint
 
     @property
     def unique_identifiers(self) -> "OrderedDict[str, str]":
-        """What mcore hashes, among other things, to name a cached sample index."""
+        """The tokenizer's part of the data that mcore hashes to name a cached sample index."""
         return OrderedDict({"class": type(self).__name__, "fingerprint": self.fingerprint()})
 
     def describe(self) -> dict[str, object]:
@@ -146,10 +151,10 @@ class Tokenizer(ABC):
 
 
 def in_words(description: Mapping[str, object]) -> str:
-    """Describes a tokenizer for a message: class, size, files and the beginning of its fingerprint, as far as known.
+    """Describes a tokenizer for a message: class, size, files and start of its fingerprint, as far as known.
 
     Args:
-        description: the result of `Tokenizer.describe`, perhaps with `files`.
+        description: the result of `Tokenizer.describe`, optionally with the key `files`.
     """
     size, fingerprint = description.get("vocab_size"), str(description.get("fingerprint"))
     files = description.get("files")

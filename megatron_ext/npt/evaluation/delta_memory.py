@@ -1,14 +1,15 @@
-"""Memory of one layer's NP components in a training step, factored and materialised, from measurements.
+"""Measures the memory that one layer's NP components need in a training step, factored and materialised.
 
-Measured is the MLP of one layer with frozen base weights: the memory saved for the backward pass, and the peak during
-forward and backward. Each is measured with two numbers of tokens, so that weights and their gradients cancel in the
-difference, and the base MLP's memory is subtracted. The result in bytes per token, for f proportional to h, is
+The MLP of one layer runs with frozen base weights; measured are the memory kept for the backward pass, and the peak
+during forward and backward. Each is measured at two token counts, so that weights and their gradients cancel in the
+difference, and the base MLP's memory is subtracted. For f proportional to h, the result in bytes per token is
 
     materialised    c h^2           deltas and their gradients
     factored        c0 + c1 h       products of size r, temporary gradients of size h
 
-A least-squares fit to measured sizes gives the constants, and from them the memory at other sizes, for example of a 7B
-model. L layers save their memory at the same time, but only one layer is at its peak: L kept + (peak - kept).
+The constants are fitted by least squares to the measured model sizes; they give the memory at other sizes, for example
+that of a 7B model. All L layers hold their kept memory at the same time, but only one layer is at its peak: the total
+is L kept + (peak - kept).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,18 +27,18 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.platform.allocations import AllocationCounter
 
 _TOKENS = {"base": (512, 1024), "factored": (512, 1024), "materialised": (2, 4)}
-"""Form -> two numbers of tokens, large enough that activations exceed the gradients of the weights."""
+"""Maps each form to two token counts, large enough that activations exceed the gradients of the weights."""
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes per token of one converted layer, in addition to the base MLP's."""
+    """Memory, in bytes per token, that one converted layer needs in addition to its base MLP."""
 
     kept: float
-    """Bytes saved from the forward to the backward pass."""
+    """Bytes kept from the forward pass to the backward pass."""
 
     peak: float
-    """Largest number of bytes during a training step, including those saved."""
+    """Peak number of bytes during a training step, including the bytes that are kept."""
 
     def of(self, tokens: int, layers: int) -> float:
         """Returns the peak bytes of `layers` layers for a micro-batch of `tokens` tokens."""
@@ -46,7 +47,7 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class SizeMemory:
-    """Memory of both forms at one model size."""
+    """Memory of the materialised and the factored form at one model size."""
 
     hidden_size: int
     ffn_hidden_size: int
@@ -57,13 +58,13 @@ class SizeMemory:
 def measure_memory(
     settings: NPTModuleConfig, hidden_size: int, ffn_hidden_size: int, bf16: bool = False
 ) -> SizeMemory:
-    """Measures one model size in a single process; call `process_groups.initialize` before.
+    """Measures the memory at one model size, in a single process; call `process_groups.initialize` first.
 
     Args:
-        settings: form, target and rank; the choice of layers is ignored.
-        hidden_size: h.
-        ffn_hidden_size: f.
-        bf16: whether weights and activations are in bfloat16 or in fp32.
+        settings: form, target and rank of the NP components; the choice of layers is ignored.
+        hidden_size: the model's hidden size h.
+            ffn_hidden_size: the inner size f of the MLP.
+            bf16: whether weights and activations are in bfloat16 instead of fp32.
     """
     model = ModelConfig(
         num_layers=1,
@@ -95,7 +96,7 @@ def measure_memory(
 
 
 def project_memory(measured: Sequence[SizeMemory], hidden_size: int, ffn_hidden_size: int) -> SizeMemory:
-    """Projects the memory at size [h, f] from at least two measured sizes with about the same f / h.
+    """Projects the memory at another size [h, f] from at least two measured sizes with about the same f / h.
 
     The formulas are at the top of this file.
     """

@@ -15,7 +15,7 @@ _LAYER_METRICS = {
 
 
 def evaluation_page(report: dict[str, Any]) -> str:
-    """Returns the HTML of the page.
+    """Returns the evaluation report as an HTML page.
 
     Args:
         report: the result of `evaluate_npt`, with the keys that tools/evaluate_npt.py adds.

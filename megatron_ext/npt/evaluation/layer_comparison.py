@@ -6,8 +6,8 @@ is compared with that of the NPT layer, which is computed in two ways:
     same input      the NPT layer is run on the base layer's input (teacher-forced)
     free-running    the NPT layer's output in the NPT model's own run
 
-Further results of the NPT run are the norms of every token's delta, v_a and v_b, and on the last stage log p(token) of
-both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens with a `loss_mask` above 0 are compared.
+The NPT run also gives the norms of every token's delta, v_a and v_b. The last pipeline stage adds log p(token) of both
+models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens with a `loss_mask` above 0 are compared.
 Shapes: hidden states [s, b, h]; sequence parallelism is not supported.
 """
 
@@ -32,7 +32,7 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 SAME_INPUT, FREE_RUNNING = "same_input", "free_running"
-"""The two ways to compute an NPT layer's output; see above."""
+"""The two ways to compute an NPT layer's output; see the top of this file."""
 
 _LOGITS_AT_ONCE = 1 << 24
 """Number of logits that a rank computes at a time."""
@@ -42,20 +42,21 @@ Sums = npt.NDArray[np.float64]
 
 @dataclass
 class Findings:
-    """Sums over tokens; data-parallel ranks' sums are added, pipeline stages have different layers."""
+    """Sums over this rank's tokens and layers; data-parallel ranks' sums are added later."""
 
     layers: dict[tuple[str, int], Sums] = field(default_factory=dict)
-    """(how, layer) -> number of tokens, and sums of: squared difference, cosine, squared base output, squared update
-    that the base layer adds to its input."""
+    """Maps (how, layer) to: number of tokens, and sums of squared difference, cosine, squared base output, and squared
+    update that the base layer adds to its input."""
 
     vectors: dict[tuple[int, str], Sums] = field(default_factory=dict)
-    """(layer, target) -> number of tokens, and sums of: |v_a|, |v_b|, cosine of v_a and the attention output."""
+    """Maps (layer, target) to: number of tokens, and sums of |v_a|, |v_b|, and cosine of v_a and the attention
+    output."""
 
     deltas: dict[tuple[int, str], list[npt.NDArray[np.float32]]] = field(default_factory=dict)
-    """(layer, target) -> |delta|_F of every token."""
+    """Maps (layer, target) to |delta|_F of every token."""
 
     output: Sums = field(default_factory=lambda: np.zeros(4))
-    """Number of tokens, and sums of: -log p of the base model, -log p of the NPT model, KL."""
+    """Number of tokens, and sums of -log p of the base model, -log p of the NPT model, and KL."""
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -
 
     Args:
         chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.
-        families: supply the model's auxiliary inputs.
+        families: the model families, which supply the model's auxiliary inputs.
         steps: lists of micro-batches, from `held_out_steps`.
     """
     findings = Findings()
@@ -89,9 +90,9 @@ class _Observer:
         self._is_base = True
         self._masks: list[torch.Tensor] = []
         self._passes: dict[int, int] = {}
-        """Layer -> index of the current micro-batch; a stage processes micro-batches in order."""
+        """Maps each layer to the index of its current micro-batch; a stage processes micro-batches in order."""
         self._base: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        """Layer -> its input and output in the base model, for each micro-batch."""
+        """Maps each layer to its input and output in the base model, for each micro-batch."""
         self._attention: torch.Tensor | None = None
         self._activated: torch.Tensor | None = None
 
@@ -115,7 +116,7 @@ class _Observer:
             hook.remove()
 
     def begin(self, masks: list[torch.Tensor], *, base: bool) -> None:
-        """Begins a run over micro-batches, of which the tokens with `masks` [b, s] True are compared."""
+        """Begins a run over micro-batches; the tokens whose entry in `masks` [b, s] is True are compared."""
         self._masks, self._is_base, self._passes = masks, base, {}
         if base:
             self._base = {}
@@ -190,7 +191,7 @@ class _Observer:
 
 
 def add_to(totals: dict[Any, Sums], key: Any, sums: Sums) -> None:
-    """Adds `sums` to the entry of `key`, which is created if it is missing."""
+    """Adds `sums` to `totals[key]`, which is created if it is missing."""
     totals[key] = totals[key] + sums if key in totals else sums
 
 
@@ -218,7 +219,7 @@ class _Compare(NoLoss):
 def _compare_logits(
     base: torch.Tensor, ours: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, model: GPTModel
 ) -> Sums:
-    """Returns tokens, -log p of both models and KL, for logits [s, b, V/t], labels and mask [s, b]."""
+    """Returns the number of tokens and the sums of both models' -log p and of KL; logits [s, b, V/t], labels [s, b]."""
     group = model.pg_collection.tp
     log_p, log_q = log_probabilities(base, group), log_probabilities(ours, group)
     begin = group.rank() * log_p.size(-1)

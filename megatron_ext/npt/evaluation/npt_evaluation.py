@@ -4,9 +4,9 @@ docs/npt_evaluation.md describes every key. Some of them:
 
     perplexity_ratio    perplexity of the NPT model / of the base model, free-running, on the same tokens
     relative_error      |NPT output - base output|_F / |base output|_F of a layer
-    update_relative_error  the same difference / |base output - base input|_F, the base layer's update of its input.
-                        Most of an output is the residual stream, so a layer that does nothing looks good in the other
-                        figures; this one is then 1.
+    update_relative_error  |NPT output - base output|_F / |base output - base input|_F of a layer.
+                        Most of an output is the residual stream, so a layer that does nothing scores well in the other
+                        figures; in this one it scores 1.
 
 Values that are not finite become null. Any tensor-, pipeline- and data-parallel layout is supported; rank 0 gets the
 report.
@@ -44,7 +44,7 @@ RATIO_TOLERANCE = 0.05
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _BINS = 50
 _MODES = {
-    SAME_INPUT: "teacher-forced: the NPT layer and the base layer on the base model's own input of the layer",
+    SAME_INPUT: "teacher-forced: both the NPT layer and the base layer get the layer's input in the base model",
     FREE_RUNNING: "free-running: hidden states after the layer, in the NPT model's own run and in the base model's",
 }
 
@@ -64,7 +64,7 @@ def evaluate_npt(
 
     Args:
         chunks: this rank's model chunks, unwrapped, built with NP components and without sequence parallelism.
-        families: supply the model's auxiliary inputs.
+        families: the model families, which supply the model's auxiliary inputs.
         settings: the configuration of the NP components.
         prefix: path of the held-out indexed dataset without `.bin` and `.idx`; already checked.
         sequence_length: tokens per window.
@@ -106,7 +106,7 @@ def evaluate_npt(
 
 
 def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[str, Any]:
-    """Returns the report's figures of the untrained conversion, with which the perplexity ratio can be compared.
+    """Returns the report's figures for the converted but untrained model, as a reference for the perplexity ratio.
 
     Args:
         loss: loss of the model with initial NP components, on the same tokens.
@@ -159,7 +159,7 @@ def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[s
 
 
 def _gather(part: Any) -> list[Any] | None:
-    """Gathers the values that are not None from all ranks on rank 0; returns None on other ranks."""
+    """Gathers `part` from all ranks on rank 0, leaving out None; returns None on other ranks."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(part, gathered, dst=0)
     return None if gathered is None else [found for found in gathered if found is not None]
@@ -253,7 +253,7 @@ def _counts(sizes: dict[int, tuple[int, int]]) -> dict[str, Any]:
 
 
 def _parameters(chunks: list[GPTModel]) -> dict[int, tuple[int, int]]:
-    """Returns layer -> parameters of its NP components and of the base layer, over all tensor-parallel ranks."""
+    """Maps each layer to the parameter counts of its NP components and of its base layer, over all tensor ranks."""
     sizes: dict[int, tuple[int, int]] = {}
     for layer in _npt_layers(chunks):
         counted = {"np": 0, "layer": 0}

@@ -19,11 +19,11 @@ def paired_generations(
     prompts: list[str],
     sampling: Sampling,
 ) -> list[dict[str, Any]]:
-    """Continues every prompt four times, by both models and in both modes; collective, every rank gets the results.
+    """Continues every prompt with both models, greedily and by sampling; collective, every rank gets the results.
 
     Args:
         model: this rank's only chunk, unwrapped, built with NP components.
-        families: supply the model's auxiliary inputs.
+        families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the model's tokenizer.
         prompts: the texts to continue.
         sampling: settings of the sampled continuations; the greedy ones differ only in the temperature.
@@ -38,7 +38,7 @@ def paired_generations(
     ids = [tokenizer.begin(tokenizer.tokenize(prompt)) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
-            raise ValueError(f"--prompts {prompt!r}: has no tokens")
+            raise ValueError(f"--prompts {prompt!r}: the prompt has no tokens")
     found = []
     for mode, how in {"greedy": replace(sampling, temperature=0.0), "sampled": sampling}.items():
         options: Any = (families, ids, how, tokenizer.vocab_size)
@@ -62,7 +62,7 @@ def paired_generations(
 
 
 def held_out_prompts(prefix: str, tokenizer: Tokenizer, *, count: int = 3, length: int = 16) -> list[str]:
-    """Returns the beginnings of the first documents that have more than `length` tokens.
+    """Returns prompts: the beginnings of the dataset's first documents with more than `length` tokens.
 
     Args:
         prefix: path of the indexed dataset without `.bin` and `.idx`.

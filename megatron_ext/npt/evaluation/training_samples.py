@@ -1,7 +1,7 @@
 """Generates text samples during training: greedy continuations of a prompt by the base model and the NPT model.
 
 Generation uses the model in training in its parallel layout, with a KV cache. It supports neither sequence parallelism
-nor virtual stages; such a run is refused before it starts.
+nor virtual stages; a run that uses one of them is refused before it starts.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig, check_fits_window
@@ -20,7 +20,7 @@ def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> Non
     """Checks that the parallel layout supports text samples, if they are requested.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the layout does not support generation.
     """
     if generation_steps is None:
         return
@@ -40,10 +40,10 @@ def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> Non
 
 
 def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Checks that a sample fits into the model's sliding window.
+    """Checks that a text sample fits into the model's sliding window.
 
     Raises:
-        ValueError: it does not.
+        ValueError: prompt and sample together are too long.
     """
     if model.sliding_window is not None:
         length = len(tokenizer.tokenize(prompt)) + MAX_NEW_TOKENS
@@ -51,11 +51,11 @@ def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -
 
 
 def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer, prompt: str) -> str:
-    """Returns both models' continuations of a prompt as Markdown, on every rank; collective.
+    """Returns the base model's and the NPT model's continuations of a prompt as Markdown, on every rank; collective.
 
     Args:
-        chunk: this rank's only chunk, unwrapped; no training step may be set on its NPT layers.
-        families: supply the model's auxiliary inputs.
+        chunk: this rank's only chunk, unwrapped; its NPT layers must have no training step set.
+        families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the run's tokenizer.
         prompt: the text to continue.
 
@@ -64,7 +64,7 @@ def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer,
     """
     tokens = tokenizer.tokenize(prompt)
     if not tokens:
-        raise ValueError(f"--generation-prompt {prompt!r}: has no tokens")
+        raise ValueError(f"--generation-prompt {prompt!r}: the prompt has no tokens")
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, stop_tokens=(tokenizer.eod,))
     was_training = chunk.training
     with deactivated([chunk]):

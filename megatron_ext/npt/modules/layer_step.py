@@ -29,13 +29,13 @@ class LayerStep(Protocol):
         mlp_output: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """Returns the layer's output with its losses attached.
+        """Returns the layer's output, with the layer's losses attached to its backward pass.
 
         Args:
             module: the layer's `NPFeedForward`.
             layer: the transformer layer.
             inputs: the layer's input and the MLP's input, both [s, b, h].
-            attention_output: a, [s, b, h].
-            mlp_output: MLP*(n), [s, b, h].
+            attention_output: the attention output a, [s, b, h].
+            mlp_output: the modulated MLP's output MLP*(n), [s, b, h].
             output: the layer's output, [s, b, h].
         """

@@ -2,8 +2,8 @@
 
     y = W x + delta x,      delta [n, output, input], one matrix per token and target
 
-This is the first version in docs/design/npt_equivalence.md. It supports no tensor parallelism and is not used in
-training.
+This is the first of the two formulations in docs/design/npt_equivalence.md. It supports no tensor parallelism and is
+not used in training.
 """
 
 import math
@@ -18,12 +18,12 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 def materialised_mlp(
     feed_forward: NPFeedForward, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor
 ) -> torch.Tensor:
-    """Computes the same as `NPFeedForward.modulated_mlp`, MLP*(n) [s, b, h].
+    """Computes MLP*(n) [s, b, h]; the values equal those of `NPFeedForward.modulated_mlp`.
 
     Args:
         feed_forward: the NP components.
         mlp: the base MLP.
-        normed: n, [s, b, h].
+        normed: n, the MLP's normed input, [s, b, h].
         attention_output: a, [s, b, h].
     """
     parts = feed_forward.modulations
@@ -47,7 +47,7 @@ def materialised_deltas(
 
     Args:
         modulation: the NP component of one target, in any form.
-        x: [n, input], the target's input; outer_product on `down` is normalised with it.
+        x: input of the target's weight matrix, [n, input]; outer_product on `down` is normalised with it.
         attention_output: a, [n, h].
 
     Returns:

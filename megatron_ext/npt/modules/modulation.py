@@ -53,7 +53,7 @@ EPS = 1e-6
 
 
 class Modulation(MegatronModule):
-    """The factors of one target, for all components; each form is a subclass."""
+    """The factors of one target (a weight matrix that gets a delta), for all components; each form is a subclass."""
 
     output_name: str
     """Name of the factor by which u is multiplied, B or W_b_up."""
@@ -66,8 +66,8 @@ class Modulation(MegatronModule):
         target: str,
     ) -> None:
         """Args:
-        config: the engine's configuration.
-        groups: factors with the dimension f are split over the tensor-parallel group.
+        config: megatron-core's transformer configuration.
+        groups: the process groups; factors with a dimension f are split over the tensor-parallel group.
         settings: form, rank and initial values.
         target: `gate`, `up`, `down` or `fc1`.
         """
@@ -79,7 +79,8 @@ class Modulation(MegatronModule):
         widths = (config.hidden_size, config.ffn_hidden_size)
         self.output_size, self.input_size = widths if self.reads_ffn else widths[::-1]
         self.split_dims: dict[str, int] = {}
-        """Split factor -> dimension that is split over the tensor-parallel ranks; other factors are replicated."""
+        """Maps each split factor to the dimension split over the tensor-parallel ranks; other factors are
+        replicated."""
         self.build()
 
     def build(self) -> None:
@@ -87,7 +88,7 @@ class Modulation(MegatronModule):
         raise TypeError(f"{type(self).__name__} must implement build()")
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiplies the target's input x by the factors that read it; for `down` this is a part of a sum over ranks.
+        """Multiplies the target's input x by the factors that take x; for `down`, each rank gets a partial sum.
 
         Args:
             x: [s, b, input] ([s/t, b, h] under sequence parallel, [s, b, f/t] for `down`).
@@ -111,7 +112,7 @@ class Modulation(MegatronModule):
         return self.combine(self.read_whole(x), attention_output)
 
     def read_whole(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the products of `read`, summed over the ranks for `down`; [s/t, b, ..] under sequence parallel."""
+        """Returns the products of `read`, for `down` summed over the ranks; [s/t, b, ..] under sequence parallel."""
         products = self.read(x)
         if not self.reads_ffn or self.groups.tp.size() == 1:
             return products
@@ -130,8 +131,9 @@ class Modulation(MegatronModule):
         Args:
             name: name of the parameter, as in the formulas above.
             shape: shape of the whole factor.
-            std: standard deviation of the initial values; 0 keeps zeros.
-            of_ffn: the dimension of size f, which is split over the tensor-parallel ranks; None to replicate.
+            std: standard deviation of the initial values; with 0 they are zeros.
+            of_ffn: index of the dimension of size f, which is split over the tensor-parallel ranks; None to replicate
+                the factor.
         """
         local = list(shape)
         if of_ffn is not None:
@@ -152,7 +154,7 @@ class Modulation(MegatronModule):
         """Registers B or W_b_up.
 
         Args:
-            scale: standard deviation with which the delta would have unit size; `np_init_scale` multiplies it.
+            scale: standard deviation at which the delta would have unit size; it is multiplied by `np_init_scale`.
         """
         settings = self.settings
         std = scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0
@@ -174,7 +176,7 @@ class Modulation(MegatronModule):
 
 
 class LowRankModulation(Modulation):
-    """B diag(tanh(a A)) A^T; see the formulas at the top of this file."""
+    """Form low_rank: delta = B diag(tanh(a A)) A^T; see the formulas at the top of this file."""
 
     output_name = "B"
 
@@ -196,7 +198,7 @@ class LowRankModulation(Modulation):
 
 
 class OuterProductModulation(Modulation):
-    """Sum of v_b (x) v_a; see the formulas at the top of this file."""
+    """Form outer_product: delta = sum of v_b (x) v_a; see the formulas at the top of this file."""
 
     output_name = "W_b_up"
 
@@ -259,4 +261,4 @@ FORMS: dict[str, type[Modulation]] = {
     "low_rank": LowRankModulation,
     "outer_product": OuterProductModulation,
 }
-"""Value of `np_form` -> class."""
+"""Maps each value of `np_form` to its class."""

@@ -23,11 +23,11 @@ class NPTExtension(Extension):
         self.settings = settings
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """Returns the stream of the teacher's inputs; its width varies, because only some training steps have them."""
+        """Returns the stream of the teacher's hidden states; its width varies, because only some steps need them."""
         return [AuxiliaryStream(name=TEACHER, width=None)]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns the feed-forward module of a chosen layer.
+        """Returns the NP feed-forward module for a layer that `--npt-layers` names; nothing for other layers.
 
         Raises:
             ValueError: the layers or the target do not fit the model.

@@ -1,4 +1,4 @@
-"""The feed-forward of an NPT layer, a slot module: the base MLP with weights that the attention output `a` changes.
+"""The feed-forward module of an NPT layer: the base MLP, with weights that the attention output `a` changes.
 
     n = LN2(h)                     the MLP reads the layer's input h without a, which acts only through the weights
     drop    output = h + MLP*(n)                  np_residual
@@ -6,8 +6,8 @@
 
     MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` for the deltas
 
-Norm and weights are the base layer's. Gate and up are the two halves of fc1, as in the engine; an MLP without a gate
-has only fc1. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inner tensors [s, b, f/t].
+The norm and the weights W are the base layer's. Gate and up are the two halves of fc1, as in megatron-core; an MLP
+without a gate has only fc1. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inner tensors [s, b, f/t].
 Source: docs/design/npt_equivalence.md.
 """
 
@@ -44,7 +44,7 @@ class NPFeedForward(MegatronModule):
         settings: NPTModuleConfig,
     ) -> None:
         """Args:
-        config: the engine's configuration.
+        config: megatron-core's transformer configuration.
         layer_number: number of the layer in the whole model, from 1.
         pg_collection: the process groups.
         settings: NPT's configuration.
@@ -54,7 +54,7 @@ class NPFeedForward(MegatronModule):
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         self.active = True
-        """Whether the slot is used; if False, the layer runs as the base layer, on the engine's own code path."""
+        """Whether the layer uses this module; if False, it runs as the base layer, on megatron-core's own code path."""
         self.step: LayerStep | None = None
         """Inputs and losses of the layer in the current training step; None outside training."""
         for target in settings.targets:
@@ -62,7 +62,7 @@ class NPFeedForward(MegatronModule):
 
     @property
     def modulations(self) -> dict[str, Modulation]:
-        """Target -> NP component."""
+        """Maps each target to its NP component."""
         return {target: self.get_submodule(target) for target in self.settings.targets}
 
     def forward(
@@ -77,7 +77,7 @@ class NPFeedForward(MegatronModule):
         Args:
             layer: the transformer layer, whose norms and MLP are used.
             hidden_states: h, the layer's input, [s, b, h].
-            attend: attention's input -> a, the attention output with bias and dropout.
+            attend: function from attention's input to a, the attention output with bias and dropout applied.
             layer_inputs: the auxiliary streams, from which the step may read the teacher's input.
         """
         step = self.step
@@ -109,7 +109,7 @@ class NPFeedForward(MegatronModule):
 
         Args:
             mlp: the base MLP.
-            normed: n, [s, b, h].
+            normed: n, the MLP's normed input, [s, b, h].
             attention_output: a, [s, b, h].
         """
         inner, bias = mlp.linear_fc1(normed)
@@ -137,7 +137,7 @@ class NPFeedForward(MegatronModule):
         return inner
 
     def _for_all_ranks(self, coefficients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Gives every rank each u for the full sequence, [s, b, k r]; its gradient is summed over the ranks."""
+        """Returns every u for the full sequence, [s, b, k r], on every rank; its gradient is summed over the ranks."""
         # u enters the tensor-parallel region here, not a and n: so the gradients of the replicated factors, which are
         # multiplied with a and n, are complete on every rank.
         if self.tp_group.size() == 1:

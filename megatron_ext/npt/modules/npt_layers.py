@@ -1,6 +1,7 @@
 """Finds the NPT layers of a model, and deactivates them temporarily.
 
-An inactive layer equals the base layer bit for bit. With all layers inactive the model is the base model, the teacher.
+An inactive layer equals the base layer bit for bit. With all NPT layers inactive, the model is the base model, which is
+the teacher in training.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 
 
 def np_modules(chunks: list[GPTModel]) -> dict[int, NPFeedForward]:
-    """Returns number of a layer, from 0 -> its NP components, for this rank's layers."""
+    """Maps the index (from 0) of each NPT layer on this rank to the layer's NP components."""
     return {
         module.layer_number - 1: module
         for chunk in chunks
@@ -24,11 +25,11 @@ def np_modules(chunks: list[GPTModel]) -> dict[int, NPFeedForward]:
 def deactivated(chunks: list[GPTModel], layers: Collection[int] | None = None) -> Iterator[None]:
     """Context in which the given NPT layers run as base layers.
 
-    With activation recomputation, forward and backward pass must both be inside or both outside of the context.
+    With activation recomputation, the forward and the backward pass must be both inside or both outside the context.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        layers: numbers of layers, from 0; those of other stages are ignored. None for all.
+        layers: indices of layers, from 0; layers of other pipeline stages are ignored. None for all NPT layers.
     """
     chosen = [module for number, module in np_modules(chunks).items() if layers is None or number in layers]
     before = [module.active for module in chosen]

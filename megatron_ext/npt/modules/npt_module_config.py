@@ -1,7 +1,7 @@
-"""Flags of the NP components: form, target, rank, residual, initial values, and the layers that have them.
+"""Flags of the NP components: form, target, rank, residual, initial values, and which layers get them.
 
-The defaults are those of docs/design/npt_equivalence.md: `low_rank`, gate, rank 16, attention residual dropped, upper
-half of the layers.
+The defaults are those of docs/design/npt_equivalence.md: form `low_rank`, target gate, rank 16, attention residual
+dropped, upper half of the layers.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,12 @@ class NPTModuleConfig:
     or 4:8 (without 8)."""
 
     np_form: Literal["low_rank", "outer_product"] = "low_rank"
-    """Form of the delta for an attention output a: low_rank B diag(tanh(a A)) A^T, or outer_product v_b v_a^T."""
+    """Form of the weight update (delta) that an attention output a generates: low_rank, B diag(tanh(a A)) A^T; or
+    outer_product, v_b v_a^T."""
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
-    """The weights that get a delta. single, dual, triple equal the first three; fc1 is for an MLP without a gate."""
+    """The MLP weights that get a delta. single, dual and triple are other names of gate, gate+up and gate+up+down; fc1
+    is for an MLP without a gate."""
 
     np_rank: Annotated[int, flag(aliases=("--rank",))] = 16
     """Rank of the generated factors."""
@@ -43,17 +45,17 @@ class NPTModuleConfig:
     rank k r."""
 
     np_affine: bool = True
-    """outer_product: add a learned constant to v_a. Without it the delta is equal for a and -a."""
+    """outer_product: add a learned constant to v_a. Otherwise the delta is the same for a and -a."""
 
     np_normalize: bool = True
-    """outer_product: normalise what is generated from the attention output. Without it the delta grows with the square
-    of the output's size, and training may diverge."""
+    """outer_product: normalise the vectors generated from the attention output. Otherwise the delta grows with the
+    square of the attention output's size, and training may diverge."""
 
     np_residual: Literal["keep", "drop"] = "drop"
     """Whether the attention output is also added to the residual stream, as in the base layer."""
 
     np_scale: Annotated[float, flag(aliases=("--modulation_scale",))] = 1.0
-    """Factor on every delta."""
+    """Factor by which every delta is multiplied."""
 
     np_init_scale: float = 0.01
     """Initial scale of the deltas with --np-init-strategy improved."""
@@ -91,7 +93,7 @@ class NPTModuleConfig:
         return self.np_form == "outer_product" and self.np_affine
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """Returns the numbers of the chosen layers, from 0, in ascending order.
+        """Returns the indices of the layers that get NP components, from 0, in ascending order.
 
         Raises:
             ValueError: a number or range does not fit a model of `num_layers` layers.
@@ -99,13 +101,13 @@ class NPTModuleConfig:
         return choose_layers(self.npt_layers, num_layers)
 
     def check_model(self, gated: bool) -> None:
-        """Checks that the MLP has the target's weights.
+        """Checks that the model's MLP has the weights that `--np-target` names.
 
         Args:
             gated: whether the MLP has a gate.
 
         Raises:
-            ValueError: it has not.
+            ValueError: the MLP does not have these weights.
         """
         if gated == ("fc1" in self.targets):
             kind, choices = ("gated", "gate, gate+up, gate+up+down") if gated else ("not gated", "fc1")
@@ -139,7 +141,7 @@ def parse_layers(text: str) -> list[int | tuple[int | None, int | None]]:
 
 
 def choose_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Returns the layers, from 0 and in ascending order, that a value of --npt-layers selects.
+    """Returns the indices, from 0 and ascending, of the layers that a value of --npt-layers selects.
 
     `lower_half` selects the first L // 2 layers, `upper_half` the others. Negative numbers count from the end.
 

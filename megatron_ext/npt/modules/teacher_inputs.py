@@ -1,4 +1,4 @@
-"""Brings the teacher's hidden states to the NPT layers of a stage: batch fields, packed into one auxiliary stream."""
+"""Passes the teacher's hidden states from batch fields to a stage's NPT layers, packed into one auxiliary stream."""
 
 import torch
 
@@ -9,7 +9,7 @@ TEACHER = "npt_teacher"
 
 
 def input_name(layer: int) -> str:
-    """Returns the name of the batch field with the teacher's input of a layer, numbered from 0.
+    """Returns the name of the batch field that holds a layer's input in the teacher; layers are numbered from 0.
 
     The field has the shape [s, b, h] ([s/t, b, h] under sequence parallel).
     """
@@ -21,7 +21,7 @@ class TeacherInputs(StageModule):
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         """Args:
-        layers: numbers of the chunk's NPT layers, from 0.
+        layers: indices of the chunk's NPT layers, from 0.
         """
         super().__init__()
         self.layers = layers
@@ -29,7 +29,7 @@ class TeacherInputs(StageModule):
     def forward(
         self, auxiliary_inputs: dict[str, torch.Tensor], travelling: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Returns the stream, or nothing if the micro-batch has no teacher's inputs."""
+        """Returns the stream `TEACHER`, or an empty dictionary if the micro-batch has no teacher inputs."""
         names = [input_name(layer) for layer in self.layers]
         if not names or names[0] not in auxiliary_inputs:
             return {}

@@ -26,9 +26,9 @@ parallel):
 
 Results without a shape are fp32 scalars. Means are over this rank's tokens and over the components.
 Tensor parallelism: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
-Without sequence parallelism all ranks have equal values, which each adds to its loss. Under sequence parallelism every
-rank adds its values divided by t. In both cases the gradients of all factors are correct after the engine's reduction,
-which under sequence parallelism sums those of replicated factors over the group.
+Without sequence parallelism all ranks get equal values, and each rank adds them to its loss. Under sequence parallelism
+every rank adds its values divided by t. In both cases the gradients of all factors are correct after the engine's
+reduction, which under sequence parallelism sums the gradients of replicated factors over the group.
 """
 
 import functools
@@ -128,9 +128,10 @@ class GeneratedVectors:
 
 
 def factor_norm(modulation: Modulation) -> torch.Tensor:
-    """Returns the sum of the Frobenius norms of a target's whole factors, differentiable.
+    """Returns the sum of the Frobenius norms of a target's factors, each taken over all its shards; differentiable.
 
-    For low_rank this is |A|_F + |B|_F (for `down` also |A_in|_F), the regularization of docs/design/npt_equivalence.md.
+    For low_rank this is |A|_F + |B|_F (for `down` also |A_in|_F), the regularization loss in
+    docs/design/npt_equivalence.md.
     Collective over the tensor-parallel group.
     """
     norms = []
@@ -241,7 +242,7 @@ def _cross(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.Tensor:
-    """Returns rows rows^T without gradient, summed over the ranks if each holds a part of every row."""
+    """Returns the Gram matrix rows rows^T without gradient, summed over the ranks if each holds a part of every row."""
     gram = rows @ rows.t()
     if is_split:
         dist.all_reduce(gram, group=modulation.groups.tp)

@@ -1,20 +1,20 @@
-"""The curriculum of NPT layers: their inputs are the teacher's hidden states, a blend, or the student's.
+"""The curriculum of the NPT layers: whether their inputs are the teacher's hidden states, the student's, or a blend.
 
     name:steps[:attn_ratio[:mlp_ratio]],...        teacher:20000,mixed:30000:0.5,student:40000
 
 Each stage lasts the given number of steps. A ratio is the student's share, `(1 - ratio) * teacher + ratio * student`,
 in the attention's input and in the MLP's input (by default the same). The share is 0 for `teacher`, 1 for `student` and
-by default 0.5 for `mixed`. The stage depends only on the step; the last stage continues after its steps.
+by default 0.5 for `mixed`. The stage depends only on the step; the last stage lasts until the end of the run.
 Source: docs/design/npt_curriculum.md.
 """
 
 from dataclasses import dataclass
 
 SHARES = {"teacher": 0.0, "mixed": 0.5, "student": 1.0}
-"""Name of a stage -> the student's default share."""
+"""Maps the name of each stage to the student's default share."""
 
 PROPORTIONS = {"teacher": 2, "mixed": 3, "student": 4}
-"""Default durations of the stages relative to each other, those of docs/design/npt_curriculum.md."""
+"""Default durations of the stages relative to each other, from docs/design/npt_curriculum.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Stage:
 
     @property
     def blends(self) -> bool:
-        """Whether the layers get the teacher's hidden states."""
+        """Whether the NPT layers get the teacher's hidden states, alone or in a blend."""
         return min(self.attention_share, self.mlp_share) < 1
 
 
@@ -53,7 +53,7 @@ def parse_curriculum(text: str) -> tuple[Stage, ...]:
 
 
 def proportional_curriculum(total_steps: int) -> tuple[Stage, ...]:
-    """Returns teacher, mixed and student, which share the run as 2 : 3 : 4, each with at least one step."""
+    """Returns the stages teacher, mixed and student; their steps are 2 : 3 : 4 of the run, at least one each."""
     whole = sum(PROPORTIONS.values())
     return tuple(
         Stage(

@@ -1,4 +1,4 @@
-"""NPT's losses on the student's output.
+"""NPT's losses on the student's output: cross-entropy, and fidelity to the base model's logits.
 
     lm          cross-entropy
     fidelity    kl     mean over tokens of KL(base || NPT) = sum_v p_v (log p_v - log q_v)
@@ -45,7 +45,7 @@ class NPTOutputLoss(OutputLoss):
     def __call__(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Computes the loss of one micro-batch; see `OutputLoss`. It is zero if both weights are 0."""
+        """Computes the loss of one micro-batch; see `OutputLoss`. The loss is zero if both weights are 0."""
         if self.reads == "hidden":
             # No loss uses the output, but backward must still reach the layer losses below.
             return attach_zero_gradient(output.new_zeros(()).float(), output), {}

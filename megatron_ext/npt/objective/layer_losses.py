@@ -8,9 +8,10 @@
 
 The input of attention and of the MLP is `(1 - share) * teacher + share * student`, where `teacher` is this layer's
 input in the base model. With a share of 0 no gradient reaches the layers below.
-Means are over all tokens of the global batch, including masked ones, because they are inputs of the tokens after them.
-The documents divide by the rms of a whole micro-batch. Here it is that of a sequence, so that the loss does not depend
-on how the global batch is divided into micro-batches. For tensor and sequence parallelism see `vector_norms`.
+Means are over all tokens of the global batch, including masked tokens, because later tokens attend to them. The
+documents divide by the rms of a whole micro-batch; this file divides by the rms of each sequence, so that the loss does
+not depend on how the global batch is divided into micro-batches. For tensor and sequence parallelism see
+`vector_norms`.
 Source: docs/design/npt_sequential.md, docs/design/npt_curriculum.md, docs/design/npt_equivalence.md.
 """
 
@@ -43,7 +44,7 @@ class LayerStepLosses(LayerStep):
     """The student's share in the MLP's input and in the residual."""
 
     place: tuple[int, int] = (0, 1)
-    """Index of the layer among the NPT layers of its chunk, and their number."""
+    """Index of the layer among the NPT layers of its chunk, and the number of NPT layers in the chunk."""
 
     records: bool = False
     """Whether to log the norms of v_a, v_b and the deltas in this step."""
@@ -61,7 +62,7 @@ class LayerStepLosses(LayerStep):
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `LayerStep`."""
+        """Returns the inputs of attention and MLP, blended as the curriculum says; see `LayerStep.inputs`."""
         if not self.needs_teacher:
             return hidden_states, hidden_states
         teacher = layer_inputs.read_part(TEACHER, *self.place)
@@ -79,7 +80,7 @@ class LayerStepLosses(LayerStep):
         mlp_output: torch.Tensor,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """See `LayerStep`."""
+        """Computes the losses and attaches them to the output; see `LayerStep.attach`."""
         student, hidden_states = inputs
         terms = self._terms(module, layer, hidden_states, attention_output, mlp_output)
         losses = [weight * value for weight, value in terms.values() if weight]
@@ -101,7 +102,7 @@ class LayerStepLosses(LayerStep):
         attention_output: torch.Tensor,
         mlp_output: torch.Tensor,
     ) -> dict[str, tuple[float, torch.Tensor]]:
-        """Returns name -> (weight, value) of the losses over this rank's tokens."""
+        """Maps the name of each loss to its weight and its value over this rank's tokens."""
         weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
         if weights.direct_mlp or weights.equivalence:
             target = _target(module, layer, hidden_states, attention_output)
@@ -149,7 +150,7 @@ class LayerStepLosses(LayerStep):
 
 
 def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
-    """Records scalars of a layer, given as means over this rank's tokens; one reduction for all of them."""
+    """Records a layer's scalars, given as means over this rank's tokens; one reduction handles all of them."""
     if values:
         means = _mean_over_ranks(module, torch.stack([value.detach() for value in values.values()]))
         for name, mean in zip(values, means, strict=True):
@@ -159,8 +160,8 @@ def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
 def attach_zero_gradient(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Returns `value`; its backward pass also reaches `other`, with a gradient of zero.
 
-    Needed where no loss uses the layers below: backward must still reach their attached losses, and a pipeline stage
-    waits for a gradient.
+    This is needed where no loss uses the layers below: backward must still reach the losses attached to these layers,
+    and their pipeline stage waits for a gradient.
     """
     return _Connect.apply(value, other)
 
@@ -195,7 +196,7 @@ def _target(
 
 
 def _mean_over_ranks(module: Any, value: torch.Tensor) -> torch.Tensor:
-    """Averages a mean over this rank's tokens over all ranks under sequence parallelism; detached."""
+    """Averages `value`, a mean over this rank's tokens, over the ranks under sequence parallelism; detached."""
     value = value.detach().clone()
     if module.config.sequence_parallel:
         dist.all_reduce(value, group=module.tp_group)

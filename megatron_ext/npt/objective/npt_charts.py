@@ -1,4 +1,4 @@
-"""The charts of an NPT run's losses, sizes and curriculum; `layer_losses` and `npt_monitoring` compute them."""
+"""The charts of an NPT run's losses, norms and curriculum; `layer_losses` and `npt_monitoring` compute the values."""
 
 from megatron_ext.reports.scalar_charts import LOSSES, ScalarChart
 
@@ -57,7 +57,7 @@ NPT_CHARTS = (
         section=LOSSES,
         title="Perplexity, NPT / base",
         tags="npt/perplexity_ratio (validation|test)",
-        shows="Perplexity of the NPT model over that of its base model on the same batches; 1 means as good.",
+        shows="Perplexity of the NPT model divided by that of its base model on the same batches; 1 means equal.",
     ),
     *(
         ScalarChart(section=_LAYERS, title=f"{title} per layer", tags=rf"{name}/layer_\d+", shows=f"{shows}.")
@@ -74,7 +74,7 @@ NPT_CHARTS = (
             section=_LAYERS,
             title=title,
             tags=rf"npt/{name}|{name}/layer_\d+",
-            shows=f"{shows}; of every NPT layer, and the mean over them.",
+            shows=f"{shows}; one line per NPT layer, and their mean.",
         )
         for name, (title, shows) in _SIZES.items()
     ),
@@ -82,7 +82,7 @@ NPT_CHARTS = (
         section=_CURRICULUM,
         title="Stage",
         tags="curriculum/stage",
-        shows="Number of the curriculum's present stage, from 0.",
+        shows="Index of the curriculum's current stage, from 0.",
     ),
     ScalarChart(
         section=_CURRICULUM,

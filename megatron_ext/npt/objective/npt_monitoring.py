@@ -17,9 +17,9 @@ from typing import Any
 from megatron_ext.npt.objective.step_objective import StepObjective
 
 NORMS = ("v_a_norm", "v_b_norm")
-"""Values that must not vanish."""
+"""Names of the norms that must not vanish."""
 COLLAPSED_SHARE, COLLAPSED_NORM = 1e-3, 1e-6
-"""A norm has vanished if it is below this fraction of its first value, or below this value."""
+"""A norm has vanished if it is below the first constant times its first value, or below the second constant."""
 
 _SIZES = (*NORMS, "v_a_attention_similarity", "delta_norm")
 _LOSSES = (
@@ -35,7 +35,7 @@ def summarize(values: Mapping[str, float], objective: StepObjective) -> dict[str
     """Returns totals and means of a step's values, by name.
 
     Args:
-        values: values of the step by name; those of layers are named `name/layer_i`.
+        values: the step's values by name; the values of single layers are named `name/layer_i`.
         objective: weights and curriculum stage of the step.
     """
     found = {}
@@ -60,7 +60,7 @@ class CollapseWatch:
     """Warns once when a layer's v_a or v_b vanishes, and again only after it has recovered."""
 
     first: dict[str, float] = field(default_factory=dict)
-    """Name of a layer's norm -> its first value that is not zero."""
+    """Maps the name of each layer's norm to the first value of the norm that is not zero."""
 
     collapsed: set[str] = field(default_factory=set)
     """Names of the norms that have vanished."""

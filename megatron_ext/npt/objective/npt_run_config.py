@@ -9,7 +9,7 @@ from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class NPTRunConfig(RunConfig):
-    """Configuration of an NPT run."""
+    """Configuration of an NPT run: the common config groups, `npt` (training) and `np` (the NP components)."""
 
     npt: NPTTrainingConfig
     """Losses, curriculum and teacher of NP components."""

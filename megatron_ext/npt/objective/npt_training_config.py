@@ -50,7 +50,7 @@ MODULE_DEFAULTS: dict[str, dict[str, Any]] = {
     else {}
     for mode in _WEIGHTS
 }
-"""Mode -> fields of `NPTModuleConfig` with the mode's own default."""
+"""Maps each mode to the fields of `NPTModuleConfig` whose defaults the mode changes."""
 
 STEPS_PER_LAYER = 2000
 """Default of --steps-per-layer, from docs/design/npt_sequential.md."""
@@ -61,43 +61,44 @@ class NPTTrainingConfig:
     """Losses, curriculum and teacher of NP components."""
 
     mode: Mode = "equivalence"
-    """What is trained: equivalence with the base model, a single_layer, all layers in sequence (sequential), several
-    together by a curriculum (multi_layer), or cross-entropy (lm). The mode sets defaults of the other flags."""
+    """How NP components are trained: equivalence, to match the outputs of the base layers; single_layer, one layer;
+    sequential, one layer after the other; multi_layer, several layers together with a curriculum; lm, with
+    cross-entropy. The mode sets the defaults of other flags."""
 
     base_checkpoint: Annotated[str | None, flag(aliases=("--base_model_name", "--model_name"))] = None
     """Checkpoint of the base model to convert, written by tools/convert_checkpoint.py or a training run. A new run may
     name it with --load instead."""
 
     load_npt_weights: str | None = None
-    """NP weights to start from (npt_weights.pt or .safetensors), with exactly the layers of the run. With --mode
-    single_layer the file may have further layers, which are active and frozen, while the trained layer is initialized.
-    Unless given, form, rank, target and (except in single_layer) the layers are those of the file."""
+    """File of NP weights to start from (npt_weights.pt or .safetensors); it must have exactly the run's layers. With
+    --mode single_layer the file may have further layers: these are active but frozen, and the trained layer is
+    initialized. Form, rank, target and (except in single_layer) layers default to those of the file."""
 
     allow_layer_mismatch: bool = False
-    """With --load: allow other --npt-layers than those of the checkpoint. NP weights of common layers are loaded; other
-    layers and the optimizer are re-initialized. Step, schedule and curriculum continue."""
+    """With --load: allow --npt-layers to differ from the checkpoint's layers. NP weights of common layers are loaded;
+    other layers and the optimizer are re-initialized. Step, schedule and curriculum continue."""
 
     additional_steps: int | None = None
-    """With --load: continue for this number of steps. Flags that are not given are those of the checkpoint's run."""
+    """With --load: continue the run for this many more steps. Flags that are not given keep the values of the
+    checkpoint's run."""
 
     dataset_preset: Annotated[str | None, flag(aliases=("--dataset",))] = None
-    """Name of a blend of datasets in --dataset-presets-file, such as small, medium or large. --data-path overrides it.
-    """
+    """Name of a blend of datasets defined in --dataset-presets-file, such as small. --data-path overrides it."""
 
     dataset_presets_file: str = "examples/npt/datasets.yaml"
     """YAML file of named blends."""
 
     equivalence_weight: float | None = None
-    """Weight of the equivalence loss, between each layer's output and the base layer's on the same input."""
+    """Weight of the equivalence loss, between an NPT layer's output and the base layer's output on the same input."""
 
     equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How equivalence is measured."""
+    """How the equivalence of two outputs is measured: mean square error, or 1 - cosine."""
 
     direct_mlp_weight: float | None = None
     """Weight of the direct MLP loss, between the modulated MLP's output and its target from the base layer."""
 
     fidelity_weight: float | None = None
-    """Weight of the fidelity loss, between the logits and those of the base model."""
+    """Weight of the fidelity loss, between the model's logits and the base model's logits."""
 
     fidelity_loss: Literal["kl", "mse"] = "kl"
     """How fidelity is measured: KL(base || NPT) of the next token, or the logits' mean square error."""
@@ -109,8 +110,8 @@ class NPTTrainingConfig:
     """Weight of the cross-entropy."""
 
     stage1_steps: int = 500
-    """single_layer and sequential: number of first steps in which a layer's v_a is trained to equal the attention
-    output."""
+    """single_layer and sequential: number of steps at the start in which a layer's v_a is trained to equal the
+    attention output."""
 
     steps_per_layer: int = STEPS_PER_LAYER
     """sequential: number of steps per layer; each layer has its own learning-rate schedule."""
@@ -119,7 +120,7 @@ class NPTTrainingConfig:
     """sequential: first layer to train. Lower layers of --npt-layers must already be trained in --checkpoint-dir."""
 
     model_size: Literal["1b", "3b", "8b"] | None = None
-    """sequential: label in the names of W&B runs. It does not change the model."""
+    """sequential: label of the model's size in the names of W&B runs. It does not change the model."""
 
     layer_weights: str = "uniform"
     """Weights of the layers' losses: uniform, linear (from 1 for the first NPT layer to 0.5 for the last), or one
@@ -127,10 +128,10 @@ class NPTTrainingConfig:
 
     curriculum_stages: str | None = None
     """Curriculum as name:steps[:attn_ratio[:mlp_ratio]],... with the names teacher, mixed and student. Default: with
-    --mode multi_layer the three share the run as 2:3:4; other modes have only student."""
+    --mode multi_layer, the three stages take 2:3:4 of the run's steps; other modes have only the student stage."""
 
     teacher_cache_gb: float = 0.0
-    """Size in GiB per process of a cache, in host memory, for the teacher's hidden states; 0 for no cache."""
+    """Size limit, in GiB per process, of the cache of the teacher's hidden states in host memory; 0 for no cache."""
 
     generation_steps: int | None = None
     """Number of steps between two generated text samples in TensorBoard. Default: no samples."""
@@ -139,7 +140,7 @@ class NPTTrainingConfig:
     """Prompt of the generated text samples."""
 
     npt_log_interval: int = 10
-    """Number of steps between two measurements of v_a, v_b and the deltas."""
+    """Number of steps between two measurements of the norms of v_a, v_b and the deltas."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -165,7 +166,7 @@ class NPTTrainingConfig:
         """Checks that the losses fit the NP components and their layers.
 
         Raises:
-            ValueError: they do not.
+            ValueError: the form or the number of layers does not fit the mode.
         """
         layers = module.layers(num_layers)
         if self.reconstructs and self.stage1_steps and module.np_form != "outer_product":
@@ -180,7 +181,7 @@ class NPTTrainingConfig:
         self.weights_of_layers(layers)
 
     def weights_of_layers(self, layers: tuple[int, ...]) -> dict[int, float]:
-        """Returns layer -> weight of its losses.
+        """Maps the index of each NPT layer to the weight of its losses.
 
         Raises:
             ValueError: `--layer-weights` does not have one number per layer.
@@ -193,8 +194,7 @@ class NPTTrainingConfig:
         numbers = _numbers(self.layer_weights)
         if len(numbers) != len(layers):
             raise ValueError(
-                f"--layer-weights {self.layer_weights}: has {len(numbers)} numbers, but there are {len(layers)} NPT "
-                "layers"
+                f"--layer-weights {self.layer_weights}: {len(numbers)} weights are given for {len(layers)} NPT layers"
             )
         return dict(zip(layers, numbers, strict=True))
 
@@ -233,7 +233,7 @@ def mode_defaults(given: Mapping[str, Any]) -> Found:
     """Returns the defaults that depend on the mode.
 
     Args:
-        given: field's name -> value, of the command line and the YAML file.
+        given: values set on the command line or in the YAML file, by field name.
     """
     mode = given.get("mode", "equivalence")
     sections = {"np": MODULE_DEFAULTS[mode]}

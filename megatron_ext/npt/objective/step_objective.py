@@ -20,7 +20,7 @@ class LayerWeights:
     """Weight of the equivalence loss."""
 
     equivalence_loss: Literal["mse", "cosine"] = "mse"
-    """How equivalence is measured."""
+    """How the equivalence loss compares two outputs: mean square error, or 1 - cosine."""
 
     reconstruction: float = 0.0
     """Weight of the attention reconstruction loss."""
@@ -48,7 +48,7 @@ class StepObjective:
     """Weight of the cross-entropy."""
 
     stage: Stage
-    """The curriculum's stage."""
+    """The curriculum's stage in this step."""
 
     stage_index: int
     """Index of the stage in the curriculum, from 0."""
@@ -60,4 +60,4 @@ class StepObjective:
 
 
 PLAIN_LM = StepObjective(layer=LayerWeights(), lm=1.0, stage=STUDENT, stage_index=0)
-"""Only cross-entropy: the objective of a family without a training configuration."""
+"""Only cross-entropy: the objective of an `NPTFamily` without a training configuration."""

@@ -4,8 +4,8 @@ It adds the input of each NPT layer and the output layer's input to every micro-
 the layer. Without pipeline parallelism it runs right before the student, one micro-batch at a time; with pipeline
 parallelism it runs through the schedule, once for all micro-batches of the step.
 
-The cache keeps states in host memory, up to a given size, under the tokens of their sequence, so that a later epoch
-finds them. States that do not fit are recomputed.
+The cache keeps the teacher's states in host memory, up to a given size, keyed by the tokens of each sequence, so that
+later epochs can reuse them. States that do not fit are recomputed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,10 +38,10 @@ class TeacherCache(FrozenForward):
         """Current size."""
 
         self.states: dict[Id, dict[str, torch.Tensor]] = {}
-        """Digest of a sequence's tokens -> its states, each [s, h]."""
+        """Maps the digest of a sequence's tokens to the teacher's states for the sequence, each [s, h]."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
-        """Returns the states of a micro-batch, or None unless every model-parallel rank has all of them; collective."""
+        """Returns a micro-batch's cached states; None unless every model-parallel rank has all of them. Collective."""
         if not self.max_bytes:
             return None
         rows = [self.states.get(key) for key in _keys(batch)]
@@ -52,7 +52,7 @@ class TeacherCache(FrozenForward):
         return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
-        """Stores a micro-batch's states as long as they fit."""
+        """Stores a micro-batch's states as long as they fit into the size limit."""
         for row, key in enumerate(_keys(batch)):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:
@@ -86,9 +86,9 @@ class Teacher:
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            families: all families of the run.
+            families: all model families of the run.
             batches: the micro-batches, on the device.
-            layers: numbers of the layers, of any stage, whose inputs are added.
+            layers: indices of the layers (on any pipeline stage) whose inputs are added.
             output: whether the output layer's input is added.
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
@@ -120,7 +120,7 @@ def _states(
     layers: tuple[int, ...],
     output: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    """Returns for each micro-batch the teacher states that this stage computes, by names of batch fields."""
+    """Returns, for each micro-batch, the teacher's states that this stage computes, by name of batch field."""
     # The input of the norm, not of the layer: a layer may first add something to its input.
     norms = {
         input_name(layer.layer_number - 1): layer.input_layernorm
@@ -137,5 +137,5 @@ def _states(
 
 
 def _keys(batch: Batch) -> list[Id]:
-    """Returns ids of the sequences, digests of their tokens and positions."""
+    """Returns an id for each sequence: a digest of its tokens and positions."""
     return sample_ids(torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1))

@@ -1,4 +1,4 @@
-"""Dataset presets: names of blends of local indexed datasets, defined in a YAML file.
+"""Dataset presets: named blends of local indexed datasets, defined in a YAML file.
 
     small: corpora/wikitext_text_document
     medium:
@@ -19,7 +19,7 @@ from megatron_ext.config.groups.data_config import DataConfig, is_number
 
 
 def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> DataConfig:
-    """Returns the data configuration with a preset's blend, unless it already names data.
+    """Returns the data configuration with the preset's datasets; unchanged if it already names datasets.
 
     Args:
         data: the run's data configuration.
@@ -55,12 +55,12 @@ def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
         raise ValueError(f"--dataset-preset {preset}: {presets_file} has no such preset (available: {known})")
     blend = _words(content[preset])
     if not any(not is_number(word) for word in blend):
-        raise ValueError(f"--dataset-preset {preset}: {presets_file} names no dataset for it")
+        raise ValueError(f"--dataset-preset {preset}: {presets_file} names no dataset for this preset")
     return blend
 
 
 def _words(entry: object) -> tuple[str, ...]:
-    """Returns the words of an entry, which is a text or a list of texts and (weight, prefix) pairs."""
+    """Splits a preset into weights and prefixes; it is a text, or a list of texts and (weight, prefix) pairs."""
     if isinstance(entry, list):
         return tuple(word for part in entry for word in _words(part))
     return tuple(str(entry).split()) if entry is not None else ()

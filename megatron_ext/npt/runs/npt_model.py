@@ -1,6 +1,6 @@
 """The Python API of NPT, for a single process:
 
-    model = NPTModel.from_pretrained("llama")                    a Hugging Face directory, or a checkpoint of ours
+    model = NPTModel.from_pretrained("llama")                    a Hugging Face directory or an own checkpoint
     model.load_npt_weights("run/final/npt_weights.safetensors")
     print(model.generate("The function returns"))
 
@@ -46,7 +46,7 @@ Prompt = str | Sequence[int]
 
 
 class NPTConfig:
-    """How a model's layers are converted; names and defaults are those of docs/design/npt_sequential.md."""
+    """Which layers of a model are converted, and how; names and defaults are those of docs/design/npt_sequential.md."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class NPTConfig:
         **settings: Any,
     ) -> None:
         """Args:
-        layers_to_convert: numbers of layers from 0, or a value of --npt-layers.
+        layers_to_convert: indices of layers from 0, or a value of --npt-layers.
         np_rank: rank of the generated factors.
         single_layer_mode: require exactly one layer and the form outer_product, as `--mode single_layer` does.
         **settings: further fields of `NPTModuleConfig`; the default form is outer_product.
@@ -72,7 +72,7 @@ class NPTConfig:
             raise ValueError(f"NPTConfig: unknown setting {unknown[0]} {known[unknown[0]]!r}")
         text = layers if isinstance(layers, str) else ",".join(map(str, layers))
         self.module = NPTModuleConfig(npt_layers=text, np_rank=np_rank, **known)
-        """The configuration in the command line's form."""
+        """The same settings in the form that the command line uses."""
         if single_layer_mode and self.module.np_form != "outer_product":
             raise ValueError(
                 f"NPTConfig: single_layer_mode requires np_form='outer_product' (got {settings['np_form']})"
@@ -88,8 +88,8 @@ class NPTModel:
     def __init__(self, model: GPTModel, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
         """Args:
         model: the whole model, unwrapped.
-        config: its configuration.
-        tokenizer: its tokenizer.
+        config: the model's configuration.
+            tokenizer: the model's tokenizer.
         vocab_size: number of token ids; further rows of the embedding are padding.
         """
         self.model = model.eval()
@@ -106,14 +106,15 @@ class NPTModel:
         """Loads a model from a local directory.
 
         Args:
-            path: a Hugging Face directory of a Llama-like model; or a checkpoint of this project, or a directory of
-                checkpoints. With the checkpoint of an NPT run its base is loaded too, and its layers are converted.
-            bf16: whether to compute in bfloat16 or in fp32.
+            path: a Hugging Face directory of a model with a Llama architecture; or a checkpoint of this project, or a
+                directory of checkpoints. For a checkpoint of an NPT run, the base model is loaded too, and the layers
+                of the run are converted.
+            bf16: whether to compute in bfloat16 instead of fp32.
             sha256: required digest of the checkpoint, as `training_info.json` stores it; None accepts any.
 
         Raises:
-            FileNotFoundError: there is no model.
-            ValueError: it is damaged, is of an unknown kind, or has another digest.
+            FileNotFoundError: the path contains no model.
+            ValueError: the model is damaged, is of an unknown kind, or has another digest.
         """
         if process_groups.world_size() > 1:
             raise ValueError(
@@ -141,15 +142,15 @@ class NPTModel:
 
     @property
     def npt_layers(self) -> tuple[int, ...]:
-        """Numbers of the converted layers."""
+        """Indices of the converted layers, from 0."""
         return tuple(np_modules([self.model]))
 
     def convert_to_npt(self, config: NPTConfig | NPTModuleConfig, *, seed: int = 1234) -> None:
         """Adds initialized NP components to layers; all other weights stay unchanged.
 
         Args:
-            config: the layers, and the form of the components.
-            seed: the initial values are those of a training run with this seed.
+            config: the layers to convert, and the form of their NP components.
+            seed: gives the same initial values as a training run with this seed.
 
         Raises:
             ValueError: the configuration does not fit the model, or layers are already converted.
@@ -170,8 +171,9 @@ class NPTModel:
         """Loads NP weights; if they do not fit, the model stays unchanged.
 
         Args:
-            weights: tensors by name, or a `.pt` or `.safetensors` file. If no layer is converted yet, the configuration
-                in the file is used to convert layers; otherwise both must have the same meaning.
+            weights: tensors by name, or a `.pt` or `.safetensors` file. If no layer is converted yet, layers are
+                converted with the configuration in the file; otherwise that configuration
+                must agree with the model's in everything that the weights' meaning depends on.
 
         Raises:
             OSError: the file cannot be read.
@@ -298,4 +300,4 @@ class NPTModel:
 
 
 NPTLlamaModel = NPTModel
-"""The name in docs/design/npt_sequential.md."""
+"""Other name of `NPTModel`, used in docs/design/npt_sequential.md."""

@@ -80,12 +80,12 @@ Load = Callable[[list[GPTModel]], None]
 def _starting_weights(
     config: NPTRunConfig,
 ) -> tuple[NPTModuleConfig, Load, tuple[int, ...] | None, str]:
-    """Decides what a run starts with.
+    """Decides which NP weights a run starts with.
 
-    If a single layer is trained on top of others, those become layers of the run.
+    If a single layer is trained on top of other trained layers, these also become NPT layers of the run.
 
     Returns:
-        The configuration of the NP components, a function that loads their initial weights, the trained layers (None
+        The configuration of the NP components, a function that loads their initial weights, the layers to train (None
         for all), and a description of the weights.
     """
     training, module = config.npt, config.np
@@ -127,7 +127,7 @@ def _prepare(
 
 
 def settled(config: NPTRunConfig) -> NPTRunConfig:
-    """Returns the configuration with NPT's groups checked against the others, and their open values filled in.
+    """Checks NPT's config groups against the others, and returns the configuration with missing values filled in.
 
     A resumed run uses the command line's learning-rate schedule, not the checkpoint's.
 
@@ -156,7 +156,7 @@ def npt_checkpoint_name(step: int) -> str:
 def make_families(
     config: NPTRunConfig, tokenizer: Tokenizer, trains: tuple[int, ...] | None = None
 ) -> list[Family]:
-    """Returns NPT as the only family; `trains` are the trained layers, None for all."""
+    """Returns NPT as the run's only model family; `trains` are the layers to train, None for all."""
     total = total_steps(config.training, config.parallel)
     if config.npt.generation_steps is not None:
         check_sample_length(config.npt.generation_prompt, tokenizer, config.model)
@@ -172,7 +172,7 @@ def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
 def find_base(
     training: NPTTrainingConfig, checkpoint: CheckpointConfig
 ) -> tuple[BaseCheckpoint | None, CheckpointConfig]:
-    """Returns the run's base checkpoint, and the checkpoint configuration without a `--load` that names the base.
+    """Returns the run's base checkpoint, and the checkpoint configuration without `--load` if that names the base.
 
     Raises:
         OSError: `--load` or `--base-checkpoint` does not exist.
@@ -197,10 +197,10 @@ def find_base(
 
 
 def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
-    """Returns the groups `model` and `tokenizer` of the checkpoint that a run loads, and `np` if it resumes that run.
+    """Returns the config groups `model` and `tokenizer` of the checkpoint to load, and `np` if its run is resumed.
 
     Args:
-        given: field's name -> value, of the command line and the YAML file.
+        given: values set on the command line or in the YAML file, by field name.
 
     Raises:
         OSError: there is no checkpoint, and the flags do not specify the model's shape either.
@@ -225,13 +225,13 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
 
 
 def weights_defaults(given: Mapping[str, Any]) -> Found:
-    """Returns the group `np` from the file of `--load-npt-weights`; given flags are compared with the file later.
+    """Returns the config group `np` from the file of `--load-npt-weights`; given flags are compared with it later.
 
     Args:
-        given: field's name -> value, of the command line and the YAML file.
+        given: values set on the command line or in the YAML file, by field name.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or its configuration cannot.
+        OSError, ValueError: the file or the configuration in it cannot be read.
     """
     path = given["load_npt_weights"]
     settings = read_np_settings(path)
@@ -259,7 +259,7 @@ def _has_other_layers(
     if folder is None:
         if training.additional_steps is not None:
             raise ValueError(
-                f"--additional-steps {training.additional_steps}: --load names no run that could be continued"
+                f"--additional-steps {training.additional_steps} requires --load to name a run that can be resumed"
             )
         return False
     return loads_what_fits(training, module, read_run_config(str(folder)), folder)

@@ -1,6 +1,6 @@
-"""Files of a sequential run (docs/design/npt_sequential.md), each replaced by a rename:
+"""Files of a sequential run (docs/design/npt_sequential.md), each written whole and then renamed:
 
-    {checkpoint-dir}/training_info.json                     trained layers, the one in progress, the base, settings
+    {checkpoint-dir}/training_info.json                     trained layers, layer in progress, base, settings
     {checkpoint-dir}/accumulated_npt_weights.pt             the trained layers' NP factors, keys as in `np_factors`
     {checkpoint-dir}/accumulated_npt_weights.safetensors    the same, with NPT's settings; read by a resumed run
     {checkpoint-dir}/config.json                            NPT's settings, for the .pt
@@ -8,8 +8,8 @@
     {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     the layer's run: checkpoint-{step}/, final/npt_weights.pt
 
 A layer counts as trained once `training_info.json` names it; that file is written last, after the accumulated weights.
-Weights of layers that it does not name are ignored: the run was interrupted between the two files, and training the
-layer again gives the same weights.
+Accumulated weights of a layer that `training_info.json` does not name are ignored: the run was interrupted between
+writing the two files, and training the layer again gives the same weights.
 """
 
 import json
@@ -27,7 +27,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 INFO, STEM, LOADER = "training_info.json", "accumulated_npt_weights", "load_model.py"
 FORMAT = "megatron_ext.npt_sequential/1"
 CHECKPOINTS = "checkpoints"
-"""Subdirectory of a layer's directory with its checkpoints."""
+"""Subdirectory, in a layer's directory, that contains the layer's checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +41,29 @@ class SequentialState:
     """The base checkpoint, from `BaseCheckpoint.as_json`."""
 
     trained: dict[int, str] = field(default_factory=dict)
-    """Trained layer -> name of its directory, in the order of training."""
+    """Maps each trained layer to the name of its directory, in the order of training."""
 
     current: tuple[int, str] | None = None
-    """The layer in progress and the name of its directory, or None."""
+    """The layer in progress and the name of its directory; None if no layer is in progress."""
 
     def started(self, layer: int, name: str) -> "SequentialState":
         """Returns the state with `layer` in progress."""
         return replace(self, current=(layer, name))
 
     def finished(self) -> "SequentialState":
-        """Returns the state in which the layer in progress is trained."""
+        """Returns the state in which the layer in progress counts as trained."""
         assert self.current is not None
         layer, name = self.current
         return replace(self, trained={**self.trained, layer: name}, current=None)
 
     @property
     def settings_of_trained(self) -> NPTModuleConfig:
-        """NPT's configuration for the trained layers, of which there must be at least one."""
+        """NPT's configuration for only the trained layers; at least one layer must be trained."""
         return with_layers(self.settings, self.trained)
 
 
 def with_layers(settings: NPTModuleConfig, layers: Iterable[int]) -> NPTModuleConfig:
-    """Returns the settings with these layers."""
+    """Returns a copy of the settings for the given layers."""
     return replace(settings, npt_layers=",".join(map(str, sorted(set(layers)))))
 
 
@@ -72,7 +72,7 @@ def read_state(folder: Path) -> SequentialState | None:
 
     Raises:
         ValueError: `training_info.json` is damaged, or was written by another program.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path = folder / INFO
     if not path.is_file():
@@ -116,7 +116,7 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or a layer is missing.
+        ValueError: the file is damaged, or a layer is missing.
     """
     if not state.trained:
         return {}
@@ -132,7 +132,7 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
 
 
 def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replaces the accumulated weights and the module that loads them.
+    """Replaces the accumulated weights and the generated Python module that loads them.
 
     Args:
         folder: the run's directory.
@@ -174,14 +174,14 @@ BASE = {base!r}
 """Checkpoint of the base model on which the layers were trained."""
 
 BASE_SHA256 = {sha256!r}
-"""Digest of its manifest; another checkpoint is refused."""
+"""Digest of the base checkpoint's manifest; a checkpoint with another digest is refused."""
 
 WEIGHTS = Path(__file__).resolve().parent / "{stem}.safetensors"
 """NP factors of the trained layers, with the configuration that made them."""
 
 
 def load_model(base: str = BASE) -> NPTModel:
-    """The base model with the trained layers converted.
+    """Returns the base model with the trained layers converted.
 
     Args:
         base: where the base checkpoint is now, if it has been moved.

@@ -1,4 +1,4 @@
-"""Sequential training: NPT layers are trained one after the other, from the lowest, each on top of the earlier ones.
+"""Sequential training: trains NPT layers one after the other, from the lowest, each on top of the layers before it.
 
     model of layer N      the base model with the trained layers (active, frozen) and N; later layers are base layers
     optimizer, schedule   new for every layer, over --steps-per-layer steps, with stage 1 in the first --stage1-steps
@@ -6,8 +6,8 @@
     random generators     re-seeded at every layer's start
 
 One command trains all layers in one process group. Each layer is a run with its own checkpoints. The command may be
-interrupted at any moment; repeated, it continues, and the final weights are the same bit for bit. `sequential_files`
-describes the files. Source: docs/design/npt_sequential.md.
+interrupted at any moment; if it is repeated, it continues, and the final weights are the same bit for bit.
+`sequential_files` describes the files. Source: docs/design/npt_sequential.md.
 """
 
 import gc
@@ -53,7 +53,7 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
 
     Args:
         config: the configuration, already checked by `npt_run.settled`; `checkpoint.save` is the run's directory.
-        options: with the base.
+        options: the run's options, including the base checkpoint.
 
     Raises:
         ValueError, OSError: a user error; the message is one line.
@@ -61,7 +61,7 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
     _check(config)
     assert config.checkpoint.save is not None  # the mode has a default for it
     folder = Path(config.checkpoint.save)
-    check_unused(folder, "--mode sequential needs a --checkpoint-dir of its own", but_for=(store.INFO,))
+    check_unused(folder, "--mode sequential requires its own --checkpoint-dir", but_for=(store.INFO,))
     _read(folder, config, options)
     config = resolve(config)
     tokenizer = check_run(config)
@@ -72,7 +72,7 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
 
 
 class _Sequence:
-    """A sequential run in its process group."""
+    """A sequential run inside its process group: trains the remaining layers, and keeps their state and weights."""
 
     def __init__(self, folder: Path, config: NPTRunConfig, tokenizer: Tokenizer, options: RunOptions) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class _Sequence:
         self.started = time.monotonic()
         self.state = on_first_rank(lambda: _read(folder, config, options))
         self.tensors: dict[str, torch.Tensor] = {}
-        """Whole NP factors of the trained layers."""
+        """NP factors of the trained layers, as whole tensors."""
 
     def run(self) -> int:
         """Trains the remaining layers; returns the exit code."""
@@ -108,7 +108,7 @@ class _Sequence:
         return EXIT_OK
 
     def _train(self, layer: int, remaining: int) -> int:
-        """Trains one layer; if its run is completed, the layer is then among the trained ones."""
+        """Trains one layer, and records it as trained if its run completes; returns the exit code."""
         self.state = on_first_rank(lambda: self._begin(layer))
         config, steps = self._config_of(layer), self.config.npt.steps_per_layer
         family = NPTFamily(
@@ -207,7 +207,7 @@ def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPT
 
 
 def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> SequentialState:
-    """Reads the state in the directory and checks it against the flags; returns a new state if there is none."""
+    """Reads the run's state from `folder` and checks it against the flags; returns a new state if there is none."""
     assert options.base is not None
     settings = config.np
     found = store.read_state(folder)
@@ -229,7 +229,7 @@ def _remaining(state: SequentialState, config: NPTRunConfig) -> list[int]:
     """Returns the layers that remain to be trained, in order.
 
     Raises:
-        ValueError: `--start-from-layer` skips layers that are not trained.
+        ValueError: `--start-from-layer` skips layers that are not yet trained.
     """
     start = config.npt.start_from_layer
     left = [layer for layer in _layers(config) if layer not in state.trained]
@@ -272,7 +272,7 @@ def _check(config: NPTRunConfig) -> None:
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(
-            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir"
+            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir; omit it"
         )
     if training.skip_train:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Prints three lines before an NPT run's first step: converted layers, initial NP weights, losses and curriculum.
 
-The third line is the formula of `npt loss`, with the names of its terms in the progress line. There they are means over
-layers, while the total, which is trained, is a sum over layers.
+The third line is the formula of `npt loss`; its terms have the same names as in the progress line. The progress line
+shows each term's mean over layers, but the total that is trained is a sum over layers.
 """
 
 from megatron_ext.models.costs.model_cost import layer_parameters
@@ -28,11 +28,11 @@ def print_start(
 
     Args:
         chunks: this rank's model chunks, unwrapped, with the untrained parameters already frozen.
-        config: the run's.
-        base: what the run stands on.
-        weights: description of the origin of the NP weights.
+        config: the run's configuration.
+        base: the run's base checkpoint; None for a model from scratch.
+        weights: describes where the NP weights come from.
         total_steps: number of steps of the run.
-        trains: numbers of the trained NPT layers; None for all.
+        trains: indices of the trained NPT layers, from 0; None for all.
     """
     settings = config.np
     num_layers = config.model.num_layers
@@ -49,7 +49,7 @@ def print_start(
 
 
 def fresh(settings: NPTModuleConfig, seed: int) -> str:
-    """Describes initial NP weights."""
+    """Describes newly initialized NP weights."""
     return f"initialized ({settings.np_init_strategy}, scale {settings.np_init_scale:g}, seed {seed})"
 
 

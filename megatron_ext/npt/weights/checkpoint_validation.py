@@ -1,7 +1,7 @@
-"""Checks that an NPT checkpoint is complete: one of this program, or a plain directory of the documents' files.
+"""Checks that an NPT checkpoint is complete; it may also be a plain directory of only the documented files.
 
-The files are those of docs/design/npt_curriculum.md. They are loaded with weights_only, so that nothing in them is
-executed. All other files of a checkpoint are compared with its checksums, if it has them.
+The documented files are those described in docs/design/npt_curriculum.md. They are loaded with weights_only, so that no
+code in them is executed. All other files of a checkpoint are compared with the checkpoint's checksums, if it has any.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     TRAINING_STATE: ("global_step", "optimizer_state_dict", "scheduler_state_dict"),
     MULTI_LAYER_STATE: ("layers_to_train", "curriculum_schedule", "current_stage_index"),
 }
-"""Required file -> keys that it must contain."""
+"""Maps each required file to the keys that it must contain."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Validation:
     """One line per problem; empty if the checkpoint is complete."""
 
     facts: list[str] = field(default_factory=list)
-    """Lines with step, layers, stage and sizes."""
+    """Lines that describe the checkpoint: step, layers, stage and sizes."""
 
 
 def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
@@ -71,7 +71,7 @@ def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
 
 def validate_checkpoint(folder: Path) -> Validation:
-    """Checks every file of a checkpoint, whose own directory is given."""
+    """Checks every file of a checkpoint; `folder` is the directory of this checkpoint itself."""
     found = Validation()
     states = {name: _load(folder / name, keys, found) for name, keys in REQUIRED.items()}
     weights, training, layers = states.values()
@@ -129,7 +129,7 @@ def _describe_stage(state: dict[str, Any], found: Validation) -> None:
         return
     if not isinstance(index, int) or not 0 <= index < len(schedule):
         found.problems.append(
-            f"{MULTI_LAYER_STATE}: current_stage_index {index} is not one of {len(schedule)} stages"
+            f"{MULTI_LAYER_STATE}: current_stage_index {index} is out of range for {len(schedule)} stages"
         )
         return
     stage = schedule[index]

@@ -18,13 +18,13 @@ from megatron_ext.npt.modules.npt_layers import np_modules
 from megatron_ext.platform.collectives import merge_over_ranks
 
 _ROWS = ("B", "W_a_up", "W_b_up", "c_a")
-"""Factors whose components are concatenated along dimension 0; those of other factors along dimension 1."""
+"""Factors whose components are concatenated along dimension 0; all other factors use dimension 1."""
 _SHOWN = 5
 """Largest number of differences of one kind that an error message lists."""
 
 
 def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """Returns key -> whole NP factor of the model, on the CPU of every rank.
+    """Returns all NP factors of the model, as whole tensors by key, on the CPU of every rank.
 
     Collective over tensor- and pipeline-parallel ranks; `chunks` are this rank's model chunks, unwrapped.
     """
@@ -42,7 +42,7 @@ def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) ->
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        tensors: key -> whole factor.
+        tensors: the whole factors by key.
 
     Raises:
         ValueError: a key is missing or unknown, or a tensor has another shape. The message lists the differences, and
@@ -70,7 +70,7 @@ def _parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, Modulation, str, 
 def _components(
     key: str, part: Modulation, name: str, factor: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields key and view of each component of a factor."""
+    """Yields, for each component of a factor, its key and a view of its values."""
     count = part.settings.num_np_components
     for number, view in enumerate(factor.chunk(count, dim=0 if name in _ROWS else 1)):
         yield key if count == 1 else f"{key}.{number}", view.squeeze(0) if name == "c_a" else view

@@ -2,10 +2,10 @@
 
     npt_weights.pt             torch's format, {key: tensor}; loaded with weights_only
     npt_weights.safetensors    the same, with the configuration in its metadata
-    config.json                the configuration: NPT's settings under "np", and further entries of the writer
+    config.json                the configuration: NPT's settings under "np", and entries that the caller adds
 
-The keys are those of `np_factors`. The .pt files of docs/design/npt_sequential.md and docs/design/npt_curriculum.md
-differ only in the names of the factors.
+The keys are those of `np_factors`. The .pt files described in docs/design/npt_sequential.md and
+docs/design/npt_curriculum.md differ only in the names of the factors.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 STEM, CONFIG = "npt_weights", "config.json"
 WEIGHTS = f"{STEM}.pt"
 _FREE = frozenset({"np_init_scale", "np_init_strategy", "freeze_base", "npt_layers"})
-"""Settings on which the meaning of the weights does not depend; the keys contain the layers."""
+"""Settings that do not affect the meaning of the weights; the layers are part of the keys."""
 
 
 def write_np_weights(
@@ -35,7 +35,7 @@ def write_np_weights(
     more: Mapping[str, Any] | None = None,
     stem: str = STEM,
 ) -> None:
-    """Writes the three files, each by a rename.
+    """Writes the three files atomically, each by a rename.
 
     Args:
         folder: an existing directory.
@@ -69,7 +69,7 @@ def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Ten
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it contains something else, or weights of another form, target, scale, ...
+        ValueError: the file does not contain NP weights, or they were made with another form, target, scale, ...
     """
     tensors, config = read_np_weight_file(path)
     if config is not None:
@@ -81,7 +81,7 @@ def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleCo
     """Checks that NP weights have the same meaning with both configurations.
 
     Raises:
-        ValueError: they have not; the message names `path` and the differences.
+        ValueError: the meanings differ; the message names `path` and the differences.
     """
     ours, theirs = (group_to_dict(config) for config in (settings, stored))
     differences = [
@@ -90,7 +90,9 @@ def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleCo
         if name not in _FREE and ours[name] != theirs[name]
     ]
     if differences:
-        raise ValueError(f"{path}: was made with another configuration: {'; '.join(differences)}")
+        raise ValueError(
+            f"{path}: the NP weights were made with another configuration: {'; '.join(differences)}"
+        )
 
 
 def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:
@@ -98,14 +100,14 @@ def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleCo
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it contains something else.
+        ValueError: the file does not contain NP weights.
     """
     settings, file = read_np_settings(path), Path(path)
     return _read_safe(file) if file.suffix == ".safetensors" else _read_pt(file), settings
 
 
 def read_np_settings(path: str) -> NPTModuleConfig | None:
-    """Reads only the configuration, as `read_np_weight_file` does; None if it is stored nowhere."""
+    """Reads only the configuration, from the same places as `read_np_weight_file`; None if there is none."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file")

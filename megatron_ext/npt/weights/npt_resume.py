@@ -39,21 +39,21 @@ _OF_THE_PAST = (
     "dry_run",
     "skip_train",
 )
-"""Flags that concern only how the earlier process began or ended; the checkpoint itself names its base."""
+"""Flags of the earlier command that a resumed run does not repeat; the checkpoint itself names its base."""
 
 
 def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the defaults of a run with `--additional-steps`: the configuration of the checkpoint's run.
 
-    The curriculum is that of the checkpoint's run, even if its stages depended on the length of the run.
+    The curriculum stays that of the checkpoint's run, even if its stages depended on the run's length.
 
     Args:
         folder: the checkpoint's directory.
-        stored: its `run_config`.
-        given: name of a field -> value, including `additional_steps`.
+        stored: the checkpoint's `run_config`.
+        given: the fields set by the user, name to value; includes `additional_steps`.
 
     Raises:
-        ValueError: `--additional-steps` is less than 1 or contradicts another flag, or the checkpoint is not one of an
+        ValueError: `--additional-steps` is less than 1 or contradicts another flag, or the checkpoint is not that of an
             NPT run.
     """
     steps = given["additional_steps"]
@@ -65,7 +65,7 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
                 f"--additional-steps {steps}: cannot be given together with {flag_name(name)} {given[name]}"
             )
     if "npt" not in stored:
-        raise ValueError(f"--additional-steps {steps}: {folder} contains no NPT run that could be continued")
+        raise ValueError(f"--additional-steps {steps}: {folder} contains no NPT run that can be resumed")
     left_out = {*_OF_THE_PAST, *(n for group in _EXCLUSIVE if given.keys() & set(group) for n in group)}
     sections = {
         section: {name: value for name, value in stored[section].items() if name not in left_out}
@@ -91,7 +91,7 @@ def loads_what_fits(
     Args:
         training: the run's training configuration.
         module: the run's NP components, with layers as numbers.
-        stored: the `run_config` of the checkpoint of an NPT run.
+        stored: the `run_config` of the checkpoint, which is that of an NPT run.
         folder: the checkpoint's directory.
 
     Raises:

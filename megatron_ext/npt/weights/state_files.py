@@ -1,12 +1,12 @@
-"""The files of docs/design/npt_curriculum.md: in every NPT checkpoint, and in `final/` after the last step.
+"""Writes the files described in docs/design/npt_curriculum.md, to every NPT checkpoint and finally to `final/`.
 
     npt_weights.pt          all NP factors, whole, under the keys of `np_factors`
     training_state.pt       global_step, batch_count, optimizer_state_dict, scheduler_state_dict, scaler_state_dict
     multi_layer_state.pt    layers_to_train, curriculum_schedule, current_stage_index, layer_weights, teacher_cache
     config.json             the run's whole configuration; NPT's settings under "np"
 
-They are for people and other programs: tensors and plain values, loaded with weights_only. A resumed run reads the
-files of `checkpoint_files` in the same directory instead. Only those contain Adam's moments, in shards;
+These files are for people and other programs: tensors and plain values, loaded with weights_only. A resumed run reads
+the files of `checkpoint_files` in the same directory instead. Only those contain Adam's moments, in shards;
 `optimizer_state_dict["state"]` lists their names.
 """
 
@@ -63,7 +63,7 @@ def write_state_files(
 
 
 def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of `training_state.pt`, plain values.
+    """Returns the content of `training_state.pt`, as plain values.
 
     `batch_count` is the number of micro-batches of one data-parallel rank, in units of the current micro-batch size.
 
@@ -106,10 +106,10 @@ def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
 def multi_layer_state(
     weights: Mapping[int, float], stages: tuple[Stage, ...], cache: TeacherCache, iteration: int
 ) -> dict[str, Any]:
-    """Returns the content of `multi_layer_state.pt`, plain values.
+    """Returns the content of `multi_layer_state.pt`, as plain values.
 
     Args:
-        weights: layer -> weight of its losses.
+        weights: maps the index of each NPT layer to the weight of its losses.
         stages: the curriculum.
         cache: the teacher's cache on this rank.
         iteration: number of the last step; the stored stage is that of the next step, where a resumed run begins.
@@ -138,15 +138,15 @@ def multi_layer_state(
 
 
 def write_final(config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress) -> None:
-    """Writes `final/` under `--save`, whole or not at all; collective. Without `--save` nothing.
+    """Writes `final/` atomically into the directory of `--save`; does nothing without `--save`. Collective.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         chunks: this rank's model chunks, unwrapped.
         progress: how far the run has come.
 
     Raises:
-        OSError: it could not be written, on every rank.
+        OSError: the files could not be written; raised on every rank.
     """
     save = config.checkpoint.save
     if save is None:

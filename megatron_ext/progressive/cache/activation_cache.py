@@ -4,12 +4,12 @@
 
 A key identifies (sample, masks, trunk). Other weights, masks or data give other keys, so no entry can be out of date. A
 training step always starts at the end of the trunk, from cached hidden states or from those of a separate forward pass
-of the trunk. The losses are equal to the bit in both cases, and without a cache.
+of the trunk. The losses are equal to the bit in both cases, and also without a cache.
 
 The pipeline stage with the first layer above the trunk stores that layer's input; each of its tensor-parallel ranks
-stores its own copy or part. A micro-batch is a hit if all ranks of a model-parallel group have all its samples. The
-cache in memory contains what the process itself has stored; that on disk also what other processes and earlier runs
-have stored.
+stores its own copy or part. A micro-batch is a hit if all ranks of a model-parallel group have all its samples. A cache
+in memory contains only what its own process has stored; a cache on disk also contains what other processes and
+earlier runs have stored.
 
     cache_dir/cache.json                      identifies the run to which the cache belongs
     cache_dir/{fingerprint}/tp{rank}/*        see `activation_store`; directories of other trunks are removed
@@ -51,8 +51,8 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
     """Checks that `--cache-dir` is missing, empty, or a cache of the same run; changes nothing.
 
     Args:
-        config: names the directory.
-        identity: values by which the caches of different runs are distinguished, as JSON values.
+        config: its `cache_dir` is the directory to check.
+        identity: JSON values that tell the caches of different runs apart.
 
     Raises:
         ValueError: the directory contains something else, or another run's cache.
@@ -85,7 +85,7 @@ class ActivationCache(FrozenForward):
     def __init__(self, config: ProgressiveConfig, *, trunk_layers: int, identity: Mapping[str, Any]) -> None:
         """Args:
         config: location of the cache, and its size limit per process.
-        trunk_layers: number of layers of the trunk, the first ones of the model.
+        trunk_layers: number of trunk layers; the trunk is the first layers of the model.
         identity: see `check_cache_directory`; part of the fingerprint.
 
         Raises:
@@ -104,11 +104,11 @@ class ActivationCache(FrozenForward):
     def prepare(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """Adds the trunk's output to the micro-batches, and makes the model start from it; see `prepare_batches`.
+        """Adds the trunk's output to the micro-batches, and makes the model start from that output.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
-            families: all families of the run; one passes the batch field `HIDDEN_STATES` to the model.
+            families: all model families of the run; one of them passes the batch field `HIDDEN_STATES` to the model.
             batches: the micro-batches of a step, on the device.
 
         Raises:
@@ -257,7 +257,7 @@ class ActivationCache(FrozenForward):
     def _through_pipeline(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch], hits: list[bool]
     ) -> dict[int, torch.Tensor]:
-        """Returns index of a micro-batch -> the trunk's output, for all that were not found."""
+        """Runs the trunk on the micro-batches that were not in the cache; returns its outputs by micro-batch index."""
         chosen = [place for place, hit in enumerate(hits) if not hit]
         if not chosen:
             return {}
@@ -273,7 +273,7 @@ class ActivationCache(FrozenForward):
 
 
 def _with(batch: Batch, hidden_states: torch.Tensor | None) -> Batch:
-    """Returns the micro-batch with the trunk's output, on the stage that starts from it."""
+    """Returns the micro-batch with the trunk's output added, on the pipeline stage that starts from it."""
     if hidden_states is None:
         return batch
     return {**batch, HIDDEN_STATES: hidden_states.to(batch["tokens"].device, non_blocking=True)}

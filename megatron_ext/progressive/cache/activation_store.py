@@ -3,7 +3,7 @@
 A store maps a key of 16 bytes to a tensor; all tensors of a store have the same shape and dtype. Storage errors never
 end a run: a tensor that cannot be stored or read counts as missing, and the reason is logged once.
 
-On disk every process appends to two files of its own, and reads those of all processes in the directory:
+On disk, every process appends to its own two files, and reads the files of all processes in the directory:
 
     {writer}.data     the tensors, one after the other
     {writer}.index    a record of 32 bytes per tensor: key, place, checksum of the tensor, checksum of the record
@@ -37,10 +37,10 @@ class Store(Protocol):
     """Number of bytes that this process has stored."""
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """Returns the tensor of a key, or None."""
+        """Returns the tensor stored under a key; None if there is none."""
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Stores a tensor if it fits."""
+        """Stores a tensor under a key if it fits into the size limit."""
 
 
 class MemoryStore:
@@ -48,7 +48,7 @@ class MemoryStore:
 
     def __init__(self, max_bytes: int) -> None:
         """Args:
-        max_bytes: size limit.
+        max_bytes: size limit in bytes.
         """
         self.size = 0
         self._max_bytes = max_bytes
@@ -56,11 +56,11 @@ class MemoryStore:
         self._told = False
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """Returns the tensor of a key, or None."""
+        """Returns the tensor stored under a key; None if there is none."""
         return self._values.get(key)
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Stores a copy of a tensor if it fits."""
+        """Stores a copy of a tensor under a key if it fits into the size limit."""
         if key in self._values:
             return
         if self.size + value.nbytes > self._max_bytes:
@@ -84,7 +84,7 @@ class DiskStore:
         max_bytes: size limit of this process's files.
 
         Raises:
-            ValueError: another process writes these files.
+            ValueError: another process is writing these files.
             OSError: the directory cannot be read or created.
         """
         self._directory, self._writer = directory, writer
@@ -126,7 +126,7 @@ class DiskStore:
         return torch.frombuffer(content, dtype=self._dtype).view(self._shape)
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Appends a tensor if it fits."""
+        """Appends a tensor to this process's files if it fits into the size limit."""
         if self._full or key in self._places:
             return
         if self.size + self._bytes > self._max_bytes:

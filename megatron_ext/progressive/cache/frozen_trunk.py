@@ -1,6 +1,6 @@
 """The frozen trunk for the activation cache: its tensors, its fingerprint, and a forward pass of the trunk alone.
 
-The trunk computes the input of layer k: embedding, the families' additions to it, and layers 0 .. k - 1. Its
+The trunk computes the input of layer k: embedding, the model families' additions to it, and layers 0 .. k - 1. Its
 fingerprint is a digest of all these weights, the adapters' scale, the precision and the configurations. It differs
 between parallel layouts.
 """
@@ -25,7 +25,7 @@ _ABOVE = ("decoder.final_layernorm.", "output_layer.")
 
 
 def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields name (with layer numbers over the whole model) and tensor of every tensor of the trunk on this rank.
+    """Yields every trunk tensor on this rank with its name; layer numbers in names count over the whole model.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -79,11 +79,12 @@ def trunk_version(chunks: Iterable[GPTModel], layers: int) -> int:
 def trunk_fingerprint(
     chunks: list[GPTModel], families: list[Family], layers: int, identity: Mapping[str, Any]
 ) -> bytes:
-    """Returns 16 bytes that are equal only if the trunk computes equal values. Collective over model-parallel ranks.
+    """Returns a 16-byte digest, equal only for trunks that compute equal values; collective over model-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        families: all families of the run; their configurations are included, except fields free to change on resume.
+        families: all model families of the run; their configurations are part of the digest, except fields that may
+            change on resume.
         layers: k, the number of the trunk's layers.
         identity: further values on which the output depends, as JSON values.
     """
@@ -117,7 +118,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, Any]:
-    """Returns a family's configuration without the keys in `free`."""
+    """Returns a model family's configuration without the keys in `free`, which may change on resume."""
     return {
         name: _fixed(value, free) if isinstance(value, Mapping) else value
         for name, value in configuration.items()
@@ -132,8 +133,9 @@ def run_trunk(
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        families: all families of the run.
-        batches: micro-batches on the device; with a pipeline a number that its schedule supports.
+        families: all model families of the run.
+        batches: micro-batches on the device; with pipeline parallelism, their number must be one that the schedule
+            supports.
         layers: k, the number of the trunk's layers.
 
     Returns:

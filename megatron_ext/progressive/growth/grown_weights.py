@@ -3,7 +3,7 @@
 Tensors are read through the sharded state dict by their global names, with each layer's number in the smaller model. So
 layers may move to other pipeline stages, and the parallel layout may change.
 
-    random       initialized with a seed of the stack
+    random       initialized randomly, with a seed for each stack
     copy         copies of the neighbouring stack's layers, in order (repeated if the new stack has more layers)
     interleave   copies of layers distributed over the whole trunk: layer j of n from trunk layer floor(j L / n)
     zero         as random, but the output projections of attention and MLP are zero, so the new layers add nothing
@@ -41,7 +41,7 @@ _OUTPUT_PROJECTIONS = (LINEARS[1], LINEARS[3])
 
 
 def layer_of_name(name: str) -> int | None:
-    """Returns the layer's number in a global name, or None."""
+    """Returns the layer number in a tensor's global name; None if the name has none."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
@@ -63,10 +63,10 @@ def read_trunk(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int])
     Args:
         chunks: this rank's chunks, unwrapped, without packed weights.
         folder: the checkpoint's directory.
-        sources: number of a layer that the checkpoint has -> its number there.
+        sources: maps the number of each layer that the checkpoint has to its number in the checkpoint.
 
     Raises:
-        ValueError: the checkpoint is damaged, a tensor is missing, or it has another shape.
+        ValueError: the checkpoint is damaged, a tensor is missing, or a tensor has another shape.
     """
     tensors.verify(folder)
     _read_layers(chunks, folder, sources, everything=True)
@@ -112,7 +112,7 @@ def _zero_output_projections(layer: torch.nn.Module) -> None:
 
 
 def _sources(rack: Rack, trunk: Rack, how: str) -> dict[int, int]:
-    """Returns number of each new layer -> number of the trunk layer of which it is a copy."""
+    """Maps the number of each new layer to the number of the trunk layer that it copies."""
     new = rack.layers_of(rack.newest.index)
     if how == "interleave":
         return {layer: place * trunk.num_layers // len(new) for place, layer in enumerate(new)}
@@ -192,12 +192,13 @@ def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping
     """Finds the trainable parameters whose optimizer state is in a checkpoint, and sets `earlier_steps`; collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, already frozen where they do not train.
-        folder: directory of the trunk's checkpoint; its family state contains this function's result for its own run.
-        sources: number of a layer that the checkpoint has -> its number there.
+        chunks: this rank's chunks, unwrapped, with the untrained parameters already frozen.
+        folder: directory of the trunk's checkpoint; its model-family state contains this function's result for the
+            checkpoint's own run.
+        sources: maps the number of each layer that the checkpoint has to its number in the checkpoint.
 
     Returns:
-        Global name of each such parameter of the model -> number of Adam updates so far.
+        The number of Adam updates so far, by global name of each such parameter.
     """
     state_file = on_every_rank(lambda: files.read_json(folder / files.STATE))
     steps = state_file["optimizer_step"]
@@ -227,7 +228,7 @@ def carry_optimizer_state(
         chunks: this rank's chunks, unwrapped.
         optimizer: the new optimizer of these chunks.
         folder: directory of the trunk's checkpoint.
-        sources: number of a layer that the checkpoint has -> its number there.
+        sources: maps the number of each layer that the checkpoint has to its number in the checkpoint.
     """
     names = tensors.model_state(chunks, rename=_name_in_trunk(sources))
     tensors.load_optimizer(OptimizerState(optimizer, names), folder, 0, whole=False, same_vocabulary=True)

@@ -2,7 +2,8 @@
 
     progressive_stack_{i}      the rack of stacks 0 .. i; stack i trains on its trunk
     progressive_joint          the complete rack, nothing frozen, for --joint-steps
-    progressive_end_to_end     with --no-enabled, instead of all others: the complete rack for the sum of their steps
+    progressive_end_to_end     with --no-enabled, instead of all other phases: the complete rack, for the sum of their
+    steps
 
 Every phase has its own learning-rate schedule, beginning with the warm-up. Step and sample numbers continue.
 """
@@ -23,16 +24,16 @@ END_TO_END = "progressive_end_to_end"
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase, which is one run of training."""
+    """One phase of progressive training; each phase is one training run."""
 
     name: str
     """Name of the phase and of its directory of checkpoints."""
 
     rack: Rack
-    """The stacks of its model."""
+    """The stacks of the phase's model."""
 
     trains: Trains
-    """What the phase trains."""
+    """What the phase trains: the `newest` stack or `all` stacks."""
 
     steps: int
     """Number of steps, unless a plateau ends the phase earlier."""

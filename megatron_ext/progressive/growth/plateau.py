@@ -1,4 +1,4 @@
-"""Ends a stack's training when the mean loss of the last p steps is not lower by delta than that of the p before."""
+"""Detects a plateau: the mean loss of the last p steps is not at least delta lower than that of the p steps before."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ class Plateau:
 
     def __init__(self, patience: int | None, min_delta: float) -> None:
         """Args:
-        patience: number of steps p of each mean; None disables the detection.
+        patience: number of steps p over which each mean is taken; None disables the detection.
         min_delta: required decrease of the mean.
         """
         self.patience = patience

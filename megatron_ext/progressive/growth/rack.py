@@ -60,7 +60,7 @@ class Rack:
         return Rack(stacks=tuple(stack for stack in self.stacks if stack.index < num_stacks))
 
     def layers(self) -> Iterator[tuple[Stack, range]]:
-        """Yields every stack with the numbers of its layers, from 0 over the whole model."""
+        """Yields every stack with the range of its layer numbers, counted from 0 over the whole model."""
         first = 0
         for stack in self.stacks:
             yield stack, range(first, first + stack.n_blocks)
@@ -71,7 +71,7 @@ class Rack:
         return next(layers for stack, layers in self.layers() if stack.index == index)
 
     def layers_of_other(self, other: "Rack") -> dict[int, int]:
-        """Returns number of each layer that the other rack has too -> its number there; sizes may differ."""
+        """Maps the number of each layer that both racks have to its number in `other`; the racks' sizes may differ."""
         there = {
             (stack.index, place): layer
             for stack, layers in other.layers()

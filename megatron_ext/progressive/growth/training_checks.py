@@ -1,4 +1,4 @@
-"""Checks that the flags of progressive training are consistent, and that they match the training in `--save`.
+"""Checks that the flags of progressive training are consistent, and that they match the run in `--save`.
 
 All checks run before the process group starts and write nothing. `progressive_config` checks its own fields, `phases`
 the models and schedules of the phases.
@@ -21,14 +21,14 @@ from megatron_ext.training.checkpoint.same_run_checks import check_same_layers
 
 
 def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
-    """Checks the flags against each other and against the training in `--save`.
+    """Checks the flags against each other and against the training run in `--save`.
 
     Args:
-        config: the configuration of the training.
-        phases: its phases.
+        config: the configuration of the training run.
+        phases: the phases of the training run.
 
     Raises:
-        ValueError: they contradict each other.
+        ValueError: flags contradict each other, or contradict the training run in `--save`.
     """
     checkpoint, own = config.checkpoint, config.progressive
     if checkpoint.save is None:
@@ -70,7 +70,7 @@ def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
     Otherwise the command would silently continue from a different model.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the architecture or the kind of attention differs.
     """
     if not history.finished:
         return
@@ -102,7 +102,7 @@ def _check_stacks(config: ProgressiveConfig, phases: list[Phase], model: ModelCo
 
 
 def _parts(model: ModelConfig, ranks: int) -> list[Part]:
-    """Returns a tensor-parallel rank's parts of a layer's four matrices."""
+    """Returns the parts of a layer's four weight matrices that one tensor-parallel rank holds."""
     hidden, width = model.hidden_size, model.resolved_kv_channels
     queries, keys = model.num_attention_heads * width, model.resolved_num_query_groups * width
     inner, gates = model.resolved_ffn_hidden_size, 2 if model.swiglu else 1
@@ -115,10 +115,10 @@ def _parts(model: ModelConfig, ranks: int) -> list[Part]:
 
 
 def check_history(save: Path, phases: list[Phase]) -> History:
-    """Reads the history of the training in a directory, and checks that it matches the phases.
+    """Reads the history of the training run in `save`, and checks that it matches the phases.
 
     Raises:
-        ValueError: the directory contains another training, a longer one, or a run of another kind.
+        ValueError: the directory contains another training run, one with more stacks, or a run of another kind.
     """
     check_unused(save, "progressive training needs its own directory", but_for=(FILE,))
     history = read_history(save)
@@ -137,9 +137,9 @@ def check_history(save: Path, phases: list[Phase]) -> History:
     for place, phase in enumerate(history.finished):
         if phase.name == JOINT and len(planned) > len(there):
             raise ValueError(
-                f"--target-stacks {len(planned)}: the training in {save} is complete, its {len(there)} stacks have had "
-                "their joint phase; pass --joint-steps only with the last stack"
+                f"--target-stacks {len(planned)}: the rack in {save} is complete: its {len(there)} stacks have had "
+                "their joint phase; pass --joint-steps only when adding the last stack"
             )
         if place >= len(names) or phase.name != names[place]:
-            raise ValueError(f"--save {save}: contains {phase.name}, which does not belong to this training")
+            raise ValueError(f"--save {save}: contains {phase.name}, which is not a phase of this run")
     return history

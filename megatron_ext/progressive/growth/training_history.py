@@ -34,16 +34,16 @@ class Finished:
     """Name of the phase and of its directory."""
 
     first_iteration: int
-    """Number of the last step before the phase, counted over the whole training."""
+    """Number of the last step before the phase, counted over all phases."""
 
     iteration: int
-    """Number of its last step."""
+    """Number of the phase's last step, counted over all phases."""
 
     consumed_samples: int
-    """Sequences of the training set consumed by its end."""
+    """Number of training sequences consumed by the end of the phase."""
 
     layers: int
-    """Number of layers of its model."""
+    """Number of layers of the phase's model."""
 
     trainable_parameters: int
     frozen_parameters: int
@@ -57,10 +57,10 @@ class Finished:
     """Wall time of the phase in the command that finished it."""
 
     stack_treatments: list[str] = field(default_factory=list)
-    """How every stack was treated, by index (`trunk_strategy.TREATMENTS`); empty in older files."""
+    """How the phase treated every stack, by index, as named in `trunk_strategy.TREATMENTS`; empty in older files."""
 
     stack_precisions: list[str | None] = field(default_factory=list)
-    """Precision of every stack in this phase, by index, None for the run's; empty in older files."""
+    """Precision of every stack in this phase, by index; None means the run's precision. Empty in older files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class History:
     """The progress of progressive training."""
 
     rack: Rack = field(default_factory=Rack)
-    """The rack of the phase that was begun last."""
+    """The rack of the phase that was started last."""
 
     finished: tuple[Finished, ...] = ()
     """The finished phases, in order."""
@@ -79,11 +79,11 @@ class History:
 
 
 def read_history(save: Path) -> History:
-    """Reads the history in a directory; empty if no training has begun.
+    """Reads the history in a directory; the history is empty if no training has begun.
 
     Raises:
         ValueError: the file is damaged, or was written by another program.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path = save / FILE
     if not path.is_file():
@@ -125,11 +125,11 @@ def finished_checkpoint(save: Path, name: str) -> Path:
 
 
 def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
-    """Returns the groups `model` (without its number of layers) and `tokenizer` of the training in a directory.
+    """Returns the config groups `model` (without `num_layers`) and `tokenizer` of the training run in `save`.
 
     Args:
-        save: the training's directory.
-        given: field's name -> value, of the command line and the YAML file.
+        save: the training run's directory.
+        given: values set on the command line or in the YAML file, by field name.
 
     Raises:
         ValueError, OSError: a file or a checkpoint is damaged.
@@ -147,7 +147,7 @@ def publish_rack(save: Path, name: str) -> Path:
     """Publishes the last checkpoint of a phase as the complete rack; links files instead of copying if possible.
 
     Args:
-        save: the training's directory.
+        save: the training run's directory.
         name: name of the last phase.
 
     Returns:

@@ -21,23 +21,24 @@ from megatron_ext.progressive.growth.rack import Rack, Stack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 Trains = Literal["newest", "all", "none"]
-"""What a phase trains: the newest stack (and the trunk according to its strategy), everything, or nothing (inference).
-"""
+"""What a phase trains: the newest stack (and the trunk according to its strategy), everything, or nothing
+(inference)."""
 
 TREATMENTS = ("trained", "adapters", "frozen", "cached")
-"""How a phase treats a stack: trains all of it, only its adapters, nothing, or nothing with its output cached."""
+"""How a phase treats a stack: trains all of it; trains only its adapters; trains nothing; trains nothing, and caches
+the trunk's output."""
 
 
 def settings_by_layer(
     rack: Rack, config: ProgressiveConfig, trains: Trains, frozen: dict[int, str] | None = None
 ) -> SettingsByLayer:
-    """Returns layer number -> adapters, trained parts and precision.
+    """Maps the number of each layer to its adapters, trained parts and precision.
 
     Args:
         rack: the stacks of the model.
         config: adapters, trunk strategy and precision.
         trains: what the phase trains.
-        frozen: stack index -> `frozen` or `qlora`, overrides the trunk strategy for these stacks.
+        frozen: `frozen` or `qlora` by stack index; overrides the trunk strategy for these stacks.
     """
     return {
         layer: _settings(rack, stack, config, trains, (frozen or {}).get(stack.index))
@@ -88,12 +89,12 @@ def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trai
 
 
 def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> list[str]:
-    """Returns how a phase treats every stack, one of `TREATMENTS` by the stack's index.
+    """Returns, for each stack by index, which of the `TREATMENTS` a phase applies.
 
     Args:
         rack: the stacks of the model.
-        plan: the settings of its layers.
-        cached_layers: number of first layers whose output is in the activation cache.
+        plan: the settings of the model's layers, by number.
+        cached_layers: number of layers, from the first, whose output is in the activation cache.
     """
     found = {}
     for stack, layers in rack.layers():

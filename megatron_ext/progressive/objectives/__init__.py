@@ -1,1 +1,1 @@
-"""The objectives of a stack: next token, masked tokens, diffusion; masks, time, and generation by unmasking."""
+"""Objectives of a stack (next token, masked tokens, diffusion), their masks and time steps, generation by unmasking."""

@@ -1,8 +1,9 @@
 """Samples the masked tokens of a sequence, deterministically from (seed, sample id, epoch, stack).
 
-A masked token is replaced by the mask token before the model sees it, so that the model has no information about it. Of
-n tokens that may be masked, round(fraction(t) n), but at least one, are masked: those with the smallest of n uniform
-random numbers. With the same numbers the masks of a later time step include those of an earlier one.
+A masked token is replaced by the mask token before the model sees it, so that the model has no information about it. If
+n tokens may be masked, max(1, round(fraction(t) n)) of them are masked: every token gets a uniform random number, and
+the tokens with the smallest numbers are chosen. With the same random numbers, the masks of a later time step include
+those of an earlier one.
 
 With the activation cache the masks depend only on (seed, sample id): a sample has the same masks in every epoch.
 Source: docs/design/progressive_growth.md.
@@ -31,7 +32,7 @@ class SampledMasks:
 
 
 class TimeStepMasking:
-    """Samples masks whose fraction of the tokens grows with time."""
+    """Samples masks; the fraction of masked tokens grows with the time step."""
 
     def __init__(
         self, config: ProgressiveConfig | StackWiseConfig, *, seed: int = 1234, fixed: bool = False
@@ -49,7 +50,7 @@ class TimeStepMasking:
         """Returns the time step of a stack with `--time-interpretation depth`.
 
         Raises:
-            ValueError: with `input` time is sampled per sequence; or the custom mapping returns no valid time step.
+            ValueError: `--time-interpretation` is `input`, or the custom mapping returns no valid time step.
         """
         if self.config.time_interpretation == "input":
             raise ValueError(

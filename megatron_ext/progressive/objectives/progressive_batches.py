@@ -3,11 +3,11 @@
     batch["tokens"]             the model's input, masked tokens replaced          [b, s]
     batch["labels"]             the target tokens                                  [b, s]
     batch["masks"]              positions that the objective predicts, boolean     [b, s]
-    batch["combined_masks"]     those of them that count in the loss               [b, s]
+    batch["combined_masks"]     positions that count in the loss, boolean          [b, s]
     batch["clm_mask"]           clm: 1 where the next token is known               [b, s]
-    batch["time_step"]          mlm, diffusion                                     [b]
+    batch["time_step"]          time step of each sequence (mlm, diffusion)        [b]
     batch["training_objective"] the objective's name
-    batch["trunk_activations"]  if all samples of the batch have one               [s, b, h]
+    batch["trunk_activations"]  the trunk's output, if all samples have one        [s, b, h]
 
 `input_ids` and `targets` are other names of `tokens` and `labels`, used in docs/design/progressive_growth.md.
 """
@@ -41,7 +41,8 @@ class ProgressiveDataLoader:
             `targets`, `loss_mask`, `position_ids`, `attention_mask`, `epoch`.
         masking_strategy: samples the masks; its configuration names the objective.
         stack_idx: index of the stack that trains, in the order of creation, from 0.
-        trunk_activations: sample id (`sample_ids` of the unmasked tokens) -> the trunk's output for it, [s, h].
+        trunk_activations: maps each sample id (`sample_ids` of the unmasked tokens) to the trunk's output for the
+            sample, [s, h].
         cache_activations: whether to use `trunk_activations`.
         mask_token_id: the id that replaces masked tokens, for mlm and diffusion.
 

@@ -2,11 +2,11 @@
 
     clm         predicts the next token; causal attention. The last token counts only if the data has its successor.
     mlm         predicts the tokens that were replaced by the mask token; bidirectional attention
-    diffusion   as mlm, with weight 1/f for a sequence of which the fraction f is masked: with t ~ U[0, 1] the loss is
+    diffusion   as mlm, with weight 1/f for a sequence whose masked fraction is f: with t ~ U[0, 1] the loss is
                 an upper bound of the negative log-likelihood per token (arXiv 2406.07524)
     custom      predicts targets in the data; bidirectional attention
 
-Besides `tokens`, `labels` and `loss_mask` a batch gets `masks` (positions that the objective predicts) and
+In addition to `tokens`, `labels` and `loss_mask`, a batch gets `masks` (positions that the objective predicts) and
 `combined_masks` (those that count in the loss, without weights); with clm also `clm_mask` (1 where the next token is
 known), with mlm and diffusion `time_step`. Source: docs/design/progressive_growth.md.
 """
@@ -35,14 +35,14 @@ _LOOKS_AHEAD = "per_layer_ids"
 
 
 def reserve_mask_token(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """Returns `mask_token_of`, and adds the token to the vocabulary; call this before `vocab_size` is used."""
+    """Adds the mask token to the vocabulary and returns its id; call this before `vocab_size` is used."""
     mask_token_id = mask_token_of(tokenizer, mask_token_id)
     tokenizer.reserve(mask_token_id + 1)
     return mask_token_id
 
 
 def mask_token_of(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """Returns the id of the mask token; if the vocabulary has none, the id after its last.
+    """Returns the id of the mask token; if the vocabulary has no mask token, the id after the vocabulary's last.
 
     Args:
         tokenizer: the run's tokenizer.
@@ -63,7 +63,7 @@ def mask_token_of(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int
 
 
 class StackObjective:
-    """The objective of one stack."""
+    """The training objective of one stack: prepares its batches, and supplies its evaluation loss."""
 
     def __init__(
         self,
@@ -111,7 +111,8 @@ class StackObjective:
                 [b, s], negative at positions without a target.
 
         Raises:
-            ValueError: custom without targets, or the batch contains data that reveals masked tokens.
+            ValueError: the objective is custom and the batch has no targets, or the batch has data that reveals masked
+                tokens.
         """
         if self.kind == "clm":
             return _clm(batch)
@@ -188,7 +189,7 @@ class MaskedLoss(OutputLoss):
 
 
 def most_likely(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Returns the most likely tokens [b, s] for logits [b, s, V/t] split over `group`; of equal ones the first."""
+    """Returns the most likely tokens [b, s] for logits [b, s, V/t] split over `group`; the first one if several tie."""
     largest, place = logits.detach().max(-1)
     if group.size() == 1:
         return place

@@ -23,7 +23,7 @@ class TimeEmbedding(StageModule):
 
     def __init__(self, config: TransformerConfig, settings: ProgressiveConfig) -> None:
         """Args:
-        config: the engine's configuration.
+        config: megatron-core's transformer configuration.
         settings: kind and width of the embedding, number of time steps.
         """
         super().__init__()
@@ -65,5 +65,5 @@ def sinusoidal(steps: torch.Tensor, width: int) -> torch.Tensor:
 def time_embedding(
     config: TransformerConfig, settings: ProgressiveConfig, stage: StageInfo
 ) -> TimeEmbedding | None:
-    """Returns the time embedding on the first stage, None on others."""
+    """Returns the time embedding on the first pipeline stage, None on other stages."""
     return TimeEmbedding(config, settings) if stage.is_first else None

@@ -70,7 +70,7 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
 
     Args:
         name: `package.module.function`.
-        flag: the flag with this name, for the error.
+        flag: the flag whose value is `name`, for the error message.
 
     Raises:
         ValueError: the module or the function does not exist.

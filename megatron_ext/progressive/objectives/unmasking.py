@@ -3,7 +3,7 @@
 In step i of n the model predicts every masked token from all known tokens before and after it. The
 ceil(masked / (n - i)) most confident predictions are kept, so that after n steps no token is masked. Temperature 0
 chooses the most likely token, other temperatures T sample from softmax(logits / T). The confidence is the probability
-of the chosen token, rounded to five digits; of equal ones the first is kept.
+of the chosen token, rounded to five digits; of equal confidences the first is kept.
 
 Prompts of equal length form a batch. There is no KV cache, because every token attends to all others. Every rank takes
 part and gets the same tokens, in any tensor- and pipeline-parallel layout.
@@ -60,7 +60,7 @@ class DiffusionSampling:
 
 
 def objective_of(families: Iterable[Family]) -> StackObjective | None:
-    """Returns the objective of one of the model's families; None for a model without one."""
+    """Returns the stack objective that one of the model families has; None if none of them has one."""
     found = (getattr(family, "objective", None) for family in families)
     return next((objective for objective in found if isinstance(objective, StackObjective)), None)
 
@@ -73,11 +73,11 @@ def generate_by_unmasking(
     sampling: DiffusionSampling,
     vocab_size: int,
 ) -> list[list[int]]:
-    """Continues prompts. Collective.
+    """Continues prompts by unmasking all new tokens over several steps. Collective.
 
     Args:
         model: this rank's only chunk, unwrapped, without sequence parallelism.
-        families: supply the model's auxiliary inputs; one of them has the objective.
+        families: the model families, which supply the model's auxiliary inputs; one of them has the objective.
         prompts: token ids of each prompt, which may be empty.
         sampling: settings of the generation.
         vocab_size: the tokenizer's vocabulary size; padding rows and the mask token are never chosen.
@@ -159,9 +159,9 @@ def unmask(
     """Replaces masked tokens with the `count` most confident predictions of each row.
 
     Args:
-        tokens: [b, s].
-        masked: [b, s], True for masked tokens, of which every row must have at least `count`.
-        logits: [b, s, V].
+        tokens: token ids, [b, s].
+        masked: True for masked tokens, [b, s]; every row must have at least `count` masked tokens.
+        logits: the model's logits, [b, s, V].
         count: number of predictions to keep per row.
         temperature: see the top of this file.
         generator: random generator for sampling.

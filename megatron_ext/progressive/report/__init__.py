@@ -1,1 +1,1 @@
-"""A report that compares progressive trainings."""
+"""A report that compares progressive training runs."""

@@ -1,12 +1,12 @@
-"""Computes the figures by which progressive trainings are compared, from the data of `training_results`.
+"""Computes the figures that compare progressive training runs, from the data of `training_results`.
 
     training time        the sum of the times of all steps
-    step of a phase      the median over its steps, because first steps and a busy machine give outliers; for steps with
-                         and without the activation cache the mean of both medians, weighted by their numbers
+    step of a phase      the median over its steps, because first steps and a busy machine give outliers. Steps with and
+                         without cache hits have separate medians; the figure is their mean, weighted by step counts
     loss at equal time   the validation loss when the fastest run had ended, interpolated linearly in training time
                          between two evaluations
 
-Memory is the peak since the process began. It is that of a phase only if each phase has its own process
+Memory is the peak since the process began. It is the peak of one phase only if each phase has its own process
 (--exit-interval), or if memory grows from phase to phase.
 """
 
@@ -35,17 +35,17 @@ class PhaseFigures:
     """Seconds per step; see the top of this file."""
 
     first_epoch_step_seconds: float | None
-    """Median over the steps without hits in the activation cache."""
+    """Median seconds per step, over the steps without hits in the activation cache."""
 
     cached_step_seconds: float | None
-    """Median over the steps with only hits in the activation cache."""
+    """Median seconds per step, over the steps with only hits in the activation cache."""
 
     peak_memory_bytes: int
     stack_bytes: list[int]
     """Bytes of the weights of every stack, by index."""
 
     stack_treatments: list[str]
-    """How every stack was treated, by index; see `trunk_strategy.TREATMENTS`."""
+    """How the phase treated every stack, by index; see `trunk_strategy.TREATMENTS`."""
 
     validation_loss: float | None
     """The last validation loss of the phase."""
@@ -88,7 +88,7 @@ class RunFigures:
     """Validation loss at `Comparison.equal_seconds`."""
 
     evaluation: dict[str, dict[str, float]]
-    """Dataset -> figure -> value, from tools/evaluate.py."""
+    """Figures from tools/evaluate.py, first by name of the dataset, then by name of the figure."""
 
     phases: list[PhaseFigures]
 
@@ -129,7 +129,7 @@ def compare_runs(runs: Sequence[ProgressiveRun], reference: str | None = None) -
 
 
 def equal_seconds(runs: Sequence[ProgressiveRun]) -> float | None:
-    """Returns the shortest training time of the runs with step times and validation losses; None for fewer than two."""
+    """Returns the shortest training time of the runs with step times and validation losses; None if fewer than two."""
     clocked = [run.training_seconds for run in runs if run.validation_by_seconds()[0]]
     return min(clocked) if len(clocked) > 1 else None
 
@@ -146,8 +146,8 @@ def step_seconds(run: ProgressiveRun, phase: Finished, rate: float | None = None
     """Returns the seconds per step of a phase; None if there are no such steps, or times were not logged.
 
     Args:
-        run: the run of the phase.
-        phase: the phase.
+        run: the run that contains the phase.
+        phase: the phase whose steps are timed.
         rate: use only steps with this hit rate of the activation cache; None for all steps.
     """
     groups: dict[float | None, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Compares progressive trainings in two tables, and in an HTML page with a timeline of each run's growth.
+"""Compares progressive training runs in two tables, and in an HTML page with a timeline of each run's growth.
 
 In a timeline every stack is a rectangle that begins when the stack is created; layer 0 is next to the embedding, and a
 prepended stack shifts the others up. The colour shows how a phase treats the stack.
@@ -29,7 +29,7 @@ _HELD_OUT = {
     "masked_token_accuracy": "masked-token accuracy",
     "unigram_accuracy": "unigram guess",
 }
-"""Figure of tools/evaluate.py -> title of its column; other figures are functions of these."""
+"""Column titles by figure of tools/evaluate.py; its other figures can be computed from these."""
 
 _NOT_NOTED = Kind(name="not recorded", colour="#F6F0D8", text_colour="black")
 
@@ -120,7 +120,7 @@ def messages(comparison: Comparison) -> list[str]:
 
 
 def report_page(runs: Sequence[ProgressiveRun], comparison: Comparison) -> str:
-    """Returns the HTML of the page.
+    """Returns the comparison as an HTML page.
 
     Args:
         runs: the data of the runs.

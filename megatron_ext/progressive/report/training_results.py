@@ -1,4 +1,4 @@
-"""Reads the results of progressive training: its phases, and time and loss of its steps.
+"""Reads the results of a progressive training run: its phases, and the time and loss of its steps.
 
     {save}/progressive.json      the finished phases; required
     {save}/tensorboard/          the --tensorboard-dir of all phases and restarts; optional
@@ -25,7 +25,7 @@ EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveRun:
-    """The results of one training."""
+    """The results of one progressive training run."""
 
     name: str
     """Name given by the user of the report."""
@@ -40,19 +40,19 @@ class ProgressiveRun:
     """Time of step 1, 2, ... without start-up, evaluation and checkpoints; empty if not logged."""
 
     losses: Mapping[int, float]
-    """Step -> training loss."""
+    """Training loss, by step."""
 
     validation: Mapping[int, float]
-    """Step -> validation loss; at the last step of a phase the model is evaluated before it grows."""
+    """Validation loss, by step; at the last step of a phase the model is evaluated before it grows."""
 
     hit_rate: Mapping[int, float]
-    """Step -> hit rate of the activation cache in the log interval of this step."""
+    """Hit rate of the activation cache in the log interval that ends at a step, by step."""
 
     tokens_per_step: float | None = None
     """Training tokens per step; None if not logged."""
 
     evaluation: Mapping[str, Mapping[str, float]]
-    """Dataset -> name of a figure -> its value."""
+    """Figures from tools/evaluate.py, first by name of the dataset, then by name of the figure."""
 
     @property
     def steps(self) -> int:
@@ -79,14 +79,14 @@ class ProgressiveRun:
 
 
 def read_run(name: str, directory: str | Path) -> ProgressiveRun:
-    """Reads the --save directory of a progressive training.
+    """Reads the --save directory of a progressive training run.
 
     Args:
         name: name of the run in tables and legends.
         directory: the directory; see the top of this file.
 
     Raises:
-        FileNotFoundError: it has no progressive.json, or its subdirectory `tensorboard` has no event files.
+        FileNotFoundError: the directory has no progressive.json, or its subdirectory `tensorboard` has no event files.
         ValueError: a file is damaged, or no phase is finished.
     """
     folder = Path(directory)
@@ -117,14 +117,14 @@ def read_run(name: str, directory: str | Path) -> ProgressiveRun:
 
 
 def _by_step(curve: Curve, last: int) -> dict[int, float]:
-    """Returns step -> value, in ascending order."""
+    """Returns the curve's values by step, in ascending order of the steps."""
     # If a run was restarted from the beginning, a step occurs twice and the later value counts.
     values = dict(zip(*curve, strict=True))
     return {step: values[step] for step in sorted(values) if 0 < step <= last and math.isfinite(values[step])}
 
 
 def _every_step(logged: Mapping[int, float], phases: Sequence[Finished]) -> dict[int, float]:
-    """Returns step -> value of its log interval, for every step of the phases that have logged values.
+    """Returns, for every step of phases with logged values, the value of the step's log interval.
 
     If a plateau has ended a phase within an interval, the remaining steps get the last logged value.
     """

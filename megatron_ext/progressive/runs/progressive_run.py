@@ -5,8 +5,8 @@
     data         continues; the samples of all phases are shuffled together
     random       generators are re-seeded at the start of every phase
 
-The command may be interrupted at any moment. Repeated, it continues from the newest checkpoint, and the final weights
-are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
+The command may be interrupted at any moment. If it is repeated, it continues from the newest checkpoint, and the final
+weights are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
 """
 
 import gc
@@ -59,9 +59,9 @@ def run_progressive(
     """Runs progressive training.
 
     Args:
-        config: the configuration of the training.
-        make_others: builds the other families of a phase from its configuration. Their parameters in the trunk's layers
-            are carried over, and these families decide whether they train.
+        config: the configuration of the training run.
+        make_others: builds the other model families of a phase from the phase's configuration. Their parameters in the
+            trunk's layers are carried over; each model family decides whether its own parameters train.
 
     Returns:
         The process's exit code.
@@ -90,14 +90,14 @@ def _check_with_tokenizer(config: ProgressiveRunConfig, tokenizer: Tokenizer) ->
 
 
 def _planned_families(phase: Phase, config: ProgressiveRunConfig, tokenizer: Tokenizer) -> list[Family]:
-    """Returns the family of a phase for a dry run; adds the mask token to the tokenizer."""
+    """Returns a phase's model family for a dry run; adds the mask token to the tokenizer."""
     own = config.progressive
     mask = reserve_mask_token(tokenizer, own.mask_token_id) if own.masks_tokens else None
     return [ProgressiveFamily(own, phase.rack, phase.trains, mask_token_id=mask)]
 
 
 def _identity(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the values that identify the run's activation cache, besides the weights, which the cache identifies."""
+    """Returns the values that identify the run's activation cache; the cache itself adds a digest of the weights."""
     model = group_to_dict(config.model)
     del model["num_layers"]
     return {"seed": config.training.seed, "tokenizer": tokenizer.fingerprint(), **model}
@@ -120,7 +120,7 @@ def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
 
 
 class Growth:
-    """Progressive training in its process group."""
+    """Progressive training inside its process group: runs the phases one after the other."""
 
     def __init__(
         self,
@@ -132,24 +132,24 @@ class Growth:
         frozen: Mapping[int, str] | None = None,
         make_others: MakeFamilies[ProgressiveRunConfig] = lambda config, tokenizer: [],
     ) -> None:
-        """Collective.
+        """Collective: every rank must create an instance.
 
         Args:
-            config: the configuration of the training; `checkpoint.save` is its directory.
+            config: the configuration of the training run; `checkpoint.save` is its directory.
             phases: all phases.
             tokenizer: the tokenizer of the data; a mask token is added to it if the objective needs one.
             data: the caller's batches, used instead of --data-path; None to read --data-path.
-            frozen: stack index -> `frozen` or `qlora`, overrides the trunk strategy for these stacks.
+            frozen: `frozen` or `qlora` by stack index; overrides the trunk strategy for these stacks.
             make_others: see `run_progressive`.
 
         Raises:
-            ValueError: the directory contains another training.
+            ValueError: the directory contains another training run.
         """
         self.data = data
         self.frozen = dict(frozen or {})
         self.make_others = make_others
         self.losses: dict[str, list[float]] = {}
-        """Name of each phase that this command has run -> its losses, step by step."""
+        """Losses of each phase that this command has run, step by step, by name of the phase."""
 
         self.config = config
         self.phases = phases
@@ -190,7 +190,7 @@ class Growth:
         return EXIT_OK
 
     def _is_stopped(self, phase: Phase) -> bool:
-        """Returns whether the phase was interrupted, or has ended at a step at which the command must stop."""
+        """Returns whether the command must stop here: the phase was interrupted, or it ended at an exit interval."""
         finished = self.history.of(phase.name)
         interval = self.config.training.exit_interval
         is_last = phase is self.phases[-1]
@@ -251,7 +251,7 @@ class Growth:
         return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints the numbers of trained and frozen parameters, and the bytes of each stack."""
+        """Prints how many parameters are trained and frozen, and the bytes of each stack's weights."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         weights = ", ".join(

@@ -5,7 +5,7 @@
     rack = builder.build_rack()
 
 It runs the same training as `pretrain_progressive.py` (see `progressive_run`), with the same phases, checkpoints and
-files. With a `save` directory an interrupted training continues. Source: docs/design/progressive_growth.md.
+files. With a `save` directory, an interrupted training run can be continued. Source: docs/design/progressive_growth.md.
 """
 
 import atexit
@@ -50,7 +50,7 @@ class StackResult:
     """Losses of the steps that this call has run."""
 
     iterations: int
-    """Number of the phase's last step, counted over the whole training."""
+    """Number of the phase's last step, counted over all phases."""
 
     trainable_parameters: int
     frozen_parameters: int
@@ -60,17 +60,17 @@ class StackResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResults:
-    """Results of a training."""
+    """Results of a training run."""
 
     stacks: list[StackResult]
-    """Results of its phases, in order."""
+    """Results of the phases, in order."""
 
     checkpoint: Path
     """The last phase's checkpoint."""
 
 
 class ProgressiveTrainer:
-    """Trains racks."""
+    """Grows and trains racks on the batches of a data loader."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class ProgressiveTrainer:
         logging: LoggingConfig | None = None,
     ) -> None:
         """Args:
-        config: the configuration; may be changed until a training begins.
+        config: the configuration; it may be changed until training begins.
         save: directory of the checkpoints; None for a temporary one, which is removed when the process ends.
         logging: what is printed and written; None for the defaults without throughput.
 
@@ -107,8 +107,8 @@ class ProgressiveTrainer:
             target_stacks: number of stacks of the complete rack.
 
         Raises:
-            ValueError: the rack has more stacks, the directory contains another training, or a batch has another
-                format.
+            ValueError: the rack already has more stacks, the directory contains another training run, or a batch has an
+                unsupported format.
         """
         if target_stacks < rack_builder.num_stacks:
             raise ValueError(
@@ -160,7 +160,7 @@ class ProgressiveTrainer:
     def train_progressively(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
     ) -> TrainingResults:
-        """Another name of `train_rack`, used in docs/design/progressive_growth.md."""
+        """Other name of `train_rack`, used in docs/design/progressive_growth.md."""
         return self.train_rack(rack_builder, dataloader, target_stacks)
 
     def _run_config(
@@ -183,7 +183,7 @@ class ProgressiveTrainer:
 def _endless(
     dataloader: Iterable[Any], micro_batch_size: int, copies: int, consumed_samples: int
 ) -> Iterator[Batch]:
-    """Yields the loader's batches without end, each with its `epoch` [b], from the current position of a training."""
+    """Yields the loader's batches without end, each with its `epoch` [b], starting after `consumed_samples`."""
     return islice(
         _epochs(dataloader, micro_batch_size), consumed_samples // (micro_batch_size * copies), None
     )

@@ -5,8 +5,8 @@
     builder.prepend_stack(n_blocks=4, precision="half")
     rack = builder.build_rack()
 
-After training (`ProgressiveTrainer`) the model is built with its trained weights; stacks added since are initialized.
-One process is enough; under torchrun with `parallel` set every process builds its part.
+After training (`ProgressiveTrainer`) the model is built with its trained weights; stacks added after training are newly
+initialized. One process is enough; under torchrun with `parallel` set every process builds its part of the model.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ def create_stack_from_config(stack_id: int, n_blocks: int | None, config: StackW
 
     Args:
         stack_id: index of the stack in the order of creation, from 0.
-        n_blocks: number of layers; None for the configuration's.
+        n_blocks: number of layers; None for the configuration's value.
         config: gives the precision, and the default of `n_blocks`.
 
     Raises:
@@ -57,8 +57,8 @@ class ProgressiveRackBuilder:
     ) -> None:
         """Args:
         config: the whole configuration; alternatively pass `model`.
-        building_mode: position of stacks added by `add_stack`; None for the configuration's.
-        default_precision: precision of stacks for which none is given; None for the configuration's.
+        building_mode: position of stacks added by `add_stack`; None for the configuration's value.
+        default_precision: precision of stacks for which none is given; None for the configuration's value.
         **model: `vocab_size`, `d_model`, `d_ff`, `n_heads` and other keys of the section `model`.
 
         Raises:
@@ -74,7 +74,7 @@ class ProgressiveRackBuilder:
         self.default_precision = _word("default_precision", default_precision, PRECISIONS)
         self.rack = Rack()
         self.frozen: dict[int, str] = {}
-        """Stack index -> `frozen` or `qlora`, for stacks frozen by `freeze_trunk` or `freeze_all_but_qlora`."""
+        """`frozen` or `qlora`, by index of each stack that `freeze_trunk` or `freeze_all_but_qlora` has frozen."""
 
         self.trained: Trunk | None = None
         """The checkpoint of the trained stacks; None before training."""
@@ -91,11 +91,12 @@ class ProgressiveRackBuilder:
         """Adds a stack after all others.
 
         Args:
-            n_blocks: number of layers; None for the configuration's.
-            precision: full, half, bfloat16, nvfp4 or qlora; None for the builder's or the configuration's.
+            n_blocks: number of layers; None for the configuration's value.
+            precision: full, half, bfloat16, nvfp4 or qlora; None for the default of the builder or the configuration.
 
         Raises:
-            ValueError: the precision is unknown, there are no layers, or more than `max_stacks` stacks.
+            ValueError: the precision is unknown, `n_blocks` is less than 1, or the rack already has `max_stacks`
+                stacks.
         """
         return self._add("append", n_blocks, precision)
 
@@ -112,7 +113,7 @@ class ProgressiveRackBuilder:
         return self._add(mode, None, None)
 
     def freeze_trunk(self, trunk_indices: list[int]) -> None:
-        """Freezes these stacks, including their adapters.
+        """Freezes the given stacks, including their adapters.
 
         Raises:
             ValueError: a stack does not exist.
@@ -120,10 +121,10 @@ class ProgressiveRackBuilder:
         self._freeze(trunk_indices, "frozen")
 
     def freeze_all_but_qlora(self, trunk_indices: list[int]) -> None:
-        """Freezes these stacks except their adapters.
+        """Freezes the given stacks except for their adapters.
 
         Raises:
-            ValueError: a stack does not exist, or stacks have no adapters.
+            ValueError: a stack does not exist, or the configuration gives stacks no adapters.
         """
         if not self.config.progressive_config(max(1, self.num_stacks)).qlora_enabled:
             raise ValueError(
@@ -132,7 +133,7 @@ class ProgressiveRackBuilder:
         self._freeze(trunk_indices, "qlora")
 
     def build_rack(self, trains: Trains = "newest") -> GPTModel:
-        """Builds this process's part of the model of all stacks, with the trained weights of those that are trained.
+        """Builds this process's part of the model with all stacks; trained stacks get their trained weights.
 
         Args:
             trains: which parameters require gradients: `newest` as in the newest stack's phase, `all`, or `none`.
@@ -169,7 +170,7 @@ class ProgressiveRackBuilder:
 
     @property
     def mask_token_id(self) -> int | None:
-        """Id of the mask token, the configured one or the one after the vocabulary; None if nothing is masked."""
+        """Id of the mask token: the configured id, or the id after the vocabulary's last; None if nothing is masked."""
         return self._vocabulary()[1]
 
     @property

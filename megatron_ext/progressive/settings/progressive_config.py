@@ -45,8 +45,8 @@ class ProgressiveConfig(LoRAConfig):
     """Number of transformer layers per stack: one number for all, or one per stack in the order of creation."""
 
     building_mode: tuple[str, ...] = ("append",)
-    """Position of a new stack: append (after the trunk) or prepend (before it); one for all, or one per stack after the
-    first."""
+    """Position of a new stack: append (after the trunk) or prepend (before it); one value for all, or one per stack
+    after the first."""
 
     growth_init: GrowthInit = "random"
     """Initial weights of a new stack: random; copy of the neighbouring stack; interleave, copies of layers distributed
@@ -61,7 +61,7 @@ class ProgressiveConfig(LoRAConfig):
     added."""
 
     trunk_precision: Literal["full", "half", "bfloat16", "nvfp4", "qlora"] | None = None
-    """Precision of stacks once they belong to the trunk. Default: that of each stack."""
+    """Precision of stacks once they belong to the trunk. Default: each stack keeps its own precision."""
 
     train_embedding: bool = False
     """Train the embedding with every stack instead of only the first; implied by --trunk-strategy trained."""
@@ -79,8 +79,8 @@ class ProgressiveConfig(LoRAConfig):
     """Peak learning rate of the joint phase. Default: --lr."""
 
     plateau_patience: int | None = None
-    """End a stack's phase when the mean loss of this many steps is not lower than that of as many steps before.
-    Default: never."""
+    """End a stack's phase when the mean loss of this many steps is not lower than that of the same number of steps
+    before. Default: never."""
 
     plateau_min_delta: float = 0.001
     """Required decrease of the mean loss for --plateau-patience, in nats."""
@@ -100,14 +100,14 @@ class ProgressiveConfig(LoRAConfig):
     """With --time-interpretation input: width of the time embedding before its projection to the hidden size."""
 
     time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """With --time-interpretation input: encoding of time."""
+    """With --time-interpretation input: how the time step is encoded."""
 
     stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
     """With --time-interpretation depth: mapping from stacks to time steps."""
 
     custom_time_mapping: str | None = None
-    """With --stack-time-mapping custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time step.
-    """
+    """With --stack-time-mapping custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time
+    step."""
 
     time_per_stack: int = 100
     """With --time-interpretation depth: number of time steps per stack."""
@@ -122,7 +122,7 @@ class ProgressiveConfig(LoRAConfig):
     """Fraction of the tokens that is masked at the last time step."""
 
     epoch_samples: int | None = None
-    """Number of sequences per epoch; every epoch has the same ones, so that the activation cache has hits from a
+    """Number of sequences per epoch; every epoch has the same sequences, so that the activation cache has hits from a
     stack's second epoch on. Default: documents are packed anew in every epoch, and no sequence is repeated."""
 
     cache_activations: bool = True
@@ -208,8 +208,8 @@ class ProgressiveConfig(LoRAConfig):
             values = getattr(self, name)
             if values is not None and len(values) != 1 and len(values) < needed:
                 raise ValueError(
-                    f"{flag_name(name)} {' '.join(map(str, values))}: has {len(values)} values, but --target-stacks "
-                    f"{stacks} requires 1 or {needed}"
+                    f"{flag_name(name)} {' '.join(map(str, values))}: {len(values)} values are given, but "
+                    f"--target-stacks {stacks} requires 1 or {needed}"
                 )
         self.check_stacks(stacks)
 

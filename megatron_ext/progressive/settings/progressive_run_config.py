@@ -15,7 +15,7 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveRunConfig(RunConfig):
-    """Configuration of a progressive training run."""
+    """Configuration of a progressive training run: the common config groups, and `progressive`."""
 
     progressive: ProgressiveConfig
     """Stacks, trunk, growth and objective."""
@@ -28,10 +28,10 @@ def stack_defaults(given: Mapping[str, Any]) -> Found:
     """Returns the defaults that depend on the stacks.
 
     Args:
-        given: name of a field -> value, from command line and YAML file.
+        given: values set on the command line or in the YAML file, by field name.
 
     Raises:
-        ValueError: `--num-layers` is given, or not exactly one length.
+        ValueError: `--num-layers` is given, or not exactly one flag for the length of training is given.
     """
     if "num_layers" in given:
         raise ValueError(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 G = TypeVar("G", bound="DataclassInstance")
 
 _MODEL_NAMES = {"d_model": "hidden_size", "d_ff": "ffn_hidden_size", "n_heads": "num_attention_heads"}
-"""Name in docs/design/progressive_growth.md -> field of `ModelConfig`."""
+"""Maps names in docs/design/progressive_growth.md to fields of `ModelConfig`."""
 
 _MODEL_DEFAULTS = {"seq_length": 512, "swiglu": True, "disable_bias_linear": True, "hidden_dropout": 0.0}
 _MODEL_DEFAULTS |= {"attention_dropout": 0.0, "untie_embeddings_and_output_weights": True}
@@ -70,14 +70,14 @@ class StackWiseConfig:
 
         Raises:
             ValueError: the file is not YAML, has no sections, or has an unknown section.
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not YAML: {error}") from None
         if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
-            raise ValueError(f"{path}: must have sections such as model and training")
+            raise ValueError(f"{path}: the file must have sections such as model and training")
         try:
             return cls(**content)
         except ValueError as error:
@@ -95,7 +95,7 @@ class StackWiseConfig:
         """Returns the checked section `progressive`.
 
         Args:
-            target_stacks: overrides the section's value; None keeps it.
+            target_stacks: overrides `target_stacks` in the section `progressive`; None keeps that value.
 
         Raises:
             ValueError: a key is unknown, or values contradict each other.
@@ -127,10 +127,10 @@ class StackWiseConfig:
         return size
 
     def run_config(self, target_stacks: int | None = None) -> ProgressiveRunConfig:
-        """Returns the configuration of the training, for the caller's batches.
+        """Returns the configuration of a training run on the caller's batches.
 
         Args:
-            target_stacks: overrides the section's value; None keeps it.
+            target_stacks: overrides `target_stacks` in the section `progressive`; None keeps that value.
 
         Raises:
             ValueError: the configuration is invalid; see `validate`.
@@ -142,7 +142,7 @@ class StackWiseConfig:
         for name, ours in _MODEL_NAMES.items():
             if name in model and ours in model:
                 raise ValueError(
-                    f"model.{name} {model[name]}: another name of {ours}, which is given too; omit one"
+                    f"model.{name} {model[name]}: this is another name of {ours}, which is also given; omit one"
                 )
             if name in model:
                 model[ours] = model.pop(name)
@@ -175,7 +175,7 @@ def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _made(config: type[G], values: Mapping[str, Any], section: str | None = None) -> G:
-    """Builds a configuration; unlike the dataclass it also refuses values of the wrong type."""
+    """Builds a configuration from a section's values; unlike the dataclass, it refuses values of the wrong type."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     if section is not None:
         _check_known(f"key in {section}", values, fields)

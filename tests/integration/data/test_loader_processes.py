@@ -131,7 +131,7 @@ def test_hanging_loader_processes_end_with_a_parent_that_is_killed(
     "told", ["(pid 7) is killed by signal: Killed. ", "(pid(s) 7, 8) exited unexpectedly"]
 )
 def test_the_death_of_a_loader_process_is_one_line_and_other_errors_pass(told: str) -> None:
-    line = r"--num-workers: DataLoader worker \(pid.*; lower it if memory is short"
+    line = r"--num-workers: DataLoader worker \(pid.*; lower --num-workers if memory is short"
     with pytest.raises(ProcessLost, match=line), loader_failures():
         raise RuntimeError(f"DataLoader worker {told}")
     with pytest.raises(RuntimeError, match="another"), loader_failures():

@@ -188,7 +188,7 @@ def _refused(*flags: str) -> str:
 
 
 REFUSED = {
-    "another rank": (["--np-rank", "8"], "was made with another configuration: np_rank was 4, now 8"),
+    "another rank": (["--np-rank", "8"], "were made with another configuration: np_rank was 4, now 8"),
     "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not yet trained in"),
     "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: must be one of the layers 0, 1, 3"),
     "--train-iters": (

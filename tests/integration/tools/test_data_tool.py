@@ -95,7 +95,7 @@ def test_sound_data_is_ok_and_everything_was_checked(
     [
         (lambda d, pl: change(f"{d}.bin", 4), "checksum .* but the manifest records"),
         (lambda d, pl: change(f"{d}.bin", 5, 9), "checksum|holds token id"),
-        (lambda d, pl: change(f"{d}.idx", 34), "not back to back"),
+        (lambda d, pl: change(f"{d}.idx", 34), "does not start where the sequence before it ends"),
         (lambda d, pl: Path(f"{d}.bin").write_bytes(b"ab"), r"d\.bin is 2 bytes, but"),
         (lambda d, pl: Path(f"{d}.idx").unlink(), r"data file not found: .*d\.idx"),
         (lambda d, pl: Path(manifest_path(d)).write_text("{}"), "is not a dataset manifest"),
@@ -163,7 +163,7 @@ def test_missing_main_data_and_tables_are_said_to_be_unchecked(
     assert "their table" in verify(capsys, f"{tmp_path}/pl")[1]
     Path(f"{prefix}.idx").rename(tmp_path / "moved.idx")
     Path(f"{prefix}.bin").rename(tmp_path / "moved.bin")
-    assert "is not here (--source names another place)" in verify(capsys, f"{tmp_path}/pl")[1]
+    assert "was not found (give its prefix with --source)" in verify(capsys, f"{tmp_path}/pl")[1]
     assert "equal those of" in verify(capsys, f"{tmp_path}/pl", "--source", f"{tmp_path}/moved")[1]
 
 

@@ -147,17 +147,17 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     a, b, c, out = (f"{tmp_path}/{name}" for name in ("a", "b", "c", "out"))
     for call, message in (
         (lambda: merge([a, b], out), "different token types: .*a is uint16, .*b is int32"),
-        (lambda: merge([a, c], c), "--output-prefix .*c is an input too"),
-        (lambda: shuffle(a, a, seed=1), "is an input too"),
-        (lambda: split(a, [out], [1, 2]), "--shares has 2 values, --output-prefix 1"),
-        (lambda: split(a, [out, out], [1, 2]), "names a part twice"),
+        (lambda: merge([a, c], c), "--output-prefix .*c is also an input"),
+        (lambda: shuffle(a, a, seed=1), "is also an input"),
+        (lambda: split(a, [out], [1, 2]), "--shares has 2 values, but --output-prefix has 1"),
+        (lambda: split(a, [out, out], [1, 2]), "a prefix is given twice"),
         (lambda: split(a, [out, c], [1, 0]), "must all be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     for prefix, fingerprint in ((a, "one"), (c, "two")):
         write_manifest(prefix, tool="t", tokenizer={"fingerprint": fingerprint}, inputs=[])
-    with pytest.raises(ValueError, match="the tokenizer of .*a is one, that of .*c is two"):
+    with pytest.raises(ValueError, match="the tokenizer of .*a is one, but that of .*c is two"):
         merge([a, c], out)
     assert not list(tmp_path.glob("out*"))
 

@@ -152,10 +152,10 @@ def test_missing_per_layer_data_is_named_with_the_command_that_makes_it(tmp_path
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ([[[1, 2, 3]]], "3 and 1 documents"),
-        ([[[1, 2, 3]], [[4]], []], "3 and 2 sequences"),
-        ([[[1, 2, 3]], [[4]], [[5, 6, 7]]], "6 and 7 tokens"),
-        ([[[1, 2]], [[4, 4]], [[5, 6]]], "the length of sequence 0 is 3 and 2"),
+        ([[[1, 2, 3]]], "it has 1 documents instead of 3"),
+        ([[[1, 2, 3]], [[4]], []], "it has 2 sequences instead of 3"),
+        ([[[1, 2, 3]], [[4]], [[5, 6, 7]]], "it has 7 tokens instead of 6"),
+        ([[[1, 2]], [[4, 4]], [[5, 6]]], "the length of sequence 0 is 2 instead of 3"),
     ],
 )
 def test_per_layer_data_of_another_shape_is_refused(tmp_path: Path, other: Any, message: Any) -> None:
@@ -170,7 +170,7 @@ def test_sequences_of_other_documents_are_refused(tmp_path: Path) -> None:
     prefix = f"{tmp_path}/d"
     write_dataset(prefix, [[[1], [2]], [[3]]])
     write_dataset(f"{prefix}_pl", [[[1]], [[2], [3]]])
-    with pytest.raises(ValueError, match="the first sequence of document 1 is 2 and 1"):
+    with pytest.raises(ValueError, match="the first sequence of document 1 is 1 instead of 2"):
         build(DataConfig(data_path=(prefix,), split="1"), (2, 0, 0), [f"{prefix}_pl"])
 
 
@@ -201,7 +201,7 @@ def test_data_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
         build(DataConfig())
     with pytest.raises(FileNotFoundError, match=r"data file not found: .*nope\.idx"):
         build(DataConfig(data_path=(f"{tmp_path}/nope",)))
-    with pytest.raises(ValueError, match="--per-layer-data-path has 2 prefixes, --data-path has 1"):
+    with pytest.raises(ValueError, match="--per-layer-data-path has 2 prefixes, but --data-path has 1"):
         build(DataConfig(data_path=(prefix,)), per_layer=["a", "b"])
     write_manifest(prefix, tool="t", tokenizer={"fingerprint": "other"}, inputs=[])
     with pytest.raises(ValueError, match="was made with the tokenizer other"):

@@ -111,7 +111,7 @@ def test_names_in_capitals_mean_the_same(tmp_path: Path) -> None:
 def test_a_file_that_is_no_json_lines_at_all_gets_a_hint(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "a.md", content)
     with pytest.raises(
-        ValueError, match=r"JSON lines are one object a line; .* plain text must be named .txt"
+        ValueError, match=r"JSON lines hold one object per line; .* plain text must be named .txt"
     ):
         list(iter_documents(InputConfig(input=(path,))))
 

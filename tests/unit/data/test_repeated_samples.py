@@ -33,5 +33,5 @@ def test_samples_do_not_depend_on_what_was_read_before() -> None:
 def test_an_epoch_is_at_most_the_dataset_and_at_least_one_block() -> None:
     dataset = RepeatedDataset(DATA, epoch_samples=1000, block=7, num_samples=28, seed=1)
     assert sorted(_read(dataset, range(14))) == sorted(_read(dataset, range(14, 28))) == list(range(14))
-    with pytest.raises(ValueError, match="--epoch-samples 3: of 14 samples"):
+    with pytest.raises(ValueError, match="--epoch-samples 3: an epoch must hold at least the 4 samples"):
         RepeatedDataset(DATA, epoch_samples=3, block=4, num_samples=8, seed=1)

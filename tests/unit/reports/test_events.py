@@ -54,5 +54,5 @@ def test_missing_files_and_tags_are_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--x .*no TensorBoard files"):
         read_curves(tmp_path, flag="--x")
     _write(tmp_path)
-    with pytest.raises(ValueError, match="hold no tag 'other'"):
+    with pytest.raises(ValueError, match="do not contain the tag 'other'"):
         read_curves(tmp_path, required="other")
