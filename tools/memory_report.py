@@ -71,7 +71,7 @@ class MemoryReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReportFlags:
-    """All flags of this tool."""
+    """Flags of this tool."""
 
     report: MemoryReportConfig
     npt: NPTModuleConfig

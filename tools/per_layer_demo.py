@@ -37,7 +37,7 @@ SHOWN = ("embedding-norm", "embedding-gradient-norm", "gradient-norm", "gate-act
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
-    """All flags of this tool."""
+    """Flags of this tool."""
 
     per_layer: PerLayerConfig
     parallel: ParallelConfig

@@ -46,7 +46,7 @@ def _handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Ha
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessFlags:
-    """All flags of this tool."""
+    """Flags of this tool."""
 
     input: InputConfig
     tokenizer: TokenizerConfig

@@ -107,7 +107,7 @@ class VocabularyConfig(TokenizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayerDataFlags:
-    """All flags of this tool."""
+    """Flags of this tool."""
 
     per_layer_data: PerLayerDataConfig
     tokenizer: VocabularyConfig

@@ -74,7 +74,7 @@ def documents(inputs: InputConfig, max_characters: int | None) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerFlags:
-    """All flags of this tool."""
+    """Flags of this tool."""
 
     input: InputConfig
     tokenizer: TrainTokenizerConfig

@@ -83,7 +83,7 @@ class TrainingTrace:
 def synthetic_batches(
     sequence_length: int, micro_batch_size: int = 1, global_batch_size: int = GLOBAL_BATCH_SIZE
 ) -> Iterator[Batch]:
-    """Yields micro-batches for this data-parallel rank without end; every second token follows from the one before."""
+    """Yields endless micro-batches for this data-parallel rank; the token before it determines every second token."""
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
     step = 0

@@ -76,7 +76,7 @@ class GeneratedVectors:
         return self._attention_squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def similarity(self) -> torch.Tensor:
-        """Returns the mean cosine of v_a and a over tokens and components."""
+        """Returns the cosine similarity of `v_a` and the attention output `a`, averaged over tokens and components."""
         lengths = self._a_squares.clamp_min(_TINY).sqrt() * self._attention_squares.clamp_min(_TINY).sqrt()
         return (self._products / lengths).mean()
 

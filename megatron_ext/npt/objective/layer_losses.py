@@ -160,8 +160,8 @@ def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
 def attach_zero_gradient(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Returns `value`; its backward pass also reaches `other`, with a gradient of zero.
 
-    This is needed where no loss uses the layers below: backward must still reach the losses attached to these layers,
-    and their pipeline stage waits for a gradient.
+    This is needed where the output's loss does not depend on the layers below `other`. The backward pass must still
+    reach those layers: losses are attached to them, and their pipeline stage waits for a gradient.
     """
     return _Connect.apply(value, other)
 

@@ -86,7 +86,7 @@ def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:
 
 
 def _split_dim(part: Modulation, name: str, place: torch.Tensor) -> int | None:
-    """Returns the dimension of a component that is split over the ranks, or None."""
+    """Returns the dimension along which a component is split over the ranks, or None."""
     # For c_a, a vector, `split_dims` names the dimension of the matrix of all components.
     return min(part.split_dims[name], place.dim() - 1) if name in part.split_dims else None
 

@@ -395,7 +395,7 @@ def _files_of(folder: Path, rank: int) -> list[str]:
 
 
 def _cut(models: list[GPTModel]) -> dict[str, int]:
-    """Returns the parallel sizes that must be equal for every rank to find its own random state."""
+    """Returns the parallel sizes; where they match the checkpoint's, every rank can restore its own random state."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),

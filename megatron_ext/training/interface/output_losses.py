@@ -66,7 +66,7 @@ class NoLoss(OutputLoss):
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns a scalar of zero and no values."""
+        """Returns a loss of zero, a scalar, and no values to log."""
         return output.new_zeros(()), {}
 
 
