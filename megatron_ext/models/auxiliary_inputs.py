@@ -42,7 +42,10 @@ class AuxiliaryStream:
 
 
 class AuxiliaryInputs:
-    """Layout of all streams of a run; packs them for the layers and joins them to the hidden states between stages."""
+    """Layout of a run's auxiliary streams.
+
+    Packs them for the layers, and concatenates them with the hidden states that are sent between pipeline stages.
+    """
 
     def __init__(self, streams: list[AuxiliaryStream], sequence_parallel_size: int = 1) -> None:
         names = [stream.name for stream in streams]

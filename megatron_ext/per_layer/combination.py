@@ -86,7 +86,7 @@ def look_up(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def gather_parts(context: torch.Tensor, token: torch.Tensor, group: Group) -> torch.Tensor:
-    """Gathers [P ; E] over all p values from the tensor-parallel ranks: two tensors [L, n, q] -> [L, n, 2p]."""
+    """Gathers P and E, [L, n, q] on each tensor-parallel rank, to their full width p; returns both as [L, n, 2p]."""
     parts = torch.stack((context, token), dim=2)
     if group.size() > 1:
         parts = all_gather_last_dim_from_tensor_parallel_region(parts, group=group)

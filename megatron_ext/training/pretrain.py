@@ -278,7 +278,7 @@ def _flops_per_token(config: RunConfig, vocab_size: int, families: list[Family],
 
 
 def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the configuration that checkpoints store: config groups, vocabulary, and how documents begin."""
+    """Returns the configuration that checkpoints store: config groups, vocabulary, whether documents begin with BOS."""
     trained_on = (prefix for prefix in config.data.trained_on if not is_number(prefix))
     return {
         **run_groups(config),

@@ -27,7 +27,7 @@ class LibraryTokenizer(Tokenizer):
         backend: the `tokenizers.Tokenizer`; its padding and truncation are switched off.
         eod_token: the end-of-document token, which must be in the vocabulary.
         source: flag and path that the tokenizer comes from, for error messages.
-        bos_token: the begin-of-text token; a token that the backend's post-processor puts before a text replaces it.
+        bos_token: the begin-of-text token; ignored if the backend's post-processor already prepends a token.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def read_rotary(config: Mapping[str, Any], positions: int, source: str) -> tuple
         partial = place.get("partial_rotary_factor", 1)
         if partial != 1 and (partial is not None or place is rope):
             raise ValueError(
-                f"{source}: partial_rotary_factor {partial}: must be 1; rotating part of a head cannot be imported"
+                f"{source}: partial_rotary_factor {partial}: must be 1; partial rotary embeddings cannot be imported"
             )
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     found: dict[str, Any] = {"rotary_base": _number("rope_theta", theta, source, least=1)}

@@ -130,8 +130,8 @@ def check_history(save: Path, phases: list[Phase]) -> History:
     if history.rack not in (Rack(), *(phase.rack for phase in phases)):
         told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
         raise ValueError(
-            f"--n-blocks, --building-mode, --new-stack-precision: the rack in {save} was built with other values "
-            f"(stack:layers:precision, from the embedding: {told})"
+            f"--n-blocks, --building-mode, --new-stack-precision: these do not match the rack in {save}, whose stacks "
+            f"are (from the bottom, as index:layers:precision) {told}"
         )
     names = [phase.name for phase in phases]
     for place, phase in enumerate(history.finished):

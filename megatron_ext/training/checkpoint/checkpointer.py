@@ -76,8 +76,8 @@ class Checkpointer:
         chunks: this rank's model chunks, wrapped or unwrapped.
         optimizer: the optimizer of `chunks`.
         scheduler: the schedule of `optimizer`.
-        run_config: the configuration as JSON values: one section per config group, `vocab_size` and
-            `tokenizer_fingerprint`. The families' sections are added here.
+        run_config: the configuration as JSON values: a section for each config group, and the entries `vocab_size`
+            and `tokenizer_fingerprint`. The sections of the model families are added here.
         families: the run's model families, whose configuration, state and files are saved.
         base: the loaded checkpoint of the base model; the run's checkpoints then omit frozen base parameters.
         name: returns the name of the checkpoint's directory for a step; `checkpoint_files.step_of` must be able to
