@@ -191,7 +191,7 @@ MISTAKES = {
         "3",
         "--save",
         "JOINT",
-    ): "--target-stacks 3: the training in .*JOINT is complete, its 2 stacks",
+    ): "--target-stacks 3: the rack in .*JOINT is complete: its 2 stacks",
     (
         "--target-stacks",
         "2",

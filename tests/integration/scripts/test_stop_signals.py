@@ -16,6 +16,7 @@ def _codes(number: int, rank: int) -> list[int | None]:
     from megatron_ext.platform.process_groups import initialize
 
     initialize(ParallelConfig(), seed=1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would ignore it
     before = signal.getsignal(number)
     with SignalWatcher() as signals:
         codes = [signals.agreed_exit_code()]
