@@ -7,8 +7,7 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}
 . examples/common.sh
 
-rm -rf "$out"
-mkdir -p "$out"
+fresh_directory "$out" tokenizer
 
 echo "== 1. A corpus that every machine has: CPython's documentation, docstrings and sources"
 run "$python" tools/build_corpus.py --output "$out/train.jsonl" --held-out "$out/held_out.jsonl" \

@@ -3,7 +3,7 @@
 # verification, and a few training steps. Prints each command before it runs, and its time afterwards.
 #
 #   bash examples/data/main_job.sh
-#   SIZE_GB=10 OUT=/fast/disk bash examples/data/main_job.sh
+#   SIZE_GB=10 OUT=/fast/disk/job bash examples/data/main_job.sh
 #
 # The text is CPython's documentation and sources (13 MB), repeated to SIZE_GB. All output is under OUT and takes four
 # times SIZE_GB of disk space. One GB takes about a minute of CPU time.
@@ -19,13 +19,14 @@ CORPUS_BYTES=${CORPUS_BYTES:-}        # size of the corpus before repetition; em
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 TIMEFORMAT='(%R s; CPU time %U s user, %S s system)'
 
+. examples/common.sh
+
 run() {
     printf '\n$ %s\n' "$*"
     time "$@"
 }
 
-rm -rf "$OUT"
-mkdir -p "$OUT"
+fresh_directory "$OUT" tokenizer
 
 echo "== 1. Real text, once for the tokenizer and repeated for the rest"
 limit=(${CORPUS_BYTES:+--max-bytes "$CORPUS_BYTES"})

@@ -302,7 +302,9 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(tmp_path: Path) ->
     (tmp_path / "cache.json").write_text(json.dumps({"identity": identity}))
     (tmp_path / "0123").mkdir()
     check_cache_directory(config, identity)
-    with pytest.raises(ValueError, match=rf"--cache-dir {tmp_path}: belongs to another run \(hidden_size 32"):
+    with pytest.raises(
+        ValueError, match=rf"--cache-dir {tmp_path}: belongs to another run \(its hidden_size is 32"
+    ):
         check_cache_directory(config, identity | {"hidden_size": 64})
     with pytest.raises(ValueError, match="belongs to another run"):
         ActivationCache(config, trunk_layers=2, identity={})

@@ -354,4 +354,4 @@ def test_help_shows_an_example_and_the_exit_codes() -> None:
     result = run("--help")
     assert result.returncode == 0
     assert "python tools/preprocess_data.py --input corpus.jsonl" in " ".join(result.stdout.split())
-    assert "Exit codes: 0 done" in " ".join(result.stdout.replace("│", "").split())
+    assert "Exit codes: 0 success" in " ".join(result.stdout.replace("│", "").split())
