@@ -59,14 +59,15 @@ def _from_scalar(flag: Flag, key: str, value: object) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{key} {value}: must be true or false")
         return value
-    found = f"(got {_TYPES.get(type(value), type(value).__name__)})"
+    found = f" (got {_TYPES.get(type(value), type(value).__name__)})"
     if flag.choices:
         if value not in flag.choices:
-            raise ValueError(f"{key} {value}: must be one of {', '.join(flag.choices)} {found}")
+            found = "" if isinstance(value, str) else found
+            raise ValueError(f"{key} {value}: must be one of {', '.join(flag.choices)}{found}")
         return value
     if not isinstance(value, (bool, list, dict, type(None))):
         try:
             return flag.kind(str(value))
         except ValueError:
             pass
-    raise ValueError(f"{key} {value}: must be {_KINDS[flag.kind]} {found}")
+    raise ValueError(f"{key} {value}: must be {_KINDS[flag.kind]}{found}")
