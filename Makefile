@@ -18,7 +18,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := test,dev,data,hf,lora,quantization,docs
 
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# nproc prints OMP_NUM_THREADS where that is set.
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 # A file's tests stay in one worker, where they share what its fixtures have trained. Files start in the order of their
 # paths: those that start processes first, the short ones of tests/unit last, so that no worker waits long for another.
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
