@@ -5,6 +5,11 @@ python=${PYTHON:-python3}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
 
+# make runs the environment's Python without activating it; a pasted command needs that.
+case $(command -v "$python") in
+    "$PWD"/.venv/*) [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] || echo '$ . .venv/bin/activate' ;;
+esac
+
 run() { # prints the command so that it can be pasted, then runs it
     printf '\n$'
     printf ' %q' "$@"

@@ -40,7 +40,8 @@ class PerLayerConfig:
     """Sets several flags. gemma4: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add, a layer scalar."""
 
     per_layer_vocab_size: int | None = None
-    """Number of rows of every per-layer table. Default: number of ids in the per-layer data, or 10000 if unknown."""
+    """Number of rows of every per-layer table. Default: number of ids in the per-layer data; with
+    --per-layer-strategy identity that of the tokenizer; 10000 if unknown."""
 
     per_layer_hidden_size: int = 1024
     """Width of the per-layer embeddings."""
