@@ -22,6 +22,7 @@ from megatron_ext.data.indexed.indexed_files import (
     bin_path,
     chunks,
     idx_path,
+    map_column,
     open_index,
     write_index,
 )
@@ -83,7 +84,7 @@ class DatasetWriter:
             for stream in (self._tokens, self._lengths, self._documents):
                 stream.close()
             if error is None:
-                lengths, documents = map(_map_column, self._columns, (np.int32, np.int64))
+                lengths, documents = map(map_column, self._columns, (np.int32, np.int64))
                 write_index(self._idx, self.dtype, lengths, documents)
                 for stale in (idx_path(self.prefix), manifest_path(self.prefix)):
                     Path(stale).unlink(missing_ok=True)
@@ -220,13 +221,6 @@ def _read(descriptor: int, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]
     for start, stop in ranges:
         for begin, end in chunks(stop - start, _READ_BYTES):
             yield os.pread(descriptor, end - begin, start + begin)
-
-
-def _map_column(path: Path, dtype: npt.DTypeLike) -> IntArray:
-    """Memory-maps a temporary column; an empty file, which cannot be mapped, gives an empty array."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _refuse_overwriting(inputs: Sequence[str], outputs: Sequence[str]) -> None:

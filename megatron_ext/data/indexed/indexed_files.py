@@ -267,3 +267,10 @@ def _write_column(stream: BinaryIO, values: IntArray, dtype: str) -> None:
     for begin, end in chunks(len(values)):
         stream.write(values[begin:end].astype(dtype).tobytes())
         release(values)
+
+
+def map_column(path: Path, dtype: npt.DTypeLike) -> IntArray:
+    """Memory-maps a file of numbers; an empty file, which cannot be mapped, gives an empty array."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.indexed.indexed_files import bin_path, chunks, idx_path, write_index
+from megatron_ext.data.indexed.indexed_files import bin_path, chunks, idx_path, map_column, write_index
 from megatron_ext.data.preprocess.shards import ShardInfo, remove_shard, shard_path
 from megatron_ext.data.readers import TextSource
 
@@ -176,13 +176,15 @@ class Assembly:
         with open(documents, "wb") as out:
             out.write(bytes(8))
             for name in names:
-                ends = _map(self._directory / f"{name}.documents", "<i8")
+                ends = map_column(self._directory / f"{name}.documents", "<i8")
                 for begin, end in chunks(len(ends)):
                     out.write((ends[begin:end] + sequences).tobytes())
                 sequences += self.state.sizes[f"{name}.lengths"] // 4
         with open(bin_path(prefix), "rb") as file:
             os.fsync(file.fileno())
-        write_index(idx_path(prefix), np.dtype(dtype), _map(lengths, "<i4"), _map(documents, "<i8"))
+        write_index(
+            idx_path(prefix), np.dtype(dtype), map_column(lengths, "<i4"), map_column(documents, "<i8")
+        )
         return prefix
 
     @staticmethod
@@ -231,10 +233,3 @@ def copy_bytes(source: BinaryIO, target: BinaryIO) -> None:
         source.seek(position)
         target.seek(0, os.SEEK_END)
         shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _map(path: Path, dtype: str) -> npt.NDArray[np.integer]:
-    """Memory-maps a file of numbers; an empty file, which cannot be mapped, gives an empty array."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
