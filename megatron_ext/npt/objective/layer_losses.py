@@ -196,7 +196,7 @@ def _target(
 
 
 def _mean_over_ranks(module: Any, value: torch.Tensor) -> torch.Tensor:
-    """Averages `value`, a mean over this rank's tokens, over the ranks under sequence parallelism; detached."""
+    """Averages `value`, a mean over this rank's tokens, over the ranks with sequence parallelism; detached."""
     value = value.detach().clone()
     if module.config.sequence_parallel:
         dist.all_reduce(value, group=module.tp_group)

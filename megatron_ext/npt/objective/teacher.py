@@ -22,7 +22,7 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 OUTPUT = f"{TEACHER}/output"
-"""Name of the batch field with the teacher's output-layer input, [s, b, h] ([s/t, b, h] under sequence parallel)."""
+"""Name of the batch field with the teacher's output-layer input, [s, b, h] ([s/t, b, h] with sequence parallelism)."""
 
 
 class TeacherCache(FrozenForward):

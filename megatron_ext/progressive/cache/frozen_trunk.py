@@ -139,7 +139,7 @@ def run_trunk(
         layers: k, the number of the trunk's layers.
 
     Returns:
-        The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h] under sequence parallel), on the stage that
+        The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h] with sequence parallelism), on the stage that
         holds this layer; an empty list on other stages.
     """
     above = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 == layers]

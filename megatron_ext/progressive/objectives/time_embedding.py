@@ -37,7 +37,7 @@ class TimeEmbedding(StageModule):
             self.table = torch.nn.Parameter(torch.empty(settings.resolved_num_time_steps, width))
             self.table.init_std = 1.0  # type: ignore[attr-defined]
         for parameter in self.parameters():
-            # Under sequence parallelism a rank sees only its rows; with this mark the engine sums the gradients.
+            # With sequence parallelism a rank sees only its rows; with this mark the engine sums the gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
