@@ -6,9 +6,9 @@ The output of each base layer is compared with that of the NPT layer, which is c
     same input      the NPT layer runs on the input that the layer has in the base model (teacher-forced)
     free-running    the NPT layer runs on the input that it has in the NPT model
 
-The run of the NPT model also gives the norms of every token's delta, v_a and v_b. The last pipeline stage adds log
-p(token) of both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens whose `loss_mask` is above 0
-are compared. Shapes: hidden states [s, b, h]; sequence parallelism is not supported.
+The run of the NPT model also gives the norms of every token's delta, v_a and v_b. The last pipeline stage adds
+-log p(token) of both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens whose `loss_mask` is above
+0 are compared. Hidden states have the shape [s, b, h]; sequence parallelism is not supported.
 """
 
 from dataclasses import dataclass, field

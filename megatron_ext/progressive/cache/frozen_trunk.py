@@ -79,7 +79,7 @@ def trunk_version(chunks: Iterable[GPTModel], layers: int) -> int:
 def trunk_fingerprint(
     chunks: list[GPTModel], families: list[Family], layers: int, identity: Mapping[str, Any]
 ) -> bytes:
-    """Returns a 16-byte digest that differs for trunks that compute different values. Collective.
+    """Returns a 16-byte digest that differs for trunks that compute different values.
 
     Collective over the model-parallel ranks.
 

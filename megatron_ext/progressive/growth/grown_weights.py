@@ -162,7 +162,7 @@ def _read_layers(
 def _add_deltas(
     chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], plan: SettingsByLayer
 ) -> None:
-    """Adds the product of each source layer's adapters to the copied weights."""
+    """Adds what the adapters of each source layer contribute to the copied weights."""
     metadata = ensure_metadata_has_dp_cp_group(dict(CHECKPOINT_METADATA))
     found: list[tuple[Any, LoRAAdapter]] = []
     state: dict[str, dict[str, Any]] = {}

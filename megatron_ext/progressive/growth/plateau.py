@@ -1,4 +1,4 @@
-"""Detects a plateau: from the last 2 p steps, the mean loss of the second half is not lower by at least delta."""
+"""Detects a plateau: the mean loss of the last p steps is less than delta below the mean loss of the p steps before."""
 
 import math
 from typing import Any

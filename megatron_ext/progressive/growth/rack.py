@@ -73,7 +73,7 @@ class Rack:
         return next(layers for stack, layers in self.layers() if stack.index == index)
 
     def layers_of_other(self, other: "Rack") -> dict[int, int]:
-        """Returns, for the number of each layer that is also in the rack `other`, the layer's number there."""
+        """Maps layer numbers in this rack to layer numbers in the rack `other`, for the layers that both racks have."""
         there = {
             (stack.index, place): layer
             for stack, layers in other.layers()

@@ -41,9 +41,9 @@ class ProgressiveDataLoader:
         """Args:
         base_dataloader: yields token ids [b, s], or mappings with `tokens` or `input_ids` and optionally `labels`,
             `targets`, `loss_mask`, `position_ids`, `attention_mask`, `epoch`.
-        masking_strategy: chooses the masks; its configuration names the objective. stack_idx: index of the stack that
-        is trained, in the order of creation, from 0. trunk_activations: maps each sample id (`sample_ids` of the
-        unmasked tokens) to the output, [s, h], of the
+        masking_strategy: chooses the masks; its configuration names the objective.
+        stack_idx: index of the stack that is trained, in the order of creation, from 0.
+        trunk_activations: maps each sample id (`sample_ids` of the unmasked tokens) to the output, [s, h], of the
             layers below the stack.
         cache_activations: whether to use `trunk_activations`.
         mask_token_id: the id that replaces masked tokens, for mlm and diffusion.

@@ -198,7 +198,7 @@ def refused_beside_checkpoints(folder: str) -> str:
     process_groups.shutdown = lambda: None
     Path(folder, "iter_0000004").mkdir()
     builder = ProgressiveRackBuilder(config=small_config(training_objective="clm"))
-    with pytest.raises(ValueError, match="needs its own directory") as caught:
+    with pytest.raises(ValueError, match="requires its own directory") as caught:
         ProgressiveTrainer(builder.config, save=folder).train_rack(builder, loader(), target_stacks=1)
     return str(caught.value)
 
