@@ -4,7 +4,7 @@
     model.load_npt_weights("run/final/npt_weights.safetensors")
     print(model.generate("The function returns"))
 
-`from_pretrained` reads a directory with a Hugging Face model or with a checkpoint of this project. It initializes the
+`from_pretrained` reads a Hugging Face model, a GGUF file, or a checkpoint of this project. It initializes the
 process group that megatron-core needs, without `torchrun`; nothing is downloaded. For training use `pretrain_npt.py`.
 Source: docs/design/npt_sequential.md.
 """
@@ -23,6 +23,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.inference.generation import Sampling, generate
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop import load_hf, load_into
+from megatron_ext.interop.gguf.gguf_metadata import is_gguf
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
@@ -108,12 +109,12 @@ class NPTModel:
     def from_pretrained(
         cls, path: str | Path, *, bf16: bool = False, sha256: str | None = None
     ) -> "NPTModel":
-        """Loads a model from a local directory.
+        """Loads a model from a local directory or a GGUF file.
 
         Args:
-            path: a Hugging Face directory of a model with a Llama architecture, a checkpoint of this project, or a
-                directory of such checkpoints. For a checkpoint of an NPT run, the run's base model is loaded, and its
-                layers are converted as in the run.
+            path: a Hugging Face directory or a GGUF file of a model with a Llama architecture, a checkpoint of this
+                project, or a directory of such checkpoints. For a checkpoint of an NPT run, the run's base model is
+                loaded, and its layers are converted as in the run.
             bf16: whether to compute in bfloat16 instead of fp32.
             sha256: digest that the checkpoint must have, as stored in `training_info.json`; None accepts any
                 checkpoint.
@@ -126,7 +127,8 @@ class NPTModel:
             raise ValueError(
                 f"NPTModel supports only one process, but there are {process_groups.world_size()}"
             )
-        if not is_hugging_face(Path(path)) and find_checkpoint(str(path)) is not None:
+        imports = is_gguf(path) or is_hugging_face(Path(path))
+        if not imports and find_checkpoint(str(path)) is not None:
             if sha256 is not None and BaseCheckpoint.find(str(path)).sha256 != sha256:
                 raise ValueError(
                     f"{path}: this is not the requested checkpoint; its digest differs from `sha256`"
@@ -136,7 +138,7 @@ class NPTModel:
             families = [family for family in loaded.families if isinstance(family, NPTFamily)]
             model.settings = families[0].settings if families else None
             return model
-        if not Path(path).is_dir():
+        if not imports and not Path(path).is_dir():
             raise FileNotFoundError(f"{path}: no such directory; models are not downloaded")
         found = load_hf(path)
         parallel = ParallelConfig()
