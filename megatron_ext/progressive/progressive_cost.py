@@ -62,8 +62,8 @@ def progressive_work(
         config: the configuration of progressive training.
         model: configuration of the base model.
         trains_embedding: whether the word embedding and the time embedding are trained.
-        cached_layers: number of layers, from the first, that do not run because the activation cache supplies their
-            output.
+        cached_layers: number of layers at the start of the model that do not run, because the activation cache supplies
+            their output.
     """
     uses, trained, flops, reached = [], 0, 0.0, trains_embedding
     for number in range(model.num_layers):

@@ -14,7 +14,7 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 class ProgressiveExtension(Extension):
-    """Adds adapters and other precisions to linear layers, and what the objective requires, to the model."""
+    """Gives linear layers adapters or another precision, and adds to the model what the objective requires."""
 
     name = "progressive"
 

@@ -158,7 +158,7 @@ def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[s
 
 
 def _gather(part: Any) -> list[Any] | None:
-    """Returns the parts of all ranks on rank 0, without those that are None; returns None on other ranks."""
+    """On rank 0, returns the parts of all ranks that are not None; on other ranks, returns None."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(part, gathered, dst=0)
     return None if gathered is None else [found for found in gathered if found is not None]

@@ -86,7 +86,7 @@ class Modulation(MegatronModule):
         self.build()
 
     def build(self) -> None:
-        """Registers the factors."""
+        """Creates the factors as parameters."""
         raise TypeError(f"{type(self).__name__} must implement build()")
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Modulation(MegatronModule):
         return getattr(self, self.output_name)
 
     def add_factor(self, name: str, shape: tuple[int, int], std: float, *, of_ffn: int | None = None) -> None:
-        """Registers a factor.
+        """Creates a factor as a parameter.
 
         Args:
             name: name of the parameter, as in the formulas above.
@@ -153,7 +153,7 @@ class Modulation(MegatronModule):
         self.register_parameter(name, parameter)
 
     def add_output_factor(self, scale: float) -> None:
-        """Registers B or W_b_up.
+        """Creates the output factor, B or W_b_up.
 
         Args:
             scale: standard deviation that would give a delta of unit size; the one used is `np_init_scale` times this.
@@ -183,7 +183,7 @@ class LowRankModulation(Modulation):
     output_name = "B"
 
     def build(self) -> None:
-        """Registers A, for `down` also A_in, and B."""
+        """Creates the parameters A, B and, for `down`, A_in."""
         hidden, rank = self.config.hidden_size, self.settings.total_rank
         self.add_factor("A", (hidden, rank), hidden**-0.5)
         if self.reads_ffn:
@@ -205,7 +205,7 @@ class OuterProductModulation(Modulation):
     output_name = "W_b_up"
 
     def build(self) -> None:
-        """Registers W_down, W_a_up, c_a and W_b_up."""
+        """Creates the parameters W_down, W_a_up, c_a and W_b_up."""
         settings, rank = self.settings, self.settings.total_rank
         of_ffn = 1 if self.reads_ffn else None
         self.add_factor("W_down", (self.config.hidden_size, rank), self.config.hidden_size**-0.5)

@@ -57,7 +57,7 @@ def parse_curriculum(text: str) -> tuple[Stage, ...]:
 
 
 def proportional_curriculum(total_steps: int) -> tuple[Stage, ...]:
-    """Returns the stages teacher, mixed and student, which share the run's steps 2 : 3 : 4; each has at least one."""
+    """Returns the stages teacher, mixed and student. They divide the run's steps 2 : 3 : 4; each gets at least one."""
     whole = sum(PROPORTIONS.values())
     return tuple(
         Stage(

@@ -60,7 +60,7 @@ def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
 
 
 def _words(entry: object) -> tuple[str, ...]:
-    """Splits a preset, which is a text, or a list of texts and (weight, prefix) pairs, into weights and prefixes."""
+    """Splits a preset into weights and prefixes. `entry` is a text, or a list of texts and (weight, prefix) pairs."""
     if isinstance(entry, list):
         return tuple(word for part in entry for word in _words(part))
     return tuple(str(entry).split()) if entry is not None else ()

@@ -262,11 +262,13 @@ def _check(config: NPTRunConfig) -> None:
     if stage1 >= steps:
         raise ValueError(f"--stage1-steps {stage1}: must be less than --steps-per-layer {steps}")
     if not config.np.freeze_base:
-        raise ValueError("--no-freeze-base: --mode sequential trains only NP components; omit it")
+        raise ValueError(
+            "--no-freeze-base is not supported by --mode sequential, which trains only NP components; omit it"
+        )
     if npt.load_npt_weights is not None:
         raise ValueError(
-            f"--load-npt-weights {npt.load_npt_weights}: --mode sequential reads trained layers from "
-            "--checkpoint-dir; omit it"
+            f"--load-npt-weights {npt.load_npt_weights} is not supported by --mode sequential, which reads trained "
+            "layers from --checkpoint-dir; omit it"
         )
     if checkpoint.load is not None or checkpoint.finetune:
         raise ValueError(

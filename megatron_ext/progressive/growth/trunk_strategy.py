@@ -95,7 +95,7 @@ def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> l
     Args:
         rack: the stacks of the model.
         plan: the settings of the model's layers, by number.
-        cached_layers: number of layers, from the first, whose output is in the activation cache.
+        cached_layers: number of layers at the start of the model that do not run, because their output is cached.
     """
     found = {}
     for stack, layers in rack.layers():

@@ -112,7 +112,7 @@ class ProgressiveTrainer:
         """
         if target_stacks < rack_builder.num_stacks:
             raise ValueError(
-                f"target_stacks {target_stacks}: the rack already has more stacks ({rack_builder.num_stacks})"
+                f"target_stacks {target_stacks}: must be at least {rack_builder.num_stacks}, the rack's stacks so far"
             )
         while rack_builder.num_stacks < target_stacks:
             rack_builder.add_stack()

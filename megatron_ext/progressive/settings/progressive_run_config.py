@@ -31,7 +31,7 @@ def stack_defaults(given: Mapping[str, Any]) -> Found:
         given: values set on the command line or in the YAML file, by field name.
 
     Raises:
-        ValueError: `--num-layers` is given, or the number of flags for the length of training is not one.
+        ValueError: `--num-layers` is given, or there is not exactly one flag for the length of training.
     """
     if "num_layers" in given:
         raise ValueError(

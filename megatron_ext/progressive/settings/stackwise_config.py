@@ -121,7 +121,7 @@ class StackWiseConfig:
         """Number of token ids of the vocabulary.
 
         Raises:
-            ValueError: `model.vocab_size` is missing.
+            ValueError: `model.vocab_size` is missing, or is not a positive integer.
         """
         size = getattr(self.model, "vocab_size", None)
         if not isinstance(size, int) or size < 1:
