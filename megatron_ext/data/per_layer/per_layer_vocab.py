@@ -1,6 +1,6 @@
-"""Per-layer vocabularies, and the table that maps a main token id to a per-layer id.
+"""Per-layer vocabularies, and the table that maps an id of the main tokenizer to a per-layer id.
 
-    per_layer_ids = table[token_ids]          table: [V]
+    per_layer_ids = table[token_ids]          table: [V], V is the size of the main vocabulary
 
 A vocabulary is a flat JSON object that maps text to id: first the special tokens, among them the shape classes, then
 the most frequent forms of the corpus. The *form* of a token is its text in lower case, without surrounding white space.
@@ -54,7 +54,7 @@ SPECIAL_TOKENS = (
     "<|space|>",
     "<|bytes|>",
 )
-"""Entries 0 to 14 of every vocabulary; those from `<|word_start|>` on are the shape classes."""
+"""Entries 0 to 14 of every vocabulary. The shape classes are those from `<|word_start|>` on."""
 
 SPECIAL = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
 
@@ -98,7 +98,7 @@ class TokenForm:
     """Text in lower case, without surrounding white space; "" for white space and special tokens."""
 
     shape: str
-    """The token's shape class, `<|endoftext|>` or `<|startoftext|>`, or `<|unk|>` for an id without text."""
+    """The token's shape class, or else `<|endoftext|>`, `<|startoftext|>`, or `<|unk|>` (an id without text)."""
 
     is_syntax: bool
     """Whether the form is a function word, a keyword, punctuation or a single digit."""
@@ -205,12 +205,12 @@ def _per_layer_id(strategy: Strategy, form: TokenForm, vocabulary: Mapping[str, 
 
 
 def _is_drawn(form: str, seed: int) -> bool:
-    """Decides with probability 1/2 whether `random_subset` keeps a form; by hash, so the same with every numpy."""
+    """Returns whether `random_subset` keeps a form (probability 1/2); decided by a hash, not by random numbers."""
     return hashlib.sha256(f"{seed}:{form}".encode()).digest()[0] % 2 == 0
 
 
 def save_vocabulary(path: str, vocabulary: Mapping[str, int]) -> None:
-    """Writes a vocabulary as JSON, by rename."""
+    """Writes a vocabulary as JSON, atomically."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(vocabulary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -224,7 +224,7 @@ def load_vocabulary(path: str) -> dict[str, int]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"per-layer vocabulary not found: {path}; tools/preprocess_per_layer_data.py makes it"
+            f"per-layer vocabulary not found: {path}; make it with tools/preprocess_per_layer_data.py"
         )
     try:
         vocabulary = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def test_another_tokenizer_is_refused_and_the_same_passes(prefix: Any) -> None:
     write_manifest(prefix, tool="t", tokenizer={"fingerprint": "made"}, inputs=[])
     check_dataset(prefix, "made")
     check_dataset(prefix, None)
-    with pytest.raises(ValueError, match="was made with the tokenizer made, but this run's is other"):
+    with pytest.raises(ValueError, match="was made with the tokenizer made, but this run uses other"):
         check_dataset(prefix, "other")
 
 
