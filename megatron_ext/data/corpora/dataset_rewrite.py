@@ -1,8 +1,8 @@
 """Makes new datasets from old ones: merges several, splits one, or shuffles the documents of one.
 
 Every function here moves whole documents (also empty ones and those of several sequences), reads piece by piece, and
-writes by rename, the index last. Where a document goes depends only on the number of documents and the seed, so a main
-dataset and its per-layer data stay aligned if both go through the same command.
+renames the finished files at the end, the index last. Where a document goes depends only on the number of documents and
+the seed, so a main dataset and its per-layer data stay aligned if both go through the same command.
 """
 
 import contextlib

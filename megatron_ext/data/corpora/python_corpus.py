@@ -72,7 +72,7 @@ def write_corpus(
     held_out_fraction: float = 0.05,
     repeat: int = 1,
 ) -> tuple[CorpusCounts, CorpusCounts]:
-    """Writes the corpus as two files of JSON lines `{"text": ...}`, both by rename.
+    """Writes the corpus as two files of JSON lines `{"text": ...}`, both atomically.
 
     Args:
         train: path of the training file.

@@ -1,5 +1,7 @@
 """The simplest language model, which every trained model must beat: the frequencies of single tokens.
 
+Its cross-entropy, in nats per token, is
+
 H = - sum_v q(v) log p(v),   q: frequencies in the evaluated data,  p: in the training data, add-one smoothed
 """
 

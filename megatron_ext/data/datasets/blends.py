@@ -71,7 +71,7 @@ def parse_blend(values: Sequence[str]) -> Blend:
     if len(values) % 2 == 0:
         try:
             return [value.strip() for value in values[1::2]], [float(value) for value in values[::2]]
-        except ValueError:  # the first of each pair is not a weight: all are prefixes
+        except ValueError:  # the first value of each pair is not a weight: all values are prefixes
             pass
     return [value.strip() for value in values], None
 
@@ -133,7 +133,7 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
 
 
 def _shares(split: str) -> tuple[float, float, float]:
-    """Parses "969, 30, 1" into shares that add up to 1; missing ones are 0."""
+    """Parses "969, 30, 1" into shares that add up to 1; missing shares are 0."""
     parts = [float(part) for part in split.split(",")]
     parts += [0.0] * (3 - len(parts))
     total = sum(parts)

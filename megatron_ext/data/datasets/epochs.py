@@ -18,7 +18,7 @@ _SHUFFLED_APART_BELOW = 0.8
 
 
 def epoch_samples(data: DataConfig, seq_length: int) -> int:
-    """Number of sequences of `seq_length` tokens in one pass over the training data.
+    """Returns the number of sequences of `seq_length` tokens in one pass over the training data.
 
     Raises:
         OSError: a dataset does not exist.

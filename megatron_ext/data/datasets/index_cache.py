@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
-    """Returns the directory of the sample indices, or `IN_MEMORY`; all ranks must call it, the first rank decides.
+    """Returns the directory of the sample indices, or `IN_MEMORY`. Collective: the first rank decides for all.
 
     Args:
         data: the data flags, of which `--data-cache-path` is used if given.

@@ -110,7 +110,7 @@ def _load_or_refuse(tokenizer: Tokenizer) -> tuple[Any, str | None]:
         fast = None if refusal is not None else load(tokenizer)
     except ModuleNotFoundError:
         return None, "gigatoken is not installed"
-    except Exception as error:  # the library raises several kinds; any of them means "not this one"
+    except Exception as error:  # the library raises exceptions of several kinds
         reason = str(error).partition("\n")[0]
         return None, f"gigatoken cannot load this tokenizer ({reason})"
     if refusal is not None:
