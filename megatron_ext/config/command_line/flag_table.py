@@ -73,7 +73,7 @@ class Flag:
 
 
 def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
-    """Returns a configuration's groups by name: its fields that are dataclasses, or itself if it has no such field."""
+    """Returns a configuration's groups by name: its fields that are dataclasses, or else the whole configuration."""
     hints = typing.get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     groups = {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}

@@ -6,7 +6,7 @@ The sources, from the highest precedence to the lowest:
 
 The given flags may name a mode, a weights file or a checkpoint, in which the program finds further values. Each such
 source is a `Found`; a later one overrides an earlier one. `pretrain_npt.py` reads the mode, then the weights file, then
-the checkpoint; `pretrain_progressive.py` reads the stacks, then the training run in --save.
+the checkpoint; `pretrain_progressive.py` reads the description of the stacks, then the training run in --save.
 """
 
 import dataclasses

@@ -42,7 +42,7 @@ class CheckpointConfig:
 
     overwrite_checkpoints: bool = False
     """Allow this run to replace checkpoints in --save that belong to another run, or that are later than the step it
-    loads. The old checkpoints are deleted once this run has written its first one."""
+    loads. The old checkpoints are deleted once this run has written its first checkpoint."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_interval", "keep_last")

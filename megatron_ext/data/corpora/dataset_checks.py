@@ -31,7 +31,7 @@ def verify_dataset(
         prefix: path of the dataset without `.bin` or `.idx`.
         tokenizer_fingerprint: compared with the fingerprint in the manifest, if both are known.
         vocab_size: every token id must be below it; used if the manifest records no size.
-        source: for per-layer data, prefix of the main dataset; by default the one that the manifest names.
+        source: prefix of the main dataset, for per-layer data; the default is the dataset that the manifest names.
 
     Returns:
         One line for each check that passed, and one with the reason for each check that could not be made.

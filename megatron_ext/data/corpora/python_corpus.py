@@ -166,7 +166,7 @@ def _docstrings(source: str) -> str:
 
 
 def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yields the documents, leaving out those whose text has come before."""
+    """Yields the documents, leaving out those whose text has occurred before."""
     seen = set()
     for document in documents:
         key = _hash(document.text)

@@ -20,7 +20,7 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
 
     Args:
         train_prefix: indexed dataset whose token frequencies are the model.
-        data_prefix: indexed dataset to predict; may be the same.
+        data_prefix: indexed dataset to predict; may equal `train_prefix`.
         vocab_size: number of token ids.
     """
     train = token_counts(train_prefix, vocab_size) + 1.0
@@ -30,7 +30,7 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
 
 
 def most_frequent_token(prefix: str, vocab_size: int) -> int:
-    """Returns the token id that occurs most often in an indexed dataset, which a unigram model always predicts."""
+    """Returns the token id that occurs most often in an indexed dataset, the prediction of a unigram model."""
     return int(token_counts(prefix, vocab_size).argmax())
 
 

@@ -1,9 +1,9 @@
 """Makes mcore's cache of sample indices safe for several runs and nodes at once: no file is ever incomplete.
 
-mcore writes the arrays in place. A run that maps them while another run writes them dies of a bus error, and a run that
-finds only some of them fails. Here they are written into a temporary directory and then moved into the cache; a run
-that has mapped an older file of the same name keeps that file. A failed attempt (a full disk) leaves no file. If the
-data's directory is not writable, there is no cache: every process builds the indices in its own memory.
+mcore writes the index arrays in place. A run that maps them while another run writes them dies of a bus error, and a
+run that finds only some of them fails. Here they are written into a temporary directory and then moved into the cache;
+a run that has mapped an older file of the same name keeps that file. A failed attempt (a full disk) leaves no file. If
+the data's directory is not writable, there is no cache: every process builds the indices in its own memory.
 """
 
 import copy

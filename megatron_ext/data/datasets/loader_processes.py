@@ -2,13 +2,12 @@
 
 torch's launcher, a terminal and a scheduler send their signals to a whole process group. The run reacts by saving and
 ending; its loader processes must keep working meanwhile, since the run first finishes its step, which needs their
-batches, and torch raises an error in the run when a loader process dies. So loader processes are
-forked with these signals blocked and keep them blocked: none of these signals can ever end them, whatever handlers
-torch installs.
+batches, and torch raises an error in the run when a loader process dies. So loader processes are forked with these
+signals blocked and keep them blocked: none of these signals can ever end them, whatever handlers torch installs.
 
-The parent cannot use SIGTERM either, since it is blocked; a process that does not exit by itself gets SIGKILL. The
-operating system also sends SIGKILL when the parent dies, even if the parent was killed: no loader process is left
-behind. (To be exact, it does so when the thread that forked ends; a run forks from its main thread.)
+The parent cannot end them with SIGTERM either, since it is blocked; a process that does not exit by itself gets
+SIGKILL. The operating system also sends SIGKILL when the parent dies, even if the parent was killed: no loader process
+is left behind. (To be exact, it does so when the thread that forked ends; a run forks from its main thread.)
 """
 
 import contextlib

@@ -5,10 +5,10 @@
 With the strategy `attention_guidance`, the id also depends on the position in the document (0 is the first token).
 Each line gives an id and the condition for it; the first condition that holds decides:
 
-    <|layer_end|>    the document's end-of-document token, if it has one
-    <|layer_start|>  position 0
-    <|attention|>    positions 10, 20, 30, ...
-    else             table[tokens[i]]
+    <|layer_end|>     the token is the document's end-of-document token
+    <|layer_start|>   position 0
+    <|attention|>     positions 10, 20, 30, ...
+    table[tokens[i]]  all other positions
 
 The aligned dataset has the same documents and sequence lengths as its source, so the same sample indices serve both.
 All data is streamed, so memory does not grow with the dataset. No text is read or tokenized.
@@ -149,7 +149,7 @@ def document_ids(
 
 
 def _mark(index: Index, ids: IntArray, tokens: IntArray, begin: int, eod: int) -> None:
-    """Writes the ids that depend on the position into `ids`, the ids of tokens `begin` .. `begin + len(ids) - 1`."""
+    """Writes the position-dependent ids into `ids`, which holds the ids of tokens `begin` .. `begin + len(ids) - 1`."""
     end = begin + len(ids)
     for starts, ends in _documents_between(index, begin, end):
         # Marks positions start + 10, start + 20, ... of each document, cut to [begin, end).

@@ -10,7 +10,7 @@ A strategy decides how a vocabulary becomes a table (see docs/per_layer.md):
                         other form gets the id of its shape class
     semantic_focus      content forms keep their own id; function words, keywords, punctuation and white space become
                         <|context|>; forms that the vocabulary lacks become <|unk|>
-    attention_guidance  the table of syntax_focus, with some ids replaced by position: see `per_layer_ids`
+    attention_guidance  the table of syntax_focus, with some ids replaced according to the position: see `per_layer_ids`
     random_subset       a seeded random half of the vocabulary's forms keep their own id, the others become <|unk|>
     identity            the token id itself; needs no vocabulary
 
@@ -92,7 +92,7 @@ _START_OF_TEXT = frozenset({"<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos
 
 @dataclass(frozen=True)
 class TokenForm:
-    """The properties of a main token that the strategies use."""
+    """The properties of a token of the main tokenizer that the strategies use."""
 
     form: str
     """Text in lower case, without surrounding white space; "" for white space and special tokens."""
@@ -105,7 +105,7 @@ class TokenForm:
 
 
 def token_forms(tokenizer: Tokenizer) -> list[TokenForm]:
-    """Returns the form of every main token, [V]."""
+    """Returns the form of every token of the main tokenizer, [V]."""
     pieces = tokenizer.inv_vocab
     forms = []
     for token in range(tokenizer.vocab_size):
@@ -152,7 +152,7 @@ def build_vocabulary(
 
     Args:
         forms: [V] from `token_forms`.
-        token_counts: [V] how often each main token occurs in the corpus.
+        token_counts: [V] how often each token of the main tokenizer occurs in the corpus.
         size: `--per-layer-vocab-size`. Forms that never occur are left out, so the result can be smaller.
 
     Raises:
@@ -174,7 +174,7 @@ def build_vocabulary(
 def build_table(
     strategy: Strategy, forms: list[TokenForm], vocabulary: Mapping[str, int], *, seed: int = 1234
 ) -> TableArray:
-    """Returns, for every main token, the vocabulary id that a strategy gives it, int32 [V].
+    """Returns the vocabulary id, int32 [V], that a strategy gives to every token of the main tokenizer.
 
     Args:
         strategy: one of `STRATEGIES`; `attention_guidance` has the same table as `syntax_focus`.
@@ -220,7 +220,7 @@ def load_vocabulary(path: str) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, its ids are not 0 .. n-1, or a special token does not have its id.
+        ValueError: it is not JSON, its ids are not 0 .. n-1, or a special token does not have its fixed id.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(

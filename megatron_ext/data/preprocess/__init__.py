@@ -9,6 +9,6 @@ worker_pool          the worker processes, which run any kind of task
 encoding, gigatoken  turn text into ids: with gigatoken if its ids are the same, otherwise with the tokenizer itself
 shards               write the files of one chunk
 assembly             appends shards to the growing datasets; writes the index
-work_directory       the directory of an unfinished run: lock, plan, resumption, publication by rename
+work_directory       the directory of an unfinished run: lock, plan, resumption, publication
 preprocess_progress  the progress bar and the progress lines
 """

@@ -35,7 +35,7 @@ class State:
     Attributes:
         next_shard: number of the first shard that has not been appended.
         totals: counts over all appended shards.
-        source_index: number of the source that the last appended shard came from.
+        source_index: number of the source (input file) that the last appended shard came from.
         source_lines: number of lines of that source appended so far.
         sizes: maps the name of each file in the working directory to its size in bytes.
     """

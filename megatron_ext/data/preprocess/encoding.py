@@ -53,7 +53,7 @@ class Encoder:
         self._bytes_when_loaded: int | None = None
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
-        """Yields `(ids, lengths)` for some texts at a time, in order: all their ids, and each text's length."""
+        """Yields `(ids, lengths)` for a batch of texts at a time, in order: all their ids, and each text's length."""
         for batch in _batches(texts):
             if self._fast is not None:
                 self._forget()

@@ -106,7 +106,7 @@ class Preprocessor:
         """Makes the datasets.
 
         Raises:
-            ValueError, OSError: the input is wrong or the disk is full, in one line; all files of the run are removed.
+            ValueError, OSError: the input has an error or the disk is full; all files of the run are removed.
             WorkerDied, WorkerBug, KeyboardInterrupt: the run was interrupted; `--resume` can use its finished shards.
         """
         begin = time.monotonic()

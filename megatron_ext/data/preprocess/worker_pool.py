@@ -106,7 +106,7 @@ class WorkerPool:
             raise self._death(connection) from None
 
     def wait(self, timeout: float) -> tuple[list[tuple[Any, Any]], list[Any]]:
-        """Waits at most `timeout` seconds for messages; returns (task, result) pairs and the values tasks reported.
+        """Waits at most `timeout` seconds for messages; returns (task, result) pairs and values reported by tasks.
 
         Raises:
             WorkerDied: a worker process ended.

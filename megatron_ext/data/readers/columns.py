@@ -34,7 +34,7 @@ def check_columns(path: str, file_format: str, keys: tuple[str, ...]) -> None:
             raise ValueError(f"--json-keys {key}: {path} has {how}: {', '.join(schema.names)}")
         if not _is_text(schema.field(key).type):
             raise ValueError(
-                f"--json-keys {key}: in {path} that column holds {schema.field(key).type}, not strings"
+                f"--json-keys {key}: the column in {path} holds {schema.field(key).type}, not strings"
             )
 
 

@@ -2,10 +2,10 @@
 
 What becomes a chunk, by kind of input:
 
-plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
-packed files, standard input, pipes blocks of whole lines, unpacked by the parent process and sent to the workers
-.parquet, .arrow, .feather          one chunk for each row group or record batch
-.txt with --text-unit file          one chunk for each file
+plain lines (.jsonl, .json, .txt)     a byte range, which owns the lines that start in it
+packed files, standard input, pipes   a block of whole lines, unpacked by the parent process and sent to a worker
+.parquet, .arrow, .feather            a row group or record batch
+.txt with --text-unit file            a file
 """
 
 import glob

@@ -81,7 +81,7 @@ class Tokenizer(ABC):
         return [self.bos, *ids]
 
     def begin_as(self, documents: list[int] | None) -> None:
-        """Makes `begin` treat a text as a model's training documents were treated.
+        """Makes `begin` add or omit `bos` as in the documents that a model was trained on.
 
         Args:
             documents: `[id]` if documents began with the token `id`, `[]` if none did; None (unknown) has no effect.

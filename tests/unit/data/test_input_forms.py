@@ -191,7 +191,7 @@ def test_columns_that_hold_no_text_and_damaged_files_are_one_line(tmp_path: Path
     path = str(tmp_path / "a.parquet")
     pq.write_table(table, path)
     for key in table.column_names:
-        with pytest.raises(ValueError, match=f"--json-keys {key}: in .* holds .*, not strings"):
+        with pytest.raises(ValueError, match=f"--json-keys {key}: the column in .* holds .*, not strings"):
             expand_inputs(InputConfig(input=(path,), json_keys=(key,)))
     pq.write_table(texts, path, compression="snappy")
     content = bytearray(Path(path).read_bytes())
