@@ -66,7 +66,7 @@ def test_tokenizers_are_told_apart_by_class_size_and_files(prefix: Any) -> None:
         ValueError, match="was made with the tokenizer ByteLevelTokenizer, 257 ids, fingerprint "
     ) as error:
         check_dataset(prefix, ours)
-    assert "this run's is NullTokenizer, 10 ids, words/vocab.json, fingerprint " in str(error.value)
+    assert "this run uses NullTokenizer, 10 ids, words/vocab.json, fingerprint " in str(error.value)
 
 
 def test_files_replaced_under_a_manifest_are_refused(prefix: Any) -> None:
