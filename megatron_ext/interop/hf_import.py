@@ -111,6 +111,8 @@ def import_checkpoint(
 ) -> HuggingFaceModel:
     """Converts a Hugging Face model to a checkpoint; on an error nothing is left at `save`.
 
+    It writes these files:
+
         {save}/iter_0000000/, {save}/latest_checkpointed_iteration.txt      the checkpoint
         {save}/tokenizer/                                                   the tokenizer's files
         {save}/hugging_face/                                                other small files of `model_dir`
@@ -119,7 +121,7 @@ def import_checkpoint(
     `model_dir`, `seq_length` and `make_vocab_size_divisible_by` are described at `load_hf`.
 
     Args:
-        save: directory for the checkpoint; must not exist yet, or be empty.
+        save: directory for the checkpoint; must be empty or not exist yet.
         message: called with each line of text for the user.
 
     Returns:
@@ -137,7 +139,7 @@ def import_checkpoint(
     )
     tokenizer = found.tokenizer_config
     if tokenizer.tokenizer_model is not None:
-        # "." for a tokenizer that is a directory; a file name for a SentencePiece model.
+        # `within` is "." for a tokenizer that is a directory, and a file name for a SentencePiece model.
         within = os.path.relpath(tokenizer.tokenizer_model, model_dir)
         place = os.path.abspath(Path(save, TOKENIZER_FOLDER, within))
         tokenizer = replace(tokenizer, tokenizer_model=place)

@@ -1,6 +1,6 @@
 """Reads the rotary-embedding settings in a config.json, with the same precedence as transformers.
 
-Each value may be given in several places; the first of these that is present counts:
+Each value may be given in several places, listed in the right column. The first one that is present counts:
 
     rope dict                     `rope_scaling` (the name in transformers 4), `rope_parameters`
     base                          `rope_theta` in the rope dict, at the top level, 10000
