@@ -28,7 +28,8 @@ def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None
     left = sorted(set(state) - taken)
     if left:
         raise ValueError(
-            f"the given tensors contain {left[0]}, which the model to be filled lacks (number of such tensors: {len(left)})"
+            f"the given tensors contain {left[0]}, which the model to be filled lacks "
+            f"(number of such tensors: {len(left)})"
         )
 
 

@@ -208,7 +208,10 @@ def test_tensors_that_are_missing_or_superfluous_stop_an_export(saved: Path, tmp
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     for state, message in (
         ({key: value for key, value in tensors.items() if key != name}, f"lacks {name}"),
-        ({**tensors, "extra": torch.ones(1)}, r"no Llama-like model has: extra \(number of such tensors: 1\)"),
+        (
+            {**tensors, "extra": torch.ones(1)},
+            r"no Llama-like model has: extra \(number of such tensors: 1\)",
+        ),
         (
             {**tensors, name: torch.ones(3)},
             rf"{name}: the configuration requires shape \[32, 48\], got \[3\]",
