@@ -197,7 +197,7 @@ class LayerInputs:
         return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Replaces the stream for the following slots and layers of this stage; the next stage does not see it."""
+        """Replaces the stream for the modules and layers that follow on this stage, but not for the next stage."""
         assert self.packed is not None, f"cannot write auxiliary stream '{name}': nothing was packed"
         start, *shape = self._places[name]
         end = start + shape[0] * shape[1] * shape[2]

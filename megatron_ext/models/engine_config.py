@@ -22,7 +22,7 @@ def build_transformer_config(
     Args:
         model: size and architecture of the base model.
         parallel: the parallel layout, and which activations are recomputed.
-        bf16: whether parameters and activations are in bfloat16 (the optimizer keeps fp32 copies) or in fp32.
+        bf16: whether parameters and activations are in bfloat16 instead of fp32; the optimizer then keeps fp32 copies.
 
     Raises:
         ValueError: `--recompute-modules layernorm` is given, but Transformer Engine is not installed.
