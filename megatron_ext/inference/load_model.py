@@ -95,7 +95,7 @@ def load_model(
         raise ValueError(
             f"{path}: the model was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
         )
-    # A model that was imported and never trained here has no section `training`; its tokenizer's files decide.
+    # A model that was imported and not trained since has no section `training`; its tokenizer's files decide.
     if "training" in stored:
         built.begin_as(
             stored.get(BEGIN, [])
@@ -104,7 +104,8 @@ def load_model(
     unknown = set(stored["families"]) - set(families)
     if unknown:
         raise ValueError(
-            f"{path}: was built with the model family {', '.join(sorted(unknown))}, which this tool does not support"
+            f"{path}: the model was built with the model family {', '.join(sorted(unknown))}, "
+            "which this tool does not support"
         )
     made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
     world_size = process_groups.world_size()

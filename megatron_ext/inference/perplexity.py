@@ -123,7 +123,7 @@ def held_out_steps(
     max_tokens: int | None = None,
     begin: Begin | None = None,
 ) -> Iterator[list[Batch]]:
-    """Yields this rank's micro-batches of a dataset in groups, each with one micro-batch per pipeline stage.
+    """Yields groups of this rank's micro-batches of a dataset; a group has one micro-batch per pipeline stage.
 
     `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows and of added micro-batches.
 

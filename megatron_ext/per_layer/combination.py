@@ -1,6 +1,10 @@
 """Combines the word embedding and the per-layer token embeddings into one vector per layer, in one of three ways.
 
+For layer l, the context part P is projected from the word embedding e, and the token part E is a row of a table:
+
     P[l] = RMSNorm_p( (e @ W_ctx_l) * h**-0.5 )          E[l] = table_l[id] * sqrt(p) * embed_scale
+
+The three methods compute the layer's vector c:
 
     scaled_add   c = (P + E) / sqrt(2)
     concat       c = [P ; E] @ W_cat

@@ -1,4 +1,4 @@
-"""PLE's contribution to the model: two auxiliary streams, a slot module in every layer, and a module per stage.
+"""What per-layer embedding (PLE) adds to the model: two auxiliary streams, a block per layer and a module per stage.
 
 The word embedding travels from stage to stage; every stage computes the per-layer vectors of its own layers.
 """

@@ -33,7 +33,7 @@ _MOST_ROW_LABELS = 24
 
 
 def require_matplotlib(what: str) -> None:
-    """Raises `ValueError` if matplotlib is not installed; the message names `what` (a flag or tool) requires it."""
+    """Raises `ValueError` if matplotlib is not installed; the message says that `what`, a flag or tool, requires it."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -127,7 +127,7 @@ def metric_heat_map(
     title: str = "",
     row_name: str = "layer",
 ) -> str:
-    """Draws a table of numbers as a heat map; every column has its own colour scale, darker is larger.
+    """Draws a table of numbers as a heat map; every column has its own colour scale, where darker is larger.
 
     Args:
         rows: row labels.
