@@ -102,8 +102,8 @@ def export_hf(
         if imported is not None:
             messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
-            # After training, the exported tokenizer must produce the ids the model was trained on. Before any training,
-            # transformers may read it as differently from us as it reads the original directory.
+            # After training, the exported tokenizer must give the ids that the model was trained on. Before any
+            # training, it may differ from ours as the tokenizer in the imported directory does.
             as_imported = (
                 imported is not None
                 and not imported.is_trained

@@ -1,4 +1,4 @@
-"""Four-bit weights: packs and unpacks them in two formats, each by a library.
+"""Packs and unpacks four-bit weights. The two precisions, their formats and the libraries that implement them:
 
     qlora    NF4 (arXiv 2305.14314): 16 quantiles of the normal distribution, one fp32 scale per block of 64
              consecutive weights in row-major order. bitsandbytes, on CPU and CUDA.              4.5 bits per weight
@@ -133,7 +133,7 @@ def is_packed(precision: str | None) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A tensor-parallel rank's part of a linear layer's matrix, [rows, row]."""
+    """The size of a tensor-parallel rank's part of a linear layer's matrix: `rows` rows of `row` values each."""
 
     rows: int
     """Number of outputs of this part."""

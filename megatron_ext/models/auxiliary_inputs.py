@@ -119,7 +119,7 @@ class AuxiliaryInputs:
         return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
-        """Returns access to `packed` for one layer; the row counts come from `hidden_states` [s, b, h]."""
+        """Returns an object with which one layer reads `packed`; the sizes s and b are those of `hidden_states`."""
         rows, batch = hidden_states.shape[:2]
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 
@@ -174,7 +174,7 @@ class LayerInputs:
             start += stream_rows * batch * width
 
     def has(self, name: str) -> bool:
-        """Whether this micro-batch has the stream; only a stream of variable width can be missing."""
+        """Returns whether this micro-batch has the stream; only a stream of variable width can be missing."""
         return self._places[name][3] > 0
 
     def read(self, name: str) -> torch.Tensor:

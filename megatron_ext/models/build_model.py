@@ -26,8 +26,8 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size:
     """Returns the number of rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
 
     The divisor is the smallest multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
-    Megatron-LM always multiplies by the tensor-parallel size instead. Here most tensor-parallel sizes give the same
-    shape, so checkpoints and initial weights do not change with the parallel layout.
+    Megatron-LM always multiplies by the tensor-parallel size instead. Here all tensor-parallel sizes that divide the
+    flag's value give the same number of rows, and so the same checkpoints and initial weights.
     """
     multiple = model.make_vocab_size_divisible_by
     while multiple % tensor_parallel_size:

@@ -158,7 +158,7 @@ class GPTModel(EngineGPTModel):
 
     @contextlib.contextmanager
     def without_head(self) -> Iterator[None]:
-        """Context in which the last stage returns the output layer's input, [s, b, h]; pass no labels inside it."""
+        """Inside this context, the last stage returns the output layer's input, [s, b, h]; labels are not allowed."""
         self.post_process = False
         try:
             yield

@@ -82,7 +82,7 @@ class Extension:
         return {}
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns the replaced linear modules of a layer: maps a name in `layer_spec.LINEARS` to the new spec."""
+        """Returns replacements of a layer's linear modules: maps a name in `layer_spec.LINEARS` to the new spec."""
         return {}
 
     def stage_module(

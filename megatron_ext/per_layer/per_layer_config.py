@@ -62,14 +62,14 @@ class PerLayerConfig:
     """Factor by which a row of a table is multiplied, in addition to the square root of --per-layer-hidden-size."""
 
     per_layer_init_method: Literal["normal", "xavier_normal", "zeros"] = "normal"
-    """Initialization: N(0, std) (normal), variance 2 / (rows + columns) (xavier_normal), or zeros in the tables and
-    N(0, std) elsewhere (zeros)."""
+    """Initialization of all per-layer weights. normal: N(0, std); xavier_normal: variance 2 / (rows + columns); zeros:
+    tables are zero, other weights N(0, std)."""
 
     per_layer_init_std: float | None = None
     """Standard deviation of the initial weights. Default: --init-method-std."""
 
     per_layer_lr_scale: float = 1.0
-    """Factor on the learning rate of all per-layer parameters."""
+    """Factor by which the learning rate of all per-layer parameters is multiplied."""
 
     per_layer_weight_decay: float | None = None
     """Weight decay of all per-layer parameters. Default: --weight-decay."""

@@ -184,7 +184,7 @@ class PerLayerFamily(Family):
         start_recording(chunks)
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns the statistics of `per_layer_statistics`."""
+        """Returns the recorded statistics by TensorBoard tag; see `per_layer_statistics`."""
         return stop_recording(chunks, self.settings)
 
 

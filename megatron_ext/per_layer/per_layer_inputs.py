@@ -174,6 +174,6 @@ def _mark_replicated(weight: torch.nn.Parameter, *, is_owner: bool) -> None:
     # The engine sums the gradient of such a weight over the stages, and counts it once in the gradient norm.
     weight.pipeline_parallel = True  # type: ignore[attr-defined]
     weight.shared = not is_owner  # type: ignore[attr-defined]
-    # The engine gives such a weight a gradient bucket of its own. Its split over the distributed optimizer's ranks is
+    # The engine gives such a weight a separate gradient bucket. Its split over the distributed optimizer's ranks is
     # then the same on every stage, so that the sum over stages adds the same elements.
     weight.shared_embedding = True  # type: ignore[attr-defined]

@@ -239,7 +239,7 @@ def _binned(layers: dict[int, Curve]) -> tuple[npt.NDArray[np.float64], int, int
     """Averages the curves over bins of steps.
 
     Returns:
-        Values [layers, bins] with NaN for empty bins, the first step and the last step.
+        Three items: values [layers, bins], with NaN for empty bins; the first step; the last step.
     """
     steps = np.unique(np.concatenate([np.array(steps) for steps, _ in layers.values()]))
     first, last = int(steps[0]), int(steps[-1])

@@ -192,7 +192,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
-    """Copies the chat template of the imported tokenizer_config.json, which a newly written one lacks."""
+    """Copies the chat template from the imported tokenizer_config.json into the exported file, which lacks it."""
     before, after = tokenizer_dir / _TOKENIZER_CONFIG, target / _TOKENIZER_CONFIG
     if not (before.is_file() and after.is_file()) or (target / _CHAT_TEMPLATE).exists():
         return

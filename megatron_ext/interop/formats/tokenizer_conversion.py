@@ -108,7 +108,10 @@ def _normalizers(rules: Any) -> Iterator[Any]:
 
 
 def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
-    """Returns a unigram model. Pieces that text must never yield (control, byte) score below their single letters."""
+    """Returns a unigram model.
+
+    Control and byte pieces, to which no text may be encoded, get a lower score than the letters they consist of.
+    """
     score_of = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     unknown = min(score_of.values(), default=0.0) - 10.0  # SentencePiece's penalty for an unknown letter
     vocab = []

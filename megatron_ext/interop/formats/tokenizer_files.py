@@ -111,7 +111,7 @@ def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str 
 
 
 def _lacking_tokens(folder: Path, pieces: int) -> str | None:
-    """Returns a message about tokens that transformers added and the SentencePiece file lacks; None if none lack."""
+    """Returns a message about tokens that transformers added but the SentencePiece file lacks, or None."""
     named: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         content = read_object(folder / name, "") if (folder / name).is_file() else {}
