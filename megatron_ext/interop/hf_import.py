@@ -37,7 +37,7 @@ class HuggingFaceModel:
     """A model read from a Hugging Face directory or a GGUF file."""
 
     folder: Path
-    """Directory with the model's small files: the Hugging Face directory, or what was made from the GGUF file."""
+    """Directory with the model's small files: the Hugging Face directory, or a directory made from the GGUF file."""
 
     model: ModelConfig
     """Configuration of the base model."""
@@ -112,7 +112,7 @@ def load_hf(
 def _open(model_dir: str | Path) -> tuple[Path, TensorFiles, list[str]]:
     """Returns the directory of the model's small files, its tensors, and messages for the user."""
     if not is_gguf(model_dir):
-        read_config(model_dir)  # before the tensors, because its error says what the directory holds instead
+        read_config(model_dir)  # first, because its error says what else the directory holds
         return Path(model_dir), SafetensorsFiles(model_dir), []
     folder, files = open_gguf(model_dir)
     types = [kind for kind in files.types if kind not in ("F32", "F16", "BF16")]

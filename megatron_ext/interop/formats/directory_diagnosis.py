@@ -15,7 +15,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ),
     (
         "*.gguf",
-        "a model in the format of llama.cpp; to import it, name the file itself",
+        "a model in the format of llama.cpp; to import it, give the path of the file itself",
     ),
     (
         "consolidated*.safetensors",

@@ -76,13 +76,13 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
 
 
 class TensorFiles(Protocol):
-    """A model's tensors in files, by their Hugging Face names, each read on access."""
+    """A model's tensors in files, by their Hugging Face names; a tensor is read when it is accessed."""
 
     folder: Path
     """The directory or file that the user named."""
 
     described_in: str
-    """Name of what describes the model beside its tensors, for error messages."""
+    """Name of the part that describes the model, such as config.json; used in error messages."""
 
     @property
     def names(self) -> set[str]: ...
