@@ -149,7 +149,7 @@ class AdaptedLinear(torch.nn.Module):
     def forward(
         self, input_: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the engine's output, with the adapters added, and its bias; shapes as in `adapter.add_adapters`."""
+        """Returns the layer's output, with adapters, and the engine's bias; shapes as in `adapter.add_adapters`."""
         output, bias = super().forward(input_, *args, **kwargs)
         if len(self.adapters):
             adapters = [adapter for adapter in self.adapters.values() if isinstance(adapter, LoRAAdapter)]

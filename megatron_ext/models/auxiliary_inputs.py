@@ -125,7 +125,7 @@ class AuxiliaryInputs:
 
 
 class _Read(torch.autograd.Function):
-    """Returns (packed[start : start + size], packed); the next reader reads from the second output.
+    """Returns the slice packed[start : start + size], and `packed` itself, from which the next reader reads.
 
     The backward pass of a plain slice allocates a zero-filled tensor of full size for every reader. Here the gradient
     passes through the chain of readers, and each reader adds its part in place to the same buffer.

@@ -87,7 +87,7 @@ def step_heat_map(
     bands: Sequence[Band] = (),
     row_name: str = "layer",
 ) -> str:
-    """Draws a heat map with one row per layer and steps on the x axis; more than 300 steps are averaged.
+    """Draws a heat map with one row per layer and steps on the x axis; more than 300 steps are averaged to 300 columns.
 
     Args:
         layers: for each row number, the steps and the values.

@@ -115,7 +115,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "generator": (None,),
     "text_encoder": (None,),
 }
-"""Maps each field that transformers reads for every model to its harmless values; all other values are rejected."""
+"""Maps each field that transformers reads for every model to its harmless values; any other value is rejected."""
 
 
 def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]:

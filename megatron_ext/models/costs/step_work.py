@@ -80,9 +80,9 @@ class StepWork:
 
 
 def merged_work(works: Sequence[StepWork]) -> StepWork | None:
-    """Combines the work that several model families describe; returns None, for "everything trains", if none does.
+    """Combines the work that several model families describe; a part is frozen if at least one family freezes it.
 
-    A part is frozen if at least one family freezes it.
+    Returns None if no family describes its work; then everything trains.
     """
     if not works:
         return None
