@@ -154,7 +154,8 @@ class NPTFamily(Family):
     def evaluation(
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:
-        """Returns the frozen base model's loss on the same batches, and the ratio of NPT's perplexity to the base's."""
+        """Returns the frozen base model's loss on the same batches, and the perplexity of NPT divided by the base
+        model's."""
         if not self.settings.freeze_base:
             return {}
         # A frozen base has the same loss in every evaluation of a split: compute it once.

@@ -138,7 +138,7 @@ def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
 
 
 def _name_in_trunk(sources: Mapping[int, int]) -> Callable[[str], str]:
-    """Returns a function that maps global names to names in the checkpoint, and those of new layers to unused names."""
+    """Returns a function from global names to names in the checkpoint; it gives new layers names that are not there."""
     return lambda name: renamed(name, sources) or f"{_NEW}{name}"
 
 

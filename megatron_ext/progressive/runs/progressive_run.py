@@ -3,7 +3,7 @@
 The trunk is what the earlier phases have trained. In each phase:
 
     model        has all layers of the phase; the trunk's weights come from the last checkpoint of the previous phase
-    optimizer    new, with the old states of parameters that are still trained; the learning-rate schedule starts anew
+    optimizer    new, with the old states of parameters that are still trained; the learning-rate schedule restarts
     data         the samples of all phases are shuffled together; each phase reads the next part
     random       generators are re-seeded at the start of every later phase
 
