@@ -37,7 +37,8 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
 
 Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
-"""Decides whether to read a tensor. Arguments: its name in the checkpoint, the model's tensor, all names there."""
+"""Decides whether to read a tensor. Arguments: the tensor's name in the checkpoint, the model's tensor, and the names
+of all tensors in the checkpoint."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -51,9 +52,9 @@ def model_state(
 
     Args:
         models: the chunks, unwrapped.
-        keeps: called with a global name and the model's tensor; returns whether to include it. None includes all.
-        rename: turns a global name into the name in the checkpoint, which is then passed to `keeps`. If it is given,
-            entries that are not tensors are omitted.
+        keeps: called with a tensor's global name and the tensor; returns whether to include it. None includes all.
+        rename: turns a tensor's global name into its name in the checkpoint, which is then passed to `keeps`. If
+            `rename` is given, entries that are not tensors are omitted.
     """
     states = {}
     for index, model in enumerate(models):
@@ -88,9 +89,9 @@ def read_into(
         folder: the checkpoint's directory; check it with `verify` first.
         wanted: chooses the tensors to read; None reads every tensor of the model.
         rename: as in `model_state`.
-        whole: whether additional model tensors in the checkpoint are an error.
-        same_vocabulary: whether run and checkpoint have the same vocabulary size, so that only the padding of the
-            embedding may differ.
+        whole: whether it is an error if the checkpoint contains model tensors that this model lacks.
+        same_vocabulary: whether run and checkpoint have the same vocabulary size; the padding of the embedding may then
+            differ.
 
     Raises:
         ValueError: model and checkpoint differ; the message names the tensor.
@@ -170,14 +171,15 @@ class _Writer(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # torch hides the system's error ("No space left on device") behind one of its own.
+            # torch hides the system's error ("No space left on device") behind its own `RuntimeError`.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
-    """Fills a sharded state dict, which may be empty on some ranks; collective. Call `check` first.
+    """Returns a sharded state dict filled with the checkpoint's tensors; collective. Call `check` first.
 
-    An `_extra_state` that the checkpoint lacks is omitted: only Transformer Engine's modules have one (for FP8).
+    The state dict may be empty on some ranks. Entries `_extra_state` that the checkpoint lacks are omitted: only
+    Transformer Engine's modules have them (for FP8).
     """
     state = _with_stored_extras(state, folder)
     if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
@@ -199,7 +201,10 @@ def verify(folder: Path) -> None:
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the global shapes of a checkpoint's tensors by name. Collective; unpickles, so call `verify` first."""
+    """Returns the global shapes of a checkpoint's tensors by name. Collective.
+
+    Call `verify` first, because this function unpickles a file.
+    """
 
     def own() -> dict[str, tuple[int, ...]]:
         tensors = dist_checkpointing.load_tensors_metadata(str(folder))
@@ -222,9 +227,9 @@ def check(
         state: the sharded state dict to load.
         stored: global shapes of the checkpoint's tensors, by name.
         folder: the checkpoint's directory, named in errors.
-        same_vocabulary: whether run and checkpoint have the same vocabulary size, so that only the padding of the
-            embedding may differ.
-        whole: whether additional model tensors in the checkpoint are an error.
+        same_vocabulary: whether run and checkpoint have the same vocabulary size; the padding of the embedding may then
+            differ.
+        whole: whether it is an error if the checkpoint contains model tensors that `state` lacks.
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape; the message names it.

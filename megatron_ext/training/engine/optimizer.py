@@ -32,7 +32,7 @@ def build_optimizer(
 
     Args:
         settings: learning rate, weight decay, Adam's constants, clipping.
-        parallel: specifies whether the distributed optimizer is used.
+        parallel: the parallel layout, which specifies whether the distributed optimizer is used.
         chunks: this rank's chunks, wrapped by `wrap_model`.
         families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters.
         bf16: whether parameters are in bfloat16.
