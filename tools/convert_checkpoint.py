@@ -2,6 +2,7 @@
 """Convert Llama, Mistral, Qwen2 and Qwen3 models between Hugging Face's format and this package's checkpoints.
 
     convert_checkpoint.py import --model-dir DIR --save CKPT      make a checkpoint from config.json and safetensors
+    convert_checkpoint.py import --model-dir X.gguf --save CKPT   make a checkpoint from a GGUF file
     convert_checkpoint.py export --load CKPT --model-dir DIR      make a directory that from_pretrained loads
 
 The tool runs in one process and needs no network. Checkpoints can be loaded at any tensor- and pipeline-parallel size.
@@ -27,7 +28,7 @@ class ImportConfig:
     """Flags for the model to import and the checkpoint to write."""
 
     model_dir: str
-    """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer."""
+    """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer; or a GGUF file."""
 
     save: str
     """Directory to write the checkpoint to; must not exist yet, or be empty."""

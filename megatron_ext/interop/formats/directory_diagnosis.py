@@ -15,8 +15,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ),
     (
         "*.gguf",
-        "a model in the format of llama.cpp; load it with transformers (from_pretrained(..., gguf_file=...)) "
-        "and save it dequantized with save_pretrained()",
+        "a model in the format of llama.cpp; to import it, name the file itself",
     ),
     (
         "consolidated*.safetensors",

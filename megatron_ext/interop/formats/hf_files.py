@@ -7,7 +7,7 @@ memory for one tensor, and writing for one file. Pickled weights (`pytorch_model
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +39,9 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     """
     folder = Path(model_dir)
     if folder.is_file():
-        raise NotADirectoryError(f"--model-dir {model_dir}: is a file; give a Hugging Face directory")
+        raise NotADirectoryError(
+            f"--model-dir {model_dir}: is a file; give a Hugging Face directory or a GGUF file"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(
             f"--model-dir {model_dir}: no such directory; download the model first (hub names are not looked up)"
@@ -73,6 +75,25 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     return value
 
 
+class TensorFiles(Protocol):
+    """A model's tensors in files, by their Hugging Face names, each read on access."""
+
+    folder: Path
+    """The directory or file that the user named."""
+
+    described_in: str
+    """Name of what describes the model beside its tensors, for error messages."""
+
+    @property
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
 class SafetensorsFiles:
     """The tensors in a directory's safetensors files, by name; the constructor reads the headers of all files.
 
@@ -80,6 +101,8 @@ class SafetensorsFiles:
         FileNotFoundError: there are no safetensors files, or one is missing.
         ValueError: a file is damaged, or the index does not match the files.
     """
+
+    described_in = CONFIG
 
     def __init__(self, model_dir: str | Path) -> None:
         # No file stays open between reads: its mapped pages would count as memory in use.
@@ -183,7 +206,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         ValueError: a tensor is missing, does not belong to the model, or has the wrong shape or dtype.
     """
 
-    def __init__(self, files: SafetensorsFiles, model: ModelConfig, found: list[Entry]) -> None:
+    def __init__(self, files: TensorFiles, model: ModelConfig, found: list[Entry]) -> None:
         self._files = files
         self._model = model
         self._entries = {entry.name: entry for entry in found}
@@ -210,7 +233,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         return torch.bfloat16 if types == {torch.bfloat16} else torch.float32
 
 
-def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
+def _check(files: TensorFiles, found: list[Entry], *, tied: bool) -> None:
     wanted = dict(part for entry in found for part in entry.parts)
     missing = [name for name in wanted if name not in files.names]
     extra = sorted(name for name in files.names - set(wanted) if not name.endswith(".rotary_emb.inv_freq"))
@@ -218,21 +241,24 @@ def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
     if other is not None:
         raise ValueError(f"--model-dir {files.folder}: {other}")
     if missing:
-        raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its safetensors files")
+        raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its tensors")
     if tied and "lm_head.weight" in extra:
         # Some tools save the tied output layer as well; that is harmless as long as both are equal.
         if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
             raise ValueError(
-                f"--model-dir {files.folder}: config.json ties lm_head.weight to the embedding, but they differ"
+                f"--model-dir {files.folder}: {files.described_in} ties lm_head.weight to the embedding, "
+                "but they differ"
             )
         extra.remove("lm_head.weight")
     if extra:
-        raise ValueError(f"--model-dir {files.folder}: {_listed(extra)} not part of the model in config.json")
+        raise ValueError(
+            f"--model-dir {files.folder}: {_listed(extra)} not part of the model in {files.described_in}"
+        )
     for name, shape in wanted.items():
         if files.shape(name) != shape:
             raise ValueError(
                 f"--model-dir {files.folder}: {name} has shape {list(files.shape(name))}, "
-                f"but config.json requires {list(shape)}"
+                f"but {files.described_in} requires {list(shape)}"
             )
         files.dtype(name)
 

@@ -22,6 +22,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.inference.generation import Sampling, generate
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop import load_hf, load_into
+from megatron_ext.interop.gguf.gguf_metadata import is_gguf
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
@@ -103,12 +104,12 @@ class NPTModel:
     def from_pretrained(
         cls, path: str | Path, *, bf16: bool = False, sha256: str | None = None
     ) -> "NPTModel":
-        """Loads a model from a local directory.
+        """Loads a model from a local directory or a GGUF file.
 
         Args:
-            path: a Hugging Face directory of a model with a Llama architecture; or a checkpoint of this project, or a
-                directory of checkpoints. For a checkpoint of an NPT run, the base model is loaded too, and the layers
-                of the run are converted.
+            path: a Hugging Face directory or a GGUF file of a model with a Llama architecture; or a checkpoint of this
+                project, or a directory of checkpoints. For a checkpoint of an NPT run, the base model is loaded too,
+                and the layers of the run are converted.
             bf16: whether to compute in bfloat16 instead of fp32.
             sha256: required digest of the checkpoint, as `training_info.json` stores it; None accepts any.
 
@@ -120,7 +121,8 @@ class NPTModel:
             raise ValueError(
                 f"NPTModel supports only one process, but there are {process_groups.world_size()}"
             )
-        if not is_hugging_face(Path(path)) and find_checkpoint(str(path)) is not None:
+        imports = is_gguf(path) or is_hugging_face(Path(path))
+        if not imports and find_checkpoint(str(path)) is not None:
             if sha256 is not None and BaseCheckpoint.find(str(path)).sha256 != sha256:
                 raise ValueError(
                     f"{path}: this is not the requested checkpoint; its digest differs from `sha256`"
@@ -130,7 +132,7 @@ class NPTModel:
             families = [family for family in loaded.families if isinstance(family, NPTFamily)]
             model.settings = families[0].settings if families else None
             return model
-        if not Path(path).is_dir():
+        if not imports and not Path(path).is_dir():
             raise FileNotFoundError(f"{path}: no such directory; models are not downloaded")
         found = load_hf(path)
         parallel = ParallelConfig()

@@ -92,7 +92,7 @@ def _quantized(content: dict[str, Any]) -> Callable[[Path], Any]:
 
 
 DIRECTORIES: dict[str, Callable[[Path], Any]] = {
-    r"no config.json in it; it holds model-q4.gguf: a model in the format of llama.cpp; .*gguf_file": _renamed(
+    r"no config.json in it; it holds model-q4.gguf: a model in the format of llama.cpp; .*name the file": _renamed(
         "model-q4.gguf", config=False
     ),
     r"neither .* in it; it holds model-q4.gguf: a model in the format of llama.cpp": _renamed(
