@@ -219,12 +219,15 @@ def _check_expected(config: EvaluateNPTConfig, settings: Any, num_layers: int) -
     found = settings.layers(num_layers)
     if config.npt_layers is not None and choose_layers(config.npt_layers, num_layers) != found:
         raise ValueError(
-            f"--npt-layers {config.npt_layers}: the checkpoint's NPT layers are {', '.join(map(str, found))}"
+            f"--npt-layers {config.npt_layers}: the checkpoint's NPT layers are {', '.join(map(str, found))}; "
+            "give these or omit the flag"
         )
     for name in ("np_rank", "np_scale"):
         expected, actual = getattr(config, name), getattr(settings, name)
         if expected is not None and expected != actual:
-            raise ValueError(f"{flag_name(name)} {expected}: the checkpoint's value is {actual}")
+            raise ValueError(
+                f"{flag_name(name)} {expected}: the checkpoint's value is {actual}; give this value or omit the flag"
+            )
 
 
 def _prompts(config: EvaluateNPTConfig) -> list[str]:

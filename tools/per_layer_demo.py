@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks in seconds that per-layer embedding works on this machine with the given flags and parallel layout.
 
-The tool trains a tiny model on data in which the token before it determines every second token, prints statistics of
-each layer, and fails if the per-layer parameters of a layer get no gradient or the loss does not fall.
+The tool trains a tiny model on data in which every second token is determined by the token before it, prints statistics
+of each layer, and fails if the per-layer parameters of a layer get no gradient or the loss does not fall.
 Exit codes: 0 passed, 1 failed, 2 wrong flag.
 """
 

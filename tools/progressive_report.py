@@ -39,7 +39,7 @@ class ProgressiveReportConfig:
             if not (name and equals and directory):
                 raise ValueError(f"--runs {text}: must be NAME=DIR")
             if name in seen:
-                raise ValueError(f"--runs {text}: the name {name} is given twice")
+                raise ValueError(f"--runs {text}: the name {name} is given twice; each run needs its own")
             seen.add(name)
 
 

@@ -60,7 +60,7 @@ class Variant:
     steps: int = 2
     bf16: bool = False
     examine: Callable[[list[GPTModel]], Any] | None = None
-    """Function to call on the untrained model, or None; its result is compared too."""
+    """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Runs additional forward passes through a frozen part of the model; their results may be cached.
 
-There are two uses: NPT's teacher (the base model, whose hidden states are targets) and, in progressive growth, the
-trunk (the layers below the stack that is trained). Each has a cache of its own. The teacher's results depend on tokens
-and positions only; the trunk's results also depend on its weights and on all other inputs.
+There are two uses: NPT's teacher (the base model, whose hidden states NPT's layers train with) and, in progressive
+growth, the trunk (the layers below the stack that is trained). Each has a cache of its own. The teacher's results
+depend on tokens and positions only; the trunk's results also depend on its weights and on all other inputs.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and the conditions under which a run ends.
 
 Everything the loop calls is collective, so all ranks must take the same decisions. Each decision therefore uses values
-that are equal on all ranks: losses and norms are reduced in any case, clocks and signals are reduced here.
+that are equal on all ranks: losses and norms are reduced during a step, clocks and signals are reduced after it.
 """
 
 import math

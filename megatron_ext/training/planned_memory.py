@@ -50,7 +50,7 @@ def plan_memory(
 
 
 def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int) -> None:
-    """Checks that this machine has enough memory for the estimates of its ranks; arguments as for `plan_memory`.
+    """Checks that this machine has enough memory for the estimated needs of its ranks; arguments as for `plan_memory`.
 
     Raises:
         ValueError: the estimate exceeds the memory.

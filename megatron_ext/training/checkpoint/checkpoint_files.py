@@ -7,7 +7,7 @@ Needs neither a model nor a process group. Each line below names a file ({save} 
     {save}/iter_0000100/run_config.json           the whole configuration of the run
     {save}/iter_0000100/state.json                progress, schedule, families' state, the parallel layout
     {save}/iter_0000100/rng/rank_00000.pt         random number generators, one file per rank
-    {save}/iter_0000100/.metadata, metadata.json, common.pt, __0_0.distcp, ...      model and optimizer, by the engine
+    {save}/iter_0000100/.metadata, ...            model and optimizer, in megatron-core's format
 
 A checkpoint is written into a hidden directory, every file is flushed to the disk, and the directory is renamed; then
 the tracker is replaced by a rename. A killed save leaves only hidden files, which loading ignores and the next save
@@ -203,7 +203,7 @@ def begin(root: Path, name: str) -> Path:
 
 
 def writing_folder(root: Path, name: str) -> Path:
-    """Returns the hidden directory to which a checkpoint is written before it is published."""
+    """Returns the hidden directory to which a checkpoint is written; `publish` gives it its final name."""
     return root / f"{WRITING}{name}"
 
 
@@ -319,10 +319,12 @@ def verify_checkpoint(
     for name in sorted(files if names is None else names)[part::parts]:
         path, expected = folder / name, files.get(name)
         if expected is None or not path.is_file():
-            raise ValueError(f"{path}: missing; the checkpoint is damaged")
+            raise ValueError(f"{path}: the file is missing; the checkpoint is damaged")
         size = path.stat().st_size
         if size != expected["size"]:
-            raise ValueError(f"{path}: {size} bytes instead of {expected['size']}; the checkpoint is damaged")
+            raise ValueError(
+                f"{path}: has {size} bytes instead of {expected['size']}; the checkpoint is damaged"
+            )
         if _digest(path, sync=False) != expected:
             raise ValueError(f"{path}: its content does not match {CHECKSUMS}; the checkpoint is damaged")
 

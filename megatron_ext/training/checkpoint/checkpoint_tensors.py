@@ -1,9 +1,9 @@
 """Saves and loads model and optimizer tensors in megatron-core's `torch_dist` format.
 
-The engine's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model, does
-not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the engine's
-state dict and planner, writes the same files in this process and reports a failure to every rank. Reading uses the
-engine's reader.
+megatron-core's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model,
+does not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the
+state dict and planner of megatron-core, writes the same files in this process and reports a failure to every rank.
+Reading uses megatron-core's reader.
 """
 
 import warnings
@@ -255,7 +255,7 @@ def check(
     extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
     if extra and whole:
         raise ValueError(
-            f"{folder}: contains {extra[0]} ({len(extra)} such tensors), which this run's model does not have"
+            f"{folder}: contains tensors that this run's model does not have ({len(extra)}, such as {extra[0]})"
         )
 
 

@@ -6,7 +6,7 @@ the parameter's shape. Its name contains {name}, the parameter's global name:
     optimizer.state.exp_avg.{name}    optimizer.state.exp_avg_sq.{name}    optimizer.state.param.{name}  (bf16 only)
 
 This is the distributed optimizer's `fully_reshardable` format without the copy of fp32 weights; the plain optimizers
-use it as well. The engine's own code for it is not used: it ignores the padding between gradient buckets, so that
+use it as well. megatron-core's own code for it is not used: it ignores the padding between gradient buckets, so that
 parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with several buckets, or
 a word embedding that stages share), and it cannot load into torch's Adam. Learning rates are not stored: they follow
 from the configuration and the schedule. Adam's step count is one number for all parameters, stored separately.
@@ -35,7 +35,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Held:
-    """The part of one parameter's state that this rank has: a range with the distributed optimizer, otherwise all."""
+    """The part of one parameter's state on this rank: a range with the distributed optimizer, otherwise all of it."""
 
     model_param: torch.Tensor
     main_param: torch.Tensor
@@ -49,7 +49,7 @@ class _Held:
 
 
 class OptimizerState:
-    """Converts an engine optimizer's tensors to and from a sharded state dict."""
+    """Converts the tensors of megatron-core's optimizer to and from a sharded state dict."""
 
     def __init__(self, optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> None:
         """Args:
@@ -197,7 +197,7 @@ def _earlier_steps(model_param: torch.Tensor) -> int:
 
 
 def _fill_state(part: MegatronOptimizer) -> None:
-    """Creates the optimizer's state, all zeros, now; torch's Adam would create it only in the first step."""
+    """Creates the optimizer's state, filled with zeros; torch's Adam would create it only in the first step."""
     inner = part.optimizer
     part.init_state_fn(inner, part.config)
     if _keeps_step_per_parameter(inner):

@@ -1,6 +1,6 @@
-"""Saves and restores this rank's random generators: torch, CUDA, numpy, Python, and the engine's named streams.
+"""Saves and restores this rank's random generators: torch, CUDA, numpy, Python, and megatron-core's named streams.
 
-The engine has one random stream that all tensor-parallel ranks share, and one per rank (for attention dropout). Both
+megatron-core has one random stream that all tensor-parallel ranks share, and one per rank (for attention dropout). Both
 are saved, so that a resumed run samples the same dropout masks as a run that was never interrupted.
 """
 

@@ -1,7 +1,7 @@
 """Saves and restores the learning-rate schedule: its position and its settings.
 
 If the settings of a resumed run differ from the checkpoint's, the user must choose: `--override-opt-param-scheduler`
-uses the run's settings, `--use-checkpoint-opt-param-scheduler` the checkpoint's. The engine's own loading is not used:
+uses the run's settings, `--use-checkpoint-opt-param-scheduler` the checkpoint's. megatron-core's loading is not used:
 it fails with an assertion that names no flag, ignores the settings of WSD (warm-up, stable, decay), and does not
 restore the parameter groups' rates, from which the learning rate is computed.
 """

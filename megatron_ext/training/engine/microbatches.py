@@ -73,7 +73,10 @@ def run_microbatches(
 
 
 def _mean_weight(batches: list[Batch]) -> torch.Tensor:
-    """Returns the sum of a micro-batch's loss weights, averaged over micro-batches and data-parallel ranks; 1 if 0."""
+    """Returns a micro-batch's sum of loss weights, averaged over micro-batches and data-parallel ranks.
+
+    The result is 1 if all weights are 0.
+    """
     # The engine averages gradients over micro-batches and data-parallel ranks. If every micro-batch's loss sum is
     # divided by this value, the average is the mean loss over the global batch.
     total = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
@@ -111,7 +114,7 @@ def _loss(
 
 
 def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:
-    """Runs one micro-batch without the engine's schedule; may be called while the schedule runs.
+    """Runs one micro-batch without megatron-core's schedule; may be called while the schedule runs.
 
     Args:
         chunk: the whole model (pipeline-parallel size 1), unwrapped.

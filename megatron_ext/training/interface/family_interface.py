@@ -63,7 +63,7 @@ class Family:
         """Checks that the model family supports the model and its parallel layout; called before anything is built.
 
         Raises:
-            ValueError: the family does not support them.
+            ValueError: the model family does not support them.
         """
 
     def configuration(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Family:
         return {}
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
-        """Returns learning-rate and weight-decay overrides for the family's parameters, in megatron-core's format.
+        """Returns overrides of learning rate and weight decay for the model family's parameters.
 
         Args:
             settings: the run's optimizer settings, to which overrides may be relative.
@@ -185,7 +185,7 @@ class Family:
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
         """Returns statistics by TensorBoard tag. Collective; called before the update.
 
-        Only rank 0's values are used. Norms must be global over tensor-parallel ranks and pipeline stages.
+        Only rank 0's result is used. Norms must be global over tensor-parallel ranks and pipeline stages.
         """
         return {}
 

@@ -48,7 +48,7 @@ class ChartLayout:
         self._is_written = False
 
     def add(self, tag: str) -> None:
-        """Records that a tag is written."""
+        """Takes note of a tag that the run writes, and adds its chart if the layout does not contain it yet."""
         if tag in self._tags:
             return
         self._tags.add(tag)
