@@ -23,7 +23,7 @@ causal=("${common[@]}" --training-objective clm --micro-batch-size 4 --global-ba
     --stack-steps 80 --epoch-samples 400 --eval-interval 40)
 evaluate=(--data-path "$data/held_out_text_document" --max-tokens 60000)
 
-train() { # NAME FLAGS...: trains a rack and evaluates it on held-out text
+train() { # NAME FLAGS...: grows a model and evaluates it on held-out text
     local name=$1
     shift
     run "${torchrun[@]}" pretrain_progressive.py "$@" --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard"

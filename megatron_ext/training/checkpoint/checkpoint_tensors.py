@@ -185,10 +185,10 @@ def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
     if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
         return state
     with warnings.catch_warnings():
-        # The engine calls torch's loader by its deprecated name.
+        # megatron-core calls torch's loader by its deprecated name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
-    return {**{name: {} for name in state}, **loaded}  # the engine leaves out what is empty
+    return {**{name: {} for name in state}, **loaded}  # megatron-core omits empty parts
 
 
 def verify(folder: Path) -> None:

@@ -238,7 +238,7 @@ class Checkpointer:
             optimizer = OptimizerState(self.optimizer, state)
             step = max(gather_or_raise(optimizer.step))
             held = optimizer.sharded(is_loading=False)
-            # A rank that saves no optimizer state needs no entry: the engine would complain about an empty one.
+            # A rank that saves no optimizer state needs no entry: megatron-core does not accept an empty one.
             state |= {"optimizer": held} if held else {}
         tensors.write(state, folder)
         rank, random_file = dist.get_rank(), random_state.file_name(dist.get_rank())

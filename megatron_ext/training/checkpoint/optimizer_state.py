@@ -91,7 +91,7 @@ class OptimizerState:
         """Copies a loaded state dict into the optimizer; the model must have been loaded before.
 
         Args:
-            state: the state dict from `sharded`, filled by the engine's loader; parameters that it lacks keep their
+            state: the state dict from `sharded`, filled by megatron-core's loader; parameters that it lacks keep their
                 present state.
             step: Adam's step count.
         """
@@ -120,7 +120,7 @@ def _held(part: MegatronOptimizer) -> Iterator[_Held]:
 
 
 def _held_of_bucket(part: DistributedOptimizer, bucket_ranges: dict[str, Any]) -> Iterator[_Held]:
-    # The engine's `model_param_group_index_map` is wrong if a group has both bf16 and fp32 parameters.
+    # megatron-core's `model_param_group_index_map` is wrong if a group has both bf16 and fp32 parameters.
     groups = (
         *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
         *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),

@@ -18,7 +18,8 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) ->
         norm: the gradients' global L2 norm.
         largest: the largest norm that is allowed.
     """
-    # Not the engine's clipping: without Apex and Transformer Engine it allocates a scaled copy of all gradients.
+    # megatron-core's clipping is not used: without Apex and Transformer Engine it allocates a scaled copy of all
+    # gradients.
     factor = largest / (norm + 1.0e-6)
     gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
     if factor < 1.0 and gradients:

@@ -77,7 +77,7 @@ def _mean_weight(batches: list[Batch]) -> torch.Tensor:
 
     The result is 1 if all weights are 0.
     """
-    # The engine averages gradients over micro-batches and data-parallel ranks. If every micro-batch's loss sum is
+    # megatron-core averages gradients over micro-batches and data-parallel ranks. If every micro-batch's loss sum is
     # divided by this value, the average is the mean loss over the global batch.
     total = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)

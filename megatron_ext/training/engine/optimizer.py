@@ -63,7 +63,7 @@ def build_optimizer(
 
 
 def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
-    # The engine builds torch's AdamW with a Python loop over parameters; `fused` updates all of them in one kernel.
+    # megatron-core builds torch's AdamW with a Python loop over parameters; `fused` updates all of them in one kernel.
     inner = optimizer.optimizer
     if isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:
