@@ -155,7 +155,8 @@ class NPTFamily(Family):
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:
         """Returns the frozen base model's loss on the same batches, and the perplexity of NPT divided by the base
-        model's."""
+        model's.
+        """
         if not self.settings.freeze_base:
             return {}
         # A frozen base has the same loss in every evaluation of a split: compute it once.
