@@ -117,5 +117,5 @@ def test_what_no_llama_is_and_what_is_not_there_is_refused(found: dict[str, Any]
         check_plain(config, {}, as_adapters=False)
     assert "--adapter-dir requires a model with adapters" in told["none"]
     assert "--merge-adapters" in told["plain"]
-    assert "four bits peft: not empty" in told["taken"]
+    assert "four bits peft: is not empty" in told["taken"]
     assert not out.exists() and not (folder / "x").exists()
