@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_ext.config.command_line.field_checks import check_at_least, flag, flag_name
@@ -269,7 +268,7 @@ def _with_training_file(arguments: Sequence[str]) -> list[str]:
 
     Other files, and files that cannot be read, are left to `parse`.
     """
-    import yaml
+    from megatron_ext.config.command_line.yaml_file import load_yaml
 
     given = list(arguments)
     place = next((i for i, text in enumerate(given) if text.partition("=")[0] == "--config"), None)
@@ -278,8 +277,8 @@ def _with_training_file(arguments: Sequence[str]) -> list[str]:
     _, equals, path = given[place].partition("=")
     path = path if equals else (given[place + 1] if place + 1 < len(given) else "")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = load_yaml(path)
+    except (OSError, ValueError):
         return given
     if not isinstance(content, dict) or not content.keys() & _FROM_TRAINING.keys():
         return given
