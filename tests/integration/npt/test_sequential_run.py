@@ -14,7 +14,7 @@ import torch
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.npt import NPTModel
-from megatron_ext.npt.objective.npt_training_config import mode_defaults
+from megatron_ext.npt.objective.npt_run_config import mode_defaults
 from megatron_ext.npt.runs.sequential_files import layer_of_np_key
 from megatron_ext.npt.runs.sequential_run import layer_logging
 from megatron_ext.testing.run_distributed import run_distributed
