@@ -87,7 +87,7 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + sampling.max_new_tokens
     if min(lengths) == 0:
-        raise ValueError("a prompt has no tokens; give at least one")
+        raise ValueError("a prompt has no tokens; every prompt needs at least one")
     model.check_length(
         total, f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {max(lengths)} tokens"
     )
@@ -205,7 +205,7 @@ def stage_logits(
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
-        # Auxiliary inputs of families travel between stages as further rows of the hidden width.
+        # Auxiliary streams of model families are sent between stages as additional rows of the hidden states.
         shape = (tokens.size(1) * model.auxiliary.pipeline_factor(hidden_size), len(tokens), hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
@@ -237,7 +237,7 @@ def _chosen(
 
 def share_from_last_stage(tokens: torch.Tensor) -> None:
     """Broadcasts the tokens of the last pipeline stage to all stages, in place."""
-    # Tensor ranks need no broadcast: they have equal logits and equal generators.
+    # Tensor-parallel ranks need no broadcast: they have equal logits and equal generators.
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 

@@ -78,8 +78,8 @@ def load_model(
         pipeline_model_parallel_size: like `tensor_model_parallel_size`.
         bf16: run in bfloat16 instead of fp32.
         tokenizer: configuration with the new path of the tokenizer's files; None uses the path that training used.
-        bos: whether a text begins with the begin-of-text token. None follows the training data if the checkpoint
-            records what it did, else the tokenizer's files.
+        bos: whether a text begins with the begin-of-text token. If None, texts begin as in the training data if the
+            checkpoint records that, and otherwise as the tokenizer's files say.
 
     Raises:
         ValueError: the layout does not fit the model, the tokenizer differs from the one used in training, or the
@@ -126,9 +126,10 @@ def _tokenizer(
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
         raise ValueError(
-            f"{path}: the model was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
+            f"{path}: the given tokenizer ({ours}) is not the one that the model was trained with "
+            f"({tokenizer_in_words(stored)}); give the original tokenizer"
         )
-    # A model that was imported and never trained here has no section `training`; its tokenizer's files decide.
+    # A model that was imported and not trained since has no section `training`; its tokenizer's files decide.
     if "training" in stored:
         # Older checkpoints lack the entry; their data had no begin token.
         built.begin_as(stored.get(BEGIN, []))
@@ -140,6 +141,7 @@ def _families(path: str, stored: dict[str, Any], known: FamilyTypes) -> list[Fam
     unknown = set(stored["families"]) - set(known)
     if unknown:
         raise ValueError(
-            f"{path}: was built with the model family {', '.join(sorted(unknown))}, which this tool does not support"
+            f"{path}: the model was built with the model family {', '.join(sorted(unknown))}, "
+            "which this tool does not support"
         )
     return [known[name].from_configuration(value) for name, value in stored["families"].items()]

@@ -76,17 +76,17 @@ def load_yaml(path: str | Path, flag: str = "") -> Any:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         where = _position(content[: error.start].decode("utf-8"))
-        raise ValueError(f"{flag}{path}, {where}: not YAML: must be in UTF-8") from None
+        raise ValueError(f"{flag}{path}, {where}: not valid YAML: must be in UTF-8") from None
     try:
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
-        reason = f"not YAML: {error.problem}"
+        reason = f"not valid YAML: {error.problem}"
         if error.context_mark is not None:
             reason += f" ({error.context} that begins at {_at(error.context_mark)})"
         raise ValueError(f"{flag}{path}, {_at(error.problem_mark)}: {reason}") from None
     except yaml.reader.ReaderError as error:
         where = _position(text[: error.position])
-        raise ValueError(f"{flag}{path}, {where}: not YAML: {error.reason}") from None
+        raise ValueError(f"{flag}{path}, {where}: not valid YAML: {error.reason}") from None
 
 
 def _at(mark: yaml.Mark) -> str:

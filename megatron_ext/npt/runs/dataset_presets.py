@@ -1,12 +1,12 @@
-"""Dataset presets: named blends of local indexed datasets, defined in a YAML file.
+"""Dataset presets: named blends of local datasets. They are defined in a YAML file such as
 
     small: corpora/wikitext_text_document
     medium:
       - 0.7 corpora/wikitext_text_document
       - 0.3 corpora/books_text_document
 
-The value of a name has the format of `--data-path`: prefixes, or alternating weights and prefixes, as one entry or a
-list of entries. Paths are relative to the current directory, as on the command line.
+The value of a preset has the format of `--data-path`: path prefixes of indexed datasets, or alternating weights and
+prefixes, written as one text or as a list of texts. Paths are relative to the current directory.
 Source: docs/design/npt_sequential.md.
 """
 
@@ -18,7 +18,7 @@ from megatron_ext.config.groups.data_config import DataConfig, is_number
 
 
 def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> DataConfig:
-    """Returns the data configuration with the preset's datasets; unchanged if it already names datasets.
+    """Returns the data configuration with the preset's datasets; a configuration that names datasets stays unchanged.
 
     Args:
         data: the run's data configuration.
@@ -42,7 +42,7 @@ def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> Data
 
 
 def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
-    """Returns a preset's blend in the format of `--data-path`; raises the errors of `with_preset`."""
+    """Returns a preset's blend in the format of `--data-path`; raises the same errors as `with_preset`."""
     try:
         content = load_yaml(presets_file, "--dataset-presets-file ")
     except OSError as error:
@@ -57,7 +57,7 @@ def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
 
 
 def _words(entry: object) -> tuple[str, ...]:
-    """Splits a preset into weights and prefixes; it is a text, or a list of texts and (weight, prefix) pairs."""
+    """Splits a preset into weights and prefixes. `entry` is a text, or a list of texts and (weight, prefix) pairs."""
     if isinstance(entry, list):
         return tuple(word for part in entry for word in _words(part))
     return tuple(str(entry).split()) if entry is not None else ()

@@ -141,13 +141,13 @@ def test_a_yaml_file_is_flat_or_in_sections_and_explicit_flags_win(tmp_path: Pat
         (
             "a: [1",
             [
-                ", line 1, column 6: not YAML: expected ',' or ']', but got '<stream end>'",
+                ", line 1, column 6: not valid YAML: expected ',' or ']', but got '<stream end>'",
                 "(while parsing a flow sequence that begins at line 1, column 4)",
             ],
         ),
-        ("lr: 1\n seed: 2", [", line 2, column 6: not YAML: mapping values are not allowed here"]),
-        ("lr: 1\n\tseed: 2", [", line 2, column 1: not YAML: found character '\\t' that cannot start"]),
-        ("lr: 1\nseed: \x00", [", line 2, column 7: not YAML: special characters are not allowed"]),
+        ("lr: 1\n seed: 2", [", line 2, column 6: not valid YAML: mapping values are not allowed here"]),
+        ("lr: 1\n\tseed: 2", [", line 2, column 1: not valid YAML: found character '\\t' that cannot start"]),
+        ("lr: 1\nseed: \x00", [", line 2, column 7: not valid YAML: special characters are not allowed"]),
     ],
 )
 def test_a_mistake_in_a_yaml_file_names_file_and_key(
@@ -169,7 +169,7 @@ def test_the_place_in_a_yaml_file_that_is_not_utf8_is_named(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes("lr: 1\nsave: \u00fc".encode() + b"\xff")
-    assert f"--config {path}, line 2, column 8: not YAML: must be in UTF-8" in refused(
+    assert f"--config {path}, line 2, column 8: not valid YAML: must be in UTF-8" in refused(
         f"--config {path}", capsys
     )
 
@@ -291,7 +291,7 @@ def test_a_family_adds_its_own_concern_and_two_concerns_cannot_claim_one_flag() 
         lr: float = 1.0
 
     fields = [("optimizer", OptimizerSettings), ("family", FamilyConfig)]
-    with pytest.raises(TypeError, match="--lr is declared by optimizer and by family"):
+    with pytest.raises(TypeError, match="--lr is declared by two config groups: optimizer and family"):
         known_flags(dataclasses.make_dataclass("Both", fields))
     assert known_flags(FamilyConfig) >= {"--np-rank", "--rank", "--lr"}
     assert parse(FamilyConfig, ["--rank", "4"]).np_rank == 4
@@ -311,7 +311,7 @@ def test_configs_survive_json_and_the_printed_yaml(tmp_path: Path) -> None:
 
 def test_a_configuration_from_elsewhere_is_checked() -> None:
     values = group_to_dict(parsed("").model) | {"num_layerz": 3}
-    with pytest.raises(ValueError, match="section model: unknown key num_layerz"):
+    with pytest.raises(ValueError, match="section model of the configuration has the unknown key num_layerz"):
         group_from_dict(ModelConfig, values, "model")
     with pytest.raises(ValueError, match="no section optimizer"):
         group_in(OptimizerSettings, {"model": {}}, "optimizer")

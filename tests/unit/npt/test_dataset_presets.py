@@ -68,7 +68,7 @@ def test_the_place_of_a_yaml_error_is_named(tmp_path: Path) -> None:
     path = tmp_path / "presets.yaml"
     path.write_text("small:\n  - a: b: c")
     with pytest.raises(
-        ValueError, match="--dataset-presets-file .*yaml, line 2, column 9: not YAML: mapping values"
+        ValueError, match="--dataset-presets-file .*yaml, line 2, column 9: not valid YAML: mapping values"
     ):
         with_preset(DataConfig(), "small", str(path))
 
