@@ -125,7 +125,7 @@ def test_report_holds_every_documented_key_and_counts_every_token(made: Path, on
     untrained = report["perplexity"]["untrained_ratio"]
     assert untrained != report["perplexity"]["perplexity_ratio"], "the checkpoint's seed is another one"
     assert re.search(rf"converted, not trained .* {untrained:.6g} .*seed 1234", printed)
-    assert "expected if regularized: below 0.01" in printed
+    assert "with regularization, expected below 0.01" in printed
 
 
 def _keys(value: Any, path: str = "") -> set[str]:
