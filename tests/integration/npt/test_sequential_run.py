@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_one_line(sequential_run: SequentialRun) -> None:
     [
         ({"format": "another"}, "was not written by a sequential run"),
         ({"layer_checkpoints": {}}, "damaged"),
-        ({"trained_layers": [0, 1, 2]}, "layer 2 is missing"),
+        ({"trained_layers": [0, 1, 2]}, "layer 2 are missing"),
     ],
 )
 def test_damaged_files_are_named(
