@@ -37,7 +37,7 @@ class HuggingFaceModel:
     """A model read from a Hugging Face directory or a GGUF file."""
 
     folder: Path
-    """Directory with the model's small files: the Hugging Face directory, or what was made from the GGUF file."""
+    """Directory with the model's small files: the Hugging Face directory, or a directory made from the GGUF file."""
 
     model: ModelConfig
     """Configuration of the base model."""
@@ -112,7 +112,7 @@ def load_hf(
 def _open(model_dir: str | Path) -> tuple[Path, TensorFiles, list[str]]:
     """Returns the directory of the model's small files, its tensors, and messages for the user."""
     if not is_gguf(model_dir):
-        read_config(model_dir)  # before the tensors, because its error says what the directory holds instead
+        read_config(model_dir)  # first, because its error says what else the directory holds
         return Path(model_dir), SafetensorsFiles(model_dir), []
     folder, files = open_gguf(model_dir)
     types = [kind for kind in files.types if kind not in ("F32", "F16", "BF16")]
@@ -129,6 +129,8 @@ def import_checkpoint(
 ) -> HuggingFaceModel:
     """Converts a Hugging Face model to a checkpoint; on an error nothing is left at `save`.
 
+    It writes these files:
+
         {save}/iter_0000000/, {save}/latest_checkpointed_iteration.txt      the checkpoint
         {save}/tokenizer/                                                   the tokenizer's files
         {save}/hugging_face/                                                other small files of `model_dir`
@@ -137,7 +139,7 @@ def import_checkpoint(
     `model_dir`, `seq_length` and `make_vocab_size_divisible_by` are described at `load_hf`.
 
     Args:
-        save: directory for the checkpoint; must not exist yet, or be empty.
+        save: directory for the checkpoint; must be empty or not exist yet.
         message: called with each line of text for the user.
 
     Returns:
@@ -155,7 +157,7 @@ def import_checkpoint(
     )
     tokenizer = found.tokenizer_config
     if tokenizer.tokenizer_model is not None:
-        # "." for a tokenizer that is a directory; a file name for a SentencePiece model.
+        # `within` is "." for a tokenizer that is a directory, and a file name for a SentencePiece model.
         within = os.path.relpath(tokenizer.tokenizer_model, found.folder)
         place = os.path.abspath(Path(save, TOKENIZER_FOLDER, within))
         tokenizer = replace(tokenizer, tokenizer_model=place)

@@ -1,7 +1,7 @@
 """Reads and writes the safetensors files of a Hugging Face directory: one file, or several with an index.
 
-Each tensor is read only on access, and the size of written files is limited, so for a model of any size, reading needs
-memory for one tensor, and writing for one file. Pickled weights (`pytorch_model.bin`) are not supported.
+A tensor is read only when it is accessed, and the size of a written file is limited. So reading needs memory for one
+tensor and writing for one file, however large the model is. Pickled weights (`pytorch_model.bin`) are not supported.
 """
 
 import json
@@ -61,7 +61,7 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object.
+        ValueError: the file does not hold a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(missing)
@@ -69,20 +69,20 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path}: not JSON") from None
+        raise ValueError(f"{path}: is not JSON") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise ValueError(f"{path}: is not a JSON object")
     return value
 
 
 class TensorFiles(Protocol):
-    """A model's tensors in files, by their Hugging Face names, each read on access."""
+    """A model's tensors in files, by their Hugging Face names; a tensor is read when it is accessed."""
 
     folder: Path
     """The directory or file that the user named."""
 
     described_in: str
-    """Name of what describes the model beside its tensors, for error messages."""
+    """Name of the part that describes the model, such as config.json; used in error messages."""
 
     @property
     def names(self) -> set[str]: ...
@@ -127,7 +127,8 @@ class SafetensorsFiles:
             what = f"neither {SINGLE_FILE} nor {INDEX} in it" + (f"; {there}" if there else "")
         elif len(listed) > 1:
             what += (
-                f" ({len(missing)} of the {len(listed)} files in {INDEX} are); copy the whole directory again"
+                f" (in all, {len(missing)} of the {len(listed)} files listed in {INDEX} are missing); "
+                "copy the whole directory again"
             )
         raise FileNotFoundError(f"--model-dir {self.folder}: {what}")
 
@@ -139,7 +140,7 @@ class SafetensorsFiles:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
                 headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from None
+            raise ValueError(f"{path}: is damaged or not a safetensors file ({error})") from None
         for name, header in headers.items():
             if name in self._file_of:
                 raise ValueError(f"{path}: holds {name}, which is also in {self._file_of[name]}")
@@ -172,7 +173,8 @@ class SafetensorsFiles:
         stored = self._headers[name][1]
         if stored not in _READ_AS:
             raise ValueError(
-                f"{self.folder / self._file_of[name]}: {name} is {stored}, must be one of {', '.join(_READ_AS)}"
+                f"{self.folder / self._file_of[name]}: {name} has dtype {stored}, must be one of "
+                + ", ".join(_READ_AS)
             )
         return _READ_AS[stored]
 
@@ -195,7 +197,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 class HuggingFaceState(Mapping[str, torch.Tensor]):
-    """A Hugging Face model's tensors under the global names of a checkpoint, each read and converted on access.
+    """A Hugging Face model's tensors under the names of a checkpoint; each is read and converted when it is accessed.
 
     Args:
         files: the Hugging Face tensors.
@@ -276,8 +278,8 @@ def write_safetensors(
 
     Args:
         folder: an empty directory.
-        tensors: groups of tensors that are read together: for each group, a list of (name, bytes) of its tensors, and a
-            function that reads them.
+        tensors: groups of tensors that are read together. A group is a pair: a list with the (name, size in bytes) of
+            each of its tensors, and a function that reads these tensors.
         max_shard_size: largest size of a file in bytes; a group that is larger gets a separate file.
 
     Returns:

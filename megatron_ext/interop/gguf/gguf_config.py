@@ -12,7 +12,7 @@ from megatron_ext.interop.gguf.gguf_metadata import GGUFMetadata
 from megatron_ext.interop.gguf.gguf_tensors import ROPE_FACTORS, GGUFTensors
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""Maps each GGUF architecture that can be imported, which is also transformers' model_type, to transformers' class."""
+"""Maps each GGUF architecture that can be imported (also the `model_type` in transformers) to transformers' class."""
 
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -23,7 +23,7 @@ _SIZES = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-"""Maps metadata keys, without the architecture, to fields of config.json."""
+"""Maps metadata keys, without their prefix (the architecture), to fields of config.json."""
 
 _SPECIAL_TOKENS = {
     "bos_token_id": "bos_token_id",
@@ -31,7 +31,7 @@ _SPECIAL_TOKENS = {
     "padding_token_id": "pad_token_id",
 }
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Llama 3's rotary scaling, the same in all its models but for the factor (8, in Llama 3.2 32)."""
+"""Settings of Llama 3's rotary scaling that all its models share; only the factor differs (8, or 32 in Llama 3.2)."""
 
 
 def read_gguf_config(metadata: GGUFMetadata, tensors: GGUFTensors) -> dict[str, Any]:
@@ -54,11 +54,12 @@ def read_gguf_config(metadata: GGUFMetadata, tensors: GGUFTensors) -> dict[str, 
         "attention.key_length", config["hidden_size"] // config["num_attention_heads"]
     )
     _check_head_size(metadata, head_size)
-    if f"{kind}.attention.key_length" in metadata or kind == "qwen3":  # whose class assumes 128
+    # Without head_dim, transformers' class for qwen3 assumes 128.
+    if f"{kind}.attention.key_length" in metadata or kind == "qwen3":
         config["head_dim"] = head_size
     config["vocab_size"] = tensors.shape("model.embed_tokens.weight")[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors.names
-    if kind != "qwen2":  # whose class always has biases in q, k and v
+    if kind != "qwen2":  # transformers' class for qwen2 always has biases in q, k and v
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors.names
     if kind == "llama":
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors.names
@@ -82,7 +83,7 @@ def _check_head_size(metadata: GGUFMetadata, size: int) -> None:
 
 
 def _scalar(metadata: GGUFMetadata, key: str) -> Any:
-    """Returns a number; some files store one for each layer, which must then be equal."""
+    """Returns the number stored under a key. If a file stores one number per layer, all must be equal."""
     value = metadata.require(f"{metadata.architecture}.{key}")
     values = set(value) if isinstance(value, list) else {value}
     if len(values) != 1:
@@ -121,7 +122,7 @@ def _rotary(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
 
 
 def _llama3(divisors: Any, base: float, head_dim: int, metadata: GGUFMetadata) -> dict[str, Any]:
-    """Returns Llama 3's rotary scaling whose divisors [head_dim / 2] the file holds."""
+    """Returns the settings of Llama 3's rotary scaling, for the divisors [head_dim / 2] that the file holds."""
     # The lowest frequency is divided by the whole factor.
     rope = {"rope_type": "llama3", "factor": float(divisors[-1]), **_LLAMA3}
     expected = _llama3_divisors(rope, base, head_dim)

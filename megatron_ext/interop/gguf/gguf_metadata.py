@@ -1,4 +1,7 @@
-"""Opens a GGUF file, or all files of a split one, and reads its metadata. Needs the package `gguf` (extra `models`)."""
+"""Opens a GGUF model, stored in one or several files, and reads its metadata.
+
+Requires the package `gguf`, which the extra `models` installs.
+"""
 
 import re
 from collections.abc import Mapping
@@ -12,14 +15,14 @@ _MAGIC = b"GGUF"
 class GGUFMetadata(Mapping[str, Any]):
     """The metadata of a GGUF model: Python values by key, such as `llama.block_count`.
 
-    Each array is converted only on access, because a vocabulary takes a second.
+    An array is converted only when it is accessed, because converting a vocabulary takes a second.
 
     Args:
-        path: the file; of a split model, any one of its files.
+        path: the model's file, or any one of its files if the model is split.
 
     Raises:
         FileNotFoundError: a file of a split model is missing.
-        ValueError: a file is damaged, or not in the GGUF format; or the package `gguf` is not installed.
+        ValueError: a file is damaged or not in the GGUF format, or the package `gguf` is not installed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -79,12 +82,14 @@ def _open(path: Path) -> Any:
         ) from None
     with path.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
-            raise ValueError(f"--model-dir {path}: not a GGUF file (it does not begin with the letters GGUF)")
+            raise ValueError(
+                f"--model-dir {path}: is not a GGUF file (it does not begin with the letters GGUF)"
+            )
     try:
         return GGUFReader(str(path))
     except Exception as error:  # the package lets numpy's and struct's errors through
         raise ValueError(
-            f"--model-dir {path}: damaged, incomplete, or of an unknown GGUF version ({error})"
+            f"--model-dir {path}: is damaged, incomplete, or of an unknown GGUF version ({error})"
         ) from None
 
 
@@ -99,5 +104,7 @@ def _split_files(path: Path, count: int) -> list[Path]:
     files = [path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}{SUFFIX}") for i in range(count)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"--model-dir {path}: {', '.join(missing)} missing beside it")
+        raise FileNotFoundError(
+            f"--model-dir {path}: other files of this model are missing in its directory: {', '.join(missing)}"
+        )
     return files

@@ -1,4 +1,4 @@
-"""Opens a GGUF model as what an import reads: a directory of small Hugging Face files, and the tensors."""
+"""Opens a GGUF model in the form that an import reads: a directory of small Hugging Face files, and the tensors."""
 
 import atexit
 import json
@@ -16,12 +16,12 @@ def open_gguf(path: str | Path) -> tuple[Path, GGUFTensors]:
     """Opens a GGUF model.
 
     Returns:
-        A temporary directory with the model's config.json and tokenizer files, which is removed when the process ends;
-        and the tensors.
+        A temporary directory with the model's config.json and tokenizer files, and the tensors. The directory is
+        removed when the process ends.
 
     Raises:
         FileNotFoundError: a file of a split model is missing.
-        ValueError: the file is damaged, or the model, a tensor type or its tokenizer is not read.
+        ValueError: the file is damaged, or the model, its tokenizer or the type of a tensor is not supported.
     """
     metadata = GGUFMetadata(path)
     tensors = GGUFTensors(metadata)

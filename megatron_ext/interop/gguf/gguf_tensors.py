@@ -1,4 +1,4 @@
-"""The tensors of a GGUF model under their Hugging Face names, each dequantized on access.
+"""Reads the tensors of a GGUF model under their Hugging Face names; a tensor is dequantized when it is read.
 
 Files of the architecture `llama` store the rows of the query and key projections in another order: within a head, GGUF
 alternates the two halves that the rotary embedding pairs, and transformers stores one half after the other.
@@ -38,13 +38,13 @@ _IN_LAYER = {
 
 
 class GGUFTensors:
-    """The tensors of a GGUF model by their Hugging Face names; a `TensorFiles`.
+    """The tensors of a GGUF model by their Hugging Face names; implements `TensorFiles`.
 
     Args:
         metadata: the opened model.
 
     Raises:
-        ValueError: the file holds a tensor of a model that cannot be imported, or of a type that is not read.
+        ValueError: the file holds a tensor that no supported model has, or whose type is not read.
     """
 
     described_in = "its metadata"
@@ -109,5 +109,5 @@ class GGUFTensors:
 
 
 def _halves_in_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorders the rows [heads * d, ..] of each head from alternating halves to one half after the other."""
+    """Reorders the rows of each head, from alternating halves to one half after the other; rows: [heads * d, ..]."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

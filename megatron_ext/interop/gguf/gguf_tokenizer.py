@@ -1,10 +1,13 @@
 """Writes the tokenizer of a GGUF model as the files of a Hugging Face directory.
 
-    tokenizer.ggml.model    gpt2    byte-level BPE: tokens and merges; becomes tokenizer.json
-                            llama   SentencePiece BPE: tokens and scores; becomes tokenizer.model
+The metadata key `tokenizer.ggml.model` names the kind of tokenizer:
 
-How a byte-level tokenizer cuts text into words before the merges is named by `tokenizer.ggml.pre`; the rules are those
-of the models' own tokenizer.json. Names that are not listed below are refused, because other words give other tokens.
+    gpt2    byte-level BPE: tokens and merges; becomes tokenizer.json
+    llama   SentencePiece BPE: tokens and scores; becomes tokenizer.model
+
+A byte-level tokenizer cuts text into words before it applies the merges. The key `tokenizer.ggml.pre` names the rule
+for that; the rules here are those in the models' tokenizer.json. An unknown name is refused, because with other words
+the text would give other tokens.
 """
 
 import json
@@ -51,10 +54,10 @@ _NAMES = {
 
 
 def write_gguf_tokenizer(metadata: GGUFMetadata, folder: Path) -> None:
-    """Writes the tokenizer's files into a directory; nothing if the model has no tokenizer.
+    """Writes the tokenizer's files into a directory; writes nothing if the model has no tokenizer.
 
     Raises:
-        ValueError: this kind of tokenizer is not read.
+        ValueError: this kind of tokenizer is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model", "no_vocab")
     if kind == "no_vocab":
@@ -138,7 +141,7 @@ def _sentencepiece(metadata: GGUFMetadata) -> bytes:
 
 def _adds_bos(metadata: GGUFMetadata) -> bool:
     """Returns whether texts begin with the begin-of-text token."""
-    # Files of Llama models leave the key out, and begin texts with the token.
+    # Files of Llama models lack the key; their texts begin with the token.
     kinds = (metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre"))
     return bool(metadata.get("tokenizer.ggml.add_bos_token", "llama" in kinds or "llama-bpe" in kinds))
 

@@ -85,7 +85,7 @@ def test_a_split_model_is_read_from_all_its_files(tmp_path: Path) -> None:
     for key in expected.state:
         assert torch.equal(found.state[key], expected.state[key]), key
     files[2].unlink()
-    with pytest.raises(FileNotFoundError, match=r"part-00003-of-00003\.gguf missing beside it"):
+    with pytest.raises(FileNotFoundError, match=r"are missing in its directory: part-00003-of-00003\.gguf"):
         load_hf(files[0])
 
 
