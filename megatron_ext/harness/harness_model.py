@@ -2,7 +2,7 @@
 
 The harness asks for three things; each is defined as in its own model type `hf`, so the numbers can be compared:
 
-    loglikelihood            sum of log p(token | earlier tokens) over a continuation, and whether greedy decoding gives it
+    loglikelihood            sum of log p(token | earlier tokens) over a continuation; whether greedy decoding gives it
     loglikelihood_rolling    the same sum over a whole text, in windows of the longest sequence
     generate_until           a continuation that ends before any of several stop texts
 
@@ -69,7 +69,9 @@ class HarnessModel(TemplateLM):
         """
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"--batch_size {batch_size}: must be a number of at least 1 for --model megatron_ext")
+            raise ValueError(
+                f"--batch_size {batch_size}: must be a number of at least 1 for --model megatron_ext"
+            )
         self.batch_size = int(batch_size)
         self.max_gen_toks = max_gen_toks
         self.loaded = load_model(
@@ -158,6 +160,12 @@ class HarnessModel(TemplateLM):
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Returns, for each pair of context and continuation ids, [log p, 1 if greedy decoding gives it else 0]."""
+        longest = max(len(continuation) for _, continuation in pairs)
+        if longest > self.max_length:
+            raise ValueError(
+                f"a continuation has {longest} tokens, but the model's longest sequence has {self.max_length}; "
+                "the task does not fit this model"
+            )
         # The last token is only predicted. Contexts that are too long lose their beginning.
         rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
         length = max(map(len, rows)) - 1
