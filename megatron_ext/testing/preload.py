@@ -1,6 +1,6 @@
 """Imports once, in the fork server, what its processes need, so that each of them starts in milliseconds.
 
-That is the engine, the three families, and pytest, which every file of tests imports. Starts no threads.
+That is the engine, the three families, and pytest, which every file of tests imports. It starts no threads.
 """
 
 import gc

@@ -1,9 +1,9 @@
-"""The MLP of an NPT layer with every token's delta built as a matrix, to measure what the factored form saves.
+"""Computes the MLP of an NPT layer with every token's weight update (delta) built as a whole matrix.
 
-    y = W x + delta x,      delta [n, output, input], one matrix per token and target
+    y = W x + delta x,      delta [n, output, input]: one matrix for each of n tokens and each changed weight matrix W
 
-This is the first of the two formulations in docs/design/npt_equivalence.md. It supports no tensor parallelism and is
-not used in training.
+Used only to measure how much memory and time the factored form of `modulation` saves, not in training. This is the
+first of the two formulations in docs/design/npt_equivalence.md. It does not support tensor parallelism.
 """
 
 import math
@@ -21,7 +21,7 @@ def materialised_mlp(
     """Computes MLP*(n) [s, b, h]; the values equal those of `NPFeedForward.modulated_mlp`.
 
     Args:
-        feed_forward: the NP components.
+        feed_forward: the layer's feed-forward module, which holds the factors of the deltas.
         mlp: the base MLP.
         normed: n, the MLP's normed input, [s, b, h].
         attention_output: a, [s, b, h].
@@ -43,11 +43,11 @@ def materialised_mlp(
 def materialised_deltas(
     modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor
 ) -> torch.Tensor:
-    """Builds the deltas of n tokens.
+    """Builds the deltas of n tokens for one weight matrix.
 
     Args:
-        modulation: the NP component of one target, in any form.
-        x: input of the target's weight matrix, [n, input]; outer_product on `down` is normalised with it.
+        modulation: the factors of the weight matrix's deltas, in any form.
+        x: input of the weight matrix, [n, input]. Only outer_product on `down` uses it, to normalise the deltas.
         attention_output: a, [n, h].
 
     Returns:
@@ -77,7 +77,7 @@ def materialised_deltas(
 
 
 def _apply(modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-    """Returns delta x; the shape is that of x except for the last dimension, which is the output size."""
+    """Returns delta x for every token: x's shape, with the output size as the last dimension."""
     rows = x.flatten(0, -2)
     deltas = materialised_deltas(modulation, rows, attention_output.flatten(0, -2))
     return torch.bmm(deltas, rows.unsqueeze(-1)).view(*x.shape[:-1], modulation.output_size)
