@@ -9,5 +9,5 @@ with warnings.catch_warnings():
 
 
 def pytest_collection_finish() -> None:
-    """Exempts all that is imported by now, a million objects, from the garbage collector, which finds no garbage there."""
+    """Exempts the million objects that are imported by now from the garbage collector, which finds no garbage there."""
     gc.freeze()
