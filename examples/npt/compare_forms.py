@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.config.command_line.parse import parse, run_main
 
@@ -64,6 +64,9 @@ class ComparisonConfig:
 
     regularization_weight: float = 0.0
     """Weight of the regularization of the deltas."""
+
+    layer_losses: Literal["local", "document"] = "local"
+    """Form of the layers' losses, as in pretrain_npt.py."""
 
     curriculum_stages: str | None = None
     """Stages of the curriculum. Default: the stage `student` throughout."""
@@ -177,6 +180,7 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
         fidelity_weight=config.fidelity_weight,
         regularization_weight=config.regularization_weight,
         curriculum_stages=config.curriculum_stages,
+        layer_losses=config.layer_losses,
     )
     family = NPTFamily(module_of(row, config.np_init_scale), training, total_steps=config.steps)
     converted, length = family.settings.layers(run.model.num_layers), run.model.seq_length

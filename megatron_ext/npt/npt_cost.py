@@ -18,6 +18,8 @@ What a training step with a frozen base computes (`npt_work`):
     layers above                            forward and input gradients; NP: all gradients, or only input gradients
     teacher, if a loss or a blend needs it  one more forward pass, and that of the output layer
     direct MLP, equivalence loss            one more forward pass of the MLP
+    the same, local                         in layers whose inputs have gradients, further a forward and backward pass
+                                            of the modulated MLP on detached inputs
 
 A layer whose input comes only from the teacher counts like the first trained layer. A backward pass that carries only a
 gradient of zero is counted, because it is run. Products of size r are not counted: those for the losses on the factors
@@ -25,7 +27,7 @@ gradient of zero is counted, because it is run. Products of size r are not count
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.models.costs.model_cost import (
@@ -78,8 +80,8 @@ def npt_work(
         layer = _layer(settings, objective, reached, trains)
         uses.append(layer.use)
         flops += _np_flops(settings, model, layer) + _base_flops(model, layer)
-        if trains and weights[number] and (objective.layer.direct_mlp or objective.layer.equivalence):
-            flops += mlp_flops_per_token(model)
+        if trains and weights[number] and objective.layer.compares_outputs:
+            flops += mlp_flops_per_token(model) + _local_flops(settings, model, objective, layer)
         reached = reached or trains
     reads = objective.lm > 0 or objective.fidelity > 0
     return StepWork(
@@ -140,6 +142,22 @@ def _base_flops(model: ModelConfig, layer: _Layer) -> float:
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
     attention = linear_flops_per_token(model, "qkv", "proj") + 2 * core_attention_flops_per_token(model)
     return fc2 + fc1 * layer.to_mlp + attention * layer.to_attention
+
+
+def _local_flops(
+    settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, layer: _Layer
+) -> float:
+    """Returns the FLOPs per token of running a layer's modulated MLP again on detached inputs, for local losses."""
+    if not objective.layer.local or not (layer.to_attention or layer.to_mlp):
+        return 0.0
+    mlp = mlp_flops_per_token(model)
+    if layer.use is Use.TRAINED:
+        # The norm's weights train too, so that the MLP's input has a gradient.
+        backward, again = 2 * mlp, replace(layer, to_attention=False)
+    else:
+        backward = linear_flops_per_token(model, "fc2")
+        again = replace(layer, to_attention=False, to_mlp=False)
+    return mlp + backward + _np_flops(settings, model, again)
 
 
 def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> float:

@@ -120,7 +120,7 @@ class NPTFamily(Family):
             return
         self._objective = objective = training.objective(iteration, self.total_steps)
         self._records = iteration % training.npt_log_interval == 0
-        weights = training.weights_of_layers(self._trained(chunks[0].config.num_layers))
+        weights = training.loss_weights(self._trained(chunks[0].config.num_layers))
         for chunk in chunks:
             modules = np_modules([chunk])
             for place, (number, module) in enumerate(modules.items()):

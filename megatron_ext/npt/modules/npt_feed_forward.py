@@ -88,7 +88,7 @@ class NPFeedForward(MegatronModule):
         if step is not None and layer_inputs is not None:
             attention_input, mlp_input = step.inputs(hidden_states, layer_inputs)
         attention_output = attend(attention_input)
-        mlp_output = self._mlp(layer, mlp_input, attention_output)
+        mlp_output = self.mlp_output(layer, mlp_input, attention_output)
         keeps = self.settings.np_residual == "keep"
         residual = mlp_input + attention_output if keeps else mlp_input
         add = layer.mlp_bda(layer.training, self.config.bias_dropout_fusion)
@@ -97,7 +97,16 @@ class NPFeedForward(MegatronModule):
             return output
         return step.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
 
-    def _mlp(self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+    def mlp_output(
+        self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes MLP*(LN2(h)) with biases, [s, b, h]; recomputes it in the backward pass if the layer says so.
+
+        Args:
+            layer: the transformer layer, whose norm and MLP are used.
+            hidden_states: h, the norm's input, [s, b, h].
+            attention_output: a, [s, b, h].
+        """
         normed = layer.pre_mlp_layernorm(hidden_states)
         if not layer.recompute_mlp:
             return self.modulated_mlp(layer.mlp, normed, attention_output)

@@ -1,13 +1,24 @@
 """Inputs and losses of one NPT layer in one training step.
 
-The losses, where MLP* is the modulated MLP, n its normed input, h the layer's input and a the attention output; the
-target is the value that MLP*(n) must have for the layer's output to equal the base layer's, and depends on np_residual:
+The losses of the documents (`--layer-losses document`), where MLP* is the modulated MLP, n its normed input, h the
+layer's input and a the attention output; the target is the value that MLP*(n) must have for the layer's output to equal
+the base layer's, and depends on np_residual:
 
     target              drop  a + MLP(LN2(h + a))    keep  MLP(LN2(h + a))           no gradient flows to it
     direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) per sequence, times the layer's weight
     equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's for the same input
     reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) per sequence + 0.5 (1 - cos(v_a, a))      outer_product on gate
     regularization      low_rank: |A|_F + |B|_F over all targets; outer_product: mean v_a^2 + mean v_b^2 of gate
+
+`--layer-losses local` changes three things, which matter for deep models and for real activations:
+
+    inputs      h and a are detached: a layer's losses train only its own factors, not those of the layers below, which
+                reach the layer through its inputs while the target is held constant
+    tokens      each token's squared error is divided by a mean square of the same token, so that one token with massive
+                activations cannot outweigh all others; mean is over h, and E over tokens:
+                direct MLP          E [ mean (MLP*(n) - target)^2 / (mean target^2 + 1e-12) ]
+                equivalence, MSE    E [ mean (output - base output)^2 / (mean (base output)^2 + 1e-12) ]
+    layers      the layers' weights are divided by their sum: the total is a mean over layers instead of a sum
 
 The input of attention and of the MLP is `(1 - share) * teacher + share * student`, where `teacher` is this layer's
 input in the base model. With a share of 0 no gradient reaches the layers below. Means are over all tokens of the global
@@ -85,6 +96,10 @@ class LayerStepLosses(LayerStep):
     ) -> torch.Tensor:
         """Computes the losses and attaches them to the output; see `LayerStep.attach`."""
         student, hidden_states = inputs
+        if self.weights.local:
+            hidden_states, attention_output, mlp_output = self._detached(
+                module, layer, hidden_states, attention_output, mlp_output
+            )
         terms = self._terms(module, layer, hidden_states, attention_output, mlp_output)
         losses = [weight * value for weight, value in terms.values() if weight]
         share = 1 / module.tp_group.size() if module.config.sequence_parallel else 1.0
@@ -97,6 +112,22 @@ class LayerStepLosses(LayerStep):
         _record(module, values)
         return output if total is None else LayerLosses.attach(output, share * total)
 
+    def _detached(
+        self,
+        module: Any,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attention_output: torch.Tensor,
+        mlp_output: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns h, a, and MLP*(n), through which a gradient reaches only this layer's own parameters."""
+        if not (hidden_states.requires_grad or attention_output.requires_grad):
+            return hidden_states, attention_output, mlp_output
+        hidden_states, attention_output = hidden_states.detach(), attention_output.detach()
+        if self.weights.compares_outputs:
+            mlp_output = module.mlp_output(layer, hidden_states, attention_output)
+        return hidden_states, attention_output, mlp_output
+
     def _terms(
         self,
         module: Any,
@@ -106,21 +137,38 @@ class LayerStepLosses(LayerStep):
         mlp_output: torch.Tensor,
     ) -> dict[str, tuple[float, torch.Tensor]]:
         """Returns the weight and the value (a mean over this rank's tokens) of each loss, by name."""
-        weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
-        if weights.direct_mlp or weights.equivalence:
+        terms = dict[str, tuple[float, torch.Tensor]]()
+        if self.weights.compares_outputs:
             target = _target(module, layer, hidden_states, attention_output)
-            error = (mlp_output - target).float().square().mean((0, 2))
-            if weights.direct_mlp:
-                size = _mean_over_ranks(module, target.float().square().mean((0, 2))).sqrt()
-                terms["mlp_direct_loss"] = (weights.direct_mlp, (error / (size + 1e-6)).mean())
-            if weights.equivalence and weights.equivalence_loss == "mse":
-                terms["equivalence_loss"] = (weights.equivalence, error.mean())
-            elif weights.equivalence:
+            residual = None
+            if self.weights.equivalence:
                 keeps = module.settings.np_residual == "keep"
                 residual = hidden_states + attention_output if keeps else hidden_states
-                cosine = F.cosine_similarity((residual + mlp_output).float(), (residual + target).float(), -1)
-                terms["equivalence_loss"] = (weights.equivalence, (1 - cosine).mean())
+            terms = self._output_terms(module, mlp_output, target, residual)
         return terms | self._factor_terms(module, attention_output)
+
+    def _output_terms(
+        self, module: Any, mlp_output: torch.Tensor, target: torch.Tensor, residual: torch.Tensor | None
+    ) -> dict[str, tuple[float, torch.Tensor]]:
+        """Returns the direct MLP loss and the equivalence loss, as far as they have a weight.
+
+        `residual` is what the layer adds to the MLP's output; only the equivalence loss needs it.
+        """
+        weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
+        errors = (mlp_output - target).float().square()
+        if weights.direct_mlp and weights.local:
+            terms["mlp_direct_loss"] = (weights.direct_mlp, _per_token(errors, target))
+        elif weights.direct_mlp:
+            size = _mean_over_ranks(module, target.float().square().mean((0, 2))).sqrt()
+            terms["mlp_direct_loss"] = (weights.direct_mlp, (errors.mean((0, 2)) / (size + 1e-6)).mean())
+        if residual is not None:
+            if weights.equivalence_loss == "cosine":
+                cosine = F.cosine_similarity((residual + mlp_output).float(), (residual + target).float(), -1)
+                value = (1 - cosine).mean()
+            else:
+                value = _per_token(errors, residual + target) if weights.local else errors.mean((0, 2)).mean()
+            terms["equivalence_loss"] = (weights.equivalence, value)
+        return terms
 
     def _factor_terms(
         self, module: Any, attention_output: torch.Tensor
@@ -179,6 +227,17 @@ class _Connect(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         (other,) = ctx.saved_tensors
         return grads[0], torch.zeros_like(other) if ctx.needs_input_grad[1] else None
+
+
+def _per_token(errors: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Returns the mean over tokens of each token's mean of `errors` divided by the token's mean square of `reference`.
+
+    Args:
+        errors: squared errors, [s, b, h], fp32.
+        reference: has the same shape; no gradient flows to it.
+    """
+    size = reference.detach().float().square().mean(-1)
+    return (errors.mean(-1) / (size + 1e-12)).mean()
 
 
 def _blended(teacher: torch.Tensor, student: torch.Tensor, share: float) -> torch.Tensor:

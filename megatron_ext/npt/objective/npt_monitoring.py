@@ -2,7 +2,7 @@
 
 The summary values, by name:
 
-    npt loss                    sum of all losses of the step, each with its weight
+    npt loss                    total of all losses of the step, each with its weight: what is trained
     mlp_direct_loss, ...        mean over layers of the loss with this name
     npt/v_a_norm, ...           mean of this norm over layers, in steps in which norms are measured
     curriculum/stage            index of the current stage, from 0

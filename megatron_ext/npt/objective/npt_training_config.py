@@ -113,6 +113,12 @@ class NPTTrainingConfig:
     model_size: Literal["1b", "3b", "8b"] | None = None
     """With --mode sequential: label of the model's size in the names of W&B runs. It does not change the model."""
 
+    layer_losses: Literal["local", "document"] | None = None
+    """Form of the layers' losses. local: each layer's inputs are detached, each token's squared error is divided by the
+    token's own mean square, and the total is a mean over layers. document: the formulas of docs/design, in which the
+    gradient of a layer's losses also reaches the NPT layers below, and the total is a sum over layers. Default:
+    document with --mode equivalence, otherwise local."""
+
     layer_weights: str = "uniform"
     """Weights of the layers' losses: uniform, linear (from 1 for the first NPT layer to 0.5 for the last), or one
     number per layer, such as 1,1,0.5."""
@@ -147,6 +153,14 @@ class NPTTrainingConfig:
         """Returns the weight of a loss: the given one, or the mode's default."""
         value = getattr(self, name)
         return _WEIGHTS[self.mode].get(name, 0.0) if value is None else value
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the layers' losses are local, so that no layer's losses train the layers below."""
+        # The regularization weight of document 002 fits the size of its equivalence loss. It outweighs the local one,
+        # which is relative and therefore small.
+        default = "document" if self.mode == "equivalence" else "local"
+        return (self.layer_losses or default) == "local"
 
     @property
     def reconstructs(self) -> bool:
@@ -190,6 +204,12 @@ class NPTTrainingConfig:
             )
         return dict(zip(layers, numbers, strict=True))
 
+    def loss_weights(self, layers: tuple[int, ...]) -> dict[int, float]:
+        """Returns the factor of each layer's losses in the total: its weight, for local losses divided by their sum."""
+        weights = self.weights_of_layers(layers)
+        total = sum(weights.values()) if self.is_local else 1.0
+        return {layer: weight / (total or 1.0) for layer, weight in weights.items()}
+
     def stages(self, total_steps: int) -> tuple[Stage, ...]:
         """Returns the run's curriculum."""
         if self.curriculum_stages is not None:
@@ -202,13 +222,16 @@ class NPTTrainingConfig:
         index = stage_index(stages, iteration)
         if self.reconstructs and iteration <= self.stage1_steps:
             return StepObjective(
-                layer=LayerWeights(reconstruction=1.0), stage=stages[index], stage_index=index
+                layer=LayerWeights(reconstruction=1.0, local=self.is_local),
+                stage=stages[index],
+                stage_index=index,
             )
         return StepObjective(
             layer=LayerWeights(
                 direct_mlp=self.weight("direct_mlp_weight"),
                 equivalence=self.weight("equivalence_weight"),
                 equivalence_loss=self.equivalence_loss,
+                local=self.is_local,
                 regularization=self.weight("regularization_weight"),
             ),
             fidelity=self.weight("fidelity_weight"),

@@ -28,6 +28,14 @@ class LayerWeights:
     regularization: float = 0.0
     """Weight of the regularization loss."""
 
+    local: bool = False
+    """Whether the losses are local instead of those of the documents; see `layer_losses`."""
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether a loss compares the modulated MLP's output with its target from the base layer."""
+        return bool(self.direct_mlp or self.equivalence)
+
     @property
     def any(self) -> bool:
         """Whether the layer has any loss."""
@@ -39,7 +47,7 @@ class StepObjective:
     """The weights of the losses, and the curriculum stage, of one training step."""
 
     layer: LayerWeights
-    """Weights of the losses in every NPT layer; each layer multiplies them by its own weight (`--layer-weights`)."""
+    """Weights of the losses in every NPT layer; each layer multiplies them by its own factor (`--layer-weights`)."""
 
     fidelity: float = 0.0
     """Weight of the fidelity loss."""

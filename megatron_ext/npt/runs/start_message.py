@@ -1,7 +1,8 @@
 """Prints three lines before the first step of an NPT run: converted layers, initial NP weights, losses and curriculum.
 
 The third line is the formula of `npt loss`; its terms have the same names as in the progress line. In the progress
-line, each term is a mean over layers; the loss that is trained is a sum over layers.
+line, each term is a mean over layers. The loss that is trained is a mean over layers, weighted with --layer-weights, or
+with `--layer-losses document` a sum over layers.
 """
 
 from megatron_ext.models.costs.model_cost import layer_parameters
@@ -80,7 +81,8 @@ def objective(training: NPTTrainingConfig, total_steps: int) -> str:
         if weight
     ]
     weighted = "" if training.layer_weights in ("uniform", "1.0") else f", weighted {training.layer_weights},"
-    parts = [f"sum over layers{weighted} of ({' + '.join(terms)})"] if terms else []
+    over = "mean" if training.is_local else "sum"
+    parts = [f"{over} over layers{weighted} of ({' + '.join(terms)})"] if terms else []
     parts += [f"{last.fidelity:g} fidelity_loss ({training.fidelity_loss})"] if last.fidelity else []
     parts += [f"{last.lm:g} lm loss"] if last.lm else []
     first = ""

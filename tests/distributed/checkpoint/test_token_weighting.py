@@ -52,6 +52,7 @@ OBJECTIVES: dict[str, object] = {
     "mlm": MLM,
     "diffusion": DIFFUSION,
     "npt multi_layer": (OUTER, MULTI_LAYER),
+    "npt multi_layer, the documents' losses": (OUTER, replace(MULTI_LAYER, layer_losses="document")),
     "npt single_layer": (replace(OUTER, npt_layers="2"), SINGLE_LAYER),
     "npt equivalence": (LOW_RANK, EQUIVALENCE),
 }

@@ -33,6 +33,17 @@ VARIANTS = {
     "multi_layer": (OUTER, MULTI_LAYER),
     "single_layer": (replace(OUTER, npt_layers="2"), NPTTrainingConfig(mode="single_layer", stage1_steps=2)),
     "lm": (OUTER, NPTTrainingConfig(mode="lm")),
+    "multi_layer, the documents' losses": (OUTER, replace(MULTI_LAYER, layer_losses="document")),
+    "equivalence, local losses": (
+        LOW_RANK,
+        NPTTrainingConfig(mode="equivalence", npt_log_interval=1, layer_losses="local"),
+    ),
+    "local, base trained": (
+        replace(OUTER, np_target="gate+up", np_residual="keep", freeze_base=False),
+        NPTTrainingConfig(
+            mode="equivalence", direct_mlp_weight=1.0, fidelity_weight=1.0, layer_losses="local"
+        ),
+    ),
 }
 
 

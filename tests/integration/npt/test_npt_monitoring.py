@@ -59,7 +59,9 @@ def _values(events: EventAccumulator, tag: str) -> list[float]:
     return [event.value for event in events.Scalars(tag)]
 
 
-def test_the_total_is_the_weighted_sum_of_all_losses(run: tuple[str, EventAccumulator]) -> None:
+def test_the_total_is_the_weighted_mean_over_layers_plus_the_losses_of_the_output(
+    run: tuple[str, EventAccumulator],
+) -> None:
     events = run[1]
     losses = {
         name: [_values(events, f"{name}/layer_{layer}") for layer in (2, 3)]
@@ -70,7 +72,7 @@ def test_the_total_is_the_weighted_sum_of_all_losses(run: tuple[str, EventAccumu
         expected = 1.0 * _values(events, "fidelity_loss")[step] + 0.25 * _values(events, "lm loss")[step]
         for name, weight in weights.items():
             first, second = losses[name]
-            expected += weight * (first[step] + 0.5 * second[step])
+            expected += weight * (first[step] + 0.5 * second[step]) / 1.5
             assert _values(events, name)[step] == pytest.approx((first[step] + second[step]) / 2)
         assert total == pytest.approx(expected, rel=1e-5)
 

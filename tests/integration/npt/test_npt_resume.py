@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.npt.weights.npt_resume import stored_run
 from megatron_ext.testing.checkpoint_runs import read_plain
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
 from tests.integration.npt.npt_run_helpers import MULTI_LAYER, ROOT, make_base, train, write_data
 
 CURRICULUM = ["--curriculum-stages", "teacher:2,mixed:3:0.3:0.6,student:3"]
@@ -98,6 +100,11 @@ def _changed(folder: str, data: str) -> dict[str, Any]:
             found[name] = train(*given)[1]
         except ValueError as error:
             found[name] = str(error)
+    checkpoint = Path(folder, "run", "checkpoint-4")
+    stored = read_run_config(str(checkpoint))
+    found["stored"] = [stored_run(checkpoint, stored, {"additional_steps": 3})["npt"]["layer_losses"]]
+    del stored["npt"]["layer_losses"]
+    found["stored"].append(stored_run(checkpoint, stored, {"additional_steps": 3})["npt"]["layer_losses"])
     found["additional"] = train(
         "--load", f"{folder}/run/checkpoint-4", "--additional-steps", "3", "--lr", "1e-3"
     )[1]
@@ -170,6 +177,12 @@ def test_additional_steps_take_the_runs_configuration_and_the_flags_that_are_giv
     assert training["global_step"] == 7 and weights.keys() == changed["before"][0].keys()
     assert layers["curriculum_schedule"] == changed["before"][2]["curriculum_schedule"]
     assert (changed["before"][2]["current_stage_index"], layers["current_stage_index"]) == (1, 2)
+
+
+def test_additional_steps_of_a_run_that_stored_no_form_of_the_losses_keep_the_documents(
+    changed: dict[str, Any],
+) -> None:
+    assert changed["stored"] == [None, "document"]
 
 
 def _started(folder: str, data: str) -> None:

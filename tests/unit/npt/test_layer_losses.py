@@ -12,10 +12,11 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.modules.npt_layers import deactivated
+from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.fidelity_loss import kl_divergence, logits_mse
+from megatron_ext.npt.objective.layer_losses import _per_token
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_single import run_single
@@ -56,7 +57,7 @@ def _inputs_and_outputs(
     return seen, logits
 
 
-def _step(stage: str, residual: str, kind: str) -> dict[str, float]:
+def _step(stage: str, residual: str, kind: str, losses: str) -> dict[str, float]:
     """Losses as a training step finds them, and as they follow from inputs and outputs (`expected ...`)."""
     initialize(ParallelConfig(), seed=1)
     module = replace(MODULE, np_residual=residual)  # type: ignore[arg-type]
@@ -64,6 +65,7 @@ def _step(stage: str, residual: str, kind: str) -> dict[str, float]:
         mode="multi_layer",
         curriculum_stages=f"{stage}:1",
         equivalence_loss=kind,  # type: ignore[arg-type]
+        layer_losses=losses,  # type: ignore[arg-type]
         **WEIGHTS,  # type: ignore[arg-type]
     )
     family = NPTFamily(module, training, total_steps=1)
@@ -82,11 +84,11 @@ def _step(stage: str, residual: str, kind: str) -> dict[str, float]:
     means = {name: float(total / weight) for name, (total, weight) in outputs[0].items()}
     found = means | LayerLosses.collect()
     family.begin_step(chunks, None)
-    return found | _expected(chunks[0], batch, stage, residual, kind)
+    return found | _expected(chunks[0], batch, stage, residual, kind, losses)
 
 
 def _expected(
-    model: GPTModel, batch: dict[str, torch.Tensor], stage: str, residual: str, kind: str
+    model: GPTModel, batch: dict[str, torch.Tensor], stage: str, residual: str, kind: str, losses: str
 ) -> dict[str, float]:
     with deactivated([model]):
         teacher, base_logits = _inputs_and_outputs(model, batch)
@@ -112,6 +114,7 @@ def _expected(
                     base.double(),
                     residual,
                     kind,
+                    losses,
                 )
         hidden = output
     with torch.no_grad():
@@ -134,13 +137,20 @@ def _of_layer(
     base: torch.Tensor,
     residual: str,
     kind: str,
+    losses: str,
 ) -> dict[str, float]:
     carried = h + a if residual == "keep" else h
     target = base - carried
-    error = (output - base).square().mean()
-    equivalence = error if kind == "mse" else (1 - F.cosine_similarity(output, base, dim=-1)).mean()
+    errors = (output - base).square().mean(-1)
+    if losses == "local":
+        direct = (errors / target.square().mean(-1)).mean()
+        squares = (errors / base.square().mean(-1)).mean()
+    else:
+        direct = errors.mean() / (target.square().mean().sqrt() + 1e-6)
+        squares = errors.mean()
+    equivalence = squares if kind == "mse" else (1 - F.cosine_similarity(output, base, dim=-1)).mean()
     return {
-        f"expected mlp_direct_loss/layer_{number}": float(error / (target.square().mean().sqrt() + 1e-6)),
+        f"expected mlp_direct_loss/layer_{number}": float(direct),
         f"expected equivalence_loss/layer_{number}": float(equivalence),
     }
 
@@ -148,10 +158,11 @@ def _of_layer(
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 @pytest.mark.parametrize("residual", ["keep", "drop"])
 @pytest.mark.parametrize("stage", ["teacher", "student"])
+@pytest.mark.parametrize("losses", ["local", "document"])
 def test_a_step_finds_the_losses_that_follow_from_inputs_and_outputs(
-    stage: str, residual: str, kind: str
+    losses: str, stage: str, residual: str, kind: str
 ) -> None:
-    found = run_single(_step, stage, residual, kind)
+    found = run_single(_step, stage, residual, kind, losses)
     expected = {
         name.removeprefix("expected "): value for name, value in found.items() if name.startswith("expected")
     }
@@ -160,9 +171,76 @@ def test_a_step_finds_the_losses_that_follow_from_inputs_and_outputs(
         assert found[name] == pytest.approx(value, rel=1e-4), name
     for layer in NPT_LAYERS:
         total = 10 * found[f"mlp_direct_loss/layer_{layer}"] + found[f"equivalence_loss/layer_{layer}"]
-        assert found[f"npt_loss/layer_{layer}"] == pytest.approx(
-            total + 0.3 * found[f"regularization_loss/layer_{layer}"], rel=1e-5
-        )
+        total += 0.3 * found[f"regularization_loss/layer_{layer}"]
+        share = 1 / len(NPT_LAYERS) if losses == "local" else 1
+        assert found[f"npt_loss/layer_{layer}"] == pytest.approx(share * total, rel=1e-5)
+
+
+def _gradients(form: str, losses: str, weights: str) -> dict[int, torch.Tensor]:
+    """The gradients of each NPT layer's factors, of losses of the layers alone with these weights."""
+    initialize(ParallelConfig(), seed=1)
+    module = NPTModuleConfig(
+        npt_layers="1,3",
+        np_form=form,  # type: ignore[arg-type]
+        np_target="gate+up+down",
+        np_rank=4,
+        np_init_scale=0.5,
+    )
+    training = NPTTrainingConfig(
+        mode="lm",
+        lm_weight=0.0,
+        direct_mlp_weight=2.0,
+        equivalence_weight=1.0,
+        regularization_weight=0.1,
+        layer_losses=losses,  # type: ignore[arg-type]
+        layer_weights=weights,
+    )
+    family = NPTFamily(module, training, total_steps=1)
+    chunks = build_model(
+        MODEL, ParallelConfig(), vocab_size=VOCAB_SIZE, seed=1, extensions=[family.extension()]
+    )
+    family.prepare_model(chunks)
+    family.begin_step(chunks, 1)
+    batch = next(synthetic_batches(MODEL.seq_length))
+    output_loss = family.output_loss()
+    assert output_loss is not None
+    run_microbatches(list(chunks), [family], [batch], output_loss, forward_only=False)
+    LayerLosses.collect()
+    return {
+        number: torch.cat([p.grad.flatten() for p in slot.parameters() if p.grad is not None])
+        for number, slot in np_modules(chunks).items()
+    }
+
+
+@pytest.mark.parametrize("form", ["low_rank", "outer_product"])
+def test_local_losses_of_a_layer_do_not_train_the_layers_below_and_the_documents_do(form: str) -> None:
+    upper = {losses: run_single(_gradients, form, losses, "0,1") for losses in ("local", "document")}
+    assert not upper["local"][1].any() and upper["document"][1].any()
+    assert upper["local"][3].any() and upper["document"][3].any()
+    # The weights 1,1 are divided by their sum, so that both layers have half of the gradient that they have alone.
+    lower, both = (run_single(_gradients, form, "local", weights) for weights in ("1,0", "1,1"))
+    assert torch.allclose(both[1], lower[1] / 2, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(both[3], upper["local"][3] / 2, rtol=1e-5, atol=1e-9)
+
+
+def _losses_with_a_massive_token(factor: float) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    target, output = torch.randn(2, 6, 1, 8, generator=generator)
+    scale = torch.ones(6, 1, 1)
+    scale[2] = factor
+    errors = (scale * (output - target)).square()
+    return [float(_per_token(errors, scale * target)), float(errors.mean())]
+
+
+def test_one_massive_token_does_not_outweigh_the_others_in_a_local_loss() -> None:
+    plain, massive = _losses_with_a_massive_token(1.0), _losses_with_a_massive_token(1000.0)
+    assert massive[0] == pytest.approx(plain[0], rel=1e-5)
+    assert massive[1] > 1e4 * plain[1]
+
+
+def test_a_token_whose_target_is_zero_gives_a_finite_local_loss() -> None:
+    zeros = torch.zeros(2, 1, 4)
+    assert float(_per_token(zeros, zeros)) == 0.0
 
 
 def _divergences() -> list[float]:
