@@ -1,12 +1,13 @@
 """Parameters and FLOPs per token of the NP components, in a forward pass and in a training step.
 
-    target           low_rank                      outer_product                       affine
-    gate, up, fc1    k r (h + f)                   k r (2 h + f)                       k h       parameters
-                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k h     FLOPs
-    down             k r (2 h + f)                 k r (2 h + f)                       k f       parameters
-                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k f     FLOPs
+    target           low_rank                      outer_product                       affine    key_value
+    gate, up, fc1    k r (h + f)                   k r (2 h + f)                       k h       r (h + f)    parameters
+                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k h     2 r (h + f)  FLOPs
+    down             k r (2 h + f)                 k r (2 h + f)                       k f       2 r h        parameters
+                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k f     4 r h        FLOPs
 
 per converted layer and target. low_rank multiplies x and a by the same factor A: one set of parameters, two products.
+In key_value gate and up share A: `up` has r f parameters and 2 r f FLOPs.
 
 A training step with a frozen base (`npt_work`):
 
@@ -74,7 +75,7 @@ def npt_work(
         trains = number in weights
         layer = _layer(settings, objective, reached, trains)
         uses.append(layer.use)
-        flops += _np_flops(settings, model, layer) + _base_flops(model, layer)
+        flops += _np_flops(settings, model, layer) + _base_flops(model, layer, settings.has_gain)
         if trains and weights[number] and (objective.layer.direct_mlp or objective.layer.equivalence):
             flops += mlp_flops_per_token(model)
         reached = reached or trains
@@ -130,13 +131,15 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
     return Use.GRADIENT if reached else Use.FORWARD
 
 
-def _base_flops(model: ModelConfig, layer: _Layer) -> float:
+def _base_flops(model: ModelConfig, layer: _Layer, has_gain: bool) -> float:
     """Returns a PARTIAL layer's backward FLOPs per token in the frozen base: fc2, and parts that need gradients."""
     if layer.use is not Use.PARTIAL:
         return 0.0
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
     attention = linear_flops_per_token(model, "qkv", "proj") + 2 * core_attention_flops_per_token(model)
-    return fc2 + fc1 * layer.to_mlp + attention * layer.to_attention
+    # In key_value the input of fc1 depends on the attention output, through the gain.
+    to_fc1 = layer.to_mlp or (has_gain and layer.to_attention)
+    return fc2 + fc1 * to_fc1 + attention * layer.to_attention
 
 
 def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> float:
@@ -156,7 +159,9 @@ def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[
     for target in settings.targets:
         inner, outer = _sizes(target, model)
         affine = settings.num_np_components * inner * settings.has_affine
-        found[target] = (2 * (rank * inner + affine), 2 * rank * model.hidden_size, 2 * rank * outer)
+        reads = 0 if settings.np_form == "key_value" else 2 * (rank * inner + affine)
+        codes = 0 if settings.shares_code(target) else 2 * rank * model.hidden_size
+        found[target] = (reads, codes, 2 * rank * outer)
     return found
 
 
@@ -164,9 +169,12 @@ def _layer_parameters(settings: NPTModuleConfig, model: ModelConfig) -> int:
     rank, parameters = settings.total_rank, 0
     for target in settings.targets:
         inner, outer = _sizes(target, model)
+        # low_rank has one factor for x and a, except on `down`; key_value has no factor for x.
         shares = settings.np_form == "low_rank" and target != "down"
+        reads = 0 if settings.np_form == "key_value" else inner
+        codes = 0 if shares or settings.shares_code(target) else model.hidden_size
         affine = settings.num_np_components * inner * settings.has_affine
-        parameters += rank * (inner + outer + model.hidden_size * (not shares)) + affine
+        parameters += rank * (reads + outer + codes) + affine
     return parameters
 
 

@@ -15,6 +15,8 @@ The base layer computes y = W x. With the delta,
                     u = scale / sqrt(k r) * (v_a . x) * z
                     `down` divides v_a by rms(W_a_up x) instead of sqrt(input)
 
+    key_value       see `key_value`
+
 The factors of k components are concatenated: A is [h, k r], W_a_up [k r, input], c_a [k, input], B and W_b_up
 [k r, output]. For low_rank, k components of rank r equal one component of rank k r.
 
@@ -82,6 +84,11 @@ class Modulation(MegatronModule):
         """Maps each split factor to the dimension split over the tensor-parallel ranks; other factors are
         replicated."""
         self.build()
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the target has coefficients u of its own, instead of another target's."""
+        return True
 
     def build(self) -> None:
         """Registers the factors."""
@@ -255,10 +262,3 @@ class OuterProductModulation(Modulation):
     def inverse_rms(values: torch.Tensor) -> torch.Tensor:
         """Returns 1 / root mean square over the last dimension."""
         return torch.rsqrt(values.square().mean(-1) + EPS)
-
-
-FORMS: dict[str, type[Modulation]] = {
-    "low_rank": LowRankModulation,
-    "outer_product": OuterProductModulation,
-}
-"""Maps each value of `np_form` to its class."""

@@ -4,7 +4,7 @@
     drop    output = h + MLP*(n)                  np_residual
     keep    output = h + a + MLP*(n)
 
-    MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` for the deltas
+    MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` and `key_value`
 
 The norm and the weights W are the base layer's. Gate and up are the two halves of fc1, as in megatron-core; an MLP
 without a gate has only fc1. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inner tensors [s, b, f/t].
@@ -27,9 +27,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.ops.add_product import add_product
+from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_gain, with_gain
 from megatron_ext.npt.modules.layer_step import LayerStep
-from megatron_ext.npt.modules.modulation import FORMS, Modulation
+from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+
+FORMS: dict[str, type[Modulation]] = {
+    "low_rank": LowRankModulation,
+    "outer_product": OuterProductModulation,
+    "key_value": KeyValueModulation,
+}
+"""Maps each value of `np_form` to its class."""
 
 
 class NPFeedForward(MegatronModule):
@@ -85,7 +93,7 @@ class NPFeedForward(MegatronModule):
         if step is not None and layer_inputs is not None:
             attention_input, mlp_input = step.inputs(hidden_states, layer_inputs)
         attention_output = attend(attention_input)
-        mlp_output = self._mlp(layer, mlp_input, attention_output)
+        mlp_output = self.mlp_output(layer, mlp_input, attention_output)
         keeps = self.settings.np_residual == "keep"
         residual = mlp_input + attention_output if keeps else mlp_input
         add = layer.mlp_bda(layer.training, self.config.bias_dropout_fusion)
@@ -94,26 +102,46 @@ class NPFeedForward(MegatronModule):
             return output
         return step.attach(self, layer, (hidden_states, mlp_input), attention_output, mlp_output, output)
 
-    def _mlp(self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+    def mlp_output(
+        self, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes MLP*(LN2(h)) with biases, [s, b, h]; recomputes it in the backward pass if the layer says so.
+
+        Args:
+            layer: the transformer layer, whose norm and MLP are used.
+            hidden_states: h, the norm's input, [s, b, h].
+            attention_output: a, [s, b, h].
+        """
         normed = layer.pre_mlp_layernorm(hidden_states)
+        inverse_rms = None
+        if self.settings.has_gain:
+            gain, inverse_rms = norm_gain(hidden_states, attention_output, self.settings, self.config)
+            normed = with_gain(normed, gain, layer.pre_mlp_layernorm)
         if not layer.recompute_mlp:
-            return self.modulated_mlp(layer.mlp, normed, attention_output)
+            return self.modulated_mlp(layer.mlp, normed, attention_output, inverse_rms)
         if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
             # A recomputed function gets gradients only if an input requires them; here only its parameters do.
             normed = normed.detach().requires_grad_()
         run = partial(self.modulated_mlp, layer.mlp)
-        return tensor_parallel.checkpoint(run, False, normed, attention_output)
+        return tensor_parallel.checkpoint(run, False, normed, attention_output, inverse_rms)
 
-    def modulated_mlp(self, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+    def modulated_mlp(
+        self,
+        mlp: Any,
+        normed: torch.Tensor,
+        attention_output: torch.Tensor,
+        inverse_rms: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Computes MLP*(n) with biases, [s, b, h].
 
         Args:
             mlp: the base MLP.
-            normed: n, the MLP's normed input, [s, b, h].
+            normed: n, the MLP's normed input, [s, b, h]; for key_value with the gain applied.
             attention_output: a, [s, b, h].
+            inverse_rms: for key_value 1 / rms(h + a), [s, b, 1]; otherwise None.
         """
         inner, bias = mlp.linear_fc1(normed)
-        inner = self._add_to_fc1(inner, normed, attention_output)
+        inner = self._add_to_fc1(inner, normed, attention_output, inverse_rms)
         if bias is not None:
             inner = inner + bias
         activated = mlp.activation_func(inner)
@@ -126,13 +154,22 @@ class NPFeedForward(MegatronModule):
         return output
 
     def _add_to_fc1(
-        self, inner: torch.Tensor, normed: torch.Tensor, attention_output: torch.Tensor
+        self,
+        inner: torch.Tensor,
+        normed: torch.Tensor,
+        attention_output: torch.Tensor,
+        inverse_rms: torch.Tensor | None,
     ) -> torch.Tensor:
         """Adds the deltas of gate and up (or fc1) to W_fc1 n, [s, b, 2 f/t] (or f/t); `up` is the second half."""
         parts = [modulation for target, modulation in self.modulations.items() if target != "down"]
-        coefficients = self._for_all_ranks([part.coefficients(normed, attention_output) for part in parts])
-        for index, (part, u) in enumerate(zip(parts, coefficients, strict=True)):
+        coefficients = [part.coefficients(normed, attention_output) for part in parts if part.has_code]
+        if inverse_rms is not None:
+            coefficients = [u * inverse_rms.to(u.dtype) for u in coefficients]
+        coefficients = self._for_all_ranks(coefficients)
+        for index, part in enumerate(parts):
             factor = part.output_factor
+            # In key_value `up` has no coefficients of its own, and uses those of `gate`.
+            u = coefficients[min(index, len(coefficients) - 1)]
             inner = add_product(inner, u, factor, start=index * factor.size(1))
         return inner
 

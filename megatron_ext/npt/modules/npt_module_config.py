@@ -29,9 +29,10 @@ class NPTModuleConfig:
     """Layers with NP components: all, upper_half, lower_half, or numbers and ranges counted from 0, such as 0,3,5 or -1
     or 4:8 (without 8)."""
 
-    np_form: Literal["low_rank", "outer_product"] = "low_rank"
-    """Form of the weight update (delta) that an attention output a generates: low_rank, B diag(tanh(a A)) A^T; or
-    outer_product, v_b v_a^T."""
+    np_form: Literal["low_rank", "outer_product", "key_value"] = "low_rank"
+    """Form of the weight update (delta) that an attention output a generates: low_rank, B diag(tanh(a A)) A^T;
+    outer_product, v_b v_a^T; or key_value, v n^T / |n|^2 with the MLP's input n as key, and a gain that rescales the
+    weight."""
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
     """The MLP weights that get a delta. single, dual and triple are other names of gate, gate+up and gate+up+down; fc1
@@ -71,7 +72,12 @@ class NPTModuleConfig:
         check_choices(self)
         check_at_least(self, 1, "np_rank", "num_np_components")
         check_positive(self, "np_scale", "np_init_scale")
-        if self.np_form == "low_rank":
+        if self.np_form == "key_value" and self.num_np_components > 1:
+            raise ValueError(
+                f"--num-np-components {self.num_np_components}: --np-form key_value has one component, because several "
+                "of rank r would equal one of a larger rank; raise --np-rank instead"
+            )
+        if self.np_form != "outer_product":
             for name, flag in (("np_affine", "--no-np-affine"), ("np_normalize", "--no-np-normalize")):
                 if not getattr(self, name):
                     raise ValueError(f"{flag} requires --np-form outer_product (got {self.np_form})")
@@ -91,6 +97,15 @@ class NPTModuleConfig:
     def has_affine(self) -> bool:
         """Whether `v_a` has a learned constant."""
         return self.np_form == "outer_product" and self.np_affine
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether the MLP's input is multiplied by a gain, which depends on the attention output."""
+        return self.np_form == "key_value"
+
+    def shares_code(self, target: str) -> bool:
+        """Whether a target uses the coefficients of another target: `up` those of `gate`, for key_value."""
+        return self.np_form == "key_value" and target == "up"
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """Returns the indices of the layers that get NP components, from 0, in ascending order.

@@ -4,7 +4,7 @@
     direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) per sequence, times the layer's weight
     equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's on the same input
     reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) per sequence + 0.5 (1 - cos(v_a, a))      outer_product on gate
-    regularization      low_rank |A|_F + |B|_F over all targets; outer_product mean v_a^2 + mean v_b^2 of gate
+    regularization      |A|_F + |B|_F over all targets; outer_product mean v_a^2 + mean v_b^2 of gate
 
 The input of attention and of the MLP is `(1 - share) * teacher + share * student`, where `teacher` is this layer's
 input in the base model. With a share of 0 no gradient reaches the layers below.
@@ -117,10 +117,10 @@ class LayerStepLosses(LayerStep):
                 residual = hidden_states + attention_output if keeps else hidden_states
                 cosine = F.cosine_similarity((residual + mlp_output).float(), (residual + target).float(), -1)
                 terms["equivalence_loss"] = (weights.equivalence, (1 - cosine).mean())
-        return terms | self._factor_terms(module, attention_output)
+        return terms | self._factor_terms(module, layer, hidden_states, attention_output)
 
     def _factor_terms(
-        self, module: Any, attention_output: torch.Tensor
+        self, module: Any, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
     ) -> dict[str, tuple[float, torch.Tensor]]:
         weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
         has_vectors = module.settings.np_form == "outer_product"
@@ -145,7 +145,8 @@ class LayerStepLosses(LayerStep):
                     terms["v_a_attention_similarity"] = (0.0, vectors.similarity().detach())
                     terms["v_a_norm"] = (0.0, vectors.a_norm())
                     terms["v_b_norm"] = (0.0, vectors.b_norm())
-                terms["delta_norm"] = (0.0, delta_norms(first, attention_output).mean())
+                norms = delta_norms(first, attention_output, layer=layer, hidden_states=hidden_states)
+                terms["delta_norm"] = (0.0, norms.mean())
         return terms
 
 
