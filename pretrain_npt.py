@@ -18,7 +18,8 @@ EXAMPLE = (
 )
 
 
-# A YAML file as in docs/design/npt_equivalence.md has NPT's flags under `model`, losses and optimizer under `training`.
+# In a YAML file as in docs/design/npt_equivalence.md, `model` also contains NPT's flags, `training` also the losses'
+# and the optimizer's. This maps each of the two sections to the config groups whose flags it may contain.
 DOCUMENT_SECTIONS = {"model": ("npt", "np"), "training": ("npt", "optimizer", "model")}
 
 BASE_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
@@ -44,7 +45,7 @@ def main() -> int:
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """Returns defaults from --mode, the loaded NP weights and the base checkpoint; later sources override earlier."""
+    """Returns defaults from --mode, the loaded NP weights and the base checkpoint; later ones override earlier ones."""
     found = [mode_defaults(given)]
     if "load_npt_weights" in given:
         from megatron_ext.npt.runs.npt_run import weights_defaults

@@ -24,9 +24,9 @@ def main() -> int:
     config = parse(
         ProgressiveRunConfig,
         prog="pretrain_progressive.py",
-        description="Grow a model stack by stack: each stack trains on top of the earlier ones, the trunk. If --save "
-        "holds a training run, it provides the model's shape and the tokenizer; the flags marked as required below "
-        "are then optional.",
+        description="Grow a model stack by stack: each stack (a group of layers) trains on top of the earlier ones, "
+        "the trunk. If --save contains a training run, that run provides the model's shape and the tokenizer; the "
+        "flags marked as required below are then optional.",
         example=EXAMPLE,
         find=_find,
         supplied={"num_layers": "sum over the stacks"},
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def _find(given: Mapping[str, Any]) -> list[Found]:
-    """Returns defaults that follow from the stacks, overridden by those of an existing training run in --save."""
+    """Returns the defaults that follow from the stacks; an existing training run in --save overrides them."""
     found = [stack_defaults(given)]
     if "save" in given and (Path(given["save"]) / "progressive.json").is_file():
         from megatron_ext.progressive.growth.training_history import stored_rack_defaults

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Measures speed and memory of preprocessing, compared with Megatron-LM's documented single-process loop.
 
-    python benchmarks/data.py                   CPython's documentation and sources, repeated; 32k byte-level BPE
-    python benchmarks/data.py --memory-gb 2     also the peak memory on a generated input of that size
+    python benchmarks/data.py                   measures speed on CPython's documentation and sources, repeated
+    python benchmarks/data.py --memory-gb 2     measures also the peak memory, on a generated input of that size
 
 Every round runs each variant once, in turn, so that changes in the machine's speed affect all of them; the table shows
 medians over the rounds. Our tool is timed as a user runs it: the whole command, from the start of Python to the
 manifest with its checksums. The loop follows Megatron-LM's public description (read a line, `json.loads`, tokenize,
-`builder.add_item`, `builder.end_document`) with the same tokenizer and mcore's builder, and is timed without its
-imports. Both outputs are compared byte for byte.
+`builder.add_item`, `builder.end_document`) and is timed without its imports. It uses mcore's builder and the tokenizer
+of our tool, a byte-level BPE of 32k tokens. The outputs of loop and tool are compared byte for byte.
 """
 
 import json
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Size of the benchmark."""
+    """Flags for the size of the benchmark."""
 
     repeat: int = 4
     """Copies of the corpus (about 13 MB each) in the input."""
@@ -55,7 +55,7 @@ class BenchmarkConfig:
 
 @dataclass
 class Files:
-    """Paths of the benchmark's files, and the commands that work on them."""
+    """Paths of the benchmark's files, and the commands that read and write them."""
 
     directory: Path
 
@@ -77,7 +77,7 @@ class Files:
 
 
 def prepare(files: Files, config: BenchmarkConfig) -> None:
-    """Builds the corpus, its repetition and the tokenizer."""
+    """Builds the corpus, a file with several copies of it, and the tokenizer."""
     held_out = files.directory / "held_out.jsonl"
     _quiet(files.tool("build_corpus.py", "--output", files.corpus, "--held-out", held_out))
     size = ("--vocab-size", config.vocab_size)
@@ -91,7 +91,7 @@ def _quiet(command: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of one run, and CPU time of all its processes, which other load on the machine disturbs less."""
+    """Wall time of one run, and CPU time of all its processes; other load on the machine affects CPU time less."""
 
     seconds: float
     cpu_seconds: float
@@ -162,7 +162,7 @@ def measure_speed(files: Files, config: BenchmarkConfig, console: Console) -> No
         "seconds",
         "MB/s",
         "million tokens/s",
-        "times the loop",
+        "times as fast",
         "lowest .. highest",
         "CPU seconds",
     ):

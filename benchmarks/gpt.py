@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Measures the speed of a training step against Hugging Face's Llama of the same shape and the machine's GEMM rate.
+"""Compares the speed of our training step with Hugging Face's Llama of the same shape and the machine's GEMM rate.
 
     python benchmarks/gpt.py                      h=512, 4 layers, s=512, b=2, V=8192, fp32 and bf16, all cores
 
-Each variant has its own process and works while the others wait. Every round times each variant once, in turn, so that
-changes in the machine's speed affect all of them; the table shows medians over the rounds, and a ratio is the median of
-the ratios within a round. Both sides run a whole training step: forward, backward, gradient clipping, fused AdamW. Ours
-does more than the peer: it has a gradient buffer for data parallelism, checks for non-finite gradients, and in bf16
-keeps fp32 main weights (the peer updates bf16 weights).
+h: hidden size, s: tokens per sequence, b: sequences per step, V: vocabulary size, GEMM: a large matrix product.
+
+Each variant of the model has its own process, which works while the others wait. Every round times each variant once,
+in turn, so that changes in the machine's speed affect all of them. The table shows medians over the rounds; a ratio is
+computed for each round, and the median of these is shown. Both sides run a whole training step: forward, backward,
+gradient clipping, fused AdamW. Our step does more: it has a gradient buffer for data parallelism, checks for non-finite
+gradients, and in bf16 keeps fp32 main weights (Hugging Face's updates bf16 weights).
 """
 
 import statistics
@@ -42,7 +44,7 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Shape and length of the measurement."""
+    """Flags for the shape of the model and the length of the measurement."""
 
     hidden_size: int = 512
     """Hidden size (h)."""
@@ -71,7 +73,7 @@ SHAPE = ("hidden_size", "num_layers", "seq_length", "micro_batch_size", "vocab_s
 
 @dataclass
 class Variant:
-    """A model whose forward+backward and whole training step can be timed."""
+    """A model, with functions to run forward+backward and a whole training step, which are timed."""
 
     forward_backward: Callable[[], None]
     step: Callable[[], None]
@@ -100,7 +102,9 @@ class Worker:
 def main() -> None:
     """Runs the benchmark and prints one table per precision."""
     config: BenchmarkConfig = parse(
-        BenchmarkConfig, prog="benchmarks/gpt.py", description="Speed of a training step against its peers."
+        BenchmarkConfig,
+        prog="benchmarks/gpt.py",
+        description="Compare the speed of our training step with Hugging Face's Llama.",
     )
     if config.worker is not None:
         _serve(config, *config.worker.split("/"))
@@ -163,7 +167,7 @@ def _print(
 
 
 def _ratios(config: BenchmarkConfig, times: dict[str, list[float]]) -> Iterator[str]:
-    """Yields the results, one line each; a ratio is the median of the ratios within a round."""
+    """Yields the results, one line each; a ratio is the median over the rounds of the ratio in one round."""
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
@@ -175,13 +179,13 @@ def _ratios(config: BenchmarkConfig, times: dict[str, list[float]]) -> Iterator[
     flops = 3 * base.forward_flops_per_token * config.micro_batch_size * config.seq_length
     used = (f"{flops * ratio('gemm', f'ours {key}'):.3f} in {name}" for name, key in parts.items())
     rate = 1.0 / statistics.median(times["gemm"])
-    yield f"GEMM rate of the machine {rate / 1e9:.0f} GFLOP/s; of it ours uses {', '.join(used)}"
+    yield f"GEMM rate of the machine: {rate / 1e9:.0f} GFLOP/s; the part of it that ours uses: {', '.join(used)}"
     share = 100 * per_layer.forward_flops_per_token / base.forward_flops_per_token
     costs = (
         f"{name} {100 * (ratio(f'ours + PLE {key}', f'ours {key}') - 1):+.1f} %"
         for name, key in parts.items()
     )
-    yield f"PLE (p = h/8): FLOP share {share:.1f} %; costs {', '.join(costs)}"
+    yield f"PLE (per-layer size h/8) adds {share:.1f} % to the FLOPs, and to the time: {', '.join(costs)}"
 
 
 def _costs(config: BenchmarkConfig) -> tuple[ModelCost, ModelCost]:
@@ -302,7 +306,7 @@ def _batches(config: BenchmarkConfig) -> Iterator[Batch]:
 
 
 def _gemm_rate(bf16: bool, size: int = 2048) -> float:
-    """FLOP/s of a large square matrix product, an upper bound for the machine."""
+    """Returns the FLOP/s of a large square matrix product, an upper bound for the machine."""
     size = 8192 if use_cuda() else size
     a = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=_device())
     return 2.0 * size**3 / min(_timed(lambda: _discard(a @ a)) for _ in range(3))
@@ -326,7 +330,7 @@ def _wait() -> None:
 
 
 def _discard(_: Any) -> None:
-    """Drops a result, of which only the time is measured."""
+    """Drops the result of a call, because only the call's time is measured."""
 
 
 if __name__ == "__main__":

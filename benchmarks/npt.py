@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
-"""Measures the cost of NP components in one layer, forward and backward: time against FLOPs, and memory.
+"""Measures the cost of NP components in one layer, forward and backward: time compared with FLOPs, and memory.
 
     python benchmarks/npt.py                      h=1024, f=4096, s=512, b=2, fp32, all cores
+
+NP components are what NPT adds to a layer: a low-rank update of the MLP's weights for every token. h: hidden size,
+f: FFN size, s: tokens per sequence, b: sequences per step. The columns of the tables are:
 
     share        FLOPs that NP components add / FLOPs of the base layer, forward and backward
     wall time    time of the NPT layer / time of the base layer - 1, as the median of the ratios within a round
     over         (wall time - share) in percentage points
 
-The claim of at most 3 points `over` is for the mode `trained`, in which both layers train all their weights. The mode
-`frozen` freezes the base weights of both; its last column compares with the base layer in full training, which is what
-a conversion replaces. Every round times each layer once, in turn. CPU time includes the waiting of all threads; on a
-busy machine, CPU time with `--threads 1` is the better measure.
+The claim that `over` is at most 3 points is for the mode `trained`, in which both layers train all their weights. In
+the mode `frozen` the base weights of both layers are frozen; its last column compares the NPT layer with a base layer
+that trains all its weights, because converting a layer replaces such training. Every round times each layer once, in
+turn. CPU time includes the time that threads wait; on a busy machine, CPU time with `--threads 1` is the better
+measure.
 
 Peak memory is that of a training step with AdamW: weights, gradients, optimizer state and activations.
 """
@@ -49,12 +53,13 @@ CASES = {
 MODES = ("trained", "frozen")
 WARM_UP = 2
 PROJECTED = (4096, 14336, 4096, 16)
-"""h, f, tokens and converted layers of the memory figure in docs/design/npt_equivalence.md."""
+"""Hidden size, FFN size, number of tokens and of converted layers for the memory figure in
+docs/design/npt_equivalence.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Shape and length of the measurement."""
+    """Flags for the shape of the layer and the length of the measurement."""
 
     hidden_size: int = 1024
     """Hidden size (h)."""
@@ -75,7 +80,7 @@ class BenchmarkConfig:
     """Number of CPU threads; 0 uses torch's default."""
 
     materialised_tokens: int = 8
-    """Number of tokens to time the materialized form with."""
+    """Number of tokens with which the materialized form (one delta matrix per token) is timed."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "seq_length", "micro_batch_size", "rounds", "materialised_tokens")
@@ -83,7 +88,7 @@ class BenchmarkConfig:
 
 
 class Layer:
-    """One layer to measure; `settings=None` has no NP components."""
+    """One layer to measure: an NPT layer, or the base layer if `settings` is None."""
 
     def __init__(self, config: BenchmarkConfig, settings: NPTModuleConfig | None) -> None:
         extensions: list[Any] = [] if settings is None else [NPTExtension(settings)]
@@ -97,7 +102,7 @@ class Layer:
         )
 
     def train(self, mode: str) -> None:
-        """Trains all weights (`trained`), or freezes the base weights (`frozen`)."""
+        """Makes all weights trainable (mode `trained`), or freezes the base weights (mode `frozen`)."""
         for name, parameter in self.layer.named_parameters():
             parameter.requires_grad_(mode == "trained" or name.startswith("feed_forward."))
 
@@ -182,7 +187,7 @@ def _print(
         for column in ("FLOP share", "wall time", "over", "CPU time", "over", "peak of a step"):
             table.add_column(column, justify="right")
         if mode == "frozen":
-            table.add_column("wall, to base trained", justify="right")
+            table.add_column("wall time vs trained base", justify="right")
         for name, layer in layers.items():
             first = ["", *_base_times(times[mode]["base"])]
             row = first if name == "base" else _overheads(config, mode, times[mode], name)
@@ -215,7 +220,7 @@ def _ratio(times: list[tuple[float, float]], base: list[tuple[float, float]], cl
 
 
 def _share(config: BenchmarkConfig, settings: NPTModuleConfig, mode: str) -> float:
-    """FLOPs that NP components add / FLOPs of the base layer, forward and backward."""
+    """Returns FLOPs that NP components add / FLOPs of the base layer, forward and backward."""
     model = _model(config)
     base = layer_flops_per_token(model)
     passes = 3 * base  # each product has two more in the backward pass
@@ -263,7 +268,7 @@ def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> No
 
 
 def _mlp_seconds(config: BenchmarkConfig, tokens: int, run: Callable[..., torch.Tensor]) -> float:
-    """Seconds per token for forward and backward."""
+    """Returns the seconds per token for forward and backward."""
     device = torch.cuda.current_device() if use_cuda() else "cpu"
     shape = (tokens, 1, config.hidden_size)
     inputs = [torch.randn(shape, device=device).requires_grad_() for _ in range(2)]

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Measures the speed of making per-layer data: tokens per second on one core, for every strategy.
+"""Measures the speed of making per-layer data (one per-layer id per token), on one core, for every strategy.
 
     python benchmarks/per_layer_data.py --tokens 100000000
 
 The corpus of `tools/build_corpus.py` is tokenized once with a byte-level BPE trained on it, and repeated to the given
-size; this is not timed. Timed in one process on one core are the counting pass of the vocabulary, the writing of each
-aligned dataset (with fsync), and the checksums of its manifest. For comparison, the same mapping is done token by token
-in Python on a hundredth of the data. Rates are by wall time and by CPU time; on a busy machine they differ.
+size; this is not timed. Three things are timed, in one process on one core: counting the tokens for the vocabulary,
+writing each aligned dataset (with fsync), and computing the checksums in its manifest. For comparison, the same mapping
+is done token by token in Python on a hundredth of the data. Rates are given by wall time and by CPU time, which differ
+on a busy machine.
 """
 
 import json
@@ -41,16 +42,16 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Size of the benchmark."""
+    """Flags for the size of the benchmark."""
 
     tokens: int = 100_000_000
-    """Smallest number of tokens in the dataset."""
+    """Minimum number of tokens in the dataset; the corpus is repeated until it is reached."""
 
     vocab_size: int = 32_768
     """Vocabulary size of the tokenizer."""
 
     per_layer_vocab_size: int = 10_000
-    """Number of entries of the per-layer vocabulary."""
+    """Number of entries in the per-layer vocabulary."""
 
     corpus_bytes: int = 8_000_000
     """Bytes of real text before repetition."""
@@ -136,7 +137,7 @@ def _seconds(action: Callable[[], object]) -> np.ndarray:
 
 
 def _rates(tokens: int, seconds: np.ndarray) -> list[str]:
-    """Million tokens per second, by wall time and by CPU time."""
+    """Returns million tokens per second, by wall time and by CPU time."""
     return [f"{tokens / second / 1e6:.1f}" for second in seconds]
 
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Measures what progressive training saves: time, memory and loss per stack, against end-to-end training and G_stack.
+"""Measures what progressive training saves: compares time, memory and loss with end-to-end training and G_stack.
 
     python benchmarks/progressive.py     12 layers in 3 stacks of 4, h=512, f=1536, V=8192, s=256; 40 minutes, all cores
+
+The model grows by one stack (a group of layers) at a time; the trunk is all earlier stacks. The strategies are:
 
     frozen + cache      stacks on a frozen trunk whose output is cached
     frozen              the same without the cache
@@ -9,14 +11,14 @@
     g_stack             new stacks are copies of the last one, and all layers train (arXiv 2405.15319)
     end to end          all layers train from the start
 
-All strategies see the same sequences in the same order, for the same number of steps; every new stack is a copy of the
-last one. The time of a step excludes start-up, evaluation and checkpoints. The strategies take turns stack by stack, so
-that changes in the machine's speed affect all of them. Each stack sees its sequences `epochs` times: the first epoch
-fills the cache, the others read it.
+All strategies train on the same sequences in the same order, for the same number of steps; every new stack is a copy of
+the last one. The time of a step excludes start-up, evaluation and checkpoints. The strategies take turns stack by
+stack, so that changes in the machine's speed affect all of them. Each stack trains on its sequences for `epochs`
+epochs: the first epoch fills the cache, the others read it.
 
 Memory is measured in two ways: the peak resident memory of a process that trains one stack; and the peak bytes of live
-tensors (weights, gradients, optimizer state and activations) in a training of two steps per stack, which is what a GPU
-would need.
+tensors (weights, gradients, optimizer state and activations) in a run of two steps per stack, which is what a GPU would
+need.
 """
 
 import os
@@ -45,10 +47,10 @@ STRATEGIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Shape and length of the measurement."""
+    """Flags for the shape of the model and the length of the measurement."""
 
     output_dir: str = "runs/benchmark_progressive"
-    """Directory for the corpus, racks, event files and report. An interrupted benchmark continues there."""
+    """Directory for the corpus, checkpoints, event files and report. An interrupted benchmark continues there."""
 
     hidden_size: int = 512
     """Hidden size (h)."""
@@ -72,13 +74,13 @@ class BenchmarkConfig:
     """Sequences per step, in one micro-batch."""
 
     stack_steps: int = 24
-    """Steps per stack. End-to-end training runs the same total."""
+    """Steps per stack. End-to-end training runs the same total number of steps."""
 
     epochs: int = 2
-    """How often a stack sees its sequences."""
+    """Number of times that a stack trains on each of its sequences."""
 
     strategies: tuple[str, ...] = tuple(STRATEGIES)
-    """Strategies to run; the others are compared with end_to_end."""
+    """Strategies to run; end_to_end is the one with which the others are compared."""
 
     count: str | None = None
     """Internal: train this strategy briefly and print the peak bytes of its tensors."""
@@ -133,7 +135,7 @@ def _print_tensors(config: BenchmarkConfig, out: Path) -> None:
         lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         found[name] = int(lines[-1])
     for name, size in found.items():
-        ratio = f", {size / found['end_to_end']:.3f} of end_to_end" if "end_to_end" in found else ""
+        ratio = f", {size / found['end_to_end']:.3f} times end_to_end" if "end_to_end" in found else ""
         print(f"{name}: at most {size / 2**20:.0f} MiB of tensors{ratio}")
 
 
@@ -173,13 +175,13 @@ def _prepare_data(config: BenchmarkConfig, out: Path) -> None:
 def _flags(
     config: BenchmarkConfig, out: Path, name: str, changed: Mapping[str, object] | None = None
 ) -> list[str]:
-    """Flags that train the next stack (or, end to end, as many steps).
+    """Returns the flags that train the next stack, or for end_to_end the same number of steps.
 
     Args:
         config: shape and length of the benchmark.
         out: directory of the benchmark.
         name: the strategy.
-        changed: flag -> value that replaces the usual one; None leaves the flag out.
+        changed: maps a flag to the value that replaces its usual value; None leaves the flag out.
     """
     sequences = config.stack_steps * config.batch_size // config.epochs
     values: dict[str, object] = {

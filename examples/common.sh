@@ -1,11 +1,11 @@
-# Sourced by the quickstarts in the project's root: functions to run commands and to make the shared data.
+# Functions of the quickstart scripts, which source this file in the project's root: run commands, make the shared data.
 
 python=${PYTHON:-python3}
 # Two processes share the cores; more threads than cores would only make them wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
 
-# make runs the environment's Python without activating it; a pasted command needs that.
+# make runs the Python of .venv without activating it. A command that a user pastes needs the activation, so print it.
 case $(command -v "$python") in
     "$PWD"/.venv/*) [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] || echo '$ . .venv/bin/activate' ;;
 esac
@@ -26,7 +26,7 @@ fresh_directory() { # DIRECTORY MARKER: creates DIRECTORY/MARKER; empties DIRECT
     mkdir -p "$1/$2"
 }
 
-find_or_make_data() { # DIRECTORY: sets $data to QUICKSTART if it holds data, else makes the data in DIRECTORY
+find_or_make_data() { # DIRECTORY: sets $data to QUICKSTART if this directory contains data, else makes data in DIRECTORY
     data=${QUICKSTART:-runs/quickstart}
     if [ -f "$data/held_out_text_document.idx" ] && [ -f "$data/tokenizer/tokenizer.json" ]; then
         return

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make quickstart`: pretrains a GPT with per-layer embeddings on real text, from corpus to generation, on two CPU cores
-# in about five minutes. Every command is printed before it runs. All output is under runs/quickstart, or the directory
-# given.
+# in about five minutes. Every command is printed before it runs. All output is under runs/quickstart, or under the
+# directory given as argument.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}

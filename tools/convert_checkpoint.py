@@ -2,6 +2,7 @@
 """Convert Llama, Mistral, Qwen2 and Qwen3 models between Hugging Face's format and this package's checkpoints.
 
     convert_checkpoint.py import --model-dir DIR --save CKPT      make a checkpoint from config.json and safetensors
+    convert_checkpoint.py import --model-dir X.gguf --save CKPT   make a checkpoint from a GGUF file
     convert_checkpoint.py export --load CKPT --model-dir DIR      make a directory that from_pretrained loads
 
 The tool runs in one process and needs no network. Checkpoints can be loaded at any tensor- and pipeline-parallel size.
@@ -27,7 +28,7 @@ class ImportConfig:
     """Flags for the model to import and the checkpoint to write."""
 
     model_dir: str
-    """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer."""
+    """Local Hugging Face directory with config.json, safetensors and optionally a tokenizer; or a GGUF file."""
 
     save: str
     """Directory to write the checkpoint to; must not exist yet, or be empty."""
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_import(config: ImportConfig) -> None:
-    """Write a local Hugging Face model and its tokenizer as a checkpoint, and its flags as model.yaml."""
+    """Convert a local Hugging Face model and its tokenizer to a checkpoint; write the model's flags to model.yaml."""
     from megatron_ext.interop import import_checkpoint
 
     found = import_checkpoint(
@@ -143,12 +144,12 @@ def run_import(config: ImportConfig) -> None:
     rest = f"--load {save} --data-path corpus_text_document --train-iters 1000"
     tokenizer = found.tokenizer_config
     if tokenizer.tokenizer_model is not None:
-        print("prepare data with its tokenizer:")
+        print("to prepare data with the model's tokenizer:")
         print(
             f"    python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod "
             f"--tokenizer-type {tokenizer.tokenizer_type} --tokenizer-model {shlex.quote(tokenizer.tokenizer_model)}"
         )
-    print("continue training, or convert it to NPT:")
+    print("to continue training, or to convert the model to NPT:")
     print(
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )
@@ -159,7 +160,7 @@ def run_import(config: ImportConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Write a checkpoint's model as a Hugging Face directory: config.json, safetensors, tokenizer."""
+    """Convert a checkpoint's model to a Hugging Face directory with config.json, safetensors and tokenizer."""
     options: dict[str, Any] = {
         "ckpt_step": config.ckpt_step,
         "architecture": config.architecture,

@@ -41,7 +41,7 @@ class OptionalTokenizerConfig(TokenizerConfig):
             super().__post_init__()
 
     def is_given(self) -> bool:
-        """Whether any tokenizer flag differs from its default."""
+        """Returns whether any tokenizer flag differs from its default."""
         files = (self.tokenizer_model, self.vocab_file, self.merge_file, self.vocab_size)
         return any(files) or self.tokenizer_type != "GPT2BPETokenizer"
 
@@ -104,7 +104,7 @@ class SplitConfig:
     """Prefixes of the datasets to write; the first gets the first documents, and so on."""
 
     shares: tuple[float, ...]
-    """Proportion of the documents that each dataset gets, such as 95 5."""
+    """Proportions in which the documents are divided among the datasets, such as 95 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ def run_inspect(flags: InspectFlags) -> int:
 
 
 def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | None) -> None:
-    """Prints the tokens of one document, with their text if a tokenizer is given, and with per-layer ids if given."""
+    """Prints the tokens of one document, with their text and their per-layer ids if the flags for these are given."""
     total = index.num_documents
     assert config.document is not None
     if not -total <= config.document < total:
@@ -256,7 +256,7 @@ def _show_document(config: InspectConfig, index: Index, tokenizer: Tokenizer | N
 
 
 def _per_layer_names(prefix: str) -> dict[int, str]:
-    """Returns the text of each per-layer id, from the vocabulary named in the manifest; empty if that is missing."""
+    """Returns the text of each per-layer id, from the vocabulary that the manifest names; empty if there is none."""
     made = (read_manifest(prefix) or {}).get("per_layer") or {}
     try:
         return row_names(made["vocab_file"], made["strategy"]) if made.get("vocab_file") else {}

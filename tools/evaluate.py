@@ -28,7 +28,7 @@ class EvaluateConfig(LoadConfig):
     distribution, and (if the model reports an accuracy) the accuracy of always predicting its most frequent token."""
 
     micro_batch_size: int = 4
-    """Number of windows that each process evaluates at a time."""
+    """Number of windows (sequences of --seq-length tokens) that each process evaluates at a time."""
 
     max_tokens: int | None = None
     """Evaluate only this many tokens of each dataset. Default: all."""

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Generates text with a trained model, in one process or in several under `torchrun`.
 
-A causal model generates token by token with a KV cache (greedy, temperature, top-k, top-p). A model that was trained on
-masked tokens begins with masks and replaces them with tokens, the most confident predictions first.
+A causal model generates token by token with a KV cache (greedy, temperature, top-k, top-p). With a model that was
+trained on masked tokens, the continuation begins as masks, which are replaced by tokens, the most confident first.
 """
 
 import sys
@@ -96,7 +96,7 @@ def _shown(tokenizer: "Tokenizer", prompt: list[int], new: list[int], stops: tup
 
     kept = cut_at_any(tokenizer.detokenize(new), stops)
     if kept == tokenizer.detokenize(new):
-        return tokenizer.detokenize(prompt + new)  # decoded together: one character may span the two
+        return tokenizer.detokenize(prompt + new)  # decoded together, because one character may span both
     return tokenizer.detokenize(prompt) + kept
 
 
@@ -133,8 +133,8 @@ def _generate(config: GenerateConfig, loaded: "LoadedModel", prompts: list[list[
         return generate_by_unmasking(*arguments, unmasking, tokenizer.vocab_size)
     if objective is not None and objective.bidirectional:
         raise ValueError(
-            f"--sampler autoregressive: requires a causal model; this one was trained with {objective.kind}, where "
-            "every token attends to all others"
+            f"--sampler autoregressive: requires a causal model; this model was trained with {objective.kind}, in "
+            "which every token attends to all others"
         )
     sampling = Sampling(**config.sampling_options(), stop_tokens=stop_tokens)
     return generate(*arguments, sampling, tokenizer.vocab_size, ends_with_any(tokenizer, _stops(config)))

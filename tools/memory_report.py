@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measures the memory that NP components need in training, with one delta matrix per token and in factored form.
+"""Measures the memory that NPT's components need in training: with one delta matrix per token, and in factored form.
 
     python tools/memory_report.py --np-rank 16 --np-target gate --output report.json
 
-For a few hidden sizes, it measures how many bytes per token one converted layer needs in addition to its base MLP: the
-bytes kept for the backward pass, and the peak (see `megatron_ext/npt/evaluation/delta_memory.py`). From these it
-extrapolates to a 7B model, for a whole micro-batch and all converted layers. The 448 GB mentioned in
-docs/design/npt_equivalence.md are one bf16 delta matrix [14336, 4096] for each of 4096 tokens.
+For a few hidden sizes, the tool measures how many bytes per token one converted layer needs in addition to its base
+MLP: the bytes kept for the backward pass, and the peak (see `megatron_ext/npt/evaluation/delta_memory.py`). From these
+it extrapolates to a 7B model, for a whole micro-batch and all converted layers. The 448 GB mentioned in
+docs/design/npt_equivalence.md are the size of one bf16 delta matrix [14336, 4096] for each of 4096 tokens.
 """
 
 import json
@@ -89,7 +89,7 @@ def main() -> None:
     layers = len(settings.layers(config.projected_num_layers))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise FileNotFoundError(f"--output {config.output}: the directory of the file does not exist")
-    # Imported late: torch and the engine take seconds, and `--help` or a mistyped flag should answer at once.
+    # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.npt.evaluation.delta_memory import measure_memory, project_memory
     from megatron_ext.platform.process_groups import initialize
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks in seconds that per-layer embedding works on this machine with the given flags and parallel layout.
 
-It trains a tiny model on data in which every second token is a function of the token before, prints the statistics of
-each layer, and fails if the per-layer parameters of a layer get no gradient or the loss does not fall.
+The tool trains a tiny model on data in which every second token is determined by the token before it, prints statistics
+of each layer, and fails if the per-layer parameters of a layer get no gradient or the loss does not fall.
 Exit codes: 0 passed, 1 failed, 2 wrong flag.
 """
 
@@ -98,7 +98,7 @@ def train(settings: PerLayerConfig, parallel: ParallelConfig) -> tuple[list[floa
 
 
 def rule() -> Iterator[dict[str, Any]]:
-    """Yields micro-batches without end, each with one sequence in which token 2i + 1 is a function of token 2i."""
+    """Yields micro-batches of one sequence without end; in each sequence, token 2i determines token 2i + 1."""
     import torch
 
     generator = torch.Generator().manual_seed(1)

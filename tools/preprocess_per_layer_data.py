@@ -1,8 +1,9 @@
-"""Build the per-layer vocabulary, the token-to-per-layer table and the aligned per-layer dataset.
+"""Build the data for per-layer embeddings: the dataset of per-layer ids, their vocabulary, and the table of ids.
 
-The tool reads the data that tools/preprocess_data.py has tokenized (OUTPUT_PREFIX_KEY_document). It writes
-PER_LAYER_OUTPUT_PREFIX_KEY_document.bin/.idx/.json, and the vocabulary with the table in the same directory. An
-existing vocabulary file is used unchanged; for a held-out set, give the vocabulary file of the training set.
+The dataset has one per-layer id for each token; the table maps token ids to per-layer ids. The tool reads the data that
+tools/preprocess_data.py has tokenized (OUTPUT_PREFIX_KEY_document). It writes the dataset to
+PER_LAYER_OUTPUT_PREFIX_KEY_document.bin/.idx/.json, and the table to the directory of the vocabulary file. An existing
+vocabulary file is used unchanged; for a held-out set, give the vocabulary file of the training set.
 """
 
 import time
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _require_tokenized(source: str, config: PerLayerDataConfig) -> None:
-    """Raises `ValueError` if the tokenized data is missing; the message shows the command that makes it."""
+    """Raises `FileNotFoundError` if the tokenized data is missing; the message shows the command that makes it."""
     if Path(bin_path(source)).is_file() and Path(idx_path(source)).is_file():
         return
     keys = f" --json-keys {' '.join(config.json_keys)}" if config.json_keys != ("text",) else ""
@@ -149,7 +150,7 @@ def _require_tokenized(source: str, config: PerLayerDataConfig) -> None:
 def _make_table(
     config: PerLayerDataConfig, tokenizer: Tokenizer, indices: list[Index]
 ) -> tuple[TableArray, int]:
-    """Returns the table [V] from token id to per-layer id, and the number of per-layer ids.
+    """Returns the table [V], which maps token ids to per-layer ids, and the number of per-layer ids.
 
     The vocabulary and the table are written if their files do not exist yet.
     """
@@ -173,7 +174,7 @@ def _make_table(
     marks = [SPECIAL[mark] for mark in _MARKS] if strategy == "attention_guidance" else []
     used, rows = len(np.union1d(table, marks)), rows_of(table)
     print(
-        f"{table_path(path, strategy)}: {len(table):,} token ids -> per-layer ids, {used:,} of {rows:,} rows used"
+        f"{table_path(path, strategy)}: maps {len(table):,} token ids to per-layer ids, {used:,} of {rows:,} used"
     )
     return table, rows
 
@@ -181,7 +182,10 @@ def _make_table(
 def _vocabulary(
     config: PerLayerDataConfig, path: str, tokenizer: Tokenizer, indices: list[Index]
 ) -> dict[str, int]:
-    """Returns the vocabulary (per-layer id by text): read from its file, or built from the tokens and written to it."""
+    """Returns the vocabulary, which maps texts to per-layer ids.
+
+    It is read from its file; if there is no such file, it is built from the tokens and written to the file.
+    """
     size = config.per_layer_vocab_size
     if Path(path).exists():
         vocabulary = load_vocabulary(path)

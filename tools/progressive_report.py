@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compares progressive training runs: time, memory and losses of each run and phase, as tables, JSON and an HTML page.
 
-A run is given as the --save directory of pretrain_progressive.py, which contains progressive.json. To report step times
-and losses, it must also contain a directory `tensorboard` (the run's --tensorboard-dir); to report held-out losses,
-evaluation.json, written by tools/evaluate.py.
+A run is given as the --save directory of pretrain_progressive.py, which contains progressive.json. Step times and
+losses are reported if this directory contains a directory `tensorboard` (the run's --tensorboard-dir); held-out losses
+are reported if it contains evaluation.json, written by tools/evaluate.py.
 """
 
 import json
@@ -24,7 +24,7 @@ class ProgressiveReportConfig:
     """Runs to compare, each as NAME=DIR: a name for the report, and the run's --save directory."""
 
     reference: str | None = None
-    """Name of the run whose step times and memory those of all runs are divided by."""
+    """Name of the run to compare with: all step times and memory figures are divided by those of this run."""
 
     html: str | None = None
     """HTML file to write with tables, growth timelines and loss curves; requires matplotlib."""
@@ -39,7 +39,7 @@ class ProgressiveReportConfig:
             if not (name and equals and directory):
                 raise ValueError(f"--runs {text}: must be NAME=DIR")
             if name in seen:
-                raise ValueError(f"--runs {text}: the name {name} is given twice")
+                raise ValueError(f"--runs {text}: the name {name} is given twice; each run needs its own")
             seen.add(name)
 
 
@@ -90,7 +90,8 @@ def _print(table: "Table") -> None:
     shown = RichTable(title=table.title)
     rows = [[_text(cell) for cell in row] for row in table.rows]
     for place, name in enumerate(table.columns):
-        # Each column is as wide as its widest cell or header word: rich would otherwise truncate numbers to the window.
+        # Each column is as wide as its widest cell or header word; otherwise rich would truncate numbers to fit the
+        # window.
         width = max(map(len, [*name.split(), *(row[place] for row in rows)]))
         is_text = any(isinstance(row[place], str) for row in table.rows)
         shown.add_column(name, justify="left" if is_text else "right", width=width)

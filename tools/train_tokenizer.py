@@ -104,8 +104,8 @@ def main() -> None:
     print(f"{config.output_dir}: {config.tokenizer_type} of {size:,} tokens")
     if size < config.vocab_size:
         print(
-            f"fewer than --vocab-size {config.vocab_size}: no further pair in the text occurs --min-frequency"
-            f" {config.min_frequency} times; the vocabulary size is {size:,}"
+            f"this is fewer than --vocab-size {config.vocab_size}, because no further pair in the text occurs at least "
+            f"{config.min_frequency} times (--min-frequency)"
         )
 
 

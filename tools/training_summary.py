@@ -78,7 +78,7 @@ def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def _pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
-    """Returns the first, last and evaluated steps, and evenly spread steps to make up `rows` in total."""
+    """Returns at most `rows` steps: the first, the last, evaluated steps, and further steps spread evenly."""
     evenly = [steps[round(i * (len(steps) - 1) / (rows - 1))] for i in range(rows)]
     kept = dict.fromkeys([steps[0], steps[-1], *evaluated[-rows:], *evenly])
     return sorted(list(kept)[: max(rows, 2)])

@@ -2,9 +2,9 @@
 """Validates an NPT checkpoint: all required files exist, can be read, and match their checksums.
 
     python tools/validate_checkpoint.py experiments/run/checkpoints/checkpoint-10000
-    python tools/validate_checkpoint.py experiments/run/checkpoints                     the newest complete checkpoint
 
-The layout of such a checkpoint is described in docs/design/npt_curriculum.md.
+Given a directory of checkpoints, the tool validates the newest complete one. The layout of an NPT checkpoint is
+described in docs/design/npt_curriculum.md.
 Exit codes: 0 valid, 1 damaged or incomplete, 2 wrong flag or directory.
 """
 
@@ -21,8 +21,8 @@ class ValidateConfig:
     """Flags for the checkpoint to validate."""
 
     checkpoint: str
-    """Directory of one checkpoint, or of several, of which the newest complete one is validated. It may also be given
-    first, without --checkpoint."""
+    """Directory of one checkpoint, or of several; then the newest complete one is validated. The directory may also be
+    given first, without --checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

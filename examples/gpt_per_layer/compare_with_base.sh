@@ -16,6 +16,7 @@ export OMP_NUM_THREADS=1
 [ -f "$data/train_text_document.idx" ] || { echo "error: $data/train_text_document.idx: missing; run make quickstart" >&2; exit 2; }
 mkdir -p "$out"
 
+# base: no per-layer embedding; 003: the settings of docs/design/per_layer_embedding.md; gemma4: those of Gemma 4
 declare -A variant=(
     [base]=""
     [003]="--use-per-layer-embedding --per-layer-vocab-file $data/per_layer_vocab.json"
@@ -52,7 +53,7 @@ import statistics
 from pathlib import Path
 
 out, seeds = Path(os.environ["OUT"]), os.environ["SEEDS"].split()
-print("| model | held-out loss, mean of seeds | of each seed | perplexity | ms/step |")
+print("| model | held-out loss, mean over seeds | loss of each seed | perplexity | ms/step |")
 print("|---|---|---|---|---|")
 for name in ("base", "003", "gemma4"):
     losses = [next(iter(json.loads((out / f"{name}-{seed}.json").read_text()).values()))["loss"] for seed in seeds]

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Converts a base model in several ways, trains each for the same steps, and prints perplexity ratios on held-out text.
+"""Converts a base model to NPT in several ways, trains each conversion, and prints perplexity ratios on held-out text.
 
     python examples/npt/compare_forms.py --base-checkpoint runs/base --train-data train_text_document \
         --held-out-data held_out_text_document --output forms.json
 
-Every row is one conversion: layers, residual, form, targets, rank, components, affine. All see the same batches. The
-script runs in one process and skips rows that the output file has already. It made the table in docs/npt.md.
+Every row of the table is one conversion: layers, residual, form, targets, rank, components, affine. All conversions are
+trained for the same number of steps on the same batches. The script runs in one process, and skips conversions whose
+results are already in the output file. It made the table in docs/npt.md.
 """
 
 import json
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
-    """Conversions to compare, and the data to compare them on."""
+    """Flags for the conversions to compare, and for the data to train and evaluate them on."""
 
     base_checkpoint: str
     """Checkpoint of the base model."""
@@ -59,7 +60,7 @@ class ComparisonConfig:
     """Weight of the direct MLP loss."""
 
     fidelity_weight: float = 1.0
-    """Weight of the divergence between the logits of NPT and base."""
+    """Weight of the divergence between the output distributions of the NPT model and the base model."""
 
     regularization_weight: float = 0.0
     """Weight of the regularization of the deltas."""
@@ -68,7 +69,7 @@ class ComparisonConfig:
     """Stages of the curriculum. Default: the stage `student` throughout."""
 
     np_init_scale: float = 0.01
-    """Size of the initial deltas."""
+    """Size of the initial deltas, the updates that NPT applies to the weights."""
 
     seeds: tuple[int, ...] = (1234,)
     """Seeds of the NP components and of the data order; every conversion is run with each of them."""
@@ -78,7 +79,7 @@ class ComparisonConfig:
 
 
 def main() -> int:
-    """Runs the rows that the output file lacks, and prints all."""
+    """Runs the conversions that the output file lacks, and prints the table of all."""
     config: ComparisonConfig = parse(
         ComparisonConfig, prog="compare_forms.py", description="Compare forms of NPT."
     )
@@ -115,7 +116,7 @@ def main() -> int:
 
 
 def module_of(row: str, init_scale: float) -> Any:
-    """Parses a row into NPT's configuration."""
+    """Returns the NPT configuration of a row, such as upper_half/keep/low_rank/gate+up/64."""
     from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 
     layers, residual, form, target, rank, *more = row.split("/")
@@ -133,7 +134,7 @@ def module_of(row: str, init_scale: float) -> Any:
 
 
 def run_config(config: ComparisonConfig, stored: dict[str, Any], seed: int) -> "RunConfig":
-    """Configuration of a training on the base model whose run_config.json is `stored`."""
+    """Returns the configuration of a training run on the base model whose run_config.json contains `stored`."""
     from megatron_ext.config.groups.data_config import DataConfig
     from megatron_ext.config.groups.logging_config import LoggingConfig
     from megatron_ext.config.groups.model_config import ModelConfig
@@ -193,13 +194,13 @@ def train_and_evaluate(config: ComparisonConfig, row: str, seed: int) -> dict[st
     options = RunOptions(base=base, prepare=before, finish=after)
     code = train(run, build_tokenizer(run.tokenizer), [family], options)
     if "ratio" not in found:
-        sys.exit(code)  # a signal stopped the training before its last step, so there is no result
+        sys.exit(code)  # a signal stopped the run before its last step, so there is no result
     found["seconds"] = time.perf_counter() - started
     return found
 
 
 def parameter_share(chunks: list[Any], converted: int) -> float:
-    """Number of trainable parameters / number of base parameters in the `converted` layers."""
+    """Returns the number of trainable parameters / the number of base parameters in `converted` layers."""
     trainable = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
     named = chunks[0].decoder.layers[0].named_parameters()
     return trainable / (converted * sum(p.numel() for name, p in named if "feed_forward" not in name))
@@ -208,7 +209,7 @@ def parameter_share(chunks: list[Any], converted: int) -> float:
 def perplexity_ratio(
     config: ComparisonConfig, length: int, chunks: list[Any], family: Any, found: dict[str, float]
 ) -> float:
-    """Perplexity NPT / base on held-out text; the perplexity of the base is measured once and stored in `found`."""
+    """Returns perplexity of NPT / perplexity of the base on held-out text; stores the latter in `found` for reuse."""
     from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.npt.modules.npt_layers import deactivated
 

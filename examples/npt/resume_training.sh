@@ -4,8 +4,8 @@
 #   bash examples/npt/resume_training.sh CHECKPOINT [ADDITIONAL_STEPS=15000] [FLAGS OF pretrain_npt.py ...]
 #
 # Flags override the configuration of the run: --learning_rate, --batch_size, --curriculum_stages, ... New checkpoints are
-# written beside CHECKPOINT. ADDITIONAL_STEPS count from it, so after an interruption give the newest one. If it is not the
-# newest, add --save DIRECTORY, or --overwrite-checkpoints to replace the later ones.
+# written beside CHECKPOINT. ADDITIONAL_STEPS count from CHECKPOINT, so after an interruption give the newest checkpoint.
+# If CHECKPOINT is not the newest, add --save DIRECTORY, or --overwrite-checkpoints to replace the later checkpoints.
 # Relative paths of the run's data are relative to the root of this project.
 set -euo pipefail
 usage="usage: resume_training.sh CHECKPOINT [ADDITIONAL_STEPS] [FLAGS ...]"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sequential NPT training: layer by layer, each on top of the trained ones (docs/design/npt_sequential.md).
+# Sequential NPT training: converts and trains one layer after the other (docs/design/npt_sequential.md).
 #
 #   bash examples/npt/run_sequential_training.sh [--demo] [--layers all|upper_half|0,1,2] [--steps N]
 #       [--dataset small|medium|large] [FLAGS OF pretrain_npt.py ...]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Progressive growth on two CPU cores, on real text. A model of six layers is trained in five ways on the same tokens
 # (three stacks on a frozen and cached trunk, prepended stacks, a 4-bit trunk with adapters, G_stack, end to end); tables
-# and one page compare them. Then a rack is trained on masked tokens and generates by unmasking.
+# and one page compare them. Then a model is grown on masked tokens, and generates text by replacing masks.
 #
 #     bash examples/progressive/quickstart.sh [DIRECTORY]        `make progressive` does this; seven minutes
 #
@@ -23,7 +23,7 @@ causal=("${common[@]}" --training-objective clm --micro-batch-size 4 --global-ba
     --stack-steps 80 --epoch-samples 400 --eval-interval 40)
 evaluate=(--data-path "$data/held_out_text_document" --max-tokens 60000)
 
-train() { # NAME FLAGS...: trains a rack and evaluates it on held-out text
+train() { # NAME FLAGS...: grows a model and evaluates it on held-out text
     local name=$1
     shift
     run "${torchrun[@]}" pretrain_progressive.py "$@" --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard"
@@ -43,7 +43,7 @@ train g_stack "${causal[@]}" --no-qlora-enabled --growth-init copy --trunk-strat
 echo "== 5. End to end: all six layers train from the start, for the same number of steps"
 train end_to_end "${causal[@]}" --no-qlora-enabled --no-enabled --no-cache-activations
 
-echo "== 6. Compare the five, after the same steps and tokens"
+echo "== 6. Compare the five models, after the same steps and tokens"
 run "$python" tools/progressive_report.py --html "$out/report.html" --output "$out/report.json" --reference end_to_end \
     --runs append="$out/append" prepend="$out/prepend" qlora="$out/qlora" g_stack="$out/g_stack" end_to_end="$out/end_to_end"
 echo "After so few steps on repeated text only time and memory can be compared; docs/progressive.md has longer runs."

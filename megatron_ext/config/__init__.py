@@ -1,5 +1,7 @@
 """Configuration: a frozen tree of dataclasses, and the one place that reads the command line and YAML files.
 
+The modules, and what each is for:
+
     run_config       RunConfig, the configuration of a training run; each model family adds its groups in a subclass
     groups/          one dataclass per config group; each field is a flag, and its docstring is the flag's help text
     cross_checks     checks that compare several config groups; `RunConfig.resolved` runs them

@@ -58,11 +58,11 @@ def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None
     )
     for flag, value in divided:
         if value % size:
-            raise ValueError(f"{flag} {value}: not divisible by --tensor-model-parallel-size {size}")
+            raise ValueError(f"{flag} {value}: must be divisible by --tensor-model-parallel-size {size}")
     groups = model.resolved_num_query_groups
     if groups % size and size % groups:
         raise ValueError(
-            f"--num-query-groups {groups}: neither a multiple nor a divisor of --tensor-model-parallel-size {size}"
+            f"--num-query-groups {groups}: must be a multiple or a divisor of --tensor-model-parallel-size {size}"
         )
 
 
@@ -70,14 +70,14 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     stages = parallel.pipeline_model_parallel_size
     if model.num_layers % stages:
         raise ValueError(
-            f"--num-layers {model.num_layers}: not divisible by --pipeline-model-parallel-size {stages}"
+            f"--num-layers {model.num_layers}: must be divisible by --pipeline-model-parallel-size {stages}"
         )
     layers = model.num_layers // stages
     virtual_layers = parallel.num_layers_per_virtual_pipeline_stage
     if virtual_layers is not None and layers % virtual_layers:
         raise ValueError(
             f"--num-layers-per-virtual-pipeline-stage {virtual_layers}: "
-            f"does not divide the {layers} layers of a pipeline stage"
+            f"must divide {layers}, the number of layers in a pipeline stage"
         )
     chunk = virtual_layers if virtual_layers is not None else layers
     recomputed = parallel.recompute_num_layers
@@ -92,7 +92,8 @@ def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ValueError("--recompute-modules mlp: requires --disable-bias-linear and no --add-mlp-bias")
     if parallel.sequence_parallel and length % tensor:
         raise ValueError(
-            f"--seq-length {length}: --sequence-parallel needs it divisible by --tensor-model-parallel-size {tensor}"
+            f"--seq-length {length}: with --sequence-parallel it must be divisible by "
+            f"--tensor-model-parallel-size {tensor}"
         )
 
 
@@ -114,19 +115,19 @@ def _check_batch(parallel: ParallelConfig, training: TrainingConfig, data_parall
     global_batch_size = training.resolved_global_batch_size(data_parallel_size)
     if training.train_samples is not None and training.train_samples < global_batch_size:
         raise ValueError(
-            f"--train-samples {training.train_samples}: must be at least one global batch of {global_batch_size}"
+            f"--train-samples {training.train_samples}: must be at least {global_batch_size}, the global batch size"
         )
     micro_batches = global_batch_size // (training.micro_batch_size * data_parallel_size)
     stages = parallel.pipeline_model_parallel_size
     if parallel.num_layers_per_virtual_pipeline_stage is not None and micro_batches % stages:
         raise ValueError(
             f"--global-batch-size {global_batch_size}: gives {micro_batches} micro-batches per step; "
-            f"with virtual stages their number must be a multiple of --pipeline-model-parallel-size {stages}"
+            f"with virtual pipeline stages this must be a multiple of --pipeline-model-parallel-size {stages}"
         )
 
 
 def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> None:
-    """Checks that schedule and run length share one unit (steps or samples), and that the phases fit the schedule."""
+    """Checks that schedule and run length use the same unit (steps or samples), and that warm-up and decay fit."""
     counts_samples = training.train_samples is not None
     unit, other = ("samples", "iters") if counts_samples else ("iters", "samples")
     for kind in ("decay", "warmup", "wsd_decay"):
@@ -141,10 +142,10 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
     warmup = getattr(optimizer, f"lr_warmup_{unit}")
     if warmup >= decay:
         raise ValueError(
-            f"--lr-warmup-{unit} {warmup}: must be less than the {decay} {unit} of the whole schedule"
+            f"--lr-warmup-{unit} {warmup}: must be less than the length of the schedule, {decay} {unit}"
         )
     wsd_decay = getattr(optimizer, f"lr_wsd_decay_{unit}")
     if wsd_decay is not None and wsd_decay > decay:
         raise ValueError(
-            f"--lr-wsd-decay-{unit} {wsd_decay}: exceeds the {decay} {unit} of the whole schedule"
+            f"--lr-wsd-decay-{unit} {wsd_decay}: must be at most the length of the schedule, {decay} {unit}"
         )

@@ -37,7 +37,8 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
-    """Maps each field that differs from its default to the source of its value. This field is not a config group."""
+    """Maps each field that differs from its default to the source of its value (a flag, the YAML file, a checkpoint).
+    It is not a config group."""
 
     def resolved(self: C, world_size: int, *, epoch_samples: int | None = None) -> C:
         """Checks the config groups against each other, and converts a run length in epochs to optimizer steps.

@@ -1,4 +1,4 @@
-"""Converts configurations to dictionaries of JSON types (for checkpoints and manifests) and to YAML text.
+"""Converts configurations to dictionaries that JSON can store (for checkpoints and manifests) and to YAML text.
 
 The YAML text is a valid `--config` file: a run's printed configuration can start the same run again.
 """
@@ -40,7 +40,7 @@ def group_from_dict(group_type: type[G], values: Mapping[str, Any], name: str) -
     for key in values:
         if key not in known:
             raise ValueError(
-                f"the configuration's section {name}: unknown key {key}{did_you_mean(key, known)}"
+                f"section {name} of the configuration has the unknown key {key}{did_you_mean(key, known)}"
             )
     return group_type(**{key: _frozen(value) for key, value in values.items()})
 

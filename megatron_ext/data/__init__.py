@@ -1,5 +1,7 @@
 """Everything about data, from raw text to the samples that a training step reads.
 
+The packages, and what each does:
+
 readers/      read raw text: files, lines, documents
 tokenizers/   text to ids and back
 preprocess/   raw text to indexed datasets (tools/preprocess_data.py)

@@ -1,4 +1,4 @@
-"""Chooses the parallel layout for inference where the user has not given one."""
+"""Chooses the parallel layout for inference if the user has not given it."""
 
 import itertools
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def choose_layout(
             refused = error
         else:
             return layout
-    raise refused  # from the smallest layout: the size that the user gave does not fit
+    raise refused  # the error of the smallest layout, so the size that the user gave does not fit
 
 
 def check_layout(

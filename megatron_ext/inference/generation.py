@@ -25,7 +25,7 @@ from megatron_ext.training.interface.family_interface import Batch, Family, auxi
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Settings for choosing the next token."""
 
     max_new_tokens: int = 64
     """Number of tokens to generate after each prompt."""
@@ -34,7 +34,7 @@ class Sampling:
     """The logits are divided by this value; 0 always takes the most likely token (greedy decoding)."""
 
     top_k: int = 0
-    """Sample only from this many most likely tokens; 0 turns the limit off."""
+    """Number of most likely tokens to sample from; 0 turns the limit off."""
 
     top_p: float = 0.0
     """Sample from the smallest set of most likely tokens whose probabilities reach this sum; 0 turns this off."""
@@ -101,7 +101,7 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     total = max(lengths) + sampling.max_new_tokens
     if min(lengths) == 0:
-        raise ValueError("a prompt has no tokens; give at least one")
+        raise ValueError("a prompt has no tokens; every prompt needs at least one")
     model.check_length(
         total, f"--max-new-tokens {sampling.max_new_tokens}, after a prompt of {max(lengths)} tokens"
     )
@@ -209,7 +209,7 @@ def stage_logits(
     group = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
         hidden_size = model.config.hidden_size
-        # Auxiliary inputs of families travel between stages as further rows of the hidden width.
+        # Auxiliary streams of model families are sent between stages as additional rows of the hidden states.
         shape = (tokens.size(1) * model.auxiliary.pipeline_factor(hidden_size), len(tokens), hidden_size)
         received = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
@@ -241,7 +241,7 @@ def _chosen(
 
 def share_from_last_stage(tokens: torch.Tensor) -> None:
     """Broadcasts the tokens of the last pipeline stage to all stages, in place."""
-    # Tensor ranks need no broadcast: they have equal logits and equal generators.
+    # Tensor-parallel ranks need no broadcast: they have equal logits and equal generators.
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 

@@ -78,8 +78,8 @@ def load_model(
         pipeline_model_parallel_size: like `tensor_model_parallel_size`.
         bf16: run in bfloat16 instead of fp32.
         tokenizer: configuration with the new path of the tokenizer's files; None uses the path that training used.
-        bos: whether a text begins with the begin-of-text token. None follows the training data if the checkpoint
-            records what it did, else the tokenizer's files.
+        bos: whether a text begins with the begin-of-text token. If None, texts begin as in the training data if the
+            checkpoint records that, and otherwise as the tokenizer's files say.
 
     Raises:
         ValueError: the layout does not fit the model, the tokenizer differs from the one used in training, or the
@@ -93,9 +93,10 @@ def load_model(
     if built.fingerprint() != stored["tokenizer_fingerprint"]:
         ours = in_words({**built.describe(), "files": built.files})
         raise ValueError(
-            f"{path}: the model was trained with another tokenizer ({tokenizer_in_words(stored)}), got {ours}"
+            f"{path}: the given tokenizer ({ours}) is not the one that the model was trained with "
+            f"({tokenizer_in_words(stored)}); give the original tokenizer"
         )
-    # A model that was imported and never trained here has no section `training`; its tokenizer's files decide.
+    # A model that was imported and not trained since has no section `training`; its tokenizer's files decide.
     if "training" in stored:
         built.begin_as(
             stored.get(BEGIN, [])
@@ -104,7 +105,8 @@ def load_model(
     unknown = set(stored["families"]) - set(families)
     if unknown:
         raise ValueError(
-            f"{path}: was built with the model family {', '.join(sorted(unknown))}, which this tool does not support"
+            f"{path}: the model was built with the model family {', '.join(sorted(unknown))}, "
+            "which this tool does not support"
         )
     made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
     world_size = process_groups.world_size()

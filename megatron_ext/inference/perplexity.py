@@ -123,9 +123,10 @@ def held_out_steps(
     max_tokens: int | None = None,
     begin: Begin | None = None,
 ) -> Iterator[list[Batch]]:
-    """Yields this rank's micro-batches of a dataset in groups, each with one micro-batch per pipeline stage.
+    """Yields groups of this rank's micro-batches of a dataset; a group has one micro-batch per pipeline stage.
 
-    `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows and of added micro-batches.
+    `loss_mask` is 1 where a token is predicted, and 0 in the padding of short windows. In micro-batches that are added
+    to complete the last group it is 0 everywhere.
 
     Args:
         prefix: path of the indexed dataset without `.bin` or `.idx`; the dataset must exist and be intact.

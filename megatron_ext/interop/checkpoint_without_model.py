@@ -1,7 +1,8 @@
 """Reads and writes a checkpoint as plain tensors by global name, in one process and without building a model.
 
-An imported model is stored as a checkpoint of step 0, without optimizer, scheduler or random state. Every tool that
-loads a model can load it, in any parallel layout; to train from it, pass `--finetune`.
+A tensor's global name does not depend on the parallel layout. An imported model is stored as a checkpoint of step 0,
+without optimizer, scheduler or random state. Every tool that loads a model can load such a checkpoint, in any parallel
+layout; to train from it, pass `--finetune`.
 """
 
 import json
@@ -54,16 +55,16 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
 
 
 def _extra_states(names: Iterable[str]) -> dict[str, ShardedObject]:
-    """Returns the `_extra_state` object that mcore expects with every linear layer's weight; empty without FP8."""
+    """Returns the `_extra_state` object that mcore expects for every linear layer; it holds data only with FP8."""
     layers = [name.removesuffix("weight") for name in names if ".linear_" in name and name.endswith("weight")]
     keys = [f"{layer}_extra_state" for layer in layers]
     return {key: ShardedObject(key, None, (1,), (0,)) for key in keys}
 
 
 class CheckpointState(Mapping[str, torch.Tensor]):
-    """The model tensors of one or more checkpoints, each read on access; needs a process group of size 1.
+    """Maps names to the model tensors of one or more checkpoints; a tensor is read when it is accessed.
 
-    The constructor compares all files with their checksums.
+    Needs a process group of size 1. The constructor compares all files with their checksums.
 
     Args:
         *folders: directory of each checkpoint. A tensor is read from the first checkpoint that has it, so a checkpoint

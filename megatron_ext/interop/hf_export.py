@@ -95,14 +95,15 @@ def export_hf(
                     config["eos_token_id"] = tokenizer.eod
             else:
                 messages.append(
-                    f"no tokenizer is written: transformers has no {tokenizer_config.tokenizer_type}"
+                    "no tokenizer is written, because transformers has no counterpart of "
+                    f"{tokenizer_config.tokenizer_type}"
                 )
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if imported is not None:
             messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
-            # After training, the exported tokenizer must produce the ids the model was trained on. Before any training,
-            # transformers may read it as differently from us as it reads the original directory.
+            # After training, the exported tokenizer must give the ids that the model was trained on. Before any
+            # training, it may differ from ours as the tokenizer in the imported directory does.
             as_imported = (
                 imported is not None
                 and not imported.is_trained
@@ -122,14 +123,14 @@ def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.T
         (set(state) - wanted, "the model to export has a tensor that no Llama-like model has:"),
     ):
         if names:
-            raise ValueError(f"{what} {min(names)} ({len(names)} tensors in all)")
+            raise ValueError(f"{what} {min(names)} (number of such tensors: {len(names)})")
     return found
 
 
 def _tensors(
     found: list[Entry], model: ModelConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> Iterator[tuple[list[tuple[str, int]], Callable[[], list[torch.Tensor]]]]:
-    """Yields, for each entry, the arguments of `write_safetensors`: its parts as (name, bytes), and their reader."""
+    """Yields a group for `write_safetensors` per entry: (name, bytes) of its parts, and a function that reads them."""
     for entry in found:
         size = (dtype or _dtype(state, entry.name)).itemsize
         sizes = [(name, torch.Size(shape).numel() * size) for name, shape in entry.parts]
@@ -236,7 +237,7 @@ def _check_families(families: dict[str, Any], load: str, *, base_only: bool) -> 
         if not base_only:
             raise ValueError(
                 f"--load {load}: no Llama-like model can express the model family {name}; use --base-only to "
-                "export the frozen base without it, or --merge-adapters for a rack with adapters"
+                "export the frozen base without it, or --merge-adapters for a progressive model with adapters"
             )
         if not _value(configuration, "freeze_base"):
             raise ValueError(
@@ -259,7 +260,7 @@ def _tokenizer_config(
         config = replace(config, tokenizer_model=tokenizer_model)
     if build_tokenizer(config).fingerprint() != run_config["tokenizer_fingerprint"]:
         raise ValueError(
-            f"--load {load}: was trained with another tokenizer than {config.tokenizer_model}; "
-            "give the original one with --tokenizer-model"
+            f"--load {load}: this model was trained with a tokenizer other than {config.tokenizer_model}; "
+            "give the original tokenizer with --tokenizer-model"
         )
     return config

@@ -1,4 +1,4 @@
-"""Imports a Llama-like model from a local Hugging Face directory, into memory or into a checkpoint.
+"""Imports a Llama-like model from a local Hugging Face directory or GGUF file, into memory or into a checkpoint.
 
 Nothing is downloaded, and no code from the directory is run.
 """
@@ -17,10 +17,12 @@ from megatron_ext.config.serialize import format_groups, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.interop.checkpoint_without_model import write_checkpoint
 from megatron_ext.interop.formats.hf_config import to_model_config
-from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, read_config
+from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, TensorFiles, read_config
 from megatron_ext.interop.formats.imported_model import Imported, left_behind
 from megatron_ext.interop.formats.tokenizer_files import copy_imported, imported_tokenizer
 from megatron_ext.interop.formats.weight_layout import entries
+from megatron_ext.interop.gguf.gguf_metadata import is_gguf
+from megatron_ext.interop.gguf.gguf_model import open_gguf
 from megatron_ext.interop.output_directory import check_free, complete_directory
 from megatron_ext.models.build_model import padded_vocab_size
 from megatron_ext.platform import process_groups
@@ -32,7 +34,10 @@ FLAGS_FILE = "model.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
-    """A model read from a Hugging Face directory."""
+    """A model read from a Hugging Face directory or a GGUF file."""
+
+    folder: Path
+    """Directory with the model's small files: the Hugging Face directory, or a directory made from the GGUF file."""
 
     model: ModelConfig
     """Configuration of the base model."""
@@ -68,7 +73,8 @@ def load_hf(
     """Opens a Hugging Face model: reads its configuration and file headers and compares them, but reads no tensors yet.
 
     Args:
-        model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model.
+        model_dir: local directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model; or such a
+            model as a GGUF file.
         seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
         make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
             avoids padding.
@@ -77,19 +83,21 @@ def load_hf(
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or a `ModelConfig` cannot express the model.
     """
-    content = read_config(model_dir)
+    folder, files, notes = _open(model_dir)
+    content = read_config(folder)
     source = to_model_config(
         content,
-        str(Path(model_dir) / "config.json"),
+        str(folder / "config.json") if folder == Path(model_dir) else str(model_dir),
         seq_length=seq_length,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     model = source.model
-    config, tokenizer, message = imported_tokenizer(model_dir, source.vocab_size)
+    config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
-    state = HuggingFaceState(SafetensorsFiles(model_dir), model, entries(model, source.vocab_size, padded))
-    imported, left = Imported.read(model_dir, content)
+    state = HuggingFaceState(files, model, entries(model, source.vocab_size, padded))
+    imported, left = Imported.read(folder, content)
     return HuggingFaceModel(
+        folder=folder,
         model=model,
         tokenizer_config=config,
         tokenizer=tokenizer,
@@ -97,8 +105,18 @@ def load_hf(
         state=state,
         dtype=state.dtype,
         imported=imported,
-        messages=(*source.messages, *([message] if message else []), *left_behind(left)),
+        messages=(*notes, *source.messages, *([message] if message else []), *left_behind(left)),
     )
+
+
+def _open(model_dir: str | Path) -> tuple[Path, TensorFiles, list[str]]:
+    """Returns the directory of the model's small files, its tensors, and messages for the user."""
+    if not is_gguf(model_dir):
+        read_config(model_dir)  # first, because its error says what else the directory holds
+        return Path(model_dir), SafetensorsFiles(model_dir), []
+    folder, files = open_gguf(model_dir)
+    types = [kind for kind in files.types if kind not in ("F32", "F16", "BF16")]
+    return folder, files, [f"{', '.join(types)} tensors are dequantized to fp32"] if types else []
 
 
 def import_checkpoint(
@@ -111,6 +129,8 @@ def import_checkpoint(
 ) -> HuggingFaceModel:
     """Converts a Hugging Face model to a checkpoint; on an error nothing is left at `save`.
 
+    It writes these files:
+
         {save}/iter_0000000/, {save}/latest_checkpointed_iteration.txt      the checkpoint
         {save}/tokenizer/                                                   the tokenizer's files
         {save}/hugging_face/                                                other small files of `model_dir`
@@ -119,7 +139,7 @@ def import_checkpoint(
     `model_dir`, `seq_length` and `make_vocab_size_divisible_by` are described at `load_hf`.
 
     Args:
-        save: directory for the checkpoint; must not exist yet, or be empty.
+        save: directory for the checkpoint; must be empty or not exist yet.
         message: called with each line of text for the user.
 
     Returns:
@@ -137,8 +157,8 @@ def import_checkpoint(
     )
     tokenizer = found.tokenizer_config
     if tokenizer.tokenizer_model is not None:
-        # "." for a tokenizer that is a directory; a file name for a SentencePiece model.
-        within = os.path.relpath(tokenizer.tokenizer_model, model_dir)
+        # `within` is "." for a tokenizer that is a directory, and a file name for a SentencePiece model.
+        within = os.path.relpath(tokenizer.tokenizer_model, found.folder)
         place = os.path.abspath(Path(save, TOKENIZER_FOLDER, within))
         tokenizer = replace(tokenizer, tokenizer_model=place)
     run_config = {
@@ -153,7 +173,7 @@ def import_checkpoint(
     process_groups.initialize(ParallelConfig(), seed=1234)
     try:
         with complete_directory(save, "--save") as folder:
-            copy_imported(found.tokenizer, Path(model_dir), folder / TOKENIZER_FOLDER)
+            copy_imported(found.tokenizer, found.folder, folder / TOKENIZER_FOLDER)
             found.imported.copy_files(folder)
             (folder / FLAGS_FILE).write_text(_flags(found.model, tokenizer), encoding="utf-8")
             write_checkpoint(folder, found.state, run_config)

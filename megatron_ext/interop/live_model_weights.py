@@ -22,13 +22,14 @@ def load_into(chunks: list[GPTModel], state: Mapping[str, torch.Tensor]) -> None
             to the dtype of the parameters.
 
     Raises:
-        ValueError: the tensors in `state` have other names or shapes than the model's; raised on every rank.
+        ValueError: the names or shapes in `state` differ from the model's; raised on every rank.
     """
     taken = set().union(*gather_or_raise(lambda: _fill(chunks, state)))
     left = sorted(set(state) - taken)
     if left:
         raise ValueError(
-            f"the given tensors have {left[0]} ({len(left)} tensors in all), which the model to be filled lacks"
+            f"the given tensors contain {left[0]}, which the model to be filled lacks "
+            f"(number of such tensors: {len(left)})"
         )
 
 

@@ -28,7 +28,7 @@ def check_free(target: str | Path, flag: str, *, overwrite: bool = False) -> Non
     if path.exists() and not path.is_dir():
         raise ValueError(f"{flag} {target}: is a file; give a directory that does not exist or is empty")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"{flag} {target}: not empty; give a directory that does not exist or is empty")
+        raise ValueError(f"{flag} {target}: is not empty; give a directory that does not exist or is empty")
 
 
 @contextlib.contextmanager
@@ -36,12 +36,12 @@ def complete_directory(target: str | Path, flag: str, *, overwrite: bool = False
     """Yields an empty directory to write into and renames it to `target` when the block ends without an error.
 
     Args:
-        target: path of the output directory; must not exist or be empty, unless `overwrite` is set.
+        target: path of the output directory; must be empty or not exist, unless `overwrite` is set.
         flag: the command-line flag that gave `target`, for error messages.
         overwrite: replace the content of `target`.
 
     Raises:
-        ValueError: `target` is a file, or not empty.
+        ValueError: `target` is a file, or a directory that is not empty.
         OSError: the directory cannot be written; no partial output is left.
     """
     check_free(target, flag, overwrite=overwrite)

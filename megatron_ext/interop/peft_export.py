@@ -1,10 +1,11 @@
 """Exports a LoRA adapter in the format of Hugging Face's `peft`, for a base model exported by `interop.export_hf`.
 
-    adapter_config.json, adapter_model.safetensors       PeftModel.from_pretrained(base, directory)
+The files adapter_config.json and adapter_model.safetensors are written into a directory, which
+`PeftModel.from_pretrained(base, directory)` loads.
 
-Hugging Face splits megatron-core's fused projections, so the adapter of a fused projection is split too: each part gets
-its own rows of B and a copy of A. Each part of the product B A has the same rows as before, so the model computes the
-same function. Each adapter is exported separately; `peft` adds up the active adapters:
+An adapter adds the product B A of two factors to a weight. Hugging Face splits megatron-core's fused projections, so
+the adapter of a fused projection is split too: each part gets its rows of B and a copy of A. The rows of B A stay the
+same, so the model computes the same function. Each adapter is exported separately; `peft` adds up the active adapters:
 
     model = PeftModel.from_pretrained(base, "stack", adapter_name="stack")
     model.load_adapter("progressive", adapter_name="progressive")
@@ -40,7 +41,7 @@ ADAPTER_FLAG = "--adapter-dir"
 
 
 def gather_lora_factors(chunks: list[GPTModel], name: str) -> dict[str, torch.Tensor]:
-    """Gathers the unsharded factors of an adapter in CPU memory on every rank. Collective.
+    """Gathers the unsharded factors A and B of an adapter in CPU memory on every rank. Collective.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -89,7 +90,7 @@ def export_peft(
         chunks: this rank's model chunks, unwrapped.
         name: name of the adapter.
         model: configuration of the base model.
-        directory: output directory; must not exist or be empty, unless `overwrite` is set.
+        directory: output directory; must be empty or not exist, unless `overwrite` is set.
         base_model: path or hub name of the exported base model, recorded in adapter_config.json.
         overwrite: replace the content of `directory`.
 

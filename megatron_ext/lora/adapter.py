@@ -1,15 +1,15 @@
-"""LoRA adapters of a tensor-parallel linear layer.
+"""LoRA adapters of a tensor-parallel linear layer with the weight W.
 
     y = W x + sum over adapters of (alpha / r) B A x             A: [r, input], B: [output, r]   (arXiv 2106.09685)
 
 A is initialized from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), where `input` is the whole layer's input
-size in any parallel layout; B is zero. There is no dropout.
+size in any parallel layout; B is zero. There is no dropout. How the factors are split over tensor-parallel ranks:
 
     column-parallel W    A is replicated on every rank; B is split over the output like W. `A x` is computed first and
-                         then copied (under sequence parallelism: gathered) to all ranks. So the gradient of A is
-                         complete; copying x instead, as the base layer does, would leave it partial.
-    row-parallel W       A is split over the input like W, and its products are summed (under sequence parallelism: and
-                         scattered); B is replicated on every rank.
+                         then passed to all ranks by a copy, or under sequence parallelism by a gather. So the gradient
+                         of A is complete; copying x instead, as the base layer does, would leave it partial.
+    row-parallel W       A is split over the input like W; the ranks' products with A are summed, and under sequence
+                         parallelism also scattered. B is replicated on every rank.
 
 All adapters of a linear layer share one communication and two products.
 Source: docs/design/progressive_growth.md.
@@ -64,7 +64,7 @@ class LoRAAdapter(MegatronModule):
         self.tp_group = tp_group
         self.is_gated = is_gated
         self.split_dims = {"A": 1} if splits_input else {"B": 0}
-        """Maps the factor that tensor parallelism splits to the dimension that is split; the other is replicated."""
+        """Maps the factor that is split over the ranks to the dimension that is split; the other is replicated."""
         self._add_factor("A", [shape.rank, input_size])
         self.A.init_uniform = input_size**-0.5
         self._add_factor("B", [output_size, shape.rank])

@@ -1,12 +1,12 @@
-"""Four-bit weights, NF4 (QLoRA) and NVFP4: packs and unpacks them with bitsandbytes and torchao.
+"""Packs and unpacks four-bit weights. The two precisions, their formats and the libraries that implement them:
 
     qlora    NF4 (arXiv 2305.14314): 16 quantiles of the normal distribution, one fp32 scale per block of 64
              consecutive weights in row-major order. bitsandbytes, on CPU and CUDA.              4.5 bits per weight
     nvfp4    4-bit floats (E2M1), one E4M3 scale per block of 16 weights and one fp32 scale per matrix. torchao, in
              torch operations that run on CPU and CUDA.                                          4.5 bits per weight
 
-Only storage is in four bits: a product unpacks the weights and is computed in the run's precision. So NVFP4 saves
-memory on every machine, but no time.
+Only storage is in four bits: a matrix product unpacks the weights and is computed in the run's precision. So both
+formats save memory, but no time, even on a machine with hardware for NVFP4.
 
 Unpacking to fp32 and packing again gives the same bytes. A checkpoint therefore stores plain values under the weight's
 own name, loads into a layer of any precision in any parallel layout, and restores exactly the weights that were saved.
@@ -133,13 +133,13 @@ def is_packed(precision: str | None) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A tensor-parallel rank's part of a linear layer's matrix, [rows, row]."""
+    """The size of a tensor-parallel rank's part of a linear layer's matrix: `rows` rows of `row` values each."""
 
     rows: int
     """Number of outputs of this part."""
 
     row: int
-    """Number of inputs of this part, the length of a row."""
+    """Number of inputs of this part, which is the length of a row."""
 
     splits_input: bool
     """Whether ranks split the input (row-parallel layer); otherwise they split the output."""
@@ -149,7 +149,7 @@ class Part:
 
 
 def check_part(precision: str, part: Part, ranks: int) -> None:
-    """Checks that a format's blocks fit a rank's part of a matrix.
+    """Checks that a rank's part of a matrix consists of whole blocks (weights that share a scale).
 
     Args:
         precision: `qlora` or `nvfp4`.

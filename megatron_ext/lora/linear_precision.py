@@ -1,15 +1,19 @@
-"""The precision of the linear layers in a stack of layers: storage of frozen weights, and dtype of the products.
+"""The precision of the linear layers in a stack (a group of consecutive layers that is trained or frozen as a whole).
 
-    full       fp32           half       fp16           bfloat16   bf16
-    qlora      NF4 weights    nvfp4      NVFP4 weights  both compute in the run's precision; see `four_bit_weights`
+It determines how frozen weights are stored and in which dtype the matrix products are computed:
+
+    precision    frozen weights    products
+    full         fp32              fp32
+    half         fp16              fp16
+    bfloat16     bf16              bf16
+    qlora        NF4, 4 bits       in the run's precision; see `four_bit_weights`
+    nvfp4        NVFP4, 4 bits     in the run's precision
 
 A linear layer casts its input to the stack's precision, multiplies, and casts the output back. Everything between the
 linear layers (residual stream, norms, attention), biases and the tensors between pipeline stages stay in the run's
-precision, so stacks of different precisions can follow one another.
-
-    frozen weight      stored in the stack's precision; the backward pass saves no activation
-    trained weight     stored in the run's precision (with `full` in fp32) and cast for the product; its gradient has
-                       the dtype in which it is stored
+precision, so stacks of different precisions can follow one another. For a frozen weight no activation is saved. A
+trained weight is stored in the run's precision (with `full` in fp32) and cast for the product; its gradient has the
+dtype in which it is stored.
 
 So with --bf16 a stack of precision `full` multiplies in fp32, but its norms, biases and adapters are in bf16.
 """
@@ -32,7 +36,7 @@ def compute_dtype(precision: str | None, run_dtype: torch.dtype) -> torch.dtype:
 
 
 class _MixedLinear(torch.autograd.Function):
-    """Computes x W^T in a dtype other than that of x.
+    """Computes x W^T in a dtype that may differ from that of x.
 
     The weight is read (and unpacked) again in the backward pass, so that no copy in `dtype` is saved.
     """

@@ -3,7 +3,9 @@
 A stack has at most two adapters, which add up (dual LoRA, docs/design/progressive_growth.md):
 
     stack         created with the stack
-    progressive   a smaller one, created when the next stack is added and this one becomes part of the trunk
+    progressive   a smaller one, created when the next stack is added and this stack becomes part of the trunk
+
+The flag --qlora-strategy selects how rank and alpha of the stack adapters are chosen:
 
     simplified    every stack has the same rank r and alpha
     progressive   rank and alpha each follow a pattern over the stack's index i, from 0:
@@ -55,14 +57,15 @@ class LoRAConfig:
     """Alpha of the stack adapters; their output is scaled by alpha / rank."""
 
     qlora_strategy: Literal["simplified", "progressive", "variable"] = "simplified"
-    """Choice of each stack's rank and alpha: same for all (simplified), pattern (progressive), list (variable)."""
+    """How rank and alpha of each stack are chosen: equal for all stacks (simplified), by a pattern over the stacks
+    (progressive), or from a list (variable)."""
 
     qlora_rank_pattern: Pattern | None = None
-    """Rank of stack i with --qlora-strategy progressive: constant r, increasing r*2^i (default), decreasing r/2^i (at
-    least 1), linear r+8i."""
+    """Pattern of the ranks with --qlora-strategy progressive. The rank of stack i is r (constant), r*2^i (increasing,
+    the default), r/2^i but at least 1 (decreasing), or r+8i (linear), where r is --qlora-rank."""
 
     qlora_alpha_pattern: Pattern | None = None
-    """Alpha of stack i with --qlora-strategy progressive, by the same patterns. Default: constant."""
+    """Pattern of the alphas with --qlora-strategy progressive, as for --qlora-rank-pattern. Default: constant."""
 
     qlora_configs: str | None = None
     """Rank and alpha with --qlora-strategy variable: stack:rank:alpha for every stack, such as 0:8:16,1:16:32."""
@@ -125,7 +128,7 @@ class LoRAConfig:
         return AdapterShape(rank=self.progressive_qlora_rank, alpha=self.progressive_qlora_alpha)
 
     def adapters(self, stack_idx: int, *, in_trunk: bool) -> dict[str, AdapterShape]:
-        """Returns a stack's adapters, as adapter name -> rank and alpha.
+        """Returns a stack's adapters: maps adapter name to rank and alpha.
 
         Args:
             stack_idx: index of the stack in the order of creation, from 0.

@@ -27,7 +27,7 @@ class LayerSettings:
     """Adapters, frozen parts and precision of one transformer layer."""
 
     adapters: Mapping[str, AdapterShape] = field(default_factory=dict)
-    """Adapters of each of the layer's linear modules, as adapter name -> rank and alpha."""
+    """Adapters of each of the layer's linear modules: maps adapter name to rank and alpha."""
 
     trained_adapters: frozenset[str] = frozenset()
     """Names of the adapters that train; the others are frozen."""
@@ -46,7 +46,7 @@ class LayerSettings:
             )
         if self.trains_base and is_packed(self.precision):
             raise ValueError(
-                f"precision {self.precision}: four-bit weights cannot be trained; freeze the stack"
+                f"precision {self.precision}: four-bit weights cannot be trained; freeze the layers that have them"
             )
 
 
@@ -60,7 +60,7 @@ def linear_modules(settings: LayerSettings) -> dict[str, ModuleSpec]:
 
 
 class AdaptedLinear(torch.nn.Module):
-    """Mixin that gives a linear layer adapters and a precision; it precedes the engine's class among the bases."""
+    """Mixin that gives a linear layer adapters and a precision; list it before the engine's class among the bases."""
 
     splits_input: bool
     """Whether the layer is row-parallel."""
@@ -104,7 +104,7 @@ class AdaptedLinear(torch.nn.Module):
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        """Dtype of the weight while it trains: fp32 with the precision `full`, otherwise the run's."""
+        """Dtype of the weight while it trains: fp32 with the precision `full`, otherwise the run's dtype."""
         return torch.float32 if self.precision == "full" else self.config.params_dtype
 
     def store_weight(self) -> None:
@@ -124,7 +124,7 @@ class AdaptedLinear(torch.nn.Module):
         return packing(str(self.precision)).pack(values)
 
     def restore_weight(self) -> None:
-        """Converts the weight back to a plain, trainable one in `trained_dtype`; inverse of `store_weight`."""
+        """Converts the weight back to a plain, trainable tensor in `trained_dtype`; the inverse of `store_weight`."""
         self.weight.data = self.read_weight(self.trained_dtype)
         self.weight_scales = None
         self.is_stored = False
@@ -137,7 +137,7 @@ class AdaptedLinear(torch.nn.Module):
         return packing(str(self.precision)).unpack(packed, self.weight_shape, dtype)
 
     def merge_adapters(self) -> None:
-        """Adds the adapters to the weight, in `trained_dtype`, and removes them; not collective."""
+        """Adds the adapters to the weight and removes them; the result is in `trained_dtype`. Not collective."""
         merged = self.read_weight(torch.float32)
         for adapter in self.adapters.values():
             assert isinstance(adapter, LoRAAdapter)
@@ -149,7 +149,7 @@ class AdaptedLinear(torch.nn.Module):
     def forward(
         self, input_: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the engine's output, with the adapters added, and its bias; shapes as in `adapter.add_adapters`."""
+        """Returns the layer's output, with adapters, and the engine's bias; shapes as in `adapter.add_adapters`."""
         output, bias = super().forward(input_, *args, **kwargs)
         if len(self.adapters):
             adapters = [adapter for adapter in self.adapters.values() if isinstance(adapter, LoRAAdapter)]

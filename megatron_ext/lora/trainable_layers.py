@@ -1,7 +1,8 @@
 """Freezes, stores, merges and measures the layers of a model that has `AdaptedLinear`s.
 
-A plan (`SettingsByLayer`) specifies adapters and precision of every layer. It is used twice: to build the model
-(`parallel_linear.linear_modules`), and by `prepare_layers` before the model is wrapped.
+An `AdaptedLinear` is a linear layer with LoRA adapters and a precision. A plan (`SettingsByLayer`) specifies both for
+every layer. It is used twice: to build the model (`parallel_linear.linear_modules`), and by `prepare_layers`, before
+the model is wrapped for data parallelism.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ SettingsByLayer = Mapping[int, LayerSettings]
 
 
 def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:
-    """Sets which parameters train, and converts frozen weights to their precision, as a plan specifies.
+    """Sets which parameters train and converts frozen weights to their layer's precision, as a plan specifies.
 
     Call it before the model is wrapped, and again after loading weights that were not saved with this plan. Modules in
     the layers' slots belong to other model families and do not change.
@@ -67,7 +68,7 @@ def merge_adapters(chunks: list[GPTModel]) -> None:
 
 
 def weight_bytes(chunks: list[GPTModel]) -> dict[int, int]:
-    """Returns layer number -> bytes of the layer's stored weights on this rank."""
+    """Returns, by layer number, the bytes of the layer's stored weights on this rank."""
     return {
         number: sum(
             tensor.numel() * tensor.element_size() for tensor in (*layer.parameters(), *layer.buffers())

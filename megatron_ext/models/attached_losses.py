@@ -5,8 +5,8 @@ layer's output: the output passes through unchanged, and in the backward pass th
 
     d(total)/d(loss) = loss scale / number of micro-batches,
 
-the same as the output loss. This is the pattern of the engine's `MoEAuxLossAutoScaler`. The stage that owns the layer
-records the value; `LayerLosses.collect` returns the means of all stages on every rank.
+which the output loss gets too. This is the pattern of the engine's `MoEAuxLossAutoScaler`. The stage that owns the
+layer records the value; `LayerLosses.collect` returns the means of all stages on every rank.
 """
 
 from typing import Any, ClassVar

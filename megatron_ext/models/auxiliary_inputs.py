@@ -119,13 +119,13 @@ class AuxiliaryInputs:
         return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
-        """Returns access to `packed` for one layer; the row counts come from `hidden_states` [s, b, h]."""
+        """Returns an object with which one layer reads `packed`; the sizes s and b are those of `hidden_states`."""
         rows, batch = hidden_states.shape[:2]
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 
 
 class _Read(torch.autograd.Function):
-    """Returns (packed[start : start + size], packed); the next reader reads from the second output.
+    """Returns the slice packed[start : start + size], and `packed` itself, from which the next reader reads.
 
     The backward pass of a plain slice allocates a zero-filled tensor of full size for every reader. Here the gradient
     passes through the chain of readers, and each reader adds its part in place to the same buffer.
@@ -174,7 +174,7 @@ class LayerInputs:
             start += stream_rows * batch * width
 
     def has(self, name: str) -> bool:
-        """Whether this micro-batch has the stream; only a stream of variable width can be missing."""
+        """Returns whether this micro-batch has the stream; only a stream of variable width can be missing."""
         return self._places[name][3] > 0
 
     def read(self, name: str) -> torch.Tensor:
@@ -197,7 +197,7 @@ class LayerInputs:
         return value.view(rows, batch, width // parts)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Replaces the stream for the following slots and layers of this stage; the next stage does not see it."""
+        """Replaces the stream for the modules and layers that follow on this stage, but not for the next stage."""
         assert self.packed is not None, f"cannot write auxiliary stream '{name}': nothing was packed"
         start, *shape = self._places[name]
         end = start + shape[0] * shape[1] * shape[2]

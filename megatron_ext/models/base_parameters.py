@@ -12,7 +12,7 @@ ADAPTERS = "adapters"
 
 
 def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """Yields a chunk's base-model parameters: those outside layer slots, stage modules and adapters."""
+    """Yields the parameters of a chunk's base model: all but those of layer slots, stage modules and adapters."""
     for name, parameter in chunk.named_parameters():
         parts = name.split(".")
         in_slot = parts[:2] == ["decoder", "layers"] and parts[3] in SLOTS
@@ -21,5 +21,5 @@ def base_parameters(chunk: GPTModel) -> Iterator[torch.nn.Parameter]:
 
 
 def base_parameter_ids(chunks: Iterable[GPTModel]) -> set[int]:
-    """Returns the `id()` of every base parameter; it identifies the base model's tensors in a state dict."""
+    """Returns the `id()` of every base parameter; the ids identify the base model's tensors in a state dict."""
     return {id(parameter) for chunk in chunks for parameter in base_parameters(chunk)}

@@ -1,4 +1,4 @@
-"""Builds this rank's model chunks: the base model with every model family's slot modules, streams and stage modules.
+"""Builds this rank's model chunks: the base model, and what model families add to its layers and pipeline stages.
 
 A rank holds one chunk, or several with the interleaved pipeline schedule.
 """
@@ -26,8 +26,8 @@ def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size:
     """Returns the number of rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
 
     The divisor is the smallest multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
-    Megatron-LM always multiplies by the tensor-parallel size instead. Here the shapes of checkpoints and of initial
-    weights stay the same at most tensor-parallel sizes.
+    Megatron-LM always multiplies by the tensor-parallel size instead. Here all tensor-parallel sizes that divide the
+    flag's value give the same number of rows, and so the same checkpoints and initial weights.
     """
     multiple = model.make_vocab_size_divisible_by
     while multiple % tensor_parallel_size:
@@ -51,7 +51,7 @@ def build_model(
         parallel: the parallel layout; megatron-core's parallel state must already be set up for it.
         vocab_size: the tokenizer's vocabulary size, before padding.
         seed: the initial weights depend only on this seed and the parameters' names.
-        bf16: whether parameters are in bfloat16 or in fp32.
+        bf16: whether parameters are in bfloat16 instead of fp32.
         extensions: what the model families add to the model.
 
     Returns:

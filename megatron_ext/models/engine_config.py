@@ -22,7 +22,7 @@ def build_transformer_config(
     Args:
         model: size and architecture of the base model.
         parallel: the parallel layout, and which activations are recomputed.
-        bf16: whether parameters and activations are in bfloat16 (the optimizer keeps fp32 copies) or in fp32.
+        bf16: whether parameters and activations are in bfloat16 instead of fp32; the optimizer then keeps fp32 copies.
 
     Raises:
         ValueError: `--recompute-modules layernorm` is given, but Transformer Engine is not installed.
@@ -67,7 +67,7 @@ def build_transformer_config(
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         recompute_modules=_recompute_modules(parallel),
-        # True would send forward and backward tensors in one batch; with interleaving, gloo gave wrong gradients then.
+        # True would send forward and backward tensors in one batch; gloo then gives wrong gradients with interleaving.
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=pipeline > 1,
@@ -76,8 +76,8 @@ def build_transformer_config(
         masked_softmax_fusion=False,
         cuda_graph_scope=[],
     )
-    # Not a field of the dataclass. With it the engine sums the gradients of parameters that are marked
-    # `pipeline_parallel` over the stages; PLE's shared norm weight is replicated on all of them.
+    # This is not a field of the dataclass. If it is set, the engine sums over the stages the gradients of parameters
+    # that are marked `pipeline_parallel`, such as PLE's shared norm weight, which all stages hold.
     config.has_cond_embedder = True
     return config
 

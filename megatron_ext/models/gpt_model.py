@@ -1,9 +1,12 @@
 """megatron-core's GPTModel with auxiliary inputs, which model families need on every stage in addition to token ids.
 
-    input       hidden states and travelling streams; the first stage starts both from the word embedding
+A stream is a tensor that accompanies the hidden states; a travelling stream is also sent to the next pipeline stage.
+What each part of a stage's forward pass does:
+
+    input       takes hidden states and travelling streams; the first stage starts both from the word embedding
     families    stage modules compute the streams of this stage's layers from auxiliary inputs and travelling streams
-    layers      all of them, or only a range (`run_layers`), which can start from known hidden states
-    output      hidden states joined with the travelling streams; the last stage returns logits or losses
+    layers      run all layers, or only a range (`run_layers`), which can start from known hidden states
+    output      joins hidden states with the travelling streams; the last stage returns logits or losses
 
 Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence parallel), losses [b, s], logits [b, s, V/t].
 Without streams the forward pass equals megatron-core's to the bit.
@@ -155,7 +158,7 @@ class GPTModel(EngineGPTModel):
 
     @contextlib.contextmanager
     def without_head(self) -> Iterator[None]:
-        """Context in which the last stage returns the output layer's input, [s, b, h]; pass no labels inside it."""
+        """Inside this context, the last stage returns the output layer's input, [s, b, h]; labels are not allowed."""
         self.post_process = False
         try:
             yield

@@ -2,10 +2,12 @@
 
 The sharded state dict gives each local parameter's global name, shape and offset at any tensor- and pipeline-parallel
 size; the full tensor is sampled and the local part is kept. A model family chooses the distribution of its parameters
-with the attribute `init_std` (standard deviation; 0 keeps the built value) or `init_uniform` (bound).
+with the attribute `init_std` (standard deviation; 0 keeps the built value) or `init_uniform` (bound). The base model's
+parameters follow Megatron-LM's scheme, with L layers:
 
-    base model:  N(0, std), output projections N(0, std / sqrt(2 L)), norms and biases as built
-                                                                                (Megatron-LM's scheme)
+    weights                 N(0, std)
+    output projections      N(0, std / sqrt(2 L))
+    norms and biases        as built
 """
 
 import hashlib
@@ -38,7 +40,7 @@ def initialize_parameters(
         model: one pipeline chunk.
         seed: the values depend only on this seed and the parameters' global names.
         std: standard deviation of the base model's weights.
-        num_layers: L in the formula above.
+        num_layers: the number of layers of the whole model, L in the scheme above.
         only: the parameters to initialize; None for all.
     """
     chosen = None if only is None else {id(parameter) for parameter in only}
@@ -74,7 +76,7 @@ def _base_std(key: str, parameter: torch.Tensor, std: float, num_layers: int) ->
 
 
 def parameter_shards(state: dict[str, object]) -> Iterator[tuple[torch.Tensor, ShardedTensor]]:
-    """Yields each parameter of a module's sharded state dict with each of its shards.
+    """Yields pairs of a parameter and one of its shards, for all parameters in a module's sharded state dict.
 
     A fused projection has several shards, whose data are views into the parameter.
     """
@@ -93,7 +95,7 @@ def _draw(shard: ShardedTensor, seed: int, *, std: float = 0.0, bound: float | N
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
     device = shard.data.device
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    # The full tensor in fp32 on every rank: then values depend on neither the split nor the parameter's dtype.
+    # Every rank samples the full tensor in fp32, so values depend on neither the split nor the parameter's dtype.
     full = torch.empty(shard.global_shape, dtype=torch.float32, device=device)
     if bound is None:
         full.normal_(0.0, std, generator=generator)

@@ -1,4 +1,4 @@
-"""The layer spec: chooses the modules of a transformer layer.
+"""Builds the layer spec, which chooses the modules of a transformer layer.
 
 Attention and linear layers are megatron-core's, or Transformer Engine's on a GPU where it is installed; norm and core
 attention are this project's by default. The MLP's norm is always a separate module, because model families read its

@@ -1,7 +1,8 @@
-"""The interface by which a model family extends the model: slot modules, auxiliary streams, a module per stage.
+"""The interface by which a model family extends the model.
 
-A family does not build the model; it passes an `Extension` to `build_model`, which accepts several. Every method has a
-default that adds nothing.
+A family can put modules into places of a layer (slots), send tensors along with the hidden states (auxiliary streams),
+replace linear layers, and add one module per pipeline stage. It does not build the model: it passes an `Extension` to
+`build_model`, which accepts several. Every method has a default that adds nothing.
 """
 
 from dataclasses import dataclass
@@ -77,11 +78,11 @@ class Extension:
         return []
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns a layer's slot modules, as slot name -> spec; layers are numbered from 0 over the whole model."""
+        """Returns a layer's slot modules: maps slot name to spec. Layers are numbered from 0 over the whole model."""
         return {}
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns the modules that replace a layer's linear modules, as name in `layer_spec.LINEARS` -> spec."""
+        """Returns replacements of a layer's linear modules: maps a name in `layer_spec.LINEARS` to the new spec."""
         return {}
 
     def stage_module(

@@ -1,4 +1,6 @@
-"""The transformer layer that all model families share: megatron-core's, with three more slots.
+"""The transformer layer that all model families share: megatron-core's layer with three slots for their modules.
+
+With the slots `before_layer`, `feed_forward` and `after_mlp` the layer computes:
 
     x      <- before_layer(x, streams)
     x      <- x + Attention(LN1(x))
@@ -37,7 +39,7 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
     """`forward(layer, hidden_states, attend, streams) -> hidden_states`, replaces attention and MLP.
 
     It can use the layer's norms and MLP, and `attend(hidden_states)`, the layer's method with all other arguments
-    bound. While its attribute `active` is False the slot counts as empty."""
+    bound. While the module's attribute `active` is False, the slot counts as empty."""
 
     after_mlp: ModuleSpec | type = IdentityOp
     """`forward(hidden_states, streams) -> hidden_states`, called on the layer's output."""

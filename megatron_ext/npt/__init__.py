@@ -1,6 +1,6 @@
 """NPT, neuro-plastic transformer: the attention output applies a low-rank update to the MLP's weights, per token.
 
-Python interface: `from megatron_ext.npt import NPTConfig, NPTModel` (or `NPTLlamaModel`); see `runs.npt_model`.
+Python API: `from megatron_ext.npt import NPTConfig, NPTModel` (or `NPTLlamaModel`); see `runs/npt_model.py`.
 """
 
 from typing import TYPE_CHECKING, Any

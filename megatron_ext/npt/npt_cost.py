@@ -1,25 +1,28 @@
 """Parameters and FLOPs per token of the NP components, in a forward pass and in a training step.
 
-    target           low_rank                      outer_product                       affine    key_value
-    gate, up, fc1    k r (h + f)                   k r (2 h + f)                       k h       r (h + f)    parameters
-                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k h     2 r (h + f)  FLOPs
-    down             k r (2 h + f)                 k r (2 h + f)                       k f       2 r h        parameters
-                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k f     4 r h        FLOPs
+For one converted layer and one target (weight matrix that gets a delta), the NP components have this many parameters,
+and a forward pass this many FLOPs per token; `affine` is added for outer_product with the constant c_a:
 
-per converted layer and target. low_rank multiplies x and a by the same factor A: one set of parameters, two products.
-In key_value gate and up share A: `up` has r f parameters and 2 r f FLOPs.
+    target           low_rank              outer_product         affine      key_value
+    gate, up, fc1    k r (h + f)           k r (2 h + f)         k h         r (h + f)      parameters
+                     2 k r (2 h + f)       2 k r (2 h + f)       2 k h       2 r (h + f)    FLOPs
+    down             k r (2 h + f)         k r (2 h + f)         k f         2 r h          parameters
+                     2 k r (2 h + f)       2 k r (2 h + f)       2 k f       4 r h          FLOPs
 
-A training step with a frozen base (`npt_work`):
+For gate, up and fc1, low_rank multiplies both x and a by the same factor A: one set of parameters, two products. In
+key_value gate and up share A, so that `up` adds r f parameters and 2 r f FLOPs.
+
+What a training step with a frozen base computes (`npt_work`):
 
     layers below the first trained one      forward only
     the first trained layer                 forward; fc2's input gradient; NP: gradients of the factors and of u
     layers above                            forward and input gradients; NP: all gradients, or only input gradients
     teacher, if a loss or a blend needs it  one more forward pass, and that of the output layer
-    direct MLP, equivalence                 one more forward pass of the MLP
+    direct MLP, equivalence loss            one more forward pass of the MLP
 
 A layer whose input comes only from the teacher counts like the first trained layer. A backward pass that carries only a
-gradient of zero is counted, because it is run. Products of size r are not counted:
-those for the losses on the factors (reconstruction, regularization) and for the measurements of `--npt-log-interval`.
+gradient of zero is counted, because it is run. Products of size r are not counted: those for the losses on the factors
+(reconstruction, regularization) and for the measurements every `--npt-log-interval` steps.
 """
 
 from collections.abc import Mapping
@@ -93,7 +96,7 @@ def npt_work(
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """Which gradients a training step computes in an NPT layer."""
+    """The gradients that a training step computes in one NPT layer."""
 
     use: Use
     trains: bool
@@ -111,8 +114,8 @@ class _Layer:
 
 
 def _layer(settings: NPTModuleConfig, objective: StepObjective, reached: bool, trains: bool) -> _Layer:
-    """Returns which gradients a layer computes; `reached` means that a trained layer lies below it."""
-    # Layers that do not train always get the student's states; see `NPTFamily.begin_step`.
+    """Returns the gradients that a layer computes; `reached` means that a trained layer lies below it."""
+    # NPT layers that are not trained always get the student's hidden states as inputs; see `NPTFamily.begin_step`.
     stage = objective.stage
     to_attention = reached and (not trains or stage.attention_share > 0)
     to_mlp = reached and (not trains or stage.mlp_share > 0)
@@ -132,7 +135,7 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
 
 
 def _base_flops(model: ModelConfig, layer: _Layer, has_gain: bool) -> float:
-    """Returns a PARTIAL layer's backward FLOPs per token in the frozen base: fc2, and parts that need gradients."""
+    """Returns a PARTIAL layer's backward FLOPs per token in the base: those of fc2 and of parts that need gradients."""
     if layer.use is not Use.PARTIAL:
         return 0.0
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))

@@ -1,6 +1,6 @@
-"""NPT in a training run: its part of the model, the frozen base, its cost, and the losses of each step.
+"""NPT in a training run: its additions to the model, the frozen base, its cost, and the losses of each step.
 
-Without a training configuration (in tools that evaluate or generate) the model family only extends the model.
+Tools that evaluate or generate use `NPTFamily` without a training configuration; then it only extends the model.
 """
 
 import math
@@ -56,9 +56,9 @@ class NPTFamily(Family):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """Args:
-        settings: NPT's configuration.
-        training: losses, curriculum and teacher; None outside training.
-        total_steps: steps of the run, over which the curriculum is spread.
+        settings: configuration of the NP components.
+        training: configuration of losses, curriculum and teacher; None outside training.
+        total_steps: number of steps of the run, over which the curriculum is spread.
         trains: indices of the NPT layers to train, from 0; the other NPT layers are frozen. None for all.
         tokenizer: the run's tokenizer, for generated text samples.
         """
@@ -85,7 +85,7 @@ class NPTFamily(Family):
         return {"settings": group_to_dict(self.settings)}
 
     def extension(self) -> NPTExtension:
-        """Returns NPT's contribution to the model."""
+        """Returns what NPT adds to the model: NP components in the chosen layers."""
         return NPTExtension(self.settings)
 
     def cost(self, model: ModelConfig) -> ModelCost:
@@ -93,7 +93,7 @@ class NPTFamily(Family):
         return npt_cost(self.settings, model)
 
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
-        """Returns which parts of the model a step runs and trains; teacher passes served by the cache do not count."""
+        """Returns which parts of the model a step runs and trains; omits a teacher pass that the cache replaces."""
         training, layers = self.training, self._trained(model.num_layers)
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
         weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
@@ -111,7 +111,7 @@ class NPTFamily(Family):
                 module.requires_grad_(False)
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Sets the inputs and losses of the NPT layers for this step; in an evaluation they have no losses."""
+        """Sets the inputs and losses of the NPT layers for this step; in an evaluation the layers have no losses."""
         training = self.training
         self._objective = None
         for module in np_modules(chunks).values():
@@ -128,7 +128,7 @@ class NPTFamily(Family):
                     module.step = self._layer_step(objective, weights[number], (place, len(modules)))
 
     def output_loss(self) -> OutputLoss | None:
-        """Returns cross-entropy and fidelity with the weights of this step."""
+        """Returns the loss of the model's output in this step: weighted cross-entropy and fidelity."""
         if self._objective is None or self.training is None:
             return None
         return NPTOutputLoss(self._objective.lm, self._objective.fidelity, self.training.fidelity_loss)
@@ -154,7 +154,9 @@ class NPTFamily(Family):
     def evaluation(
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:
-        """Returns the frozen base model's loss on the same batches, and the ratio of the perplexities."""
+        """Returns the frozen base model's loss on the same batches, and the perplexity of NPT divided by the base
+        model's.
+        """
         if not self.settings.freeze_base:
             return {}
         # A frozen base has the same loss in every evaluation of a split: compute it once.
@@ -165,7 +167,7 @@ class NPTFamily(Family):
         return {"base lm loss": base, "npt/perplexity_ratio": math.exp(loss - base)}
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Returns the total of all losses, means over layers, and the state of the curriculum."""
+        """Returns the total of all losses, the mean of each layer loss over the layers, and the curriculum's state."""
         return summarize(values, self._objective) if self._objective is not None else {}
 
     def after_step(

@@ -1,6 +1,10 @@
 """Combines the word embedding and the per-layer token embeddings into one vector per layer, in one of three ways.
 
+For layer l, the context part P is projected from the word embedding e, and the token part E is a row of a table:
+
     P[l] = RMSNorm_p( (e @ W_ctx_l) * h**-0.5 )          E[l] = table_l[id] * sqrt(p) * embed_scale
+
+The three methods compute the layer's vector c:
 
     scaled_add   c = (P + E) / sqrt(2)
     concat       c = [P ; E] @ W_cat
@@ -22,7 +26,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class _NormAcrossShards(torch.autograd.Function):
-    """RMSNorm over p values that are split over the ranks, q on each; forward and backward reduce the sums over p."""
+    """RMSNorm over p values that are split over the ranks, q on each; all-reduces complete the sums over p."""
 
     @staticmethod
     def forward(
@@ -57,7 +61,7 @@ class _NormAcrossShards(torch.autograd.Function):
 
 
 def project(word_embedding: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Applies all layers' context projections in one GEMM, [s, b, h] and L weights [q, h] -> [n, L * q]."""
+    """Applies the context projections of all layers in one GEMM: [s, b, h] and L weights [q, h] -> [n, L * q]."""
     tokens = word_embedding.reshape(-1, word_embedding.size(-1))
     return torch.nn.functional.linear(tokens, weights[0] if len(weights) == 1 else torch.cat(list(weights)))
 
@@ -71,7 +75,7 @@ def norm_across_shards(
         projected: [n, L * q].
         weight: [q], shared by all layers.
         eps: added to the mean square.
-        scale: constant factor on the result.
+        scale: constant by which the result is multiplied.
         group: the ranks over which p is split.
 
     Returns:
@@ -81,7 +85,7 @@ def norm_across_shards(
 
 
 def look_up(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Looks up ids in every layer's table, integer ids [s, b] and L tables [Vp, q] -> [L, n, q], without scaling."""
+    """Looks up ids in every layer's table, without scaling: integer ids [s, b], L tables [Vp, q] -> [L, n, q]."""
     return torch.stack([torch.nn.functional.embedding(ids.reshape(-1), table) for table in tables])
 
 
@@ -94,7 +98,7 @@ def gather_parts(context: torch.Tensor, token: torch.Tensor, group: Group) -> to
 
 
 def multiply(parts: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Multiplies each layer's values by its own matrix, [L, n, 2p] and L weights [q, 2p] -> [L, n, q]."""
+    """Multiplies the values of each layer by the layer's matrix: [L, n, 2p] and L weights [q, 2p] -> [L, n, q]."""
     return torch.bmm(parts, torch.stack(list(weights)).transpose(1, 2))
 
 

@@ -1,9 +1,10 @@
-"""The PLE block of one layer, a module for a layer slot.
+"""The block of per-layer embedding (PLE) in one layer; it fills a slot of the layer.
 
-    x <- x + PostNorm_h( W_out( act(W_gate x) * dropout(c) ) )            with preset gemma4 then x <- x * layer_scalar
+    x <- x + PostNorm_h( W_out( act(W_gate x) * dropout(c) ) )
 
-`c` is the layer's part of the stream `per_layer`, [s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel
-over p; under sequence parallelism x is [s / t, b, h]. The post-norm is an RMSNorm whatever the base model's norm.
+With the preset gemma4, x <- x * layer_scalar follows. `c` is the layer's part of the stream `per_layer`,
+[s, b, p / t]. `W_gate` is column-parallel and `W_out` row-parallel over p; under sequence parallelism x is
+[s / t, b, h]. The post-norm is an RMSNorm whatever the base model's norm.
 Source: Gemma 3n and Gemma 4; PerLayerGate in docs/design/per_layer_embedding.md.
 """
 

@@ -1,4 +1,4 @@
-"""The charts of PLE's statistics; `per_layer_statistics` measures them."""
+"""Declares the charts for the statistics of per-layer embedding (PLE), which `per_layer_statistics` computes."""
 
 from megatron_ext.reports.scalar_charts import ScalarChart
 

@@ -40,8 +40,8 @@ class PerLayerConfig:
     """Sets several flags. gemma4: token ids as per-layer ids, gelu_tanh, after_mlp, scaled_add, a layer scalar."""
 
     per_layer_vocab_size: int | None = None
-    """Number of rows of every per-layer table. Default: number of ids in the per-layer data; with
-    --per-layer-strategy identity that of the tokenizer; 10000 if unknown."""
+    """Number of rows of every per-layer table. Default: the number of ids in the per-layer data; with
+    --per-layer-strategy identity, the tokenizer's vocabulary size; if unknown, 10000."""
 
     per_layer_hidden_size: int = 1024
     """Width of the per-layer embeddings."""
@@ -59,16 +59,17 @@ class PerLayerConfig:
     """Dropout on the combined per-layer vector."""
 
     per_layer_embed_scale: float = 1.0
-    """Factor on the tables' rows, in addition to the square root of --per-layer-hidden-size."""
+    """Factor by which a row of a table is multiplied, in addition to the square root of --per-layer-hidden-size."""
 
     per_layer_init_method: Literal["normal", "xavier_normal", "zeros"] = "normal"
-    """Initialization: N(0, std); variance 2 / (rows + columns); or zeros in the tables and N(0, std) elsewhere."""
+    """Initialization of all per-layer weights. normal: N(0, std); xavier_normal: variance 2 / (rows + columns); zeros:
+    tables are zero, other weights N(0, std)."""
 
     per_layer_init_std: float | None = None
     """Standard deviation of the initial weights. Default: --init-method-std."""
 
     per_layer_lr_scale: float = 1.0
-    """Factor on the learning rate of all per-layer parameters."""
+    """Factor by which the learning rate of all per-layer parameters is multiplied."""
 
     per_layer_weight_decay: float | None = None
     """Weight decay of all per-layer parameters. Default: --weight-decay."""
@@ -152,11 +153,7 @@ class PerLayerConfig:
         return vocab_size
 
     def check_layout(self, tensor_parallel_size: int) -> None:
-        """Checks that the tensor-parallel size divides the per-layer hidden size.
-
-        Raises:
-            ValueError: it does not divide it.
-        """
+        """Raises `ValueError` unless the tensor-parallel size divides the per-layer hidden size."""
         if self.per_layer_hidden_size % tensor_parallel_size:
             raise ValueError(
                 f"--per-layer-hidden-size {self.per_layer_hidden_size}: must be divisible by "

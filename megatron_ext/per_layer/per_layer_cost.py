@@ -1,10 +1,11 @@
-"""Parameters that PLE adds to a model, and FLOPs per token of its matrix products.
+"""Counts the parameters that per-layer embedding (PLE) adds to a model, and the forward FLOPs per token.
 
     parameters   Vp L p + h L p + p + L (2 h p + h)          + 2 p p L for concat and gated
-    FLOPs        L 6 h p  forward                            + L 4 p p for concat and gated
+    FLOPs        L 6 h p                                     + L 4 p p for concat and gated
 
-The terms are, in this order: table, context projection, shared norm, then gate, output projection and post-norm of
-every layer. A table look-up costs no FLOPs.
+Letters: Vp rows of a table, L layers, h hidden size, p per-layer hidden size. The terms of the parameters are, in this
+order: tables, context projections, the shared norm, then gate, output projection and post-norm of every layer. Only
+matrix products count as FLOPs; a table look-up costs none.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig

@@ -1,6 +1,7 @@
-"""PLE's contribution to the model: two auxiliary streams, a slot module in every layer, and a module per stage.
+"""Adds per-layer embedding (PLE) to the model: two auxiliary streams, a block per layer and a module per stage.
 
-The word embedding travels from stage to stage; every stage computes the per-layer vectors of its own layers.
+Auxiliary streams are tensors that accompany the hidden states. The word embedding travels from stage to stage; every
+stage computes the per-layer vectors of its own layers.
 """
 
 from megatron.core.process_groups_config import ProcessGroupCollection

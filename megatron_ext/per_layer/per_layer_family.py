@@ -1,6 +1,7 @@
-"""PLE in a training run: its part of the model, per-layer ids, optimizer settings and statistics.
+"""Per-layer embedding (PLE) in a training run: part of the model, per-layer ids, optimizer settings and statistics.
 
-The per-layer ids are `table[tokens]`, the token ids themselves (strategy `identity`), or read from an aligned dataset.
+The per-layer ids are either looked up (`table[tokens]`), or the token ids themselves (strategy `identity`), or read
+from a dataset that is aligned with the tokens.
 """
 
 from dataclasses import replace
@@ -79,7 +80,7 @@ class PerLayerFamily(Family):
 
     @classmethod
     def from_tokenizer(cls, settings: PerLayerConfig, tokenizer: Tokenizer) -> "PerLayerFamily":
-        """Builds the model family with the ids of aligned datasets or the table of `--per-layer-vocab-file`.
+        """Builds the model family; its ids come from aligned datasets or from the table of `--per-layer-vocab-file`.
 
         Raises:
             ValueError: per-layer ids are required, but neither source is given.
@@ -183,7 +184,7 @@ class PerLayerFamily(Family):
         start_recording(chunks)
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns the statistics of `per_layer_statistics`."""
+        """Returns the recorded statistics by TensorBoard tag; see `per_layer_statistics`."""
         return stop_recording(chunks, self.settings)
 
 

@@ -1,10 +1,9 @@
-"""PLE's stage module: computes the per-layer vectors of all layers of one pipeline stage at once.
+"""The module that per-layer embedding (PLE) adds to a pipeline stage; it computes the vectors of all layers at once.
 
-    stream `per_layer`  [L, s, b, p / t]   from the word embedding [s, b, h] (which travels from stage to stage) and the
-                                           per-layer ids [b, s] (which every stage gets from its data iterator)
-
-L is the number of layers of the stage. Every tensor-parallel rank has all rows of the sequence, even under sequence
-parallelism: the word embedding is gathered once per stage. The formulas are in `combination`.
+Its output is the stream `per_layer` [L, s, b, p / t], where L is the number of layers of the stage. Its inputs are the
+word embedding [s, b, h], which travels from stage to stage, and the per-layer ids [b, s], which every stage gets from
+its data iterator. Every tensor-parallel rank has all rows of the sequence, even under sequence parallelism: the word
+embedding is gathered once per stage. The formulas are in `combination`.
 """
 
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ PER_LAYER_IDS = "per_layer_ids"
 
 
 class PerLayerWeights(torch.nn.Module):
-    """One layer's weights: table, context projection, and for concat and gated the matrix that combines both."""
+    """One layer's weights: table, context projection and, for concat and gated, the matrix that combines both."""
 
     def __init__(
         self, config: TransformerConfig, settings: PerLayerConfig, groups: ProcessGroupCollection, rows: int
@@ -175,6 +174,6 @@ def _mark_replicated(weight: torch.nn.Parameter, *, is_owner: bool) -> None:
     # The engine sums the gradient of such a weight over the stages, and counts it once in the gradient norm.
     weight.pipeline_parallel = True  # type: ignore[attr-defined]
     weight.shared = not is_owner  # type: ignore[attr-defined]
-    # The engine gives such a weight a gradient bucket of its own. Its split over the distributed optimizer's ranks is
+    # The engine gives such a weight a separate gradient bucket. Its split over the distributed optimizer's ranks is
     # then the same on every stage, so that the sum over stages adds the same elements.
     weight.shared_embedding = True  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""PLE's statistics of every layer, with the TensorBoard tags `per-layer/{name}/layer_{number}`, numbered from 00.
+"""Computes statistics of per-layer embedding (PLE) in every layer.
+
+Their TensorBoard tags are `per-layer/{name}/layer_{number}`, where layers are numbered from 00. The names and their
+meanings; those after scaled_add, concat or gated exist only with this combination method:
 
     embedding-norm              Frobenius norm of the layer's table
     gate-activation-mean, -std  mean and standard deviation of act(W_gate x), over tokens and p
@@ -56,7 +59,7 @@ def start_recording(chunks: list[GPTModel]) -> None:
 
 
 def stop_recording(chunks: list[GPTModel], settings: PerLayerConfig) -> dict[str, float]:
-    """Returns the recorded statistics, tag -> value. Collective; call it between backward pass and update."""
+    """Returns the recorded statistics by TensorBoard tag. Collective; call it between backward pass and update."""
     num_layers = chunks[0].config.num_layers
     device = process_groups.device()
     sums = {name: torch.zeros(num_layers, dtype=torch.float64, device=device) for name in _QUANTITIES}

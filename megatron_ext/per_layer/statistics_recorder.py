@@ -1,4 +1,4 @@
-"""Collects sums during the forward passes of one step, from which `per_layer_statistics` computes the statistics.
+"""Collects sums during the forward passes of one step; `per_layer_statistics` computes the statistics from them.
 
 Every sum is per layer and additive over micro-batches, tokens and ranks that hold different parts of a tensor, so one
 all-reduce completes it. Shapes: [L, ...], one row per layer.

@@ -28,8 +28,8 @@ def gather_or_raise(action: Callable[[], T]) -> list[T]:
 
     Raises:
         ValueError: `action` raised a `ValueError` on a rank. Every rank raises the error of the lowest failing rank.
-        OSError: the same for an `OSError`; a `FileNotFoundError` keeps its type.
-        RuntimeError: `action` raised another type of exception on another rank. The failing rank raises its own.
+        OSError: likewise, if `action` raised an `OSError`; a `FileNotFoundError` keeps its type.
+        RuntimeError: `action` raised any other exception on another rank. The failing rank raises its own exception.
     """
     if not dist.is_initialized():
         return [action()]
@@ -69,7 +69,7 @@ def merge_over_ranks(local: Mapping[K, T], group: dist.ProcessGroup | None = Non
 
 
 def is_first_rank() -> bool:
-    """Whether this is rank 0, or there is no process group."""
+    """Returns whether this is rank 0; True if there is no process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

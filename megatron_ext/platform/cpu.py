@@ -147,8 +147,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_factories() -> None:
-    # `with torch.device("meta")`, which transformers builds models in, recognizes factories by identity and caches them
-    # at its first use. Fill the cache before they are replaced, or it would miss every call.
+    # transformers builds models inside `with torch.device("meta")`. This context recognizes factories by identity, and
+    # caches them at its first use. Fill the cache before the factories are replaced, or it would recognize none.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -57,7 +57,7 @@ def memory_use() -> MemoryUse:
 
 
 def _peak_resident() -> int:
-    """Peak resident bytes of this process."""
+    """Returns the peak resident bytes of this process."""
     # Not `getrusage`, where a forked child starts with its parent's peak.
     try:
         with open("/proc/self/status", encoding="ascii") as status:

@@ -1,4 +1,4 @@
-"""Finds the peak FLOP rate of this process's device, which model FLOPs utilization (MFU) is relative to.
+"""Finds the peak FLOP rate of this process's device, from which model FLOPs utilization (MFU) is computed.
 
     MFU = model FLOPs per second / peak FLOPs per second
 

@@ -21,7 +21,7 @@ from megatron_ext.platform.parent_process import signal_at_parents_end
 
 
 def use_cuda() -> bool:
-    """Whether a CUDA device is present."""
+    """Returns whether a CUDA device is present."""
     return torch.cuda.is_available()
 
 
@@ -66,7 +66,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 
 def use_gloo_twins() -> bool:
-    """Whether megatron-core needs gloo groups in addition to NCCL's, to gather checkpoints in CPU memory."""
+    """Returns whether megatron-core needs gloo groups in addition to NCCL's, to gather checkpoints in CPU memory."""
     return use_cuda()
 
 
@@ -90,7 +90,7 @@ def seed_streams(seed: int) -> int:
     From the seed, mcore derives one stream that all tensor-parallel ranks share and one that differs on each of them.
 
     Returns:
-        The seed of this rank's pipeline stage and model copy, to seed the generators of other libraries.
+        The seed of this rank's pipeline stage and model copy; use it to seed the generators of other libraries.
     """
     # Stages hold different layers and model copies read different sequences: each needs its own dropout masks.
     stage = parallel_state.get_pipeline_model_parallel_rank()

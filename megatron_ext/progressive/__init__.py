@@ -1,6 +1,8 @@
-"""Progressive growth (StackWise): a model is grown and trained stack by stack on a frozen or LoRA trunk.
+"""Progressive growth (StackWise): a model grows by one stack of layers at a time.
 
-Python interface: `from megatron_ext.progressive import StackWiseConfig, ProgressiveRackBuilder, ProgressiveTrainer`.
+Each new stack is trained on top of the trunk, the stacks trained before, which are frozen or train only LoRA adapters.
+
+Python API: `from megatron_ext.progressive import StackWiseConfig, ProgressiveRackBuilder, ProgressiveTrainer`.
 Source: docs/design/progressive_growth.md.
 """
 

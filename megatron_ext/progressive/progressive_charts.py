@@ -1,4 +1,4 @@
-"""The charts of a progressive run: losses by stack, the size of the rack, the activation cache."""
+"""The charts of a progressive run: losses of each stack, size of the grown model, and the activation cache."""
 
 from megatron_ext.reports.scalar_charts import LOSSES, ScalarChart
 
@@ -9,20 +9,22 @@ PROGRESSIVE_CHARTS = (
         section=LOSSES,
         title="Loss by stack",
         tags=r"progressive/loss_(stack_\d+|joint)",
-        shows="The training loss, one line for every stack that was trained and one for the joint phase.",
+        shows="Training loss: one line for each stack while it was trained, and one for the joint phase.",
     ),
     ScalarChart(
         section=LOSSES,
         title="Accuracy on masked tokens",
         tags="masked/token_accuracy (validation|test)",
-        shows="Share of the masked tokens whose most likely prediction is right.",
+        shows="Share of the masked tokens that the model predicts correctly.",
     ),
-    ScalarChart(section=_GROWTH, title="Stacks", tags="progressive/stacks", shows="Stacks in the rack."),
+    ScalarChart(
+        section=_GROWTH, title="Stacks", tags="progressive/stacks", shows="Number of stacks in the model."
+    ),
     ScalarChart(
         section=_GROWTH,
         title="Parameters",
         tags="progressive/(trainable|frozen)_parameters",
-        shows="Number of parameters of the whole model that are trained, and that are frozen.",
+        shows="Number of trained and of frozen parameters of the whole model.",
     ),
     ScalarChart(
         section=_GROWTH,
@@ -34,7 +36,7 @@ PROGRESSIVE_CHARTS = (
         section=_GROWTH,
         title="Hit rate of the activation cache",
         tags="cache/hit_rate",
-        shows="Share of the micro-batches whose trunk activations were read from the cache.",
+        shows="Share of the micro-batches for which the trunk's output was read from the cache.",
     ),
     ScalarChart(
         section=_GROWTH,

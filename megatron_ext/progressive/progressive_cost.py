@@ -1,17 +1,21 @@
 """Parameters and FLOPs per token that progressive training adds to a model, and the work of a training step.
 
+Parameters and FLOPs per token:
+
     LoRA adapters of total rank r                  r (input + output)     parameters, for each of a layer's four linears
                                                    2 r (input + output)   FLOPs
     time embedding                                 h d (+ T d if learned) parameters; 2 h d FLOPs per sequence
 
-    layer                                     a training step runs
-    trained                                   forward and both gradients
+What a training step computes in a layer depends on what trains. The trunk is the stacks below or above the new stack:
+
+    layer                                     computed in a training step
+    trained                                   forward, gradients of inputs and weights
     frozen, above something that trains       forward and input gradients (the trunk of a prepended stack)
     frozen, above nothing that trains         forward only (the trunk of an appended stack); nothing if it is cached
     only adapters train                       forward, input gradients, the adapters' gradients; in the lowest such
                                               layer, above a frozen embedding, no input gradients of qkv
 
-Head and final norm always train. Unpacking four-bit weights is not a matrix product and is not counted.
+Head and final norm are always trained. Unpacking four-bit weights is not a matrix product and is not counted.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
@@ -32,7 +36,7 @@ def progressive_cost(plan: SettingsByLayer, config: ProgressiveConfig, model: Mo
     """Returns the parameters and FLOPs that adapters and time embedding add to the model.
 
     Args:
-        plan: the settings of all layers, by layer number.
+        plan: what is trained in each layer, and its adapters and precision, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
     """
@@ -54,12 +58,12 @@ def progressive_work(
     """Returns which parts of the model a training step runs and trains.
 
     Args:
-        plan: the settings of all layers, by layer number.
+        plan: what is trained in each layer, and its adapters and precision, by layer number.
         config: the configuration of progressive training.
         model: configuration of the base model.
-        trains_embedding: whether word and time embedding train.
-        cached_layers: number of layers, from the first, that are not run because the activation cache supplies their
-            output.
+        trains_embedding: whether the word embedding and the time embedding are trained.
+        cached_layers: number of layers at the start of the model that do not run, because the activation cache supplies
+            their output.
     """
     uses, trained, flops, reached = [], 0, 0.0, trains_embedding
     for number in range(model.num_layers):
@@ -73,7 +77,7 @@ def progressive_work(
             flops += backward - linear_flops_per_token(model, "qkv")  # the layer's input has no gradient
         reached = reached or use >= Use.PARTIAL
     time = _time_flops(config, model)
-    # A sinusoidal encoding is a constant; a learned table needs a gradient.
+    # A learned table needs a gradient; a sinusoidal encoding does not, because it is a constant.
     flops += (
         time * (1 + trains_embedding * (1 + (config.time_encoding_type == "learned"))) * (not cached_layers)
     )

@@ -1,4 +1,4 @@
-"""Progressive training's contribution to the model: adapted linear layers, bidirectional attention, time embedding."""
+"""What progressive training adds to the model: linear layers with adapters, bidirectional attention, time embedding."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,21 +14,21 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 
 class ProgressiveExtension(Extension):
-    """Extends the model with the adapted linear layers that `plan` describes, and with what the objective requires."""
+    """Gives linear layers adapters or another precision, and adds to the model what the objective requires."""
 
     name = "progressive"
 
     def __init__(self, plan: SettingsByLayer, config: ProgressiveConfig) -> None:
         """Args:
-        plan: the settings of all layers, by layer number.
-        config: objective and time embedding.
+        plan: what is trained in each layer, and its adapters and precision, by layer number.
+        config: the configuration of progressive training, which names the objective and the time embedding.
         """
         self.plan = plan
         self.config = config
         self.bidirectional = config.bidirectional
 
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns a layer's four linear modules, or none if the engine's own suffice."""
+        """Returns the four linear modules of a layer, or an empty dict if megatron-core's own modules suffice."""
         settings = self.plan[layer_number]
         is_plain = compute_dtype(settings.precision, config.params_dtype) is config.params_dtype
         if not settings.adapters and is_plain and not is_packed(settings.precision):

@@ -1,7 +1,8 @@
 """Progressive training in a run: grows the model from a checkpoint, freezes layers, and applies the objective.
 
-Each phase is one run: it trains the newest stack on its trunk, or the whole rack. The model is built with all its
-layers, loads the trunk from the last phase's checkpoint, freezes what the phase does not train, and trains.
+Each phase of progressive training is one run. It trains the newest stack on the trunk (the older stacks), or the whole
+rack (all stacks). A run builds the model with all layers of the phase, loads the trunk from the last checkpoint of the
+previous phase, freezes what the phase does not train, and trains.
 """
 
 import hashlib
@@ -46,20 +47,20 @@ from megatron_ext.training.interface.output_losses import OutputLoss
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """The checkpoint from which a model grows."""
+    """The checkpoint from which a model grows, made by the previous phase."""
 
     folder: Path
     """Directory of the checkpoint."""
 
     rack: Rack
-    """The stacks of the checkpoint's model."""
+    """The stacks of the model in the checkpoint."""
 
     trains: Trains
-    """What the checkpoint's phase trained."""
+    """What the phase that wrote the checkpoint has trained."""
 
 
 class ProgressiveFamily(Family):
-    """Progressive growth as a model family: grows, freezes and trains the rack of one phase."""
+    """Progressive growth as a model family: grows the model of one phase, and freezes what the phase does not train."""
 
     name = "progressive"
 
@@ -91,10 +92,11 @@ class ProgressiveFamily(Family):
         config: the configuration of progressive training.
         rack: all stacks of the model.
         trains: what the phase trains.
-        trunk: the checkpoint from which the model grows; None for a new model, or one that is loaded unchanged.
-        mask_token_id: see `stack_objective.reserve_mask_token`; None if no tokens are masked.
+        trunk: the checkpoint from which the model grows; None for a new model, or for one that is loaded unchanged.
+        mask_token_id: id of the mask token, from `stack_objective.reserve_mask_token`; None if no tokens are masked.
         cache_identity: values that tell the caches of different runs apart; None for no activation cache.
-        frozen: `frozen` or `qlora` by stack index; overrides the trunk strategy for these stacks.
+        frozen: maps the index of a stack to `frozen` (nothing trains) or `qlora` (only adapters train); overrides the
+            trunk strategy for these stacks.
         seed: the run's seed.
         tokens_per_step: tokens per training step, for the log.
         statistics_interval: number of steps between two records of the statistics; None for no record.
@@ -112,9 +114,10 @@ class ProgressiveFamily(Family):
 
         self.plateau = Plateau(config.plateau_patience, config.plateau_min_delta)
         self.earlier_steps: dict[str, int] = {}
-        """Updates in earlier phases, by global name of each parameter whose optimizer state is carried over."""
+        """Maps the global name of each parameter whose optimizer state is carried over to its number of updates in
+        earlier phases."""
         self.parameters: dict[str, int] = {}
-        """Numbers of `trainable` and `frozen` parameters of the whole model."""
+        """Maps `trainable` and `frozen` to the number of such parameters of the whole model."""
 
         self.mask_token_id = mask_token_id
         moves = "qlora" in (frozen or {}).values()
@@ -143,7 +146,7 @@ class ProgressiveFamily(Family):
         return family
 
     def configuration(self) -> dict[str, Any]:
-        """Returns the rack, what the phase trains, and all settings, as JSON values."""
+        """Returns the rack (the list of stacks), what the phase trains, and all settings, as JSON values."""
         return {
             "rack": self.rack.as_json(),
             "trains": self.trains,
@@ -152,7 +155,7 @@ class ProgressiveFamily(Family):
         }
 
     def extension(self) -> ProgressiveExtension:
-        """Returns progressive training's contribution to the model."""
+        """Returns what progressive training adds to the model."""
         return ProgressiveExtension(self.plan, self.config)
 
     def cost(self, model: ModelConfig) -> ModelCost:
@@ -162,7 +165,7 @@ class ProgressiveFamily(Family):
     def step_work(self, model: ModelConfig, iteration: int) -> StepWork:
         """Returns which parts of the model a step runs and trains.
 
-        The trunk is not counted if the activation cache had all micro-batches of the last step.
+        The trunk is not counted if the activation cache supplied its output for all micro-batches of the last step.
         """
         spared = self.cache is not None and self.cache.was_skipped
         return progressive_work(
@@ -191,7 +194,7 @@ class ProgressiveFamily(Family):
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether the embeddings train: in the first and the joint phase, with a trained trunk, or on request."""
+        """Whether the embeddings are trained: in the first phase, in the joint phase, and if the flags say so."""
         asked = self.config.train_embedding or self.config.trunk_strategy == "trained"
         return self.trains == "all" or len(self.rack.stacks) == 1 or asked
 
@@ -201,16 +204,16 @@ class ProgressiveFamily(Family):
             growth.carry_optimizer_state(chunks, optimizer, self.trunk.folder, self._sources(self.trunk))
 
     def make_batch(self, batch: Batch) -> Batch:
-        """Applies the objective to a micro-batch."""
+        """Turns a micro-batch into inputs, labels and loss weights of the training objective."""
         return batch if self.objective is None else self.objective.make_batch(batch)
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Returns time steps, and the hidden states after the trunk, if the micro-batch has them."""
+        """Returns the time steps and the trunk's output, if the micro-batch has them."""
         wanted = [HIDDEN_STATES, *([TIME_STEP] if self.config.embeds_time else [])]
         return {name: batch[name] for name in wanted if name in batch}
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Records the step number; before an evaluation, makes the model run all its layers, without the cache."""
+        """Records the step number; before an evaluation, makes the model run all layers instead of using the cache."""
         self._iteration = iteration or self._iteration
         if self.cache is not None and iteration is None:
             self.cache.release(chunks)
@@ -222,17 +225,17 @@ class ProgressiveFamily(Family):
         if self.cache is not None:
             return self.cache.prepare(chunks, families, batches)
         if self.trunk_layers:
-            # A frozen trunk has no dropout, so that runs with and without the cache are equal.
+            # Without dropout in a frozen trunk, runs with and without the cache give equal values.
             without_dropout(chunks, self.trunk_layers)
         return batches
 
     def close(self) -> None:
-        """Closes the cache's files."""
+        """Closes the files of the activation cache."""
         if self.cache is not None:
             self.cache.close()
 
     def evaluation_loss(self) -> OutputLoss | None:
-        """Returns loss and accuracy on masked tokens, if the objective masks tokens."""
+        """Returns the loss that also measures the accuracy on masked tokens, if the objective masks tokens."""
         return None if self.objective is None else self.objective.evaluation_loss()
 
     def check_plain(self, *, as_adapters: bool) -> None:
@@ -252,7 +255,7 @@ class ProgressiveFamily(Family):
         return [*written, *rack_export.precision_notes(self.rack, self.plan)]
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Returns the loss under the name of the stack, and the number of tokens so far."""
+        """Returns the loss under a name that contains the stack, and the number of tokens so far."""
         name = "joint" if self.trains == "all" else f"stack_{self.rack.newest.index}"
         found = {"progressive/total_tokens": float(self._iteration * self.tokens_per_step)}
         if "lm loss" in values:
@@ -276,21 +279,21 @@ class ProgressiveFamily(Family):
         return []
 
     def is_complete(self) -> bool:
-        """Whether the loss has reached a plateau."""
+        """Returns whether the loss has reached a plateau, which ends the phase."""
         return self.plateau.is_reached
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns the counts of trainable parameters, frozen parameters and stacks, and the cache's values."""
+        """Returns the numbers of trained parameters, frozen parameters and stacks; the cache's hit rate and size."""
         counts = {f"progressive/{name}_parameters": float(n) for name, n in self.parameters.items()}
         cached = self.cache.values() if self.cache is not None else {}
         return {**counts, **cached, "progressive/stacks": float(len(self.rack.stacks))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the plateau detector's state, and each parameter's update count from earlier phases."""
+        """Returns the state of the plateau detection, and each parameter's number of updates in earlier phases."""
         return {"plateau": self.plateau.state_dict(), "earlier_steps": self.earlier_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the plateau detector's state; the update counts are read from the trunk's checkpoint instead."""
+        """Restores the state of the plateau detection; the numbers of updates are read from the trunk's checkpoint."""
         self.plateau.load_state_dict(state["plateau"])
 
     def _sources(self, trunk: Trunk) -> dict[int, int]:
@@ -313,14 +316,14 @@ class ProgressiveFamily(Family):
 
 def stack_seed(seed: int, index: int) -> int:
     """Returns the seed of a stack's initial weights."""
-    # Initial values depend on seed and parameter name. With `prepend`, stacks have had the same layer numbers, so they
-    # need different seeds.
+    # Initial values depend on the seed and the parameter's name. With `prepend`, the layers of every new stack get the
+    # same numbers and therefore the same names, so each stack needs another seed.
     digest = hashlib.sha256(f"{seed}:stack {index}".encode()).digest()
     return int.from_bytes(digest[:6], "little")
 
 
 def stack_bytes(chunks: list[GPTModel], rack: Rack) -> dict[int, int]:
-    """Returns the bytes of each stack's stored weights by index, on the rank where they are largest. Collective."""
+    """Returns the bytes of each stack's weights, by index, on the rank where the stack is largest. Collective."""
     own = weight_bytes(chunks)
     local = {stack.index: sum(own.get(layer, 0) for layer in layers) for stack, layers in rack.layers()}
     found = gather_or_raise(lambda: local)

@@ -1,7 +1,7 @@
-"""Exports a rack for Hugging Face: a plain model with merged adapters, or a base model with adapters for `peft`.
+"""Exports a rack (a grown model) for Hugging Face: with merged adapters, or as a base model with adapters for `peft`.
 
-Only a causal rack has a Llama architecture; with other objectives attention is bidirectional. Four-bit weights are
-exported as their dequantized values.
+Only a rack trained with next-token prediction can be exported as a Llama architecture; other objectives use
+bidirectional attention. Four-bit weights are exported as their dequantized values.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
 
     Args:
         config: the configuration of progressive training.
-        plan: the settings of all layers, by layer number.
+        plan: what is trained in each layer, and its adapters and precision, by layer number.
         as_adapters: whether adapters are to be exported separately.
 
     Raises:
@@ -28,34 +28,36 @@ def check_plain(config: ProgressiveConfig, plan: SettingsByLayer, *, as_adapters
     """
     if config.bidirectional:
         raise ValueError(
-            f"a rack trained with --training-objective {config.training_objective} cannot be exported: its attention "
+            f"a model trained with --training-objective {config.training_objective} cannot be exported: its attention "
             "is bidirectional, which no Llama-like model supports"
         )
     if as_adapters and not any(settings.adapters for settings in plan.values()):
         raise ValueError(
-            f"{ADAPTER_FLAG}: the rack has no adapters; use --merge-adapters, which exports it unchanged"
+            f"{ADAPTER_FLAG} requires a model with adapters, but this one has none; use --merge-adapters instead"
         )
 
 
 def write_adapters(
     chunks: list[GPTModel], model: ModelConfig, directory: Path, base_model: str, *, overwrite: bool
 ) -> list[str]:
-    """Writes every adapter with `export_peft` to a directory named after it; returns one message per adapter."""
+    """Writes each adapter with `export_peft` to a directory named after the adapter; returns a message per adapter."""
     names = sorted({name for _, _, linear in adapted_linears(chunks) for name in linear.adapters})
     for name in names:
         export_peft(chunks, name, model, directory / name, base_model=base_model, overwrite=overwrite)
-    return [f"adapter {name} in peft's format: {directory / name}" for name in names]
+    return [f"wrote adapter {name} in peft's format to {directory / name}" for name in names]
 
 
 def precision_notes(rack: Rack, plan: SettingsByLayer) -> list[str]:
-    """Returns messages about stacks that were stored in four bits or computed in 16 bits."""
+    """Returns messages about stacks whose exported weights differ from what was stored or computed."""
     messages = []
     for stack, layers in rack.layers():
         precision = plan[layers.start].precision
         if is_packed(precision):
-            messages.append(f"stack {stack.index}: {precision}, exported dequantized")
+            messages.append(
+                f"stack {stack.index} is stored in {precision}; its dequantized weights are exported"
+            )
         elif precision in ("half", "bfloat16"):
             messages.append(
-                f"stack {stack.index}: was computed in {precision}; its stored weights are exported"
+                f"stack {stack.index} was computed in {precision}; its stored weights are exported"
             )
     return messages

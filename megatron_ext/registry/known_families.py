@@ -21,7 +21,7 @@ def window_begin(loaded: "LoadedModel") -> Begin | None:
     """Returns the token that every evaluation window of this model begins with, or None."""
     objective = objective_of(loaded.families)
     if objective is not None and objective.bidirectional:
-        # A bidirectional model predicts tokens of the window itself, so no token needs one before it.
+        # A bidirectional model predicts masked tokens of the window from the others, so it needs no token in front.
         return None
     tokenizer = loaded.tokenizer
     if not tokenizer.adds_bos or tokenizer.bos is None:

@@ -33,7 +33,7 @@ _MOST_ROW_LABELS = 24
 
 
 def require_matplotlib(what: str) -> None:
-    """Raises `ValueError` if matplotlib is not installed; the message names `what` (a flag or tool) requires it."""
+    """Raises `ValueError` if matplotlib is not installed; the message says that `what`, a flag or tool, requires it."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -87,7 +87,7 @@ def step_heat_map(
     bands: Sequence[Band] = (),
     row_name: str = "layer",
 ) -> str:
-    """Draws a heat map with one row per layer and steps on the x axis; more than 300 steps are averaged.
+    """Draws a heat map with one row per layer and steps on the x axis; more than 300 steps are averaged to 300 columns.
 
     Args:
         layers: for each row number, the steps and the values.
@@ -127,7 +127,7 @@ def metric_heat_map(
     title: str = "",
     row_name: str = "layer",
 ) -> str:
-    """Draws a table of numbers as a heat map; every column has its own colour scale, darker is larger.
+    """Draws a table of numbers as a heat map; every column has its own colour scale, where darker is larger.
 
     Args:
         rows: row labels.
@@ -239,7 +239,7 @@ def _binned(layers: dict[int, Curve]) -> tuple[npt.NDArray[np.float64], int, int
     """Averages the curves over bins of steps.
 
     Returns:
-        Values [layers, bins] with NaN for empty bins, the first step and the last step.
+        Three items: values [layers, bins], with NaN for empty bins; the first step; the last step.
     """
     steps = np.unique(np.concatenate([np.array(steps) for steps, _ in layers.values()]))
     first, last = int(steps[0]), int(steps[-1])

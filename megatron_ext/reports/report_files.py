@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def check_report_writable(flag: str, path: str | Path) -> None:
-    """Raises `OSError` unless a file can be written at `path`; missing folders are fine, `write_report` makes them."""
+    """Raises `OSError` unless a file can be written at `path`; folders may be missing: `write_report` creates them."""
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{flag} {path}: is a directory; give the path of a file")

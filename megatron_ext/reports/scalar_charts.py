@@ -35,7 +35,10 @@ class ScalarChart:
 
 
 def chart_of(tag: str, charts: Iterable[ScalarChart]) -> ScalarChart:
-    """Returns the declared chart for a tag, or a new one for this value in all layers and in validation and test."""
+    """Returns the chart that shows a tag: a declared chart, or a new one if the tag is not declared.
+
+    A new chart shows the same value of all layers, or of training, validation and test.
+    """
     declared = next((chart for chart in charts if re.fullmatch(chart.tags, tag)), None)
     if declared is not None:
         return declared

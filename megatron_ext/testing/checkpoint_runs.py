@@ -26,7 +26,8 @@ from megatron_ext.training.engine.training_step import Stepper
 from megatron_ext.training.interface.family_interface import Family
 
 TINY_WITH_DROPOUT = replace(TINY, hidden_dropout=0.1, attention_dropout=0.1)
-"""The tiny model with dropout: each step draws from the random stream that ranks share and from this rank's stream."""
+"""The tiny model with dropout. Each step draws random numbers from the stream that tensor-parallel ranks share and from
+the rank's own stream."""
 
 SCHEDULE = OptimizerSettings(
     lr=1e-2, min_lr=1e-3, weight_decay=0.1, lr_decay_style="cosine", lr_warmup_iters=2
@@ -51,7 +52,7 @@ class RunSettings:
 
 
 class TinyRun:
-    """A tiny training run. Every process of the layout creates one; it loads the checkpoint that the settings name."""
+    """A tiny training run, which every process of the layout creates; loads the checkpoint that the settings name."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings

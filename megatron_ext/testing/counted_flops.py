@@ -35,7 +35,7 @@ class StepFigures:
 def measured_and_predicted(
     family: Family, model: ModelConfig, iteration: int, earlier_steps: int = 0
 ) -> tuple[StepFigures, StepFigures]:
-    """Runs one training step in this process; returns the figures counted by torch and those that we predict.
+    """Runs one training step in this process; returns the figures that torch counts and the figures that we predict.
 
     Args:
         family: the model family that the model is built with.
@@ -93,7 +93,7 @@ def _predicted(cost: RunCost, model: ModelConfig, parallel: ParallelConfig) -> S
 
 
 def _with_masks(length: int) -> Iterator[Batch]:
-    """Yields the same synthetic batches again and again, with the attention mask that local attention needs."""
+    """Repeats the same synthetic batches without end, with the attention mask that local attention needs."""
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     for batch in cycle(islice(synthetic_batches(length), GLOBAL_BATCH_SIZE)):
         yield batch | {"attention_mask": mask}

@@ -32,14 +32,15 @@ from megatron_ext.testing.tiny_training import (
 from megatron_ext.training.interface.family_interface import Family
 
 RECOMPUTED, MLP_RECOMPUTED = " recomputed", " MLP recomputed"
-"""Suffixes for a layout's name: whole layers, or only attention and MLP, are recomputed in the backward pass."""
+"""Suffixes of a layout's name, for runs that recompute whole layers or only attention and MLP in the backward pass."""
 
 OVERLAPPED = "DP2 overlapped distributed optimizer"
 OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
 _OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 _MORE_LAYOUTS = {
     OVERLAPPED: (_OVERLAP, 2),
-    # With DP2 there are two micro-batches for two stages, so two kinds of messages between the same ranks coincide.
+    # With DP2 each rank has two micro-batches for two stages, so the same two ranks exchange two kinds of messages at
+    # once.
     OVERLAPPED_PIPELINE: (
         replace(_OVERLAP, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
         4,
@@ -47,18 +48,19 @@ _MORE_LAYOUTS = {
 }
 
 SavedTensors = set[tuple[str, tuple[int, ...]]]
+"""Key and global shape of every tensor that one rank saves as its owner; other ranks may hold copies of the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model and how it is trained. It is pickled for the processes, so its functions must be module-level."""
+    """A model and its training settings. It is pickled for other processes, so its functions must be module-level."""
 
     make_families: Callable[[], list[Family]] = list
     model: ModelConfig = TINY
     steps: int = 2
     bf16: bool = False
     examine: Callable[[list[GPTModel]], Any] | None = None
-    """Function to call on the untrained model, or None; its result is compared too."""
+    """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Run:
 
     trace: TrainingTrace
     saved: SavedTensors
-    """Key and global shape of every tensor that this rank saves as its owner."""
+    """The tensors that this rank saves."""
 
     examined: Any = None
 
@@ -78,7 +80,7 @@ class LayoutRuns:
     Args:
         variants: variants by name.
         layouts: names of the layouts in which all variants train, in addition to the single process.
-        some: maps the name of a further layout to the names of the only variants that train in it.
+        some: further layouts, in which only some variants train: maps a layout's name to the names of these variants.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ def _train(variant: Variant, parallel: ParallelConfig) -> Run:
 
 
 def saved_tensors(chunks: list[GPTModel]) -> SavedTensors:
-    """Key and global shape of every tensor that this rank saves as its owner."""
+    """Returns the key and global shape of every tensor that this rank saves as its owner."""
     found = []
     for chunk in chunks:
         for value in chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA)).values():
@@ -191,7 +193,9 @@ def assert_same_run(
             assert ours == pytest.approx(theirs, rel=2 * losses, abs=1e-9)
         assert trace.statistics == pytest.approx(wanted.statistics, rel=statistics, abs=1e-6, nan_ok=True)
         assert run.examined == expected.examined
-    if found[0].trace.first_gradients:  # with the distributed optimizer a rank has only a part of them
+    if found[
+        0
+    ].trace.first_gradients:  # the list is empty with the distributed optimizer, which shards gradients
         assert_same_gradients([run.trace for run in found], wanted, gradients)
     assert set().union(*(run.saved for run in found)) == expected.saved
 

@@ -1,8 +1,8 @@
 """Reference implementation of an NPT layer's feed-forward for tests: computes each token's weights in float64.
 
-It uses the formulas in `npt.modules.modulation`, written with one matrix per token and a loop over components: slow,
-but easy to check. n: tokens, h: hidden size, f: FFN size, r: rank, k: components. Weights are [output, input], as in
-megatron-core. A target is a weight matrix that NPT modulates.
+It uses the formulas in `npt.modules.modulation`, written with one matrix per token and a loop over components, which is
+slow but easy to check. n: tokens, h: hidden size, f: FFN size, r: rank, k: components. Weights are [output, input], as
+in megatron-core. A target is a weight matrix of the MLP that NPT modulates: gate, up, fc1 or down.
 """
 
 import math

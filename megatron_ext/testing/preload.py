@@ -1,4 +1,4 @@
-"""Imports torch and mcore once in the fork server, so that test processes start quickly. Starts no threads."""
+"""Imports torch and mcore once in the fork server, so that test processes start quickly. It starts no threads."""
 
 import megatron_ext.platform.process_groups
 import megatron_ext.testing.checkpoint_runs

@@ -38,7 +38,7 @@ def run_distributed(
         The results, ordered by rank.
 
     Raises:
-        RuntimeError: a process failed, or the time ran out; the message has the traceback.
+        RuntimeError: a process failed (the message contains its traceback), or the time ran out.
     """
     with _started(function, world_size, args) as (processes, results):
         return _collect(processes, results, world_size, timeout)

@@ -36,7 +36,7 @@ def run_single(function: Callable[..., Any], *args: Any) -> Any:
 def clean_process() -> Iterator[None]:
     """Restores the state of this process when the block ends, so that a test may train inside the block.
 
-    Restored are the global state of torch, mcore and this package (process groups, parallel state, random streams,
+    It restores the global state of torch, mcore and this package (process groups, parallel state, random streams,
     attached losses, gradient mode, default dtype, threads), the environment, the command line and the warning filters.
     """
     shutdown = process_groups.shutdown  # a test may replace it, to train several times in one group
@@ -46,7 +46,7 @@ def clean_process() -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
-            # mcore's own deprecation warnings, which Python does not show outside of tests either.
+            # mcore causes deprecation warnings, which Python does not show outside of tests either.
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:

@@ -40,7 +40,7 @@ TINY = ModelConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-"""A Llama-like model whose sizes are divisible for every layout of up to four processes."""
+"""A Llama-like model whose sizes can be divided among the ranks of every layout of up to four processes."""
 
 LAYOUTS: dict[str, ParallelConfig] = {
     "TP1": ParallelConfig(),
@@ -83,7 +83,10 @@ class TrainingTrace:
 def synthetic_batches(
     sequence_length: int, micro_batch_size: int = 1, global_batch_size: int = GLOBAL_BATCH_SIZE
 ) -> Iterator[Batch]:
-    """Yields endless micro-batches for this data-parallel rank; the token before it determines every second token."""
+    """Yields micro-batches without end for this data-parallel rank.
+
+    In every sequence, each second token is determined by the token before it.
+    """
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
     step = 0

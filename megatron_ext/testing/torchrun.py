@@ -114,7 +114,7 @@ def _reaches(running: Running, moment: str | Path) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Returns this process's environment without the variables that would make a command a rank of this run."""
+    """Returns this process's environment without the variables that would make a new command a rank of this run."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     mine = {name: value for name, value in os.environ.items() if name not in names}
     return {**mine, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}

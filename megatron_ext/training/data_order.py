@@ -1,8 +1,9 @@
 """Warns when a resumed run reads its training samples in another order than the checkpoint's run.
 
 A resumed run skips as many samples as the checkpoint has consumed, which is correct only for the same order of samples.
-Another sequence length, seed, split or dataset changes the order. So may another number of steps: as in Megatron-LM,
-the epochs that a run needs are shuffled together. The run continues in all these cases, after a warning.
+Another sequence length, seed, split or dataset changes the order. Another number of steps may change it too because, as
+in Megatron-LM, all epochs that a run needs are shuffled together. In all these cases the run prints a warning and
+continues.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress, read_run_config
 
 TRAINING_SAMPLES = "training_samples"
-"""Key of the run configuration: the number of sequences for which the training set was built."""
+"""Key in the run configuration. Its value is the number of sequences for which the training set was built."""
 
 _DECIDING = (
     ("model", "seq_length"),
@@ -35,7 +36,7 @@ def tell_of_other_order(config: CheckpointConfig, run: Mapping[str, Any], progre
 
     Args:
         config: the run's checkpoint flags, which name the loaded checkpoint.
-        run: the run's configuration, with sections `model`, `training` and `data`, and `TRAINING_SAMPLES`.
+        run: the run's configuration, with the sections `model`, `training`, `data` and the key `TRAINING_SAMPLES`.
         progress: the checkpoint's progress.
 
     Raises:

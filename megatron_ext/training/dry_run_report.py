@@ -1,9 +1,10 @@
 """`--dry-run`: prints parameters, memory and FLOPs of a run, computed from its configuration.
 
-No process group and no model are built. The tokenizer is built for the size of its vocabulary; if it does not exist
-yet, use a NullTokenizer with --vocab-size. The number of processes is the environment variable WORLD_SIZE, which
-`torchrun` sets; set it yourself to plan for a cluster. Without it one copy of the model is assumed. If steps train
-different parts, as under a curriculum, all figures are for the last step.
+No process group and no model are built. The tokenizer is built, because the size of its vocabulary is needed; if there
+is no tokenizer yet, pass --tokenizer-type NullTokenizer and --vocab-size. The number of processes is the environment
+variable WORLD_SIZE, which `torchrun` sets; set it yourself to plan for a cluster. Without it, as many processes are
+assumed as one copy of the model needs. If the trained part of the model changes during the run, as under a curriculum,
+all figures are for the last step.
 """
 
 import os
@@ -52,7 +53,7 @@ def print_dry_run(
         stream: where to print; None for standard output.
 
     Raises:
-        ValueError: the tokenizer cannot be built, or a family does not accept its configuration.
+        ValueError: the tokenizer cannot be built, or a model family does not accept its configuration.
     """
     if process_groups.rank() != 0:
         return
@@ -138,7 +139,7 @@ def _memory_table(stages: list[StageMemory]) -> Table:
         "activations",
         "total",
     )
-    # Inner stages often need equal memory; they share one row.
+    # Pipeline stages that need the same memory, as inner stages often do, share one row.
     for memory, group in groupby(enumerate(stages), key=lambda numbered: numbered[1]):
         numbers = [number for number, _ in group]
         name = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"

@@ -1,8 +1,8 @@
-"""Forward passes through a frozen part of the model, in addition to the training step; their values may be cached.
+"""Runs additional forward passes through a frozen part of the model; their results may be cached.
 
-They are used for NPT's teacher and for the trunk below a progressive stack. Each has its own cache contents and keys:
-the teacher's values depend on tokens and positions only; the trunk's values also depend on its weights and on all other
-inputs.
+There are two uses: NPT's teacher (the base model, whose hidden states NPT's layers train with) and, in progressive
+growth, the trunk (the layers below the stack that is trained). Each has a cache of its own. The teacher's results
+depend on tokens and positions only; the trunk's results also depend on its weights and on all other inputs.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from megatron_ext.training.interface.output_losses import NoLoss
 
 
 class FrozenForward:
-    """Base class of the caches for frozen forward passes: makes ranks agree on hits, and counts hits and misses."""
+    """Base class of the two caches: makes all ranks agree on cache hits, and counts hits and misses."""
 
     def __init__(self) -> None:
         self.hits = self.misses = 0
@@ -54,8 +54,8 @@ def run_frozen(
     Args:
         chunks: this rank's model chunks, unwrapped.
         families: all model families of the run.
-        batches: micro-batches on the device; under pipeline parallelism, as many as its schedule can process.
-        watched: modules of this rank (layers or their norms), by name, whose inputs are recorded.
+        batches: micro-batches on the device; the pipeline schedule must accept their number.
+        watched: the modules whose inputs are recorded, by name: layers or norms of this rank.
         output: called with the output layer's input, on the last stage.
 
     Returns:

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and the conditions under which a run ends.
 
 Everything the loop calls is collective, so all ranks must take the same decisions. Each decision therefore uses values
-that are equal on all ranks: losses and norms are reduced, clocks and signals are reduced explicitly.
+that are equal on all ranks: losses and norms are reduced during a step, clocks and signals are reduced after it.
 """
 
 import math
@@ -32,7 +32,7 @@ EXIT_NOT_FINITE = 3
 """`--max-consecutive-nan-steps` steps in a row had a loss or gradient norm that is not finite."""
 
 Batches = Callable[[int], Iterator[Batch]]
-"""Given the number of consumed samples, returns an endless iterator over the micro-batches after them."""
+"""Takes the number of consumed samples, and returns an endless iterator over the micro-batches that follow them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Loop:
                 not_finite_in_a_row = not_finite_in_a_row + 1 if skipped else 0
                 if not_finite_in_a_row >= self.training.max_consecutive_nan_steps:
                     self._note_stop(
-                        f"stopped at step {progress.iteration}: loss or gradient norm not finite in "
+                        f"stopped at step {progress.iteration}: the loss or gradient norm was not finite in "
                         f"{not_finite_in_a_row} steps in a row; no checkpoint of these steps was saved",
                         EXIT_NOT_FINITE,
                     )
@@ -110,7 +110,7 @@ class Loop:
         return EXIT_OK, progress
 
     def is_complete(self, progress: TrainingProgress) -> bool:
-        """Whether the last step is done, or a model family ends the run early."""
+        """Returns whether the last step is done, or a model family ends the run early."""
         enough = any(family.is_complete() for family in self.stepper.families)
         return enough or progress.iteration >= self.total_iterations
 
@@ -121,7 +121,7 @@ class Loop:
 
     def _step(self, progress: TrainingProgress, batches: Iterator[Batch]) -> tuple[TrainingProgress, bool]:
         iteration = progress.iteration + 1
-        # Read before the step: the schedule moves at its end.
+        # Read the learning rate before the step, because the schedule advances at the end of the step.
         learning_rate = get_canonical_lr_for_logging(self.stepper.optimizer.param_groups) or 0.0
         started = time.perf_counter()
         result = self.stepper.train(batches, iteration)

@@ -50,7 +50,7 @@ def plan_memory(
 
 
 def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family], copies: int) -> None:
-    """Checks that this machine has enough memory for the estimates of its ranks; arguments as for `plan_memory`.
+    """Checks that this machine has enough memory for the estimated needs of its ranks; arguments as for `plan_memory`.
 
     Raises:
         ValueError: the estimate exceeds the memory.
@@ -73,6 +73,7 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
         flags = f"--num-layers {model.num_layers}, --hidden-size {model.hidden_size}"
     raise ValueError(
         f"{flags}: a step needs about {binary_size(needed)} on {ranks} process{'es' if ranks > 1 else ''} "
-        f"({binary_size(ranks * held)} of it activations), but {'this machine' if is_shared else 'the device'} has "
-        f"only {binary_size(limit)}; reduce these sizes (--dry-run lists the memory by kind)"
+        f"({binary_size(ranks * held)} of this for activations), but "
+        f"{'this machine' if is_shared else 'the device'} has only {binary_size(limit)}; reduce these sizes "
+        "(--dry-run lists the memory by kind)"
     )

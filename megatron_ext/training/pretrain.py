@@ -1,4 +1,4 @@
-"""A whole pretraining run: from configurations and model families to an exit code.
+"""Carries out a whole pretraining run, in this order:
 
     check -> tokenizer -> families -> process group -> model -> optimizer -> checkpoint -> data -> loop
 
@@ -59,7 +59,7 @@ def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PL
 
     Args:
         config: the run's configuration, including the model families' groups.
-        make_families: builds the families; called once.
+        make_families: builds the run's model families; called once.
         options: deviations from plain pretraining.
 
     Returns:
@@ -116,7 +116,7 @@ def check_run(
 def process_group(
     parallel: ParallelConfig, training: TrainingConfig, checkpoint: CheckpointConfig
 ) -> Iterator[None]:
-    """Context in which the process group exists, random generators are seeded, and `--save` is locked by this run."""
+    """Context manager: starts the process group, seeds the random generators, and locks the --save directory."""
     random.seed(training.seed)
     np.random.seed(training.seed)
     process_groups.initialize(parallel, training.seed)
@@ -238,7 +238,7 @@ def _build_stepper(
     wrapped = wrap_model(chunks, parallel, bf16=training.bf16)
     optimizer = build_optimizer(config.optimizer, parallel, wrapped, families, bf16=training.bf16)
     if options.first_iteration:
-        # Every training of a series has a learning-rate schedule of its own, although step numbers continue.
+        # Every run of a series has its own learning-rate schedule, although the step numbers continue.
         steps = training.resolved_train_iters(global_batch_size) - options.first_iteration
         training = replace(training, train_iters=steps, train_samples=None)
     return Stepper(
@@ -264,8 +264,8 @@ def _begin(
         options.begin(stepper.models, stepper.optimizer)
         progress = TrainingProgress(iteration=options.first_iteration, consumed_samples=options.first_sample)
     if config.optimizer.override_opt_param_scheduler and config.training.train_iters is not None:
-        # The schedule counts samples. After a change of the batch size, --override-opt-param-scheduler places it at the
-        # number of steps that are done.
+        # The schedule counts samples. If the batch size has changed, --override-opt-param-scheduler moves the schedule
+        # to the number of steps that are done.
         done = progress.iteration - options.first_iteration - progress.skipped_steps
         scheduler_state.move_to(stepper.scheduler, done * stepper.global_batch_size)
     return progress

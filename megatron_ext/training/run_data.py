@@ -31,7 +31,7 @@ def build_data(
     global_batch_size: int,
     run_options: RunOptions,
 ) -> Data:
-    """Builds the run's training, validation and test batches, with the fields from the families' own data files.
+    """Builds the run's training, validation and test batches, with fields from the model families' own data files.
 
     Raises:
         FileNotFoundError, ValueError: the data is missing or unsuitable; every rank raises the same one-line error.
@@ -97,5 +97,5 @@ def _batches(
                 f"--data-path: the data contains token id {largest}, but the tokenizer's vocabulary has only "
                 f"{vocab_size} ids; pass the tokenizer with which the data was prepared"
             )
-        yield {"epoch": numbers // len(dataset), **batch}  # type: ignore[arg-type]  # has no __len__ for torch
+        yield {"epoch": numbers // len(dataset), **batch}  # type: ignore[arg-type]  # torch declares no __len__
         numbers += micro_batch_size * copies

@@ -1,4 +1,4 @@
-"""Options by which scripts and series of training runs deviate from plain pretraining."""
+"""Options with which scripts, and series of training runs, deviate from plain pretraining."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +23,11 @@ class RunOptions:
     """Returns the name of a step's checkpoint directory; `checkpoint_files.step_of` must be able to parse it."""
 
     loads_what_fits: bool = False
-    """Whether --load loads only the tensors that checkpoint and run have in common, with a new optimizer state."""
+    """Whether --load loads only tensors that exist in both checkpoint and run, and starts a new optimizer state."""
 
     prepare: Callable[[list[GPTModel]], None] = lambda chunks: None
-    """Called on the loaded model before it is wrapped, and before a checkpoint of the run is loaded; collective."""
+    """Called once the base model is loaded, before the model is wrapped and a checkpoint of the run is loaded;
+    collective."""
 
     begin: Callable[[list[GPTModel], MegatronOptimizer], None] = lambda chunks, optimizer: None
     """Called before the first step of a run that does not resume from a checkpoint; collective."""
@@ -38,14 +39,15 @@ class RunOptions:
     """Number of training sequences that earlier runs of a series have consumed; this run begins after them."""
 
     first_iteration: int = 0
-    """Number of steps of earlier runs in a series. Step numbers continue; the learning-rate schedule restarts."""
+    """Number of steps that earlier runs of a series have done. Step numbers continue from there; the learning-rate
+    schedule restarts."""
 
     data: Data | None = None
     """The caller's batches, used instead of --data-path."""
 
     epoch_samples: int | None = None
-    """Number of sequences per epoch; every epoch then has the same sequences. None packs documents anew in each epoch,
-    as megatron-core does."""
+    """Number of sequences per epoch; every epoch then has the same sequences. If None, documents are packed anew in
+    each epoch, as megatron-core does."""
 
     samples: int | None = None
     """Number of sequences in a whole series of runs, which are shuffled together; None for a single run."""

@@ -1,4 +1,7 @@
-"""Configuration of one run in a series that one command starts: a layer of NPT, or a phase of a growing model."""
+"""Configures one training run of a series that one command starts.
+
+Such a series has one run per layer in NPT's sequential mode, and one run per phase in progressive growth.
+"""
 
 import time
 from dataclasses import replace
@@ -21,7 +24,7 @@ def config_in(config: C, folder: Path, began: float) -> C:
     goes_on = on_first_rank(lambda: find_checkpoint(save) is not None)
     if training.exit_duration_in_mins is not None:
         left = training.exit_duration_in_mins - (time.monotonic() - began) / 60
-        # Not 0: the option must be positive. So small a value ends the training after its first step.
+        # The option must be positive, so it cannot be 0. A value this small ends the run after its first step.
         training = replace(training, exit_duration_in_mins=max(1e-6, left))
     checkpoint = replace(config.checkpoint, save=save, load=save if goes_on else None)
     return replace(config, training=training, checkpoint=checkpoint)

@@ -64,7 +64,7 @@ class SignalWatcher:
     def agreed_exit_code(self) -> int | None:
         """Returns the exit code if any rank has received a signal, else None; equal on every rank. Collective.
 
-        If ranks have received different signals, the one with the highest number counts.
+        If ranks have received different signals, the signal with the highest number counts.
         """
         received = torch.tensor([self._received], dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(received, op=dist.ReduceOp.MAX)

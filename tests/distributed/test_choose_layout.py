@@ -55,10 +55,12 @@ def test_sizes_that_are_given_are_kept_or_refused() -> None:
     assert choose_layout(model(8, 4), [], 4, pipeline=2).tensor_model_parallel_size == 2
     assert choose_layout(model(9, 4), [], 4, pipeline=2).tensor_model_parallel_size == 1
     with pytest.raises(
-        ValueError, match="--num-attention-heads 9: not divisible by --tensor-model-parallel-size 2"
+        ValueError, match="--num-attention-heads 9: must be divisible by --tensor-model-parallel-size 2"
     ):
         choose_layout(model(9, 4), [], 2, tensor=2)
-    with pytest.raises(ValueError, match="--num-layers 5: not divisible by --pipeline-model-parallel-size 2"):
+    with pytest.raises(
+        ValueError, match="--num-layers 5: must be divisible by --pipeline-model-parallel-size 2"
+    ):
         choose_layout(model(9, 5), [], 2, pipeline=2)
 
 

@@ -51,7 +51,7 @@ def _check_known(arguments: Sequence[str], known: list[str]) -> None:
 
 
 def _is_flag(word: str) -> bool:
-    """Whether a word is a flag: --x or -x, but not -1, a single -, or other text that begins with a dash."""
+    """Returns whether a word is a flag: --x or -x, but not -1, a single -, or other text that begins with a dash."""
     return word.startswith("--") or re.fullmatch(r"-[A-Za-z]\S*", word) is not None
 
 
@@ -62,7 +62,7 @@ def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     for argument in arguments:
         if not argument.startswith("--"):
             if spelled is None:
-                raise ValueError(f"{argument}: belongs to no flag")
+                raise ValueError(f"unexpected argument {argument}: a value must follow its flag")
             words.append(argument)
             continue
         if spelled is not None:
@@ -76,4 +76,4 @@ def _by_flag(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 def _check_end(spelled: str, words: Sequence[str], count: int) -> None:
     if len(words) > count:
         takes = "no value" if count == 0 else "one value"
-        raise ValueError(f"{words[count]}: belongs to no flag ({spelled} takes {takes})")
+        raise ValueError(f"unexpected argument {words[count]} ({spelled} takes {takes})")

@@ -1,5 +1,7 @@
 """Ends an entry point after an error: prints one `error: ...` line if the user can fix it, a traceback if it is a bug.
 
+Each kind of error, what is printed, and the exit code:
+
     user error (ValueError, OSError)        one line on the first rank of each host, exit code 2 on every rank
     another process of the run died         one line, exit code 1
     Ctrl-C before training has started      one line, exit code 130
@@ -34,7 +36,7 @@ USER_ERRORS = (ValueError, OSError)
 """Exceptions that count as user errors; a missing file or a lacking permission is an `OSError`."""
 
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""Texts in the error messages of gloo and NCCL that mean: another process of the collective has died."""
+"""Texts in the error messages of gloo and NCCL by which they report that another process has died."""
 
 _LAUNCHER_SECONDS = 2.0
 """Seconds to wait for `torchrun` to notice that a process has died and to stop the other processes."""
@@ -43,7 +45,7 @@ Main = Callable[[], int | None]
 
 
 class ProcessLost(Exception):
-    """Another process of the run has died, so this process stops without a traceback of its own."""
+    """Another process of the run has died, so this process stops without printing a traceback."""
 
 
 def exit_with_error(message: str, code: int = EXIT_USER_ERROR, *, on_every_rank: bool = False) -> NoReturn:
@@ -108,11 +110,11 @@ def main_guard(main: Main) -> Main:
 
 def _follow_lost_peer() -> NoReturn:
     """Exits because another process of the run has died."""
-    # torchrun reports the first process that exits; wait, so that it is the one that failed.
+    # torchrun reports the first process that exits; wait, so that it reports the process that failed.
     time.sleep(_LAUNCHER_SECONDS)
     rank = os.environ.get("RANK", "0")
     exit_with_error(
-        f"rank {rank} has lost another process of the run, which failed or was killed; see the output of that process",
+        f"rank {rank} stops because another process of the run failed or was killed; see the output of that process",
         EXIT_UNEXPECTED,
         on_every_rank=True,
     )

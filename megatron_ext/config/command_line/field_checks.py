@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """How a field appears on the command line, as far as its name and type do not determine this."""
+    """How a field appears on the command line, where its name and type do not determine this."""
 
     aliases: tuple[str, ...] = ()
     """Further flags that set the field, spelled with dashes (`--learning-rate`)."""
@@ -97,7 +97,7 @@ def check_numbers(config: "DataclassInstance") -> None:
                     f"{flag_name(field.name)} {value}: must be a finite number in the range of fp32"
                 )
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ValueError(f"{flag_name(field.name)} {value}: must be less than 2^63")
+                raise ValueError(f"{flag_name(field.name)} {value}: must fit in 64 bits")
 
 
 def check_positive(config: object, *names: str) -> None:

@@ -1,6 +1,7 @@
 """Derives the command-line flags from the config dataclasses: one flag per field, plus its aliases.
 
-A configuration is a dataclass whose fields are config groups (`RunConfig`), or a single group.
+A configuration is a dataclass whose fields are config groups (`RunConfig`), or a single config group. A config group is
+a dataclass with the settings of one topic, such as `ModelConfig`.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ class Flag:
 
 
 def groups_of(config_type: type[Any]) -> dict[str, type[Any]]:
-    """Returns a configuration's groups by name: its fields that are dataclasses, or itself if it has no such field."""
+    """Returns a configuration's groups by name: its fields that are dataclasses, or else the whole configuration."""
     hints = typing.get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     groups = {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
@@ -95,13 +96,15 @@ def flags_of(config_type: type[Any]) -> list[Flag]:
     for flag in flags:
         for spelling in flag.names + flag.negations:
             if spelling in owner:
-                raise TypeError(f"{spelling} is declared by {owner[spelling].group} and by {flag.group}")
+                raise TypeError(
+                    f"{spelling} is declared by two config groups: {owner[spelling].group} and {flag.group}"
+                )
             owner[spelling] = flag
     return flags
 
 
 def _own_fields_first(group_type: type[Any]) -> list[dataclasses.Field[Any]]:
-    # A tool's own flags before those that it inherits from a group shared by several tools.
+    # Lists a tool's own flags before those that it inherits from a group shared by several tools.
     inherited = {name for base in group_type.__mro__[1:] for name in vars(base).get("__annotations__", ())}
     return sorted(dataclasses.fields(group_type), key=lambda field: field.name in inherited)
 

@@ -1,6 +1,7 @@
 """Reads and prints text as UTF-8, whatever the locale.
 
-Without a locale (LC_ALL=C, minimal container) Python may use ASCII for the command line and the standard streams.
+If no locale is set (LC_ALL=C, or a minimal container), Python may use ASCII for the command line and the
+standard streams.
 """
 
 import codecs
@@ -64,7 +65,7 @@ def _is_ascii(encoding: str) -> bool:
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Codec error handler: writes undecodable bytes of a file name unchanged, and other characters as an escape."""
+    """Handles an encoding error: writes undecodable bytes of a file name unchanged, other characters as an escape."""
     assert isinstance(error, UnicodeEncodeError)
     letter = error.object[error.start]
     name = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "backslashreplace"

@@ -1,10 +1,12 @@
 """Merges the values of a configuration field by field from several sources, and records where each value came from.
 
+The sources, from the highest precedence to the lowest:
+
     flag  >  YAML file (--config)  >  values that the program finds  >  default of the field
 
 The given flags may name a mode, a weights file or a checkpoint, in which the program finds further values. Each such
 source is a `Found`; a later one overrides an earlier one. `pretrain_npt.py` reads the mode, then the weights file, then
-the checkpoint; `pretrain_progressive.py` reads the stacks, then the training run in --save.
+the checkpoint; `pretrain_progressive.py` reads the description of the stacks, then the training run in --save.
 """
 
 import dataclasses
@@ -36,7 +38,7 @@ class Source:
 FLAG = Source("flag")
 DEFAULT = Source("default")
 DERIVED = Source("follows from others")
-"""Source of a field that no source sets but that differs from its default, because it follows from other fields."""
+"""Source of a field that was not set but differs from its default, because its value follows from other fields."""
 
 Sources = Mapping[str, Source]
 """Maps each field that differs from its default to the source of its value."""
@@ -107,7 +109,7 @@ def build(config_type: type[T], merged: Merged) -> T:
 
 
 def name_yaml(message: str, sources: Sources) -> str:
-    """Appends to an error message which of the flags it names were set in the YAML file, not on the command line."""
+    """Returns an error message, followed by a list of the flags in it that were set by the YAML file."""
     named = {}
     for flag in re.findall(r"--([\w-]+)", message):
         field = flag.replace("-", "_")

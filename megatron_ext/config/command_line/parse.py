@@ -69,8 +69,8 @@ def parse(
         prog: name of the program in `--help`.
         description: description of the program in `--help`.
         example: an example command for `--help`.
-        find: called with the given values; returns values for fields that were not given. Later entries override
-            earlier ones.
+        find: called with the given values; returns sources of values for fields that were not given. A later source
+            overrides an earlier one.
         sections: maps the name of a YAML section to the names of further groups whose flags it may hold.
         supplied: maps a field that `find` fills in to the text that `--help` shows as its default.
 

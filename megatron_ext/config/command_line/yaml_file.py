@@ -71,7 +71,7 @@ def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not YAML: {error}") from None
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from None
     if content is None:
         return
     if not isinstance(content, dict):

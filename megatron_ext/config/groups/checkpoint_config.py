@@ -41,8 +41,8 @@ class CheckpointConfig:
     """Number of complete checkpoints to keep; older ones are deleted after each save. Default: keep all."""
 
     overwrite_checkpoints: bool = False
-    """Allow this run to replace another run in --save, or checkpoints later than the step it loads. They are deleted
-    once this run has written its first checkpoint."""
+    """Allow this run to replace checkpoints in --save that belong to another run, or that are later than the step it
+    loads. The old checkpoints are deleted once this run has written its first checkpoint."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_interval", "keep_last")

@@ -73,9 +73,7 @@ def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
     if len(values) == 1 or not is_number(values[0]):
         return
     if len(values) % 2:
-        raise ValueError(
-            f"{flag} {given}: weights and prefixes must alternate, but the last one has no partner"
-        )
+        raise ValueError(f"{flag} {given}: weights and prefixes must alternate (got an odd number of values)")
     for weight in values[::2]:
         if not is_number(weight) or not 0 < float(weight) < float("inf"):
             raise ValueError(f"{flag} {given}: weight {weight!r} must be a number above 0")
@@ -84,7 +82,7 @@ def _check_blend(flag: str, values: tuple[str, ...] | None) -> None:
 def _check_split(split: str) -> None:
     parts = split.split(",")
     if not all(is_number(part) and float(part) >= 0 for part in parts) or not sum(map(float, parts)) > 0:
-        raise ValueError(f"--split {split}: must be up to three shares such as 969,30,1")
+        raise ValueError(f"--split {split}: must be one to three numbers such as 969,30,1")
     if len(parts) > 3:
         raise ValueError(
             f"--split {split}: must have at most three shares (training, validation, test), got {len(parts)}"
@@ -92,7 +90,7 @@ def _check_split(split: str) -> None:
 
 
 def is_number(text: str) -> bool:
-    """Whether an item of a dataset list such as `0.3 first 0.7 second` is a weight; otherwise it is a prefix."""
+    """Returns True if an item of a dataset list such as `0.3 first 0.7 second` is a weight, False if it is a prefix."""
     try:
         float(text)
     except ValueError:

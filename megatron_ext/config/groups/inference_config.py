@@ -50,7 +50,7 @@ class SamplingConfig:
     """Divide the logits by this value; 0 always takes the most likely token (greedy decoding)."""
 
     top_k: int = 0
-    """Sample only from this many most likely tokens; 0 turns the limit off."""
+    """Number of most likely tokens to sample from; 0 turns the limit off."""
 
     top_p: float = 0.0
     """Sample from the smallest set of most likely tokens whose probabilities reach this sum; 0 turns this off."""

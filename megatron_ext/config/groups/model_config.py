@@ -66,10 +66,11 @@ class ModelConfig:
     64)."""
 
     num_query_groups: int | None = None
-    """Number of key/value heads; below the number of attention heads: grouped-query attention. Default: equal to it."""
+    """Number of key/value heads. A number below --num-attention-heads gives grouped-query attention. Default: the
+    number of attention heads."""
 
     group_query_attention: bool = False
-    """Megatron's switch for grouped-query attention; requires --num-query-groups, which also works without it."""
+    """Megatron's switch for grouped-query attention; requires --num-query-groups, which has the same effect alone."""
 
     kv_channels: int | None = None
     """Width of one attention head. Default: hidden size / number of attention heads."""
@@ -100,10 +101,10 @@ class ModelConfig:
     """Llama 3's rope scaling: the factor that low frequencies are divided by."""
 
     rope_low_freq_factor: float = 1.0
-    """Llama 3's rope scaling: a frequency is low if its wavelength exceeds the original length / this value."""
+    """Llama 3's rope scaling: a frequency is low if its wavelength exceeds the original length divided by this."""
 
     rope_high_freq_factor: float = 4.0
-    """Llama 3's rope scaling: a frequency is high if its wavelength is below the original length / this value."""
+    """Llama 3's rope scaling: a frequency is high if its wavelength is below the original length divided by this."""
 
     rope_original_max_position_embeddings: int = 8192
     """Llama 3's rope scaling: sequence length that the model was first trained with, in tokens (original length)."""
@@ -186,8 +187,8 @@ class ModelConfig:
     def _check_mlp(self) -> None:
         if self.resolved_ffn_hidden_size < 1:
             raise ValueError(
-                f"--hidden-size {self.hidden_size}: with --swiglu it gives an MLP width of 0 "
-                "(8/3 of it, rounded down to a multiple of 64); give --ffn-hidden-size"
+                f"--hidden-size {self.hidden_size}: too small for --swiglu, whose default MLP width is 0 "
+                "(8/3 of the hidden size, rounded down to a multiple of 64); give --ffn-hidden-size"
             )
 
     def _check_rotary(self) -> None:
@@ -271,7 +272,7 @@ class ModelConfig:
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
-        """Width of the MLP; without --ffn-hidden-size the default, which follows Megatron's rule for SwiGLU."""
+        """Width of the MLP: --ffn-hidden-size, or the default that is described there."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.swiglu:
@@ -297,9 +298,9 @@ class ModelConfig:
 
 
 def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces Transformer Engine in a checkpoint's `model` section if it is not installed on this machine.
+    """Returns a checkpoint's `model` section, without Transformer Engine if this machine does not have it installed.
 
-    This is safe: the replacements use the same weights and compute the same function.
+    This is safe: the implementations used instead have the same weights and compute the same function.
     """
     if importlib.util.find_spec("transformer_engine") is not None:
         return dict(section)

@@ -28,7 +28,7 @@ class OptimizerSettings:
     """Learning rate at the end of the decay."""
 
     lr_decay_style: Literal["linear", "cosine", "constant", "WSD"] = "linear"
-    """Shape of the decay after the warm-up."""
+    """Shape of the decay after the warm-up. WSD (warm-up, stable, decay) keeps the peak until the final decay."""
 
     lr_decay_iters: int | None = None
     """Optimizer steps over which the learning rate decays. Default: the whole run."""
@@ -134,7 +134,7 @@ class OptimizerSettings:
         elif self.start_weight_decay is None or self.end_weight_decay is None:
             raise ValueError(
                 f"--weight-decay-incr-style {self.weight_decay_incr_style}: "
-                "needs both --start-weight-decay and --end-weight-decay"
+                "requires both --start-weight-decay and --end-weight-decay"
             )
         elif self.end_weight_decay < self.start_weight_decay:
             raise ValueError(

@@ -81,7 +81,7 @@ class ParallelConfig:
         self._check_recompute()
 
     def _check_context(self) -> None:
-        # mcore would slice the rotary table, while our batch and core attention stay unsliced: positions were wrong.
+        # mcore would slice the rotary table but our batch and core attention stay unsliced: positions would be wrong.
         if self.context_parallel_size > 1:
             raise ValueError(
                 f"--context-parallel-size {self.context_parallel_size}: must be 1 (no context parallelism); "
@@ -139,7 +139,7 @@ class ParallelConfig:
         """
         if world_size % self.model_parallel_size:
             raise ValueError(
-                f"world size {world_size}: not divisible by --tensor-model-parallel-size "
+                f"world size {world_size}: must be divisible by --tensor-model-parallel-size "
                 f"{self.tensor_model_parallel_size} x --pipeline-model-parallel-size "
                 f"{self.pipeline_model_parallel_size} x --context-parallel-size {self.context_parallel_size}"
             )

@@ -34,11 +34,13 @@ class InputConfig:
         check_at_least(self, 1, "max_line_bytes", "max_documents")
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
             raise ValueError(
-                f"--json-keys {' '.join(self.json_keys)}: give at least one key, and no key twice"
+                f"--json-keys {' '.join(self.json_keys)}: must hold at least one key, and no key twice"
             )
         bad = [key for key in self.json_keys if "/" in key or not key]
         if bad:
-            raise ValueError(f"--json-keys {bad[0]!r}: a key becomes part of a file name and cannot hold /")
+            raise ValueError(
+                f"--json-keys {bad[0]!r}: a key becomes part of a file name and must not contain /"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

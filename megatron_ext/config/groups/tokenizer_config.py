@@ -66,7 +66,7 @@ class TokenizerConfig:
                 raise ValueError(f"--tokenizer-type {self.tokenizer_type}: requires {flag_name(name)}")
 
     def files(self) -> tuple[str, ...]:
-        """Paths of the tokenizer's files."""
+        """Returns the paths of the tokenizer's files."""
         return tuple(
             path for path in (self.tokenizer_model, self.vocab_file, self.merge_file) if path is not None
         )

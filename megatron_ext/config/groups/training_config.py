@@ -71,7 +71,7 @@ class TrainingConfig:
         check_at_least(self, 1, "train_iters", "train_samples", "eval_interval", "exit_interval")
         check_at_least(self, 1, "max_consecutive_nan_steps")
         check_at_least(self, 0, "eval_iters", "seed")
-        check_at_most(self, 2**32 - 1, "seed")  # numpy takes no larger one
+        check_at_most(self, 2**32 - 1, "seed")  # numpy accepts no larger seed
         check_positive(self, "exit_duration_in_mins", "num_epochs")
         lengths = (self.train_iters, self.train_samples, self.num_epochs)
         given = [str(length) for length in lengths if length is not None]
@@ -93,7 +93,7 @@ class TrainingConfig:
         return [] if given.keys() & lengths else ["--train-iters (or --train-samples, --num-epochs)"]
 
     def resolved_global_batch_size(self, data_parallel_size: int) -> int:
-        """Returns the number of sequences per optimizer step, computed from the other flags if it is not given.
+        """Returns the number of sequences per optimizer step; without --global-batch-size, computed from other flags.
 
         Raises:
             ValueError: the global batch is not a multiple of micro-batch size x data-parallel size.
@@ -103,7 +103,7 @@ class TrainingConfig:
             return samples_at_once * (self.gradient_accumulation_steps or 1)
         if self.global_batch_size % samples_at_once:
             raise ValueError(
-                f"--global-batch-size {self.global_batch_size}: not divisible by --micro-batch-size "
+                f"--global-batch-size {self.global_batch_size}: must be divisible by --micro-batch-size "
                 f"{self.micro_batch_size} x data-parallel size {data_parallel_size}"
             )
         return self.global_batch_size
@@ -111,7 +111,7 @@ class TrainingConfig:
     def resolved_train_iters(self, global_batch_size: int) -> int:
         """Returns the number of optimizer steps in the whole run; as in Megatron, a last partial batch is dropped.
 
-        A length in epochs must have been converted to steps before; see `with_epochs`.
+        If the length was given in epochs, call `with_epochs` first.
         """
         if self.train_iters is not None:
             return self.train_iters

@@ -31,7 +31,7 @@ def verify_dataset(
         prefix: path of the dataset without `.bin` or `.idx`.
         tokenizer_fingerprint: compared with the fingerprint in the manifest, if both are known.
         vocab_size: every token id must be below it; used if the manifest records no size.
-        source: for per-layer data, prefix of the main dataset; by default the one that the manifest names.
+        source: prefix of the main dataset, for per-layer data; the default is the dataset that the manifest names.
 
     Returns:
         One line for each check that passed, and one with the reason for each check that could not be made.
@@ -86,7 +86,7 @@ def _check_tokens(index: Index, vocab_size: int | None) -> str:
         low = int(chunk.min()) if low is None else min(low, int(chunk.min()))
         high = int(chunk.max()) if high is None else max(high, int(chunk.max()))
     if low is not None and low < 0:
-        raise ValueError(f"{bin_path(index.prefix)} holds token id {low}")
+        raise ValueError(f"{bin_path(index.prefix)} holds the negative token id {low}")
     known = "the vocabulary's size is not known" if vocab_size is None else f"all below {vocab_size:,}"
     return "tokens: none" if low is None else f"tokens: ids {low:,} to {high:,}, {known}"
 
@@ -95,13 +95,13 @@ def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> li
     """Checks the alignment with the main dataset, and every per-layer id if its table is available."""
     if not Path(idx_path(source)).is_file():
         return [
-            f"alignment: not checked: the main data {source} was not found (give its prefix with --source)"
+            f"alignment: not checked, because the main data {source} was not found (give its prefix with --source)"
         ]
     check_aligned(source, index.prefix)
     aligned = f"alignment: documents and lengths equal those of {source}"
     strategy, vocab_file = per_layer.get("strategy"), per_layer.get("vocab_file")
     if strategy not in STRATEGIES:
-        return [aligned, "per-layer ids: not checked: the manifest names no strategy"]
+        return [aligned, "per-layer ids: not checked, because the manifest names no strategy"]
     main = check_dataset(source)
     tokenizer = (read_manifest(index.prefix) or {}).get("tokenizer") or {}
     table: np.ndarray[Any, Any]
@@ -111,14 +111,14 @@ def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> li
         path = table_path(str(vocab_file), strategy)
         stored = read_table(str(vocab_file), strategy)
         if stored is None:
-            return [aligned, f"per-layer ids: not checked: their table {path} was not found"]
+            return [aligned, f"per-layer ids: not checked, because their table {path} was not found"]
         load_vocabulary(str(vocab_file))
         table = stored.table
         made_for = stored.tokenizer, stored.vocabulary
         if made_for != (tokenizer.get("fingerprint"), per_layer.get("vocab_checksum")):
             return [
                 aligned,
-                f"per-layer ids: not checked: {path} was made from another vocabulary or tokenizer",
+                f"per-layer ids: not checked, because {path} was made from another vocabulary or tokenizer",
             ]
     position = 0
     with open(bin_path(index.prefix), "rb") as stream:

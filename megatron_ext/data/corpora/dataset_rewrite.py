@@ -1,8 +1,8 @@
 """Makes new datasets from old ones: merges several, splits one, or shuffles the documents of one.
 
 Every function here moves whole documents (also empty ones and those of several sequences), reads piece by piece, and
-writes by rename, the index last. Where a document goes depends only on the number of documents and the seed, so a main
-dataset and its per-layer data stay aligned if both go through the same command.
+renames the finished files at the end, the index last. Where a document goes depends only on the number of documents and
+the seed, so a main dataset and its per-layer data stay aligned if both go through the same command.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _ROUNDS = 6
 class DatasetWriter:
     """Writes a dataset of unknown size with bounded memory; both files appear at the end of the `with` block.
 
-    Temporary files hold the columns of the index until their lengths are known. An error removes all these files.
+    Temporary files hold the columns of the index until their lengths are known. After an error, all files are removed.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
@@ -126,7 +126,7 @@ def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> None:
         shares: each part's share of the documents; they need not add up to 1.
 
     Raises:
-        ValueError: the shares do not match the outputs, one is not positive, or a part would have no document.
+        ValueError: the shares do not match the outputs, a share is not positive, or a part would have no document.
     """
     if len(outputs) != len(shares) or not outputs:
         raise ValueError(
@@ -250,7 +250,9 @@ def _described(prefixes: Sequence[str]) -> dict[str, Any]:
         for name, value in facts.items():
             other, known = seen.setdefault(name, (prefix, value))
             if known != value:
-                raise ValueError(f"the {name} of {other} is {known}, but that of {prefix} is {value}")
+                raise ValueError(
+                    f"cannot merge: the {name} of {other} is {known}, but that of {prefix} is {value}"
+                )
         result["tokenizer"] = result["tokenizer"] or manifest.get("tokenizer")
         result["per_layer"] = result["per_layer"] or per_layer
     if len(manifests) != len(prefixes):  # an input of unknown origin

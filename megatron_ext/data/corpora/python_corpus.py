@@ -72,7 +72,7 @@ def write_corpus(
     held_out_fraction: float = 0.05,
     repeat: int = 1,
 ) -> tuple[CorpusCounts, CorpusCounts]:
-    """Writes the corpus as two files of JSON lines `{"text": ...}`, both by rename.
+    """Writes the corpus as two files of JSON lines `{"text": ...}`, both atomically.
 
     Args:
         train: path of the training file.
@@ -166,7 +166,7 @@ def _docstrings(source: str) -> str:
 
 
 def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yields the documents, leaving out those whose text has come before."""
+    """Yields the documents, leaving out those whose text has occurred before."""
     seen = set()
     for document in documents:
         key = _hash(document.text)

@@ -20,7 +20,7 @@ _MAX_SENTENCE_BYTES = 16_000
 def train_byte_level_bpe(
     texts: Iterator[str], output_dir: str, vocab_size: int, special_tokens: Sequence[str], min_frequency: int
 ) -> int:
-    """Trains a byte-level BPE as GPT-2's and writes vocab.json, merges.txt, tokenizer.json and tokenizer_config.json.
+    """Trains a byte-level BPE like GPT-2's and writes vocab.json, merges.txt, tokenizer.json and tokenizer_config.json.
 
     Args:
         texts: documents.
@@ -89,7 +89,7 @@ def train_sentencepiece(
         texts: documents; the library trains on their lines.
         output_dir: directory of tokenizer.model, created if missing.
         vocab_size: number of pieces, the 256 bytes and the control pieces included.
-        model_type: the algorithm of the library to use.
+        model_type: which of the library's algorithms to use.
         special_tokens: pieces to add to `<unk>`, `<s>` and `</s>`.
 
     Returns:
@@ -122,7 +122,7 @@ def train_sentencepiece(
             reason = str(error).strip().split("\n")[-1]
             if largest := re.search(r"too high .* <= (\d+)", reason):
                 raise ValueError(
-                    f"--vocab-size {vocab_size}: the text yields {largest[1]} pieces at most; give at most that"
+                    f"--vocab-size {vocab_size}: must be at most {largest[1]}, the number of pieces in this text"
                 ) from None
             raise ValueError(f"--vocab-size {vocab_size}: SentencePiece cannot train it ({reason})") from None
     processor = sentencepiece.SentencePieceProcessor(model_file=str(Path(output_dir, "tokenizer.model")))

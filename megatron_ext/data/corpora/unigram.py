@@ -1,5 +1,7 @@
 """The simplest language model, which every trained model must beat: the frequencies of single tokens.
 
+Its cross-entropy, in nats per token, is
+
 H = - sum_v q(v) log p(v),   q: frequencies in the evaluated data,  p: in the training data, add-one smoothed
 """
 
@@ -18,7 +20,7 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
 
     Args:
         train_prefix: indexed dataset whose token frequencies are the model.
-        data_prefix: indexed dataset to predict; may be the same.
+        data_prefix: indexed dataset to predict; may equal `train_prefix`.
         vocab_size: number of token ids.
     """
     train = token_counts(train_prefix, vocab_size) + 1.0
@@ -28,7 +30,7 @@ def unigram_cross_entropy(train_prefix: str, data_prefix: str, vocab_size: int) 
 
 
 def most_frequent_token(prefix: str, vocab_size: int) -> int:
-    """Returns the token id that occurs most often in an indexed dataset, which a unigram model always predicts."""
+    """Returns the token id that occurs most often in an indexed dataset, the prediction of a unigram model."""
     return int(token_counts(prefix, vocab_size).argmax())
 
 

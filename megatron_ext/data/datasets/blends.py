@@ -1,4 +1,4 @@
-"""Translates the data flags into mcore's terms: blends of weighted prefixes, and the documents of each split."""
+"""Translates the data flags into mcore's terms: blends (datasets with weights), and the documents of each split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def parse_blend(values: Sequence[str]) -> Blend:
     if len(values) % 2 == 0:
         try:
             return [value.strip() for value in values[1::2]], [float(value) for value in values[::2]]
-        except ValueError:  # the first of each pair is not a weight: all are prefixes
+        except ValueError:  # the first value of each pair is not a weight: all values are prefixes
             pass
     return [value.strip() for value in values], None
 
@@ -113,7 +113,7 @@ def check_splits(blends: Blends, seq_length: int) -> None:
 
 
 def tokens_between(prefix: str, begin: float, end: float) -> int:
-    """Counts the tokens of a dataset from share `begin` to share `end` of its sequences, rounded as mcore rounds."""
+    """Counts the tokens between the fractions `begin` and `end` of a dataset's sequences, rounded as mcore does."""
     index = open_index(prefix)
     first, last = (round(bound * index.num_sequences) for bound in (begin, end))
     return int(index.sequence_start(last) - index.sequence_start(first))
@@ -133,7 +133,7 @@ def _check_split(prefix: str, name: str, bounds: tuple[float, float], minimum: i
 
 
 def _shares(split: str) -> tuple[float, float, float]:
-    """Parses "969, 30, 1" into shares that add up to 1; missing ones are 0."""
+    """Parses "969, 30, 1" into shares that add up to 1; missing shares are 0."""
     parts = [float(part) for part in split.split(",")]
     parts += [0.0] * (3 - len(parts))
     total = sum(parts)
@@ -157,9 +157,13 @@ def _pair(
     if len(paired) != len(prefixes):
         raise ValueError(f"--per-layer-data-path has {len(paired)} prefixes, but {flag} has {len(prefixes)}")
     if own_weights is not None and own_weights != weights:
-        raise ValueError(f"--per-layer-data-path has the weights {own_weights}, but {flag} has {weights}")
+        raise ValueError(
+            f"--per-layer-data-path has the weights {own_weights}, but {flag} has {weights}; they must be equal"
+        )
     result: dict[str, str] = {}
     for prefix, aligned in zip(prefixes, paired, strict=True):
         if result.setdefault(prefix, aligned) != aligned:
-            raise ValueError(f"--per-layer-data-path pairs {prefix} with both {result[prefix]} and {aligned}")
+            raise ValueError(
+                f"--per-layer-data-path pairs {prefix} with both {result[prefix]} and {aligned}; give one of them"
+            )
     return result

@@ -18,7 +18,7 @@ _SHUFFLED_APART_BELOW = 0.8
 
 
 def epoch_samples(data: DataConfig, seq_length: int) -> int:
-    """Number of sequences of `seq_length` tokens in one pass over the training data.
+    """Returns the number of sequences of `seq_length` tokens in one pass over the training data.
 
     Raises:
         OSError: a dataset does not exist.
@@ -31,7 +31,9 @@ def epoch_samples(data: DataConfig, seq_length: int) -> int:
 
 
 def shuffled_epochs(data: DataConfig, seq_length: int, num_samples: int) -> list[tuple[int, bool]]:
-    """Returns how mcore shuffles epochs; with data, split, sequence length and seed, this fixes the sample order.
+    """Returns how mcore shuffles the epochs of each dataset.
+
+    Together with the data, the split, the sequence length and the seed, this determines the order of the samples.
 
     Args:
         data: the training data.

@@ -206,13 +206,13 @@ def _mcore_config(
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=data.reset_attention_mask,  # plain causal attention makes its own mask
         per_layer_prefixes=blends.per_layer,
-        # Every index file is read whole for it: once for all splits, on one rank.
+        # This reads every index file whole, so it is done once for all splits, on one rank.
         index_identities=on_first_rank(lambda: {prefix: _identity(prefix) for prefix in blends.prefixes()}),
     )
 
 
 def _identity(prefix: str) -> str:
-    """Returns the size and checksum of an index file, which tell it from another file of the same name."""
+    """Returns the size and checksum of an index file, to recognize another file of the same name."""
     path = f"{prefix}.idx"
     checksum = 0
     with open(path, "rb") as stream:

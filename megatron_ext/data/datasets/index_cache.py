@@ -1,9 +1,9 @@
 """Makes mcore's cache of sample indices safe for several runs and nodes at once: no file is ever incomplete.
 
-mcore writes the arrays in place. A run that maps them while another run writes them dies of a bus error, and a run that
-finds only some of them fails. Here they are written into a temporary directory and then moved into the cache; a run
-that has mapped an older file of the same name keeps that file. A failed attempt (a full disk) leaves no file. If the
-data's directory is not writable, there is no cache: every process builds the indices in its own memory.
+mcore writes the index arrays in place. A run that maps them while another run writes them dies of a bus error, and a
+run that finds only some of them fails. Here they are written into a temporary directory and then moved into the cache;
+a run that has mapped an older file of the same name keeps that file. A failed attempt (a full disk) leaves no file. If
+the data's directory is not writable, there is no cache: every process builds the indices in its own memory.
 """
 
 import copy
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def choose_cache(data: DataConfig, prefixes: list[str]) -> str:
-    """Returns the directory of the sample indices, or `IN_MEMORY`; all ranks must call it, the first rank decides.
+    """Returns the directory of the sample indices, or `IN_MEMORY`. Collective: the first rank decides for all.
 
     Args:
         data: the data flags, of which `--data-cache-path` is used if given.

@@ -1,14 +1,13 @@
-"""Starts loader processes that end when their run ends, and for no other reason.
+"""Starts loader processes (the workers of torch's `DataLoader`) that end only when their run ends.
 
 torch's launcher, a terminal and a scheduler send their signals to a whole process group. The run reacts by saving and
 ending; its loader processes must keep working meanwhile, since the run first finishes its step, which needs their
-batches, and torch raises an error in the run when a loader process dies. So loader processes are
-forked with these signals blocked and keep them blocked: none of these signals can ever end them, whatever handlers
-torch installs.
+batches, and torch raises an error in the run when a loader process dies. So loader processes are forked with these
+signals blocked and keep them blocked: none of these signals can ever end them, whatever handlers torch installs.
 
-The parent cannot use SIGTERM either, since it is blocked; a process that does not exit by itself gets SIGKILL. The
-operating system also sends SIGKILL when the parent dies, even if the parent was killed: no loader process is left
-behind. (To be exact, it does so when the thread that forked ends; a run forks from its main thread.)
+The parent cannot end them with SIGTERM either, since it is blocked; a process that does not exit by itself gets
+SIGKILL. The operating system also sends SIGKILL when the parent dies, even if the parent was killed: no loader process
+is left behind. (To be exact, it does so when the thread that forked ends; a run forks from its main thread.)
 """
 
 import contextlib
@@ -39,7 +38,7 @@ class _Handle(Popen):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
-        """Kills the process, with torch's SIGCHLD handler, which would report a failure, switched off meanwhile."""
+        """Kills the process; meanwhile torch's SIGCHLD handler, which would report a failure, is switched off."""
         if threading.current_thread() is not threading.main_thread():
             self.kill()
             return
@@ -60,7 +59,7 @@ class _LoaderProcess(ForkProcess):
         """Runs torch's loader loop; the process ends when its parent does."""
         signal_at_parents_end(signal.SIGKILL)
         if os.getppid() != self._parent_pid:  # type: ignore[attr-defined]  # typeshed does not have it
-            os._exit(1)  # the parent has ended before its death could send a signal
+            os._exit(1)  # the parent ended before the line above asked for the signal
         super().run()
 
 

@@ -1,4 +1,4 @@
-"""Repeats the same samples in every epoch, in another order, so that a cache per sample (of activations) is reused.
+"""Repeats the same samples in every epoch, in another order, so that activations cached for a sample are reused.
 
 mcore's dataset packs documents differently when it repeats them, so no sequence comes twice. Here an epoch consists of
 the first n samples. Blocks of samples are shuffled, not single samples: if a block is the

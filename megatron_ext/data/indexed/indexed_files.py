@@ -83,7 +83,7 @@ class Index:
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
     def token_chunks(self, size: int) -> Iterator[IntArray]:
-        """Yields all tokens in order, `size` at a time; does not map them, so that memory use does not grow."""
+        """Yields all tokens in order, `size` at a time. The file is not mapped, so memory use does not grow."""
         with open(bin_path(self.prefix), "rb") as stream:
             for begin, end in chunks(self.num_tokens, size):
                 yield np.fromfile(stream, dtype=self.dtype, count=end - begin)
@@ -99,20 +99,20 @@ class Index:
         return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
     def sequence_start(self, sequence: int) -> int:
-        """Token offset at which a sequence starts; for S (one past the last sequence), the number of tokens."""
+        """Returns the token offset at which a sequence starts; for S (one past the last), the number of tokens."""
         if sequence == self.num_sequences:
             return self.num_tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
 
     def document_starts(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Token offsets at which documents `begin` .. `end - 1` start, int64 [end - begin].
+        """Returns the token offsets at which documents `begin` .. `end - 1` start, int64 [end - begin].
 
         The range may include `num_documents` (one past the last document), whose offset is the number of tokens.
         """
         return self.sequence_starts(np.asarray(self.document_indices[begin:end]))
 
     def sequence_starts(self, sequences: IntArray) -> npt.NDArray[np.int64]:
-        """Token offsets at which the given sequences start, int64; for S (one past the last), the number of tokens."""
+        """Returns the int64 token offsets at which sequences start; for S (one past the last), the number of tokens."""
         starts = np.full(len(sequences), self.num_tokens, dtype=np.int64)
         inside = sequences < self.num_sequences
         starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
@@ -120,12 +120,12 @@ class Index:
 
 
 def bin_path(prefix: str) -> str:
-    """Path of a dataset's token file."""
+    """Returns the path of a dataset's token file."""
     return f"{prefix}.bin"
 
 
 def idx_path(prefix: str) -> str:
-    """Path of a dataset's index file."""
+    """Returns the path of a dataset's index file."""
     return f"{prefix}.idx"
 
 
@@ -151,14 +151,16 @@ def open_index(prefix: str) -> Index:
     actual = os.path.getsize(idx)
     if actual not in (expected, expected + sequences):  # multimodal datasets append one byte per sequence
         raise ValueError(
-            f"{idx} is {actual} bytes, but its header describes {expected}: truncated or corrupt"
+            f"{idx} is {actual} bytes, but its header describes {expected} bytes; it is truncated or corrupt"
         )
     index = _map_arrays(prefix, dtype, sequences, documents)
     if documents < 1 or int(index.document_indices[-1]) != sequences:
-        raise ValueError(f"{idx}: the last document must end at sequence {sequences}: corrupt index")
+        raise ValueError(f"{idx} is corrupt: the last document must end at sequence {sequences}")
     size, wanted = os.path.getsize(binary), index.num_tokens * dtype.itemsize
     if size != wanted:
-        raise ValueError(f"{binary} is {size} bytes, but {idx} describes {wanted}: truncated or corrupt")
+        raise ValueError(
+            f"{binary} is {size} bytes, but {idx} describes {wanted} bytes; it is truncated or corrupt"
+        )
     return index
 
 

@@ -22,13 +22,13 @@ from megatron_ext.data.tokenizers.tokenizer import Tokenizer, in_words
 
 FORMAT = "megatron_ext.dataset/1"
 PREPENDED_BOS = "prepended_bos"
-"""Key, in a manifest's `tokenizer` entry, of the id put before every document; absent if none was put there."""
+"""Key in a manifest's `tokenizer` entry: the token id put before every document; absent if there is no such id."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_BYTES = 1 << 18
 
 
 def manifest_path(prefix: str) -> str:
-    """Path of a dataset's manifest."""
+    """Returns the path of a dataset's manifest."""
     return f"{prefix}.json"
 
 
@@ -57,7 +57,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes the temporary files that killed writers of `target` left: TARGET.PID.tmp and TARGET.PID.NAME.tmp."""
+    """Removes temporary files left behind by killed writers of `target`: TARGET.PID.tmp and TARGET.PID.NAME.tmp."""
     for leftover in target.parent.glob(f"{glob.escape(target.name)}.*[0-9].tmp"):
         with contextlib.suppress(OSError), leftover.open("rb") as held:  # locked by a writer, or gone
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def write_manifest(
     inputs: list[str],
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `PREFIX.json` for a finished `PREFIX.bin` and `PREFIX.idx`; the file appears complete, by rename.
+    """Writes `PREFIX.json` for a finished `PREFIX.bin` and `PREFIX.idx`; the file is written atomically.
 
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
@@ -102,7 +102,7 @@ def write_manifest(
         extra: more top-level keys, for example the per-layer strategy.
 
     Raises:
-        ValueError: a key of `extra` is one of the manifest's own, or `.bin` and `.idx` contradict each other.
+        ValueError: `extra` would replace one of the manifest's own keys, or `.bin` and `.idx` contradict each other.
     """
     index = open_index(prefix)
     manifest: dict[str, Any] = {
@@ -129,7 +129,7 @@ def write_manifest(
     manifest.update(extra or {})
     with write_atomically(manifest_path(prefix)) as temporary:
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        # A path that is not UTF-8 comes as lone surrogates; as \udcXX they are JSON's own escapes.
+        # Python holds the bytes of a path that is not UTF-8 as lone surrogates; in JSON they are the escapes \udcXX.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -152,7 +152,7 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
 
 
 def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
-    """Returns `[id]` if every document begins with that token, `[]` if none does; None if unknown or mixed.
+    """Returns `[id]` if every document begins with the token `id`, `[]` if none does; None if unknown or mixed.
 
     Args:
         prefixes: paths of the datasets without `.bin` or `.idx`.
@@ -165,7 +165,7 @@ def begin_of_documents(prefixes: Iterable[str]) -> list[int] | None:
 
 
 def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Index:
-    """Opens a dataset; refuses one whose files contradict each other or that another tokenizer made, in constant time.
+    """Opens a dataset after checks in constant time: its files must agree, and its tokenizer must be the run's.
 
     Args:
         prefix: path of the dataset without `.bin` or `.idx`.
@@ -176,7 +176,7 @@ def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Inde
 
     Raises:
         FileNotFoundError: `.bin` or `.idx` is missing.
-        ValueError: a size contradicts the index or the manifest, or the tokenizers differ.
+        ValueError: a file's size contradicts the index or the manifest, or the tokenizers differ.
     """
     index = open_index(prefix)
     manifest = read_manifest(prefix)
@@ -193,6 +193,6 @@ def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Inde
         if isinstance(tokenizer, Tokenizer):
             run_tokenizer = in_words({**tokenizer.describe(), "files": tokenizer.files})
         raise ValueError(
-            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run's is {run_tokenizer}"
+            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run uses {run_tokenizer}"
         )
     return index

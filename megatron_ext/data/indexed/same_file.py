@@ -18,7 +18,7 @@ def refuse_same_file(flag: str, files: Iterable[tuple[str, str | int]]) -> None:
             reading them fails later.
 
     Raises:
-        ValueError: two of them are the same file.
+        ValueError: two of the files are the same file.
     """
     seen: dict[tuple[int, int], str] = {}
     for name, path in files:

@@ -1,4 +1,6 @@
-"""Per-layer ids, `per_layer_ids = table[token_ids]`; used by `tools/preprocess_per_layer_data.py` and training.
+"""Per-layer ids: a second id for each token, which selects rows of the per-layer embeddings of a PLE model.
+
+`per_layer_ids = table[token_ids]`; used by `tools/preprocess_per_layer_data.py` and training. The modules:
 
 per_layer_vocab  builds a per-layer vocabulary and applies the strategies
 per_layer_table  the table from token ids to per-layer ids, and its file

@@ -1,4 +1,4 @@
-"""Checks that a per-layer dataset belongs to a main dataset: made from its tokens, with equal documents and lengths."""
+"""Checks that a per-layer dataset belongs to a main dataset: it must have the same documents and sequence lengths."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def check_aligned(
     Args:
         prefix: prefix of the main dataset.
         per_layer_prefix: prefix of the per-layer dataset.
-        strategy: the run's `--per-layer-strategy`; compared with the one in the manifest, if that names one.
+        strategy: the run's `--per-layer-strategy`; compared with the strategy that the manifest records, if any.
         vocab_size: the run's `--per-layer-vocab-size`; the vocabulary size in the manifest must not be larger.
 
     Raises:
@@ -70,7 +70,9 @@ def _check_manifests(
         raise _mismatch(prefix, per_layer_prefix, "the main data was made again after the per-layer data")
     made_with = per_layer.get("strategy")
     if strategy is not None and made_with not in (None, strategy):
-        raise ValueError(f"--per-layer-strategy {strategy}, but {per_layer_prefix} was made with {made_with}")
+        raise ValueError(
+            f"--per-layer-strategy {strategy}: {per_layer_prefix} was made with {made_with}; give that strategy"
+        )
     entries = per_layer.get("vocab_size")
     if vocab_size is not None and entries is not None and entries > vocab_size:
         raise ValueError(

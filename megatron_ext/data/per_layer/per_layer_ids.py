@@ -2,13 +2,13 @@
 
     ids[i] = table[tokens[i]]
 
-For `attention_guidance`, the position in the document (0 is the first token) matters too; the first rule that holds
-applies:
+With the strategy `attention_guidance`, the id also depends on the position in the document (0 is the first token).
+Each line gives an id and the condition for it; the first condition that holds decides:
 
-    <|layer_end|>    the document's end-of-document token, if it has one
-    <|layer_start|>  position 0
-    <|attention|>    positions 10, 20, 30, ...
-    else             table[tokens[i]]
+    <|layer_end|>     the token is the document's end-of-document token
+    <|layer_start|>   position 0
+    <|attention|>     positions 10, 20, 30, ...
+    table[tokens[i]]  all other positions
 
 The aligned dataset has the same documents and sequence lengths as its source, so the same sample indices serve both.
 All data is streamed, so memory does not grow with the dataset. No text is read or tokenized.
@@ -70,7 +70,7 @@ def write_aligned(
     per_layer_vocab_size: int,
     progress: ReportTokens = lambda tokens: None,
 ) -> None:
-    """Writes the per-layer ids of a dataset as an aligned dataset; both files appear by rename, the index last.
+    """Writes the per-layer ids of a dataset as an aligned dataset; both files are written atomically, the index last.
 
     The index and manifest of an older dataset with the same prefix are removed before its `.bin` is replaced, so an old
     index never points at new ids.
@@ -79,7 +79,7 @@ def write_aligned(
         index: the tokenized dataset.
         output_prefix: path of the aligned dataset without `.bin` or `.idx`.
         table: [V] per-layer id of each token id.
-        strategy: the strategy that the table was built for; `attention_guidance` adds its marks.
+        strategy: the strategy that the table was built for; `attention_guidance` also uses positions.
         eod: end-of-document token id of the main tokenizer.
         per_layer_vocab_size: number of per-layer ids; decides the integer type of the file (see `optimal_dtype`).
         progress: called after every chunk with the number of tokens in it.
@@ -111,7 +111,7 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
     Args:
         index: the tokenized dataset.
         table: [V] per-layer id of each token id.
-        strategy: the strategy that the table was built for; `attention_guidance` adds its marks.
+        strategy: the strategy that the table was built for; `attention_guidance` also uses positions.
         eod: end-of-document token id of the main tokenizer.
 
     Raises:
@@ -131,7 +131,7 @@ def derive(index: Index, table: IntArray, strategy: Strategy, *, eod: int) -> It
 def document_ids(
     tokens: IntArray, table: TableArray, strategy: Strategy, *, eod: int
 ) -> npt.NDArray[np.int32]:
-    """Computes the per-layer ids of tokens that begin a document, for example of a prompt, int32 [n].
+    """Computes the per-layer ids, int32 [n], of the first n tokens of a document, for example of a prompt.
 
     Args:
         tokens: [n] token ids; an `eod` at the end ends the document.
@@ -149,10 +149,10 @@ def document_ids(
 
 
 def _mark(index: Index, ids: IntArray, tokens: IntArray, begin: int, eod: int) -> None:
-    """Writes the marks of `attention_guidance` into `ids`, the ids of tokens `begin` .. `begin + len(ids) - 1`."""
+    """Writes the position-dependent ids into `ids`, which holds the ids of tokens `begin` .. `begin + len(ids) - 1`."""
     end = begin + len(ids)
     for starts, ends in _documents_between(index, begin, end):
-        # Marks start + 10, start + 20, ... of each document, cut to [begin, end).
+        # Marks positions start + 10, start + 20, ... of each document, cut to [begin, end).
         first = np.maximum(1, -((starts - begin) // ATTENTION_PERIOD))
         last = -((starts - np.minimum(ends, end)) // ATTENTION_PERIOD)  # first multiple that is past the end
         count = np.maximum(last - first, 0)

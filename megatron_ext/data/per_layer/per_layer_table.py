@@ -1,10 +1,11 @@
-"""The table that maps main token ids to per-layer ids, numbered without gaps, and the file that holds it.
+"""The table that maps the main tokenizer's ids to per-layer ids, and the file that holds it.
 
     per_layer_ids = table[token_ids]          table: [V], values 0 .. rows - 1
 
-A strategy keeps only a part of the vocabulary (`syntax_focus` keeps about 350 of ten thousand forms), so its ids are
-renumbered in the vocabulary's order; the special tokens come first and keep their ids. Each id is one row of a model's
-per-layer tables. `NAME.STRATEGY.npz` beside the vocabulary `NAME.json` holds:
+A strategy (see `per_layer_vocab`) keeps only a part of the per-layer vocabulary: `syntax_focus` keeps about 350 of ten
+thousand entries. The table renumbers the kept entries without gaps, in the vocabulary's order; the special tokens come
+first and keep their ids. Each id is one row of a model's per-layer embedding tables. The file `NAME.STRATEGY.npz` lies
+beside the vocabulary `NAME.json` and holds these arrays:
 
     table        int32 [V]
     entries      int32 [rows], for each row, its id in the vocabulary (absent from older files, where both are the same)
@@ -57,12 +58,12 @@ def number_densely(by_vocabulary: TableArray) -> tuple[TableArray, TableArray]:
 
 
 def rows_of(table: TableArray) -> int:
-    """Number of embedding rows that a model needs for the ids of a table, special tokens included."""
+    """Returns the number of embedding rows that a model needs for the ids of a table, special tokens included."""
     return max(int(table.max()) + 1, len(SPECIAL_TOKENS))
 
 
 def table_path(vocab_file: str, strategy: Strategy) -> str:
-    """Path of a strategy's table: `NAME.STRATEGY.npz`, beside the vocabulary `NAME.json`."""
+    """Returns the path of a strategy's table: `NAME.STRATEGY.npz`, beside the vocabulary `NAME.json`."""
     return f"{Path(vocab_file).with_suffix('')}.{strategy}.npz"
 
 
@@ -75,7 +76,7 @@ def save_table(
     seed: int,
     entries: TableArray | None = None,
 ) -> None:
-    """Writes a table beside its vocabulary, by rename, with the seed, tokenizer and vocabulary it was made from."""
+    """Writes a table atomically beside its vocabulary, with the seed, tokenizer and vocabulary it was made from."""
     more: dict[str, Any] = {} if entries is None else {"entries": entries}
     with write_atomically(table_path(vocab_file, strategy)) as temporary, temporary.open("wb") as stream:
         np.savez(
@@ -109,7 +110,7 @@ def read_table(vocab_file: str, strategy: Strategy) -> StoredTable | None:
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is not a per-layer table ({error}); remove it, "
-            "and tools/preprocess_per_layer_data.py makes it again"
+            "and make it again with tools/preprocess_per_layer_data.py"
         ) from None
 
 
@@ -139,7 +140,7 @@ def load_per_layer_table(strategy: Strategy, *, tokenizer: Tokenizer, vocab_file
     if strategy == "identity":
         return np.arange(tokenizer.vocab_size, dtype=np.int32)
     if vocab_file is None:
-        raise ValueError(f"--per-layer-strategy {strategy} needs --per-layer-vocab-file")
+        raise ValueError(f"--per-layer-strategy {strategy}: requires --per-layer-vocab-file")
     load_vocabulary(vocab_file)
     path = table_path(vocab_file, strategy)
     remedy = f"make it with: python tools/preprocess_per_layer_data.py ... --per-layer-strategy {strategy}"

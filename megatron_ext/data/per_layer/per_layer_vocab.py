@@ -1,6 +1,6 @@
-"""Per-layer vocabularies, and the table that maps a main token id to a per-layer id.
+"""Per-layer vocabularies, and the table that maps an id of the main tokenizer to a per-layer id.
 
-    per_layer_ids = table[token_ids]          table: [V]
+    per_layer_ids = table[token_ids]          table: [V], V is the size of the main vocabulary
 
 A vocabulary is a flat JSON object that maps text to id: first the special tokens, among them the shape classes, then
 the most frequent forms of the corpus. The *form* of a token is its text in lower case, without surrounding white space.
@@ -10,7 +10,7 @@ A strategy decides how a vocabulary becomes a table (see docs/per_layer.md):
                         other form gets the id of its shape class
     semantic_focus      content forms keep their own id; function words, keywords, punctuation and white space become
                         <|context|>; forms that the vocabulary lacks become <|unk|>
-    attention_guidance  the table of syntax_focus, with some ids replaced by position: see `per_layer_ids`
+    attention_guidance  the table of syntax_focus, with some ids replaced according to the position: see `per_layer_ids`
     random_subset       a seeded random half of the vocabulary's forms keep their own id, the others become <|unk|>
     identity            the token id itself; needs no vocabulary
 
@@ -54,7 +54,7 @@ SPECIAL_TOKENS = (
     "<|space|>",
     "<|bytes|>",
 )
-"""Entries 0 to 14 of every vocabulary; those from `<|word_start|>` on are the shape classes."""
+"""Entries 0 to 14 of every vocabulary. The shape classes are those from `<|word_start|>` on."""
 
 SPECIAL = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
 
@@ -92,20 +92,20 @@ _START_OF_TEXT = frozenset({"<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos
 
 @dataclass(frozen=True)
 class TokenForm:
-    """The properties of a main token that the strategies use."""
+    """The properties of a token of the main tokenizer that the strategies use."""
 
     form: str
     """Text in lower case, without surrounding white space; "" for white space and special tokens."""
 
     shape: str
-    """The token's shape class, `<|endoftext|>` or `<|startoftext|>`, or `<|unk|>` for an id without text."""
+    """The token's shape class, or else `<|endoftext|>`, `<|startoftext|>`, or `<|unk|>` (an id without text)."""
 
     is_syntax: bool
     """Whether the form is a function word, a keyword, punctuation or a single digit."""
 
 
 def token_forms(tokenizer: Tokenizer) -> list[TokenForm]:
-    """Returns the form of every main token, [V]."""
+    """Returns the form of every token of the main tokenizer, [V]."""
     pieces = tokenizer.inv_vocab
     forms = []
     for token in range(tokenizer.vocab_size):
@@ -152,7 +152,7 @@ def build_vocabulary(
 
     Args:
         forms: [V] from `token_forms`.
-        token_counts: [V] how often each main token occurs in the corpus.
+        token_counts: [V] how often each token of the main tokenizer occurs in the corpus.
         size: `--per-layer-vocab-size`. Forms that never occur are left out, so the result can be smaller.
 
     Raises:
@@ -174,7 +174,7 @@ def build_vocabulary(
 def build_table(
     strategy: Strategy, forms: list[TokenForm], vocabulary: Mapping[str, int], *, seed: int = 1234
 ) -> TableArray:
-    """Returns, for every main token, the vocabulary id that a strategy gives it, int32 [V].
+    """Returns the vocabulary id, int32 [V], that a strategy gives to every token of the main tokenizer.
 
     Args:
         strategy: one of `STRATEGIES`; `attention_guidance` has the same table as `syntax_focus`.
@@ -205,12 +205,12 @@ def _per_layer_id(strategy: Strategy, form: TokenForm, vocabulary: Mapping[str, 
 
 
 def _is_drawn(form: str, seed: int) -> bool:
-    """Decides with probability 1/2 whether `random_subset` keeps a form; by hash, so the same with every numpy."""
+    """Returns whether `random_subset` keeps a form (probability 1/2); decided by a hash, not by random numbers."""
     return hashlib.sha256(f"{seed}:{form}".encode()).digest()[0] % 2 == 0
 
 
 def save_vocabulary(path: str, vocabulary: Mapping[str, int]) -> None:
-    """Writes a vocabulary as JSON, by rename."""
+    """Writes a vocabulary as JSON, atomically."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(vocabulary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -220,11 +220,11 @@ def load_vocabulary(path: str) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, its ids are not 0 .. n-1, or a special token does not have its id.
+        ValueError: it is not JSON, its ids are not 0 .. n-1, or a special token does not have its fixed id.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"per-layer vocabulary not found: {path}; tools/preprocess_per_layer_data.py makes it"
+            f"per-layer vocabulary not found: {path}; make it with tools/preprocess_per_layer_data.py"
         )
     try:
         vocabulary = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
 """Appends the shards of a preprocessing run, in order, to the files of its datasets.
 
-A shard is appended as soon as it is complete, and then removed, so that the disk holds the tokens only once. After
-every append, `state.json` records the length of each file; a resumed run first truncates the files to these lengths.
+A shard (the tokenized documents of one chunk of the input) is appended as soon as it is complete, and then removed, so
+that the disk holds the tokens only once. After every append, `state.json` records the length of each file; a resumed
+run first truncates the files to these lengths.
 The columns of the index (lengths and document ends, see `indexed_files.py`) are on disk too, so memory does not grow
 with the dataset.
 
@@ -34,7 +35,7 @@ class State:
     Attributes:
         next_shard: number of the first shard that has not been appended.
         totals: counts over all appended shards.
-        source_index: number of the source that the last appended shard came from.
+        source_index: number of the source (input file) that the last appended shard came from.
         source_lines: number of lines of that source appended so far.
         sizes: maps the name of each file in the working directory to its size in bytes.
     """
@@ -65,7 +66,7 @@ class Assembly:
         sources: the input files, named in the report on rejected lines.
 
     Raises:
-        ValueError: a file is shorter than the state of the killed run says.
+        ValueError: a file is shorter than the killed run recorded.
     """
 
     REJECTED = "rejected.jsonl"

@@ -53,7 +53,7 @@ class Encoder:
         self._bytes_when_loaded: int | None = None
 
     def encode(self, texts: list[str]) -> Iterator[tuple[Ids, Ids]]:
-        """Yields `(ids, lengths)` for some texts at a time, in order: all their ids, and each text's length."""
+        """Yields `(ids, lengths)` for a batch of texts at a time, in order: all their ids, and each text's length."""
         for batch in _batches(texts):
             if self._fast is not None:
                 self._forget()
@@ -110,7 +110,7 @@ def _load_or_refuse(tokenizer: Tokenizer) -> tuple[Any, str | None]:
         fast = None if refusal is not None else load(tokenizer)
     except ModuleNotFoundError:
         return None, "gigatoken is not installed"
-    except Exception as error:  # the library raises several kinds; any of them means "not this one"
+    except Exception as error:  # the library raises exceptions of several kinds
         reason = str(error).partition("\n")[0]
         return None, f"gigatoken cannot load this tokenizer ({reason})"
     if refusal is not None:

@@ -1,7 +1,8 @@
-"""Finds settings of a tokenizer.json that `gigatoken` ignores; found by comparing gigatoken with `tokenizers`.
+"""Finds settings of a tokenizer.json that `gigatoken`, a fast tokenizer library, ignores.
 
-gigatoken refuses most of what it does not implement when it loads a file, but ignores the settings below (0.10.0). They
-change the ids of rare texts only, which a sample may not contain, so they are looked for in the file itself.
+gigatoken refuses most of what it does not implement when it loads a file, but version 0.10.0 ignores the settings
+below, as a comparison with the library `tokenizers` showed. They change the ids of rare texts only, which a sample may
+not contain, so this module looks for them in the file itself.
 """
 
 import json
@@ -61,7 +62,7 @@ def _in_pre_tokenizer(content: dict[str, Any] | None) -> str | None:
         if part.get("invert") or part.get("behavior") != "Isolated":
             return f"the splitting {part.get('behavior')}{', inverted' if part.get('invert') else ''}"
     for part in parts:
-        # Alone, the byte-level step splits by GPT-2's pattern; behind a pattern of the tokenizer's own it must not.
+        # Alone, the byte-level step splits by GPT-2's pattern; after a pattern in the file it must not split.
         if part["type"] == "ByteLevel" and part.get("use_regex", True) == bool(splits):
             return f"ByteLevel with use_regex {part.get('use_regex', True)} {'behind' if splits else 'without'} Split"
     return None

@@ -1,9 +1,9 @@
 """Turns raw text into indexed datasets, `PREFIX_KEY_document.bin` and `.idx`, each with a manifest.
 
-The parent process reads streams only; workers read byte ranges, tokenize and write shards (`shards.py`). Shards are
-appended in order (`scheduler.py`, `assembly.py`), the result gets a manifest (`manifest.py`) and is published by rename
-(`work_directory.py`). The result does not depend on the number of workers, and is byte for byte what mcore's
-`IndexedDatasetBuilder` writes.
+The parent process reads only streams (compressed files and pipes). Workers read byte ranges of all other files,
+tokenize them and write shards (`shards.py`). The shards are appended in order (`scheduler.py`, `assembly.py`); the
+finished datasets get a manifest (`manifest.py`) and their final names (`work_directory.py`). They do not depend on the
+number of workers, and are byte for byte what mcore's `IndexedDatasetBuilder` writes.
 """
 
 import itertools
@@ -90,7 +90,9 @@ class Preprocessor:
         self.inputs, self.tokenizer_config, self.config = inputs, tokenizer_config, config
         self.sources = expand_inputs(inputs)
         if config.resume and any(source.size() is None for source in self.sources):
-            raise ValueError("--resume: standard input or a pipe cannot be read again")
+            raise ValueError(
+                "--resume: requires files as --input; standard input or a pipe cannot be read again"
+            )
         self.tokenizer: Tokenizer = build_tokenizer(tokenizer_config)
         if config.prepend_bos and self.tokenizer.bos is None:
             raise ValueError("--prepend-bos: the tokenizer's files name no begin-of-text token (bos_token)")
@@ -104,7 +106,7 @@ class Preprocessor:
         """Makes the datasets.
 
         Raises:
-            ValueError, OSError: the input is wrong or the disk is full, in one line; all files of the run are removed.
+            ValueError, OSError: the input has an error or the disk is full; all files of the run are removed.
             WorkerDied, WorkerBug, KeyboardInterrupt: the run was interrupted; `--resume` can use its finished shards.
         """
         begin = time.monotonic()
@@ -239,7 +241,7 @@ class Preprocessor:
     def _moves(
         self, work: WorkDirectory, assembly: Assembly, unpublished: list[str]
     ) -> tuple[list[tuple[Any, str]], list[str]]:
-        """Returns the renames that publish the datasets, indices last, and an older run's files to remove first."""
+        """Returns the renames that publish the datasets, indices last, and older files to remove before them."""
         prefix = self.config.output_prefix
         reports = [
             (Assembly.REJECTED, rejected_path(prefix)),

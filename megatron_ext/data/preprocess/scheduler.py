@@ -1,4 +1,4 @@
-"""Gives chunks of the input to worker processes and appends the shards that they write, in order."""
+"""Gives chunks of the input to worker processes, which write a shard for each, and appends the shards in order."""
 
 import dataclasses
 import itertools
@@ -108,7 +108,7 @@ class Scheduler:
         assembly: appends the shards; knows which shards a killed run has already appended.
         options: how to write shards.
         long_lines: receives the long lines that the iterator `chunks` finds.
-        max_documents: stop after this many documents; needs a single worker.
+        max_documents: stop after this many documents; requires a single worker.
     """
 
     def __init__(
@@ -160,7 +160,9 @@ class Scheduler:
     def _pass_over(self, pool: WorkerPool, tasks: Iterator[_Task], display: ProgressDisplay) -> None:
         while self._submit(pool, tasks) or pool.num_running:
             self._handle(*pool.wait(_WAIT_SECONDS))
-            if self._max_documents is None:  # otherwise the next task depends on the documents appended
+            if (
+                self._max_documents is None
+            ):  # otherwise the next task's limit depends on the documents appended
                 self._submit(pool, tasks)
             self._append_finished()
             self._show(display)

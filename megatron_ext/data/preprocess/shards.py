@@ -1,10 +1,12 @@
 """Writes the shard of one chunk: for every key, a file of tokens and a file of lengths; and a description.
 
-00000012.0.bin      tokens of all documents, key 0
+The files of shard number 12:
+
+00000012.0.bin      tokens of all documents under the first key
 00000012.0.lengths  int32, number of tokens in each document; 0 for an empty one
-00000012.rejects    JSON lines [line, offset, reason], lines counted from the start of the chunk
-00000012.raw        the rejected lines themselves (quarantine)
-00000012.json       counts, sizes and CRC-32 of the others; written last, by rename, so its presence means "finished"
+00000012.rejects    JSON lines [line, offset, reason]; lines are counted from the start of the chunk
+00000012.raw        the rejected lines themselves (only with --on-error quarantine)
+00000012.json       counts, sizes and CRC-32 of the other files; written last, so if it exists, the shard is finished
 """
 
 import dataclasses
@@ -134,7 +136,9 @@ class ShardWriter:
         self._file("raw").write(data)
 
     def add(self, batch: Batch, encoder: Encoder | None) -> None:
-        """Tokenizes and writes a batch's documents, and records its rejected lines; rejects alone need no encoder.
+        """Tokenizes and writes a batch's documents, and records its rejected lines.
+
+        The encoder may be None if the batch has only rejected lines.
 
         Raises:
             RejectedLine: a line is not a document and `on_error` is "fail".

@@ -1,8 +1,8 @@
 """The directory of an unfinished run, `PREFIX.preprocess/`: its lock, its plan, resumption and publication.
 
-No file in it has the name of a dataset. A run publishes its datasets by renaming files; it first writes the list of
-renames to disk, with every `.bin` before any `.idx`. So `--resume` can complete a run that was killed between two
-renames, and no `.idx` of the new dataset is ever without its `.bin`.
+No file in this directory has the name of a dataset. A run publishes its datasets by renaming files; it first writes the
+list of renames to disk, with every `.bin` before any `.idx`. So `--resume` can complete a run that was killed between
+two renames, and no `.idx` of the new dataset is ever without its `.bin`.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ class WorkDirectory:
         resume: continue a killed run, if there is one.
 
     Attributes:
-        lock: the lock file, held while this process works on the prefix.
+        lock: the lock file, held while this process uses the directory.
 
     Raises:
-        ValueError: another process works on the prefix, or the run to resume had another plan.
+        ValueError: another process is writing the same datasets, or the run to resume had another plan.
     """
 
     def __init__(self, output_prefix: str, plan: dict[str, Any], *, resume: bool) -> None:
@@ -60,7 +60,7 @@ class WorkDirectory:
         except BlockingIOError:
             self.release()
             raise ValueError(
-                f"--output-prefix {output_prefix}: another run is writing it ({self.path})"
+                f"--output-prefix {output_prefix}: another run is writing these datasets ({self.path})"
             ) from None
         self._wait_for_orphans()
         if resume and (self.path / PLAN).is_file():
@@ -90,8 +90,8 @@ class WorkDirectory:
             if before.get(name) != value:
                 self.release()
                 raise ValueError(
-                    f"--resume: {name} is {value!r} and was {before.get(name)!r} in the run to resume; "
-                    f"without --resume the run starts from the beginning"
+                    f"--resume: {name} is {value!r}, but was {before.get(name)!r} in the run to resume; "
+                    f"leave out --resume to start from the beginning"
                 )
 
     def _clear(self) -> None:
@@ -126,7 +126,7 @@ class WorkDirectory:
                 os.replace(source, target)
 
     def remove(self) -> None:
-        """Removes the directory; if this is interrupted, the rest still shows that the run was published."""
+        """Removes the directory; if this is interrupted, the remaining files show that the run was published."""
         last = (PLAN, PUBLISH, STATE)
         with contextlib.suppress(FileNotFoundError):
             for path in sorted(

@@ -73,11 +73,11 @@ class WorkerPool:
         self._processes: dict[Connection, Any] = {}
         self._running: dict[Connection, Any] = {}
         if method == "spawn":
-            resource_tracker.ensure_running()  # starting it would unblock the signals
+            resource_tracker.ensure_running()  # starting it later would unblock the signals
         with _signals_blocked():
             for _ in range(size):
                 ours, theirs = context.Pipe()
-                # The parent's ends in a worker would keep the pipes open after the parent's death.
+                # If a worker kept the parent's ends, the pipes would stay open after the parent's death.
                 inherited = [*parents_own, *self._processes, ours] if method == "fork" else []
                 arguments = (make_worker, argument, theirs, passed_on, inherited)
                 process = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ class WorkerPool:
             raise self._death(connection) from None
 
     def wait(self, timeout: float) -> tuple[list[tuple[Any, Any]], list[Any]]:
-        """Waits at most `timeout` seconds for messages; returns (task, result) pairs and the values tasks reported.
+        """Waits at most `timeout` seconds for messages; returns (task, result) pairs and values reported by tasks.
 
         Raises:
             WorkerDied: a worker process ended.

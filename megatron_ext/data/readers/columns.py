@@ -23,7 +23,7 @@ _ROWS = 256
 
 
 def check_columns(path: str, file_format: str, keys: tuple[str, ...]) -> None:
-    """Raises `ValueError` if the file cannot be read or lacks a text column."""
+    """Raises `ValueError` if the file cannot be read, or if a key names no column or one that does not hold text."""
     import_optional("pyarrow", f"--input {path}")
     kind = "a parquet" if file_format == "parquet" else "an Arrow"
     with _in_one_line(f"--input {path}: not {kind} file"), _open(path, file_format) as file:
@@ -34,7 +34,7 @@ def check_columns(path: str, file_format: str, keys: tuple[str, ...]) -> None:
             raise ValueError(f"--json-keys {key}: {path} has {how}: {', '.join(schema.names)}")
         if not _is_text(schema.field(key).type):
             raise ValueError(
-                f"--json-keys {key}: in {path} that column holds {schema.field(key).type}, not strings"
+                f"--json-keys {key}: the column in {path} holds {schema.field(key).type}, not strings"
             )
 
 
@@ -75,7 +75,7 @@ def _open(path: str, file_format: str) -> Iterator[Any]:
     with open(path, "rb") as head:
         is_stream = head.read(6) != b"ARROW1"
     with pyarrow.memory_map(path) as mapped:
-        # No threads: only a process without them can fork its workers, and each worker uses one core.
+        # No threads: only a process with a single thread can fork its workers, and each worker uses one core.
         options = pyarrow.ipc.IpcReadOptions(use_threads=False)
         open_ipc = pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file
         yield open_ipc(mapped, options=options)

@@ -50,7 +50,7 @@ def _open_gzip(file: BinaryIO, path: str) -> Callable[[int], bytes]:
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise ValueError(f"{path}: not gzip data, or cut short ({error})") from None
+            raise ValueError(f"{path}: is not gzip data or is truncated ({error})") from None
 
     return read
 
@@ -78,7 +78,7 @@ def _open_pieces(
             rest = b""
             if not packed:
                 if started:
-                    raise ValueError(f"{path}: {kind} data cut short")
+                    raise ValueError(f"{path}: the {kind} data is truncated")
                 break
             if padding and not started and not (packed := packed.lstrip(padding)):
                 continue
@@ -108,5 +108,5 @@ def _reason(kind: str, error: Exception) -> str:
             f"not enough memory to unpack it; its zstd window is up to {MAX_ZSTD_WINDOW >> 30} GiB ({text})"
         )
     if "ictionary" in text:
-        return f"packed with a zstd dictionary, without which it cannot be read ({text})"
-    return f"not {kind} data ({text})"
+        return f"is packed with a zstd dictionary, without which it cannot be read ({text})"
+    return f"is not {kind} data ({text})"

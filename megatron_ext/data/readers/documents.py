@@ -1,4 +1,7 @@
-"""Parses a chunk into documents, and rejects every line that is not a document, with its position and the reason."""
+"""Parses a chunk, the part of a file that one worker handles at a time, into documents.
+
+A line that is not a document is rejected, with its position and the reason.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -54,7 +57,7 @@ class Batch:
 
 
 class _NotADocument(ValueError):
-    """A line is not a document; the message is the reason for which it is rejected."""
+    """A line is not a document; the message says why it is rejected."""
 
 
 def read_chunk(

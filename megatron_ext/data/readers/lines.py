@@ -33,7 +33,7 @@ def scan_lines(read: Read, start: int, end: int | None, max_line_bytes: int) -> 
     """Yields the lines that start in `[start, end)`, about `BLOCK_BYTES` at a time.
 
     Args:
-        read: reads up to n bytes, none at the end; its first byte must be number `max(start - 1, 0)` of the source.
+        read: `read(n)` returns up to n bytes, none at the end; it must begin at byte `max(start - 1, 0)` of the source.
         start: first byte of the range.
         end: end of the range; None for the end of the file.
         max_line_bytes: a longer line is yielded in parts. If it ends within the block in which it was found, it may
@@ -66,9 +66,9 @@ def scan_lines(read: Read, start: int, end: int | None, max_line_bytes: int) -> 
 
 
 def _owned(read: Read, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
-    """Yields the bytes of the lines that the range owns, in pieces, each with its offset."""
+    """Yields (offset, bytes) of the lines that start in the range `[start, end)`, piece by piece."""
     position = max(start - 1, 0)
-    skipping = start > 0  # until the newline that ends the line of the byte before the range
+    skipping = start > 0  # up to the first newline: that line started before the range
     complete = True
     while end is None or position < end:
         piece = read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - position))

@@ -1,9 +1,11 @@
 """Finds the files to read, and divides them into chunks.
 
-plain lines (.jsonl, .json, .txt)   byte ranges; a range owns the lines that start in it
-packed files, standard input, pipes blocks of whole lines, unpacked by the parent process and sent to the workers
-.parquet, .arrow, .feather          one chunk for each row group or record batch
-.txt with --text-unit file          one chunk for each file
+What becomes a chunk, by kind of input:
+
+plain lines (.jsonl, .json, .txt)     a byte range, which owns the lines that start in it
+packed files, standard input, pipes   a block of whole lines, unpacked by the parent process and sent to a worker
+.parquet, .arrow, .feather            a row group or record batch
+.txt with --text-unit file            a file
 """
 
 import glob
@@ -50,7 +52,7 @@ class TextSource:
         return self.format in columns.UNITS
 
     def size(self) -> int | None:
-        """Number of bytes on disk; None for standard input and pipes."""
+        """Returns the number of bytes on disk; None for standard input and pipes."""
         if self.path == STDIN or (self.is_stream and self.compression is None):
             return None
         return os.path.getsize(self.path)
@@ -114,7 +116,7 @@ def _source(path: str, config: InputConfig) -> TextSource:
     if stat.S_ISDIR(mode):
         raise ValueError(f"--input {path}: is a directory (a pattern such as {path}/*.jsonl names its files)")
     if not os.access(path, os.R_OK):
-        raise PermissionError(f"--input {path}: not readable")
+        raise PermissionError(f"--input {path}: this process may not read the file")
     name, suffix = os.path.splitext(path)
     compression = SUFFIXES.get(suffix.lower())
     if compression is not None:
@@ -144,7 +146,9 @@ def _text_source(
     if suffix != ".txt":
         return TextSource(path, "json", compression, is_stream)
     if len(config.json_keys) > 1:
-        raise ValueError(f"--json-keys {' '.join(config.json_keys)}: {path} is plain text, which has no keys")
+        raise ValueError(
+            f"--json-keys {' '.join(config.json_keys)}: {path} is plain text, which has no keys; give one key"
+        )
     if config.text_unit == "line":
         return TextSource(path, "text", compression, is_stream)
     if is_stream:

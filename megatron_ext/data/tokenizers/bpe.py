@@ -47,7 +47,7 @@ class LibraryTokenizer(Tokenizer):
         before = _put_before_a_text(backend)
         self.adds_bos = len(before) == 1
         self.bos = before[0] if self.adds_bos else self.bos
-        # An added token may have an id past the count (a vocabulary with gaps), so the largest id decides.
+        # An added token may have an id above the number of tokens (a vocabulary with gaps): use the largest id.
         self.vocab_size = max(backend.get_vocab_size(), max(backend.get_vocab().values()) + 1)
 
     def tokenize(self, text: str) -> list[int]:
@@ -70,7 +70,7 @@ class LibraryTokenizer(Tokenizer):
         return dict(self.backend.get_vocab())
 
     def _further_probes(self) -> list[object]:
-        """Returns the added tokens with a flag that limits where they match, which `PROBE_TEXTS` might not reveal."""
+        """Returns the added tokens that match only in certain places; `PROBE_TEXTS` might not reveal such a limit."""
         normalizes = self.backend.normalizer is not None
         return [
             [token_id, token.single_word, token.lstrip, token.rstrip, token.normalized and normalizes]
@@ -121,7 +121,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         source = f"--tokenizer-model {tokenizer_model}"
         if not path.exists():
             raise FileNotFoundError(
-                f"{source}: no such file or directory (only local paths are read, no hub)"
+                f"{source}: no such file or directory (only local paths are read, not a hub)"
             )
         file = path / "tokenizer.json" if path.is_dir() else path
         backend = _read_tokenizer_json(file, source) if file.is_file() else _convert_directory(path, source)
@@ -129,7 +129,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         eod_token = configured_token(folder, "eos_token") or _first_known_eod(backend)
         if eod_token is None:
             raise ValueError(
-                f"{source}: it has no end-of-document token; looked for {', '.join(EOD_CANDIDATES)}"
+                f"{source}: has no end-of-document token; it must have one of {', '.join(EOD_CANDIDATES)}"
             )
         if tokenizer_settings(folder).get("split_special_tokens"):
             backend.encode_special_tokens = True
@@ -148,7 +148,7 @@ def _read_vocab(path: str) -> dict[str, int]:
     except ValueError as error:
         raise ValueError(f"--vocab-file {path}: not a JSON vocabulary ({error})") from None
     if not isinstance(vocab, dict) or not all(isinstance(value, int) for value in vocab.values()):
-        raise ValueError(f"--vocab-file {path}: expected a JSON object of token -> id")
+        raise ValueError(f"--vocab-file {path}: must be a JSON object that maps each token to its id")
     return vocab
 
 
@@ -182,7 +182,7 @@ def _convert_directory(path: Path, source: str) -> tokenizers.Tokenizer:
     except Exception as error:  # whatever transformers raises, the user sees one line
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{source}: it has no tokenizer.json, and transformers cannot convert it ({reason})"
+            f"{source}: has no tokenizer.json, and transformers cannot convert it ({reason})"
         ) from None
 
 
@@ -192,10 +192,10 @@ def tokenizer_settings(directory: Path) -> dict[str, Any]:
 
 
 def configured_token(directory: Path, name: str) -> str | None:
-    """Returns the special token that the configuration files beside a tokenizer name; None if they name none.
+    """Returns a special token as given in the configuration files beside a tokenizer; None if they do not give it.
 
     Args:
-        directory: where tokenizer_config.json and special_tokens_map.json are looked for.
+        directory: may hold tokenizer_config.json and special_tokens_map.json.
         name: the token's key in these files, `eos_token` or `bos_token`.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -213,9 +213,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+        raise ValueError(f"{path}: must be a JSON object")
     return content
 
 

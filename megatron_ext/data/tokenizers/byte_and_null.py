@@ -22,7 +22,7 @@ class ByteLevelTokenizer(Tokenizer):
         return list(text.encode("utf-8"))
 
     def detokenize(self, ids: list[int]) -> str:
-        """Returns the text whose bytes the ids are; id 256 becomes `<|endoftext|>`."""
+        """Returns the text whose UTF-8 bytes are the ids; id 256 becomes `<|endoftext|>`."""
         pieces = (END_OF_TEXT.encode() if i == self.eod else bytes([i]) for i in map(int, ids))
         return b"".join(pieces).decode("utf-8", errors="replace")
 

@@ -20,7 +20,7 @@ class SentencePieceTokenizer(Tokenizer):
         tokenizer_model: the .model file; its end-of-sentence piece ends a document.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, is no SentencePiece model, or has no end-of-document piece.
+        FileNotFoundError, ValueError: the file is missing, is not a SentencePiece model, or cannot end a document.
     """
 
     def __init__(self, tokenizer_model: str) -> None:

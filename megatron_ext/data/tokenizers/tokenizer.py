@@ -58,7 +58,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a text and adds none; `reads_special_tokens` says how special tokens in it are treated."""
+        """Returns the ids of a text, without added tokens; `reads_special_tokens` tells how special tokens are read."""
 
     @abstractmethod
     def detokenize(self, ids: list[int]) -> str:
@@ -75,16 +75,16 @@ class Tokenizer(ABC):
         return {token_id: token for token, token_id in self.vocab.items()}
 
     def begin(self, ids: list[int]) -> list[int]:
-        """Returns `ids` as the beginning of a text: with `bos` put first if `adds_bos` is set and `bos` is missing."""
+        """Returns the ids of the beginning of a text; puts `bos` first if `adds_bos` is set and `ids` lacks it."""
         if not self.adds_bos or self.bos is None or ids[:1] == [self.bos]:
             return list(ids)
         return [self.bos, *ids]
 
     def begin_as(self, documents: list[int] | None) -> None:
-        """Makes `begin` treat a text as a model's training documents were treated.
+        """Makes `begin` add or omit `bos` as in the documents that a model was trained on.
 
         Args:
-            documents: `[id]` if each document begins with that token, `[]` if with none; None (unknown) has no effect.
+            documents: `[id]` if documents began with the token `id`, `[]` if none did; None (unknown) has no effect.
         """
         if documents is not None:
             self.adds_bos = bool(documents)
@@ -105,7 +105,7 @@ class Tokenizer(ABC):
         return [self.tokenize(text) for text in texts]
 
     def gigatoken_source(self) -> str | bytes | None:
-        """Returns a tokenizer.json from which `gigatoken` can load this tokenizer; None if there is none."""
+        """Returns a tokenizer.json from which the library `gigatoken` can load this tokenizer, or None."""
         return None
 
     @cached_property

@@ -7,7 +7,7 @@ from megatron_ext.training.checkpoint.checkpoint_files import TRACKER
 
 _LFS = b"version https://git-lfs"
 
-_SAVE = "load it with transformers and save it with save_pretrained()"
+_SAVE = "load the model with transformers and save it with save_pretrained()"
 _FORMATS: tuple[tuple[str, str], ...] = (
     (
         "adapter_config.json",
@@ -15,8 +15,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ),
     (
         "*.gguf",
-        "a model in the format of llama.cpp; load it with transformers (from_pretrained(..., gguf_file=...)) "
-        "and save it dequantized with save_pretrained()",
+        "a model in the format of llama.cpp; to import it, give the path of the file itself",
     ),
     (
         "consolidated*.safetensors",
@@ -26,9 +25,9 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ("consolidated*.pth", "a model in Meta's format; convert it with transformers' conversion script"),
     (
         "model.*.safetensors",
-        f"a variant such as fp16, which is not read; {_SAVE}, or rename it to model.safetensors",
+        f"weights of a variant such as fp16, which are not read; {_SAVE}, or rename the file to model.safetensors",
     ),
-    ("model.*.safetensors.index.json", f"a variant such as fp16, which is not read; {_SAVE}"),
+    ("model.*.safetensors.index.json", f"weights of a variant such as fp16, which are not read; {_SAVE}"),
     ("*.bin", f"pickled weights, which are not read; {_SAVE}"),
     ("*.pt", "pickled weights, which are not read; save them as a Hugging Face directory"),
     ("*.pth", "pickled weights, which are not read; save them as a Hugging Face directory"),
@@ -42,7 +41,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
         "weights under another name; rename the file to model.safetensors if it holds the whole model",
     ),
 )
-"""Pairs of a file pattern, and what such a file is and what to do. The first pattern that matches is reported."""
+"""Pairs of a file pattern and a text that says what such a file is and what to do; the first match is reported."""
 
 _QUANTIZED = {
     ".qweight": "GPTQ or AWQ",
@@ -56,7 +55,10 @@ _QUANTIZED = {
 
 
 def what_is_there(folder: Path) -> str | None:
-    """Says which unsupported file a directory holds and what to do, or where the model is; None if nothing is found."""
+    """Returns text for the user: which unsupported file a directory holds and what to do, or where the model is.
+
+    Returns None if nothing is found.
+    """
     for pattern, meaning in _FORMATS:
         found = sorted(path.name for path in folder.glob(pattern))
         if found:
@@ -74,7 +76,7 @@ def check_no_pointer(path: Path) -> None:
     with open(path, "rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ValueError(
-                f"{path}: a git-lfs pointer, not the file itself; fetch the content with `git lfs pull`"
+                f"{path}: is a git-lfs pointer, not the file itself; fetch the content with `git lfs pull`"
             )
 
 
@@ -93,7 +95,7 @@ def other_names(names: Iterable[str], wanted: Iterable[str]) -> str | None:
         wanted: names of the tensors that the model requires.
 
     Returns:
-        What the files hold and what to do; None if the names match no known case.
+        Text that says what the files hold and what to do; None if the names match no known case.
     """
     found, needed = set(names), list(wanted)
     for ending, method in _QUANTIZED.items():

@@ -1,6 +1,7 @@
-"""Converts the config.json of a Llama-like model to a `ModelConfig` and back; raises if this is not possible exactly.
+"""Converts the config.json of a Llama-like model to a `ModelConfig` and back; raises if that cannot be done exactly.
 
-All supported models have RMSNorm, rotary positions, SwiGLU and grouped-query attention. In addition:
+All supported models have RMSNorm, rotary positions, SwiGLU and grouped-query attention. What each `model_type` may have
+in addition:
 
     llama        attention_bias: biases in q, k, v, o; mlp_bias: in gate, up, down; rope scaling `llama3`, `linear`
     mistral      a sliding window
@@ -21,7 +22,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""Maps each architecture (class in transformers) that can be imported and exported to its model_type."""
+"""The supported architectures: maps the name of a class in transformers to its `model_type`."""
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 
@@ -66,7 +67,7 @@ def read_architecture(config: dict[str, Any], source: str) -> tuple[str, tuple[s
             + (f" (transformers chooses the model by it, not by architectures {named[0]})" if named else "")
         )
     if named and kinds[kind] not in named:
-        return kinds[kind], (f"imported as {kinds[kind]}, by its model_type, not as {named[0]}",)
+        return kinds[kind], (f"imported as {kinds[kind]}, as its model_type says, and not as {named[0]}",)
     return kinds[kind], ()
 
 
@@ -83,7 +84,8 @@ def to_model_config(
         config: parsed content of the file.
         source: path of the file, for error messages.
         seq_length: tokens per training sequence; the default is the model's maximum position, but at most 4096.
-        make_vocab_size_divisible_by: the default is the largest power of two up to 128 that needs no padding.
+        make_vocab_size_divisible_by: the number of embedding rows is padded to a multiple of this number; the default
+            is the largest power of two up to 128 that needs no padding.
 
     Raises:
         ValueError: a `ModelConfig` cannot express the model.
@@ -156,8 +158,8 @@ def _longest_position(
     # Full attention equals windowed attention on sequences up to the window. So the model is imported with the window
     # as its maximum position, and longer sequences are refused.
     message = (
-        f"sliding window {window}: attention here has no window, so the model is imported for sequences of up to "
-        f"{window} tokens, for which the result is the same"
+        f"sliding window {window}: not supported, so the model is imported for sequences of up to {window} tokens, "
+        "for which full attention gives the same result"
     )
     return window, (message,)
 
@@ -235,7 +237,7 @@ _REPLACED = {
     "_name_or_path",
     "_commit_hash",
 }
-"""Fields of an imported config.json that an export drops, because it writes others or they describe the old files."""
+"""Fields of an imported config.json that an export drops: it writes a substitute, or they describe the old files."""
 
 _WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -254,7 +256,8 @@ def from_model_config(
         vocab_size: rows of the embedding, without padding.
         architecture: Hugging Face class from `choose_architecture`, such as `LlamaForCausalLM`.
         dtype: name of the dtype, such as `float32`.
-        imported: content of the config.json that the model was imported from, or None; its other fields are kept.
+        imported: content of the config.json that the model was imported from, or None. Fields that the export does not
+            set are taken from it.
     """
     kind = ARCHITECTURES[architecture]
     free = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}

@@ -1,6 +1,6 @@
 """Checks the fields of a config.json: their types and values, and whether an import can honour them.
 
-A field is one of:
+Each field is of one of these kinds:
 
     imported         read by `hf_config`, `hf_rope` and `sliding_window` below
     without effect   does not change the model's outputs; kept for a later export
@@ -63,7 +63,7 @@ _OWN_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     "qwen2": {"head_dim": (int,), **_WINDOW_TYPES},
     "qwen3": {"head_dim": (int,), "attention_bias": (bool,), **_WINDOW_TYPES},
 }
-"""For each model_type, the types of the fields that only it has or whose type differs from other models."""
+"""For each model_type, the types of fields that only this model has, or that have another type in other models."""
 
 _COUNTS = (
     "vocab_size",
@@ -115,7 +115,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "generator": (None,),
     "text_encoder": (None,),
 }
-"""Maps each field that transformers reads for every model to its harmless values; all other values are rejected."""
+"""Maps each field that transformers reads for every model to its harmless values; any other value is rejected."""
 
 
 def check_fields(config: Mapping[str, Any], kind: str, source: str) -> list[str]:
@@ -198,7 +198,7 @@ def _reason(name: str, value: Any) -> str:
             f"{method} weights cannot be imported; save them dequantized with transformers "
             "(model.dequantize(), then save_pretrained())"
         )
-    return "changes what transformers computes or reads, and cannot be imported"
+    return "this value changes what transformers computes or reads, and cannot be imported"
 
 
 def _short(value: Any) -> str:
@@ -227,7 +227,7 @@ def sliding_window(config: Mapping[str, Any], kind: str, source: str = "config.j
         is_used = "sliding_attention" in types
         if is_used and window is None:
             raise ValueError(
-                f"{source}: layer_types has sliding_attention, which requires use_sliding_window and sliding_window"
+                f"{source}: layer_types has sliding_attention, so use_sliding_window and sliding_window must be set"
             )
     return _at_least_one(window, source) if is_used else None
 

@@ -1,13 +1,13 @@
 """Reads and writes the safetensors files of a Hugging Face directory: one file, or several with an index.
 
-Each tensor is read only on access, and the size of written files is limited, so for a model of any size, reading needs
-memory for one tensor, and writing for one file. Pickled weights (`pytorch_model.bin`) are not supported.
+A tensor is read only when it is accessed, and the size of a written file is limited. So reading needs memory for one
+tensor and writing for one file, however large the model is. Pickled weights (`pytorch_model.bin`) are not supported.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +39,9 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     """
     folder = Path(model_dir)
     if folder.is_file():
-        raise NotADirectoryError(f"--model-dir {model_dir}: is a file; give a Hugging Face directory")
+        raise NotADirectoryError(
+            f"--model-dir {model_dir}: is a file; give a Hugging Face directory or a GGUF file"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(
             f"--model-dir {model_dir}: no such directory; download the model first (hub names are not looked up)"
@@ -59,7 +61,7 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object.
+        ValueError: the file does not hold a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(missing)
@@ -67,10 +69,29 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path}: not JSON") from None
+        raise ValueError(f"{path}: is not JSON") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise ValueError(f"{path}: is not a JSON object")
     return value
+
+
+class TensorFiles(Protocol):
+    """A model's tensors in files, by their Hugging Face names; a tensor is read when it is accessed."""
+
+    folder: Path
+    """The directory or file that the user named."""
+
+    described_in: str
+    """Name of the part that describes the model, such as config.json; used in error messages."""
+
+    @property
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
 
 
 class SafetensorsFiles:
@@ -80,6 +101,8 @@ class SafetensorsFiles:
         FileNotFoundError: there are no safetensors files, or one is missing.
         ValueError: a file is damaged, or the index does not match the files.
     """
+
+    described_in = CONFIG
 
     def __init__(self, model_dir: str | Path) -> None:
         # No file stays open between reads: its mapped pages would count as memory in use.
@@ -104,7 +127,8 @@ class SafetensorsFiles:
             what = f"neither {SINGLE_FILE} nor {INDEX} in it" + (f"; {there}" if there else "")
         elif len(listed) > 1:
             what += (
-                f" ({len(missing)} of the {len(listed)} files in {INDEX} are); copy the whole directory again"
+                f" (in all, {len(missing)} of the {len(listed)} files listed in {INDEX} are missing); "
+                "copy the whole directory again"
             )
         raise FileNotFoundError(f"--model-dir {self.folder}: {what}")
 
@@ -116,7 +140,7 @@ class SafetensorsFiles:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
                 headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from None
+            raise ValueError(f"{path}: is damaged or not a safetensors file ({error})") from None
         for name, header in headers.items():
             if name in self._file_of:
                 raise ValueError(f"{path}: holds {name}, which is also in {self._file_of[name]}")
@@ -149,7 +173,8 @@ class SafetensorsFiles:
         stored = self._headers[name][1]
         if stored not in _READ_AS:
             raise ValueError(
-                f"{self.folder / self._file_of[name]}: {name} is {stored}, must be one of {', '.join(_READ_AS)}"
+                f"{self.folder / self._file_of[name]}: {name} has dtype {stored}, must be one of "
+                + ", ".join(_READ_AS)
             )
         return _READ_AS[stored]
 
@@ -172,7 +197,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 class HuggingFaceState(Mapping[str, torch.Tensor]):
-    """A Hugging Face model's tensors under the global names of a checkpoint, each read and converted on access.
+    """A Hugging Face model's tensors under the names of a checkpoint; each is read and converted when it is accessed.
 
     Args:
         files: the Hugging Face tensors.
@@ -183,7 +208,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         ValueError: a tensor is missing, does not belong to the model, or has the wrong shape or dtype.
     """
 
-    def __init__(self, files: SafetensorsFiles, model: ModelConfig, found: list[Entry]) -> None:
+    def __init__(self, files: TensorFiles, model: ModelConfig, found: list[Entry]) -> None:
         self._files = files
         self._model = model
         self._entries = {entry.name: entry for entry in found}
@@ -210,7 +235,7 @@ class HuggingFaceState(Mapping[str, torch.Tensor]):
         return torch.bfloat16 if types == {torch.bfloat16} else torch.float32
 
 
-def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
+def _check(files: TensorFiles, found: list[Entry], *, tied: bool) -> None:
     wanted = dict(part for entry in found for part in entry.parts)
     missing = [name for name in wanted if name not in files.names]
     extra = sorted(name for name in files.names - set(wanted) if not name.endswith(".rotary_emb.inv_freq"))
@@ -218,21 +243,24 @@ def _check(files: SafetensorsFiles, found: list[Entry], *, tied: bool) -> None:
     if other is not None:
         raise ValueError(f"--model-dir {files.folder}: {other}")
     if missing:
-        raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its safetensors files")
+        raise ValueError(f"--model-dir {files.folder}: {_listed(missing)} missing from its tensors")
     if tied and "lm_head.weight" in extra:
         # Some tools save the tied output layer as well; that is harmless as long as both are equal.
         if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
             raise ValueError(
-                f"--model-dir {files.folder}: config.json ties lm_head.weight to the embedding, but they differ"
+                f"--model-dir {files.folder}: {files.described_in} ties lm_head.weight to the embedding, "
+                "but they differ"
             )
         extra.remove("lm_head.weight")
     if extra:
-        raise ValueError(f"--model-dir {files.folder}: {_listed(extra)} not part of the model in config.json")
+        raise ValueError(
+            f"--model-dir {files.folder}: {_listed(extra)} not part of the model in {files.described_in}"
+        )
     for name, shape in wanted.items():
         if files.shape(name) != shape:
             raise ValueError(
                 f"--model-dir {files.folder}: {name} has shape {list(files.shape(name))}, "
-                f"but config.json requires {list(shape)}"
+                f"but {files.described_in} requires {list(shape)}"
             )
         files.dtype(name)
 
@@ -250,8 +278,8 @@ def write_safetensors(
 
     Args:
         folder: an empty directory.
-        tensors: groups of tensors that are read together: for each group, a list of (name, bytes) of its tensors, and a
-            function that reads them.
+        tensors: groups of tensors that are read together. A group is a pair: a list with the (name, size in bytes) of
+            each of its tensors, and a function that reads these tensors.
         max_shard_size: largest size of a file in bytes; a group that is larger gets a separate file.
 
     Returns:

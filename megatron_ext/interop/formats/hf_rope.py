@@ -1,8 +1,8 @@
 """Reads the rotary-embedding settings in a config.json, with the same precedence as transformers.
 
-Each value may be given in several places; the first of these that is present counts:
+Each value may be given in several places, listed in the right column. The first one that is present counts:
 
-    rope dict                     `rope_scaling` (the name in transformers 4), `rope_parameters`
+    rope dict, for the settings   `rope_scaling` (the name in transformers 4), `rope_parameters`
     base                          `rope_theta` in the rope dict, at the top level, 10000
     type                          `rope_type` in the rope dict, `type` in it, "default"
     original length (llama3)      `original_max_position_embeddings` at the top level, in the rope dict, the model's

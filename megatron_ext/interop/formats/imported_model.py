@@ -1,5 +1,7 @@
 """Carries an imported model's configuration and small files through checkpoints, so that an export can restore them.
 
+The import writes them into the directory of checkpoints, `save`, and into the file run_config.json of the checkpoint:
+
     {save}/hugging_face/            unchanged copies of the small files beside the weights
     run_config.json, `hugging_face`
         config                      content of config.json
@@ -92,7 +94,7 @@ class Imported:
 
     @classmethod
     def of_run(cls, *run_configs: Mapping[str, Any]) -> "Imported | None":
-        """Reads the section `hugging_face` of the first run configuration that has one; None if none has."""
+        """Reads the section `hugging_face` of the first run configuration that has it; returns None if none has it."""
         for run_config in run_configs:
             section = run_config.get(IMPORTED)
             if section is not None and "config" in section:
@@ -114,7 +116,7 @@ class Imported:
             _copy(Path(self.folder or "", name), save / FOLDER / name)
 
     def placed(self, save: str | Path) -> "Imported":
-        """Returns a copy whose `folder` is where `copy_files` puts the files for the final directory `save`."""
+        """Returns a copy whose `folder` is `save`/hugging_face, where `copy_files` puts the files."""
         return replace(self, folder=os.path.abspath(Path(save, FOLDER)) if self.files else None)
 
     def write_files(self, target: Path, tokenizer_dir: Path | None) -> list[str]:
@@ -144,14 +146,14 @@ class Imported:
                 kept.append(name)
         if tokenizer_dir is not None:
             _keep_chat_template(tokenizer_dir, target)
-        messages = [f"kept as imported: {', '.join(kept)}"] if kept else []
+        messages = [f"files kept as imported: {', '.join(kept)}"] if kept else []
         if gone:
-            messages.append(f"not written, because {self.folder} no longer exists: {', '.join(gone)}")
+            messages.append(f"files not written, because {self.folder} no longer exists: {', '.join(gone)}")
         return messages
 
 
 def _sort_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns the names of the small files to keep, and of further files that an import does not keep."""
+    """Returns the names of the small files that an import keeps, and the names of the files that it does not keep."""
     of_others = {CONFIG, GENERATION_CONFIG, *FILES} - {_CHAT_TEMPLATE}
     read = _weights_read(folder)
     kept, left = [], []
@@ -190,7 +192,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
-    """Copies the chat template of the imported tokenizer_config.json, which a newly written one lacks."""
+    """Copies the chat template from the imported tokenizer_config.json into the exported file, which lacks it."""
     before, after = tokenizer_dir / _TOKENIZER_CONFIG, target / _TOKENIZER_CONFIG
     if not (before.is_file() and after.is_file()) or (target / _CHAT_TEMPLATE).exists():
         return
@@ -203,4 +205,4 @@ def _keep_chat_template(tokenizer_dir: Path, target: Path) -> None:
 def left_behind(names: Iterable[str]) -> list[str]:
     """Returns a message that lists the files that an import does not keep; an empty list if there are none."""
     listed = ", ".join(names)
-    return [f"not imported: {listed}"] if listed else []
+    return [f"files not imported: {listed}"] if listed else []

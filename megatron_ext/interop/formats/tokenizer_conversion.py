@@ -1,5 +1,7 @@
 """Converts this package's tokenizers to Hugging Face's `tokenizers` library (tokenizer.json) with equal token ids.
 
+What each kind of tokenizer becomes:
+
     byte-level BPE, Hugging Face      already an object of that library
     SentencePiece                     unigram or BPE over the whole text, as SentencePiece segments it
     tiktoken                          byte-level BPE whose merges are derived from the ranks
@@ -33,7 +35,7 @@ def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None
 
     Args:
         tokenizer: the tokenizer to convert.
-        source: the flag that gave the tokenizer and its file, for error messages.
+        source: the command-line flag that gave the tokenizer, and its path, for error messages.
 
     Raises:
         ValueError: `tokenizers` cannot express this kind of SentencePiece model.
@@ -50,7 +52,7 @@ def to_library(tokenizer: Tokenizer, source: str) -> tokenizers.Tokenizer | None
 def _from_sentencepiece(proto: Any, source: str) -> tokenizers.Tokenizer:
     trainer, rules, pieces = proto.trainer_spec, proto.normalizer_spec, list(proto.pieces)
     unsupported = {
-        "model type (only unigram and bpe)": trainer.model_type not in (_UNIGRAM, _BPE),
+        "a model type other than unigram and bpe": trainer.model_type not in (_UNIGRAM, _BPE),
         "escape_whitespaces=false": not rules.escape_whitespaces,
         "treat_whitespace_as_suffix=true": trainer.treat_whitespace_as_suffix,
         "unused pieces": any(piece.type == _UNUSED for piece in pieces),
@@ -106,7 +108,10 @@ def _normalizers(rules: Any) -> Iterator[Any]:
 
 
 def _unigram_model(pieces: list[Any], trainer: Any) -> models.Unigram:
-    """Returns a unigram model. Pieces that text must never yield (control, byte) score below their single letters."""
+    """Returns a unigram model.
+
+    Control and byte pieces, to which no text may be encoded, get a lower score than the letters they consist of.
+    """
     score_of = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     unknown = min(score_of.values(), default=0.0) - 10.0  # SentencePiece's penalty for an unknown letter
     vocab = []

@@ -105,13 +105,13 @@ def _configuration(folder: Path, vocab_size: int) -> tuple[TokenizerConfig, str 
         return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path), None
     others = [path.name for pattern in _NOT_READ for path in sorted(folder.glob(pattern))]
     what = f" ({', '.join(others)} cannot be read)" if others else ""
-    message = f"no {TOKENIZER_JSON}{what}: the checkpoint takes token ids, not text"
-    # NullTokenizer adds an end-of-document id of its own.
+    message = f"there is no {TOKENIZER_JSON}{what}, so the checkpoint takes token ids, not text"
+    # NullTokenizer adds an end-of-document id to these.
     return TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size - 1), message
 
 
 def _lacking_tokens(folder: Path, pieces: int) -> str | None:
-    """Returns a message about tokens that transformers has added and the SentencePiece file lacks; None without any."""
+    """Returns a message about tokens that transformers added but the SentencePiece file lacks, or None."""
     named: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         content = read_object(folder / name, "") if (folder / name).is_file() else {}
@@ -123,7 +123,7 @@ def _lacking_tokens(folder: Path, pieces: int) -> str | None:
         return None
     return (
         f"{len(added)} added tokens ({', '.join(token for _, token in added[:3])}, ...) are not in {SENTENCEPIECE}, "
-        f"so no text yields them; to keep them, save a {TOKENIZER_JSON} with transformers"
+        f"so no text is encoded to them; to keep them, save a {TOKENIZER_JSON} with transformers"
     )
 
 
@@ -171,7 +171,7 @@ def write_files(config: TokenizerConfig, tokenizer: Tokenizer, target: Path) -> 
         text = library.to_str(pretty=True)
         (target / TOKENIZER_JSON).write_text(text, encoding="utf-8")
         names = [TOKENIZER_JSON]
-        if isinstance(tokenizer, SentencePieceTokenizer):  # other tools than transformers read this file
+        if isinstance(tokenizer, SentencePieceTokenizer):  # tools other than transformers read this file
             (target / "tokenizer.model").write_bytes(tokenizer.serialized_model())
             names.append("tokenizer.model")
     if TOKENIZER_CONFIG not in names:

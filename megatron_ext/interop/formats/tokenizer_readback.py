@@ -1,7 +1,10 @@
 """Reads an exported tokenizer with transformers' `AutoTokenizer` and compares it with the original tokenizer.
 
-It compares the end-of-text and begin-of-text ids, and whether a text begins with the latter; the ids of sample texts,
-of texts with special tokens, and of the text of every single id; and the text decoded from the ids of the samples.
+It compares:
+
+- the ids of the end-of-text and begin-of-text tokens, and whether an encoded text begins with the latter;
+- the ids of sample texts, of texts with special tokens, and of the text of each single id;
+- the texts decoded from the ids of the sample texts.
 """
 
 import json
@@ -81,8 +84,8 @@ def check_read_back(
             ]
     if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_unigram:
         messages.append(
-            "SentencePiece adds a unigram model's scores in 32 bits, tokenizers in 64: in long texts, pieces may come "
-            "in another order where both orders are equally likely (runs of white space)"
+            "SentencePiece adds the scores of a unigram model in 32 bits, the tokenizers library in 64: where two "
+            "segmentations are equally likely (runs of white space), they may segment a long text differently"
         )
     return messages
 
@@ -101,7 +104,7 @@ def _difference(transformers: Any, folder: Path, ours: Tokenizer) -> str | None:
     """Describes the first difference between `AutoTokenizer` and the tokenizer `ours`; None if they are equal."""
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises many types; any of them means that it cannot be read
+    except Exception as error:  # transformers raises many types; each means that the tokenizer cannot be read
         return str(error).strip().partition("\n")[0] or type(error).__name__
     named = {"eos_token_id": (theirs.eos_token_id, ours.eod), "bos_token_id": (theirs.bos_token_id, ours.bos)}
     for name, (their_id, our_id) in named.items():

@@ -8,11 +8,12 @@ Bytes per parameter, with D data-parallel ranks:
 
 Frozen parameters have no gradients and no optimizer state; they count in the run's precision, even if a model
 family quantizes them. Activations are the tensors that this engine's layers save for the backward pass; see
-`layer_activation_bytes`. With the 1F1B schedule stage i of P holds up to P - i micro-batches at once, with the
-interleaved schedule 2 (P - i - 1) + (v - 1) P + 1 chunks. Without full recomputation a layer that no gradient reaches
-saves nothing, and a layer with frozen weights counts as if they trained.
+`layer_activation_bytes`. With the 1F1B schedule stage i of P holds the activations of up to P - i micro-batches at
+once. With the interleaved schedule and v chunks per stage these are 2 (P - i - 1) + (v - 1) P + 1 passes of one chunk.
+Without full recomputation a layer that no gradient reaches saves nothing, and a layer with frozen weights counts as if
+its weights were trained.
 Not included: temporary tensors inside an operation, fragmentation of the allocator, communication buffers, and the
-families' activations. Leave a margin for them.
+activations of model families. Leave a margin for them.
 """
 
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
         total = in_flight * layout.layers_of(stage, Use.PARTIAL) / layout.chunks * layer
     else:
         group = parallel.recompute_num_layers or 1
-        # Kept: inputs of the recomputed layers. Again: the layers that are recomputed at one time.
+        # `kept` counts the inputs of the recomputed layers; `again`, the layers that are recomputed at one time.
         if parallel.recompute_method == "uniform":
             kept, again = -(-layout.layers_per_chunk // group) * layer_input, group * layer
         else:
@@ -203,11 +204,11 @@ def stage_activation_bytes(layout: ParallelLayout, stage: int) -> float:
 def layer_activation_bytes(layout: ParallelLayout) -> float:
     """Returns the bytes that one layer on one rank saves for the backward pass of one micro-batch.
 
-    Full recomputation is not taken into account. Values per token: inputs and outputs of the two norms (4h); output of
-    the fused query-key-value projection ((n + 2g) d); queries and keys again if they are rotated or normalized
-    ((n + g) d, and n d more for grouped queries that are normalized); attention output (n d); the MLP's inner tensors
-    (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on a GPU). Unfused core attention adds its scores
-    (n s): in fp32, a second time in bf16 runs, and twice with dropout.
+    Full recomputation is not taken into account. A layer saves these values per token (letters as in `model_cost`):
+    inputs and outputs of the two norms (4h); output of the fused query-key-value projection ((n + 2g) d); queries and
+    keys again if they are rotated or normalized ((n + g) d, and n d more for grouped queries that are normalized);
+    attention output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on
+    a GPU). Unfused core attention adds its scores (n s): in fp32, a second time in bf16 runs, and twice with dropout.
     """
     model, parallel = layout.model, layout.parallel
     size, tensor = layout.element_bytes, parallel.tensor_model_parallel_size

@@ -1,4 +1,6 @@
-"""A model's parameter count, and the FLOPs per token of its matrix products.
+"""Computes a model's parameter count, and the FLOPs per token of its matrix products.
+
+The FLOPs of each part:
 
     linear layer           2 * inputs * outputs
     core attention         2 * (2 * s * n * d)        scores and weighted sum, over all s keys
@@ -7,8 +9,8 @@
     forward and backward   3 * forward                every product has two in the backward pass
 
 Letters: L layers, h hidden, f FFN, n heads, g key/value heads, d head size, s sequence, V padded vocabulary.
-This is the usual 6ND plus attention (arXiv 2204.02311, appendix B). N counts the weights that take part in a matrix
-product: not the word embedding's lookup, but always the output layer, even if both share their weights. By convention
+This is the usual 6ND (N weights, D tokens) plus attention (arXiv 2204.02311, appendix B). N counts the weights that
+take part in a matrix product: the output layer always, the word embedding's lookup never. By convention
 attention counts the full s x s square although it is causal; norms, activations and softmax are not counted.
 If parts are frozen, a product has fewer gradients, and layers may be skipped or run several times: see `step_work`. A
 model family reports its own part in another `ModelCost`.
@@ -107,7 +109,7 @@ def hardware_flops_per_token(
     Args:
         model: configuration of the base model.
         parallel: specifies which activations are recomputed.
-        costs: the base model's cost first, then the families'.
+        costs: the base model's cost first, then the costs of the model families.
     """
     base, *families = costs
     again = recomputed_flops_per_token(model, parallel)

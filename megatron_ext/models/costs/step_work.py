@@ -1,15 +1,18 @@
-"""How much of the base model's forward and backward pass a training step runs when parts of the model are frozen.
+"""Describes how much of the base model's forward and backward pass a training step runs if parts are frozen.
 
-    use         forward   gradient of inputs   gradient of weights     passes: products with weights, core attention
-    SKIPPED                                                            0       0
-    FORWARD     x                                                      1       1
-    PARTIAL     x         in parts that the family counts              1       1
-    GRADIENT    x         x                                            2       3
-    TRAINED     x         x                    x                       3       3
+For each use of a layer, the table marks what a step computes (x). The last two columns are the FLOPs, in units of one
+forward pass, of the products with weights and of core attention:
+
+    use         forward   gradient of inputs   gradient of weights     weights   attention
+    SKIPPED                                                            0         0
+    FORWARD     x                                                      1         1
+    PARTIAL     x         partly; the model family counts it           1         1
+    GRADIENT    x         x                                            2         3
+    TRAINED     x         x                    x                       3         3
 
 Core attention has no weights: its two products have two input gradients each. A trained layer always needs the gradient
-of its inputs, because its norms train. A family that freezes parts of the model describes that in a `StepWork`, which
-`model_cost` and `memory_estimate` read.
+of its inputs, because its norms train. A model family that freezes parts of the model describes that in a `StepWork`,
+which `model_cost` and `memory_estimate` read.
 """
 
 from collections.abc import Sequence
@@ -65,7 +68,7 @@ class StepWork:
 
     @property
     def layer_passes(self) -> tuple[int, int]:
-        """FLOPs of all layers, in forward passes of one layer, as the pair (weight products, core attention)."""
+        """FLOPs of all layers, in units of one layer's forward pass: (products with weights, core attention)."""
         further = self.further_forwards * len(self.layers)
         of_weights = sum(use.weight_passes for use in self.layers)
         return of_weights + further, sum(use.attention_passes for use in self.layers) + further
@@ -77,9 +80,9 @@ class StepWork:
 
 
 def merged_work(works: Sequence[StepWork]) -> StepWork | None:
-    """Combines the work that several model families describe; returns None if none does, so that everything trains.
+    """Combines the work that several model families describe; a part is frozen if at least one family freezes it.
 
-    A part is frozen if at least one family freezes it.
+    Returns None if no family describes its work; then everything trains.
     """
     if not works:
         return None

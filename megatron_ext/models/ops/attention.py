@@ -126,5 +126,5 @@ class SDPAttention(torch.nn.Module):
             return (
                 contextlib.nullcontext()
             )  # under sequence parallel the engine has already entered this stream
-        # Each tensor-parallel rank has other heads, so each needs a dropout mask of its own.
+        # Each tensor-parallel rank has different heads, so each needs a different dropout mask.
         return tensor_parallel.get_cuda_rng_tracker().fork()

@@ -1,1 +1,1 @@
-"""Evaluation of an NPT model against its base model: comparison, report, generated texts."""
+"""Evaluates an NPT model against its base model: comparison of the layers, report, generated texts."""

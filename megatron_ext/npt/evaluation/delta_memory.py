@@ -1,15 +1,16 @@
-"""Measures the memory that one layer's NP components need in a training step, factored and materialised.
+"""Measures how much memory the NP components of one layer need in a training step, in two forms.
 
-The MLP of one layer runs with frozen base weights; measured are the memory kept for the backward pass, and the peak
-during forward and backward. Each is measured at two token counts, so that weights and their gradients cancel in the
-difference, and the base MLP's memory is subtracted. For f proportional to h, the result in bytes per token is
+In the materialised form, every token's weight update (delta) is built as a matrix; in the factored form it is not. The
+MLP of one layer runs with frozen base weights. The measured values are the memory kept for the backward pass, and the
+peak during forward and backward. Each is measured at two token counts, so that weights and their gradients cancel in
+the difference, and the base MLP's memory is subtracted. If f is proportional to h, the result in bytes per token is
 
     materialised    c h^2           deltas and their gradients
     factored        c0 + c1 h       products of size r, temporary gradients of size h
 
-The constants are fitted by least squares to the measured model sizes; they give the memory at other sizes, for example
-that of a 7B model. All L layers hold their kept memory at the same time, but only one layer is at its peak: the total
-is L kept + (peak - kept).
+The constants c, c0 and c1 are fitted by least squares to the measured model sizes; with them, the memory at other sizes
+is projected, for example that of a 7B model. All L layers hold their kept memory at the same time, but only one layer
+is at its peak: the total is L kept + (peak - kept).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.platform.allocations import AllocationCounter
 
 _TOKENS = {"base": (512, 1024), "factored": (512, 1024), "materialised": (2, 4)}
-"""Maps each form to two token counts, large enough that activations exceed the gradients of the weights."""
+"""Maps each form to two token counts. They are large enough that activations exceed the gradients of the weights."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class SizeMemory:
-    """Memory of the materialised and the factored form at one model size."""
+    """Memory of the materialised and of the factored form at one model size."""
 
     hidden_size: int
     ffn_hidden_size: int
@@ -58,13 +59,13 @@ class SizeMemory:
 def measure_memory(
     settings: NPTModuleConfig, hidden_size: int, ffn_hidden_size: int, bf16: bool = False
 ) -> SizeMemory:
-    """Measures the memory at one model size, in a single process; call `process_groups.initialize` first.
+    """Measures the memory of both forms at one model size, in one process; call `process_groups.initialize` first.
 
     Args:
         settings: form, target and rank of the NP components; the choice of layers is ignored.
         hidden_size: the model's hidden size h.
-            ffn_hidden_size: the inner size f of the MLP.
-            bf16: whether weights and activations are in bfloat16 instead of fp32.
+        ffn_hidden_size: the inner size f of the MLP.
+        bf16: whether weights and activations are in bfloat16 instead of fp32.
     """
     model = ModelConfig(
         num_layers=1,
@@ -97,9 +98,9 @@ def measure_memory(
 
 
 def project_memory(measured: Sequence[SizeMemory], hidden_size: int, ffn_hidden_size: int) -> SizeMemory:
-    """Projects the memory at another size [h, f] from at least two measured sizes with about the same f / h.
+    """Projects the memory at other sizes h and f, with the formulas at the top of this file.
 
-    The formulas are at the top of this file.
+    `measured` must contain at least two sizes, whose f / h is about the same.
     """
 
     def fit(read: Callable[[SizeMemory], float], powers: list[int]) -> float:
@@ -132,7 +133,7 @@ def _bytes_per_token(
 def _step_bytes(
     layer: torch.nn.Module, run: Callable[..., torch.Tensor], hidden_size: int, tokens: int
 ) -> tuple[int, int]:
-    """Returns the bytes allocated after the forward pass (with its output), and the peak of forward and backward."""
+    """Returns the bytes allocated after the forward pass (including its output), and the peak until backward ends."""
     parameter = next(layer.parameters())
     shape = (tokens, 1, hidden_size)
     inputs = [torch.randn(shape).to(parameter).requires_grad_() for _ in range(2)]

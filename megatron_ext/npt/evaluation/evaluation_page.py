@@ -31,7 +31,7 @@ def evaluation_page(report: dict[str, Any]) -> str:
     _deltas(page, report["weight_delta"])
     _generations(page, report["generations"])
     page.heading("Parameters and configuration")
-    page.table(["layer", "NP parameters", "the layer's own"], _counts(report["parameters"]))
+    page.table(["layer", "NP parameters", "base parameters"], _counts(report["parameters"]))
     for name in ("npt_config", "model_config", "evaluation_config"):
         page.paragraph(name)
         page.table(["setting", "value"], [[key, _text(value)] for key, value in report[name].items()])
@@ -41,11 +41,11 @@ def evaluation_page(report: dict[str, Any]) -> str:
 def _key_numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     perplexity, delta, counts = report["perplexity"], report["weight_delta"], report["parameters"]
     return [
-        ("perplexity ratio", _short(perplexity["perplexity_ratio"], ".5f"), "NPT / base, expected 1 ± 0.05"),
+        ("perplexity ratio", _short(perplexity["perplexity_ratio"], ".5f"), "NPT / base; expected: 1 ± 0.05"),
         (
-            "ratio, not trained",
+            "untrained ratio",
             _short(perplexity["untrained_ratio"], ".5f"),
-            f"the same conversion with initial NP weights, seed {perplexity['untrained_seed']}",
+            f"perplexity ratio with initial NP weights, seed {perplexity['untrained_seed']}",
         ),
         ("perplexity, base", _short(perplexity["base"]), f"{perplexity['tokens']:,} tokens"),
         ("perplexity, NPT", _short(perplexity["npt"]), f"{perplexity['tokens']:,} tokens"),
@@ -53,7 +53,7 @@ def _key_numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "mean delta norm",
             _short(delta["average_frobenius_norm"]),
-            f"expected below {delta['expected_below']} for the regularized objective (docs/design/npt_equivalence.md)",
+            f"with regularization, expected below {delta['expected_below']} (docs/design/npt_equivalence.md)",
         ),
         (
             "relative delta norm",
@@ -63,7 +63,7 @@ def _key_numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "NP parameters",
             f"{counts['np']:,}",
-            f"{counts['np_share_of_converted_layers']:.1%} of their layers'",
+            f"{counts['np_share_of_converted_layers']:.1%} of the base parameters of their layers",
         ),
     ]
 
@@ -86,7 +86,7 @@ def _layers(page: Page, report: dict[str, Any]) -> None:
                 numbers += [delta_layers[row][target]["frobenius_norm"]["mean"] for target in targets]
         picture = metric_heat_map(rows, columns, values)
         page.pictures(
-            [(picture, f"Metrics of each layer, {heading}; each column has its own scale, dark means large.")]
+            [(picture, f"Metrics of each layer, {heading}. Each column has its own scale; dark means large.")]
         )
     vectors = report["generated_vectors"]
     if vectors is not None:
@@ -112,7 +112,7 @@ def _deltas(page: Page, delta: dict[str, Any]) -> None:
             marks.append(("expected mean", delta["expected_below"]))
         histogram = found["histogram"]
         picture = histogram_chart(histogram["edges"], histogram["counts"], x_label=label, marks=marks)
-        pictures.append((picture, f"{label} over all tokens, NPT layers and targets."))
+        pictures.append((picture, f"Distribution of {label} over all tokens, NPT layers and targets."))
     page.pictures(pictures)
     columns = ["mean", "std", "min", "max", "p5", "p50", "p95"]
     rows = _delta_rows(delta["layers"], columns)
@@ -132,9 +132,9 @@ def _delta_rows(layers: dict[str, Any], columns: list[str]) -> list[list[Any]]:
 def _generations(page: Page, generations: list[dict[str, Any]]) -> None:
     if not generations:
         return
-    page.heading("Generations, same prompt and seed")
+    page.heading("Generated texts, with the same prompt and seed")
     for pair in generations:
-        same = "identical" if pair["identical"] else f"equal for {pair['first_difference']} tokens"
+        same = "identical" if pair["identical"] else f"the first {pair['first_difference']} tokens are equal"
         how = pair["mode"] if pair["mode"] == "greedy" else f"sampled, temperature {pair['temperature']}"
         page.paragraph(f"{how}, seed {pair['seed']}: {same}")
         page.beside([("prompt", pair["prompt"]), ("base", pair["base"]), ("NPT", pair["npt"])])

@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def print_summary(report: dict[str, Any]) -> None:
-    """Prints the main figures, and a row for each NPT layer; `report` is the result of `evaluate_npt`."""
+    """Prints the main figures, and a table with one row per NPT layer; `report` is the result of `evaluate_npt`."""
     perplexity, delta, counts = report["perplexity"], report["weight_delta"], report["parameters"]
     table = Table(title=f"NPT and its base model on {escape(report['data_path'])}")
     for column, justify in (("", "left"), ("base", "right"), ("NPT", "right"), ("", "left")):
@@ -25,14 +25,17 @@ def print_summary(report: dict[str, Any]) -> None:
     table.add_row("KL(base || NPT)", "0", _four(kl), "nats per token")
     average = delta["average_frobenius_norm"]
     table.add_row(
-        "mean delta norm", "", _four(average), f"expected if regularized: below {delta['expected_below']}"
+        "mean delta norm",
+        "",
+        _four(average),
+        f"with regularization, expected below {delta['expected_below']}",
     )
     table.add_row("  relative to |W|", "", _four(delta["relative_norm"]["mean"]), "")
-    share = f"{counts['np_share_of_converted_layers']:.1%} of the converted layers' own"
+    share = f"NP / base: {counts['np_share_of_converted_layers']:.1%} in the converted layers"
     table.add_row("parameters", f"{counts['converted_layers']:,}", f"{counts['np']:,}", share)
     console = Console(width=100)
     console.print(table)
-    layers = Table(title="layer by layer: the same input | free-running")
+    layers = Table(title="layer by layer: same input | free-running")
     for column in ("layer", *(2 * ("MSE", "cosine", "relative error"))):
         layers.add_column(column, justify="right")
     modes = [report["layer_wise_equivalence"][how]["layers"] for how in ("same_input", "free_running")]

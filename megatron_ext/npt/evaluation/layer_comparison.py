@@ -1,14 +1,14 @@
 """Compares an NPT model with its base model on the same tokens; the results are sums over one rank's tokens.
 
-Every micro-batch is run twice, by the base model (NP components inactive) and by the NPT model. The base layer's output
-is compared with that of the NPT layer, which is computed in two ways:
+Every micro-batch is run twice: by the base model (the same model with NP components inactive), and by the NPT model.
+The output of each base layer is compared with that of the NPT layer, which is computed in two ways:
 
-    same input      the NPT layer is run on the base layer's input (teacher-forced)
-    free-running    the NPT layer's output in the NPT model's own run
+    same input      the NPT layer runs on the input that the layer has in the base model (teacher-forced)
+    free-running    the NPT layer runs on the input that it has in the NPT model
 
-The NPT run also gives the norms of every token's delta, v_a and v_b. The last pipeline stage adds log p(token) of both
-models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens with a `loss_mask` above 0 are compared.
-Shapes: hidden states [s, b, h]; sequence parallelism is not supported.
+The run of the NPT model also gives the norms of every token's delta, v_a and v_b. The last pipeline stage adds
+-log p(token) of both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens whose `loss_mask` is above
+0 are compared. Hidden states have the shape [s, b, h]; sequence parallelism is not supported.
 """
 
 from dataclasses import dataclass, field
@@ -42,31 +42,31 @@ Sums = npt.NDArray[np.float64]
 
 @dataclass
 class Findings:
-    """Sums over this rank's tokens and layers; data-parallel ranks' sums are added later."""
+    """Sums over this rank's tokens, for this rank's layers; the sums of data-parallel ranks are added up later."""
 
     layers: dict[tuple[str, int], Sums] = field(default_factory=dict)
-    """Maps (how, layer) to: number of tokens, and sums of squared difference, cosine, squared base output, and squared
-    update that the base layer adds to its input."""
+    """Maps (how, layer), where `how` is SAME_INPUT or FREE_RUNNING, to five numbers: the number of tokens, and the sums
+    of squared difference, cosine, squared base output, and squared update (what the base layer adds to its input)."""
 
     vectors: dict[tuple[int, str], Sums] = field(default_factory=dict)
-    """Maps (layer, target) to: number of tokens, and sums of |v_a|, |v_b|, and cosine of v_a and the attention
-    output."""
+    """Maps (layer, target) to four numbers: the number of tokens, and the sums of |v_a|, of |v_b|, and of the cosine of
+    v_a and the attention output."""
 
     deltas: dict[tuple[int, str], list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     """Maps (layer, target) to |delta|_F of every token."""
 
     output: Sums = field(default_factory=lambda: np.zeros(4))
-    """Number of tokens, and sums of -log p of the base model, -log p of the NPT model, and KL."""
+    """Number of tokens, and the sums of -log p of the base model, of -log p of the NPT model, and of KL."""
 
 
 @torch.no_grad()
 def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -> Findings:
-    """Runs both models over this rank's micro-batches; collective over the model-parallel ranks.
+    """Runs both models on this rank's micro-batches; collective over the model-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped, with NP components, in evaluation mode.
         families: the model families, which supply the model's auxiliary inputs.
-        steps: lists of micro-batches, from `held_out_steps`.
+        steps: iterable of lists of micro-batches, as returned by `held_out_steps`.
     """
     findings = Findings()
     with _Observer(chunks, findings) as observer:
@@ -82,7 +82,7 @@ def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -
 
 
 class _Observer:
-    """Context in which hooks on the NPT layers record the findings of their forward passes."""
+    """Context manager whose hooks on the NPT layers record the findings of their forward passes."""
 
     def __init__(self, chunks: list[GPTModel], findings: Findings) -> None:
         self._chunks = chunks
@@ -116,7 +116,7 @@ class _Observer:
             hook.remove()
 
     def begin(self, masks: list[torch.Tensor], *, base: bool) -> None:
-        """Begins a run over micro-batches; the tokens whose entry in `masks` [b, s] is True are compared."""
+        """Prepares for a run of one model; tokens are compared where the mask [b, s] of their micro-batch is True."""
         self._masks, self._is_base, self._passes = masks, base, {}
         if base:
             self._base = {}
@@ -131,7 +131,7 @@ class _Observer:
             self._add(FREE_RUNNING, number, output[0], self._base[number][index], mask)
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        # `detach`, because the pipeline schedule may free the data of tensors that it has sent.
+        # Detach the tensors, because the pipeline schedule may free the data of tensors that it has sent.
         base = hidden_states.detach(), output[0].detach()
         self._base.setdefault(number, []).append(base)
         layer.feed_forward.active = True
@@ -192,12 +192,12 @@ class _Observer:
 
 
 def add_to(totals: dict[Any, Sums], key: Any, sums: Sums) -> None:
-    """Adds `sums` to `totals[key]`, which is created if it is missing."""
+    """Adds `sums` to `totals[key]`; creates the entry if it is missing."""
     totals[key] = totals[key] + sums if key in totals else sums
 
 
 class _Compare(NoLoss):
-    """Sums -log p of both models and KL(base || NPT), computing a few rows of the logits at a time."""
+    """Adds up -log p of both models and KL(base || NPT); computes the logits of a few positions at a time."""
 
     def __init__(self, base: HiddenStates, findings: Findings) -> None:
         self._base = iter(base.values)
@@ -220,7 +220,7 @@ class _Compare(NoLoss):
 def _compare_logits(
     base: torch.Tensor, ours: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, model: GPTModel
 ) -> Sums:
-    """Returns the number of tokens and the sums of both models' -log p and of KL; logits [s, b, V/t], labels [s, b]."""
+    """Returns the number of tokens and the sums of each model's -log p and of KL; logits [s, b, V/t], labels [s, b]."""
     group = model.pg_collection.tp
     log_p, log_q = log_probabilities(base, group), log_probabilities(ours, group)
     begin = group.rank() * log_p.size(-1)

@@ -1,15 +1,14 @@
 """Evaluates an NPT model against its base model; the report is a dictionary of JSON values.
 
-docs/npt_evaluation.md describes every key. Some of them:
+docs/npt_evaluation.md describes every key of the report. Some of the keys:
 
-    perplexity_ratio    perplexity of the NPT model / of the base model, free-running, on the same tokens
+    perplexity_ratio    perplexity of the NPT model divided by that of the base model, on the same tokens
     relative_error      |NPT output - base output|_F / |base output|_F of a layer
-    update_relative_error  |NPT output - base output|_F / |base output - base input|_F of a layer.
-                        Most of an output is the residual stream, so a layer that does nothing scores well in the other
-                        figures; in this one it scores 1.
+    update_relative_error  |NPT output - base output|_F / |base output - base input|_F of a layer
 
-Values that are not finite become null. Any tensor-, pipeline- and data-parallel layout is supported; rank 0 gets the
-report.
+Most of a layer's output is the residual stream, so a layer that does nothing has a small relative_error; but its
+update_relative_error is 1. Values that are not finite become null. Any tensor-, pipeline- and data-parallel layout is
+supported; rank 0 gets the report.
 """
 
 import math
@@ -37,9 +36,9 @@ from megatron_ext.training.interface.family_interface import Family
 
 FORMAT = "megatron_ext.npt_evaluation/1"
 DELTA_THRESHOLD = 0.01
-"""Expected upper limit of the deltas' average Frobenius norm, from docs/design/npt_equivalence.md."""
+"""The average Frobenius norm of the deltas is expected to be below this; from docs/design/npt_equivalence.md."""
 RATIO_TOLERANCE = 0.05
-"""Expected largest distance of the perplexity ratio from 1, from docs/design/npt_equivalence.md."""
+"""The perplexity ratio is expected to differ from 1 by at most this; from docs/design/npt_equivalence.md."""
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _BINS = 50
@@ -70,10 +69,10 @@ def evaluate_npt(
         sequence_length: tokens per window.
         micro_batch_size: windows per forward pass.
         max_tokens: number of tokens to use, from the dataset's beginning; None for all.
-        begin: tokens with which every window begins, or None.
+        begin: tokens with which every window begins; None for no such tokens.
 
     Returns:
-        The report without generated texts on rank 0, None on other ranks.
+        On rank 0 the report, without generated texts; None on other ranks.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
@@ -83,7 +82,7 @@ def evaluate_npt(
     steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
     findings = compare_layers(chunks, families, steps)
     sizes, norms = _parameters(chunks), _weight_norms(chunks)
-    # All ranks of a tensor-parallel group have the same findings.
+    # All ranks of a tensor-parallel group have the same findings, so only one rank of each group sends them.
     speaks = parallel_state.get_tensor_model_parallel_rank() == 0
     gathered = _gather((findings, sizes, norms) if speaks else None)
     if gathered is None:
@@ -106,7 +105,7 @@ def evaluate_npt(
 
 
 def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[str, Any]:
-    """Returns the report's figures for the converted but untrained model, as a reference for the perplexity ratio.
+    """Returns the report's figures for the model with untrained NP components, as a reference for the perplexity ratio.
 
     Args:
         loss: loss of the model with initial NP components, on the same tokens.
@@ -127,7 +126,7 @@ def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[s
 
 
 def finite(value: Any) -> Any:
-    """Replaces numbers that JSON cannot represent with None, and converts keys to strings."""
+    """Returns `value` for JSON: numbers that are not finite become None, and keys become strings."""
     if isinstance(value, dict):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -138,7 +137,7 @@ def finite(value: Any) -> Any:
 
 
 def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[str, Any]:
-    """Returns mean, standard deviation, extremes, percentiles and optionally a histogram of the finite values."""
+    """Returns the count of values, and mean, deviation, extremes, percentiles (and histogram) of the finite ones."""
     values = values.astype(np.float64)
     good = values[np.isfinite(values)]
     found: dict[str, Any] = {"count": len(values), "not_finite": len(values) - len(good)}
@@ -159,7 +158,7 @@ def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[s
 
 
 def _gather(part: Any) -> list[Any] | None:
-    """Gathers `part` from all ranks on rank 0, leaving out None; returns None on other ranks."""
+    """On rank 0, returns the parts of all ranks that are not None; on other ranks, returns None."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(part, gathered, dst=0)
     return None if gathered is None else [found for found in gathered if found is not None]
@@ -253,7 +252,7 @@ def _counts(sizes: dict[int, tuple[int, int]]) -> dict[str, Any]:
 
 
 def _parameters(chunks: list[GPTModel]) -> dict[int, tuple[int, int]]:
-    """Maps each layer to the parameter counts of its NP components and of its base layer, over all tensor ranks."""
+    """Returns the numbers of NP parameters and of base parameters of each NPT layer, over all tensor-parallel ranks."""
     sizes: dict[int, tuple[int, int]] = {}
     for layer in _npt_layers(chunks):
         counted = {"np": 0, "layer": 0}

@@ -1,4 +1,4 @@
-"""Generates continuations of the same prompts with the base model and the NPT model, greedy and sampled."""
+"""Generates continuations of the same prompts with the base model and with the NPT model, greedily and by sampling."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,18 +19,18 @@ def paired_generations(
     prompts: list[str],
     sampling: Sampling,
 ) -> list[dict[str, Any]]:
-    """Continues every prompt with both models, greedily and by sampling; collective, every rank gets the results.
+    """Continues every prompt with both models, greedily and by sampling. Collective; every rank gets the results.
 
     Args:
-        model: this rank's only chunk, unwrapped, built with NP components.
+        model: this rank's only model chunk, unwrapped, with NP components.
         families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the model's tokenizer.
         prompts: the texts to continue.
-        sampling: settings of the sampled continuations; the greedy ones differ only in the temperature.
+        sampling: settings of the sampled continuations; the greedy ones use the same settings with temperature 0.
 
     Returns:
-        For each prompt and mode: `prompt`, `mode` (greedy or sampled), `seed`, `temperature`, `base` and `npt` (the new
-        texts), `identical`, and `first_difference` (the number of equal tokens at the beginning).
+        A dictionary for each prompt and mode: `prompt`, `mode` (greedy or sampled), `seed`, `temperature`, `base` and
+        `npt` (the new texts), `identical`, and `first_difference` (the number of equal tokens at the beginning).
 
     Raises:
         ValueError: a prompt has no tokens or is too long.
@@ -62,12 +62,12 @@ def paired_generations(
 
 
 def held_out_prompts(prefix: str, tokenizer: Tokenizer, *, count: int = 3, length: int = 16) -> list[str]:
-    """Returns prompts: the beginnings of the dataset's first documents with more than `length` tokens.
+    """Returns prompts for generation: the beginnings of the dataset's first documents that are longer than a prompt.
 
     Args:
         prefix: path of the indexed dataset without `.bin` and `.idx`.
         tokenizer: the tokenizer with which the dataset was made.
-        count: largest number of prompts.
+        count: number of prompts, at most.
         length: tokens per prompt.
     """
     dataset = IndexedDataset(prefix)

@@ -1,7 +1,7 @@
-"""Generates text samples during training: greedy continuations of a prompt by the base model and the NPT model.
+"""Generates text samples during training: greedy continuations of a prompt by the base model and by the NPT model.
 
-Generation uses the model in training in its parallel layout, with a KV cache. It supports neither sequence parallelism
-nor virtual stages; a run that uses one of them is refused before it starts.
+Generation uses the model that is being trained, in its parallel layout, with a KV cache. Some layouts do not support
+generation, such as sequence parallelism and virtual pipeline stages; a run that uses one is refused before it starts.
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig, check_fits_window
@@ -13,7 +13,7 @@ from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.training.interface.family_interface import Family
 
 MAX_NEW_TOKENS = 40
-"""Number of generated tokens per sample."""
+"""Number of generated tokens per text sample."""
 
 
 def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> None:
@@ -35,15 +35,15 @@ def check_samples(generation_steps: int | None, parallel: ParallelConfig) -> Non
     ):
         if is_in_the_way:
             raise ValueError(
-                f"--generation-steps {generation_steps}: generation does not support {flag}; omit one of the two"
+                f"--generation-steps {generation_steps} is not supported with {flag}; omit one of the two"
             )
 
 
 def check_sample_length(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Checks that a text sample fits into the model's sliding window.
+    """Checks that a text sample, including its prompt, fits into the model's sliding window.
 
     Raises:
-        ValueError: prompt and sample together are too long.
+        ValueError: prompt and sample are too long together.
     """
     if model.sliding_window is not None:
         length = len(tokenizer.tokenize(prompt)) + MAX_NEW_TOKENS
@@ -54,7 +54,7 @@ def paired_sample(chunk: GPTModel, families: list[Family], tokenizer: Tokenizer,
     """Returns the base model's and the NPT model's continuations of a prompt as Markdown, on every rank; collective.
 
     Args:
-        chunk: this rank's only chunk, unwrapped; its NPT layers must have no training step set.
+        chunk: this rank's only model chunk, unwrapped; its NPT layers must not be in a training step (`step` is None).
         families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the run's tokenizer.
         prompt: the text to continue.

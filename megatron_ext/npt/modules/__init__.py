@@ -1,1 +1,1 @@
-"""The modules of an NPT layer and their configuration."""
+"""The modules of an NPT layer, and their configuration."""

@@ -1,4 +1,4 @@
-"""The interface between an NPT layer and a training objective: the layer's inputs, and its losses."""
+"""The interface through which the training objective chooses an NPT layer's inputs and attaches the layer's losses."""
 
 from typing import Any, Protocol
 
@@ -8,16 +8,16 @@ from megatron_ext.models.auxiliary_inputs import LayerInputs
 
 
 class LayerStep(Protocol):
-    """One training step of one layer; implemented by the training objective."""
+    """What one NPT layer calls in one training step; the training objective implements it."""
 
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the inputs of attention and MLP, both [s, b, h].
+        """Returns the input of attention and the input of the MLP, both [s, b, h].
 
         Args:
             hidden_states: the student's hidden states [s, b, h].
-            layer_inputs: the auxiliary streams, which may contain the teacher's hidden states.
+            layer_inputs: tensors that accompany the hidden states; they may contain the teacher's hidden states.
         """
 
     def attach(

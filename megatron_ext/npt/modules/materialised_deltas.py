@@ -1,9 +1,9 @@
-"""The MLP of an NPT layer with every token's delta built as a matrix, to measure what the factored form saves.
+"""Computes the MLP of an NPT layer with every token's weight update (delta) built as a whole matrix.
 
-    y = W x + delta x,      delta [n, output, input], one matrix per token and target
+    y = W x + delta x,      delta [n, output, input]: one matrix for each of n tokens and each changed weight matrix W
 
-This is the first of the two formulations in docs/design/npt_equivalence.md. It supports no tensor parallelism and is
-not used in training.
+Used only to measure how much memory and time the factored form of `modulation` saves, not in training. This is the
+first of the two formulations in docs/design/npt_equivalence.md. It does not support tensor parallelism.
 """
 
 import math
@@ -23,7 +23,7 @@ def materialised_mlp(
     """Computes MLP*(LN2(h)) [s, b, h]; the values equal those of `NPFeedForward.mlp_output`.
 
     Args:
-        feed_forward: the NP components.
+        feed_forward: the layer's feed-forward module, which holds the factors of the deltas.
         layer: the transformer layer, whose norm and MLP are used.
         hidden_states: h, the norm's input, [s, b, h].
         attention_output: a, [s, b, h].
@@ -61,11 +61,11 @@ def materialised_deltas(
     *,
     layer: Any,
 ) -> torch.Tensor:
-    """Builds the deltas of n tokens.
+    """Builds the deltas of n tokens for one weight matrix.
 
     Args:
-        modulation: the NP component of one target, in any form.
-        x: input of the target's weight matrix, [n, input]; key_value, and outer_product on `down`, depend on it.
+        modulation: the factors of the weight matrix's deltas, in any form.
+        x: input of the weight matrix, [n, input]. Only key_value, and outer_product on `down`, depend on it.
         attention_output: a, [n, h].
         hidden_states: h, [n, h]; key_value depends on it.
         layer: the transformer layer; key_value depends on its norm and weights.

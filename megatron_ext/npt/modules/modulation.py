@@ -1,12 +1,14 @@
-"""The delta of one weight matrix: generated per token from the attention output `a`, and applied in factored form.
+"""The delta of one weight matrix W: an update of W that the attention output `a` generates for each token.
 
-The base layer computes y = W x. With the delta,
+The base layer computes y = W x. With the delta, which is applied in factored form, the layer computes
 
     y = W x + u B         u: r values per token and component; the delta itself, [output, input] per token, is not built
 
+Two forms (`--np-form`) compute u as follows; `down` is the MLP's second weight matrix, whose input x has width f:
+
     low_rank        delta = scale * B diag(tanh(a A)) A^T
                     u = scale * (x A) * tanh(a A)                                  A: [h, r], B: [r, output]
-                    `down`, whose x has width f, uses A_in: [f, r] instead of A in `x A`
+                    `down` uses A_in: [f, r] instead of A in `x A`
 
     outer_product   delta = scale / sqrt(k r) * sum_k v_b (x) v_a
                     z = a W_down / rms(a W_down)                                   W_down: [h, r]
@@ -15,21 +17,22 @@ The base layer computes y = W x. With the delta,
                     u = scale / sqrt(k r) * (v_a . x) * z
                     `down` divides v_a by rms(W_a_up x) instead of sqrt(input)
 
-    key_value       see `key_value`
 
-The factors of k components are concatenated: A is [h, k r], W_a_up [k r, input], c_a [k, input], B and W_b_up
-[k r, output]. For low_rank, k components of rank r equal one component of rank k r.
+The third form is in `key_value`.
 
-Why outer_product is normalised and low_rank is not: in low_rank tanh bounds the influence of a. In outer_product the
-constants scale a sum of n terms to the size of sqrt(n) terms. Adam changes every weight in a sum by a step of the same
-size, so without the constants the effect of a step would grow with r, k and the width. Dividing z by its root mean
-square keeps v_b (x) v_a from growing with |a|^2. The input of `down`, unlike that of `gate` and `up`, is not the output
-of a norm; dividing by rms(W_a_up x) makes up for that. `np_normalize=False` omits these two divisions.
+A delta is the sum of k components, whose factors are concatenated: A is [h, k r], W_a_up [k r, input], c_a [k, input],
+B and W_b_up [k r, output]. For low_rank, k components of rank r equal one component of rank k r.
+
+Why outer_product is normalised and low_rank is not: in low_rank, tanh bounds the influence of a. In outer_product, the
+constants 1 / sqrt(..) keep a sum of n terms from growing with n. Adam changes every weight in a sum by a step of the
+same size, so without these constants the effect of a step would grow with r, k and the width. Dividing z by its root
+mean square keeps v_b (x) v_a from growing with |a|^2. The input of `down`, unlike that of `gate` and `up`, is not the
+output of a norm; dividing by rms(W_a_up x) makes up for that. `np_normalize=False` omits both divisions by an rms.
 Source: docs/design/npt_sequential.md (outer_product, there without c_a and normalisation) and
 docs/design/npt_equivalence.md (low_rank).
 
-Tensor parallelism: for `gate`, `up` and `fc1` the factors that are multiplied with a or x are replicated, and B and
-W_b_up are split over f like the weight. For `down` the factors that are multiplied with x are split over f and their
+Tensor parallelism: for `gate`, `up` and `fc1` the factors that are multiplied by a or x are replicated, and B and
+W_b_up are split over f like the weight. For `down`, the factors that are multiplied by x are split over f, and their
 products are summed over the ranks; B and W_b_up are replicated.
 """
 
@@ -55,7 +58,7 @@ EPS = 1e-6
 
 
 class Modulation(MegatronModule):
-    """The factors of one target (a weight matrix that gets a delta), for all components; each form is a subclass."""
+    """The factors of one target (a weight matrix that gets a delta), for all components; each form has a subclass."""
 
     output_name: str
     """Name of the factor by which u is multiplied, B or W_b_up."""
@@ -91,14 +94,14 @@ class Modulation(MegatronModule):
         return True
 
     def build(self) -> None:
-        """Registers the factors."""
+        """Creates the factors as parameters."""
         raise TypeError(f"{type(self).__name__} must implement build()")
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies the target's input x by the factors that take x; for `down`, each rank gets a partial sum.
 
         Args:
-            x: [s, b, input] ([s/t, b, h] under sequence parallel, [s, b, f/t] for `down`).
+            x: [s, b, input] ([s/t, b, h] with sequence parallelism, [s, b, f/t] for `down`).
 
         Returns:
             [s, b, k r], or [s, b, k r + k] with c_a.
@@ -110,16 +113,16 @@ class Modulation(MegatronModule):
         raise TypeError(f"{type(self).__name__} must implement combine()")
 
     def coefficients(self, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """Computes u, [s, b, k r] ([s/t, b, k r] under sequence parallel).
+        """Computes u, [s, b, k r] ([s/t, b, k r] with sequence parallelism).
 
         Args:
             x: the target's input, as in `read`.
-            attention_output: a, [s, b, h] ([s/t, b, h] under sequence parallel).
+            attention_output: a, [s, b, h] ([s/t, b, h] with sequence parallelism).
         """
         return self.combine(self.read_whole(x), attention_output)
 
     def read_whole(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the products of `read`, for `down` summed over the ranks; [s/t, b, ..] under sequence parallel."""
+        """Returns the products of `read`, for `down` summed over the ranks; [s/t, b, ..] with sequence parallelism."""
         products = self.read(x)
         if not self.reads_ffn or self.groups.tp.size() == 1:
             return products
@@ -133,13 +136,13 @@ class Modulation(MegatronModule):
         return getattr(self, self.output_name)
 
     def add_factor(self, name: str, shape: tuple[int, int], std: float, *, of_ffn: int | None = None) -> None:
-        """Registers a factor.
+        """Creates a factor as a parameter.
 
         Args:
             name: name of the parameter, as in the formulas above.
             shape: shape of the whole factor.
-            std: standard deviation of the initial values; with 0 they are zeros.
-            of_ffn: index of the dimension of size f, which is split over the tensor-parallel ranks; None to replicate
+            std: standard deviation of the initial values; 0 for a factor of zeros.
+            of_ffn: index of the dimension to split over the tensor-parallel ranks, whose size is f; None to replicate
                 the factor.
         """
         local = list(shape)
@@ -152,16 +155,16 @@ class Modulation(MegatronModule):
         if of_ffn is not None:
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=of_ffn, stride=1)
         else:
-            # Under sequence parallelism a replicated factor sees only this rank's rows: with this mark the engine sums
-            # its gradient over the tensor-parallel ranks.
+            # With sequence parallelism, a rank's gradient of a replicated factor covers only this rank's tokens; this
+            # mark makes the engine sum the gradient over the tensor-parallel ranks.
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
     def add_output_factor(self, scale: float) -> None:
-        """Registers B or W_b_up.
+        """Creates the output factor, B or W_b_up.
 
         Args:
-            scale: standard deviation at which the delta would have unit size; it is multiplied by `np_init_scale`.
+            scale: standard deviation that would give a delta of unit size; the one used is `np_init_scale` times this.
         """
         settings = self.settings
         std = scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0
@@ -171,7 +174,7 @@ class Modulation(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Returns the factors under `{prefix}{name}`; they load at any tensor-parallel size."""
+        """Returns the factors as sharded tensors named `{prefix}{name}`, which load at any tensor-parallel size."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -188,7 +191,7 @@ class LowRankModulation(Modulation):
     output_name = "B"
 
     def build(self) -> None:
-        """Registers A, for `down` also A_in, and B."""
+        """Creates the parameters A, B and, for `down`, A_in."""
         hidden, rank = self.config.hidden_size, self.settings.total_rank
         self.add_factor("A", (hidden, rank), hidden**-0.5)
         if self.reads_ffn:
@@ -210,7 +213,7 @@ class OuterProductModulation(Modulation):
     output_name = "W_b_up"
 
     def build(self) -> None:
-        """Registers W_down, W_a_up, c_a and W_b_up."""
+        """Creates the parameters W_down, W_a_up, c_a and W_b_up."""
         settings, rank = self.settings, self.settings.total_rank
         of_ffn = 1 if self.reads_ffn else None
         self.add_factor("W_down", (self.config.hidden_size, rank), self.config.hidden_size**-0.5)
@@ -228,8 +231,8 @@ class OuterProductModulation(Modulation):
     def combine(self, products: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """Returns scale / sqrt(k r) * (v_a . x) * z, [.., k r]; computed in fp32."""
         settings = self.settings
-        # z is not divided by its root mean square here. It occurs twice in u (in v_a and as a factor), so the scalar s
-        # is multiplied by the inverse twice, and c_a, which does not depend on z, is added in between.
+        # z itself is not divided by its root mean square. It occurs twice in u (in v_a and as a factor), so the scalar
+        # s is multiplied twice by 1 / rms(z); c_a, which does not depend on z, is added in between.
         z, read = self.code(attention_output), self.by_component(products)
         s = (z * read).sum(-1) * settings.np_rank**-0.5
         inverse_rms = self.inverse_rms(z) if settings.np_normalize else None
@@ -260,5 +263,5 @@ class OuterProductModulation(Modulation):
 
     @staticmethod
     def inverse_rms(values: torch.Tensor) -> torch.Tensor:
-        """Returns 1 / root mean square over the last dimension."""
+        """Returns 1 / (root mean square of the values) over the last dimension."""
         return torch.rsqrt(values.square().mean(-1) + EPS)

@@ -1,4 +1,4 @@
-"""NPT's contribution to the model: a feed-forward module in the chosen layers, and a stream of the teacher's inputs."""
+"""What NPT adds to the model: a feed-forward module in the chosen layers, and a stream with the teacher's inputs."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -12,7 +12,7 @@ from megatron_ext.npt.modules.teacher_inputs import TEACHER, TeacherInputs
 
 
 class NPTExtension(Extension):
-    """Adds NP components to the layers that `--npt-layers` names."""
+    """Adds NP components (the factors that generate weight updates) to the layers that `--npt-layers` names."""
 
     name = "npt"
 
@@ -23,11 +23,11 @@ class NPTExtension(Extension):
         self.settings = settings
 
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
-        """Returns the stream of the teacher's hidden states; its width varies, because only some steps need them."""
+        """Returns the stream with the teacher's hidden states; its width varies, because only some steps need them."""
         return [AuxiliaryStream(name=TEACHER, width=None)]
 
     def slots(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
-        """Returns the NP feed-forward module for a layer that `--npt-layers` names; nothing for other layers.
+        """Returns the NP feed-forward module for a layer that `--npt-layers` names, and an empty dict for other layers.
 
         Raises:
             ValueError: the layers or the target do not fit the model.
@@ -40,7 +40,7 @@ class NPTExtension(Extension):
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection
     ) -> StageModule | None:
-        """Returns the module that packs the teacher's inputs, on stages with NPT layers."""
+        """Returns the module that packs the teacher's inputs into a stream; None for a stage without NPT layers."""
         chosen = self.settings.layers(config.num_layers)
         layers = tuple(number for number in stage.layer_numbers if number in chosen)
         return TeacherInputs(layers) if layers else None

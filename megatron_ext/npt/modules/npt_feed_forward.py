@@ -1,13 +1,16 @@
 """The feed-forward module of an NPT layer: the base MLP, with weights that the attention output `a` changes.
 
-    n = LN2(h)                     the MLP reads the layer's input h without a, which acts only through the weights
-    drop    output = h + MLP*(n)                  np_residual
-    keep    output = h + a + MLP*(n)
-
     MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` and `key_value`
 
-The norm and the weights W are the base layer's. Gate and up are the two halves of fc1, as in megatron-core; an MLP
-without a gate has only fc1. Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel), inner tensors [s, b, f/t].
+The MLP reads n = LN2(h), the normed input of the layer, to which a is not added: a acts only through the weights.
+Whether a is added to the layer's output depends on `np_residual`:
+
+    drop    output = h + MLP*(n)
+    keep    output = h + a + MLP*(n)
+
+The norm LN2 and the weights W are the base layer's. Gate and up are the two halves of fc1, as in megatron-core; an MLP
+without a gate has only fc1. Shapes: h, a, n [s, b, h] ([s/t, b, h] with sequence parallelism); tensors inside the MLP
+[s, b, f/t].
 Source: docs/design/npt_equivalence.md.
 """
 
@@ -41,7 +44,7 @@ FORMS: dict[str, type[Modulation]] = {
 
 
 class NPFeedForward(MegatronModule):
-    """The NP components of one layer, one `Modulation` per target; runs the MLP with them."""
+    """The feed-forward module of one NPT layer: one `Modulation` for each weight matrix that gets a delta (target)."""
 
     def __init__(
         self,
@@ -64,13 +67,13 @@ class NPFeedForward(MegatronModule):
         self.active = True
         """Whether the layer uses this module; if False, it runs as the base layer, on megatron-core's own code path."""
         self.step: LayerStep | None = None
-        """Inputs and losses of the layer in the current training step; None outside training."""
+        """Chooses the layer's inputs and attaches its losses in the current training step; None outside training."""
         for target in settings.targets:
             self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
 
     @property
     def modulations(self) -> dict[str, Modulation]:
-        """Maps each target to its NP component."""
+        """Maps each target to its `Modulation`."""
         return {target: self.get_submodule(target) for target in self.settings.targets}
 
     def forward(
@@ -85,8 +88,8 @@ class NPFeedForward(MegatronModule):
         Args:
             layer: the transformer layer, whose norms and MLP are used.
             hidden_states: h, the layer's input, [s, b, h].
-            attend: function from attention's input to a, the attention output with bias and dropout applied.
-            layer_inputs: the auxiliary streams, from which the step may read the teacher's input.
+            attend: function that maps attention's input to a, the attention output with bias and dropout applied.
+            layer_inputs: tensors that accompany the hidden states, such as the teacher's input to this layer.
         """
         step = self.step
         attention_input = mlp_input = hidden_states
@@ -160,7 +163,7 @@ class NPFeedForward(MegatronModule):
         attention_output: torch.Tensor,
         inverse_rms: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Adds the deltas of gate and up (or fc1) to W_fc1 n, [s, b, 2 f/t] (or f/t); `up` is the second half."""
+        """Adds u B of gate and up (or of fc1) to W_fc1 n, [s, b, 2 f/t] (or f/t); `up` is the second half."""
         parts = [modulation for target, modulation in self.modulations.items() if target != "down"]
         coefficients = [part.coefficients(normed, attention_output) for part in parts if part.has_code]
         if inverse_rms is not None:
@@ -175,8 +178,8 @@ class NPFeedForward(MegatronModule):
 
     def _for_all_ranks(self, coefficients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Returns every u for the full sequence, [s, b, k r], on every rank; its gradient is summed over the ranks."""
-        # u enters the tensor-parallel region here, not a and n: so the gradients of the replicated factors, which are
-        # multiplied with a and n, are complete on every rank.
+        # u enters the tensor-parallel region here, instead of a and n. Therefore the gradients of the replicated
+        # factors, which are multiplied by a and n, are complete on every rank.
         if self.tp_group.size() == 1:
             return coefficients
         joined = torch.cat(coefficients, dim=-1)

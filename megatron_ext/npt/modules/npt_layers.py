@@ -1,7 +1,7 @@
 """Finds the NPT layers of a model, and deactivates them temporarily.
 
-An inactive layer equals the base layer bit for bit. With all NPT layers inactive, the model is the base model, which is
-the teacher in training.
+The output of an inactive NPT layer equals that of the base layer bit for bit. With all NPT layers inactive, the model
+is the base model, which serves as the teacher in training.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 
 
 def np_modules(chunks: list[GPTModel]) -> dict[int, NPFeedForward]:
-    """Maps the index (from 0) of each NPT layer on this rank to the layer's NP components."""
+    """Returns the feed-forward module of each NPT layer on this rank, by the index of the layer from 0."""
     return {
         module.layer_number - 1: module
         for chunk in chunks
@@ -23,9 +23,10 @@ def np_modules(chunks: list[GPTModel]) -> dict[int, NPFeedForward]:
 
 @contextlib.contextmanager
 def deactivated(chunks: list[GPTModel], layers: Collection[int] | None = None) -> Iterator[None]:
-    """Context in which the given NPT layers run as base layers.
+    """Returns a context in which the given NPT layers run as base layers.
 
-    With activation recomputation, the forward and the backward pass must be both inside or both outside the context.
+    With activation recomputation, the forward pass and the backward pass must both run inside the context, or both
+    outside it.
 
     Args:
         chunks: this rank's model chunks, unwrapped.

@@ -1,4 +1,4 @@
-"""Flags of the NP components: form, target, rank, residual, initial values, and which layers get them.
+"""Flags of the NP components, which turn a layer into an NPT layer: form, target, rank, initial values, layers.
 
 The defaults are those of docs/design/npt_equivalence.md: form `low_rank`, target gate, rank 16, attention residual
 dropped, upper half of the layers.
@@ -14,7 +14,7 @@ _TARGETS: dict[str, tuple[str, ...]] = {
     "gate+up": ("gate", "up"),
     "gate+up+down": ("gate", "up", "down"),
     "fc1": ("fc1",),
-    # The names that the documents in docs/design use.
+    # The names used in docs/design.
     "single": ("gate",),
     "dual": ("gate", "up"),
     "triple": ("gate", "up", "down"),
@@ -23,16 +23,16 @@ _TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class NPTModuleConfig:
-    """NP components: the attention output changes the weights of the MLP, per token."""
+    """NP components: through them, the attention output of each token changes the weights of the MLP."""
 
     npt_layers: Annotated[str, flag(aliases=("--layers", "--train_layers"))] = "upper_half"
     """Layers with NP components: all, upper_half, lower_half, or numbers and ranges counted from 0, such as 0,3,5 or -1
     or 4:8 (without 8)."""
 
     np_form: Literal["low_rank", "outer_product", "key_value"] = "low_rank"
-    """Form of the weight update (delta) that an attention output a generates: low_rank, B diag(tanh(a A)) A^T;
-    outer_product, v_b v_a^T; or key_value, v n^T / |n|^2 with the MLP's input n as key, and a gain that rescales the
-    weight."""
+    """Form of the weight update (delta) that the attention output a generates: low_rank, B diag(tanh(a A)) A^T;
+    outer_product, v_b v_a^T, where v_a and v_b are vectors computed from a; or key_value, v n^T / |n|^2, where v is
+    computed from a and the key n is the MLP's input, and a gain that rescales the weight."""
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
     """The MLP weights that get a delta. single, dual and triple are other names of gate, gate+up and gate+up+down; fc1
@@ -42,28 +42,28 @@ class NPTModuleConfig:
     """Rank of the generated factors."""
 
     num_np_components: int = 1
-    """Number of deltas that are added up, each with its own factors. For low_rank, k components of rank r equal one of
-    rank k r."""
+    """Number of deltas that are added up, each with its own factors. With low_rank, k components of rank r equal one
+    component of rank k r."""
 
     np_affine: bool = True
-    """outer_product: add a learned constant to v_a. Otherwise the delta is the same for a and -a."""
+    """With outer_product: add a learned constant to v_a. Without the constant, the delta is the same for a and -a."""
 
     np_normalize: bool = True
-    """outer_product: normalise the vectors generated from the attention output. Otherwise the delta grows with the
-    square of the attention output's size, and training may diverge."""
+    """With outer_product: normalise the vectors generated from the attention output. Without normalisation, the delta
+    grows with the square of the attention output's size, and training may diverge."""
 
     np_residual: Literal["keep", "drop"] = "drop"
-    """Whether the attention output is also added to the residual stream, as in the base layer."""
+    """Whether the attention output is also added to the residual stream, as in the base layer (keep), or not (drop)."""
 
     np_scale: Annotated[float, flag(aliases=("--modulation_scale",))] = 1.0
     """Factor by which every delta is multiplied."""
 
     np_init_scale: float = 0.01
-    """Initial scale of the deltas with --np-init-strategy improved."""
+    """Initial scale of the deltas; used with --np-init-strategy improved."""
 
     np_init_strategy: Literal["improved", "conservative"] = "improved"
-    """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors and
-    therefore all deltas start at zero."""
+    """How the factors are initialized. improved: the deltas start small, and all factors get gradients from the first
+    step. conservative: the output factors, and therefore all deltas, start at zero."""
 
     freeze_base: bool = True
     """Freeze the base model and train only the NP components."""
@@ -90,7 +90,7 @@ class NPTModuleConfig:
 
     @property
     def total_rank(self) -> int:
-        """Rank of all components together."""
+        """Rank of all components together: the number of components times `np_rank`."""
         return self.num_np_components * self.np_rank
 
     @property
@@ -130,10 +130,10 @@ class NPTModuleConfig:
 
 
 def parse_layers(text: str) -> list[int | tuple[int | None, int | None]]:
-    """Parses a value of --npt-layers into numbers and ranges (start, end); a word such as `all` gives one open range.
+    """Parses a value of --npt-layers into numbers and ranges (start, end); a word such as `all` gives (None, None).
 
     Raises:
-        ValueError: the text has another format.
+        ValueError: the text is neither a word nor a list of numbers and ranges.
     """
     if text in ("all", "upper_half", "lower_half"):
         return [(None, None)]
@@ -161,7 +161,7 @@ def choose_layers(text: str, num_layers: int) -> tuple[int, ...]:
     `lower_half` selects the first L // 2 layers, `upper_half` the others. Negative numbers count from the end.
 
     Raises:
-        ValueError: the text has another format, or a part of it is outside a model of `num_layers` layers.
+        ValueError: the text is not a value of --npt-layers, or names layers that the model does not have.
     """
     half = num_layers // 2
     words = {"all": (0, num_layers), "upper_half": (half, num_layers), "lower_half": (0, half)}
@@ -174,6 +174,8 @@ def choose_layers(text: str, num_layers: int) -> tuple[int, ...]:
         else:
             last = first + 1
         if not 0 <= first < last <= num_layers:
-            raise ValueError(f"--npt-layers {text}: out of range for a model of {num_layers} layers")
+            raise ValueError(
+                f"--npt-layers {text}: out of range or empty; the model has layers 0 to {num_layers - 1}"
+            )
         chosen.update(range(first, last))
     return tuple(sorted(chosen))

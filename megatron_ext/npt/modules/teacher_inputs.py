@@ -1,23 +1,26 @@
-"""Passes the teacher's hidden states from batch fields to a stage's NPT layers, packed into one auxiliary stream."""
+"""Passes the teacher's hidden states from the fields of a batch to a pipeline stage's NPT layers.
+
+For this they are packed into one auxiliary stream, a tensor that accompanies the hidden states through the stage.
+"""
 
 import torch
 
 from megatron_ext.models.model_extension import StageModule
 
 TEACHER = "npt_teacher"
-"""Name of the auxiliary stream with the teacher's inputs of this stage's NPT layers, packed as [layers, s, b, h]."""
+"""Name of the stream that contains the teacher's inputs to this stage's NPT layers, packed as [layers, s, b, h]."""
 
 
 def input_name(layer: int) -> str:
-    """Returns the name of the batch field that holds a layer's input in the teacher; layers are numbered from 0.
+    """Returns the name of the batch field that holds the input of layer number `layer`, from 0, in the teacher.
 
-    The field has the shape [s, b, h] ([s/t, b, h] under sequence parallel).
+    The field has the shape [s, b, h] ([s/t, b, h] with sequence parallelism).
     """
     return f"{TEACHER}/layer_{layer}"
 
 
 class TeacherInputs(StageModule):
-    """Packs the teacher's inputs of a chunk's NPT layers into the stream `TEACHER`."""
+    """Packs the teacher's inputs to the NPT layers of a model chunk into the stream `TEACHER`."""
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         """Args:

@@ -1,5 +1,7 @@
 """Norms and products of v_a, v_b and the deltas, for losses and monitoring, without building these vectors.
 
+They are computed from Gram matrices of the factors, for each form of the delta (`--np-form`):
+
     outer_product    z = a W_down            v_a = z W_a_up / sqrt(r) + c_a            v_b = z W_b_up
                      |v_a|^2 = z^ G z^,      z^ = [z / sqrt(r) ; 1],  G = [W_a_up ; c_a] [W_a_up ; c_a]^T
                      v_a . a = z . (W_a_up a) / sqrt(r) + c_a . a
@@ -9,16 +11,16 @@
                      with v = u B + (1 - rho) W b:  v . W n = u (B W) n + (1 - rho) (W^T W b) . n
 
 `GeneratedVectors` uses v_a and v_b as docs/design/npt_sequential.md defines them: without the division of z by its root
-mean square (`--np-normalize`) and without the factor 1 / sqrt(input) of v_a. Stage 1 trains v_a to equal a including
-its size, which would be impossible for a function of the direction of a only. `delta_norms` measures the delta that is
-applied, with all normalisations.
+mean square (`--np-normalize`) and without the factor 1 / sqrt(input) of v_a. Stage 1 of training makes v_a equal to a,
+including its size; that would be impossible if v_a depended only on the direction of a. `delta_norms` measures the
+delta that is applied, with all normalisations.
 
-Overview; every function takes one `Modulation` and a, the attention output [s, b, h] ([s/t, b, h] under sequence
-parallel):
+Overview of the functions. `modulation` holds the factors of one weight matrix; `a` is the attention output, [s, b, h]
+([s/t, b, h] with sequence parallelism):
 
     vectors = GeneratedVectors(modulation, a)         outer_product on gate, up or fc1
-    vectors.reconstruction_error()                    [b], mean (v_a - a)^2 per sequence
-    vectors.attention_square()                        [b], mean a^2 per sequence; the MSE is divided by its root
+    vectors.reconstruction_error()                    [b], mean (v_a - a)^2 of each sequence
+    vectors.attention_square()                        [b], mean a^2 of each sequence; the loss divides by its root
     vectors.similarity()                              mean cosine of v_a and a
     vectors.a_square(), vectors.b_square()            mean v_a^2, mean v_b^2; their sum is the regularization loss
     vectors.a_norm(), vectors.b_norm()                mean |v_a|, mean |v_b|; no gradient
@@ -27,10 +29,11 @@ parallel):
     weight_norm(modulation, mlp)                      |W|_F of the base weight; no gradient
 
 Results without a shape are fp32 scalars. Means are over this rank's tokens and over the components.
+
 Tensor parallelism: `b_square`, `b_norm`, `factor_norm`, `delta_norms` and `weight_norm` are collective over the group.
-Without sequence parallelism all ranks get equal values, and each rank adds them to its loss. Under sequence parallelism
+Without sequence parallelism all ranks get equal values, and each rank adds them to its loss. With sequence parallelism
 every rank adds its values divided by t. In both cases the gradients of all factors are correct after the engine's
-reduction, which under sequence parallelism sums the gradients of replicated factors over the group.
+reduction, which with sequence parallelism sums the gradients of replicated factors over the group.
 """
 
 import functools
@@ -52,15 +55,15 @@ _TINY = 1e-16
 
 
 class GeneratedVectors:
-    """v_a and v_b of every token, without normalisation; shared intermediate results are computed once."""
+    """The vectors v_a and v_b of every token, without normalisation; shared intermediate results are computed once."""
 
     def __init__(self, modulation: Modulation, attention_output: torch.Tensor) -> None:
         """Args:
-        modulation: form outer_product, target `gate`, `up` or `fc1`.
-        attention_output: a, [s, b, h] ([s/t, b, h] under sequence parallel).
+        modulation: must have the form outer_product and the target `gate`, `up` or `fc1`.
+        attention_output: a, [s, b, h] ([s/t, b, h] with sequence parallelism).
 
         Raises:
-            ValueError: another form, or the target `down`, for which v_a and a have different widths.
+            ValueError: the form is another, or the target is `down`, for which v_a and a have different widths.
         """
         if not isinstance(modulation, OuterProductModulation) or modulation.reads_ffn:
             raise ValueError(
@@ -70,12 +73,12 @@ class GeneratedVectors:
         self._attention_output = attention_output
 
     def reconstruction_error(self) -> torch.Tensor:
-        """Returns the mean of (v_a - a)^2 over a sequence's tokens, components and h, [b]."""
+        """Returns, for each sequence, the mean of (v_a - a)^2 over its tokens, the components and h, [b]."""
         squares = self._a_squares - 2 * self._products + self._attention_squares
         return squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def attention_square(self) -> torch.Tensor:
-        """Returns the mean of a^2 over a sequence's tokens and h, [b]."""
+        """Returns, for each sequence, the mean of a^2 over its tokens and h, [b]."""
         return self._attention_squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def similarity(self) -> torch.Tensor:
@@ -157,16 +160,16 @@ def delta_norms(
     """Returns the Frobenius norm of every token's delta as it is applied. Collective over the tensor-parallel group.
 
     Args:
-        modulation: the NP component of one target, in any form.
-        attention_output: a, [s, b, h] ([s/t, b, h] under sequence parallel).
+        modulation: the factors of one target, in any form.
+        attention_output: a, [s, b, h] ([s/t, b, h] with sequence parallelism).
         x: the input of `down`, as in `Modulation.coefficients`. Required only for `down`, for key_value and for
             outer_product with `np_normalize`, whose deltas depend on it.
         layer: the transformer layer. Required only for key_value.
-        hidden_states: h, the input of the MLP's norm, [s, b, h] ([s/t, b, h] under sequence parallel). Required only
+        hidden_states: h, the input of the MLP's norm, [s, b, h] ([s/t, b, h] with sequence parallelism). Required only
             for key_value on other targets than `down`.
 
     Returns:
-        [s, b] ([s/t, b] under sequence parallel), fp32.
+        [s, b] ([s/t, b] with sequence parallelism), fp32.
 
     Raises:
         ValueError: x is required but missing.
@@ -251,7 +254,7 @@ def weight_norm(modulation: Modulation, mlp: Any) -> torch.Tensor:
     """Returns |W|_F of the whole base weight of a target. Collective over the tensor-parallel group.
 
     Args:
-        modulation: the NP component of the target.
+        modulation: the factors of the target.
         mlp: the layer's MLP; gate and up are the two halves of its fc1.
     """
     square = target_weight(modulation, mlp).float().square().sum()
@@ -297,7 +300,7 @@ def _cross(code: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.Tensor:
-    """Returns the Gram matrix rows rows^T without gradient, summed over the ranks if each holds a part of every row."""
+    """Returns the Gram matrix rows rows^T, without gradient; sums over the ranks if each holds a part of every row."""
     gram = rows @ rows.t()
     if is_split:
         dist.all_reduce(gram, group=modulation.groups.tp)
@@ -306,8 +309,8 @@ def _gram(modulation: Modulation, rows: torch.Tensor, is_split: bool) -> torch.T
 
 def _sum_over_ranks(modulation: Modulation, part: torch.Tensor) -> torch.Tensor:
     """Returns the sum of the tensor-parallel ranks' parts, differentiable."""
-    # Without sequence parallelism every rank computes the same loss from the sum, so each part's gradient is that of
-    # the sum. Under sequence parallelism the ranks' losses differ, so the gradients of all ranks are added up.
+    # Without sequence parallelism, every rank computes the same loss from the sum, so each part's gradient is that of
+    # the sum. With sequence parallelism, the ranks' losses differ, so the gradients of all ranks are added up.
     group = modulation.groups.tp
     if group.size() == 1:
         return part

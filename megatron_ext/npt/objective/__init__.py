@@ -1,1 +1,1 @@
-"""NPT's training objective: curriculum, teacher, losses of the layers and of the output, monitoring."""
+"""NPT's training objective: curriculum, teacher, losses of the layers and of the output, and monitoring."""

@@ -1,10 +1,14 @@
-"""The curriculum of the NPT layers: whether their inputs are the teacher's hidden states, the student's, or a blend.
+"""The curriculum: whether the inputs of NPT layers are the teacher's hidden states, the student's, or a blend.
+
+A curriculum is written as a list of stages (format, and an example):
 
     name:steps[:attn_ratio[:mlp_ratio]],...        teacher:20000,mixed:30000:0.5,student:40000
 
-Each stage lasts the given number of steps. A ratio is the student's share, `(1 - ratio) * teacher + ratio * student`,
-in the attention's input and in the MLP's input (by default the same). The share is 0 for `teacher`, 1 for `student` and
-by default 0.5 for `mixed`. The stage depends only on the step; the last stage lasts until the end of the run.
+Each stage lasts the given number of steps. A ratio is the student's share in an input,
+`(1 - ratio) * teacher + ratio * student`: attn_ratio in attention's input, mlp_ratio in the MLP's input. By default
+mlp_ratio equals
+attn_ratio. The share is 0 for `teacher`, 1 for `student` and by default 0.5 for `mixed`. The stage depends only on the
+step; the last stage lasts until the end of the run.
 Source: docs/design/npt_curriculum.md.
 """
 
@@ -28,14 +32,14 @@ class Stage:
     """Duration in steps."""
 
     attention_share: float
-    """The student's share in the attention's input."""
+    """The student's share in attention's input."""
 
     mlp_share: float
     """The student's share in the MLP's input."""
 
     @property
     def blends(self) -> bool:
-        """Whether the NPT layers get the teacher's hidden states, alone or in a blend."""
+        """Whether the NPT layers get the teacher's hidden states, alone or blended with the student's."""
         return min(self.attention_share, self.mlp_share) < 1
 
 
@@ -44,16 +48,16 @@ STUDENT = Stage(name="student", steps=1, attention_share=1.0, mlp_share=1.0)
 
 
 def parse_curriculum(text: str) -> tuple[Stage, ...]:
-    """Parses `name:steps[:attn_ratio[:mlp_ratio]],...`.
+    """Parses a curriculum written as `name:steps[:attn_ratio[:mlp_ratio]],...`.
 
     Raises:
-        ValueError: a part has another format; the message names it.
+        ValueError: a stage has another format; the message names the stage.
     """
     return tuple(_parse_stage(text, part.strip()) for part in text.split(","))
 
 
 def proportional_curriculum(total_steps: int) -> tuple[Stage, ...]:
-    """Returns the stages teacher, mixed and student; their steps are 2 : 3 : 4 of the run, at least one each."""
+    """Returns the stages teacher, mixed and student. They divide the run's steps 2 : 3 : 4; each gets at least one."""
     whole = sum(PROPORTIONS.values())
     return tuple(
         Stage(
@@ -67,7 +71,7 @@ def proportional_curriculum(total_steps: int) -> tuple[Stage, ...]:
 
 
 def format_curriculum(stages: tuple[Stage, ...]) -> str:
-    """Returns the text from which `parse_curriculum` reads these stages."""
+    """Writes stages as a text that `parse_curriculum` reads."""
     return ",".join(f"{s.name}:{s.steps}:{s.attention_share:g}:{s.mlp_share:g}" for s in stages)
 
 
@@ -83,7 +87,7 @@ def stage_index(stages: tuple[Stage, ...], iteration: int) -> int:
 
 def _parse_stage(text: str, part: str) -> Stage:
     name, *numbers = part.split(":")
-    wrong = f"--curriculum-stages {text}: '{part}' is not name:steps[:attn_ratio[:mlp_ratio]]"
+    wrong = f"--curriculum-stages {text}: '{part}' must have the format name:steps[:attn_ratio[:mlp_ratio]]"
     if name not in SHARES:
         raise ValueError(f"{wrong}; the name must be one of {', '.join(SHARES)}")
     try:
@@ -91,7 +95,7 @@ def _parse_stage(text: str, part: str) -> Stage:
     except (IndexError, ValueError):
         raise ValueError(wrong) from None
     if steps < 1 or len(ratios) > 2 or not all(0 <= ratio <= 1 for ratio in ratios):
-        raise ValueError(f"{wrong}; steps must be at least 1, ratios in [0, 1]")
+        raise ValueError(f"{wrong}; steps must be at least 1, and ratios from 0 to 1")
     fixed = SHARES[name]
     if name != "mixed" and any(ratio != fixed for ratio in ratios):
         raise ValueError(f"{wrong}; the ratio of {name} must be {fixed:g}")

@@ -1,12 +1,13 @@
 """NPT's losses on the student's output: cross-entropy, and fidelity to the base model's logits.
 
+The total is `lm_weight * lm + fidelity_weight * fidelity`, where fidelity has one of two forms:
+
     lm          cross-entropy
     fidelity    kl     mean over tokens of KL(base || NPT) = sum_v p_v (log p_v - log q_v)
                 mse    mean over tokens of the mean square of the logits' difference
-    total       lm_weight * lm + fidelity_weight * fidelity
 
-The vocabulary may be split over tensor-parallel ranks: the softmax's denominator is reduced over them, and the gradient
-q - p of a rank's logits needs no values of other ranks.
+The vocabulary may be split over tensor-parallel ranks. The softmax's denominator is then summed over the ranks; the
+gradient q - p of a rank's logits needs no values of other ranks.
 Source: docs/design/npt_sequential.md, docs/design/npt_curriculum.md.
 """
 
@@ -26,13 +27,13 @@ Group = dist.ProcessGroup
 
 
 class NPTOutputLoss(OutputLoss):
-    """Weighted sum of cross-entropy and fidelity."""
+    """The loss of the model's output: the weighted sum of cross-entropy and fidelity."""
 
     def __init__(self, lm_weight: float, fidelity_weight: float, kind: Literal["kl", "mse"]) -> None:
         """Args:
         lm_weight: weight of the cross-entropy.
         fidelity_weight: weight of the fidelity loss.
-        kind: how fidelity is measured.
+        kind: the form of the fidelity loss.
         """
         self.lm_weight = lm_weight
         self.fidelity_weight = fidelity_weight
@@ -60,7 +61,7 @@ class NPTOutputLoss(OutputLoss):
             return {"lm loss": (output, mask)}
         logits = output.transpose(0, 1).contiguous()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_weight > 0):
-            # A copy, because the engine's loss modifies the logits, which the fidelity loss needs too.
+            # Pass a copy, because the engine's loss modifies the logits, which the fidelity loss also needs.
             lm = model.compute_language_model_loss(batch["labels"], logits.clone())
         with torch.no_grad():
             teacher = model.logits(batch[OUTPUT].to(model.config.params_dtype))
@@ -84,12 +85,12 @@ def kl_divergence(base: torch.Tensor, model: torch.Tensor, group: Group) -> torc
 
 
 def logits_mse(base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
-    """Computes the mean square of the logits' difference over the vocabulary, [s, b]; see `kl_divergence`."""
+    """Computes the mean square of the logits' difference of every token, [s, b]; arguments as for `kl_divergence`."""
     return _LogitsMSE.apply(base, model, group)
 
 
 def log_probabilities(logits: torch.Tensor, group: Group) -> torch.Tensor:
-    """Returns the log-softmax over a vocabulary that is split over the group, [s, b, V/t], fp32, without gradient."""
+    """Returns the log-softmax over a vocabulary that is split over the group: [s, b, V/t], fp32, without gradient."""
     logits = logits.detach().float()
     largest = logits.max(-1, keepdim=True).values
     if group.size() > 1:

@@ -1,16 +1,19 @@
 """Inputs and losses of one NPT layer in one training step.
 
-    target              drop  a + MLP(LN2(h + a))    keep  MLP(LN2(h + a))           the base layer's, no gradient
+The losses, where MLP* is the modulated MLP, n its normed input, h the layer's input and a the attention output; the
+target is the value that MLP*(n) must have for the layer's output to equal the base layer's, and depends on np_residual:
+
+    target              drop  a + MLP(LN2(h + a))    keep  MLP(LN2(h + a))           no gradient flows to it
     direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) per sequence, times the layer's weight
-    equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's on the same input
+    equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's for the same input
     reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) per sequence + 0.5 (1 - cos(v_a, a))      outer_product on gate
-    regularization      |A|_F + |B|_F over all targets; outer_product mean v_a^2 + mean v_b^2 of gate
+    regularization      |A|_F + |B|_F over all targets; outer_product: mean v_a^2 + mean v_b^2 of gate
 
 The input of attention and of the MLP is `(1 - share) * teacher + share * student`, where `teacher` is this layer's
-input in the base model. With a share of 0 no gradient reaches the layers below.
-Means are over all tokens of the global batch, including masked tokens, because later tokens attend to them. The
-documents divide by the rms of a whole micro-batch; this file divides by the rms of each sequence, so that the loss does
-not depend on how the global batch is divided into micro-batches. For tensor and sequence parallelism see
+input in the base model. With a share of 0 no gradient reaches the layers below. Means are over all tokens of the global
+batch, including tokens that are masked in the output's loss, because later tokens attend to them. The documents in
+docs/design divide by the rms of a whole micro-batch; this file divides by the rms of each sequence, so that the loss
+does not depend on how the global batch is divided into micro-batches. For tensor and sequence parallelism see
 `vector_norms`.
 Source: docs/design/npt_sequential.md, docs/design/npt_curriculum.md, docs/design/npt_equivalence.md.
 """
@@ -32,13 +35,13 @@ from megatron_ext.npt.objective.step_objective import LayerWeights
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStepLosses(LayerStep):
-    """Inputs and losses of one layer in the current step."""
+    """Chooses the inputs and computes the losses of one layer in the current step."""
 
     weights: LayerWeights
     """Weights of the layer's losses."""
 
     attention_share: float = 1.0
-    """The student's share in the attention's input."""
+    """The student's share in attention's input; the rest is the teacher's."""
 
     mlp_share: float = 1.0
     """The student's share in the MLP's input and in the residual."""
@@ -51,18 +54,18 @@ class LayerStepLosses(LayerStep):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether an input contains the teacher's hidden states."""
+        """Whether attention's or the MLP's input contains the teacher's hidden states."""
         return min(self.attention_share, self.mlp_share) < 1
 
     @property
     def ignores_student(self) -> bool:
-        """Whether no input contains the student's hidden states."""
+        """Whether neither attention's nor the MLP's input contains the student's hidden states."""
         return max(self.attention_share, self.mlp_share) == 0
 
     def inputs(
         self, hidden_states: torch.Tensor, layer_inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the inputs of attention and MLP, blended as the curriculum says; see `LayerStep.inputs`."""
+        """Returns the inputs of attention and MLP, blended from teacher and student; see `LayerStep.inputs`."""
         if not self.needs_teacher:
             return hidden_states, hidden_states
         teacher = layer_inputs.read_part(TEACHER, *self.place)
@@ -102,7 +105,7 @@ class LayerStepLosses(LayerStep):
         attention_output: torch.Tensor,
         mlp_output: torch.Tensor,
     ) -> dict[str, tuple[float, torch.Tensor]]:
-        """Maps the name of each loss to its weight and its value over this rank's tokens."""
+        """Returns the weight and the value (a mean over this rank's tokens) of each loss, by name."""
         weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
         if weights.direct_mlp or weights.equivalence:
             target = _target(module, layer, hidden_states, attention_output)
@@ -151,7 +154,7 @@ class LayerStepLosses(LayerStep):
 
 
 def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
-    """Records a layer's scalars, given as means over this rank's tokens; one reduction handles all of them."""
+    """Records a layer's scalars, which are means over this rank's tokens; all of them are reduced in one call."""
     if values:
         means = _mean_over_ranks(module, torch.stack([value.detach() for value in values.values()]))
         for name, mean in zip(values, means, strict=True):
@@ -159,9 +162,9 @@ def _record(module: Any, values: dict[str, torch.Tensor]) -> None:
 
 
 def attach_zero_gradient(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Returns `value`; its backward pass also reaches `other`, with a gradient of zero.
+    """Returns `value`; the backward pass through the result also reaches `other`, with a gradient of zero.
 
-    This is needed where the output's loss does not depend on the layers below `other`. The backward pass must still
+    This is needed if the output's loss does not depend on the layers that compute `other`. The backward pass must still
     reach those layers: losses are attached to them, and their pipeline stage waits for a gradient.
     """
     return _Connect.apply(value, other)
@@ -197,7 +200,7 @@ def _target(
 
 
 def _mean_over_ranks(module: Any, value: torch.Tensor) -> torch.Tensor:
-    """Averages `value`, a mean over this rank's tokens, over the ranks under sequence parallelism; detached."""
+    """Returns `value`, a mean over this rank's tokens, averaged over the sequence-parallel ranks; without gradient."""
     value = value.detach().clone()
     if module.config.sequence_parallel:
         dist.all_reduce(value, group=module.tp_group)

@@ -8,11 +8,11 @@ _CURRICULUM = "Curriculum"
 _LAYER_LOSSES = {
     "mlp_direct_loss": (
         "Direct MLP loss",
-        "Mean square error between the modulated MLP's output and its target, over the target's RMS",
+        "Mean square error between the modulated MLP's output and its target, divided by the target's RMS",
     ),
     "equivalence_loss": (
         "Equivalence loss",
-        "Difference between an NPT layer's output and the base layer's on the same input",
+        "Difference between the outputs of an NPT layer and of the base layer for the same input",
     ),
     "attention_reconstruction_loss": (
         "Attention reconstruction loss",
@@ -24,8 +24,14 @@ _LAYER_LOSSES = {
     ),
 }
 _SIZES = {
-    "v_a_norm": ("Norm of v_a", "Norm of the generated vector v_a; near zero the NP component has collapsed"),
-    "v_b_norm": ("Norm of v_b", "Norm of the generated vector v_b; near zero the NP component has collapsed"),
+    "v_a_norm": (
+        "Norm of v_a",
+        "Norm of the generated vector v_a; if it is near zero, the NP component has collapsed",
+    ),
+    "v_b_norm": (
+        "Norm of v_b",
+        "Norm of the generated vector v_b; if it is near zero, the NP component has collapsed",
+    ),
     "v_a_attention_similarity": (
         "Similarity of v_a and the attention output",
         "Cosine similarity of v_a and the attention output",
@@ -47,7 +53,7 @@ NPT_CHARTS = (
         section=LOSSES,
         title="Fidelity loss",
         tags="fidelity_loss",
-        shows="Distance of the logits from the base model's: KL divergence, or mean square error.",
+        shows="Distance between the logits of NPT and of the base model: KL divergence, or mean square error.",
     ),
     *(
         ScalarChart(section=LOSSES, title=title, tags=name, shows=f"{shows}; mean over the NPT layers.")

@@ -1,12 +1,15 @@
 """Summary values of an NPT step, and a warning about collapsed layers.
 
+The summary values, by name:
+
     npt loss                    sum of all losses of the step, each with its weight
     mlp_direct_loss, ...        mean over layers of the loss with this name
-    npt/v_a_norm, ...           mean over layers, in steps in which norms are measured
-    curriculum/stage            index of the stage, from 0; /attention_share, /mlp_share: the student's shares
+    npt/v_a_norm, ...           mean of this norm over layers, in steps in which norms are measured
+    curriculum/stage            index of the current stage, from 0
+    curriculum/attention_share, curriculum/mlp_share       the student's shares in the inputs of attention and MLP
 
-Values of single layers are recorded in `layer_losses`. A layer has collapsed if v_a or v_b has nearly vanished: it
-generates no delta any more, and learns slowly or not at all.
+`layer_losses` records the values of single layers. A layer has collapsed if its v_a or v_b has nearly vanished: then it
+no longer generates a delta, and learns slowly or not at all.
 """
 
 import math
@@ -19,7 +22,7 @@ from megatron_ext.npt.objective.step_objective import StepObjective
 NORMS = ("v_a_norm", "v_b_norm")
 """Names of the norms that must not vanish."""
 COLLAPSED_SHARE, COLLAPSED_NORM = 1e-3, 1e-6
-"""A norm has vanished if it is below the first constant times its first value, or below the second constant."""
+"""A norm has vanished if it is below the first constant times its initial value, or below the second constant."""
 
 _SIZES = (*NORMS, "v_a_attention_similarity", "delta_norm")
 _LOSSES = (
@@ -36,7 +39,7 @@ def summarize(values: Mapping[str, float], objective: StepObjective) -> dict[str
 
     Args:
         values: the step's values by name; the values of single layers are named `name/layer_i`.
-        objective: weights and curriculum stage of the step.
+        objective: the step's weights and curriculum stage.
     """
     found = {}
     for name in (*_LOSSES, *_SIZES):
@@ -74,7 +77,7 @@ class CollapseWatch:
                 continue
             first = self.first.get(name)
             if first is None or first < COLLAPSED_NORM:
-                # Nothing to compare with yet: with --np-init-strategy conservative v_b starts at zero and grows slowly.
+                # A norm near zero is no reference yet: with --np-init-strategy conservative, v_b starts at zero.
                 starts = first is None
                 self.first[name] = value
                 if starts:

@@ -12,7 +12,7 @@ class NPTRunConfig(RunConfig):
     """Configuration of an NPT run: the common config groups, `npt` (training) and `np` (the NP components)."""
 
     npt: NPTTrainingConfig
-    """Losses, curriculum and teacher of NP components."""
+    """How NP components are trained: losses, curriculum and teacher."""
 
     np: NPTModuleConfig
     """Form, size and layers of the NP components."""

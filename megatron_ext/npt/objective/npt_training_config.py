@@ -1,12 +1,12 @@
 """Flags for the training of NP components: mode, losses and their weights, curriculum, teacher, text samples.
 
-The defaults depend on the mode:
+The defaults depend on the mode. The first column names the mode, the others its defaults:
 
     mode            losses (weights)                                         curriculum       NP components
     equivalence     equivalence 1, regularization 0.01                       student          low_rank, rank 16
     single_layer    stage 1: reconstruction 1; then direct MLP 10,           student          outer_product, rank 256
                     fidelity 1, regularization 0.01
-    sequential      as single_layer, for one layer after the other           student          outer_product, rank 256
+    sequential      the same as single_layer, for one layer after the other  student          outer_product, rank 256
     multi_layer     direct MLP 10, fidelity 1, regularization 0.01           teacher, mixed,  outer_product, rank 256
                                                                              student
     lm              cross-entropy 1                                          student          low_rank, rank 16
@@ -58,7 +58,7 @@ STEPS_PER_LAYER = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class NPTTrainingConfig:
-    """Losses, curriculum and teacher of NP components."""
+    """How NP components are trained: losses, curriculum and teacher."""
 
     mode: Mode = "equivalence"
     """How NP components are trained: equivalence, to match the outputs of the base layers; single_layer, one layer;
@@ -66,13 +66,13 @@ class NPTTrainingConfig:
     cross-entropy. The mode sets the defaults of other flags."""
 
     base_checkpoint: Annotated[str | None, flag(aliases=("--base_model_name", "--model_name"))] = None
-    """Checkpoint of the base model to convert, written by tools/convert_checkpoint.py or a training run. A new run may
-    name it with --load instead."""
+    """Checkpoint of the base model to convert, written by tools/convert_checkpoint.py or a training run. For a new run,
+    --load may name it instead."""
 
     load_npt_weights: str | None = None
-    """File of NP weights to start from (npt_weights.pt or .safetensors); it must have exactly the run's layers. With
-    --mode single_layer the file may have further layers: these are active but frozen, and the trained layer is
-    initialized. Form, rank, target and (except in single_layer) layers default to those of the file."""
+    """File of NP weights to start from (npt_weights.pt or .safetensors); its layers must be exactly those of the run.
+    With --mode single_layer the file may contain other layers: these are active but frozen, and the trained layer
+    starts with new weights. Form, rank, target and (except in single_layer) layers default to those of the file."""
 
     allow_layer_mismatch: bool = False
     """With --load: allow --npt-layers to differ from the checkpoint's layers. NP weights of common layers are loaded;
@@ -86,7 +86,7 @@ class NPTTrainingConfig:
     """Name of a blend of datasets defined in --dataset-presets-file, such as small. --data-path overrides it."""
 
     dataset_presets_file: str = "examples/npt/datasets.yaml"
-    """YAML file of named blends."""
+    """YAML file that defines the blends for --dataset-preset."""
 
     equivalence_weight: float | None = None
     """Weight of the equivalence loss, between an NPT layer's output and the base layer's output on the same input."""
@@ -104,31 +104,32 @@ class NPTTrainingConfig:
     """How fidelity is measured: KL(base || NPT) of the next token, or the logits' mean square error."""
 
     regularization_weight: float | None = None
-    """Weight of the regularization: norms of the NP factors (low_rank), or of v_a and v_b (outer_product)."""
+    """Weight of the regularization loss: norms of the NP factors (low_rank), or of v_a and v_b (outer_product)."""
 
     lm_weight: float | None = None
-    """Weight of the cross-entropy."""
+    """Weight of the cross-entropy loss."""
 
     stage1_steps: int = 500
-    """single_layer and sequential: number of steps at the start in which a layer's v_a is trained to equal the
-    attention output."""
+    """With --mode single_layer or sequential: number of steps at the start of a layer's training in which its v_a is
+    trained to equal the attention output."""
 
     steps_per_layer: int = STEPS_PER_LAYER
-    """sequential: number of steps per layer; each layer has its own learning-rate schedule."""
+    """With --mode sequential: number of steps per layer; each layer has its own learning-rate schedule."""
 
     start_from_layer: int | None = None
-    """sequential: first layer to train. Lower layers of --npt-layers must already be trained in --checkpoint-dir."""
+    """With --mode sequential: first layer to train. The lower layers of --npt-layers must already be trained in
+    --checkpoint-dir."""
 
     model_size: Literal["1b", "3b", "8b"] | None = None
-    """sequential: label of the model's size in the names of W&B runs. It does not change the model."""
+    """With --mode sequential: label of the model's size in the names of W&B runs. It does not change the model."""
 
     layer_weights: str = "uniform"
     """Weights of the layers' losses: uniform, linear (from 1 for the first NPT layer to 0.5 for the last), or one
     number per layer, such as 1,1,0.5."""
 
     curriculum_stages: str | None = None
-    """Curriculum as name:steps[:attn_ratio[:mlp_ratio]],... with the names teacher, mixed and student. Default: with
-    --mode multi_layer, the three stages take 2:3:4 of the run's steps; other modes have only the student stage."""
+    """Curriculum, as name:steps[:attn_ratio[:mlp_ratio]],... with the names teacher, mixed and student. Default: with
+    --mode multi_layer, the three stages share the run's steps 2:3:4; other modes have only the student stage."""
 
     teacher_cache_gb: float = 0.0
     """Size limit, in GiB per process, of the cache of the teacher's hidden states in host memory; 0 for no cache."""
@@ -153,13 +154,13 @@ class NPTTrainingConfig:
             _numbers(self.layer_weights)
 
     def weight(self, name: str) -> float:
-        """Returns a loss's weight; the mode's default if none is given."""
+        """Returns the weight of a loss: the given one, or the mode's default."""
         value = getattr(self, name)
         return _WEIGHTS[self.mode].get(name, 0.0) if value is None else value
 
     @property
     def reconstructs(self) -> bool:
-        """Whether the mode begins with stage 1, the attention reconstruction."""
+        """Whether the mode begins with stage 1, in which v_a is trained to equal the attention output."""
         return self.mode in ("single_layer", "sequential")
 
     def check_module(self, module: NPTModuleConfig, num_layers: int) -> None:
@@ -171,7 +172,7 @@ class NPTTrainingConfig:
         layers = module.layers(num_layers)
         if self.reconstructs and self.stage1_steps and module.np_form != "outer_product":
             raise ValueError(
-                f"--stage1-steps {self.stage1_steps}: attention reconstruction requires --np-form outer_product "
+                f"--stage1-steps {self.stage1_steps}: stage 1 requires --np-form outer_product "
                 f"(got {module.np_form}); pass --stage1-steps 0 to omit stage 1"
             )
         if self.mode == "single_layer" and len(layers) != 1:
@@ -181,7 +182,7 @@ class NPTTrainingConfig:
         self.weights_of_layers(layers)
 
     def weights_of_layers(self, layers: tuple[int, ...]) -> dict[int, float]:
-        """Maps the index of each NPT layer to the weight of its losses.
+        """Returns the weight of each layer's losses, by the layer's index.
 
         Raises:
             ValueError: `--layer-weights` does not have one number per layer.
@@ -194,7 +195,8 @@ class NPTTrainingConfig:
         numbers = _numbers(self.layer_weights)
         if len(numbers) != len(layers):
             raise ValueError(
-                f"--layer-weights {self.layer_weights}: {len(numbers)} weights are given for {len(layers)} NPT layers"
+                f"--layer-weights {self.layer_weights}: requires one number for each of the {len(layers)} NPT layers "
+                f"(got {len(numbers)})"
             )
         return dict(zip(layers, numbers, strict=True))
 
@@ -205,7 +207,7 @@ class NPTTrainingConfig:
         return proportional_curriculum(total_steps) if self.mode == "multi_layer" else (STUDENT,)
 
     def objective(self, iteration: int, total_steps: int) -> StepObjective:
-        """Returns losses and curriculum stage of step `iteration`, counted from 1."""
+        """Returns the losses and the curriculum stage of step `iteration`, counted from 1."""
         stages = self.stages(total_steps)
         index = stage_index(stages, iteration)
         if self.reconstructs and iteration <= self.stage1_steps:

@@ -36,10 +36,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class StepObjective:
-    """Losses and curriculum stage of one step."""
+    """The weights of the losses, and the curriculum stage, of one training step."""
 
     layer: LayerWeights
-    """Weights of the losses of every NPT layer, before multiplication by the layer's own weight."""
+    """Weights of the losses in every NPT layer; each layer multiplies them by its own weight (`--layer-weights`)."""
 
     fidelity: float = 0.0
     """Weight of the fidelity loss."""
@@ -55,7 +55,7 @@ class StepObjective:
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether the step needs the teacher, for the layers' inputs or for the fidelity loss."""
+        """Whether the step needs the teacher's hidden states, for the layers' inputs or for the fidelity loss."""
         return self.stage.blends or self.fidelity > 0
 
 

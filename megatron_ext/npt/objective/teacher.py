@@ -1,11 +1,12 @@
-"""The teacher: the same model with NP components deactivated, run once more without gradients.
+"""The teacher: the student's model with its NP components deactivated, run in an extra forward pass without gradients.
 
-It adds the input of each NPT layer and the output layer's input to every micro-batch, as fields on the stage that owns
-the layer. Without pipeline parallelism it runs right before the student, one micro-batch at a time; with pipeline
-parallelism it runs through the schedule, once for all micro-batches of the step.
+In this pass, the input of each NPT layer and that of the output layer are stored as fields of the micro-batch, on the
+pipeline stage that owns the layer. Without pipeline parallelism, the teacher runs right before the student, one
+micro-batch at a time. With pipeline parallelism, it runs through the pipeline schedule, once for all micro-batches of
+the step.
 
-The cache keeps the teacher's states in host memory, up to a given size, keyed by the tokens of each sequence, so that
-later epochs can reuse them. States that do not fit are recomputed.
+A cache can keep these hidden states in host memory, so that later epochs reuse them. It is keyed by the tokens of each
+sequence and has a size limit; states that do not fit are computed again.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,26 +23,27 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
 OUTPUT = f"{TEACHER}/output"
-"""Name of the batch field with the teacher's output-layer input, [s, b, h] ([s/t, b, h] under sequence parallel)."""
+"""Name of the batch field with the input of the teacher's output layer, [s, b, h] ([s/t, b, h] with sequence
+parallelism)."""
 
 
 class TeacherCache(FrozenForward):
-    """Cache of the teacher's states by sequence, in host memory."""
+    """Cache of the teacher's hidden states, by sequence, in host memory."""
 
     def __init__(self, max_bytes: int) -> None:
         """Args:
-        max_bytes: size limit on this rank; 0 for no cache.
+        max_bytes: size limit on this rank in bytes; 0 for no cache.
         """
         super().__init__()
         self.max_bytes = max_bytes
         self.bytes = 0
-        """Current size."""
+        """Current size in bytes."""
 
         self.states: dict[Id, dict[str, torch.Tensor]] = {}
-        """Maps the digest of a sequence's tokens to the teacher's states for the sequence, each [s, h]."""
+        """Maps the digest of a sequence's tokens to the teacher's hidden states by name, each [s, h]."""
 
     def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
-        """Returns a micro-batch's cached states; None unless every model-parallel rank has all of them. Collective."""
+        """Returns a micro-batch's states from the cache; None unless every model-parallel rank has them. Collective."""
         if not self.max_bytes:
             return None
         rows = [self.states.get(key) for key in _keys(batch)]
@@ -52,7 +54,7 @@ class TeacherCache(FrozenForward):
         return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
-        """Stores a micro-batch's states as long as they fit into the size limit."""
+        """Stores a micro-batch's states, sequence by sequence, until the size limit is reached."""
         for row, key in enumerate(_keys(batch)):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:
@@ -121,7 +123,7 @@ def _states(
     output: bool,
 ) -> list[dict[str, torch.Tensor]]:
     """Returns, for each micro-batch, the teacher's states that this stage computes, by name of batch field."""
-    # The input of the norm, not of the layer: a layer may first add something to its input.
+    # Take the input of the norm, not that of the layer, because a layer may first add something to its input.
     norms = {
         input_name(layer.layer_number - 1): layer.input_layernorm
         for chunk in chunks

@@ -1,1 +1,1 @@
-"""NPT runs (all layers together, or layer by layer), and the Python API."""
+"""NPT training runs (all layers together, or one layer after the other), and the Python API."""

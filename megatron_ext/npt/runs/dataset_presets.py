@@ -1,12 +1,12 @@
-"""Dataset presets: named blends of local indexed datasets, defined in a YAML file.
+"""Dataset presets: named blends of local datasets. They are defined in a YAML file such as
 
     small: corpora/wikitext_text_document
     medium:
       - 0.7 corpora/wikitext_text_document
       - 0.3 corpora/books_text_document
 
-The value of a name has the format of `--data-path`: prefixes, or alternating weights and prefixes, as one entry or a
-list of entries. Paths are relative to the current directory, as on the command line.
+The value of a preset has the format of `--data-path`: path prefixes of indexed datasets, or alternating weights and
+prefixes, written as one text or as a list of texts. Paths are relative to the current directory.
 Source: docs/design/npt_sequential.md.
 """
 
@@ -19,7 +19,7 @@ from megatron_ext.config.groups.data_config import DataConfig, is_number
 
 
 def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> DataConfig:
-    """Returns the data configuration with the preset's datasets; unchanged if it already names datasets.
+    """Returns the data configuration with the preset's datasets; a configuration that names datasets stays unchanged.
 
     Args:
         data: the run's data configuration.
@@ -43,13 +43,13 @@ def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> Data
 
 
 def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
-    """Returns a preset's blend in the format of `--data-path`; raises the errors of `with_preset`."""
+    """Returns a preset's blend in the format of `--data-path`; raises the same errors as `with_preset`."""
     try:
         content = yaml.safe_load(Path(presets_file).read_text(encoding="utf-8"))
     except OSError as error:
         raise FileNotFoundError(f"--dataset-presets-file {presets_file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--dataset-presets-file {presets_file}: not YAML: {error}") from None
+        raise ValueError(f"--dataset-presets-file {presets_file}: is not a YAML file: {error}") from None
     if not isinstance(content, dict) or preset not in content:
         known = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
         raise ValueError(f"--dataset-preset {preset}: {presets_file} has no such preset (available: {known})")
@@ -60,7 +60,7 @@ def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
 
 
 def _words(entry: object) -> tuple[str, ...]:
-    """Splits a preset into weights and prefixes; it is a text, or a list of texts and (weight, prefix) pairs."""
+    """Splits a preset into weights and prefixes. `entry` is a text, or a list of texts and (weight, prefix) pairs."""
     if isinstance(entry, list):
         return tuple(word for part in entry for word in _words(part))
     return tuple(str(entry).split()) if entry is not None else ()

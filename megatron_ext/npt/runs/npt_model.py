@@ -1,11 +1,12 @@
-"""The Python API of NPT, for a single process:
+"""The Python API of NPT, for a single process. Example:
 
-    model = NPTModel.from_pretrained("llama")                    a Hugging Face directory or an own checkpoint
+    model = NPTModel.from_pretrained("llama")
     model.load_npt_weights("run/final/npt_weights.safetensors")
     print(model.generate("The function returns"))
 
-`from_pretrained` initializes the process group that megatron-core needs, without `torchrun`; nothing is downloaded. For
-training use `pretrain_npt.py`. Source: docs/design/npt_sequential.md.
+`from_pretrained` reads a Hugging Face model, a GGUF file, or a checkpoint of this project. It initializes the
+process group that megatron-core needs, without `torchrun`; nothing is downloaded. For training use `pretrain_npt.py`.
+Source: docs/design/npt_sequential.md.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.inference.generation import Sampling, generate
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.interop import load_hf, load_into
+from megatron_ext.interop.gguf.gguf_metadata import is_gguf
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
@@ -46,7 +48,10 @@ Prompt = str | Sequence[int]
 
 
 class NPTConfig:
-    """Which layers of a model are converted, and how; names and defaults are those of docs/design/npt_sequential.md."""
+    """Names the layers to convert to NPT layers, and describes their NP components.
+
+    Names and defaults are those of docs/design/npt_sequential.md.
+    """
 
     def __init__(
         self,
@@ -58,18 +63,19 @@ class NPTConfig:
         """Args:
         layers_to_convert: indices of layers from 0, or a value of --npt-layers.
         np_rank: rank of the generated factors.
-        single_layer_mode: require exactly one layer and the form outer_product, as `--mode single_layer` does.
+        single_layer_mode: whether to require exactly one layer and the form outer_product, as `--mode single_layer`
+            does.
         **settings: further fields of `NPTModuleConfig`; the default form is outer_product.
 
         Raises:
-            ValueError: a value is not allowed, or a field does not exist.
+            ValueError: a value is not allowed, or a field in `settings` does not exist.
         """
         layers = layers_to_convert
         self.single_layer_mode = single_layer_mode
         known = {"np_form": "outer_product", **settings}
         unknown = sorted(known.keys() - NPTModuleConfig.__dataclass_fields__.keys())
         if unknown:
-            raise ValueError(f"NPTConfig: unknown setting {unknown[0]} {known[unknown[0]]!r}")
+            raise ValueError(f"NPTConfig: unknown setting {unknown[0]}={known[unknown[0]]!r}")
         text = layers if isinstance(layers, str) else ",".join(map(str, layers))
         self.module = NPTModuleConfig(npt_layers=text, np_rank=np_rank, **known)
         """The same settings in the form that the command line uses."""
@@ -89,7 +95,7 @@ class NPTModel:
         """Args:
         model: the whole model, unwrapped.
         config: the model's configuration.
-            tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer.
         vocab_size: number of token ids; further rows of the embedding are padding.
         """
         self.model = model.eval()
@@ -103,24 +109,26 @@ class NPTModel:
     def from_pretrained(
         cls, path: str | Path, *, bf16: bool = False, sha256: str | None = None
     ) -> "NPTModel":
-        """Loads a model from a local directory.
+        """Loads a model from a local directory or a GGUF file.
 
         Args:
-            path: a Hugging Face directory of a model with a Llama architecture; or a checkpoint of this project, or a
-                directory of checkpoints. For a checkpoint of an NPT run, the base model is loaded too, and the layers
-                of the run are converted.
+            path: a Hugging Face directory or a GGUF file of a model with a Llama architecture, a checkpoint of this
+                project, or a directory of such checkpoints. For a checkpoint of an NPT run, the run's base model is
+                loaded, and its layers are converted as in the run.
             bf16: whether to compute in bfloat16 instead of fp32.
-            sha256: required digest of the checkpoint, as `training_info.json` stores it; None accepts any.
+            sha256: digest that the checkpoint must have, as stored in `training_info.json`; None accepts any
+                checkpoint.
 
         Raises:
             FileNotFoundError: the path contains no model.
-            ValueError: the model is damaged, is of an unknown kind, or has another digest.
+            ValueError: the model is damaged, its kind is not supported, or its digest differs from `sha256`.
         """
         if process_groups.world_size() > 1:
             raise ValueError(
                 f"NPTModel supports only one process, but there are {process_groups.world_size()}"
             )
-        if not is_hugging_face(Path(path)) and find_checkpoint(str(path)) is not None:
+        imports = is_gguf(path) or is_hugging_face(Path(path))
+        if not imports and find_checkpoint(str(path)) is not None:
             if sha256 is not None and BaseCheckpoint.find(str(path)).sha256 != sha256:
                 raise ValueError(
                     f"{path}: this is not the requested checkpoint; its digest differs from `sha256`"
@@ -130,7 +138,7 @@ class NPTModel:
             families = [family for family in loaded.families if isinstance(family, NPTFamily)]
             model.settings = families[0].settings if families else None
             return model
-        if not Path(path).is_dir():
+        if not imports and not Path(path).is_dir():
             raise FileNotFoundError(f"{path}: no such directory; models are not downloaded")
         found = load_hf(path)
         parallel = ParallelConfig()
@@ -150,7 +158,7 @@ class NPTModel:
 
         Args:
             config: the layers to convert, and the form of their NP components.
-            seed: gives the same initial values as a training run with this seed.
+            seed: seed of the initial values; a training run with the same seed gets the same values.
 
         Raises:
             ValueError: the configuration does not fit the model, or layers are already converted.
@@ -171,14 +179,14 @@ class NPTModel:
         """Loads NP weights; if they do not fit, the model stays unchanged.
 
         Args:
-            weights: tensors by name, or a `.pt` or `.safetensors` file. If no layer is converted yet, layers are
-                converted with the configuration in the file; otherwise that configuration
-                must agree with the model's in everything that the weights' meaning depends on.
+            weights: a `.pt` or `.safetensors` file, or tensors by name. If no layer is converted yet, layers are
+                converted as the configuration in the file says. Otherwise this configuration must agree with the
+                model's in everything that affects what the weights compute.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: no layer is converted and the file has no configuration, or the weights do not fit; the message
-                lists the differences.
+            ValueError: no layer is converted and there is no configuration, or the weights do not fit the model; then
+                the message lists the differences.
         """
         if isinstance(weights, Mapping):
             tensors, settings = dict(weights), None
@@ -190,7 +198,10 @@ class NPTModel:
             load_np_factors([self.model], tensors)
             return
         if settings is None:
-            raise ValueError("load_npt_weights: no layer is converted; call convert_to_npt first")
+            raise ValueError(
+                "load_npt_weights: no layer is converted, and the weights have no configuration; "
+                "call convert_to_npt first"
+            )
         slots = [(layer, layer.feed_forward) for layer in self.model.decoder.layers]
         self.convert_to_npt(settings)
         try:
@@ -233,7 +244,9 @@ class NPTModel:
         top_p: float = 0.0,
         seed: int = 1234,
     ) -> Any:
-        """Continues a text or token ids; returns only the new part, in the same type. See `inference.generation`.
+        """Continues the prompt and returns only the new part: a text for a text, token ids for token ids.
+
+        The sampling settings are explained in `megatron_ext/inference/generation.py`.
 
         Raises:
             ValueError: the prompt is empty or too long, or a setting is out of range.
@@ -260,13 +273,13 @@ class NPTModel:
         return found[..., : self.vocab_size].view(*tokens.shape, self.vocab_size)
 
     def loss(self, text: Prompt) -> float:
-        """Returns the mean of -log p(token) over a text or token ids, in nats.
+        """Returns the mean of -log p(token) over the tokens of a text, in nats.
 
-        A token is predicted from the earlier ones in its window. A window has the model's sequence length, and begins
-        with the last token of the previous window.
+        The text is read in windows of the model's sequence length; each token is predicted from the earlier tokens of
+        its window. A window begins with the last token of the previous window.
 
         Raises:
-            ValueError: there are fewer than two tokens.
+            ValueError: the text has fewer than two tokens.
         """
         ids = self._ids(text)
         if len(ids) < 2:
@@ -275,7 +288,7 @@ class NPTModel:
         return total / (len(ids) - 1)
 
     def perplexity(self, text: Prompt) -> float:
-        """Returns exp(loss) of a text or token ids; see `loss`."""
+        """Returns exp(`loss`) of a text or token ids."""
         return float(torch.tensor(self.loss(text), dtype=torch.float64).exp())
 
     def __repr__(self) -> str:
@@ -300,4 +313,4 @@ class NPTModel:
 
 
 NPTLlamaModel = NPTModel
-"""Other name of `NPTModel`, used in docs/design/npt_sequential.md."""
+"""The name of `NPTModel` in docs/design/npt_sequential.md."""

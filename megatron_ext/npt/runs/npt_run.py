@@ -1,9 +1,11 @@
 """Runs NPT training in any mode: finds the base model and the initial NP weights, and names the checkpoints.
 
---load CKPT                    CKPT is a base model: starts a new run on it
---load RUN                     RUN contains NPT checkpoints: resumes the run, on the base model that they name
---base-checkpoint CKPT --load RUN      starts on CKPT if RUN has no checkpoint yet, otherwise resumes RUN
-neither                        trains a model from scratch (with --no-freeze-base)
+The base model, and whether a run is resumed, depend on these flags:
+
+--load CKPT                           starts a new run on the base model CKPT
+--load RUN                            resumes RUN, a directory of NPT checkpoints, on the base model that they name
+--base-checkpoint CKPT --load RUN     resumes RUN if it has a checkpoint; otherwise starts a new run on CKPT
+neither flag                          trains a model from scratch (requires --no-freeze-base)
 """
 
 from collections.abc import Callable, Mapping
@@ -59,7 +61,7 @@ def run_npt(config: NPTRunConfig) -> int:
         return run_sequential(config, RunOptions(base=base, checkpoint_name=npt_checkpoint_name))
     module, load, trains, words = _starting_weights(config)
     config = replace(config, np=module)
-    if training.mode == "sequential":  # a dry run, of the last layer's training
+    if training.mode == "sequential":  # a dry run; it shows the training of the last layer
         trains = module.layers(config.model.num_layers)[-1:]
         config = replace(config, npt=replace(training, layer_weights="uniform"))
     takes_what_fits = _has_other_layers(training, module, checkpoint)
@@ -82,11 +84,11 @@ def _starting_weights(
 ) -> tuple[NPTModuleConfig, Load, tuple[int, ...] | None, str]:
     """Decides which NP weights a run starts with.
 
-    If a single layer is trained on top of other trained layers, these also become NPT layers of the run.
+    In the mode single_layer, the other layers in the file of weights also become NPT layers of the run.
 
     Returns:
-        The configuration of the NP components, a function that loads their initial weights, the layers to train (None
-        for all), and a description of the weights.
+        The configuration of the NP components, a function that loads the initial weights, the layers to train (None for
+        all), and a description of the weights.
     """
     training, module = config.npt, config.np
     fresh = start.fresh(module, config.training.seed)
@@ -127,7 +129,7 @@ def _prepare(
 
 
 def settled(config: NPTRunConfig) -> NPTRunConfig:
-    """Checks NPT's config groups against the others, and returns the configuration with missing values filled in.
+    """Checks NPT's config groups against the other groups; returns the configuration with missing values filled in.
 
     A resumed run uses the command line's learning-rate schedule, not the checkpoint's.
 
@@ -149,14 +151,14 @@ def settled(config: NPTRunConfig) -> NPTRunConfig:
 
 
 def npt_checkpoint_name(step: int) -> str:
-    """Returns the name of a checkpoint's directory, as in docs/design/npt_curriculum.md."""
+    """Returns the name of the directory of a checkpoint, as in docs/design/npt_curriculum.md."""
     return f"checkpoint-{step}"
 
 
 def make_families(
     config: NPTRunConfig, tokenizer: Tokenizer, trains: tuple[int, ...] | None = None
 ) -> list[Family]:
-    """Returns NPT as the run's only model family; `trains` are the layers to train, None for all."""
+    """Returns NPT as the run's only model family; `trains` contains the layers to train, or is None for all."""
     total = total_steps(config.training, config.parallel)
     if config.npt.generation_steps is not None:
         check_sample_length(config.npt.generation_prompt, tokenizer, config.model)
@@ -172,7 +174,7 @@ def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
 def find_base(
     training: NPTTrainingConfig, checkpoint: CheckpointConfig
 ) -> tuple[BaseCheckpoint | None, CheckpointConfig]:
-    """Returns the run's base checkpoint, and the checkpoint configuration without `--load` if that names the base.
+    """Returns the run's base checkpoint and its checkpoint configuration, without `--load` if that flag names the base.
 
     Raises:
         OSError: `--load` or `--base-checkpoint` does not exist.
@@ -191,13 +193,16 @@ def find_base(
         return base, checkpoint
     if training.base_checkpoint is not None:
         raise ValueError(
-            f"--load {checkpoint.load}: contains a base model, but --base-checkpoint names one too; omit one of them"
+            f"--load {checkpoint.load} contains a base model, but --base-checkpoint names one too; omit one of them"
         )
     return base, replace(checkpoint, load=None, ckpt_step=None)
 
 
 def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
-    """Returns the config groups `model` and `tokenizer` of the checkpoint to load, and `np` if its run is resumed.
+    """Returns the defaults that come from the checkpoint to load.
+
+    These are the config groups `model` and `tokenizer` and, if the checkpoint belongs to an NPT run, `np`. With
+    `--additional-steps` they are all groups of that run.
 
     Args:
         given: values set on the command line or in the YAML file, by field name.
@@ -225,7 +230,9 @@ def checkpoint_defaults(given: Mapping[str, Any]) -> list[Found]:
 
 
 def weights_defaults(given: Mapping[str, Any]) -> Found:
-    """Returns the config group `np` from the file of `--load-npt-weights`; given flags are compared with it later.
+    """Returns the defaults of the config group `np` from the file of `--load-npt-weights`.
+
+    Flags that contradict the file are refused later, when the weights are read.
 
     Args:
         given: values set on the command line or in the YAML file, by field name.
@@ -237,10 +244,12 @@ def weights_defaults(given: Mapping[str, Any]) -> Found:
     settings = read_np_settings(path)
     if settings is None:
         return Found(path, {})
-    # The weights do not depend on whether the base trains; in single_layer the trained layer may be another one.
+    # The weights do not depend on whether the base is trained, and single_layer may train a layer that is not in the
+    # file.
     left_out = {"freeze_base"} | ({"npt_layers"} if given.get("mode") == "single_layer" else set())
     if given.get("np_form", settings.np_form) != settings.np_form:
-        # These belong to the file's form only. The given form is refused later, and the error should name the form.
+        # These two settings exist only for the file's form. The given form is refused later, and the error is to name
+        # the form, not these settings.
         left_out |= {"np_affine", "np_normalize"}
     return Found(
         path, {"np": {n: value for n, value in group_to_dict(settings).items() if n not in left_out}}
@@ -249,7 +258,7 @@ def weights_defaults(given: Mapping[str, Any]) -> Found:
 
 def _no_checkpoint(given: Mapping[str, Any]) -> FileNotFoundError:
     name = "base_checkpoint" if "base_checkpoint" in given else "load"
-    return FileNotFoundError(f"{flag_name(name)} {given[name]}: no checkpoint there")
+    return FileNotFoundError(f"{flag_name(name)} {given[name]}: contains no checkpoint")
 
 
 def _has_other_layers(

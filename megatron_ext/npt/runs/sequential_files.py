@@ -1,15 +1,16 @@
-"""Files of a sequential run (docs/design/npt_sequential.md), each written whole and then renamed:
+"""The files of a sequential run, which trains NPT layers one after the other (docs/design/npt_sequential.md):
 
-    {checkpoint-dir}/training_info.json                     trained layers, layer in progress, base, settings
-    {checkpoint-dir}/accumulated_npt_weights.pt             the trained layers' NP factors, keys as in `np_factors`
-    {checkpoint-dir}/accumulated_npt_weights.safetensors    the same, with NPT's settings; read by a resumed run
-    {checkpoint-dir}/config.json                            NPT's settings, for the .pt
-    {checkpoint-dir}/load_model.py                          a module whose `load_model()` returns the model
-    {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     the layer's run: checkpoint-{step}/, final/npt_weights.pt
+    {checkpoint-dir}/training_info.json                     trained layers, layer in progress, base model, settings
+    {checkpoint-dir}/accumulated_npt_weights.pt             NP factors of all trained layers, keys as in `np_factors`
+    {checkpoint-dir}/accumulated_npt_weights.safetensors    the same factors and NPT's settings; read by a resumed run
+    {checkpoint-dir}/config.json                            NPT's settings, for readers of the .pt file
+    {checkpoint-dir}/load_model.py                          a module whose `load_model()` returns the trained model
+    {checkpoint-dir}/layer_{i}_{timestamp}/checkpoints/     files of one layer: checkpoint-{step}/, final/npt_weights.pt
 
-A layer counts as trained once `training_info.json` names it; that file is written last, after the accumulated weights.
-Accumulated weights of a layer that `training_info.json` does not name are ignored: the run was interrupted between
-writing the two files, and training the layer again gives the same weights.
+Each file is written under another name first and then renamed, so that it is never partial. A layer counts as trained
+once `training_info.json` names it; this file is written last, after the accumulated weights. If the run is interrupted
+between the two, the accumulated weights contain a layer that `training_info.json` does not name. The weights of this
+layer are ignored, and training the layer again gives the same weights.
 """
 
 import json
@@ -27,7 +28,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 INFO, STEM, LOADER = "training_info.json", "accumulated_npt_weights", "load_model.py"
 FORMAT = "megatron_ext.npt_sequential/1"
 CHECKPOINTS = "checkpoints"
-"""Subdirectory, in a layer's directory, that contains the layer's checkpoints."""
+"""Name of the subdirectory of a layer's directory that contains the layer's checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,37 +39,37 @@ class SequentialState:
     """NPT's configuration, with the requested layers."""
 
     base: dict[str, str]
-    """The base checkpoint, from `BaseCheckpoint.as_json`."""
+    """The base checkpoint, as returned by `BaseCheckpoint.as_json`."""
 
     trained: dict[int, str] = field(default_factory=dict)
-    """Maps each trained layer to the name of its directory, in the order of training."""
+    """Maps each trained layer to the name of the layer's directory, in the order of training."""
 
     current: tuple[int, str] | None = None
-    """The layer in progress and the name of its directory; None if no layer is in progress."""
+    """The layer being trained and the name of its directory; None if no layer is being trained."""
 
     def started(self, layer: int, name: str) -> "SequentialState":
-        """Returns the state with `layer` in progress."""
+        """Returns the state in which `layer` is being trained."""
         return replace(self, current=(layer, name))
 
     def finished(self) -> "SequentialState":
-        """Returns the state in which the layer in progress counts as trained."""
+        """Returns the state in which the layer that was being trained counts as trained."""
         assert self.current is not None
         layer, name = self.current
         return replace(self, trained={**self.trained, layer: name}, current=None)
 
     @property
     def settings_of_trained(self) -> NPTModuleConfig:
-        """NPT's configuration for only the trained layers; at least one layer must be trained."""
+        """NPT's configuration with only the trained layers; at least one layer must be trained."""
         return with_layers(self.settings, self.trained)
 
 
 def with_layers(settings: NPTModuleConfig, layers: Iterable[int]) -> NPTModuleConfig:
-    """Returns a copy of the settings for the given layers."""
+    """Returns a copy of the settings with the given layers as NPT layers."""
     return replace(settings, npt_layers=",".join(map(str, sorted(set(layers)))))
 
 
 def read_state(folder: Path) -> SequentialState | None:
-    """Reads the state of the run in a directory; None if no run has begun.
+    """Reads the state of the sequential run in a directory; returns None if no run has begun there.
 
     Raises:
         ValueError: `training_info.json` is damaged, or was written by another program.
@@ -79,7 +80,7 @@ def read_state(folder: Path) -> SequentialState | None:
         return None
     info = files.read_json(path)
     if info.get("format") != FORMAT:
-        raise ValueError(f"{path}: was not written by a sequential run of this program")
+        raise ValueError(f"{path} was not written by a sequential run of this program")
     try:
         current = info["layer_in_progress"]
         return SequentialState(
@@ -91,7 +92,7 @@ def read_state(folder: Path) -> SequentialState | None:
             current=(current["layer"], Path(current["checkpoint"]).name) if current else None,
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged, {error} is missing or wrong") from None
+        raise ValueError(f"{path} is damaged: {error} is missing or wrong") from None
 
 
 def write_state(folder: Path, state: SequentialState) -> None:
@@ -126,7 +127,8 @@ def read_accumulated(folder: Path, state: SequentialState) -> dict[str, torch.Te
     missing = set(state.trained) - {layer_of_np_key(key) for key in chosen}
     if missing:
         raise ValueError(
-            f"{path}: layer {', '.join(map(str, sorted(missing)))} is missing, although {INFO} lists it as trained"
+            f"{path}: the weights of layer {', '.join(map(str, sorted(missing)))} are missing, although {INFO} lists "
+            "the layer as trained"
         )
     return chosen
 
@@ -147,18 +149,18 @@ def write_accumulated(folder: Path, state: SequentialState, tensors: Mapping[str
 
 
 def layer_of_np_key(key: str) -> int:
-    """Returns the layer in the key of an NP factor; see `np_factors`.
+    """Returns the layer that the key of an NP factor names; see `np_factors`.
 
     Raises:
         ValueError: the key has another format.
     """
     number = key.removeprefix("layer_").partition("_np.")[0]
     if not number.isdigit():
-        raise ValueError(f"{key}: not the name of an NP factor, such as layer_0_np.gate.W_down")
+        raise ValueError(f"{key}: is not the key of an NP factor, such as layer_0_np.gate.W_down")
     return int(number)
 
 
-_LOADER = '''"""Loads a model whose layers were trained one after the other. Written by pretrain_npt.py.
+_LOADER = '''"""Loads a base model with NPT layers that were trained one after the other. Written by pretrain_npt.py.
 
 In Python, with this directory on the path:
 

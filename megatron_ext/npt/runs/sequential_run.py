@@ -1,13 +1,15 @@
-"""Sequential training: trains NPT layers one after the other, from the lowest, each on top of the layers before it.
+"""Sequential training: trains NPT layers one after the other, from the lowest, each on top of the trained layers.
 
-    model of layer N      the base model with the trained layers (active, frozen) and N; later layers are base layers
+While layer N is trained:
+
+    model                 the layers trained before are NPT layers and frozen; the layers after N are base layers
     optimizer, schedule   new for every layer, over --steps-per-layer steps, with stage 1 in the first --stage1-steps
-    data                  continues: all layers' samples are shuffled together, and each layer reads the next part
-    random generators     re-seeded at every layer's start
+    data                  the samples of all layers are shuffled together; each layer reads the next part
+    random generators     re-seeded at the start of every layer
 
-One command trains all layers in one process group. Each layer is a run with its own checkpoints. The command may be
-interrupted at any moment; if it is repeated, it continues, and the final weights are the same bit for bit.
-`sequential_files` describes the files. Source: docs/design/npt_sequential.md.
+One command trains all layers in one process group. Each layer is a training run with its own checkpoints. The command
+may be interrupted at any moment; if it is repeated, it continues, and the final weights are the same bit for bit as
+without the interruption. `sequential_files` describes the files. Source: docs/design/npt_sequential.md.
 """
 
 import gc
@@ -59,7 +61,7 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
         ValueError, OSError: a user error; the message is one line.
     """
     _check(config)
-    assert config.checkpoint.save is not None  # the mode has a default for it
+    assert config.checkpoint.save is not None  # the mode sets a default
     folder = Path(config.checkpoint.save)
     check_unused(folder, "--mode sequential requires its own --checkpoint-dir", but_for=(store.INFO,))
     _read(folder, config, options)
@@ -72,7 +74,7 @@ def run_sequential(config: NPTRunConfig, options: RunOptions) -> int:
 
 
 class _Sequence:
-    """A sequential run inside its process group: trains the remaining layers, and keeps their state and weights."""
+    """A sequential run in its process group: trains the remaining layers; keeps the run's state and the NP factors."""
 
     def __init__(self, folder: Path, config: NPTRunConfig, tokenizer: Tokenizer, options: RunOptions) -> None:
         self.folder = folder
@@ -129,7 +131,7 @@ class _Sequence:
         return train(config, self.tokenizer, families, options)
 
     def _prepare(self, layer: int, config: NPTRunConfig, chunks: list[GPTModel]) -> None:
-        """Loads the trained layers' weights, and prints the start message."""
+        """Loads the weights of the layers trained before, and prints the start message."""
         load_under(layer, self.tensors, chunks)
         load = config.checkpoint.load
         own = start.fresh(config.np, config.training.seed) if load is None else f"from {load}"
@@ -143,7 +145,7 @@ class _Sequence:
         self.tensors = store.read_accumulated(self.folder, self.state)
 
     def _begin(self, layer: int) -> SequentialState:
-        """Records that the layer is in progress; an interrupted layer keeps its directory."""
+        """Records that the layer is being trained; a layer that was interrupted keeps its directory."""
         name = f"layer_{layer}_{time.strftime('%Y%m%d_%H%M%S')}"
         if self.state.current is not None and self.state.current[0] == layer:
             name = self.state.current[1]
@@ -167,7 +169,7 @@ class _Sequence:
     def _finish(
         self, layer: int, config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress
     ) -> None:
-        """Stores the layer's weights, and then records it as trained."""
+        """Stores the layer's weights, and then records the layer as trained."""
         save = config.checkpoint.save
         assert save is not None
         own = {
@@ -190,7 +192,7 @@ class _Sequence:
 
 
 def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPTModel]) -> None:
-    """Loads the factors of all NPT layers except one, whose initial factors are kept. Collective.
+    """Loads the NP factors of all NPT layers except one, which keeps its initial factors. Collective.
 
     Args:
         layer: the layer that keeps its factors.
@@ -198,7 +200,7 @@ def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPT
         chunks: this rank's model chunks, unwrapped.
 
     Raises:
-        ValueError: the tensors do not fit; the message lists the differences.
+        ValueError: the tensors do not fit the model; the message lists the differences.
     """
     own = {
         key: value for key, value in gather_np_factors(chunks).items() if store.layer_of_np_key(key) == layer
@@ -207,7 +209,7 @@ def load_under(layer: int, tensors: Mapping[str, torch.Tensor], chunks: list[GPT
 
 
 def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> SequentialState:
-    """Reads the run's state from `folder` and checks it against the flags; returns a new state if there is none."""
+    """Reads the run's state from `folder` and checks it against the flags; returns a new state if no run has begun."""
     assert options.base is not None
     settings = config.np
     found = store.read_state(folder)
@@ -217,8 +219,8 @@ def _read(folder: Path, config: NPTRunConfig, options: RunOptions) -> Sequential
         check_same_meaning(str(folder / store.INFO), found.settings, settings)
         if found.base["sha256"] != options.base.sha256:
             raise ValueError(
-                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on "
-                f"{found.base['path']}; pass that checkpoint"
+                f"--base-checkpoint {options.base.folder}: the layers in {folder} were trained on another base model; "
+                f"pass {found.base['path']}"
             )
         state = replace(found, settings=settings, base=options.base.as_json())
     _remaining(state, config)
@@ -236,7 +238,7 @@ def _remaining(state: SequentialState, config: NPTRunConfig) -> list[int]:
     skipped = [layer for layer in left if start is not None and layer < start]
     if skipped:
         raise ValueError(
-            f"--start-from-layer {start}: lower layers {_listed(skipped)} are not yet trained in "
+            f"--start-from-layer {start}: lower layers {_listed(skipped)} must be trained first; they are not in "
             f"--checkpoint-dir {config.checkpoint.save}"
         )
     return left
@@ -254,25 +256,28 @@ def _check(config: NPTRunConfig) -> None:
     if training.train_iters != steps:
         given = training.train_iters if training.train_iters is not None else training.train_samples
         raise ValueError(
-            f"--train-iters (--train-samples) {given}: --mode sequential trains every layer for --steps-per-layer "
-            f"{steps} steps"
+            f"--train-iters (--train-samples) {given}: --mode sequential trains every layer for {steps} steps; set "
+            "--steps-per-layer instead"
         )
     if stage1 >= steps:
         raise ValueError(f"--stage1-steps {stage1}: must be less than --steps-per-layer {steps}")
     if not config.np.freeze_base:
-        raise ValueError("--no-freeze-base: --mode sequential trains only NP components; omit it")
+        raise ValueError(
+            "--no-freeze-base is not supported by --mode sequential, which trains only NP components; omit it"
+        )
     if npt.load_npt_weights is not None:
         raise ValueError(
-            f"--load-npt-weights {npt.load_npt_weights}: --mode sequential reads trained layers from "
-            "--checkpoint-dir; omit it"
+            f"--load-npt-weights {npt.load_npt_weights} is not supported by --mode sequential, which reads trained "
+            "layers from --checkpoint-dir; omit it"
         )
     if checkpoint.load is not None or checkpoint.finetune:
         raise ValueError(
-            f"--load {checkpoint.load}: must be a base model in --mode sequential, which resumes from --checkpoint-dir"
+            f"--load {checkpoint.load}: must be a base model in --mode sequential; to resume, repeat --checkpoint-dir"
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(
-            "--overwrite-checkpoints: --mode sequential continues with the contents of --checkpoint-dir; omit it"
+            "--overwrite-checkpoints is not supported by --mode sequential, which continues the run in "
+            "--checkpoint-dir; omit it"
         )
     if training.skip_train:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Prints three lines before an NPT run's first step: converted layers, initial NP weights, losses and curriculum.
+"""Prints three lines before the first step of an NPT run: converted layers, initial NP weights, losses and curriculum.
 
-The third line is the formula of `npt loss`; its terms have the same names as in the progress line. The progress line
-shows each term's mean over layers, but the total that is trained is a sum over layers.
+The third line is the formula of `npt loss`; its terms have the same names as in the progress line. In the progress
+line, each term is a mean over layers; the loss that is trained is a sum over layers.
 """
 
 from megatron_ext.models.costs.model_cost import layer_parameters
@@ -24,7 +24,7 @@ def print_start(
     total_steps: int,
     trains: tuple[int, ...] | None = None,
 ) -> None:
-    """Prints the lines; collective.
+    """Prints the three lines; collective.
 
     Args:
         chunks: this rank's model chunks, unwrapped, with the untrained parameters already frozen.
@@ -39,7 +39,9 @@ def print_start(
     count = count_parameters(chunks)["trainable"]
     own = layer_parameters(config.model) * len(trains or settings.layers(num_layers))
     share = (
-        f"{count / own:.1%} of their layers' {own:,}" if settings.freeze_base else "including the base model"
+        f"{count / own:.1%} of the {own:,} in their layers"
+        if settings.freeze_base
+        else "including the base model"
     )
     print_on_first_rank(
         f"NPT on {base.folder if base is not None else 'a model from scratch'}: {conversion(settings, num_layers)}"
@@ -54,7 +56,7 @@ def fresh(settings: NPTModuleConfig, seed: int) -> str:
 
 
 def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
-    """Describes which layers are converted, and how."""
+    """Describes the converted layers and their NP components."""
     layers = ",".join(map(str, settings.layers(num_layers)))
     affine = (
         f"affine {'on' if settings.np_affine else 'off'}, " if settings.np_form == "outer_product" else ""
@@ -66,7 +68,7 @@ def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
 
 
 def objective(training: NPTTrainingConfig, total_steps: int) -> str:
-    """Describes the total loss, after stage 1 if there is one, and the curriculum."""
+    """Describes the total loss, including that of stage 1 if there is one, and the curriculum."""
     last = training.objective(training.stage1_steps + 1, total_steps)
     terms = [
         f"{weight:g} {name}"

@@ -1,1 +1,1 @@
-"""NP weights: conversion of a base model, files, resuming, validation of checkpoints."""
+"""The weights of NP components: adding them to a base model, their files, resuming a run, validating a checkpoint."""

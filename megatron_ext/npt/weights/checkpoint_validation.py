@@ -1,7 +1,8 @@
-"""Checks that an NPT checkpoint is complete; it may also be a plain directory of only the documented files.
+"""Checks that an NPT checkpoint is complete.
 
-The documented files are those described in docs/design/npt_curriculum.md. They are loaded with weights_only, so that no
-code in them is executed. All other files of a checkpoint are compared with the checkpoint's checksums, if it has any.
+The checkpoint must contain the files described in docs/design/npt_curriculum.md; a directory with only these files is
+accepted too. They are loaded with `weights_only`, so that no code in them is executed. All files of a checkpoint are
+compared with its checksums, if it has any.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     TRAINING_STATE: ("global_step", "optimizer_state_dict", "scheduler_state_dict"),
     MULTI_LAYER_STATE: ("layers_to_train", "curriculum_schedule", "current_stage_index"),
 }
-"""Maps each required file to the keys that it must contain."""
+"""Maps the name of each required file to the keys that the file must contain."""
 
 
 @dataclass
@@ -30,18 +31,19 @@ class Validation:
     """One line per problem; empty if the checkpoint is complete."""
 
     facts: list[str] = field(default_factory=list)
-    """Lines that describe the checkpoint: step, layers, stage and sizes."""
+    """Lines that describe the checkpoint: step, NPT layers, curriculum stage and sizes."""
 
 
 def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     """Chooses the checkpoint to validate.
 
     Args:
-        folder: a directory of checkpoints, or the directory of one checkpoint.
+        folder: a directory that contains checkpoints, or the directory of one checkpoint.
 
     Returns:
-        The newest complete checkpoint, or the newest if none is complete (plain directories have no checksums), and
-        one line for each newer checkpoint that is incomplete.
+        The checkpoint, and messages. The checkpoint is the newest complete one, or the newest of all if none is
+        complete (a directory without checksums counts as incomplete). There is one message for each newer, incomplete
+        checkpoint, and one if the file that names the latest checkpoint is wrong.
 
     Raises:
         FileNotFoundError: the directory neither is nor contains a checkpoint.
@@ -50,20 +52,24 @@ def choose_checkpoint(folder: Path) -> tuple[Path, list[str]]:
         return folder, []
     steps = {step: path for path in folder.iterdir() if (step := files.step_of(path.name)) is not None}
     if not steps:
-        where = "; a sequential run has them in layer_*/checkpoints" if any(folder.glob("layer_*")) else ""
+        where = (
+            "; the checkpoints of a sequential run are in layer_*/checkpoints"
+            if any(folder.glob("layer_*"))
+            else ""
+        )
         raise FileNotFoundError(
-            f"--checkpoint {folder}: neither a checkpoint nor a directory of checkpoints{where}"
+            f"--checkpoint {folder}: must be a checkpoint or a directory of checkpoints{where}"
         )
     complete = files.complete_checkpoints(folder)
     newest = max(complete or steps)
     unfinished = [
-        f"{steps[step]}: incomplete, has no {files.CHECKSUMS}" for step in sorted(steps) if step > newest
+        f"{steps[step]} is incomplete: it has no {files.CHECKSUMS}" for step in sorted(steps) if step > newest
     ]
     try:
         tracked = files.tracked_step(folder)
         if tracked is not None and tracked not in steps:
             unfinished.append(
-                f"{folder / files.TRACKER}: names step {tracked}, but there is no checkpoint of this step"
+                f"{folder / files.TRACKER} names step {tracked}, but there is no checkpoint of this step"
             )
     except ValueError as error:
         unfinished.append(str(error))
@@ -91,7 +97,7 @@ def validate_checkpoint(folder: Path) -> Validation:
             count = len(files.read_json(folder / files.CHECKSUMS)["files"])
             found.facts.append(f"checksums: {count} files match")
     else:
-        found.facts.append("checksums: none, so damage inside a file may be overlooked")
+        found.facts.append("checksums: none, so damage inside a file may remain unnoticed")
     return found
 
 
@@ -101,7 +107,7 @@ def _load(path: Path, keys: tuple[str, ...], found: Validation) -> dict[str, Any
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler meets
+    except Exception as error:  # torch may raise any type of error from a damaged file
         found.problems.append(f"cannot be loaded: {path.name} ({type(error).__name__})")
         return None
     lacking = [key for key in keys if not isinstance(state, dict) or key not in state]

@@ -1,5 +1,7 @@
 """Adds NP components to a model that was built without them, for evaluation and generation.
 
+NP components are the factors that generate an NPT layer's weight updates from its attention output.
+
 A training run builds its model with `NPTExtension` instead, so that checkpoints and optimizer include the components.
 """
 
@@ -16,7 +18,7 @@ from megatron_ext.npt.weights.np_factors import load_np_factors
 
 
 def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
-    """Adds uninitialized NP components to the layers that the settings name.
+    """Adds NP components, not yet initialized, to the layers that the settings name.
 
     Args:
         chunks: this rank's model chunks, unwrapped, without NP components.
@@ -38,7 +40,7 @@ def convert(chunks: list[GPTModel], settings: NPTModuleConfig) -> None:
 
 @torch.no_grad()
 def initialize_np_factors(chunks: list[GPTModel], seed: int) -> None:
-    """Initializes all NP components as a training run with this seed does.
+    """Initializes all NP components with the values that a training run with this seed starts from.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -47,8 +49,8 @@ def initialize_np_factors(chunks: list[GPTModel], seed: int) -> None:
     for chunk in chunks:
         parameters = [p for module in np_modules([chunk]).values() for p in module.parameters()]
         for parameter in parameters:
-            # Some factors start at zero (the affine constants, and the output factors of `conservative`), and
-            # `initialize_parameters` does not change those.
+            # Some factors start at zero: the affine constants and, with np_init_strategy `conservative`, the output
+            # factors. `initialize_parameters` leaves these unchanged.
             parameter.zero_()
         config = chunk.config
         initialize_parameters(chunk, seed, config.init_method_std, config.num_layers, only=parameters)
@@ -60,7 +62,7 @@ def attach(chunks: list[GPTModel], settings: NPTModuleConfig, tensors: Mapping[s
     Args:
         chunks: this rank's model chunks, unwrapped, without NP components.
         settings: the configuration of the NP components.
-        tensors: their factors, as returned by `gather_np_factors`.
+        tensors: the factors of the NP components, as returned by `gather_np_factors`.
 
     Raises:
         ValueError: the settings or the factors do not fit the model.

@@ -1,9 +1,11 @@
-"""Converts a model's NP components to plain, whole tensors and back, in any parallel layout.
+"""Converts the NP factors of a model to whole tensors and back, in any parallel layout.
 
-    layer_{i}_np.{target}.{name}            i from 0 over the whole model; names and shapes as in `modulation`
-    layer_{i}_np.{target}.{name}.{k}        with several components: one tensor for each component k
+The NP factors are the trained parameters of NPT layers, described in `modulation`. Each tensor has one of these keys:
 
-The factor c_a of one component is a vector; every other factor is a matrix.
+    layer_{i}_np.{target}.{name}            i is the layer's index in the whole model, from 0
+    layer_{i}_np.{target}.{name}.{k}        if a target has several components: one tensor for each component k
+
+The factor c_a of a component is a vector; every other factor is a matrix.
 """
 
 from collections.abc import Iterator
@@ -18,15 +20,15 @@ from megatron_ext.npt.modules.npt_layers import np_modules
 from megatron_ext.platform.collectives import merge_over_ranks
 
 _ROWS = ("B", "W_a_up", "W_b_up", "c_a")
-"""Factors whose components are concatenated along dimension 0; all other factors use dimension 1."""
+"""Factors whose components are concatenated along dimension 0; those of all other factors, along dimension 1."""
 _SHOWN = 5
-"""Largest number of differences of one kind that an error message lists."""
+"""An error message lists at most this many differences of each kind."""
 
 
 def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
-    """Returns all NP factors of the model, as whole tensors by key, on the CPU of every rank.
+    """Returns all NP factors of the model, as whole tensors by key; every rank gets all of them, on the CPU.
 
-    Collective over tensor- and pipeline-parallel ranks; `chunks` are this rank's model chunks, unwrapped.
+    Collective over tensor- and pipeline-parallel ranks. `chunks` are this rank's model chunks, unwrapped.
     """
     local = {
         key: tensor.cpu().clone()
@@ -45,7 +47,7 @@ def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) ->
         tensors: the whole factors by key.
 
     Raises:
-        ValueError: a key is missing or unknown, or a tensor has another shape. The message lists the differences, and
+        ValueError: a key is missing or unknown, or a tensor has the wrong shape. The message lists the differences, and
             nothing is loaded.
     """
     places = {
@@ -70,7 +72,7 @@ def _parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, Modulation, str, 
 def _components(
     key: str, part: Modulation, name: str, factor: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields, for each component of a factor, its key and a view of its values."""
+    """Yields the key of each component of a factor, and a view of the component's values."""
     count = part.settings.num_np_components
     for number, view in enumerate(factor.chunk(count, dim=0 if name in _ROWS else 1)):
         yield key if count == 1 else f"{key}.{number}", view.squeeze(0) if name == "c_a" else view
@@ -87,7 +89,7 @@ def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:
 
 def _split_dim(part: Modulation, name: str, place: torch.Tensor) -> int | None:
     """Returns the dimension along which a component is split over the ranks, or None."""
-    # For c_a, a vector, `split_dims` names the dimension of the matrix of all components.
+    # `split_dims` refers to the factor of all components, a matrix; the c_a of one component is a vector.
     return min(part.split_dims[name], place.dim() - 1) if name in part.split_dims else None
 
 
@@ -120,7 +122,7 @@ def _check(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...
     differences = {
         "missing": sorted(expected.keys() - found.keys()),
         "unknown": sorted(found.keys() - expected.keys()),
-        "of another shape": shapes,
+        "of the wrong shape": shapes,
     }
     texts = [f"{kind}: {_listed(items)}" for kind, items in differences.items() if items]
     if texts:

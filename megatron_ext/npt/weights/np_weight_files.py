@@ -1,11 +1,11 @@
-"""Files of NP weights: tensors, and the configuration with which they were made.
+"""Reads and writes the files of NP weights: the factors, and the NPT configuration of the run that trained them.
 
-    npt_weights.pt             torch's format, {key: tensor}; loaded with weights_only
-    npt_weights.safetensors    the same, with the configuration in its metadata
+    npt_weights.pt             the factors in torch's format, {key: tensor}; loaded with `weights_only`
+    npt_weights.safetensors    the same factors, with the configuration in the file's metadata
     config.json                the configuration: NPT's settings under "np", and entries that the caller adds
 
 The keys are those of `np_factors`. The .pt files described in docs/design/npt_sequential.md and
-docs/design/npt_curriculum.md differ only in the names of the factors.
+docs/design/npt_curriculum.md differ from these only in the names of the factors.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 STEM, CONFIG = "npt_weights", "config.json"
 WEIGHTS = f"{STEM}.pt"
 _FREE = frozenset({"np_init_scale", "np_init_strategy", "freeze_base", "npt_layers"})
-"""Settings that do not affect the meaning of the weights; the layers are part of the keys."""
+"""Settings that do not affect what the weights compute. The layers are among them because the keys contain them."""
 
 
 def write_np_weights(
@@ -35,14 +35,14 @@ def write_np_weights(
     more: Mapping[str, Any] | None = None,
     stem: str = STEM,
 ) -> None:
-    """Writes the three files atomically, each by a rename.
+    """Writes the three files; each is written under another name first and then renamed, so that it is never partial.
 
     Args:
         folder: an existing directory.
         tensors: the factors, as returned by `gather_np_factors`.
         settings: NPT's configuration.
-        more: further entries of `config.json`.
-        stem: the weight files are `{stem}.pt` and `{stem}.safetensors`.
+        more: further entries for `config.json`.
+        stem: name of the weight files without suffix; they are `{stem}.pt` and `{stem}.safetensors`.
 
     Raises:
         OSError: a file could not be written.
@@ -61,7 +61,7 @@ def write_np_weights(
 
 
 def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Tensor]:
-    """Reads NP weights, and checks that they were made with the same settings, if their configuration is known.
+    """Reads NP weights and, if their configuration is known, checks that it agrees with `settings`.
 
     Args:
         path: a `.pt` or `.safetensors` file.
@@ -69,7 +69,7 @@ def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Ten
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file does not contain NP weights, or they were made with another form, target, scale, ...
+        ValueError: the file does not contain NP weights, or their form, target, scale, ... differ from `settings`.
     """
     tensors, config = read_np_weight_file(path)
     if config is not None:
@@ -78,10 +78,10 @@ def read_np_weights(path: str, settings: NPTModuleConfig) -> dict[str, torch.Ten
 
 
 def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleConfig) -> None:
-    """Checks that NP weights have the same meaning with both configurations.
+    """Checks that NP weights compute the same with the stored configuration and with the current settings.
 
     Raises:
-        ValueError: the meanings differ; the message names `path` and the differences.
+        ValueError: a setting that matters differs; the message names `path` and the differences.
     """
     ours, theirs = (group_to_dict(config) for config in (settings, stored))
     differences = [
@@ -91,12 +91,12 @@ def check_same_meaning(path: str, stored: NPTModuleConfig, settings: NPTModuleCo
     ]
     if differences:
         raise ValueError(
-            f"{path}: the NP weights were made with another configuration: {'; '.join(differences)}"
+            f"{path}: the NP weights were trained with another configuration: {'; '.join(differences)}"
         )
 
 
 def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleConfig | None]:
-    """Reads the tensors of a file, and their configuration from the file or from `config.json` in its directory.
+    """Reads the tensors of a file, and their configuration from the same file or from `config.json` beside it.
 
     Raises:
         OSError: the file cannot be read.
@@ -107,7 +107,7 @@ def read_np_weight_file(path: str) -> tuple[dict[str, torch.Tensor], NPTModuleCo
 
 
 def read_np_settings(path: str) -> NPTModuleConfig | None:
-    """Reads only the configuration, from the same places as `read_np_weight_file`; None if there is none."""
+    """Reads only the configuration, from the file or from `config.json` beside it; None if neither contains one."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -120,12 +120,12 @@ def read_np_settings(path: str) -> NPTModuleConfig | None:
 def _read_pt(file: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler meets
-        raise ValueError(f"{file}: not a file of tensors ({type(error).__name__})") from None
+    except Exception as error:  # torch may raise any type of error from a damaged file
+        raise ValueError(f"{file}: cannot be read as a file of tensors ({type(error).__name__})") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(value, torch.Tensor) for value in tensors.values()
     ):
-        raise ValueError(f"{file}: does not contain a dictionary of named tensors")
+        raise ValueError(f"{file}: must contain a dictionary of named tensors")
     return tensors
 
 
@@ -146,4 +146,4 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"{file}: damaged, not safetensors ({error})") from None
+        raise ValueError(f"{file}: cannot be read as a safetensors file ({error})") from None

@@ -1,7 +1,7 @@
-"""Resumes an NPT run with its stored configuration, or with other layers.
+"""Resumes an NPT run with the configuration stored in its checkpoint, or with other layers.
 
---additional-steps N      N more steps with the configuration of the run; flags that are given override it
---allow-layer-mismatch    with other --npt-layers: the NP weights of common layers are loaded
+--additional-steps N      trains N more steps with the stored configuration; flags on the command line override it
+--allow-layer-mismatch    allows other --npt-layers than the stored ones; NP weights of common layers are loaded
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _EXCLUSIVE = (
     ("data_path", "train_data_path", "valid_data_path", "test_data_path"),
     ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
 )
-"""Groups of mutually exclusive flags: if one is given, all stored values of its group are ignored."""
+"""Groups of mutually exclusive flags: if the user gives one flag, all stored values of its group are ignored."""
 
 _OF_THE_PAST = (
     "base_checkpoint",
@@ -39,18 +39,18 @@ _OF_THE_PAST = (
     "dry_run",
     "skip_train",
 )
-"""Flags of the earlier command that a resumed run does not repeat; the checkpoint itself names its base."""
+"""Flags of the earlier command that do not apply to a resumed run; its base is the one that the checkpoint names."""
 
 
 def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the defaults of a run with `--additional-steps`: the configuration of the checkpoint's run.
+    """Returns the defaults of a run with `--additional-steps`: the configuration of the run that wrote the checkpoint.
 
-    The curriculum stays that of the checkpoint's run, even if its stages depended on the run's length.
+    The curriculum is that of the earlier run, even if the length of its stages depended on the length of that run.
 
     Args:
         folder: the checkpoint's directory.
-        stored: the checkpoint's `run_config`.
-        given: the fields set by the user, name to value; includes `additional_steps`.
+        stored: the `run_config` in the checkpoint.
+        given: maps the name of each field set by the user to its value; includes `additional_steps`.
 
     Raises:
         ValueError: `--additional-steps` is less than 1 or contradicts another flag, or the checkpoint is not that of an
@@ -65,7 +65,9 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
                 f"--additional-steps {steps}: cannot be given together with {flag_name(name)} {given[name]}"
             )
     if "npt" not in stored:
-        raise ValueError(f"--additional-steps {steps}: {folder} contains no NPT run that can be resumed")
+        raise ValueError(
+            f"--additional-steps {steps} requires the checkpoint of an NPT run, but {folder} is not one"
+        )
     left_out = {*_OF_THE_PAST, *(n for group in _EXCLUSIVE if given.keys() & set(group) for n in group)}
     sections = {
         section: {name: value for name, value in stored[section].items() if name not in left_out}
@@ -79,19 +81,19 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def resolved_layers(module: NPTModuleConfig, num_layers: int) -> str:
-    """Returns `--npt-layers` as numbers, so that `upper_half` equals a list of the same layers."""
+    """Returns `--npt-layers` as numbers, so that `upper_half` and a list of the same layers compare as equal."""
     return ",".join(map(str, module.layers(num_layers)))
 
 
 def loads_what_fits(
     training: NPTTrainingConfig, module: NPTModuleConfig, stored: Mapping[str, Any], folder: Path
 ) -> bool:
-    """Returns whether a run's NPT layers differ from those of the checkpoint it resumes; rank 0 prints a warning.
+    """Returns whether the run's NPT layers differ from the checkpoint's; if they do, rank 0 prints a warning.
 
     Args:
         training: the run's training configuration.
-        module: the run's NP components, with layers as numbers.
-        stored: the `run_config` of the checkpoint, which is that of an NPT run.
+        module: the configuration of the run's NP components, with layers as numbers.
+        stored: the `run_config` in the checkpoint, written by an NPT run.
         folder: the checkpoint's directory.
 
     Raises:
@@ -105,7 +107,7 @@ def loads_what_fits(
         return False
     names = {"ours": ours, "theirs": theirs, "both": [n for n in ours if n in theirs]}
     shown = {name: ",".join(map(str, layers)) for name, layers in names.items()}
-    message = f"--npt-layers {shown['ours']}: the checkpoint {folder} was made with {shown['theirs']}"
+    message = f"--npt-layers {shown['ours']}: the checkpoint {folder} has NPT layers {shown['theirs']}"
     if not training.allow_layer_mismatch:
         raise ValueError(f"{message}; add --allow-layer-mismatch to load the common layers")
     if not names["both"]:

@@ -1,13 +1,15 @@
-"""Writes the files described in docs/design/npt_curriculum.md, to every NPT checkpoint and finally to `final/`.
+"""Writes the files described in docs/design/npt_curriculum.md into every NPT checkpoint.
 
-    npt_weights.pt          all NP factors, whole, under the keys of `np_factors`
+At the end of a run, `npt_weights.pt` and `config.json` are also written to `final/`.
+
+    npt_weights.pt          all NP factors as whole tensors, under the keys of `np_factors`
     training_state.pt       global_step, batch_count, optimizer_state_dict, scheduler_state_dict, scaler_state_dict
     multi_layer_state.pt    layers_to_train, curriculum_schedule, current_stage_index, layer_weights, teacher_cache
     config.json             the run's whole configuration; NPT's settings under "np"
 
-These files are for people and other programs: tensors and plain values, loaded with weights_only. A resumed run reads
-the files of `checkpoint_files` in the same directory instead. Only those contain Adam's moments, in shards;
-`optimizer_state_dict["state"]` lists their names.
+These files are for people and other programs: they contain only tensors and plain values, and load with `weights_only`.
+A resumed run does not read them, but the files of `checkpoint_files` in the same directory. Only those contain Adam's
+moments, as sharded tensors; `optimizer_state_dict["state"]` lists the names of these tensors.
 """
 
 import json
@@ -41,14 +43,14 @@ def write_state_files(
     state: Mapping[str, Any],
     multi_layer: Mapping[str, Any],
 ) -> None:
-    """Writes the four files; collective.
+    """Writes the four files described at the top of this module; collective.
 
     Args:
-        folder: the checkpoint's directory while it is being written.
+        folder: the temporary directory in which the checkpoint is being written.
         chunks: this rank's model chunks, unwrapped.
         settings: NPT's configuration.
-        state: the run's state, as in `Family.write_files`.
-        multi_layer: result of `multi_layer_state`.
+        state: the run's state, as passed to `Family.write_files`.
+        multi_layer: the result of `multi_layer_state`.
     """
     tensors = gather_np_factors(chunks)
 
@@ -65,10 +67,11 @@ def write_state_files(
 def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of `training_state.pt`, as plain values.
 
-    `batch_count` is the number of micro-batches of one data-parallel rank, in units of the current micro-batch size.
+    `batch_count` is the number of micro-batches that one data-parallel rank has processed, if all of them had the
+    current micro-batch size.
 
     Args:
-        state: the run's state, as in `Family.write_files`.
+        state: the run's state, as passed to `Family.write_files`.
     """
     progress, run = state["progress"], state["run_config"]
     cut, optimizer = state["cut"], run.get("optimizer", {})
@@ -96,7 +99,7 @@ def training_state(state: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
         "scheduler_state_dict": dict(state["scheduler"]),
-        # The state of a disabled torch GradScaler: fp32 and bf16 need no loss scale.
+        # Empty, like the state of a disabled torch GradScaler: fp32 and bf16 need no loss scale.
         "scaler_state_dict": {},
         "consumed_samples": progress["consumed_samples"],
         "skipped_steps": progress["skipped_steps"],
@@ -112,7 +115,7 @@ def multi_layer_state(
         weights: maps the index of each NPT layer to the weight of its losses.
         stages: the curriculum.
         cache: the teacher's cache on this rank.
-        iteration: number of the last step; the stored stage is that of the next step, where a resumed run begins.
+        iteration: number of the last step. The stored stage is that of the next step, with which a resumed run begins.
     """
     return {
         "layers_to_train": sorted(weights),
@@ -138,12 +141,12 @@ def multi_layer_state(
 
 
 def write_final(config: NPTRunConfig, chunks: list[GPTModel], progress: TrainingProgress) -> None:
-    """Writes `final/` atomically into the directory of `--save`; does nothing without `--save`. Collective.
+    """Writes the directory `final/` atomically into that of `--save`; without `--save`, does nothing. Collective.
 
     Args:
         config: the run's configuration.
         chunks: this rank's model chunks, unwrapped.
-        progress: how far the run has come.
+        progress: the number of completed steps and consumed samples.
 
     Raises:
         OSError: the files could not be written; raised on every rank.
@@ -159,15 +162,16 @@ def write_final(config: NPTRunConfig, chunks: list[GPTModel], progress: Training
 def replace_final(
     root: Path, tensors: Mapping[str, torch.Tensor], settings: NPTModuleConfig, more: Mapping[str, Any]
 ) -> None:
-    """Writes `final/` atomically; call on one rank.
+    """Writes the directory `final/` atomically; call this on one rank only.
 
     Args:
-        root: the directory of checkpoints.
+        root: the directory that contains the checkpoints, and will contain `final/`.
         tensors: the NP factors.
         settings: NPT's configuration.
-        more: further entries of its `config.json`.
+        more: further entries for `final/config.json`.
     """
-    # The hidden directories are named like those of a killed save, so that the next save removes or restores them.
+    # The temporary directories are named like those of an interrupted save, so that the next save removes or restores
+    # them.
     writing, replaced, final = (
         root / f"{prefix}{files.FINAL}" for prefix in (files.WRITING, files.REPLACED, "")
     )
@@ -176,7 +180,7 @@ def replace_final(
             shutil.rmtree(leftover)
     writing.mkdir(parents=True)
     write_np_weights(writing, tensors, settings, more)
-    files.digests(writing, [path.name for path in writing.iterdir()])  # flushes them to the disk
+    files.digests(writing, [path.name for path in writing.iterdir()])  # also flushes the files to the disk
     if final.exists():
         final.rename(replaced)
     writing.rename(final)

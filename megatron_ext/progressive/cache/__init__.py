@@ -1,1 +1,1 @@
-"""The frozen trunk, and the cache of its outputs."""
+"""The frozen trunk (the layers trained earlier), and the cache of its outputs."""

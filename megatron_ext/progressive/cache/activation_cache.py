@@ -1,18 +1,20 @@
 """The activation cache: stores a frozen trunk's output for each sample, so that later epochs need not run the trunk.
 
+The trunk is the layers below the stack that is trained. The key of an entry is
+
     key = digest(fingerprint of the trunk, the trunk's inputs for the sample: masked tokens, positions, time step)
 
-A key identifies (sample, masks, trunk). Other weights, masks or data give other keys, so no entry can be out of date. A
-training step always starts at the end of the trunk, from cached hidden states or from those of a separate forward pass
-of the trunk. The losses are equal to the bit in both cases, and also without a cache.
+A key identifies the sample, its masks and the trunk. Other weights, masks or data give other keys, so no entry can be
+out of date. A training step always starts at the end of the trunk, from cached hidden states or from those of a
+separate forward pass of the trunk. The losses are equal to the bit in both cases, and also without a cache.
 
-The pipeline stage with the first layer above the trunk stores that layer's input; each of its tensor-parallel ranks
-stores its own copy or part. A micro-batch is a hit if all ranks of a model-parallel group have all its samples. A cache
-in memory contains only what its own process has stored; a cache on disk also contains what other processes and
-earlier runs have stored.
+The pipeline stage that holds the first layer above the trunk stores that layer's input; each of its tensor-parallel
+ranks stores its own copy or part. A micro-batch is a hit if all ranks of a model-parallel group have all its samples. A
+cache in memory contains only what its own process has stored; a cache on disk also contains what other processes and
+earlier runs have stored. A cache on disk has these files:
 
     cache_dir/cache.json                      identifies the run to which the cache belongs
-    cache_dir/{fingerprint}/tp{rank}/*        see `activation_store`; directories of other trunks are removed
+    cache_dir/{fingerprint}/tp{rank}/*        the entries, see `activation_store`; those of other trunks are removed
 """
 
 import json
@@ -48,10 +50,10 @@ _log = logging.getLogger(__name__)
 
 
 def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]) -> None:
-    """Checks that `--cache-dir` is missing, empty, or a cache of the same run; changes nothing.
+    """Checks that `--cache-dir` does not exist, is empty, or contains a cache of the same run; changes nothing.
 
     Args:
-        config: its `cache_dir` is the directory to check.
+        config: the configuration whose `cache_dir` is checked.
         identity: JSON values that tell the caches of different runs apart.
 
     Raises:
@@ -63,12 +65,12 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not directory.is_dir():
-        raise ValueError(f"--cache-dir {directory}: not a directory")
+        raise ValueError(f"--cache-dir {directory}: must be a directory, but is a file")
     try:
         found = json.loads((directory / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"--cache-dir {directory}: not empty, and not an activation cache; pass an empty directory"
+            f"--cache-dir {directory}: must be empty or an activation cache; pass another directory"
         ) from None
     expected = json.loads(json.dumps(identity))
     for name in sorted(found.keys() | expected.keys()):
@@ -80,13 +82,13 @@ def check_cache_directory(config: ProgressiveConfig, identity: Mapping[str, Any]
 
 
 class ActivationCache(FrozenForward):
-    """The activation cache of one phase, that is, of one trunk."""
+    """The activation cache of one phase of training; in a phase, the trunk stays the same."""
 
     def __init__(self, config: ProgressiveConfig, *, trunk_layers: int, identity: Mapping[str, Any]) -> None:
         """Args:
-        config: location of the cache, and its size limit per process.
-        trunk_layers: number of trunk layers; the trunk is the first layers of the model.
-        identity: see `check_cache_directory`; part of the fingerprint.
+        config: contains the directory of the cache, and its size limit per process.
+        trunk_layers: number of layers of the trunk, which are the model's first layers.
+        identity: values that tell the caches of different runs apart; also part of the fingerprint.
 
         Raises:
             ValueError: the directory belongs to another run.
@@ -104,7 +106,7 @@ class ActivationCache(FrozenForward):
     def prepare(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch]
     ) -> Iterable[Batch]:
-        """Adds the trunk's output to the micro-batches, and makes the model start from that output.
+        """Adds the trunk's output to the micro-batches, and makes the model start from this output.
 
         Args:
             chunks: this rank's model chunks, unwrapped.
@@ -112,7 +114,7 @@ class ActivationCache(FrozenForward):
             batches: the micro-batches of a step, on the device.
 
         Raises:
-            ValueError: a part of the trunk is trainable.
+            ValueError: a parameter of the trunk is trainable.
         """
         holds = any(self._layers in chunk.stage.layer_numbers for chunk in chunks)
         self._follow_trunk(chunks, families, holds, batches[0]["tokens"].size(1))
@@ -133,7 +135,7 @@ class ActivationCache(FrozenForward):
         return [_with(batch, value) for batch, value in zip(batches, found, strict=True)]
 
     def release(self, chunks: list[GPTModel]) -> None:
-        """Makes the model run all its layers again, for evaluations."""
+        """Makes the model run all its layers again, as evaluations require."""
         for chunk in chunks:
             chunk.run_layers()
 
@@ -144,10 +146,7 @@ class ActivationCache(FrozenForward):
         self._store, self._version, self._fingerprint = None, None, b""
 
     def values(self) -> dict[str, float]:
-        """Returns `cache/hit_rate` of the micro-batches since the last call, and `cache/bytes`, over all processes.
-
-        Collective.
-        """
+        """Returns the hit rate since the last call, and the size in bytes, both over all processes. Collective."""
         sums = torch.tensor(
             [self.hits, self.misses, 0 if self._store is None else self._store.size],
             dtype=torch.float64,
@@ -159,7 +158,7 @@ class ActivationCache(FrozenForward):
         return {"cache/hit_rate": hits / max(1.0, hits + misses), "cache/bytes": size}
 
     def _follow_trunk(self, chunks: list[GPTModel], families: list[Family], holds: bool, length: int) -> None:
-        """Opens the store of the current trunk: in the first step, and again if a weight of the trunk has changed."""
+        """Opens the store for the current trunk: in the first step, and again if a weight of the trunk has changed."""
         version = trunk_version(chunks, self._layers)
         same = torch.tensor([version == self._version], dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
@@ -175,7 +174,7 @@ class ActivationCache(FrozenForward):
             self._open(holds, (rows, config.hidden_size), config.params_dtype)
 
     def _open(self, holds: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Opens a store in memory or on disk. Collective."""
+        """Opens a new store, in memory or on disk. Collective."""
         if isinstance(self._store, DiskStore):
             self._store.close()
         self._store = MemoryStore(self._max_bytes if self._directory is None else 0)
@@ -183,8 +182,8 @@ class ActivationCache(FrozenForward):
             on_every_rank(lambda: self._open_directory(holds, shape, dtype))
 
     def _open_directory(self, holds: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Opens this rank's store if it `holds` the layer above the trunk; a disk error only disables the cache."""
-        # All ranks claim the directory and clean it up, because hosts may have separate disks.
+        """Opens this rank's store if it `holds` the layer above the trunk. A disk error only disables the cache."""
+        # All ranks write the identity file and clean the directory up, because hosts may have separate disks.
         assert self._directory is not None
         rank = parallel_state.get_tensor_model_parallel_rank()
         directory = self._directory / self._fingerprint.hex() / f"tp{rank}"
@@ -196,7 +195,7 @@ class ActivationCache(FrozenForward):
             _log.warning("activation cache: %s; continuing without a cache", describe(error))
 
     def _claim_directory(self) -> None:
-        """Writes the identity file, and removes the files of earlier trunks."""
+        """Writes the file that identifies the run, and removes the entries of earlier trunks."""
         assert self._directory is not None
         self._directory.mkdir(parents=True, exist_ok=True)
         identity = self._directory / IDENTITY_FILE
@@ -257,11 +256,12 @@ class ActivationCache(FrozenForward):
     def _through_pipeline(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch], hits: list[bool]
     ) -> dict[int, torch.Tensor]:
-        """Runs the trunk on the micro-batches that were not in the cache; returns its outputs by micro-batch index."""
+        """Runs the trunk on the micro-batches that are not in the cache; returns its outputs by micro-batch index."""
         chosen = [place for place, hit in enumerate(hits) if not hit]
         if not chosen:
             return {}
-        # The interleaved schedule requires that the number of micro-batches is a multiple of the number of stages.
+        # The interleaved schedule requires that the number of micro-batches is a multiple of the number of stages. To
+        # reach it, some cached micro-batches run again.
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         chosen += [place for place, hit in enumerate(hits) if hit][: -len(chosen) % stages]
         outputs = run_trunk(chunks, families, [batches[place] for place in chosen], self._layers)

@@ -3,13 +3,14 @@
 A store maps a key of 16 bytes to a tensor; all tensors of a store have the same shape and dtype. Storage errors never
 end a run: a tensor that cannot be stored or read counts as missing, and the reason is logged once.
 
-On disk, every process appends to its own two files, and reads the files of all processes in the directory:
+On disk, every process appends to two files of its own, whose name `writer` is unique, and reads the files of all
+processes in the directory:
 
     {writer}.data     the tensors, one after the other
     {writer}.index    a record of 32 bytes per tensor: key, place, checksum of the tensor, checksum of the record
 
-A record is written after its tensor. So a killed process leaves only complete tensors, and perhaps an incomplete last
-record, which is skipped. Every read compares the tensor with its checksum.
+A record is written after its tensor. So if a process is killed, every complete record belongs to a complete tensor; an
+incomplete last record is skipped. Every read compares the tensor with its checksum.
 """
 
 import fcntl
@@ -27,20 +28,20 @@ import torch
 _log = logging.getLogger(__name__)
 
 _RECORD = struct.Struct("<16sQII")
-"""Key, place, checksum of the tensor, checksum of the preceding fields."""
+"""The fields of a record: key, place, checksum of the tensor, checksum of these three fields."""
 
 
 class Store(Protocol):
     """Stores tensors of one shape by key."""
 
     size: int
-    """Number of bytes that this process has stored."""
+    """Size of the tensors that this process has stored, in bytes."""
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """Returns the tensor stored under a key; None if there is none."""
+        """Returns the tensor stored under a key; None if the key is missing."""
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Stores a tensor under a key if it fits into the size limit."""
+        """Stores a tensor under a key, unless the size limit would be exceeded."""
 
 
 class MemoryStore:
@@ -56,11 +57,11 @@ class MemoryStore:
         self._told = False
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """Returns the tensor stored under a key; None if there is none."""
+        """Returns the tensor stored under a key; None if the key is missing."""
         return self._values.get(key)
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Stores a copy of a tensor under a key if it fits into the size limit."""
+        """Stores a copy of a tensor under a key, unless the size limit would be exceeded."""
         if key in self._values:
             return
         if self.size + value.nbytes > self._max_bytes:
@@ -77,8 +78,8 @@ class DiskStore:
         self, directory: Path, writer: str, shape: tuple[int, ...], dtype: torch.dtype, max_bytes: int
     ) -> None:
         """Args:
-        directory: created if it is missing.
-        writer: name of this process's files, unique among processes.
+        directory: the directory of the files; created if it does not exist.
+        writer: name of this process's files; every process must have another name.
         shape: shape of every tensor.
         dtype: dtype of every tensor.
         max_bytes: size limit of this process's files.
@@ -96,12 +97,14 @@ class DiskStore:
         directory.mkdir(parents=True, exist_ok=True)
         self._data = os.open(directory / f"{writer}.data", os.O_RDWR | os.O_CREAT, 0o644)
         self._index = os.open(directory / f"{writer}.index", os.O_RDWR | os.O_CREAT, 0o644)
-        # Closes this process's files when called, or when the object is garbage-collected.
+        # `close` closes this process's files when it is called, or when the store is garbage-collected.
         self.close = weakref.finalize(self, _close, self._data, self._index)
         try:
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--cache-dir {directory}: another process is writing {writer}.data") from None
+            raise ValueError(
+                f"--cache-dir {directory}: another process is writing {writer}.data; pass another directory"
+            ) from None
         self._next = -(-os.fstat(self._data).st_size // self._bytes)
         records = os.fstat(self._index).st_size // _RECORD.size
         os.ftruncate(self._index, records * _RECORD.size)
@@ -109,7 +112,7 @@ class DiskStore:
         self._refresh()
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """Returns the tensor of a key that any process has written; None if it is missing or damaged."""
+        """Returns the tensor that any process has stored under a key; None if it is missing or damaged."""
         if key not in self._places:
             self._refresh()
         if key not in self._places:
@@ -121,12 +124,14 @@ class DiskStore:
             if not self._readers[writer].told:
                 self._readers[writer].told = True
                 path = self._directory / f"{writer}.data"
-                _log.warning("activation cache: %s is damaged; unreadable entries are recomputed", path)
+                _log.warning(
+                    "activation cache: %s is damaged; entries that cannot be read are computed again", path
+                )
             return None
         return torch.frombuffer(content, dtype=self._dtype).view(self._shape)
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Appends a tensor to this process's files if it fits into the size limit."""
+        """Appends a tensor to this process's files, unless the size limit would be exceeded."""
         if self._full or key in self._places:
             return
         if self.size + self._bytes > self._max_bytes:
@@ -141,7 +146,7 @@ class DiskStore:
         except OSError as error:
             self._full = True
             _log.warning(
-                "activation cache: %s: %s; no further entries are stored, missing ones are recomputed",
+                "activation cache: cannot write to %s (%s); no further entries are stored",
                 self._directory,
                 error.strerror or error,
             )
@@ -152,7 +157,7 @@ class DiskStore:
         self._readers.setdefault(self._writer, _Reader(self._directory, self._writer))
 
     def _refresh(self) -> None:
-        """Reads the records that processes have written since the last call."""
+        """Reads the records that all processes have written since the last call."""
         for path in sorted(self._directory.glob("*.index")):
             reader = self._readers.setdefault(path.stem, _Reader(self._directory, path.stem))
             for key, place, checksum in reader.new_records():
@@ -160,7 +165,7 @@ class DiskStore:
 
 
 class _Reader:
-    """Reads one writer's files."""
+    """Reads the two files of one process."""
 
     def __init__(self, directory: Path, writer: str) -> None:
         self._data = directory / f"{writer}.data"
@@ -206,7 +211,7 @@ def _close(*files: int) -> None:
 
 
 def _write(file: int, content: bytes | memoryview, offset: int) -> None:
-    """Writes the whole content, or raises `OSError`."""
+    """Writes the whole content at an offset; raises `OSError` if this fails."""
     view = memoryview(content).cast("B")
     while len(view):
         written = os.pwrite(file, view, offset)
@@ -215,7 +220,7 @@ def _write(file: int, content: bytes | memoryview, offset: int) -> None:
 
 def _tell_full(max_bytes: int) -> bool:
     _log.warning(
-        "activation cache: --cache-max-gb %.3g is reached; samples that do not fit are recomputed",
+        "activation cache: --cache-max-gb %.3g is reached; for samples that do not fit, the trunk runs in every epoch",
         max_bytes / 2**30,
     )
     return True

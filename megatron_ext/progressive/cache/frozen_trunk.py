@@ -1,8 +1,8 @@
-"""The frozen trunk for the activation cache: its tensors, its fingerprint, and a forward pass of the trunk alone.
+"""The frozen trunk, for the activation cache: its tensors, its fingerprint, and a forward pass of only the trunk.
 
-The trunk computes the input of layer k: embedding, the model families' additions to it, and layers 0 .. k - 1. Its
-fingerprint is a digest of all these weights, the adapters' scale, the precision and the configurations. It differs
-between parallel layouts.
+The trunk is the part of the model that computes the input of layer k: the embedding, what model families add to the
+embedding, and layers 0 to k - 1. Its fingerprint is a digest of all its weights, the adapters' scale, the precision and
+the configurations. Other parallel layouts give other fingerprints.
 """
 
 import json
@@ -25,11 +25,11 @@ _ABOVE = ("decoder.final_layernorm.", "output_layer.")
 
 
 def trunk_tensors(chunks: Iterable[GPTModel], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every trunk tensor on this rank with its name; layer numbers in names count over the whole model.
+    """Yields the name and the value of each trunk tensor on this rank; the names contain whole-model layer numbers.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        layers: k, the number of the trunk's layers.
+        layers: k, the number of layers in the trunk.
     """
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
@@ -54,7 +54,7 @@ def check_frozen(chunks: Iterable[GPTModel], layers: int) -> None:
     for name, tensor in trunk_tensors(chunks, layers):
         if tensor.requires_grad:
             tied = name == "embedding.word_embeddings.weight"
-            hint = "; untie the embedding from the head, and freeze it" if tied else ""
+            hint = "; pass --untie-embeddings-and-output-weights and freeze the embedding" if tied else ""
             raise ValueError(
                 f"trunk parameter {name} is trainable, but --cache-activations requires a frozen trunk{hint}"
             )
@@ -72,21 +72,23 @@ def without_dropout(chunks: Iterable[GPTModel], layers: int) -> None:
 
 def trunk_version(chunks: Iterable[GPTModel], layers: int) -> int:
     """Returns a number that changes whenever a tensor of the trunk is modified in place."""
-    # torch counts the in-place changes of every tensor, so this is much cheaper than the fingerprint.
+    # torch counts the in-place changes of every tensor; reading the count is much cheaper than the fingerprint.
     return sum(tensor._version for _, tensor in trunk_tensors(chunks, layers))
 
 
 def trunk_fingerprint(
     chunks: list[GPTModel], families: list[Family], layers: int, identity: Mapping[str, Any]
 ) -> bytes:
-    """Returns a 16-byte digest, equal only for trunks that compute equal values; collective over model-parallel ranks.
+    """Returns a 16-byte digest that differs for trunks that compute different values.
+
+    Collective over the model-parallel ranks.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
-        families: all model families of the run; their configurations are part of the digest, except fields that may
-            change on resume.
-        layers: k, the number of the trunk's layers.
-        identity: further values on which the output depends, as JSON values.
+        families: all model families of the run. Their configurations are part of the digest, except for fields that may
+            change when a run is resumed.
+        layers: k, the number of layers in the trunk.
+        identity: further JSON values on which the trunk's output depends.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     local = {(name, rank): digest([tensor]) for name, tensor in trunk_tensors(chunks, layers)}
@@ -118,7 +120,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _fixed(configuration: Mapping[str, Any], free: Container[str]) -> dict[str, Any]:
-    """Returns a model family's configuration without the keys in `free`, which may change on resume."""
+    """Returns a model family's configuration without the keys in `free`, which may change when a run is resumed."""
     return {
         name: _fixed(value, free) if isinstance(value, Mapping) else value
         for name, value in configuration.items()
@@ -134,12 +136,11 @@ def run_trunk(
     Args:
         chunks: this rank's model chunks, unwrapped.
         families: all model families of the run.
-        batches: micro-batches on the device; with pipeline parallelism, their number must be one that the schedule
-            supports.
-        layers: k, the number of the trunk's layers.
+        batches: micro-batches on the device; the pipeline schedule must support their number.
+        layers: k, the number of layers in the trunk.
 
     Returns:
-        The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h] under sequence parallel), on the stage that
+        The input of layer k for every micro-batch, [s, b, h] ([s/t, b, h] with sequence parallelism), on the stage that
         holds this layer; an empty list on other stages.
     """
     above = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 == layers]

@@ -1,1 +1,1 @@
-"""Racks, stacks and phases, and the initial weights of new stacks."""
+"""Growing a model: its stacks, the phases of training, what each phase trains, and a new stack's initial weights."""

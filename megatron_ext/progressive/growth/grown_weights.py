@@ -1,15 +1,17 @@
 """Grows a model: loads the trunk from the smaller model's checkpoint, and initializes the new layers.
 
-Tensors are read through the sharded state dict by their global names, with each layer's number in the smaller model. So
-layers may move to other pipeline stages, and the parallel layout may change.
+The trunk is the model before it grows. Its tensors are read from the sharded state dict by global name, with each
+layer's number in the smaller model. So layers may move to other pipeline stages, and the parallel layout may change.
 
-    random       initialized randomly, with a seed for each stack
+The new layers' initial weights depend on --growth-init:
+
+    random       initialized randomly, with another seed for each stack
     copy         copies of the neighbouring stack's layers, in order (repeated if the new stack has more layers)
-    interleave   copies of layers distributed over the whole trunk: layer j of n from trunk layer floor(j L / n)
-    zero         as random, but the output projections of attention and MLP are zero, so the new layers add nothing
+    interleave   copies of layers distributed over the trunk: layer j of n is a copy of trunk layer floor(j L / n)
+    zero         like random, but the output projections of attention and MLP are zero, so the new layers add nothing
 
 A copied layer computes the same function as its source: the source's adapters are added to the copied weights, and the
-new layer's own adapters start at zero. Parameters keep their optimizer state; new parameters have none.
+new layer's own adapters start at zero. The trunk's parameters keep their optimizer state; new parameters have none.
 """
 
 import re
@@ -41,13 +43,13 @@ _OUTPUT_PROJECTIONS = (LINEARS[1], LINEARS[3])
 
 
 def layer_of_name(name: str) -> int | None:
-    """Returns the layer number in a tensor's global name; None if the name has none."""
+    """Returns the layer number in a tensor's global name; None if the name contains no layer."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
 def renamed(name: str, sources: Mapping[int, int]) -> str | None:
-    """Returns a global name with the layer's number in the checkpoint; None if `sources` does not have the layer."""
+    """Returns the global name of a tensor in the checkpoint; None if its layer is not in `sources`."""
     layer = layer_of_name(name)
     if layer is None:
         return name
@@ -58,15 +60,15 @@ def renamed(name: str, sources: Mapping[int, int]) -> str | None:
 
 @torch.no_grad()
 def read_trunk(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> None:
-    """Loads the weights that a model has in common with a checkpoint; collective.
+    """Loads the weights that a model and the checkpoint of its trunk have in common; collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, without packed weights.
+        chunks: this rank's model chunks, unwrapped, without packed weights.
         folder: the checkpoint's directory.
-        sources: maps the number of each layer that the checkpoint has to its number in the checkpoint.
+        sources: maps the number of each trunk layer in the model to its number in the checkpoint.
 
     Raises:
-        ValueError: the checkpoint is damaged, a tensor is missing, or a tensor has another shape.
+        ValueError: the checkpoint is damaged, a tensor is missing, or a tensor has the wrong shape.
     """
     tensors.verify(folder)
     _read_layers(chunks, folder, sources, everything=True)
@@ -81,14 +83,14 @@ def start_new_layers(
     trunk_settings: SettingsByLayer,
     how: GrowthInit,
 ) -> None:
-    """Sets the initial weights of the newest stack's layers, which are already initialized randomly; collective.
+    """Sets the initial weights of the newest stack's layers, which must already be initialized randomly; collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, without packed weights.
+        chunks: this rank's model chunks, unwrapped, without packed weights.
         folder: directory of the trunk's checkpoint, already verified.
-        rack: the model's stacks.
-        trunk: the checkpoint's stacks.
-        trunk_settings: the checkpoint's settings by layer, which name the adapters.
+        rack: the stacks of the model.
+        trunk: the stacks of the checkpoint.
+        trunk_settings: the settings of the checkpoint's layers, by number; they name the adapters.
         how: the initialization; see the top of this file.
     """
     new = rack.layers_of(rack.newest.index)
@@ -123,7 +125,7 @@ def _sources(rack: Rack, trunk: Rack, how: str) -> dict[int, int]:
 
 
 def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
-    """Splits `sources` into parts in which no source occurs twice."""
+    """Splits `sources` into parts; within each part, no source layer occurs twice."""
     # One read of a checkpoint cannot load the same tensor into two parameters.
     rounds: list[dict[int, int]] = []
     for layer, source in sources.items():
@@ -136,14 +138,14 @@ def _rounds(sources: Mapping[int, int]) -> list[dict[int, int]]:
 
 
 def _name_in_trunk(sources: Mapping[int, int]) -> Callable[[str], str]:
-    """Returns a function from global names to names in the checkpoint; new layers get names that do not occur there."""
+    """Returns a function from global names to names in the checkpoint; it gives new layers names that are not there."""
     return lambda name: renamed(name, sources) or f"{_NEW}{name}"
 
 
 def _read_layers(
     chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], *, everything: bool
 ) -> None:
-    """Reads layers as `sources` maps them; with `everything` also adapters and parameters outside of layers."""
+    """Reads the layers in `sources`; with `everything`, also adapters and parameters that belong to no layer."""
 
     def wanted(name: str, _: torch.Tensor, stored: Container[str]) -> bool:
         if name.startswith(_NEW):
@@ -160,7 +162,7 @@ def _read_layers(
 def _add_deltas(
     chunks: list[GPTModel], folder: Path, sources: Mapping[int, int], plan: SettingsByLayer
 ) -> None:
-    """Adds the adapters of the source layers to the weights of the copies."""
+    """Adds what the adapters of each source layer contribute to the copied weights."""
     metadata = ensure_metadata_has_dp_cp_group(dict(CHECKPOINT_METADATA))
     found: list[tuple[Any, LoRAAdapter]] = []
     state: dict[str, dict[str, Any]] = {}
@@ -189,16 +191,16 @@ def _add_deltas(
 
 
 def parameters_with_state(chunks: list[GPTModel], folder: Path, sources: Mapping[int, int]) -> dict[str, int]:
-    """Finds the trainable parameters whose optimizer state is in a checkpoint, and sets `earlier_steps`; collective.
+    """Finds the trainable parameters whose optimizer state is in a checkpoint; sets their `earlier_steps`. Collective.
 
     Args:
-        chunks: this rank's chunks, unwrapped, with the untrained parameters already frozen.
-        folder: directory of the trunk's checkpoint; its model-family state contains this function's result for the
-            checkpoint's own run.
-        sources: maps the number of each layer that the checkpoint has to its number in the checkpoint.
+        chunks: this rank's model chunks, unwrapped, with the untrained parameters already frozen.
+        folder: directory of the trunk's checkpoint. Its `state.json` contains this function's result from the run that
+            wrote the checkpoint, so that updates are counted over all phases.
+        sources: maps the number of each trunk layer in the model to its number in the checkpoint.
 
     Returns:
-        The number of Adam updates so far, by global name of each such parameter.
+        The number of Adam updates so far, by global name of the parameter.
     """
     state_file = on_every_rank(lambda: files.read_json(folder / files.STATE))
     steps = state_file["optimizer_step"]
@@ -222,13 +224,13 @@ def carry_optimizer_state(
 ) -> None:
     """Loads the optimizer states of the trunk's parameters into the optimizer of a grown model; collective.
 
-    Call `parameters_with_state` before the optimizer is built.
+    `parameters_with_state` must have been called before the optimizer was built.
 
     Args:
-        chunks: this rank's chunks, unwrapped.
+        chunks: this rank's model chunks, unwrapped.
         optimizer: the new optimizer of these chunks.
         folder: directory of the trunk's checkpoint.
-        sources: maps the number of each layer that the checkpoint has to its number in the checkpoint.
+        sources: maps the number of each trunk layer in the model to its number in the checkpoint.
     """
     names = tensors.model_state(chunks, rename=_name_in_trunk(sources))
     tensors.load_optimizer(OptimizerState(optimizer, names), folder, 0, whole=False, same_vocabulary=True)

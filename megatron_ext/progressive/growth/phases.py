@@ -1,11 +1,14 @@
-"""The phases of progressive training: which stack trains when, for how many steps, with which learning rate.
+"""The phases of progressive training: the stacks that each phase trains, its number of steps and its learning rate.
 
-    progressive_stack_{i}      the rack of stacks 0 .. i; stack i trains on its trunk
-    progressive_joint          the complete rack, nothing frozen, for --joint-steps
-    progressive_end_to_end     with --no-enabled, instead of all other phases: the complete rack, for the sum of their
+Each phase is one training run, with one of these names:
+
+    progressive_stack_{i}      the model has stacks 0 .. i; stack i is trained on its trunk, the older stacks
+    progressive_joint          the model has all stacks, and nothing is frozen; lasts --joint-steps
+    progressive_end_to_end     the only phase with --no-enabled: trains all stacks, for the sum of the other phases'
     steps
 
-Every phase has its own learning-rate schedule, beginning with the warm-up. Step and sample numbers continue.
+Every phase has its own learning-rate schedule, beginning with the warm-up. Steps and samples are counted over all
+phases.
 """
 
 from dataclasses import dataclass, replace
@@ -36,7 +39,7 @@ class Phase:
     """What the phase trains: the `newest` stack or `all` stacks."""
 
     steps: int
-    """Number of steps, unless a plateau ends the phase earlier."""
+    """Number of steps of the phase, unless a plateau ends it earlier."""
 
     lr: float
     """Peak learning rate."""
@@ -53,7 +56,7 @@ class Phase:
 
 
 def stack_name(index: int) -> str:
-    """Returns the name of a stack's phase, as in docs/design/progressive_growth.md."""
+    """Returns the name of the phase that trains a stack, as in docs/design/progressive_growth.md."""
     return f"progressive_stack_{index}"
 
 
@@ -70,11 +73,11 @@ def list_phases(
 
     Args:
         config: the configuration of progressive training.
-        training: gives the length of every stack's phase if `config` does not.
-        optimizer: gives the peak learning rate.
+        training: contains the length of each stack's phase if `config` does not.
+        optimizer: contains the peak learning rate.
         global_batch_size: sequences per step.
         sequence_length: tokens per sequence.
-        rack: the complete rack; None for the one that `config` describes.
+        rack: all stacks of the complete model; None for the stacks that `config` describes.
 
     Raises:
         ValueError: --stack-tokens is less than one step.
@@ -137,11 +140,11 @@ def check_phases(config: ProgressiveRunConfig, phases: list[Phase], world_size: 
     """Checks that every phase's model and schedule fit the parallel layout.
 
     Raises:
-        ValueError: a phase does not fit; the message names it.
+        ValueError: a phase does not fit; the message names the phase.
     """
     for phase in phases:
         own = config_of(config, phase)
         try:
             validate(own.model, own.parallel, own.training, own.optimizer, world_size=world_size)
         except ValueError as error:
-            raise ValueError(f"{error} ({phase.name})") from None
+            raise ValueError(f"{error} (in the phase {phase.name})") from None

@@ -1,4 +1,4 @@
-"""Detects a plateau: the mean loss of the last p steps is not at least delta lower than that of the p steps before."""
+"""Detects a plateau: the mean loss of the last p steps is less than delta below the mean loss of the p steps before."""
 
 import math
 from typing import Any
@@ -9,15 +9,15 @@ class Plateau:
 
     def __init__(self, patience: int | None, min_delta: float) -> None:
         """Args:
-        patience: number of steps p over which each mean is taken; None disables the detection.
-        min_delta: required decrease of the mean.
+        patience: p, the number of steps in each of the two means; None disables the detection.
+        min_delta: delta, the required decrease of the mean loss.
         """
         self.patience = patience
         self.min_delta = min_delta
         self._losses: list[float] = []
 
     def add(self, loss: float) -> None:
-        """Adds the loss of a step; a loss that is not finite (of a skipped step) is ignored."""
+        """Adds the loss of a step. A loss that is not finite is ignored, because its step was skipped."""
         if self.patience is not None and math.isfinite(loss):
             self._losses = [*self._losses, loss][-2 * self.patience :]
 

@@ -1,10 +1,12 @@
-"""Racks and stacks: which layers of a model belong to which stack, and how their numbers change when the model grows.
+"""Racks and stacks: which layers of a model belong to which stack, and how layer numbers change when the model grows.
+
+These words have the following meaning:
 
     block    one transformer layer
-    stack    n_blocks blocks, created and trained together; its index counts stacks in the order of creation, from 0
-    rack     embedding, stacks, final norm, head
+    stack    `n_blocks` blocks that are created and trained together; stacks are numbered from 0 as they are created
+    rack     the whole model: embedding, stacks, final norm, head
 
-A rack lists its stacks from the embedding to the head. Source: docs/design/progressive_growth.md.
+`Rack` lists the stacks in the order from the embedding to the head. Source: docs/design/progressive_growth.md.
 """
 
 from collections.abc import Iterator
@@ -16,10 +18,10 @@ from megatron_ext.progressive.settings.progressive_config import ProgressiveConf
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Layers that are created and trained together."""
+    """A stack: layers that are created and trained together."""
 
     index: int
-    """Index in the order of creation, from 0."""
+    """Index of the stack in the order of creation, from 0."""
 
     n_blocks: int
     """Number of layers."""
@@ -30,7 +32,7 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Rack:
-    """The stacks of a model from the embedding to the head."""
+    """The stacks of a model, in the order from the embedding to the head."""
 
     stacks: tuple[Stack, ...] = ()
 
@@ -45,10 +47,10 @@ class Rack:
         return max(self.stacks, key=lambda stack: stack.index)
 
     def grown(self, mode: str, n_blocks: int, precision: str) -> "Rack":
-        """Returns the rack with one more stack.
+        """Returns a rack with one more stack.
 
         Args:
-            mode: position of the new stack, `append` (after all others) or `prepend` (before them).
+            mode: position of the new stack: `append` (after all others) or `prepend` (before all others).
             n_blocks: number of layers of the new stack.
             precision: precision of the new stack.
         """
@@ -56,7 +58,7 @@ class Rack:
         return Rack(stacks=(stack, *self.stacks) if mode == "prepend" else (*self.stacks, stack))
 
     def first(self, num_stacks: int) -> "Rack":
-        """Returns the rack as it was with `num_stacks` stacks."""
+        """Returns the rack as it was when it had only its first `num_stacks` stacks."""
         return Rack(stacks=tuple(stack for stack in self.stacks if stack.index < num_stacks))
 
     def layers(self) -> Iterator[tuple[Stack, range]]:
@@ -67,11 +69,11 @@ class Rack:
             first += stack.n_blocks
 
     def layers_of(self, index: int) -> range:
-        """Returns the numbers of the layers of the stack with this index."""
+        """Returns the layer numbers of the stack with this index."""
         return next(layers for stack, layers in self.layers() if stack.index == index)
 
     def layers_of_other(self, other: "Rack") -> dict[int, int]:
-        """Maps the number of each layer that both racks have to its number in `other`; the racks' sizes may differ."""
+        """Maps layer numbers in this rack to layer numbers in the rack `other`, for the layers that both racks have."""
         there = {
             (stack.index, place): layer
             for stack, layers in other.layers()
@@ -85,7 +87,7 @@ class Rack:
         }
 
     def as_json(self) -> list[dict[str, Any]]:
-        """Returns the rack as JSON values; inverse of `from_json`."""
+        """Returns the rack as JSON values, which `from_json` reads."""
         return [
             {"index": stack.index, "n_blocks": stack.n_blocks, "precision": stack.precision}
             for stack in self.stacks
@@ -93,12 +95,12 @@ class Rack:
 
     @classmethod
     def from_json(cls, value: list[dict[str, Any]]) -> "Rack":
-        """Rebuilds the rack from `as_json()`."""
+        """Rebuilds a rack from the result of `as_json()`."""
         return cls(stacks=tuple(Stack(**stack) for stack in value))
 
 
 def rack_of(config: ProgressiveConfig, num_stacks: int) -> Rack:
-    """Returns the rack of the first `num_stacks` stacks that a configuration describes."""
+    """Returns the rack with the first `num_stacks` of the stacks that a configuration describes."""
     rack = Rack()
     for index in range(num_stacks):
         mode = config.mode_of(index) if index else "append"

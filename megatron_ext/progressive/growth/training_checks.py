@@ -1,7 +1,7 @@
 """Checks that the flags of progressive training are consistent, and that they match the run in `--save`.
 
-All checks run before the process group starts and write nothing. `progressive_config` checks its own fields, `phases`
-the models and schedules of the phases.
+All checks run before the process group starts, and write nothing. Other checks are in `progressive_config`, for its own
+fields, and in `phases`, for the models and schedules of the phases.
 """
 
 from pathlib import Path
@@ -37,7 +37,8 @@ def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
         )
     if checkpoint.load is not None and Path(checkpoint.load).resolve() != Path(checkpoint.save).resolve():
         raise ValueError(
-            f"--load {checkpoint.load}: progressive training continues in --save ({checkpoint.save}); omit --load"
+            f"--load {checkpoint.load} is not supported: progressive training continues in --save {checkpoint.save}; "
+            "omit --load"
         )
     for name in ("finetune", "no_save_optim", "no_load_optim", "ckpt_step", "overwrite_checkpoints"):
         value = getattr(checkpoint, name)
@@ -47,7 +48,8 @@ def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
             )
     if own.training_objective == "custom":
         raise ValueError(
-            "--training-objective custom: indexed data has no targets; use ProgressiveTrainer in Python"
+            "--training-objective custom requires targets, which indexed datasets do not have; "
+            "use ProgressiveTrainer in Python"
         )
     if config.training.skip_train:
         raise ValueError(
@@ -65,9 +67,9 @@ def check_settings(config: ProgressiveRunConfig, phases: list[Phase]) -> None:
 
 
 def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
-    """Checks that the finished stacks have the same architecture and were trained with the same kind of attention.
+    """Checks that the finished stacks have the architecture and the kind of attention that the flags specify.
 
-    Otherwise the command would silently continue from a different model.
+    Without this check, the command would silently continue from a different model.
 
     Raises:
         ValueError: the architecture or the kind of attention differs.
@@ -82,22 +84,22 @@ def _check_made_with(config: ProgressiveRunConfig, history: History) -> None:
     objective = stored["families"]["progressive"]["settings"]["training_objective"]
     if (ours == "clm") != (objective == "clm"):
         raise ValueError(
-            f"--training-objective {ours}: the stacks of {folder} were trained with {objective}, in which a token "
-            f"attends to {'earlier tokens only' if objective == 'clm' else 'all others'}"
+            f"--training-objective {ours}: the stacks in {folder} were trained with {objective}, with which a token "
+            f"attends to {'only earlier tokens' if objective == 'clm' else 'all tokens'}; pass that objective"
         )
 
 
 def _check_stacks(config: ProgressiveConfig, phases: list[Phase], model: ModelConfig, ranks: int) -> None:
-    """Raises `ValueError` if a precision does not fit the model, or if `--cache-dir` would not be used."""
+    """Raises `ValueError` if a stack's precision does not fit the model, or if `--cache-dir` would not be used."""
     for precision in {config.trunk_precision, *(stack.precision for stack in phases[-1].rack.stacks)}:
-        if is_packed(precision):  # also where its library is missing
+        if is_packed(precision):  # checked even if the library for this precision is missing
             for part in _parts(model, ranks):
                 check_part(str(precision), part, ranks)
     caches = any(frozen_below(phase.rack, config, phase.trains) for phase in phases)
     if config.cache_dir is not None and not (caches and config.cache_activations):
         raise ValueError(
-            f"--cache-dir {config.cache_dir}: nothing would be cached; a cache requires --cache-activations, a frozen "
-            "trunk, an appended stack and a frozen embedding"
+            f"--cache-dir {config.cache_dir}: nothing would be cached; the cache requires --cache-activations, "
+            "--trunk-strategy frozen, a stack with --building-mode append, and no --train-embedding"
         )
 
 
@@ -118,28 +120,31 @@ def check_history(save: Path, phases: list[Phase]) -> History:
     """Reads the history of the training run in `save`, and checks that it matches the phases.
 
     Raises:
-        ValueError: the directory contains another training run, one with more stacks, or a run of another kind.
+        ValueError: the directory contains a training run with other or more stacks, or a run of another kind.
     """
-    check_unused(save, "progressive training needs its own directory", but_for=(FILE,))
+    check_unused(save, "progressive training requires its own directory", but_for=(FILE,))
     history = read_history(save)
     there, planned = history.rack.stacks, phases[-1].rack.stacks
     if len(there) > len(planned):
         raise ValueError(
-            f"--target-stacks {len(planned)}: the rack in {save} already has {len(there)} stacks"
+            f"--target-stacks {len(planned)}: must be at least {len(there)}, the number of stacks already in {save}"
         )
     if history.rack not in (Rack(), *(phase.rack for phase in phases)):
         told = " ".join(f"{stack.index}:{stack.n_blocks}:{stack.precision}" for stack in there)
         raise ValueError(
-            f"--n-blocks, --building-mode, --new-stack-precision: these do not match the rack in {save}, whose stacks "
-            f"are (from the bottom, as index:layers:precision) {told}"
+            f"--n-blocks, --building-mode and --new-stack-precision must describe the stacks already in {save}, which "
+            f"are (from the embedding, as index:layers:precision) {told}"
         )
     names = [phase.name for phase in phases]
     for place, phase in enumerate(history.finished):
         if phase.name == JOINT and len(planned) > len(there):
             raise ValueError(
-                f"--target-stacks {len(planned)}: the rack in {save} is complete: its {len(there)} stacks have had "
-                "their joint phase; pass --joint-steps only when adding the last stack"
+                f"--target-stacks {len(planned)}: no stack can be added in {save}, because its {len(there)} stacks "
+                "have had their joint phase; pass --joint-steps only when adding the last stack"
             )
         if place >= len(names) or phase.name != names[place]:
-            raise ValueError(f"--save {save}: contains {phase.name}, which is not a phase of this run")
+            raise ValueError(
+                f"--save {save} contains the finished phase {phase.name}, which these flags do not describe; "
+                "pass the same flags, or another --save"
+            )
     return history

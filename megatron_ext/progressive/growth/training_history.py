@@ -1,11 +1,13 @@
-"""The progress of progressive training: `{save}/progressive.json`, replaced by a rename after every phase.
+"""The progress of progressive training, stored in `{save}/progressive.json`.
 
-    {save}/progressive.json                     the rack, and the figures of each finished phase
-    {save}/progressive_stack_{i}/iter_.../      checkpoints of a stack's phase; the next phase grows from the last one
+The directory of `--save` contains:
+
+    {save}/progressive.json                     the model's stacks, and figures of each finished phase
+    {save}/progressive_stack_{i}/iter_.../      checkpoints of the phase of stack i; the next phase grows from the last
     {save}/progressive_joint/iter_.../          checkpoints of the joint phase
-    {save}/progressive_rack/iter_.../           the complete rack, after the last phase
+    {save}/progressive_rack/iter_.../           the complete model, after the last phase
 
-A phase is finished once `progressive.json` lists it.
+A phase is finished once `progressive.json` lists it. The file is replaced whole, by a rename, after every phase.
 """
 
 import json
@@ -28,16 +30,16 @@ RACK = "progressive_rack"
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A finished phase."""
+    """The figures of a finished phase."""
 
     name: str
-    """Name of the phase and of its directory."""
+    """Name of the phase, and of its directory."""
 
     first_iteration: int
-    """Number of the last step before the phase, counted over all phases."""
+    """Number of steps before the phase began, counted over all phases."""
 
     iteration: int
-    """Number of the phase's last step, counted over all phases."""
+    """Number of steps at the end of the phase, counted over all phases."""
 
     consumed_samples: int
     """Number of training sequences consumed by the end of the phase."""
@@ -48,38 +50,38 @@ class Finished:
     trainable_parameters: int
     frozen_parameters: int
     stack_bytes: list[int]
-    """Bytes of the stored weights of every stack, by index, on the rank where they were largest."""
+    """Bytes of the weights of every stack, by index, on the rank where the stack was largest."""
 
     peak_memory_bytes: int
     """Peak memory of the process by the end of the phase, on the rank where it was largest."""
 
     seconds: float
-    """Wall time of the phase in the command that finished it."""
+    """Wall time of the phase; if it was interrupted, only that of the command that finished it."""
 
     stack_treatments: list[str] = field(default_factory=list)
-    """How the phase treated every stack, by index, as named in `trunk_strategy.TREATMENTS`; empty in older files."""
+    """How the phase treated each stack, by index: one of `trunk_strategy.TREATMENTS`. Empty in older files."""
 
     stack_precisions: list[str | None] = field(default_factory=list)
-    """Precision of every stack in this phase, by index; None means the run's precision. Empty in older files."""
+    """Precision of each stack in this phase, by index; None means the run's precision. Empty in older files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """The progress of progressive training."""
+    """The progress of a progressive training run."""
 
     rack: Rack = field(default_factory=Rack)
-    """The rack of the phase that was started last."""
+    """The stacks of the phase that was started last."""
 
     finished: tuple[Finished, ...] = ()
     """The finished phases, in order."""
 
     def of(self, name: str) -> Finished | None:
-        """Returns a finished phase by name; None if it is not finished."""
+        """Returns the finished phase with this name; None if it is not finished."""
         return next((phase for phase in self.finished if phase.name == name), None)
 
 
 def read_history(save: Path) -> History:
-    """Reads the history in a directory; the history is empty if no training has begun.
+    """Reads the history of the run in a directory; returns an empty history if no run has begun there.
 
     Raises:
         ValueError: the file is damaged, or was written by another program.
@@ -90,12 +92,12 @@ def read_history(save: Path) -> History:
         return History()
     content = files.read_json(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: was not written by progressive training of this program")
+        raise ValueError(f"{path} was not written by progressive training of this program")
     try:
         finished = tuple(Finished(**phase) for phase in content["finished"])
         return History(rack=Rack.from_json(content["rack"]), finished=finished)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def write_history(save: Path, history: History) -> None:
@@ -113,19 +115,20 @@ def finished_checkpoint(save: Path, name: str) -> Path:
     """Returns the directory of the newest checkpoint of a finished phase.
 
     Raises:
-        FileNotFoundError: the checkpoint was removed.
+        FileNotFoundError: the phase has no checkpoint; it was removed.
     """
     folder = files.find_checkpoint(str(save / name))
     if folder is None:
         raise FileNotFoundError(
-            f"--save {save / name}: the checkpoint of this finished phase is missing; restore it, or train in a new "
-            "directory"
+            f"{save / name}: the checkpoint of this finished phase is missing; restore it, or pass another --save to "
+            "start a new run"
         )
     return folder
 
 
 def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
-    """Returns the config groups `model` (without `num_layers`) and `tokenizer` of the training run in `save`.
+    """Returns the defaults that come from the run in `save`: the config groups `model`, without `num_layers`, and
+    `tokenizer`.
 
     Args:
         save: the training run's directory.
@@ -134,7 +137,7 @@ def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
     Raises:
         ValueError, OSError: a file or a checkpoint is damaged.
     """
-    # A missing checkpoint of a finished phase is reported later, when the training continues from it.
+    # If the checkpoint of a finished phase is missing, this is reported later, when the next phase grows from it.
     places = [save / phase.name for phase in reversed(read_history(save).finished)]
     places += files.checkpoints_below(save)
     folder = next((found for place in places if (found := files.find_checkpoint(str(place)))), None)
@@ -144,14 +147,14 @@ def stored_rack_defaults(save: Path, given: Mapping[str, Any]) -> Found:
 
 
 def publish_rack(save: Path, name: str) -> Path:
-    """Publishes the last checkpoint of a phase as the complete rack; links files instead of copying if possible.
+    """Publishes the last checkpoint of a phase as the complete model; hard-links its files if possible, or copies them.
 
     Args:
         save: the training run's directory.
         name: name of the last phase.
 
     Returns:
-        The checkpoint's directory.
+        The directory of the published checkpoint.
 
     Raises:
         FileNotFoundError: the phase's checkpoint is missing.

@@ -1,13 +1,15 @@
-"""The trunk strategies: which weights and adapters of a layer train, and the layer's precision.
+"""The trunk strategies: which weights and adapters of each layer are trained, and the layer's precision.
 
-    newest stack    weights and stack adapter train
-    trunk           frozen    nothing trains, not even adapters
-                    qlora     adapters train, weights do not
-                    trained   everything trains
-    joint phase     everything trains
+The trunk is all stacks except the newest. What is trained in a phase depends on --trunk-strategy:
 
-A stack of precision qlora or nvfp4 is packed once it belongs to the trunk; while its weights train, they have the run's
-precision. Source: docs/design/progressive_growth.md.
+    newest stack    its weights and its adapter
+    trunk           frozen    nothing, not even adapters
+                    qlora     adapters, but not weights
+                    trained   everything
+    joint phase     everything, in all stacks
+
+The weights of a stack of precision qlora or nvfp4 are packed into four bits once the stack belongs to the trunk; while
+they are trained, they have the run's precision. Source: docs/design/progressive_growth.md.
 """
 
 from dataclasses import replace
@@ -21,24 +23,23 @@ from megatron_ext.progressive.growth.rack import Rack, Stack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 Trains = Literal["newest", "all", "none"]
-"""What a phase trains: the newest stack (and the trunk according to its strategy), everything, or nothing
-(inference)."""
+"""What a phase trains: the newest stack (and the trunk as its strategy says), everything, or nothing (inference)."""
 
 TREATMENTS = ("trained", "adapters", "frozen", "cached")
-"""How a phase treats a stack: trains all of it; trains only its adapters; trains nothing; trains nothing, and caches
-the trunk's output."""
+"""How a phase treats a stack: trains all of it (trained), trains only its adapters (adapters), trains nothing (frozen),
+or trains nothing and caches the trunk's output (cached)."""
 
 
 def settings_by_layer(
     rack: Rack, config: ProgressiveConfig, trains: Trains, frozen: dict[int, str] | None = None
 ) -> SettingsByLayer:
-    """Maps the number of each layer to its adapters, trained parts and precision.
+    """Returns the adapters, the trained parts and the precision of each layer, by layer number.
 
     Args:
         rack: the stacks of the model.
-        config: adapters, trunk strategy and precision.
+        config: contains adapters, trunk strategy and precisions.
         trains: what the phase trains.
-        frozen: `frozen` or `qlora` by stack index; overrides the trunk strategy for these stacks.
+        frozen: maps the index of a stack to `frozen` or `qlora`; overrides the trunk strategy for these stacks.
     """
     return {
         layer: _settings(rack, stack, config, trains, (frozen or {}).get(stack.index))
@@ -74,12 +75,12 @@ def _settings(
 
 
 def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trains) -> SettingsByLayer:
-    """Returns the settings for the model of a finished phase: nothing trains, adapters and precisions are unchanged.
+    """Returns the layer settings for using the model of a finished phase: as in the phase, but nothing is trained.
 
     Args:
         rack: the stacks of the model.
         config: the configuration of progressive training.
-        trained: what the phase trained.
+        trained: what the phase has trained.
     """
     plan = settings_by_layer(rack, config, trained)
     return {
@@ -89,12 +90,12 @@ def settings_after_training(rack: Rack, config: ProgressiveConfig, trained: Trai
 
 
 def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> list[str]:
-    """Returns, for each stack by index, which of the `TREATMENTS` a phase applies.
+    """Returns how a phase treats each stack, by index; see `TREATMENTS`.
 
     Args:
         rack: the stacks of the model.
         plan: the settings of the model's layers, by number.
-        cached_layers: number of layers, from the first, whose output is in the activation cache.
+        cached_layers: number of layers at the start of the model that do not run, because their output is cached.
     """
     found = {}
     for stack, layers in rack.layers():
@@ -109,21 +110,21 @@ def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> l
 
 
 def frozen_below(rack: Rack, config: ProgressiveConfig, trains: Trains) -> int:
-    """Returns how many layers lie below the newest stack if nothing below it trains, not even the embedding; else 0."""
+    """Returns the number of layers below the newest stack; 0 if any of them, or the embedding, is trained."""
     if not _has_trunk(rack, config, trains) or why_uncached(rack, config, trains) is not None:
         return 0
     return rack.num_layers - rack.newest.n_blocks
 
 
 def why_uncached(rack: Rack, config: ProgressiveConfig, trains: Trains) -> str | None:
-    """Returns why the trunk's output cannot be cached; None if it can, or if there is no trunk."""
+    """Returns the reason why the trunk's output cannot be cached; None if it can be, or if there is no trunk."""
     if not _has_trunk(rack, config, trains):
         return None
     if config.trunk_strategy != "frozen":
-        what = "adapters train" if config.trunk_strategy == "qlora" else "weights train"
-        return f"the trunk's {what} (--trunk-strategy {config.trunk_strategy})"
+        what = "adapters are" if config.trunk_strategy == "qlora" else "weights are"
+        return f"the trunk's {what} trained (--trunk-strategy {config.trunk_strategy})"
     if config.train_embedding:
-        return "the embedding trains (--train-embedding)"
+        return "the embedding is trained (--train-embedding)"
     if rack.stacks[-1] is not rack.newest:
         return "the new stack lies before the trunk (--building-mode prepend)"
     return None

@@ -1,1 +1,4 @@
-"""Objectives of a stack (next token, masked tokens, diffusion), their masks and time steps, generation by unmasking."""
+"""Training objectives (next token, masked tokens, diffusion), their masks and time steps, and generation by unmasking.
+
+Each stack (the layers that are trained together in one phase of training) has an objective.
+"""

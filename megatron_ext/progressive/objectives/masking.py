@@ -1,11 +1,11 @@
-"""Samples the masked tokens of a sequence, deterministically from (seed, sample id, epoch, stack).
+"""Chooses the masked tokens of a sequence at random; the choice depends only on seed, sample id, epoch and stack.
 
-A masked token is replaced by the mask token before the model sees it, so that the model has no information about it. If
-n tokens may be masked, max(1, round(fraction(t) n)) of them are masked: every token gets a uniform random number, and
-the tokens with the smallest numbers are chosen. With the same random numbers, the masks of a later time step include
-those of an earlier one.
+A masked token is replaced by the mask token before the model sees it, so that the model has no information about it. Of
+n tokens that may be masked, max(1, round(fraction(t) n)) are masked, where t is the time step: every token gets a
+uniform random number, and the tokens with the smallest numbers are chosen. With the same random numbers, the masks of a
+later time step include those of an earlier one.
 
-With the activation cache the masks depend only on (seed, sample id): a sample has the same masks in every epoch.
+With the activation cache, the masks depend only on seed and sample id: a sample has the same masks in every epoch.
 Source: docs/design/progressive_growth.md.
 """
 
@@ -32,45 +32,45 @@ class SampledMasks:
 
 
 class TimeStepMasking:
-    """Samples masks; the fraction of masked tokens grows with the time step."""
+    """Chooses masked tokens at random; the fraction of masked tokens grows with the time step."""
 
     def __init__(
         self, config: ProgressiveConfig | StackWiseConfig, *, seed: int = 1234, fixed: bool = False
     ) -> None:
         """Args:
-        config: time and mask fractions.
+        config: contains the time steps and the mask fractions.
         seed: seed of the masks.
-        fixed: whether masks are independent of epoch and stack, as the activation cache requires.
+        fixed: whether masks do not depend on epoch and stack, as the activation cache requires.
         """
         self.config = config.progressive_config() if isinstance(config, StackWiseConfig) else config
         self.seed = seed
         self.fixed = fixed
 
     def get_time_step_for_stack(self, stack_idx: int) -> int:
-        """Returns the time step of a stack with `--time-interpretation depth`.
+        """Returns the time step of a stack, which exists only with `--time-interpretation depth`.
 
         Raises:
-            ValueError: `--time-interpretation` is `input`, or the custom mapping returns no valid time step.
+            ValueError: `--time-interpretation` is `input`, or the custom mapping returns an invalid time step.
         """
         if self.config.time_interpretation == "input":
             raise ValueError(
-                "--time-interpretation input: time is sampled per sequence, so a stack has no time step"
+                "the time step of a stack requires --time-interpretation depth (got input: one time step per sequence)"
             )
         return time_step_of_stack(self.config, stack_idx)
 
     def generate_masks_for_stack(
         self, batch: Mapping[str, torch.Tensor] | torch.Tensor, stack_idx: int
     ) -> torch.Tensor:
-        """Returns the masks [b, s] of `draw`; the batch may also be a tensor of token ids."""
+        """Returns only the masks of `draw`, [b, s]; the batch may also be a tensor of token ids."""
         return self.draw(batch if isinstance(batch, Mapping) else {"tokens": batch}, stack_idx).masks
 
     def draw(self, batch: Mapping[str, torch.Tensor], stack_idx: int) -> SampledMasks:
-        """Samples the masks of a micro-batch, on the device of its tokens.
+        """Chooses the masks of a micro-batch, on the device of its tokens.
 
         Args:
-            batch: `tokens` (or `input_ids`) [b, s]; optionally `loss_mask` [b, s] (tokens with 0 are never masked)
-                and `epoch` [b].
-            stack_idx: index of the stack that trains, in the order of creation, from 0.
+            batch: contains `tokens` (or `input_ids`) [b, s], and optionally `loss_mask` [b, s] (tokens with 0 are never
+                masked) and `epoch` [b].
+            stack_idx: index of the stack that is trained, in the order of creation, from 0.
         """
         tokens = batch["tokens"] if "tokens" in batch else batch["input_ids"]
         rows, length = tokens.shape

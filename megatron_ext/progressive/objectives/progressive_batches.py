@@ -1,13 +1,15 @@
 """`ProgressiveDataLoader` of the Python API: adds targets, masks, time and cached activations to a loader's batches.
 
+Each batch has these fields:
+
     batch["tokens"]             the model's input, masked tokens replaced          [b, s]
     batch["labels"]             the target tokens                                  [b, s]
     batch["masks"]              positions that the objective predicts, boolean     [b, s]
-    batch["combined_masks"]     positions that count in the loss, boolean          [b, s]
-    batch["clm_mask"]           clm: 1 where the next token is known               [b, s]
-    batch["time_step"]          time step of each sequence (mlm, diffusion)        [b]
+    batch["combined_masks"]     positions that count in the loss                   [b, s]
+    batch["clm_mask"]           for clm: 1 where the next token is known           [b, s]
+    batch["time_step"]          for mlm, diffusion: time step of each sequence     [b]
     batch["training_objective"] the objective's name
-    batch["trunk_activations"]  the trunk's output, if all samples have one        [s, b, h]
+    batch["trunk_activations"]  trunk's output, if it is given for all samples     [s, b, h]
 
 `input_ids` and `targets` are other names of `tokens` and `labels`, used in docs/design/progressive_growth.md.
 """
@@ -24,7 +26,7 @@ from megatron_ext.training.interface.family_interface import Batch
 
 
 class ProgressiveDataLoader:
-    """Prepares a loader's batches for the training of one stack; can be iterated as often as the loader."""
+    """Prepares the batches of a loader for training one stack; can be iterated as often as the loader."""
 
     def __init__(
         self,
@@ -39,10 +41,10 @@ class ProgressiveDataLoader:
         """Args:
         base_dataloader: yields token ids [b, s], or mappings with `tokens` or `input_ids` and optionally `labels`,
             `targets`, `loss_mask`, `position_ids`, `attention_mask`, `epoch`.
-        masking_strategy: samples the masks; its configuration names the objective.
-        stack_idx: index of the stack that trains, in the order of creation, from 0.
-        trunk_activations: maps each sample id (`sample_ids` of the unmasked tokens) to the trunk's output for the
-            sample, [s, h].
+        masking_strategy: chooses the masks; its configuration names the objective.
+        stack_idx: index of the stack that is trained, in the order of creation, from 0.
+        trunk_activations: maps each sample id (`sample_ids` of the unmasked tokens) to the output, [s, h], of the
+            layers below the stack.
         cache_activations: whether to use `trunk_activations`.
         mask_token_id: the id that replaces masked tokens, for mlm and diffusion.
 
@@ -74,13 +76,13 @@ class ProgressiveDataLoader:
 
 
 def plain_batch(batch: Any) -> Batch:
-    """Converts a loader's batch to the fields of `Batch`, before any objective is applied.
+    """Converts a batch of any loader to the fields of `Batch`; the objective is not yet applied.
 
     Args:
         batch: token ids [b, s], or a mapping with `tokens` or `input_ids`.
 
     Raises:
-        ValueError: the batch has another format or shape.
+        ValueError: the batch has an unsupported format or shape.
     """
     given: dict[str, torch.Tensor] = dict(batch) if isinstance(batch, Mapping) else {"tokens": batch}
     if "input_ids" in given:

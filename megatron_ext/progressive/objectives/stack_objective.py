@@ -1,14 +1,16 @@
-"""The objective of a stack: turns batches of the dataset into inputs, labels and loss weights.
+"""The training objective of a stack: turns batches of the dataset into inputs, labels and loss weights.
 
-    clm         predicts the next token; causal attention. The last token counts only if the data has its successor.
-    mlm         predicts the tokens that were replaced by the mask token; bidirectional attention
-    diffusion   as mlm, with weight 1/f for a sequence whose masked fraction is f: with t ~ U[0, 1] the loss is
+A stack is a group of layers that are trained together. What the model predicts (--training-objective):
+
+    clm         the next token, with causal attention. The last token counts only if the data contains its successor.
+    mlm         the tokens that were replaced by the mask token, with bidirectional attention
+    diffusion   the same, with weight 1/f for a sequence whose masked fraction is f: with t ~ U[0, 1] the loss is
                 an upper bound of the negative log-likelihood per token (arXiv 2406.07524)
-    custom      predicts targets in the data; bidirectional attention
+    custom      targets that the data contains, with bidirectional attention
 
-In addition to `tokens`, `labels` and `loss_mask`, a batch gets `masks` (positions that the objective predicts) and
-`combined_masks` (those that count in the loss, without weights); with clm also `clm_mask` (1 where the next token is
-known), with mlm and diffusion `time_step`. Source: docs/design/progressive_growth.md.
+A batch gets `tokens`, `labels`, `loss_mask`, `masks` (positions that the objective predicts) and `combined_masks`
+(positions that count in the loss, without weights). With clm it also gets `clm_mask` (1 where the next token is known),
+with mlm and diffusion `time_step`. Source: docs/design/progressive_growth.md.
 """
 
 from typing import Literal
@@ -25,39 +27,39 @@ from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 ACCURACY = "masked/token_accuracy"
-"""Name of an evaluation's value: fraction of the counted tokens that the model predicts correctly."""
+"""Name of an evaluation result: the fraction of the counted tokens that the model predicts correctly."""
 
 MASK_TOKENS = ("<|mask|>", "[MASK]", "<mask>")
 """Names by which the mask token of a vocabulary is recognised."""
 
 _LOOKS_AHEAD = "per_layer_ids"
-"""Batch field derived from the unmasked tokens; it would reveal the masked ones."""
+"""Name of a batch field that is computed from the unmasked tokens, and would reveal the masked tokens."""
 
 
 def reserve_mask_token(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """Adds the mask token to the vocabulary and returns its id; call this before `vocab_size` is used."""
+    """Adds the mask token to the vocabulary, and returns its id; call this before `vocab_size` is used."""
     mask_token_id = mask_token_of(tokenizer, mask_token_id)
     tokenizer.reserve(mask_token_id + 1)
     return mask_token_id
 
 
 def mask_token_of(tokenizer: Tokenizer, mask_token_id: int | None = None) -> int:
-    """Returns the id of the mask token; if the vocabulary has no mask token, the id after the vocabulary's last.
+    """Returns the given id of the mask token; by default that of the vocabulary's mask token, or the first unused id.
 
     Args:
         tokenizer: the run's tokenizer.
         mask_token_id: value of --mask-token-id, or None.
 
     Raises:
-        ValueError: the given id is that of the end-of-document token, or larger than the id after the last.
+        ValueError: the given id is that of the end-of-document token, or larger than the first unused id.
     """
     known = [tokenizer.vocab[token] for token in MASK_TOKENS if token in tokenizer.vocab]
     if mask_token_id is None:
         mask_token_id = known[0] if known else tokenizer.vocab_size
     if mask_token_id == tokenizer.eod or mask_token_id > tokenizer.vocab_size:
         raise ValueError(
-            f"--mask-token-id {mask_token_id}: must be an id that does not occur in texts, at most "
-            f"{tokenizer.vocab_size} (one more than the vocabulary's last)"
+            f"--mask-token-id {mask_token_id}: must be an id that does not occur in texts, and at most "
+            f"{tokenizer.vocab_size}, the first id after the vocabulary"
         )
     return mask_token_id
 
@@ -75,10 +77,10 @@ class StackObjective:
         fixed_masks: bool,
     ) -> None:
         """Args:
-        config: objective, time and mask fractions.
-        stack_idx: index of the stack that trains, in the order of creation, from 0.
+        config: contains the objective, the time steps and the mask fractions.
+        stack_idx: index of the stack that is trained, in the order of creation, from 0.
         seed: seed of the masks.
-        mask_token_id: see `reserve_mask_token`; None for objectives without masks.
+        mask_token_id: id of the mask token, from `reserve_mask_token`; None for objectives without masks.
         fixed_masks: whether a sample has the same masks in every epoch, as the activation cache requires.
         """
         self.config = config
@@ -95,7 +97,7 @@ class StackObjective:
 
     @property
     def bidirectional(self) -> bool:
-        """Whether every position attends to all others."""
+        """Whether every position attends to all positions, not only to earlier ones."""
         return self.kind != "clm"
 
     @property
@@ -107,27 +109,27 @@ class StackObjective:
         """Turns a micro-batch of the dataset into inputs, labels and loss weights.
 
         Args:
-            batch: `tokens`, `position_ids`, `loss_mask` [b, s]; for clm optionally `labels`; for custom `targets`
-                [b, s], negative at positions without a target.
+            batch: contains `tokens`, `position_ids` and `loss_mask` [b, s]; for clm optionally `labels`; for custom
+                `targets` [b, s], which are negative at positions without a target.
 
         Raises:
-            ValueError: the objective is custom and the batch has no targets, or the batch has data that reveals masked
+            ValueError: the objective is custom and the batch has no targets, or a field of the batch reveals masked
                 tokens.
         """
         if self.kind == "clm":
             return _clm(batch)
         made = _custom(batch) if self.kind == "custom" else self._masked(batch)
         if "attention_mask" in batch:
-            # The mask forbids later tokens and other documents. For bidirectional attention only pairs that are
-            # forbidden in both directions stay forbidden: those of different documents.
+            # The mask forbids attention to later tokens and to other documents. For bidirectional attention, only pairs
+            # that are forbidden in both directions stay forbidden: tokens of different documents.
             made["attention_mask"] = batch["attention_mask"] & batch["attention_mask"].transpose(-1, -2)
         return made
 
     def _masked(self, batch: Batch) -> Batch:
         if _LOOKS_AHEAD in batch:
             raise ValueError(
-                f"--training-objective {self.kind}: aligned per-layer data would reveal the masked tokens; "
-                "use --per-layer-vocab-file instead"
+                f"--training-objective {self.kind} does not support aligned per-layer data, which reveals the masked "
+                "tokens; use --per-layer-vocab-file instead"
             )
         drawn = self.masking.draw(batch, self.stack_idx)
         tokens, combined = batch["tokens"], drawn.masks.float()
@@ -146,7 +148,7 @@ class StackObjective:
         }
 
     def evaluation_loss(self) -> OutputLoss | None:
-        """Returns cross-entropy and accuracy on masked tokens; None for plain cross-entropy."""
+        """Returns the loss that also measures accuracy on masked tokens; None if no tokens are masked."""
         return MaskedLoss() if self.masks_tokens else None
 
 
@@ -154,7 +156,7 @@ def _clm(batch: Batch) -> Batch:
     clm_mask = torch.ones_like(batch["loss_mask"])
     labels = batch.get("labels")
     if labels is None:
-        # The last token has no successor. Its label is a placeholder that does not count.
+        # The last token has no known successor. Its label is a placeholder that does not count.
         labels = torch.cat([batch["tokens"][:, 1:], batch["tokens"][:, -1:]], dim=1)
         clm_mask[:, -1] = 0.0
     combined = batch["loss_mask"] * clm_mask
@@ -183,13 +185,13 @@ class MaskedLoss(OutputLoss):
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Returns values and weights per token; see `OutputLoss`. `output` are logits [b, s, V/t]."""
         right = most_likely(output, model.pg_collection.tp) == batch["labels"]
-        # Computed last, because the engine's loss overwrites split logits.
+        # Compute the losses last, because the engine's loss overwrites logits that are split over ranks.
         losses = model.compute_language_model_loss(batch["labels"], output.transpose(0, 1).contiguous())
         return {"lm loss": (losses, batch["loss_mask"]), ACCURACY: (right, batch["combined_masks"])}
 
 
 def most_likely(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Returns the most likely tokens [b, s] for logits [b, s, V/t] split over `group`; the first one if several tie."""
+    """Returns the most likely tokens, [b, s], for logits [b, s, V/t] split over `group`; of equal logits, the first."""
     largest, place = logits.detach().max(-1)
     if group.size() == 1:
         return place

@@ -1,11 +1,11 @@
-"""Time embedding: an embedding of each sequence's time step, added to all its word embeddings.
+"""The time embedding: an embedding of a sequence's time step t, added to all word embeddings of the sequence.
 
     x_0 = word embedding + W e(t)                     W: [h, d]
-    sinusoidal    e(t) = [cos(t w_j) ; sin(t w_j)],  w_j = 10000^(-2j/d), t in steps of T      (arXiv 2006.11239)
+    sinusoidal    e(t) = [cos(t w_j) ; sin(t w_j)],  w_j = 10000^(-2j/d), t = 0 .. T - 1       (arXiv 2006.11239)
     learned       e(t) = row t of a table [T, d]
 
-It belongs to the first pipeline stage and is replicated on every tensor-parallel rank. Initially W e(t) is about as
-large as a word embedding. Source: docs/design/progressive_growth.md.
+The module belongs to the first pipeline stage, and is replicated on every tensor-parallel rank. Initially W e(t) is
+about as large as a word embedding. Source: docs/design/progressive_growth.md.
 """
 
 import math
@@ -24,7 +24,7 @@ class TimeEmbedding(StageModule):
     def __init__(self, config: TransformerConfig, settings: ProgressiveConfig) -> None:
         """Args:
         config: megatron-core's transformer configuration.
-        settings: kind and width of the embedding, number of time steps.
+        settings: contains the kind and the width of the embedding, and the number of time steps.
         """
         super().__init__()
         width = settings.time_embedding_dim
@@ -37,7 +37,7 @@ class TimeEmbedding(StageModule):
             self.table = torch.nn.Parameter(torch.empty(settings.resolved_num_time_steps, width))
             self.table.init_std = 1.0  # type: ignore[attr-defined]
         for parameter in self.parameters():
-            # Under sequence parallelism a rank sees only its rows; with this mark the engine sums the gradients.
+            # With sequence parallelism, a rank's gradient covers only its tokens; this mark makes the engine sum them.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def embed(self, embedding: torch.Tensor, auxiliary_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -54,7 +54,7 @@ class TimeEmbedding(StageModule):
 
 
 def sinusoidal(steps: torch.Tensor, width: int) -> torch.Tensor:
-    """Returns the sinusoidal e(t) for integer steps [b], [b, width] in fp32; with an odd width the last value is 0."""
+    """Returns the sinusoidal e(t), [b, width] in fp32, for integer steps [b]; with odd width, the last value is 0."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) / max(1, half) * torch.arange(half, device=steps.device))
     angles = steps.float().unsqueeze(1) * frequencies

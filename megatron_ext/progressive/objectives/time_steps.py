@@ -1,12 +1,14 @@
-"""Time steps t of T, and the fraction of the tokens that is masked at a time step.
+"""Time steps t = 0 .. T - 1, and the fraction of the tokens that is masked at a time step.
 
     fraction(t) = min + (max - min) t / (T - 1)                  by default from 0.15 to 0.9
 
-    depth    t depends on the stack's index i:
+--time-interpretation decides how t is chosen; a stack is a group of layers that are trained together:
+
+    depth    t depends on the stack's index i (--stack-time-mapping):
              linear         min(i * time_per_stack, T - 1)
              exponential    min(floor(time_per_stack * e^(i/2)), T - 1)
-             custom         a function (stack_idx, max_stacks, num_time_steps) -> t, by dotted name
-    input    u ~ U[0, 1] for every sequence, t = floor(u T); see `masking` and `time_embedding`
+             custom         the result of a function (stack_idx, max_stacks, num_time_steps) -> t
+    input    t is random for every sequence: t = floor(u T) with u ~ U[0, 1]; see `masking` and `time_embedding`
 
 Source: docs/design/progressive_growth.md.
 """
@@ -21,18 +23,18 @@ import torch
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 
 TIME_STEP = "time_step"
-"""Name of the batch field and auxiliary input with each sequence's time step, integer [b]."""
+"""Name of the batch field with each sequence's time step, integer [b], which is also an input of the model."""
 
 
 def time_step_of_stack(config: ProgressiveConfig, stack_idx: int) -> int:
     """Returns the time step of a stack with `--time-interpretation depth`.
 
     Args:
-        config: mapping and number of time steps.
+        config: contains the mapping from stacks to time steps, and the number of time steps.
         stack_idx: index of the stack in the order of creation, from 0.
 
     Raises:
-        ValueError: the custom function cannot be found, or returns no valid time step.
+        ValueError: the custom function cannot be found, or returns an invalid time step.
     """
     steps = config.resolved_num_time_steps
     if config.stack_time_mapping == "linear":
@@ -50,14 +52,14 @@ def time_step_of_stack(config: ProgressiveConfig, stack_idx: int) -> int:
 
 
 def mask_fraction(config: ProgressiveConfig, time_step: torch.Tensor) -> torch.Tensor:
-    """Returns the fraction of tokens masked at each time step, float64, in the shape of `time_step`."""
+    """Returns the fraction of tokens that is masked at each time step, as float64 in the shape of `time_step`."""
     last = max(1, config.resolved_num_time_steps - 1)
     span = config.max_mask_fraction - config.min_mask_fraction
     return config.min_mask_fraction + span * time_step.double() / last
 
 
 def time_step_of_fraction(config: ProgressiveConfig, fraction: float) -> int:
-    """Returns the time step at which a fraction of the tokens is masked; inverse of `mask_fraction`, clamped."""
+    """Returns the time step at which about `fraction` of the tokens are masked (the inverse of `mask_fraction`)."""
     last = config.resolved_num_time_steps - 1
     span = config.max_mask_fraction - config.min_mask_fraction
     if span == 0:
@@ -66,10 +68,10 @@ def time_step_of_fraction(config: ProgressiveConfig, fraction: float) -> int:
 
 
 def load_function(name: str, flag: str) -> Callable[..., Any]:
-    """Imports a function that the user names.
+    """Imports a function that the user has named.
 
     Args:
-        name: `package.module.function`.
+        name: name in the form `package.module.function`.
         flag: the flag whose value is `name`, for the error message.
 
     Raises:
@@ -79,7 +81,7 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{flag} {name}: not found: {error}") from None
+        raise ValueError(f"{flag} {name}: this function cannot be imported: {error}") from None
     if not callable(function):
         raise ValueError(f"{flag} {name}: is not a function")
     return function

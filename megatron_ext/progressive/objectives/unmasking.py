@@ -1,12 +1,12 @@
 """Generation with a masked-diffusion model: all new tokens start as mask tokens, which are replaced over several steps.
 
-In step i of n the model predicts every masked token from all known tokens before and after it. The
-ceil(masked / (n - i)) most confident predictions are kept, so that after n steps no token is masked. Temperature 0
-chooses the most likely token, other temperatures T sample from softmax(logits / T). The confidence is the probability
-of the chosen token, rounded to five digits; of equal confidences the first is kept.
+In step i of n (counted from 0) the model predicts every masked token from all known tokens before and after it. The
+ceil(masked / (n - i)) most confident predictions are kept, so that no token is masked after n steps. Temperature 0
+chooses the most likely token; another temperature T samples from softmax(logits / T). The confidence is the probability
+of the chosen token, rounded to five digits; of predictions with equal confidence, the first is kept.
 
-Prompts of equal length form a batch. There is no KV cache, because every token attends to all others. Every rank takes
-part and gets the same tokens, in any tensor- and pipeline-parallel layout.
+Prompts of equal length form a batch. A KV cache cannot be used, because every token attends to all others. All ranks
+take part and get the same tokens, in any tensor- and pipeline-parallel layout.
 Source: docs/design/progressive_growth.md; arXiv 2202.04200, 2502.09992.
 """
 
@@ -40,10 +40,10 @@ class DiffusionSampling:
     """Number of tokens to generate after each prompt."""
 
     steps: int = 32
-    """Number of forward passes, at most one per new token."""
+    """Number of forward passes; the number of new tokens is the upper limit."""
 
     temperature: float = 1.0
-    """Divisor of the logits; 0 chooses the most likely token."""
+    """Number by which the logits are divided; 0 chooses the most likely token."""
 
     seed: int = 1234
     """Seed of the sampling."""
@@ -60,7 +60,7 @@ class DiffusionSampling:
 
 
 def objective_of(families: Iterable[Family]) -> StackObjective | None:
-    """Returns the stack objective that one of the model families has; None if none of them has one."""
+    """Returns the objective of progressive training among the model families; None if there is none."""
     found = (getattr(family, "objective", None) for family in families)
     return next((objective for objective in found if isinstance(objective, StackObjective)), None)
 
@@ -76,14 +76,14 @@ def generate_by_unmasking(
     """Continues prompts by unmasking all new tokens over several steps. Collective.
 
     Args:
-        model: this rank's only chunk, unwrapped, without sequence parallelism.
+        model: this rank's only model chunk, unwrapped, without sequence parallelism.
         families: the model families, which supply the model's auxiliary inputs; one of them has the objective.
         prompts: token ids of each prompt, which may be empty.
         sampling: settings of the generation.
         vocab_size: the tokenizer's vocabulary size; padding rows and the mask token are never chosen.
 
     Returns:
-        The new tokens of each prompt before the first stop token, on every rank.
+        For each prompt, the new tokens before the first stop token; the same on every rank.
 
     Raises:
         ValueError: the model was not trained on masked tokens, or a prompt exceeds its positions or its window.
@@ -105,7 +105,7 @@ def generate_by_unmasking(
         rows = len(members) * (length + sampling.max_new_tokens)
         check_cache_memory(
             rows * vocab_size * 3 * 4, sampling.max_new_tokens
-        )  # logits, probabilities, a copy
+        )  # logits, probabilities, and a copy
         tokens = _unmask_all(model, families, objective, given, sampling, vocab_size, generator)
         new |= dict(zip(members, tokens[:, length:].tolist(), strict=True))
     return [new[n][: first_of(sampling.stop_tokens, new[n])] for n in range(len(prompts))]
@@ -160,7 +160,7 @@ def unmask(
 
     Args:
         tokens: token ids, [b, s].
-        masked: True for masked tokens, [b, s]; every row must have at least `count` masked tokens.
+        masked: True for masked tokens, [b, s]; every row must contain at least `count` masked tokens.
         logits: the model's logits, [b, s, V].
         count: number of predictions to keep per row.
         temperature: see the top of this file.
@@ -176,8 +176,8 @@ def unmask(
         drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
         chosen = drawn.view(tokens.shape)
         confidence = probabilities.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    # If all tokens are masked, all positions are equally likely. Without rounding, numerical errors, which depend on
-    # the parallel layout, would decide between them.
+    # If all tokens are masked, the model is equally confident at all positions. Without rounding, numerical errors,
+    # which depend on the parallel layout, would decide between them.
     ranked = confidence.round(decimals=5).masked_fill(~masked, -1.0).sort(dim=1, descending=True, stable=True)
     places = ranked.indices[:, :count]
     return tokens.scatter(1, places, chosen.gather(1, places))

@@ -1,1 +1,1 @@
-"""A report that compares progressive training runs."""
+"""The report that compares progressive training runs."""

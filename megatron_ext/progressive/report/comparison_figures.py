@@ -1,12 +1,14 @@
-"""Computes the figures that compare progressive training runs, from the data of `training_results`.
+"""Computes the figures that compare progressive training runs, from the data that `training_results` reads.
+
+A run consists of phases; each phase trains one stack of layers, or all of them. The figures are:
 
     training time        the sum of the times of all steps
-    step of a phase      the median over its steps, because first steps and a busy machine give outliers. Steps with and
-                         without cache hits have separate medians; the figure is their mean, weighted by step counts
-    loss at equal time   the validation loss when the fastest run had ended, interpolated linearly in training time
-                         between two evaluations
+    step of a phase      the median time of its steps, because first steps and a busy machine give outliers. Steps with
+                         and without cache hits have separate medians; the figure is their mean, weighted by step counts
+    loss at equal time   the validation loss at the time at which the fastest run ended, interpolated linearly in
+                         training time between two evaluations
 
-Memory is the peak since the process began. It is the peak of one phase only if each phase has its own process
+Memory is the peak since the process began. This equals the peak of the phase only if each phase has its own process
 (--exit-interval), or if memory grows from phase to phase.
 """
 
@@ -22,7 +24,7 @@ from megatron_ext.progressive.report.training_results import ProgressiveRun
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseFigures:
-    """Figures of one phase of a run; None where a figure is unknown."""
+    """Figures of one phase of a run; an unknown figure is None."""
 
     name: str
     """Name of the phase without its prefix: stack_0, ..., joint, end_to_end."""
@@ -35,17 +37,17 @@ class PhaseFigures:
     """Seconds per step; see the top of this file."""
 
     first_epoch_step_seconds: float | None
-    """Median seconds per step, over the steps without hits in the activation cache."""
+    """Median seconds per step, over the steps without any hit in the activation cache."""
 
     cached_step_seconds: float | None
-    """Median seconds per step, over the steps with only hits in the activation cache."""
+    """Median seconds per step, over the steps whose micro-batches were all in the activation cache."""
 
     peak_memory_bytes: int
     stack_bytes: list[int]
     """Bytes of the weights of every stack, by index."""
 
     stack_treatments: list[str]
-    """How the phase treated every stack, by index; see `trunk_strategy.TREATMENTS`."""
+    """How the phase treated each stack, by index; one of `trunk_strategy.TREATMENTS`."""
 
     validation_loss: float | None
     """The last validation loss of the phase."""
@@ -53,7 +55,7 @@ class PhaseFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """Figures of one run; None where a figure is unknown, or where there is no run to compare with."""
+    """Figures of one run; a figure is None if it is unknown, or if there is no run to compare with."""
 
     name: str
     layers: int
@@ -61,13 +63,13 @@ class RunFigures:
     tokens: int | None
     training_seconds: float
     times_steps: bool
-    """Whether step times were logged; if not, the phases' wall time is used for training time."""
+    """Whether step times were logged; if not, the training time is the wall time of the phases."""
 
     last_step_seconds: float | None
     """Seconds per step of the last phase; see the top of this file."""
 
     last_step_ratio: float | None
-    """Ratio of `last_step_seconds` to that of the reference run."""
+    """Ratio of `last_step_seconds` to the reference run's `last_step_seconds`."""
 
     cached_step_ratio: float | None
     """Ratio of the last phase's `cached_step_seconds` to the reference run's `last_step_seconds`."""
@@ -76,7 +78,7 @@ class RunFigures:
     """Peak memory of the last phase."""
 
     peak_memory_ratio: float | None
-    """Ratio of the peak memory to that of the reference run."""
+    """Ratio of `peak_memory_bytes` to the reference run's `peak_memory_bytes`."""
 
     trainable_parameters: int
     """Number of trained parameters in the last phase."""
@@ -85,20 +87,20 @@ class RunFigures:
     """The last validation loss."""
 
     equal_time_loss: float | None
-    """Validation loss at `Comparison.equal_seconds`."""
+    """Validation loss after `Comparison.equal_seconds` of training."""
 
     evaluation: dict[str, dict[str, float]]
-    """Figures from tools/evaluate.py, first by name of the dataset, then by name of the figure."""
+    """Maps the name of each dataset to the figures that tools/evaluate.py has measured on it, by name."""
 
     phases: list[PhaseFigures]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Figures of all runs."""
+    """The figures of all runs."""
 
     reference: str | None
-    """Name of the run to which ratios refer; None for no ratios."""
+    """Name of the run by which the ratios divide; None for no ratios."""
 
     equal_seconds: float | None
     """Training time of the fastest run; None unless at least two runs have step times and validation losses."""
@@ -111,14 +113,14 @@ def compare_runs(runs: Sequence[ProgressiveRun], reference: str | None = None) -
 
     Args:
         runs: the runs, with distinct names.
-        reference: name of the run to which ratios refer; None for no ratios.
+        reference: name of the run by which the ratios divide; None for no ratios.
 
     Raises:
         ValueError: the reference is not among the runs.
     """
     names = [run.name for run in runs]
     if reference is not None and reference not in names:
-        raise ValueError(f"--reference {reference}: no such run; --runs has {', '.join(names)}")
+        raise ValueError(f"--reference {reference}: must be one of the --runs {', '.join(names)}")
     base = runs[names.index(reference)] if reference is not None else None
     seconds = equal_seconds(runs)
     return Comparison(
@@ -129,7 +131,7 @@ def compare_runs(runs: Sequence[ProgressiveRun], reference: str | None = None) -
 
 
 def equal_seconds(runs: Sequence[ProgressiveRun]) -> float | None:
-    """Returns the shortest training time of the runs with step times and validation losses; None if fewer than two."""
+    """Returns the shortest training time of the runs with step times and validation losses; None for fewer than two."""
     clocked = [run.training_seconds for run in runs if run.validation_by_seconds()[0]]
     return min(clocked) if len(clocked) > 1 else None
 
@@ -143,18 +145,18 @@ def loss_at(run: ProgressiveRun, seconds: float) -> float | None:
 
 
 def step_seconds(run: ProgressiveRun, phase: Finished, rate: float | None = None) -> float | None:
-    """Returns the seconds per step of a phase; None if there are no such steps, or times were not logged.
+    """Returns the seconds per step of a phase; None if no step has the hit rate, or times were not logged.
 
     Args:
         run: the run that contains the phase.
-        phase: the phase whose steps are timed.
-        rate: use only steps with this hit rate of the activation cache; None for all steps.
+        phase: the phase.
+        rate: only steps with this hit rate of the activation cache count; None for all steps.
     """
     groups: dict[float | None, list[float]] = {}
     for step in range(phase.first_iteration + 1, phase.iteration + 1 if run.step_seconds else 0):
         found = run.hit_rate.get(step)
         if rate is None or found == rate:
-            # Steps with partial hits, in the log interval in which an epoch ends, form one group.
+            # Hit rates are means over a log interval. All steps with a rate between 0 and 1 form one group.
             key = found if found in (None, 0, 1) else 0.5
             groups.setdefault(key, []).append(run.step_seconds[step - 1])
     steps = sum(map(len, groups.values()))

@@ -1,7 +1,8 @@
 """Compares progressive training runs in two tables, and in an HTML page with a timeline of each run's growth.
 
-In a timeline every stack is a rectangle that begins when the stack is created; layer 0 is next to the embedding, and a
-prepended stack shifts the others up. The colour shows how a phase treats the stack.
+In a timeline, every stack (layers that are trained together) is a rectangle that begins when the stack is created.
+Layer 0 is next to the embedding, and a prepended stack shifts the others up. The colour shows whether the stack is
+trained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,8 @@ Cell = str | int | float | None
 
 _MEBI = 2**20
 _KINDS = {
-    "trained": Kind(name="trains", colour="#0072B2", text_colour="white"),
-    "adapters": Kind(name="its adapters train", colour="#E69F00", text_colour="black"),
+    "trained": Kind(name="trained", colour="#0072B2", text_colour="white"),
+    "adapters": Kind(name="only adapters trained", colour="#E69F00", text_colour="black"),
     "frozen": Kind(name="frozen", colour="#A8A8A8", text_colour="black"),
     "cached": Kind(name="frozen, activations cached", colour="#DADADA", text_colour="black"),
 }
@@ -29,14 +30,14 @@ _HELD_OUT = {
     "masked_token_accuracy": "masked-token accuracy",
     "unigram_accuracy": "unigram guess",
 }
-"""Column titles by figure of tools/evaluate.py; its other figures can be computed from these."""
+"""Maps figures of tools/evaluate.py to column titles; the other figures can be computed from these."""
 
 _NOT_NOTED = Kind(name="not recorded", colour="#F6F0D8", text_colour="black")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table for the console and the page."""
+    """A table that is printed and shown on the page."""
 
     title: str
     columns: list[str]
@@ -60,9 +61,9 @@ def runs_table(comparison: Comparison) -> Table:
             f"cached step / {comparison.reference}": run.cached_step_ratio,
             "peak memory, MiB": _scaled(run.peak_memory_bytes, 1 / _MEBI),
             f"memory / {comparison.reference}": run.peak_memory_ratio,
-            "trained at the end": run.trainable_parameters,
+            "trained parameters at the end": run.trainable_parameters,
             "validation loss": run.validation_loss,
-            f"the same after {moment or 0:.4g} s": run.equal_time_loss,
+            f"validation loss after {moment or 0:.4g} s": run.equal_time_loss,
         }
         for dataset in datasets:
             where = f" ({dataset})" if len(datasets) > 1 else ""
@@ -96,25 +97,25 @@ def _phase_cells(run: RunFigures, phase: PhaseFigures) -> dict[str, Cell]:
 
 
 def messages(comparison: Comparison) -> list[str]:
-    """Returns explanations of the tables."""
+    """Returns sentences that explain the tables."""
     found = [
-        "The time of a step is the median over its phase; for steps with and without the activation cache it is the "
-        "mean of both medians, weighted by their numbers. Training time is the sum over all steps, without start-up, "
-        "evaluation and checkpoints. Peak memory is the process's peak since it began."
+        "The time of a step is the median over a phase. If only some steps read the activation cache, it is the mean "
+        "of two medians, with and without the cache, weighted by the numbers of steps. Training time is the sum over "
+        "all steps, without start-up, evaluation and checkpoints. Peak memory is the peak since the process began."
     ]
     if comparison.equal_seconds is not None:
         found.append(
-            f"The fastest run trained for {comparison.equal_seconds:.4g} s; the others' validation loss at that time "
-            "is interpolated between the evaluations before and after it."
+            f"The fastest run trained for {comparison.equal_seconds:.4g} s. The validation losses of the other runs "
+            "after this time are interpolated between two evaluations."
         )
     unclocked = [run.name for run in comparison.runs if not run.times_steps]
     if unclocked:
         found.append(
-            f"Step times were not logged by {', '.join(unclocked)}; their training time is the phases' wall time, "
-            "including start-up, evaluation and checkpoints."
+            f"Step times were not logged by {', '.join(unclocked)}; their training time is the wall time of the "
+            "phases, including start-up, evaluation and checkpoints."
         )
     found.append(
-        "Losses of masked objectives at different time steps (mask fractions) cannot be compared: the tasks differ."
+        "Losses on masked tokens cannot be compared if the mask fractions (time steps) differ: the tasks differ then."
     )
     return found
 
@@ -144,8 +145,8 @@ def report_page(runs: Sequence[ProgressiveRun], comparison: Comparison) -> str:
 
 
 _TIMELINE_CAPTION = (
-    "Layers over steps, layer 0 next to the embedding: how each phase treats each stack, and its precision. Below, the "
-    "losses; a validation at the last step of a phase evaluates the model before it grows."
+    "Layers over steps, with layer 0 next to the embedding: what is trained in each phase, and the precision of each "
+    "stack. Below, the losses; a validation at the last step of a phase evaluates the model before it grows."
 )
 
 
@@ -170,7 +171,7 @@ def growth_timeline(run: ProgressiveRun) -> str:
 
 
 def growth_blocks(run: ProgressiveRun) -> list[Block]:
-    """Returns a rectangle for every stack in every phase in which it exists."""
+    """Returns one rectangle for each phase and each stack that exists in the phase."""
     blocks = []
     for phase in run.phases:
         for stack, layers in run.rack.first(len(phase.stack_bytes)).layers():
@@ -244,5 +245,5 @@ def _scaled(value: float | None, factor: float) -> float | int | None:
 
 
 def _short(value: float) -> float | int:
-    """Rounds numbers from 1000 on to integers."""
+    """Rounds numbers of at least 1000 to integers."""
     return round(value) if abs(value) >= 1000 else value

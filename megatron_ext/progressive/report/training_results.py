@@ -1,10 +1,12 @@
 """Reads the results of a progressive training run: its phases, and the time and loss of its steps.
 
+The results are read from these files in the directory of `--save`:
+
     {save}/progressive.json      the finished phases; required
     {save}/tensorboard/          the --tensorboard-dir of all phases and restarts; optional
     {save}/evaluation.json       the --output of tools/evaluate.py; optional
 
-Steps of an unfinished phase are omitted. `comparison_figures` compares runs.
+Steps of an unfinished phase are ignored. `comparison_figures` compares runs.
 """
 
 import math
@@ -28,16 +30,16 @@ class ProgressiveRun:
     """The results of one progressive training run."""
 
     name: str
-    """Name given by the user of the report."""
+    """Name of the run in the report."""
 
     rack: Rack
-    """The rack of the last finished phase."""
+    """The stacks of the model in the last finished phase."""
 
     phases: tuple[Finished, ...]
     """The finished phases in order, at least one."""
 
     step_seconds: tuple[float, ...] = ()
-    """Time of step 1, 2, ... without start-up, evaluation and checkpoints; empty if not logged."""
+    """Seconds of steps 1, 2, ..., without start-up, evaluation and checkpoints; empty if not logged."""
 
     losses: Mapping[int, float]
     """Training loss, by step."""
@@ -46,13 +48,13 @@ class ProgressiveRun:
     """Validation loss, by step; at the last step of a phase the model is evaluated before it grows."""
 
     hit_rate: Mapping[int, float]
-    """Hit rate of the activation cache in the log interval that ends at a step, by step."""
+    """Maps each step to the hit rate of the activation cache in the step's log interval."""
 
     tokens_per_step: float | None = None
     """Training tokens per step; None if not logged."""
 
     evaluation: Mapping[str, Mapping[str, float]]
-    """Figures from tools/evaluate.py, first by name of the dataset, then by name of the figure."""
+    """Maps the name of each dataset to the figures that tools/evaluate.py has measured on it, by name."""
 
     @property
     def steps(self) -> int:
@@ -61,7 +63,7 @@ class ProgressiveRun:
 
     @property
     def training_seconds(self) -> float:
-        """Time of all steps; the phases' wall time if step times were not logged."""
+        """Seconds of all steps; if step times were not logged, the wall time of the phases."""
         return sum(self.step_seconds) or sum(phase.seconds for phase in self.phases)
 
     def validation_by_seconds(self) -> tuple[list[float], list[float]]:
@@ -83,21 +85,21 @@ def read_run(name: str, directory: str | Path) -> ProgressiveRun:
 
     Args:
         name: name of the run in tables and legends.
-        directory: the directory; see the top of this file.
+        directory: the `--save` directory; its files are listed at the top of this module.
 
     Raises:
-        FileNotFoundError: the directory has no progressive.json, or its subdirectory `tensorboard` has no event files.
+        FileNotFoundError: the directory contains no progressive.json, or its subdirectory `tensorboard` no event files.
         ValueError: a file is damaged, or no phase is finished.
     """
     folder = Path(directory)
     if not (folder / FILE).is_file():
         raise FileNotFoundError(
-            f"--runs {name}={directory}: contains no {FILE}; pass the --save directory of a run"
+            f"--runs {name}={directory}: contains no {FILE}; pass the --save directory of a progressive training run"
         )
     history = read_history(folder)
     phases = history.finished
     if not phases:
-        raise ValueError(f"--runs {name}={directory}: no phase of this training is finished")
+        raise ValueError(f"--runs {name}={directory}: no phase of this run is finished yet")
     curves = read_curves(folder / TENSORBOARD, flag="--runs") if (folder / TENSORBOARD).is_dir() else {}
     end = phases[-1].iteration
     found = {tag: _by_step(curve, end) for tag, curve in curves.items()}
@@ -118,15 +120,15 @@ def read_run(name: str, directory: str | Path) -> ProgressiveRun:
 
 def _by_step(curve: Curve, last: int) -> dict[int, float]:
     """Returns the curve's values by step, in ascending order of the steps."""
-    # If a run was restarted from the beginning, a step occurs twice and the later value counts.
+    # If a run was restarted, a step may occur twice; the later value counts.
     values = dict(zip(*curve, strict=True))
     return {step: values[step] for step in sorted(values) if 0 < step <= last and math.isfinite(values[step])}
 
 
 def _every_step(logged: Mapping[int, float], phases: Sequence[Finished]) -> dict[int, float]:
-    """Returns, for every step of phases with logged values, the value of the step's log interval.
+    """Returns, for every step of phases with logged values, the value that was logged for the step's interval.
 
-    If a plateau has ended a phase within an interval, the remaining steps get the last logged value.
+    If a plateau has ended a phase within a log interval, the phase's last steps get the last logged value.
     """
     values = {}
     for phase in phases:
@@ -145,4 +147,4 @@ def _read_evaluation(path: Path) -> dict[str, dict[str, float]]:
             for dataset, figures in read_json(path).items()
         }
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"{path}: damaged, or not written by tools/evaluate.py") from None
+        raise ValueError(f"{path} is damaged, or was not written by tools/evaluate.py") from None

@@ -1,1 +1,1 @@
-"""Progressive runs, and the Python API."""
+"""Progressive training runs, and their Python API."""

@@ -1,12 +1,15 @@
-"""Progressive training: runs the phases one after the other in one process group, each on a larger model.
+"""Progressive training: runs the phases one after the other in one process group, each with a larger model.
 
-    model        all layers of the phase; the trunk's weights are loaded from the last checkpoint of the previous phase
-    optimizer    new, with the states of the parameters that continue to train; the learning-rate schedule starts anew
-    data         continues; the samples of all phases are shuffled together
-    random       generators are re-seeded at the start of every phase
+The trunk is what the earlier phases have trained. In each phase:
+
+    model        has all layers of the phase; the trunk's weights come from the last checkpoint of the previous phase
+    optimizer    new, with the old states of parameters that are still trained; the learning-rate schedule restarts
+    data         the samples of all phases are shuffled together; each phase reads the next part
+    random       generators are re-seeded at the start of every later phase
 
 The command may be interrupted at any moment. If it is repeated, it continues from the newest checkpoint, and the final
-weights are the same bit for bit. It also continues in another parallel layout. `training_history` describes the files.
+weights are the same bit for bit as without the interruption. It may also continue in another parallel layout.
+`training_history` describes the files.
 """
 
 import gc
@@ -61,7 +64,7 @@ def run_progressive(
     Args:
         config: the configuration of the training run.
         make_others: builds the other model families of a phase from the phase's configuration. Their parameters in the
-            trunk's layers are carried over; each model family decides whether its own parameters train.
+            trunk's layers are carried over; each model family decides whether its parameters are trained.
 
     Returns:
         The process's exit code.
@@ -72,7 +75,7 @@ def run_progressive(
     if config.training.dry_run:
         phases = _phases(config, planned_world_size(config.parallel))
         if process_groups.rank() == 0:
-            print(f"The last phase: {phases[-1].title}, {phases[-1].steps} steps.")
+            print(f"Dry run of the last phase: {phases[-1].title}, {phases[-1].steps} steps.")
         return pretrain(config_of(config, phases[-1]), partial(_planned_families, phases[-1]))
     phases = _phases(config, process_groups.world_size())
     check_settings(config, phases)
@@ -90,14 +93,14 @@ def _check_with_tokenizer(config: ProgressiveRunConfig, tokenizer: Tokenizer) ->
 
 
 def _planned_families(phase: Phase, config: ProgressiveRunConfig, tokenizer: Tokenizer) -> list[Family]:
-    """Returns a phase's model family for a dry run; adds the mask token to the tokenizer."""
+    """Returns the model family of a phase for a dry run; adds the mask token to the tokenizer."""
     own = config.progressive
     mask = reserve_mask_token(tokenizer, own.mask_token_id) if own.masks_tokens else None
     return [ProgressiveFamily(own, phase.rack, phase.trains, mask_token_id=mask)]
 
 
 def _identity(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the values that identify the run's activation cache; the cache itself adds a digest of the weights."""
+    """Returns the values that tell this run's activation cache from those of other runs."""
     model = group_to_dict(config.model)
     del model["num_layers"]
     return {"seed": config.training.seed, "tokenizer": tokenizer.fingerprint(), **model}
@@ -120,7 +123,7 @@ def _phases(config: ProgressiveRunConfig, world_size: int) -> list[Phase]:
 
 
 class Growth:
-    """Progressive training inside its process group: runs the phases one after the other."""
+    """A progressive training run in its process group: runs the phases one after the other."""
 
     def __init__(
         self,
@@ -138,8 +141,8 @@ class Growth:
             config: the configuration of the training run; `checkpoint.save` is its directory.
             phases: all phases.
             tokenizer: the tokenizer of the data; a mask token is added to it if the objective needs one.
-            data: the caller's batches, used instead of --data-path; None to read --data-path.
-            frozen: `frozen` or `qlora` by stack index; overrides the trunk strategy for these stacks.
+            data: the caller's batches; None to read the datasets of --data-path.
+            frozen: maps the index of a stack to `frozen` or `qlora`; overrides the trunk strategy for these stacks.
             make_others: see `run_progressive`.
 
         Raises:
@@ -149,7 +152,7 @@ class Growth:
         self.frozen = dict(frozen or {})
         self.make_others = make_others
         self.losses: dict[str, list[float]] = {}
-        """Losses of each phase that this command has run, step by step, by name of the phase."""
+        """Maps the name of each phase that this process has run to the losses of its steps."""
 
         self.config = config
         self.phases = phases
@@ -168,11 +171,11 @@ class Growth:
         """Trains the remaining phases; returns the exit code. Collective."""
         left = [phase for phase in self.phases if self.history.of(phase.name) is None]
         if not left:
-            print_on_first_rank("training is already complete; to continue, increase --target-stacks")
+            print_on_first_rank("training is already complete; to add stacks, increase --target-stacks")
         if left and self.config.training.bf16 and any(s.precision == "full" for s in left[-1].rack.stacks):
             print_on_first_rank(
-                "--bf16: stacks of precision full store and multiply their weights in fp32; "
-                "use --new-stack-precision bfloat16 for bf16"
+                "--bf16: stacks of precision full are stored and computed in fp32; "
+                "pass --new-stack-precision bfloat16 for bf16"
             )
         for phase in left:
             print_on_first_rank(f"{phase.name}: {phase.title}, {phase.steps} steps")
@@ -184,13 +187,14 @@ class Growth:
             if code != EXIT_OK or self._is_stopped(phase):
                 return code
             gc.collect()
-        # Also if no phase was left: the last command may have been killed before it published the rack.
+        # This also runs if no phase was left, because an earlier command may have been killed before it published the
+        # rack.
         folder = on_first_rank(lambda: publish_rack(self.save, self.phases[-1].name))
         print_on_first_rank(f"the rack is complete: {folder}")
         return EXIT_OK
 
     def _is_stopped(self, phase: Phase) -> bool:
-        """Returns whether the command must stop here: the phase was interrupted, or it ended at an exit interval."""
+        """Returns whether the command must stop after the phase: it was interrupted, or ended at an exit interval."""
         finished = self.history.of(phase.name)
         interval = self.config.training.exit_interval
         is_last = phase is self.phases[-1]
@@ -251,7 +255,7 @@ class Growth:
         return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints how many parameters are trained and frozen, and the bytes of each stack's weights."""
+        """Prints the numbers of trained and frozen parameters, and the bytes of each stack's weights."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
         weights = ", ".join(
@@ -259,8 +263,8 @@ class Growth:
             for stack in phase.rack.stacks
         )
         print_on_first_rank(
-            f"{phase.name}: {counts['trainable']:,} parameters train, {counts['frozen']:,} are frozen; weights per "
-            f"rank, from the embedding: {weights}"
+            f"{phase.name}: {counts['trainable']:,} parameters are trained, {counts['frozen']:,} are frozen; weights "
+            f"per rank, from the embedding to the head: {weights}"
         )
 
     def _finish(

@@ -1,11 +1,11 @@
-"""`ProgressiveTrainer` of the Python API: grows and trains a rack on the caller's batches.
+"""`ProgressiveTrainer` of the Python API: grows and trains a rack (a model built from stacks) on the caller's batches.
 
     trainer = ProgressiveTrainer(config)
     results = trainer.train_rack(rack_builder=builder, dataloader=dataloader, target_stacks=6)
     rack = builder.build_rack()
 
-It runs the same training as `pretrain_progressive.py` (see `progressive_run`), with the same phases, checkpoints and
-files. With a `save` directory, an interrupted training run can be continued. Source: docs/design/progressive_growth.md.
+Phases, checkpoints and files are the same as with `pretrain_progressive.py` (see `progressive_run`). With a `save`
+directory, an interrupted training run can be resumed. Source: docs/design/progressive_growth.md.
 """
 
 import atexit
@@ -41,16 +41,16 @@ from megatron_ext.training.loop import Data
 
 @dataclass(frozen=True, kw_only=True)
 class StackResult:
-    """Results of one phase."""
+    """The results of one phase."""
 
     name: str
-    """`progressive_stack_{i}`, `progressive_joint` or `progressive_end_to_end`."""
+    """Name of the phase: `progressive_stack_{i}`, `progressive_joint` or `progressive_end_to_end`."""
 
     losses: list[float]
-    """Losses of the steps that this call has run."""
+    """Losses of the steps that this call of `train_rack` has run."""
 
     iterations: int
-    """Number of the phase's last step, counted over all phases."""
+    """Number of steps at the end of the phase, counted over all phases."""
 
     trainable_parameters: int
     frozen_parameters: int
@@ -60,13 +60,13 @@ class StackResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResults:
-    """Results of a training run."""
+    """The results of a training run."""
 
     stacks: list[StackResult]
     """Results of the phases, in order."""
 
     checkpoint: Path
-    """The last phase's checkpoint."""
+    """Directory of the last phase's checkpoint."""
 
 
 class ProgressiveTrainer:
@@ -81,8 +81,8 @@ class ProgressiveTrainer:
     ) -> None:
         """Args:
         config: the configuration; it may be changed until training begins.
-        save: directory of the checkpoints; None for a temporary one, which is removed when the process ends.
-        logging: what is printed and written; None for the defaults without throughput.
+        save: directory of the checkpoints; None for a temporary directory, which is removed when the process ends.
+        logging: what is printed and logged; None for the defaults, without throughput.
 
         Raises:
             ValueError: the configuration is invalid; see `StackWiseConfig.validate`.
@@ -102,9 +102,9 @@ class ProgressiveTrainer:
 
         Args:
             rack_builder: describes the stacks; afterwards its `build_rack` returns the trained model.
-            dataloader: yields the batches of this data-parallel rank, all with the same number of rows; iterated
-                repeatedly. `ProgressiveDataLoader` describes the format of a batch.
-            target_stacks: number of stacks of the complete rack.
+            dataloader: yields the batches of this data-parallel rank, all of the same size; it is iterated several
+                times. For the format of a batch see `ProgressiveDataLoader`.
+            target_stacks: number of stacks of the complete model.
 
         Raises:
             ValueError: the rack already has more stacks, the directory contains another training run, or a batch has an
@@ -112,7 +112,7 @@ class ProgressiveTrainer:
         """
         if target_stacks < rack_builder.num_stacks:
             raise ValueError(
-                f"target_stacks {target_stacks}: the rack already has {rack_builder.num_stacks} stacks"
+                f"target_stacks {target_stacks}: must be at least {rack_builder.num_stacks}, the rack's stacks so far"
             )
         while rack_builder.num_stacks < target_stacks:
             rack_builder.add_stack()
@@ -160,7 +160,7 @@ class ProgressiveTrainer:
     def train_progressively(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
     ) -> TrainingResults:
-        """Other name of `train_rack`, used in docs/design/progressive_growth.md."""
+        """Does the same as `train_rack`; this is its name in docs/design/progressive_growth.md."""
         return self.train_rack(rack_builder, dataloader, target_stacks)
 
     def _run_config(
@@ -170,7 +170,8 @@ class ProgressiveTrainer:
         first = plain_batch(next(iter(dataloader)))["tokens"]
         if first.size(1) > config.model.seq_length:
             raise ValueError(
-                f"model.seq_length {config.model.seq_length}: the loader's sequences have {first.size(1)} tokens"
+                f"model.seq_length {config.model.seq_length}: must be at least {first.size(1)}, the length of the "
+                "loader's sequences"
             )
         return replace(
             config,
@@ -183,7 +184,7 @@ class ProgressiveTrainer:
 def _endless(
     dataloader: Iterable[Any], micro_batch_size: int, copies: int, consumed_samples: int
 ) -> Iterator[Batch]:
-    """Yields the loader's batches without end, each with its `epoch` [b], starting after `consumed_samples`."""
+    """Yields the loader's batches endlessly, each with its `epoch` [b]; skips the first `consumed_samples`."""
     return islice(
         _epochs(dataloader, micro_batch_size), consumed_samples // (micro_batch_size * copies), None
     )
@@ -200,5 +201,5 @@ def _epochs(dataloader: Iterable[Any], micro_batch_size: int) -> Iterator[Batch]
             yield {"epoch": torch.full((rows,), epoch), **batch}
         if empty:
             raise ValueError(
-                "the data loader yields no batch; a generator can be read only once, pass a list instead"
+                "the data loader yields no batch; if it is a generator, which can be read only once, pass a list"
             )

@@ -1,12 +1,13 @@
-"""`ProgressiveRackBuilder` of the Python API: adds stacks one by one, and builds the model.
+"""`ProgressiveRackBuilder` of the Python API: adds stacks of layers one by one, and builds the model.
 
     builder = ProgressiveRackBuilder(config=config, building_mode="append", default_precision="full")
     builder.append_stack(n_blocks=4)
     builder.prepend_stack(n_blocks=4, precision="half")
     rack = builder.build_rack()
 
-After training (`ProgressiveTrainer`) the model is built with its trained weights; stacks added after training are newly
-initialized. One process is enough; under torchrun with `parallel` set every process builds its part of the model.
+After training with `ProgressiveTrainer`, the model is built with its trained weights; stacks added after training are
+initialized. One process is enough; with torchrun and the section `parallel` of the configuration, every process builds
+its part of the model.
 """
 
 from dataclasses import replace
@@ -29,12 +30,12 @@ from megatron_ext.progressive.settings.stackwise_config import StackWiseConfig
 
 
 def create_stack_from_config(stack_id: int, n_blocks: int | None, config: StackWiseConfig) -> Stack:
-    """Creates the description of a stack from a configuration.
+    """Creates the description of a stack (a group of layers) from a configuration.
 
     Args:
         stack_id: index of the stack in the order of creation, from 0.
         n_blocks: number of layers; None for the configuration's value.
-        config: gives the precision, and the default of `n_blocks`.
+        config: contains the precision, and the default of `n_blocks`.
 
     Raises:
         ValueError: the configuration is invalid; see `StackWiseConfig.validate`.
@@ -45,7 +46,7 @@ def create_stack_from_config(stack_id: int, n_blocks: int | None, config: StackW
 
 
 class ProgressiveRackBuilder:
-    """Builds a rack stack by stack."""
+    """Builds a rack (a model) stack by stack."""
 
     def __init__(
         self,
@@ -56,13 +57,13 @@ class ProgressiveRackBuilder:
         **model: Any,
     ) -> None:
         """Args:
-        config: the whole configuration; alternatively pass `model`.
+        config: the whole configuration; pass either `config` or `model`.
         building_mode: position of stacks added by `add_stack`; None for the configuration's value.
-        default_precision: precision of stacks for which none is given; None for the configuration's value.
+        default_precision: precision of stacks that are added without a precision; None for the configuration's value.
         **model: `vocab_size`, `d_model`, `d_ff`, `n_heads` and other keys of the section `model`.
 
         Raises:
-            ValueError: both `config` and `model` are given, or neither; or a value is invalid.
+            ValueError: both `config` and `model` are given, or neither is; or a value is invalid.
         """
         if (config is None) == (not model):
             raise ValueError(
@@ -74,13 +75,14 @@ class ProgressiveRackBuilder:
         self.default_precision = _word("default_precision", default_precision, PRECISIONS)
         self.rack = Rack()
         self.frozen: dict[int, str] = {}
-        """`frozen` or `qlora`, by index of each stack that `freeze_trunk` or `freeze_all_but_qlora` has frozen."""
+        """Maps the index of each stack to `frozen` or `qlora`, if `freeze_trunk` or `freeze_all_but_qlora` has frozen
+        it."""
 
         self.trained: Trunk | None = None
         """The checkpoint of the trained stacks; None before training."""
 
         self.chunks: list[GPTModel] = []
-        """The chunks of the model that was built last."""
+        """The chunks of the last model that was built."""
 
     @property
     def num_stacks(self) -> int:
@@ -88,11 +90,12 @@ class ProgressiveRackBuilder:
         return len(self.rack.stacks)
 
     def append_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
-        """Adds a stack after all others.
+        """Adds a stack after all other stacks.
 
         Args:
             n_blocks: number of layers; None for the configuration's value.
-            precision: full, half, bfloat16, nvfp4 or qlora; None for the default of the builder or the configuration.
+            precision: full, half, bfloat16, nvfp4 or qlora; None for the builder's default or the configuration's
+                value.
 
         Raises:
             ValueError: the precision is unknown, `n_blocks` is less than 1, or the rack already has `max_stacks`
@@ -101,11 +104,11 @@ class ProgressiveRackBuilder:
         return self._add("append", n_blocks, precision)
 
     def prepend_stack(self, n_blocks: int | None = None, precision: str | None = None) -> Stack:
-        """Adds a stack before all others; arguments and errors as in `append_stack`."""
+        """Adds a stack before all other stacks; takes the arguments and raises the errors of `append_stack`."""
         return self._add("prepend", n_blocks, precision)
 
     def add_stack(self) -> Stack:
-        """Adds a stack at the position of the building mode, with the configuration's layers and precision."""
+        """Adds a stack at the position of the building mode, with the default number of layers and precision."""
         index = self.num_stacks
         mode = self.building_mode
         if mode is None:
@@ -124,11 +127,11 @@ class ProgressiveRackBuilder:
         """Freezes the given stacks except for their adapters.
 
         Raises:
-            ValueError: a stack does not exist, or the configuration gives stacks no adapters.
+            ValueError: a stack does not exist, or stacks have no adapters in this configuration.
         """
         if not self.config.progressive_config(max(1, self.num_stacks)).qlora_enabled:
             raise ValueError(
-                "freeze_all_but_qlora requires qlora_enabled=True; without it stacks have no adapters"
+                "freeze_all_but_qlora requires qlora_enabled=True; without it, stacks have no adapters"
             )
         self._freeze(trunk_indices, "qlora")
 
@@ -136,7 +139,8 @@ class ProgressiveRackBuilder:
         """Builds this process's part of the model with all stacks; trained stacks get their trained weights.
 
         Args:
-            trains: which parameters require gradients: `newest` as in the newest stack's phase, `all`, or `none`.
+            trains: the parameters that require gradients: those trained with the newest stack (`newest`), `all`, or
+                `none`.
 
         Raises:
             ValueError: there is no stack, or the parallel layout does not fit the model.
@@ -170,7 +174,7 @@ class ProgressiveRackBuilder:
 
     @property
     def mask_token_id(self) -> int | None:
-        """Id of the mask token: the configured id, or the id after the vocabulary's last; None if nothing is masked."""
+        """Id of the mask token: the configured id, or the first unused id; None if the objective masks no tokens."""
         return self._vocabulary()[1]
 
     @property
@@ -195,7 +199,7 @@ class ProgressiveRackBuilder:
         for index in indices:
             if not 0 <= index < self.num_stacks:
                 raise ValueError(
-                    f"trunk_indices {index}: the rack has only stacks 0 to {self.num_stacks - 1}"
+                    f"trunk_indices {index}: must be from 0 to {self.num_stacks - 1}, the index of the newest stack"
                 )
         self.frozen |= dict.fromkeys(indices, how)
         if self.chunks and self.chunks[0].config.num_layers == self.rack.num_layers:

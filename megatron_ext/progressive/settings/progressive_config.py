@@ -1,7 +1,8 @@
 """Flags of progressive training; names and defaults are those of docs/design/progressive_growth.md.
 
-Every field is a flag of `pretrain_progressive.py` and a key of the section `progressive` of a YAML file; the flags of
-LoRA come from `lora_config`. The modules that use the values describe them: `rack` (stacks), `trunk_strategy`,
+A model grows stack by stack: each stack is a group of layers, trained on top of the trunk (the stacks before it). Every
+field is a flag of `pretrain_progressive.py` and a key of the section `progressive` of a YAML file; the flags of LoRA
+come from `lora_config`. More about the values is in the modules that use them: `rack` (stacks), `trunk_strategy`,
 `grown_weights` (initial weights), `phases` (schedule), `time_steps` and `masking` (time and masks), `activation_cache`.
 """
 
@@ -30,71 +31,75 @@ PRECISIONS = ("full", "half", "bfloat16", "nvfp4", "qlora")
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveConfig(LoRAConfig):
-    """Growing and training a model stack by stack on a frozen or LoRA trunk."""
+    """How a model is grown and trained stack by stack, on a trunk that is frozen or trains LoRA adapters."""
 
     enabled: bool = True
     """Grow stack by stack. If disabled, all stacks are created at once and trained end to end, for comparison."""
 
     target_stacks: int | None = None
-    """Number of stacks of the complete rack. Default: --max-stacks."""
+    """Number of stacks of the complete model. Default: --max-stacks."""
 
     max_stacks: int = 12
-    """Largest number of stacks of a rack; the default of --num-time-steps depends on it."""
+    """Largest allowed number of stacks; the default of --num-time-steps depends on it."""
 
     n_blocks: tuple[int, ...] = (4,)
-    """Number of transformer layers per stack: one number for all, or one per stack in the order of creation."""
+    """Number of transformer layers per stack: one number for all stacks, or one per stack in the order of creation."""
 
     building_mode: tuple[str, ...] = ("append",)
-    """Position of a new stack: append (after the trunk) or prepend (before it); one value for all, or one per stack
-    after the first."""
+    """Position of a new stack: append (after the trunk) or prepend (before it); one value for all stacks, or one per
+    stack after the first."""
 
     growth_init: GrowthInit = "random"
-    """Initial weights of a new stack: random; copy of the neighbouring stack; interleave, copies of layers distributed
-    over the trunk; zero, random with output projections of zero, so that the model's function does not change."""
+    """Initial weights of a new stack. random: random values. copy: copies of the neighbouring stack's layers.
+    interleave: copies of layers distributed over the trunk. zero: random, but the output projections are zero, so that
+    the model computes the same as before."""
 
     trunk_strategy: TrunkStrategy = "frozen"
-    """What trains in the trunk: nothing (frozen), only adapters (qlora), or everything (trained)."""
+    """What is trained in the trunk (the older stacks): nothing (frozen), only adapters (qlora), or everything
+    (trained)."""
 
     new_stack_precision: tuple[str, ...] = ("full",)
-    """Precision of a stack's linear layers: full (fp32, even with --bf16), half, bfloat16, nvfp4, qlora (NF4); one for
-    all, or one per stack. Stacks of nvfp4 and qlora train in the run's precision, and are packed when the next stack is
-    added."""
+    """Precision of a stack's linear layers: full (fp32, even with --bf16), half, bfloat16, nvfp4 or qlora (NF4); one
+    value for all stacks, or one per stack. Stacks of nvfp4 and qlora are trained in the run's precision, and packed
+    into four bits when the next stack is added."""
 
     trunk_precision: Literal["full", "half", "bfloat16", "nvfp4", "qlora"] | None = None
-    """Precision of stacks once they belong to the trunk. Default: each stack keeps its own precision."""
+    """Precision of a stack once it belongs to the trunk. Default: each stack keeps its own precision."""
 
     train_embedding: bool = False
-    """Train the embedding with every stack instead of only the first; implied by --trunk-strategy trained."""
+    """Train the embedding with every stack, not only with the first; implied by --trunk-strategy trained."""
 
     stack_steps: tuple[int, ...] | None = None
-    """Number of training steps per stack: one number for all, or one per stack. Alternative: --stack-tokens."""
+    """Number of training steps per stack: one number for all stacks, or one per stack. Alternative: --stack-tokens."""
 
     stack_tokens: tuple[int, ...] | None = None
-    """Number of training tokens per stack, rounded down to whole steps: one number for all, or one per stack."""
+    """Number of training tokens per stack, rounded down to whole steps: one number for all stacks, or one per stack."""
 
     joint_steps: int = 0
-    """Number of steps of a last phase in which the complete rack trains, with nothing frozen."""
+    """Number of steps of the joint phase: a last phase in which all stacks are trained, and nothing is frozen."""
 
     joint_lr: float | None = None
     """Peak learning rate of the joint phase. Default: --lr."""
 
     plateau_patience: int | None = None
-    """End a stack's phase when the mean loss of this many steps is not lower than that of the same number of steps
-    before. Default: never."""
+    """End the training of a stack when the mean loss of the last N steps is not lower than that of the N steps before,
+    N being this number. Default: never."""
 
     plateau_min_delta: float = 0.001
-    """Required decrease of the mean loss for --plateau-patience, in nats."""
+    """With --plateau-patience: required decrease of the mean loss, in nats."""
 
     training_objective: Literal["mlm", "clm", "diffusion", "custom"] = "mlm"
-    """clm: next token, causal attention. mlm: masked tokens, bidirectional. diffusion: as mlm, with sequences weighted
-    by 1 / masked fraction. custom: targets in the data, bidirectional."""
+    """What the model is trained to predict. clm: the next token, with causal attention. mlm: masked tokens, with
+    bidirectional attention. diffusion: like mlm, but sequences are weighted by 1 / masked fraction. custom: targets
+    that the data contains, with bidirectional attention."""
 
     mask_token_id: int | None = None
     """Id of the mask token for mlm and diffusion; it must not occur in the data. Default: the vocabulary's mask token,
     or a new id."""
 
     time_interpretation: Literal["input", "depth"] = "depth"
-    """input: time t is sampled per sequence and embedded as an input of the model. depth: t depends on the stack."""
+    """What determines the time step, on which the fraction of masked tokens depends. depth: the stack. input: it is
+    sampled for each sequence, and embedded as an input of the model."""
 
     time_embedding_dim: int = 512
     """With --time-interpretation input: width of the time embedding before its projection to the hidden size."""
@@ -103,7 +108,7 @@ class ProgressiveConfig(LoRAConfig):
     """With --time-interpretation input: how the time step is encoded."""
 
     stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
-    """With --time-interpretation depth: mapping from stacks to time steps."""
+    """With --time-interpretation depth: how a stack's time step depends on its index."""
 
     custom_time_mapping: str | None = None
     """With --stack-time-mapping custom: dotted name of a function (stack_idx, max_stacks, num_time_steps) -> time
@@ -116,17 +121,17 @@ class ProgressiveConfig(LoRAConfig):
     """Total number of time steps. Default: --time-per-stack times --max-stacks."""
 
     min_mask_fraction: float = 0.15
-    """Fraction of the tokens that is masked at the first time step."""
+    """Fraction of tokens that is masked at the first time step."""
 
     max_mask_fraction: float = 0.9
-    """Fraction of the tokens that is masked at the last time step."""
+    """Fraction of tokens that is masked at the last time step."""
 
     epoch_samples: int | None = None
-    """Number of sequences per epoch; every epoch has the same sequences, so that the activation cache has hits from a
+    """Number of sequences per epoch. Every epoch has the same sequences, so that the activation cache is used from a
     stack's second epoch on. Default: documents are packed anew in every epoch, and no sequence is repeated."""
 
     cache_activations: bool = True
-    """Cache the output of a frozen trunk for every sample, if the trunk lies below the new stack."""
+    """Cache the output of the trunk for every sample, if the trunk is frozen and lies below the new stack."""
 
     cache_dir: str | None = None
     """Directory of the activation cache. Default: the cache is in memory."""
@@ -149,7 +154,7 @@ class ProgressiveConfig(LoRAConfig):
 
     @property
     def num_stacks(self) -> int:
-        """Number of stacks of the complete rack."""
+        """Number of stacks of the complete model."""
         return self.max_stacks if self.target_stacks is None else self.target_stacks
 
     @property
@@ -164,7 +169,7 @@ class ProgressiveConfig(LoRAConfig):
 
     @property
     def bidirectional(self) -> bool:
-        """Whether every position attends to all others."""
+        """Whether every position attends to all positions, not only to earlier ones."""
         return self.training_objective != "clm"
 
     @property
@@ -177,7 +182,7 @@ class ProgressiveConfig(LoRAConfig):
         return _of(self.n_blocks, stack_idx)
 
     def mode_of(self, stack_idx: int) -> str:
-        """Returns the position of a stack after the first, `append` or `prepend`."""
+        """Returns where a stack is added, `append` or `prepend`; the stack must not be the first."""
         return _of(self.building_mode, stack_idx - 1)
 
     def precision_of(self, stack_idx: int) -> str:
@@ -208,39 +213,42 @@ class ProgressiveConfig(LoRAConfig):
             values = getattr(self, name)
             if values is not None and len(values) != 1 and len(values) < needed:
                 raise ValueError(
-                    f"{flag_name(name)} {' '.join(map(str, values))}: {len(values)} values are given, but "
-                    f"--target-stacks {stacks} requires 1 or {needed}"
+                    f"{flag_name(name)} {' '.join(map(str, values))}: --target-stacks {stacks} requires 1 value or "
+                    f"{needed} values (got {len(values)})"
                 )
         self.check_stacks(stacks)
 
     def _check_contradictions(self) -> None:
         if self.stack_steps is not None and self.stack_tokens is not None:
             raise ValueError(
-                f"--stack-tokens {self.stack_tokens[0]}: cannot be given together with --stack-steps"
+                f"--stack-tokens {self.stack_tokens[0]}: cannot be combined with --stack-steps; omit one of them"
             )
         if self.trunk_strategy == "qlora" and not self.qlora_enabled:
             raise ValueError(
-                "--trunk-strategy qlora trains only adapters, but with --no-qlora-enabled there are none; omit one"
+                "--trunk-strategy qlora trains only adapters, but with --no-qlora-enabled there are no adapters; "
+                "omit one of the two flags"
             )
         if self.trunk_strategy == "trained" and self.trunk_precision is not None:
             raise ValueError(
                 f"--trunk-precision {self.trunk_precision} requires a frozen trunk (got --trunk-strategy trained)"
             )
         if self.joint_lr is not None and not self.joint_steps:
-            raise ValueError(f"--joint-lr {self.joint_lr} requires --joint-steps")
+            raise ValueError(f"--joint-lr {self.joint_lr} requires --joint-steps of at least 1")
         if self.max_mask_fraction < self.min_mask_fraction:
             raise ValueError(
                 f"--max-mask-fraction {self.max_mask_fraction}: must be at least --min-mask-fraction "
                 f"{self.min_mask_fraction}"
             )
-        if (self.stack_time_mapping == "custom") != (self.custom_time_mapping is not None):
+        if self.stack_time_mapping == "custom" and self.custom_time_mapping is None:
+            raise ValueError("--stack-time-mapping custom requires --custom-time-mapping")
+        if self.stack_time_mapping != "custom" and self.custom_time_mapping is not None:
             raise ValueError(
-                f"--custom-time-mapping {self.custom_time_mapping}: required with --stack-time-mapping custom, and "
-                f"only with it (got {self.stack_time_mapping})"
+                f"--custom-time-mapping {self.custom_time_mapping} requires --stack-time-mapping custom "
+                f"(got {self.stack_time_mapping})"
             )
         if self.training_objective == "clm" and self.time_interpretation == "input":
             raise ValueError(
-                "--time-interpretation input requires masked tokens, but --training-objective clm has none"
+                "--time-interpretation input requires masked tokens, which --training-objective clm does not have"
             )
 
 

@@ -1,14 +1,16 @@
 """The configuration object of the Python API: `config.model.d_model`, `config.training.progressive.trunk_strategy`, ...
 
+It can be read from a YAML file such as
+
     model: {vocab_size: 8192, d_model: 512, d_ff: 1536, n_heads: 8}
     training:
       lr: 1.0e-3
       progressive: {trunk_strategy: frozen, new_stack_precision: full}
 
-Values may be changed; `validate` checks for unknown keys and contradictions. `model` has the names of
-docs/design/progressive_growth.md and all fields of `ModelConfig`; `training` has those of `TrainingConfig` and
-`OptimizerSettings`, `parallel` those of `ParallelConfig`, `progressive` those of `ProgressiveConfig`. The number of
-layers depends on the stacks.
+The values may be changed later; `validate` checks for unknown keys and contradictions. The section `model` accepts the
+names in docs/design/progressive_growth.md and all fields of `ModelConfig`; `training` accepts the fields of
+`TrainingConfig` and `OptimizerSettings`, `parallel` those of `ParallelConfig`, and `progressive` those of
+`ProgressiveConfig`. The number of layers follows from the stacks.
 """
 
 import dataclasses
@@ -43,11 +45,11 @@ _LISTS = ("n_blocks", "building_mode", "new_stack_precision", "stack_steps", "st
 
 
 class StackWiseConfig:
-    """Sections `model`, `training` (with `progressive`) and `parallel`, as attributes."""
+    """The whole configuration: the sections `model`, `training` (with `progressive`) and `parallel`, as attributes."""
 
     def __init__(self, **sections: Mapping[str, Any]) -> None:
         """Args:
-        **sections: `model`, `training`, `parallel`, and `progressive` unless it is a part of `training`.
+        **sections: `model`, `training`, `parallel`, and `progressive` if it is not a part of `training`.
 
         Raises:
             ValueError: a section is unknown, or `progressive` is given twice.
@@ -55,7 +57,7 @@ class StackWiseConfig:
         training = dict(sections.get("training") or {})
         progressive = training.pop("progressive", None)
         if progressive is not None and "progressive" in sections:
-            raise ValueError("progressive: given twice, in training and as a section; remove one of them")
+            raise ValueError("progressive is given twice, in training and as a section; remove one of them")
         _check_known("section", sections, ("model", "training", "parallel", "progressive"))
         self.model = SimpleNamespace(**_MODEL_DEFAULTS | dict(sections.get("model") or {}))
         self.training = SimpleNamespace(**_TRAINING_DEFAULTS | training)
@@ -66,7 +68,7 @@ class StackWiseConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "StackWiseConfig":
-        """Reads a YAML file; call `validate` to check the values.
+        """Reads a YAML file; the values are not checked until `validate` is called.
 
         Raises:
             ValueError: the file is not YAML, has no sections, or has an unknown section.
@@ -75,9 +77,9 @@ class StackWiseConfig:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML: {error}") from None
+            raise ValueError(f"{path}: is not a YAML file: {error}") from None
         if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
-            raise ValueError(f"{path}: the file must have sections such as model and training")
+            raise ValueError(f"{path}: must have sections such as model and training")
         try:
             return cls(**content)
         except ValueError as error:
@@ -116,10 +118,10 @@ class StackWiseConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids of the vocabulary.
+        """Number of token ids of the vocabulary.
 
         Raises:
-            ValueError: `model.vocab_size` is missing.
+            ValueError: `model.vocab_size` is missing, or is not a positive integer.
         """
         size = getattr(self.model, "vocab_size", None)
         if not isinstance(size, int) or size < 1:
@@ -127,7 +129,7 @@ class StackWiseConfig:
         return size
 
     def run_config(self, target_stacks: int | None = None) -> ProgressiveRunConfig:
-        """Returns the configuration of a training run on the caller's batches.
+        """Returns the configuration of a training run that reads the caller's batches.
 
         Args:
             target_stacks: overrides `target_stacks` in the section `progressive`; None keeps that value.
@@ -142,13 +144,13 @@ class StackWiseConfig:
         for name, ours in _MODEL_NAMES.items():
             if name in model and ours in model:
                 raise ValueError(
-                    f"model.{name} {model[name]}: this is another name of {ours}, which is also given; omit one"
+                    f"model.{name} {model[name]}: this is another name of {ours}, which is also given; omit one of them"
                 )
             if name in model:
                 model[ours] = model.pop(name)
         if "num_layers" in model:
             raise ValueError(
-                f"model.num_layers {model['num_layers']}: omit it; it follows from target_stacks and n_blocks"
+                f"model.num_layers {model['num_layers']}: omit it; the number follows from target_stacks and n_blocks"
             )
         training = {name: value for name, value in vars(self.training).items() if name != "progressive"}
         own = _names(TrainingConfig)
@@ -175,7 +177,7 @@ def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _made(config: type[G], values: Mapping[str, Any], section: str | None = None) -> G:
-    """Builds a configuration from a section's values; unlike the dataclass, it refuses values of the wrong type."""
+    """Builds a dataclass from a section's values; raises `ValueError` for values of the wrong type."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     if section is not None:
         _check_known(f"key in {section}", values, fields)
@@ -183,7 +185,7 @@ def _made(config: type[G], values: Mapping[str, Any], section: str | None = None
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and name not in values:
             theirs = next((n for n, ours in _MODEL_NAMES.items() if ours == name), name)
-            raise ValueError(f"{section or 'training'}.{theirs}: missing")
+            raise ValueError(f"{section or 'training'}.{theirs} is missing; add it to the configuration")
     for name, value in values.items():
         default = fields[name].default
         is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
@@ -195,7 +197,7 @@ def _made(config: type[G], values: Mapping[str, Any], section: str | None = None
     try:
         return config(**values)
     except TypeError as error:
-        raise ValueError(f"{section or 'training'}: a value of a wrong type: {error}") from None
+        raise ValueError(f"{section or 'training'}: a value has the wrong type: {error}") from None
 
 
 def _listed(configs: Any) -> Any:
@@ -206,5 +208,5 @@ def _listed(configs: Any) -> Any:
         return ",".join(f"{stack}:{shape['rank']}:{shape['alpha']}" for stack, shape in configs.items())
     except (KeyError, TypeError):
         raise ValueError(
-            f"qlora_configs {configs}: must be stack: {{rank: ..., alpha: ...}} for every stack"
+            f"qlora_configs {configs}: must map stack indices to {{rank: ..., alpha: ...}}"
         ) from None

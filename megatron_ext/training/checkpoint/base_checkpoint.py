@@ -1,7 +1,7 @@
 """The checkpoint that holds the frozen base model of a run.
 
-The run's own checkpoints omit the frozen parameters. They refer to the base by its path and a digest of its manifest,
-so that a changed base is detected.
+The run's own checkpoints omit the frozen parameters. They name the base checkpoint by its path and by a digest of its
+manifest, so that a change of the base checkpoint is detected.
 """
 
 import hashlib
@@ -37,7 +37,9 @@ class BaseCheckpoint:
         """
         folder = files.find_checkpoint(path, ckpt_step)
         if folder is None:
-            raise FileNotFoundError(f"{path}: no checkpoint of a base model found")
+            raise FileNotFoundError(
+                f"{path}: no checkpoint of a base model found; pass a directory that contains one"
+            )
         digest = hashlib.sha256((folder / files.CHECKSUMS).read_bytes()).hexdigest()
         return cls(folder=folder.resolve(), sha256=digest)
 
@@ -72,7 +74,7 @@ class BaseCheckpoint:
         """Loads all tensors of the base model into models that may have further parameters; collective.
 
         Args:
-            models: this rank's chunks, unwrapped.
+            models: this rank's model chunks, unwrapped.
             run_config: the run's configuration, with the section `families`.
             families: the model families of the run.
 

@@ -1,11 +1,13 @@
-"""Files of a checkpoint: layout, atomic publication, checksums, retention. Needs neither model nor process group.
+"""Reads and writes the files of a checkpoint: their layout, atomic writing, checksums, removal of old checkpoints.
+
+Needs neither a model nor a process group. Each line below names a file ({save} is the value of --save) and its content:
 
     {save}/latest_checkpointed_iteration.txt      the tracker: number of the step to load
     {save}/iter_0000100/checksums.json            sha256 and size of every file below; written last
     {save}/iter_0000100/run_config.json           the whole configuration of the run
     {save}/iter_0000100/state.json                progress, schedule, families' state, the parallel layout
     {save}/iter_0000100/rng/rank_00000.pt         random number generators, one file per rank
-    {save}/iter_0000100/.metadata, metadata.json, common.pt, __0_0.distcp, ...      model and optimizer, by the engine
+    {save}/iter_0000100/.metadata, ...            model and optimizer, in megatron-core's format
 
 A checkpoint is written into a hidden directory, every file is flushed to the disk, and the directory is renamed; then
 the tracker is replaced by a rename. A killed save leaves only hidden files, which loading ignores and the next save
@@ -32,8 +34,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 RUN_CONFIG = "run_config.json"
 BEGIN = "begin_of_documents"
-"""Key of the run configuration for the list of tokens that begin every training document: one token or none. The value
-is None if this is unknown."""
+"""Key in `run_config.json`. Its value lists the tokens that begin every training document (one token or none); it is
+None if these tokens are unknown."""
 STATE = "state.json"
 FINAL = "final"
 """Subdirectory of `--save` with the NP weights after the last step."""
@@ -78,7 +80,7 @@ def step_of(name: str) -> int | None:
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """Returns all checkpoints in `root`, as step -> directory: also incomplete ones and those of other programs."""
+    """Returns the directories of all checkpoints in `root`, by step, including incomplete and foreign checkpoints."""
     found = {step_of(name): root / name for name in kinds.entries(root)}
     return {
         step: path for step, path in sorted(found.items(), key=lambda item: item[0] or 0) if step is not None
@@ -86,7 +88,7 @@ def step_folders(root: Path) -> dict[int, Path]:
 
 
 def complete_checkpoints(root: Path) -> dict[int, Path]:
-    """Returns the complete checkpoints in `root`, as step -> directory, in ascending order of steps."""
+    """Returns the directories of the complete checkpoints in `root`, by step, in ascending order of steps."""
     found: dict[int, Path] = {}
     # If a replacement was interrupted, the old directory counts unless the new one was completed.
     for prefix in (REPLACED, ""):
@@ -98,7 +100,10 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
 
 
 def checkpoints_below(root: Path) -> list[Path]:
-    """Returns the directories with complete checkpoints one or two levels below `root`, as in a series of runs."""
+    """Returns the directories one or two levels below `root` that contain complete checkpoints.
+
+    A series of training runs has its checkpoints there.
+    """
     folders = [path for pattern in ("*/", "*/*/") for path in root.glob(pattern) if path.is_dir()]
     found = []
     for folder in folders:
@@ -148,7 +153,7 @@ def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], 
         )
     reason = kinds.foreign(chosen)
     if chosen != root:
-        reason = reason or f"not a complete checkpoint of this program, {CHECKSUMS} is missing"
+        reason = reason or f"not a complete checkpoint of this program ({CHECKSUMS} is missing)"
     elif reason is None and (below := checkpoints_below(root)):
         more = ", ..." if len(below) > _SHOWN else ""
         reason = f"no checkpoint found, but there are some in {', '.join(map(str, below[:_SHOWN]))}{more}"
@@ -157,11 +162,11 @@ def _refuse_unreadable(root: Path, chosen: Path | None, found: dict[int, Path], 
 
 
 def tracked_step(root: Path) -> int | None:
-    """Returns the step that the tracker names, or None without a tracker.
+    """Returns the step that the tracker file names, or None if there is no tracker file.
 
     Raises:
         ValueError: the tracker does not contain a step.
-        OSError: it cannot be read.
+        OSError: the tracker cannot be read.
     """
     try:
         text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
@@ -181,7 +186,7 @@ def _listed(steps: Iterable[int]) -> str:
 
 
 def begin(root: Path, name: str) -> Path:
-    """Removes the remains of killed saves, and creates the hidden directory to write to; see `writing_folder`."""
+    """Removes what killed saves have left behind, and creates the hidden directory for a new checkpoint."""
     root.mkdir(parents=True, exist_ok=True)
     for prefix in (WRITING, _REMOVED):
         for path in root.glob(f"{prefix}*"):
@@ -198,12 +203,12 @@ def begin(root: Path, name: str) -> Path:
 
 
 def writing_folder(root: Path, name: str) -> Path:
-    """Returns the hidden directory to which a checkpoint is written before it is published."""
+    """Returns the hidden directory to which a checkpoint is written; `publish` gives it its final name."""
     return root / f"{WRITING}{name}"
 
 
 def publish(root: Path, name: str) -> None:
-    """Renames the written directory to its final name, and makes the tracker name its step."""
+    """Renames the hidden directory to its final name, and writes the checkpoint's step to the tracker file."""
     target = root / name
     replaced = root / f"{REPLACED}{target.name}"
     if target.exists():
@@ -267,7 +272,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, value: Any) -> None:
     """Writes tensors and plain values in torch's format."""
-    # `torch.save` to a path would hide the system's error, such as a full disk, behind one of its own.
+    # With a path, `torch.save` would hide the system's error, such as a full disk, behind an error of torch.
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.write_bytes(buffer.getbuffer())
@@ -288,7 +293,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def write_checksums(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Writes a checkpoint's last file, the manifest, and flushes the checkpoint's directories to the disk."""
+    """Writes the manifest (the last file of a checkpoint), and flushes the checkpoint's directories to the disk."""
     write_text(folder / CHECKSUMS, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
     for path in (folder / "rng", folder):
         fsync_path(path)
@@ -310,14 +315,16 @@ def verify_checkpoint(
     """
     files = read_json(folder / CHECKSUMS).get("files")
     if not isinstance(files, dict):
-        raise ValueError(f"{folder / CHECKSUMS}: damaged, the list of files is missing")
+        raise ValueError(f"{folder / CHECKSUMS}: damaged; the list of files is missing")
     for name in sorted(files if names is None else names)[part::parts]:
         path, expected = folder / name, files.get(name)
         if expected is None or not path.is_file():
-            raise ValueError(f"{path}: missing; the checkpoint is damaged")
+            raise ValueError(f"{path}: the file is missing; the checkpoint is damaged")
         size = path.stat().st_size
         if size != expected["size"]:
-            raise ValueError(f"{path}: {size} bytes instead of {expected['size']}; the checkpoint is damaged")
+            raise ValueError(
+                f"{path}: has {size} bytes instead of {expected['size']}; the checkpoint is damaged"
+            )
         if _digest(path, sync=False) != expected:
             raise ValueError(f"{path}: its content does not match {CHECKSUMS}; the checkpoint is damaged")
 
@@ -327,14 +334,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file does not contain a JSON object.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path}: damaged, not JSON") from None
+        raise ValueError(f"{path}: the file is damaged; it is not valid JSON") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: damaged, not a JSON object")
+        raise ValueError(f"{path}: the file is damaged; it does not contain a JSON object")
     return value
 
 

@@ -1,9 +1,9 @@
 """Saves and loads model and optimizer tensors in megatron-core's `torch_dist` format.
 
-The engine's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model, does
-not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the engine's
-state dict and planner, writes the same files in this process and reports a failure to every rank. Reading uses the
-engine's reader.
+megatron-core's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model,
+does not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the
+state dict and planner of megatron-core, writes the same files in this process and reports a failure to every rank.
+Reading uses megatron-core's reader.
 """
 
 import warnings
@@ -37,7 +37,8 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.optimizer_state import MAIN_PARAM_PREFIX, PREFIX, OptimizerState
 
 Wanted = Callable[[str, torch.Tensor, Container[str]], bool]
-"""Decides whether to read a tensor. Arguments: its name in the checkpoint, the model's tensor, all names there."""
+"""Decides whether to read a tensor. Arguments: the tensor's name in the checkpoint, the model's tensor, and the names
+of all tensors in the checkpoint."""
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -51,9 +52,9 @@ def model_state(
 
     Args:
         models: the chunks, unwrapped.
-        keeps: called with a global name and the model's tensor; returns whether to include it. None includes all.
-        rename: turns a global name into the name in the checkpoint, which is then passed to `keeps`. If it is given,
-            entries that are not tensors are omitted.
+        keeps: called with a tensor's global name and the tensor; returns whether to include it. None includes all.
+        rename: turns a tensor's global name into its name in the checkpoint, which is then passed to `keeps`. If
+            `rename` is given, entries that are not tensors are omitted.
     """
     states = {}
     for index, model in enumerate(models):
@@ -88,9 +89,9 @@ def read_into(
         folder: the checkpoint's directory; check it with `verify` first.
         wanted: chooses the tensors to read; None reads every tensor of the model.
         rename: as in `model_state`.
-        whole: whether additional model tensors in the checkpoint are an error.
-        same_vocabulary: whether run and checkpoint have the same vocabulary size, so that only the padding of the
-            embedding may differ.
+        whole: whether it is an error if the checkpoint contains model tensors that this model lacks.
+        same_vocabulary: whether run and checkpoint have the same vocabulary size; the padding of the embedding may then
+            differ.
 
     Raises:
         ValueError: model and checkpoint differ; the message names the tensor.
@@ -170,23 +171,24 @@ class _Writer(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # torch hides the system's error ("No space left on device") behind one of its own.
+            # torch hides the system's error ("No space left on device") behind its own `RuntimeError`.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
-    """Fills a sharded state dict, which may be empty on some ranks; collective. Call `check` first.
+    """Returns a sharded state dict filled with the checkpoint's tensors; collective. Call `check` first.
 
-    An `_extra_state` that the checkpoint lacks is omitted: only Transformer Engine's modules have one (for FP8).
+    The state dict may be empty on some ranks. Entries `_extra_state` that the checkpoint lacks are omitted: only
+    Transformer Engine's modules have them (for FP8).
     """
     state = _with_stored_extras(state, folder)
     if not any(gather_or_raise(lambda: any(True for _ in nested_values(state)))):
         return state
     with warnings.catch_warnings():
-        # The engine calls torch's loader by its deprecated name.
+        # megatron-core calls torch's loader by its deprecated name.
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
-    return {**{name: {} for name in state}, **loaded}  # the engine leaves out what is empty
+    return {**{name: {} for name in state}, **loaded}  # megatron-core omits empty parts
 
 
 def verify(folder: Path) -> None:
@@ -199,7 +201,10 @@ def verify(folder: Path) -> None:
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the global shapes of a checkpoint's tensors by name. Collective; unpickles, so call `verify` first."""
+    """Returns the global shapes of a checkpoint's tensors by name. Collective.
+
+    Call `verify` first, because this function unpickles a file.
+    """
 
     def own() -> dict[str, tuple[int, ...]]:
         tensors = dist_checkpointing.load_tensors_metadata(str(folder))
@@ -222,9 +227,9 @@ def check(
         state: the sharded state dict to load.
         stored: global shapes of the checkpoint's tensors, by name.
         folder: the checkpoint's directory, named in errors.
-        same_vocabulary: whether run and checkpoint have the same vocabulary size, so that only the padding of the
-            embedding may differ.
-        whole: whether additional model tensors in the checkpoint are an error.
+        same_vocabulary: whether run and checkpoint have the same vocabulary size; the padding of the embedding may then
+            differ.
+        whole: whether it is an error if the checkpoint contains model tensors that `state` lacks.
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape; the message names it.
@@ -250,7 +255,7 @@ def check(
     extra = [name for name in stored if not name.startswith(PREFIX) and name not in everywhere]
     if extra and whole:
         raise ValueError(
-            f"{folder}: contains {extra[0]} ({len(extra)} such tensors), which this run's model does not have"
+            f"{folder}: contains tensors that this run's model does not have ({len(extra)}, such as {extra[0]})"
         )
 
 

@@ -1,8 +1,8 @@
 """Saves and loads runs: model, optimizer, schedule, random state, progress, model families' state, configuration.
 
-With the same parallel layout a resumed run continues bit for bit. With another tensor-, pipeline- or data-parallel size
-model, optimizer and schedule are the same, and the random generators are re-seeded. `checkpoint_files` and
-docs/checkpoints.md describe files and guarantees.
+With the same parallel layout a resumed run continues bit for bit. If the tensor-, pipeline- or data-parallel size has
+changed, model, optimizer and schedule are restored as well, but the random generators are re-seeded. The files are
+described in `checkpoint_files`, the guarantees in docs/checkpoints.md.
 """
 
 import json
@@ -37,7 +37,8 @@ from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap
 from megatron_ext.training.interface.family_interface import Family
 
 IMPORTED = "hugging_face"
-"""Section of `run_config` with the data other than tensors that an import read; runs copy it for a later export."""
+"""Section of `run_config` about an imported Hugging Face model: its configuration and small files, but not its tensors.
+Runs copy the section, so that a later export can restore them."""
 
 
 @dataclass(kw_only=True)
@@ -72,18 +73,19 @@ class Checkpointer:
         message: Callable[[str], None] = print_on_first_rank,
     ) -> None:
         """Args:
-        config: directories, number of checkpoints to keep, and what is saved and loaded.
+        config: the checkpoint flags: directories, number of checkpoints to keep, what is saved and loaded.
         chunks: this rank's model chunks, wrapped or unwrapped.
         optimizer: the optimizer of `chunks`.
         scheduler: the schedule of `optimizer`.
         run_config: the configuration as JSON values: a section for each config group, and the entries `vocab_size`
             and `tokenizer_fingerprint`. The sections of the model families are added here.
         families: the run's model families, whose configuration, state and files are saved.
-        base: the loaded checkpoint of the base model; the run's checkpoints then omit frozen base parameters.
+        base: the checkpoint from which the base model was loaded. If it is given, the run's checkpoints omit the base
+            model's frozen parameters.
         name: returns the name of the checkpoint's directory for a step; `checkpoint_files.step_of` must be able to
             parse it.
-        loads_what_fits: whether to load only the tensors that checkpoint and run have in common, with a new optimizer
-            state.
+        loads_what_fits: whether to load only the tensors that exist in both checkpoint and run, and to start with a new
+            optimizer state.
         message: prints a line for the user; called on every rank.
         """
         self.config = config
@@ -102,7 +104,7 @@ class Checkpointer:
         self.loads_what_fits = loads_what_fits
         self.message = message
         self._goes_on_from: int | None = None
-        """The step of a checkpoint in --save from which the run resumed; None if the run is new in that directory."""
+        """The step from which the run resumed, if that checkpoint is in --save; None if the run is new there."""
 
         self._has_saved = False
         if base is not None:
@@ -114,7 +116,7 @@ class Checkpointer:
         With `--overwrite-checkpoints` the first save removes the checkpoints of the run that is overwritten.
 
         Args:
-            progress: the run's progress, stored and used for the directory's name.
+            progress: the run's progress, which is stored and gives the directory its name.
 
         Returns:
             The checkpoint's directory.
@@ -153,7 +155,7 @@ class Checkpointer:
             The run's progress (step 0 with `--finetune`), or None if there is nothing to load.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another model, or lacks something that is to be loaded.
+            ValueError: the checkpoint is damaged, belongs to another model, or lacks something that must be loaded.
             OSError: the checkpoint cannot be read, or the step of `--ckpt-step` does not exist.
         """
         if self.config.load is None:
@@ -187,15 +189,18 @@ class Checkpointer:
         return progress
 
     def _keep_import(self, stored: dict[str, Any]) -> None:
-        """Copies the data that the import stored, which refers to the tokenizer, unless the tokenizer differs."""
+        """Copies the section `IMPORTED` of a stored configuration, unless this run's tokenizer differs.
+
+        The section refers to ids of the imported model's tokenizer.
+        """
         if IMPORTED not in stored:
             return
         if stored["tokenizer_fingerprint"] == self.run_config["tokenizer_fingerprint"]:
             self.run_config[IMPORTED] = stored[IMPORTED]
         else:
             self.message(
-                "the tokenizer differs from the imported model's; an export will omit its generation configuration "
-                "and files"
+                "the tokenizer differs from the imported model's; an export will omit the imported model's generation "
+                "configuration and additional files"
             )
 
     def _keeps(self) -> Callable[[str, torch.Tensor], bool] | None:
@@ -220,9 +225,10 @@ class Checkpointer:
     def _check_base(self, stored: dict[str, Any], folder: Path) -> None:
         theirs, ours = stored.get("base_checkpoint"), self.run_config["base_checkpoint"]
         if (theirs and theirs["sha256"]) != (ours and ours["sha256"]):
+            there, here = (named["path"] if named else "no base checkpoint" for named in (theirs, ours))
             raise ValueError(
-                f"{folder}: base checkpoint of this checkpoint: {theirs['path'] if theirs else 'none'}; of this run: "
-                f"{ours['path'] if ours else 'none'}; resume with the same base checkpoint"
+                f"{folder}: this checkpoint was trained on {there}, but this run uses {here}; "
+                "resume with the same base checkpoint"
             )
 
     def _write(self, folder: Path, progress: TrainingProgress) -> None:
@@ -232,7 +238,7 @@ class Checkpointer:
             optimizer = OptimizerState(self.optimizer, state)
             step = max(gather_or_raise(optimizer.step))
             held = optimizer.sharded(is_loading=False)
-            # A rank that saves no optimizer state needs no entry: the engine would complain about an empty one.
+            # A rank that saves no optimizer state needs no entry: megatron-core does not accept an empty one.
             state |= {"optimizer": held} if held else {}
         tensors.write(state, folder)
         rank, random_file = dist.get_rank(), random_state.file_name(dist.get_rank())
@@ -288,7 +294,10 @@ class Checkpointer:
             self.message(f"random generators are re-seeded at step {progress.iteration}: {why}")
 
     def _remove_older(self, root: Path, name: str) -> None:
-        """Removes old checkpoints after a save, as the flags require; a failure is only reported. Collective."""
+        """Removes old checkpoints after a save, as --keep-last and --overwrite-checkpoints require. Collective.
+
+        If a checkpoint cannot be removed, the run reports this and continues.
+        """
         keep, iteration = self.config.keep_last, files.step_of(name) or 0
         overwrites = self.config.overwrite_checkpoints and not self._has_saved
         self._has_saved = True
@@ -320,7 +329,7 @@ def load_weights(
         path: a directory of checkpoints, or the directory of one checkpoint.
         chunks: this rank's model chunks, wrapped or unwrapped, built with the configuration of `read_run_config`.
         families: the model families with which the model is built.
-        vocab_size: the tokenizer's vocabulary size; if it equals the checkpoint's, the padding may differ.
+        vocab_size: the tokenizer's vocabulary size; if it equals the checkpoint's, the embedding's padding may differ.
         ckpt_step: the step to load; None for the newest.
 
     Returns:
@@ -354,7 +363,8 @@ def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
         ckpt_step: the step of the checkpoint; None for the newest.
 
     Returns:
-        One section per config group (`model`, ...), `vocab_size`, and `families`: name -> its configuration.
+        The configuration as JSON values: one section per config group (`model`, ...), the entry `vocab_size`, and the
+        section `families`, which maps the name of each model family to its configuration.
 
     Raises:
         ValueError: the file is damaged.
@@ -366,7 +376,7 @@ def read_run_config(path: str, ckpt_step: int | None = None) -> dict[str, Any]:
 
 
 def read_step(folder: Path) -> int:
-    """Returns how many steps the model of a checkpoint was trained; `folder` is the checkpoint's own directory."""
+    """Returns the number of steps for which a checkpoint's model was trained; `folder` is its own directory."""
     return int(files.read_json(folder / files.STATE)["progress"]["iteration"])
 
 
@@ -386,7 +396,7 @@ def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _files_of(folder: Path, rank: int) -> list[str]:
-    """Returns the files that a rank has written, by relative path; rank 0's include those that belong to no rank."""
+    """Returns the relative paths of the files that a rank has written; rank 0 also lists the files shared by all."""
     names = [str(path.relative_to(folder)) for path in folder.glob(f"__{rank}_*.distcp")]
     names += [name for name in [random_state.file_name(rank)] if (folder / name).is_file()]
     if rank == 0:
@@ -395,7 +405,7 @@ def _files_of(folder: Path, rank: int) -> list[str]:
 
 
 def _cut(models: list[GPTModel]) -> dict[str, int]:
-    """Returns the parallel sizes; where they match the checkpoint's, every rank can restore its own random state."""
+    """Returns the parallel sizes. If they equal the checkpoint's, every rank can restore its own random state."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),

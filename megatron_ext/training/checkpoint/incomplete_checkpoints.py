@@ -1,6 +1,6 @@
-"""Describes a directory that is not a complete checkpoint of this program, and what the user can do about it.
+"""Describes directories that are not complete checkpoints of this program, and says what the user can do about them.
 
-A run that loads such a directory must not silently start from scratch.
+A run whose --load names such a directory must not silently start from scratch.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _HF_WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "
 
 
 def entries(folder: Path) -> list[str]:
-    """Returns the sorted names in a directory; empty if it does not exist.
+    """Returns the sorted names of the files in a directory; the list is empty if the directory does not exist.
 
     Raises:
         ValueError: `folder` is a file.
@@ -70,11 +70,11 @@ def foreign(folder: Path) -> str | None:
     """Describes what a directory without a complete checkpoint contains; None if the contents are not recognized."""
     names = set(entries(folder))
     if names & _OWN_PARTS:
-        return "not a complete checkpoint of this program, checksums.json is missing; copy it again, whole"
+        return "not a complete checkpoint of this program (checksums.json is missing); copy the whole directory again"
     if names & _MEGATRON_PARTS or any(name.startswith(_MEGATRON_PREFIXES) for name in names):
         return OF_MEGATRON
     if any(_NP_WEIGHTS in name for name in names):
-        return "NP weights without a model; load their base model's checkpoint and pass these to --load-npt-weights"
+        return "NP weights without a model; load their base model's checkpoint and pass this path to --load-npt-weights"
     if is_hugging_face(folder):
         return "a model in Hugging Face's format; convert it with tools/convert_checkpoint.py import"
     return None

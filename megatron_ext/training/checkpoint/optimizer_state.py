@@ -1,17 +1,19 @@
 """The optimizer's tensors in a format that depends neither on the parallel layout nor on the kind of optimizer.
 
-Every parameter has its Adam moments, and in bf16 runs its fp32 main weight, under its global name and in its shape:
+For every parameter a checkpoint holds the two Adam moments and, in bf16 runs, the fp32 main weight. Each is a tensor of
+the parameter's shape. Its name contains {name}, the parameter's global name:
 
     optimizer.state.exp_avg.{name}    optimizer.state.exp_avg_sq.{name}    optimizer.state.param.{name}  (bf16 only)
 
 This is the distributed optimizer's `fully_reshardable` format without the copy of fp32 weights; the plain optimizers
-use it as well. The engine's own code for it is not used: it ignores the padding between gradient buckets, so that
+use it as well. megatron-core's own code for it is not used: it ignores the padding between gradient buckets, so that
 parameters after a padded bucket are saved with their neighbours' state (megatron-core 0.16.1, with several buckets, or
 a word embedding that stages share), and it cannot load into torch's Adam. Learning rates are not stored: they follow
 from the configuration and the schedule. Adam's step count is one number for all parameters, stored separately.
 
-A parameter that was already trained in a smaller model may have the number of those updates in its attribute
-`earlier_steps`; torch's Adam continues to count from it. Transformer Engine's and Apex's Adam count per group.
+A parameter may already have been trained in a smaller model. Its attribute `earlier_steps` can then hold the number of
+those updates, from which torch's Adam continues to count. Transformer Engine's and Apex's Adam ignore this attribute:
+they keep one count per parameter group.
 """
 
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Held:
-    """This rank's part of one parameter's state: all of it, or with the distributed optimizer a range."""
+    """The part of one parameter's state on this rank: a range with the distributed optimizer, otherwise all of it."""
 
     model_param: torch.Tensor
     main_param: torch.Tensor
@@ -41,12 +43,13 @@ class _Held:
     tensors: dict[str, torch.Tensor]
     """The moments, and `param` if the optimizer does not update the model's own tensor."""
     start: int
+    """Start of this rank's range in the flattened parameter."""
     end: int
-    """End of the range in the flattened parameter that `start` begins."""
+    """End of this rank's range in the flattened parameter (exclusive)."""
 
 
 class OptimizerState:
-    """Converts an engine optimizer's tensors to and from a sharded state dict."""
+    """Converts the tensors of megatron-core's optimizer to and from a sharded state dict."""
 
     def __init__(self, optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> None:
         """Args:
@@ -68,8 +71,8 @@ class OptimizerState:
         """Returns the optimizer's sharded state dict; collective.
 
         Args:
-            is_loading: whether the state dict is to be filled from a checkpoint or to be saved.
-            with_main_params: whether to include main weights; otherwise `restore` copies them from the model.
+            is_loading: True if the state dict will be filled from a checkpoint, False if it will be saved.
+            with_main_params: whether to include the main weights; otherwise `restore` copies them from the model.
         """
         state = {}
         for part in self._parts:
@@ -88,7 +91,8 @@ class OptimizerState:
         """Copies a loaded state dict into the optimizer; the model must have been loaded before.
 
         Args:
-            state: the state dict of `sharded`, filled by the engine's loader; missing parameters keep their state.
+            state: the state dict from `sharded`, filled by megatron-core's loader; parameters that it lacks keep their
+                present state.
             step: Adam's step count.
         """
         for part in self._parts:
@@ -116,7 +120,7 @@ def _held(part: MegatronOptimizer) -> Iterator[_Held]:
 
 
 def _held_of_bucket(part: DistributedOptimizer, bucket_ranges: dict[str, Any]) -> Iterator[_Held]:
-    # The engine's `model_param_group_index_map` is wrong if a group has both bf16 and fp32 parameters.
+    # megatron-core's `model_param_group_index_map` is wrong if a group has both bf16 and fp32 parameters.
     groups = (
         *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
         *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),
@@ -135,7 +139,7 @@ def _tensors(part: MegatronOptimizer, main_param: torch.Tensor) -> dict[str, tor
 def _whole(
     part: MegatronOptimizer, is_loading: bool
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Yields parameters with their whole state: the optimizer's tensors, or copies if it is distributed."""
+    """Yields each parameter with its complete state: the optimizer's own tensors, or copies if it is distributed."""
     if isinstance(part, DistributedOptimizer) and not is_loading:
         for buffer, buffer_ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
             for bucket, ranges in zip(buffer.buckets, next(iter(buffer_ranges.values())), strict=True):
@@ -152,7 +156,8 @@ def _gathered(
     part: DistributedOptimizer, places: dict[torch.Tensor, Any], bucket: Any, ranges: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Yields a bucket's parameters with their gathered state, on the first data-parallel rank only."""
-    # Copies are gathered in CPU memory by gloo; if the group is gloo's itself, it has no separate gloo group.
+    # gloo gathers the copies in CPU memory. If the data-parallel group itself uses gloo, there is no separate gloo
+    # group.
     group = part.data_parallel_group_gloo or part.data_parallel_group
     names = ("param", *_MOMENTS)
     own = torch.zeros(len(names), bucket.grad_data.numel() // group.size())
@@ -172,7 +177,7 @@ def _gathered(
 
 
 def _parameter_pairs(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields pairs of parameter and updated tensor: its fp32 copy in bf16 runs, otherwise the parameter itself."""
+    """Yields each parameter with the tensor that the optimizer updates: an fp32 copy or the parameter itself."""
     if hasattr(part, "fp32_from_float16_groups"):
         for low, main in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(low, main, strict=True)
@@ -192,7 +197,7 @@ def _earlier_steps(model_param: torch.Tensor) -> int:
 
 
 def _fill_state(part: MegatronOptimizer) -> None:
-    """Creates the optimizer's state of zeros before the first step, in which torch's Adam would create it."""
+    """Creates the optimizer's state, filled with zeros; torch's Adam would create it only in the first step."""
     inner = part.optimizer
     part.init_state_fn(inner, part.config)
     if _keeps_step_per_parameter(inner):

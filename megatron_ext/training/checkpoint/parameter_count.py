@@ -10,7 +10,7 @@ from megatron_ext.training.checkpoint.checkpoint_tensors import model_state
 
 
 def count_parameters(chunks: list[GPTModel]) -> dict[str, int]:
-    """Returns the numbers of `trainable` and `frozen` parameters of the whole model; collective."""
+    """Returns the whole model's number of parameters under the keys `trainable` and `frozen`; collective."""
     counts = {"trainable": 0, "frozen": 0}
     for chunk in model_state(chunks).values():
         for value in chunk.values():

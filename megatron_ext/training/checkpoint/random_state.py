@@ -1,7 +1,7 @@
-"""Saves and restores this rank's random generators: torch, CUDA, numpy, Python, and the engine's named streams.
+"""Saves and restores this rank's random generators: torch, CUDA, numpy, Python, and megatron-core's named streams.
 
-The engine has one stream that tensor-parallel ranks share and one per rank (attention dropout). Both are saved, so that
-a resumed run samples the same dropout masks as a run that was never interrupted.
+megatron-core has one random stream that all tensor-parallel ranks share, and one per rank (for attention dropout). Both
+are saved, so that a resumed run samples the same dropout masks as a run that was never interrupted.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _CUDA_STATE_BYTES = 16
 
 
 def random_state_now() -> dict[str, Any]:
-    """Returns the state of all generators as tensors, numbers and dictionaries of them."""
+    """Returns the state of all generators, as tensors, numbers, and dictionaries of tensors and numbers."""
     legacy: Any = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
     return {
@@ -74,8 +74,8 @@ def load(path: Path) -> str | None:
         path: this rank's file.
 
     Returns:
-        None, or the reason why no rank restores its state: a file is missing, or it was written on another kind of
-        device.
+        None if every rank has restored its state; otherwise the reason why no rank did: a file is missing, or was
+        written on another kind of device.
     """
     if not all(gather_or_raise(path.is_file)):
         return "the checkpoint does not contain their state"

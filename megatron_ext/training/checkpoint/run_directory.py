@@ -1,7 +1,8 @@
-"""Checks from file names alone whether a run may load from its --load and write to its --save.
+"""Checks whether a run may load from its --load directory and write to its --save directory, from file names alone.
 
-A run starts from scratch only if there is nothing to load: no directory, or an empty one. It writes only to a directory
-without checkpoints or to the one from which it resumes; `--overwrite-checkpoints` permits replacing another run.
+A run starts from scratch only if there is nothing to load: no directory, or an empty one. A run writes only to a
+directory without checkpoints or to the directory from which it resumes; --overwrite-checkpoints permits replacing the
+checkpoints of another run.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -57,7 +58,7 @@ def check_unused(save: Path, remedy: str, but_for: Collection[str] = ()) -> None
     Args:
         save: the directory.
         remedy: what the user can do, appended to the error.
-        but_for: the series file (see `incomplete_checkpoints.SERIES`) that the directory may contain.
+        but_for: names of series files (see `incomplete_checkpoints.SERIES`) that the directory may contain.
 
     Raises:
         ValueError: the directory is in use.
@@ -128,7 +129,7 @@ def step_to_go_on_from(config: CheckpointConfig, folder: Path | None) -> int | N
 
 
 def later_steps(config: CheckpointConfig, step: int | None) -> str:
-    """Describes in words the checkpoints in --save that are later than `step`; empty if none, or if `step` is None."""
+    """Lists, in words, the checkpoints in --save that are later than `step`; "" if there are none or `step` is None."""
     if config.save is None or step is None:
         return ""
     later = [other for other in files.step_folders(Path(config.save)) if other > step]

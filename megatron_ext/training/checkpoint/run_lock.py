@@ -1,12 +1,12 @@
 """A lock that lets only one run at a time write to a directory of checkpoints.
 
-After `kill -9` of torchrun its workers still finish their step and save, and would write into the directory of the run
-that replaces them. Rank 0 therefore holds a lock on a file in the directory while the run lasts.
+After `kill -9` of torchrun, its workers still finish their step and save. They would write into the directory of the
+run that was started to replace them. Rank 0 therefore holds a lock on a file in the directory while the run lasts.
 
-It is a POSIX record lock. The operating system releases it when the process ends for any reason; forked data workers do
-not hold it; a process does not lock out itself; other hosts see it if the file system supports that (NFS does). On a
-file system without locks the run continues without one. The file names its holder and is removed at the end; a file
-left by a killed run is not locked and has no effect.
+The lock is a POSIX record lock. The operating system releases it when the process ends for any reason. Forked data
+workers do not hold it, and a process does not lock itself out. Other hosts see the lock if the file system supports
+that (NFS does). On a file system without locks the run continues without one. The file names the process that holds the
+lock, and is removed when the run ends; a file left by a killed run is not locked and has no effect.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _UNKNOWN = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 @contextlib.contextmanager
 def run_lock(save: str | None) -> Iterator[None]:
-    """Context in which no other run writes to a directory. Collective on entry.
+    """Context manager that keeps other runs from writing to a directory. Collective on entry.
 
     Args:
         save: the directory, created if it is missing (rank 0's value is used); None if the run does not save.
@@ -66,7 +66,10 @@ def take_lock(directory: Path) -> list[TextIO]:
             holder = file.read() or "which is starting"
             file.close()
             if error.errno in _TAKEN:
-                raise ValueError(f"--save {directory}: another run is writing to it ({holder})") from None
+                raise ValueError(
+                    f"--save {directory}: another run is writing to it ({holder}); wait until that run has ended, or "
+                    "pass another --save"
+                ) from None
             if error.errno not in _UNKNOWN:
                 raise
             path.unlink(missing_ok=True)

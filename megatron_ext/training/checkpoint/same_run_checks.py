@@ -52,7 +52,7 @@ def check_same_model(
     """Compares a run's configuration with a checkpoint's.
 
     Args:
-        run: the run's `run_config`, with sections `model` and `families` and `tokenizer_fingerprint`.
+        run: the run's `run_config`, with the sections `model` and `families` and the entry `tokenizer_fingerprint`.
         stored: the checkpoint's `run_config`.
         families: the run's model families; their `free_on_resume` lists the fields that may differ.
         folder: the checkpoint's directory, named in errors.
@@ -66,7 +66,7 @@ def check_same_model(
     check_same_layers(ours, stored, folder, finetune=finetune)
     if not finetune and run["tokenizer_fingerprint"] != stored["tokenizer_fingerprint"]:
         raise ValueError(
-            f"--tokenizer-type: the checkpoint {folder} was made with another tokenizer "
+            f"--tokenizer-type: the checkpoint {folder} was trained with another tokenizer "
             f"({tokenizer_in_words(stored)}) than this run's ({tokenizer_in_words(run)}); "
             "to load its weights nevertheless, add --finetune"
         )
@@ -126,7 +126,9 @@ def _same(name: str, ours: object, theirs: object, folder: Path) -> None:
     if ours == theirs:
         return
     if isinstance(ours, list) and isinstance(theirs, list):
-        raise ValueError(f"{flag_name(name)}: the checkpoint {folder} was made with another value")
+        raise ValueError(
+            f"{flag_name(name)}: the checkpoint {folder} was made with another value of this flag"
+        )
     raise ValueError(f"{flag_name(name)} {ours}: the checkpoint {folder} was made with {theirs}")
 
 

@@ -1,9 +1,9 @@
 """Saves and restores the learning-rate schedule: its position and its settings.
 
 If the settings of a resumed run differ from the checkpoint's, the user must choose: `--override-opt-param-scheduler`
-(the run's) or `--use-checkpoint-opt-param-scheduler` (the checkpoint's). The engine's own loading is not used: it fails
-with an assertion that names no flag, ignores the WSD settings, and does not restore the parameter groups' rates, from
-which it computes the learning rate.
+uses the run's settings, `--use-checkpoint-opt-param-scheduler` the checkpoint's. megatron-core's loading is not used:
+it fails with an assertion that names no flag, ignores the settings of WSD (warm-up, stable, decay), and does not
+restore the parameter groups' rates, from which the learning rate is computed.
 """
 
 from collections.abc import Mapping
@@ -126,12 +126,12 @@ def _check_shape(
         theirs_told = ", ".join(_told(pair[1]) for pair in differing.values())
         raise ValueError(
             f"{ours_told}: the schedule in {folder} was made with {theirs_told}; to continue with this run's schedule "
-            "add --override-opt-param-scheduler, with the checkpoint's --use-checkpoint-opt-param-scheduler"
+            "add --override-opt-param-scheduler, with the checkpoint's schedule --use-checkpoint-opt-param-scheduler"
         )
 
 
 def _fields(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all fields of a run's configuration by name; names are unique over the sections."""
+    """Returns all fields of a run's configuration by name; no two sections have a field of the same name."""
     sections = [section for name, section in run_config.items() if name != "families"]
     return {
         name: value for section in sections if isinstance(section, Mapping) for name, value in section.items()

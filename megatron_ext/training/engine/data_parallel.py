@@ -24,7 +24,7 @@ def wrap_model(
 
     Args:
         chunks: this rank's model chunks. Freeze parameters first: frozen ones get no gradient buffer.
-        parallel: specifies how gradients are reduced.
+        parallel: the parallel layout, which specifies how gradients are reduced.
         bf16: whether parameters and activations are in bfloat16; gradients are then reduced in fp32.
     """
     config = get_model_config(chunks[0])
@@ -66,7 +66,8 @@ def unwrap_models(chunks: Sequence[torch.nn.Module]) -> list[GPTModel]:
 def gather_parameters(chunks: list[torch.nn.Module]) -> None:
     """Gathers the parameters that the last step updated. Collective; does nothing without --overlap-param-gather.
 
-    With that flag the next forward pass would gather them; until then each rank has only its own part's new values.
+    With that flag the next forward pass would gather them. Until then each rank has new values only for its own part of
+    the parameters.
     """
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:

@@ -18,7 +18,8 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) ->
         norm: the gradients' global L2 norm.
         largest: the largest norm that is allowed.
     """
-    # Not the engine's clipping: without Apex and Transformer Engine it allocates a scaled copy of all gradients.
+    # megatron-core's clipping is not used: without Apex and Transformer Engine it allocates a scaled copy of all
+    # gradients.
     factor = largest / (norm + 1.0e-6)
     gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
     if factor < 1.0 and gradients:
@@ -26,7 +27,7 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) ->
 
 
 def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
-    """Stores in each parameter's `reduced_range` which part of its flat gradient this rank reduces.
+    """Stores in each parameter's attribute `reduced_range` which part of its flattened gradient this rank reduces.
 
     Does nothing without the distributed optimizer.
     """
@@ -44,10 +45,10 @@ def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:
 
 
 def gradient_square_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Returns this rank's part of a gradient's squared norm; the parts of all data-parallel ranks add up to it.
+    """Returns this rank's part of a gradient's squared norm; the sum over all data-parallel ranks is the squared norm.
 
     Args:
-        parameter: a parameter of a model wrapped by `wrap_model`; a frozen one has no gradient and gives 0.
+        parameter: a parameter of a model wrapped by `wrap_model`. The result is 0 for a frozen parameter.
 
     Returns:
         A scalar, float64.

@@ -1,4 +1,4 @@
-"""Builds megatron-core's scheduler of learning rate (warm-up, then decay) and weight decay; it counts samples."""
+"""Builds megatron-core's scheduler of learning rate (warm-up, then decay) and weight decay; its unit is samples."""
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler

@@ -1,6 +1,6 @@
-"""Runs micro-batches through the model on megatron-core's pipeline schedules (none, 1F1B, interleaved).
+"""Runs micro-batches through the model on megatron-core's schedules: without a pipeline, 1F1B, or interleaved.
 
-Callers use one function for every parallel layout.
+Callers use the same function for every parallel layout.
 """
 
 import contextlib
@@ -56,7 +56,8 @@ def run_microbatches(
     divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        # The schedule interleaves the stages' communication; a collective inside a lazy `prepare` would block it.
+        # Under pipeline parallelism the stages run different micro-batches at a time. If `prepare` ran lazily, the
+        # collectives in it would block the communication between stages.
         prepared = list(prepared)
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, families, output_loss, divisor),
@@ -64,7 +65,7 @@ def run_microbatches(
         data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(moved),
-        # Auxiliary streams travel as further rows, so the sequence between stages is longer.
+        # Auxiliary streams are sent as further rows of the hidden states, so stages exchange longer sequences.
         seq_length=sequence_length * _pipeline_factor(unwrap_model(chunks[0])),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
@@ -72,9 +73,12 @@ def run_microbatches(
 
 
 def _mean_weight(batches: list[Batch]) -> torch.Tensor:
-    """Returns the mean of a micro-batch's summed loss weights, over all data-parallel ranks; 1 if all are 0."""
-    # The engine averages gradients over both, so a micro-batch's loss sum divided by this is its part of the mean loss
-    # over the global batch.
+    """Returns a micro-batch's sum of loss weights, averaged over micro-batches and data-parallel ranks.
+
+    The result is 1 if all weights are 0.
+    """
+    # megatron-core averages gradients over micro-batches and data-parallel ranks. If every micro-batch's loss sum is
+    # divided by this value, the average is the mean loss over the global batch.
     total = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     dist.all_reduce(total, group=group)
@@ -110,7 +114,7 @@ def _loss(
 
 
 def run_directly(chunk: GPTModel, families: list[Family], batch: Batch) -> torch.Tensor:
-    """Runs one micro-batch without the engine's schedule; may be called while the schedule runs.
+    """Runs one micro-batch without megatron-core's schedule; may be called while the schedule runs.
 
     Args:
         chunk: the whole model (pipeline-parallel size 1), unwrapped.

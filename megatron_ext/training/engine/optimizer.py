@@ -32,7 +32,7 @@ def build_optimizer(
 
     Args:
         settings: learning rate, weight decay, Adam's constants, clipping.
-        parallel: specifies whether the distributed optimizer is used.
+        parallel: the parallel layout, which specifies whether the distributed optimizer is used.
         chunks: this rank's chunks, wrapped by `wrap_model`.
         families: the run's model families, which supply learning-rate and weight-decay overrides for their parameters.
         bf16: whether parameters are in bfloat16.
@@ -63,7 +63,7 @@ def build_optimizer(
 
 
 def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
-    # The engine builds torch's AdamW with a Python loop over parameters; `fused` updates all of them in one kernel.
+    # megatron-core builds torch's AdamW with a Python loop over parameters; `fused` updates all of them in one kernel.
     inner = optimizer.optimizer
     if isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:

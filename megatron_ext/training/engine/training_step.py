@@ -1,4 +1,4 @@
-"""One training step, and one evaluation.
+"""Runs one training step or one evaluation.
 
     loss of a step = weighted mean over the tokens of the global batch; see `output_losses`
 
@@ -35,7 +35,7 @@ class StepResult:
 
     losses: dict[str, float]
     """Mean losses before the update, by name: `lm loss` in nats per token, or the losses of the model family that
-    replaces it; also the families' summaries of the step's values."""
+    replaces it. The values that model families return from `Family.summary` are included."""
 
     layer_losses: dict[str, float]
     """Means of the losses attached to layers and of other values recorded by layers, by name."""
@@ -50,7 +50,7 @@ class StepResult:
     """Whether the update was skipped because the loss or gradient norm is not finite."""
 
     statistics: dict[str, float]
-    """The model families' statistics of this step; empty if none are due, and complete only on rank 0."""
+    """The model families' statistics of this step; empty if none are due. They are complete only on rank 0."""
 
     @property
     def loss(self) -> float:
@@ -99,7 +99,8 @@ class Stepper:
 
         Args:
             batches: endless iterator, from which the step takes `num_microbatches` micro-batches.
-            iteration: number of this step, from 1; a model family's statistics are due at multiples of its interval.
+            iteration: number of this step, from 1. A model family's statistics are due at multiples of its
+                `statistics_interval`.
         """
         for family in self.families:
             family.begin_step(self.models, iteration)
@@ -152,7 +153,7 @@ class Stepper:
             split: `validation` or `test`, passed on to the model families.
 
         Returns:
-            `lm loss` in nats per token, the layers' values and the families' further values, by name.
+            Values by name: `lm loss` in nats per token, values recorded by layers, and values of the model families.
         """
         for family in self.families:
             family.begin_step(self.models, None)
@@ -220,9 +221,10 @@ def _means(
     """Returns weighted means over the tokens of all micro-batches and data-parallel ranks, by name. Collective.
 
     Args:
-        outputs: one mapping per micro-batch, name -> [weighted sum, sum of weights]; empty except on the last stage.
+        outputs: one mapping per micro-batch, from name to a tensor [weighted sum, sum of weights]; on stages other than
+            the last an empty list.
         names: the names of the values, in the same order on every rank.
-        of_nothing: the value to return as mean if all weights are 0.
+        of_nothing: the mean to return for a value whose weights are all 0.
     """
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=process_groups.device())
     for output in outputs:

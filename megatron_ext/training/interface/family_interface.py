@@ -1,8 +1,8 @@
-"""The hooks through which a family takes part in training.
+"""The hooks through which a model family takes part in training.
 
-The package `training` knows model families only through this interface and never tests which family it has. Every
-method has a default that does nothing, so a family overrides only what it needs. Several families may take part in one
-run.
+A model family (PLE, NPT, progressive growth) is a plug-in of a training run; a run may have several. The package
+`training` uses model families only through this interface and never checks which one it has. The methods have defaults,
+most of which do nothing, so a model family overrides only what it needs.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,8 @@ from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.interface.output_losses import OutputLoss
 
 Batch = dict[str, torch.Tensor]
-"""A micro-batch: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float, the families' fields."""
+"""The tensors of a micro-batch by name: `tokens`, `labels`, `position_ids` [b, s] integer, `loss_mask` [b, s] float,
+and fields that model families add."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,10 @@ class Message:
     """A text that a model family reports after a step."""
 
     text: str
-    """One line to print; with a `tag` a Markdown text for TensorBoard."""
+    """One line to print; if `tag` is set, a Markdown text for TensorBoard instead."""
 
     tag: str | None = None
-    """TensorBoard tag; None prints the text."""
+    """TensorBoard tag of the text; None to print the text."""
 
 
 class Family:
@@ -62,7 +63,7 @@ class Family:
         """Checks that the model family supports the model and its parallel layout; called before anything is built.
 
         Raises:
-            ValueError: the family does not support them.
+            ValueError: the model family does not support them.
         """
 
     def configuration(self) -> dict[str, Any]:
@@ -82,7 +83,8 @@ class Family:
 
         Args:
             model: configuration of the base model.
-            iteration: number of the step, from 1. Called after each step, and before the run for its last step.
+            iteration: number of the step, from 1. The method is called after each step; before the run it is called
+                with the number of the last step.
         """
         return None
 
@@ -97,11 +99,11 @@ class Family:
         return batch
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Computes the family's inputs to the model from a micro-batch on the device; called on every stage."""
+        """Computes the model family's additional inputs from a micro-batch on the device; called on every stage."""
         return {}
 
     def parameter_overrides(self, settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
-        """Returns learning-rate and weight-decay overrides for the family's parameters, in megatron-core's format.
+        """Returns overrides of learning rate and weight decay for the model family's parameters.
 
         Args:
             settings: the run's optimizer settings, to which overrides may be relative.
@@ -174,16 +176,16 @@ class Family:
         return []
 
     def is_complete(self) -> bool:
-        """Whether the run should end now, as after its last step; must be equal on every rank."""
+        """Returns whether the run should end now, as if its last step were done; must be equal on every rank."""
         return False
 
     def begin_statistics(self, chunks: list[GPTModel]) -> None:
         """Called before a step whose statistics are due; the model family's modules should start recording."""
 
     def statistics(self, chunks: list[GPTModel]) -> dict[str, float]:
-        """Returns statistics, TensorBoard tag -> value, complete on rank 0. Collective; called before the update.
+        """Returns statistics by TensorBoard tag. Collective; called before the update.
 
-        Norms must be global over tensor-parallel ranks and pipeline stages.
+        Only rank 0's result is used. Norms must be global over tensor-parallel ranks and pipeline stages.
         """
         return {}
 
@@ -191,14 +193,14 @@ class Family:
         """Checks that the model can be exported by `merge`, or by `write_adapters`; called before weights are loaded.
 
         Args:
-            as_adapters: whether `write_adapters` is to be used instead of `merge`.
+            as_adapters: whether `write_adapters` will be used instead of `merge`.
 
         Raises:
             ValueError: the model family does not support this export.
         """
         raise ValueError(
-            f"a model built with the model family '{self.name}' cannot be exported: its layers are neither Llama's "
-            "nor adapters"
+            f"a model built with the model family '{self.name}' cannot be exported: its layers cannot be written as "
+            "Llama layers or as adapters"
         )
 
     def merge(self, chunks: list[GPTModel]) -> list[str]:
@@ -213,7 +215,7 @@ class Family:
         Args:
             chunks: this rank's model chunks, unwrapped.
             model: configuration of the base model.
-            directory: each adapter is written to a subdirectory of it.
+            directory: the directory of the export; each adapter is written to its own subdirectory.
             base_model: path or name of the exported base model, stored in the adapters' configuration.
             overwrite: whether to replace existing files.
         """
@@ -229,7 +231,8 @@ class Family:
         Args:
             chunks: this rank's model chunks, unwrapped.
             folder: the checkpoint's directory while it is being written.
-            state: the run's state in the checkpoint: `progress`, `scheduler`, `optimizer_step`, ..., `run_config`.
+            state: content of the checkpoint's state.json (`progress`, `scheduler`, `optimizer_step`, ...), and under
+                the key `run_config` the run's configuration.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Losses on the last stage's output. The default is cross-entropy; a model family may replace it.
+"""Losses on the output of the last pipeline stage. The default is cross-entropy; a model family may replace it.
 
     loss of a step = sum(value * weight) / sum(weight)        over all tokens of the global batch
 
@@ -19,7 +19,7 @@ Reads = Literal["losses", "logits", "hidden"]
 
 
 class OutputLoss:
-    """Cross-entropy, and base class of other losses on the output."""
+    """Cross-entropy; also the base class of other losses on the output."""
 
     reads: Reads = "losses"
 
@@ -27,7 +27,8 @@ class OutputLoss:
     """Names of the logged values, in the same order on every stage."""
 
     factors: Mapping[str, float] = {"lm loss": 1.0}
-    """Maps a value's name to its factor in the loss that is differentiated; `loss_mask` weights these values."""
+    """Maps the name of each value that is part of the differentiated loss to its factor; the weights of these values
+    must be the `loss_mask`."""
 
     def __call__(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
@@ -40,8 +41,8 @@ class OutputLoss:
             output: the model's output, of the kind that `reads` names.
 
         Returns:
-            The scalar to differentiate, a weighted sum over the micro-batch's tokens; and name -> [weighted sum, sum
-            of weights] for each of `names`, detached, float64.
+            The scalar to differentiate, a weighted sum over the micro-batch's tokens; and for each of `names` a tensor
+            [weighted sum, sum of weights], detached, float64.
         """
         found = self.of_tokens(model, batch, output)
         total = torch.zeros((), device=output.device)
@@ -53,7 +54,7 @@ class OutputLoss:
     def of_tokens(
         self, model: GPTModel, batch: dict[str, torch.Tensor], output: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Returns, for each of `names`, (values, weights), both [b, s]; the arguments are those of `__call__`."""
+        """Returns, for each of `names`, its values and weights per token, both [b, s]; arguments as for `__call__`."""
         return {"lm loss": (output, batch["loss_mask"])}
 
 
@@ -85,10 +86,10 @@ class HiddenStates(NoLoss):
 
 
 def select_output_loss(brought: Iterable[OutputLoss | None]) -> OutputLoss:
-    """Returns the output loss that one of the families defines, or cross-entropy if none does.
+    """Returns the output loss that one of the model families defines, or cross-entropy if none does.
 
     Raises:
-        ValueError: two model families define one.
+        ValueError: two model families define an output loss.
     """
     losses = [loss for loss in brought if loss is not None]
     if len(losses) > 1:

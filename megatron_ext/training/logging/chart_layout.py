@@ -1,7 +1,7 @@
 """The layout of TensorBoard's Custom Scalars page: a chart for every group of tags that a run has written so far.
 
-The layout is an event in the run's own files. TensorBoard shows the last one, so it is written again whenever a new tag
-adds a chart, and a resumed run starts from the layouts that the files hold.
+The layout is stored as an event in the run's TensorBoard files. TensorBoard uses the last layout that it finds, so the
+layout is written again whenever a new tag adds a chart, and a resumed run starts from the layouts in its files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,30 +25,30 @@ SAMPLES_ENDING = " vs samples"
 _LAST = (OTHER_VALUES, COUNTS, OVER_SAMPLES)
 _CLOSED = (COUNTS, OVER_SAMPLES)
 _Entry = tuple[str, str, str]
-"""Section, title and regular expression of a chart, as the layout holds them."""
+"""Section of the page, title, and regular expression for the tags of a chart."""
 
 
 class ChartLayout:
     """Collects a run's tags and lays out their charts."""
 
     def __init__(self, charts: Sequence[ScalarChart], folder: Path) -> None:
-        """Takes over the charts of an earlier run.
+        """Starts with the charts in the event files of `folder`, which an earlier run may have written.
 
         Args:
-            charts: declared by the training system and the run's model families, in the order of the page.
-            folder: the run's event files; may be missing.
+            charts: all charts that the training system and the run's model families declare, in the order of the page.
+            folder: directory of the run's event files; may be missing.
         """
         self._charts = charts
         declared = [*map(_entry, charts), *(_entry(chart, over_samples=True) for chart in charts)]
         self._rank = {entry: rank for rank, entry in enumerate(declared)}
         earlier = _earlier_entries(folder)
-        # A chart that is declared differently by now would hold its tags twice.
+        # An earlier chart whose declaration has changed is left out; its tags would otherwise appear in two charts.
         self._entries = {entry for entry in earlier if entry in self._rank or entry[0] == OTHER_VALUES}
         self._tags = set[str]()
         self._is_written = False
 
     def add(self, tag: str) -> None:
-        """Records that a tag is written."""
+        """Takes note of a tag that the run writes, and adds its chart if the layout does not contain it yet."""
         if tag in self._tags:
             return
         self._tags.add(tag)
@@ -117,7 +117,10 @@ def _entries_in(record: bytes) -> set[_Entry]:
 
 
 def _records(file: Path) -> Iterator[bytes]:
-    """Yields an event file's records, each stored as length (8 bytes), its checksum (4), record, its checksum (4)."""
+    """Yields the records of an event file.
+
+    A record is stored as its length (8 bytes), the length's checksum (4), its content, the content's checksum (4).
+    """
     with file.open("rb") as stream:
         while len(head := stream.read(12)) == 12:
             length = int.from_bytes(head[:8], "little")

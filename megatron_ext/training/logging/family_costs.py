@@ -1,6 +1,6 @@
-"""Parameters and FLOPs of a run's base model and model families in a given step, for MFU and `--dry-run`.
+"""Computes the parameters and FLOPs of a run's base model and model families in a given step, for MFU and `--dry-run`.
 
-Steps may train different parts of the model, so the costs are computed for each step.
+Different steps may train different parts of the model, so the costs depend on the step.
 """
 
 from collections.abc import Sequence

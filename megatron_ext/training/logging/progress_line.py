@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 Fields = dict[str, str]
-"""The fields of a progress display, as name -> text of the value, in the order of display."""
+"""The fields of a progress display: maps each name to the text of its value, in the order of display."""
 
 
 class PlainProgress:
@@ -75,7 +75,7 @@ def open_progress(stream: TextIO, total_iterations: int, iteration: int) -> Plai
 
 
 def compact(number: float) -> str:
-    """Formats a number with three digits and a unit's letter, 1234567 -> `1.23M`."""
+    """Formats a number with three digits and the letter of a unit: 1234567 becomes `1.23M`."""
     for power, unit in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(number) >= 0.9995 * 10.0**power:
             return f"{number / 10.0**power:.3g}{unit}"

@@ -1,6 +1,6 @@
 """Reports a run's progress on the screen, in TensorBoard and in W&B. Only rank 0 writes.
 
-The loop makes the same calls on every rank; nothing here is collective, and only rank 0's arguments matter:
+The training loop makes these calls on every rank; they are not collective, and only rank 0's arguments are used:
 
     reporter.step(iteration, StepMetrics(...))          after every optimizer step
     reporter.statistics(iteration, {tag: value})        the families' statistics
@@ -38,9 +38,9 @@ curve."""
 
 
 class Reporter:
-    """Writes the progress, TensorBoard and W&B of one run.
+    """Reports the progress of one run: prints it, and writes it to TensorBoard and W&B.
 
-    Every rank must build one, because all ranks take part in measuring the peak rate of an unknown device.
+    Every rank must create a reporter, because all ranks take part in measuring the peak rate of an unknown device.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Reporter:
             flops_per_token: called with a step's number; returns the step's model FLOPs per token (forward and
                 backward, model families included), for throughput and MFU.
             charts: the model families' charts for TensorBoard's Custom Scalars page.
-            bf16: the run's precision, on which the device's peak rate depends.
+            bf16: whether the run uses bfloat16; the device's peak rate depends on the precision.
             iteration: number of the last step before this run; 0 for a new run.
             consumed_samples: sequences consumed before this run.
             configuration: the config groups by name, as dataclasses or JSON values; written as text.
@@ -200,7 +200,6 @@ class Reporter:
     def _raise_peak(self) -> None:
         if self._peak is None:
             return
-        # A peak that was measured while other processes kept the machine busy is too low: MFU would exceed 100 %.
         # A peak that was measured while other processes kept the machine busy is too low: MFU would exceed 100 %.
         peak = self._peak.raised(self._flops_per_second_per_device())
         if peak is not self._peak:

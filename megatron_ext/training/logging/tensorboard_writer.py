@@ -1,9 +1,9 @@
-"""Writes TensorBoard's event files; a resumed run replaces the values that follow its checkpoint.
+"""Writes TensorBoard's event files; a resumed run replaces values that were written after its checkpoint.
 
-Curves over steps are in the given directory, curves over consumed samples (Megatron's `... vs samples`) in its
-subdirectory `by_samples`, which TensorBoard shows as a separate run. They cannot share a directory: a resumed run
-specifies the step from which older values are void, and that number applies to all curves of a directory. TensorBoard's
-Custom Scalars page shows charts of both.
+Curves over steps are in the given directory; curves over consumed samples (Megatron's `... vs samples`) are in its
+subdirectory `by_samples`, which TensorBoard shows as a separate run. The two kinds cannot share a directory: a resumed
+run declares all earlier values from a certain step on invalid, and that step applies to every curve in a directory.
+TensorBoard's Custom Scalars page shows charts of both kinds.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from megatron_ext.reports.scalar_charts import ScalarChart
 from megatron_ext.training.logging.chart_layout import SAMPLES_ENDING, ChartLayout
 from megatron_ext.training.logging.run_charts import RUN_CHARTS
 
-_FLUSH_SECONDS = 10  # at most so many seconds of curves are lost if the run is killed
+_FLUSH_SECONDS = 10  # if the run is killed, at most the curves of the last 10 seconds are lost
 SAMPLES_FOLDER = "by_samples"
 """Subdirectory of the curves over consumed samples."""
 
@@ -34,9 +34,9 @@ class TensorBoard:
         """Opens the event files.
 
         Args:
-            directory: created if it is missing.
+            directory: the directory of the event files; created if it is missing.
             charts: the model families' charts.
-            iteration: the step from which the run continues; later values in this directory become void.
+            iteration: the step from which the run continues; earlier values for later steps become invalid.
             consumed_samples: number of samples consumed up to that step.
 
         Raises:
@@ -51,7 +51,7 @@ class TensorBoard:
             raise ValueError(f"--tensorboard-dir {directory}: {error.strerror}") from None
 
     def scalar(self, tag: str, value: float, iteration: int, consumed_samples: int | None = None) -> None:
-        """Writes one value over steps, and with `consumed_samples` also as `{tag} vs samples`."""
+        """Writes one value of the curve over steps and, if `consumed_samples` is given, of `{tag} vs samples`."""
         self._by_step.add_scalar(tag, value, iteration)
         self._layout.add(tag)
         self._iteration = iteration

@@ -1,7 +1,7 @@
 """Logs TensorBoard's values to Weights & Biases as well, if `--wandb-project` is given.
 
-With the environment variable WANDB_MODE=offline W&B contacts no server and writes to the run's directory only. Curves
-are over steps; for another axis choose the logged `consumed-samples` in W&B.
+With the environment variable WANDB_MODE=offline W&B contacts no server and writes to the run's directory only. The x
+axis of all curves is the step; to plot over samples, choose `consumed-samples` as the x axis in W&B.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ def check_wandb(logging: LoggingConfig) -> None:
     """Checks that W&B is installed if it is requested.
 
     Raises:
-        ValueError: it is requested but not installed.
+        ValueError: W&B is requested but not installed.
     """
     if logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(

@@ -85,7 +85,10 @@ def test_a_users_mistake_ends_a_script_with_one_line_on_rank_0_and_code_2_everyw
     bad = f"{SHAPE} --tensor-model-parallel-size 3"
     first, second = run_script(bad, WORLD_SIZE="3"), run_script(bad, WORLD_SIZE="3", RANK="1")
     assert (first.returncode, second.returncode) == (2, 2)
-    assert first.stderr == "error: --num-attention-heads 4: not divisible by --tensor-model-parallel-size 3\n"
+    assert (
+        first.stderr
+        == "error: --num-attention-heads 4: must be divisible by --tensor-model-parallel-size 3\n"
+    )
     assert second.stderr == ""
     assert first.stdout == ""
 

@@ -48,7 +48,7 @@ ALONE = {
     "loader": (1, "error: a helper died"),
     "peer": (
         1,
-        "error: rank 0 has lost another process of the run, which failed or was killed; see the output",
+        "error: rank 0 stops because another process of the run failed or was killed; see the output",
     ),
     "defect": (1, "KeyError: 'a defect'"),
 }

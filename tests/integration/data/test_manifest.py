@@ -53,7 +53,7 @@ def test_another_tokenizer_is_refused_and_the_same_passes(prefix: Any) -> None:
     write_manifest(prefix, tool="t", tokenizer={"fingerprint": "made"}, inputs=[])
     check_dataset(prefix, "made")
     check_dataset(prefix, None)
-    with pytest.raises(ValueError, match="was made with the tokenizer made, but this run's is other"):
+    with pytest.raises(ValueError, match="was made with the tokenizer made, but this run uses other"):
         check_dataset(prefix, "other")
 
 
@@ -66,7 +66,7 @@ def test_tokenizers_are_told_apart_by_class_size_and_files(prefix: Any) -> None:
         ValueError, match="was made with the tokenizer ByteLevelTokenizer, 257 ids, fingerprint "
     ) as error:
         check_dataset(prefix, ours)
-    assert "this run's is NullTokenizer, 10 ids, words/vocab.json, fingerprint " in str(error.value)
+    assert "this run uses NullTokenizer, 10 ids, words/vocab.json, fingerprint " in str(error.value)
 
 
 def test_files_replaced_under_a_manifest_are_refused(prefix: Any) -> None:

@@ -274,13 +274,13 @@ def test_publication_goes_on_after_a_kill_at_any_rename(
 
 def test_a_resumed_run_with_another_plan_is_refused(tmp_path: Path) -> None:
     WorkDirectory(str(tmp_path / "out"), {"--append-eod": True}, resume=False).release()
-    with pytest.raises(ValueError, match="--append-eod is False and was True"):
+    with pytest.raises(ValueError, match="--append-eod is False, but was True"):
         WorkDirectory(str(tmp_path / "out"), {"--append-eod": False}, resume=True)
 
 
 def test_two_runs_cannot_write_one_prefix(tmp_path: Path) -> None:
     first = WorkDirectory(str(tmp_path / "out"), {}, resume=False)
-    with pytest.raises(ValueError, match="another run is writing it"):
+    with pytest.raises(ValueError, match="another run is writing these datasets"):
         WorkDirectory(str(tmp_path / "out"), {}, resume=False)
     first.remove()
 

@@ -150,7 +150,9 @@ def test_of_a_directory_of_checkpoints_the_newest_complete_one_is_validated(
     (unfinished / "checksums.json").unlink()
     assert validate([str(tmp_path / "run")]) == 1
     output = capsys.readouterr().out
-    assert "step: 4\n" in output and f"problem: {unfinished}: incomplete, has no checksums.json\n" in output
+    assert (
+        "step: 4\n" in output and f"problem: {unfinished} is incomplete: it has no checksums.json\n" in output
+    )
 
 
 def test_of_the_documents_plain_checkpoints_the_newest_is_validated(

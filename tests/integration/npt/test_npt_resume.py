@@ -141,7 +141,7 @@ def test_the_same_layers_by_other_words_are_the_same(changed: dict[str, Any]) ->
 
 def test_other_layers_are_refused_unless_what_fits_is_asked_for(changed: dict[str, Any]) -> None:
     assert re.match(
-        r"--npt-layers 1,2: the checkpoint \S+checkpoint-4 was made with 2,3; add --allow-layer-mismatch",
+        r"--npt-layers 1,2: the checkpoint \S+checkpoint-4 has NPT layers 2,3; add --allow-layer-mismatch",
         changed["mismatch"],
     )
     assert changed["nothing shared"].endswith("they have no layer in common")

@@ -188,16 +188,19 @@ def _refused(*flags: str) -> str:
 
 
 REFUSED = {
-    "another rank": (["--np-rank", "8"], "were made with another configuration: np_rank was 4, now 8"),
-    "earlier layers": (["--start-from-layer", "3", "--checkpoint-dir", "NEW"], "0, 1 are not yet trained in"),
+    "another rank": (["--np-rank", "8"], "were trained with another configuration: np_rank was 4, now 8"),
+    "earlier layers": (
+        ["--start-from-layer", "3", "--checkpoint-dir", "NEW"],
+        "layers 0, 1 must be trained first",
+    ),
     "no such start": (["--start-from-layer", "2"], "--start-from-layer 2: must be one of the layers 0, 1, 3"),
     "--train-iters": (
         ["--train-iters", "9"],
-        "9: --mode sequential trains every layer for --steps-per-layer 6",
+        "9: --mode sequential trains every layer for 6 steps",
     ),
     "stage 1": (["--stage1-steps", "6"], "--stage1-steps 6: must be less than --steps-per-layer 6"),
-    "the base": (["--no-freeze-base"], "--no-freeze-base: --mode sequential trains only NP components"),
-    "weights": (["--load-npt-weights", "PT"], "reads trained layers from --checkpoint-dir"),
+    "the base": (["--no-freeze-base"], "--no-freeze-base is not supported by --mode sequential"),
+    "weights": (["--load-npt-weights", "PT"], "which reads trained layers from --checkpoint-dir"),
     "another base": (["--base-checkpoint", "OTHER"], "were trained on"),
     "a run": (["--load", "RUN"], "must be a base model in --mode sequential"),
 }

@@ -108,7 +108,7 @@ def test_g_stack_begins_with_the_trunk_twice_and_trains_all_of_it(found: dict[st
 def test_a_qlora_trunk_ignores_the_cache_and_says_so(found: dict[str, Any]) -> None:
     code, output = found["qlora"]
     assert code == 0 and len(losses_of(output)) == 2
-    told = "no activation cache: the trunk's adapters train (--trunk-strategy qlora)"
+    told = "no activation cache: the trunk's adapters are trained (--trunk-strategy qlora)"
     assert output.count(told) == 1
 
 
@@ -116,9 +116,9 @@ def test_a_qlora_trunk_ignores_the_cache_and_says_so(found: dict[str, Any]) -> N
     ("changes", "reason"),
     [
         ({}, None),
-        ({"trunk_strategy": "qlora"}, "adapters train"),
-        ({"trunk_strategy": "trained"}, "weights train"),
-        ({"train_embedding": True}, "the embedding trains"),
+        ({"trunk_strategy": "qlora"}, "adapters are trained"),
+        ({"trunk_strategy": "trained"}, "weights are trained"),
+        ({"train_embedding": True}, "the embedding is trained"),
         ({"building_mode": ("prepend",)}, "before the trunk"),
     ],
 )

@@ -67,7 +67,7 @@ def test_precision_costs_little_of_the_loss_and_is_told(found: dict[str, Any]) -
     assert low == pytest.approx(plain, rel=0.02)
     for stack, precision in enumerate(PRECISIONS):
         assert f"stack {stack} ({precision}) " in found["bf16 output"]
-    assert "--bf16: stacks of precision full store and multiply their weights in fp32" in found["bf16 output"]
+    assert "--bf16: stacks of precision full are stored and computed in fp32" in found["bf16 output"]
     assert "--bf16" not in found["fp32 output"]
 
 

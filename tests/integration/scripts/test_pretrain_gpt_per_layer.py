@@ -143,7 +143,7 @@ MISTAKES = {
     "missing data": (["--data-path", "/nowhere/corpus"], "/nowhere/corpus.idx"),
     "heads that tensor parallel does not divide": (
         ["--num-attention-heads", "1", "--tensor-model-parallel-size", "2"],
-        "--num-attention-heads 1: not divisible by --tensor-model-parallel-size 2",
+        "--num-attention-heads 1: must be divisible by --tensor-model-parallel-size 2",
     ),
     "a directory that cannot be written": (["--save", "/proc/nowhere"], "--save /proc/nowhere"),
     "data of a larger vocabulary": (["--vocab-size", "32"], "but the tokenizer's vocabulary has only 33 ids"),

@@ -71,7 +71,7 @@ def test_sentencepiece_model_is_of_the_asked_kind(tmp_path: Path, corpus: Path, 
         ),
         (
             ["--vocab-size", "90000", "--tokenizer-type", "SentencePieceTokenizer"],
-            "--vocab-size 90000: the text yields ",
+            "--vocab-size 90000: must be at most ",
         ),
         (["--input", "/dev/null"], "--input /dev/null: has no text to train a tokenizer on"),
         (

@@ -84,7 +84,7 @@ BAD = [
     (
         ModelConfig,
         {"swiglu": True, "hidden_size": 16},
-        ["--hidden-size 16", "width of 0", "give --ffn-hidden-size"],
+        ["--hidden-size 16", "width is 0", "give --ffn-hidden-size"],
     ),
     (ModelConfig, {"rotary_percent": 1e-3}, ["--rotary-percent 0.001", "rotates 0", "above 0"]),
     # what would have no effect
@@ -107,7 +107,7 @@ BAD = [
     (ModelConfig, {"sliding_window": 0}, ["--sliding-window 0"]),
     (ModelConfig, {"num_layers": 10**12}, ["--num-layers 1000000000000", "at most 100000"]),
     (ModelConfig, {"rotary_base": float("inf")}, ["--rotary-base inf", "finite"]),
-    (ModelConfig, {"seq_length": 2**63}, ["--seq-length 9223372036854775808", "2^63"]),
+    (ModelConfig, {"seq_length": 2**63}, ["--seq-length 9223372036854775808", "64 bits"]),
     (ModelConfig, {"kv_channels": 15}, ["--rotary-percent", "15"]),
     (ModelConfig, {"attention_backend": "te", "transformer_impl": "local"}, ["--attention-backend te"]),
     (ParallelConfig, {"tensor_model_parallel_size": 0}, ["--tensor-model-parallel-size 0"]),
@@ -211,5 +211,5 @@ def test_the_global_batch_size_follows_from_what_is_given() -> None:
     accumulated = make(TrainingConfig, micro_batch_size=2, gradient_accumulation_steps=4)
     assert accumulated.resolved_global_batch_size(3) == 24
     assert make(TrainingConfig, global_batch_size=12, micro_batch_size=2).resolved_global_batch_size(3) == 12
-    with pytest.raises(ValueError, match="--global-batch-size 7: not divisible by --micro-batch-size 2"):
+    with pytest.raises(ValueError, match="--global-batch-size 7: must be divisible by --micro-batch-size 2"):
         make(TrainingConfig, global_batch_size=7, micro_batch_size=2).resolved_global_batch_size(1)

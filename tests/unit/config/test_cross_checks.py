@@ -37,30 +37,34 @@ TP, PP, VP = (
 )
 
 BAD: list[tuple[int, dict[str, Any], str]] = [
-    (3, {TP: 2}, "world size 3: not divisible by --tensor-model-parallel-size 2"),
-    (3, {TP: 3}, "--num-attention-heads 4: not divisible by --tensor-model-parallel-size 3"),
+    (3, {TP: 2}, "world size 3: must be divisible by --tensor-model-parallel-size 2"),
+    (3, {TP: 3}, "--num-attention-heads 4: must be divisible by --tensor-model-parallel-size 3"),
     (
         2,
         {TP: 2, "ffn_hidden_size": 101},
-        "--ffn-hidden-size 101: not divisible by --tensor-model-parallel-size 2",
+        "--ffn-hidden-size 101: must be divisible by --tensor-model-parallel-size 2",
     ),
     (
         4,
         {TP: 4, "num_attention_heads": 12, "kv_channels": 16, "num_query_groups": 3},
         "--num-query-groups 3: ",
     ),
-    (2, {TP: 2, "sequence_parallel": True, "seq_length": 33}, "--seq-length 33: --sequence-parallel needs"),
-    (3, {PP: 3}, "--num-layers 4: not divisible by --pipeline-model-parallel-size 3"),
+    (
+        2,
+        {TP: 2, "sequence_parallel": True, "seq_length": 33},
+        "--seq-length 33: with --sequence-parallel it must",
+    ),
+    (3, {PP: 3}, "--num-layers 4: must be divisible by --pipeline-model-parallel-size 3"),
     (
         2,
         {PP: 2, VP: 2, "num_layers": 6},
-        "--num-layers-per-virtual-pipeline-stage 2: does not divide the 3 layers",
+        "--num-layers-per-virtual-pipeline-stage 2: must divide 3, the number of layers",
     ),
     (2, {PP: 2, VP: 1, "global_batch_size": 3}, "--global-batch-size 3: gives 3 micro-batches per step"),
     (
         2,
         {"global_batch_size": 3},
-        "--global-batch-size 3: not divisible by --micro-batch-size 1 x data-parallel size 2",
+        "--global-batch-size 3: must be divisible by --micro-batch-size 1 x data-parallel size 2",
     ),
     (2, {"context_parallel_size": 2}, "--context-parallel-size 2: must be 1"),
     (
@@ -78,7 +82,11 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {PP: 2, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
         "--recompute-num-layers 3: a pipeline stage has only 2 layers",
     ),
-    (1, {"lr_warmup_iters": 10}, "--lr-warmup-iters 10: must be less than the 10 iters"),
+    (
+        1,
+        {"lr_warmup_iters": 10},
+        "--lr-warmup-iters 10: must be less than the length of the schedule, 10 iters",
+    ),
     (1, {"lr_decay_samples": 10}, "--lr-decay-samples 10: the run's length is given by --train-iters"),
     (
         1,
@@ -88,9 +96,13 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"train_iters": None, "train_samples": 9, "global_batch_size": 10},
-        "--train-samples 9: must be at least one global",
+        "--train-samples 9: must be at least 10, the global",
     ),
-    (1, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "--lr-wsd-decay-iters 11: exceeds the 10"),
+    (
+        1,
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11},
+        "--lr-wsd-decay-iters 11: must be at most the length of the schedule, 10",
+    ),
 ]
 
 

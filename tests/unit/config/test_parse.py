@@ -138,7 +138,7 @@ def test_a_yaml_file_is_flat_or_in_sections_and_explicit_flags_win(tmp_path: Pat
         ("swiglu: 3", ["swiglu 3"]),
         ("lr: 1\nlearning_rate: 2", ["learning_rate", "twice"]),
         ("- a", ["must be a mapping"]),
-        ("a: [1", ["not YAML"]),
+        ("a: [1", ["not valid YAML"]),
     ],
 )
 def test_a_mistake_in_a_yaml_file_names_file_and_key(
@@ -272,7 +272,7 @@ def test_a_family_adds_its_own_concern_and_two_concerns_cannot_claim_one_flag() 
         lr: float = 1.0
 
     fields = [("optimizer", OptimizerSettings), ("family", FamilyConfig)]
-    with pytest.raises(TypeError, match="--lr is declared by optimizer and by family"):
+    with pytest.raises(TypeError, match="--lr is declared by two config groups: optimizer and family"):
         known_flags(dataclasses.make_dataclass("Both", fields))
     assert known_flags(FamilyConfig) >= {"--np-rank", "--rank", "--lr"}
     assert parse(FamilyConfig, ["--rank", "4"]).np_rank == 4
@@ -292,7 +292,7 @@ def test_configs_survive_json_and_the_printed_yaml(tmp_path: Path) -> None:
 
 def test_a_configuration_from_elsewhere_is_checked() -> None:
     values = group_to_dict(parsed("").model) | {"num_layerz": 3}
-    with pytest.raises(ValueError, match="section model: unknown key num_layerz"):
+    with pytest.raises(ValueError, match="section model of the configuration has the unknown key num_layerz"):
         group_from_dict(ModelConfig, values, "model")
     with pytest.raises(ValueError, match="no section optimizer"):
         group_in(OptimizerSettings, {"model": {}}, "optimizer")

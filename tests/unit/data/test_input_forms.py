@@ -33,7 +33,7 @@ def test_packed_files_that_are_damaged_are_an_error(tmp_path: Path, pack: Any, d
         "garbage behind": packed + b"garbage!",
     }
     path = write(tmp_path / f"a.jsonl.{pack}", broken[damage])
-    with pytest.raises(ValueError, match=f"a.jsonl.{pack}: (not|{'zstd|bzip2|xz'} data cut short)"):
+    with pytest.raises(ValueError, match=f"a.jsonl.{pack}: (is not|the (zstd|bzip2|xz) data is truncated)"):
         read_all(InputConfig(input=(path,)))
 
 
@@ -62,7 +62,7 @@ def test_zstd_that_cannot_be_unpacked_says_why(tmp_path: Path) -> None:
     samples = [json_lines(f"document number {i}").encode() for i in range(2000)]
     dictionary = zstandard.train_dictionary(4096, samples)
     write(tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor(dict_data=dictionary).compress(samples[0]))
-    with pytest.raises(ValueError, match=r"a.jsonl.zst: packed with a zstd dictionary"):
+    with pytest.raises(ValueError, match=r"a.jsonl.zst: is packed with a zstd dictionary"):
         read_all(InputConfig(input=(path,)))
 
 
@@ -191,7 +191,7 @@ def test_columns_that_hold_no_text_and_damaged_files_are_one_line(tmp_path: Path
     path = str(tmp_path / "a.parquet")
     pq.write_table(table, path)
     for key in table.column_names:
-        with pytest.raises(ValueError, match=f"--json-keys {key}: in .* holds .*, not strings"):
+        with pytest.raises(ValueError, match=f"--json-keys {key}: the column in .* holds .*, not strings"):
             expand_inputs(InputConfig(input=(path,), json_keys=(key,)))
     pq.write_table(texts, path, compression="snappy")
     content = bytearray(Path(path).read_bytes())

@@ -151,7 +151,7 @@ def test_without_a_generation_configuration_the_ids_are_those_of_the_model(
         found = theirs.eos_token_id
         assert expected == tuple(found if isinstance(found, list) else [] if found is None else [found])
     (tmp_path / "hf" / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"generation_config.json: not JSON"):
+    with pytest.raises(ValueError, match=r"generation_config.json: is not JSON"):
         load_hf(tmp_path / "hf")
 
 

@@ -92,7 +92,7 @@ def _quantized(content: dict[str, Any]) -> Callable[[Path], Any]:
 
 
 DIRECTORIES: dict[str, Callable[[Path], Any]] = {
-    r"no config.json in it; it holds model-q4.gguf: a model in the format of llama.cpp; .*gguf_file": _renamed(
+    r"no config.json in it; it holds model-q4.gguf: a model in the format of llama.cpp; .*give the path": _renamed(
         "model-q4.gguf", config=False
     ),
     r"neither .* in it; it holds model-q4.gguf: a model in the format of llama.cpp": _renamed(
@@ -102,7 +102,7 @@ DIRECTORIES: dict[str, Callable[[Path], Any]] = {
         "consolidated.safetensors", config=False
     ),
     r"it holds consolidated.00.pth: a model in Meta's format": _renamed("consolidated.00.pth"),
-    r"it holds model.fp16.safetensors: a variant such as fp16, which is not read; .*rename it": _renamed(
+    r"it holds model.fp16.safetensors: weights of a variant such as fp16, which are not read; .*rename": _renamed(
         "model.fp16.safetensors"
     ),
     r"it holds pytorch_model.bin: pickled weights, which are not read; .*save_pretrained": _renamed(
@@ -129,11 +129,11 @@ DIRECTORIES: dict[str, Callable[[Path], Any]] = {
     r"quantization_config .*: bitsandbytes weights cannot be imported": _quantized(
         {"quant_method": "bitsandbytes", "load_in_4bit": True}
     ),
-    r"model.safetensors: a git-lfs pointer, not the file itself; fetch the content with `git lfs pull`": _pointer(
+    r"model.safetensors: is a git-lfs pointer, not the file itself; fetch the content with `git lfs pull`": _pointer(
         WEIGHTS
     ),
-    r"tokenizer.json: a git-lfs pointer": _pointer("tokenizer.json"),
-    r"tokenizer.model: a git-lfs pointer": _pointer("tokenizer.model"),
+    r"tokenizer.json: is a git-lfs pointer": _pointer("tokenizer.json"),
+    r"tokenizer.model: is a git-lfs pointer": _pointer("tokenizer.model"),
     r"model.safetensors is a link to a missing file": _link,
 }
 
@@ -156,12 +156,13 @@ def test_missing_shards_and_pointers_among_them_are_told(saved: Path, tmp_path: 
     shutil.copytree(saved / "many", folder)
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[1].write_text(POINTER)
-    with pytest.raises(ValueError, match=f"{shards[1].name}: a git-lfs pointer"):
+    with pytest.raises(ValueError, match=f"{shards[1].name}: is a git-lfs pointer"):
         import_checkpoint(folder, tmp_path / "out")
     shards[1].unlink()
     shards[2].unlink()
     expected = (
-        f"{shards[1].name} is missing .2 of the {len(shards)} files in {INDEX} are.; copy the whole directory"
+        f"{shards[1].name} is missing .in all, 2 of the {len(shards)} files listed in {INDEX} are missing.; "
+        "copy the whole directory"
     )
     with pytest.raises(FileNotFoundError, match=expected):
         import_checkpoint(folder, tmp_path / "out")
@@ -179,5 +180,5 @@ def test_what_stands_beside_a_model_and_is_not_taken_is_told(saved: Path, tmp_pa
     (folder / "README.md").write_text("A model.\n")
     (folder / ".gitattributes").write_text("x\n")
     found = load_hf(folder)
-    assert "not imported: modeling_x.py, onnx/, training_args.bin" in found.messages
+    assert "files not imported: modeling_x.py, onnx/, training_args.bin" in found.messages
     assert found.imported.files == ("README.md",)

@@ -67,8 +67,8 @@ _ROPE = "rope scaling {}: only llama3, linear and default can be imported"
 MISTAKES: dict[str, Callable[[Path], Any]] = {
     "no such directory": shutil.rmtree,
     "no config.json in it": lambda folder: (folder / "config.json").unlink(),
-    "config.json: not JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "config.json: not a JSON object": lambda folder: (folder / "config.json").write_text("[]"),
+    "config.json: is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "config.json: is not a JSON object": lambda folder: (folder / "config.json").write_text("[]"),
     "architectures GemmaForCausalLM: must be one of LlamaForCausalLM": _config(
         architectures=["GemmaForCausalLM"]
     ),
@@ -94,11 +94,11 @@ MISTAKES: dict[str, Callable[[Path], Any]] = {
     r"model.norm.weight has shape \[31\], but config.json requires \[32\]": _weights(
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})
     ),
-    "model.norm.weight is I64, must be one of F32, BF16, F16": _weights(
+    "model.norm.weight has dtype I64, must be one of F32, BF16, F16": _weights(
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.long)})
     ),
     "config.json ties lm_head.weight to the embedding, but they differ": _config(tie_word_embeddings=True),
-    "model.safetensors: damaged, or not a safetensors file": _truncate,
+    "model.safetensors: is damaged or not a safetensors file": _truncate,
     "holds pytorch_model.bin: pickled weights, which are not read": _pickle_only,
     "neither model.safetensors nor model.safetensors.index.json": lambda folder: (
         folder / "model.safetensors"
@@ -130,11 +130,11 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_left(message: str, saved: 
 
 def test_a_directory_that_holds_something_is_not_written_into(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("x")
-    with pytest.raises(ValueError, match=f"--save {tmp_path}: not empty"):
+    with pytest.raises(ValueError, match=f"--save {tmp_path}: is not empty"):
         import_checkpoint(saved, tmp_path)
     with pytest.raises(ValueError, match="--save .*kept: is a file; give a directory"):
         import_checkpoint(saved, tmp_path / "kept")
-    with pytest.raises(ValueError, match=f"--model-dir {tmp_path}: not empty"):
+    with pytest.raises(ValueError, match=f"--model-dir {tmp_path}: is not empty"):
         export_checkpoint("nowhere", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
@@ -208,7 +208,10 @@ def test_tensors_that_are_missing_or_superfluous_stop_an_export(saved: Path, tmp
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     for state, message in (
         ({key: value for key, value in tensors.items() if key != name}, f"lacks {name}"),
-        ({**tensors, "extra": torch.ones(1)}, r"no Llama-like model has: extra \(1 tensors"),
+        (
+            {**tensors, "extra": torch.ones(1)},
+            r"no Llama-like model has: extra \(number of such tensors: 1\)",
+        ),
         (
             {**tensors, name: torch.ones(3)},
             rf"{name}: the configuration requires shape \[32, 48\], got \[3\]",

@@ -99,7 +99,7 @@ def _mistakes(folder: str) -> list[str]:
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     messages: Any = run_single(_mistakes, str(tmp_path))
     assert messages == [
-        f"--adapter-dir {tmp_path}/taken: not empty; give a directory that does not exist or is empty",
+        f"--adapter-dir {tmp_path}/taken: is not empty; give a directory that does not exist or is empty",
         "adapter other: no layer of the model has an adapter of this name",
         "--swiglu False: the model cannot be exported; a Llama-like model requires True",
     ]

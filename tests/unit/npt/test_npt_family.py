@@ -212,7 +212,7 @@ def test_np_factors_that_do_not_fit_are_refused_with_the_differences_and_changes
     assert missing == f"{prefix}missing: layer_2_np.gate.W_down.1"
     assert (
         other_rank
-        == f"{prefix}of another shape: layer_2_np.gate.W_down.1 has shape [32, 3] instead of [32, 4]"
+        == f"{prefix}of the wrong shape: layer_2_np.gate.W_down.1 has shape [32, 3] instead of [32, 4]"
     )
     assert unknown == f"{prefix}unknown: layer_1_np.gate.W_down.1"
     assert nothing.endswith("and 43 more")

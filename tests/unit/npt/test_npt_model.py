@@ -146,19 +146,23 @@ def _refusals(path: str) -> dict[str, str]:
 
 def test_what_does_not_fit_is_refused_with_the_differences_and_changes_nothing(folder: str) -> None:
     found = alone(_refusals, folder)
-    assert found["unconverted"] == "load_npt_weights: no layer is converted; call convert_to_npt first"
+    assert found["unconverted"] == (
+        "load_npt_weights: no layer is converted, and the weights have no configuration; call convert_to_npt first"
+    )
     assert "missing: layer_0_np.gate" in found["unfit file"] and "unknown" not in found["unfit file"]
     assert "no layer is converted" in found["nothing to save"]
     assert found["two layers"] == "NPTConfig: single_layer_mode requires one layer, not 2"
-    assert "--npt-layers 9: out of range for a model of 4 layers" in found["no such layer"]
+    assert "--npt-layers 9: out of range or empty; the model has layers 0 to 3" in found["no such layer"]
     assert found["twice"] == "convert_to_npt: layers (0, 1) are already converted; load the model again"
-    assert "unknown: layer_2_np.gate" in found["tensors"] and "of another shape: layer_0" in found["tensors"]
+    assert (
+        "unknown: layer_2_np.gate" in found["tensors"] and "of the wrong shape: layer_0" in found["tensors"]
+    )
     assert "np_rank was 256, now 8" in found["file"]
     assert found["one token"] == "loss: requires at least two tokens, got 1"
 
 
 def test_a_configuration_that_cannot_be_is_refused() -> None:
-    assert "unknown setting rank 3" in _message(NPTConfig, [0], rank=3)
+    assert "unknown setting rank=3" in _message(NPTConfig, [0], rank=3)
     assert "single_layer_mode requires np_form='outer_product'" in _message(
         NPTConfig, [0], single_layer_mode=True, np_form="low_rank"
     )

@@ -43,7 +43,9 @@ def test_what_is_no_layer_choice_is_refused_at_once(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["7", "-8", "3:3", "4:2", "0:9", "0,7"])
 def test_layers_that_the_model_has_not_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"--npt-layers {text}: out of range for a model of 7 layers"):
+    with pytest.raises(
+        ValueError, match=f"--npt-layers {text}: out of range or empty; the model has layers 0 to 6"
+    ):
         NPTModuleConfig(npt_layers=text).layers(7)
 
 

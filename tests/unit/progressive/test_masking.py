@@ -111,5 +111,5 @@ def test_time_as_input_is_uniform_over_sequences() -> None:
     assert bool((counts > 70).all() and (counts < 130).all())
     fractions = mask_fraction(INPUT, drawn.time_steps)
     assert drawn.masks.sum(1).tolist() == (fractions * 8).round().clamp(min=1).long().tolist()
-    with pytest.raises(ValueError, match="--time-interpretation input"):
+    with pytest.raises(ValueError, match="requires --time-interpretation depth"):
         TimeStepMasking(INPUT).get_time_step_for_stack(0)

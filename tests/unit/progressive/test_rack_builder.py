@@ -80,7 +80,7 @@ def test_values_may_be_set_as_the_document_does(tmp_path: Path) -> None:
         ("enabled", "yes please", "enabled yes please: must be true or false"),
         ("target_stacks", 13, "--target-stacks 13: must be at most --max-stacks 12"),
         ("qlora_rank_pattern", "increasing", "requires --qlora-strategy progressive"),
-        ("stack_time_mapping", "custom", "--custom-time-mapping None: required with"),
+        ("stack_time_mapping", "custom", "--stack-time-mapping custom requires --custom-time-mapping"),
         ("joint_lr", 1e-3, "--joint-lr 0.001 requires --joint-steps"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_key_that_is_unknown_or_contradicts_another_is_told_in_one_line(
     ("text", "message"),
     [
         ("model: {d_model: 32, n_heads: 4}\n", "model.vocab_size None: must be an integer"),
-        ("model: {vocab_size: 8, d_model: 32}\n", "model.n_heads: missing"),
+        ("model: {vocab_size: 8, d_model: 32}\n", "model.n_heads is missing"),
         ("model: {vocab_size: 8, d_model: 32, n_heads: 4, depth: 3}\n", "unknown key in model: depth"),
         ("modell: {vocab_size: 8}\n", "unknown section: modell .did you mean model"),
         ("model: 3\n", "must have sections"),
@@ -127,7 +127,7 @@ def test_stacks_are_appended_and_prepended_with_precisions_of_their_own(tmp_path
         ProgressiveRackBuilder()
     with pytest.raises(ValueError, match="precision int3: must be one of"):
         builder.append_stack(precision="int3")
-    with pytest.raises(ValueError, match="trunk_indices 3: the rack has only stacks 0 to 2"):
+    with pytest.raises(ValueError, match="trunk_indices 3: must be from 0 to 2"):
         builder.freeze_trunk([3])
 
 
@@ -198,7 +198,7 @@ def refused_beside_checkpoints(folder: str) -> str:
     process_groups.shutdown = lambda: None
     Path(folder, "iter_0000004").mkdir()
     builder = ProgressiveRackBuilder(config=small_config(training_objective="clm"))
-    with pytest.raises(ValueError, match="needs its own directory") as caught:
+    with pytest.raises(ValueError, match="requires its own directory") as caught:
         ProgressiveTrainer(builder.config, save=folder).train_rack(builder, loader(), target_stacks=1)
     return str(caught.value)
 

@@ -40,7 +40,7 @@ def test_runs_are_compared_at_their_end_and_when_the_quickest_ended(tmp_path: Pa
     assert (second.layers, second.frozen_parameters, second.step_seconds) == (4, 1000, 0.5)
     assert loss_at(runs[1], 7.9) is None, "no evaluation yet"
     assert compare_runs(runs[:1]).equal_seconds is None
-    with pytest.raises(ValueError, match="--reference other: no such run; --runs has grown, whole"):
+    with pytest.raises(ValueError, match="--reference other: must be one of the --runs grown, whole"):
         compare_runs(runs, "other")
 
 
@@ -95,12 +95,12 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"--runs x={tmp_path}: contains no progressive.json"):
         read_run("x", tmp_path)
     write_history(tmp_path, History(rack=RACK))
-    with pytest.raises(ValueError, match="no phase of this training is finished"):
+    with pytest.raises(ValueError, match="no phase of this run is finished yet"):
         read_run("x", tmp_path)
     write_grown(tmp_path)
     for content in ("[1]", '{"a": 1}', '{"a": {"loss": "high"}}'):
         (tmp_path / "evaluation.json").write_text(content)
-        with pytest.raises(ValueError, match="evaluation.json: damaged"):
+        with pytest.raises(ValueError, match="evaluation.json is damaged"):
             read_run("x", tmp_path)
 
 

@@ -1,0 +1,113 @@
+"""Reads the tensors of a GGUF model under their Hugging Face names; a tensor is dequantized when it is read.
+
+Files of the architecture `llama` store the rows of the query and key projections in another order: within a head, GGUF
+alternates the two halves that the rotary embedding pairs, and transformers stores one half after the other.
+"""
+
+import re
+
+import torch
+
+from megatron_ext.interop.formats.weight_layout import Shape
+from megatron_ext.interop.gguf.gguf_metadata import GGUFMetadata
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Tensor with a divisor for every rotary frequency, in files of models with Llama 3's rotary scaling."""
+
+SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+"""Tensor types that are read; a file usually mixes several."""
+
+_GLOBAL = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GGUFTensors:
+    """The tensors of a GGUF model by their Hugging Face names; implements `TensorFiles`.
+
+    Args:
+        metadata: the opened model.
+
+    Raises:
+        ValueError: the file holds a tensor that no supported model has, or whose type is not read.
+    """
+
+    described_in = "its metadata"
+
+    def __init__(self, metadata: GGUFMetadata) -> None:
+        self.folder = metadata.path
+        self._heads = {
+            "q_proj": metadata.of_model("attention.head_count", None),
+            "k_proj": metadata.of_model("attention.head_count_kv", None),
+        }
+        self._interleaves = metadata.architecture == "llama"
+        stored = [tensor for reader in metadata.readers for tensor in reader.tensors]
+        self._tensors = {self._name(tensor.name): tensor for tensor in stored if tensor.name != ROPE_FACTORS}
+        unread = sorted({tensor.tensor_type.name for tensor in stored} - set(SUPPORTED))
+        if unread:
+            raise ValueError(
+                f"--model-dir {self.folder}: holds tensors of type {', '.join(unread)}; "
+                f"only {', '.join(SUPPORTED)} are read"
+            )
+
+    def _name(self, stored: str) -> str:
+        """Converts the name of a tensor in the file to its Hugging Face name."""
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", stored)
+        table = _GLOBAL if match is None or match[1] is None else _IN_LAYER
+        if match is None or match[2] not in table:
+            raise ValueError(
+                f"--model-dir {self.folder}: tensor {stored} belongs to a model that cannot be imported"
+            )
+        layer = "" if match[1] is None else f"model.layers.{match[1]}."
+        return f"{layer}{table[match[2]]}.{match[3]}"
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    @property
+    def types(self) -> list[str]:
+        """Types of the tensors in the file, such as Q4_1, sorted."""
+        return sorted({tensor.tensor_type.name for tensor in self._tensors.values()})
+
+    def shape(self, name: str) -> Shape:
+        """Returns the shape of a tensor, from the file's header."""
+        # GGUF lists the dimension that is contiguous in memory first.
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype in which `read` returns a tensor: bf16 for BF16, fp32 for every other type."""
+        return torch.bfloat16 if self._tensors[name].tensor_type.name == "BF16" else torch.float32
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads and dequantizes a tensor into CPU memory."""
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        # An F32 tensor is a view of the mapped file, which cannot be written to.
+        dequantized = dequantize(tensor.data, tensor.tensor_type).copy()
+        values = torch.from_numpy(dequantized).view(self.shape(name))
+        projection = name.split(".")[-2]
+        if self._interleaves and projection in self._heads:
+            values = _halves_in_order(values, self._heads[projection])
+        return values.to(self.dtype(name))
+
+
+def _halves_in_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorders the rows of each head, from alternating halves to one half after the other; rows: [heads * d, ..]."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
