@@ -51,10 +51,11 @@ def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
         ValueError: the layers or the target do not fit the model.
     """
     settings.check_model(model.swiglu)
-    layers = len(settings.layers(model.num_layers))
-    flops = sum(sum(products) for products in _products(settings, model).values())
+    layers = settings.layers(model.num_layers)
+    flops = sum(sum(of_x) for layer in layers for of_x in _products(settings, model, layer).values())
     return ModelCost(
-        parameters=layers * _layer_parameters(settings, model), forward_flops_per_token=float(layers * flops)
+        parameters=sum(np_parameters(settings, model, layer) for layer in layers),
+        forward_flops_per_token=float(flops),
     )
 
 
@@ -78,7 +79,7 @@ def npt_work(
         trains = number in weights
         layer = _layer(settings, objective, reached, trains)
         uses.append(layer.use)
-        flops += _np_flops(settings, model, layer) + _base_flops(model, layer, settings.has_gain)
+        flops += _np_flops(settings, model, number, layer) + _base_flops(model, layer, settings.has_gain)
         if trains and weights[number] and (objective.layer.direct_mlp or objective.layer.equivalence):
             flops += mlp_flops_per_token(model)
         reached = reached or trains
@@ -89,7 +90,7 @@ def npt_work(
         trains_embedding=not settings.freeze_base,
         head_forwards=reads + (objective.fidelity > 0),
         further_forwards=int(objective.reads_teacher),
-        trained_parameters=len(weights) * _layer_parameters(settings, model),
+        trained_parameters=sum(np_parameters(settings, model, number) for number in weights),
         flops_per_token=flops,
     )
 
@@ -145,21 +146,21 @@ def _base_flops(model: ModelConfig, layer: _Layer, has_gain: bool) -> float:
     return fc2 + fc1 * to_fc1 + attention * layer.to_attention
 
 
-def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> float:
+def _np_flops(settings: NPTModuleConfig, model: ModelConfig, number: int, layer: _Layer) -> float:
     """Returns the FLOPs per token of a layer's NP components, forward and backward."""
     total = 0
-    for target, (of_input, of_attention, of_output) in _products(settings, model).items():
+    for target, (of_input, of_attention, of_output) in _products(settings, model, number).items():
         input_has_gradient = layer.any if target == "down" else layer.to_mlp
         total += (1 + layer.trains) * (of_input + of_attention + of_output)
         total += of_input * input_has_gradient + of_attention * layer.to_attention + of_output * layer.any
     return float(total)
 
 
-def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[int, int, int]]:
+def _products(settings: NPTModuleConfig, model: ModelConfig, number: int) -> dict[str, tuple[int, int, int]]:
     """Maps each target to the forward FLOPs per token of its products with x, with a, and with u."""
-    rank = settings.total_rank
     found = {}
     for target in settings.targets:
+        rank = settings.num_np_components * settings.rank(number, target, model.num_layers)
         inner, outer = _sizes(target, model)
         affine = settings.num_np_components * inner * settings.has_affine
         reads = 0 if settings.np_form == "key_value" else 2 * (rank * inner + affine)
@@ -168,9 +169,11 @@ def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[
     return found
 
 
-def _layer_parameters(settings: NPTModuleConfig, model: ModelConfig) -> int:
-    rank, parameters = settings.total_rank, 0
+def np_parameters(settings: NPTModuleConfig, model: ModelConfig, layer: int) -> int:
+    """Returns the number of parameters of the NP components of one layer."""
+    parameters = 0
     for target in settings.targets:
+        rank = settings.num_np_components * settings.rank(layer, target, model.num_layers)
         inner, outer = _sizes(target, model)
         # low_rank has one factor for x and a, except on `down`; key_value has no factor for x.
         shares = settings.np_form == "low_rank" and target != "down"

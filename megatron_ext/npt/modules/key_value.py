@@ -36,7 +36,7 @@ class KeyValueModulation(Modulation):
 
     def build(self) -> None:
         """Registers A, unless the target `gate` holds it, and B."""
-        hidden, rank = self.config.hidden_size, self.settings.total_rank
+        hidden, rank = self.config.hidden_size, self.total_rank
         if self.has_code:
             self.add_factor("A", (hidden, rank), hidden**-0.5)
         self.add_output_factor(rank**-0.5)

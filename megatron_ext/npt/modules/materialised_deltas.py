@@ -84,9 +84,9 @@ def materialised_deltas(
     z = modulation.code(attention_output)
     if settings.np_normalize:
         z = z * modulation.inverse_rms(z).unsqueeze(-1)
-    components = (settings.num_np_components, settings.np_rank)
+    components = (settings.num_np_components, modulation.rank)
     v_a = torch.einsum("nkr,kri->nki", z, modulation.W_a_up.float().unflatten(0, components))
-    v_a = v_a * settings.np_rank**-0.5
+    v_a = v_a * modulation.rank**-0.5
     if settings.has_affine:
         v_a = v_a + modulation.c_a
     if modulation.divides_by_read:
@@ -94,7 +94,7 @@ def materialised_deltas(
     else:
         v_a = v_a * modulation.input_size**-0.5
     v_b = torch.einsum("nkr,kro->nko", z, modulation.W_b_up.float().unflatten(0, components))
-    factor = settings.np_scale / math.sqrt(settings.total_rank)
+    factor = settings.np_scale / math.sqrt(modulation.total_rank)
     return (v_b * factor).to(x.dtype).mT @ v_a.to(x.dtype)
 
 

@@ -69,7 +69,8 @@ class NPFeedForward(MegatronModule):
         self.step: LayerStep | None = None
         """Chooses the layer's inputs and attaches its losses in the current training step; None outside training."""
         for target in settings.targets:
-            self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
+            rank = settings.rank(layer_number - 1, target, config.num_layers)
+            self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target, rank))
 
     @property
     def modulations(self) -> dict[str, Modulation]:
@@ -187,4 +188,4 @@ class NPFeedForward(MegatronModule):
             joined = gather_from_sequence_parallel_region(joined, group=self.tp_group)
         else:
             joined = copy_to_tensor_model_parallel_region(joined, group=self.tp_group)
-        return list(joined.split(self.settings.total_rank, dim=-1))
+        return list(joined.split([u.size(-1) for u in coefficients], dim=-1))

@@ -124,8 +124,8 @@ class GeneratedVectors:
         """v_a . a [.., k]."""
         settings = self._modulation.settings
         read = self._modulation.read(self._attention_output)
-        found = (self._code * self._modulation.by_component(read)).sum(-1) * settings.np_rank**-0.5
-        return found + read[..., settings.total_rank :] if settings.has_affine else found
+        found = (self._code * self._modulation.by_component(read)).sum(-1) * self._modulation.rank**-0.5
+        return found + read[..., self._modulation.total_rank :] if settings.has_affine else found
 
     @functools.cached_property
     def _attention_squares(self) -> torch.Tensor:
@@ -206,7 +206,7 @@ def _outer_product_norms(
         products = products * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     else:
         products = products / modulation.input_size
-    factor = settings.np_scale / math.sqrt(settings.total_rank)
+    factor = settings.np_scale / math.sqrt(modulation.total_rank)
     return products.sum((-2, -1)).clamp_min(0).sqrt() * factor
 
 
@@ -271,7 +271,7 @@ def target_weight(modulation: Modulation, mlp: Any) -> torch.Tensor:
 
 def _by_component(modulation: Modulation, factor: torch.Tensor) -> torch.Tensor:
     """Reshapes [k r, n] to [k, r, n], in fp32."""
-    return factor.float().unflatten(0, (modulation.settings.num_np_components, modulation.settings.np_rank))
+    return factor.float().unflatten(0, (modulation.settings.num_np_components, modulation.rank))
 
 
 def _reader(modulation: OuterProductModulation) -> torch.Tensor:
@@ -284,7 +284,7 @@ def _reader(modulation: OuterProductModulation) -> torch.Tensor:
 
 def _extended(modulation: OuterProductModulation, code: torch.Tensor) -> torch.Tensor:
     """Returns [z / sqrt(r) ; 1], [.., k, r + 1]; its product with `_reader` is v_a."""
-    code = code * modulation.settings.np_rank**-0.5
+    code = code * modulation.rank**-0.5
     return torch.nn.functional.pad(code, (0, 1), value=1.0) if modulation.settings.has_affine else code
 
 

@@ -29,7 +29,7 @@ from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.dataset_presets import with_preset
-from megatron_ext.npt.runs.sequential_files import layer_of_np_key, with_layers
+from megatron_ext.npt.runs.sequential_files import layer_of_np_key
 from megatron_ext.npt.runs.sequential_run import load_under, run_sequential
 from megatron_ext.npt.weights.np_factors import load_np_factors
 from megatron_ext.npt.weights.np_weight_files import read_np_settings, read_np_weights
@@ -102,7 +102,7 @@ def _starting_weights(
     earlier = {key: tensor for key, tensor in weights.items() if layer_of_np_key(key) != layer}
     if not earlier:
         return module, partial(_start_with, weights), trains, f"from {path}"
-    module = with_layers(module, [layer, *map(layer_of_np_key, earlier)])
+    module = module.with_layers([layer, *map(layer_of_np_key, earlier)])
     return module, partial(load_under, layer, earlier), trains, f"from {path}, {fresh} in layer {layer}"
 
 
