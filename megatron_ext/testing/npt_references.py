@@ -27,7 +27,7 @@ def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: T
         x: input of the target, [n, input]; key_value, and outer_product on `down`, use it.
         down: whether the target is `down`.
     """
-    rank = settings.np_rank
+    rank = int(settings.np_rank)
     total: Tensor | None = None
     for k in range(settings.num_np_components):
         columns = slice(k * rank, (k + 1) * rank)
@@ -98,7 +98,7 @@ def reference_vectors(
     settings: NPTModuleConfig, factors: Factors, a: Tensor, x: Tensor, down: bool, component: int
 ) -> tuple[Tensor, Tensor]:
     """Returns the vectors v_a [n, input] and v_b [n, output] for one component of the form outer_product."""
-    rank = settings.np_rank
+    rank = int(settings.np_rank)
     columns = slice(component * rank, (component + 1) * rank)
     z = a @ factors["W_down"][:, columns]
     if settings.np_normalize:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive, flag
-from megatron_ext.npt.modules.np_ranks import format_ranks, normalised, parse_ranks, rank_of
+from megatron_ext.npt.modules.np_ranks import budget, format_ranks, normalised, parse_ranks, rank_of
 
 _TARGETS: dict[str, tuple[str, ...]] = {
     "gate": ("gate",),
@@ -65,9 +65,12 @@ class NPTModuleConfig:
     np_init_scale: float = 0.01
     """Initial scale of the deltas; used with --np-init-strategy improved."""
 
-    np_init_strategy: Literal["improved", "conservative"] = "improved"
-    """How the factors are initialized. improved: the deltas start small, and all factors get gradients from the first
-    step. conservative: the output factors, and therefore all deltas, start at zero."""
+    np_init_strategy: Annotated[
+        Literal["improved", "conservative", "calibrated"], flag(aliases=("--np-init",))
+    ] = "improved"
+    """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors and
+    therefore all deltas start at zero (for key_value, all but the gain). calibrated: for key_value, the best factors in
+    closed form, from one pass of the base model over --calibration-tokens."""
 
     freeze_base: bool = True
     """Freeze the base model and train only the NP components."""
@@ -82,11 +85,24 @@ class NPTModuleConfig:
                 f"--num-np-components {self.num_np_components}: --np-form key_value has one component, because several "
                 "of rank r would equal one of a larger rank; raise --np-rank instead"
             )
+        self._check_calibration()
         if self.np_form != "outer_product":
             for name, flag in (("np_affine", "--no-np-affine"), ("np_normalize", "--no-np-normalize")):
                 if not getattr(self, name):
                     raise ValueError(f"{flag} requires --np-form outer_product (got {self.np_form})")
         parse_layers(self.npt_layers)
+
+    def _check_calibration(self) -> None:
+        calibrated = self.np_init_strategy == "calibrated"
+        if budget(self.np_rank) is not None and not calibrated:
+            raise ValueError(
+                f"--np-rank {self.np_rank} requires --np-init-strategy calibrated (got {self.np_init_strategy})"
+            )
+        if calibrated and (self.np_form != "key_value" or self.np_scale != 1):
+            raise ValueError(
+                "--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 "
+                f"(got {self.np_form}, {self.np_scale:g})"
+            )
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -193,11 +193,11 @@ def _weight(weights: dict[str, Tensor], target: str) -> Tensor:
 
 
 def _vectors(settings: NPTModuleConfig, factors: dict[str, Tensor], a: Tensor) -> dict[str, Tensor]:
-    all_a, all_b = [], []
+    all_a, all_b, rank = [], [], int(settings.np_rank)
     for component in range(settings.num_np_components):
-        columns = slice(component * settings.np_rank, (component + 1) * settings.np_rank)
+        columns = slice(component * rank, (component + 1) * rank)
         z = a @ factors["W_down"][:, columns]
-        v_a = z @ factors["W_a_up"][columns] / math.sqrt(settings.np_rank)
+        v_a = z @ factors["W_a_up"][columns] / math.sqrt(rank)
         all_a.append(v_a + factors["c_a"][component] if settings.np_affine else v_a)
         all_b.append(z @ factors["W_b_up"][columns])
     v_a, v_b, target = torch.stack(all_a), torch.stack(all_b), a.expand(len(all_a), *a.shape)

@@ -35,7 +35,7 @@ LISTED = NPTModuleConfig(npt_layers="1,2,3", np_target="gate+up+down", np_rank="
     ],
 )
 def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, stored: str | int) -> None:
-    settings = NPTModuleConfig(np_rank=given)
+    settings = NPTModuleConfig(np_rank=given, np_form="key_value", np_init_strategy="calibrated")
     assert settings.np_rank == stored
     values = json.loads(json.dumps(group_to_dict(settings)))
     assert group_from_dict(NPTModuleConfig, values, "np") == settings
@@ -51,6 +51,7 @@ def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, 
         ("auto", "must be a whole number"),
         ("auto:", "the share must be a number above 0"),
         ("auto:-1", "the share must be a number above 0"),
+        ("auto:0.1", "--np-rank auto:0.1 requires --np-init-strategy calibrated \\(got improved\\)"),
     ],
 )
 def test_other_ranks_are_refused(given: str, message: str) -> None:

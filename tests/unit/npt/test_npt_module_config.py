@@ -77,6 +77,10 @@ def test_the_defaults_are_those_of_document_002() -> None:
             "--num-np-components 2: --np-form key_value has one component, .* raise --np-rank instead",
         ),
         (
+            {"np_init_strategy": "calibrated"},
+            r"--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 \(got low_rank, 1\)",
+        ),
+        (
             {"np_form": "key_value", "np_affine": False},
             r"--no-np-affine requires --np-form outer_product \(got key_value\)",
         ),
