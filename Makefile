@@ -16,7 +16,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := test,dev,data,hf,models,lora,quantization,docs
+EXTRAS := test,dev,data,hf,models,eval,lora,quantization,docs
 
 # nproc prints OMP_NUM_THREADS where that is set.
 WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)

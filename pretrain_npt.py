@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ext.config.command_line.parse import Found, parse, run_main
-from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
-from megatron_ext.npt.objective.npt_training_config import mode_defaults
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig, mode_defaults
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half "

@@ -18,9 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -29,17 +28,13 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.models.build_model import build_model
-from megatron_ext.models.costs.model_cost import ModelCost, model_cost
-from megatron_ext.per_layer.per_layer_config import PerLayerConfig
-from megatron_ext.per_layer.per_layer_family import PerLayerFamily
-from megatron_ext.platform.device_memory import memory_use
-from megatron_ext.platform.process_groups import initialize, use_cuda
-from megatron_ext.training.engine.data_parallel import wrap_model
-from megatron_ext.training.engine.lr_schedule import build_scheduler
-from megatron_ext.training.engine.optimizer import build_optimizer
-from megatron_ext.training.engine.training_step import Stepper
-from megatron_ext.training.interface.family_interface import Batch, Family
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_ext.models.costs.model_cost import ModelCost
+    from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+    from megatron_ext.training.interface.family_interface import Batch, Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +119,8 @@ def main() -> None:
 
 def _serve(config: BenchmarkConfig, name: str, precision: str) -> None:
     """Runs in the worker process: answers the requests of `Worker.ask`."""
+    from megatron_ext.platform.device_memory import memory_use
+
     bf16 = precision == "bf16"
     variant = VARIANTS[name](config, bf16)
     before = memory_use().current
@@ -143,6 +140,10 @@ def _serve(config: BenchmarkConfig, name: str, precision: str) -> None:
 def _print(
     config: BenchmarkConfig, bf16: bool, times: dict[str, list[float]], memory: dict[str, tuple[float, float]]
 ) -> None:
+    import torch
+
+    from megatron_ext.platform.process_groups import use_cuda
+
     tokens = config.micro_batch_size * config.seq_length
     precision = "bf16" if bf16 else "fp32"
     device = torch.cuda.get_device_name() if use_cuda() else f"CPU, {torch.get_num_threads()} threads"
@@ -188,7 +189,9 @@ def _ratios(config: BenchmarkConfig, times: dict[str, list[float]]) -> Iterator[
     yield f"PLE (per-layer size h/8) adds {share:.1f} % to the FLOPs, and to the time: {', '.join(costs)}"
 
 
-def _costs(config: BenchmarkConfig) -> tuple[ModelCost, ModelCost]:
+def _costs(config: BenchmarkConfig) -> "tuple[ModelCost, ModelCost]":
+    from megatron_ext.models.costs.model_cost import model_cost
+
     model = _model(config)
     family = _per_layer(config)
     cost = family.cost(model)
@@ -210,14 +213,24 @@ def _model(config: BenchmarkConfig) -> ModelConfig:
     )
 
 
-def _per_layer(config: BenchmarkConfig) -> PerLayerFamily:
+def _per_layer(config: BenchmarkConfig) -> "PerLayerFamily":
+    from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+    from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+
     per_layer = PerLayerConfig(
         use_per_layer_embedding=True, per_layer_hidden_size=config.hidden_size // 8, per_layer_preset="gemma4"
     )
     return PerLayerFamily(per_layer, vocab_size=config.vocab_size)
 
 
-def _ours(config: BenchmarkConfig, bf16: bool, families: list[Family]) -> Variant:
+def _ours(config: BenchmarkConfig, bf16: bool, families: "list[Family]") -> Variant:
+    from megatron_ext.models.build_model import build_model
+    from megatron_ext.platform.process_groups import initialize
+    from megatron_ext.training.engine.data_parallel import wrap_model
+    from megatron_ext.training.engine.lr_schedule import build_scheduler
+    from megatron_ext.training.engine.optimizer import build_optimizer
+    from megatron_ext.training.engine.training_step import Stepper
+
     initialize(ParallelConfig(), seed=1)
     parallel, model = ParallelConfig(), _model(config)
     chunks = build_model(
@@ -251,6 +264,7 @@ def _ours(config: BenchmarkConfig, bf16: bool, families: list[Family]) -> Varian
 
 
 def _hugging_face(config: BenchmarkConfig, bf16: bool) -> Variant:
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = _model(config)
@@ -292,7 +306,9 @@ VARIANTS: dict[str, Callable[[BenchmarkConfig, bool], Variant]] = {
 }
 
 
-def _batches(config: BenchmarkConfig) -> Iterator[Batch]:
+def _batches(config: BenchmarkConfig) -> "Iterator[Batch]":
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     shape = (config.micro_batch_size, config.seq_length)
     while True:
@@ -307,12 +323,20 @@ def _batches(config: BenchmarkConfig) -> Iterator[Batch]:
 
 def _gemm_rate(bf16: bool, size: int = 2048) -> float:
     """Returns the FLOP/s of a large square matrix product, an upper bound for the machine."""
+    import torch
+
+    from megatron_ext.platform.process_groups import use_cuda
+
     size = 8192 if use_cuda() else size
     a = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=_device())
     return 2.0 * size**3 / min(_timed(lambda: _discard(a @ a)) for _ in range(3))
 
 
-def _device() -> torch.device:
+def _device() -> "torch.device":
+    import torch
+
+    from megatron_ext.platform.process_groups import use_cuda
+
     return torch.device("cuda" if use_cuda() else "cpu")
 
 
@@ -325,6 +349,10 @@ def _timed(run: Callable[[], None]) -> float:
 
 
 def _wait() -> None:
+    import torch
+
+    from megatron_ext.platform.process_groups import use_cuda
+
     if use_cuda():
         torch.cuda.synchronize()
 

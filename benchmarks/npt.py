@@ -23,9 +23,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -33,15 +32,10 @@ from megatron_ext.config.command_line.field_checks import check_at_least
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.models.build_model import build_model
-from megatron_ext.models.costs.model_cost import core_attention_flops_per_token, layer_flops_per_token
-from megatron_ext.npt.evaluation.delta_memory import measure_memory, project_memory
-from megatron_ext.npt.modules.materialised_deltas import materialised_mlp
-from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
-from megatron_ext.npt.npt_cost import npt_cost
-from megatron_ext.platform.allocations import AllocationCounter
-from megatron_ext.platform.process_groups import initialize, use_cuda
+
+if TYPE_CHECKING:
+    import torch
 
 SETTINGS = NPTModuleConfig(npt_layers="all", np_residual="keep")
 CASES = {
@@ -91,6 +85,11 @@ class Layer:
     """One layer to measure: an NPT layer, or the base layer if `settings` is None."""
 
     def __init__(self, config: BenchmarkConfig, settings: NPTModuleConfig | None) -> None:
+        import torch
+
+        from megatron_ext.models.build_model import build_model
+        from megatron_ext.npt.modules.npt_extension import NPTExtension
+
         extensions: list[Any] = [] if settings is None else [NPTExtension(settings)]
         chunk = build_model(_model(config), ParallelConfig(), vocab_size=64, seed=1, extensions=extensions)[0]
         self.layer: Any = chunk.decoder.layers[0]
@@ -124,6 +123,10 @@ class Layer:
 
     def peak_bytes(self, mode: str) -> int:
         """Returns the peak bytes of a training step: weights, gradients, optimizer state and activations."""
+        import torch
+
+        from megatron_ext.platform.allocations import AllocationCounter
+
         self.train(mode)
         trained = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         held = sum(p.numel() * p.element_size() for p in self.layer.parameters())
@@ -147,6 +150,10 @@ def main() -> None:
         description="Cost of NP components in one layer, forward and backward.",
         example="python benchmarks/npt.py --threads 1",
     )
+    import torch
+
+    from megatron_ext.platform.process_groups import initialize
+
     if config.threads:
         torch.set_num_threads(config.threads)
     initialize(ParallelConfig(), seed=1)
@@ -154,6 +161,7 @@ def main() -> None:
     times = {mode: _times(config, layers, mode) for mode in MODES}
     _print(config, layers, times)
     _print_materialised(config, layers)
+    _print_projected()
 
 
 def _times(
@@ -175,6 +183,10 @@ def _print(
     layers: dict[str, Layer],
     times: dict[str, dict[str, list[tuple[float, float]]]],
 ) -> None:
+    import torch
+
+    from megatron_ext.platform.process_groups import use_cuda
+
     device = torch.cuda.get_device_name() if use_cuda() else f"CPU, {torch.get_num_threads()} thread(s)"
     console = Console(width=130)
     for mode in MODES:
@@ -221,6 +233,9 @@ def _ratio(times: list[tuple[float, float]], base: list[tuple[float, float]], cl
 
 def _share(config: BenchmarkConfig, settings: NPTModuleConfig, mode: str) -> float:
     """Returns FLOPs that NP components add / FLOPs of the base layer, forward and backward."""
+    from megatron_ext.models.costs.model_cost import core_attention_flops_per_token, layer_flops_per_token
+    from megatron_ext.npt.npt_cost import npt_cost
+
     model = _model(config)
     base = layer_flops_per_token(model)
     passes = 3 * base  # each product has two more in the backward pass
@@ -232,7 +247,9 @@ def _share(config: BenchmarkConfig, settings: NPTModuleConfig, mode: str) -> flo
 
 
 def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> None:
-    """Prints time and memory of the form that materializes every token's delta, and of the factored form."""
+    """Prints the time of the form that materializes every token's delta, and of the factored form."""
+    from megatron_ext.npt.modules.materialised_deltas import materialised_mlp
+
     console = Console(width=130)
     tokens = config.seq_length * config.micro_batch_size
     for name in ("low_rank, gate, r=64", "outer_product, gate, r=64"):
@@ -248,6 +265,13 @@ def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> No
             f"materialized ({config.materialised_tokens} tokens)",
             highlight=False,
         )
+
+
+def _print_projected() -> None:
+    """Prints the memory of both forms at the shape `PROJECTED`, from measurements of smaller shapes."""
+    from megatron_ext.npt.evaluation.delta_memory import measure_memory, project_memory
+
+    console = Console(width=130)
     hidden, ffn, batch, converted = PROJECTED
     settings = replace(SETTINGS, np_rank=16)
     for bf16 in (False, True):
@@ -267,8 +291,12 @@ def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> No
         )
 
 
-def _mlp_seconds(config: BenchmarkConfig, tokens: int, run: Callable[..., torch.Tensor]) -> float:
+def _mlp_seconds(config: BenchmarkConfig, tokens: int, run: "Callable[..., torch.Tensor]") -> float:
     """Returns the seconds per token for forward and backward."""
+    import torch
+
+    from megatron_ext.platform.process_groups import use_cuda
+
     device = torch.cuda.current_device() if use_cuda() else "cpu"
     shape = (tokens, 1, config.hidden_size)
     inputs = [torch.randn(shape, device=device).requires_grad_() for _ in range(2)]
@@ -299,6 +327,10 @@ def _model(config: BenchmarkConfig) -> ModelConfig:
 
 
 def _wait() -> None:
+    import torch
+
+    from megatron_ext.platform.process_groups import use_cuda
+
     if use_cuda():
         torch.cuda.synchronize()
 

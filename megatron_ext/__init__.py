@@ -2,6 +2,10 @@
 
 import warnings
 
+from megatron_ext.platform import engine_imports
+
+engine_imports.install()
+
 # What the engine says about itself and no user can act on: that optional parts are missing (`--transformer-impl`
 # chooses), that it calls torch functions by older names, that it looks at gradients of views, that with
 # another attention than ours recomputing it is of no use.

@@ -10,6 +10,7 @@ from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.inference_config import LoadConfig
 
 if TYPE_CHECKING:
+    from megatron_ext.inference.load_model import LoadedModel
     from megatron_ext.inference.perplexity import Perplexity
 
 
@@ -52,13 +53,12 @@ def main() -> None:
         description="Perplexity of a checkpoint on indexed datasets.",
         example="torchrun --nproc-per-node 2 tools/evaluate.py --load runs/ckpt --data-path held_out_text_document",
     )
-    from megatron_ext.data.corpora.unigram import most_frequent_token, unigram_cross_entropy
+    from megatron_ext.data.corpora.unigram import most_frequent_token
     from megatron_ext.data.indexed.manifest import check_dataset
     from megatron_ext.data.indexed.same_file import refuse_same_dataset
     from megatron_ext.inference.load_model import load_model
-    from megatron_ext.inference.perplexity import evaluate_perplexity
     from megatron_ext.platform import process_groups
-    from megatron_ext.registry.known_families import FAMILIES, window_begin
+    from megatron_ext.registry.known_families import FAMILIES
     from megatron_ext.reports.report_files import check_report_writable, write_report
 
     if config.output is not None:
@@ -75,12 +75,33 @@ def main() -> None:
         print(f"{loaded.folder}: step {loaded.step}", flush=True)
     length = config.seq_length or loaded.config.seq_length
     loaded.model.check_length(length, f"--seq-length {length}")
-    begin = window_begin(loaded)
-    vocab_size, train = loaded.tokenizer.vocab_size, config.unigram_from
-    guess = None if train is None else most_frequent_token(train, vocab_size)
+    train = config.unigram_from
+    guess = None if train is None else most_frequent_token(train, loaded.tokenizer.vocab_size)
     results = {}
     for prefix in config.data_path:
         check_dataset(prefix, loaded.tokenizer)
+        entry, line = _evaluate(config, loaded, prefix, length, guess)
+        results[prefix] = {**entry, "step": loaded.step}
+        if process_groups.rank() == 0:
+            print(f"{prefix}: {line}", flush=True)
+    if config.output is not None and process_groups.rank() == 0:
+        write_report(config.output, json.dumps(results, indent=2) + "\n")
+    process_groups.shutdown()
+
+
+def _evaluate(
+    config: EvaluateConfig, loaded: "LoadedModel", prefix: str, length: int, guess: int | None
+) -> tuple[dict[str, float], str]:
+    """Returns a dataset's entry in the JSON file, and its printed line; collective."""
+    from megatron_ext.data.corpora.unigram import unigram_cross_entropy
+    from megatron_ext.data.files.console import token_progress
+    from megatron_ext.inference.perplexity import evaluate_perplexity, held_out_tokens
+    from megatron_ext.platform.process_groups import rank
+    from megatron_ext.registry.known_families import window_begin
+
+    begin = window_begin(loaded)
+    total = held_out_tokens(prefix, config.max_tokens, begin)
+    with token_progress(prefix, total, shown=rank() == 0) as progress:
         found = evaluate_perplexity(
             [loaded.model],
             loaded.families,
@@ -90,17 +111,14 @@ def main() -> None:
             max_tokens=config.max_tokens,
             guess=guess,
             begin=begin,
+            progress=progress,
         )
-        entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
-        entry, line = _report(found, entropy)
-        results[prefix] = {**entry, "step": loaded.step}
-        if begin is not None:
-            line += f"; every window begins with {loaded.tokenizer.inv_vocab[begin.token]}"
-        if process_groups.rank() == 0:
-            print(f"{prefix}: {line}", flush=True)
-    if config.output is not None and process_groups.rank() == 0:
-        write_report(config.output, json.dumps(results, indent=2) + "\n")
-    process_groups.shutdown()
+    train, vocab_size = config.unigram_from, loaded.tokenizer.vocab_size
+    entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
+    entry, line = _report(found, entropy)
+    if begin is not None:
+        line += f"; every window begins with {loaded.tokenizer.inv_vocab[begin.token]}"
+    return entry, line
 
 
 def _report(found: "Perplexity", unigram_cross_entropy: float | None) -> tuple[dict[str, float], str]:

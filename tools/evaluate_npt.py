@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_ext.config.command_line.field_checks import check_at_least, flag, flag_name
@@ -122,11 +121,8 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     """Evaluates the checkpoint; returns the report on rank 0 and None on the other ranks."""
     from megatron_ext.data.indexed.manifest import check_dataset
     from megatron_ext.inference.generation import Sampling
-    from megatron_ext.inference.perplexity import evaluate_perplexity
-    from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
+    from megatron_ext.npt.evaluation.npt_evaluation import finite
     from megatron_ext.npt.evaluation.paired_generation import held_out_prompts, paired_generations
-    from megatron_ext.npt.weights.conversion import initialize_np_factors
-    from megatron_ext.registry.known_families import window_begin
     from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
     stored = read_run_config(config.checkpoint, config.ckpt_step)
@@ -151,20 +147,10 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         if sampling is not None and prompts
         else []
     )
-    on: dict[str, Any] = {
-        "sequence_length": length,
-        "micro_batch_size": config.micro_batch_size,
-        "max_tokens": config.max_tokens,
-        "begin": window_begin(loaded),
-    }
-    report = evaluate_npt([loaded.model], families, settings, config.data_path, **on)
-    # The untrained baseline comes last, because its weights replace the trained ones.
     seed = stored.get("training", {}).get("seed", TrainingConfig.seed)
-    initialize_np_factors([loaded.model], seed)
-    untrained = evaluate_perplexity([loaded.model], families, config.data_path, **on)
+    report = _measure(config, loaded, families, settings, length, seed)
     if report is None:
         return None
-    report["perplexity"] |= untrained_figures(untrained.loss, report["perplexity"]["base_loss"], seed)
     about = {
         "checkpoint": config.checkpoint,
         "step": loaded.step,
@@ -174,6 +160,40 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         "model_config": asdict(loaded.config),
     }
     return {"format": report["format"], **finite(about), **report, "generations": generations}
+
+
+def _measure(
+    config: EvaluateNPTConfig, loaded: Any, families: list[Any], settings: Any, length: int, seed: int
+) -> dict[str, Any] | None:
+    """Compares the model with its base model and with its untrained self; collective.
+
+    The NP components hold their initial values afterwards. Returns the figures on rank 0, None on the other ranks.
+    """
+    from megatron_ext.data.files.console import token_progress
+    from megatron_ext.inference.perplexity import evaluate_perplexity, held_out_tokens
+    from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, untrained_figures
+    from megatron_ext.npt.weights.conversion import initialize_np_factors
+    from megatron_ext.platform.process_groups import rank
+    from megatron_ext.registry.known_families import window_begin
+
+    begin = window_begin(loaded)
+    on: dict[str, Any] = {
+        "sequence_length": length,
+        "micro_batch_size": config.micro_batch_size,
+        "max_tokens": config.max_tokens,
+        "begin": begin,
+    }
+    model, prefix = [loaded.model], config.data_path
+    total = held_out_tokens(prefix, config.max_tokens, begin)
+    with token_progress("NPT and base model", total, shown=rank() == 0) as progress:
+        report = evaluate_npt(model, families, settings, prefix, **on, progress=progress)
+    # The untrained baseline comes last, because its weights replace the trained ones.
+    initialize_np_factors(model, seed)
+    with token_progress("untrained NPT", total, shown=rank() == 0) as progress:
+        untrained = evaluate_perplexity(model, families, prefix, **on, progress=progress)
+    if report is not None:
+        report["perplexity"] |= untrained_figures(untrained.loss, report["perplexity"]["base_loss"], seed)
+    return report
 
 
 def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[Any], Any]:
@@ -256,7 +276,7 @@ def _with_training_file(arguments: Sequence[str]) -> list[str]:
 
     Other files, and files that cannot be read, are left to `parse`.
     """
-    import yaml
+    from megatron_ext.config.command_line.yaml_file import load_yaml
 
     given = list(arguments)
     place = next((i for i, text in enumerate(given) if text.partition("=")[0] == "--config"), None)
@@ -265,8 +285,8 @@ def _with_training_file(arguments: Sequence[str]) -> list[str]:
     _, equals, path = given[place].partition("=")
     path = path if equals else (given[place + 1] if place + 1 < len(given) else "")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = load_yaml(path)
+    except (OSError, ValueError):
         return given
     if not isinstance(content, dict) or not content.keys() & _FROM_TRAINING.keys():
         return given

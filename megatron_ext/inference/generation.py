@@ -18,29 +18,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from megatron_ext.config.groups.inference_config import SamplingConfig
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Settings for choosing the next token."""
-
-    max_new_tokens: int = 64
-    """Number of tokens to generate after each prompt."""
-
-    temperature: float = 1.0
-    """The logits are divided by this value; 0 always takes the most likely token (greedy decoding)."""
-
-    top_k: int = 0
-    """Number of most likely tokens to sample from; 0 turns the limit off."""
-
-    top_p: float = 0.0
-    """Sample from the smallest set of most likely tokens whose probabilities reach this sum; 0 turns this off."""
-
-    seed: int = 1234
-    """Random seed for sampling."""
+class Sampling(SamplingConfig):
+    """How the next token is chosen: the values of the sampling flags, checked, and the tokens that end a text."""
 
     stop_tokens: tuple[int, ...] = ()
     """Token ids that end the generated text."""
@@ -124,15 +110,25 @@ def generate(
         in_prompt = torch.tensor([length > end for length in lengths], device=tokens.device)
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], chosen)
         finished |= ~in_prompt & torch.isin(tokens[:, end], stops)
-        if is_end is not None:
-            new = [row[length : end + 1] for row, length in zip(tokens.tolist(), lengths, strict=True)]
-            finished |= torch.tensor([bool(ids) and is_end(ids) for ids in new], device=tokens.device)
-        finished |= torch.tensor(
-            [end + 1 >= n + sampling.max_new_tokens for n in lengths], device=tokens.device
-        )
+        finished |= _is_done(tokens, lengths, end + 1, sampling.max_new_tokens, is_end)
         start, end = end, end + 1
     new = [_new_tokens(row, length, sampling) for row, length in zip(tokens.tolist(), lengths, strict=True)]
     return new if is_end is None else [_until_end(ids, is_end) for ids in new]
+
+
+def _is_done(
+    tokens: torch.Tensor,
+    lengths: list[int],
+    end: int,
+    max_new_tokens: int,
+    is_end: Callable[[list[int]], bool] | None,
+) -> torch.Tensor:
+    """Returns which rows [b] of the tokens up to `end` have all their new tokens, or end as `is_end` says."""
+    done = [end >= length + max_new_tokens for length in lengths]
+    if is_end is not None:
+        new = [row[length:end] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+        done = [full or (bool(ids) and is_end(ids)) for full, ids in zip(done, new, strict=True)]
+    return torch.tensor(done, device=tokens.device)
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:

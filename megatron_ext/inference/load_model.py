@@ -89,26 +89,8 @@ def load_model(
     stored = read_run_config(path, ckpt_step)
     stored["model"] = on_this_machine(stored["model"])  # the run may have used Transformer Engine
     model = replace(group_in(ModelConfig, stored, "model"), hidden_dropout=0.0, attention_dropout=0.0)
-    built = build_tokenizer(tokenizer or group_in(TokenizerConfig, stored, "tokenizer"))
-    if built.fingerprint() != stored["tokenizer_fingerprint"]:
-        ours = in_words({**built.describe(), "files": built.files})
-        raise ValueError(
-            f"{path}: the given tokenizer ({ours}) is not the one that the model was trained with "
-            f"({tokenizer_in_words(stored)}); give the original tokenizer"
-        )
-    # A model that was imported and not trained since has no section `training`; its tokenizer's files decide.
-    if "training" in stored:
-        built.begin_as(
-            stored.get(BEGIN, [])
-        )  # older checkpoints lack the entry; their data had no begin token
-    built.choose_bos(bos)
-    unknown = set(stored["families"]) - set(families)
-    if unknown:
-        raise ValueError(
-            f"{path}: the model was built with the model family {', '.join(sorted(unknown))}, "
-            "which this tool does not support"
-        )
-    made = [families[name].from_configuration(value) for name, value in stored["families"].items()]
+    built = _tokenizer(path, stored, tokenizer, bos)
+    made = _families(path, stored, families)
     world_size = process_groups.world_size()
     parallel = choose_layout(
         model, made, world_size, tensor=tensor_model_parallel_size, pipeline=pipeline_model_parallel_size
@@ -134,3 +116,32 @@ def load_model(
         folder=folder,
         step=read_step(folder),
     )
+
+
+def _tokenizer(
+    path: str, stored: dict[str, Any], config: TokenizerConfig | None, bos: bool | None
+) -> Tokenizer:
+    """Returns the tokenizer that the model was trained with; it begins texts as `bos` says (see `load_model`)."""
+    built = build_tokenizer(config or group_in(TokenizerConfig, stored, "tokenizer"))
+    if built.fingerprint() != stored["tokenizer_fingerprint"]:
+        ours = in_words({**built.describe(), "files": built.files})
+        raise ValueError(
+            f"{path}: the given tokenizer ({ours}) is not the one that the model was trained with "
+            f"({tokenizer_in_words(stored)}); give the original tokenizer"
+        )
+    # A model that was imported and not trained since has no section `training`; its tokenizer's files decide.
+    if "training" in stored:
+        # Older checkpoints lack the entry; their data had no begin token.
+        built.begin_as(stored.get(BEGIN, []))
+    built.choose_bos(bos)
+    return built
+
+
+def _families(path: str, stored: dict[str, Any], known: FamilyTypes) -> list[Family]:
+    unknown = set(stored["families"]) - set(known)
+    if unknown:
+        raise ValueError(
+            f"{path}: the model was built with the model family {', '.join(sorted(unknown))}, "
+            "which this tool does not support"
+        )
+    return [known[name].from_configuration(value) for name, value in stored["families"].items()]

@@ -14,7 +14,7 @@ A model family that masks tokens predicts the masked tokens instead, and may ret
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,6 +30,9 @@ from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import OutputLoss, select_output_loss
+
+ReportTokens = Callable[[int], None]
+"""Called during an evaluation with the number of tokens of all ranks that were evaluated since the last call."""
 
 _GUESS = "guess"
 
@@ -77,6 +80,7 @@ def evaluate_perplexity(
     max_tokens: int | None = None,
     guess: int | None = None,
     begin: Begin | None = None,
+    progress: ReportTokens = lambda tokens: None,
 ) -> Perplexity:
     """Measures the perplexity; every rank evaluates its share of the windows and returns the same result. Collective.
 
@@ -89,11 +93,12 @@ def evaluate_perplexity(
         max_tokens: use only this many tokens from the beginning of the dataset; None uses all.
         guess: a token id whose frequency among the predicted tokens is measured as a baseline, or None.
         begin: the token that every window begins with, or None; must be None for a bidirectional model.
+        progress: called after every micro-batch with its number of tokens on all ranks.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
-    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin, progress)
     for chunk in chunks:
         chunk.eval()
     loss = select_output_loss(family.evaluation_loss() for family in families)
@@ -122,6 +127,7 @@ def held_out_steps(
     micro_batch_size: int,
     max_tokens: int | None = None,
     begin: Begin | None = None,
+    progress: ReportTokens = lambda tokens: None,
 ) -> Iterator[list[Batch]]:
     """Yields groups of this rank's micro-batches of a dataset; a group has one micro-batch per pipeline stage.
 
@@ -134,23 +140,38 @@ def held_out_steps(
         micro_batch_size: windows per micro-batch.
         max_tokens: use only this many tokens from the beginning of the dataset; None uses all.
         begin: the token that every window begins with, or None.
+        progress: called after every micro-batch with its number of tokens on all ranks.
 
     Raises:
         ValueError: the dataset has fewer than two tokens.
     """
     dataset = IndexedDataset(prefix)
-    total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
-    if total < 2:
-        raise ValueError(f"{prefix}: the dataset must have at least 2 tokens, got {total}")
-    if max_tokens is not None:
-        total = min(total, max_tokens + (begin is None))  # without `begin` the first token is not predicted
+    # Without `begin` the first token is not predicted.
+    total = _predicted(dataset, prefix, max_tokens, begin) + (begin is None)
     if begin is None:
         windows = _windows(dataset, total, sequence_length)
     else:
         windows = _begun_windows(dataset, total, sequence_length, begin.token)
     never_asked = begin.token if begin is not None and not begin.ends_documents else None
-    batches = _micro_batches(windows, sequence_length, micro_batch_size, never_asked)
+    batches = _micro_batches(windows, sequence_length, micro_batch_size, never_asked, progress)
     return _by_step(batches, parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def held_out_tokens(prefix: str, max_tokens: int | None, begin: Begin | None) -> int:
+    """Returns the number of tokens that `held_out_steps` with these arguments predicts on all ranks.
+
+    Raises:
+        ValueError: the dataset has fewer than two tokens.
+    """
+    return _predicted(IndexedDataset(prefix), prefix, max_tokens, begin)
+
+
+def _predicted(dataset: IndexedDataset, prefix: str, max_tokens: int | None, begin: Begin | None) -> int:
+    total = int(np.sum(dataset.sequence_lengths, dtype=np.int64))
+    if total < 2:
+        raise ValueError(f"{prefix}: the dataset must have at least 2 tokens, got {total}")
+    predicted = total - (begin is None)
+    return predicted if max_tokens is None else min(predicted, max_tokens)
 
 
 def _by_step(batches: Iterator[Batch], stages: int) -> Iterator[list[Batch]]:
@@ -204,6 +225,7 @@ def _micro_batches(
     length: int,
     micro_batch_size: int,
     never_asked: int | None,
+    progress: ReportTokens,
 ) -> Iterator[Batch]:
     """Yields this data-parallel rank's micro-batches, equally many on every rank; padding has a zero loss mask."""
     rank = parallel_state.get_data_parallel_rank()
@@ -224,6 +246,7 @@ def _micro_batches(
             "loss_mask": mask,
             "position_ids": torch.arange(length).expand(micro_batch_size, length),
         }
+        progress(sum(len(window) - 1 for window in group))
 
 
 class _WithGuess(OutputLoss):

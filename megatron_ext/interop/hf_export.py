@@ -12,7 +12,7 @@ from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
-from megatron_ext.data.tokenizers import build_tokenizer
+from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.interop.checkpoint_without_model import CheckpointState
 from megatron_ext.interop.formats.hf_config import (
     choose_architecture,
@@ -86,32 +86,43 @@ def export_hf(
         model, vocab_size, chosen, written_as, imported.config if imported is not None else None
     )
     tensors = _tensors(found, model, state, DTYPES[dtype] if dtype else None)
-    messages = []
     with complete_directory(model_dir, "--model-dir", overwrite=overwrite) as folder:
-        if tokenizer is not None and tokenizer_config is not None:
-            if write_files(tokenizer_config, tokenizer, folder):
-                # Without an end token transformers would generate up to the maximum length.
-                if "eos_token_id" in config and config["eos_token_id"] is None:
-                    config["eos_token_id"] = tokenizer.eod
-            else:
-                messages.append(
-                    "no tokenizer is written, because transformers has no counterpart of "
-                    f"{tokenizer_config.tokenizer_type}"
-                )
+        messages = _write_tokenizer(folder, tokenizer_config, tokenizer, config)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if imported is not None:
             messages += imported.write_files(folder, _directory_of(tokenizer_config))
         if (folder / TOKENIZER_CONFIG).is_file() and tokenizer is not None:
-            # After training, the exported tokenizer must give the ids that the model was trained on. Before any
-            # training, it may differ from ours as the tokenizer in the imported directory does.
-            as_imported = (
-                imported is not None
-                and not imported.is_trained
-                and config["model_type"] == imported.config["model_type"]
-            )
+            as_imported = _is_unchanged(imported, config)
             messages += check_read_back(folder, tokenizer, model_dir, as_imported=as_imported)
         write_safetensors(folder, tensors, max_shard_size)
     return [f"{chosen}, {written_as}", *messages]
+
+
+def _write_tokenizer(
+    folder: Path, config: TokenizerConfig | None, tokenizer: Tokenizer | None, model_config: dict[str, Any]
+) -> list[str]:
+    """Writes the tokenizer's files, and its end token into the model's configuration; returns messages."""
+    if config is None or tokenizer is None:
+        return []
+    if not write_files(config, tokenizer, folder):
+        return [
+            f"no tokenizer is written, because transformers has no counterpart of {config.tokenizer_type}"
+        ]
+    # Without an end token transformers would generate up to the maximum length.
+    if "eos_token_id" in model_config and model_config["eos_token_id"] is None:
+        model_config["eos_token_id"] = tokenizer.eod
+    return []
+
+
+def _is_unchanged(imported: Imported | None, config: dict[str, Any]) -> bool:
+    """Returns whether an imported model is exported as what it was, without any training."""
+    # After training, the exported tokenizer must give the ids that the model was trained on. Before any training, it
+    # may differ from ours as the tokenizer in the imported directory does.
+    return (
+        imported is not None
+        and not imported.is_trained
+        and bool(config["model_type"] == imported.config["model_type"])
+    )
 
 
 def _entries_of(model: ModelConfig, vocab_size: int, state: Mapping[str, torch.Tensor]) -> list[Entry]:

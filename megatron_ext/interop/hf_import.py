@@ -155,12 +155,7 @@ def import_checkpoint(
     found = load_hf(
         model_dir, seq_length=seq_length, make_vocab_size_divisible_by=make_vocab_size_divisible_by
     )
-    tokenizer = found.tokenizer_config
-    if tokenizer.tokenizer_model is not None:
-        # `within` is "." for a tokenizer that is a directory, and a file name for a SentencePiece model.
-        within = os.path.relpath(tokenizer.tokenizer_model, found.folder)
-        place = os.path.abspath(Path(save, TOKENIZER_FOLDER, within))
-        tokenizer = replace(tokenizer, tokenizer_model=place)
+    tokenizer = _in_checkpoint(found.tokenizer_config, found.folder, save)
     run_config = {
         "model": group_to_dict(found.model),
         "tokenizer": group_to_dict(tokenizer),
@@ -182,6 +177,15 @@ def import_checkpoint(
     for line in found.messages:
         message(f"note: {line}")
     return replace(found, tokenizer_config=tokenizer)
+
+
+def _in_checkpoint(tokenizer: TokenizerConfig, folder: Path, save: str | Path) -> TokenizerConfig:
+    """Returns the configuration of a tokenizer in `folder` with the path that its files will have in `save`."""
+    if tokenizer.tokenizer_model is None:
+        return tokenizer
+    # `within` is "." for a tokenizer that is a directory, and a file name for a SentencePiece model.
+    within = os.path.relpath(tokenizer.tokenizer_model, folder)
+    return replace(tokenizer, tokenizer_model=os.path.abspath(Path(save, TOKENIZER_FOLDER, within)))
 
 
 def require_one_process() -> None:

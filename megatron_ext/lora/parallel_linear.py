@@ -49,6 +49,15 @@ class LayerSettings:
                 f"precision {self.precision}: four-bit weights cannot be trained; freeze the layers that have them"
             )
 
+    def changes_linears(self, params_dtype: torch.dtype) -> bool:
+        """Returns whether the engine's own linear modules do not suffice for a run with this dtype."""
+        is_other = compute_dtype(self.precision, params_dtype) is not params_dtype
+        return bool(self.adapters) or is_other or is_packed(self.precision)
+
+
+SettingsByLayer = Mapping[int, LayerSettings]
+"""Maps a layer's number, from 0 over the whole model, to the layer's settings."""
+
 
 def linear_modules(settings: LayerSettings) -> dict[str, ModuleSpec]:
     """Returns the specs of a transformer layer's four linear layers, for `Extension.linears`."""

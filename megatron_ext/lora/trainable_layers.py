@@ -5,17 +5,14 @@ every layer. It is used twice: to build the model (`parallel_linear.linear_modul
 the model is wrapped for data parallelism.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
-from megatron_ext.lora.parallel_linear import AdaptedLinear, LayerSettings
+from megatron_ext.lora.parallel_linear import AdaptedLinear, SettingsByLayer
 from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import SLOTS
-
-SettingsByLayer = Mapping[int, LayerSettings]
-"""Maps a layer's number, from 0 over the whole model, to the layer's settings."""
 
 
 def prepare_layers(chunks: list[GPTModel], plan: SettingsByLayer) -> None:

@@ -154,9 +154,7 @@ class NPTFamily(Family):
     def evaluation(
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:
-        """Returns the frozen base model's loss on the same batches, and the perplexity of NPT divided by the base
-        model's.
-        """
+        """Returns the base model's loss on the same batches, and the ratio of the two perplexities, NPT / base."""
         if not self.settings.freeze_base:
             return {}
         # A frozen base has the same loss in every evaluation of a split: compute it once.

@@ -19,8 +19,7 @@ Head and final norm are always trained. Unpacking four-bit weights is not a matr
 """
 
 from megatron_ext.config.groups.model_config import ModelConfig
-from megatron_ext.lora.parallel_linear import LayerSettings
-from megatron_ext.lora.trainable_layers import SettingsByLayer
+from megatron_ext.lora.parallel_linear import LayerSettings, SettingsByLayer
 from megatron_ext.models.costs.model_cost import (
     ModelCost,
     core_attention_flops_per_token,

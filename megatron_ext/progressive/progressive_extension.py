@@ -4,10 +4,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ext.lora.four_bit_weights import is_packed
-from megatron_ext.lora.linear_precision import compute_dtype
-from megatron_ext.lora.parallel_linear import linear_modules
-from megatron_ext.lora.trainable_layers import SettingsByLayer
+from megatron_ext.lora.parallel_linear import SettingsByLayer, linear_modules
 from megatron_ext.models.model_extension import Extension, StageInfo
 from megatron_ext.progressive.objectives.time_embedding import TimeEmbedding, time_embedding
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -30,10 +27,7 @@ class ProgressiveExtension(Extension):
     def linears(self, config: TransformerConfig, layer_number: int) -> dict[str, ModuleSpec]:
         """Returns the four linear modules of a layer, or an empty dict if megatron-core's own modules suffice."""
         settings = self.plan[layer_number]
-        is_plain = compute_dtype(settings.precision, config.params_dtype) is config.params_dtype
-        if not settings.adapters and is_plain and not is_packed(settings.precision):
-            return {}
-        return linear_modules(settings)
+        return linear_modules(settings) if settings.changes_linears(config.params_dtype) else {}
 
     def stage_module(
         self, config: TransformerConfig, stage: StageInfo, pg_collection: ProcessGroupCollection

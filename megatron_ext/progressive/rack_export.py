@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.peft_export import ADAPTER_FLAG, export_peft
 from megatron_ext.lora.four_bit_weights import is_packed
-from megatron_ext.lora.trainable_layers import SettingsByLayer, adapted_linears
+from megatron_ext.lora.parallel_linear import SettingsByLayer
+from megatron_ext.lora.trainable_layers import adapted_linears
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.progressive.growth.rack import Rack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig

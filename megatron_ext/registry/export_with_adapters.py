@@ -11,7 +11,7 @@ from typing import Any
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
-from megatron_ext.inference.load_model import load_model
+from megatron_ext.inference.load_model import LoadedModel, load_model
 from megatron_ext.interop import base_state, export_hf
 from megatron_ext.interop.formats.hf_config import choose_architecture
 from megatron_ext.interop.formats.imported_model import Imported
@@ -68,18 +68,11 @@ def export_plain(
         tokenizer = replace(tokenizer, tokenizer_model=tokenizer_model)
     try:
         loaded = load_model(load, FAMILIES, ckpt_step=ckpt_step, tokenizer=tokenizer)
-        chunks, messages = [loaded.model], list[str]()
-        for family in loaded.families:
-            if adapter_dir is None:
-                messages += family.merge(chunks)
-            else:
-                messages += family.write_adapters(
-                    chunks, loaded.config, Path(adapter_dir), model_dir, overwrite=overwrite
-                )
+        messages = _merge_or_write(loaded, adapter_dir, model_dir, overwrite=overwrite)
         written = export_hf(
             loaded.config,
             stored["vocab_size"],
-            base_state(chunks),
+            base_state([loaded.model]),
             model_dir,
             tokenizer_config=None if no_tokenizer else tokenizer,
             architecture=architecture,
@@ -91,6 +84,23 @@ def export_plain(
     finally:
         process_groups.shutdown()
     return [*written, *messages]
+
+
+def _merge_or_write(
+    loaded: LoadedModel, adapter_dir: str | None, model_dir: str, *, overwrite: bool
+) -> list[str]:
+    """Merges the adapters into the weights, or writes them to `adapter_dir`; returns messages."""
+    chunks, messages = [loaded.model], list[str]()
+    # `_check_families` has found that every family has these methods.
+    families: list[Any] = list(loaded.families)
+    for family in families:
+        if adapter_dir is None:
+            messages += family.merge(chunks)
+        else:
+            messages += family.write_adapters(
+                chunks, loaded.config, Path(adapter_dir), model_dir, overwrite=overwrite
+            )
+    return messages
 
 
 def _check_families(families: dict[str, Any], load: str, *, as_adapters: bool) -> None:

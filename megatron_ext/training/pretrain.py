@@ -180,16 +180,7 @@ def train(
     data = options.data or build_data(config, tokenizer, families, global_batch_size, options)
     if options.data is None:
         tell_of_other_order(config.checkpoint, run_config, progress)
-    with Reporter(
-        config.logging,
-        total_iterations=training.resolved_train_iters(global_batch_size),
-        flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
-        charts=[chart for family in families for chart in family.charts],
-        bf16=training.bf16,
-        iteration=progress.iteration,
-        consumed_samples=progress.consumed_samples,
-        configuration=run_groups(config),
-    ) as reporter:
+    with _build_reporter(config, tokenizer, families, progress, global_batch_size) as reporter:
         loop = Loop(
             training,
             config.checkpoint,
@@ -251,6 +242,25 @@ def _build_stepper(
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
         log_params_norm=config.logging.log_params_norm,
+    )
+
+
+def _build_reporter(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    families: list[Family],
+    progress: TrainingProgress,
+    global_batch_size: int,
+) -> Reporter:
+    return Reporter(
+        config.logging,
+        total_iterations=config.training.resolved_train_iters(global_batch_size),
+        flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
+        charts=[chart for family in families for chart in family.charts],
+        bf16=config.training.bf16,
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_samples,
+        configuration=run_groups(config),
     )
 
 

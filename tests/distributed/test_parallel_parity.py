@@ -9,7 +9,7 @@ from megatron_ext.testing.layout_runs import OVERLAPPED_PIPELINE, LayoutRuns, Va
 from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE, assemble
 from megatron_ext.training.interface.family_interface import Family
 
-STEPS = 10
+STEPS = 5
 
 
 def per_layer_embedding() -> list[Family]:
@@ -27,7 +27,7 @@ RUNS = LayoutRuns(
     [*LAYOUTS, *(f"{layout} recomputed" for layout in LAYOUTS), OVERLAPPED_PIPELINE],
     {f"{layout} MLP recomputed": ["base model"] for layout in ("TP1", "TP2+SP", "PP2 interleaved")},
 )
-BF16 = LayoutRuns({"base model": Variant(steps=5, bf16=True)}, LAYOUTS)
+BF16 = LayoutRuns({"base model": Variant(steps=STEPS, bf16=True)}, LAYOUTS)
 
 
 @pytest.mark.parametrize(("layout", "variant"), RUNS.cases())

@@ -3,13 +3,14 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.inference.perplexity import Perplexity, evaluate_perplexity
+from megatron_ext.inference.perplexity import Begin, Perplexity, evaluate_perplexity, held_out_tokens
 from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
@@ -55,7 +56,9 @@ def _direct(stream: torch.Tensor) -> list[float]:
     return losses
 
 
-def _measured(parallel: ParallelConfig, prefix: str, batch: int, max_tokens: int | None) -> Perplexity:
+def _measured(
+    parallel: ParallelConfig, prefix: str, batch: int, max_tokens: int | None, **more: Any
+) -> Perplexity:
     initialize(parallel, seed=1)
     chunks = build_model(MODEL, parallel, vocab_size=VOCAB_SIZE, seed=1)
     return evaluate_perplexity(
@@ -65,6 +68,7 @@ def _measured(parallel: ParallelConfig, prefix: str, batch: int, max_tokens: int
         sequence_length=MODEL.seq_length,
         micro_batch_size=batch,
         max_tokens=max_tokens,
+        **more,
     )
 
 
@@ -77,6 +81,27 @@ def test_perplexity_equals_cross_entropy_at_every_parallel_layout(
         assert found.tokens == TOKENS - 1
         assert found.loss == pytest.approx(math.fsum(direct) / len(direct), rel=1e-6)
         assert found.perplexity == pytest.approx(math.exp(math.fsum(direct) / len(direct)), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "PP2 interleaved", "DP2"])
+@pytest.mark.parametrize("max_tokens", [None, 40])
+@pytest.mark.parametrize("begin", [None, Begin(token=VOCAB_SIZE - 1, ends_documents=True)])
+def test_every_rank_reports_the_progress_up_to_the_number_of_predicted_tokens(
+    layout: str, max_tokens: int | None, begin: Begin | None, prefix: str
+) -> None:
+    for reported, total, tokens in run_distributed(
+        _progress, WORLD_SIZES[layout], LAYOUTS[layout], prefix, max_tokens, begin
+    ):
+        assert sum(reported) == total == tokens
+        assert len(reported) > 1
+
+
+def _progress(
+    parallel: ParallelConfig, prefix: str, max_tokens: int | None, begin: Begin | None
+) -> tuple[list[int], int, int]:
+    reported: list[int] = []
+    found = _measured(parallel, prefix, 1, max_tokens, begin=begin, progress=reported.append)
+    return reported, held_out_tokens(prefix, max_tokens, begin), found.tokens
 
 
 @pytest.mark.parametrize("layout", ["TP1", "DP2"])

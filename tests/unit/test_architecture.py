@@ -36,6 +36,7 @@ ALLOWED = {
     "reports": set[str](),
     **dict.fromkeys(FAMILIES, BELOW_FAMILIES),
     "registry": FAMILIES | BELOW_FAMILIES,
+    "harness": {"registry"} | FAMILIES | BELOW_FAMILIES,
     # Tools of the tests: may build anything, and nothing but tests may import them.
     "testing": {"registry"} | FAMILIES | BELOW_FAMILIES,
 }

@@ -38,7 +38,10 @@ USER_ERRORS = (ValueError, OSError)
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 """Texts in the error messages of gloo and NCCL by which they report that another process has died."""
 
-_LAUNCHER_SECONDS = 2.0
+_PRINTING_SECONDS = 1.0
+"""Seconds that the ranks which print nothing leave the one that prints: `torchrun` stops it once one of them ends."""
+
+_LAUNCHER_SECONDS = 3.0
 """Seconds to wait for `torchrun` to notice that a process has died and to stop the other processes."""
 
 Main = Callable[[], int | None]
@@ -52,9 +55,12 @@ def exit_with_error(message: str, code: int = EXIT_USER_ERROR, *, on_every_rank:
     """Prints `error: message` as one line on the first rank of every host, and exits with `code` on every rank."""
     # Not on rank 0 alone: a file may be missing on one host only.
     line = "error: " + " ".join(message.split())
-    if on_every_rank or int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0) == 0:
+    prints = on_every_rank or int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0) == 0
+    if prints:
         print(line, file=sys.stderr, flush=True)
     tell_launcher(line)
+    if not prints and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        time.sleep(_PRINTING_SECONDS)
     raise SystemExit(code)
 
 

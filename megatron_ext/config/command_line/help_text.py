@@ -22,7 +22,6 @@ _OWN = (
     ),
     (SHOW_CONFIG, "Print every value with its source (flag, file, checkpoint, default), and exit."),
     (HELP, "Print this help, and exit."),
-    ("--no-...", "Turn off the switch of this name."),
 )
 
 
@@ -56,11 +55,20 @@ def format_help(
     lines = [f"usage: {prog} [flags]", ""]
     for paragraph in [*description.split("\n\n"), *([f"Example: {example}"] if example else [])]:
         lines += [*_paragraph(paragraph, width), ""]
-    lines += ["options:", *(line for own in _OWN for line in _entry(*own, width))]
+    lines += ["options:", *(line for own in (*_OWN, *_negation(flags)) for line in _entry(*own, width))]
     for heading, members in sections.items():
         entries = [_entry(_spelled(flag), _told(flag, documented, supplied), width) for flag in members]
         lines += ["", f"{heading}:", *(line for entry in entries for line in entry)] if members else []
     return "\n".join(lines)
+
+
+def _negation(flags: Sequence[Flag]) -> Iterator[tuple[str, str]]:
+    """Yields the entry that explains negations, if a switch has one; an entry each would double the switches' lines."""
+    for flag in flags:
+        if flag.negations and not flag.default:
+            told = "Turn off a switch that the YAML file or a checkpoint has turned on, for example"
+            yield "--no-SWITCH", f"{told} {flag.negations[0]}."
+            return
 
 
 def _paragraph(text: str, width: int) -> list[str]:

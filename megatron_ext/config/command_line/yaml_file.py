@@ -60,6 +60,44 @@ def read_yaml(
     return {field: value for field, value in values.items() if value is not None}
 
 
+def load_yaml(path: str | Path, flag: str = "") -> Any:
+    """Returns the content of a YAML file.
+
+    Args:
+        path: the YAML file.
+        flag: text in front of the path in error messages: the flag that names the file, and a space.
+
+    Raises:
+        ValueError: the file is not YAML; the message is one line with the file, the line and the column.
+        OSError: the file cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = _position(content[: error.start].decode("utf-8"))
+        raise ValueError(f"{flag}{path}, {where}: not valid YAML: must be in UTF-8") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        reason = f"not valid YAML: {error.problem}"
+        if error.context_mark is not None:
+            reason += f" ({error.context} that begins at {_at(error.context_mark)})"
+        raise ValueError(f"{flag}{path}, {_at(error.problem_mark)}: {reason}") from None
+    except yaml.reader.ReaderError as error:
+        where = _position(text[: error.position])
+        raise ValueError(f"{flag}{path}, {where}: not valid YAML: {error.reason}") from None
+
+
+def _at(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _position(before: str) -> str:
+    """Returns the line and column of the character that follows the text `before`."""
+    return f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+
+
 def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[str]]) -> bool:
     return section in (None, flag.group) or flag.group in sections.get(section or "", ())
 
@@ -67,11 +105,9 @@ def _belongs(flag: Flag, section: str | None, sections: Mapping[str, Container[s
 def _read(path: str, sections: Container[str]) -> Iterator[tuple[str | None, str, Any]]:
     """Yields every entry of the file as (section, key, value); the section is None for a key outside all sections."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(path, "--config ")
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not valid YAML: {error}") from None
     if content is None:
         return
     if not isinstance(content, dict):

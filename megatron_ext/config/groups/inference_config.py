@@ -1,6 +1,6 @@
 """Flags shared by the tools that run a trained model: how the model is loaded, and how tokens are sampled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_ext.config.command_line.field_checks import Switch, check_at_least, one_of_two
@@ -41,7 +41,7 @@ class LoadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Flags for how tokens are sampled."""
+    """Flags for how tokens are sampled; `inference.Sampling` checks the values."""
 
     max_new_tokens: int = 64
     """Number of tokens to generate after each prompt."""
@@ -60,5 +60,4 @@ class SamplingConfig:
 
     def sampling_options(self) -> dict[str, Any]:
         """Returns these flags as keyword arguments of `inference.Sampling`."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}

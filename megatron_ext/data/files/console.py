@@ -1,29 +1,67 @@
-"""A progress bar for the tools that read token ids; shows tokens/s and the time left, on a terminal only."""
+"""Shows the progress of the tools that read token ids, on standard error: a bar on a terminal, otherwise lines."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+_LINE_SECONDS = 10.0
+"""Time between two lines; a run that is shorter prints none."""
+
 
 class _Rate(ProgressColumn):
-    """Column of the progress bar that shows millions of tokens per second."""
+    """Column of the progress bar that shows tokens per second."""
 
     def render(self, task: Task) -> Text:
         """Returns the rate as text; empty text before it is known."""
-        return Text(f"{task.speed / 1e6:.1f}M tokens/s" if task.speed else "")
+        return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "")
 
 
 @contextmanager
-def token_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances the bar by a number of tokens; it does nothing if stderr is not a terminal."""
-    if not sys.stderr.isatty():
+def token_progress(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yields a function that advances the display by a number of tokens.
+
+    Args:
+        description: what is being read, at the beginning of every line.
+        total: number of tokens to read.
+        shown: whether this process shows anything; of several processes, one should.
+    """
+    if not shown:
         yield lambda tokens: None
+        return
+    if not sys.stderr.isatty():
+        yield _Lines(description, total).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda tokens: bar.advance(task, tokens)
+
+
+class _Lines:
+    """Prints a line from time to time, for a log file."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total = description, total
+        self._begin = self._last_line = time.monotonic()
+        self._done = 0
+
+    def advance(self, tokens: int) -> None:
+        """Counts the tokens, and prints a line if the last one is old enough."""
+        self._done += tokens
+        now = time.monotonic()
+        if now - self._last_line < _LINE_SECONDS or not self._done:
+            return
+        self._last_line = now
+        share, rate = self._done / self._total, self._done / (now - self._begin)
+        print(
+            f"{self._description}: {self._done:,} of {self._total:,} tokens ({100 * share:.0f}%)  "
+            f"{rate:,.0f} tokens/s  ETA {timedelta(seconds=round((self._total - self._done) / rate))}",
+            file=sys.stderr,
+            flush=True,
+        )

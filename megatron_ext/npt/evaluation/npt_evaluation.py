@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.inference.perplexity import Begin, held_out_steps
+from megatron_ext.inference.perplexity import Begin, ReportTokens, held_out_steps
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.evaluation.layer_comparison import (
     FREE_RUNNING,
@@ -58,6 +58,7 @@ def evaluate_npt(
     micro_batch_size: int,
     max_tokens: int | None = None,
     begin: Begin | None = None,
+    progress: ReportTokens = lambda tokens: None,
 ) -> dict[str, Any] | None:
     """Compares the NPT model with its base model on held-out data; collective.
 
@@ -70,6 +71,7 @@ def evaluate_npt(
         micro_batch_size: windows per forward pass.
         max_tokens: number of tokens to use, from the dataset's beginning; None for all.
         begin: tokens with which every window begins; None for no such tokens.
+        progress: called after every micro-batch with its number of tokens on all ranks.
 
     Returns:
         On rank 0 the report, without generated texts; None on other ranks.
@@ -79,7 +81,7 @@ def evaluate_npt(
     """
     for chunk in chunks:
         chunk.eval()
-    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin)
+    steps = held_out_steps(prefix, sequence_length, micro_batch_size, max_tokens, begin, progress)
     findings = compare_layers(chunks, families, steps)
     sizes, norms = _parameters(chunks), _weight_norms(chunks)
     # All ranks of a tensor-parallel group have the same findings, so only one rank of each group sends them.

@@ -1,6 +1,7 @@
 """Flags for the training of NP components: mode, losses and their weights, curriculum, teacher, text samples.
 
-The defaults depend on the mode. The first column names the mode, the others its defaults:
+The defaults depend on the mode. The first column names the mode, the others its defaults (`npt_run_config` has those
+of the NP components):
 
     mode            losses (weights)                                         curriculum       NP components
     equivalence     equivalence 1, regularization 0.01                       student          low_rank, rank 16
@@ -15,13 +16,10 @@ Source: docs/design/npt_sequential.md (single_layer, sequential), docs/design/np
 docs/design/npt_equivalence.md (equivalence).
 """
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import check_at_least, check_at_most, check_choices, flag
-from megatron_ext.config.command_line.merge import Found
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import (
     STUDENT,
@@ -43,14 +41,6 @@ _WEIGHTS: dict[str, dict[str, float]] = {
     "multi_layer": _DIRECT,
     "lm": {"lm_weight": 1.0},
 }
-
-MODULE_DEFAULTS: dict[str, dict[str, Any]] = {
-    mode: {"np_form": "outer_product", "np_rank": 256}
-    if mode in ("single_layer", "sequential", "multi_layer")
-    else {}
-    for mode in _WEIGHTS
-}
-"""Maps each mode to the fields of `NPTModuleConfig` whose defaults the mode changes."""
 
 STEPS_PER_LAYER = 2000
 """Default of --steps-per-layer, from docs/design/npt_sequential.md."""
@@ -237,28 +227,6 @@ class NPTTrainingConfig:
 
 
 _NUMBERS = tuple(name for name in NPTTrainingConfig.__annotations__ if name.endswith("_weight"))
-
-
-def mode_defaults(given: Mapping[str, Any]) -> Found:
-    """Returns the defaults that depend on the mode.
-
-    Args:
-        given: values set on the command line or in the YAML file, by field name.
-    """
-    mode = given.get("mode", "equivalence")
-    sections = {"np": MODULE_DEFAULTS[mode]}
-    if mode == "sequential":
-        length = {"train_iters": given.get("steps_per_layer", STEPS_PER_LAYER)}
-        folder = f"experiments/sequential_checkpoint_{time.strftime('%Y%m%d_%H%M%S')}"
-        sections |= {
-            "training": {
-                "micro_batch_size": 2,
-                **({} if given.keys() & {"train_samples", "num_epochs"} else length),
-            },
-            "optimizer": {"lr": 5e-4},
-            "checkpoint": {"save": folder},
-        }
-    return Found(f"--mode {mode}", sections)
 
 
 def _numbers(text: str) -> list[float]:

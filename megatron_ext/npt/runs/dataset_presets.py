@@ -13,8 +13,7 @@ Source: docs/design/npt_sequential.md.
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
+from megatron_ext.config.command_line.yaml_file import load_yaml
 from megatron_ext.config.groups.data_config import DataConfig, is_number
 
 
@@ -45,11 +44,9 @@ def with_preset(data: DataConfig, preset: str | None, presets_file: str) -> Data
 def read_preset(preset: str, presets_file: str) -> tuple[str, ...]:
     """Returns a preset's blend in the format of `--data-path`; raises the same errors as `with_preset`."""
     try:
-        content = yaml.safe_load(Path(presets_file).read_text(encoding="utf-8"))
+        content = load_yaml(presets_file, "--dataset-presets-file ")
     except OSError as error:
         raise FileNotFoundError(f"--dataset-presets-file {presets_file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--dataset-presets-file {presets_file}: is not a YAML file: {error}") from None
     if not isinstance(content, dict) or preset not in content:
         known = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
         raise ValueError(f"--dataset-preset {preset}: {presets_file} has no such preset (available: {known})")

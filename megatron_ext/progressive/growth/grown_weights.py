@@ -25,7 +25,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_ext.lora.adapter import LoRAAdapter
-from megatron_ext.lora.trainable_layers import SettingsByLayer, adapted_linears
+from megatron_ext.lora.parallel_linear import SettingsByLayer
+from megatron_ext.lora.trainable_layers import adapted_linears
 from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA

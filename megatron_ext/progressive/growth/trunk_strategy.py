@@ -17,8 +17,7 @@ from typing import Literal, cast
 
 from megatron_ext.lora.four_bit_weights import is_packed
 from megatron_ext.lora.linear_precision import Precision
-from megatron_ext.lora.parallel_linear import LayerSettings
-from megatron_ext.lora.trainable_layers import SettingsByLayer
+from megatron_ext.lora.parallel_linear import LayerSettings, SettingsByLayer
 from megatron_ext.progressive.growth.rack import Rack, Stack
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 

@@ -144,18 +144,7 @@ class ProgressiveTrainer:
         folder = on_first_rank(lambda: find_checkpoint(str(save / last.name)))
         assert folder is not None
         rack_builder.trained = Trunk(folder=folder.resolve(), rack=last.rack, trains=last.trains)
-        stacks = [
-            StackResult(
-                name=phase.name,
-                losses=growth.losses.get(phase.name, []),
-                iterations=phase.iteration,
-                trainable_parameters=phase.trainable_parameters,
-                frozen_parameters=phase.frozen_parameters,
-                seconds=phase.seconds,
-            )
-            for phase in growth.history.finished
-        ]
-        return TrainingResults(stacks=stacks, checkpoint=folder)
+        return TrainingResults(stacks=_stack_results(growth), checkpoint=folder)
 
     def train_progressively(
         self, rack_builder: ProgressiveRackBuilder, dataloader: Iterable[Any], target_stacks: int
@@ -203,3 +192,17 @@ def _epochs(dataloader: Iterable[Any], micro_batch_size: int) -> Iterator[Batch]
             raise ValueError(
                 "the data loader yields no batch; if it is a generator, which can be read only once, pass a list"
             )
+
+
+def _stack_results(growth: Growth) -> list[StackResult]:
+    return [
+        StackResult(
+            name=phase.name,
+            losses=growth.losses.get(phase.name, []),
+            iterations=phase.iteration,
+            trainable_parameters=phase.trainable_parameters,
+            frozen_parameters=phase.frozen_parameters,
+            seconds=phase.seconds,
+        )
+        for phase in growth.history.finished
+    ]

@@ -19,9 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from megatron_ext.config.command_line.flag_table import did_you_mean
+from megatron_ext.config.command_line.yaml_file import load_yaml
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
@@ -74,10 +73,7 @@ class StackWiseConfig:
             ValueError: the file is not YAML, has no sections, or has an unknown section.
             OSError: the file cannot be read.
         """
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: is not a YAML file: {error}") from None
+        content = load_yaml(path)
         if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
             raise ValueError(f"{path}: must have sections such as model and training")
         try:

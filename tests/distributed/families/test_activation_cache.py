@@ -290,8 +290,8 @@ def _with_a_trunk_that_trains() -> str:
 def test_a_trunk_that_trains_is_refused_by_name() -> None:
     message = run_single(_with_a_trunk_that_trains)
     assert (
-        "embedding.word_embeddings.weight is trainable, but --cache-activations requires a frozen trunk; untie"
-        in message
+        "embedding.word_embeddings.weight is trainable, but --cache-activations requires a frozen trunk; "
+        "pass --untie-embeddings-and-output-weights" in message
     )
 
 

@@ -9,7 +9,8 @@ import torch
 
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
-from megatron_ext.lora.trainable_layers import SettingsByLayer, adapted_linears
+from megatron_ext.lora.parallel_linear import SettingsByLayer
+from megatron_ext.lora.trainable_layers import adapted_linears
 from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun, read_plain

@@ -152,3 +152,23 @@ def test_importing_the_configuration_imports_neither_torch_nor_megatron() -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_engine_imports_no_compiler_and_its_functions_are_compiled_when_they_are_called() -> (
+    None
+):
+    code = (
+        "import gc, sys, megatron_ext.training.pretrain\n"
+        "assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "import torch\n"
+        "from megatron.core.fusions.fused_bias_swiglu import swiglu\n"
+        "y = torch.tensor([[1.0, 2.0, 3.0, 4.0]])\n"
+        "assert torch.equal(swiglu(y), torch.nn.functional.silu(y[:, :2]) * y[:, 2:])\n"
+        "assert 'torch._dynamo' in sys.modules\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    # With this variable torch.compile imports the compiler and leaves the function as it is: no C++ compiler is needed.
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

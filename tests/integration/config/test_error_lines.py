@@ -17,6 +17,8 @@ from megatron_ext.config.command_line.error_lines import ProcessLost, run_main
 def main():
     kind, rank = sys.argv[1], os.environ.get("RANK", "0")
     if kind == "mistake":
+        if "RANK" in os.environ and rank == "0":
+            time.sleep(0.5)  # the rank that prints is the last to find the mistake
         raise ValueError("--flag 3: must\\nbe 4")
     if kind == "defect":
         raise KeyError("a defect")
@@ -86,6 +88,8 @@ def test_torchruns_report_ends_with_the_error_of_the_process_that_failed_first(
         reason, rule = result.stderr.rstrip().splitlines()[-3:-1]
     assert set(rule) <= {"=", " "} and reason.strip() == told, result.stderr
     assert "Connection closed by peer" not in result.stderr
+    if kind == "mistake":
+        assert result.stderr.splitlines().count("error: --flag 3: must be 4") == 1, "printed by rank 0"
 
 
 def test_the_first_reason_counts_and_none_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_of_the_documents_plain_checkpoints_the_newest_is_validated(
 
 def test_a_directory_without_checkpoints_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "layer_3_20250910_180000").mkdir()
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor .*in layer_\\*/checkpoints"):
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint or .*in layer_\\*/checkpoints"):
         validate([str(tmp_path)])
 
 

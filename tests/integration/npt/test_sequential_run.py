@@ -14,7 +14,7 @@ import torch
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.npt import NPTModel
-from megatron_ext.npt.objective.npt_training_config import mode_defaults
+from megatron_ext.npt.objective.npt_run_config import mode_defaults
 from megatron_ext.npt.runs.sequential_files import layer_of_np_key
 from megatron_ext.npt.runs.sequential_run import layer_logging
 from megatron_ext.testing.run_distributed import run_distributed
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_one_line(sequential_run: SequentialRun) -> None:
     [
         ({"format": "another"}, "was not written by a sequential run"),
         ({"layer_checkpoints": {}}, "damaged"),
-        ({"trained_layers": [0, 1, 2]}, "layer 2 is missing"),
+        ({"trained_layers": [0, 1, 2]}, "layer 2 are missing"),
     ],
 )
 def test_damaged_files_are_named(

@@ -216,7 +216,12 @@ MISTAKES = {
     ): "--new-stack-precision must describe the stacks already in",
     ("--target-stacks", "2", "--ffn-hidden-size", "40"): "--ffn-hidden-size 40: .* was made with",
     ("--target-stacks", "3", "--training-objective", "mlm"): "--training-objective mlm: the stacks in .* clm",
-    ("--target-stacks", "3", "--load", "elsewhere"): "--load elsewhere: .* continues in --save",
+    (
+        "--target-stacks",
+        "3",
+        "--load",
+        "elsewhere",
+    ): "--load elsewhere is not supported: .* continues in --save",
     ("--target-stacks", "3", "--no-untie-embeddings-and-output-weights"): "--train-embedding is required",
     (
         "--target-stacks",

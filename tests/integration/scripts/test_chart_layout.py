@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 
 from megatron_ext.platform import process_groups
-from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.training.logging.tensorboard_writer import SAMPLES_FOLDER
 
@@ -53,8 +53,9 @@ COMMANDS = {
 
 
 def _run_all(folder: str) -> None:
-    """In a process of `run_distributed`, which joins one process group only."""
-    process_groups.shutdown = lambda: None
+    process_groups.shutdown = lambda: (
+        None
+    )  # all runs share the group of `run_single`, which restores the function
     for name, command in COMMANDS.items():
         script, *flags = shlex.split(f"{command} {RUN}".format(folder=folder))
         sys.argv = [
@@ -73,7 +74,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     random = np.random.default_rng(1)
     write_dataset(str(folder / "corpus"), [[random.integers(0, VOCABULARY, 40).tolist()] for _ in range(60)])
-    run_distributed(_run_all, 1, str(folder))
+    run_single(_run_all, str(folder))
     return folder / "logs"
 
 

@@ -1,4 +1,4 @@
-"""`--help` of every script and tool answers at once: torch and the engine, which take seconds, are not imported."""
+"""`--help` of every script, tool and benchmark answers at once, without importing torch and the engine (seconds)."""
 
 import subprocess
 import sys
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = [*sorted(ROOT.glob("pretrain_*.py")), *sorted(ROOT.glob("tools/*.py"))]
+COMMANDS = [
+    path for place in ("pretrain_*.py", "tools/*.py", "benchmarks/*.py") for path in sorted(ROOT.glob(place))
+]
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)

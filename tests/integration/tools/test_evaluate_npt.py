@@ -16,6 +16,7 @@ from megatron_ext.config.command_line.error_lines import main_guard
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
+from megatron_ext.data.files import console
 from megatron_ext.data.indexed.manifest import write_manifest
 from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer, NullTokenizer
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -24,6 +25,7 @@ from megatron_ext.npt.weights.np_factors import gather_np_factors
 from megatron_ext.npt.weights.np_weight_files import write_np_weights
 from megatron_ext.platform import process_groups
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
+from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
@@ -123,7 +125,7 @@ def test_report_holds_every_documented_key_and_counts_every_token(made: Path, on
     untrained = report["perplexity"]["untrained_ratio"]
     assert untrained != report["perplexity"]["perplexity_ratio"], "the checkpoint's seed is another one"
     assert re.search(rf"converted, not trained .* {untrained:.6g} .*seed 1234", printed)
-    assert "expected if regularized: below 0.01" in printed
+    assert "with regularization, expected below 0.01" in printed
 
 
 def _keys(value: Any, path: str = "") -> set[str]:
@@ -223,3 +225,28 @@ def test_bad_input_is_told_in_one_line_before_anything_is_loaded(
     assert len(lines) == 1
     assert words in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def _print_every_line() -> None:
+    console._LINE_SECONDS = 0.0
+
+
+@pytest.mark.parametrize(
+    ("tool", "model", "descriptions"),
+    [("evaluate", "base", ["{held}"]), ("evaluate_npt", "npt", ["NPT and base model", "untrained NPT"])],
+)
+def test_a_log_of_an_evaluation_shows_how_far_it_is_once_and_not_per_process(
+    made: Path, tmp_path: Path, tool: str, model: str, descriptions: list[str]
+) -> None:
+    given = ["--load", f"{made}/{model}", "--data-path", f"{made}/held", "--micro-batch-size", "1"]
+    given += ["--tensor-model-parallel-size", "1", "--output", f"{tmp_path}/report.json"]
+    done = run_script(f"tools/{tool}.py", *given, processes=2, before=_print_every_line)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(
+        r"^(.+): ([\d,]+) of ([\d,]+) tokens \((\d+)%\)  [\d,]+ tokens/s  ETA ", done.stderr, re.M
+    )
+    for description in descriptions:
+        mine = [line[1:] for line in lines if line[0] == description.format(held=f"{made}/held")]
+        assert len(mine) > 1
+        assert [int(share) for _, _, share in mine] == sorted({int(share) for _, _, share in mine})
+        assert mine[-1] == (mine[0][1], mine[0][1], "100")

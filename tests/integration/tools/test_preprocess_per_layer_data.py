@@ -101,7 +101,7 @@ def test_document_003s_command_makes_vocabulary_table_and_aligned_data(
         assert f"{tokens.size:,} tokens" in printed
         rows = rows_of(table)
         marks = {2, 3, 4} if strategy == "attention_guidance" else set()
-        assert f"{len({*table.tolist(), *marks})} of {rows} rows used" in printed
+        assert f"{len({*table.tolist(), *marks})} of {rows} used" in printed
         assert manifest["per_layer"]["vocab_size"] == rows < len(vocabulary)
         assert {*range(15), *table.tolist()} == set(range(rows))
 

@@ -37,7 +37,7 @@ def test_tables_json_and_page_are_written(
         (["--runs", "{tmp}/g"], "--runs {tmp}/g: must be NAME=DIR"),
         (["--runs", "a={tmp}/g", "a={tmp}/g"], "the name a is given twice"),
         (["--runs", "a={tmp}/none"], "--runs a={tmp}/none: contains no progressive.json"),
-        (["--runs", "a={tmp}/g", "--reference", "b"], "--reference b: no such run"),
+        (["--runs", "a={tmp}/g", "--reference", "b"], "--reference b: must be one of the --runs a"),
         (["--runs", "a={tmp}/g", "--output", "{tmp}"], "--output"),
     ],
 )

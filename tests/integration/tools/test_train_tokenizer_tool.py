@@ -112,7 +112,7 @@ def test_the_size_that_a_small_text_yields_is_said(tmp_path: Path) -> None:
     result = run("--input", tmp_path / "small.txt", "--output-dir", tmp_path / "t", "--vocab-size", "32768")
     assert result.returncode == 0, result.stderr
     size = len(json.loads((tmp_path / "t" / "vocab.json").read_text()))
-    assert f"the vocabulary size is {size}" in result.stdout
+    assert f"{size} tokens\nthis is fewer than --vocab-size 32768" in result.stdout
 
 
 def _limit_file_size() -> None:  # stands in for a full disk: merges.txt fits, tokenizer.json does not

@@ -1,8 +1,12 @@
 """What `--help` prints: its order, its width, its texts."""
 
+import re
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 
-from megatron_ext.config.command_line.flag_table import flags_of, groups_of
+from megatron_ext.config.command_line.flag_table import flags_of, groups_of, known_flags
 from megatron_ext.config.command_line.help_text import field_docs
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
@@ -10,7 +14,7 @@ from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
 from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 
 
-def shown(config_type: type[NPTRunConfig], capsys: pytest.CaptureFixture[str], **supplied: str) -> list[str]:
+def shown(config_type: type[Any], capsys: pytest.CaptureFixture[str], **supplied: str) -> list[str]:
     with pytest.raises(SystemExit) as caught:
         parse(config_type, ["--help"], prog="test", supplied=supplied)
     assert caught.value.code == 0
@@ -51,3 +55,22 @@ def test_lines_are_wrapped_at_the_terminals_width(
 def test_every_flag_has_the_text_of_its_field(config_type: type[NPTRunConfig]) -> None:
     docs = {name: field_docs(group) for name, group in groups_of(config_type).items()}
     assert not [flag.name for flag in flags_of(config_type) if not docs[flag.group].get(flag.field)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithoutSwitches:
+    """Flags of a tool."""
+
+    size: int = 1
+    """A size."""
+
+
+def test_negations_are_explained_with_a_switch_of_this_program_and_only_if_it_has_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = re.search(
+        r"--no-SWITCH +Turn off .*? for +example + (--no-[a-z-]+)\.", " ".join(shown(NPTRunConfig, capsys))
+    )
+    assert found
+    assert found[1] in known_flags(NPTRunConfig)
+    assert not [line for line in shown(_WithoutSwitches, capsys) if "--no" in line]

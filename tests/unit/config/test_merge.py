@@ -11,8 +11,7 @@ import pytest
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.run_config import RunConfig
-from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
-from megatron_ext.npt.objective.npt_training_config import mode_defaults
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig, mode_defaults
 from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
 from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
 

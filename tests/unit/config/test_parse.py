@@ -138,7 +138,16 @@ def test_a_yaml_file_is_flat_or_in_sections_and_explicit_flags_win(tmp_path: Pat
         ("swiglu: 3", ["swiglu 3"]),
         ("lr: 1\nlearning_rate: 2", ["learning_rate", "twice"]),
         ("- a", ["must be a mapping"]),
-        ("a: [1", ["not valid YAML"]),
+        (
+            "a: [1",
+            [
+                ", line 1, column 6: not valid YAML: expected ',' or ']', but got '<stream end>'",
+                "(while parsing a flow sequence that begins at line 1, column 4)",
+            ],
+        ),
+        ("lr: 1\n seed: 2", [", line 2, column 6: not valid YAML: mapping values are not allowed here"]),
+        ("lr: 1\n\tseed: 2", [", line 2, column 1: not valid YAML: found character '\\t' that cannot start"]),
+        ("lr: 1\nseed: \x00", [", line 2, column 7: not valid YAML: special characters are not allowed"]),
     ],
 )
 def test_a_mistake_in_a_yaml_file_names_file_and_key(
@@ -153,6 +162,16 @@ def test_a_mistake_in_a_yaml_file_names_file_and_key(
     )
     for word in [str(path), *words]:
         assert word in message
+
+
+def test_the_place_in_a_yaml_file_that_is_not_utf8_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("lr: 1\nsave: \u00fc".encode() + b"\xff")
+    assert f"--config {path}, line 2, column 8: not valid YAML: must be in UTF-8" in refused(
+        f"--config {path}", capsys
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,15 @@ def test_a_file_that_holds_no_presets_is_told_in_one_line(content: str | None, t
     assert str(path) in str(error.value)
 
 
+def test_the_place_of_a_yaml_error_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "presets.yaml"
+    path.write_text("small:\n  - a: b: c")
+    with pytest.raises(
+        ValueError, match="--dataset-presets-file .*yaml, line 2, column 9: not valid YAML: mapping values"
+    ):
+        with_preset(DataConfig(), "small", str(path))
+
+
 def test_the_shipped_file_has_the_documents_presets_and_each_parses() -> None:
     names = yaml.safe_load((ROOT / "examples" / "npt" / "datasets.yaml").read_text())
     assert list(names) == ["small", "medium", "large"]

@@ -102,6 +102,7 @@ def test_a_key_that_is_unknown_or_contradicts_another_is_told_in_one_line(
         ("model: {vocab_size: 8, d_model: 32, n_heads: 4, depth: 3}\n", "unknown key in model: depth"),
         ("modell: {vocab_size: 8}\n", "unknown section: modell .did you mean model"),
         ("model: 3\n", "must have sections"),
+        ("model:\n  d_model: 32\n   n_heads: 4\n", "yaml, line 3, column 11: not valid YAML: mapping values"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:

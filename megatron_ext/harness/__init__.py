@@ -1,0 +1,1 @@
+"""Connects checkpoints to EleutherAI's lm-evaluation-harness (`lm_eval`), which runs public benchmarks."""

@@ -1,0 +1,55 @@
+"""`tools/run_lm_eval.py` runs the harness's own command line on a checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.testing.forked_scripts import run_script
+
+ROOT = Path(__file__).parents[3]
+KEPT = ROOT / "tests/integration/scripts/kept_checkpoint"
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a task of two short texts, scored one byte at a time."""
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "texts.jsonl").write_text('{"text": "a small text"}\n{"text": "line 7"}\n', encoding="utf-8")
+    lines = (ROOT / "examples/lm_eval/text.yaml").read_text(encoding="utf-8")
+    lines = lines.replace("examples/lm_eval/text.jsonl", str(folder / "texts.jsonl"))
+    (folder / "text.yaml").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def test_two_processes_print_one_table_and_write_the_results_of_one(task: Path, tmp_path: Path) -> None:
+    flags = ["--model", "megatron_ext", "--include_path", str(task), "--tasks", "local_text"]
+    results = []
+    for processes in (1, 2):
+        where = ["--model_args", f"load={KEPT}", "--output_path", f"{tmp_path}/out{processes}"]
+        done = run_script("tools/run_lm_eval.py", *flags, *where, processes=processes, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("|byte_perplexity|") == 1
+        (file,) = (tmp_path / f"out{processes}").rglob("*.json")
+        results.append(json.loads(file.read_text(encoding="utf-8"))["results"]["local_text"])
+    one, two = (result["byte_perplexity,none"] for result in results)
+    assert one == pytest.approx(two, rel=1e-6)
+    assert 100 < one < 300  # an untrained model of bytes
+
+
+def test_a_wrong_checkpoint_ends_in_one_line() -> None:
+    done = run_script(
+        "tools/run_lm_eval.py",
+        "--model",
+        "megatron_ext",
+        "--model_args",
+        "load=nowhere",
+        "--tasks",
+        "hellaswag",
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: nowhere")

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Runs lm-evaluation-harness (lm_eval) on a checkpoint, in one process or in several under `torchrun`.
+
+    python tools/run_lm_eval.py --model megatron_ext --model_args load=runs/ckpt,bf16=True --tasks hellaswag
+    torchrun --nproc-per-node 2 tools/run_lm_eval.py --model megatron_ext --model_args load=runs/ckpt --tasks hellaswag
+
+All flags are those of `lm_eval run`; `--model_args` takes load, ckpt_step, tensor_model_parallel_size,
+pipeline_model_parallel_size, bf16, bos and max_gen_toks. Requires the extra `eval`.
+"""
+
+import contextlib
+import os
+import sys
+
+from megatron_ext.config.command_line.parse import run_main
+
+
+def main() -> None:
+    """Registers the model type `megatron_ext` and runs the harness; only rank 0 prints and writes results."""
+    try:
+        from lm_eval._cli import HarnessCLI
+        from lm_eval.utils import setup_logging
+    except ImportError:
+        raise ValueError(
+            'run_lm_eval.py requires the package lm_eval; install it with: pip install "megatron-ext[eval]"'
+        ) from None
+    import megatron_ext.harness.harness_model  # noqa: F401  (registers the model type)
+    from megatron_ext.platform import process_groups
+
+    setup_logging()
+    cli = HarnessCLI()
+    arguments = cli.parse_args()
+    several = process_groups.world_size() > 1
+    if several and getattr(arguments, "use_cache", None):
+        # Processes of one model must compute the same requests, but each would read a cache of its own.
+        raise ValueError(f"--use_cache {arguments.use_cache}: requires a single process")
+    if process_groups.rank() > 0:
+        for name in ("output_path", "wandb_args", "trackio_args", "hf_hub_log_args"):
+            if hasattr(arguments, name):
+                setattr(arguments, name, None)
+    with contextlib.ExitStack() as stack:
+        if process_groups.rank() > 0:
+            silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(silent))
+        cli.execute(arguments)
+    process_groups.shutdown()
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "run_lm_eval.py"
+    run_main(main)
