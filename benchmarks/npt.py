@@ -254,13 +254,11 @@ def _print_materialised(config: BenchmarkConfig, layers: dict[str, Layer]) -> No
     tokens = config.seq_length * config.micro_batch_size
     for name in ("low_rank, gate, r=64", "outer_product, gate, r=64"):
         layer = layers[name].layer
-        factored = _mlp_seconds(
-            config, tokens, lambda *x, of=layer: of.feed_forward.modulated_mlp(of.mlp, *x)
-        )
+        factored = _mlp_seconds(config, tokens, lambda *x, of=layer: of.feed_forward.mlp_output(of, *x))
         built = _mlp_seconds(
             config,
             config.materialised_tokens,
-            lambda *x, of=layer: materialised_mlp(of.feed_forward, of.mlp, *x),
+            lambda *x, of=layer: materialised_mlp(of.feed_forward, of, *x),
         )
         console.print(
             f"{name}, MLP alone, base frozen: {1e3 * factored:.2f} ms per token factored, {1e3 * built:.1f} ms "

@@ -20,6 +20,7 @@ from megatron_ext.config.command_line.flag_text import argument_text, read_lines
 from megatron_ext.config.command_line.parse import parse, run_main
 from megatron_ext.config.groups.inference_config import LoadConfig, SamplingConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.npt.modules.np_ranks import normalised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     npt_layers: str | None = None
     """NPT layers that the checkpoint is expected to have; the tool stops with an error if it has others."""
 
-    np_rank: Annotated[int | None, flag(aliases=("--rank",))] = None
+    np_rank: Annotated[str | int | None, flag(aliases=("--rank",))] = None
     """NP rank that the checkpoint is expected to have; the tool stops with an error if it has another."""
 
     np_scale: Annotated[float | None, flag(aliases=("--modulation_scale",))] = None
@@ -76,6 +77,8 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
         super().__post_init__()
         check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
         check_at_least(self, 0, "max_new_tokens")
+        if self.np_rank is not None:
+            object.__setattr__(self, "np_rank", normalised(self.np_rank))
 
 
 def main() -> None:

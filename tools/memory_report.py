@@ -127,7 +127,7 @@ def _print(
 ) -> None:
     console = Console(width=120)
     table = Table(
-        title=f"{settings.np_form}, {settings.np_target}, r={settings.total_rank}, "
+        title=f"{settings.np_form}, {settings.np_target}, r={settings.np_rank}, k={settings.num_np_components}, "
         f"{'bf16' if config.bf16 else 'fp32'}: bytes per token of one layer, beyond the base MLP"
     )
     table.add_column("h x f")

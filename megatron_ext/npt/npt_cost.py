@@ -3,13 +3,14 @@
 For one converted layer and one target (weight matrix that gets a delta), the NP components have this many parameters,
 and a forward pass this many FLOPs per token; `affine` is added for outer_product with the constant c_a:
 
-    target           low_rank                      outer_product                       affine
-    gate, up, fc1    k r (h + f)                   k r (2 h + f)                       k h       parameters
-                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k h     FLOPs
-    down             k r (2 h + f)                 k r (2 h + f)                       k f       parameters
-                     2 k r (2 h + f)               2 k r (2 h + f)                     2 k f     FLOPs
+    target           low_rank              outer_product         affine      key_value
+    gate, up, fc1    k r (h + f)           k r (2 h + f)         k h         r (h + f)      parameters
+                     2 k r (2 h + f)       2 k r (2 h + f)       2 k h       2 r (h + f)    FLOPs
+    down             k r (2 h + f)         k r (2 h + f)         k f         2 r h          parameters
+                     2 k r (2 h + f)       2 k r (2 h + f)       2 k f       4 r h          FLOPs
 
-For gate, up and fc1, low_rank multiplies both x and a by the same factor A: one set of parameters, two products.
+For gate, up and fc1, low_rank multiplies both x and a by the same factor A: one set of parameters, two products. In
+key_value gate and up share A, so that `up` adds r f parameters and 2 r f FLOPs.
 
 What a training step with a frozen base computes (`npt_work`):
 
@@ -52,10 +53,11 @@ def npt_cost(settings: NPTModuleConfig, model: ModelConfig) -> ModelCost:
         ValueError: the layers or the target do not fit the model.
     """
     settings.check_model(model.swiglu)
-    layers = len(settings.layers(model.num_layers))
-    flops = sum(sum(products) for products in _products(settings, model).values())
+    layers = settings.layers(model.num_layers)
+    flops = sum(sum(of_x) for layer in layers for of_x in _products(settings, model, layer).values())
     return ModelCost(
-        parameters=layers * _layer_parameters(settings, model), forward_flops_per_token=float(layers * flops)
+        parameters=sum(np_parameters(settings, model, layer) for layer in layers),
+        forward_flops_per_token=float(flops),
     )
 
 
@@ -79,9 +81,9 @@ def npt_work(
         trains = number in weights
         layer = _layer(settings, objective, reached, trains)
         uses.append(layer.use)
-        flops += _np_flops(settings, model, layer) + _base_flops(model, layer)
+        flops += _np_flops(settings, model, number, layer) + _base_flops(model, layer, settings.has_gain)
         if trains and weights[number] and objective.layer.compares_outputs:
-            flops += mlp_flops_per_token(model) + _local_flops(settings, model, objective, layer)
+            flops += mlp_flops_per_token(model) + _local_flops(settings, model, objective, number, layer)
         reached = reached or trains
     reads = objective.lm > 0 or objective.fidelity > 0
     return StepWork(
@@ -90,7 +92,7 @@ def npt_work(
         trains_embedding=not settings.freeze_base,
         head_forwards=reads + (objective.fidelity > 0),
         further_forwards=int(objective.reads_teacher),
-        trained_parameters=len(weights) * _layer_parameters(settings, model),
+        trained_parameters=sum(np_parameters(settings, model, number) for number in weights),
         flops_per_token=flops,
     )
 
@@ -135,17 +137,19 @@ def _plain_use(settings: NPTModuleConfig, reached: bool) -> Use:
     return Use.GRADIENT if reached else Use.FORWARD
 
 
-def _base_flops(model: ModelConfig, layer: _Layer) -> float:
+def _base_flops(model: ModelConfig, layer: _Layer, has_gain: bool) -> float:
     """Returns a PARTIAL layer's backward FLOPs per token in the base: those of fc2 and of parts that need gradients."""
     if layer.use is not Use.PARTIAL:
         return 0.0
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
     attention = linear_flops_per_token(model, "qkv", "proj") + 2 * core_attention_flops_per_token(model)
-    return fc2 + fc1 * layer.to_mlp + attention * layer.to_attention
+    # In key_value the input of fc1 depends on the attention output, through the gain.
+    to_fc1 = layer.to_mlp or (has_gain and layer.to_attention)
+    return fc2 + fc1 * to_fc1 + attention * layer.to_attention
 
 
 def _local_flops(
-    settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, layer: _Layer
+    settings: NPTModuleConfig, model: ModelConfig, objective: StepObjective, number: int, layer: _Layer
 ) -> float:
     """Returns the FLOPs per token of running a layer's modulated MLP again on detached inputs, for local losses."""
     if not objective.layer.local or not (layer.to_attention or layer.to_mlp):
@@ -157,37 +161,44 @@ def _local_flops(
     else:
         backward = linear_flops_per_token(model, "fc2")
         again = replace(layer, to_attention=False, to_mlp=False)
-    return mlp + backward + _np_flops(settings, model, again)
+    return mlp + backward + _np_flops(settings, model, number, again)
 
 
-def _np_flops(settings: NPTModuleConfig, model: ModelConfig, layer: _Layer) -> float:
+def _np_flops(settings: NPTModuleConfig, model: ModelConfig, number: int, layer: _Layer) -> float:
     """Returns the FLOPs per token of a layer's NP components, forward and backward."""
     total = 0
-    for target, (of_input, of_attention, of_output) in _products(settings, model).items():
+    for target, (of_input, of_attention, of_output) in _products(settings, model, number).items():
         input_has_gradient = layer.any if target == "down" else layer.to_mlp
         total += (1 + layer.trains) * (of_input + of_attention + of_output)
         total += of_input * input_has_gradient + of_attention * layer.to_attention + of_output * layer.any
     return float(total)
 
 
-def _products(settings: NPTModuleConfig, model: ModelConfig) -> dict[str, tuple[int, int, int]]:
+def _products(settings: NPTModuleConfig, model: ModelConfig, number: int) -> dict[str, tuple[int, int, int]]:
     """Maps each target to the forward FLOPs per token of its products with x, with a, and with u."""
-    rank = settings.total_rank
     found = {}
     for target in settings.targets:
+        rank = settings.num_np_components * settings.rank(number, target, model.num_layers)
         inner, outer = _sizes(target, model)
         affine = settings.num_np_components * inner * settings.has_affine
-        found[target] = (2 * (rank * inner + affine), 2 * rank * model.hidden_size, 2 * rank * outer)
+        reads = 0 if settings.np_form == "key_value" else 2 * (rank * inner + affine)
+        codes = 0 if settings.shares_code(target) else 2 * rank * model.hidden_size
+        found[target] = (reads, codes, 2 * rank * outer)
     return found
 
 
-def _layer_parameters(settings: NPTModuleConfig, model: ModelConfig) -> int:
-    rank, parameters = settings.total_rank, 0
+def np_parameters(settings: NPTModuleConfig, model: ModelConfig, layer: int) -> int:
+    """Returns the number of parameters of the NP components of one layer."""
+    parameters = 0
     for target in settings.targets:
+        rank = settings.num_np_components * settings.rank(layer, target, model.num_layers)
         inner, outer = _sizes(target, model)
+        # low_rank has one factor for x and a, except on `down`; key_value has no factor for x.
         shares = settings.np_form == "low_rank" and target != "down"
+        reads = 0 if settings.np_form == "key_value" else inner
+        codes = 0 if shares or settings.shares_code(target) else model.hidden_size
         affine = settings.num_np_components * inner * settings.has_affine
-        parameters += rank * (inner + outer + model.hidden_size * (not shares)) + affine
+        parameters += rank * (reads + outer + codes) + affine
     return parameters
 
 

@@ -24,14 +24,21 @@ def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: T
         settings: NPT's configuration.
         factors: factors of the target by name.
         a: attention output, [n, h].
-        x: input of the target, [n, input]; the form outer_product uses it to normalize the delta of `down`.
+        x: input of the target, [n, input]; key_value, and outer_product on `down`, use it.
         down: whether the target is `down`.
     """
-    rank = settings.np_rank
+    rank = int(settings.np_rank)
     total: Tensor | None = None
     for k in range(settings.num_np_components):
         columns = slice(k * rank, (k + 1) * rank)
-        if settings.np_form == "low_rank":
+        if settings.np_form == "key_value":
+            assert down, "the other targets need the base layer; see reference_key_value_deltas"
+            delta = torch.einsum(
+                "no,ni->noi",
+                a @ factors["A"] @ factors["B"] * settings.np_scale,
+                x / (x**2).sum(1, keepdim=True),
+            )
+        elif settings.np_form == "low_rank":
             code = torch.tanh(a @ factors["A"][:, columns])
             reader = factors["A_in" if down else "A"][:, columns]
             writer = factors["B"][columns]
@@ -45,11 +52,53 @@ def reference_delta(settings: NPTModuleConfig, factors: Factors, a: Tensor, x: T
     return total
 
 
+def reference_norm(values: Tensor, base: Factors, eps: float) -> Tensor:
+    """Applies LayerNorm if the base layer has a `norm_bias`, else RMSNorm; [n, h]."""
+    if "norm_bias" not in base:
+        return reference_rms_norm(values, base["norm"], eps)
+    centred = values - values.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps) * base["norm"] + base["norm_bias"]
+
+
+def reference_key_value_deltas(
+    settings: NPTModuleConfig,
+    base: Factors,
+    factors: dict[str, Factors],
+    hidden: Tensor,
+    a: Tensor,
+    eps: float,
+) -> dict[str, Tensor]:
+    """Returns the deltas of gate and up, or of fc1, in the form key_value: [n, output, h] by target.
+
+    If only gate is a target, `up` gets the gain alone. The arguments are those of `reference_feed_forward`.
+    """
+    if "norm_bias" in base:
+        bias = base["norm_bias"]
+        centred_h, centred_a = (value - value.mean(-1, keepdim=True) for value in (hidden, a))
+    else:
+        bias, centred_h, centred_a = torch.zeros_like(base["norm"]), hidden, a
+    rms_h = torch.sqrt((centred_h**2).mean(-1, keepdim=True) + eps)
+    rms_m = torch.sqrt(((centred_h + centred_a) ** 2).mean(-1, keepdim=True) + eps)
+    change = settings.np_scale * (rms_h / rms_m - 1)
+    normed = reference_norm(hidden, base, eps)
+    key = normed / (normed**2).sum(-1, keepdim=True)
+    is_gated = "fc1" not in settings.targets
+    weights = dict(zip(("gate", "up"), base["fc1"].chunk(2), strict=True)) if is_gated else base
+    u = centred_a / rms_m @ factors["gate" if is_gated else "fc1"]["A"] * settings.np_scale
+    deltas = {}
+    for target in ("gate", "up") if is_gated else ("fc1",):
+        values = -change * (weights[target] @ bias)
+        if target in factors:
+            values = values + u @ factors[target]["B"]
+        deltas[target] = torch.einsum("no,ni->noi", values, key) + change.unsqueeze(-1) * weights[target]
+    return deltas
+
+
 def reference_vectors(
     settings: NPTModuleConfig, factors: Factors, a: Tensor, x: Tensor, down: bool, component: int
 ) -> tuple[Tensor, Tensor]:
     """Returns the vectors v_a [n, input] and v_b [n, output] for one component of the form outer_product."""
-    rank = settings.np_rank
+    rank = int(settings.np_rank)
     columns = slice(component * rank, (component + 1) * rank)
     z = a @ factors["W_down"][:, columns]
     if settings.np_normalize:
@@ -77,18 +126,22 @@ def reference_feed_forward(
 
     Args:
         settings: NPT's configuration.
-        base: weights of the base layer: `norm` [h], `fc1` [2 f or f, h], `fc1_bias`, `fc2` [h, f], `fc2_bias`.
+        base: weights of the base layer: `norm` [h], for LayerNorm `norm_bias` [h], `fc1` [2 f or f, h], `fc1_bias`,
+            `fc2` [h, f], `fc2_bias`.
         factors: factors by target and name.
         hidden: input of the layer, [n, h].
         a: attention output, [n, h].
         eps: epsilon of the norm.
     """
-    normed = reference_rms_norm(hidden, base["norm"], eps)
-    deltas = {
-        target: reference_delta(settings, factors[target], a, normed, False)
-        for target in settings.targets
-        if target != "down"
-    }
+    normed = reference_norm(hidden, base, eps)
+    if settings.np_form == "key_value":
+        deltas = reference_key_value_deltas(settings, base, factors, hidden, a, eps)
+    else:
+        deltas = {
+            target: reference_delta(settings, factors[target], a, normed, False)
+            for target in settings.targets
+            if target != "down"
+        }
     if "fc1" in settings.targets:
         weights = base["fc1"] + deltas["fc1"]
         inner = torch.einsum("noi,ni->no", weights, normed) + base["fc1_bias"]

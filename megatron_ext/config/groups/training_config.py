@@ -68,9 +68,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_at_least(self, 1, "micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
-        check_at_least(self, 1, "train_iters", "train_samples", "eval_interval", "exit_interval")
+        check_at_least(self, 1, "train_samples", "eval_interval", "exit_interval")
         check_at_least(self, 1, "max_consecutive_nan_steps")
-        check_at_least(self, 0, "eval_iters", "seed")
+        # A run of 0 steps only prepares a model, where a script offers that; `check_has_steps` refuses it elsewhere.
+        check_at_least(self, 0, "train_iters", "eval_iters", "seed")
         check_at_most(self, 2**32 - 1, "seed")  # numpy accepts no larger seed
         check_positive(self, "exit_duration_in_mins", "num_epochs")
         lengths = (self.train_iters, self.train_samples, self.num_epochs)
@@ -85,6 +86,14 @@ class TrainingConfig:
                 f"--gradient-accumulation-steps {self.gradient_accumulation_steps}: "
                 f"cannot be given together with --global-batch-size {self.global_batch_size}"
             )
+
+    def check_has_steps(self) -> None:
+        """Checks that the run has at least one step.
+
+        Raises:
+            ValueError: --train-iters is 0.
+        """
+        check_at_least(self, 1, "train_iters")
 
     @classmethod
     def missing(cls, given: Mapping[str, Any]) -> list[str]:

@@ -82,10 +82,11 @@ def measure_memory(
     chunks = build_model(model, ParallelConfig(), vocab_size=64, seed=1, bf16=bf16, extensions=[extension])
     layer: Any = chunks[0].decoder.layers[0]
     layer.mlp.requires_grad_(False)
+    layer.pre_mlp_layernorm = torch.nn.Identity()  # the norm's own memory is the base layer's
     forms: dict[str, Callable[..., torch.Tensor]] = {
         "base": lambda normed, _: layer.mlp(normed)[0],
-        "factored": lambda *inputs: layer.feed_forward.modulated_mlp(layer.mlp, *inputs),
-        "materialised": lambda *inputs: materialised_mlp(layer.feed_forward, layer.mlp, *inputs),
+        "factored": lambda *inputs: layer.feed_forward.mlp_output(layer, *inputs),
+        "materialised": lambda *inputs: materialised_mlp(layer.feed_forward, layer, *inputs),
     }
     found = {name: _bytes_per_token(layer, run, hidden_size, _TOKENS[name]) for name, run in forms.items()}
     base = found["base"]

@@ -171,7 +171,7 @@ class _Observer:
     def _before_fc2(self, linear: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         self._activated = inputs[0]
 
-    def _after_feed_forward(self, slot: NPFeedForward, inputs: Any, output: torch.Tensor) -> None:
+    def _after_feed_forward(self, slot: NPFeedForward, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         if self._is_base:
             return
         number = slot.layer_number - 1
@@ -180,8 +180,9 @@ class _Observer:
             return
         assert self._attention is not None and self._activated is not None
         attention, activated = self._attention[mask], self._activated[mask]
+        layer, hidden_states = inputs[0], inputs[1][mask]
         for target, part in slot.modulations.items():
-            norms = delta_norms(part, attention, activated if part.reads_ffn else None)
+            norms = delta_norms(part, attention, activated, layer, hidden_states)
             self._findings.deltas.setdefault((number, target), []).append(norms.float().cpu().numpy())
             if slot.settings.np_form == "outer_product" and not part.reads_ffn:
                 vectors = GeneratedVectors(part, attention)

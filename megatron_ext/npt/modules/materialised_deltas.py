@@ -11,44 +11,64 @@ from typing import Any
 
 import torch
 
+from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_bias, norm_gain, with_gain
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
+from megatron_ext.npt.modules.vector_norms import target_weight
 
 
 def materialised_mlp(
-    feed_forward: NPFeedForward, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor
+    feed_forward: NPFeedForward, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
 ) -> torch.Tensor:
-    """Computes MLP*(n) [s, b, h]; the values equal those of `NPFeedForward.modulated_mlp`.
+    """Computes MLP*(LN2(h)) [s, b, h]; the values equal those of `NPFeedForward.mlp_output`.
 
     Args:
         feed_forward: the layer's feed-forward module, which holds the factors of the deltas.
-        mlp: the base MLP.
-        normed: n, the MLP's normed input, [s, b, h].
+        layer: the transformer layer, whose norm and MLP are used.
+        hidden_states: h, the norm's input, [s, b, h].
         attention_output: a, [s, b, h].
     """
-    parts = feed_forward.modulations
+    parts, mlp = feed_forward.modulations, layer.mlp
+    normed = layer.pre_mlp_layernorm(hidden_states)
     inner, bias = mlp.linear_fc1(normed)
-    halves = list(inner.chunk(2, dim=-1)) if "fc1" not in parts else [inner]
-    for index, target in enumerate(("gate", "up") if "fc1" not in parts else ("fc1",)):
+    targets = ("gate", "up") if "fc1" not in parts else ("fc1",)
+    halves = list(inner.chunk(len(targets), dim=-1))
+    inputs = [value.flatten(0, -2) for value in (normed, attention_output, hidden_states)]
+    for index, target in enumerate(targets):
         if target in parts:
-            halves[index] = halves[index] + _apply(parts[target], normed, attention_output)
+            deltas = materialised_deltas(parts[target], *inputs, layer=layer)
+            halves[index] = halves[index] + _apply(deltas, normed)
+        elif feed_forward.settings.has_gain:  # `up` beside the target gate: only the gain
+            gain, _ = norm_gain(hidden_states, attention_output, feed_forward.settings, feed_forward.config)
+            scaled = with_gain(normed, gain, layer.pre_mlp_layernorm)
+            halves[index] = scaled @ mlp.linear_fc1.weight.chunk(2)[index].t()
     inner = torch.cat(halves, dim=-1)
     activated = mlp.activation_func(inner if bias is None else inner + bias)
     output, bias = mlp.linear_fc2(activated)
     if bias is not None:
         output = output + bias
-    return output + _apply(parts["down"], activated, attention_output) if "down" in parts else output
+    if "down" not in parts:
+        return output
+    deltas = materialised_deltas(parts["down"], activated.flatten(0, -2), inputs[1], inputs[2], layer=layer)
+    return output + _apply(deltas, activated)
 
 
 def materialised_deltas(
-    modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor
+    modulation: Modulation,
+    x: torch.Tensor,
+    attention_output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    *,
+    layer: Any,
 ) -> torch.Tensor:
     """Builds the deltas of n tokens for one weight matrix.
 
     Args:
         modulation: the factors of the weight matrix's deltas, in any form.
-        x: input of the weight matrix, [n, input]. Only outer_product on `down` uses it, to normalise the deltas.
+        x: input of the weight matrix, [n, input]. Only key_value, and outer_product on `down`, depend on it.
         attention_output: a, [n, h].
+        hidden_states: h, [n, h]; key_value depends on it.
+        layer: the transformer layer; key_value depends on its norm and weights.
 
     Returns:
         [n, output, input], differentiable.
@@ -58,13 +78,15 @@ def materialised_deltas(
         reader = modulation.A_in if modulation.reads_ffn else modulation.A
         code = torch.tanh(attention_output @ modulation.A) * settings.np_scale
         return (modulation.B.t() * code.unsqueeze(1)) @ reader.t()
+    if isinstance(modulation, KeyValueModulation):
+        return _key_value_deltas(modulation, x, attention_output, hidden_states, layer)
     assert isinstance(modulation, OuterProductModulation)
     z = modulation.code(attention_output)
     if settings.np_normalize:
         z = z * modulation.inverse_rms(z).unsqueeze(-1)
-    components = (settings.num_np_components, settings.np_rank)
+    components = (settings.num_np_components, modulation.rank)
     v_a = torch.einsum("nkr,kri->nki", z, modulation.W_a_up.float().unflatten(0, components))
-    v_a = v_a * settings.np_rank**-0.5
+    v_a = v_a * modulation.rank**-0.5
     if settings.has_affine:
         v_a = v_a + modulation.c_a
     if modulation.divides_by_read:
@@ -72,12 +94,33 @@ def materialised_deltas(
     else:
         v_a = v_a * modulation.input_size**-0.5
     v_b = torch.einsum("nkr,kro->nko", z, modulation.W_b_up.float().unflatten(0, components))
-    factor = settings.np_scale / math.sqrt(settings.total_rank)
+    factor = settings.np_scale / math.sqrt(modulation.total_rank)
     return (v_b * factor).to(x.dtype).mT @ v_a.to(x.dtype)
 
 
-def _apply(modulation: Modulation, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-    """Returns delta x for every token: x's shape, with the output size as the last dimension."""
-    rows = x.flatten(0, -2)
-    deltas = materialised_deltas(modulation, rows, attention_output.flatten(0, -2))
-    return torch.bmm(deltas, rows.unsqueeze(-1)).view(*x.shape[:-1], modulation.output_size)
+def _key_value_deltas(
+    modulation: KeyValueModulation,
+    x: torch.Tensor,
+    attention_output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    layer: Any,
+) -> torch.Tensor:
+    key = x / x.square().sum(-1, keepdim=True)
+    if modulation.reads_ffn:
+        return _outer(modulation.coefficients(x, attention_output) @ modulation.B, key)
+    gain, inverse_rms = norm_gain(hidden_states, attention_output, modulation.settings, modulation.config)
+    owner = modulation if modulation.has_code else layer.feed_forward.gate
+    values = (owner.coefficients(x, attention_output) * inverse_rms) @ modulation.B
+    weight, bias = target_weight(modulation, layer.mlp), norm_bias(layer.pre_mlp_layernorm)
+    if bias is not None:
+        values = values - (gain - 1) * (weight @ bias)
+    return _outer(values, key) + (gain - 1).unsqueeze(-1) * weight
+
+
+def _outer(values: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return values.unsqueeze(-1) * key.unsqueeze(-2)
+
+
+def _apply(deltas: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Returns delta x; the shape is that of x except for the last dimension, which is the output size."""
+    return torch.bmm(deltas, x.flatten(0, -2).unsqueeze(-1)).view(*x.shape[:-1], deltas.size(1))

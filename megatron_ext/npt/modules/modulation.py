@@ -4,7 +4,7 @@ The base layer computes y = W x. With the delta, which is applied in factored fo
 
     y = W x + u B         u: r values per token and component; the delta itself, [output, input] per token, is not built
 
-The two forms (`--np-form`) compute u as follows; `down` is the MLP's second weight matrix, whose input x has width f:
+Two forms (`--np-form`) compute u as follows; `down` is the MLP's second weight matrix, whose input x has width f:
 
     low_rank        delta = scale * B diag(tanh(a A)) A^T
                     u = scale * (x A) * tanh(a A)                                  A: [h, r], B: [r, output]
@@ -16,6 +16,9 @@ The two forms (`--np-form`) compute u as follows; `down` is the MLP's second wei
                     v_b = z W_b_up                                                 W_b_up: [r, output]
                     u = scale / sqrt(k r) * (v_a . x) * z
                     `down` divides v_a by rms(W_a_up x) instead of sqrt(input)
+
+
+The third form is in `key_value`.
 
 A delta is the sum of k components, whose factors are concatenated: A is [h, k r], W_a_up [k r, input], c_a [k, input],
 B and W_b_up [k r, output]. For low_rank, k components of rank r equal one component of rank k r.
@@ -66,14 +69,19 @@ class Modulation(MegatronModule):
         groups: ProcessGroupCollection,
         settings: NPTModuleConfig,
         target: str,
+        rank: int,
     ) -> None:
         """Args:
         config: megatron-core's transformer configuration.
         groups: the process groups; factors with a dimension f are split over the tensor-parallel group.
         settings: form, rank and initial values.
         target: `gate`, `up`, `down` or `fc1`.
+        rank: rank r of one component.
         """
         super().__init__(config)
+        self.rank = rank
+        self.total_rank = settings.num_np_components * rank
+        """Rank k r of all components together."""
         self.groups = groups
         self.settings = settings
         self.target = target
@@ -84,6 +92,11 @@ class Modulation(MegatronModule):
         """Maps each split factor to the dimension split over the tensor-parallel ranks; other factors are
         replicated."""
         self.build()
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the target has coefficients u of its own, instead of another target's."""
+        return True
 
     def build(self) -> None:
         """Creates the factors as parameters."""
@@ -160,7 +173,7 @@ class Modulation(MegatronModule):
         """
         settings = self.settings
         std = scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0
-        shape = (settings.total_rank, self.output_size)
+        shape = (self.total_rank, self.output_size)
         self.add_factor(self.output_name, shape, std, of_ffn=None if self.reads_ffn else 1)
 
     def sharded_state_dict(
@@ -184,7 +197,7 @@ class LowRankModulation(Modulation):
 
     def build(self) -> None:
         """Creates the parameters A, B and, for `down`, A_in."""
-        hidden, rank = self.config.hidden_size, self.settings.total_rank
+        hidden, rank = self.config.hidden_size, self.total_rank
         self.add_factor("A", (hidden, rank), hidden**-0.5)
         if self.reads_ffn:
             self.add_factor("A_in", (self.input_size, rank), self.input_size**-0.5, of_ffn=0)
@@ -206,7 +219,7 @@ class OuterProductModulation(Modulation):
 
     def build(self) -> None:
         """Creates the parameters W_down, W_a_up, c_a and W_b_up."""
-        settings, rank = self.settings, self.settings.total_rank
+        settings, rank = self.settings, self.total_rank
         of_ffn = 1 if self.reads_ffn else None
         self.add_factor("W_down", (self.config.hidden_size, rank), self.config.hidden_size**-0.5)
         self.add_factor("W_a_up", (rank, self.input_size), 1.0, of_ffn=of_ffn)
@@ -226,16 +239,16 @@ class OuterProductModulation(Modulation):
         # z itself is not divided by its root mean square. It occurs twice in u (in v_a and as a factor), so the scalar
         # s is multiplied twice by 1 / rms(z); c_a, which does not depend on z, is added in between.
         z, read = self.code(attention_output), self.by_component(products)
-        s = (z * read).sum(-1) * settings.np_rank**-0.5
+        s = (z * read).sum(-1) * self.rank**-0.5
         inverse_rms = self.inverse_rms(z) if settings.np_normalize else None
         if inverse_rms is not None:
             s = s * inverse_rms
         if settings.has_affine:
-            s = s + products[..., settings.total_rank :].float()
+            s = s + products[..., self.total_rank :].float()
         if inverse_rms is not None:
             s = s * inverse_rms
         s = s * (self.inverse_rms(read) if self.divides_by_read else self.input_size**-0.5)
-        s = s * (settings.np_scale / math.sqrt(settings.total_rank))
+        s = s * (settings.np_scale / math.sqrt(self.total_rank))
         return (s.unsqueeze(-1) * z).flatten(-2).to(products.dtype)
 
     @property
@@ -250,17 +263,10 @@ class OuterProductModulation(Modulation):
     def by_component(self, values: torch.Tensor) -> torch.Tensor:
         """Reshapes the first k r values of the last dimension to [.., k, r], in fp32."""
         settings = self.settings
-        values = values[..., : settings.total_rank].float()
-        return values.unflatten(-1, (settings.num_np_components, settings.np_rank))
+        values = values[..., : self.total_rank].float()
+        return values.unflatten(-1, (settings.num_np_components, self.rank))
 
     @staticmethod
     def inverse_rms(values: torch.Tensor) -> torch.Tensor:
         """Returns 1 / (root mean square of the values) over the last dimension."""
         return torch.rsqrt(values.square().mean(-1) + EPS)
-
-
-FORMS: dict[str, type[Modulation]] = {
-    "low_rank": LowRankModulation,
-    "outer_product": OuterProductModulation,
-}
-"""Maps each value of `np_form` to its class."""

@@ -1,6 +1,6 @@
 """The feed-forward module of an NPT layer: the base MLP, with weights that the attention output `a` changes.
 
-    MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` for the deltas
+    MLP*(n) = (W_fc2 + delta_down) act((W_fc1 + [delta_gate ; delta_up]) n)       see `modulation` and `key_value`
 
 The MLP reads n = LN2(h), the normed input of the layer, to which a is not added: a acts only through the weights.
 Whether a is added to the layer's output depends on `np_residual`:
@@ -30,9 +30,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.ops.add_product import add_product
+from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_gain, with_gain
 from megatron_ext.npt.modules.layer_step import LayerStep
-from megatron_ext.npt.modules.modulation import FORMS, Modulation
+from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+
+FORMS: dict[str, type[Modulation]] = {
+    "low_rank": LowRankModulation,
+    "outer_product": OuterProductModulation,
+    "key_value": KeyValueModulation,
+}
+"""Maps each value of `np_form` to its class."""
 
 
 class NPFeedForward(MegatronModule):
@@ -61,7 +69,8 @@ class NPFeedForward(MegatronModule):
         self.step: LayerStep | None = None
         """Chooses the layer's inputs and attaches its losses in the current training step; None outside training."""
         for target in settings.targets:
-            self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target))
+            rank = settings.rank(layer_number - 1, target, config.num_layers)
+            self.add_module(target, FORMS[settings.np_form](config, pg_collection, settings, target, rank))
 
     @property
     def modulations(self) -> dict[str, Modulation]:
@@ -108,24 +117,35 @@ class NPFeedForward(MegatronModule):
             attention_output: a, [s, b, h].
         """
         normed = layer.pre_mlp_layernorm(hidden_states)
+        inverse_rms = None
+        if self.settings.has_gain:
+            gain, inverse_rms = norm_gain(hidden_states, attention_output, self.settings, self.config)
+            normed = with_gain(normed, gain, layer.pre_mlp_layernorm)
         if not layer.recompute_mlp:
-            return self.modulated_mlp(layer.mlp, normed, attention_output)
+            return self.modulated_mlp(layer.mlp, normed, attention_output, inverse_rms)
         if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
             # A recomputed function gets gradients only if an input requires them; here only its parameters do.
             normed = normed.detach().requires_grad_()
         run = partial(self.modulated_mlp, layer.mlp)
-        return tensor_parallel.checkpoint(run, False, normed, attention_output)
+        return tensor_parallel.checkpoint(run, False, normed, attention_output, inverse_rms)
 
-    def modulated_mlp(self, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+    def modulated_mlp(
+        self,
+        mlp: Any,
+        normed: torch.Tensor,
+        attention_output: torch.Tensor,
+        inverse_rms: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Computes MLP*(n) with biases, [s, b, h].
 
         Args:
             mlp: the base MLP.
-            normed: n, the MLP's normed input, [s, b, h].
+            normed: n, the MLP's normed input, [s, b, h]; for key_value with the gain applied.
             attention_output: a, [s, b, h].
+            inverse_rms: for key_value 1 / rms(h + a), [s, b, 1]; otherwise None.
         """
         inner, bias = mlp.linear_fc1(normed)
-        inner = self._add_to_fc1(inner, normed, attention_output)
+        inner = self._add_to_fc1(inner, normed, attention_output, inverse_rms)
         if bias is not None:
             inner = inner + bias
         activated = mlp.activation_func(inner)
@@ -138,13 +158,22 @@ class NPFeedForward(MegatronModule):
         return output
 
     def _add_to_fc1(
-        self, inner: torch.Tensor, normed: torch.Tensor, attention_output: torch.Tensor
+        self,
+        inner: torch.Tensor,
+        normed: torch.Tensor,
+        attention_output: torch.Tensor,
+        inverse_rms: torch.Tensor | None,
     ) -> torch.Tensor:
         """Adds u B of gate and up (or of fc1) to W_fc1 n, [s, b, 2 f/t] (or f/t); `up` is the second half."""
         parts = [modulation for target, modulation in self.modulations.items() if target != "down"]
-        coefficients = self._for_all_ranks([part.coefficients(normed, attention_output) for part in parts])
-        for index, (part, u) in enumerate(zip(parts, coefficients, strict=True)):
+        coefficients = [part.coefficients(normed, attention_output) for part in parts if part.has_code]
+        if inverse_rms is not None:
+            coefficients = [u * inverse_rms.to(u.dtype) for u in coefficients]
+        coefficients = self._for_all_ranks(coefficients)
+        for index, part in enumerate(parts):
             factor = part.output_factor
+            # In key_value `up` has no coefficients of its own, and uses those of `gate`.
+            u = coefficients[min(index, len(coefficients) - 1)]
             inner = add_product(inner, u, factor, start=index * factor.size(1))
         return inner
 
@@ -159,4 +188,4 @@ class NPFeedForward(MegatronModule):
             joined = gather_from_sequence_parallel_region(joined, group=self.tp_group)
         else:
             joined = copy_to_tensor_model_parallel_region(joined, group=self.tp_group)
-        return list(joined.split(self.settings.total_rank, dim=-1))
+        return list(joined.split([u.size(-1) for u in coefficients], dim=-1))

@@ -4,10 +4,12 @@ The defaults are those of docs/design/npt_equivalence.md: form `low_rank`, targe
 dropped, upper half of the layers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive, flag
+from megatron_ext.npt.modules.np_ranks import budget, format_ranks, normalised, parse_ranks, rank_of
 
 _TARGETS: dict[str, tuple[str, ...]] = {
     "gate": ("gate",),
@@ -29,16 +31,19 @@ class NPTModuleConfig:
     """Layers with NP components: all, upper_half, lower_half, or numbers and ranges counted from 0, such as 0,3,5 or -1
     or 4:8 (without 8)."""
 
-    np_form: Literal["low_rank", "outer_product"] = "low_rank"
-    """Form of the weight update (delta) that the attention output a generates: low_rank, B diag(tanh(a A)) A^T; or
-    outer_product, v_b v_a^T, where v_a and v_b are vectors computed from a."""
+    np_form: Literal["low_rank", "outer_product", "key_value"] = "low_rank"
+    """Form of the weight update (delta) that the attention output a generates: low_rank, B diag(tanh(a A)) A^T;
+    outer_product, v_b v_a^T, where v_a and v_b are vectors computed from a; or key_value, v n^T / |n|^2, where v is
+    computed from a and the key n is the MLP's input, and a gain that rescales the weight."""
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
     """The MLP weights that get a delta. single, dual and triple are other names of gate, gate+up and gate+up+down; fc1
     is for an MLP without a gate."""
 
-    np_rank: Annotated[int, flag(aliases=("--rank",))] = 16
-    """Rank of the generated factors."""
+    np_rank: Annotated[str | int, flag(aliases=("--rank",))] = 16
+    """Rank of the generated factors: a number; 64/192 for rank 64 on gate, up and fc1 and rank 192 on down; a list of
+    these with one entry per NPT layer; or auto:0.15, with which the calibration chooses ranks so that the NP parameters
+    are 15% of the converted layers' own."""
 
     num_np_components: int = 1
     """Number of deltas that are added up, each with its own factors. With low_rank, k components of rank r equal one
@@ -60,22 +65,44 @@ class NPTModuleConfig:
     np_init_scale: float = 0.01
     """Initial scale of the deltas; used with --np-init-strategy improved."""
 
-    np_init_strategy: Literal["improved", "conservative"] = "improved"
-    """How the factors are initialized. improved: the deltas start small, and all factors get gradients from the first
-    step. conservative: the output factors, and therefore all deltas, start at zero."""
+    np_init_strategy: Annotated[
+        Literal["improved", "conservative", "calibrated"], flag(aliases=("--np-init",))
+    ] = "improved"
+    """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors and
+    therefore all deltas start at zero (for key_value, all but the gain). calibrated: for key_value, the best factors in
+    closed form, from one pass of the base model over --calibration-tokens."""
 
     freeze_base: bool = True
     """Freeze the base model and train only the NP components."""
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(self, 1, "np_rank", "num_np_components")
+        object.__setattr__(self, "np_rank", normalised(self.np_rank))
+        check_at_least(self, 1, "num_np_components")
         check_positive(self, "np_scale", "np_init_scale")
-        if self.np_form == "low_rank":
+        if self.np_form == "key_value" and self.num_np_components > 1:
+            raise ValueError(
+                f"--num-np-components {self.num_np_components}: --np-form key_value has one component, because several "
+                "of rank r would equal one of a larger rank; raise --np-rank instead"
+            )
+        self._check_calibration()
+        if self.np_form != "outer_product":
             for name, flag in (("np_affine", "--no-np-affine"), ("np_normalize", "--no-np-normalize")):
                 if not getattr(self, name):
                     raise ValueError(f"{flag} requires --np-form outer_product (got {self.np_form})")
         parse_layers(self.npt_layers)
+
+    def _check_calibration(self) -> None:
+        calibrated = self.np_init_strategy == "calibrated"
+        if budget(self.np_rank) is not None and not calibrated:
+            raise ValueError(
+                f"--np-rank {self.np_rank} requires --np-init-strategy calibrated (got {self.np_init_strategy})"
+            )
+        if calibrated and (self.np_form != "key_value" or self.np_scale != 1):
+            raise ValueError(
+                "--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 "
+                f"(got {self.np_form}, {self.np_scale:g})"
+            )
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -83,14 +110,49 @@ class NPTModuleConfig:
         return _TARGETS[self.np_target]
 
     @property
-    def total_rank(self) -> int:
-        """Rank of all components together: the number of components times `np_rank`."""
-        return self.num_np_components * self.np_rank
-
-    @property
     def has_affine(self) -> bool:
         """Whether `v_a` has a learned constant."""
         return self.np_form == "outer_product" and self.np_affine
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether the MLP's input is multiplied by a gain, which depends on the attention output."""
+        return self.np_form == "key_value"
+
+    def shares_code(self, target: str) -> bool:
+        """Whether a target uses the coefficients of another target: `up` those of `gate`, for key_value."""
+        return self.np_form == "key_value" and target == "up"
+
+    def rank(self, layer: int, target: str, num_layers: int) -> int:
+        """Returns the rank of one component of a layer's target.
+
+        Args:
+            layer: index of an NPT layer, from 0.
+            target: one of `targets`.
+            num_layers: number of layers of the model.
+
+        Raises:
+            ValueError: --np-rank is a list that does not fit the NPT layers, or `auto`.
+        """
+        layers = self.layers(num_layers)
+        return rank_of(self.np_rank, layers.index(layer), len(layers), target)
+
+    def with_layers(self, layers: Iterable[int]) -> "NPTModuleConfig":
+        """Returns a copy for other layers; layers of a list of ranks keep their ranks.
+
+        Raises:
+            ValueError: --np-rank is a list without an entry for one of the layers.
+        """
+        chosen, rank = sorted(set(layers)), self.np_rank
+        if "," in str(rank):
+            ranks = dict(zip(self.npt_layers.split(","), parse_ranks(rank), strict=True))
+            missing = [number for number in chosen if str(number) not in ranks]
+            if missing:
+                raise ValueError(
+                    f"--np-rank {rank}: has no entry for layer {missing[0]}; its layers are {self.npt_layers}"
+                )
+            rank = format_ranks(ranks[str(number)] for number in chosen)
+        return replace(self, npt_layers=",".join(map(str, chosen)), np_rank=rank)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """Returns the indices of the layers that get NP components, from 0, in ascending order.

@@ -7,6 +7,8 @@ They are computed from Gram matrices of the factors, for each form of the delta 
                      v_a . a = z . (W_a_up a) / sqrt(r) + c_a . a
                      |delta|_F^2 = c^2 sum_kl (v_a,k . v_a,l) (v_b,k . v_b,l)
     low_rank         |delta|_F^2 = scale^2 t^T (A^T A * B B^T) t,  t = tanh(a A)
+    key_value        |delta|_F^2 = |v|^2 / |n|^2 + 2 (rho - 1) (v . W n) / |n|^2 + (rho - 1)^2 |W|_F^2
+                     with v = u B + (1 - rho) W b:  v . W n = u (B W) n + (1 - rho) (W^T W b) . n
 
 `GeneratedVectors` uses v_a and v_b as docs/design/npt_sequential.md defines them: without the division of z by its root
 mean square (`--np-normalize`) and without the factor 1 / sqrt(input) of v_a. Stage 1 of training makes v_a equal to a,
@@ -23,7 +25,7 @@ Overview of the functions. `modulation` holds the factors of one weight matrix; 
     vectors.a_square(), vectors.b_square()            mean v_a^2, mean v_b^2; their sum is the regularization loss
     vectors.a_norm(), vectors.b_norm()                mean |v_a|, mean |v_b|; no gradient
     factor_norm(modulation)                           sum of the factors' Frobenius norms: |A|_F + |B|_F for low_rank
-    delta_norms(modulation, a, x=None)                [s(/t), b], |delta|_F per token; no gradient
+    delta_norms(modulation, a, x, layer, h)           [s(/t), b], |delta|_F per token; no gradient
     weight_norm(modulation, mlp)                      |W|_F of the base weight; no gradient
 
 Results without a shape are fp32 scalars. Means are over this rank's tokens and over the components.
@@ -45,6 +47,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 
+from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_bias, norm_gain
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 
 _TINY = 1e-16
@@ -121,8 +124,8 @@ class GeneratedVectors:
         """v_a . a [.., k]."""
         settings = self._modulation.settings
         read = self._modulation.read(self._attention_output)
-        found = (self._code * self._modulation.by_component(read)).sum(-1) * settings.np_rank**-0.5
-        return found + read[..., settings.total_rank :] if settings.has_affine else found
+        found = (self._code * self._modulation.by_component(read)).sum(-1) * self._modulation.rank**-0.5
+        return found + read[..., self._modulation.total_rank :] if settings.has_affine else found
 
     @functools.cached_property
     def _attention_squares(self) -> torch.Tensor:
@@ -148,15 +151,22 @@ def factor_norm(modulation: Modulation) -> torch.Tensor:
 
 @torch.no_grad()
 def delta_norms(
-    modulation: Modulation, attention_output: torch.Tensor, x: torch.Tensor | None = None
+    modulation: Modulation,
+    attention_output: torch.Tensor,
+    x: torch.Tensor | None = None,
+    layer: Any = None,
+    hidden_states: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the Frobenius norm of every token's delta as it is applied. Collective over the tensor-parallel group.
 
     Args:
         modulation: the factors of one target, in any form.
         attention_output: a, [s, b, h] ([s/t, b, h] with sequence parallelism).
-        x: the target's input, as in `Modulation.coefficients`. Required only for outer_product on `down` with
-            `np_normalize`, whose delta depends on it.
+        x: the input of `down`, as in `Modulation.coefficients`. Required only for `down`, for key_value and for
+            outer_product with `np_normalize`, whose deltas depend on it.
+        layer: the transformer layer. Required only for key_value.
+        hidden_states: h, the input of the MLP's norm, [s, b, h] ([s/t, b, h] with sequence parallelism). Required only
+            for key_value on other targets than `down`.
 
     Returns:
         [s, b] ([s/t, b] with sequence parallelism), fp32.
@@ -164,6 +174,11 @@ def delta_norms(
     Raises:
         ValueError: x is required but missing.
     """
+    if isinstance(modulation, KeyValueModulation):
+        if modulation.reads_ffn:
+            return _key_value_down_norms(modulation, attention_output, x)
+        assert hidden_states is not None, "the gain depends on h"
+        return _key_value_norms(modulation, attention_output, layer, hidden_states)
     if isinstance(modulation, LowRankModulation):
         reader = modulation.A_in if modulation.reads_ffn else modulation.A
         of_inputs = _gram(modulation, reader.float().t(), modulation.reads_ffn)
@@ -187,14 +202,51 @@ def _outer_product_norms(
     of_b = _gram(modulation, writer.flatten(0, 1), not modulation.reads_ffn)
     products = _cross(_extended(modulation, code), of_a) * _cross(code, of_b)
     if modulation.divides_by_read:
-        if x is None:
-            raise ValueError("delta_norms: pass x, because the delta of `down` depends on its input")
-        inverse = modulation.inverse_rms(modulation.by_component(modulation.read_whole(x)))
+        inverse = modulation.inverse_rms(modulation.by_component(modulation.read_whole(_required(x))))
         products = products * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     else:
         products = products / modulation.input_size
-    factor = settings.np_scale / math.sqrt(settings.total_rank)
+    factor = settings.np_scale / math.sqrt(modulation.total_rank)
     return products.sum((-2, -1)).clamp_min(0).sqrt() * factor
+
+
+def _key_value_down_norms(
+    modulation: KeyValueModulation, attention_output: torch.Tensor, x: torch.Tensor | None
+) -> torch.Tensor:
+    squared = modulation.read_whole(_required(x)).squeeze(-1)
+    values = modulation.coefficients(attention_output, attention_output) @ modulation.B
+    return values.float().norm(dim=-1) * squared.clamp_min(_TINY).rsqrt()
+
+
+def _key_value_norms(
+    modulation: KeyValueModulation, attention_output: torch.Tensor, layer: Any, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    settings, config = modulation.settings, modulation.config
+    gain, inverse_rms = norm_gain(hidden_states, attention_output, settings, config)
+    normed = layer.pre_mlp_layernorm(hidden_states).float()
+    owner = modulation if modulation.has_code else layer.feed_forward.gate
+    u = owner.coefficients(normed, attention_output).float() * inverse_rms
+    change = gain - 1
+    weight, factor = target_weight(modulation, layer.mlp).float(), modulation.B.float()
+    bias = norm_bias(layer.pre_mlp_layernorm)
+    if bias is not None:
+        # (1 - rho) W b as one more row of B, with the coefficient 1 - rho.
+        factor = torch.cat([factor, (weight @ bias.float()).unsqueeze(0)])
+        u = torch.cat([u, -change], dim=-1)
+    # B B^T and B W, of which every rank has a part.
+    of_outputs, reads = _gram(modulation, factor, True), factor @ weight
+    dist.all_reduce(reads, group=modulation.groups.tp)
+    change = change.squeeze(-1)
+    squares = (u * (u @ of_outputs + 2 * change.unsqueeze(-1) * (normed @ reads.t()))).sum(-1)
+    key = normed.square().sum(-1).clamp_min(_TINY)
+    squares = squares / key + (change * weight_norm(modulation, layer.mlp)).square()
+    return squares.clamp_min(0).sqrt()
+
+
+def _required(x: torch.Tensor | None) -> torch.Tensor:
+    if x is None:
+        raise ValueError("delta_norms: pass x, because the delta of `down` depends on its input")
+    return x
 
 
 @torch.no_grad()
@@ -205,18 +257,21 @@ def weight_norm(modulation: Modulation, mlp: Any) -> torch.Tensor:
         modulation: the factors of the target.
         mlp: the layer's MLP; gate and up are the two halves of its fc1.
     """
-    if modulation.target in ("gate", "up"):
-        weight = mlp.linear_fc1.weight.chunk(2)[modulation.target == "up"]
-    else:
-        weight = (mlp.linear_fc2 if modulation.reads_ffn else mlp.linear_fc1).weight
-    square = weight.float().square().sum()
+    square = target_weight(modulation, mlp).float().square().sum()
     dist.all_reduce(square, group=modulation.groups.tp)
     return square.sqrt()
 
 
+def target_weight(modulation: Modulation, mlp: Any) -> torch.Tensor:
+    """Returns this rank's part of a target's base weight, [output, input] with f divided by t."""
+    if modulation.target in ("gate", "up"):
+        return mlp.linear_fc1.weight.chunk(2)[modulation.target == "up"]
+    return (mlp.linear_fc2 if modulation.reads_ffn else mlp.linear_fc1).weight
+
+
 def _by_component(modulation: Modulation, factor: torch.Tensor) -> torch.Tensor:
     """Reshapes [k r, n] to [k, r, n], in fp32."""
-    return factor.float().unflatten(0, (modulation.settings.num_np_components, modulation.settings.np_rank))
+    return factor.float().unflatten(0, (modulation.settings.num_np_components, modulation.rank))
 
 
 def _reader(modulation: OuterProductModulation) -> torch.Tensor:
@@ -229,7 +284,7 @@ def _reader(modulation: OuterProductModulation) -> torch.Tensor:
 
 def _extended(modulation: OuterProductModulation, code: torch.Tensor) -> torch.Tensor:
     """Returns [z / sqrt(r) ; 1], [.., k, r + 1]; its product with `_reader` is v_a."""
-    code = code * modulation.settings.np_rank**-0.5
+    code = code * modulation.rank**-0.5
     return torch.nn.functional.pad(code, (0, 1), value=1.0) if modulation.settings.has_affine else code
 
 

@@ -8,7 +8,7 @@ the base layer's, and depends on np_residual:
     direct MLP          MSE(MLP*(n), target) / (rms(target) + 1e-6) per sequence, times the layer's weight
     equivalence         MSE, or mean of 1 - cosine, between the layer's output and the base layer's for the same input
     reconstruction      MSE(v_a, a) / (rms(a) + 1e-6) per sequence + 0.5 (1 - cos(v_a, a))      outer_product on gate
-    regularization      low_rank: |A|_F + |B|_F over all targets; outer_product: mean v_a^2 + mean v_b^2 of gate
+    regularization      |A|_F + |B|_F over all targets; outer_product: mean v_a^2 + mean v_b^2 of gate
 
 `--layer-losses local` changes three things, which matter for deep models and for real activations:
 
@@ -145,7 +145,7 @@ class LayerStepLosses(LayerStep):
                 keeps = module.settings.np_residual == "keep"
                 residual = hidden_states + attention_output if keeps else hidden_states
             terms = self._output_terms(module, mlp_output, target, residual)
-        return terms | self._factor_terms(module, attention_output)
+        return terms | self._factor_terms(module, layer, hidden_states, attention_output)
 
     def _output_terms(
         self, module: Any, mlp_output: torch.Tensor, target: torch.Tensor, residual: torch.Tensor | None
@@ -171,7 +171,7 @@ class LayerStepLosses(LayerStep):
         return terms
 
     def _factor_terms(
-        self, module: Any, attention_output: torch.Tensor
+        self, module: Any, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
     ) -> dict[str, tuple[float, torch.Tensor]]:
         weights, terms = self.weights, dict[str, tuple[float, torch.Tensor]]()
         has_vectors = module.settings.np_form == "outer_product"
@@ -196,7 +196,8 @@ class LayerStepLosses(LayerStep):
                     terms["v_a_attention_similarity"] = (0.0, vectors.similarity().detach())
                     terms["v_a_norm"] = (0.0, vectors.a_norm())
                     terms["v_b_norm"] = (0.0, vectors.b_norm())
-                terms["delta_norm"] = (0.0, delta_norms(first, attention_output).mean())
+                norms = delta_norms(first, attention_output, layer=layer, hidden_states=hidden_states)
+                terms["delta_norm"] = (0.0, norms.mean())
         return terms
 
 

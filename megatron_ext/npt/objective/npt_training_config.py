@@ -64,6 +64,13 @@ class NPTTrainingConfig:
     With --mode single_layer the file may contain other layers: these are active but frozen, and the trained layer
     starts with new weights. Form, rank, target and (except in single_layer) layers default to those of the file."""
 
+    calibration_tokens: int = 8192
+    """--np-init-strategy calibrated: number of training tokens that the base model reads; rounded up to sequences."""
+
+    calibration_metric: Literal["fisher", "output"] = "fisher"
+    """--np-init-strategy calibrated: measure of the factors' error. fisher: its effect on the loss, which takes a
+    backward pass; output: its size in the first matrix product of the MLP, and for down in the residual stream."""
+
     allow_layer_mismatch: bool = False
     """With --load: allow --npt-layers to differ from the checkpoint's layers. NP weights of common layers are loaded;
     other layers and the optimizer are re-initialized. Step, schedule and curriculum continue."""
@@ -144,6 +151,7 @@ class NPTTrainingConfig:
         check_at_least(self, 0, "start_from_layer", "stage1_steps", "teacher_cache_gb", *_NUMBERS)
         check_at_most(self, 2**20, "teacher_cache_gb")
         check_at_least(self, 1, "steps_per_layer", "generation_steps", "npt_log_interval", "additional_steps")
+        check_at_least(self, 1, "calibration_tokens")
         if self.curriculum_stages is not None:
             parse_curriculum(self.curriculum_stages)
         if self.layer_weights not in ("uniform", "linear"):

@@ -56,13 +56,13 @@ class NPTConfig:
     def __init__(
         self,
         layers_to_convert: str | Sequence[int] = "upper_half",
-        np_rank: int = 256,
+        np_rank: int | str | Sequence[int] = 256,
         single_layer_mode: bool = False,
         **settings: Any,
     ) -> None:
         """Args:
         layers_to_convert: indices of layers from 0, or a value of --npt-layers.
-        np_rank: rank of the generated factors.
+        np_rank: rank of the generated factors, one per layer in a list, or a value of --np-rank.
         single_layer_mode: whether to require exactly one layer and the form outer_product, as `--mode single_layer`
             does.
         **settings: further fields of `NPTModuleConfig`; the default form is outer_product.
@@ -77,7 +77,8 @@ class NPTConfig:
         if unknown:
             raise ValueError(f"NPTConfig: unknown setting {unknown[0]}={known[unknown[0]]!r}")
         text = layers if isinstance(layers, str) else ",".join(map(str, layers))
-        self.module = NPTModuleConfig(npt_layers=text, np_rank=np_rank, **known)
+        rank = np_rank if isinstance(np_rank, (int, str)) else ",".join(map(str, np_rank))
+        self.module = NPTModuleConfig(npt_layers=text, np_rank=rank, **known)
         """The same settings in the form that the command line uses."""
         if single_layer_mode and self.module.np_form != "outer_product":
             raise ValueError(

@@ -22,25 +22,30 @@ from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.calibration.calibrated_start import calibrated_start, chosen_settings
 from megatron_ext.npt.evaluation.training_samples import check_sample_length, check_samples
+from megatron_ext.npt.modules.np_ranks import budget
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs import start_message as start
 from megatron_ext.npt.runs.dataset_presets import with_preset
-from megatron_ext.npt.runs.sequential_files import layer_of_np_key, with_layers
+from megatron_ext.npt.runs.sequential_files import layer_of_np_key
 from megatron_ext.npt.runs.sequential_run import load_under, run_sequential
 from megatron_ext.npt.weights.np_factors import load_np_factors
 from megatron_ext.npt.weights.np_weight_files import read_np_settings, read_np_weights
 from megatron_ext.npt.weights.npt_resume import loads_what_fits, resolved_layers, stored_run
 from megatron_ext.npt.weights.state_files import write_final
 from megatron_ext.platform import process_groups
+from megatron_ext.platform.collectives import print_on_first_rank
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.checkpoint_files import find_checkpoint
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from megatron_ext.training.checkpoint.run_directory import check_directories
 from megatron_ext.training.interface.family_interface import Family
-from megatron_ext.training.pretrain import pretrain, resolve
+from megatron_ext.training.loop import EXIT_OK
+from megatron_ext.training.pretrain import check_run, pretrain, process_group, resolve, train
 from megatron_ext.training.run_options import RunOptions
 
 
@@ -57,6 +62,10 @@ def run_npt(config: NPTRunConfig) -> int:
         raise ValueError(
             "--freeze-base requires a base model; pass --load or --base-checkpoint, or --no-freeze-base"
         )
+    if _resumes(checkpoint):
+        config = _with_stored_ranks(config)
+    elif _calibrates(config):
+        return _run_calibrated(config, base)
     if training.mode == "sequential" and not config.training.dry_run:
         return run_sequential(config, RunOptions(base=base, checkpoint_name=npt_checkpoint_name))
     module, load, trains, words = _starting_weights(config)
@@ -74,6 +83,64 @@ def run_npt(config: NPTRunConfig) -> int:
         finish=partial(write_final, config),
     )
     return pretrain(config, partial(make_families, trains=trains), options)
+
+
+def _resumes(checkpoint: CheckpointConfig) -> bool:
+    return checkpoint.load is not None and find_checkpoint(checkpoint.load, checkpoint.ckpt_step) is not None
+
+
+def _with_stored_ranks(config: NPTRunConfig) -> NPTRunConfig:
+    """Returns a resumed run's configuration with the ranks that its calibration chose."""
+    if budget(config.np.np_rank) is None:
+        return config
+    folder = find_checkpoint(str(config.checkpoint.load), config.checkpoint.ckpt_step)
+    stored = read_run_config(str(folder))["families"][NPTFamily.name]["settings"]
+    return replace(config, np=replace(config.np, np_rank=stored["np_rank"]))
+
+
+def _calibrates(config: NPTRunConfig) -> bool:
+    """Checks whether the run starts with a calibration.
+
+    Raises:
+        ValueError: the run's other settings do not fit a calibration.
+    """
+    if config.np.np_init_strategy != "calibrated" or config.npt.load_npt_weights or config.training.dry_run:
+        return False
+    given = "--np-init-strategy calibrated"
+    if config.checkpoint.save is None:
+        raise ValueError(f"{given} requires --save, where it writes the calibrated weights")
+    if config.npt.mode == "sequential":
+        raise ValueError(f"{given} calibrates all layers at once; choose another --mode than sequential")
+    return True
+
+
+def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
+    """Calibrates, and trains from the result; with --train-iters 0 it only calibrates."""
+    if base is None:
+        raise ValueError(
+            "--np-init-strategy calibrated requires a base model; pass --load or --base-checkpoint"
+        )
+    trains = config.training.train_iters != 0
+    config = resolve(config if trains else replace(config, training=replace(config.training, train_iters=1)))
+    tokenizer = check_run(config, lambda _: check_directories(config.checkpoint, writes=True))
+    with process_group(config.parallel, config.training, config.checkpoint):
+        path = calibrated_start(config, base, tokenizer)
+        if not trains:
+            print_on_first_rank(f"written: {path.parent}")
+            return EXIT_OK
+        config = replace(config, np=chosen_settings(path, config.np))
+        weights = read_np_weights(str(path), config.np)
+        load = partial(_start_with, weights)
+        options = RunOptions(
+            base=base,
+            checkpoint_name=npt_checkpoint_name,
+            prepare=partial(_prepare, config, base, load, f"calibrated, {path}", None),
+            finish=partial(write_final, config),
+        )
+        families = make_families(config, tokenizer)
+        for family in families:
+            family.check(config.model, config.parallel)
+        return train(config, tokenizer, families, options)
 
 
 Load = Callable[[list[GPTModel]], None]
@@ -102,7 +169,7 @@ def _starting_weights(
     earlier = {key: tensor for key, tensor in weights.items() if layer_of_np_key(key) != layer}
     if not earlier:
         return module, partial(_start_with, weights), trains, f"from {path}"
-    module = with_layers(module, [layer, *map(layer_of_np_key, earlier)])
+    module = module.with_layers([layer, *map(layer_of_np_key, earlier)])
     return module, partial(load_under, layer, earlier), trains, f"from {path}, {fresh} in layer {layer}"
 
 

@@ -14,7 +14,7 @@ layer are ignored, and training the layer again gives the same weights.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,12 +60,7 @@ class SequentialState:
     @property
     def settings_of_trained(self) -> NPTModuleConfig:
         """NPT's configuration with only the trained layers; at least one layer must be trained."""
-        return with_layers(self.settings, self.trained)
-
-
-def with_layers(settings: NPTModuleConfig, layers: Iterable[int]) -> NPTModuleConfig:
-    """Returns a copy of the settings with the given layers as NPT layers."""
-    return replace(settings, npt_layers=",".join(map(str, sorted(set(layers)))))
+        return self.settings.with_layers(self.trained)
 
 
 def read_state(folder: Path) -> SequentialState | None:

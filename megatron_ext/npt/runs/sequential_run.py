@@ -31,7 +31,7 @@ from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.runs import sequential_files as store
 from megatron_ext.npt.runs import start_message as start
-from megatron_ext.npt.runs.sequential_files import SequentialState, with_layers
+from megatron_ext.npt.runs.sequential_files import SequentialState
 from megatron_ext.npt.weights.np_factors import gather_np_factors, load_np_factors
 from megatron_ext.npt.weights.np_weight_files import check_same_meaning
 from megatron_ext.npt.weights.state_files import replace_final
@@ -161,7 +161,7 @@ class _Sequence:
         weights = npt.weights_of_layers(_layers(self.config))
         return replace(
             config_in(self.config, self.folder / name / store.CHECKPOINTS, self.started),
-            np=with_layers(settings, [*self.state.trained, layer]),
+            np=settings.with_layers([*self.state.trained, layer]),
             npt=replace(npt, layer_weights=str(weights[layer])),
             logging=layer_logging(self.config.logging, name, layer, npt.model_size),
         )
@@ -181,7 +181,7 @@ class _Sequence:
         state = self.state.finished()
 
         def write() -> None:
-            settings = with_layers(config.np, [layer])
+            settings = config.np.with_layers([layer])
             more = {"global_step": progress.iteration, "consumed_samples": progress.consumed_samples}
             replace_final(Path(save), own, settings, more)
             store.write_accumulated(self.folder, state, tensors)

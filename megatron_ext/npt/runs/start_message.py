@@ -7,6 +7,7 @@ with `--layer-losses document` a sum over layers.
 
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.np_ranks import described
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import STUDENT, format_curriculum
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
@@ -64,7 +65,7 @@ def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
     )
     return (
         f"layers {layers} of {num_layers}, {settings.np_form} on {'+'.join(settings.targets)}, "
-        f"rank {settings.np_rank}, k {settings.num_np_components}, {affine}residual {settings.np_residual}"
+        f"rank {described(settings.np_rank)}, k {settings.num_np_components}, {affine}residual {settings.np_residual}"
     )
 
 

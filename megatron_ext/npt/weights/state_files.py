@@ -160,26 +160,34 @@ def write_final(config: NPTRunConfig, chunks: list[GPTModel], progress: Training
 
 
 def replace_final(
-    root: Path, tensors: Mapping[str, torch.Tensor], settings: NPTModuleConfig, more: Mapping[str, Any]
+    root: Path,
+    tensors: Mapping[str, torch.Tensor],
+    settings: NPTModuleConfig,
+    more: Mapping[str, Any],
+    *,
+    name: str = files.FINAL,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the directory `final/` atomically; call this on one rank only.
+    """Writes the directory `final/`, or another one of NP weights, atomically; call this on one rank only.
 
     Args:
         root: the directory that contains the checkpoints, and will contain `final/`.
         tensors: the NP factors.
         settings: NPT's configuration.
-        more: further entries for `final/config.json`.
+        more: further entries for `config.json`.
+        name: name of the directory.
+        texts: further files of the directory, name to content.
     """
     # The temporary directories are named like those of an interrupted save, so that the next save removes or restores
     # them.
-    writing, replaced, final = (
-        root / f"{prefix}{files.FINAL}" for prefix in (files.WRITING, files.REPLACED, "")
-    )
+    writing, replaced, final = (root / f"{prefix}{name}" for prefix in (files.WRITING, files.REPLACED, ""))
     for leftover in (writing, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)
     writing.mkdir(parents=True)
     write_np_weights(writing, tensors, settings, more)
+    for file, text in (texts or {}).items():
+        files.write_text(writing / file, text)
     files.digests(writing, [path.name for path in writing.iterdir()])  # also flushes the files to the disk
     if final.exists():
         final.rename(replaced)

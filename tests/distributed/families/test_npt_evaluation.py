@@ -24,7 +24,7 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.weights.conversion import initialize_np_factors
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.npt_references import reference_delta
+from megatron_ext.testing.npt_references import reference_delta, reference_key_value_deltas
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
@@ -37,6 +37,7 @@ LOW_RANK = NPTModuleConfig(
 )
 SETTINGS = {
     "low_rank keep": LOW_RANK,
+    "key_value keep": replace(LOW_RANK, np_form="key_value"),
     "outer drop": replace(LOW_RANK, np_form="outer_product", np_residual="drop", num_np_components=2),
 }
 TOKENS = 75
@@ -106,7 +107,7 @@ def _by_hand(name: str, prefix: str) -> dict[str, Any]:
     losses: dict[str, list[float]] = {"base": [], "npt": [], "kl": []}
     outputs: dict[str, dict[int, list[torch.Tensor]]] = {
         kind: {number: [] for number in LAYERS}
-        for kind in ("base", "input", "same_input", "free_running", "attention", "activated")
+        for kind in ("base", "input", "same_input", "free_running", "attention", "activated", "free_input")
     }
     for start in range(0, TOKENS - 1, MODEL.seq_length):
         window = stream[start : start + MODEL.seq_length + 1]
@@ -122,24 +123,44 @@ def _by_hand(name: str, prefix: str) -> dict[str, Any]:
             outputs["base"][number].append(of_base[f"output {number}"])
             outputs["input"][number].append(of_base[f"input {number}"])
             outputs["free_running"][number].append(free[f"output {number}"])
+            outputs["free_input"][number].append(free[f"input {number}"])
             outputs["attention"][number].append(free[f"attention {number}"])
             outputs["activated"][number].append(free[f"activated {number}"])
     assert len(losses["base"]) == TOKENS - 1
     whole = {kind: {n: torch.cat(parts) for n, parts in layers.items()} for kind, layers in outputs.items()}
     norms = {
-        (number, target): _materialised_norms(part, whole["attention"][number], whole["activated"][number])
+        (number, target): norm
         for number in LAYERS
-        for target, part in np_modules([model])[number].modulations.items()
+        for target, norm in _materialised_norms(
+            model.decoder.layers[number],
+            *(whole[kind][number] for kind in ("free_input", "attention", "activated")),
+        ).items()
     }
     loss = {kind: math.fsum(values) / len(values) for kind, values in losses.items()}
     return {"loss": loss, "layers": whole, "norms": norms}
 
 
-def _materialised_norms(part: Any, attention: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
-    """|delta|_F of every token, from the deltas themselves; only those of `down` depend on its input."""
-    factors = {name: factor.double() for name, factor in part.named_parameters()}
-    deltas = reference_delta(part.settings, factors, attention, activated, part.target == "down")
-    return torch.linalg.norm(deltas, dim=(1, 2))
+def _materialised_norms(
+    layer: Any, hidden_states: torch.Tensor, attention: torch.Tensor, activated: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """|delta|_F of every token by target, from the deltas themselves."""
+    settings = layer.feed_forward.settings
+    factors = {
+        target: {name: factor.double() for name, factor in part.named_parameters()}
+        for target, part in layer.feed_forward.modulations.items()
+    }
+    if settings.np_form == "key_value":
+        base = {"norm": layer.pre_mlp_layernorm.weight.double(), "fc1": layer.mlp.linear_fc1.weight.double()}
+        deltas = reference_key_value_deltas(
+            settings, base, factors, hidden_states, attention, MODEL.norm_epsilon
+        )
+    else:
+        deltas = {
+            target: reference_delta(settings, factors[target], attention, attention, False)
+            for target in ("gate", "up")
+        }
+    deltas["down"] = reference_delta(settings, factors["down"], attention, activated, True)
+    return {target: torch.linalg.norm(delta, dim=(1, 2)) for target, delta in deltas.items()}
 
 
 @pytest.fixture(scope="module", params=SETTINGS)

@@ -25,6 +25,7 @@ LOW_RANK = NPTModuleConfig(
 )
 SETTINGS = {
     "low_rank keep": LOW_RANK,
+    "key_value drop": replace(LOW_RANK, np_form="key_value", np_residual="drop"),
     "outer drop": replace(LOW_RANK, np_form="outer_product", np_residual="drop", num_np_components=2),
 }
 PROMPTS = [[5, 17, 80], [3], [9, 9, 2, 41, 60, 7]]

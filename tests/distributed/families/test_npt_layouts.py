@@ -27,6 +27,7 @@ OUTER = NPTModuleConfig(
     np_init_scale=0.05,  # much larger, and rounding errors grow a thousandfold over four layers
 )
 LOW_RANK = replace(OUTER, np_form="low_rank", num_np_components=1, np_residual="drop", np_init_scale=0.5)
+KEY_VALUE = replace(LOW_RANK, np_form="key_value", np_scale=0.8)
 UPPER = replace(LOW_RANK, npt_layers="upper_half", np_target="gate", freeze_base=False)
 PLE = PerLayerConfig(use_per_layer_embedding=True, per_layer_vocab_size=24, per_layer_hidden_size=8)
 
@@ -41,6 +42,7 @@ class _Make:
         settings = {
             "outer": OUTER,
             "low_rank": LOW_RANK,
+            "key_value": KEY_VALUE,
             "upper half, base trains": UPPER,
             "frozen stage": None,
         }
@@ -50,7 +52,7 @@ class _Make:
         return [NPTFamily(settings[self.variant] or replace(LOW_RANK, npt_layers="upper_half"))]
 
 
-VARIANTS = ("outer", "low_rank", "upper half, base trains", "frozen stage", "with PLE")
+VARIANTS = ("outer", "low_rank", "key_value", "upper half, base trains", "frozen stage", "with PLE")
 """`frozen stage`: with two stages the first one has nothing to train."""
 
 
@@ -117,6 +119,15 @@ ADAPTERS: dict[str, tuple[tuple[int, ...], tuple[str, ...], dict[str, tuple[int,
             **{f"{target}.A": (H, 8) for target in ("gate", "up", "down")},
             **{f"{target}.B": (8, F) for target in ("gate", "up")},
             "down.A_in": (F, 8),
+            "down.B": (8, H),
+        },
+    ),
+    "key_value": (
+        (0, 1, 2, 3),
+        ("",),
+        {
+            **{f"{target}.A": (H, 8) for target in ("gate", "down")},
+            **{f"{target}.B": (8, F) for target in ("gate", "up")},
             "down.B": (8, H),
         },
     ),

@@ -15,6 +15,7 @@ MODEL = replace(TINY, init_method_std=0.1)
 STEPS = 3
 OUTER = NPTModuleConfig(npt_layers="1,2,3", np_form="outer_product", np_rank=8, np_init_scale=0.1)
 LOW_RANK = NPTModuleConfig(npt_layers="upper_half", np_target="gate+up+down", np_rank=8, np_residual="keep")
+KEY_VALUE = replace(LOW_RANK, np_form="key_value", np_init_scale=0.1)
 MULTI_LAYER = NPTTrainingConfig(
     mode="multi_layer",
     curriculum_stages="teacher:1,mixed:1:0.3:0.6,student:1",
@@ -33,6 +34,7 @@ VARIANTS = {
     "multi_layer": (OUTER, MULTI_LAYER),
     "single_layer": (replace(OUTER, npt_layers="2"), NPTTrainingConfig(mode="single_layer", stage1_steps=2)),
     "lm": (OUTER, NPTTrainingConfig(mode="lm")),
+    "key_value, curriculum": (KEY_VALUE, MULTI_LAYER),
     "multi_layer, the documents' losses": (OUTER, replace(MULTI_LAYER, layer_losses="document")),
     "equivalence, local losses": (
         LOW_RANK,

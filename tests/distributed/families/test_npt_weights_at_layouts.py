@@ -1,5 +1,6 @@
 """NP weights and their moments move between parallel layouts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import LAYOUTS
 from tests.unit.npt.test_npt_family import LOW_RANK, OUTER, SINGLE, MakeNPT
+
+KEY_VALUE = replace(LOW_RANK, np_form="key_value")
 
 
 def _run(settings: NPTModuleConfig, parallel: ParallelConfig, **checkpoint: str) -> TinyRun:
@@ -43,6 +46,7 @@ def _differences(first: str, second: str) -> tuple[set[str], list[str]]:
 CHECKPOINTED = {
     "TP2+SP": (OUTER, LAYOUTS["TP2+SP"], 2),
     "PP2, a stage without NP layers": (OUTER, LAYOUTS["PP2"], 2),
+    "TP2": (KEY_VALUE, LAYOUTS["TP2"], 2),
     "PP2 interleaved": (LOW_RANK, LAYOUTS["PP2 interleaved"], 2),
     "DP2 distributed optimizer": (OUTER, LAYOUTS["DP2 distributed optimizer"], 2),
 }

@@ -12,11 +12,12 @@ from megatron.core import parallel_state
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
+from megatron_ext.npt.modules.key_value import norm_bias
 from megatron_ext.npt.modules.npt_extension import NPTExtension
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm, weight_norm
 from megatron_ext.platform.process_groups import initialize
-from megatron_ext.testing.npt_references import reference_delta
+from megatron_ext.testing.npt_references import reference_delta, reference_key_value_deltas
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 
@@ -34,6 +35,7 @@ MODEL = ModelConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
+LAYER_NORM = replace(MODEL, normalization="LayerNorm")
 LOW_RANK = NPTModuleConfig(
     npt_layers="all", np_rank=3, np_target="gate+up+down", np_scale=0.7, np_init_scale=0.5
 )
@@ -47,17 +49,19 @@ FORMS = {
         "outer bare": replace(OUTER, np_normalize=False),
     }.items()
     for k in (1, 3)
-}
+} | {name: replace(LOW_RANK, np_form="key_value") for name in ("key_value", "key_value after LayerNorm")}
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 LAYOUTS = {"TP1": ParallelConfig(), "TP2": TP2, "TP2+SP": replace(TP2, sequence_parallel=True)}
 VECTORS = ("reconstruction_error", "attention_square", "similarity", "a_square", "b_square")
 NORMS = ("a_norm", "b_norm")
 
 
-def _layer(settings: NPTModuleConfig, parallel: ParallelConfig) -> Any:
-    chunks = build_model(MODEL, parallel, vocab_size=32, seed=3, extensions=[NPTExtension(settings)])
+def _layer(settings: NPTModuleConfig, parallel: ParallelConfig, model: ModelConfig = MODEL) -> Any:
+    chunks = build_model(model, parallel, vocab_size=32, seed=3, extensions=[NPTExtension(settings)])
     layer: Any = chunks[0].decoder.layers[0]
     with torch.no_grad():
+        for parameter in layer.pre_mlp_layernorm.parameters():
+            parameter.normal_(1.0, 0.3, generator=torch.Generator().manual_seed(8))
         for name, parameter in layer.feed_forward.named_parameters():
             if name.endswith("c_a"):  # zeros so far
                 part = layer.feed_forward.get_submodule(name.split(".")[0])
@@ -78,30 +82,35 @@ def _local(whole: Tensor, dim: int | None) -> Tensor:
     return whole.chunk(size, dim)[rank]
 
 
-def _inputs() -> tuple[Tensor, Tensor]:
-    """a [s, b, h], whose tokens are of very different sizes, and the input of `down` [s, b, f], whole."""
+def _inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """a [s, b, h], whose tokens are of very different sizes, the input of `down` [s, b, f], whole, and h [s, b, h]."""
     generator = torch.Generator().manual_seed(5)
     a = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
     sizes = torch.exp(torch.randn(SEQUENCE, BATCH, 1, generator=generator))
-    return a * sizes, torch.randn(SEQUENCE, BATCH, FFN, generator=generator)
+    x = torch.randn(SEQUENCE, BATCH, FFN, generator=generator)
+    return a * sizes, x, torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
 
 
 def _measure(layout: str) -> dict[str, dict[str, Any]]:
     initialize(LAYOUTS[layout], seed=3)
-    return {name: _measured(settings, LAYOUTS[layout]) for name, settings in FORMS.items()}
+    return {
+        name: _measured(settings, LAYOUTS[layout], LAYER_NORM if "LayerNorm" in name else MODEL)
+        for name, settings in FORMS.items()
+    }
 
 
-def _measured(settings: NPTModuleConfig, parallel: ParallelConfig) -> dict[str, Any]:
+def _measured(settings: NPTModuleConfig, parallel: ParallelConfig, model: ModelConfig) -> dict[str, Any]:
     """All quantities of all targets, gradients of a loss over them, and the factors; this rank's parts."""
-    layer = _layer(settings, parallel)
+    layer = _layer(settings, parallel, model)
     sp = parallel.sequence_parallel
-    whole_a, whole_x = _inputs()
+    whole_a, whole_x, whole_h = _inputs()
     a = _local(whole_a, 0 if sp else None).clone().requires_grad_()
+    hidden = _local(whole_h, 0 if sp else None)
     x = _local(whole_x, 2)
     values: dict[str, Tensor] = {}
     loss = torch.zeros(())
     for target, part in layer.feed_forward.modulations.items():
-        values[f"{target}.delta_norms"] = delta_norms(part, a, x)
+        values[f"{target}.delta_norms"] = delta_norms(part, a, x, layer, hidden)
         values[f"{target}.weight_norm"] = weight_norm(part, layer.mlp)
         found = {"factor_norm": factor_norm(part)}
         if settings.np_form == "outer_product" and target != "down":
@@ -120,12 +129,16 @@ def _measured(settings: NPTModuleConfig, parallel: ParallelConfig) -> dict[str, 
                 parameter.grad, group=parallel_state.get_tensor_model_parallel_group()
             )
         gradients[name] = parameter.grad
-    assert settings.np_form == "low_rank" or a.grad is not None
+    assert settings.np_form != "outer_product" or a.grad is not None
     factors = {
         target: {name: value.detach() for name, value in part.named_parameters()}
         for target, part in layer.feed_forward.modulations.items()
     }
     weights = {"fc1": layer.mlp.linear_fc1.weight.detach(), "fc2": layer.mlp.linear_fc2.weight.detach()}
+    norm = layer.pre_mlp_layernorm
+    weights["norm"] = norm.weight.detach()
+    if norm_bias(norm) is not None:
+        weights["norm_bias"] = norm.bias.detach()
     return {"values": values, "gradients": gradients, "a": a.grad, "factors": factors, "weights": weights}
 
 
@@ -139,7 +152,7 @@ def measured(layout: str) -> list[dict[str, dict[str, Any]]]:
 def expected(form: str) -> dict[str, Any]:
     """The same quantities from the vectors and deltas, in float64."""
     settings, found = FORMS[form], measured("TP1")[0][form]
-    a, x = (value.double().flatten(0, 1) for value in _inputs())
+    a, x, hidden = (value.double().flatten(0, 1) for value in _inputs())
     a.requires_grad_()
     factors = {
         target: {name: value.double().requires_grad_() for name, value in of_target.items()}
@@ -149,7 +162,14 @@ def expected(form: str) -> dict[str, Any]:
     loss: Any = 0
     for target, of_target in factors.items():
         with torch.no_grad():
-            deltas = reference_delta(settings, of_target, a, x if target == "down" else a, target == "down")
+            if settings.np_form == "key_value" and target != "down":
+                base = {name: weight.double() for name, weight in found["weights"].items()}
+                of_fc1 = reference_key_value_deltas(settings, base, factors, hidden, a, MODEL.norm_epsilon)
+                deltas = of_fc1[target]
+            else:
+                deltas = reference_delta(
+                    settings, of_target, a, x if target == "down" else a, target == "down"
+                )
         values[f"{target}.delta_norms"] = deltas.flatten(1).norm(dim=1).view(SEQUENCE, BATCH)
         values[f"{target}.weight_norm"] = _weight(found["weights"], target).double().norm()
         quantities = {"factor_norm": torch.stack([factor.norm() for factor in of_target.values()]).sum()}
@@ -173,11 +193,11 @@ def _weight(weights: dict[str, Tensor], target: str) -> Tensor:
 
 
 def _vectors(settings: NPTModuleConfig, factors: dict[str, Tensor], a: Tensor) -> dict[str, Tensor]:
-    all_a, all_b = [], []
+    all_a, all_b, rank = [], [], int(settings.np_rank)
     for component in range(settings.num_np_components):
-        columns = slice(component * settings.np_rank, (component + 1) * settings.np_rank)
+        columns = slice(component * rank, (component + 1) * rank)
         z = a @ factors["W_down"][:, columns]
-        v_a = z @ factors["W_a_up"][columns] / math.sqrt(settings.np_rank)
+        v_a = z @ factors["W_a_up"][columns] / math.sqrt(rank)
         all_a.append(v_a + factors["c_a"][component] if settings.np_affine else v_a)
         all_b.append(z @ factors["W_b_up"][columns])
     v_a, v_b, target = torch.stack(all_a), torch.stack(all_b), a.expand(len(all_a), *a.shape)
@@ -248,12 +268,15 @@ def test_zeros_have_finite_gradients() -> None:
 
 def _refusals() -> None:
     initialize(ParallelConfig(), seed=3)
-    a, _ = _inputs()
+    a, _, _ = _inputs()
     for settings, target in ((LOW_RANK, "gate"), (OUTER, "down")):
         part = _layer(settings, ParallelConfig()).feed_forward.get_submodule(target)
         with pytest.raises(ValueError, match="only for --np-form outer_product and the targets"):
             GeneratedVectors(part, a)
     down = _layer(OUTER, ParallelConfig()).feed_forward.down
+    with pytest.raises(ValueError, match="pass x, because the delta"):
+        delta_norms(down, a)
+    down = _layer(FORMS["key_value"], ParallelConfig()).feed_forward.down
     with pytest.raises(ValueError, match="pass x, because the delta"):
         delta_norms(down, a)
 

@@ -37,7 +37,7 @@ def test_megatrons_name_stands_before_an_alias(capsys: pytest.CaptureFixture[str
     for start in (
         "--micro-batch-size, --batch-size INT",
         "--lr, --learning-rate FLOAT",
-        "--np-rank, --rank INT",
+        "--np-rank, --rank TEXT",
     ):
         assert any(line.startswith(start) for line in lines), start
 

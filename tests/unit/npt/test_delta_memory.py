@@ -24,6 +24,7 @@ from tools.memory_report import main
 GATE = NPTModuleConfig(npt_layers="all", np_rank=4)
 TRIPLE = replace(GATE, np_target="triple", np_init_scale=0.5, num_np_components=2)
 OUTER = replace(TRIPLE, np_form="outer_product")
+KEY_VALUE = replace(TRIPLE, np_form="key_value", num_np_components=1, np_scale=0.7)
 
 
 def _counted() -> list[tuple[int, int]]:
@@ -56,7 +57,11 @@ def _difference() -> dict[str, float]:
     initialize(ParallelConfig(), seed=3)
     found = {}
     bare = replace(OUTER, np_affine=False, np_normalize=False)
-    for settings in (TRIPLE, OUTER, bare, replace(TRIPLE, np_target="fc1"), replace(OUTER, np_target="gate")):
+    cases = [(settings, "RMSNorm") for settings in (TRIPLE, OUTER, bare, KEY_VALUE)]
+    cases += [(replace(TRIPLE, np_target="fc1"), "RMSNorm"), (replace(OUTER, np_target="gate"), "RMSNorm")]
+    for target in ("gate", "fc1", "gate+up+down"):
+        cases.append((replace(KEY_VALUE, np_target=target), "LayerNorm"))
+    for settings, norm in cases:
         model = ModelConfig(
             num_layers=1,
             hidden_size=16,
@@ -65,22 +70,26 @@ def _difference() -> dict[str, float]:
             seq_length=8,
             swiglu=settings.np_target != "fc1",
             init_method_std=0.3,
+            normalization=norm,  # type: ignore[arg-type]
         )
         extensions: list[Any] = [NPTExtension(settings)]
         layer: Any = build_model(model, ParallelConfig(), vocab_size=32, seed=3, extensions=extensions)[
             0
         ].decoder.layers[0]
         generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in layer.pre_mlp_layernorm.parameters():
+                parameter.normal_(1.0, 0.3, generator=generator)
         inputs = [torch.randn(3, 2, 16, generator=generator).requires_grad_() for _ in range(2)]
         wanted = [*inputs, *layer.mlp.parameters(), *layer.feed_forward.parameters()]
         results = []
         for output in (
-            layer.feed_forward.modulated_mlp(layer.mlp, *inputs),
-            materialised_mlp(layer.feed_forward, layer.mlp, *inputs),
+            layer.feed_forward.mlp_output(layer, *inputs),
+            materialised_mlp(layer.feed_forward, layer, *inputs),
         ):
             loss = (output * output.detach().cos()).sum()
             results.append([output, *torch.autograd.grad(loss, wanted)])
-        found[str(settings)] = max(
+        found[f"{norm} {settings}"] = max(
             float(((a - b).norm() / (b.norm() + 1e-30)).detach()) for a, b in zip(*results, strict=True)
         )
     return found

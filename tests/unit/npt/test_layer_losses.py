@@ -212,7 +212,7 @@ def _gradients(form: str, losses: str, weights: str) -> dict[int, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("form", ["low_rank", "outer_product"])
+@pytest.mark.parametrize("form", ["low_rank", "outer_product", "key_value"])
 def test_local_losses_of_a_layer_do_not_train_the_layers_below_and_the_documents_do(form: str) -> None:
     upper = {losses: run_single(_gradients, form, losses, "0,1") for losses in ("local", "document")}
     assert not upper["local"][1].any() and upper["document"][1].any()

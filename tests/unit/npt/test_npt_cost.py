@@ -17,6 +17,8 @@ MODEL = replace(TINY, attention_backend="local", untie_embeddings_and_output_wei
 OUTER = NPTModuleConfig(np_form="outer_product", np_rank=4, np_target="gate+up", npt_layers="1,3")
 LOW_RANK = NPTModuleConfig(np_rank=4, np_target="gate+up+down", npt_layers="1,3")
 
+KEY_VALUE = replace(LOW_RANK, np_form="key_value")
+
 
 def case(
     settings: NPTModuleConfig, iteration: int = 9, trains: tuple[int, ...] | None = None, **training: Any
@@ -38,6 +40,14 @@ CASES = {
         replace(LOW_RANK, npt_layers="1,2"), trains=(1,), mode="single_layer"
     ),
     "no loss in a layer": case(OUTER, mode="multi_layer", layer_weights="0,1"),
+    "key_value": case(KEY_VALUE, mode="equivalence"),
+    "key_value, attention the teacher's": case(
+        KEY_VALUE, mode="multi_layer", curriculum_stages="mixed:9:0:0.5"
+    ),
+    "key_value, MLP the teacher's": case(
+        replace(KEY_VALUE, np_target="gate"), mode="multi_layer", curriculum_stages="mixed:9:0.5:0"
+    ),
+    "key_value, below a trained one": case(replace(KEY_VALUE, npt_layers="1,2"), trains=(1,), mode="lm"),
     "lm": case(LOW_RANK, mode="lm"),
     "lm, base trained": case(replace(OUTER, freeze_base=False), mode="lm"),
     "equivalence, base trained": case(replace(LOW_RANK, freeze_base=False), mode="equivalence"),

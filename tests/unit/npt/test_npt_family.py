@@ -30,6 +30,9 @@ LOW_RANK = NPTModuleConfig(np_rank=4, np_target="gate+up+down", npt_layers="0,3"
 SETTINGS = {
     "low_rank gate": NPTModuleConfig(np_rank=4),
     "low_rank triple": LOW_RANK,
+    "key_value gate": NPTModuleConfig(np_form="key_value", np_rank=4),
+    "key_value triple": replace(LOW_RANK, np_form="key_value"),
+    "key_value fc1": NPTModuleConfig(np_form="key_value", np_rank=4, np_target="fc1"),
     "outer gate": replace(OUTER, np_target="gate", np_affine=False),
     "outer triple": OUTER,
     "outer fc1": replace(OUTER, np_target="fc1", npt_layers="all"),
@@ -136,7 +139,7 @@ def _off(settings: NPTModuleConfig, bf16: bool) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["outer triple", "outer fc1"])
+@pytest.mark.parametrize("name", ["outer triple", "outer fc1", "key_value triple"])
 def test_with_all_layers_off_the_model_is_the_base_model_bit_for_bit(name: str, bf16: bool) -> None:
     same = run_single(_off, SETTINGS[name], bf16)
     assert all(same.values()), [name for name, equal in same.items() if not equal]

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ MODEL = ModelConfig(
 )
 LOW_RANK = NPTModuleConfig(npt_layers="all", np_rank=16, np_target="gate+up+down")
 OUTER = replace(LOW_RANK, np_form="outer_product")
+KEY_VALUE = replace(LOW_RANK, np_form="key_value")
 
 
 def _layer(settings: NPTModuleConfig, model: ModelConfig = MODEL) -> Any:
@@ -133,6 +134,10 @@ STABLE = {
     for settings in (replace(form, np_target="gate+up", np_residual="keep"), form)
     for rank, k in ((16, 1), (48, 4))
 }
+STABLE |= {
+    f"key_value {target} {residual}": replace(KEY_VALUE, np_target=target, np_residual=residual)
+    for target, residual in cast(Any, (("gate+up", "keep"), ("gate+up+down", "drop")))
+}
 BARE = replace(OUTER, np_rank=48, num_np_components=4, np_normalize=False)
 
 
@@ -196,10 +201,11 @@ class _Sizes(TorchDispatchMode):
 
 
 def _large_tensors(target: Any) -> list[int]:
-    """Of a forward pass: base MLP and residual, then NPT's of both forms with one and with four components."""
+    """Of a forward pass: base MLP and residual, then NPT's: two forms with one and four components, key_value."""
     counts = []
     tiny = [replace(form, np_target=target, np_rank=2) for form in (LOW_RANK, OUTER)]
     forms = [replace(settings, num_np_components=k) for settings in tiny for k in (1, 4)]
+    forms.append(replace(KEY_VALUE, np_target=target, np_rank=2))
     for settings in (None, *forms):
         layer = _layer(settings or LOW_RANK)
         hidden, a = _inputs()
@@ -214,11 +220,14 @@ def _large_tensors(target: Any) -> list[int]:
 
 
 def test_nothing_of_hidden_or_ffn_width_is_made_beyond_the_mlps_own() -> None:
-    """But for one copy of the output, whatever the components: with `down`, where the engine returns a view of it."""
-    base, *others = run_single(_large_tensors, "gate+up")
-    assert base == 5 and others == [base] * 4
-    base, *others = run_single(_large_tensors, "gate+up+down")
-    assert base == 5 and others == [base + 1] * 4
+    """But for one copy of the output, whatever the components: with `down`, where the engine returns a view of it.
+
+    key_value makes h + a, and n with the gain applied.
+    """
+    base, *others, key_value = run_single(_large_tensors, "gate+up")
+    assert base == 5 and others == [base] * 4 and key_value == base + 2
+    base, *others, key_value = run_single(_large_tensors, "gate+up+down")
+    assert base == 5 and others == [base + 1] * 4 and key_value == base + 3
 
 
 def _saved_bytes(rank: int) -> dict[int, int]:

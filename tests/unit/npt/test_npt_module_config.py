@@ -70,8 +70,20 @@ def test_the_defaults_are_those_of_document_002() -> None:
         ({"num_np_components": 0}, "--num-np-components 0: must be at least 1"),
         ({"np_scale": 0.0}, "--np-scale 0.0: must be above 0"),
         ({"np_init_scale": -1.0}, "--np-init-scale -1.0: must be above 0"),
-        ({"np_form": "dense"}, "--np-form dense: must be one of low_rank, outer_product"),
+        ({"np_form": "dense"}, "--np-form dense: must be one of low_rank, outer_product, key_value"),
         ({"np_affine": False}, r"--no-np-affine requires --np-form outer_product \(got low_rank\)"),
+        (
+            {"np_form": "key_value", "num_np_components": 2},
+            "--num-np-components 2: --np-form key_value has one component, .* raise --np-rank instead",
+        ),
+        (
+            {"np_init_strategy": "calibrated"},
+            r"--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 \(got low_rank, 1\)",
+        ),
+        (
+            {"np_form": "key_value", "np_affine": False},
+            r"--no-np-affine requires --np-form outer_product \(got key_value\)",
+        ),
         ({"np_normalize": False}, r"--no-np-normalize requires --np-form outer_product \(got low_rank\)"),
     ],
 )

@@ -39,6 +39,8 @@ def _forms() -> dict[str, NPTModuleConfig]:
         "outer": outer,
         "outer without affine": replace(outer, np_affine=False),
         "outer bare": replace(outer, np_normalize=False),
+        "key_value": replace(low_rank, np_form="key_value"),
+        "key_value after LayerNorm": replace(low_rank, np_form="key_value"),
     }
 
 
@@ -49,7 +51,7 @@ def _cases() -> dict[str, NPTModuleConfig]:
         )
         for name, settings in _forms().items()
         for target in ("gate", "gate+up", "gate+up+down", "fc1")
-        for k in (1, 3)
+        for k in ((1, 3) if settings.np_form != "key_value" else (1,))
         for residual in ("keep", "drop")
     }
 
@@ -59,12 +61,13 @@ CASES = _cases()
 
 def _worst_errors(cases: dict[str, NPTModuleConfig]) -> dict[str, dict[str, float]]:
     initialize(ParallelConfig(), seed=3)
-    return {name: _errors(settings) for name, settings in cases.items()}
+    return {name: _errors(settings, "LayerNorm" in name) for name, settings in cases.items()}
 
 
-def _errors(settings: NPTModuleConfig) -> dict[str, float]:
+def _errors(settings: NPTModuleConfig, layer_norm: bool) -> dict[str, float]:
     """Relative errors of the output and of every gradient."""
-    model = replace(MODEL, swiglu="fc1" not in settings.targets)
+    norm: Any = "LayerNorm" if layer_norm else "RMSNorm"
+    model = replace(MODEL, swiglu="fc1" not in settings.targets, normalization=norm)
     chunk = build_model(model, ParallelConfig(), vocab_size=32, seed=3, extensions=[NPTExtension(settings)])[
         0
     ]
@@ -89,6 +92,8 @@ def _errors(settings: NPTModuleConfig) -> dict[str, float]:
         "fc2": layer.mlp.linear_fc2.weight,
         "fc2_bias": layer.mlp.linear_fc2.bias,
     }
+    if layer_norm:
+        base["norm_bias"] = layer.pre_mlp_layernorm.bias
     doubles = {name: value.detach().double().requires_grad_() for name, value in base.items()}
     factors = {
         target: {name: value.detach().double().requires_grad_() for name, value in part.named_parameters()}
@@ -128,8 +133,9 @@ def test_factored_equals_materialised_in_output_and_every_gradient(case: str) ->
     errors = _all_errors()[case]
     per_target = {"low_rank": 2, "outer": 4, "outer bare": 4, "outer without affine": 3}
     settings = CASES[case]
-    factors = per_target[case.split(f" {settings.np_target}")[0]] * len(settings.targets)
+    factors = per_target.get(case.split(f" {settings.np_target}")[0], 2) * len(settings.targets)
     factors += settings.np_form == "low_rank" and "down" in settings.targets
-    assert len(errors) == 8 + factors
+    factors -= settings.np_form == "key_value" and "up" in settings.targets  # it shares A with gate
+    assert len(errors) == 8 + factors + ("LayerNorm" in case)
     for name, error in errors.items():
         assert error < 2e-5, name

@@ -1,0 +1,295 @@
+"""Calibrates the NP weights of a run (`--np-init-strategy calibrated`), and keeps the result in its directory.
+
+    {save}/calibrated/npt_weights.pt, .safetensors, config.json     NP weights, as in `final/`, with the chosen ranks
+    {save}/calibrated/spectrum.json                                 the singular values behind the ranks
+
+The directory is written at the end and renamed, so a killed calibration leaves nothing. A command that is repeated
+reads the directory if it was calibrated for the same base model, data and settings. The result does not depend on the
+parallel layout, but for rounding.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.serialize import group_to_dict
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.models.build_model import build_model
+from megatron_ext.models.costs.model_cost import layer_parameters
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.calibration.factors import Spectrum, choose_ranks, decompose
+from megatron_ext.npt.calibration.moments import LayerMoments, collect_moments
+from megatron_ext.npt.modules.np_ranks import budget, described, format_ranks
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
+from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, read_np_settings
+from megatron_ext.npt.weights.state_files import replace_final
+from megatron_ext.platform.collectives import merge_over_ranks, on_first_rank, print_on_first_rank
+from megatron_ext.training.checkpoint import checkpoint_files as files
+from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.pretrain import run_configuration
+from megatron_ext.training.run_data import build_data
+from megatron_ext.training.run_options import RunOptions
+
+FOLDER, SPECTRUM = "calibrated", "spectrum.json"
+_FORMAT = "megatron_ext.npt_spectrum/1"
+
+_FC1, _DOWN = "fc1", "down"
+"""Kinds of targets: those that share u (gate and up, or fc1), and `down`."""
+
+Place = tuple[int, str]
+"""A layer, from 0, and a kind of target."""
+
+
+def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer) -> Path:
+    """Calibrates, unless a repeated command has done so already; returns the file of the NP weights. Collective.
+
+    Args:
+        config: the run's configuration, resolved, with --save and with layers as numbers.
+        base: the base model.
+        tokenizer: the tokenizer of the training data.
+
+    Raises:
+        ValueError: the ranks do not fit the model, or the data is unsuitable.
+        OSError: a file could not be read or written.
+    """
+    assert config.checkpoint.save is not None
+    folder, of_what = Path(config.checkpoint.save) / FOLDER, _description(config, base)
+    if on_first_rank(lambda: _is_of(folder, of_what)):
+        print_on_first_rank(f"calibration: {folder} is kept from an earlier start of this run")
+        return folder / WEIGHTS
+    chunks = _base_model(config, base, tokenizer)
+    moments = _moments(config, chunks, tokenizer)
+    settings, spectra = _with_ranks(config, chunks, moments)
+    tensors = _factors(settings, chunks, spectra)
+    report = _report(config, settings, spectra)
+    more = {"calibration": of_what}
+    texts = {SPECTRUM: json.dumps(report, indent=1)}
+    on_first_rank(lambda: replace_final(folder.parent, tensors, settings, more, name=FOLDER, texts=texts))
+    _print_report(report, settings)
+    return folder / WEIGHTS
+
+
+def _description(config: NPTRunConfig, base: BaseCheckpoint) -> dict[str, Any]:
+    """Returns everything on which the result depends, as JSON values."""
+    training = config.npt
+    return {
+        "np": group_to_dict(config.np),
+        "tokens": training.calibration_tokens,
+        "metric": training.calibration_metric,
+        "seed": config.training.seed,
+        "sequence_length": config.model.seq_length,
+        "data": group_to_dict(config.data),
+        "bf16": config.training.bf16,
+        "base_sha256": base.sha256,
+    }
+
+
+def _is_of(folder: Path, of_what: Mapping[str, Any]) -> bool:
+    file = folder / CONFIG
+    return file.is_file() and files.read_json(file).get("calibration") == of_what
+
+
+def _base_model(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer) -> list[GPTModel]:
+    run_config = {**run_configuration(config, tokenizer), "families": {}}
+    tokenizer.begin_as(run_config[files.BEGIN])
+    chunks = build_model(
+        config.model,
+        _without_recomputation(config.parallel),
+        vocab_size=run_config["vocab_size"],
+        seed=config.training.seed,
+        bf16=config.training.bf16,
+    )
+    base.load(chunks, run_config, [])
+    return chunks
+
+
+def _without_recomputation(parallel: ParallelConfig) -> ParallelConfig:
+    # A recomputed layer would run twice, and its hooks with it.
+    defaults = ParallelConfig()
+    names = [name for name in ParallelConfig.__dataclass_fields__ if name.startswith("recompute_")]
+    return replace(parallel, **{name: getattr(defaults, name) for name in names})
+
+
+def _moments(config: NPTRunConfig, chunks: list[GPTModel], tokenizer: Tokenizer) -> dict[int, LayerMoments]:
+    samples = math.ceil(config.npt.calibration_tokens / config.model.seq_length)
+    quiet = replace(config, training=replace(config.training, eval_iters=0))
+    copies = parallel_state.get_data_parallel_world_size()
+    data = build_data(
+        quiet,
+        tokenizer,
+        [],
+        config.training.resolved_global_batch_size(copies),
+        RunOptions(samples=samples),
+    )
+    print_on_first_rank(f"calibrating on {samples * config.model.seq_length:,} tokens")
+    return collect_moments(
+        chunks,
+        config.np.layers(config.model.num_layers),
+        data.train(0),
+        samples,
+        gradients=config.npt.calibration_metric == "fisher",
+        seed=config.training.seed,
+    )
+
+
+def _with_ranks(
+    config: NPTRunConfig, chunks: list[GPTModel], moments: dict[int, LayerMoments]
+) -> tuple[NPTModuleConfig, dict[Place, tuple[Spectrum, int]]]:
+    """Returns the settings with numbers as ranks, and the spectrum and rank of each of this stage's places."""
+    settings, model = config.np, config.model
+    spectra: dict[Place, Spectrum] = {}
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        number = layer.layer_number - 1
+        of_layer = moments.pop(number, None)  # frees it
+        if of_layer is not None:
+            spectra |= {(number, kind): found for kind, found in _spectra(config, layer, of_layer).items()}
+    layers = settings.layers(model.num_layers)
+    share = budget(settings.np_rank)
+    if share is None:
+        ranks = _given_ranks(settings, model.num_layers, model.hidden_size)
+    else:
+        local = {place: _gains(config, found) for place, found in spectra.items()}
+        gains = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
+        costs = {_FC1: model.hidden_size, _DOWN: 2 * model.hidden_size}
+        costs[_FC1] += model.resolved_ffn_hidden_size * len([t for t in settings.targets if t != _DOWN])
+        ranks = choose_ranks(gains, costs, share * layer_parameters(model) * len(layers))
+    text = format_ranks((ranks[n, _FC1], ranks.get((n, _DOWN), ranks[n, _FC1])) for n in layers)
+    return replace(settings, np_rank=text), {place: (found, ranks[place]) for place, found in spectra.items()}
+
+
+def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -> dict[Place, int]:
+    kinds = {(_DOWN if target == _DOWN else _FC1): target for target in settings.targets}
+    ranks = {
+        (layer, kind): settings.rank(layer, target, num_layers)
+        for layer in settings.layers(num_layers)
+        for kind, target in kinds.items()
+    }
+    if max(ranks.values()) > hidden_size:
+        raise ValueError(
+            f"--np-rank {settings.np_rank}: must be at most the hidden size {hidden_size} for a calibrated start"
+        )
+    return ranks
+
+
+def _gains(config: NPTRunConfig, found: Spectrum) -> list[float]:
+    """Returns by how much each rank lowers the error: of the loss, or without gradients of the target, relatively."""
+    squares = found.squares
+    if config.npt.calibration_metric == "output":
+        # Sizes of different layers' outputs say nothing about their effect; shares of their own size are comparable.
+        squares = squares / squares.sum()
+    gains: list[float] = squares.tolist()
+    return gains
+
+
+def _spectra(config: NPTRunConfig, layer: Any, moments: LayerMoments) -> dict[str, Spectrum]:
+    fisher = config.npt.calibration_metric == "fisher"
+    metric = moments.metric if fisher else _output_metric(config.np, layer)
+    spectra = {_FC1: decompose(moments.inputs, metric)}
+    if _DOWN in config.np.targets:
+        residual = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+        spectra[_DOWN] = decompose(moments.attention, moments.output if fisher else residual)
+    return spectra
+
+
+def _output_metric(settings: NPTModuleConfig, layer: Any) -> torch.Tensor:
+    """Returns diag(g) W^T W diag(g) of the modulated weights, summed over tensor-parallel ranks; [h, h] in fp64."""
+    weight = torch.cat([part for _, part in _weights(settings, layer)]).double()
+    weight = weight * layer.pre_mlp_layernorm.weight.detach().double()
+    metric = weight.t() @ weight
+    dist.all_reduce(metric, group=layer.pg_collection.tp)
+    return metric
+
+
+def _weights(settings: NPTModuleConfig, layer: Any) -> list[tuple[str, torch.Tensor]]:
+    """Returns this rank's part of the weight of each target of fc1, [f/t, h]."""
+    weight = layer.mlp.linear_fc1.weight.detach()
+    parts = {"fc1": weight} | dict(zip(("gate", "up"), weight.chunk(2), strict=True))
+    return [(target, parts[target]) for target in settings.targets if target != _DOWN]
+
+
+def _factors(
+    settings: NPTModuleConfig, chunks: list[GPTModel], spectra: Mapping[Place, tuple[Spectrum, int]]
+) -> dict[str, torch.Tensor]:
+    """Returns the NP factors of all layers, whole and in fp32, on the CPU; collective."""
+    local: dict[str, torch.Tensor] = {}
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        number = layer.layer_number - 1
+        if (number, _FC1) in spectra:
+            factors = _layer_factors(settings, layer, number, spectra)
+            local |= {f"layer_{number}_np.{name}": value.float().cpu() for name, value in factors.items()}
+    merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
+    return dict(sorted(merged.items(), key=lambda item: int(item[0].split("_")[1])))
+
+
+def _layer_factors(
+    settings: NPTModuleConfig, layer: Any, number: int, spectra: Mapping[Place, tuple[Spectrum, int]]
+) -> dict[str, torch.Tensor]:
+    found, rank = spectra[number, _FC1]
+    reads, values = found.factors(rank)
+    values = (values * layer.pre_mlp_layernorm.weight.detach().double()).contiguous()
+    # Signs of singular vectors are arbitrary: all ranks must use those of one rank.
+    group = layer.pg_collection.tp
+    dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
+    parts = _weights(settings, layer)
+    factors = {f"{parts[0][0]}.A": reads}
+    for target, weight in parts:
+        local = (values @ weight.double().t()).float().contiguous()
+        pieces = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(pieces, local, group=group)
+        factors[f"{target}.B"] = torch.cat(pieces, dim=1)
+    if (number, _DOWN) in spectra:
+        found, rank = spectra[number, _DOWN]
+        factors["down.A"], factors["down.B"] = found.factors(rank)
+    return factors
+
+
+def _report(
+    config: NPTRunConfig, settings: NPTModuleConfig, spectra: Mapping[Place, tuple[Spectrum, int]]
+) -> dict[str, Any]:
+    """Returns the content of `spectrum.json`; collective over pipeline stages."""
+    local = {
+        place: {
+            "rank": rank,
+            "error_left": float(found.squares[rank:].sum() / found.squares.sum()),
+            "squared_singular_values": found.squares.tolist(),
+        }
+        for place, (found, rank) in spectra.items()
+    }
+    merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
+    layers: dict[str, dict[str, Any]] = {}
+    for (number, kind), values in sorted(merged.items()):
+        layers.setdefault(str(number), {})[kind] = values
+    samples = math.ceil(config.npt.calibration_tokens / config.model.seq_length)
+    return {
+        "format": _FORMAT,
+        "metric": config.npt.calibration_metric,
+        "tokens": samples * config.model.seq_length,
+        "np_rank": settings.np_rank,
+        "layers": layers,
+    }
+
+
+def _print_report(report: Mapping[str, Any], settings: NPTModuleConfig) -> None:
+    for number, kinds in report["layers"].items():
+        parts = [
+            f"{kind} rank {of_kind['rank']}, {of_kind['error_left']:.2%} of the error left"
+            for kind, of_kind in kinds.items()
+        ]
+        print_on_first_rank(f"  layer {number}: {'; '.join(parts)}")
+    print_on_first_rank(f"calibrated: rank {described(settings.np_rank)}")
+
+
+def chosen_settings(weights: Path, requested: NPTModuleConfig) -> NPTModuleConfig:
+    """Returns the requested settings with the ranks of the calibrated weights, on every rank; collective."""
+    found = on_first_rank(lambda: read_np_settings(str(weights)))
+    assert found is not None, "the calibration writes the settings beside the weights"
+    return replace(requested, np_rank=found.np_rank)

@@ -1,0 +1,103 @@
+"""Ranks and factors of the form key_value, from the moments of a layer.
+
+    C = E x x^T        the covariance of what is read: u for fc1, a for `down`; see `moments`
+    M                  the metric of an error of x: its error is E (x - x')^T M (x - x')
+    C^1/2 M C^1/2 = Y diag(s^2) Y^T                   s^2 in descending order
+
+The best map of rank r, x' = P x, keeps the first r columns Y_r; its error is the sum of s_i^2 over i > r (Eckart and
+Young, applied to M^1/2 C^1/2, whose right singular vectors are Y):
+
+    x' = C^1/2 Y_r Y_r^T C^-1/2 x          A = C^-1/2 Y_r  [h, r]          R = Y_r^T C^1/2  [r, h]
+    B = R diag(g) W^T  for fc1,  R  for `down`
+
+Without gradients M is diag(g) W^T W diag(g) for fc1, and the identity for `down`. Everything is in fp64.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+_SMALLEST = 3e-7
+"""Smallest eigenvalue of C, relative to the largest, that is inverted as it is; smaller ones are raised to it."""
+
+_RIDGE = 1e-7
+"""Added to the diagonal of C and M, relative to its mean, so that directions without tokens stay harmless."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The best maps of every rank, for one layer and one kind of target."""
+
+    squares: torch.Tensor
+    """s^2 [h], in descending order: by how much each further rank lowers the error."""
+
+    reads: torch.Tensor
+    """C^-1/2 Y, [h, h]."""
+
+    values: torch.Tensor
+    """Y^T C^1/2, [h, h]."""
+
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns A [h, r] and R [r, h] in fp64."""
+        return self.reads[:, :rank], self.values[:rank]
+
+
+def decompose(covariance: torch.Tensor, metric: torch.Tensor) -> Spectrum:
+    """Returns the best maps of x in a metric of its errors.
+
+    Args:
+        covariance: C, [h, h] in fp64.
+        metric: M, [h, h] in fp64.
+    """
+    values, vectors = torch.linalg.eigh(_with_ridge(covariance))
+    roots = values.clamp_min(_SMALLEST * float(values[-1])).sqrt()
+    root, inverse = (vectors * roots) @ vectors.t(), (vectors / roots) @ vectors.t()
+    squares, directions = torch.linalg.eigh(root @ _with_ridge(metric) @ root)
+    directions = directions.flip(1)
+    return Spectrum(
+        squares=squares.flip(0).clamp_min(0), reads=inverse @ directions, values=directions.t() @ root
+    )
+
+
+def _with_ridge(matrix: torch.Tensor) -> torch.Tensor:
+    ridge = (_RIDGE * matrix.diagonal().mean()).clamp_min(torch.finfo(matrix.dtype).tiny)
+    return matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def choose_ranks(
+    gains: Mapping[tuple[int, str], list[float]],
+    costs: Mapping[str, int],
+    parameters: float,
+) -> dict[tuple[int, str], int]:
+    """Returns the ranks with the smallest total error for a number of parameters.
+
+    Args:
+        gains: maps (layer, kind of target) to the gain of each further rank, in descending order.
+        costs: maps a kind of target to the number of parameters per rank.
+        parameters: the number of parameters that all factors together may have.
+
+    Returns:
+        The ranks, each at least 1.
+
+    Raises:
+        ValueError: the number is too small for rank 1 everywhere.
+    """
+    ranks = dict.fromkeys(gains, 1)
+    left = parameters - sum(costs[kind] for _, kind in gains)
+    if left < 0:
+        needed = sum(costs[kind] for _, kind in gains)
+        raise ValueError(
+            f"--np-rank auto: the budget is {parameters:,.0f} parameters; rank 1 needs {needed:,}"
+        )
+    # Gains fall with the rank, so the best choice takes them in the order of gain per parameter.
+    offers = sorted(
+        (-gain / costs[place[1]], place, rank)
+        for place, of_place in gains.items()
+        for rank, gain in enumerate(of_place[1:], start=2)
+    )
+    for _, place, rank in offers:
+        if rank == ranks[place] + 1 and costs[place[1]] <= left:
+            ranks[place] = rank
+            left -= costs[place[1]]
+    return ranks

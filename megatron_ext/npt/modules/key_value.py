@@ -1,0 +1,128 @@
+"""Form key_value: writes what the base layer's MLP would read of `a`, at the key that the NPT layer is reading.
+
+    n = LN2(h),  m = LN2(h + a)                            the NPT layer reads n, the base layer reads m
+    m = b + rho (n - b) + g * c(a) / rms(h + a)            rho = rms(h) / rms(h + a), the gain
+
+g and b are weight and bias of the norm. RMSNorm: c(x) = x, b = 0. LayerNorm: c(x) = x - mean(x). In both cases
+rms(x) = sqrt(mean(c(x)^2) + eps), with the norm's eps. So, but for two scalars per token, W m - W n is linear in a:
+
+    gate, up, fc1   y = W (b + rho (n - b)) + u B          u = c(a) / rms(h + a) A         A: [h, r], B: [r, output]
+    down            y = W x + u B                          u = a A                         A: [h, r], B: [r, h]
+
+    as a delta of the weight:  v (x) key + (rho - 1) W     v = u B + (1 - rho) W b,  key = n / |n|^2
+                    down       v (x) key                   v = u B,                  key = x / |x|^2
+
+v (x) key is the form outer_product with the right factor n / |n|^2 instead of a generated v_a. gate and up share A, and
+therefore u: `gate` holds A and B, `up` holds only B. With A = I and B = (W diag(g))^T, which needs r = h, y equals W m,
+and the layer equals the base layer; with A B = I, `down` returns a, which --np-residual drop leaves out.
+`np_scale` multiplies the delta: it multiplies u and rho - 1.
+
+Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel); rho and 1 / rms(h + a) [s, b, 1] in fp32.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.npt.modules.modulation import Modulation
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+
+
+class KeyValueModulation(Modulation):
+    """The factors of one target in the form key_value; see the formulas at the top of this file."""
+
+    output_name = "B"
+
+    def build(self) -> None:
+        """Registers A, unless the target `gate` holds it, and B."""
+        hidden, rank = self.config.hidden_size, self.total_rank
+        if self.has_code:
+            self.add_factor("A", (hidden, rank), hidden**-0.5)
+        self.add_output_factor(rank**-0.5)
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the target generates its own u; `up` uses that of `gate`."""
+        return not self.settings.shares_code(self.target)
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns |x|^2 [.., 1] in fp32, the square of the key's inverse length; only norms of the delta need it."""
+        return x.float().square().sum(-1, keepdim=True)
+
+    def coefficients(self, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+        """Returns scale * a A for `down`, and scale * c(a) A for the other targets, not yet divided by rms(h + a)."""
+        if not self.reads_ffn:
+            attention_output = centred(attention_output, self.config)
+        return attention_output @ self.A * self.settings.np_scale
+
+
+class _Gain(torch.autograd.Function):
+    """rho and 1 / rms(h + a). Keeps h and a for the backward pass, which exist anyway, but not h + a in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor, config: TransformerConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        h = centred(hidden_states.float(), config)
+        m = centred(attention_output.float(), config) + h
+        of_h, of_m = (_mean_square(x) + config.layernorm_epsilon for x in (h, m))
+        inverse_rms = of_m.rsqrt()
+        gain = of_h.sqrt() * inverse_rms
+        ctx.save_for_backward(hidden_states, attention_output, of_h, inverse_rms, gain)
+        ctx.config = config
+        return gain, inverse_rms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden_states, attention_output, of_h, inverse_rms, gain = ctx.saved_tensors
+        grad_gain, grad_inverse = grads
+        size = hidden_states.size(-1)
+        h = centred(hidden_states.float(), ctx.config)
+        m = centred(attention_output.float(), ctx.config) + h
+        # The derivatives by the two mean squares, times that of a mean square by its vector, 2 x / size.
+        by_m = -(grad_gain * gain + grad_inverse * inverse_rms) * inverse_rms.square() / size
+        by_h = grad_gain * gain / of_h / size
+        grad_a = by_m * m
+        grad_h = by_h * h + grad_a
+        return grad_h.to(hidden_states.dtype), grad_a.to(attention_output.dtype), None
+
+
+def _mean_square(values: torch.Tensor) -> torch.Tensor:
+    # Without a tensor of squares.
+    return torch.linalg.vector_norm(values, dim=-1, keepdim=True).square() / values.size(-1)
+
+
+def norm_gain(
+    hidden_states: torch.Tensor,
+    attention_output: torch.Tensor,
+    settings: NPTModuleConfig,
+    config: TransformerConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns 1 + scale (rho - 1), the gain that is applied, and 1 / rms(h + a), both [s, b, 1] in fp32.
+
+    Args:
+        hidden_states: h, [s, b, h] ([s/t, b, h] under sequence parallel).
+        attention_output: a, of the same shape.
+        settings: NPT's configuration.
+        config: megatron-core's transformer configuration, which names the norm and its eps.
+    """
+    gain, inverse_rms = _Gain.apply(hidden_states, attention_output, config)
+    return (gain if settings.np_scale == 1 else 1 + settings.np_scale * (gain - 1)), inverse_rms
+
+
+def with_gain(normed: torch.Tensor, gain: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    """Returns b + rho (n - b) for the output n of a norm with bias b; rho n for a norm without bias."""
+    gain = gain.to(normed.dtype)
+    bias = norm_bias(norm)
+    return normed * gain if bias is None else torch.lerp(bias, normed, gain)
+
+
+def norm_bias(norm: torch.nn.Module) -> torch.Tensor | None:
+    """Returns the bias of a norm, or None."""
+    return getattr(norm, "bias", None)
+
+
+def centred(values: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Returns c(x): x without its mean over the last dimension for LayerNorm, x itself for RMSNorm."""
+    return values - values.mean(-1, keepdim=True) if config.normalization == "LayerNorm" else values

@@ -1,0 +1,105 @@
+"""Values of --np-rank: one rank, a rank per NPT layer, another rank for `down`, or a budget for the calibration.
+
+    64                  all layers and targets
+    64/192              gate, up and fc1 have rank 64, `down` has 192
+    64,96/192,32        one entry per NPT layer, in ascending order of the layers
+    auto:0.15           the calibration chooses the ranks; NP parameters are 15 % of the converted layers' own
+
+Stored settings contain numbers only: an int if one rank holds everywhere, otherwise text in the second or third form.
+The command line imports this file, so it must not import torch.
+"""
+
+from collections.abc import Iterable
+
+Rank = tuple[int, int]
+"""Rank of gate, up and fc1, and rank of `down`."""
+
+_AUTO = "auto:"
+
+
+def normalised(value: int | str) -> int | str:
+    """Returns a value of --np-rank as it is stored; one plain number becomes an int.
+
+    Raises:
+        ValueError: the value has another format, a rank is below 1, or a share is not above 0.
+    """
+    text = str(value).replace(" ", "")
+    if text.startswith(_AUTO):
+        budget(text)
+        return text
+    return format_ranks(parse_ranks(text))
+
+
+def parse_ranks(value: int | str) -> list[Rank]:
+    """Returns the entries of a value other than `auto`: one for all layers, or one per layer."""
+    entries = []
+    for entry in str(value).split(","):
+        try:
+            numbers = [int(number) for number in entry.split("/")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2):
+            raise ValueError(
+                f"--np-rank {value}: must be a whole number, two for fc1 and down such as 64/192, a list of these with "
+                "one entry per NPT layer such as 64,96/192,32, or auto:SHARE such as auto:0.15"
+            )
+        if min(numbers) < 1:
+            raise ValueError(f"--np-rank {value}: must be at least 1")
+        entries.append((numbers[0], numbers[-1]))
+    return entries
+
+
+def format_ranks(ranks: Iterable[Rank]) -> int | str:
+    """Returns the shortest stored form of ranks: one entry if all layers have equal ranks."""
+    entries = [str(fc1) if fc1 == down else f"{fc1}/{down}" for fc1, down in ranks]
+    if len(set(entries)) == 1:
+        entries = entries[:1]
+    return int(entries[0]) if len(entries) == 1 and entries[0].isdigit() else ",".join(entries)
+
+
+def described(value: int | str) -> str:
+    """Returns ranks for a message: the number, or for a list of ranks the smallest and the largest."""
+    ranks = parse_ranks(value)
+    if len(ranks) == 1:
+        return str(value)
+    texts = [f"{min(part)} to {max(part)}" for part in zip(*ranks, strict=True)]
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]} (down {texts[1]})"
+
+
+def budget(value: int | str) -> float | None:
+    """Returns the share of `auto:SHARE`; None for ranks that are given as numbers.
+
+    Raises:
+        ValueError: the share is not a number above 0.
+    """
+    if not str(value).startswith(_AUTO):
+        return None
+    try:
+        share = float(str(value).removeprefix(_AUTO))
+    except ValueError:
+        share = 0.0
+    if not 0 < share < float("inf"):
+        raise ValueError(f"--np-rank {value}: the share must be a number above 0, such as auto:0.15")
+    return share
+
+
+def rank_of(value: int | str, place: int, count: int, target: str) -> int:
+    """Returns the rank of one target of one layer.
+
+    Args:
+        value: value of --np-rank.
+        place: index of the layer among the NPT layers.
+        count: number of NPT layers.
+        target: `gate`, `up`, `down` or `fc1`.
+
+    Raises:
+        ValueError: the value has another number of entries than there are layers, or is `auto`.
+    """
+    if budget(value) is not None:
+        raise ValueError(
+            f"--np-rank {value}: no rank is chosen yet; --np-init-strategy calibrated chooses the ranks"
+        )
+    entries = parse_ranks(value)
+    if len(entries) not in (1, count):
+        raise ValueError(f"--np-rank {value}: has {len(entries)} entries for {count} NPT layers")
+    return entries[place if len(entries) > 1 else 0][target == "down"]

@@ -1,0 +1,183 @@
+"""`pretrain_npt.py --np-init-strategy calibrated`: the files, the ranks, training from them, resuming, the layouts."""
+
+import contextlib
+import json
+import unittest.mock
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.serialize import group_in
+from megatron_ext.models.costs.model_cost import layer_parameters
+from megatron_ext.npt.npt_cost import np_parameters
+from megatron_ext.npt.runs.npt_model import NPTModel
+from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, write_np_weights
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
+from megatron_ext.training.checkpoint.checkpointer import read_run_config
+from tests.integration.npt.npt_run_helpers import DATA, make_base, train, write_data
+
+HIDDEN = 32
+FORM = [
+    *("--np-form", "key_value", "--np-init-strategy", "calibrated", "--calibration-tokens", "200"),
+    *("--npt-layers", "1,3", "--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-3", *DATA),
+]
+DROP = ["--np-target", "gate+up+down", "--np-residual", "drop"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A base model and data."""
+
+    root: Path
+    base: str
+    data: str
+
+    def flags(self, name: str, *more: str) -> list[str]:
+        """The flags of a run in the directory `name`."""
+        return ["--load", self.base, "--data-path", self.data, "--save", str(self.root / name), *FORM, *more]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    root = tmp_path_factory.mktemp("calibrated")
+    data = write_data(root)
+    return Prepared(root, run_single(make_base, str(root), data), data)
+
+
+def _losses(base: str, weights: str) -> tuple[float, float]:
+    """Of the base model and of the converted one, on the same tokens."""
+    tokens = torch.randint(0, 64, (64,), generator=torch.Generator().manual_seed(5)).tolist()
+    model = NPTModel.from_pretrained(base)
+    before = model.loss(tokens)
+    model.load_npt_weights(weights)
+    return before, model.loss(tokens)
+
+
+@pytest.mark.parametrize("metric", ["fisher", "output"])
+@pytest.mark.parametrize(
+    "target", [["--np-target", "gate+up", "--np-residual", "keep"], DROP], ids=["keep", "drop"]
+)
+def test_at_full_rank_the_calibrated_model_is_the_base_model(
+    target: list[str], metric: str, prepared: Prepared
+) -> None:
+    name = f"full-{metric}-{target[-1]}"
+    rank = ["--np-rank", str(HIDDEN), "--calibration-metric", metric]
+    code, output = run_single(train, *prepared.flags(name, *target, *rank, "--train-iters", "0"))
+    folder = prepared.root / name
+    assert code == 0 and "calibrating on 208 tokens" in output and f"written: {folder}/calibrated" in output
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["calibrated"]
+    base, converted = run_single(_losses, prepared.base, str(folder / "calibrated/npt_weights.safetensors"))
+    assert converted == pytest.approx(base, abs=2e-5)
+
+
+def test_a_budget_becomes_numbers_which_are_trained_from_stored_and_resumed(prepared: Prepared) -> None:
+    flags = prepared.flags("auto", *DROP, "--np-rank", "auto:0.2", "--save-interval", "2")
+    code, output = run_single(train, *flags, "--train-iters", "2")
+    folder = prepared.root / "auto"
+    assert code == 0 and "NP weights: calibrated, " in output
+    stored = read_run_config(str(folder))
+    settings = stored["families"]["npt"]["settings"]
+    weights, in_file = run_single(read_np_weight_file, str(folder / "calibrated/npt_weights.pt"))
+    assert in_file.np_rank == settings["np_rank"] != "auto:0.2"
+    model = group_in(ModelConfig, stored, "model")
+    counted = sum(value.numel() for value in weights.values())
+    assert counted == sum(np_parameters(in_file, model, layer) for layer in (1, 3))
+    share = counted / (2 * layer_parameters(model))
+    assert 0.19 < share <= 0.2
+    spectrum = json.loads((folder / "calibrated/spectrum.json").read_text())
+    assert spectrum["np_rank"] == in_file.np_rank and spectrum["tokens"] == 208
+    for layer in ("1", "3"):
+        of_layer = spectrum["layers"][layer]
+        assert of_layer["fc1"]["rank"] == in_file.rank(int(layer), "gate", 4)
+        assert of_layer["down"]["rank"] == in_file.rank(int(layer), "down", 4)
+        assert len(of_layer["fc1"]["squared_singular_values"]) == HIDDEN
+    resumed = [*flags, "--load", str(folder), "--base-checkpoint", prepared.base, "--train-iters", "4"]
+    code, output = run_single(train, *resumed)
+    assert code == 0 and "calibrating on" not in output
+    assert read_run_config(str(folder))["families"]["npt"]["settings"] == settings
+    assert (folder / "checkpoint-4").is_dir()
+
+
+def _killed(*flags: str) -> None:
+    """A calibration that ends when its first files are written."""
+
+    def die(*arguments: Any, **options: Any) -> None:
+        write_np_weights(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with (
+        unittest.mock.patch("megatron_ext.npt.weights.state_files.write_np_weights", die),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        train(*flags)
+
+
+def test_a_killed_calibration_leaves_nothing_and_a_finished_one_is_kept(prepared: Prepared) -> None:
+    target = ["--np-target", "gate+up", "--np-rank", "4"]
+    flags = prepared.flags("killed", *target, "--train-iters", "0")
+    folder = prepared.root / "killed"
+    run_single(_killed, *flags)
+    assert not (folder / "calibrated").exists()
+    _, first = run_single(train, *flags)
+    before = (folder / "calibrated/npt_weights.pt").read_bytes()
+    assert "calibrating on" in first and not list(folder.glob(".writing*"))
+    _, second = run_single(train, *flags)
+    assert "is kept from an earlier start" in second and "calibrating on" not in second
+    _, other = run_single(train, *flags, "--calibration-tokens", "100")
+    assert "calibrating on 112 tokens" in other
+    _, again = run_single(train, *flags)
+    assert "calibrating on" in again, "the directory now belongs to other settings"
+    assert (folder / "calibrated/npt_weights.pt").read_bytes() == before, "the same command, the same bits"
+
+
+LAYOUTS = {
+    "TP2": ["--tensor-model-parallel-size", "2"],
+    "TP2+SP": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "PP2": ["--pipeline-model-parallel-size", "2"],
+    "DP2": [],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_maps(layout: str, prepared: Prepared) -> None:
+    flags = [*DROP, "--np-rank", "auto:0.2", "--train-iters", "0"]
+    if not (prepared.root / "one").exists():
+        run_single(train, *prepared.flags("one", *flags))
+    run_distributed(train, 2, *prepared.flags(layout, *flags, *LAYOUTS[layout]))
+    (ours, settings), (one, expected) = (
+        run_single(read_np_weight_file, str(prepared.root / name / "calibrated/npt_weights.pt"))
+        for name in (layout, "one")
+    )
+    assert settings == expected
+    for layer in (1, 3):
+        for reader, target in (("gate", "gate"), ("gate", "up"), ("down", "down")):
+            a, b = (
+                tensors[f"layer_{layer}_np.{reader}.A"] @ tensors[f"layer_{layer}_np.{target}.B"]
+                for tensors in (ours, one)
+            )
+            assert float((a - b).norm() / b.norm()) < 1e-3, (layer, target)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--np-rank", "33"], "--np-rank 33: must be at most the hidden size 32"),
+        (["--np-rank", "auto:0.0001"], "the budget is .* parameters; rank 1 needs"),
+        (["--np-rank", "4", "--mode", "sequential"], "calibrates all layers at once; choose another --mode"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(more: list[str], message: str, prepared: Prepared) -> None:
+    flags = [*prepared.flags("refused", *DROP, "--train-iters", "0", "--stage1-steps", "0"), *more]
+    with pytest.raises(ValueError, match=message):
+        run_single(train, *flags)
+
+
+def test_a_run_of_no_steps_needs_a_calibration(prepared: Prepared) -> None:
+    flags = [*prepared.flags("none", "--train-iters", "0"), "--np-init-strategy", "improved"]
+    with pytest.raises(ValueError, match="--train-iters 0: must be at least 1"):
+        run_single(train, *flags)

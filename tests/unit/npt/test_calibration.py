@@ -1,0 +1,80 @@
+"""The closed form's algebra: best maps, ranks for a budget, and sampled labels."""
+
+import itertools
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.npt.calibration.factors import choose_ranks, decompose
+from megatron_ext.npt.calibration.moments import sample_labels
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_single import run_single
+
+SIZE, TOKENS = 12, 500
+
+
+def _moments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [n, h] of unequal directions, and the matrices C and M."""
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.logspace(0, -1, SIZE, dtype=torch.float64)
+    mixing = torch.randn(2, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    x = torch.randn(TOKENS, SIZE, generator=generator, dtype=torch.float64) * scales @ mixing[0]
+    return x, x.t() @ x, mixing[1] @ mixing[1].t()
+
+
+def _error(x: torch.Tensor, metric: torch.Tensor, projected: torch.Tensor) -> float:
+    difference = x - projected
+    return float((difference @ metric * difference).sum())
+
+
+def test_the_spectrum_is_the_error_and_no_other_map_of_the_rank_does_better() -> None:
+    x, covariance, metric = _moments()
+    found = decompose(covariance, metric)
+    root = torch.linalg.cholesky(metric)
+    # Eckart and Young: the best rank-r approximation of the errors' coordinates, without any constraint on the map.
+    singular = torch.linalg.svdvals(x @ root)
+    for rank in (1, 4, 9):
+        reads, values = found.factors(rank)
+        error = _error(x, metric, x @ reads @ values)
+        assert error == pytest.approx(float(found.squares[rank:].sum()), rel=1e-3)
+        assert error == pytest.approx(float(singular[rank:].square().sum()), rel=1e-3)
+        plain = torch.linalg.svd(x, full_matrices=False).Vh[:rank]
+        assert error < _error(x, metric, x @ plain.t() @ plain)
+
+
+def test_at_full_rank_the_map_is_the_identity_even_where_there_were_no_tokens() -> None:
+    x, _, metric = _moments()
+    few = x[:3]
+    reads, values = decompose(few.t() @ few, metric).factors(SIZE)
+    torch.testing.assert_close(reads @ values, torch.eye(SIZE, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_ranks_for_a_budget_have_the_smallest_error_of_all_choices() -> None:
+    gains = {(0, "fc1"): [8.0, 3.0, 1.0], (1, "fc1"): [4.0, 3.5, 0.1], (0, "down"): [5.0, 2.0, 0.5]}
+    costs, parameters = {"fc1": 2, "down": 1}, 11
+    chosen = choose_ranks(gains, costs, parameters)
+    assert sum(rank * costs[kind] for (_, kind), rank in chosen.items()) <= parameters
+
+    def kept(ranks: dict[tuple[int, str], int]) -> float:
+        return sum(sum(gains[place][:rank]) for place, rank in ranks.items())
+
+    choices = [dict(zip(gains, ranks, strict=True)) for ranks in itertools.product((1, 2, 3), repeat=3)]
+    fitting = [c for c in choices if sum(r * costs[kind] for (_, kind), r in c.items()) <= parameters]
+    assert kept(chosen) == max(map(kept, fitting))
+    with pytest.raises(ValueError, match="the budget is 4 parameters; rank 1 needs 5"):
+        choose_ranks(gains, costs, 4)
+
+
+def _frequencies() -> tuple[torch.Tensor, torch.Tensor]:
+    initialize(ParallelConfig(), seed=1)
+    logits = torch.randn(1, 1, 9, generator=torch.Generator().manual_seed(2)).expand(20_000, 2, 9)
+    uniform = torch.rand(20_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    labels = sample_labels(logits, uniform, parallel_state.get_tensor_model_parallel_group())
+    return torch.bincount(labels.flatten(), minlength=9) / labels.numel(), logits[0, 0].softmax(-1)
+
+
+def test_labels_are_sampled_with_the_models_probabilities() -> None:
+    found, expected = run_single(_frequencies)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
