@@ -66,7 +66,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def _instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(kind, {}, item, number) for number, item in enumerate(arguments)]  # type: ignore[arg-type]
+    return [Instance(kind, {}, item, number) for number, item in enumerate(arguments)]
 
 
 def _answers(model: Any) -> dict[str, list[Any]]:
@@ -79,7 +79,7 @@ def _answers(model: Any) -> dict[str, list[Any]]:
     }
 
 
-def _ours(path: str, layout: dict[str, int], batch_size: int) -> dict[str, list[Any]]:
+def _ours(path: str, layout: dict[str, Any], batch_size: int) -> dict[str, list[Any]]:
     return _answers(HarnessModel(load=path, batch_size=batch_size, **layout))
 
 

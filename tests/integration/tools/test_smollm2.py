@@ -19,8 +19,7 @@ TEXT = "The Eiffel Tower was completed in 1889 and is 330 metres tall. It's the 
 @pytest.fixture(scope="module")
 def file() -> Path:
     assert _PACKAGE is not None
-    (folder,) = _PACKAGE.submodule_search_locations or ()
-    return next(Path(folder).glob("*.gguf"))
+    return next(Path(str(_PACKAGE.origin)).parent.glob("*.gguf"))
 
 
 def test_the_logits_of_the_file_are_those_of_transformers(file: Path) -> None:

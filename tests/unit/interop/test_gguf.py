@@ -119,15 +119,17 @@ def _trained(texts: list[str]) -> tuple[dict[str, int], list[str]]:
     return vocab, [" ".join(merge) for merge in content["merges"]]
 
 
+def _pairs(merges: list[str]) -> Any:
+    return [tuple(merge.split(" ")) for merge in merges]
+
+
 def _gpt2(vocab: dict[str, int], merges: list[str]) -> Any:
-    return transformers.GPT2Tokenizer(
-        vocab=vocab, merges=[tuple(m.split(" ")) for m in merges], unk_token=END
-    )
+    return transformers.GPT2Tokenizer(vocab=vocab, merges=_pairs(merges), unk_token=END)
 
 
 def _smollm(vocab: dict[str, int], merges: list[str]) -> Any:
     """The steps in the tokenizer.json of SmolLM2."""
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(m.split(" ")) for m in merges]))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=_pairs(merges)))
     steps = [{"type": "Digits", "individual_digits": True}]
     steps += [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
     content = json.loads(backend.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
@@ -135,7 +137,7 @@ def _smollm(vocab: dict[str, int], merges: list[str]) -> Any:
 
 
 def _qwen2(vocab: dict[str, int], merges: list[str]) -> Any:
-    return transformers.Qwen2Tokenizer(vocab=vocab, merges=[tuple(m.split(" ")) for m in merges])
+    return transformers.Qwen2Tokenizer(vocab=vocab, merges=_pairs(merges))
 
 
 def _llama3(vocab: dict[str, int], merges: list[str]) -> Any:
@@ -143,9 +145,7 @@ def _llama3(vocab: dict[str, int], merges: list[str]) -> Any:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     pattern = TikTokenConverter(vocab_file="").pattern
-    backend = Tokenizer(
-        models.BPE(vocab=vocab, merges=[tuple(m.split(" ")) for m in merges], ignore_merges=True)
-    )
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=_pairs(merges), ignore_merges=True))
     from tokenizers import Regex
 
     backend.pre_tokenizer = pre_tokenizers.Sequence(
