@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
@@ -25,6 +26,7 @@ from megatron_ext.platform.parent_process import signal_at_parents_end
 HELD_BACK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _DIED = "DataLoader worker (pid"
 _SECONDS_TO_END = 5.0
+_SECONDS_TO_DIE = 1.0
 
 
 class _Handle(Popen):
@@ -70,19 +72,73 @@ class LoaderContext(ForkContext):
 
 
 @contextlib.contextmanager
+def deaths_told_later() -> Iterator[None]:
+    """Delays the error that torch raises, anywhere in this process, when a loader process has died.
+
+    Python prints and drops an error that is raised in one of its hooks around a fork, and torch prints a second error
+    when its iterator is left half made. So neither may be interrupted: the error is raised at the end of the block or,
+    if multiprocessing has already collected the process, when the next batch of that process is awaited.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main thread
+        return
+    arrived: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        arrived.append(number)
+
+    handler = signal.signal(signal.SIGCHLD, note)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is note:  # else torch has set its handler in the block, its first
+            signal.signal(signal.SIGCHLD, handler)
+    if arrived and callable(handler):
+        handler(signal.SIGCHLD, None)
+
+
+@contextlib.contextmanager
 def loader_failures() -> Iterator[None]:
-    """Turns torch's error about a dead loader process, raised anywhere in the block, into a one-line error.
+    """Turns the error that a dead loader process causes, anywhere in the block, into a one-line error.
 
     Raises:
         ProcessLost: a loader process has died.
     """
     try:
         yield
-    except RuntimeError as error:
-        message = str(error).strip()
-        if not message.startswith(_DIED):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        message = _death(error)
+        if message is None:
             raise
         raise ProcessLost(
             f"--num-workers: {message.rstrip('.')}; lower --num-workers if memory is short; "
             "--load continues from the last checkpoint"
         ) from error
+
+
+def _death(error: Exception) -> str | None:
+    """Returns torch's message about the dead loader process that caused an error; None if there is none.
+
+    If there is one, later deaths raise no error: raised while the run ends, it would hide this one.
+    """
+    message, handler = str(error).strip(), signal.getsignal(signal.SIGCHLD)
+    if isinstance(error, RuntimeError):
+        if not message.startswith(_DIED):
+            return None
+        _ignore_deaths()
+        return message
+    # The connection to a loader process breaks a moment before the system reports its death.
+    deadline = time.monotonic() + _SECONDS_TO_DIE
+    while callable(handler) and time.monotonic() < deadline:
+        try:
+            time.sleep(0.01)
+            handler(signal.SIGCHLD, None)
+        except RuntimeError as death:
+            _ignore_deaths()
+            return str(death).strip()
+    return None
+
+
+def _ignore_deaths() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

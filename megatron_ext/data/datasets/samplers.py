@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from megatron_ext.data.datasets.loader_processes import LoaderContext
+from megatron_ext.data.datasets.loader_processes import LoaderContext, deaths_told_later
 
 Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 
@@ -96,4 +96,5 @@ def build_data_iterator(
         # masks of a resumed run.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    with deaths_told_later():
+        return iter(loader)

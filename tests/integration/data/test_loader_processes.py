@@ -72,6 +72,32 @@ sys.stdin.readline()
 """
 )
 
+LOST_IN_A_FORK = (
+    PARENT
+    + """
+import psutil
+from megatron_ext.data.datasets.loader_processes import ProcessLost, loader_failures
+
+numbers = batches()
+next(numbers)
+victim = psutil.Process().children()[0].pid
+alive = [victim]
+def kill():
+    while alive:
+        os.kill(alive.pop(), signal.SIGKILL)
+        os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
+os.register_at_fork(before=kill)
+try:
+    with loader_failures():
+        batches()
+        while True:
+            next(numbers)
+except ProcessLost as error:
+    print(str(error).replace(str(victim), "PID"), flush=True)
+os._exit(0)
+"""
+)
+
 
 @pytest.fixture
 def blocked() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
@@ -107,6 +133,15 @@ def test_signals_to_the_group_end_no_loader_process_from_its_very_first_moment_o
     assert result.stdout == "received True\n" and result.stderr == ""
 
 
+def test_the_death_of_a_loader_process_while_another_is_forked_is_the_same_one_line() -> None:
+    command = [sys.executable, "-c", LOST_IN_A_FORK, "1000"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.stdout.startswith(
+        "--num-workers: DataLoader worker (pid(s) PID) exited unexpectedly; lower"
+    )
+    assert result.returncode == 0 and result.stderr == ""
+
+
 def test_hanging_loader_processes_do_not_keep_a_parent_that_ends(
     blocked: tuple[subprocess.Popen[str], list[psutil.Process]],
 ) -> None:
@@ -136,6 +171,8 @@ def test_the_death_of_a_loader_process_is_one_line_and_other_errors_pass(told: s
         raise RuntimeError(f"DataLoader worker {told}")
     with pytest.raises(RuntimeError, match="another"), loader_failures():
         raise RuntimeError("another error")
+    with pytest.raises(ConnectionResetError), loader_failures():
+        raise ConnectionResetError
 
 
 def test_loader_processes_are_forked_with_every_signal_blocked_that_a_run_handles() -> None:
