@@ -77,7 +77,9 @@ def _load(path: Path) -> Any:
 
 
 def _commands_of(path: Path) -> list[str]:
-    """The commands of a tool: its subcommands, or the tool itself."""
+    """The commands of a tool: its subcommands, or the tool itself; none if its flags are another package's."""
+    if not hasattr(_load(path), "parse"):
+        return []
     subcommands = getattr(_load(path), "_COMMANDS", None)
     return [f"{path.name} {name}" for name in subcommands] if subcommands else [path.name]
 

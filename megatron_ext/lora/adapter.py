@@ -6,12 +6,14 @@ A is initialized from U(-1/sqrt(input), 1/sqrt(input)) (Kaiming, as in `peft`), 
 size in any parallel layout; B is zero. There is no dropout. How the factors are split over tensor-parallel ranks:
 
     column-parallel W    A is replicated on every rank; B is split over the output like W. `A x` is computed first and
-                         then passed to all ranks by a copy, or under sequence parallelism by a gather. So the gradient
-                         of A is complete; copying x instead, as the base layer does, would leave it partial.
+                         then enters megatron-core's copy to the tensor-parallel region (backward: all-reduce), or under
+                         sequence parallelism a gather (backward: reduce-scatter). So the gradient that reaches A is
+                         already summed over the ranks. If x were copied instead, as in the base layer, each rank would
+                         hold only its share of A's gradient.
     row-parallel W       A is split over the input like W; the ranks' products with A are summed, and under sequence
                          parallelism also scattered. B is replicated on every rank.
 
-All adapters of a linear layer share one communication and two products.
+All adapters of a linear layer share one collective and two matrix products: their factors are concatenated.
 Source: docs/design/progressive_growth.md.
 """
 

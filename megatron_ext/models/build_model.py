@@ -25,9 +25,9 @@ from megatron_ext.platform import process_groups
 def padded_vocab_size(vocab_size: int, model: ModelConfig, tensor_parallel_size: int) -> int:
     """Returns the number of rows of the word embedding: the vocabulary size rounded up to a multiple of the divisor.
 
-    The divisor is the smallest multiple of `--make-vocab-size-divisible-by` that the tensor-parallel size divides.
-    Megatron-LM always multiplies by the tensor-parallel size instead. Here all tensor-parallel sizes that divide the
-    flag's value give the same number of rows, and so the same checkpoints and initial weights.
+    The divisor is the least common multiple of `--make-vocab-size-divisible-by` and the tensor-parallel size;
+    Megatron-LM uses their product. With the least common multiple, every tensor-parallel size that divides the flag's
+    value gives the same number of rows, and so the same checkpoints and initial weights.
     """
     multiple = model.make_vocab_size_divisible_by
     while multiple % tensor_parallel_size:

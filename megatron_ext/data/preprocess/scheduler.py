@@ -138,8 +138,9 @@ class Scheduler:
             lock: the working directory's lock file, which workers must not hold.
 
         Raises:
-            ValueError: a line is not a document and `on_error` is "fail", or a worker raised the error.
-            OSError: a worker raised the error, for example because the disk is full.
+            ValueError: a line is not a document and `on_error` is "fail"; or a worker raised a ValueError, which is
+                raised again here.
+            OSError: raised again from a worker, for example because the disk is full.
             WorkerDied, WorkerBug: see `worker_pool`.
         """
         task = self._next_task()

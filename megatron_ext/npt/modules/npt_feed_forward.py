@@ -89,7 +89,7 @@ class NPFeedForward(MegatronModule):
         Args:
             layer: the transformer layer, whose norms and MLP are used.
             hidden_states: h, the layer's input, [s, b, h].
-            attend: function that maps attention's input to a, the attention output with bias and dropout applied.
+            attend: function that takes attention's input and returns `a`, the attention output after bias and dropout.
             layer_inputs: tensors that accompany the hidden states, such as the teacher's input to this layer.
         """
         step = self.step

@@ -73,7 +73,10 @@ class GeneratedVectors:
         self._attention_output = attention_output
 
     def reconstruction_error(self) -> torch.Tensor:
-        """Returns, for each sequence, the mean of (v_a - a)^2 over its tokens, the components and h, [b]."""
+        """Returns each sequence's mean squared error between v_a, generated from a, and a, the attention output; shape [b].
+
+        The mean is taken over the sequence's tokens, the NP components and the hidden dimension.
+        """
         squares = self._a_squares - 2 * self._products + self._attention_squares
         return squares.mean((0, 2)) / self._attention_output.size(-1)
 

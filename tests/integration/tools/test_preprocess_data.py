@@ -303,10 +303,10 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
         (["--inputs", "a"], "unknown flag --inputs"),
         (
             ["--input", "-", "--json-keys", "a", "a"],
-            "--json-keys a a: give at least one key, and no key twice",
+            "--json-keys a a: must hold at least one key, and no key twice",
         ),
         (["--input", "-", "--workers", "0"], "--workers 0: must be at least 1"),
-        (["--input", "-", "--resume"], "--resume: standard input"),
+        (["--input", "-", "--resume"], "--resume: requires files as --input; standard input"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, tokenizer_flags: Any, flags: Any, message: Any) -> None:
