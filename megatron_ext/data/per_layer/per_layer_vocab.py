@@ -174,7 +174,7 @@ def build_vocabulary(
 def build_table(
     strategy: Strategy, forms: list[TokenForm], vocabulary: Mapping[str, int], *, seed: int = 1234
 ) -> TableArray:
-    """Returns the vocabulary id, int32 [V], that a strategy gives to every token of the main tokenizer.
+    """Returns the table, int32 [V], that maps each token id of the main tokenizer to its per-layer id.
 
     Args:
         strategy: one of `STRATEGIES`; `attention_guidance` has the same table as `syntax_focus`.

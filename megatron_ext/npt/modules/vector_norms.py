@@ -73,7 +73,7 @@ class GeneratedVectors:
         self._attention_output = attention_output
 
     def reconstruction_error(self) -> torch.Tensor:
-        """Returns each sequence's mean squared error between v_a, generated from a, and a, the attention output; shape [b].
+        """Returns each sequence's mean squared error between v_a, generated from a, and the attention output a; [b].
 
         The mean is taken over the sequence's tokens, the NP components and the hidden dimension.
         """
