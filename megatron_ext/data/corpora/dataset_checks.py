@@ -64,8 +64,8 @@ def _check_manifest(index: Index, manifest: dict[str, Any]) -> str:
     counts = {"documents": index.num_documents, "sequences": index.num_sequences, "tokens": index.num_tokens}
     if manifest["counts"] != counts or manifest["dtype"] != index.dtype.name:
         raise ValueError(
-            f"{index.prefix}: the manifest records {manifest['counts']} of {manifest['dtype']},"
-            f" but the index has {counts} of {index.dtype.name}"
+            f"{index.prefix}: manifest and index disagree: the manifest has counts {manifest['counts']} and token type "
+            f"{manifest['dtype']}, the index has counts {counts} and token type {index.dtype.name}"
         )
     for name, path in (("bin", bin_path(index.prefix)), ("idx", idx_path(index.prefix))):
         actual = sha256_of(path)
