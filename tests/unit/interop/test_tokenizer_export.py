@@ -7,6 +7,7 @@ import io
 import json
 import random
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,15 +201,20 @@ def test_an_exported_sentencepiece_is_read_by_us_as_the_same_tokenizer(tmp_path:
     assert build_tokenizer(again).fingerprint() == build_tokenizer(config).fingerprint()
 
 
-def test_long_texts_of_a_unigram_model_differ_at_most_in_the_order_of_their_pieces(tmp_path: Path) -> None:
+def test_a_unigram_model_segments_long_texts_differently_only_where_it_is_as_likely(tmp_path: Path) -> None:
     config = MADE["our unigram"](tmp_path)
     (note,) = _exported(config, tmp_path / "out")
     assert "segment a long text differently" in note
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), build_tokenizer(config)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=config.tokenizer_model)
     for text in SOURCES:
         found, wanted = theirs(text, add_special_tokens=False).input_ids, ours.tokenize(text)
-        assert sorted(found) == sorted(wanted)
-        assert sum(a != b for a, b in zip(found, wanted, strict=True)) < len(wanted) / 1000
+        assert theirs.decode(found) == theirs.decode(wanted)
+        differing = sum((Counter(found) - Counter(wanted)).values())
+        assert differing < len(wanted) / 1000
+        # Both sum fp32 scores over thousands of pieces, so ties are decided by rounding.
+        score_of = pieces.get_score
+        assert sum(map(score_of, found)) == pytest.approx(sum(map(score_of, wanted)), rel=1e-6)
 
 
 def test_a_tokenizer_that_transformers_reads_differently_is_refused(tmp_path: Path) -> None:
