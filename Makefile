@@ -2,8 +2,8 @@
 # make quickstart  raw text to a trained per-layer GPT, about five minutes on two CPU cores
 # make npt         a small Llama, to Hugging Face and back, converted to NPT, trained and evaluated; six minutes
 # make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
-# make test-fast   the unit tests, which start no process: under 90 seconds on two cores
-# make test        lint, types and all tests: about eight minutes on two cores
+# make test-fast   the unit tests, which start no process: under a minute on two cores
+# make test        lint, types and all tests: about seven minutes on two cores
 # make check       lint and types only
 # make bench       every benchmark, one table each
 # make docs        the documentation site, in site/index.html; fails on any warning
