@@ -34,12 +34,11 @@ def main() -> None:
     if several and getattr(arguments, "use_cache", None):
         # Processes of one model must compute the same requests, but each would read a cache of its own.
         raise ValueError(f"--use_cache {arguments.use_cache}: requires a single process")
-    if process_groups.rank() > 0:
-        for name in ("output_path", "wandb_args", "trackio_args", "hf_hub_log_args"):
-            if hasattr(arguments, name):
-                setattr(arguments, name, None)
     with contextlib.ExitStack() as stack:
         if process_groups.rank() > 0:
+            for name in ("output_path", "wandb_args", "trackio_args", "hf_hub_log_args"):
+                if hasattr(arguments, name):
+                    setattr(arguments, name, None)
             silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silent))
         cli.execute(arguments)

@@ -193,17 +193,18 @@ class HarnessModel(TemplateLM):
         for place, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(place)
         results = [""] * len(requests)
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
         for same in groups.values():
             settings = normalize_gen_kwargs(requests[same[0]].args[1], self.max_gen_toks)
-            order = sorted(same, key=lambda i: -len(self.tok_encode(requests[i].args[0])))
+            order = sorted(same, key=lambda i: -len(contexts[i]))
             for places in self._batches(order, "Running generate_until requests", disable_tqdm):
-                texts = self._continue([requests[i].args[0] for i in places], settings)
+                texts = self._continue([contexts[i] for i in places], settings)
                 for place, text in zip(places, texts, strict=True):
                     results[place] = text
                     self.cache_hook.add_partial("generate_until", requests[place].args, text)
         return results
 
-    def _continue(self, contexts: list[str], settings: Any) -> list[str]:
+    def _continue(self, contexts: list[list[int]], settings: Any) -> list[str]:
         tokenizer, new_tokens = self.loaded.tokenizer, settings["max_gen_toks"]
         room = self.max_length - new_tokens
         if room < 1:
@@ -221,7 +222,7 @@ class HarnessModel(TemplateLM):
         found = generate(
             self.loaded.model,
             self.loaded.families,
-            [self.tok_encode(context)[-room:] for context in contexts],
+            [context[-room:] for context in contexts],
             sampling,
             self._vocab_size,
             ends_with_any(tokenizer, stops),

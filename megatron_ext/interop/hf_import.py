@@ -17,7 +17,7 @@ from megatron_ext.config.serialize import format_groups, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.interop.checkpoint_without_model import write_checkpoint
 from megatron_ext.interop.formats.hf_config import to_model_config
-from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, TensorFiles, read_config
+from megatron_ext.interop.formats.hf_files import HuggingFaceState, SafetensorsFiles, read_config
 from megatron_ext.interop.formats.imported_model import Imported, left_behind
 from megatron_ext.interop.formats.tokenizer_files import copy_imported, imported_tokenizer
 from megatron_ext.interop.formats.weight_layout import entries
@@ -83,19 +83,21 @@ def load_hf(
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or a `ModelConfig` cannot express the model.
     """
-    folder, files, notes = _open(model_dir)
+    folder, tensors = open_gguf(model_dir) if is_gguf(model_dir) else (Path(model_dir), None)
     content = read_config(folder)
     source = to_model_config(
         content,
-        str(folder / "config.json") if folder == Path(model_dir) else str(model_dir),
+        str(folder / "config.json") if tensors is None else str(model_dir),
         seq_length=seq_length,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     model = source.model
     config, tokenizer, message = imported_tokenizer(folder, source.vocab_size)
     padded = padded_vocab_size(tokenizer.vocab_size, model, 1)
+    files = SafetensorsFiles(folder) if tensors is None else tensors
     state = HuggingFaceState(files, model, entries(model, source.vocab_size, padded))
     imported, left = Imported.read(folder, content)
+    notes = [] if tensors is None else tensors.messages
     return HuggingFaceModel(
         folder=folder,
         model=model,
@@ -107,16 +109,6 @@ def load_hf(
         imported=imported,
         messages=(*notes, *source.messages, *([message] if message else []), *left_behind(left)),
     )
-
-
-def _open(model_dir: str | Path) -> tuple[Path, TensorFiles, list[str]]:
-    """Returns the directory of the model's small files, its tensors, and messages for the user."""
-    if not is_gguf(model_dir):
-        read_config(model_dir)  # first, because its error says what else the directory holds
-        return Path(model_dir), SafetensorsFiles(model_dir), []
-    folder, files = open_gguf(model_dir)
-    types = [kind for kind in files.types if kind not in ("F32", "F16", "BF16")]
-    return folder, files, [f"{', '.join(types)} tensors are dequantized to fp32"] if types else []
 
 
 def import_checkpoint(

@@ -63,7 +63,7 @@ def read_gguf_config(metadata: GGUFMetadata, tensors: GGUFTensors) -> dict[str, 
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors.names
     if kind == "llama":
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors.names
-    config["rope_parameters"] = _rotary(metadata, head_size)
+    config["rope_parameters"] = _rotary(metadata, tensors, head_size)
     for key, field in _SPECIAL_TOKENS.items():
         if f"tokenizer.ggml.{key}" in metadata:
             config[field] = metadata[f"tokenizer.ggml.{key}"]
@@ -105,7 +105,7 @@ def _window(metadata: GGUFMetadata) -> dict[str, Any]:
     }
 
 
-def _rotary(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
+def _rotary(metadata: GGUFMetadata, tensors: GGUFTensors, head_dim: int) -> dict[str, Any]:
     base = metadata.of_model("rope.freq_base", 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     kind = metadata.of_model("rope.scaling.type", "none")
@@ -115,9 +115,8 @@ def _rotary(metadata: GGUFMetadata, head_dim: int) -> dict[str, Any]:
         raise ValueError(
             f"--model-dir {metadata.path}: rope.scaling.type {kind}: only none and linear are read"
         )
-    stored = [t for reader in metadata.readers for t in reader.tensors if t.name == ROPE_FACTORS]
-    if stored:
-        rope |= _llama3(np.asarray(stored[0].data, dtype=np.float64), base, head_dim, metadata)
+    if tensors.rope_factors is not None:
+        rope |= _llama3(np.asarray(tensors.rope_factors, dtype=np.float64), base, head_dim, metadata)
     return rope
 
 

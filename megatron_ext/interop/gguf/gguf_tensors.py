@@ -57,6 +57,9 @@ class GGUFTensors:
         }
         self._interleaves = metadata.architecture == "llama"
         stored = [tensor for reader in metadata.readers for tensor in reader.tensors]
+        factors = [tensor.data for tensor in stored if tensor.name == ROPE_FACTORS]
+        self.rope_factors = factors[0] if factors else None
+        """The tensor `ROPE_FACTORS`, [head size / 2], or None if the file has none."""
         self._tensors = {self._name(tensor.name): tensor for tensor in stored if tensor.name != ROPE_FACTORS}
         unread = sorted({tensor.tensor_type.name for tensor in stored} - set(SUPPORTED))
         if unread:
@@ -84,6 +87,12 @@ class GGUFTensors:
     def types(self) -> list[str]:
         """Types of the tensors in the file, such as Q4_1, sorted."""
         return sorted({tensor.tensor_type.name for tensor in self._tensors.values()})
+
+    @property
+    def messages(self) -> list[str]:
+        """Messages for the user about tensors that are not read as they are stored, one line each."""
+        types = [kind for kind in self.types if kind not in ("F32", "F16", "BF16")]
+        return [f"{', '.join(types)} tensors are dequantized to fp32"] if types else []
 
     def shape(self, name: str) -> Shape:
         """Returns the shape of a tensor, from the file's header."""
