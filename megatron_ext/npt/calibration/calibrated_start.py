@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from megatron_ext.npt.calibration.factors import Spectrum, choose_ranks, decompo
 from megatron_ext.npt.calibration.moments import LayerMoments, collect_moments
 from megatron_ext.npt.modules.np_ranks import budget, described, format_ranks
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.modules.vector_norms import target_weight
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
+from megatron_ext.npt.weights.np_factors import gather_split, sorted_by_layer
 from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, read_np_settings
 from megatron_ext.npt.weights.state_files import replace_final
 from megatron_ext.platform.collectives import merge_over_ranks, on_first_rank, print_on_first_rank
@@ -120,7 +123,7 @@ def _without_recomputation(parallel: ParallelConfig) -> ParallelConfig:
 
 
 def _moments(config: NPTRunConfig, chunks: list[GPTModel], tokenizer: Tokenizer) -> dict[int, LayerMoments]:
-    samples = math.ceil(config.npt.calibration_tokens / config.model.seq_length)
+    samples = _samples(config)
     quiet = replace(config, training=replace(config.training, eval_iters=0))
     copies = parallel_state.get_data_parallel_world_size()
     data = build_data(
@@ -141,13 +144,17 @@ def _moments(config: NPTRunConfig, chunks: list[GPTModel], tokenizer: Tokenizer)
     )
 
 
+def _samples(config: NPTRunConfig) -> int:
+    return math.ceil(config.npt.calibration_tokens / config.model.seq_length)
+
+
 def _with_ranks(
     config: NPTRunConfig, chunks: list[GPTModel], moments: dict[int, LayerMoments]
 ) -> tuple[NPTModuleConfig, dict[Place, tuple[Spectrum, int]]]:
     """Returns the settings with numbers as ranks, and the spectrum and rank of each of this stage's places."""
     settings, model = config.np, config.model
     spectra: dict[Place, Spectrum] = {}
-    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+    for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
         number = layer.layer_number - 1
         of_layer = moments.pop(number, None)  # frees it
         if of_layer is not None:
@@ -211,9 +218,8 @@ def _output_metric(settings: NPTModuleConfig, layer: Any) -> torch.Tensor:
 
 def _weights(settings: NPTModuleConfig, layer: Any) -> list[tuple[str, torch.Tensor]]:
     """Returns this rank's part of the weight of each target of fc1, [f/t, h]."""
-    weight = layer.mlp.linear_fc1.weight.detach()
-    parts = {"fc1": weight} | dict(zip(("gate", "up"), weight.chunk(2), strict=True))
-    return [(target, parts[target]) for target in settings.targets if target != _DOWN]
+    targets = (target for target in settings.targets if target != _DOWN)
+    return [(target, target_weight(target, layer.mlp).detach()) for target in targets]
 
 
 def _factors(
@@ -221,13 +227,12 @@ def _factors(
 ) -> dict[str, torch.Tensor]:
     """Returns the NP factors of all layers, whole and in fp32, on the CPU; collective."""
     local: dict[str, torch.Tensor] = {}
-    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+    for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
         number = layer.layer_number - 1
         if (number, _FC1) in spectra:
             factors = _layer_factors(settings, layer, number, spectra)
             local |= {f"layer_{number}_np.{name}": value.float().cpu() for name, value in factors.items()}
-    merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
-    return dict(sorted(merged.items(), key=lambda item: int(item[0].split("_")[1])))
+    return sorted_by_layer(merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group()))
 
 
 def _layer_factors(
@@ -242,10 +247,7 @@ def _layer_factors(
     parts = _weights(settings, layer)
     factors = {f"{parts[0][0]}.A": reads}
     for target, weight in parts:
-        local = (values @ weight.double().t()).float().contiguous()
-        pieces = [torch.empty_like(local) for _ in range(group.size())]
-        dist.all_gather(pieces, local, group=group)
-        factors[f"{target}.B"] = torch.cat(pieces, dim=1)
+        factors[f"{target}.B"] = gather_split((values @ weight.double().t()).float(), 1, group)
     if (number, _DOWN) in spectra:
         found, rank = spectra[number, _DOWN]
         factors["down.A"], factors["down.B"] = found.factors(rank)
@@ -268,11 +270,10 @@ def _report(
     layers: dict[str, dict[str, Any]] = {}
     for (number, kind), values in sorted(merged.items()):
         layers.setdefault(str(number), {})[kind] = values
-    samples = math.ceil(config.npt.calibration_tokens / config.model.seq_length)
     return {
         "format": _FORMAT,
         "metric": config.npt.calibration_metric,
-        "tokens": samples * config.model.seq_length,
+        "tokens": _samples(config) * config.model.seq_length,
         "np_rank": settings.np_rank,
         "layers": layers,
     }

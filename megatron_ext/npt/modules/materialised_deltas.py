@@ -111,7 +111,7 @@ def _key_value_deltas(
     gain, inverse_rms = norm_gain(hidden_states, attention_output, modulation.settings, modulation.config)
     owner = modulation if modulation.has_code else layer.feed_forward.gate
     values = (owner.coefficients(x, attention_output) * inverse_rms) @ modulation.B
-    weight, bias = target_weight(modulation, layer.mlp), norm_bias(layer.pre_mlp_layernorm)
+    weight, bias = target_weight(modulation.target, layer.mlp), norm_bias(layer.pre_mlp_layernorm)
     if bias is not None:
         values = values - (gain - 1) * (weight @ bias)
     return _outer(values, key) + (gain - 1).unsqueeze(-1) * weight

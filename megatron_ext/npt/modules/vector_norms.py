@@ -230,7 +230,7 @@ def _key_value_norms(
     owner = modulation if modulation.has_code else layer.feed_forward.gate
     u = owner.coefficients(normed, attention_output).float() * inverse_rms
     change = gain - 1
-    weight, factor = target_weight(modulation, layer.mlp).float(), modulation.B.float()
+    weight, factor = target_weight(modulation.target, layer.mlp).float(), modulation.B.float()
     bias = norm_bias(layer.pre_mlp_layernorm)
     if bias is not None:
         # (1 - rho) W b as one more row of B, with the coefficient 1 - rho.
@@ -260,16 +260,16 @@ def weight_norm(modulation: Modulation, mlp: Any) -> torch.Tensor:
         modulation: the factors of the target.
         mlp: the layer's MLP; gate and up are the two halves of its fc1.
     """
-    square = target_weight(modulation, mlp).float().square().sum()
+    square = target_weight(modulation.target, mlp).float().square().sum()
     dist.all_reduce(square, group=modulation.groups.tp)
     return square.sqrt()
 
 
-def target_weight(modulation: Modulation, mlp: Any) -> torch.Tensor:
+def target_weight(target: str, mlp: Any) -> torch.Tensor:
     """Returns this rank's part of a target's base weight, [output, input] with f divided by t."""
-    if modulation.target in ("gate", "up"):
-        return mlp.linear_fc1.weight.chunk(2)[modulation.target == "up"]
-    return (mlp.linear_fc2 if modulation.reads_ffn else mlp.linear_fc1).weight
+    if target in ("gate", "up"):
+        return mlp.linear_fc1.weight.chunk(2)[target == "up"]
+    return (mlp.linear_fc2 if target == "down" else mlp.linear_fc1).weight
 
 
 def _by_component(modulation: Modulation, factor: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
         for key, tensor in _components(prefix, part, name, _whole(part, name, parameter.detach()))
     }
     group = parallel_state.get_pipeline_model_parallel_group()
-    return _sorted(merge_over_ranks(local, group))
+    return sorted_by_layer(merge_over_ranks(local, group))
 
 
 def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:
@@ -80,11 +80,16 @@ def _components(
 
 def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:
     group = part.groups.tp
-    if name not in part.split_dims or group.size() == 1:
+    return gather_split(local, part.split_dims[name], group) if name in part.split_dims else local
+
+
+def gather_split(local: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Returns the whole tensor, of which each rank of `group` has an equal part along `dim`; collective."""
+    if group.size() == 1:
         return local
     pieces = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(pieces, local.contiguous(), group=group)
-    return torch.cat(pieces, dim=part.split_dims[name])
+    return torch.cat(pieces, dim=dim)
 
 
 def _split_dim(part: Modulation, name: str, place: torch.Tensor) -> int | None:
@@ -108,7 +113,7 @@ def _local(part: Modulation, name: str, tensor: torch.Tensor, place: torch.Tenso
     return tensor.narrow(dim, part.groups.tp.rank() * place.size(dim), place.size(dim))
 
 
-def _sorted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def sorted_by_layer(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Sorts the factors by layer."""
     return dict(sorted(tensors.items(), key=lambda item: int(item[0].split("_")[1])))
 
