@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.npt.modules.key_value import norm_gain
@@ -19,6 +18,7 @@ from megatron_ext.testing.npt_references import reference_feed_forward, referenc
 from megatron_ext.testing.references import reference_activation
 from megatron_ext.testing.run_single import run_single
 from tests.unit.interop.hf_models import KINDS, alone, logits_of, tokens
+from tests.unit.npt.test_npt_feed_forward import MODEL
 
 HIDDEN, FFN, TOKENS, EPS = 16, 24, 40, 1e-5
 DROP = NPTModuleConfig(npt_layers="all", np_form="key_value", np_target="gate+up+down", np_rank=HIDDEN)
@@ -64,16 +64,13 @@ def test_at_full_rank_the_deltas_give_the_base_layer_exactly(settings: NPTModule
 
 def _layer(settings: NPTModuleConfig, norm: Any) -> Any:
     initialize(ParallelConfig(), seed=3)
-    model = ModelConfig(
-        num_layers=1,
+    model = replace(
+        MODEL,
         hidden_size=HIDDEN,
         ffn_hidden_size=FFN,
-        num_attention_heads=2,
         seq_length=TOKENS,
-        swiglu=True,
         normalization=norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        disable_bias_linear=False,
         init_method_std=0.3,
     )
     extensions: list[Any] = [NPTExtension(settings)]
