@@ -24,7 +24,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.calibration.calibrated_start import calibrated_start, chosen_settings
 from megatron_ext.npt.evaluation.training_samples import check_sample_length, check_samples
-from megatron_ext.npt.modules.np_ranks import budget
+from megatron_ext.npt.modules.np_ranks import limit
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
@@ -91,7 +91,7 @@ def _resumes(checkpoint: CheckpointConfig) -> bool:
 
 def _with_stored_ranks(config: NPTRunConfig) -> NPTRunConfig:
     """Returns a resumed run's configuration with the ranks that its calibration chose."""
-    if budget(config.np.np_rank) is None:
+    if limit(config.np.np_rank) is None:
         return config
     folder = find_checkpoint(str(config.checkpoint.load), config.checkpoint.ckpt_step)
     stored = read_run_config(str(folder))["families"][NPTFamily.name]["settings"]
@@ -111,6 +111,12 @@ def _calibrates(config: NPTRunConfig) -> bool:
         raise ValueError(f"{given} requires --save, where it writes the calibrated weights")
     if config.npt.mode == "sequential":
         raise ValueError(f"{given} calibrates all layers at once; choose another --mode than sequential")
+    allowed = limit(config.np.np_rank)
+    if allowed is not None and allowed.kl is not None and config.npt.calibration_metric != "fisher":
+        raise ValueError(
+            f"--np-rank {config.np.np_rank} requires --calibration-metric fisher, which predicts the KL "
+            f"(got {config.npt.calibration_metric})"
+        )
     return True
 
 
