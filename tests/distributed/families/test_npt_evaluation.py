@@ -18,7 +18,8 @@ from megatron_ext.inference.perplexity import evaluate_perplexity
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.evaluation.npt_evaluation import distribution, evaluate_npt, finite, untrained_figures
+from megatron_ext.npt.evaluation.distribution import distribution
+from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
@@ -151,9 +152,10 @@ def _materialised_norms(
     }
     if settings.np_form == "key_value":
         base = {"norm": layer.pre_mlp_layernorm.weight.double(), "fc1": layer.mlp.linear_fc1.weight.double()}
-        deltas = reference_key_value_deltas(
+        of_fc1 = reference_key_value_deltas(
             settings, base, factors, hidden_states, attention, MODEL.norm_epsilon
         )
+        deltas = {"fc1": of_fc1["fc1"]}
     else:
         deltas = {
             target: reference_delta(settings, factors[target], attention, attention, False)
