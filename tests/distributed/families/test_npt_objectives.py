@@ -75,7 +75,7 @@ RECOMPUTED = ["TP1 recomputed", "TP2+SP recomputed", "PP2 interleaved recomputed
 RUNS = LayoutRuns(
     {name: Variant(make_families=_Make(name), model=MODEL, steps=STEPS) for name in VARIANTS},
     [*LAYOUTS, *RECOMPUTED],
-    {layout: ["layer_parallel"] for layout in (OVERLAPPED, OVERLAPPED_PIPELINE)},
+    {layout: ["layer_parallel", "multi_layer"] for layout in (OVERLAPPED, OVERLAPPED_PIPELINE)},
 )
 
 
