@@ -27,6 +27,7 @@ from megatron_ext.npt.evaluation.training_samples import check_sample_length, ch
 from megatron_ext.npt.modules.np_ranks import limit
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.layer_parallel import states_bytes
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs import start_message as start
@@ -76,6 +77,7 @@ def run_npt(config: NPTRunConfig) -> int:
     takes_what_fits = _has_other_layers(training, module, checkpoint)
     config = resolve(config)
     options = RunOptions(
+        **_repeated_samples(config),
         base=base,
         checkpoint_name=npt_checkpoint_name,
         loads_what_fits=takes_what_fits,
@@ -138,6 +140,7 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
         weights = read_np_weights(str(path), config.np)
         load = partial(_start_with, weights)
         options = RunOptions(
+            **_repeated_samples(config),
             base=base,
             checkpoint_name=npt_checkpoint_name,
             prepare=partial(_prepare, config, base, load, f"calibrated, {path}", None),
@@ -213,6 +216,7 @@ def settled(config: NPTRunConfig) -> NPTRunConfig:
     num_layers = config.model.num_layers
     training.check_module(config.np, num_layers)
     check_samples(training.generation_steps, config.parallel)
+    _check_cache(config)
     if not optimizer.use_checkpoint_opt_param_scheduler:
         optimizer = replace(optimizer, override_opt_param_scheduler=True)
     return replace(
@@ -240,8 +244,41 @@ def make_families(
 
 def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
     """Returns the number of steps of the run."""
-    copies = parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
-    return training.resolved_train_iters(training.resolved_global_batch_size(copies))
+    return training.resolved_train_iters(training.resolved_global_batch_size(_copies(parallel)))
+
+
+def _copies(parallel: ParallelConfig) -> int:
+    return parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
+
+
+def _repeated_samples(config: NPTRunConfig) -> dict[str, int]:
+    """Returns the options of `RunOptions` with which every sample is read --teacher-cache-passes times."""
+    training = config.npt
+    if training.teacher_cache_steps is None:
+        return {}
+    samples = training.teacher_cache_steps * config.training.resolved_global_batch_size(
+        _copies(config.parallel)
+    )
+    return {"epoch_samples": samples, "epoch_repeats": training.teacher_cache_passes}
+
+
+def _check_cache(config: NPTRunConfig) -> None:
+    """Raises `ValueError` if the teacher's states do not fit into the cache."""
+    training, steps = config.npt, config.npt.teacher_cache_steps
+    if steps is None:
+        return
+    tokens = (
+        steps * config.training.resolved_global_batch_size(_copies(config.parallel)) * config.model.seq_length
+    )
+    tokens //= _copies(config.parallel) * config.parallel.context_parallel_size
+    per_token = states_bytes(config.model, config.parallel, config.np.layers(config.model.num_layers))
+    needed = tokens * per_token / 2**30
+    if needed > training.teacher_cache_gb:
+        raise ValueError(
+            f"--teacher-cache-steps {steps}: the teacher's states of these steps take {needed:.3g} GiB of host memory "
+            f"per process ({per_token / 1000:.3g} kB per token), but --teacher-cache-gb is "
+            f"{training.teacher_cache_gb:g}; raise it, or lower --teacher-cache-steps"
+        )
 
 
 def find_base(
