@@ -77,14 +77,13 @@ def run_npt(config: NPTRunConfig) -> int:
     takes_what_fits = _has_other_layers(training, module, checkpoint)
     config = resolve(config)
     options = RunOptions(
-        **_repeated_samples(config),
         base=base,
         checkpoint_name=npt_checkpoint_name,
         loads_what_fits=takes_what_fits,
         prepare=partial(_prepare, config, base, load, words, trains),
         finish=partial(write_final, config),
     )
-    return pretrain(config, partial(make_families, trains=trains), options)
+    return pretrain(config, partial(make_families, trains=trains), _with_repeats(config, options))
 
 
 def _resumes(checkpoint: CheckpointConfig) -> bool:
@@ -140,7 +139,6 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
         weights = read_np_weights(str(path), config.np)
         load = partial(_start_with, weights)
         options = RunOptions(
-            **_repeated_samples(config),
             base=base,
             checkpoint_name=npt_checkpoint_name,
             prepare=partial(_prepare, config, base, load, f"calibrated, {path}", None),
@@ -149,7 +147,7 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
         families = make_families(config, tokenizer)
         for family in families:
             family.check(config.model, config.parallel)
-        return train(config, tokenizer, families, options)
+        return train(config, tokenizer, families, _with_repeats(config, options))
 
 
 Load = Callable[[list[GPTModel]], None]
@@ -251,15 +249,15 @@ def _copies(parallel: ParallelConfig) -> int:
     return parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
 
 
-def _repeated_samples(config: NPTRunConfig) -> dict[str, int]:
-    """Returns the options of `RunOptions` with which every sample is read --teacher-cache-passes times."""
+def _with_repeats(config: NPTRunConfig, options: RunOptions) -> RunOptions:
+    """Returns the options with which every sample is read --teacher-cache-passes times."""
     training = config.npt
     if training.teacher_cache_steps is None:
-        return {}
+        return options
     samples = training.teacher_cache_steps * config.training.resolved_global_batch_size(
         _copies(config.parallel)
     )
-    return {"epoch_samples": samples, "epoch_repeats": training.teacher_cache_passes}
+    return replace(options, epoch_samples=samples, epoch_repeats=training.teacher_cache_passes)
 
 
 def _check_cache(config: NPTRunConfig) -> None:
