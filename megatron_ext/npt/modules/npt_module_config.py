@@ -104,10 +104,14 @@ class NPTModuleConfig:
             raise ValueError(
                 f"--np-rank {self.np_rank} requires --np-init-strategy calibrated (got {self.np_init_strategy})"
             )
-        if calibrated and (self.np_form != "key_value" or self.np_scale != 1):
+        if calibrated and self.np_form == "key_value" and self.np_scale != 1:
             raise ValueError(
-                "--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 "
-                f"(got {self.np_form}, {self.np_scale:g})"
+                "--np-init-strategy calibrated with --np-form key_value requires --np-scale 1 "
+                f"(got {self.np_scale:g})"
+            )
+        if budget(self.np_rank) is not None and self.np_form != "key_value":
+            raise ValueError(
+                f"--np-rank {self.np_rank} requires --np-form key_value (got {self.np_form}); pass a number"
             )
 
     @property
