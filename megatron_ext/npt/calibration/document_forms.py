@@ -11,9 +11,9 @@ the first factor is made a scalar, and u linear in a, as nearly as the form allo
 
     low_rank          A = D + kappa times a factor, so that n A is mainly n . kappa and a A mainly a D; tanh is nearly
                       linear, because a A is small.  down: A = D, and every column of A_in is kappa
-    outer_product     W_down = D, c_a = kappa, W_a_up = 0
-                      with --np-normalize or without --np-affine: W_down = [omega, D], the first row of W_a_up is kappa,
-                      all else in W_a_up and c_a is 0. omega keeps the root mean square of z nearly constant
+    outer_product     W_down = D, c_a = kappa, W_a_up = 0.  With --np-normalize: W_down = [omega, D], and omega keeps the
+                      root mean square of z nearly constant; for down the last row of W_a_up is kappa, so that the
+                      division by rms(W_a_up x) is one by |x . kappa|. Without --np-affine there is no calibration
 
 Then B follows from u by least squares, for the form as it is: gate, up, fc1: B = R W^T, where u R = m - n; down: u B = a,
 for --np-residual drop (for keep, B is 0). What no form can write is the other part of m - n, (rho - 1) n.
@@ -217,16 +217,14 @@ def _fill_outer_product(
 ) -> None:
     settings, rank = part.settings, part.rank
     count = settings.num_np_components
-    row = kappa.t() * part.input_size**0.5
-    has_omega = settings.np_normalize or not settings.has_affine
+    part.c_a.copy_((kappa.t() * part.input_size**0.5).expand_as(part.c_a))
     blocks = []
     for component in range(count):
         columns = directions[:, component::count]
-        if has_omega:
+        if settings.np_normalize:
             columns = torch.cat([_CONSTANT * rank**0.5 * omega, columns[:, : rank - 1]], dim=1)
-            part.W_a_up[component * rank].copy_(row[0])
-        else:
-            part.c_a[component].copy_(row[0])
+        if part.divides_by_read:
+            part.W_a_up[(component + 1) * rank - 1].copy_(part.c_a[component])
         blocks.append(columns)
     part.W_down.copy_(torch.cat(blocks, dim=1))
 

@@ -109,6 +109,11 @@ class NPTModuleConfig:
                 "--np-init-strategy calibrated with --np-form key_value requires --np-scale 1 "
                 f"(got {self.np_scale:g})"
             )
+        if calibrated and self.np_form == "outer_product" and not self.np_affine:
+            raise ValueError(
+                "--no-np-affine: --np-init-strategy calibrated requires --np-affine, because without it the delta is the "
+                "same for a and -a"
+            )
         if budget(self.np_rank) is not None and self.np_form != "key_value":
             raise ValueError(
                 f"--np-rank {self.np_rank} requires --np-form key_value (got {self.np_form}); pass a number"
