@@ -39,8 +39,8 @@ from megatron_ext.npt.weights.state_files import replace_final
 from megatron_ext.platform.collectives import merge_over_ranks, on_first_rank, print_on_first_rank
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
-from megatron_ext.training.pretrain import run_configuration
 from megatron_ext.training.loop import Data
+from megatron_ext.training.pretrain import run_configuration
 from megatron_ext.training.run_data import build_data
 from megatron_ext.training.run_options import RunOptions
 

@@ -1,8 +1,8 @@
 """Calibrated factors of the documents' forms, low_rank and outer_product: as near to the base layer as they come.
 
-A delta adds u B to W n, where the base layer computes W m = W n + W (m - n). But for a scalar per token, m - n is linear
-in a (see `key_value`), whereas u is a product of something read from the target's input and something read from a. So
-the first factor is made a scalar, and u linear in a, as nearly as the form allows:
+A delta adds u B to W n, where the base layer computes W m = W n + W (m - n). But for a scalar per token, m - n is
+linear in a (see `key_value`), whereas u is a product of something read from the target's input and something read from
+a. So the first factor is made a scalar, and u linear in a, as nearly as the form allows:
 
     kappa     read from the input x of the target. gate, up, fc1: n . kappa = 1 / rms(h + a), by least squares.
               down: x . kappa = 1, with kappa = W_down^T q and q . (W_down x) = 1, by least squares
@@ -11,12 +11,12 @@ the first factor is made a scalar, and u linear in a, as nearly as the form allo
 
     low_rank          A = D + kappa times a factor, so that n A is mainly n . kappa and a A mainly a D; tanh is nearly
                       linear, because a A is small.  down: A = D, and every column of A_in is kappa
-    outer_product     W_down = D, c_a = kappa, W_a_up = 0.  With --np-normalize: W_down = [omega, D], and omega keeps the
-                      root mean square of z nearly constant; for down the last row of W_a_up is kappa, so that the
-                      division by rms(W_a_up x) is one by |x . kappa|. Without --np-affine there is no calibration
+    outer_product     W_down = D, c_a = kappa, W_a_up = 0.  With --np-normalize: W_down = [omega, D], and omega keeps
+                      the root mean square of z nearly constant; for down the last row of W_a_up is kappa, so that the
+                      division by rms(W_a_up x) is one by |x . kappa|.  Requires --np-affine
 
-Then B follows from u by least squares, for the form as it is: gate, up, fc1: B = R W^T, where u R = m - n; down: u B = a,
-for --np-residual drop (for keep, B is 0). What no form can write is the other part of m - n, (rho - 1) n.
+Then B follows from u by least squares, for the form as it is. gate, up, fc1: B = R W^T, where u R = m - n. down, for
+--np-residual drop: u B = a; for keep B is 0. What no form can write is the other part of m - n, (rho - 1) n.
 
 It takes three passes over the tokens: `moments`, from which D follows; kappa and omega; R and B.
 """

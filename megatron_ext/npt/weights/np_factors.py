@@ -50,9 +50,7 @@ def whole_factors(number: int, target: str, part: Modulation) -> dict[str, torch
     return {
         key: tensor.cpu().clone()
         for name, parameter in part.named_parameters()
-        for key, tensor in _components(
-            f"{prefix}.{name}", part, name, _whole(part, name, parameter.detach())
-        )
+        for key, tensor in _components(f"{prefix}.{name}", part, name, _whole(part, name, parameter.detach()))
     }
 
 
