@@ -4,13 +4,13 @@ For one converted layer and one target (weight matrix that gets a delta), the NP
 and a forward pass this many FLOPs per token; `affine` is added for outer_product with the constant c_a:
 
     target           low_rank              outer_product         affine      key_value
-    gate, up, fc1    k r (h + f)           k r (2 h + f)         k h         r (h + f)      parameters
-                     2 k r (2 h + f)       2 k r (2 h + f)       2 k h       2 r (h + f)    FLOPs
+    gate, up, fc1    k r (h + f)           k r (2 h + f)         k h         2 r h          parameters
+                     2 k r (2 h + f)       2 k r (2 h + f)       2 k h       4 r h          FLOPs
     down             k r (2 h + f)         k r (2 h + f)         k f         2 r h          parameters
                      2 k r (2 h + f)       2 k r (2 h + f)       2 k f       4 r h          FLOPs
 
 For gate, up and fc1, low_rank multiplies both x and a by the same factor A: one set of parameters, two products. In
-key_value gate and up share A, so that `up` adds r f parameters and 2 r f FLOPs.
+key_value gate and up are one target, fc1.
 
 What a training step with a frozen base computes (`npt_work`):
 
@@ -143,8 +143,8 @@ def _base_flops(model: ModelConfig, layer: _Layer, has_gain: bool) -> float:
         return 0.0
     fc1, fc2 = (linear_flops_per_token(model, name) for name in ("fc1", "fc2"))
     attention = linear_flops_per_token(model, "qkv", "proj") + 2 * core_attention_flops_per_token(model)
-    # In key_value the input of fc1 depends on the attention output, through the gain.
-    to_fc1 = layer.to_mlp or (has_gain and layer.to_attention)
+    # In key_value the input of fc1 depends on the factors and on the attention output.
+    to_fc1 = layer.to_mlp or has_gain
     return fc2 + fc1 * to_fc1 + attention * layer.to_attention
 
 
@@ -159,7 +159,8 @@ def _local_flops(
         # The norm's weights train too, so that the MLP's input has a gradient.
         backward, again = 2 * mlp, replace(layer, to_attention=False)
     else:
-        backward = linear_flops_per_token(model, "fc2")
+        # In key_value the input of fc1 depends on the factors.
+        backward = mlp if settings.has_gain else linear_flops_per_token(model, "fc2")
         again = replace(layer, to_attention=False, to_mlp=False)
     return mlp + backward + _np_flops(settings, model, number, again)
 
@@ -179,11 +180,10 @@ def _products(settings: NPTModuleConfig, model: ModelConfig, number: int) -> dic
     found = {}
     for target in settings.targets:
         rank = settings.num_np_components * settings.rank(number, target, model.num_layers)
-        inner, outer = _sizes(target, model)
+        inner, outer = _sizes(settings, target, model)
         affine = settings.num_np_components * inner * settings.has_affine
         reads = 0 if settings.np_form == "key_value" else 2 * (rank * inner + affine)
-        codes = 0 if settings.shares_code(target) else 2 * rank * model.hidden_size
-        found[target] = (reads, codes, 2 * rank * outer)
+        found[target] = (reads, 2 * rank * model.hidden_size, 2 * rank * outer)
     return found
 
 
@@ -192,17 +192,19 @@ def np_parameters(settings: NPTModuleConfig, model: ModelConfig, layer: int) -> 
     parameters = 0
     for target in settings.targets:
         rank = settings.num_np_components * settings.rank(layer, target, model.num_layers)
-        inner, outer = _sizes(target, model)
+        inner, outer = _sizes(settings, target, model)
         # low_rank has one factor for x and a, except on `down`; key_value has no factor for x.
         shares = settings.np_form == "low_rank" and target != "down"
         reads = 0 if settings.np_form == "key_value" else inner
-        codes = 0 if shares or settings.shares_code(target) else model.hidden_size
+        codes = 0 if shares else model.hidden_size
         affine = settings.num_np_components * inner * settings.has_affine
         parameters += rank * (reads + outer + codes) + affine
     return parameters
 
 
-def _sizes(target: str, model: ModelConfig) -> tuple[int, int]:
-    """Returns the input size and the output size of a target's weight matrix."""
+def _sizes(settings: NPTModuleConfig, target: str, model: ModelConfig) -> tuple[int, int]:
+    """Returns the input size of a target's weight matrix, and the output size of its factors."""
+    if settings.np_form == "key_value":
+        return model.hidden_size, model.hidden_size
     widths = (model.hidden_size, model.resolved_ffn_hidden_size)
     return widths[::-1] if target == "down" else widths

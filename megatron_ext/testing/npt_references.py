@@ -68,9 +68,9 @@ def reference_key_value_deltas(
     a: Tensor,
     eps: float,
 ) -> dict[str, Tensor]:
-    """Returns the deltas of gate and up, or of fc1, in the form key_value: [n, output, h] by target.
+    """Returns the deltas of fc1 in the form key_value, [n, output, h], and those of its halves if it is gated.
 
-    If only gate is a target, `up` gets the gain alone. The arguments are those of `reference_feed_forward`.
+    The arguments are those of `reference_feed_forward`.
     """
     if "norm_bias" in base:
         bias = base["norm_bias"]
@@ -82,16 +82,11 @@ def reference_key_value_deltas(
     change = settings.np_scale * (rms_h / rms_m - 1)
     normed = reference_norm(hidden, base, eps)
     key = normed / (normed**2).sum(-1, keepdim=True)
-    is_gated = "fc1" not in settings.targets
-    weights = dict(zip(("gate", "up"), base["fc1"].chunk(2), strict=True)) if is_gated else base
-    u = centred_a / rms_m @ factors["gate" if is_gated else "fc1"]["A"] * settings.np_scale
-    deltas = {}
-    for target in ("gate", "up") if is_gated else ("fc1",):
-        values = -change * (weights[target] @ bias)
-        if target in factors:
-            values = values + u @ factors[target]["B"]
-        deltas[target] = torch.einsum("no,ni->noi", values, key) + change.unsqueeze(-1) * weights[target]
-    return deltas
+    u = centred_a / rms_m @ factors["fc1"]["A"] @ factors["fc1"]["B"] * settings.np_scale
+    values = (base["norm"] * u - change * bias) @ base["fc1"].T
+    delta = torch.einsum("no,ni->noi", values, key) + change.unsqueeze(-1) * base["fc1"]
+    halves = dict(zip(("gate", "up"), delta.chunk(2, dim=1), strict=True)) if settings.is_gated else {}
+    return {"fc1": delta, **halves}
 
 
 def reference_vectors(
@@ -142,7 +137,7 @@ def reference_feed_forward(
             for target in settings.targets
             if target != "down"
         }
-    if "fc1" in settings.targets:
+    if not settings.is_gated:
         weights = base["fc1"] + deltas["fc1"]
         inner = torch.einsum("noi,ni->no", weights, normed) + base["fc1_bias"]
         activated = reference_activation(inner, "gelu")

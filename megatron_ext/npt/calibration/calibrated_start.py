@@ -32,7 +32,7 @@ from megatron_ext.npt.modules.np_ranks import budget, described, format_ranks
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.modules.vector_norms import target_weight
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
-from megatron_ext.npt.weights.np_factors import gather_split, sorted_by_layer
+from megatron_ext.npt.weights.np_factors import sorted_by_layer
 from megatron_ext.npt.weights.np_weight_files import CONFIG, WEIGHTS, read_np_settings
 from megatron_ext.npt.weights.state_files import replace_final
 from megatron_ext.platform.collectives import merge_over_ranks, on_first_rank, print_on_first_rank
@@ -46,10 +46,9 @@ FOLDER, SPECTRUM = "calibrated", "spectrum.json"
 _FORMAT = "megatron_ext.npt_spectrum/1"
 
 _FC1, _DOWN = "fc1", "down"
-"""Kinds of targets: those that share u (gate and up, or fc1), and `down`."""
 
 Place = tuple[int, str]
-"""A layer, from 0, and a kind of target."""
+"""A layer, from 0, and a target, fc1 or down."""
 
 
 def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer) -> Path:
@@ -72,7 +71,7 @@ def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Toke
     chunks = _base_model(config, base, tokenizer)
     moments = _moments(config, chunks, tokenizer)
     settings, spectra = _with_ranks(config, chunks, moments)
-    tensors = _factors(settings, chunks, spectra)
+    tensors = _factors(spectra)
     report = _report(config, settings, spectra)
     more = {"calibration": of_what}
     texts = {SPECTRUM: json.dumps(report, indent=1)}
@@ -85,6 +84,7 @@ def _description(config: NPTRunConfig, base: BaseCheckpoint) -> dict[str, Any]:
     """Returns everything on which the result depends, as JSON values."""
     training = config.npt
     return {
+        "factors": "A [h, r], B [r, h]",  # an earlier version wrote B [r, output]
         "np": group_to_dict(config.np),
         "tokens": training.calibration_tokens,
         "metric": training.calibration_metric,
@@ -158,7 +158,9 @@ def _with_ranks(
         number = layer.layer_number - 1
         of_layer = moments.pop(number, None)  # frees it
         if of_layer is not None:
-            spectra |= {(number, kind): found for kind, found in _spectra(config, layer, of_layer).items()}
+            spectra |= {
+                (number, target): found for target, found in _spectra(config, layer, of_layer).items()
+            }
     layers = settings.layers(model.num_layers)
     share = budget(settings.np_rank)
     if share is None:
@@ -166,19 +168,16 @@ def _with_ranks(
     else:
         local = {place: _gains(config, found) for place, found in spectra.items()}
         gains = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
-        costs = {_FC1: model.hidden_size, _DOWN: 2 * model.hidden_size}
-        costs[_FC1] += model.resolved_ffn_hidden_size * len([t for t in settings.targets if t != _DOWN])
-        ranks = choose_ranks(gains, costs, share * layer_parameters(model) * len(layers))
+        ranks = choose_ranks(gains, 2 * model.hidden_size, share * layer_parameters(model) * len(layers))
     text = format_ranks((ranks[n, _FC1], ranks.get((n, _DOWN), ranks[n, _FC1])) for n in layers)
     return replace(settings, np_rank=text), {place: (found, ranks[place]) for place, found in spectra.items()}
 
 
 def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -> dict[Place, int]:
-    kinds = {(_DOWN if target == _DOWN else _FC1): target for target in settings.targets}
     ranks = {
-        (layer, kind): settings.rank(layer, target, num_layers)
+        (layer, target): settings.rank(layer, target, num_layers)
         for layer in settings.layers(num_layers)
-        for kind, target in kinds.items()
+        for target in settings.targets
     }
     if max(ranks.values()) > hidden_size:
         raise ValueError(
@@ -199,7 +198,7 @@ def _gains(config: NPTRunConfig, found: Spectrum) -> list[float]:
 
 def _spectra(config: NPTRunConfig, layer: Any, moments: LayerMoments) -> dict[str, Spectrum]:
     fisher = config.npt.calibration_metric == "fisher"
-    metric = moments.metric if fisher else _output_metric(config.np, layer)
+    metric = moments.metric if fisher else _output_metric(layer)
     spectra = {_FC1: decompose(moments.inputs, metric)}
     if _DOWN in config.np.targets:
         residual = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
@@ -207,51 +206,23 @@ def _spectra(config: NPTRunConfig, layer: Any, moments: LayerMoments) -> dict[st
     return spectra
 
 
-def _output_metric(settings: NPTModuleConfig, layer: Any) -> torch.Tensor:
-    """Returns diag(g) W^T W diag(g) of the modulated weights, summed over tensor-parallel ranks; [h, h] in fp64."""
-    weight = torch.cat([part for _, part in _weights(settings, layer)]).double()
-    weight = weight * layer.pre_mlp_layernorm.weight.detach().double()
+def _output_metric(layer: Any) -> torch.Tensor:
+    """Returns diag(g) W^T W diag(g), summed over tensor-parallel ranks; [h, h] in fp64."""
+    weight = (
+        target_weight(_FC1, layer.mlp).detach().double() * layer.pre_mlp_layernorm.weight.detach().double()
+    )
     metric = weight.t() @ weight
     dist.all_reduce(metric, group=layer.pg_collection.tp)
     return metric
 
 
-def _weights(settings: NPTModuleConfig, layer: Any) -> list[tuple[str, torch.Tensor]]:
-    """Returns this rank's part of the weight of each target of fc1, [f/t, h]."""
-    targets = (target for target in settings.targets if target != _DOWN)
-    return [(target, target_weight(target, layer.mlp).detach()) for target in targets]
-
-
-def _factors(
-    settings: NPTModuleConfig, chunks: list[GPTModel], spectra: Mapping[Place, tuple[Spectrum, int]]
-) -> dict[str, torch.Tensor]:
-    """Returns the NP factors of all layers, whole and in fp32, on the CPU; collective."""
+def _factors(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[str, torch.Tensor]:
+    """Returns the NP factors of all layers, in fp32 on the CPU; collective over pipeline stages."""
     local: dict[str, torch.Tensor] = {}
-    for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
-        number = layer.layer_number - 1
-        if (number, _FC1) in spectra:
-            factors = _layer_factors(settings, layer, number, spectra)
-            local |= {f"layer_{number}_np.{name}": value.float().cpu() for name, value in factors.items()}
+    for (number, target), (found, rank) in spectra.items():
+        for name, value in zip("AB", found.factors(rank), strict=True):
+            local[f"layer_{number}_np.{target}.{name}"] = value.float().cpu().contiguous()
     return sorted_by_layer(merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group()))
-
-
-def _layer_factors(
-    settings: NPTModuleConfig, layer: Any, number: int, spectra: Mapping[Place, tuple[Spectrum, int]]
-) -> dict[str, torch.Tensor]:
-    found, rank = spectra[number, _FC1]
-    reads, values = found.factors(rank)
-    values = (values * layer.pre_mlp_layernorm.weight.detach().double()).contiguous()
-    # Signs of singular vectors are arbitrary: all ranks must use those of one rank.
-    group = layer.pg_collection.tp
-    dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
-    parts = _weights(settings, layer)
-    factors = {f"{parts[0][0]}.A": reads}
-    for target, weight in parts:
-        factors[f"{target}.B"] = gather_split((values @ weight.double().t()).float(), 1, group)
-    if (number, _DOWN) in spectra:
-        found, rank = spectra[number, _DOWN]
-        factors["down.A"], factors["down.B"] = found.factors(rank)
-    return factors
 
 
 def _report(
@@ -268,8 +239,8 @@ def _report(
     }
     merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
     layers: dict[str, dict[str, Any]] = {}
-    for (number, kind), values in sorted(merged.items()):
-        layers.setdefault(str(number), {})[kind] = values
+    for (number, target), values in sorted(merged.items()):
+        layers.setdefault(str(number), {})[target] = values
     return {
         "format": _FORMAT,
         "metric": config.npt.calibration_metric,
@@ -280,10 +251,10 @@ def _report(
 
 
 def _print_report(report: Mapping[str, Any], settings: NPTModuleConfig) -> None:
-    for number, kinds in report["layers"].items():
+    for number, targets in report["layers"].items():
         parts = [
-            f"{kind} rank {of_kind['rank']}, {of_kind['error_left']:.2%} of the error left"
-            for kind, of_kind in kinds.items()
+            f"{target} rank {found['rank']}, {found['error_left']:.2%} of the error left"
+            for target, found in targets.items()
         ]
         print_on_first_rank(f"  layer {number}: {'; '.join(parts)}")
     print_on_first_rank(f"calibrated: rank {described(settings.np_rank)}")

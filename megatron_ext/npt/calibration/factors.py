@@ -7,8 +7,7 @@
 The best map of rank r, x' = P x, keeps the first r columns Y_r; its error is the sum of s_i^2 over i > r (Eckart and
 Young, applied to M^1/2 C^1/2, whose right singular vectors are Y):
 
-    x' = C^1/2 Y_r Y_r^T C^-1/2 x          A = C^-1/2 Y_r  [h, r]          R = Y_r^T C^1/2  [r, h]
-    B = R diag(g) W^T  for fc1,  R  for `down`
+    x' = C^1/2 Y_r Y_r^T C^-1/2 x          A = C^-1/2 Y_r  [h, r]          B = Y_r^T C^1/2  [r, h]
 
 Without gradients M is diag(g) W^T W diag(g) for fc1, and the identity for `down`. Everything is in fp64.
 """
@@ -27,7 +26,7 @@ _RIDGE = 1e-7
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The best maps of every rank, for one layer and one kind of target."""
+    """The best maps of every rank, for one target of one layer."""
 
     squares: torch.Tensor
     """s^2 [h], in descending order: by how much each further rank lowers the error."""
@@ -39,7 +38,7 @@ class Spectrum:
     """Y^T C^1/2, [h, h]."""
 
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns A [h, r] and R [r, h] in fp64."""
+        """Returns A [h, r] and B [r, h] in fp64."""
         return self.reads[:, :rank], self.values[:rank]
 
 
@@ -66,15 +65,13 @@ def _with_ridge(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def choose_ranks(
-    gains: Mapping[tuple[int, str], list[float]],
-    costs: Mapping[str, int],
-    parameters: float,
+    gains: Mapping[tuple[int, str], list[float]], cost: int, parameters: float
 ) -> dict[tuple[int, str], int]:
     """Returns the ranks with the smallest total error for a number of parameters.
 
     Args:
-        gains: maps (layer, kind of target) to the gain of each further rank, in descending order.
-        costs: maps a kind of target to the number of parameters per rank.
+        gains: maps (layer, target) to the gain of each further rank, in descending order.
+        cost: number of parameters per rank.
         parameters: the number of parameters that all factors together may have.
 
     Returns:
@@ -84,20 +81,13 @@ def choose_ranks(
         ValueError: the number is too small for rank 1 everywhere.
     """
     ranks = dict.fromkeys(gains, 1)
-    left = parameters - sum(costs[kind] for _, kind in gains)
-    if left < 0:
-        needed = sum(costs[kind] for _, kind in gains)
+    further = int(parameters // cost) - len(gains)
+    if further < 0:
         raise ValueError(
-            f"--np-rank auto: the budget is {parameters:,.0f} parameters; rank 1 needs {needed:,}"
+            f"--np-rank auto: the budget is {parameters:,.0f} parameters; rank 1 needs {cost * len(gains):,}"
         )
-    # Gains fall with the rank, so the best choice takes them in the order of gain per parameter.
-    offers = sorted(
-        (-gain / costs[place[1]], place, rank)
-        for place, of_place in gains.items()
-        for rank, gain in enumerate(of_place[1:], start=2)
-    )
-    for _, place, rank in offers:
-        if rank == ranks[place] + 1 and costs[place[1]] <= left:
-            ranks[place] = rank
-            left -= costs[place[1]]
+    # Gains fall with the rank, so that the largest ones are the first ranks of every place.
+    offers = sorted((-gain, place) for place, of_place in gains.items() for gain in of_place[1:])
+    for _, place in offers[:further]:
+        ranks[place] += 1
     return ranks

@@ -73,7 +73,7 @@ def measure_memory(
         ffn_hidden_size=ffn_hidden_size,
         num_attention_heads=1,
         seq_length=max(max(tokens) for tokens in _TOKENS.values()),
-        swiglu="fc1" not in settings.targets,
+        swiglu=settings.is_gated,
         disable_bias_linear=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,

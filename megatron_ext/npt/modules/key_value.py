@@ -4,20 +4,22 @@
     m = b + rho (n - b) + g * c(a) / rms(h + a)            rho = rms(h) / rms(h + a), the gain
 
 g and b are weight and bias of the norm. RMSNorm: c(x) = x, b = 0. LayerNorm: c(x) = x - mean(x). In both cases
-rms(x) = sqrt(mean(c(x)^2) + eps), with the norm's eps. So, but for two scalars per token, W m - W n is linear in a:
+rms(x) = sqrt(mean(c(x)^2) + eps), with the norm's eps. But for two scalars per token, m - n is linear in a. A map of
+rank r takes the place of the identity, once for fc1 (gate and up together) and once for `down`:
 
-    gate, up, fc1   y = W (b + rho (n - b)) + u B          u = c(a) / rms(h + a) A         A: [h, r], B: [r, output]
-    down            y = W x + u B                          u = a A                         A: [h, r], B: [r, h]
+    fc1     y = W (b + rho (n - b) + g * (u A B))          u = c(a) / rms(h + a)           A: [h, r], B: [r, h]
+    down    y = W x + a A B                                                                A: [h, r], B: [r, h]
 
-    as a delta of the weight:  v (x) key + (rho - 1) W     v = u B + (1 - rho) W b,  key = n / |n|^2
-                    down       v (x) key                   v = u B,                  key = x / |x|^2
+    as a delta of the weight:  v (x) key + (rho - 1) W     v = W d,  d = g * (u A B) + (1 - rho) b,  key = n / |n|^2
+                    down       v (x) key                   v = a A B,                                key = x / |x|^2
 
-v (x) key is the form outer_product with the right factor n / |n|^2 instead of a generated v_a. gate and up share A, and
-therefore u: `gate` holds A and B, `up` holds only B. With A = I and B = (W diag(g))^T, which needs r = h, y equals W m,
-and the layer equals the base layer; with A B = I, `down` returns a, which --np-residual drop leaves out.
-`np_scale` multiplies the delta: it multiplies u and rho - 1.
+v (x) key is the form outer_product with the right factor n / |n|^2 instead of a generated v_a. With A B = I, which
+needs r = h, y of fc1 equals W m, and the layer equals the base layer; with A B = I, `down` returns a, which
+--np-residual drop leaves out. `np_scale` multiplies the delta: it multiplies u, a and rho - 1. Because v is W times a
+vector of width h, only the input of fc1 changes, and the factors have 2 r h parameters whatever the width of the MLP.
 
-Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel); rho and 1 / rms(h + a) [s, b, 1] in fp32.
+Shapes: h, a, n [s, b, h] ([s/t, b, h] under sequence parallel); rho and 1 / rms(h + a) [s, b, 1] in fp32. The factors
+are replicated over tensor-parallel ranks.
 """
 
 from typing import Any
@@ -25,36 +27,50 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.models.ops.add_product import add_product
 from megatron_ext.npt.modules.modulation import Modulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 
 
 class KeyValueModulation(Modulation):
-    """The factors of one target in the form key_value; see the formulas at the top of this file."""
+    """The factors of fc1 or of `down` in the form key_value; see the formulas at the top of this file."""
 
     output_name = "B"
 
     def build(self) -> None:
-        """Registers A, unless the target `gate` holds it, and B."""
+        """Creates the parameters A and B."""
         hidden, rank = self.config.hidden_size, self.total_rank
-        if self.has_code:
-            self.add_factor("A", (hidden, rank), hidden**-0.5)
-        self.add_output_factor(rank**-0.5)
-
-    @property
-    def has_code(self) -> bool:
-        """Whether the target generates its own u; `up` uses that of `gate`."""
-        return not self.settings.shares_code(self.target)
+        self.add_factor("A", (hidden, rank), hidden**-0.5)
+        self.add_factor("B", (rank, hidden), self.output_std(rank**-0.5))
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """Returns |x|^2 [.., 1] in fp32, the square of the key's inverse length; only norms of the delta need it."""
         return x.float().square().sum(-1, keepdim=True)
 
     def coefficients(self, x: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """Returns scale * a A for `down`, and scale * c(a) A for the other targets, not yet divided by rms(h + a)."""
+        """Returns scale * a A for `down`, and scale * c(a) A for fc1, not yet divided by rms(h + a); x is not used."""
         if not self.reads_ffn:
             attention_output = centred(attention_output, self.config)
         return attention_output @ self.A * self.settings.np_scale
+
+    def fc1_input(
+        self, norm: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns b + rho (n - b) + g * (u A B), what fc1 reads, [s, b, h].
+
+        Args:
+            norm: LN2, the norm before the MLP.
+            hidden_states: h, [s, b, h] ([s/t, b, h] under sequence parallel).
+            attention_output: a, of the same shape.
+        """
+        gain, inverse_rms = norm_gain(hidden_states, attention_output, self.settings, self.config)
+        normed = with_gain(norm(hidden_states), gain, norm)
+        return add_product(normed, self.code(attention_output, inverse_rms), self.B * norm.weight)
+
+    def code(self, attention_output: torch.Tensor, inverse_rms: torch.Tensor) -> torch.Tensor:
+        """Returns scale * u A of fc1, [s, b, r], from a and 1 / rms(h + a)."""
+        code = self.coefficients(attention_output, attention_output)
+        return code * inverse_rms.to(code.dtype)
 
 
 class _Gain(torch.autograd.Function):

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_bias, norm_gain, with_gain
+from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_bias, norm_gain
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
-from megatron_ext.npt.modules.vector_norms import target_weight
 
 
 def materialised_mlp(
@@ -38,10 +37,6 @@ def materialised_mlp(
         if target in parts:
             deltas = materialised_deltas(parts[target], *inputs, layer=layer)
             halves[index] = halves[index] + _apply(deltas, normed)
-        elif feed_forward.settings.has_gain:  # `up` beside the target gate: only the gain
-            gain, _ = norm_gain(hidden_states, attention_output, feed_forward.settings, feed_forward.config)
-            scaled = with_gain(normed, gain, layer.pre_mlp_layernorm)
-            halves[index] = scaled @ mlp.linear_fc1.weight.chunk(2)[index].t()
     inner = torch.cat(halves, dim=-1)
     activated = mlp.activation_func(inner if bias is None else inner + bias)
     output, bias = mlp.linear_fc2(activated)
@@ -109,12 +104,14 @@ def _key_value_deltas(
     if modulation.reads_ffn:
         return _outer(modulation.coefficients(x, attention_output) @ modulation.B, key)
     gain, inverse_rms = norm_gain(hidden_states, attention_output, modulation.settings, modulation.config)
-    owner = modulation if modulation.has_code else layer.feed_forward.gate
-    values = (owner.coefficients(x, attention_output) * inverse_rms) @ modulation.B
-    weight, bias = target_weight(modulation.target, layer.mlp), norm_bias(layer.pre_mlp_layernorm)
+    norm, weight = layer.pre_mlp_layernorm, layer.mlp.linear_fc1.weight
+    changes, bias = (
+        modulation.code(attention_output, inverse_rms) @ modulation.B * norm.weight,
+        norm_bias(norm),
+    )
     if bias is not None:
-        values = values - (gain - 1) * (weight @ bias)
-    return _outer(values, key) + (gain - 1).unsqueeze(-1) * weight
+        changes = changes - (gain - 1) * bias
+    return _outer(changes @ weight.t(), key) + (gain - 1).unsqueeze(-1) * weight
 
 
 def _outer(values: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -93,11 +93,6 @@ class Modulation(MegatronModule):
         replicated."""
         self.build()
 
-    @property
-    def has_code(self) -> bool:
-        """Whether the target has coefficients u of its own, instead of another target's."""
-        return True
-
     def build(self) -> None:
         """Creates the factors as parameters."""
         raise TypeError(f"{type(self).__name__} must implement build()")
@@ -171,10 +166,13 @@ class Modulation(MegatronModule):
         Args:
             scale: standard deviation that would give a delta of unit size; the one used is `np_init_scale` times this.
         """
-        settings = self.settings
-        std = scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0
         shape = (self.total_rank, self.output_size)
-        self.add_factor(self.output_name, shape, std, of_ffn=None if self.reads_ffn else 1)
+        self.add_factor(self.output_name, shape, self.output_std(scale), of_ffn=None if self.reads_ffn else 1)
+
+    def output_std(self, scale: float) -> float:
+        """Returns the standard deviation of the output factor's initial values; the argument as in the method above."""
+        settings = self.settings
+        return scale * settings.np_init_scale if settings.np_init_strategy == "improved" else 0.0
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -8,9 +8,9 @@ Whether a is added to the layer's output depends on `np_residual`:
     drop    output = h + MLP*(n)
     keep    output = h + a + MLP*(n)
 
-The norm LN2 and the weights W are the base layer's. Gate and up are the two halves of fc1, as in megatron-core; an MLP
-without a gate has only fc1. Shapes: h, a, n [s, b, h] ([s/t, b, h] with sequence parallelism); tensors inside the MLP
-[s, b, f/t].
+key_value computes its delta of fc1 by changing fc1's input. The norm LN2 and the weights W are the base layer's. Gate
+and up are the two halves of fc1, as in megatron-core; an MLP without a gate has only fc1. Shapes: h, a, n [s, b, h]
+([s/t, b, h] with sequence parallelism); tensors inside the MLP [s, b, f/t].
 Source: docs/design/npt_equivalence.md.
 """
 
@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.models.ops.add_product import add_product
-from megatron_ext.npt.modules.key_value import KeyValueModulation, norm_gain, with_gain
+from megatron_ext.npt.modules.key_value import KeyValueModulation
 from megatron_ext.npt.modules.layer_step import LayerStep
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -116,36 +116,30 @@ class NPFeedForward(MegatronModule):
             hidden_states: h, the norm's input, [s, b, h].
             attention_output: a, [s, b, h].
         """
-        normed = layer.pre_mlp_layernorm(hidden_states)
-        inverse_rms = None
-        if self.settings.has_gain:
-            gain, inverse_rms = norm_gain(hidden_states, attention_output, self.settings, self.config)
-            normed = with_gain(normed, gain, layer.pre_mlp_layernorm)
+        fc1 = self.modulations.get("fc1")
+        if isinstance(fc1, KeyValueModulation):
+            normed = fc1.fc1_input(layer.pre_mlp_layernorm, hidden_states, attention_output)
+        else:
+            normed = layer.pre_mlp_layernorm(hidden_states)
         if not layer.recompute_mlp:
-            return self.modulated_mlp(layer.mlp, normed, attention_output, inverse_rms)
+            return self.modulated_mlp(layer.mlp, normed, attention_output)
         if torch.is_grad_enabled() and not (normed.requires_grad or attention_output.requires_grad):
             # A recomputed function gets gradients only if an input requires them; here only its parameters do.
             normed = normed.detach().requires_grad_()
         run = partial(self.modulated_mlp, layer.mlp)
-        return tensor_parallel.checkpoint(run, False, normed, attention_output, inverse_rms)
+        return tensor_parallel.checkpoint(run, False, normed, attention_output)
 
-    def modulated_mlp(
-        self,
-        mlp: Any,
-        normed: torch.Tensor,
-        attention_output: torch.Tensor,
-        inverse_rms: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def modulated_mlp(self, mlp: Any, normed: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """Computes MLP*(n) with biases, [s, b, h].
 
         Args:
             mlp: the base MLP.
-            normed: n, the MLP's normed input, [s, b, h]; for key_value with the gain applied.
+            normed: n, the MLP's normed input, [s, b, h]; for key_value what fc1 reads instead.
             attention_output: a, [s, b, h].
-            inverse_rms: for key_value 1 / rms(h + a), [s, b, 1]; otherwise None.
         """
         inner, bias = mlp.linear_fc1(normed)
-        inner = self._add_to_fc1(inner, normed, attention_output, inverse_rms)
+        if not self.settings.has_gain:
+            inner = self._add_to_fc1(inner, normed, attention_output)
         if bias is not None:
             inner = inner + bias
         activated = mlp.activation_func(inner)
@@ -158,22 +152,13 @@ class NPFeedForward(MegatronModule):
         return output
 
     def _add_to_fc1(
-        self,
-        inner: torch.Tensor,
-        normed: torch.Tensor,
-        attention_output: torch.Tensor,
-        inverse_rms: torch.Tensor | None,
+        self, inner: torch.Tensor, normed: torch.Tensor, attention_output: torch.Tensor
     ) -> torch.Tensor:
         """Adds u B of gate and up (or of fc1) to W_fc1 n, [s, b, 2 f/t] (or f/t); `up` is the second half."""
         parts = [modulation for target, modulation in self.modulations.items() if target != "down"]
-        coefficients = [part.coefficients(normed, attention_output) for part in parts if part.has_code]
-        if inverse_rms is not None:
-            coefficients = [u * inverse_rms.to(u.dtype) for u in coefficients]
-        coefficients = self._for_all_ranks(coefficients)
-        for index, part in enumerate(parts):
+        coefficients = self._for_all_ranks([part.coefficients(normed, attention_output) for part in parts])
+        for index, (part, u) in enumerate(zip(parts, coefficients, strict=True)):
             factor = part.output_factor
-            # In key_value `up` has no coefficients of its own, and uses those of `gate`.
-            u = coefficients[min(index, len(coefficients) - 1)]
             inner = add_product(inner, u, factor, start=index * factor.size(1))
         return inner
 

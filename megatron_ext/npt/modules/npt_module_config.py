@@ -34,7 +34,8 @@ class NPTModuleConfig:
     np_form: Literal["low_rank", "outer_product", "key_value"] = "low_rank"
     """Form of the weight update (delta) that the attention output a generates: low_rank, B diag(tanh(a A)) A^T;
     outer_product, v_b v_a^T, where v_a and v_b are vectors computed from a; or key_value, v n^T / |n|^2, where v is
-    computed from a and the key n is the MLP's input, and a gain that rescales the weight."""
+    computed from a and the key n is the MLP's input, and a gain that rescales the weight (for gate+up, gate+up+down and
+    fc1)."""
 
     np_target: Literal["gate", "gate+up", "gate+up+down", "fc1", "single", "dual", "triple"] = "gate"
     """The MLP weights that get a delta. single, dual and triple are other names of gate, gate+up and gate+up+down; fc1
@@ -85,6 +86,11 @@ class NPTModuleConfig:
                 f"--num-np-components {self.num_np_components}: --np-form key_value has one component, because several "
                 "of rank r would equal one of a larger rank; raise --np-rank instead"
             )
+        if self.np_form == "key_value" and self.np_target in ("gate", "single"):
+            raise ValueError(
+                f"--np-target {self.np_target}: --np-form key_value changes the input of gate and up together; choose "
+                "gate+up for --np-residual keep, or gate+up+down for drop"
+            )
         self._check_calibration()
         if self.np_form != "outer_product":
             for name, flag in (("np_affine", "--no-np-affine"), ("np_normalize", "--no-np-normalize")):
@@ -106,8 +112,17 @@ class NPTModuleConfig:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The weights that get a delta, each one of `gate`, `up`, `down`, `fc1`."""
-        return _TARGETS[self.np_target]
+        """The weights that get a delta of their own, each one of `gate`, `up`, `down`, `fc1`."""
+        targets = _TARGETS[self.np_target]
+        if self.np_form == "key_value" and self.is_gated:
+            # gate and up, the two halves of fc1, get one delta: that of fc1.
+            return ("fc1", *targets[2:])
+        return targets
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether `np_target` is for an MLP with a gate."""
+        return self.np_target != "fc1"
 
     @property
     def has_affine(self) -> bool:
@@ -118,10 +133,6 @@ class NPTModuleConfig:
     def has_gain(self) -> bool:
         """Whether the MLP's input is multiplied by a gain, which depends on the attention output."""
         return self.np_form == "key_value"
-
-    def shares_code(self, target: str) -> bool:
-        """Whether a target uses the coefficients of another target: `up` those of `gate`, for key_value."""
-        return self.np_form == "key_value" and target == "up"
 
     def rank(self, layer: int, target: str, num_layers: int) -> int:
         """Returns the rank of one component of a layer's target.
@@ -171,7 +182,7 @@ class NPTModuleConfig:
         Raises:
             ValueError: the MLP does not have these weights.
         """
-        if gated == ("fc1" in self.targets):
+        if gated != self.is_gated:
             kind, choices = ("gated", "gate, gate+up, gate+up+down") if gated else ("not gated", "fc1")
             raise ValueError(f"--np-target {self.np_target}: the MLP is {kind}; choose from {choices}")
 

@@ -8,7 +8,7 @@ They are computed from Gram matrices of the factors, for each form of the delta 
                      |delta|_F^2 = c^2 sum_kl (v_a,k . v_a,l) (v_b,k . v_b,l)
     low_rank         |delta|_F^2 = scale^2 t^T (A^T A * B B^T) t,  t = tanh(a A)
     key_value        |delta|_F^2 = |v|^2 / |n|^2 + 2 (rho - 1) (v . W n) / |n|^2 + (rho - 1)^2 |W|_F^2
-                     with v = u B + (1 - rho) W b:  v . W n = u (B W) n + (1 - rho) (W^T W b) . n
+                     with v = W d:  |v|^2 = d^T (W^T W) d,  v . W n = d^T (W^T W) n
 
 `GeneratedVectors` uses v_a and v_b as docs/design/npt_sequential.md defines them: without the division of z by its root
 mean square (`--np-normalize`) and without the factor 1 / sqrt(input) of v_a. Stage 1 of training makes v_a equal to a,
@@ -227,22 +227,17 @@ def _key_value_norms(
     settings, config = modulation.settings, modulation.config
     gain, inverse_rms = norm_gain(hidden_states, attention_output, settings, config)
     normed = layer.pre_mlp_layernorm(hidden_states).float()
-    owner = modulation if modulation.has_code else layer.feed_forward.gate
-    u = owner.coefficients(normed, attention_output).float() * inverse_rms
-    change = gain - 1
-    weight, factor = target_weight(modulation.target, layer.mlp).float(), modulation.B.float()
-    bias = norm_bias(layer.pre_mlp_layernorm)
+    change, norm = gain - 1, layer.pre_mlp_layernorm
+    written = (modulation.code(attention_output, inverse_rms) @ modulation.B * norm.weight).float()
+    bias = norm_bias(norm)
     if bias is not None:
-        # (1 - rho) W b as one more row of B, with the coefficient 1 - rho.
-        factor = torch.cat([factor, (weight @ bias.float()).unsqueeze(0)])
-        u = torch.cat([u, -change], dim=-1)
-    # B B^T and B W, of which every rank has a part.
-    of_outputs, reads = _gram(modulation, factor, True), factor @ weight
-    dist.all_reduce(reads, group=modulation.groups.tp)
-    change = change.squeeze(-1)
-    squares = (u * (u @ of_outputs + 2 * change.unsqueeze(-1) * (normed @ reads.t()))).sum(-1)
+        written = written - change * bias.float()
+    of_outputs = _gram(
+        modulation, layer.mlp.linear_fc1.weight.float().t(), True
+    )  # W^T W; every rank has rows of W
+    squares = (written @ of_outputs * (written + 2 * change * normed)).sum(-1)
     key = normed.square().sum(-1).clamp_min(_TINY)
-    squares = squares / key + (change * weight_norm(modulation, layer.mlp)).square()
+    squares = squares / key + (change.squeeze(-1) * weight_norm(modulation, layer.mlp)).square()
     return squares.clamp_min(0).sqrt()
 
 

@@ -129,6 +129,13 @@ def _check(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...
         "unknown": sorted(found.keys() - expected.keys()),
         "of the wrong shape": shapes,
     }
+    if any(".fc1.B" in key for key in differences["missing"]) and any(
+        ".gate.B" in key for key in differences["unknown"]
+    ):
+        raise ValueError(
+            "the NP weights have the factors of an earlier version of --np-form key_value (gate.B, up.B); calibrate "
+            "again with --np-init-strategy calibrated"
+        )
     texts = [f"{kind}: {_listed(items)}" for kind, items in differences.items() if items]
     if texts:
         raise ValueError(f"the NP weights do not fit the model; {'; '.join(texts)}")

@@ -151,9 +151,10 @@ def _materialised_norms(
     }
     if settings.np_form == "key_value":
         base = {"norm": layer.pre_mlp_layernorm.weight.double(), "fc1": layer.mlp.linear_fc1.weight.double()}
-        deltas = reference_key_value_deltas(
+        of_fc1 = reference_key_value_deltas(
             settings, base, factors, hidden_states, attention, MODEL.norm_epsilon
         )
+        deltas = {"fc1": of_fc1["fc1"]}
     else:
         deltas = {
             target: reference_delta(settings, factors[target], attention, attention, False)

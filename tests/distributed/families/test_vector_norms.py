@@ -189,7 +189,7 @@ def expected(form: str) -> dict[str, Any]:
 
 def _weight(weights: dict[str, Tensor], target: str) -> Tensor:
     gate, up = weights["fc1"].chunk(2)
-    return {"gate": gate, "up": up, "down": weights["fc2"]}[target]
+    return {"gate": gate, "up": up, "fc1": weights["fc1"], "down": weights["fc2"]}[target]
 
 
 def _vectors(settings: NPTModuleConfig, factors: dict[str, Tensor], a: Tensor) -> dict[str, Tensor]:

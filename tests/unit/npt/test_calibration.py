@@ -53,18 +53,16 @@ def test_at_full_rank_the_map_is_the_identity_even_where_there_were_no_tokens() 
 
 def test_ranks_for_a_budget_have_the_smallest_error_of_all_choices() -> None:
     gains = {(0, "fc1"): [8.0, 3.0, 1.0], (1, "fc1"): [4.0, 3.5, 0.1], (0, "down"): [5.0, 2.0, 0.5]}
-    costs, parameters = {"fc1": 2, "down": 1}, 11
-    chosen = choose_ranks(gains, costs, parameters)
-    assert sum(rank * costs[kind] for (_, kind), rank in chosen.items()) <= parameters
+    chosen = choose_ranks(gains, 2, 13)
+    assert sum(chosen.values()) == 6
 
     def kept(ranks: dict[tuple[int, str], int]) -> float:
         return sum(sum(gains[place][:rank]) for place, rank in ranks.items())
 
     choices = [dict(zip(gains, ranks, strict=True)) for ranks in itertools.product((1, 2, 3), repeat=3)]
-    fitting = [c for c in choices if sum(r * costs[kind] for (_, kind), r in c.items()) <= parameters]
-    assert kept(chosen) == max(map(kept, fitting))
-    with pytest.raises(ValueError, match="the budget is 4 parameters; rank 1 needs 5"):
-        choose_ranks(gains, costs, 4)
+    assert kept(chosen) == max(kept(choice) for choice in choices if sum(choice.values()) == 6)
+    with pytest.raises(ValueError, match="the budget is 5 parameters; rank 1 needs 6"):
+        choose_ranks(gains, 2, 5)
 
 
 def _frequencies() -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,7 @@ def _difference() -> dict[str, float]:
     bare = replace(OUTER, np_affine=False, np_normalize=False)
     cases = [(settings, "RMSNorm") for settings in (TRIPLE, OUTER, bare, KEY_VALUE)]
     cases += [(replace(TRIPLE, np_target="fc1"), "RMSNorm"), (replace(OUTER, np_target="gate"), "RMSNorm")]
-    for target in ("gate", "fc1", "gate+up+down"):
+    for target in ("gate+up", "fc1", "gate+up+down"):
         cases.append((replace(KEY_VALUE, np_target=target), "LayerNorm"))
     for settings, norm in cases:
         model = ModelConfig(

@@ -26,12 +26,12 @@ KEEP = replace(DROP, np_target="gate+up", np_residual="keep")
 NORMS = ("RMSNorm", "LayerNorm")
 
 
-def exact_factors(weight: torch.Tensor, norm: torch.Tensor, down: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Factors at full rank with which the layer equals the base layer; `weight` is that of fc1, `norm` its weight."""
-    eye = torch.eye(len(norm), dtype=weight.dtype)
-    gate, up = (weight * norm).chunk(2)
-    factors = {"gate": {"A": eye, "B": gate.t()}, "up": {"B": up.t()}}
-    return {**factors, "down": {"A": eye, "B": eye}} if down else factors
+def exact_factors(settings: NPTModuleConfig, like: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Factors with A B = I, with which the layer equals the base layer; `like` [h] has their type."""
+    generator = torch.Generator().manual_seed(6)
+    rotation = torch.linalg.qr(torch.randn(len(like), len(like), generator=generator, dtype=torch.float64)).Q
+    rotation = rotation.to(like.dtype)
+    return {target: {"A": rotation, "B": rotation.t()} for target in settings.targets}
 
 
 def _inputs(hidden_size: int = HIDDEN) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +55,7 @@ def test_at_full_rank_the_deltas_give_the_base_layer_exactly(settings: NPTModule
     if norm == "LayerNorm":
         base["norm_bias"] = random(HIDDEN)
     hidden, a = (value.double() for value in _inputs())
-    factors = exact_factors(base["fc1"], base["norm"], "down" in settings.targets)
+    factors = exact_factors(settings, base["norm"])
     found = reference_feed_forward(settings, base, factors, hidden, a, EPS)
     gate, up = (reference_norm(hidden + a, base, EPS) @ base["fc1"].T + base["fc1_bias"]).chunk(2, dim=-1)
     mlp = (reference_activation(gate, "silu") * up) @ base["fc2"].T + base["fc2_bias"]
@@ -89,9 +89,7 @@ def _engine_error(settings: NPTModuleConfig, norm: str) -> tuple[float, float]:
     hidden = _inputs()[0].unsqueeze(1)
     with torch.no_grad():
         initial, _ = layer(hidden, attention_mask=None)
-        exact = exact_factors(
-            layer.mlp.linear_fc1.weight, layer.pre_mlp_layernorm.weight, "down" in settings.targets
-        )
+        exact = exact_factors(settings, layer.pre_mlp_layernorm.weight)
         for target, factors in exact.items():
             for name, value in factors.items():
                 layer.feed_forward.get_submodule(target).get_parameter(name).copy_(value)
@@ -116,9 +114,7 @@ def _converted_logits(folder: str, settings: NPTModuleConfig) -> tuple[torch.Ten
     initial = model.logits(tokens())
     weights: dict[str, torch.Tensor] = {}
     for number, layer in enumerate(model.model.decoder.layers):
-        exact = exact_factors(
-            layer.mlp.linear_fc1.weight, layer.pre_mlp_layernorm.weight, "down" in settings.targets
-        )
+        exact = exact_factors(settings, layer.pre_mlp_layernorm.weight)
         weights |= {
             f"layer_{number}_np.{target}.{name}": value.detach().contiguous()
             for target, factors in exact.items()
@@ -165,4 +161,4 @@ def test_a_conservative_start_is_the_gain_alone_which_brings_the_layer_closer() 
     difference, error, without_gain, alive = run_single(_start)
     assert difference < 1e-5
     assert error < without_gain
-    assert alive == {"gate.B", "up.B", "down.B"}
+    assert alive == {"fc1.B", "down.B"}

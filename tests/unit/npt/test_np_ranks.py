@@ -35,7 +35,9 @@ LISTED = NPTModuleConfig(npt_layers="1,2,3", np_target="gate+up+down", np_rank="
     ],
 )
 def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, stored: str | int) -> None:
-    settings = NPTModuleConfig(np_rank=given, np_form="key_value", np_init_strategy="calibrated")
+    settings = NPTModuleConfig(
+        np_rank=given, np_form="key_value", np_target="gate+up", np_init_strategy="calibrated"
+    )
     assert settings.np_rank == stored
     values = json.loads(json.dumps(group_to_dict(settings)))
     assert group_from_dict(NPTModuleConfig, values, "np") == settings

@@ -44,9 +44,7 @@ CASES = {
     "key_value, attention the teacher's": case(
         KEY_VALUE, mode="multi_layer", curriculum_stages="mixed:9:0:0.5"
     ),
-    "key_value, MLP the teacher's": case(
-        replace(KEY_VALUE, np_target="gate"), mode="multi_layer", curriculum_stages="mixed:9:0.5:0"
-    ),
+    "key_value, MLP the teacher's": case(KEY_VALUE, mode="multi_layer", curriculum_stages="mixed:9:0.5:0"),
     "key_value, below a trained one": case(replace(KEY_VALUE, npt_layers="1,2"), trains=(1,), mode="lm"),
     "lm": case(LOW_RANK, mode="lm"),
     "lm, base trained": case(replace(OUTER, freeze_base=False), mode="lm"),

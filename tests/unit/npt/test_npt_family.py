@@ -30,7 +30,7 @@ LOW_RANK = NPTModuleConfig(np_rank=4, np_target="gate+up+down", npt_layers="0,3"
 SETTINGS = {
     "low_rank gate": NPTModuleConfig(np_rank=4),
     "low_rank triple": LOW_RANK,
-    "key_value gate": NPTModuleConfig(np_form="key_value", np_rank=4),
+    "key_value dual": NPTModuleConfig(np_form="key_value", np_rank=4, np_target="gate+up"),
     "key_value triple": replace(LOW_RANK, np_form="key_value"),
     "key_value fc1": NPTModuleConfig(np_form="key_value", np_rank=4, np_target="fc1"),
     "outer gate": replace(OUTER, np_target="gate", np_affine=False),
@@ -42,7 +42,7 @@ POSITIONS = torch.arange(16).expand_as(TOKENS)
 
 
 def _model_config(settings: NPTModuleConfig) -> ModelConfig:
-    return replace(TINY, swiglu="fc1" not in settings.targets, attention_backend="local", init_method_std=0.1)
+    return replace(TINY, swiglu=settings.is_gated, attention_backend="local", init_method_std=0.1)
 
 
 def _build(settings: NPTModuleConfig | None, model: ModelConfig, bf16: bool = False) -> GPTModel:

@@ -73,7 +73,7 @@ def test_the_defaults_are_those_of_document_002() -> None:
         ({"np_form": "dense"}, "--np-form dense: must be one of low_rank, outer_product, key_value"),
         ({"np_affine": False}, r"--no-np-affine requires --np-form outer_product \(got low_rank\)"),
         (
-            {"np_form": "key_value", "num_np_components": 2},
+            {"np_form": "key_value", "np_target": "gate+up", "num_np_components": 2},
             "--num-np-components 2: --np-form key_value has one component, .* raise --np-rank instead",
         ),
         (
@@ -81,7 +81,11 @@ def test_the_defaults_are_those_of_document_002() -> None:
             r"--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 \(got low_rank, 1\)",
         ),
         (
-            {"np_form": "key_value", "np_affine": False},
+            {"np_form": "key_value", "np_target": "gate"},
+            "--np-target gate: --np-form key_value changes the input of gate and up together; choose gate.up for",
+        ),
+        (
+            {"np_form": "key_value", "np_target": "gate+up", "np_affine": False},
             r"--no-np-affine requires --np-form outer_product \(got key_value\)",
         ),
         ({"np_normalize": False}, r"--no-np-normalize requires --np-form outer_product \(got low_rank\)"),
