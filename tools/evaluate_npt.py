@@ -12,6 +12,7 @@ max_length are used; npt_layers, rank and modulation_scale must equal those of t
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -44,7 +45,12 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     """HTML file to write the report with pictures to; requires matplotlib."""
 
     max_tokens: int | None = None
-    """Evaluate only this many tokens. Default: all. Each token takes four bytes of memory per NPT layer and target."""
+    """Evaluate only this many tokens. Default: all. Each token takes twelve bytes of memory per NPT layer, and four
+    more per target."""
+
+    ablation_tokens: int = 1024
+    """Number of tokens on which the model also runs without each NPT layer in turn (with the base layer in its place),
+    to find the layers that hold the model back; 0 for none."""
 
     micro_batch_size: Annotated[int, flag(aliases=("--batch_size",))] = 4
     """Number of windows (sequences of --seq-length tokens) that each process evaluates at a time."""
@@ -56,7 +62,7 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     """Texts for both models to continue. Default: the beginnings of three held-out documents."""
 
     prompts_file: str | None = None
-    """File with one prompt per line."""
+    """File with one prompt per line; they follow those of --prompts."""
 
     max_new_tokens: int = 64
     """Number of tokens to generate after each prompt; 0 generates nothing."""
@@ -76,7 +82,7 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "micro_batch_size", "max_tokens", "seq_length")
-        check_at_least(self, 0, "max_new_tokens")
+        check_at_least(self, 0, "max_new_tokens", "ablation_tokens")
         if self.np_rank is not None:
             object.__setattr__(self, "np_rank", normalised(self.np_rank))
 
@@ -122,7 +128,11 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
     from megatron_ext.data.indexed.manifest import check_dataset
     from megatron_ext.inference.generation import Sampling
     from megatron_ext.npt.evaluation.npt_evaluation import finite
-    from megatron_ext.npt.evaluation.paired_generation import held_out_prompts, paired_generations
+    from megatron_ext.npt.evaluation.paired_generation import (
+        greedy_agreement,
+        held_out_prompts,
+        paired_generations,
+    )
     from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
     stored = read_run_config(config.checkpoint, config.ckpt_step)
@@ -159,7 +169,8 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         "evaluation_config": {**asdict(config), "seq_length": length},
         "model_config": asdict(loaded.config),
     }
-    return {"format": report["format"], **finite(about), **report, "generations": generations}
+    texts = {"greedy_agreement": greedy_agreement(generations), "generations": generations}
+    return {"format": report["format"], **finite(about), **report, **texts}
 
 
 def _measure(
@@ -167,11 +178,14 @@ def _measure(
 ) -> dict[str, Any] | None:
     """Compares the model with its base model and with its untrained self; collective.
 
-    The NP components hold their initial values afterwards. Returns the figures on rank 0, None on the other ranks.
+    Untrained is the model with the NP components' initial values, or without deltas if these were calibrated. The NP
+    components may hold their initial values afterwards. Returns the figures on rank 0, None on the other ranks.
     """
     from megatron_ext.data.files.console import token_progress
-    from megatron_ext.inference.perplexity import evaluate_perplexity, held_out_tokens
-    from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, untrained_figures
+    from megatron_ext.inference.perplexity import evaluate_perplexity, held_out_steps, held_out_tokens
+    from megatron_ext.npt.evaluation.layer_ablation import ablate_layers
+    from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
+    from megatron_ext.npt.evaluation.replaced_mlp import without_deltas
     from megatron_ext.npt.weights.conversion import initialize_np_factors
     from megatron_ext.platform.process_groups import rank
     from megatron_ext.registry.known_families import window_begin
@@ -187,13 +201,27 @@ def _measure(
     total = held_out_tokens(prefix, config.max_tokens, begin)
     with token_progress("NPT and base model", total, shown=rank() == 0) as progress:
         report = evaluate_npt(model, families, settings, prefix, **on, progress=progress)
+    ablation = None
+    if config.ablation_tokens:
+        few = on | {"max_tokens": min(config.ablation_tokens, total)}
+        layers = settings.layers(loaded.config.num_layers)
+        ablation = ablate_layers(model, families, layers, lambda: held_out_steps(prefix, **few))
     # The untrained baseline comes last, because its weights replace the trained ones.
-    initialize_np_factors(model, seed)
-    with token_progress("untrained NPT", total, shown=rank() == 0) as progress:
+    calibrated = settings.np_init_strategy == "calibrated"
+    if not calibrated:
+        initialize_np_factors(model, seed)
+    with (
+        without_deltas(model) if calibrated else nullcontext(),
+        token_progress("untrained NPT", total, shown=rank() == 0) as progress,
+    ):
         untrained = evaluate_perplexity(model, families, prefix, **on, progress=progress)
-    if report is not None:
-        report["perplexity"] |= untrained_figures(untrained.loss, report["perplexity"]["base_loss"], seed)
-    return report
+    if report is None:
+        return None
+    untrained_seed = None if calibrated else seed
+    report["perplexity"] |= untrained_figures(
+        untrained.loss, report["perplexity"]["base_loss"], untrained_seed
+    )
+    return report | {"layer_ablation": finite(ablation)}
 
 
 def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[Any], Any]:

@@ -2,6 +2,13 @@
 
 from typing import Any
 
+from megatron_ext.npt.evaluation.evaluation_summary import (
+    ERROR_COLUMNS,
+    agreement_text,
+    error_rows,
+    held_back,
+    untrained_state,
+)
 from megatron_ext.reports.charts import bar_chart, histogram_chart, metric_heat_map
 from megatron_ext.reports.page import Page
 
@@ -28,8 +35,9 @@ def evaluation_page(report: dict[str, Any]) -> str:
     bars = {name: _number(perplexity[name]) for name in ("base", "npt")}
     page.pictures([(bar_chart(bars, y_label="perplexity"), "Perplexity of the base model and of NPT.")])
     _layers(page, report)
+    _errors(page, report)
     _deltas(page, report["weight_delta"])
-    _generations(page, report["generations"])
+    _generations(page, report["generations"], report["greedy_agreement"])
     page.heading("Parameters and configuration")
     page.table(["layer", "NP parameters", "base parameters"], _counts(report["parameters"]))
     for name in ("npt_config", "model_config", "evaluation_config"):
@@ -45,7 +53,7 @@ def _key_numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "untrained ratio",
             _short(perplexity["untrained_ratio"], ".5f"),
-            f"perplexity ratio with initial NP weights, seed {perplexity['untrained_seed']}",
+            f"perplexity ratio of the converted model {untrained_state(perplexity)}",
         ),
         ("perplexity, base", _short(perplexity["base"]), f"{perplexity['tokens']:,} tokens"),
         ("perplexity, NPT", _short(perplexity["npt"]), f"{perplexity['tokens']:,} tokens"),
@@ -99,6 +107,23 @@ def _layers(page: Page, report: dict[str, Any]) -> None:
         page.table(["layer", "target", *names], rows)
 
 
+def _errors(page: Page, report: dict[str, Any]) -> None:
+    page.heading("Errors of the converted MLPs, and the layers that hold the model back")
+    page.paragraph(
+        "Error of a token: |MLP output - target| / |target|, on the layer's input in the base model. Untrained: "
+        f"without deltas. Massive: |target|^2 above {report['mlp_error']['massive_above']:g} times the median; share: "
+        "of the sum of all |target|^2. Last column: how much smaller KL(base || NPT) is with this layer as its base "
+        "layer."
+    )
+    if report["layer_ablation"] is not None:
+        page.paragraph(held_back(report["layer_ablation"]))
+    rows = error_rows(report)
+    numbers = [[None if cell in (None, "-") else float(cell) for cell in row[1:]] for row in rows]
+    columns = [name.replace(": ", ":\n").replace(", ", ",\n") for name in ERROR_COLUMNS[1:]]
+    picture = metric_heat_map([str(row[0]) for row in rows], columns, numbers)
+    page.pictures([(picture, "Errors of each layer. Each column has its own scale; dark means large.")])
+
+
 def _deltas(page: Page, delta: dict[str, Any]) -> None:
     page.heading("Weight deltas")
     if "histogram" not in delta["frobenius_norm"]:
@@ -129,12 +154,15 @@ def _delta_rows(layers: dict[str, Any], columns: list[str]) -> list[list[Any]]:
     return rows
 
 
-def _generations(page: Page, generations: list[dict[str, Any]]) -> None:
+def _generations(page: Page, generations: list[dict[str, Any]], agreement: dict[str, int]) -> None:
     if not generations:
         return
     page.heading("Generated texts, with the same prompt and seed")
+    page.paragraph(f"Greedy: {agreement_text(agreement)}.")
     for pair in generations:
-        same = "identical" if pair["identical"] else f"the first {pair['first_difference']} tokens are equal"
+        same = f"the first {pair['first_difference']} tokens are equal"
+        same += f", {pair['agreeing_tokens']} of {pair['tokens']} agree"
+        same = "identical" if pair["identical"] else same
         how = pair["mode"] if pair["mode"] == "greedy" else f"sampled, temperature {pair['temperature']}"
         page.paragraph(f"{how}, seed {pair['seed']}: {same}")
         page.beside([("prompt", pair["prompt"]), ("base", pair["base"]), ("NPT", pair["npt"])])

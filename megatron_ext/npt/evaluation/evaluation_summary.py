@@ -19,9 +19,7 @@ def print_summary(report: dict[str, Any]) -> None:
     )
     table.add_row("perplexity ratio", "1", _four(ratio, 6), _verdict(perplexity["as_expected"], "1 ± 0.05"))
     untrained = _four(perplexity["untrained_ratio"], 6)
-    table.add_row(
-        "  converted, not trained", "1", untrained, f"initial NP weights, seed {perplexity['untrained_seed']}"
-    )
+    table.add_row("  converted, not trained", "1", untrained, untrained_state(perplexity))
     table.add_row("KL(base || NPT)", "0", _four(kl), "nats per token")
     average = delta["average_frobenius_norm"]
     table.add_row(
@@ -35,6 +33,34 @@ def print_summary(report: dict[str, Any]) -> None:
     table.add_row("parameters", f"{counts['converted_layers']:,}", f"{counts['np']:,}", share)
     console = Console(width=100)
     console.print(table)
+    console.print(_layer_table(report))
+    console.print(_error_table(report))
+    if report["layer_ablation"] is not None:
+        console.print(held_back(report["layer_ablation"]))
+    if report["generations"]:
+        console.print(_greedy_table(report))
+
+
+def untrained_state(perplexity: dict[str, Any]) -> str:
+    """Says what the untrained model is; `perplexity` is the report's section."""
+    seed = perplexity["untrained_seed"]
+    return "without deltas" if seed is None else f"initial NP weights, seed {seed}"
+
+
+def held_back(ablation: dict[str, Any]) -> str:
+    """Returns a sentence that names the layers that hold the model back; `ablation` is the report's section."""
+    found, tokens = ablation["holding_back"], f"on {ablation['tokens']:,} tokens"
+    if not found["layers"]:
+        return f"KL(base || NPT) {_four(ablation['kl'])} {tokens}: no layer holds the model back."
+    names, one = ", ".join(map(str, found["layers"])), len(found["layers"]) == 1
+    return (
+        f"Held back by {'layer' if one else 'layers'} {names}: with {'it' if one else 'them'} as base "
+        f"{'layer' if one else 'layers'}, KL(base || NPT) {tokens} falls from {_four(ablation['kl'])} to "
+        f"{_four(found['kl_without'])}."
+    )
+
+
+def _layer_table(report: dict[str, Any]) -> Table:
     layers = Table(title="layer by layer: same input | free-running")
     for column in ("layer", *(2 * ("MSE", "cosine", "relative error"))):
         layers.add_column(column, justify="right")
@@ -46,7 +72,69 @@ def print_summary(report: dict[str, Any]) -> None:
             for key in ("mse", "cosine_similarity", "relative_error")
         ]
         layers.add_row(number, *cells)
-    console.print(layers)
+    return layers
+
+
+def _error_table(report: dict[str, Any]) -> Table:
+    """Error per token relative to its target, massive tokens, and what the model gains without the layer."""
+    table = Table(title="error of the MLP per token, relative to its target; KL without the layer")
+    for column in ERROR_COLUMNS:
+        table.add_column(column, justify="right")
+    for row in error_rows(report):
+        table.add_row(*(cell if isinstance(cell, str) else _four(cell, 3) for cell in row))
+    return table
+
+
+ERROR_COLUMNS = (
+    "layer",
+    "untrained: median",
+    "untrained: p99",
+    "trained: median",
+    "trained: p99",
+    "massive tokens",
+    "their share",
+    "KL without, less by",
+)
+"""Headings of `error_rows`; `their share` is the massive tokens' share of the targets' sum of squares."""
+
+
+def error_rows(report: dict[str, Any]) -> list[list[str | float | None]]:
+    """Returns a row per NPT layer, with the columns `ERROR_COLUMNS`."""
+    ablated = (report["layer_ablation"] or {"layers": {}})["layers"]
+    return [
+        [
+            number,
+            *(
+                (found[state]["percentiles"] or {}).get(mark)
+                for state in ("untrained", "trained")
+                for mark in ("p50", "p99")
+            ),
+            str(found["massive_tokens"]),
+            found["massive_share"],
+            ablated[number]["kl_reduction"] if number in ablated else "-",
+        ]
+        for number, found in report["mlp_error"]["layers"].items()
+    ]
+
+
+def agreement_text(total: dict[str, int]) -> str:
+    """Returns the report's `greedy_agreement` in words."""
+    return (
+        f"{total['agreeing_tokens']:,} of {total['tokens']:,} tokens agree, {total['first_difference']:,} before the "
+        f"first difference; {total['identical']} of {total['prompts']} texts are identical"
+    )
+
+
+def _greedy_table(report: dict[str, Any]) -> Table:
+    total = report["greedy_agreement"]
+    table = Table(title=f"greedy continuations: {agreement_text(total)}", show_lines=True)
+    for column in ("prompt", "base", "NPT", "tokens that agree"):
+        table.add_column(column, justify="right" if column.startswith("tokens") else "left")
+    for pair in report["generations"]:
+        if pair["mode"] == "greedy":
+            texts = [escape(pair[key]) for key in ("prompt", "base", "npt")]
+            table.add_row(*texts, f"{pair['agreeing_tokens']} of {pair['tokens']}")
+    return table
 
 
 def _verdict(holds: bool, expected: str) -> str:

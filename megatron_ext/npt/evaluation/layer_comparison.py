@@ -6,13 +6,14 @@ The output of each base layer is compared with that of the NPT layer, which is c
     same input      the NPT layer runs on the input that the layer has in the base model (teacher-forced)
     free-running    the NPT layer runs on the input that it has in the NPT model
 
-The run of the NPT model also gives the norms of every token's delta, v_a and v_b. The last pipeline stage adds
--log p(token) of both models and KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens whose `loss_mask` is above
-0 are compared. Hidden states have the shape [s, b, h]; sequence parallelism is not supported.
+The run with the same input also gives the squares of `layer_errors`, and the run of the NPT model the norms of every
+token's delta, v_a and v_b. The last pipeline stage adds -log p(token) of both models and
+KL(base || NPT) = sum_v p_v (log p_v - log q_v). Only tokens whose `loss_mask` is above 0 are compared. Hidden states
+have the shape [s, b, h]; sequence parallelism is not supported.
 """
 
+import contextlib
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ import torch.distributed as dist
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.transformer_layer import ExtendedTransformerLayer
+from megatron_ext.npt.evaluation.layer_errors import Squares
+from megatron_ext.npt.evaluation.replaced_mlp import MLPOutput, plain_mlp, replaced_mlp
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms
@@ -55,6 +58,9 @@ class Findings:
     deltas: dict[tuple[int, str], list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     """Maps (layer, target) to |delta|_F of every token."""
 
+    errors: dict[int, list[Squares]] = field(default_factory=dict)
+    """Maps each layer to the squares of every token; see `layer_errors`."""
+
     output: Sums = field(default_factory=lambda: np.zeros(4))
     """Number of tokens, and the sums of -log p of the base model, of -log p of the NPT model, and of KL."""
 
@@ -77,7 +83,9 @@ def compare_layers(chunks: list[GPTModel], families: list[Family], steps: Any) -
             with deactivated(chunks):
                 run_microbatches(chunks, families, step, outputs, forward_only=True)
             observer.begin(masks, base=False)
-            run_microbatches(chunks, families, step, _Compare(outputs, findings), forward_only=True)
+            run_microbatches(
+                chunks, families, step, CompareOutputs(outputs, findings.output), forward_only=True
+            )
     return findings
 
 
@@ -93,27 +101,27 @@ class _Observer:
         """Maps each layer to the index of its current micro-batch; a stage processes micro-batches in order."""
         self._base: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         """Maps each layer to its input and output in the base model, for each micro-batch."""
-        self._attention: torch.Tensor | None = None
+        self._base_mlp: torch.Tensor | None = None
+        """MLP(LN2(h + a)) of the base layer that ran last."""
         self._activated: torch.Tensor | None = None
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "_Observer":
-        self._hooks: list[Any] = []
         for chunk in self._chunks:
             for layer in chunk.decoder.layers:
                 if not isinstance(layer.feed_forward, NPFeedForward):
                     continue
-                slot = layer.feed_forward
-                self._hooks += [
+                for hook in (
                     layer.register_forward_hook(self._after_layer, with_kwargs=True),
-                    slot.register_forward_pre_hook(self._before_feed_forward),
-                    slot.register_forward_hook(self._after_feed_forward),
+                    layer.mlp.register_forward_hook(self._after_base_mlp),
                     layer.mlp.linear_fc2.register_forward_pre_hook(self._before_fc2),
-                ]
+                ):
+                    self._undo.callback(hook.remove)
+        self._undo.enter_context(replaced_mlp(self._chunks, self._observed))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._undo.close()
 
     def begin(self, masks: list[torch.Tensor], *, base: bool) -> None:
         """Prepares for a run of one model; tokens are compared where the mask [b, s] of their micro-batch is True."""
@@ -159,32 +167,62 @@ class _Observer:
         sums = np.array([len(ours), *values.tolist()])
         add_to(self._findings.layers, (how, number), sums)
 
-    def _before_feed_forward(self, slot: NPFeedForward, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        layer, hidden_states, attend, side = inputs
-        return layer, hidden_states, partial(self._attend, attend), side
-
-    def _attend(self, attend: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        attention_output: torch.Tensor = attend(hidden_states)
-        self._attention = attention_output
-        return attention_output
+    def _after_base_mlp(self, mlp: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        # A copy, because the layer adds the residual in place.
+        self._base_mlp = output[0].clone() if output[1] is None else output[0] + output[1]
 
     def _before_fc2(self, linear: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         self._activated = inputs[0]
 
-    def _after_feed_forward(self, slot: NPFeedForward, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        if self._is_base:
-            return
-        number = slot.layer_number - 1
-        mask = self._masks[self._passes.get(number, -1) + 1].t()
-        if not bool(mask.any()):
-            return
-        assert self._attention is not None and self._activated is not None
-        attention, activated = self._attention[mask], self._activated[mask]
-        layer, hidden_states = inputs[0], inputs[1][mask]
-        for target, part in slot.modulations.items():
+    def _observed(self, module: NPFeedForward) -> MLPOutput:
+        """Returns the module's `mlp_output`, which then also adds to the findings."""
+        compute, number = module.mlp_output, module.layer_number - 1
+
+        def observe(layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+            output = compute(layer, hidden_states, attention_output)
+            if self._is_base:
+                mask = self._masks[self._passes[number]].t()
+                self._add_errors(module, layer, hidden_states, attention_output, output, mask)
+            else:
+                mask = self._masks[self._passes.get(number, -1) + 1].t()
+                if bool(mask.any()):
+                    self._add_deltas(module, layer, hidden_states[mask], attention_output[mask], mask)
+            return output
+
+        return observe
+
+    def _add_errors(
+        self,
+        module: NPFeedForward,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attention_output: torch.Tensor,
+        output: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        assert self._base_mlp is not None
+        target = self._base_mlp[mask].double()
+        if module.settings.np_residual == "drop":
+            target = target + attention_output[mask].double()
+        untrained = plain_mlp(layer, hidden_states)
+        squares = [target, output[mask].double() - target, untrained[mask].double() - target]
+        values = torch.stack([square.square().sum(-1) for square in squares], dim=-1)
+        self._findings.errors.setdefault(module.layer_number - 1, []).append(values.float().cpu().numpy())
+
+    def _add_deltas(
+        self,
+        module: NPFeedForward,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attention: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        assert self._activated is not None
+        number, activated = module.layer_number - 1, self._activated[mask]
+        for target, part in module.modulations.items():
             norms = delta_norms(part, attention, activated, layer, hidden_states)
             self._findings.deltas.setdefault((number, target), []).append(norms.float().cpu().numpy())
-            if slot.settings.np_form == "outer_product" and not part.reads_ffn:
+            if module.settings.np_form == "outer_product" and not part.reads_ffn:
                 vectors = GeneratedVectors(part, attention)
                 means = [vectors.a_norm(), vectors.b_norm(), vectors.similarity()]
                 sums = len(attention) * np.array([1.0, *map(float, means)])
@@ -196,12 +234,16 @@ def add_to(totals: dict[Any, Sums], key: Any, sums: Sums) -> None:
     totals[key] = totals[key] + sums if key in totals else sums
 
 
-class _Compare(NoLoss):
+class CompareOutputs(NoLoss):
     """Adds up -log p of both models and KL(base || NPT); computes the logits of a few positions at a time."""
 
-    def __init__(self, base: HiddenStates, findings: Findings) -> None:
+    def __init__(self, base: HiddenStates, sums: Sums) -> None:
+        """Args:
+        base: the base model's outputs for the micro-batches that the NPT model will run.
+        sums: four numbers to which the sums are added; see `Findings.output`.
+        """
         self._base = iter(base.values)
-        self._findings = findings
+        self._sums = sums
 
     def __call__(
         self, model: GPTModel, batch: Batch, output: torch.Tensor
@@ -213,7 +255,7 @@ class _Compare(NoLoss):
         for start in range(0, len(output), rows):
             part = slice(start, start + rows)
             ours, theirs = model.logits(output[part]), model.logits(base[part])
-            self._findings.output += _compare_logits(theirs, ours, labels[part], mask[part], model)
+            self._sums += _compare_logits(theirs, ours, labels[part], mask[part], model)
         return super().__call__(model, batch, output)
 
 

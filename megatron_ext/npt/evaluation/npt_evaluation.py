@@ -16,12 +16,12 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.inference.perplexity import Begin, ReportTokens, held_out_steps
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.evaluation.distribution import distribution
 from megatron_ext.npt.evaluation.layer_comparison import (
     FREE_RUNNING,
     SAME_INPUT,
@@ -29,6 +29,7 @@ from megatron_ext.npt.evaluation.layer_comparison import (
     add_to,
     compare_layers,
 )
+from megatron_ext.npt.evaluation.layer_errors import MASSIVE, layer_errors
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.modules.vector_norms import weight_norm
@@ -40,8 +41,6 @@ DELTA_THRESHOLD = 0.01
 RATIO_TOLERANCE = 0.05
 """The perplexity ratio is expected to differ from 1 by at most this; from docs/design/npt_equivalence.md."""
 
-PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-_BINS = 50
 _MODES = {
     SAME_INPUT: "teacher-forced: both the NPT layer and the base layer get the layer's input in the base model",
     FREE_RUNNING: "free-running: hidden states after the layer, in the NPT model's own run and in the base model's",
@@ -99,6 +98,7 @@ def evaluate_npt(
             "layer_wise_equivalence": {
                 how: _layers(found, how, chunks[0].config.hidden_size) for how in (SAME_INPUT, FREE_RUNNING)
             },
+            "mlp_error": {"massive_above": MASSIVE, "layers": layer_errors(found.errors)},
             "weight_delta": _deltas(found, {key: norm for part in gathered for key, norm in part[2].items()}),
             "generated_vectors": _vectors(found),
             "parameters": _counts(stage_sizes),
@@ -106,13 +106,13 @@ def evaluate_npt(
     )
 
 
-def untrained_figures(loss: float, base_loss: float | None, seed: int) -> dict[str, Any]:
+def untrained_figures(loss: float, base_loss: float | None, seed: int | None) -> dict[str, Any]:
     """Returns the report's figures for the model with untrained NP components, as a reference for the perplexity ratio.
 
     Args:
-        loss: loss of the model with initial NP components, on the same tokens.
+        loss: loss of the model with initial NP components or without deltas, on the same tokens.
         base_loss: loss of the base model, from the report.
-        seed: seed of the initial values.
+        seed: seed of the initial values; None for a model without deltas.
     """
     ratio = math.nan if base_loss is None else _exp(loss - base_loss)
     return dict(
@@ -138,27 +138,6 @@ def finite(value: Any) -> Any:
     return value
 
 
-def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[str, Any]:
-    """Returns the count of values, and mean, deviation, extremes, percentiles (and histogram) of the finite ones."""
-    values = values.astype(np.float64)
-    good = values[np.isfinite(values)]
-    found: dict[str, Any] = {"count": len(values), "not_finite": len(values) - len(good)}
-    if not len(good):
-        return found | dict.fromkeys(("mean", "std", "min", "max", "percentiles"), None)
-    marks = np.percentile(good, PERCENTILES)
-    found |= {
-        "mean": float(good.mean()),
-        "std": float(good.std()),
-        "min": float(good.min()),
-        "max": float(good.max()),
-        "percentiles": {f"p{p}": float(mark) for p, mark in zip(PERCENTILES, marks, strict=True)},
-    }
-    if histogram:
-        counts, edges = np.histogram(good, bins=_BINS)
-        found["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
-    return found
-
-
 def _gather(part: Any) -> list[Any] | None:
     """On rank 0, returns the parts of all ranks that are not None; on other ranks, returns None."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -176,6 +155,8 @@ def _merged(parts: list[Findings]) -> Findings:
             add_to(whole.vectors, of_target, sums)
         for place, norms in part.deltas.items():
             whole.deltas.setdefault(place, []).extend(norms)
+        for number, squares in part.errors.items():
+            whole.errors.setdefault(number, []).extend(squares)
     return whole
 
 

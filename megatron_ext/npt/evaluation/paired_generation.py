@@ -30,7 +30,8 @@ def paired_generations(
 
     Returns:
         A dictionary for each prompt and mode: `prompt`, `mode` (greedy or sampled), `seed`, `temperature`, `base` and
-        `npt` (the new texts), `identical`, and `first_difference` (the number of equal tokens at the beginning).
+        `npt` (the new texts), `identical`, `first_difference` (the number of equal tokens at the beginning), `tokens`
+        (those of the longer text), and `agreeing_tokens` (the number of positions with the same token in both texts).
 
     Raises:
         ValueError: a prompt has no tokens or is too long.
@@ -55,10 +56,19 @@ def paired_generations(
                 "npt": tokenizer.detokenize(mine),
                 "identical": theirs == mine,
                 "first_difference": _common(theirs, mine),
+                "tokens": max(len(theirs), len(mine)),
+                "agreeing_tokens": sum(a == b for a, b in zip(theirs, mine, strict=False)),
             }
             for prompt, theirs, mine in zip(prompts, base, ours, strict=True)
         ]
     return sorted(found, key=lambda pair: prompts.index(str(pair["prompt"])))
+
+
+def greedy_agreement(generations: list[dict[str, Any]]) -> dict[str, int]:
+    """Adds up the results of the greedy continuations of all prompts."""
+    greedy = [pair for pair in generations if pair["mode"] == "greedy"]
+    counts = ("identical", "first_difference", "tokens", "agreeing_tokens")
+    return {"prompts": len(greedy)} | {key: sum(int(pair[key]) for pair in greedy) for key in counts}
 
 
 def held_out_prompts(prefix: str, tokenizer: Tokenizer, *, count: int = 3, length: int = 16) -> list[str]:

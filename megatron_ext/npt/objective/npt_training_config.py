@@ -4,18 +4,21 @@ The defaults depend on the mode. The first column names the mode, the others its
 of the NP components):
 
     mode            losses (weights)                                         curriculum       NP components
-    equivalence     equivalence 1, regularization 0.01                       student          low_rank, rank 16
-    single_layer    stage 1: reconstruction 1; then direct MLP 10,           student          outer_product, rank 256
-                    fidelity 1, regularization 0.01
+    equivalence     equivalence 1                                            student          low_rank, rank 16
+    single_layer    stage 1: reconstruction 1; then direct MLP 1,            student          outer_product, rank 256
+                    fidelity 1
     sequential      the same as single_layer, for one layer after the other  student          outer_product, rank 256
-    multi_layer     direct MLP 10, fidelity 1, regularization 0.01           teacher, mixed,  outer_product, rank 256
+    multi_layer     direct MLP 1, fidelity 1                                 teacher, mixed,  outer_product, rank 256
                                                                              student
     lm              cross-entropy 1                                          student          low_rank, rank 16
+
+With --layer-losses document the weights are those of docs/design: direct MLP 10, regularization 0.01.
 
 Source: docs/design/npt_sequential.md (single_layer, sequential), docs/design/npt_curriculum.md (multi_layer),
 docs/design/npt_equivalence.md (equivalence).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -32,15 +35,20 @@ from megatron_ext.npt.objective.step_objective import LayerWeights, StepObjectiv
 
 Mode = Literal["equivalence", "single_layer", "sequential", "multi_layer", "lm"]
 
-_EQUIVALENCE = {"equivalence_weight": 1.0, "regularization_weight": 0.01}
-_DIRECT = {"direct_mlp_weight": 10.0, "fidelity_weight": 1.0, "regularization_weight": 0.01}
-_WEIGHTS: dict[str, dict[str, float]] = {
-    "equivalence": _EQUIVALENCE,
-    "single_layer": _DIRECT,
-    "sequential": _DIRECT,
-    "multi_layer": _DIRECT,
-    "lm": {"lm_weight": 1.0},
+_EQUIVALENCE = {"equivalence_weight": 1.0}
+_DIRECT = {"direct_mlp_weight": 1.0, "fidelity_weight": 1.0}
+_REGULARIZED = {"regularization_weight": 0.01}
+_LM = {"lm": {"lm_weight": 1.0}}
+_WITH_DIRECT = ("single_layer", "sequential", "multi_layer")
+WEIGHTS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "local": {"equivalence": _EQUIVALENCE, **dict.fromkeys(_WITH_DIRECT, _DIRECT), **_LM},
+    "document": {
+        "equivalence": _EQUIVALENCE | _REGULARIZED,
+        **dict.fromkeys(_WITH_DIRECT, _DIRECT | {"direct_mlp_weight": 10.0} | _REGULARIZED),
+        **_LM,
+    },
 }
+"""Default weights of the losses by --layer-losses and --mode; weights that are not listed are 0."""
 
 STEPS_PER_LAYER = 2000
 """Default of --steps-per-layer, from docs/design/npt_sequential.md."""
@@ -86,25 +94,29 @@ class NPTTrainingConfig:
     """YAML file that defines the blends for --dataset-preset."""
 
     equivalence_weight: float | None = None
-    """Weight of the equivalence loss, between an NPT layer's output and the base layer's output on the same input."""
+    """Weight of the equivalence loss, between an NPT layer's output and the base layer's output on the same input.
+    Default: 1 with --mode equivalence, otherwise 0."""
 
     equivalence_loss: Literal["mse", "cosine"] = "mse"
     """How the equivalence of two outputs is measured: mean square error, or 1 - cosine."""
 
     direct_mlp_weight: float | None = None
-    """Weight of the direct MLP loss, between the modulated MLP's output and its target from the base layer."""
+    """Weight of the direct MLP loss, between the modulated MLP's output and its target from the base layer. Default: 1
+    with --mode single_layer, sequential and multi_layer (10 with --layer-losses document), otherwise 0."""
 
     fidelity_weight: float | None = None
-    """Weight of the fidelity loss, between the model's logits and the base model's logits."""
+    """Weight of the fidelity loss, between the model's logits and the base model's logits. Default: 1 with --mode
+    single_layer, sequential and multi_layer, otherwise 0."""
 
     fidelity_loss: Literal["kl", "mse"] = "kl"
     """How fidelity is measured: KL(base || NPT) of the next token, or the logits' mean square error."""
 
     regularization_weight: float | None = None
-    """Weight of the regularization loss: norms of the NP factors (low_rank), or of v_a and v_b (outer_product)."""
+    """Weight of the regularization loss: norms of the NP factors (low_rank), or of v_a and v_b (outer_product).
+    Default: 0; 0.01 with --layer-losses document, except with --mode lm."""
 
     lm_weight: float | None = None
-    """Weight of the cross-entropy loss."""
+    """Weight of the cross-entropy loss. Default: 1 with --mode lm, otherwise 0."""
 
     stage1_steps: int = 500
     """With --mode single_layer or sequential: number of steps at the start of a layer's training in which its v_a is
@@ -120,11 +132,11 @@ class NPTTrainingConfig:
     model_size: Literal["1b", "3b", "8b"] | None = None
     """With --mode sequential: label of the model's size in the names of W&B runs. It does not change the model."""
 
-    layer_losses: Literal["local", "document"] | None = None
+    layer_losses: Literal["local", "document"] = "local"
     """Form of the layers' losses. local: each layer's inputs are detached, each token's squared error is divided by the
     token's own mean square, and the total is a mean over layers. document: the formulas of docs/design, in which the
-    gradient of a layer's losses also reaches the NPT layers below, and the total is a sum over layers. Default:
-    document with --mode equivalence, otherwise local."""
+    gradient of a layer's losses also reaches the NPT layers below, and the total is a sum over layers. The
+    documents' default weights come with their formulas."""
 
     layer_weights: str = "uniform"
     """Weights of the layers' losses: uniform, linear (from 1 for the first NPT layer to 0.5 for the last), or one
@@ -158,17 +170,14 @@ class NPTTrainingConfig:
             _numbers(self.layer_weights)
 
     def weight(self, name: str) -> float:
-        """Returns the weight of a loss: the given one, or the mode's default."""
+        """Returns the weight of a loss: the given one, or the default of the mode and of `--layer-losses`."""
         value = getattr(self, name)
-        return _WEIGHTS[self.mode].get(name, 0.0) if value is None else value
+        return WEIGHTS[self.layer_losses][self.mode].get(name, 0.0) if value is None else value
 
     @property
     def is_local(self) -> bool:
         """Whether the layers' losses are local, so that no layer's losses train the layers below."""
-        # The regularization weight of document 002 fits the size of its equivalence loss. It outweighs the local one,
-        # which is relative and therefore small.
-        default = "document" if self.mode == "equivalence" else "local"
-        return (self.layer_losses or default) == "local"
+        return self.layer_losses == "local"
 
     @property
     def reconstructs(self) -> bool:

@@ -16,7 +16,7 @@ from megatron_ext.config.serialize import group_from_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import Stage, format_curriculum
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
-from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
+from megatron_ext.npt.objective.npt_training_config import WEIGHTS, NPTTrainingConfig
 from megatron_ext.npt.weights.state_files import MULTI_LAYER_STATE
 from megatron_ext.platform import process_groups
 from megatron_ext.training.checkpoint import checkpoint_files as files
@@ -75,7 +75,7 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
     }
     done = files.read_json(folder / files.STATE)["progress"]["iteration"]
     sections["training"] |= {"train_iters": done + steps, "train_samples": None, "num_epochs": None}
-    sections["npt"].setdefault("layer_losses", "document")  # of runs from before the flag existed
+    sections["npt"] |= earlier_losses(sections["npt"])
     sections["npt"]["curriculum_stages"] = _curriculum(folder)
     sections["checkpoint"]["save"] = str(folder.parent)
     return sections
@@ -120,6 +120,25 @@ def loads_what_fits(
             flush=True,
         )
     return True
+
+
+def earlier_losses(npt: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the losses of a run that depended on earlier defaults: that of --layer-losses, and those of the weights.
+
+    The weights were those of the documents for both forms of the losses.
+
+    Args:
+        npt: the stored section; its `layer_losses` is missing in runs from before the flag existed, and None in runs in
+            which the mode decided.
+    """
+    losses, mode = npt.get("layer_losses", "document"), npt["mode"]
+    if "layer_losses" in npt and losses is not None:
+        return {}
+    weights = WEIGHTS["document"][mode]
+    return {
+        "layer_losses": losses or ("document" if mode == "equivalence" else "local"),
+        **{name: weight for name, weight in weights.items() if npt.get(name) is None},
+    }
 
 
 def _curriculum(folder: Path) -> str:

@@ -41,7 +41,9 @@ OUTER = NPTModuleConfig(npt_layers="1,2,3", np_form="outer_product", np_rank=8, 
 LOW_RANK = NPTModuleConfig(npt_layers="upper_half", np_target="gate+up", np_rank=8, np_residual="keep")
 MULTI_LAYER = NPTTrainingConfig(mode="multi_layer", curriculum_stages="mixed:1:0.3:0.6", lm_weight=0.5)
 SINGLE_LAYER = NPTTrainingConfig(mode="single_layer", stage1_steps=1)
-EQUIVALENCE = NPTTrainingConfig(mode="equivalence", fidelity_weight=1.0, fidelity_loss="mse")
+EQUIVALENCE = NPTTrainingConfig(
+    mode="equivalence", fidelity_weight=1.0, fidelity_loss="mse", layer_losses="document"
+)
 DIFFUSION = replace(MLM, training_objective="diffusion")
 
 OBJECTIVES: dict[str, object] = {
@@ -54,7 +56,8 @@ OBJECTIVES: dict[str, object] = {
     "npt multi_layer": (OUTER, MULTI_LAYER),
     "npt multi_layer, the documents' losses": (OUTER, replace(MULTI_LAYER, layer_losses="document")),
     "npt single_layer": (replace(OUTER, npt_layers="2"), SINGLE_LAYER),
-    "npt equivalence": (LOW_RANK, EQUIVALENCE),
+    "npt equivalence": (LOW_RANK, replace(EQUIVALENCE, layer_losses="local")),
+    "npt equivalence, the document's losses": (LOW_RANK, EQUIVALENCE),
 }
 
 DIVISIONS = {

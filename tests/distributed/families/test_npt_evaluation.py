@@ -18,7 +18,8 @@ from megatron_ext.inference.perplexity import evaluate_perplexity
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import model_cost
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.evaluation.npt_evaluation import distribution, evaluate_npt, finite, untrained_figures
+from megatron_ext.npt.evaluation.distribution import distribution
+from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily

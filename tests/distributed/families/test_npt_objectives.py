@@ -20,6 +20,7 @@ MULTI_LAYER = NPTTrainingConfig(
     mode="multi_layer",
     curriculum_stages="teacher:1,mixed:1:0.3:0.6,student:1",
     layer_weights="linear",
+    regularization_weight=0.01,
     npt_log_interval=1,
     lm_weight=0.5,
 )
@@ -36,15 +37,13 @@ VARIANTS = {
     "lm": (OUTER, NPTTrainingConfig(mode="lm")),
     "key_value, curriculum": (KEY_VALUE, MULTI_LAYER),
     "multi_layer, the documents' losses": (OUTER, replace(MULTI_LAYER, layer_losses="document")),
-    "equivalence, local losses": (
+    "equivalence, the document's losses": (
         LOW_RANK,
-        NPTTrainingConfig(mode="equivalence", npt_log_interval=1, layer_losses="local"),
+        NPTTrainingConfig(mode="equivalence", npt_log_interval=1, layer_losses="document"),
     ),
     "local, base trained": (
         replace(OUTER, np_target="gate+up", np_residual="keep", freeze_base=False),
-        NPTTrainingConfig(
-            mode="equivalence", direct_mlp_weight=1.0, fidelity_weight=1.0, layer_losses="local"
-        ),
+        NPTTrainingConfig(mode="equivalence", direct_mlp_weight=1.0, fidelity_weight=1.0),
     ),
 }
 

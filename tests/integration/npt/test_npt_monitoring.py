@@ -67,7 +67,7 @@ def test_the_total_is_the_weighted_mean_over_layers_plus_the_losses_of_the_outpu
         name: [_values(events, f"{name}/layer_{layer}") for layer in (2, 3)]
         for name in ("mlp_direct_loss", "regularization_loss")
     }
-    weights = {"mlp_direct_loss": 10.0, "regularization_loss": 0.1}
+    weights = {"mlp_direct_loss": 1.0, "regularization_loss": 0.1}
     for step, total in enumerate(_values(events, "npt loss")):
         expected = 1.0 * _values(events, "fidelity_loss")[step] + 0.25 * _values(events, "lm loss")[step]
         for name, weight in weights.items():

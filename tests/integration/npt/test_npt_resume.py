@@ -182,7 +182,7 @@ def test_additional_steps_take_the_runs_configuration_and_the_flags_that_are_giv
 def test_additional_steps_of_a_run_that_stored_no_form_of_the_losses_keep_the_documents(
     changed: dict[str, Any],
 ) -> None:
-    assert changed["stored"] == [None, "document"]
+    assert changed["stored"] == ["local", "document"]
 
 
 def _started(folder: str, data: str) -> None:

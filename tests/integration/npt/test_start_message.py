@@ -46,7 +46,7 @@ def test_a_run_tells_its_base_conversion_weights_and_losses_and_takes_the_weight
         f"NPT on {Path(sequential_run.base).resolve()}/iter_0000001: layers 0,1,3 of 4, outer_product on gate, rank 4, "
         "k 1, affine on, residual drop",
         f"NP weights: from {weights}; {ours:,} parameters are trained, {ours / own:.1%} of the {own:,} in their layers",
-        "npt loss = mean over layers of (10 mlp_direct_loss + 0.01 regularization_loss) + 1 fidelity_loss (kl); "
+        "npt loss = mean over layers of (1 mlp_direct_loss) + 1 fidelity_loss (kl); "
         "curriculum teacher:1:0:0,mixed:1:0.5:0.5,student:1:1:1",
     ]
     assert "np_form was outer_product, now low_rank; np_rank was 4, now 8" in refused
@@ -66,6 +66,7 @@ def test_losses_without_weight_are_not_told() -> None:
     assert objective(NPTTrainingConfig(mode="lm"), 9) == "npt loss = 1 lm loss; no curriculum"
     cosine = NPTTrainingConfig(
         equivalence_loss="cosine",
+        layer_losses="document",
         regularization_weight=0,
         layer_weights="linear",
     )

@@ -19,11 +19,18 @@ from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.data.files import console
 from megatron_ext.data.indexed.manifest import write_manifest
 from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer, NullTokenizer
+from megatron_ext.inference.load_model import load_model
+from megatron_ext.inference.perplexity import evaluate_perplexity
+from megatron_ext.npt.evaluation.evaluation_summary import held_back
+from megatron_ext.npt.evaluation.paired_generation import greedy_agreement
+from megatron_ext.npt.modules.npt_layers import np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.weights.conversion import convert, initialize_np_factors
 from megatron_ext.npt.weights.np_factors import gather_np_factors
 from megatron_ext.npt.weights.np_weight_files import write_np_weights
 from megatron_ext.platform import process_groups
+from megatron_ext.registry.known_families import FAMILIES
 from megatron_ext.testing.checkpoint_runs import RunSettings, TinyRun
 from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.run_distributed import run_distributed
@@ -166,6 +173,79 @@ def test_generations_pair_both_models_on_the_held_out_beginnings(one: Any) -> No
     ]
     for pair in pairs:
         assert pair["identical"] == (pair["base"] == pair["npt"])
+        assert pair["first_difference"] <= pair["agreeing_tokens"] <= pair["tokens"] <= 6
+        assert pair["identical"] == (pair["agreeing_tokens"] == pair["tokens"])
+
+
+def test_greedy_continuations_of_a_prompts_file_are_counted_one_by_one_and_in_total(made: Path) -> None:
+    path = made / "prompts.txt"
+    path.write_text("".join(f"prompt {number}\n" for number in range(10)))
+    given = ["--checkpoint", f"{made}/npt", "--prompts-file", str(path), "--ablation-tokens", "0"]
+    report, printed = _report(made, "prompts", 1, *given)
+    greedy = [pair for pair in report["generations"] if pair["mode"] == "greedy"]
+    assert [pair["prompt"] for pair in greedy] == [f"prompt {number}" for number in range(10)]
+    total = report["greedy_agreement"]
+    assert total["prompts"] == 10
+    for key in ("identical", "first_difference", "tokens", "agreeing_tokens"):
+        assert total[key] == sum(pair[key] for pair in greedy)
+    assert 0 < total["agreeing_tokens"] < total["tokens"], "the models differ"
+    assert f"{total['agreeing_tokens']} of {total['tokens']} tokens agree" in printed
+    assert re.search(r"prompt 7 .* \d+ of \d+", printed), "each prompt has its row"
+    assert report["layer_ablation"] is None
+
+
+def test_the_positions_with_the_same_token_are_counted_after_the_first_difference_too() -> None:
+    pairs = [
+        {"mode": "greedy", "identical": False, "first_difference": 1, "tokens": 4, "agreeing_tokens": 3},
+        {"mode": "greedy", "identical": True, "first_difference": 2, "tokens": 2, "agreeing_tokens": 2},
+        {"mode": "sampled", "identical": False, "first_difference": 0, "tokens": 9, "agreeing_tokens": 0},
+    ]
+    expected = {"prompts": 2, "identical": 1, "first_difference": 3, "tokens": 6, "agreeing_tokens": 5}
+    assert greedy_agreement(pairs) == expected
+
+
+def test_the_layers_that_hold_the_model_back_are_named_and_checked_together(made: Path, one: Any) -> None:
+    report, printed, page = one
+    ablation = report["layer_ablation"]
+    assert ablation["tokens"] == report["perplexity"]["tokens"], "all tokens, as there are fewer than 1,024"
+    assert ablation["kl"] == pytest.approx(report["logit_kl"]["mean"], rel=1e-5)
+    assert set(ablation["layers"]) == set(report["mlp_error"]["layers"]) == {"1", "2"}
+    sentence = held_back(ablation)
+    assert sentence in " ".join(printed.split())
+    assert html.escape(sentence) in page
+    few, _ = _report(made, "few", 1, "--checkpoint", f"{made}/npt", "--ablation-tokens", "20")
+    assert few["layer_ablation"]["tokens"] == 20
+
+
+def test_a_calibrated_run_is_untrained_without_deltas(made: Path, one: Any) -> None:
+    settings = replace(SETTINGS, np_form="key_value", np_init_strategy="calibrated", np_target="gate+up")
+    run_single(_make_calibrated, made, settings)
+    given = ["--checkpoint", f"{made}/base", "--npt-weights", f"{made}/calibrated/npt_weights.pt"]
+    report, printed = _report(made, "calibrated", 1, *given)
+    perplexity = report["perplexity"]
+    assert perplexity["untrained_seed"] is None
+    assert perplexity["untrained_ratio"] != pytest.approx(one[0]["perplexity"]["untrained_ratio"], rel=1e-6)
+    assert perplexity["untrained_loss"] == pytest.approx(run_single(_loss_without_deltas, made), rel=1e-6)
+    assert "without deltas" in printed
+
+
+def _make_calibrated(folder: Path, settings: NPTModuleConfig) -> None:
+    """Weights of the form key_value, whose settings say that they were calibrated."""
+    loaded = load_model(f"{folder}/base", FAMILIES)
+    convert([loaded.model], settings)
+    initialize_np_factors([loaded.model], 5)
+    folder.joinpath("calibrated").mkdir()
+    write_np_weights(folder / "calibrated", gather_np_factors([loaded.model]), settings)
+
+
+def _loss_without_deltas(folder: Path) -> float:
+    """Loss of the converted model with output factors of zero."""
+    loaded = load_model(f"{folder}/npt", FAMILIES)
+    for module in np_modules([loaded.model]).values():
+        for part in module.modulations.values():
+            part.output_factor.data.zero_()
+    options: Any = {"sequence_length": MODEL.seq_length, "micro_batch_size": 4}
+    return evaluate_perplexity([loaded.model], list(loaded.families), f"{folder}/held", **options).loss
 
 
 def test_the_page_opens_offline_and_escapes_what_models_say(one: Any) -> None:
@@ -173,7 +253,7 @@ def test_the_page_opens_offline_and_escapes_what_models_say(one: Any) -> None:
     assert "<script" not in page
     assert html.escape(TEXTS[0][:16]) in page
     assert not re.search(r"(src|href)=[\"'](?!data:)", page)
-    assert page.count("data:image/svg+xml;base64,") == 5, "bars, two heat maps, two histograms"
+    assert page.count("data:image/svg+xml;base64,") == 6, "bars, three heat maps, two histograms"
     for name in ("perplexity_ratio", "untrained_ratio"):
         assert f"{report['perplexity'][name]:.5f}" in page
 

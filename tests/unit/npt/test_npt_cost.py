@@ -49,9 +49,9 @@ CASES = {
     "lm": case(LOW_RANK, mode="lm"),
     "lm, base trained": case(replace(OUTER, freeze_base=False), mode="lm"),
     "equivalence, base trained": case(replace(LOW_RANK, freeze_base=False), mode="equivalence"),
-    "equivalence, local losses": case(LOW_RANK, mode="equivalence", layer_losses="local"),
-    "equivalence, local losses, base trained": case(
-        replace(LOW_RANK, freeze_base=False), mode="equivalence", layer_losses="local"
+    "equivalence, the document's losses": case(LOW_RANK, mode="equivalence", layer_losses="document"),
+    "equivalence, the document's losses, base trained": case(
+        replace(LOW_RANK, freeze_base=False), mode="equivalence", layer_losses="document"
     ),
     "student, the document's losses": case(OUTER, mode="multi_layer", layer_losses="document"),
     "reconstruction": case(OUTER, mode="single_layer", trains=(3,), stage1_steps=9),

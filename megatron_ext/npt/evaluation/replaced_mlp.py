@@ -1,0 +1,49 @@
+"""Replaces what the MLP of every NPT layer computes, temporarily.
+
+without deltas      MLP(LN2(h)): the converted layer before anything is learned. The MLP reads the norm of the layer's
+                    input, and the attention output does not change it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
+from megatron_ext.npt.modules.npt_layers import np_modules
+
+MLPOutput = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Has the arguments and the result of `NPFeedForward.mlp_output`."""
+
+
+@contextlib.contextmanager
+def replaced_mlp(chunks: list[GPTModel], make: Callable[[NPFeedForward], MLPOutput]) -> Iterator[None]:
+    """Returns a context in which the NPT layers call `make(module)` instead of `module.mlp_output`.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        make: takes an NPT layer's module and returns the function; may use the module's own `mlp_output`.
+    """
+    modules = np_modules(chunks).values()
+    for module in modules:
+        module.__dict__["mlp_output"] = make(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["mlp_output"]
+
+
+def without_deltas(chunks: list[GPTModel]) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which the NPT layers compute MLP(LN2(h)), without any delta."""
+    return replaced_mlp(
+        chunks, lambda module: lambda layer, hidden_states, _: plain_mlp(layer, hidden_states)
+    )
+
+
+def plain_mlp(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Returns MLP(LN2(x)) of a layer, with bias, [s, b, h]."""
+    output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states))
+    return output if bias is None else output + bias
