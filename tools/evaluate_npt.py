@@ -12,7 +12,6 @@ max_length are used; npt_layers, rank and modulation_scale must equal those of t
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -48,7 +47,7 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     """Evaluate only this many tokens. Default: all. Each token takes twelve bytes of memory per NPT layer, and four
     more per target."""
 
-    ablation_tokens: int = 1024
+    ablation_tokens: int = 512
     """Number of tokens on which the model also runs without each NPT layer in turn (with the base layer in its place),
     to find the layers that hold the model back; 0 for none."""
 
@@ -176,17 +175,14 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
 def _measure(
     config: EvaluateNPTConfig, loaded: Any, families: list[Any], settings: Any, length: int, seed: int
 ) -> dict[str, Any] | None:
-    """Compares the model with its base model and with its untrained self; collective.
+    """Compares the model with its base model, with itself without single layers, and with its untrained self.
 
-    Untrained is the model with the NP components' initial values, or without deltas if these were calibrated. The NP
-    components may hold their initial values afterwards. Returns the figures on rank 0, None on the other ranks.
+    Collective. The NP components may hold their initial values afterwards. Returns the figures on rank 0, None on the
+    other ranks.
     """
     from megatron_ext.data.files.console import token_progress
-    from megatron_ext.inference.perplexity import evaluate_perplexity, held_out_steps, held_out_tokens
-    from megatron_ext.npt.evaluation.layer_ablation import ablate_layers
+    from megatron_ext.inference.perplexity import held_out_tokens
     from megatron_ext.npt.evaluation.npt_evaluation import evaluate_npt, finite, untrained_figures
-    from megatron_ext.npt.evaluation.replaced_mlp import without_deltas
-    from megatron_ext.npt.weights.conversion import initialize_np_factors
     from megatron_ext.platform.process_groups import rank
     from megatron_ext.registry.known_families import window_begin
 
@@ -204,24 +200,48 @@ def _measure(
     ablation = None
     if config.ablation_tokens:
         few = on | {"max_tokens": min(config.ablation_tokens, total)}
-        layers = settings.layers(loaded.config.num_layers)
-        ablation = ablate_layers(model, families, layers, lambda: held_out_steps(prefix, **few))
-    # The untrained baseline comes last, because its weights replace the trained ones.
-    calibrated = settings.np_init_strategy == "calibrated"
-    if not calibrated:
-        initialize_np_factors(model, seed)
-    with (
-        without_deltas(model) if calibrated else nullcontext(),
-        token_progress("untrained NPT", total, shown=rank() == 0) as progress,
-    ):
-        untrained = evaluate_perplexity(model, families, prefix, **on, progress=progress)
+        ablation = _ablation(model, families, settings.layers(loaded.config.num_layers), prefix, few)
+    # The untrained baseline comes last, because its weights may replace the trained ones.
+    with token_progress("untrained NPT", total, shown=rank() == 0) as progress:
+        loss, initial = _untrained(model, families, settings, seed, prefix, on | {"progress": progress})
     if report is None:
         return None
-    untrained_seed = None if calibrated else seed
-    report["perplexity"] |= untrained_figures(
-        untrained.loss, report["perplexity"]["base_loss"], untrained_seed
-    )
+    report["perplexity"] |= untrained_figures(loss, report["perplexity"]["base_loss"], initial)
     return report | {"layer_ablation": finite(ablation)}
+
+
+def _ablation(
+    model: list[Any], families: list[Any], layers: tuple[int, ...], prefix: str, on: dict[str, Any]
+) -> dict[str, Any]:
+    """Runs the model without each of its NPT layers; see `layer_ablation`."""
+    from megatron_ext.inference.perplexity import held_out_steps
+    from megatron_ext.npt.evaluation.layer_ablation import ablate_layers
+
+    tokens, length = on["max_tokens"], on["sequence_length"]
+    # Otherwise the few tokens would be padded to whole windows and micro-batches.
+    on = on | {
+        "sequence_length": min(length, tokens),
+        "micro_batch_size": min(on["micro_batch_size"], -(-tokens // length)),
+    }
+    return ablate_layers(model, families, layers, lambda: held_out_steps(prefix, **on))
+
+
+def _untrained(
+    model: list[Any], families: list[Any], settings: Any, seed: int, prefix: str, on: dict[str, Any]
+) -> tuple[float, int | None]:
+    """Returns the untrained model's loss, and the seed of its initial values.
+
+    After a calibrated start the untrained model is the one without deltas, and the seed is None.
+    """
+    from megatron_ext.inference.perplexity import evaluate_perplexity
+    from megatron_ext.npt.evaluation.replaced_mlp import without_deltas
+    from megatron_ext.npt.weights.conversion import initialize_np_factors
+
+    if settings.np_init_strategy == "calibrated":
+        with without_deltas(model):
+            return evaluate_perplexity(model, families, prefix, **on).loss, None
+    initialize_np_factors(model, seed)
+    return evaluate_perplexity(model, families, prefix, **on).loss, seed
 
 
 def _load(config: EvaluateNPTConfig, stored: dict[str, Any]) -> tuple[Any, list[Any], Any]:

@@ -22,6 +22,9 @@ What a training step with a frozen base computes (`npt_work`):
     the same, local                         in layers whose inputs have gradients, further a forward and backward pass
                                             of the modulated MLP on detached inputs
 
+In layer-parallel training the layers up to the last trained one run forward, and for each trained layer the modulated
+MLP once more, as in the first trained layer of the table; nothing else runs.
+
 A layer whose input comes only from the teacher counts like the first trained layer. A backward pass that carries only a
 gradient of zero is counted, because it is run. Products of size r are not counted: those for the losses on the factors
 (reconstruction, regularization) and for the measurements every `--npt-log-interval` steps.
@@ -72,6 +75,8 @@ def npt_work(
         objective: the losses and the curriculum stage of the step.
         weights: maps the index of each trained NPT layer to the weight of its losses.
     """
+    if objective.layer_parallel:
+        return _layer_parallel_work(settings, model, weights)
     converted = settings.layers(model.num_layers)
     uses, flops, reached = [], 0.0, not settings.freeze_base
     for number in range(model.num_layers):
@@ -94,6 +99,22 @@ def npt_work(
         further_forwards=int(objective.reads_teacher),
         trained_parameters=sum(np_parameters(settings, model, number) for number in weights),
         flops_per_token=flops,
+    )
+
+
+def _layer_parallel_work(
+    settings: NPTModuleConfig, model: ModelConfig, weights: Mapping[int, float]
+) -> StepWork:
+    alone = _Layer(use=Use.PARTIAL, trains=True, to_attention=False, to_mlp=False)
+    base = mlp_flops_per_token(model) + _base_flops(model, alone, settings.has_gain)
+    end = max(weights) + 1
+    return StepWork(
+        layers=(Use.FORWARD,) * end + (Use.SKIPPED,) * (model.num_layers - end),
+        head=Use.FORWARD,
+        trains_embedding=False,
+        head_forwards=0,
+        trained_parameters=sum(np_parameters(settings, model, number) for number in weights),
+        flops_per_token=sum(base + _np_flops(settings, model, number, alone) for number in weights),
     )
 
 

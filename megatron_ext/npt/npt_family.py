@@ -17,7 +17,7 @@ from megatron_ext.config.serialize import group_in, group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.base_parameters import base_parameters
 from megatron_ext.models.costs.model_cost import ModelCost
-from megatron_ext.models.costs.step_work import StepWork
+from megatron_ext.models.costs.step_work import StepWork, Use
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.evaluation.training_samples import paired_sample
 from megatron_ext.npt.modules.npt_extension import NPTExtension
@@ -27,11 +27,12 @@ from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.npt_cost import npt_cost, npt_work
 from megatron_ext.npt.objective.fidelity_loss import NPTOutputLoss
 from megatron_ext.npt.objective.layer_losses import LayerStepLosses
+from megatron_ext.npt.objective.layer_parallel import train_layers
 from megatron_ext.npt.objective.npt_charts import NPT_CHARTS
 from megatron_ext.npt.objective.npt_monitoring import CollapseWatch, summarize
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.objective.step_objective import PLAIN_LM, StepObjective
-from megatron_ext.npt.objective.teacher import Teacher
+from megatron_ext.npt.objective.teacher import Teacher, Wanted
 from megatron_ext.npt.weights.state_files import multi_layer_state, write_state_files
 from megatron_ext.training.interface.family_interface import Batch, Family, Message
 from megatron_ext.training.interface.output_losses import OutputLoss
@@ -98,7 +99,10 @@ class NPTFamily(Family):
         objective = PLAIN_LM if training is None else training.objective(iteration, self.total_steps)
         weights = dict.fromkeys(layers, 1.0) if training is None else training.weights_of_layers(layers)
         work = npt_work(self.settings, model, objective, weights)
-        return replace(work, further_forwards=0) if self.teacher.cache.was_skipped else work
+        if not self.teacher.cache.was_skipped:
+            return work
+        layers = (Use.SKIPPED,) * len(work.layers) if objective.layer_parallel else work.layers
+        return replace(work, layers=layers, further_forwards=0)
 
     def prepare_model(self, chunks: list[GPTModel]) -> None:
         """Freezes the NPT layers that do not train and, unless `--no-freeze-base` is given, the base model."""
@@ -118,6 +122,8 @@ class NPTFamily(Family):
             module.step = None
         if training is None or iteration is None:
             return
+        if training.begins_cache(iteration):
+            self.teacher.cache.clear()
         self._objective = objective = training.objective(iteration, self.total_steps)
         self._records = iteration % training.npt_log_interval == 0
         weights = training.loss_weights(self._trained(chunks[0].config.num_layers))
@@ -142,10 +148,24 @@ class NPTFamily(Family):
             return batches
         if not objective.reads_teacher:
             return batches
-        layers = self.settings.layers(chunks[0].config.num_layers) if objective.stage.blends else ()
-        return self.teacher.add_states(
-            chunks, families, batches, layers=layers, output=objective.fidelity > 0
-        )
+        num_layers = chunks[0].config.num_layers
+        if objective.layer_parallel:
+            assert self.training is not None
+            # A resumed run computes the states again, so every pass must see them as the cache stores them.
+            dtype = torch.bfloat16 if self.training.teacher_cache_steps else None
+            wanted = Wanted(layers=self._trained(num_layers), mlps=True, dtype=dtype)
+        else:
+            layers = self.settings.layers(num_layers) if objective.stage.blends else ()
+            wanted = Wanted(layers=layers, output=objective.fidelity > 0)
+        return self.teacher.add_states(chunks, families, batches, wanted)
+
+    def trains_apart(self) -> bool:
+        """Returns whether the step is layer-parallel."""
+        return self._objective is not None and self._objective.layer_parallel
+
+    def backward(self, chunks: list[GPTModel], batch: Batch) -> None:
+        """Trains every layer by itself, on the teacher's states in the micro-batch."""
+        train_layers(chunks, batch)
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Returns the teacher's inputs to the NPT layers, if the micro-batch has them."""

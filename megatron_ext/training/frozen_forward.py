@@ -6,6 +6,7 @@ depend on tokens and positions only; the trunk's results also depend on its weig
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,7 @@ def run_frozen(
     batches: list[Batch],
     watched: Mapping[str, torch.nn.Module],
     output: NoLoss,
+    watched_outputs: Mapping[str, torch.nn.Module] = MappingProxyType({}),
 ) -> list[dict[str, torch.Tensor]]:
     """Runs the forward pass on micro-batches, without gradients and without dropout.
 
@@ -57,11 +59,13 @@ def run_frozen(
         batches: micro-batches on the device; the pipeline schedule must accept their number.
         watched: the modules whose inputs are recorded, by name: layers or norms of this rank.
         output: called with the output layer's input, on the last stage.
+        watched_outputs: the modules whose outputs are recorded, by name: attentions or MLPs of this rank, which return
+            output and bias.
 
     Returns:
-        For each micro-batch, the recorded inputs by name, [s, b, h] ([s/t, b, h] under sequence parallel).
+        For each micro-batch, the recorded tensors by name, [s, b, h] ([s/t, b, h] under sequence parallel).
     """
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in watched}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in (*watched, *watched_outputs)}
     hooks = [
         module.register_forward_pre_hook(
             lambda _, args, kwargs, kept=found[name]: kept.append(
@@ -70,6 +74,15 @@ def run_frozen(
             with_kwargs=True,
         )
         for name, module in watched.items()
+    ]
+    hooks += [
+        module.register_forward_hook(
+            # Copied, because the engine adds the residual to a module's output in place.
+            lambda _, args, result, kept=found[name]: kept.append(
+                result[0].clone() if result[1] is None else result[0] + result[1]
+            )
+        )
+        for name, module in watched_outputs.items()
     ]
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:

@@ -21,7 +21,10 @@ from megatron_ext.training.run_options import RunOptions
 def training_samples(training: TrainingConfig, global_batch_size: int, options: RunOptions) -> int:
     """Returns the number of sequences for which the training set is built."""
     taken = options.samples or training.resolved_train_iters(global_batch_size) * global_batch_size
-    return min(taken, options.epoch_samples or taken)
+    if options.epoch_samples is None:
+        return taken
+    epochs = -(-taken // (options.epoch_samples * options.epoch_repeats)) if options.epoch_repeats else 1
+    return min(taken, options.epoch_samples * epochs)
 
 
 def build_data(
@@ -63,6 +66,7 @@ def build_data(
             block=training.micro_batch_size * parallel_state.get_data_parallel_world_size(),
             num_samples=trained,
             seed=training.seed,
+            repeats=run_options.epoch_repeats,
         )
     batches = partial(_batches, training.micro_batch_size, config.data.num_workers, tokenizer.vocab_size)
     return Data(

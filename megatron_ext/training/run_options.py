@@ -46,8 +46,11 @@ class RunOptions:
     """The caller's batches, used instead of --data-path."""
 
     epoch_samples: int | None = None
-    """Number of sequences per epoch; every epoch then has the same sequences. If None, documents are packed anew in
-    each epoch, as megatron-core does."""
+    """Number of sequences per epoch; epochs then have the same sequences. If None, documents are packed anew in each
+    epoch, as megatron-core does."""
+
+    epoch_repeats: int | None = None
+    """Number of epochs of `epoch_samples` with the same sequences, before the next sequences are read; None for all."""
 
     samples: int | None = None
     """Number of sequences in a whole series of runs, which are shuffled together; None for a single run."""

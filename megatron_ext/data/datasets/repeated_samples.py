@@ -1,8 +1,9 @@
 """Repeats the same samples in every epoch, in another order, so that activations cached for a sample are reused.
 
 mcore's dataset packs documents differently when it repeats them, so no sequence comes twice. Here an epoch consists of
-the first n samples. Blocks of samples are shuffled, not single samples: if a block is the
-micro-batches of all data-parallel ranks, a micro-batch always holds the same samples, on the same rank.
+the first n samples; after a given number of epochs, if there is one, the next n samples take their place. Blocks of
+samples are shuffled, not single samples: if a block is the micro-batches of all data-parallel ranks, a micro-batch
+always holds the same samples, on the same rank.
 """
 
 from typing import Any
@@ -15,20 +16,31 @@ Sample = dict[str, torch.Tensor]
 
 
 class RepeatedDataset(torch.utils.data.Dataset[Sample]):
-    """A dataset in which every epoch holds the same samples; adds the field `epoch` to each sample."""
+    """A dataset in which epochs hold the same samples; adds the field `epoch` to each sample."""
 
-    def __init__(self, dataset: Any, *, epoch_samples: int, block: int, num_samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        epoch_samples: int,
+        block: int,
+        num_samples: int,
+        seed: int,
+        repeats: int | None = None,
+    ) -> None:
         """Args:
         dataset: the samples to repeat, as dictionaries of tensors.
         epoch_samples: number of samples in an epoch, rounded down to whole blocks; at most the dataset's size.
         block: number of consecutive samples that stay together when the order changes.
         num_samples: number of samples in all epochs together.
-        seed: decides the order of every epoch but the first, which keeps the dataset's order.
+        seed: decides the order of every epoch but those that hold new samples, which keep the dataset's order.
+        repeats: number of epochs with the same samples; None for all.
 
         Raises:
             ValueError: an epoch is shorter than one block.
         """
         self.dataset, self.block, self.num_samples, self.seed = dataset, block, num_samples, seed
+        self.repeats = repeats
         self.blocks = min(epoch_samples, len(dataset)) // block
         if self.blocks == 0:
             raise ValueError(
@@ -43,10 +55,12 @@ class RepeatedDataset(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         epoch, place = divmod(number, self.blocks * self.block)
         block, offset = divmod(place, self.block)
+        new, repeat = divmod(epoch, self.repeats) if self.repeats is not None else (0, epoch)
         if self._order[0] != epoch:
             order = np.arange(self.blocks)
-            if epoch:
+            if repeat:
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.blocks)
             self._order = epoch, order
-        sample = self.dataset[int(self._order[1][block]) * self.block + offset]
+        block = new * self.blocks + int(self._order[1][block])
+        sample = self.dataset[block * self.block + offset]
         return {**sample, "epoch": torch.tensor(epoch)}

@@ -28,7 +28,7 @@ from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.calibration.factors import Spectrum, choose_ranks, decompose
 from megatron_ext.npt.calibration.moments import LayerMoments, collect_moments
-from megatron_ext.npt.modules.np_ranks import budget, described, format_ranks
+from megatron_ext.npt.modules.np_ranks import Limit, described, format_ranks, limit
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.modules.vector_norms import target_weight
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
@@ -162,15 +162,33 @@ def _with_ranks(
                 (number, target): found for target, found in _spectra(config, layer, of_layer).items()
             }
     layers = settings.layers(model.num_layers)
-    share = budget(settings.np_rank)
-    if share is None:
+    allowed = limit(settings.np_rank)
+    if allowed is None:
         ranks = _given_ranks(settings, model.num_layers, model.hidden_size)
     else:
         local = {place: _gains(config, found) for place, found in spectra.items()}
         gains = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
-        ranks = choose_ranks(gains, 2 * model.hidden_size, share * layer_parameters(model) * len(layers))
+        ranks = _chosen_ranks(config, allowed, gains)
     text = format_ranks((ranks[n, _FC1], ranks.get((n, _DOWN), ranks[n, _FC1])) for n in layers)
     return replace(settings, np_rank=text), {place: (found, ranks[place]) for place, found in spectra.items()}
+
+
+def _chosen_ranks(
+    config: NPTRunConfig, allowed: Limit, gains: Mapping[Place, list[float]]
+) -> dict[Place, int]:
+    model = config.model
+    if allowed.kl is not None:
+        # Gains are sums over tokens of twice the KL; see `moments`.
+        return choose_ranks(gains, error=2 * allowed.kl * _samples(config) * model.seq_length)
+    assert allowed.share is not None
+    layers, cost = len(config.np.layers(model.num_layers)), 2 * model.hidden_size
+    parameters = allowed.share * layer_parameters(model) * layers
+    if parameters < cost * len(gains):
+        raise ValueError(
+            f"--np-rank {config.np.np_rank}: the budget is {parameters:,.0f} parameters; rank 1 needs "
+            f"{cost * len(gains):,}"
+        )
+    return choose_ranks(gains, total=int(parameters // cost))
 
 
 def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -> dict[Place, int]:

@@ -97,6 +97,12 @@ class Modulation(MegatronModule):
         """Creates the factors as parameters."""
         raise TypeError(f"{type(self).__name__} must implement build()")
 
+    def forward(self) -> None:
+        """Computes nothing; must be called before the factors are used.
+
+        With --overlap-param-gather the engine waits for a module's parameters before the module is called.
+        """
+
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies the target's input x by the factors that take x; for `down`, each rank gets a partial sum.
 

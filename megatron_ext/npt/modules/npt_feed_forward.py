@@ -116,6 +116,8 @@ class NPFeedForward(MegatronModule):
             hidden_states: h, the norm's input, [s, b, h].
             attention_output: a, [s, b, h].
         """
+        for modulation in self.modulations.values():
+            modulation()  # waits for the factors, which are not used through a call
         fc1 = self.modulations.get("fc1")
         if isinstance(fc1, KeyValueModulation):
             normed = fc1.fc1_input(layer.pre_mlp_layernorm, hidden_states, attention_output)

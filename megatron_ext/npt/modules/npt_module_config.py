@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive, flag
-from megatron_ext.npt.modules.np_ranks import budget, format_ranks, normalised, parse_ranks, rank_of
+from megatron_ext.npt.modules.np_ranks import format_ranks, limit, normalised, parse_ranks, rank_of
 
 _TARGETS: dict[str, tuple[str, ...]] = {
     "gate": ("gate",),
@@ -44,7 +44,8 @@ class NPTModuleConfig:
     np_rank: Annotated[str | int, flag(aliases=("--rank",))] = 16
     """Rank of the generated factors: a number; 64/192 for rank 64 on gate, up and fc1 and rank 192 on down; a list of
     these with one entry per NPT layer; or auto:0.15, with which the calibration chooses ranks so that the NP parameters
-    are 15% of the converted layers' own."""
+    are 15% of the converted layers' own; or auto:kl=0.01, with which it chooses the smallest ranks whose predicted
+    KL(base || NPT) per token is at most 0.01 nats."""
 
     num_np_components: int = 1
     """Number of deltas that are added up, each with its own factors. With low_rank, k components of rank r equal one
@@ -100,7 +101,7 @@ class NPTModuleConfig:
 
     def _check_calibration(self) -> None:
         calibrated = self.np_init_strategy == "calibrated"
-        if budget(self.np_rank) is not None and not calibrated:
+        if limit(self.np_rank) is not None and not calibrated:
             raise ValueError(
                 f"--np-rank {self.np_rank} requires --np-init-strategy calibrated (got {self.np_init_strategy})"
             )

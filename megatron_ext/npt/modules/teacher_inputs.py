@@ -19,6 +19,14 @@ def input_name(layer: int) -> str:
     return f"{TEACHER}/layer_{layer}"
 
 
+def state_names(layer: int) -> tuple[str, str, str]:
+    """Returns the names of the batch fields that hold a layer's input, attention output and MLP output in the teacher.
+
+    All have the shape of the input; see `input_name`.
+    """
+    return input_name(layer), f"{TEACHER}/attention_{layer}", f"{TEACHER}/mlp_{layer}"
+
+
 class TeacherInputs(StageModule):
     """Packs the teacher's inputs to the NPT layers of a model chunk into the stream `TEACHER`."""
 

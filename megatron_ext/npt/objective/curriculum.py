@@ -47,6 +47,10 @@ STUDENT = Stage(name="student", steps=1, attention_share=1.0, mlp_share=1.0)
 """The only stage of a run without a curriculum."""
 
 
+TEACHER = Stage(name="teacher", steps=1, attention_share=0.0, mlp_share=0.0)
+"""The only stage of layer-parallel training."""
+
+
 def parse_curriculum(text: str) -> tuple[Stage, ...]:
     """Parses a curriculum written as `name:steps[:attn_ratio[:mlp_ratio]],...`.
 

@@ -60,6 +60,9 @@ class LayerStepLosses(LayerStep):
     place: tuple[int, int] = (0, 1)
     """Index of the layer among the NPT layers of its chunk, and the number of NPT layers in the chunk."""
 
+    teacher_mlp: torch.Tensor | None = None
+    """MLP(LN2(h + a)) [s, b, h] for the layer's h and a, if it is known; otherwise it is computed."""
+
     records: bool = False
     """Whether to log the norms of v_a, v_b and the deltas in this step."""
 
@@ -139,13 +142,25 @@ class LayerStepLosses(LayerStep):
         """Returns the weight and the value (a mean over this rank's tokens) of each loss, by name."""
         terms = dict[str, tuple[float, torch.Tensor]]()
         if self.weights.compares_outputs:
-            target = _target(module, layer, hidden_states, attention_output)
+            target = self._target(module, layer, hidden_states, attention_output)
             residual = None
             if self.weights.equivalence:
                 keeps = module.settings.np_residual == "keep"
                 residual = hidden_states + attention_output if keeps else hidden_states
             terms = self._output_terms(module, mlp_output, target, residual)
         return terms | self._factor_terms(module, layer, hidden_states, attention_output)
+
+    @torch.no_grad()
+    def _target(
+        self, module: Any, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the target of MLP*(n); see the formulas at the top of this file."""
+        output = self.teacher_mlp
+        if output is None:
+            output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states + attention_output))
+            if bias is not None:
+                output = output + bias
+        return output if module.settings.np_residual == "keep" else output + attention_output
 
     def _output_terms(
         self, module: Any, mlp_output: torch.Tensor, target: torch.Tensor, residual: torch.Tensor | None
@@ -245,17 +260,6 @@ def _blended(teacher: torch.Tensor, student: torch.Tensor, share: float) -> torc
     if share == 0:
         return teacher
     return student if share == 1 else torch.lerp(teacher, student, share)
-
-
-@torch.no_grad()
-def _target(
-    module: Any, layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor
-) -> torch.Tensor:
-    """Returns the target of MLP*(n); see the formulas at the top of this file."""
-    output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states + attention_output))
-    if bias is not None:
-        output = output + bias
-    return output if module.settings.np_residual == "keep" else output + attention_output
 
 
 def _mean_over_ranks(module: Any, value: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ of the NP components):
     sequential      the same as single_layer, for one layer after the other  student          outer_product, rank 256
     multi_layer     direct MLP 1, fidelity 1                                 teacher, mixed,  outer_product, rank 256
                                                                              student
+    layer_parallel  direct MLP 1                                             teacher          low_rank, rank 16
     lm              cross-entropy 1                                          student          low_rank, rank 16
 
 With --layer-losses document the weights are those of docs/design: direct MLP 10, regularization 0.01.
@@ -22,10 +23,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_ext.config.command_line.field_checks import check_at_least, check_at_most, check_choices, flag
+from megatron_ext.config.command_line.field_checks import (
+    check_at_least,
+    check_at_most,
+    check_choices,
+    flag,
+    flag_name,
+)
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.objective.curriculum import (
     STUDENT,
+    TEACHER,
     Stage,
     parse_curriculum,
     proportional_curriculum,
@@ -33,15 +41,16 @@ from megatron_ext.npt.objective.curriculum import (
 )
 from megatron_ext.npt.objective.step_objective import LayerWeights, StepObjective
 
-Mode = Literal["equivalence", "single_layer", "sequential", "multi_layer", "lm"]
+Mode = Literal["equivalence", "single_layer", "sequential", "multi_layer", "layer_parallel", "lm"]
 
 _EQUIVALENCE = {"equivalence_weight": 1.0}
 _DIRECT = {"direct_mlp_weight": 1.0, "fidelity_weight": 1.0}
 _REGULARIZED = {"regularization_weight": 0.01}
 _LM = {"lm": {"lm_weight": 1.0}}
+_LAYER_PARALLEL = {"layer_parallel": {"direct_mlp_weight": 1.0}}
 _WITH_DIRECT = ("single_layer", "sequential", "multi_layer")
 WEIGHTS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
-    "local": {"equivalence": _EQUIVALENCE, **dict.fromkeys(_WITH_DIRECT, _DIRECT), **_LM},
+    "local": {"equivalence": _EQUIVALENCE, **dict.fromkeys(_WITH_DIRECT, _DIRECT), **_LAYER_PARALLEL, **_LM},
     "document": {
         "equivalence": _EQUIVALENCE | _REGULARIZED,
         **dict.fromkeys(_WITH_DIRECT, _DIRECT | {"direct_mlp_weight": 10.0} | _REGULARIZED),
@@ -60,8 +69,9 @@ class NPTTrainingConfig:
 
     mode: Mode = "equivalence"
     """How NP components are trained: equivalence, to match the outputs of the base layers; single_layer, one layer;
-    sequential, one layer after the other; multi_layer, several layers together with a curriculum; lm, with
-    cross-entropy. The mode sets the defaults of other flags."""
+    sequential, one layer after the other; multi_layer, several layers together with a curriculum; layer_parallel, each
+    layer by itself on the base model's hidden states, which is several times faster; lm, with cross-entropy. The mode
+    sets the defaults of other flags."""
 
     base_checkpoint: Annotated[str | None, flag(aliases=("--base_model_name", "--model_name"))] = None
     """Checkpoint of the base model to convert, written by tools/convert_checkpoint.py or a training run. For a new run,
@@ -149,6 +159,14 @@ class NPTTrainingConfig:
     teacher_cache_gb: float = 0.0
     """Size limit, in GiB per process, of the cache of the teacher's hidden states in host memory; 0 for no cache."""
 
+    teacher_cache_steps: int | None = None
+    """With --mode layer_parallel: number of steps whose samples are read --teacher-cache-passes times in a row, before
+    the next ones. The cache holds the teacher's states of these samples, in bfloat16. Default: every sample is read
+    once."""
+
+    teacher_cache_passes: int = 1
+    """With --teacher-cache-steps: how often every sample is read; the teacher runs only at the first time."""
+
     generation_steps: int | None = None
     """Number of steps between two generated text samples in TensorBoard. Default: no samples."""
 
@@ -163,9 +181,21 @@ class NPTTrainingConfig:
         check_at_least(self, 0, "start_from_layer", "stage1_steps", "teacher_cache_gb", *_NUMBERS)
         check_at_most(self, 2**20, "teacher_cache_gb")
         check_at_least(self, 1, "steps_per_layer", "generation_steps", "npt_log_interval", "additional_steps")
+        check_at_least(self, 1, "teacher_cache_steps", "teacher_cache_passes")
         check_at_least(self, 1, "calibration_tokens")
         if self.curriculum_stages is not None:
             parse_curriculum(self.curriculum_stages)
+        if (self.teacher_cache_steps is None) != (self.teacher_cache_passes == 1):
+            raise ValueError(
+                f"--teacher-cache-passes {self.teacher_cache_passes}: more than 1 pass and --teacher-cache-steps "
+                f"require each other (got --teacher-cache-steps {self.teacher_cache_steps})"
+            )
+        if self.mode == "layer_parallel":
+            self._check_layer_parallel()
+        elif self.teacher_cache_steps is not None:
+            raise ValueError(
+                f"--teacher-cache-steps {self.teacher_cache_steps} requires --mode layer_parallel (got {self.mode})"
+            )
         if self.layer_weights not in ("uniform", "linear"):
             _numbers(self.layer_weights)
 
@@ -191,6 +221,10 @@ class NPTTrainingConfig:
             ValueError: the form or the number of layers does not fit the mode.
         """
         layers = module.layers(num_layers)
+        if self.mode == "layer_parallel" and not module.freeze_base:
+            raise ValueError(
+                "--no-freeze-base is not supported by --mode layer_parallel, which trains only NP components; omit it"
+            )
         if self.reconstructs and self.stage1_steps and module.np_form != "outer_product":
             raise ValueError(
                 f"--stage1-steps {self.stage1_steps}: stage 1 requires --np-form outer_product "
@@ -231,7 +265,14 @@ class NPTTrainingConfig:
         """Returns the run's curriculum."""
         if self.curriculum_stages is not None:
             return parse_curriculum(self.curriculum_stages)
-        return proportional_curriculum(total_steps) if self.mode == "multi_layer" else (STUDENT,)
+        if self.mode == "multi_layer":
+            return proportional_curriculum(total_steps)
+        return (TEACHER,) if self.mode == "layer_parallel" else (STUDENT,)
+
+    def begins_cache(self, iteration: int) -> bool:
+        """Returns whether step `iteration`, counted from 1, is the first that reads new samples; see above."""
+        steps = self.teacher_cache_steps
+        return steps is not None and (iteration - 1) % (steps * self.teacher_cache_passes) == 0
 
     def objective(self, iteration: int, total_steps: int) -> StepObjective:
         """Returns the losses and the curriculum stage of step `iteration`, counted from 1."""
@@ -255,7 +296,28 @@ class NPTTrainingConfig:
             lm=self.weight("lm_weight"),
             stage=stages[index],
             stage_index=index,
+            layer_parallel=self.mode == "layer_parallel",
         )
+
+    def _check_layer_parallel(self) -> None:
+        """Checks flags with --mode layer_parallel, in which no output is computed and no student runs."""
+        for name in ("fidelity_weight", "lm_weight"):
+            value = getattr(self, name)
+            if value:
+                raise ValueError(
+                    f"{flag_name(name)} {value:g}: --mode layer_parallel computes no output; omit the flag, and train "
+                    "with --mode multi_layer --load-npt-weights afterwards for this loss"
+                )
+        if self.curriculum_stages is not None:
+            raise ValueError(
+                f"--curriculum-stages {self.curriculum_stages}: in --mode layer_parallel the layers' inputs are always "
+                "the teacher's; omit the flag, or choose --mode multi_layer"
+            )
+        if not self.is_local:
+            raise ValueError(
+                "--layer-losses document is not supported by --mode layer_parallel, in which every layer trains by "
+                "itself; omit it"
+            )
 
 
 _NUMBERS = tuple(name for name in NPTTrainingConfig.__annotations__ if name.endswith("_weight"))

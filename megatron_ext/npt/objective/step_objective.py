@@ -61,6 +61,9 @@ class StepObjective:
     stage_index: int
     """Index of the stage in the curriculum, from 0."""
 
+    layer_parallel: bool = False
+    """Whether each layer trains by itself on the teacher's states; the student does not run then."""
+
     @property
     def reads_teacher(self) -> bool:
         """Whether the step needs the teacher's hidden states, for the layers' inputs or for the fidelity loss."""

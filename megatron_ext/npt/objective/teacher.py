@@ -1,15 +1,17 @@
 """The teacher: the student's model with its NP components deactivated, run in an extra forward pass without gradients.
 
 In this pass, the input of each NPT layer and that of the output layer are stored as fields of the micro-batch, on the
-pipeline stage that owns the layer. Without pipeline parallelism, the teacher runs right before the student, one
-micro-batch at a time. With pipeline parallelism, it runs through the pipeline schedule, once for all micro-batches of
-the step.
+pipeline stage that owns the layer; for layer-parallel training also the layers' attention outputs and MLP outputs.
+Without pipeline parallelism, the teacher runs right before the student, one micro-batch at a time. With pipeline
+parallelism, it runs through the pipeline schedule, once for all micro-batches of the step.
 
-A cache can keep these hidden states in host memory, so that later epochs reuse them. It is keyed by the tokens of each
-sequence and has a size limit; states that do not fit are computed again.
+A cache can keep these hidden states in host memory, so that later passes over the same samples reuse them. It is keyed
+by the tokens of each sequence and has a size limit; states that do not fit are computed again.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -17,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_layers import deactivated
-from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name
+from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name, state_names
 from megatron_ext.training.frozen_forward import FrozenForward, run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
@@ -42,16 +44,19 @@ class TeacherCache(FrozenForward):
         self.states: dict[Id, dict[str, torch.Tensor]] = {}
         """Maps the digest of a sequence's tokens to the teacher's hidden states by name, each [s, h]."""
 
-    def find(self, batch: Batch, names: list[str]) -> dict[str, torch.Tensor] | None:
-        """Returns a micro-batch's states from the cache; None unless every model-parallel rank has them. Collective."""
+    def find(self, batches: list[Batch], names: list[str]) -> list[dict[str, torch.Tensor]] | None:
+        """Returns the micro-batches' states; None unless every model-parallel rank has all of them. Collective."""
         if not self.max_bytes:
             return None
-        rows = [self.states.get(key) for key in _keys(batch)]
-        found = all(row is not None and row.keys() >= set(names) for row in rows)
-        device = batch["tokens"].device
-        if not all(self.agree([found], device)):
+        rows = [[self.states.get(key) for key in _keys(batch)] for batch in batches]
+        found = [all(row is not None and row.keys() >= set(names) for row in of_batch) for of_batch in rows]
+        device = batches[0]["tokens"].device
+        if not all(self.agree(found, device)):
             return None
-        return {name: torch.stack([row[name] for row in rows if row], 1).to(device) for name in names}
+        return [
+            {name: torch.stack([row[name] for row in of_batch if row], 1).to(device) for name in names}
+            for of_batch in rows
+        ]
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
         """Stores a micro-batch's states, sequence by sequence, until the size limit is reached."""
@@ -65,6 +70,34 @@ class TeacherCache(FrozenForward):
                     known[name] = state[:, row].to("cpu", copy=True)
                     self.bytes += known[name].nbytes
 
+    def clear(self) -> None:
+        """Removes all states."""
+        self.states.clear()
+        self.bytes = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The teacher's states that a step reads."""
+
+    layers: tuple[int, ...]
+    """Indices of the layers (on any pipeline stage) whose states are read, from 0."""
+
+    mlps: bool = False
+    """Whether the layers' attention outputs and MLP outputs are read, in addition to their inputs."""
+
+    output: bool = False
+    """Whether the output layer's input is read."""
+
+    dtype: torch.dtype | None = None
+    """Type in which the states are stored; None for the model's."""
+
+    def names(self, chunks: list[GPTModel]) -> list[str]:
+        """Returns the names of the batch fields that this pipeline stage adds."""
+        own = [number for chunk in chunks for number in chunk.stage.layer_numbers if number in self.layers]
+        of_layers = [name for layer in own for name in state_names(layer)[: 3 if self.mlps else 1]]
+        return [*of_layers, *([OUTPUT] if self.output and chunks[-1].stage.is_last else [])]
+
 
 class Teacher:
     """Runs the base model on the student's micro-batches."""
@@ -76,13 +109,7 @@ class Teacher:
         self.cache = TeacherCache(max_bytes=cache_bytes)
 
     def add_states(
-        self,
-        chunks: list[GPTModel],
-        families: list[Family],
-        batches: list[Batch],
-        *,
-        layers: tuple[int, ...],
-        output: bool,
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch], wanted: Wanted
     ) -> Iterable[Batch]:
         """Adds the teacher's states to the micro-batches.
 
@@ -90,52 +117,68 @@ class Teacher:
             chunks: this rank's model chunks, unwrapped.
             families: all model families of the run.
             batches: the micro-batches, on the device.
-            layers: indices of the layers (on any pipeline stage) whose inputs are added.
-            output: whether the output layer's input is added.
+            wanted: the states to add; a pipeline stage adds those of its own layers.
         """
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            return self._one_by_one(chunks, families, batches, layers, output)
-        states = _states(chunks, families, batches, layers, output)
-        return [batch | of_batch for batch, of_batch in zip(batches, states, strict=True)]
+            return (
+                of_batch
+                for batch in batches
+                for of_batch in self._with_states(chunks, families, [batch], wanted)
+            )
+        return self._with_states(chunks, families, batches, wanted)
 
-    def _one_by_one(
-        self,
-        chunks: list[GPTModel],
-        families: list[Family],
-        batches: list[Batch],
-        layers: tuple[int, ...],
-        output: bool,
-    ) -> Iterator[Batch]:
-        names = [*map(input_name, layers), *([OUTPUT] if output else [])]
-        for batch in batches:
-            states = self.cache.find(batch, names)
-            if states is None:
-                (states,) = _states(chunks, families, [batch], layers, output)
-                self.cache.add(batch, states)
-            yield batch | states
+    def _with_states(
+        self, chunks: list[GPTModel], families: list[Family], batches: list[Batch], wanted: Wanted
+    ) -> list[Batch]:
+        states = self.cache.find(batches, wanted.names(chunks))
+        if states is None:
+            states = [
+                {name: state.to(wanted.dtype or state.dtype) for name, state in of_batch.items()}
+                for of_batch in _states(chunks, families, batches, wanted)
+            ]
+            for batch, of_batch in zip(batches, states, strict=True):
+                self.cache.add(batch, of_batch)
+        return [batch | of_batch for batch, of_batch in zip(batches, states, strict=True)]
 
 
 def _states(
-    chunks: list[GPTModel],
-    families: list[Family],
-    batches: list[Batch],
-    layers: tuple[int, ...],
-    output: bool,
+    chunks: list[GPTModel], families: list[Family], batches: list[Batch], wanted: Wanted
 ) -> list[dict[str, torch.Tensor]]:
     """Returns, for each micro-batch, the teacher's states that this stage computes, by name of batch field."""
-    # Take the input of the norm, not that of the layer, because a layer may first add something to its input.
-    norms = {
-        input_name(layer.layer_number - 1): layer.input_layernorm
+    layers = {
+        layer.layer_number - 1: layer
         for chunk in chunks
         for layer in chunk.decoder.layers
-        if layer.layer_number - 1 in layers
+        if layer.layer_number - 1 in wanted.layers
     }
+    # Take the input of the norm, not that of the layer, because a layer may first add something to its input.
+    inputs = {input_name(number): layer.input_layernorm for number, layer in layers.items()}
+    inner: dict[str, torch.nn.Module] = {}
+    if wanted.mlps:
+        for number, layer in layers.items():
+            _, attention, mlp = state_names(number)
+            inner |= {attention: layer.self_attention, mlp: layer.mlp}
     outputs = HiddenStates()
-    with deactivated(chunks):
-        states = run_frozen(chunks, families, batches, norms, outputs if output else NoLoss())
+    with deactivated(chunks), _without_layers_above(chunks, wanted):
+        states = run_frozen(chunks, families, batches, inputs, outputs if wanted.output else NoLoss(), inner)
     if outputs.values:
         states = [known | {OUTPUT: value} for known, value in zip(states, outputs.values, strict=True)]
     return states
+
+
+@contextlib.contextmanager
+def _without_layers_above(chunks: list[GPTModel], wanted: Wanted) -> Iterator[None]:
+    """Returns a context in which the layers above the last one whose states are wanted do not run."""
+    if wanted.output:
+        yield
+        return
+    for chunk in chunks:
+        chunk.run_layers(0, max(wanted.layers) + 1)
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.run_layers()
 
 
 def _keys(batch: Batch) -> list[Id]:

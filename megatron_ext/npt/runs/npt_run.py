@@ -24,9 +24,10 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.calibration.calibrated_start import calibrated_start, chosen_settings
 from megatron_ext.npt.evaluation.training_samples import check_sample_length, check_samples
-from megatron_ext.npt.modules.np_ranks import budget
+from megatron_ext.npt.modules.np_ranks import limit
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
+from megatron_ext.npt.objective.layer_parallel import states_bytes
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
 from megatron_ext.npt.runs import start_message as start
@@ -82,7 +83,7 @@ def run_npt(config: NPTRunConfig) -> int:
         prepare=partial(_prepare, config, base, load, words, trains),
         finish=partial(write_final, config),
     )
-    return pretrain(config, partial(make_families, trains=trains), options)
+    return pretrain(config, partial(make_families, trains=trains), _with_repeats(config, options))
 
 
 def _resumes(checkpoint: CheckpointConfig) -> bool:
@@ -91,7 +92,7 @@ def _resumes(checkpoint: CheckpointConfig) -> bool:
 
 def _with_stored_ranks(config: NPTRunConfig) -> NPTRunConfig:
     """Returns a resumed run's configuration with the ranks that its calibration chose."""
-    if budget(config.np.np_rank) is None:
+    if limit(config.np.np_rank) is None:
         return config
     folder = find_checkpoint(str(config.checkpoint.load), config.checkpoint.ckpt_step)
     stored = read_run_config(str(folder))["families"][NPTFamily.name]["settings"]
@@ -111,6 +112,12 @@ def _calibrates(config: NPTRunConfig) -> bool:
         raise ValueError(f"{given} requires --save, where it writes the calibrated weights")
     if config.npt.mode == "sequential":
         raise ValueError(f"{given} calibrates all layers at once; choose another --mode than sequential")
+    allowed = limit(config.np.np_rank)
+    if allowed is not None and allowed.kl is not None and config.npt.calibration_metric != "fisher":
+        raise ValueError(
+            f"--np-rank {config.np.np_rank} requires --calibration-metric fisher, which predicts the KL "
+            f"(got {config.npt.calibration_metric})"
+        )
     return True
 
 
@@ -140,7 +147,7 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
         families = make_families(config, tokenizer)
         for family in families:
             family.check(config.model, config.parallel)
-        return train(config, tokenizer, families, options)
+        return train(config, tokenizer, families, _with_repeats(config, options))
 
 
 Load = Callable[[list[GPTModel]], None]
@@ -207,6 +214,7 @@ def settled(config: NPTRunConfig) -> NPTRunConfig:
     num_layers = config.model.num_layers
     training.check_module(config.np, num_layers)
     check_samples(training.generation_steps, config.parallel)
+    _check_cache(config)
     if not optimizer.use_checkpoint_opt_param_scheduler:
         optimizer = replace(optimizer, override_opt_param_scheduler=True)
     return replace(
@@ -234,8 +242,41 @@ def make_families(
 
 def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
     """Returns the number of steps of the run."""
-    copies = parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
-    return training.resolved_train_iters(training.resolved_global_batch_size(copies))
+    return training.resolved_train_iters(training.resolved_global_batch_size(_copies(parallel)))
+
+
+def _copies(parallel: ParallelConfig) -> int:
+    return parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
+
+
+def _with_repeats(config: NPTRunConfig, options: RunOptions) -> RunOptions:
+    """Returns the options with which every sample is read --teacher-cache-passes times."""
+    training = config.npt
+    if training.teacher_cache_steps is None:
+        return options
+    samples = training.teacher_cache_steps * config.training.resolved_global_batch_size(
+        _copies(config.parallel)
+    )
+    return replace(options, epoch_samples=samples, epoch_repeats=training.teacher_cache_passes)
+
+
+def _check_cache(config: NPTRunConfig) -> None:
+    """Raises `ValueError` if the teacher's states do not fit into the cache."""
+    training, steps = config.npt, config.npt.teacher_cache_steps
+    if steps is None:
+        return
+    tokens = (
+        steps * config.training.resolved_global_batch_size(_copies(config.parallel)) * config.model.seq_length
+    )
+    tokens //= _copies(config.parallel) * config.parallel.context_parallel_size
+    per_token = states_bytes(config.model, config.parallel, config.np.layers(config.model.num_layers))
+    needed = tokens * per_token / 2**30
+    if needed > training.teacher_cache_gb:
+        raise ValueError(
+            f"--teacher-cache-steps {steps}: the teacher's states of these steps take {needed:.3g} GiB of host memory "
+            f"per process ({per_token / 1000:.3g} kB per token), but --teacher-cache-gb is "
+            f"{training.teacher_cache_gb:g}; raise it, or lower --teacher-cache-steps"
+        )
 
 
 def find_base(

@@ -91,4 +91,8 @@ def objective(training: NPTTrainingConfig, total_steps: int) -> str:
         first = f"attention_reconstruction_loss for the first {training.stage1_steps} of {total_steps} steps, then "
     stages = training.stages(total_steps)
     inputs = "no curriculum" if stages == (STUDENT,) else f"curriculum {format_curriculum(stages)}"
+    if last.layer_parallel:
+        inputs = "every layer by itself, on the teacher's states"
+        if training.teacher_cache_steps is not None:
+            inputs += f" (of {training.teacher_cache_steps} steps at a time, {training.teacher_cache_passes} passes)"
     return f"npt loss = {first}{' + '.join(parts) or '0'}; {inputs}"

@@ -76,7 +76,8 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
     done = files.read_json(folder / files.STATE)["progress"]["iteration"]
     sections["training"] |= {"train_iters": done + steps, "train_samples": None, "num_epochs": None}
     sections["npt"] |= earlier_losses(sections["npt"])
-    sections["npt"]["curriculum_stages"] = _curriculum(folder)
+    if sections["npt"]["mode"] != "layer_parallel":  # that mode has no curriculum
+        sections["npt"]["curriculum_stages"] = _curriculum(folder)
     sections["checkpoint"]["save"] = str(folder.parent)
     return sections
 

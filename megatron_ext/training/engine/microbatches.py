@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
@@ -47,12 +48,8 @@ def run_microbatches(
     Returns:
         On the last stage, the sums that `output_loss` logs, one mapping per micro-batch; on other stages an empty list.
     """
-    device = process_groups.device()
-    moved = [
-        {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
-    ]
+    moved = _on_device(chunks, batches)
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
-    unwrap_model(chunks[0]).check_length(sequence_length)
     divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -70,6 +67,35 @@ def run_microbatches(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+
+
+def accumulate_gradients(
+    chunks: list[Any], batches: list[Batch], backward: Callable[[Batch], None], prepare: Prepare
+) -> None:
+    """Accumulates the gradients of a step whose micro-batches need no pass through the whole model. Collective.
+
+    Args:
+        chunks: this rank's model chunks, wrapped by `wrap_model`.
+        batches: micro-batches of equal shape, `tokens` [b, s].
+        backward: adds the gradients of one prepared micro-batch; see `Family.backward`.
+        prepare: adds fields to the micro-batches once they are on the device.
+    """
+    moved = _on_device(chunks, batches)
+    for place, batch in enumerate(prepare(moved)):
+        with contextlib.ExitStack() as stack:
+            if place < len(moved) - 1:
+                # As in the schedules, gradients are reduced over data-parallel ranks after the last micro-batch only.
+                for chunk in chunks:
+                    stack.enter_context(chunk.no_sync())
+            backward(batch)
+    get_model_config(chunks[0]).finalize_model_grads_func(chunks, None)
+
+
+def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
+    """Returns the micro-batches on the device; checks that the model supports their length."""
+    unwrap_model(chunks[0]).check_length(batches[0]["tokens"].size(1))
+    device = process_groups.device()
+    return [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
 
 
 def _mean_weight(batches: list[Batch]) -> torch.Tensor:

@@ -8,6 +8,7 @@ A step whose loss or gradient norm is not finite is skipped: it changes no param
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.data_parallel import unwrap_models
 from megatron_ext.training.engine.gradient_norms import clip_gradients
-from megatron_ext.training.engine.microbatches import run_microbatches
+from megatron_ext.training.engine.microbatches import accumulate_gradients, run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import select_output_loss
 
@@ -136,6 +137,10 @@ class Stepper:
         self.optimizer.zero_grad()
         LayerLosses.scale = 1.0 / self.num_microbatches
         taken = self._take(batches)
+        apart = [family for family in self.families if family.trains_apart()]
+        if apart:
+            accumulate_gradients(self.chunks, taken, partial(apart[0].backward, self.models), self._prepare)
+            return {}, LayerLosses.collect()
         output_loss = select_output_loss(family.output_loss() for family in self.families)
         outputs = run_microbatches(
             self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare

@@ -142,6 +142,19 @@ class Family:
         """
         return batches
 
+    def trains_apart(self) -> bool:
+        """Returns whether `backward` computes this step's gradients, without a pass through the whole model.
+
+        Called before every step. At most one model family of a run may do so; then no output loss is computed.
+        """
+        return False
+
+    def backward(self, chunks: list[GPTModel], batch: Batch) -> None:
+        """Computes the losses of a micro-batch that `prepare_batches` returned, and adds their gradients; see above."""
+        raise TypeError(
+            f"{type(self).__name__} overrides trains_apart but not backward; it must override both"
+        )
+
     def evaluation(
         self, chunks: list[GPTModel], split: str, loss: float, evaluate: Callable[[], float]
     ) -> dict[str, float]:

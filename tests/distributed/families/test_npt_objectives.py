@@ -7,7 +7,13 @@ import pytest
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.npt_training_config import NPTTrainingConfig
-from megatron_ext.testing.layout_runs import LayoutRuns, Variant, assert_same_run
+from megatron_ext.testing.layout_runs import (
+    OVERLAPPED,
+    OVERLAPPED_PIPELINE,
+    LayoutRuns,
+    Variant,
+    assert_same_run,
+)
 from megatron_ext.testing.tiny_training import LAYOUTS, TINY
 from megatron_ext.training.interface.family_interface import Family
 
@@ -45,6 +51,13 @@ VARIANTS = {
         replace(OUTER, np_target="gate+up", np_residual="keep", freeze_base=False),
         NPTTrainingConfig(mode="equivalence", direct_mlp_weight=1.0, fidelity_weight=1.0),
     ),
+    "layer_parallel": (LOW_RANK, NPTTrainingConfig(mode="layer_parallel", npt_log_interval=1)),
+    "layer_parallel, lower layers, all losses": (
+        replace(OUTER, npt_layers="0,1", np_target="gate+up+down"),
+        NPTTrainingConfig(
+            mode="layer_parallel", equivalence_weight=0.5, regularization_weight=0.1, layer_weights="linear"
+        ),
+    ),
 }
 
 
@@ -62,6 +75,7 @@ RECOMPUTED = ["TP1 recomputed", "TP2+SP recomputed", "PP2 interleaved recomputed
 RUNS = LayoutRuns(
     {name: Variant(make_families=_Make(name), model=MODEL, steps=STEPS) for name in VARIANTS},
     [*LAYOUTS, *RECOMPUTED],
+    {layout: ["layer_parallel", "multi_layer"] for layout in (OVERLAPPED, OVERLAPPED_PIPELINE)},
 )
 
 

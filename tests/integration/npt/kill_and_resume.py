@@ -32,6 +32,11 @@ SEQUENTIAL += DATA
 CURRICULUM = shlex.split(
     "--curriculum-stages teacher:4,mixed:6:0.3,student:8 --train-iters 18 --save-steps 3"
 )
+LAYER_PARALLEL = shlex.split(
+    "--mode layer_parallel --npt-layers upper_half --np-rank 4 --lr 1e-2 --batch_size 2 --global-batch-size 4 "
+    "--teacher-cache-steps 4 --teacher-cache-passes 3 --teacher-cache-gb 1 --train-iters 18 --save-steps 3"
+)
+LAYER_PARALLEL += DATA
 TIMESTAMP = r"_\d{8}_\d{6}"
 
 
@@ -41,7 +46,8 @@ def flags_of(mode: str, folder: str, base: str, data: str) -> list[str]:
     shared = ["--base-checkpoint", base, "--data-path", data, "--num-workers", "2"]
     if mode == "sequential":
         return [*SEQUENTIAL, *shared, "--checkpoint-dir", folder]
-    return [*MULTI_LAYER, *CURRICULUM, *shared, "--load", folder, "--save", folder]
+    flags = LAYER_PARALLEL if mode == "layer_parallel" else [*MULTI_LAYER, *CURRICULUM]
+    return [*flags, *shared, "--load", folder, "--save", folder]
 
 
 def weights_of(folder: str) -> dict[str, torch.Tensor]:
@@ -68,7 +74,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mode", choices=["sequential", "multi_layer"], default="sequential")
+    parser.add_argument(
+        "--mode", choices=["sequential", "multi_layer", "layer_parallel"], default="sequential"
+    )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=3, help="kills in every run")
     parser.add_argument("--processes", type=int, default=1, help="tensor-parallel processes")

@@ -103,6 +103,19 @@ def test_a_budget_becomes_numbers_which_are_trained_from_stored_and_resumed(prep
     assert (folder / "checkpoint-4").is_dir()
 
 
+def test_a_bound_on_the_predicted_kl_takes_the_fewest_ranks_that_keep_it(prepared: Prepared) -> None:
+    code, _ = run_single(
+        train, *prepared.flags("kl", *DROP, "--np-rank", "auto:kl=1e-4", "--train-iters", "0")
+    )
+    assert code == 0
+    spectrum = json.loads((prepared.root / "kl/calibrated/spectrum.json").read_text())
+    places = [place for of_layer in spectrum["layers"].values() for place in of_layer.values()]
+    kept = [place["squared_singular_values"][: place["rank"]] for place in places]
+    rest = sum(sum(place["squared_singular_values"][place["rank"] :]) for place in places)
+    unit = 2 * spectrum["tokens"]
+    assert rest / unit <= 1e-4 < (rest + min(min(values) for values in kept if len(values) > 1)) / unit
+
+
 def _killed(*flags: str) -> None:
     """A calibration that ends when its first files are written."""
 
@@ -168,6 +181,10 @@ def test_every_layout_gives_the_same_maps(layout: str, prepared: Prepared) -> No
     [
         (["--np-rank", "33"], "--np-rank 33: must be at most the hidden size 32"),
         (["--np-rank", "auto:0.0001"], "the budget is .* parameters; rank 1 needs"),
+        (
+            ["--np-rank", "auto:kl=0.1", "--calibration-metric", "output"],
+            "requires --calibration-metric fisher",
+        ),
         (["--np-rank", "4", "--mode", "sequential"], "calibrates all layers at once; choose another --mode"),
     ],
 )

@@ -37,7 +37,7 @@ FLAGS = {
         *MODEL,
         *shlex.split("--num-layers 2 --hidden-dropout 0.1 --attention-dropout 0.1 --train-iters 8"),
     ],
-    NPT: shlex.split("--mode multi_layer --npt-layers upper_half --np-rank 4 --train-iters 8"),
+    NPT: shlex.split("--npt-layers upper_half --np-rank 4 --train-iters 8"),
     PROGRESSIVE: [
         *MODEL,
         *shlex.split(
@@ -46,6 +46,11 @@ FLAGS = {
     ],
 }
 """None says anything of loader processes, so that the runs have as many as a user's."""
+
+MULTI_LAYER = ["--mode", "multi_layer"]
+LAYER_PARALLEL = shlex.split(
+    "--mode layer_parallel --teacher-cache-steps 2 --teacher-cache-passes 2 --teacher-cache-gb 1"
+)
 
 STOPPED_AT = {NPT: r"validation at step 2", PROGRESSIVE: r"step +8/"}
 """The line after which the signal is sent: after an evaluation, whose loader processes are others; before one, in the
@@ -113,20 +118,24 @@ def tensors_of(save: str, newest: str) -> dict[str, torch.Tensor]:
     return read_plain(str(folder))
 
 
-@pytest.mark.parametrize("script", [NPT, PROGRESSIVE])  # PLE: test_pretrain_gpt_per_layer.py
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [(NPT, MULTI_LAYER), (NPT, LAYER_PARALLEL), (PROGRESSIVE, [])],  # PLE: test_pretrain_gpt_per_layer.py
+    ids=["multi_layer", "layer_parallel", "progressive"],
+)
 def test_a_run_that_sigterm_to_its_group_stops_saves_and_goes_on_to_the_tensors_of_the_run_that_never_stopped(
-    script: str, data: str, base: str, tmp_path: Path
+    script: str, more: list[str], data: str, base: str, tmp_path: Path
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    finish(script, data, straight, base=base)
+    finish(script, data, straight, *more, base=base)
     result = run_until(
-        command(script, data, stopped, base=base), STOPPED_AT[script], to_group(signal.SIGTERM)
+        command(script, data, stopped, *more, base=base), STOPPED_AT[script], to_group(signal.SIGTERM)
     )
     output = ended(result)
     found = re.search(r"stopped after step (\d+): received SIGTERM, exit code 143", output)
     assert result.code != 0 and found is not None, output
     assert f"saved step {found[1]} to" in output and "DataLoader" not in output
-    assert f"continues after step {found[1]}" in finish(script, data, stopped, base=base)
+    assert f"continues after step {found[1]}" in finish(script, data, stopped, *more, base=base)
     newest = "progressive_rack" if script == PROGRESSIVE else ""
     expected, tensors = (run_single(tensors_of, str(save), newest) for save in (straight, stopped))
     assert expected.keys() == tensors.keys() and any(name.startswith("optimizer") for name in expected)

@@ -207,7 +207,7 @@ def test_the_positions_with_the_same_token_are_counted_after_the_first_differenc
 def test_the_layers_that_hold_the_model_back_are_named_and_checked_together(made: Path, one: Any) -> None:
     report, printed, page = one
     ablation = report["layer_ablation"]
-    assert ablation["tokens"] == report["perplexity"]["tokens"], "all tokens, as there are fewer than 1,024"
+    assert ablation["tokens"] == report["perplexity"]["tokens"], "all tokens, as there are fewer than 512"
     assert ablation["kl"] == pytest.approx(report["logit_kl"]["mean"], rel=1e-5)
     assert set(ablation["layers"]) == set(report["mlp_error"]["layers"]) == {"1", "2"}
     sentence = held_back(ablation)

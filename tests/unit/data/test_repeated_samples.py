@@ -24,6 +24,14 @@ def test_every_epoch_has_the_same_blocks_in_another_order() -> None:
     assert [int(dataset[number]["epoch"]) for number in (0, 11, 12, 24)] == [0, 0, 1, 2]
 
 
+def test_after_the_given_repeats_the_next_samples_follow_in_the_datasets_order() -> None:
+    dataset = RepeatedDataset(DATA, epoch_samples=6, block=2, num_samples=30, seed=1, repeats=2)
+    epochs = [_read(dataset, range(6 * epoch, 6 * epoch + 6)) for epoch in range(4)]
+    assert epochs[0] == list(range(6)) and epochs[2] == list(range(6, 12))
+    assert sorted(epochs[1]) == epochs[0] != epochs[1]
+    assert sorted(epochs[3]) == epochs[2] != epochs[3]
+
+
 def test_samples_do_not_depend_on_what_was_read_before() -> None:
     whole = _read(RepeatedDataset(DATA, epoch_samples=8, block=4, num_samples=40, seed=1), range(40))
     later = _read(RepeatedDataset(DATA, epoch_samples=8, block=4, num_samples=40, seed=1), range(21, 40))

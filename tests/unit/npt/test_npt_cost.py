@@ -54,6 +54,10 @@ CASES = {
         replace(LOW_RANK, freeze_base=False), mode="equivalence", layer_losses="document"
     ),
     "student, the document's losses": case(OUTER, mode="multi_layer", layer_losses="document"),
+    "layer_parallel": case(LOW_RANK, mode="layer_parallel"),
+    "layer_parallel, key_value in lower layers": case(
+        replace(KEY_VALUE, npt_layers="0,1", np_residual="keep"), mode="layer_parallel"
+    ),
     "reconstruction": case(OUTER, mode="single_layer", trains=(3,), stage1_steps=9),
 }
 
