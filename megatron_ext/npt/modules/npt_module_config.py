@@ -116,7 +116,7 @@ class NPTModuleConfig:
                 "--no-np-affine: --np-init-strategy calibrated requires --np-affine, because without it the delta is "
                 "the same for a and -a"
             )
-        if budget(self.np_rank) is not None and self.np_form != "key_value":
+        if limit(self.np_rank) is not None and self.np_form != "key_value":
             raise ValueError(
                 f"--np-rank {self.np_rank} requires --np-form key_value (got {self.np_form}); pass a number"
             )
