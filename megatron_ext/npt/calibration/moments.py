@@ -14,8 +14,9 @@ the tokens of all data-parallel ranks and, under sequence parallelism, of all te
 sampled depends on the sample and the seed, not on the parallel layout.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def collect_moments(
     first = 0
     try:
         while first < samples:
-            step, run.kept, count = _step(batches, first, samples, seed)
+            step, run.kept, count = calibration_step(batches, first, samples, seed)
             # The loss of `run_microbatches` is a mean over tokens of a data-parallel rank, on average.
             copies = parallel_state.get_data_parallel_world_size()
             run.scale = min(count, samples - first) * step[0]["tokens"].size(1) / copies
@@ -104,11 +105,12 @@ def collect_moments(
             first += count
     finally:
         hooks.remove()
-    _sum_over_ranks(hooks.moments, chunks[0].config.sequence_parallel)
+    parts = chain.from_iterable(moments.parts() for moments in hooks.moments.values())
+    sum_over_ranks(parts, chunks[0].config.sequence_parallel)
     return hooks.moments
 
 
-def _step(
+def calibration_step(
     batches: Iterator[Batch], first: int, samples: int, seed: int
 ) -> tuple[list[Batch], list[torch.Tensor], int]:
     """Returns one micro-batch per pipeline stage, which of their samples count, and the number of samples of all ranks.
@@ -225,14 +227,14 @@ def _add_products(total: torch.Tensor, values: torch.Tensor, kept: torch.Tensor)
     total.addmm_(rows.t(), rows)
 
 
-def _sum_over_ranks(moments: dict[int, LayerMoments], sequence_parallel: bool) -> None:
+def sum_over_ranks(parts: Iterable[torch.Tensor], sequence_parallel: bool) -> None:
+    """Adds up sums over tokens, of which every rank has seen its own; in place, collective."""
     groups = [parallel_state.get_data_parallel_group()]
     if sequence_parallel:
         groups.append(parallel_state.get_tensor_model_parallel_group())
-    for of_layer in moments.values():
-        for part in of_layer.parts():
-            for group in groups:
-                dist.all_reduce(part, group=group)
+    for part in parts:
+        for group in groups:
+            dist.all_reduce(part, group=group)
 
 
 class _SampledLoss(OutputLoss):
