@@ -194,6 +194,19 @@ def test_without_down_the_lost_attention_output_is_not_fitted_and_keep_leaves_do
             ["--np-form", "low_rank", "--np-rank", "20", "--num-np-components", "2"],
             "--np-rank 20: times 2 components must be at most the hidden size 32",
         ),
+        (
+            [
+                "--np-form",
+                "outer_product",
+                "--mode",
+                "single_layer",
+                "--npt-layers",
+                "3",
+                "--stage1-steps",
+                "5",
+            ],
+            "--stage1-steps 5: stage 1 would undo --np-init-strategy calibrated; pass --stage1-steps 0",
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(more: list[str], message: str, prepared: Prepared) -> None:
