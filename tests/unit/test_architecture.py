@@ -1,7 +1,6 @@
 """Holds the architecture: imports run one way, families do not know each other, every file is documented and short."""
 
 import ast
-import subprocess
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -144,28 +143,6 @@ def test_no_part_of_the_package_imports_scripts_tools_or_tests() -> None:
 def test_scripts_and_tools_do_not_import_the_tools_of_the_tests() -> None:
     for path in [*ROOT.glob("*.py"), *ROOT.joinpath("tools").rglob("*.py")]:
         assert "testing" not in imported_folders(path), relative(path)
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone: which files belong to it is unknown")
-def test_the_root_holds_only_what_a_stranger_expects_there() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    found = {name.split("/")[0] for name in listed if not name.startswith(".")}
-    assert found == {
-        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"),
-        *(
-            "Dockerfile",
-            "Dockerfile.cuda",
-            "Makefile",
-            "constraints.txt",
-            "mkdocs.yml",
-            "pyproject.toml",
-            "setup.py",
-        ),
-        *("pretrain_gpt_per_layer.py", "pretrain_npt.py", "pretrain_progressive.py"),
-        *("megatron_ext", "tools", "examples", "benchmarks", "tests", "docs"),
-    }
 
 
 def test_every_file_has_a_module_docstring() -> None:
