@@ -44,11 +44,7 @@ def test_the_script_converts_trains_and_evaluates_a_model_of_the_users(tmp_path:
     assert result.returncode == 0, result.stdout + result.stderr
     spectrum = json.loads((out / "npt/calibrated/spectrum.json").read_text())
     assert spectrum["tokens"] == 512
-    reports = {
-        path.stem: json.loads(path.read_text())
-        for path in out.glob("*.json")
-        if "perplexity" in path.read_text()
-    }
+    reports = {path.stem: json.loads(path.read_text()) for path in (out / "reports").glob("*.json")}
     assert set(reports) == {"trained", "trained_novel", "closed_form", "closed_form_novel"}
     ratios = {name: report["perplexity"]["perplexity_ratio"] for name, report in reports.items()}
     for name, ratio in ratios.items():
