@@ -71,29 +71,25 @@ def _with_ridge(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def choose_ranks(
-    gains: Mapping[tuple[int, str], list[float]], cost: int, parameters: float
+    gains: Mapping[tuple[int, str], list[float]], total: int | None = None, error: float = 0.0
 ) -> dict[tuple[int, str], int]:
-    """Returns the ranks with the smallest total error for a number of parameters.
+    """Returns the ranks with the smallest total error for their sum, or with the smallest sum for an error.
 
     Args:
         gains: maps (layer, target) to the gain of each further rank, in descending order.
-        cost: number of parameters per rank.
-        parameters: the number of parameters that all factors together may have.
+        total: the sum of the ranks, at least one per place; None for no limit.
+        error: an error that need not be lowered further.
 
     Returns:
         The ranks, each at least 1.
-
-    Raises:
-        ValueError: the number is too small for rank 1 everywhere.
     """
     ranks = dict.fromkeys(gains, 1)
-    further = int(parameters // cost) - len(gains)
-    if further < 0:
-        raise ValueError(
-            f"--np-rank auto: the budget is {parameters:,.0f} parameters; rank 1 needs {cost * len(gains):,}"
-        )
     # Gains fall with the rank, so that the largest ones are the first ranks of every place.
     offers = sorted((-gain, place) for place, of_place in gains.items() for gain in of_place[1:])
-    for _, place in offers[:further]:
+    left = -sum(offer for offer, _ in offers)
+    for offer, place in offers[: None if total is None else total - len(gains)]:
+        if left <= error:
+            break
         ranks[place] += 1
+        left += offer
     return ranks

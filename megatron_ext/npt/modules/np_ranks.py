@@ -1,31 +1,40 @@
-"""Values of --np-rank: one rank, a rank per NPT layer, another rank for `down`, or a budget for the calibration.
+"""Values of --np-rank: one rank, a rank per NPT layer, another rank for `down`, or a limit for the calibration.
 
     64                  all layers and targets
     64/192              gate, up and fc1 have rank 64, `down` has 192
     64,96/192,32        one entry per NPT layer, in ascending order of the layers
     auto:0.15           the calibration chooses the ranks; NP parameters are 15 % of the converted layers' own
+    auto:kl=0.01        the same; as few as keep the predicted KL(base || NPT) per token below 0.01 nats
 
 Stored settings contain numbers only: an int if one rank holds everywhere, otherwise text in the second or third form.
 The command line imports this file, so it must not import torch.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 Rank = tuple[int, int]
 """Rank of gate, up and fc1, and rank of `down`."""
 
-_AUTO = "auto:"
+_AUTO, _KL = "auto:", "kl="
+
+
+class Limit(NamedTuple):
+    """What `auto:` limits: one of a share of the converted layers' parameters, and a predicted KL per token."""
+
+    share: float | None
+    kl: float | None
 
 
 def normalised(value: int | str) -> int | str:
     """Returns a value of --np-rank as it is stored; one plain number becomes an int.
 
     Raises:
-        ValueError: the value has another format, a rank is below 1, or a share is not above 0.
+        ValueError: the value has another format, a rank is below 1, or a limit is not above 0.
     """
     text = str(value).replace(" ", "")
     if text.startswith(_AUTO):
-        budget(text)
+        limit(text)
         return text
     return format_ranks(parse_ranks(text))
 
@@ -41,7 +50,7 @@ def parse_ranks(value: int | str) -> list[Rank]:
         if len(numbers) not in (1, 2):
             raise ValueError(
                 f"--np-rank {value}: must be a whole number, two for fc1 and down such as 64/192, a list of these with "
-                "one entry per NPT layer such as 64,96/192,32, or auto:SHARE such as auto:0.15"
+                "one entry per NPT layer such as 64,96/192,32, or auto:SHARE such as auto:0.15, or auto:kl=0.01"
             )
         if min(numbers) < 1:
             raise ValueError(f"--np-rank {value}: must be at least 1")
@@ -66,21 +75,24 @@ def described(value: int | str) -> str:
     return texts[0] if texts[0] == texts[1] else f"{texts[0]} (down {texts[1]})"
 
 
-def budget(value: int | str) -> float | None:
-    """Returns the share of `auto:SHARE`; None for ranks that are given as numbers.
+def limit(value: int | str) -> Limit | None:
+    """Returns the limit of `auto:`; None for ranks that are given as numbers.
 
     Raises:
-        ValueError: the share is not a number above 0.
+        ValueError: the limit is not a number above 0.
     """
     if not str(value).startswith(_AUTO):
         return None
+    text = str(value).removeprefix(_AUTO)
     try:
-        share = float(str(value).removeprefix(_AUTO))
+        number = float(text.removeprefix(_KL))
     except ValueError:
-        share = 0.0
-    if not 0 < share < float("inf"):
-        raise ValueError(f"--np-rank {value}: the share must be a number above 0, such as auto:0.15")
-    return share
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(
+            f"--np-rank {value}: the limit must be a number above 0, such as auto:0.15 or auto:kl=0.01"
+        )
+    return Limit(None, number) if text.startswith(_KL) else Limit(number, None)
 
 
 def rank_of(value: int | str, place: int, count: int, target: str) -> int:
@@ -95,7 +107,7 @@ def rank_of(value: int | str, place: int, count: int, target: str) -> int:
     Raises:
         ValueError: the value has another number of entries than there are layers, or is `auto`.
     """
-    if budget(value) is not None:
+    if limit(value) is not None:
         raise ValueError(
             f"--np-rank {value}: no rank is chosen yet; --np-init-strategy calibrated chooses the ranks"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import check_at_least, check_choices, check_positive, flag
-from megatron_ext.npt.modules.np_ranks import budget, format_ranks, normalised, parse_ranks, rank_of
+from megatron_ext.npt.modules.np_ranks import format_ranks, limit, normalised, parse_ranks, rank_of
 
 _TARGETS: dict[str, tuple[str, ...]] = {
     "gate": ("gate",),
@@ -44,7 +44,8 @@ class NPTModuleConfig:
     np_rank: Annotated[str | int, flag(aliases=("--rank",))] = 16
     """Rank of the generated factors: a number; 64/192 for rank 64 on gate, up and fc1 and rank 192 on down; a list of
     these with one entry per NPT layer; or auto:0.15, with which the calibration chooses ranks so that the NP parameters
-    are 15% of the converted layers' own."""
+    are 15% of the converted layers' own; or auto:kl=0.01, with which it chooses the smallest ranks whose predicted
+    KL(base || NPT) per token is at most 0.01 nats."""
 
     num_np_components: int = 1
     """Number of deltas that are added up, each with its own factors. With low_rank, k components of rank r equal one
@@ -70,8 +71,9 @@ class NPTModuleConfig:
         Literal["improved", "conservative", "calibrated"], flag(aliases=("--np-init",))
     ] = "improved"
     """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors and
-    therefore all deltas start at zero (for key_value, all but the gain). calibrated: for key_value, the best factors in
-    closed form, from one pass of the base model over --calibration-tokens."""
+    therefore all deltas start at zero (for key_value, all but the gain). calibrated: factors with
+    which the layers are near the base layers, computed from --calibration-tokens: for key_value the best ones, in
+    closed form; for the other forms by least squares."""
 
     freeze_base: bool = True
     """Freeze the base model and train only the NP components."""
@@ -100,14 +102,23 @@ class NPTModuleConfig:
 
     def _check_calibration(self) -> None:
         calibrated = self.np_init_strategy == "calibrated"
-        if budget(self.np_rank) is not None and not calibrated:
+        if limit(self.np_rank) is not None and not calibrated:
             raise ValueError(
                 f"--np-rank {self.np_rank} requires --np-init-strategy calibrated (got {self.np_init_strategy})"
             )
-        if calibrated and (self.np_form != "key_value" or self.np_scale != 1):
+        if calibrated and self.np_form == "key_value" and self.np_scale != 1:
             raise ValueError(
-                "--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 "
-                f"(got {self.np_form}, {self.np_scale:g})"
+                "--np-init-strategy calibrated with --np-form key_value requires --np-scale 1 "
+                f"(got {self.np_scale:g})"
+            )
+        if calibrated and self.np_form == "outer_product" and not self.np_affine:
+            raise ValueError(
+                "--no-np-affine: --np-init-strategy calibrated requires --np-affine, because without it the delta is "
+                "the same for a and -a"
+            )
+        if limit(self.np_rank) is not None and self.np_form != "key_value":
+            raise ValueError(
+                f"--np-rank {self.np_rank} requires --np-form key_value (got {self.np_form}); pass a number"
             )
 
     @property

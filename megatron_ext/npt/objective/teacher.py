@@ -153,7 +153,7 @@ def _states(
     }
     # Take the input of the norm, not that of the layer, because a layer may first add something to its input.
     inputs = {input_name(number): layer.input_layernorm for number, layer in layers.items()}
-    inner = {}
+    inner: dict[str, torch.nn.Module] = {}
     if wanted.mlps:
         for number, layer in layers.items():
             _, attention, mlp = state_names(number)

@@ -24,7 +24,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.calibration.calibrated_start import calibrated_start, chosen_settings
 from megatron_ext.npt.evaluation.training_samples import check_sample_length, check_samples
-from megatron_ext.npt.modules.np_ranks import budget
+from megatron_ext.npt.modules.np_ranks import limit
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.npt.objective.layer_parallel import states_bytes
@@ -77,14 +77,13 @@ def run_npt(config: NPTRunConfig) -> int:
     takes_what_fits = _has_other_layers(training, module, checkpoint)
     config = resolve(config)
     options = RunOptions(
-        **_repeated_samples(config),
         base=base,
         checkpoint_name=npt_checkpoint_name,
         loads_what_fits=takes_what_fits,
         prepare=partial(_prepare, config, base, load, words, trains),
         finish=partial(write_final, config),
     )
-    return pretrain(config, partial(make_families, trains=trains), options)
+    return pretrain(config, partial(make_families, trains=trains), _with_repeats(config, options))
 
 
 def _resumes(checkpoint: CheckpointConfig) -> bool:
@@ -93,7 +92,7 @@ def _resumes(checkpoint: CheckpointConfig) -> bool:
 
 def _with_stored_ranks(config: NPTRunConfig) -> NPTRunConfig:
     """Returns a resumed run's configuration with the ranks that its calibration chose."""
-    if budget(config.np.np_rank) is None:
+    if limit(config.np.np_rank) is None:
         return config
     folder = find_checkpoint(str(config.checkpoint.load), config.checkpoint.ckpt_step)
     stored = read_run_config(str(folder))["families"][NPTFamily.name]["settings"]
@@ -113,6 +112,16 @@ def _calibrates(config: NPTRunConfig) -> bool:
         raise ValueError(f"{given} requires --save, where it writes the calibrated weights")
     if config.npt.mode == "sequential":
         raise ValueError(f"{given} calibrates all layers at once; choose another --mode than sequential")
+    if config.npt.reconstructs and config.npt.stage1_steps:
+        raise ValueError(
+            f"--stage1-steps {config.npt.stage1_steps}: stage 1 would undo {given}; pass --stage1-steps 0"
+        )
+    allowed = limit(config.np.np_rank)
+    if allowed is not None and allowed.kl is not None and config.npt.calibration_metric != "fisher":
+        raise ValueError(
+            f"--np-rank {config.np.np_rank} requires --calibration-metric fisher, which predicts the KL "
+            f"(got {config.npt.calibration_metric})"
+        )
     return True
 
 
@@ -134,7 +143,6 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
         weights = read_np_weights(str(path), config.np)
         load = partial(_start_with, weights)
         options = RunOptions(
-            **_repeated_samples(config),
             base=base,
             checkpoint_name=npt_checkpoint_name,
             prepare=partial(_prepare, config, base, load, f"calibrated, {path}", None),
@@ -143,7 +151,7 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
         families = make_families(config, tokenizer)
         for family in families:
             family.check(config.model, config.parallel)
-        return train(config, tokenizer, families, options)
+        return train(config, tokenizer, families, _with_repeats(config, options))
 
 
 Load = Callable[[list[GPTModel]], None]
@@ -245,15 +253,15 @@ def _copies(parallel: ParallelConfig) -> int:
     return parallel.data_parallel_size(max(process_groups.world_size(), parallel.model_parallel_size))
 
 
-def _repeated_samples(config: NPTRunConfig) -> dict[str, int]:
-    """Returns the options of `RunOptions` with which every sample is read --teacher-cache-passes times."""
+def _with_repeats(config: NPTRunConfig, options: RunOptions) -> RunOptions:
+    """Returns the options with which every sample is read --teacher-cache-passes times."""
     training = config.npt
     if training.teacher_cache_steps is None:
-        return {}
+        return options
     samples = training.teacher_cache_steps * config.training.resolved_global_batch_size(
         _copies(config.parallel)
     )
-    return {"epoch_samples": samples, "epoch_repeats": training.teacher_cache_passes}
+    return replace(options, epoch_samples=samples, epoch_repeats=training.teacher_cache_passes)
 
 
 def _check_cache(config: NPTRunConfig) -> None:

@@ -48,9 +48,8 @@ def run_microbatches(
     Returns:
         On the last stage, the sums that `output_loss` logs, one mapping per micro-batch; on other stages an empty list.
     """
-    moved = _on_device(batches)
+    moved = _on_device(chunks, batches)
     micro_batch_size, sequence_length = moved[0]["tokens"].shape
-    unwrap_model(chunks[0]).check_length(sequence_length)
     divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -81,7 +80,7 @@ def accumulate_gradients(
         backward: adds the gradients of one prepared micro-batch; see `Family.backward`.
         prepare: adds fields to the micro-batches once they are on the device.
     """
-    moved = _on_device(batches)
+    moved = _on_device(chunks, batches)
     for place, batch in enumerate(prepare(moved)):
         with contextlib.ExitStack() as stack:
             if place < len(moved) - 1:
@@ -92,7 +91,9 @@ def accumulate_gradients(
     get_model_config(chunks[0]).finalize_model_grads_func(chunks, None)
 
 
-def _on_device(batches: list[Batch]) -> list[Batch]:
+def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
+    """Returns the micro-batches on the device; checks that the model supports their length."""
+    unwrap_model(chunks[0]).check_length(batches[0]["tokens"].size(1))
     device = process_groups.device()
     return [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
 

@@ -58,18 +58,21 @@ def test_both_factors_of_a_direction_have_the_same_norm_whatever_the_size_of_the
         torch.testing.assert_close(reads.norm(dim=0), values.norm(dim=1))
 
 
-def test_ranks_for_a_budget_have_the_smallest_error_of_all_choices() -> None:
+def test_ranks_for_a_budget_or_an_error_are_the_best_of_all_choices() -> None:
     gains = {(0, "fc1"): [8.0, 3.0, 1.0], (1, "fc1"): [4.0, 3.5, 0.1], (0, "down"): [5.0, 2.0, 0.5]}
-    chosen = choose_ranks(gains, 2, 13)
+    chosen = choose_ranks(gains, total=6)
     assert sum(chosen.values()) == 6
 
     def kept(ranks: dict[tuple[int, str], int]) -> float:
         return sum(sum(gains[place][:rank]) for place, rank in ranks.items())
 
+    everything = kept(dict.fromkeys(gains, 3))
     choices = [dict(zip(gains, ranks, strict=True)) for ranks in itertools.product((1, 2, 3), repeat=3)]
     assert kept(chosen) == max(kept(choice) for choice in choices if sum(choice.values()) == 6)
-    with pytest.raises(ValueError, match="the budget is 5 parameters; rank 1 needs 6"):
-        choose_ranks(gains, 2, 5)
+    for error in (11.0, 5.0, 3.0, 0.0):
+        ranks = choose_ranks(gains, error=error)
+        small_enough = [sum(choice.values()) for choice in choices if everything - kept(choice) <= error]
+        assert everything - kept(ranks) <= error and sum(ranks.values()) == min(small_enough)
 
 
 def _frequencies() -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,7 @@ LISTED = NPTModuleConfig(npt_layers="1,2,3", np_target="gate+up+down", np_rank="
         ("8/4", "8/4"),
         ("4, 6/2,8", "4,6/2,8"),
         ("auto:0.15", "auto:0.15"),
+        ("auto:kl=0.01", "auto:kl=0.01"),
     ],
 )
 def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, stored: str | int) -> None:
@@ -51,8 +52,9 @@ def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, 
         ("1/2/3", "must be a whole number"),
         ("4,0", "--np-rank 4,0: must be at least 1"),
         ("auto", "must be a whole number"),
-        ("auto:", "the share must be a number above 0"),
-        ("auto:-1", "the share must be a number above 0"),
+        ("auto:", "the limit must be a number above 0"),
+        ("auto:-1", "the limit must be a number above 0"),
+        ("auto:kl=0", "the limit must be a number above 0"),
         ("auto:0.1", "--np-rank auto:0.1 requires --np-init-strategy calibrated \\(got improved\\)"),
     ],
 )
