@@ -142,7 +142,8 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
     warmup = getattr(optimizer, f"lr_warmup_{unit}")
     if warmup >= decay:
         raise ValueError(
-            f"--lr-warmup-{unit} {warmup}: must be less than the length of the schedule, {decay} {unit}"
+            f"--lr-warmup-{unit} {warmup}: must be less than the length of the schedule, {decay} {unit}; "
+            f"pass a smaller value, for example --lr-warmup-{unit} {decay // 10}"
         )
     wsd_decay = getattr(optimizer, f"lr_wsd_decay_{unit}")
     if wsd_decay is not None and wsd_decay > decay:
