@@ -58,9 +58,18 @@ find_or_make_data() { # DIRECTORY: sets $data to QUICKSTART if this directory co
     fi
     data=$1
     echo "== 0. Corpus, tokenizer and indexed datasets (as in make quickstart)"
-    run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
-        --max-bytes 8000000 --held-out-fraction 0.1
-    tokenize "$data" "$data" 4096
+    find_or_make_text "$data"
+    tokenize "$text" "$data" 4096
+}
+
+find_or_make_text() { # DIRECTORY: sets $text to QUICKSTART if this directory contains the corpus, else writes it to DIRECTORY
+    text=${QUICKSTART:-runs/quickstart}
+    if [ -f "$text/train.jsonl" ] && [ -f "$text/held_out.jsonl" ]; then
+        return
+    fi
+    text=$1
+    run "$python" tools/build_corpus.py --output "$1/train.jsonl" --held-out "$1/held_out.jsonl" \
+        --max-bytes "${CORPUS_BYTES:-8000000}" --held-out-fraction 0.1
 }
 
 tokenize() { # TEXT OUTPUT SIZE: trains a tokenizer of SIZE ids on the text in TEXT, and writes indexed datasets to OUTPUT
