@@ -5,6 +5,7 @@ over several tables, each of which begins with the columns that identify a row. 
 """
 
 from textwrap import wrap
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -66,7 +67,7 @@ def _print(columns: dict[str, list[str]], title: str, texts: set[str]) -> None:
     shown = RichTable(title=title)
     for name, cells in columns.items():
         # Without a width, rich would truncate numbers to fit the window.
-        justify = "left" if name in texts else "right"
+        justify: Literal["left", "right"] = "left" if name in texts else "right"
         shown.add_column(name, justify=justify, width=_column_width(name, cells))
     for row in zip(*columns.values(), strict=True):
         shown.add_row(*row)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.progressive.report.comparison_page import Table
+from megatron_ext.progressive.report.comparison_page import Cell, Table
 from megatron_ext.progressive.report.printed_tables import print_table
 
 NAMES = [f"figure {number} of the last phase" for number in range(12)]
@@ -14,7 +14,10 @@ def _printed(table: Table, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_a_wide_table_is_printed_in_100_columns_with_every_value(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [["append", "stack 0", *range(1000, 1012)], ["end_to_end", "joint", *range(2000, 2012)]]
+    rows: list[list[Cell]] = [
+        ["append", "stack 0", *range(1000, 1012)],
+        ["end_to_end", "joint", *range(2000, 2012)],
+    ]
     lines = _printed(Table(title="Phases", columns=["run", "phase", *NAMES], rows=rows), capsys)
     assert max(map(len, lines)) <= 100
     assert all(f"{first + number:,}" in "\n".join(lines) for first in (1000, 2000) for number in range(12))
