@@ -27,7 +27,7 @@ def test_a_wide_table_is_printed_in_100_columns_with_every_value(capsys: pytest.
 
 
 def test_a_column_with_one_value_is_stated_once_above_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [["a", 6, 491520, 5.5], ["b", 6, 491520, 5.25]]
+    rows: list[list[Cell]] = [["a", 6, 491520, 5.5], ["b", 6, 491520, 5.25]]
     lines = _printed(Table(title="Runs", columns=["run", "layers", "tokens", "loss"], rows=rows), capsys)
     assert lines[0] == "Runs, the same in all rows: layers 6, tokens 491,520"
     assert not any("491,520" in line or "layers" in line for line in lines[1:])
