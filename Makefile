@@ -1,6 +1,7 @@
 # make install     .venv with the package and all that the tests and the quickstart need; skipped if up to date
 # make quickstart  raw text to a trained per-layer GPT, about five minutes on two CPU cores
-# make npt         a small Llama, to Hugging Face and back, converted to NPT, trained and evaluated; six minutes
+# make npt         the pretrained SmolLM2-135M converted to NPT in closed form, trained and evaluated; ten minutes
+# make npt-toy     NPT layer by layer, then with a curriculum, on a small Llama pretrained for it; six minutes
 # make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
 # make test-fast   the unit tests, which start no process: under a minute on two cores
 # make test        lint, types and all tests: about seven minutes on two cores
@@ -28,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscop
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart npt progressive test test-fast check lint types format bench docs
+.PHONY: help install quickstart npt npt-toy progressive test test-fast check lint types format bench docs
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -52,6 +53,9 @@ quickstart: install
 
 npt: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/npt/quickstart.sh
+
+npt-toy: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/npt/toy.sh
 
 progressive: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/progressive/quickstart.sh

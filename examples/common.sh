@@ -10,10 +10,35 @@ case $(command -v "$python") in
     "$PWD"/.venv/*) [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] || echo '$ . .venv/bin/activate' ;;
 esac
 
+print_command() { # WORDS...: prints them as a command that can be pasted, in lines of about 110 columns
+    local line='$' parts=() previous='' word shown
+    for word in "$@"; do
+        case $word in
+            *\'*) printf -v shown %q "$word" ;;
+            '' | *[!A-Za-z0-9_./:=,+@-]*) shown="'$word'" ;;
+            *) shown=$word ;;
+        esac
+        # A line does not break between a flag and its first value.
+        if [[ $previous == -* && $word != -* ]]; then
+            parts[${#parts[@]} - 1]+=" $shown"
+        else
+            parts+=("$shown")
+        fi
+        previous=$word
+    done
+    for shown in "${parts[@]}"; do
+        if [ $((${#line} + ${#shown})) -gt 108 ] && [ "$line" != '$' ]; then
+            printf '%s \\\n' "$line"
+            line='   '
+        fi
+        line+=" $shown"
+    done
+    printf '%s\n' "$line"
+}
+
 run() { # prints the command so that it can be pasted, then runs it
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
+    echo
+    print_command "$@"
     "$@"
 }
 
@@ -33,9 +58,18 @@ find_or_make_data() { # DIRECTORY: sets $data to QUICKSTART if this directory co
     fi
     data=$1
     echo "== 0. Corpus, tokenizer and indexed datasets (as in make quickstart)"
-    run "$python" tools/build_corpus.py --output "$data/train.jsonl" --held-out "$data/held_out.jsonl" \
-        --max-bytes 8000000 --held-out-fraction 0.1
-    tokenize "$data" "$data" 4096
+    find_or_make_text "$data"
+    tokenize "$text" "$data" 4096
+}
+
+find_or_make_text() { # DIRECTORY: sets $text to QUICKSTART if this directory contains the corpus, else writes it to DIRECTORY
+    text=${QUICKSTART:-runs/quickstart}
+    if [ -f "$text/train.jsonl" ] && [ -f "$text/held_out.jsonl" ]; then
+        return
+    fi
+    text=$1
+    run "$python" tools/build_corpus.py --output "$1/train.jsonl" --held-out "$1/held_out.jsonl" \
+        --max-bytes "${CORPUS_BYTES:-8000000}" --held-out-fraction 0.1
 }
 
 tokenize() { # TEXT OUTPUT SIZE: trains a tokenizer of SIZE ids on the text in TEXT, and writes indexed datasets to OUTPUT

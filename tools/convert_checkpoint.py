@@ -154,8 +154,8 @@ def run_import(config: ImportConfig) -> None:
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )
     print(
-        f"    python pretrain_npt.py --mode multi_layer {rest} --lr 1e-3 --np-form low_rank --np-target gate+up "
-        f"--np-rank 64 --np-residual keep --save {save}-npt"
+        f"    python pretrain_npt.py --mode multi_layer {rest} --lr 3e-4 --np-form key_value --np-target gate+up "
+        f"--np-rank auto:0.1 --np-residual keep --np-init calibrated --save {save}-npt"
     )
 
 

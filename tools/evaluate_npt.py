@@ -67,7 +67,8 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     """Number of tokens to generate after each prompt; 0 generates nothing."""
 
     temperature: float = 0.8
-    """Temperature of the sampled continuation of each prompt; a greedy continuation is generated as well."""
+    """Temperature of the sampled continuation of each prompt; a greedy continuation is generated as well. 0 generates
+    only the greedy one."""
 
     npt_layers: str | None = None
     """NPT layers that the checkpoint is expected to have; the tool stops with an error if it has others."""

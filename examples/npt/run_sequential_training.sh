@@ -9,7 +9,7 @@
 #   --steps      steps per layer (default: 2000); the first quarter, at most 500, is stage 1
 #   --dataset    a preset of examples/npt/datasets.yaml; DATA, a prefix, overrides it
 #
-# BASE is a checkpoint of the base model, made by `make npt` or by tools/convert_checkpoint.py import. All output is under
+# BASE is a checkpoint of the base model, made by `make npt-toy` or by tools/convert_checkpoint.py import. All output is under
 # RUN; after an interruption, the same RUN continues.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -59,7 +59,7 @@ if $demo; then
     fi
     checkpoint_dir=$RUN/sequential
 else
-    BASE=${BASE:-runs/npt/base}
+    BASE=${BASE:-runs/npt_toy/base}
     RUN=${RUN:-experiments/sequential_checkpoint_$(date +%Y%m%d_%H%M%S)}
     layers=${layers:-all} steps=${steps:-2000}
     settings=(--split 97,2,1 --save-steps 500 --tensorboard-dir "$RUN/tensorboard")

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-BASE=${BASE:-runs/npt/base}           # made by `make npt` or by tools/convert_checkpoint.py import
+BASE=${BASE:-runs/npt_toy/base}           # made by `make npt-toy` or by tools/convert_checkpoint.py import
 DATA=${DATA:-runs/quickstart/train_text_document}
 RUN=${RUN:-experiments/npt_new_arch}
 NPROC=${NPROC:-1}                     # processes on this machine, as tensor-parallel ranks

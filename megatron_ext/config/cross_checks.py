@@ -139,6 +139,7 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
             )
     length = training.train_samples if counts_samples else training.train_iters
     decay = getattr(optimizer, f"lr_decay_{unit}") or length
+    assert decay is not None, "a resolved configuration has a length"
     warmup = getattr(optimizer, f"lr_warmup_{unit}")
     if warmup >= decay:
         raise ValueError(

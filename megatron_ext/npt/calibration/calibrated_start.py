@@ -26,6 +26,7 @@ from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.calibration.document_forms import calibrate_form
 from megatron_ext.npt.calibration.factors import Spectrum, choose_ranks, decompose
 from megatron_ext.npt.calibration.moments import LayerMoments, collect_moments
 from megatron_ext.npt.modules.np_ranks import Limit, described, format_ranks, limit
@@ -38,6 +39,7 @@ from megatron_ext.npt.weights.state_files import replace_final
 from megatron_ext.platform.collectives import merge_over_ranks, on_first_rank, print_on_first_rank
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
+from megatron_ext.training.loop import Data
 from megatron_ext.training.pretrain import run_configuration
 from megatron_ext.training.run_data import build_data
 from megatron_ext.training.run_options import RunOptions
@@ -69,10 +71,16 @@ def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Toke
         print_on_first_rank(f"calibration: {folder} is kept from an earlier start of this run")
         return folder / WEIGHTS
     chunks = _base_model(config, base, tokenizer)
-    moments = _moments(config, chunks, tokenizer)
-    settings, spectra = _with_ranks(config, chunks, moments)
-    tensors = _factors(spectra)
-    report = _report(config, settings, spectra)
+    data = _data(config, tokenizer)
+    settings, spectra = _with_ranks(config, chunks, _moments(config, chunks, data))
+    if settings.np_form == "key_value":
+        factors, found = _factors(spectra), _found(spectra)
+    else:
+        factors, errors = calibrate_form(chunks, settings, spectra, lambda: data.train(0), _samples(config))
+        found = _found_by_target(spectra, errors)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    tensors = sorted_by_layer(merge_over_ranks(factors, group))
+    report = _report(config, settings, merge_over_ranks(found, group))
     more = {"calibration": of_what}
     texts = {SPECTRUM: json.dumps(report, indent=1)}
     on_first_rank(lambda: replace_final(folder.parent, tensors, settings, more, name=FOLDER, texts=texts))
@@ -122,7 +130,7 @@ def _without_recomputation(parallel: ParallelConfig) -> ParallelConfig:
     return replace(parallel, **{name: getattr(defaults, name) for name in names})
 
 
-def _moments(config: NPTRunConfig, chunks: list[GPTModel], tokenizer: Tokenizer) -> dict[int, LayerMoments]:
+def _data(config: NPTRunConfig, tokenizer: Tokenizer) -> Data:
     samples = _samples(config)
     quiet = replace(config, training=replace(config.training, eval_iters=0))
     copies = parallel_state.get_data_parallel_world_size()
@@ -134,11 +142,15 @@ def _moments(config: NPTRunConfig, chunks: list[GPTModel], tokenizer: Tokenizer)
         RunOptions(samples=samples),
     )
     print_on_first_rank(f"calibrating on {samples * config.model.seq_length:,} tokens")
+    return data
+
+
+def _moments(config: NPTRunConfig, chunks: list[GPTModel], data: Data) -> dict[int, LayerMoments]:
     return collect_moments(
         chunks,
         config.np.layers(config.model.num_layers),
         data.train(0),
-        samples,
+        _samples(config),
         gradients=config.npt.calibration_metric == "fisher",
         seed=config.training.seed,
     )
@@ -178,8 +190,8 @@ def _chosen_ranks(
 ) -> dict[Place, int]:
     model = config.model
     if allowed.kl is not None:
-        # Gains are sums over tokens of twice the KL; see `moments`.
-        return choose_ranks(gains, error=2 * allowed.kl * _samples(config) * model.seq_length)
+        # A gain is twice the KL per token that the rank removes; see `moments`.
+        return choose_ranks(gains, error=2 * allowed.kl)
     assert allowed.share is not None
     layers, cost = len(config.np.layers(model.num_layers)), 2 * model.hidden_size
     parameters = allowed.share * layer_parameters(model) * layers
@@ -192,14 +204,17 @@ def _chosen_ranks(
 
 
 def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -> dict[Place, int]:
+    # gate and up of the documents' forms have the directions of fc1.
     ranks = {
-        (layer, target): settings.rank(layer, target, num_layers)
+        (layer, _DOWN if target == _DOWN else _FC1): settings.rank(layer, target, num_layers)
         for layer in settings.layers(num_layers)
         for target in settings.targets
     }
-    if max(ranks.values()) > hidden_size:
+    components = settings.num_np_components
+    if components * max(ranks.values()) > hidden_size:
+        times = f"times {components} components " if components > 1 else ""
         raise ValueError(
-            f"--np-rank {settings.np_rank}: must be at most the hidden size {hidden_size} for a calibrated start"
+            f"--np-rank {settings.np_rank}: {times}must be at most the hidden size {hidden_size} for a calibrated start"
         )
     return ranks
 
@@ -235,29 +250,43 @@ def _output_metric(layer: Any) -> torch.Tensor:
 
 
 def _factors(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[str, torch.Tensor]:
-    """Returns the NP factors of all layers, in fp32 on the CPU; collective over pipeline stages."""
-    local: dict[str, torch.Tensor] = {}
-    for (number, target), (found, rank) in spectra.items():
-        for name, value in zip("AB", found.factors(rank), strict=True):
-            local[f"layer_{number}_np.{target}.{name}"] = value.float().cpu().contiguous()
-    return sorted_by_layer(merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group()))
+    """Returns the NP factors of key_value for this stage's layers, in fp32 on the CPU."""
+    return {
+        f"layer_{number}_np.{target}.{name}": value.float().cpu().contiguous()
+        for (number, target), (found, rank) in spectra.items()
+        for name, value in zip("AB", found.factors(rank), strict=True)
+    }
+
+
+def _found(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[Place, dict[str, Any]]:
+    """Returns what the report says of each target of key_value; the errors are in the calibration's metric."""
+    return {
+        place: _entry(found, rank, float(found.squares[rank:].sum() / found.squares.sum()))
+        for place, (found, rank) in spectra.items()
+    }
+
+
+def _found_by_target(
+    spectra: Mapping[Place, tuple[Spectrum, int]],
+    errors: Mapping[tuple[int, str], float],
+) -> dict[Place, dict[str, Any]]:
+    """Returns what the report says of each target of the documents' forms; `errors` are those of m - n, and of a."""
+    return {
+        (number, target): _entry(*spectra[number, _DOWN if target == _DOWN else _FC1], error)
+        for (number, target), error in errors.items()
+    }
+
+
+def _entry(found: Spectrum, rank: int, error_left: float) -> dict[str, Any]:
+    return {"rank": rank, "error_left": error_left, "squared_singular_values": found.squares.tolist()}
 
 
 def _report(
-    config: NPTRunConfig, settings: NPTModuleConfig, spectra: Mapping[Place, tuple[Spectrum, int]]
+    config: NPTRunConfig, settings: NPTModuleConfig, found: Mapping[Place, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Returns the content of `spectrum.json`; collective over pipeline stages."""
-    local = {
-        place: {
-            "rank": rank,
-            "error_left": float(found.squares[rank:].sum() / found.squares.sum()),
-            "squared_singular_values": found.squares.tolist(),
-        }
-        for place, (found, rank) in spectra.items()
-    }
-    merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
+    """Returns the content of `spectrum.json` from the entries of all targets of all stages."""
     layers: dict[str, dict[str, Any]] = {}
-    for (number, target), values in sorted(merged.items()):
+    for (number, target), values in sorted(found.items()):
         layers.setdefault(str(number), {})[target] = values
     return {
         "format": _FORMAT,

@@ -7,7 +7,11 @@
 The best map of rank r, x' = P x, keeps the first r columns Y_r; its error is the sum of s_i^2 over i > r (Eckart and
 Young, applied to M^1/2 C^1/2, whose right singular vectors are Y):
 
-    x' = C^1/2 Y_r Y_r^T C^-1/2 x          A = C^-1/2 Y_r  [h, r]          B = Y_r^T C^1/2  [r, h]
+    x' = C^1/2 Y_r Y_r^T C^-1/2 x          A = C^-1/2 Y_r D  [h, r]        B = D^-1 Y_r^T C^1/2  [r, h]
+
+The diagonal D does not change the map. It gives column i of A and row i of B the same norm: on a real model the norms
+differ by a factor of several hundred without it, and Adam, whose steps have the same size everywhere, then changes A
+too much and B hardly at all.
 
 Without gradients M is diag(g) W^T W diag(g) for fc1, and the identity for `down`. Everything is in fp64.
 """
@@ -38,8 +42,10 @@ class Spectrum:
     """Y^T C^1/2, [h, h]."""
 
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns A [h, r] and B [r, h] in fp64."""
-        return self.reads[:, :rank], self.values[:rank]
+        """Returns A [h, r] and B [r, h] in fp64; column i of A has the norm of row i of B."""
+        reads, values = self.reads[:, :rank], self.values[:rank]
+        balance = (values.norm(dim=1) / reads.norm(dim=0)).sqrt()
+        return reads * balance, values / balance[:, None]
 
 
 def decompose(covariance: torch.Tensor, metric: torch.Tensor) -> Spectrum:

@@ -26,7 +26,8 @@ def paired_generations(
         families: the model families, which supply the model's auxiliary inputs.
         tokenizer: the model's tokenizer.
         prompts: the texts to continue.
-        sampling: settings of the sampled continuations; the greedy ones use the same settings with temperature 0.
+        sampling: settings of the sampled continuations; the greedy ones use the same settings with temperature 0. With
+            temperature 0 there are only greedy ones.
 
     Returns:
         A dictionary for each prompt and mode: `prompt`, `mode` (greedy or sampled), `seed`, `temperature`, `base` and
@@ -41,7 +42,10 @@ def paired_generations(
         if not tokens:
             raise ValueError(f"--prompts {prompt!r}: the prompt has no tokens")
     found = []
-    for mode, how in {"greedy": replace(sampling, temperature=0.0), "sampled": sampling}.items():
+    modes = {"greedy": replace(sampling, temperature=0.0)}
+    if sampling.temperature > 0:
+        modes["sampled"] = sampling
+    for mode, how in modes.items():
         options: Any = (families, ids, how, tokenizer.vocab_size)
         with deactivated([model]):
             base = generate(model, *options)

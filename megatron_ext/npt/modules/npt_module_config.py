@@ -71,8 +71,9 @@ class NPTModuleConfig:
         Literal["improved", "conservative", "calibrated"], flag(aliases=("--np-init",))
     ] = "improved"
     """improved: deltas start small, and all factors get gradients from the first step. conservative: output factors and
-    therefore all deltas start at zero (for key_value, all but the gain). calibrated: for key_value, the best factors in
-    closed form, from one pass of the base model over --calibration-tokens."""
+    therefore all deltas start at zero (for key_value, all but the gain). calibrated: factors with
+    which the layers are near the base layers, computed from --calibration-tokens: for key_value the best ones, in
+    closed form; for the other forms by least squares."""
 
     freeze_base: bool = True
     """Freeze the base model and train only the NP components."""
@@ -105,10 +106,19 @@ class NPTModuleConfig:
             raise ValueError(
                 f"--np-rank {self.np_rank} requires --np-init-strategy calibrated (got {self.np_init_strategy})"
             )
-        if calibrated and (self.np_form != "key_value" or self.np_scale != 1):
+        if calibrated and self.np_form == "key_value" and self.np_scale != 1:
             raise ValueError(
-                "--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 "
-                f"(got {self.np_form}, {self.np_scale:g})"
+                "--np-init-strategy calibrated with --np-form key_value requires --np-scale 1 "
+                f"(got {self.np_scale:g})"
+            )
+        if calibrated and self.np_form == "outer_product" and not self.np_affine:
+            raise ValueError(
+                "--no-np-affine: --np-init-strategy calibrated requires --np-affine, because without it the delta is "
+                "the same for a and -a"
+            )
+        if limit(self.np_rank) is not None and self.np_form != "key_value":
+            raise ValueError(
+                f"--np-rank {self.np_rank} requires --np-form key_value (got {self.np_form}); pass a number"
             )
 
     @property

@@ -112,6 +112,10 @@ def _calibrates(config: NPTRunConfig) -> bool:
         raise ValueError(f"{given} requires --save, where it writes the calibrated weights")
     if config.npt.mode == "sequential":
         raise ValueError(f"{given} calibrates all layers at once; choose another --mode than sequential")
+    if config.npt.reconstructs and config.npt.stage1_steps:
+        raise ValueError(
+            f"--stage1-steps {config.npt.stage1_steps}: stage 1 would undo {given}; pass --stage1-steps 0"
+        )
     allowed = limit(config.np.np_rank)
     if allowed is not None and allowed.kl is not None and config.npt.calibration_metric != "fisher":
         raise ValueError(

@@ -30,13 +30,28 @@ def gather_np_factors(chunks: list[GPTModel]) -> dict[str, torch.Tensor]:
 
     Collective over tensor- and pipeline-parallel ranks. `chunks` are this rank's model chunks, unwrapped.
     """
-    local = {
-        key: tensor.cpu().clone()
-        for prefix, part, name, parameter in _parameters(chunks)
-        for key, tensor in _components(prefix, part, name, _whole(part, name, parameter.detach()))
-    }
+    local: dict[str, torch.Tensor] = {}
+    for number, module in np_modules(chunks).items():
+        for target, part in module.modulations.items():
+            local |= whole_factors(number, target, part)
     group = parallel_state.get_pipeline_model_parallel_group()
     return sorted_by_layer(merge_over_ranks(local, group))
+
+
+def whole_factors(number: int, target: str, part: Modulation) -> dict[str, torch.Tensor]:
+    """Returns the factors of one target of a layer, as whole tensors by key, on the CPU; collective if they are split.
+
+    Args:
+        number: index of the layer, from 0.
+        target: `gate`, `up`, `down` or `fc1`.
+        part: the factors.
+    """
+    prefix = f"layer_{number}_np.{target}"
+    return {
+        key: tensor.cpu().clone()
+        for name, parameter in part.named_parameters()
+        for key, tensor in _components(f"{prefix}.{name}", part, name, _whole(part, name, parameter.detach()))
+    }
 
 
 def load_np_factors(chunks: list[GPTModel], tensors: dict[str, torch.Tensor]) -> None:

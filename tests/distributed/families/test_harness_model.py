@@ -14,7 +14,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from megatron_ext.harness.harness_model import HarnessModel
 from megatron_ext.inference.generation import stage_logits
 from megatron_ext.interop import export_checkpoint, import_checkpoint
+from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.run_single import run_single
+from tests.integration.npt.npt_run_helpers import DATA, train, write_data
 from tests.unit.interop.hf_models import Kind, alone
 
 KEPT = Path(__file__).parents[2] / "integration/scripts/kept_checkpoint"
@@ -29,6 +32,7 @@ PAIRS = [
 ]
 LONG = [TEXT, f"{TEXT} {TEXT} {TEXT}", "x"]
 """The second has more tokens than the longest sequence, 64."""
+NPT_PAIRS = [pair for pair in PAIRS if all(pair)]
 GREEDY = {"until": ["e", "of the"], "max_gen_toks": 9, "do_sample": False}
 SHORT = {"until": ["\n"], "max_gen_toks": 3, "temperature": 0.0}
 
@@ -121,16 +125,10 @@ SHORT_PAIRS = [("a line", " of"), ("read ", "again"), ("small text", " that"), (
 """Short enough for the kept model, whose longest sequence has 16 tokens, each a byte."""
 
 
-def _per_layer() -> tuple[list[tuple[float, bool]], list[float]]:
-    """Scores of a PLE model, by the harness in a batch, and summed by hand one text at a time."""
-    model = HarnessModel(load=str(KEPT), batch_size=3)
-    with pytest.raises(
-        ValueError, match="a continuation has 38 tokens, but the model's longest sequence has 16"
-    ):
-        model.loglikelihood(_instances("loglikelihood", [("a", " continuation that is longer than that")]))
-    found = model.loglikelihood(_instances("loglikelihood", SHORT_PAIRS))
-    by_hand = []
-    for context, continuation in SHORT_PAIRS:
+def _score_by_hand(model: HarnessModel, pairs: list[tuple[str, str]]) -> list[float]:
+    """The sums of log p(token) over the continuations, one text at a time."""
+    sums = []
+    for context, continuation in pairs:
         context, continuation = context.rstrip(), " " * context.endswith(" ") + continuation
         ids, start = model.tok_encode(context + continuation), len(model.tok_encode(context))
         tokens = torch.tensor([ids])
@@ -139,13 +137,64 @@ def _per_layer() -> tuple[list[tuple[float, bool]], list[float]]:
             logits = stage_logits(model.loaded.model, model.loaded.families, batch)
         assert logits is not None
         log_p = logits[0, :, : model.loaded.tokenizer.vocab_size].double().log_softmax(-1)
-        by_hand.append(float(sum(log_p[i - 1, ids[i]] for i in range(start, len(ids)))))
-    return found, by_hand
+        sums.append(float(sum(log_p[i - 1, ids[i]] for i in range(start, len(ids)))))
+    return sums
+
+
+def _per_layer() -> tuple[list[tuple[float, bool]], list[float]]:
+    """Scores of a PLE model, by the harness in a batch, and summed by hand."""
+    model = HarnessModel(load=str(KEPT), batch_size=3)
+    with pytest.raises(
+        ValueError, match="a continuation has 38 tokens, but the model's longest sequence has 16"
+    ):
+        model.loglikelihood(_instances("loglikelihood", [("a", " continuation that is longer than that")]))
+    found = model.loglikelihood(_instances("loglikelihood", SHORT_PAIRS))
+    return found, _score_by_hand(model, SHORT_PAIRS)
 
 
 def test_a_model_with_per_layer_embeddings_is_scored_with_them() -> None:
     found, by_hand = alone(_per_layer)
     assert [score for score, _ in found] == pytest.approx(by_hand, abs=1e-4)
+
+
+NPT = [
+    *("--np-form", "key_value", "--np-target", "gate+up", "--np-residual", "keep", "--npt-layers", "all"),
+    *(
+        "--np-init-strategy",
+        "calibrated",
+        "--calibration-tokens",
+        "200",
+        "--np-rank",
+        "6",
+        "--seq-length",
+        "16",
+    ),
+    *("--train-iters", "1", "--lr", "1e-4", "--micro-batch-size", "2", "--global-batch-size", "4", *DATA),
+]
+
+
+def _converted(path: str) -> tuple[list[tuple[float, bool]], list[float], list[float]]:
+    """Scores of an NPT model: by the harness in batches, by hand, and by hand with its NP components off."""
+    model = HarnessModel(load=path, batch_size=4)
+    found = model.loglikelihood(_instances("loglikelihood", NPT_PAIRS))
+    by_hand = _score_by_hand(model, NPT_PAIRS)
+    with deactivated([model.loaded.model]):
+        return found, by_hand, _score_by_hand(model, NPT_PAIRS)
+
+
+def test_a_model_converted_to_npt_is_scored_with_its_np_components(folder: Path, tmp_path: Path) -> None:
+    base, run = str(folder / "checkpoint"), str(tmp_path / "run")
+    code, _ = run_single(train, "--load", base, "--data-path", write_data(tmp_path), "--save", run, *NPT)
+    assert code == 0
+    found, by_hand, without = run_single(_converted, run)
+    scores = [score for score, _ in found]
+    assert scores == pytest.approx(by_hand, abs=1e-4)
+    # With its NP components off, the model has the base model's scores, which are others.
+    expected = alone(_ours, base, {}, 1)["scores"]
+    assert without == pytest.approx(
+        [score for pair, (score, _) in zip(PAIRS, expected, strict=True) if all(pair)], abs=1e-4
+    )
+    assert min(abs(a - b) for a, b in zip(scores, without, strict=True)) > 1e-3
 
 
 def _templated(path: str) -> str:

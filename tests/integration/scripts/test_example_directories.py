@@ -10,12 +10,18 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
-    "script", ["quickstart.sh", "npt/quickstart.sh", "progressive/quickstart.sh", "data/main_job.sh"]
+    "script",
+    ["quickstart.sh", "npt/quickstart.sh", "npt/toy.sh", "progressive/quickstart.sh", "data/main_job.sh"],
 )
 def test_a_directory_with_other_files_is_refused_and_left_alone(script: str, tmp_path: Path) -> None:
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("years of work")
-    environment = {**os.environ, "PYTHON": "false", "OUT": str(tmp_path)}  # false: whatever runs next fails
+    environment = {
+        **os.environ,
+        "PYTHON": "false",
+        "OUT": str(tmp_path),
+        "MODEL": "model",
+    }  # false: whatever runs next fails
     arguments = ["bash", str(ROOT / "examples" / script)] + ([] if "main_job" in script else [str(tmp_path)])
     ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2, ended.stderr

@@ -208,6 +208,8 @@ def _npt_run(folder: str, data: str) -> None:
     more = [
         "--equivalence-weight",
         "1",
+        "--regularization-weight",
+        "0.01",
         "--eval-iters",
         "1",
         "--generation-steps",

@@ -51,6 +51,13 @@ def test_at_full_rank_the_map_is_the_identity_even_where_there_were_no_tokens() 
     torch.testing.assert_close(reads @ values, torch.eye(SIZE, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+def test_both_factors_of_a_direction_have_the_same_norm_whatever_the_size_of_the_tokens() -> None:
+    _, covariance, metric = _moments()
+    for size in (1e-4, 1e4):
+        reads, values = decompose(size * covariance, metric).factors(5)
+        torch.testing.assert_close(reads.norm(dim=0), values.norm(dim=1))
+
+
 def test_ranks_for_a_budget_or_an_error_are_the_best_of_all_choices() -> None:
     gains = {(0, "fc1"): [8.0, 3.0, 1.0], (1, "fc1"): [4.0, 3.5, 0.1], (0, "down"): [5.0, 2.0, 0.5]}
     chosen = choose_ranks(gains, total=6)

@@ -77,8 +77,21 @@ def test_the_defaults_are_those_of_document_002() -> None:
             "--num-np-components 2: --np-form key_value has one component, .* raise --np-rank instead",
         ),
         (
-            {"np_init_strategy": "calibrated"},
-            r"--np-init-strategy calibrated requires --np-form key_value and --np-scale 1 \(got low_rank, 1\)",
+            {
+                "np_init_strategy": "calibrated",
+                "np_form": "key_value",
+                "np_target": "gate+up",
+                "np_scale": 2.0,
+            },
+            r"--np-init-strategy calibrated with --np-form key_value requires --np-scale 1 \(got 2\)",
+        ),
+        (
+            {"np_init_strategy": "calibrated", "np_rank": "auto:0.1"},
+            r"--np-rank auto:0.1 requires --np-form key_value \(got low_rank\); pass a number",
+        ),
+        (
+            {"np_init_strategy": "calibrated", "np_form": "outer_product", "np_affine": False},
+            "--no-np-affine: --np-init-strategy calibrated requires --np-affine, because",
         ),
         (
             {"np_form": "key_value", "np_target": "gate"},

@@ -1,0 +1,281 @@
+"""Calibrated factors of the documents' forms, low_rank and outer_product: as near to the base layer as they come.
+
+A delta adds u B to W n, where the base layer computes W m = W n + W (m - n). But for a scalar per token, m - n is
+linear in a (see `key_value`), whereas u is a product of something read from the target's input and something read from
+a. So the first factor is made a scalar, and u linear in a, as nearly as the form allows:
+
+    kappa     read from the input x of the target. gate, up, fc1: n . kappa = 1 / rms(h + a), by least squares.
+              down: x . kappa = 1, with kappa = W_down^T q and q . (W_down x) = 1, by least squares
+    omega     a . omega = 1, by least squares
+    D         the best directions of a, [h, r]: the first columns of A of `factors`
+
+    low_rank          A = D + kappa times a factor, so that n A is mainly n . kappa and a A mainly a D; tanh is nearly
+                      linear, because a A is small.  down: A = D, and every column of A_in is kappa
+    outer_product     W_down = D, c_a = kappa, W_a_up = 0.  With --np-normalize: W_down = [omega, D], and omega keeps
+                      the root mean square of z nearly constant; for down the last row of W_a_up is kappa, so that the
+                      division by rms(W_a_up x) is one by |x . kappa|.  Requires --np-affine
+
+Then B follows from u by least squares, for the form as it is. gate, up, fc1: B = R W^T, where u R = m - n. down, for
+--np-residual drop: u B = a; for keep B is 0. What no form can write is the other part of m - n, (rho - 1) n.
+
+It takes three passes over the tokens: `moments`, from which D follows; kappa and omega; R and B.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.calibration.factors import Spectrum
+from megatron_ext.npt.calibration.layer_pass import LayerTokens, visit_layers
+from megatron_ext.npt.calibration.least_squares import LeastSquares
+from megatron_ext.npt.calibration.moments import sum_over_ranks
+from megatron_ext.npt.modules.key_value import centred
+from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
+from megatron_ext.npt.modules.npt_feed_forward import FORMS
+from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+from megatron_ext.npt.modules.vector_norms import target_weight
+from megatron_ext.npt.weights.np_factors import whole_factors
+from megatron_ext.training.interface.family_interface import Batch
+
+DOWN = "down"
+
+_SIZE = 0.2
+"""Root mean square of a A for low_rank: small enough for tanh to be nearly linear, large enough for Adam's steps."""
+
+_RATIO = 10.0
+"""How much larger n . kappa is than n D, in A of low_rank."""
+
+_ORTHOGONAL = 2.0
+"""Weight with which a . kappa is kept small, as part of A of low_rank reads a too; relative to the size of n."""
+
+_CONSTANT = 3.0
+"""How much larger a . omega is than z without it."""
+
+Place = tuple[int, str]
+"""A layer, from 0, and fc1 (for gate and up too) or down."""
+
+Target = tuple[int, str]
+"""A layer, from 0, and a target."""
+
+
+@dataclass
+class _Reads:
+    """From these sums follow kappa and omega of one layer."""
+
+    gain: LeastSquares
+    """n to 1 / rms(h + a)."""
+
+    attention: LeastSquares
+    """a to 1."""
+
+    output: LeastSquares
+    """W_down x to 1."""
+
+    @classmethod
+    def zeros(cls, size: int) -> "_Reads":
+        return cls(*(LeastSquares.zeros(size, 1) for _ in range(3)))
+
+    def add(self, tokens: LayerTokens, has_down: bool) -> None:
+        """Adds a micro-batch."""
+        attention = tokens.rows(tokens.attention)
+        ones = torch.ones_like(attention[:, :1])
+        self.gain.add(tokens.rows(tokens.normed), tokens.rows(tokens.inverse_rms))
+        self.attention.add(attention, ones)
+        if has_down:
+            assert tokens.mlp_output is not None
+            self.output.add(tokens.rows(tokens.mlp_output), ones)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Number of tokens, [1]."""
+        return self.attention.squares
+
+
+def calibrate_form(
+    chunks: list[GPTModel],
+    settings: NPTModuleConfig,
+    spectra: Mapping[Place, tuple[Spectrum, int]],
+    batches: Callable[[], Iterator[Batch]],
+    samples: int,
+) -> tuple[dict[str, torch.Tensor], dict[Target, float]]:
+    """Returns the whole factors of this stage's layers by key, and the relative squared errors; collective.
+
+    Args:
+        chunks: this rank's chunks of the base model, unwrapped, without recomputation.
+        settings: form, targets and ranks.
+        spectra: the directions of this stage's layers, and ranks of one component.
+        batches: returns this data-parallel rank's micro-batches, from the first on.
+        samples: number of samples to use.
+    """
+    layers = {number for number, _ in spectra}
+    chosen = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 in layers]
+    reads = {layer.layer_number - 1: _Reads.zeros(layer.config.hidden_size) for layer in chosen}
+
+    def read(number: int, layer: Any, tokens: LayerTokens) -> None:
+        reads[number].add(tokens, DOWN in settings.targets)
+
+    visit_layers(chunks, layers, batches(), samples, read)
+    sums = chain.from_iterable((of.gain, of.attention, of.output) for of in reads.values())
+    _share(chunks, sums)
+    parts: dict[Target, Modulation] = {}
+    for layer in chosen:
+        number = layer.layer_number - 1
+        parts |= _with_reads(settings, layer, reads.pop(number), spectra)  # frees the sums
+    fits = _fits(chunks, settings, parts, batches, samples)
+    errors = _write_outputs(chosen, parts, fits)
+    tensors: dict[str, torch.Tensor] = {}
+    for (number, target), part in parts.items():
+        tensors |= whole_factors(number, target, part)
+    return {key: tensor.float() for key, tensor in tensors.items()}, errors
+
+
+def _share(chunks: list[GPTModel], sums: Iterator[LeastSquares]) -> None:
+    parts = chain.from_iterable(of.parts() for of in sums)
+    sum_over_ranks(parts, chunks[0].config.sequence_parallel)
+
+
+def _kind(target: str) -> str:
+    return DOWN if target == DOWN else "fc1"
+
+
+@torch.no_grad()
+def _with_reads(
+    settings: NPTModuleConfig, layer: Any, reads: _Reads, spectra: Mapping[Place, tuple[Spectrum, int]]
+) -> dict[Target, Modulation]:
+    """Returns the targets of a layer with all factors but the output factor, which is zero."""
+    number, group = layer.layer_number - 1, layer.pg_collection.tp
+    parts: dict[Target, Modulation] = {}
+    for target in settings.targets:
+        found, rank = spectra[number, _kind(target)]
+        part = FORMS[settings.np_form](layer.config, layer.pg_collection, settings, target, rank)
+        directions = _directions(found, part.total_rank, reads, layer, target)
+        if target == DOWN:
+            kappa = layer.mlp.linear_fc2.weight.double().t() @ _agreed(reads.output.solve(), group)
+        else:
+            kappa = _agreed(_gain(reads, isinstance(part, LowRankModulation)), group)
+        if isinstance(part, LowRankModulation):
+            _fill_low_rank(part, reads, directions, kappa)
+        else:
+            assert isinstance(part, OuterProductModulation)
+            _fill_outer_product(part, directions, kappa, _agreed(reads.attention.solve(), group))
+        parts[number, target] = part
+    return parts
+
+
+def _agreed(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Returns the first rank's values on every rank of the group, whatever the others' rounding; collective."""
+    values = values.contiguous()
+    dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
+    return values
+
+
+def _directions(found: Spectrum, count: int, reads: _Reads, layer: Any, target: str) -> torch.Tensor:
+    """Returns D [h, count], scaled so that each column of a D has a mean square of 1."""
+    columns = found.reads[:, :count]
+    # A column's sign is arbitrary, but not without effect on low_rank.
+    columns = columns * columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
+    if target != DOWN:
+        columns = centred(columns.t(), layer.config).t()
+    columns = columns / _rms(reads.attention.inputs, columns, reads.tokens)
+    return _agreed(columns, layer.pg_collection.tp)
+
+
+def _rms(products: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the root mean square of each column of x C over the tokens, from the sum of x x^T."""
+    squares = (columns * (products @ columns)).sum(0) / tokens
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+
+def _gain(reads: _Reads, orthogonal: bool) -> torch.Tensor:
+    """Returns kappa of gate, up and fc1, [h, 1], scaled so that n . kappa has a mean square of 1."""
+    penalty = None
+    if orthogonal:
+        sizes = reads.gain.inputs.trace() / reads.attention.inputs.trace()
+        penalty = _ORTHOGONAL * sizes * reads.attention.inputs
+    kappa = reads.gain.solve(penalty)
+    return kappa / _rms(reads.gain.inputs, kappa, reads.tokens)
+
+
+def _fill_low_rank(
+    part: LowRankModulation, reads: _Reads, directions: torch.Tensor, kappa: torch.Tensor
+) -> None:
+    if part.reads_ffn:
+        part.A.copy_(_SIZE * directions)
+        part.A_in.copy_(kappa.expand_as(part.A_in))
+        return
+    columns = directions + _RATIO * _rms(reads.gain.inputs, directions, reads.tokens) * kappa
+    part.A.copy_(_SIZE * columns / _rms(reads.attention.inputs, columns, reads.tokens))
+
+
+def _fill_outer_product(
+    part: OuterProductModulation, directions: torch.Tensor, kappa: torch.Tensor, omega: torch.Tensor
+) -> None:
+    settings, rank = part.settings, part.rank
+    count = settings.num_np_components
+    part.c_a.copy_((kappa.t() * part.input_size**0.5).expand_as(part.c_a))
+    blocks = []
+    for component in range(count):
+        columns = directions[:, component::count]
+        if settings.np_normalize:
+            columns = torch.cat([_CONSTANT * rank**0.5 * omega, columns[:, : rank - 1]], dim=1)
+        if part.divides_by_read:
+            part.W_a_up[(component + 1) * rank - 1].copy_(part.c_a[component])
+        blocks.append(columns)
+    part.W_down.copy_(torch.cat(blocks, dim=1))
+
+
+def _fits(
+    chunks: list[GPTModel],
+    settings: NPTModuleConfig,
+    parts: Mapping[Target, Modulation],
+    batches: Callable[[], Iterator[Batch]],
+    samples: int,
+) -> dict[Place, LeastSquares]:
+    """Returns the sums of u and of what u B replaces: m - n, and a for `down`; collective."""
+    fits: dict[Place, LeastSquares] = {}
+    readers: dict[Place, Modulation] = {}
+    for (number, target), part in parts.items():
+        place = number, _kind(target)
+        if place in readers or (target == DOWN and settings.np_residual == "keep"):
+            continue  # gate and up have the same u
+        readers[place] = part
+        fits[place] = LeastSquares.zeros(part.total_rank, part.config.hidden_size)
+
+    def add(number: int, layer: Any, tokens: LayerTokens) -> None:
+        for kind, x, wanted in (
+            ("fc1", tokens.normed, tokens.mlp_input.float() - tokens.normed.float()),
+            (DOWN, tokens.activated, tokens.attention),
+        ):
+            if (number, kind) in fits:
+                assert x is not None
+                u = readers[number, kind].coefficients(x, tokens.attention)
+                fits[number, kind].add(tokens.rows(u), tokens.rows(wanted))
+
+    visit_layers(chunks, {number for number, _ in parts}, batches(), samples, add)
+    _share(chunks, iter(fits.values()))
+    return fits
+
+
+@torch.no_grad()
+def _write_outputs(
+    layers: list[Any], parts: Mapping[Target, Modulation], fits: Mapping[Place, LeastSquares]
+) -> dict[Target, float]:
+    """Sets the output factors; returns the relative squared errors of m - n, and of a for `down`."""
+    errors: dict[Target, float] = {}
+    by_number = {layer.layer_number - 1: layer for layer in layers}
+    for (number, target), part in parts.items():
+        fit = fits.get((number, _kind(target)))
+        if fit is None:
+            continue
+        layer = by_number[number]
+        solution = _agreed(fit.solve(), layer.pg_collection.tp)
+        errors[number, target] = fit.error_left(solution)
+        if target != DOWN:
+            solution = solution @ target_weight(target, layer.mlp).double().t()
+        part.output_factor.copy_(solution)
+    return errors
