@@ -154,7 +154,7 @@ def run_import(config: ImportConfig) -> None:
         f"    python pretrain_gpt_per_layer.py --config {save}/model.yaml {rest} --lr 1e-4 --finetune --save {save}-2"
     )
     print(
-        f"    python pretrain_npt.py --mode multi_layer {rest} --lr 3e-4 --np-form key_value --np-target gate+up "
+        f"    python pretrain_npt.py --mode multi_layer {rest} --lr 3e-5 --np-form key_value --np-target gate+up "
         f"--np-rank auto:0.1 --np-residual keep --np-init calibrated --save {save}-npt"
     )
 

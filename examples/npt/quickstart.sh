@@ -45,13 +45,14 @@ echo "== 3. Convert in closed form: the NP factors follow from one pass of the b
 run "${convert[@]}" --lr 1e-4 --train-iters 0
 
 echo "== 4. Refine these factors by training: the next-token distribution should equal the base model's (loss: KL)"
-run "${convert[@]}" --direct-mlp-weight 0 --curriculum-stages student:1 --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine \
-    --lr-warmup-iters 3 --weight-decay 0 --train-iters "${STEPS:-30}" --eval-interval 1000 --eval-iters 0 --log-interval 5 \
+run "${convert[@]}" --direct-mlp-weight 0 --curriculum-stages student:1 --lr 3e-5 --min-lr 0 --lr-decay-style cosine \
+    --lr-warmup-iters 2 --weight-decay 0 --train-iters "${STEPS:-25}" --eval-interval 1000 --eval-iters 0 --log-interval 5 \
     --tensorboard-dir "$out/tensorboard"
 
 echo "== 5. Compare base and NPT on held-out text: perplexity, KL, layer by layer, deltas, ten greedy continuations"
 mkdir "$out/reports"
-evaluate=("${torchrun[@]}" tools/evaluate_npt.py --seq-length "$length" --max-tokens "${HELD_OUT_TOKENS:-8192}")
+evaluate=("${torchrun[@]}" tools/evaluate_npt.py --seq-length "$length" --max-tokens "${HELD_OUT_TOKENS:-4096}"
+    --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1)
 run "${evaluate[@]}" --checkpoint "$out/npt" --data-path "$out/held_out_text_document" --output "$out/reports/trained.json" \
     --html "$out/report.html" --prompts-file examples/npt/prompts.txt --max-new-tokens 32 --temperature 0
 
