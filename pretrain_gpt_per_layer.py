@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config.command_line.parse import Found, parse, run_main
 from megatron_ext.per_layer.per_layer_config import PerLayerRunConfig
+from megatron_ext.rehearsal.rehearse import run_or_rehearse
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizers import Tokenizer
@@ -32,6 +33,10 @@ def main() -> int:
         example=EXAMPLE,
         find=_find,
     )
+    return run_or_rehearse(config, _run)
+
+
+def _run(config: PerLayerRunConfig) -> int:
     # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.training.pretrain import pretrain
 

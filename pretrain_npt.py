@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.parse import Found, parse, run_main
 from megatron_ext.npt.objective.npt_run_config import NPTRunConfig, mode_defaults
+from megatron_ext.rehearsal.rehearse import run_or_rehearse
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_npt.py --load base_checkpoint --mode multi_layer --npt-layers upper_half "
@@ -37,6 +38,10 @@ def main() -> int:
         supplied=dict.fromkeys(BASE_SHAPE, "from --load; required without it"),
         sections=DOCUMENT_SECTIONS,
     )
+    return run_or_rehearse(config, _run)
+
+
+def _run(config: NPTRunConfig) -> int:
     # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.npt.runs.npt_run import run_npt
 

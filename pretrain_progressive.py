@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.parse import Found, parse, run_main
 from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig, stack_defaults
+from megatron_ext.rehearsal.rehearse import run_or_rehearse
 
 EXAMPLE = (
     "torchrun --nproc-per-node 2 pretrain_progressive.py --target-stacks 3 --n-blocks 4 --stack-steps 200 "
@@ -31,6 +32,10 @@ def main() -> int:
         find=_find,
         supplied={"num_layers": "sum over the stacks"},
     )
+    return run_or_rehearse(config, _run)
+
+
+def _run(config: ProgressiveRunConfig) -> int:
     # Imported late: torch and mcore take seconds to import; `--help` and errors in the flags should appear at once.
     from megatron_ext.progressive.runs.progressive_run import run_progressive
 

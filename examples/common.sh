@@ -10,10 +10,35 @@ case $(command -v "$python") in
     "$PWD"/.venv/*) [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] || echo '$ . .venv/bin/activate' ;;
 esac
 
+print_command() { # WORDS...: prints them as a command that can be pasted, in lines of about 110 columns
+    local line='$' parts=() previous='' word shown
+    for word in "$@"; do
+        case $word in
+            *\'*) printf -v shown %q "$word" ;;
+            '' | *[!A-Za-z0-9_./:=,+@-]*) shown="'$word'" ;;
+            *) shown=$word ;;
+        esac
+        # A line does not break between a flag and its first value.
+        if [[ $previous == -* && $word != -* ]]; then
+            parts[${#parts[@]} - 1]+=" $shown"
+        else
+            parts+=("$shown")
+        fi
+        previous=$word
+    done
+    for shown in "${parts[@]}"; do
+        if [ $((${#line} + ${#shown})) -gt 108 ] && [ "$line" != '$' ]; then
+            printf '%s \\\n' "$line"
+            line='   '
+        fi
+        line+=" $shown"
+    done
+    printf '%s\n' "$line"
+}
+
 run() { # prints the command so that it can be pasted, then runs it
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
+    echo
+    print_command "$@"
     "$@"
 }
 

@@ -43,6 +43,7 @@ run "${torchrun[@]}" tools/evaluate.py --load "$out/checkpoint" --data-path "$ou
 echo "== 7. A continuation of a prompt"
 run "${torchrun[@]}" tools/generate.py --load "$out/checkpoint" --prompt "The function returns" --max-new-tokens 48 \
     --temperature 0.7 --top-p 0.9
+echo "After so few steps the text only proves that the path works."
 
 echo "== 8. Summary of the training"
 run "$python" tools/training_summary.py --tensorboard-dir "$out/tensorboard" --evaluation "$out/evaluation.json"

@@ -2,9 +2,10 @@
 
 import warnings
 
-from megatron_ext.platform import engine_imports
+from megatron_ext.platform import engine_imports, openmp_waiting
 
 engine_imports.install()
+openmp_waiting.install()
 
 # What the engine says about itself and no user can act on: that optional parts are missing (`--transformer-impl`
 # chooses), that it calls torch functions by older names, that it looks at gradients of views, that with

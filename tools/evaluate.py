@@ -97,6 +97,7 @@ def _evaluate(
     from megatron_ext.data.files.console import token_progress
     from megatron_ext.inference.perplexity import evaluate_perplexity, held_out_tokens
     from megatron_ext.platform.process_groups import rank
+    from megatron_ext.progressive.objectives.unmasking import objective_of
     from megatron_ext.registry.known_families import window_begin
 
     begin = window_begin(loaded)
@@ -115,16 +116,35 @@ def _evaluate(
         )
     train, vocab_size = config.unigram_from, loaded.tokenizer.vocab_size
     entropy = None if train is None else unigram_cross_entropy(train, prefix, vocab_size)
-    entry, line = _report(found, entropy)
+    objective = objective_of(loaded.families)
+    counted = counted_tokens(found.tokens, total, None if objective is None else objective.kind)
+    entry, line = _report(found, entropy, counted)
     if begin is not None:
         line += f"; every window begins with {loaded.tokenizer.inv_vocab[begin.token]}"
     return entry, line
 
 
-def _report(found: "Perplexity", unigram_cross_entropy: float | None) -> tuple[dict[str, float], str]:
+def counted_tokens(tokens: int, total: int, objective: str | None) -> str:
+    """Says which tokens an evaluation counts.
+
+    Args:
+        tokens: number of counted tokens, or the sum of their weights.
+        total: number of tokens that were read.
+        objective: the training objective of a progressive model; None for other models.
+    """
+    if objective == "mlm":
+        return f"{tokens:,} masked tokens of {total:,}"
+    return f"{tokens:,} tokens" + (
+        " by weight (only masked tokens count)" if objective == "diffusion" else ""
+    )
+
+
+def _report(
+    found: "Perplexity", unigram_cross_entropy: float | None, counted: str
+) -> tuple[dict[str, float], str]:
     """Returns a dataset's entry in the JSON file, and its printed line."""
     entry = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-    line = f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {found.tokens:,} tokens"
+    line = f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {counted}"
     further = {name.replace("/", "_"): value for name, value in found.values.items()}
     if further and found.guess_accuracy is not None:
         further["unigram_accuracy"] = found.guess_accuracy

@@ -169,8 +169,22 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         "evaluation_config": {**asdict(config), "seq_length": length},
         "model_config": asdict(loaded.config),
     }
+    report["weight_delta"]["regularization_weight"] = _regularization_weight(config, stored)
     texts = {"greedy_agreement": greedy_agreement(generations), "generations": generations}
     return {"format": report["format"], **finite(about), **report, **texts}
+
+
+def _regularization_weight(config: EvaluateNPTConfig, stored: dict[str, Any]) -> float | None:
+    """Returns the weight of the regularization that the NP weights were trained with; None if it is unknown."""
+    from megatron_ext.npt.objective.npt_training_config import WEIGHTS
+
+    npt = stored.get("npt")
+    if npt is None or config.npt_weights is not None:
+        return None
+    given: float | None = npt.get("regularization_weight")
+    if given is not None or npt.get("layer_losses") not in WEIGHTS:
+        return given
+    return WEIGHTS[npt["layer_losses"]][npt["mode"]].get("regularization_weight", 0.0)
 
 
 def _measure(

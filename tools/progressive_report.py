@@ -8,12 +8,8 @@ are reported if it contains evaluation.json, written by tools/evaluate.py.
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from megatron_ext.config.command_line.parse import parse, run_main
-
-if TYPE_CHECKING:
-    from megatron_ext.progressive.report.comparison_page import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +55,7 @@ def main() -> None:
         report_page,
         runs_table,
     )
+    from megatron_ext.progressive.report.printed_tables import print_table
     from megatron_ext.progressive.report.training_results import read_run
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.report_files import check_report_writable, write_report
@@ -76,34 +73,11 @@ def main() -> None:
     if config.html is not None:
         write_report(config.html, report_page(runs, comparison))
     for table in (runs_table(comparison), phases_table(comparison)):
-        _print(table)
+        print_table(table)
     print("\n".join(messages(comparison)))
     written = [path for path in (config.output, config.html) if path is not None]
     if written:
         print(f"written: {', '.join(written)}")
-
-
-def _print(table: "Table") -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    shown = RichTable(title=table.title)
-    rows = [[_text(cell) for cell in row] for row in table.rows]
-    for place, name in enumerate(table.columns):
-        # Each column is as wide as its widest cell or header word; otherwise rich would truncate numbers to fit the
-        # window.
-        width = max(map(len, [*name.split(), *(row[place] for row in rows)]))
-        is_text = any(isinstance(row[place], str) for row in table.rows)
-        shown.add_column(name, justify="left" if is_text else "right", width=width)
-    for row in rows:
-        shown.add_row(*row)
-    Console(width=10_000).print(shown)
-
-
-def _text(cell: str | int | float | None) -> str:
-    if isinstance(cell, int):
-        return f"{cell:,d}"
-    return f"{cell:.4g}" if isinstance(cell, float) else cell or ""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,8 @@ class SummaryConfig:
     """JSON file written by tools/evaluate.py, to print its losses too."""
 
     rows: int = 10
-    """Number of rows in the table: the first, last and evaluated steps, and further steps spread evenly over the
-    run."""
+    """Largest number of rows in the table: the first, last and evaluated steps, and further steps at round, even
+    distances."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "rows")
@@ -50,7 +51,7 @@ def main() -> None:
     ):
         table.add_column(column, justify="right")
     above = 0
-    for step in _pick(sorted(losses), sorted(validation), config.rows):
+    for step in pick(sorted(losses), sorted(validation), config.rows):
         loss = validation.get(step)
         shown = ("", "") if loss is None else (f"{loss:.4f}", f"{math.exp(loss):.2f}")
         since = [losses[s] for s in losses if above < s <= step]
@@ -77,11 +78,30 @@ def _read(directory: str) -> tuple[dict[int, float], dict[int, float]]:
     return training, validation
 
 
-def _pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
-    """Returns at most `rows` steps: the first, the last, evaluated steps, and further steps spread evenly."""
-    evenly = [steps[round(i * (len(steps) - 1) / (rows - 1))] for i in range(rows)]
-    kept = dict.fromkeys([steps[0], steps[-1], *evaluated[-rows:], *evenly])
-    return sorted(list(kept)[: max(rows, 2)])
+def pick(steps: list[int], evaluated: list[int], rows: int) -> list[int]:
+    """Returns at most `rows` steps: the first, the last, evaluated steps, and the multiples of a round number."""
+    kept = {steps[0], steps[-1]}
+    for every in range(1, len(evaluated) + 1):
+        if len(found := kept.union(evaluated[::-every])) <= rows:
+            kept = found
+            break
+    # Multiples that contain the evaluated steps are preferred, because then all distances are equal.
+    inner = kept - {steps[0], steps[-1]}
+    intervals = list(_round_numbers(steps[-1]))
+    even = [interval for interval in intervals if not any(step % interval for step in inner)]
+    for interval in even + intervals:
+        found = kept.union(step for step in steps if step % interval == 0)
+        if len(found) <= rows:
+            return sorted(found)
+    return sorted(kept)
+
+
+def _round_numbers(largest: int) -> Iterator[int]:
+    """Yields 1, 2, 5, 10, 20, 25, 50, 100, ... up to `largest`."""
+    power = 1
+    while power <= largest:
+        yield from (number for number in (power, 2 * power, 5 * power // 2, 5 * power) if number <= largest)
+        power *= 10
 
 
 def _describe(prefix: str, found: dict[str, float]) -> str:

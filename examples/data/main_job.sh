@@ -22,7 +22,8 @@ TIMEFORMAT='(%R s; CPU time %U s user, %S s system)'
 . examples/common.sh
 
 run() {
-    printf '\n$ %s\n' "$*"
+    echo
+    print_command "$@"
     time "$@"
 }
 

@@ -139,10 +139,12 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerSettings) -> N
             )
     length = training.train_samples if counts_samples else training.train_iters
     decay = getattr(optimizer, f"lr_decay_{unit}") or length
+    assert decay is not None, "a resolved configuration has a length"
     warmup = getattr(optimizer, f"lr_warmup_{unit}")
     if warmup >= decay:
         raise ValueError(
-            f"--lr-warmup-{unit} {warmup}: must be less than the length of the schedule, {decay} {unit}"
+            f"--lr-warmup-{unit} {warmup}: must be less than the length of the schedule, {decay} {unit}; "
+            f"pass a smaller value, for example --lr-warmup-{unit} {decay // 10}"
         )
     wsd_decay = getattr(optimizer, f"lr_wsd_decay_{unit}")
     if wsd_decay is not None and wsd_decay > decay:

@@ -16,6 +16,7 @@ from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.rehearsal_config import RehearsalConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
@@ -35,6 +36,7 @@ class RunConfig:
     tokenizer: TokenizerConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
 
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     """Maps each field that differs from its default to the source of its value (a flag, the YAML file, a checkpoint).

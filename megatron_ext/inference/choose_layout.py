@@ -63,7 +63,7 @@ def describe_layout(layout: ParallelConfig, world_size: int) -> str:
     """Returns a one-line description of a parallel layout, for the log."""
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     return (
-        f"{world_size} processes: --tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}, "
+        f"{world_size} processes: tensor parallel {tensor}, pipeline parallel {pipeline}, "
         f"{layout.data_parallel_size(world_size)} cop{'ies' if layout.data_parallel_size(world_size) > 1 else 'y'} of "
         "the model"
     )

@@ -79,10 +79,7 @@ class Loop:
             The process's exit code (see `stop_signals` and the `EXIT_` constants) and the progress at the end.
         """
         if progress.iteration >= self.total_iterations:
-            self.reporter.message(
-                f"training is already complete: step {progress.iteration} of {self.total_iterations}; to continue, "
-                "increase --train-iters (--max-steps)"
-            )
+            self._report_complete(progress)
         started = time.monotonic()
         not_finite_in_a_row = 0
         with SignalWatcher() as signals:
@@ -137,6 +134,18 @@ class Loop:
             self.reporter.statistics(iteration, result.statistics)
         self._report_messages(iteration, {**result.losses, **result.layer_losses})
         return progress, result.skipped
+
+    def _report_complete(self, progress: TrainingProgress) -> None:
+        """Reports that there is no step left, and how to continue."""
+        scheduler = self.stepper.scheduler
+        text = (
+            f"training is already complete: step {progress.iteration} of {self.total_iterations}; to continue, "
+            "increase --train-iters (--max-steps)"
+        )
+        # Without one of these flags, loading refuses a longer schedule.
+        if not (scheduler.override_opt_param_scheduler or scheduler.use_checkpoint_opt_param_scheduler):
+            text += ", with --override-opt-param-scheduler if that makes the learning-rate schedule longer"
+        self.reporter.message(text)
 
     def _note_stop(self, text: str, code: int) -> None:
         """Reports why the run ends before its last step."""
@@ -199,6 +208,7 @@ class Loop:
             self._report(progress, self.data.valid, "validation")
 
     def _evaluate_at_end(self, progress: TrainingProgress) -> None:
+        # A run that was complete before is evaluated again, because it may have been killed after its last save.
         if self.training.eval_iters == 0:
             return
         evaluated = (

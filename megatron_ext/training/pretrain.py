@@ -31,6 +31,7 @@ from megatron_ext.models.costs.model_cost import training_flops_per_token
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import on_every_rank, on_first_rank
+from megatron_ext.platform.run_phases import MODEL, in_phase
 from megatron_ext.training.checkpoint import scheduler_state
 from megatron_ext.training.checkpoint.checkpoint_files import BEGIN, check_writable
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
@@ -47,6 +48,7 @@ from megatron_ext.training.logging.family_costs import run_cost
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.loop import EXIT_OK, Loop
 from megatron_ext.training.planned_memory import check_memory
+from megatron_ext.training.rehearsed_run import as_rehearsal
 from megatron_ext.training.run_data import build_data, training_samples
 from megatron_ext.training.run_options import PLAIN, RunOptions
 
@@ -69,7 +71,7 @@ def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PL
         ValueError, OSError: a user error; the message is one line.
     """
     config = resolve(config)
-    if config.training.dry_run:
+    if config.training.dry_run and not config.rehearsal.is_on:
         print_dry_run(config, make_families)
         return EXIT_OK
     writes = not config.training.skip_train
@@ -77,6 +79,8 @@ def pretrain(config: C, make_families: MakeFamilies[C], options: RunOptions = PL
     families = make_families(config, tokenizer)
     for family in families:
         family.check(config.model, config.parallel)
+    if config.rehearsal.is_on:
+        config, options = as_rehearsal(config, families, options)
     with process_group(config.parallel, config.training, config.checkpoint):
         return train(config, tokenizer, families, options)
 
@@ -108,8 +112,10 @@ def check_run(
         ValueError, OSError: a user error; the message is one line.
     """
     tokenizer = build_tokenizer(config.tokenizer)
-    check_others(tokenizer)
-    _check_files(config.data, config.checkpoint, tokenizer)
+    if not config.rehearsal.is_on:
+        check_others(tokenizer)
+    if config.data.trained_on or not config.rehearsal.is_on:
+        _check_files(config.data, config.checkpoint, tokenizer)
     return tokenizer
 
 
@@ -158,7 +164,8 @@ def train(
     """
     training = config.training
     copies = parallel_state.get_data_parallel_world_size()
-    on_every_rank(lambda: check_memory(config, tokenizer, families, copies))
+    if not config.rehearsal.is_on:
+        on_every_rank(lambda: check_memory(config, tokenizer, families, copies))
     global_batch_size = training.resolved_global_batch_size(copies)
     run_config = run_configuration(config, tokenizer)
     run_config |= {TRAINING_SAMPLES: training_samples(training, global_batch_size, options)}
@@ -198,6 +205,7 @@ def train(
         return code
 
 
+@in_phase(MODEL)
 def _build_model(
     config: RunConfig, run_config: dict[str, Any], families: list[Family], options: RunOptions
 ) -> list[GPTModel]:
@@ -301,5 +309,5 @@ def run_configuration(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]
 
 def run_groups(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns the config groups as JSON values, without `data` if the caller supplies the batches."""
-    groups = config_to_dict(config)
-    return groups if config.data.trained_on else {n: group for n, group in groups.items() if n != "data"}
+    left_out = {"rehearsal"} if config.data.trained_on else {"rehearsal", "data"}
+    return {name: group for name, group in config_to_dict(config).items() if name not in left_out}

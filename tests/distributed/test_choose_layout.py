@@ -99,7 +99,7 @@ def test_evaluation_and_generation_of_a_model_with_an_odd_number_of_heads_run_on
         ):
             done = run_script(*tool, "--load", str(tmp_path / "run"), processes=processes)
             assert done.returncode == 0, done.stderr
-            told = "2 processes: --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2, 1 copy"
+            told = "2 processes: tensor parallel 1, pipeline parallel 2, 1 copy"
             assert (told in done.stderr) == (processes == 2)
             outputs[tool[0], processes] = done.stdout
     for name in ("tools/evaluate.py", "tools/generate.py"):

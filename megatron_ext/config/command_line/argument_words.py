@@ -29,6 +29,8 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[Flag]) -> dict[str,
             given[flag.field] = with_dashes(spelled) in flag.names
             continue
         if not flag.takes_many or flag.is_repeated:
+            if not words and flag.without_value is not None:
+                words = [flag.without_value]
             if not words:
                 raise ValueError(f"{spelled}: requires a value")
             _check_end(spelled, words, 1)

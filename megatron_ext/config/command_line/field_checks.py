@@ -29,6 +29,9 @@ class Spelling:
     is_repeated: bool = False
     """For a field with several values: whether the flag is repeated for each value."""
 
+    without_value: str | None = None
+    """The value of a flag that is given without one; None if the flag requires a value."""
+
 
 Switch = Annotated[bool, Spelling(has_negation=False)]
 """A boolean without an additional `--no-` flag, mostly because its name is a negation already (`--no-load-optim`)."""

@@ -62,6 +62,9 @@ class Flag:
     metavar: str | None
     """Placeholder for the value in `--help`; None derives it from the type."""
 
+    without_value: str | None = None
+    """The value of the flag if it is given without one; None if it requires a value."""
+
     @property
     def is_switch(self) -> bool:
         return self.kind is bool
@@ -175,6 +178,7 @@ def _flag(group: str, field: "dataclasses.Field[Any]", hint: Any) -> Flag:
         is_required=is_required,
         default=None if field.default is dataclasses.MISSING else field.default,
         metavar=spelling.metavar,
+        without_value=spelling.without_value,
     )
 
 

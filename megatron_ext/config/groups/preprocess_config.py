@@ -15,13 +15,14 @@ class InputConfig:
 
     input: tuple[str, ...]
     """Input files or glob patterns, or - for standard input. Files other than .txt, .parquet and .arrow are read as
-    JSON lines; files may be compressed (.gz, .zst, .bz2, .xz)."""
+    JSON lines, unless --text-unit is given; files may be compressed (.gz, .zst, .bz2, .xz)."""
 
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the JSON lines (or columns of .parquet and .arrow files) that hold text; each key gives one dataset."""
 
-    text_unit: Literal["line", "file"] = "line"
-    """What counts as one document in a .txt file: each line that is not blank, or the whole file."""
+    text_unit: Literal["line", "file"] | None = None
+    """What counts as one document in a file of plain text: each line that is not blank, or the whole file. If given,
+    every file is plain text except .jsonl, .json, .parquet, .arrow and standard input. Default: line, for .txt only."""
 
     max_line_bytes: int = 256_000_000
     """Largest allowed size of a line (or of a document that is a whole file) in bytes; a larger one is an error."""

@@ -49,15 +49,19 @@ class _Lines:
     def __init__(self, description: str, total: int) -> None:
         self._description, self._total = description, total
         self._begin = self._last_line = time.monotonic()
-        self._done = 0
+        self._done, self._has_printed = 0, False
 
     def advance(self, tokens: int) -> None:
-        """Counts the tokens, and prints a line if the last one is old enough."""
+        """Counts the tokens, and prints a line if the last one is old enough.
+
+        The last tokens get a line if there was one before, so that a finished run does not look interrupted.
+        """
         self._done += tokens
         now = time.monotonic()
-        if now - self._last_line < _LINE_SECONDS or not self._done:
+        is_last = self._has_printed and self._done >= self._total
+        if (now - self._last_line < _LINE_SECONDS and not is_last) or not self._done:
             return
-        self._last_line = now
+        self._last_line, self._has_printed = now, True
         share, rate = self._done / self._total, self._done / (now - self._begin)
         print(
             f"{self._description}: {self._done:,} of {self._total:,} tokens ({100 * share:.0f}%)  "

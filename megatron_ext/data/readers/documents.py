@@ -14,7 +14,9 @@ from megatron_ext.data.readers.sources import MAX_CHUNK_BYTES, Chunk, expand_inp
 
 _BOM = b"\xef\xbb\xbf"
 _NO_OBJECT = ("malformed JSON", "expected a JSON object")
-_FIRST_LINE_HINT = " (JSON lines hold one object per line; a file of plain text must be named .txt)"
+_FIRST_LINE_HINT = (
+    " (JSON lines hold one object per line; for plain text, name the file .txt or give --text-unit)"
+)
 _decode_json = json.JSONDecoder().decode
 
 

@@ -2,10 +2,12 @@
 
 What becomes a chunk, by kind of input:
 
-plain lines (.jsonl, .json, .txt)     a byte range, which owns the lines that start in it
+lines (.jsonl, .json, plain text)     a byte range, which owns the lines that start in it
 packed files, standard input, pipes   a block of whole lines, unpacked by the parent process and sent to a worker
 .parquet, .arrow, .feather            a row group or record batch
-.txt with --text-unit file            a file
+plain text with --text-unit file      a file
+
+Plain text is .txt, and with an explicit --text-unit also every file whose name promises nothing else.
 """
 
 import glob
@@ -25,6 +27,7 @@ from megatron_ext.data.readers.lines import LINES, LONG, LONG_END, scan_lines
 
 STDIN = "-"
 _STDIN_DESCRIPTOR = 0
+_JSON_SUFFIXES = (".jsonl", ".json")
 MAX_CHUNK_BYTES = 16 << 20
 MIN_CHUNK_BYTES = 256 << 10
 STREAM_CHUNK_BYTES = 4 << 20
@@ -143,17 +146,17 @@ def _source(path: str, config: InputConfig) -> TextSource:
 def _text_source(
     path: str, suffix: str, compression: Compression | None, is_stream: bool, config: InputConfig
 ) -> TextSource:
-    if suffix != ".txt":
+    if suffix != ".txt" and (config.text_unit is None or suffix in _JSON_SUFFIXES):
         return TextSource(path, "json", compression, is_stream)
     if len(config.json_keys) > 1:
         raise ValueError(
             f"--json-keys {' '.join(config.json_keys)}: {path} is plain text, which has no keys; give one key"
         )
-    if config.text_unit == "line":
+    if config.text_unit != "file":
         return TextSource(path, "text", compression, is_stream)
     if is_stream:
         raise ValueError(
-            f"--text-unit file: {path} must be neither compressed nor a pipe; unpack it to a .txt file"
+            f"--text-unit file: {path} must be neither compressed nor a pipe; unpack it to a file"
         )
     return TextSource(path, "whole_text", None, False)
 

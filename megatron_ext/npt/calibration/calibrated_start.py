@@ -190,8 +190,8 @@ def _chosen_ranks(
 ) -> dict[Place, int]:
     model = config.model
     if allowed.kl is not None:
-        # Gains are sums over tokens of twice the KL; see `moments`.
-        return choose_ranks(gains, error=2 * allowed.kl * _samples(config) * model.seq_length)
+        # A gain is twice the KL per token that the rank removes; see `moments`.
+        return choose_ranks(gains, error=2 * allowed.kl)
     assert allowed.share is not None
     layers, cost = len(config.np.layers(model.num_layers)), 2 * model.hidden_size
     parameters = allowed.share * layer_parameters(model) * layers

@@ -9,9 +9,9 @@ information, and 1/2 E (d . x)^2 the loss KL(base || changed) of a small change 
 `output` are the same for `down`, which returns a to the residual stream. Without gradients (`metric` "output") the
 metric is that of fc1's output, diag(g) W^T W diag(g), with the norm's weight g; `factors` computes it from the weights.
 
-Every matrix is [h, h] in fp64, a sum over tokens. Ranks hold the moments of their own stage's layers; the sums include
-the tokens of all data-parallel ranks and, under sequence parallelism, of all tensor-parallel ranks. Which labels are
-sampled depends on the sample and the seed, not on the parallel layout.
+Every matrix is [h, h] in fp64, a mean over tokens: those of all data-parallel ranks and, under sequence parallelism, of
+all tensor-parallel ranks. Ranks hold the moments of their own stage's layers. Which labels are sampled depends on the
+sample and the seed, not on the parallel layout.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -40,7 +40,7 @@ _ROWS_AT_ONCE = 1 << 24
 
 @dataclass
 class LayerMoments:
-    """Sums over tokens of one layer, each [h, h] in fp64; see the top of this file."""
+    """Means over tokens of one layer, each [h, h] in fp64; see the top of this file."""
 
     inputs: torch.Tensor
     metric: torch.Tensor
@@ -92,21 +92,25 @@ def collect_moments(
     hooks = _Hooks(chunks, layers, run, gradients)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
-    first = 0
+    first = tokens = 0
     try:
         while first < samples:
             step, run.kept, count = calibration_step(batches, first, samples, seed)
             # The loss of `run_microbatches` is a mean over tokens of a data-parallel rank, on average.
             copies = parallel_state.get_data_parallel_world_size()
-            run.scale = min(count, samples - first) * step[0]["tokens"].size(1) / copies
+            counted = min(count, samples - first) * step[0]["tokens"].size(1)
+            run.scale = counted / copies
             hooks.begin()
             loss = _SampledLoss() if gradients else NoLoss()
             run_microbatches(chunks, [], step, loss, forward_only=not gradients)
             first += count
+            tokens += counted
     finally:
         hooks.remove()
-    parts = chain.from_iterable(moments.parts() for moments in hooks.moments.values())
+    parts = list(chain.from_iterable(moments.parts() for moments in hooks.moments.values()))
     sum_over_ranks(parts, chunks[0].config.sequence_parallel)
+    for part in parts:
+        part /= tokens
     return hooks.moments
 
 

@@ -26,7 +26,7 @@ def print_summary(report: dict[str, Any]) -> None:
         "mean delta norm",
         "",
         _four(average),
-        f"with regularization, expected below {delta['expected_below']}",
+        delta_expectation(delta),
     )
     table.add_row("  relative to |W|", "", _four(delta["relative_norm"]["mean"]), "")
     share = f"NP / base: {counts['np_share_of_converted_layers']:.1%} in the converted layers"
@@ -47,6 +47,15 @@ def untrained_state(perplexity: dict[str, Any]) -> str:
     return "without deltas" if seed is None else f"initial NP weights, seed {seed}"
 
 
+def delta_expectation(delta: dict[str, Any]) -> str:
+    """Says what is expected of the mean delta norm; `delta` is the report's section.
+
+    Empty for a run without regularization, of which nothing is expected.
+    """
+    regularized = bool(delta["regularization_weight"])
+    return f"with regularization, expected below {delta['expected_below']}" if regularized else ""
+
+
 def held_back(ablation: dict[str, Any]) -> str:
     """Returns a sentence that names the layers that hold the model back; `ablation` is the report's section."""
     found, tokens = ablation["holding_back"], f"on {ablation['tokens']:,} tokens"
@@ -61,15 +70,21 @@ def held_back(ablation: dict[str, Any]) -> str:
 
 
 def _layer_table(report: dict[str, Any]) -> Table:
-    layers = Table(title="layer by layer: same input | free-running")
-    for column in ("layer", *(2 * ("MSE", "cosine", "relative error"))):
-        layers.add_column(column, justify="right")
+    layers = Table(title="layer by layer: on the same input, and free-running")
+    layers.add_column("layer", justify="right")
+    for how in ("same input", "free-running"):
+        for column in ("MSE", "1 - cosine", "relative error"):
+            layers.add_column(f"{how}:\n{column}", justify="right")
     modes = [report["layer_wise_equivalence"][how]["layers"] for how in ("same_input", "free_running")]
     for number in modes[0]:
         cells = [
-            _four(mode[number][key])
+            _four(value)
             for mode in modes
-            for key in ("mse", "cosine_similarity", "relative_error")
+            for value in (
+                mode[number]["mse"],
+                _one_minus(mode[number]["cosine_similarity"]),  # four digits of the cosine itself would be 1
+                mode[number]["relative_error"],
+            )
         ]
         layers.add_row(number, *cells)
     return layers
@@ -139,6 +154,10 @@ def _greedy_table(report: dict[str, Any]) -> Table:
 
 def _verdict(holds: bool, expected: str) -> str:
     return f"expected {expected}: {'holds' if holds else 'does not hold'}"
+
+
+def _one_minus(value: float | None) -> float | None:
+    return None if value is None else 1 - value
 
 
 def _four(value: float | None, digits: int = 4) -> str:

@@ -91,8 +91,9 @@ class _Sequence:
         on_every_rank(self._read_tensors)
         layers = _remaining(self.state, self.config)
         if not layers:
+            verb = "is" if len(self.state.trained) == 1 else "are"
             print_on_first_rank(
-                f"training is already complete: layers {_listed(self.state.trained)} are trained in {self.folder}"
+                f"training is already complete: {_named(self.state.trained)} {verb} trained in {self.folder}"
             )
             return EXIT_OK
         for place, layer in enumerate(layers):
@@ -105,7 +106,8 @@ class _Sequence:
                 return code
             gc.collect()
         print_on_first_rank(
-            f"all layers are trained; {self.folder / store.LOADER} loads the model with {_listed(self.state.trained)}"
+            f"all layers are trained; {self.folder / store.LOADER} loads the model with NP components in "
+            f"{_named(self.state.trained)}"
         )
         return EXIT_OK
 
@@ -135,7 +137,7 @@ class _Sequence:
         load_under(layer, self.tensors, chunks)
         load = config.checkpoint.load
         own = start.fresh(config.np, config.training.seed) if load is None else f"from {load}"
-        earlier = f"as trained before in layer {_listed(self.state.trained)}, " if self.state.trained else ""
+        earlier = f"as trained before in {_named(self.state.trained)}, " if self.state.trained else ""
         weights, steps = f"{earlier}{own} in layer {layer}", config.npt.steps_per_layer
         start.print_start(
             chunks, config, self.options.base, weights=weights, total_steps=steps, trains=(layer,)
@@ -299,6 +301,11 @@ def layer_logging(logging: LoggingConfig, name: str, layer: int, model_size: str
         changes["wandb_exp_name"] = "_".join(run)
         changes["wandb_tags"] = (*(logging.wandb_tags or ()), "sequential", f"layer_{layer}")
     return replace(logging, **changes)
+
+
+def _named(layers: Mapping[int, str]) -> str:
+    """Names layers in a sentence, as in "layer 3" or "layers 3, 4"."""
+    return f"layer{'s' if len(layers) > 1 else ''} {_listed(layers)}"
 
 
 def _listed(layers: Mapping[int, str] | list[int] | tuple[int, ...]) -> str:

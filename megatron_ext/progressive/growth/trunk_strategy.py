@@ -108,6 +108,30 @@ def stack_treatments(rack: Rack, plan: SettingsByLayer, cached_layers: int) -> l
     return [found[index] for index in sorted(found)]
 
 
+def stack_descriptions(
+    rack: Rack, plan: SettingsByLayer, cached_layers: int, run_precision: str
+) -> list[str]:
+    """Returns the precision of each stack and what a phase trains in it, by index, such as `nf4, frozen`.
+
+    Args:
+        rack: the stacks of the model.
+        plan: the settings of the model's layers, by number.
+        cached_layers: see `stack_treatments`.
+        run_precision: the precision of stacks that have the run's precision.
+    """
+    words = {
+        "trained": "trained",
+        "adapters": "frozen, with trained adapters",
+        "frozen": "frozen",
+        "cached": "frozen, output cached",
+    }
+    found = []
+    for index, treatment in enumerate(stack_treatments(rack, plan, cached_layers)):
+        precision = plan[rack.layers_of(index).start].precision or run_precision
+        found.append(f"{'nf4' if precision == 'qlora' else precision}, {words[treatment]}")
+    return found
+
+
 def frozen_below(rack: Rack, config: ProgressiveConfig, trains: Trains) -> int:
     """Returns the number of layers below the newest stack; 0 if any of them, or the embedding, is trained."""
     if not _has_trunk(rack, config, trains) or why_uncached(rack, config, trains) is not None:

@@ -40,7 +40,7 @@ from megatron_ext.progressive.growth.training_history import (
     publish_rack,
     write_history,
 )
-from megatron_ext.progressive.growth.trunk_strategy import stack_treatments, why_uncached
+from megatron_ext.progressive.growth.trunk_strategy import stack_descriptions, stack_treatments, why_uncached
 from megatron_ext.progressive.objectives.stack_objective import mask_token_of, reserve_mask_token
 from megatron_ext.progressive.progressive_family import ProgressiveFamily, Trunk, stack_bytes
 from megatron_ext.progressive.settings.progressive_run_config import ProgressiveRunConfig
@@ -255,11 +255,13 @@ class Growth:
         return replace(own, training=replace(own.training, train_iters=first + phase.steps))
 
     def _report(self, phase: Phase, family: ProgressiveFamily, chunks: list[GPTModel]) -> None:
-        """Prints the numbers of trained and frozen parameters, and the bytes of each stack's weights."""
+        """Prints the numbers of trained and frozen parameters; each stack's precision, training and bytes."""
         sizes = stack_bytes(chunks, phase.rack)
         counts = family.parameters
+        run_precision = "bfloat16" if self.config.training.bf16 else "full"
+        found = stack_descriptions(phase.rack, family.plan, _cached_layers(family), run_precision)
         weights = ", ".join(
-            f"stack {stack.index} ({stack.precision}) {compact(sizes[stack.index])}B"
+            f"stack {stack.index} ({found[stack.index]}) {compact(sizes[stack.index])}B"
             for stack in phase.rack.stacks
         )
         print_on_first_rank(
@@ -289,9 +291,7 @@ class Growth:
             stack_bytes=[sizes[index] for index in sorted(sizes)],
             peak_memory_bytes=peak,
             seconds=round(time.monotonic() - started, 3),
-            stack_treatments=stack_treatments(
-                phase.rack, family.plan, family.trunk_layers if family.cache is not None else 0
-            ),
+            stack_treatments=stack_treatments(phase.rack, family.plan, _cached_layers(family)),
             stack_precisions=[
                 family.plan[phase.rack.layers_of(index).start].precision for index in sorted(sizes)
             ],
@@ -300,3 +300,7 @@ class Growth:
         on_first_rank(lambda: write_history(self.save, history))
         self.history = history
         dist.barrier()
+
+
+def _cached_layers(family: ProgressiveFamily) -> int:
+    return family.trunk_layers if family.cache is not None else 0

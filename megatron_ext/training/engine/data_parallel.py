@@ -14,9 +14,11 @@ from megatron.core.utils import get_model_config
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.platform.run_phases import GRADIENTS, in_phase
 from megatron_ext.training.engine.gradient_norms import mark_reduced_ranges
 
 
+@in_phase(GRADIENTS)
 def wrap_model(
     chunks: list[GPTModel], parallel: ParallelConfig, *, bf16: bool
 ) -> list[DistributedDataParallel]:

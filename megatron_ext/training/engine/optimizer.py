@@ -17,9 +17,11 @@ from megatron.core.utils import get_model_config
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform import process_groups
+from megatron_ext.platform.run_phases import OPTIMIZER, in_phase
 from megatron_ext.training.interface.family_interface import Family
 
 
+@in_phase(OPTIMIZER)
 def build_optimizer(
     settings: OptimizerSettings,
     parallel: ParallelConfig,

@@ -23,6 +23,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
+from megatron_ext.platform.run_phases import EVALUATION, FORWARD_BACKWARD, STEP, UPDATE, in_phase
 from megatron_ext.training.engine.data_parallel import unwrap_models
 from megatron_ext.training.engine.gradient_norms import clip_gradients
 from megatron_ext.training.engine.microbatches import accumulate_gradients, run_microbatches
@@ -95,6 +96,7 @@ class Stepper:
         copies = parallel_state.get_data_parallel_world_size()
         self.num_microbatches = global_batch_size // (micro_batch_size * copies)
 
+    @in_phase(STEP)
     def train(self, batches: Iterator[Batch], iteration: int) -> StepResult:
         """Runs one step: forward, backward and update on the next micro-batches. Collective.
 
@@ -125,6 +127,7 @@ class Stepper:
             statistics=statistics,
         )
 
+    @in_phase(FORWARD_BACKWARD)
     def forward_backward(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Computes the gradients of one step's micro-batches, without an update.
 
@@ -147,6 +150,7 @@ class Stepper:
         )
         return _means(outputs, output_loss.names, of_nothing=0.0), LayerLosses.collect()
 
+    @in_phase(EVALUATION)
     def evaluate(
         self, make_batches: Callable[[], Iterator[Batch]], num_steps: int, split: str = "validation"
     ) -> dict[str, float]:
@@ -197,6 +201,7 @@ class Stepper:
             prepared = family.prepare_batches(self.models, self.families, list(prepared))
         return prepared
 
+    @in_phase(UPDATE)
     def _update(self, losses: dict[str, float]) -> tuple[float, bool]:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())

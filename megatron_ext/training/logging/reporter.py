@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
+from weakref import WeakSet
 
 from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.platform import process_groups
@@ -35,6 +36,9 @@ from megatron_ext.training.logging.wandb_run import WandbRun, check_wandb
 _LARGEST_EXPONENT = 20.0
 """Losses are capped at this value before the perplexity is computed, as in Megatron-LM: early values would flatten the
 curve."""
+
+_WITH_BASELINE: WeakSet[TextIO] = WeakSet()
+"""Streams that show the MFU baseline already. The phases of a run share a stream; their baseline is measured once."""
 
 
 class Reporter:
@@ -93,8 +97,10 @@ class Reporter:
         texts = {name: _json_values(value) for name, value in (configuration or {}).items()}
         self._tensorboard = _open_tensorboard(logging, charts, iteration, consumed_samples, texts)
         self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
-        self._progress = open_progress(stream or sys.stdout, total_iterations, iteration)
-        if self._peak is not None:
+        stream = stream or sys.stdout
+        self._progress = open_progress(stream, total_iterations, iteration)
+        if self._peak is not None and stream not in _WITH_BASELINE:
+            _WITH_BASELINE.add(stream)
             rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s per process ({self._peak.source})"
             self.message(f"MFU baseline: {rate}")
 

@@ -14,7 +14,7 @@ from megatron_ext.npt.runs.npt_model import NPTModel
 from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, write_np_weights
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
-from tests.integration.npt.npt_run_helpers import DATA, make_base, train, write_data
+from tests.integration.npt.npt_run_helpers import DATA, MODEL, make_base, train, write_data
 
 COMMON = [
     *("--np-init-strategy", "calibrated", "--calibration-tokens", "800", "--npt-layers", "1,3"),
@@ -109,6 +109,38 @@ def test_a_calibrated_form_starts_nearer_to_the_base_than_random_factors(
             f"gate rank {of_layer['gate']['rank']}, {of_layer['gate']['error_left']:.2%} of the error left"
         )
         assert printed in output
+
+
+def _plain_base(folder: str, data: str) -> str:
+    """A base model with LayerNorm and biases, whose MLP has no gate."""
+    plain = [flag for flag in MODEL if flag not in ("--swiglu", "--disable-bias-linear")]
+    with unittest.mock.patch("tests.integration.npt.npt_run_helpers.MODEL", plain):
+        return make_base(folder, data, "--normalization", "LayerNorm")
+
+
+@pytest.mark.parametrize("form", ["low_rank", "outer_product", "outer_product normalized"])
+def test_a_model_with_layer_norm_biases_and_no_gate_is_calibrated(
+    form: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    base = run_single(_plain_base, str(tmp_path), prepared.data)
+    flags = [
+        *prepared.flags("plain", *FORMS[form]),
+        "--np-target",
+        "fc1",
+        "--np-residual",
+        "keep",
+        "--load",
+        base,
+    ]
+    files = []
+    for name, more in (
+        ("random", ["--np-init-strategy", "improved", "--train-iters", "1", "--lr", "1e-9"]),
+        ("calibrated", ["--train-iters", "0"]),
+    ):
+        run_single(train, *flags, "--save", str(tmp_path / name), *more)
+        files.append(str(tmp_path / name / {"random": "final"}.get(name, name) / "npt_weights.pt"))
+    random, calibrated = run_single(_divergences, base, *files)
+    assert calibrated < 0.7 * random, (calibrated, random)
 
 
 LAYOUTS = {

@@ -103,17 +103,29 @@ def test_a_budget_becomes_numbers_which_are_trained_from_stored_and_resumed(prep
     assert (folder / "checkpoint-4").is_dir()
 
 
+def _kl(base: str, weights: str) -> float:
+    """KL(base || converted) per token, on random tokens as in the data of the calibration."""
+    tokens = torch.randint(0, 64, (128, 16), generator=torch.Generator().manual_seed(5))
+    model = NPTModel.from_pretrained(base)
+    before = model.logits(tokens).log_softmax(-1)
+    model.load_npt_weights(weights)
+    after = model.logits(tokens).log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
 def test_a_bound_on_the_predicted_kl_takes_the_fewest_ranks_that_keep_it(prepared: Prepared) -> None:
-    code, _ = run_single(
-        train, *prepared.flags("kl", *DROP, "--np-rank", "auto:kl=1e-4", "--train-iters", "0")
-    )
+    bound, calibration = 1e-4, ["--calibration-tokens", "2000", "--train-iters", "0"]
+    code, _ = run_single(train, *prepared.flags("kl", *DROP, "--np-rank", f"auto:kl={bound}", *calibration))
+    folder = prepared.root / "kl/calibrated"
     assert code == 0
-    spectrum = json.loads((prepared.root / "kl/calibrated/spectrum.json").read_text())
+    spectrum = json.loads((folder / "spectrum.json").read_text())
     places = [place for of_layer in spectrum["layers"].values() for place in of_layer.values()]
-    kept = [place["squared_singular_values"][: place["rank"]] for place in places]
-    rest = sum(sum(place["squared_singular_values"][place["rank"] :]) for place in places)
-    unit = 2 * spectrum["tokens"]
-    assert rest / unit <= 1e-4 < (rest + min(min(values) for values in kept if len(values) > 1)) / unit
+    assert all(1 < place["rank"] < HIDDEN for place in places)
+    left = sum(sum(place["squared_singular_values"][place["rank"] :]) for place in places) / 2
+    last = min(place["squared_singular_values"][place["rank"] - 1] for place in places) / 2
+    assert left <= bound < left + last
+    measured = run_single(_kl, prepared.base, str(folder / "npt_weights.safetensors"))
+    assert 0.5 < measured / left < 2
 
 
 def _killed(*flags: str) -> None:

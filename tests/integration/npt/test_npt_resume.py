@@ -61,6 +61,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
     stopped, resumed, again = found["outputs"]
     assert "stopped after step 4" in stopped and "the run continues after step 4" in resumed
     assert "training is already complete: step 8 of 8" in again and "step 9" not in again
+    assert "--override-opt-param-scheduler" not in again, "NPT runs always use the command line's schedule"
     for straight, other in zip(*found["states"], strict=True):
         assert straight and _equal(straight, other)
     assert {name.split(".")[0] for name in found["states"][0][0]} == {"optimizer", "decoder"}

@@ -58,7 +58,7 @@ def test_a_layer_by_layer_run_tells_what_each_layer_stands_on(sequential_run: Se
     assert [line.partition(";")[0].removeprefix("NP weights: ") for line in told] == [
         f"{fresh} 0",
         f"as trained before in layer 0, {fresh} 1",
-        f"as trained before in layer 0, 1, {fresh} 3",
+        f"as trained before in layers 0, 1, {fresh} 3",
     ]
 
 

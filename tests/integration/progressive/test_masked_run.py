@@ -14,6 +14,7 @@ from megatron_ext.platform import process_groups
 from megatron_ext.reports.events import read_curves
 from megatron_ext.testing.run_single import run_single
 from tests.integration.progressive.progressive_run_helpers import ROOT, losses_of, train, write_data
+from tools.evaluate import counted_tokens
 
 FLAGS = (
     *("--training-objective", "diffusion", "--time-interpretation", "input", "--time-embedding-dim", "8"),
@@ -99,6 +100,9 @@ def test_an_evaluation_tells_the_accuracy_on_masked_tokens_beside_the_unigram_gu
     assert {"loss", "masked_token_accuracy", "unigram_accuracy", "unigram_cross_entropy"} <= found.keys()
     assert 0 <= found["unigram_accuracy"] < 0.2 and 0 <= found["masked_token_accuracy"] < 0.5
     assert f"masked token accuracy {found['masked_token_accuracy']:.4f}; unigram accuracy" in runs["line"]
+    assert "160 tokens by weight (only masked tokens count);" in runs["line"]
+    assert counted_tokens(1500, 6000, "mlm") == "1,500 masked tokens of 6,000"
+    assert counted_tokens(6000, 6000, "custom") == counted_tokens(6000, 6000, None) == "6,000 tokens"
 
 
 def test_the_tool_samples_from_the_complete_rack(runs: dict[str, Any]) -> None:

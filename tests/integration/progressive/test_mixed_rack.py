@@ -65,8 +65,9 @@ def test_precision_costs_little_of_the_loss_and_is_told(found: dict[str, Any]) -
     plain, low = (losses_of(found[f"{name} output"]) for name in ("fp32", "bf16"))
     assert len(plain) == len(low) == 6
     assert low == pytest.approx(plain, rel=0.02)
-    for stack, precision in enumerate(PRECISIONS):
-        assert f"stack {stack} ({precision}) " in found["bf16 output"]
+    for stack, precision in enumerate(("full", "half", "bfloat16", "nf4")):
+        assert f"stack {stack} ({precision}, frozen, output cached) " in found["bf16 output"]
+    assert "stack 4 (bfloat16, trained) " in found["bf16 output"]
     assert "--bf16: stacks of precision full are stored and computed in fp32" in found["bf16 output"]
     assert "--bf16" not in found["fp32 output"]
 

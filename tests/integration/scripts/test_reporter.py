@@ -175,6 +175,15 @@ def test_a_plain_line_comes_once_an_interval_with_means() -> None:
     assert fields[8:] == ["ETA 0:00:00"]
 
 
+def test_the_reporters_of_several_phases_show_the_baseline_once() -> None:
+    stream = io.StringIO()
+    for _ in range(3):
+        with reporter(stream, total=2) as report:
+            report.step(1, metrics(1))
+            report.step(2, metrics(2))
+    assert stream.getvalue().count("MFU baseline") == 1 and stream.getvalue().count("step 2/2") == 3
+
+
 def test_an_mfu_above_100_percent_is_not_printed_without_saying_so(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     low = PEAK_TFLOPS / 1e6

@@ -136,6 +136,9 @@ def test_the_same_command_starts_goes_on_and_ends_as_the_run_that_never_stopped(
     assert losses(Path(place, "curves")) == losses(tmp_path / "curves")
     code, third = pretrain(data, *requeued, processes=2)
     assert code == 0 and "training is already complete: step 6 of 6" in third
+    assert (
+        "to continue, increase --train-iters (--max-steps), with --override-opt-param-scheduler if" in third
+    )
 
 
 def test_overwriting_must_be_said_and_leaves_the_new_run_alone(data: str, run: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from megatron_ext.data.indexed.manifest import write_manifest
 from megatron_ext.data.tokenizers.byte_and_null import ByteLevelTokenizer, NullTokenizer
 from megatron_ext.inference.load_model import load_model
 from megatron_ext.inference.perplexity import evaluate_perplexity
-from megatron_ext.npt.evaluation.evaluation_summary import held_back
+from megatron_ext.npt.evaluation.evaluation_summary import delta_expectation, held_back
 from megatron_ext.npt.evaluation.paired_generation import greedy_agreement
 from megatron_ext.npt.modules.npt_layers import np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -38,7 +38,7 @@ from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
 from megatron_ext.testing.tiny_training import TINY
 from megatron_ext.training.interface.family_interface import Family
-from tools.evaluate_npt import main
+from tools.evaluate_npt import EvaluateNPTConfig, _regularization_weight, main
 
 MODEL = replace(TINY, init_method_std=0.2)
 SETTINGS = NPTModuleConfig(
@@ -132,7 +132,28 @@ def test_report_holds_every_documented_key_and_counts_every_token(made: Path, on
     untrained = report["perplexity"]["untrained_ratio"]
     assert untrained != report["perplexity"]["perplexity_ratio"], "the checkpoint's seed is another one"
     assert re.search(rf"converted, not trained .* {untrained:.6g} .*seed 1234", printed)
-    assert "with regularization, expected below 0.01" in printed
+    assert report["weight_delta"]["regularization_weight"] is None, "the checkpoint names no training"
+    assert re.search(r"mean delta norm +│ +│ +\S+ │ +│", printed), "nothing is expected of it"
+    cosine = report["layer_wise_equivalence"]["same_input"]["layers"]["1"]["cosine_similarity"]
+    assert "same input:" in printed and "free-running:" in printed
+    assert f"{1 - cosine:.4g}" in printed
+
+
+@pytest.mark.parametrize(
+    ("npt", "weight"),
+    [
+        ({"mode": "multi_layer", "layer_losses": "document", "regularization_weight": None}, 0.01),
+        ({"mode": "multi_layer", "layer_losses": "local", "regularization_weight": None}, 0.0),
+        ({"mode": "lm", "layer_losses": "document", "regularization_weight": 0.5}, 0.5),
+        ({"mode": "multi_layer", "regularization_weight": None}, None),
+    ],
+)
+def test_a_delta_norm_is_expected_of_regularized_runs_only(npt: dict[str, Any], weight: float | None) -> None:
+    config = EvaluateNPTConfig(checkpoint="c", data_path="d")
+    assert _regularization_weight(config, {"npt": npt}) == weight
+    assert _regularization_weight(replace(config, npt_weights="w.pt"), {"npt": npt}) is None
+    expected = delta_expectation({"regularization_weight": weight, "expected_below": 0.01})
+    assert expected == ("with regularization, expected below 0.01" if weight else "")
 
 
 def _keys(value: Any, path: str = "") -> set[str]:

@@ -85,7 +85,8 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"lr_warmup_iters": 10},
-        "--lr-warmup-iters 10: must be less than the length of the schedule, 10 iters",
+        "--lr-warmup-iters 10: must be less than the length of the schedule, 10 iters; "
+        "pass a smaller value, for example --lr-warmup-iters 1",
     ),
     (1, {"lr_decay_samples": 10}, "--lr-decay-samples 10: the run's length is given by --train-iters"),
     (

@@ -111,9 +111,27 @@ def test_names_in_capitals_mean_the_same(tmp_path: Path) -> None:
 def test_a_file_that_is_no_json_lines_at_all_gets_a_hint(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "a.md", content)
     with pytest.raises(
-        ValueError, match=r"JSON lines hold one object per line; .* plain text must be named .txt"
+        ValueError, match=r"JSON lines hold one object per line; .* name the file .txt or give --text-unit"
     ):
         list(iter_documents(InputConfig(input=(path,))))
+
+
+def test_an_explicit_text_unit_makes_every_file_without_a_name_of_its_own_plain_text(tmp_path: Path) -> None:
+    paths = (
+        write(tmp_path / "a.md", b"# One\n\ntwo\n"),
+        write(tmp_path / "LICENSE", b"free\n"),
+        write(tmp_path / "b.json", json_lines("three")),
+    )
+    packed = write(tmp_path / "c.rst.gz", _gzip(b"four\n"))
+    packed_json = write(tmp_path / "d.jsonl.gz", _gzip(json_lines("five").encode()))
+    whole = read_all(InputConfig(input=(*paths, packed_json), text_unit="file"))[0]
+    assert whole == [("# One\n\ntwo\n",), ("free\n",), ("three",), ("five",)]
+    lines = read_all(InputConfig(input=(*paths, packed), text_unit="line"))[0]
+    assert lines == [("# One",), ("two",), ("free",), ("three",), ("four",)]
+    with pytest.raises(
+        ValueError, match=r"--text-unit file: .*c.rst.gz must be neither compressed nor a pipe"
+    ):
+        read_all(InputConfig(input=(packed,), text_unit="file"))
 
 
 def test_the_same_file_under_two_names_is_refused_with_both(

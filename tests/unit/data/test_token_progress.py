@@ -26,6 +26,18 @@ def test_a_log_file_gets_lines_with_count_share_rate_and_time_left(
     assert not printed.out
 
 
+def test_a_run_with_a_line_ends_with_the_line_of_its_last_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
+    with token_progress("held", 2000) as advance:
+        advance(500)
+        monkeypatch.setattr(console, "_LINE_SECONDS", 10.0)
+        advance(500)
+        advance(1000)
+    assert re.findall(LINE, capsys.readouterr().err) == [("500", "25"), ("2,000", "100")]
+
+
 def test_a_short_run_and_a_process_that_is_not_to_speak_print_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

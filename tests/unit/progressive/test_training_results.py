@@ -2,12 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_ext.progressive.growth.rack import rack_of
 from megatron_ext.progressive.growth.training_history import History, read_history, write_history
-from megatron_ext.progressive.growth.trunk_strategy import frozen_below, settings_by_layer, stack_treatments
+from megatron_ext.progressive.growth.trunk_strategy import (
+    frozen_below,
+    settings_by_layer,
+    stack_descriptions,
+    stack_treatments,
+)
 from megatron_ext.progressive.report.comparison_figures import compare_runs, loss_at, phase_figures
 from megatron_ext.progressive.report.training_results import read_run
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
@@ -122,6 +128,23 @@ def test_a_phase_notes_what_it_does_with_each_stack(
     rack = rack_of(config, 3)
     below = frozen_below(rack, config, "newest") if cached else 0
     assert stack_treatments(rack, settings_by_layer(rack, config, "newest"), below) == treatments
+
+
+def test_the_line_of_a_phase_names_the_stored_precision_and_what_trains() -> None:
+    flags: dict[str, Any] = {"trunk_strategy": "qlora", "trunk_precision": "qlora", "target_stacks": 3}
+    packed = ProgressiveConfig(**flags, new_stack_precision=("full", "half", "nvfp4"))
+    rack = rack_of(packed, 3)
+    plan = settings_by_layer(rack, packed, "newest")
+    assert stack_descriptions(rack, plan, 0, "bfloat16") == [
+        "nf4, frozen, with trained adapters",
+        "nf4, frozen, with trained adapters",
+        "bfloat16, trained",  # packed into four bits only once it belongs to the trunk
+    ]
+    cached = ProgressiveConfig(target_stacks=2)
+    rack = rack_of(cached, 2)
+    below = frozen_below(rack, cached, "newest")
+    plan = settings_by_layer(rack, cached, "newest")
+    assert stack_descriptions(rack, plan, below, "full") == ["full, frozen, output cached", "full, trained"]
 
 
 def test_a_history_of_before_treatments_were_noted_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""`--rehearse`: runs one rank of a cluster run on a simulated GPU; see docs/rehearsal.md."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from megatron_ext.config.command_line.field_checks import Spelling, check_at_least, check_positive, flag_name
+
+ALL_KINDS = "all-kinds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearsalConfig:
+    """Flags for a rehearsal, which needs no GPU, no data and no checkpoint."""
+
+    rehearse: Annotated[str | None, Spelling(metavar="[RANK|all-kinds]", without_value="0")] = None
+    """Run two steps and an evaluation of one rank on a simulated GPU, print its memory, communication and waits, and
+    exit. Default rank: 0. all-kinds rehearses a rank of the first, of an inner and of the last pipeline stage."""
+
+    world_size: int | None = None
+    """With --rehearse: number of processes of the run. Default: WORLD_SIZE, else as many as one model copy needs."""
+
+    rehearsal_device: str = "H100"
+    """With --rehearse: name of the simulated GPU, which sets its memory and its rates."""
+
+    device_memory_gb: float | None = None
+    """With --rehearse: memory of the simulated GPU in GiB. Default: that of --rehearsal-device."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "world_size")
+        check_positive(self, "device_memory_gb")
+        if self.rehearse is not None and self.rehearse != ALL_KINDS and not self.rehearse.isdigit():
+            raise ValueError(f"--rehearse {self.rehearse}: must be a rank or {ALL_KINDS}")
+        for name in ("world_size", "device_memory_gb"):
+            if getattr(self, name) is not None and self.rehearse is None:
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: requires --rehearse")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run is rehearsed."""
+        return self.rehearse is not None

@@ -1,0 +1,24 @@
+"""`python -m megatron_ext.rehearsal SCRIPT FLAGS`: runs a script in a process that has the simulated device.
+
+`--rehearse` starts it, once for each rank that is rehearsed.
+"""
+
+import runpy
+import sys
+
+from megatron_ext.config.command_line.error_lines import exit_with_error
+from megatron_ext.rehearsal.simulated import device_library
+
+
+def main() -> None:
+    """Loads the simulated device and runs the script."""
+    try:
+        device_library.load()
+    except (OSError, ValueError) as error:
+        exit_with_error(str(error))
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What a rehearsed rank does besides computing: collectives, waits of the host for the device, and oddities."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from megatron_ext.platform.run_phases import EVALUATION, STEP
+
+START, EVALUATE = "start", "evaluation"
+
+_PACKAGE = str(Path(__file__).parents[2])
+_OWN = str(Path(__file__).parents[1])
+_ENGINE = "/megatron/core/"
+_WRAPPERS = ("platform/run_phases.py",)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kind of communication, by which calls are counted."""
+
+    operation: str
+    group: str
+    size: int
+    device: str
+    """`cuda` or `cpu`, or `object` for Python objects."""
+
+    asynchronous: bool
+    hosts: int
+    """Number of hosts on which the group's ranks run."""
+
+    place: str
+
+
+@dataclass
+class Total:
+    """How often something happened, and its bytes."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Activity:
+    """The record of a rehearsed rank; a scope is `start`, `step N` or `evaluation`."""
+
+    step: int = 0
+    groups: int = 0
+    """Number of process groups that the rank has created, of which it is in few."""
+
+    phases: list[str] = field(default_factory=list)
+    communication: dict[tuple[str, Call], Total] = field(default_factory=dict)
+    waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    """Counts by scope, kind of wait, and place in the code."""
+
+    copies: dict[tuple[str, str, str], Total] = field(default_factory=dict)
+    """Copies between host and device, by scope, direction and place."""
+
+    oddities: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Things that work but should not happen, by scope and description."""
+
+    @property
+    def phase(self) -> str:
+        """The innermost phase, or "" outside all phases."""
+        return self.phases[-1] if self.phases else ""
+
+    @property
+    def scope(self) -> str:
+        """The scope of what happens now."""
+        if EVALUATION in self.phases:
+            return EVALUATE
+        return f"step {self.step}" if self.step else START
+
+    def begin(self, phase: str) -> None:
+        """Enters a phase."""
+        self.step += phase == STEP
+        self.phases.append(phase)
+
+    def end(self) -> None:
+        """Leaves the innermost phase."""
+        self.phases.pop()
+
+    def communicates(self, call: Call, size: int) -> None:
+        """Records one call."""
+        total = self.communication.setdefault((self.scope, call), Total())
+        total.calls += 1
+        total.bytes += size
+
+    def waits_for_device(self, kind: str) -> None:
+        """Records that the host waits until the device has finished its work."""
+        self.waits[self.scope, kind, place()] += 1
+
+    def copies_between(self, direction: str, size: int) -> None:
+        """Records a copy between host and device."""
+        total = self.copies.setdefault((self.scope, direction, place()), Total())
+        total.calls += 1
+        total.bytes += size
+
+    def is_odd(self, text: str) -> None:
+        """Records an oddity at the present place."""
+        self.oddities[self.scope, f"{text}, at {place()}"] += 1
+
+
+def place() -> str:
+    """Returns the line of this package, or of the engine and of this package, that is being executed."""
+    frame: FrameType | None = sys._getframe(1)
+    engine = ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_PACKAGE) and not name.startswith(_OWN) and not name.endswith(_WRAPPERS):
+            line = f"{name[len(_PACKAGE) + 1 :]}:{frame.f_lineno} {frame.f_code.co_name}"
+            return f"{engine} < {line}" if engine else line
+        if not engine and _ENGINE in name:
+            engine = f"core/{name.split(_ENGINE)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return engine or "?"

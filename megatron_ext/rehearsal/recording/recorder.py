@@ -1,0 +1,184 @@
+"""Watches every operation of a rehearsed rank: its memory, FLOPs and traffic, and whether the host waits for it.
+
+Operations that return a value to the host have none to return here. They give 1 (0 for integers, True for booleans), so
+that a loss is finite and a step is not skipped, and are counted as a wait.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from megatron_ext.platform.run_phases import FORWARD_BACKWARD, GRADIENTS, MODEL, OPTIMIZER, UPDATE
+from megatron_ext.rehearsal.recording import memory_log
+from megatron_ext.rehearsal.recording.activity import START, Activity, place
+from megatron_ext.rehearsal.recording.memory_log import MemoryLog
+
+aten = torch.ops.aten
+
+_DYNAMIC = (aten.nonzero.default, aten.masked_select.default)
+_KIND_OF_PHASE = {
+    MODEL: memory_log.WEIGHTS,
+    GRADIENTS: memory_log.GRADIENTS,
+    OPTIMIZER: memory_log.OPTIMIZER,
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations inside `with recorder:`; is also the observer of the run's phases."""
+
+    def __init__(self, activity: Activity) -> None:
+        super().__init__()
+        self.activity = activity
+        self.memory = MemoryLog()
+        self.flops: Counter[tuple[str, str, torch.dtype]] = Counter()
+        """FLOPs of matrix products by scope, phase and precision."""
+
+        self.traffic: Counter[tuple[str, str]] = Counter()
+        """Bytes that other operations read and write, by scope and phase."""
+
+        self.modules: list[str] = []
+        """Names of the modules whose forward pass is running, from the outermost."""
+
+        self.chunks = self.parameters = 0
+        self._names: dict[int, str] = {}
+        self._hooks = [
+            torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
+            torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Removes the hooks that follow the modules."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # Phases
+
+    def begin(self, phase: str) -> None:
+        """Called before a phase of the run."""
+        self.activity.begin(phase)
+
+    def end(self, phase: str, result: Any) -> None:
+        """Called after a phase; learns which tensors are weights, gradients and optimizer state."""
+        self.activity.end()
+        if phase == MODEL and result is not None:
+            self.chunks = len(result)
+            for chunk in result:
+                self._names |= {id(module): name for name, module in chunk.named_modules()}
+                self.parameters += sum(parameter.numel() for parameter in chunk.parameters())
+        elif phase == GRADIENTS and result is not None:
+            for chunk in result:
+                # The distributed optimizer has moved the weights into one buffer.
+                self.memory.mark(chunk.parameters(), memory_log.WEIGHTS, "parameters")
+        elif phase == UPDATE and self.activity.step == 1:
+            self.memory.keep(UPDATE, memory_log.OPTIMIZER)
+
+    def _enter(self, module: torch.nn.Module, _: Any) -> None:
+        self.modules.append(self._names.get(id(module)) or type(module).__name__)
+
+    def _leave(self, *_: Any) -> None:
+        if self.modules:
+            self.modules.pop()
+
+    # Operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return self._to_host(func, args[0])
+        if func is aten.equal.default and args[0].is_cuda:
+            self.activity.waits_for_device("equal")
+            return True
+        if func in _DYNAMIC and args[0].is_cuda:
+            return self._dynamic(func, args[0])
+        _check_generator(func, args, kwargs)
+        out = func(*args, **kwargs)
+        values = tree_leaves(out)
+        for value in values:
+            if isinstance(value, torch.Tensor) and value.is_cuda:
+                self._allocate(value.untyped_storage())
+        self._count_work(func, args, kwargs, out, values)
+        return out
+
+    def _to_host(self, func: Any, value: torch.Tensor) -> Any:
+        if not isinstance(value, FakeTensor):
+            return func(value)
+        if value.is_cuda:
+            self.activity.waits_for_device("value read by the host")
+        constant = getattr(value, "constant", None)
+        return constant.item() if constant is not None else value_on_host(value.dtype)
+
+    def _dynamic(self, func: Any, value: torch.Tensor) -> torch.Tensor:
+        """Stands for an operation whose result's size depends on values: all values count as chosen."""
+        self.activity.waits_for_device(f"size of the result of {func}")
+        if func is aten.nonzero.default:
+            return value.new_zeros((value.numel(), value.dim()), dtype=torch.int64)
+        return value.new_zeros(value.numel())
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        if self.memory.knows(storage):
+            return
+        kind, where = self._describe()
+        activity = self.activity
+        self.memory.add(storage, kind, activity.scope, activity.phase, where)
+
+    def _describe(self) -> tuple[str, str]:
+        """Returns kind and place of a tensor that is allocated now."""
+        phase = self.activity.phase
+        known = _KIND_OF_PHASE.get(phase)
+        if known is not None:
+            return known, known
+        module = re.sub(r"\b\d+\b", "*", self.modules[-1]) if self.modules else ""
+        backward = torch._C._current_graph_task_id() != -1
+        if phase == FORWARD_BACKWARD and not backward:
+            return memory_log.ACTIVATIONS, module or place()
+        if backward:
+            return memory_log.TEMPORARY, f"backward: {module or 'gradients of activations'}"
+        return memory_log.TEMPORARY, place()
+
+    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, values: list[Any]) -> None:
+        scope, phase = self.activity.scope, self.activity.phase
+        if scope == START or func.is_view:
+            return
+        first = next((v for v in values if isinstance(v, torch.Tensor)), None)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None and first is not None:
+            self.flops[scope, phase, first.dtype] += count(*args, **kwargs, out_val=out)
+            return
+        if func in (aten.empty.memory_format, aten.empty_like.default, aten.detach.default):
+            return
+        moved = {id(v): v for v in _tensors((args, kwargs.values(), values))}
+        self.traffic[scope, phase] += sum(v.numel() * v.element_size() for v in moved.values() if v.is_cuda)
+
+
+def _tensors(parts: Iterable[Iterable[Any]]) -> Iterator[torch.Tensor]:
+    """Yields the tensors among an operation's arguments and results, and those in lists among them."""
+    for part in parts:
+        for value in part:
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                yield from (each for each in value if isinstance(each, torch.Tensor))
+
+
+def value_on_host(dtype: torch.dtype) -> Any:
+    """Returns the value that a fake tensor of this type seems to have."""
+    return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+
+
+def _check_generator(func: Any, args: Any, kwargs: Any) -> None:
+    generator = kwargs.get("generator")
+    if generator is None:
+        return
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+    if device.type != generator.device.type:
+        raise RuntimeError(
+            f"Expected a '{device.type}' device type for generator but found '{generator.device.type}' ({func})"
+        )

@@ -1,0 +1,88 @@
+"""Starts rehearsals: one process for each rehearsed rank, which runs the command again on the simulated device.
+
+parent   `--rehearse` on the command line: chooses the ranks, sets the environment that `torchrun` would set
+child    `python -m megatron_ext.rehearsal SCRIPT FLAGS`: loads the device, runs the same script, prints the report
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.rehearsal_config import ALL_KINDS, RehearsalConfig
+from megatron_ext.config.run_config import C
+from megatron_ext.rehearsal.simulated import device_library
+from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, device_named
+
+_ROOT = Path(__file__).parents[2]
+
+
+def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
+    """Calls `run(config)`, or rehearses it if --rehearse was given; returns the process's exit code.
+
+    Raises:
+        ValueError, OSError: a user error; the message is one line.
+    """
+    if not config.rehearsal.is_on:
+        return run(config)
+    if device_library.is_loaded():
+        # Imported late: this imports torch, which must find the device.
+        from megatron_ext.rehearsal.rehearsed_rank import rehearse_rank
+
+        # Model families do for a dry run what a rehearsal needs: they require no base model and no directory.
+        return rehearse_rank(
+            dataclasses.replace(config, training=dataclasses.replace(config.training, dry_run=True)), run
+        )
+    if config.training.skip_train:
+        raise ValueError("--skip-train: --rehearse runs training steps; omit one of them")
+    device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
+    if int(os.environ.get("RANK") or 0) != 0:
+        return 0  # under torchrun, one process rehearses
+    processes = _processes(config.rehearsal, config.parallel)
+    codes = [
+        _start(rank, processes) for rank in ranks_to_rehearse(config.rehearsal, config.parallel, processes)
+    ]
+    return next((code for code in codes if code), 0)
+
+
+def _processes(rehearsal: RehearsalConfig, parallel: ParallelConfig) -> int:
+    return rehearsal.world_size or int(os.environ.get("WORLD_SIZE") or parallel.model_parallel_size)
+
+
+def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, processes: int) -> list[int]:
+    """Returns the given rank, or for `all-kinds` the first ranks of the first, of an inner and of the last stage.
+
+    Raises:
+        ValueError: the run has no such rank, or the parallel layout does not fit the number of processes.
+    """
+    parallel.data_parallel_size(processes)
+    if rehearsal.rehearse == ALL_KINDS:
+        stages = parallel.pipeline_model_parallel_size
+        # megatron-core numbers the ranks of a stage one after the other.
+        return [stage * (processes // stages) for stage in sorted({0, stages // 2, stages - 1})]
+    rank = int(rehearsal.rehearse or 0)
+    if rank >= processes:
+        raise ValueError(f"--rehearse {rank}: must be less than the number of processes, {processes}")
+    return [rank]
+
+
+def _start(rank: int, processes: int) -> int:
+    """Rehearses one rank in a process of its own; returns its exit code."""
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": processes,
+        "LOCAL_RANK": 0,  # the process that prints errors
+        "LOCAL_WORLD_SIZE": min(processes, GPUS_PER_HOST),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 1,
+        "OMP_NUM_THREADS": 1,
+    }
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **{name: str(value) for name, value in place.items()}, "PYTHONPATH": path}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "megatron_ext.rehearsal", *sys.argv]
+    return subprocess.run(command, env=environment).returncode

@@ -1,0 +1,63 @@
+"""Runs one rank's rehearsal in a process that has the simulated device, and prints its report."""
+
+import contextlib
+import io
+import os
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+import torch._dynamo  # the first optimizer imports it, which must happen before torch is changed
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_ext.config.run_config import C
+from megatron_ext.platform import run_phases
+from megatron_ext.rehearsal.recording.activity import Activity
+from megatron_ext.rehearsal.recording.recorder import Recorder
+from megatron_ext.rehearsal.report import Rehearsal, print_report
+from megatron_ext.rehearsal.simulated import fake_collectives, fake_cuda, fake_kernels
+from megatron_ext.rehearsal.simulated.devices import Device, device_named
+
+
+def simulate(device: Device) -> Recorder:
+    """Gives this process the simulated device and the process group; returns the recorder of what is done with them.
+
+    The engine takes some functions of torch by name when it is imported, so call this before.
+    """
+    recorder = Recorder(Activity())
+    fake_cuda.install(device, recorder.activity, recorder.memory)
+    fake_collectives.install(recorder.activity)
+    fake_kernels.install()
+    return recorder
+
+
+def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
+    """Runs the run on the simulated device, as the rank in the environment; returns the exit code."""
+    device = device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
+    recorder = simulate(device)
+    run_phases.observer = recorder
+    # What the run prints is about values, of which there are none.
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.autograd.set_multithreading_enabled(False),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        recorder,
+    ):
+        code = run(config)
+    recorder.close()
+    run_phases.observer = None
+    if code == 0:
+        print_report(
+            Rehearsal(
+                rank=int(os.environ["RANK"]),
+                processes=int(os.environ["WORLD_SIZE"]),
+                parallel=config.parallel,
+                training=config.training,
+                device=device,
+                recorder=recorder,
+                seconds=time.process_time(),
+                host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            )
+        )
+    return code

@@ -1,0 +1,262 @@
+"""Prints what a rehearsed rank did: memory, communication, waits, and an estimate of a step's time."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.platform.run_phases import (
+    EVALUATION,
+    FORWARD_BACKWARD,
+    GRADIENTS,
+    MODEL,
+    OPTIMIZER,
+    UPDATE,
+)
+from megatron_ext.rehearsal.recording.activity import Activity, Call, Total
+from megatron_ext.rehearsal.recording.memory_log import GRADIENTS as GRADIENT_MEMORY
+from megatron_ext.rehearsal.recording.memory_log import KINDS, Peak
+from megatron_ext.rehearsal.recording.recorder import Recorder
+from megatron_ext.rehearsal.simulated.devices import Device
+from megatron_ext.rehearsal.step_time import BETWEEN_TWO, StepTime, calls_in, is_waited_for, step_time
+from megatron_ext.training.logging.progress_line import binary_size, compact
+
+_PLAIN_WIDTH = 120  # columns where the output is not a terminal
+_PLACES = 12
+_SCALAR_BYTES = (
+    1024  # a smaller message is a loss, a norm or a signal, not the tensors that a group is made for
+)
+_ROOM = 0.1  # share of the memory that CUDA, NCCL and fragmentation may take: a rule of thumb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """A finished rehearsal of one rank."""
+
+    rank: int
+    processes: int
+    parallel: ParallelConfig
+    training: TrainingConfig
+    device: Device
+    recorder: Recorder
+    seconds: float
+    """Processor time of the rehearsal's process."""
+
+    host_bytes: int
+    """Memory that the rehearsal's process has used."""
+
+    @property
+    def step(self) -> str:
+        """The scope of the last step."""
+        return f"step {self.recorder.activity.step}"
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in a step of one model copy."""
+        copies = self.parallel.data_parallel_size(self.processes)
+        batch = self.training.resolved_global_batch_size(copies)
+        return batch // (self.training.micro_batch_size * copies)
+
+    @property
+    def bubble(self) -> float:
+        """Idle time of the pipeline as a share of its busy time: (P - 1) / (m v)."""
+        stages = self.parallel.pipeline_model_parallel_size
+        return (stages - 1) / (self.micro_batches * max(1, self.recorder.chunks))
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the rank trains parameters."""
+        return any(each.kind == GRADIENT_MEMORY for each in self.recorder.memory.allocations)
+
+    def peak(self) -> Peak:
+        """What is allocated when memory is largest."""
+        return self.recorder.memory.at_peak()
+
+    def time(self) -> StepTime:
+        """The estimated time of a step."""
+        return step_time(self.recorder, self.device, self.step, self.bubble)
+
+
+def print_report(rehearsal: Rehearsal) -> None:
+    """Prints the report to standard output."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    peak = rehearsal.peak()
+    console.print(_header(rehearsal))
+    console.print(_phase_table(rehearsal.recorder))
+    console.print(_place_table(peak))
+    console.print(_verdict(peak, rehearsal.device))
+    console.print(_communication_table(rehearsal.recorder.activity, rehearsal.step))
+    console.print(_wait_table(rehearsal.recorder.activity, rehearsal.step))
+    console.print(_time_text(rehearsal))
+    for line in oddities(rehearsal):
+        console.print(f"note: {line}")
+
+
+def place_of(rank: int, processes: int, parallel: ParallelConfig) -> tuple[int, int, int, int]:
+    """Returns a rank's index in its tensor, context, data and pipeline group, in megatron-core's order of ranks."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    copies = parallel.data_parallel_size(processes)
+    return (
+        rank % tensor,
+        rank // tensor % context,
+        rank // (tensor * context) % copies,
+        rank // (tensor * context * copies),
+    )
+
+
+def oddities(rehearsal: Rehearsal) -> list[str]:
+    """Returns what a rank should not do in a step: CPU tensors in collectives, groups that no step uses."""
+    activity = rehearsal.recorder.activity
+    found = [
+        f"{text} ({count} times in {scope})"
+        for (scope, text), count in sorted(activity.oddities.items())
+        if scope in (rehearsal.step, "evaluation")
+    ]
+    return [*found, *(f"no step {what}" for what in _unused_groups(rehearsal))]
+
+
+def _unused_groups(rehearsal: Rehearsal) -> list[str]:
+    """Returns what a step should do over the rank's parallel groups but does not."""
+    parallel, copies = rehearsal.parallel, rehearsal.parallel.data_parallel_size(rehearsal.processes)
+    calls = [
+        call
+        for call, total in calls_in(rehearsal.recorder.activity, rehearsal.step).items()
+        if total.bytes > _SCALAR_BYTES * total.calls
+    ]
+    reduced = [call for call in calls if call.operation in ("all-reduce", "reduce-scatter")]
+    # Of two stages, each receives over the group of all ranks.
+    between_stages = any(call.operation in BETWEEN_TWO for call in calls)
+    done = {
+        f"sends activations over TP (size {parallel.tensor_model_parallel_size})": (
+            parallel.tensor_model_parallel_size == 1 or _over("TP", calls)
+        ),
+        f"sends activations over PP (size {parallel.pipeline_model_parallel_size})": (
+            parallel.pipeline_model_parallel_size == 1 or between_stages
+        ),
+        f"reduces gradients over DP (size {copies})": (
+            copies == 1 or not rehearsal.has_gradients or _over("DP", reduced)
+        ),
+    }
+    return [what for what, is_done in done.items() if not is_done]
+
+
+def _over(part: str, calls: list[Call]) -> bool:
+    return any(part in call.group.split(" x ") for call in calls)
+
+
+def _header(rehearsal: Rehearsal) -> str:
+    parallel, device, recorder = rehearsal.parallel, rehearsal.device, rehearsal.recorder
+    tensor, context, copy, stage = place_of(rehearsal.rank, rehearsal.processes, parallel)
+    sizes = [
+        f"tensor {tensor} of {parallel.tensor_model_parallel_size}",
+        f"pipeline stage {stage} of {parallel.pipeline_model_parallel_size}",
+        f"data {copy} of {parallel.data_parallel_size(rehearsal.processes)}",
+    ]
+    if parallel.context_parallel_size > 1:
+        sizes.append(f"context {context} of {parallel.context_parallel_size}")
+    flops = sum(count for (scope, _, _), count in recorder.flops.items() if scope == rehearsal.step)
+    return (
+        f"Rehearsal of rank {rehearsal.rank} of {rehearsal.processes} ({', '.join(sizes)})\n"
+        f"on a simulated {device.name} with {binary_size(device.memory)}, "
+        f"{'bf16' if rehearsal.training.bf16 else 'fp32'}; tensors have no values, so losses mean nothing\n"
+        f"{recorder.parameters:,} parameters on this rank; {rehearsal.micro_batches} micro-batches of "
+        f"{rehearsal.training.micro_batch_size} in a step, {compact(flops)} FLOPs on this rank\n"
+        f"{recorder.activity.groups:,} process groups are created at the start\n"
+        f"rehearsed with {rehearsal.seconds:.1f} s of processor time and {binary_size(rehearsal.host_bytes)} of memory"
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, safe_box=True)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _phase_table(recorder: Recorder) -> Table:
+    table = _table("Largest memory of each phase, in MiB", "phase", *KINDS, "total")
+    scopes = [f"step {number + 1}" for number in range(recorder.activity.step)]
+    rows: list[tuple[str, list[str] | None, str]] = [
+        (name, None, name) for name in (MODEL, GRADIENTS, OPTIMIZER)
+    ]
+    rows += [(f"{scope}, {name}", [scope], name) for scope in scopes for name in (FORWARD_BACKWARD, UPDATE)]
+    rows += [(EVALUATION, [EVALUATION], EVALUATION)]
+    for title, scope, phase in rows:
+        peak = recorder.memory.at_peak(scope, phase)
+        if peak.size:
+            table.add_row(title, *(_mib(peak.kinds[kind]) for kind in KINDS), _mib(peak.size))
+    return table
+
+
+def _place_table(peak: Peak) -> Table:
+    table = _table("Allocated at the peak, by place", "kind", "MiB", "place")
+    table.columns[2].justify = "left"
+    common = peak.places.most_common()
+    for (kind, place), size in common[:_PLACES]:
+        table.add_row(kind, _mib(size), place)
+    if len(common) > _PLACES:
+        table.add_row(
+            "", _mib(sum(size for _, size in common[_PLACES:])), f"{len(common) - _PLACES} more places"
+        )
+    return table
+
+
+def fits(peak: int, device: Device) -> str:
+    """Returns `fits`, `may not fit` (within a tenth of the device's memory) or `does not fit`."""
+    if peak > device.memory:
+        return "does not fit"
+    return "may not fit" if peak > (1 - _ROOM) * device.memory else "fits"
+
+
+def _verdict(peak: Peak, device: Device) -> str:
+    return (
+        f"Peak of torch's tensors: {binary_size(peak.size)} of {binary_size(device.memory)} "
+        f"({peak.size / device.memory:.0%}): {fits(peak.size, device)}. Not counted: the CUDA context, NCCL's and "
+        "cuBLAS's buffers, fragmentation."
+    )
+
+
+def _communication_table(activity: Activity, scope: str) -> Table:
+    table = _table(f"Communication in {scope}", "group", "ranks", "operation", "calls", "MiB", "overlaps")
+    merged: dict[tuple[str, int, str, bool], Total] = defaultdict(Total)
+    for call, total in calls_in(activity, scope).items():
+        sort = f"{call.operation}{'' if call.device == 'cuda' else f' ({call.device})'}"
+        into = merged[call.group, call.size, sort, not is_waited_for(call)]
+        into.calls += total.calls
+        into.bytes += total.bytes
+    for (group, size, sort, hidden), total in sorted(merged.items()):
+        table.add_row(group, str(size), sort, str(total.calls), _mib(total.bytes), "yes" if hidden else "no")
+    return table
+
+
+def _wait_table(activity: Activity, scope: str) -> Table:
+    waits = Counter({(kind, place): n for (of, kind, place), n in activity.waits.items() if of == scope})
+    table = _table(f"Host waits for the device, {waits.total()} in {scope}", "kind", "times", "place")
+    table.columns[2].justify = "left"
+    for (kind, place), number in waits.most_common():
+        table.add_row(kind, str(number), place)
+    return table
+
+
+def _time_text(rehearsal: Rehearsal) -> str:
+    time, device = rehearsal.time(), rehearsal.device
+    parts = (
+        f"matrix products and attention {time.products:.3f} s at the peak rate",
+        f"other operations {time.other:.3f} s at {device.bandwidth / 1e12:.2f} TB/s",
+        f"communication {time.waited:.3f} s ({time.hidden:.3f} s more in parallel with it) at "
+        f"{device.link / 1e9:.0f} GB/s within a host and {device.network / 1e9:.0f} GB/s between hosts",
+        f"pipeline bubble {time.bubble:.1%}",
+        f"update {time.update:.3f} s",
+    )
+    listed = "".join(f"\n  {part}" for part in parts)
+    return f"Step: at least {time.total:.3f} s, if every kernel reached the device's rates:{listed}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"

@@ -1,0 +1,1 @@
+"""The simulated device: what torch asks of a GPU and of other processes, without either."""

@@ -1,0 +1,297 @@
+"""Stands for torch.distributed with a process group of one process that counts as a rank of many.
+
+Every collective checks what NCCL would check (sizes, types, devices), is counted, and leaves its tensors as they are.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_ext.rehearsal.recording.activity import Activity, Call, place
+from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST
+
+Tensors = torch.Tensor | Sequence[torch.Tensor]
+
+# The engine's groups by their short names; the first that fits names a group.
+GROUPS = {
+    "TP": "_TENSOR_MODEL_PARALLEL_GROUP",
+    "PP": "_PIPELINE_MODEL_PARALLEL_GROUP",
+    "CP": "_CONTEXT_PARALLEL_GROUP",
+    "DP": "_DATA_PARALLEL_GROUP",
+    "DP x CP": "_DATA_PARALLEL_GROUP_WITH_CP",
+    "TP x PP": "_MODEL_PARALLEL_GROUP",
+    "TP x CP": "_TENSOR_AND_CONTEXT_PARALLEL_GROUP",
+    "first and last stage": "_EMBEDDING_GROUP",
+    "TP x DP": "_TENSOR_AND_DATA_PARALLEL_GROUP",
+    "TP x DP x CP": "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
+    "DP (gloo)": "_DATA_PARALLEL_GROUP_GLOO",
+    "DP x CP (gloo)": "_DATA_PARALLEL_GROUP_WITH_CP_GLOO",
+}
+
+
+def group_name(group: Any) -> str:
+    """Returns the short name of a process group."""
+    if group is None or group is dist.group.WORLD:
+        return "all"
+    # Imported late: the engine takes some functions from torch.distributed by name, which must be replaced by then.
+    from megatron.core import parallel_state
+
+    for name, attribute in GROUPS.items():
+        held = getattr(parallel_state, attribute, None)
+        if held is group or (isinstance(held, list) and any(each is group for each in held)):
+            return name
+    return f"{dist.get_world_size(group)} ranks"
+
+
+class _Work:
+    """Stands for the handle of an asynchronous collective."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+    def append(self, _: Any) -> None:
+        return None
+
+    def get_future(self) -> "torch.futures.Future[Any]":
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result(None)
+        return future
+
+
+class Collectives:
+    """The collectives of a rehearsed rank, under the names that they have in torch.distributed."""
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
+
+    def _sent(self, operation: str, tensors: Tensors, group: Any, asynchronous: bool = False) -> Any:
+        sent = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        devices = {tensor.device.type for tensor in sent}
+        if len(devices) > 1:
+            raise RuntimeError(f"{operation}: tensors on several devices ({', '.join(sorted(devices))})")
+        for tensor in sent:
+            if not tensor.is_contiguous():
+                raise ValueError(f"{operation}: Tensors must be contiguous (got strides {tensor.stride()})")
+        self._record(operation, group, next(iter(devices), "cuda"), asynchronous, _bytes(sent))
+        return _Work() if asynchronous else None
+
+    def _record(self, operation: str, group: Any, device: str, asynchronous: bool, size: int) -> None:
+        activity, name, ranks = self._activity, group_name(group), dist.get_process_group_ranks(group)
+        hosts = len({rank // GPUS_PER_HOST for rank in ranks})
+        activity.communicates(Call(operation, name, len(ranks), device, asynchronous, hosts, place()), size)
+        if device == "cpu":
+            activity.is_odd(f"{operation} of a CPU tensor over {name} (by gloo, not by NCCL)")
+
+    def _compare(self, operation: str, whole: Tensors, part: torch.Tensor, group: Any) -> None:
+        """Checks tensors of an all-gather or reduce-scatter: the whole is one part for each rank."""
+        ranks = dist.get_world_size(group)
+        of_whole = whole.numel() if isinstance(whole, torch.Tensor) else sum(each.numel() for each in whole)
+        first = whole if isinstance(whole, torch.Tensor) else whole[0]
+        if of_whole != part.numel() * ranks:
+            raise RuntimeError(f"{operation}: {of_whole} values for {ranks} ranks with {part.numel()} each")
+        if first.dtype != part.dtype or first.device != part.device:
+            raise RuntimeError(
+                f"{operation}: {first.dtype} on {first.device} and {part.dtype} on {part.device} do not agree"
+            )
+
+    # Collectives of tensors
+
+    def all_reduce(
+        self, tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False
+    ) -> Any:
+        return self._sent("all-reduce", tensor, group, async_op)
+
+    def broadcast(
+        self, tensor: torch.Tensor, src: Any = None, group: Any = None, async_op: bool = False, **_: Any
+    ) -> Any:
+        return self._sent("broadcast", tensor, group, async_op)
+
+    def reduce(
+        self,
+        tensor: torch.Tensor,
+        dst: Any = None,
+        op: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+        **_: Any,
+    ) -> Any:
+        return self._sent("reduce", tensor, group, async_op)
+
+    def all_gather_into_tensor(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        self._compare("all-gather", output_tensor, input_tensor, group)
+        return self._sent("all-gather", output_tensor, group, async_op)
+
+    def all_gather(
+        self,
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        self._compare("all-gather", tensor_list, tensor, group)
+        return self._sent("all-gather", tensor_list, group, async_op)
+
+    def reduce_scatter_tensor(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,  # the name is torch's
+        op: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        self._compare("reduce-scatter", input, output, group)
+        return self._sent("reduce-scatter", input, group, async_op)
+
+    def reduce_scatter(
+        self,
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        self._compare("reduce-scatter", input_list, output, group)
+        return self._sent("reduce-scatter", input_list, group, async_op)
+
+    def gather(
+        self,
+        tensor: torch.Tensor,
+        gather_list: Any = None,
+        dst: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+        **_: Any,
+    ) -> Any:
+        return self._sent("gather", tensor, group, async_op)
+
+    def scatter(
+        self,
+        tensor: torch.Tensor,
+        scatter_list: Any = None,
+        src: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+        **_: Any,
+    ) -> Any:
+        return self._sent("scatter", tensor, group, async_op)
+
+    def all_to_all_single(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,  # the name is torch's
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        return self._sent("all-to-all", input, group, async_op)
+
+    # Between two ranks
+
+    def isend(self, tensor: torch.Tensor, dst: Any = None, group: Any = None, tag: int = 0, **_: Any) -> Any:
+        return self._sent("send", tensor, group, True)
+
+    def irecv(self, tensor: torch.Tensor, src: Any = None, group: Any = None, tag: int = 0, **_: Any) -> Any:
+        return self._sent("receive", tensor, group, True)
+
+    def send(self, tensor: torch.Tensor, dst: Any = None, group: Any = None, tag: int = 0, **_: Any) -> None:
+        self._sent("send", tensor, group)
+
+    def recv(self, tensor: torch.Tensor, src: Any = None, group: Any = None, tag: int = 0, **_: Any) -> int:
+        self._sent("receive", tensor, group)
+        return 0
+
+    def batch_isend_irecv(self, p2p_op_list: list[Any]) -> list[Any]:
+        names = {"isend": "send", "irecv": "receive"}
+        return [self._sent(names[op.op.__name__], op.tensor, op.group, True) for op in p2p_op_list]
+
+    # Of objects, and without data
+
+    def barrier(self, group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+        self._record("barrier", group, "object", async_op, 0)
+        return _Work() if async_op else None
+
+    def all_gather_object(self, object_list: list[Any], obj: Any, group: Any = None) -> None:
+        self._objects("all-gather of objects", group)
+        object_list[:] = [obj] * len(object_list)
+
+    def gather_object(
+        self, obj: Any, object_gather_list: Any = None, dst: Any = None, group: Any = None, **_: Any
+    ) -> None:
+        self._objects("gather of objects", group)
+        if object_gather_list is not None:
+            object_gather_list[:] = [obj] * len(object_gather_list)
+
+    def broadcast_object_list(self, object_list: Any, src: Any = None, group: Any = None, **_: Any) -> None:
+        self._objects("broadcast of objects", group)
+
+    def scatter_object_list(
+        self, output_list: list[Any], input_list: Any, src: Any = None, group: Any = None, **_: Any
+    ) -> None:
+        self._objects("scatter of objects", group)
+        output_list[0] = input_list[0] if input_list else None
+
+    def _objects(self, operation: str, group: Any) -> None:
+        self._record(operation, group, "object", False, 0)
+        # The lengths of the pickled objects are exchanged first, and read by the host.
+        self._activity.waits_for_device(operation)
+
+    @contextlib.contextmanager
+    def _coalescing_manager(
+        self, group: Any = None, device: Any = None, async_ops: bool = False
+    ) -> Iterator[_Work]:
+        yield _Work()
+
+
+def install(activity: Activity) -> None:
+    """Replaces torch.distributed's functions, for the rest of this process."""
+    module: Any = dist
+    inner: Any = dist.distributed_c10d
+    collectives = Collectives(activity)
+    names = [name for name, value in vars(Collectives).items() if callable(value)]
+    for name in names:
+        if not name.startswith("_") or name == "_coalescing_manager":
+            setattr(module, name, getattr(collectives, name))
+            setattr(inner, name, getattr(collectives, name))
+    module._all_gather_base = inner._all_gather_base = collectives.all_gather_into_tensor
+    module._reduce_scatter_base = inner._reduce_scatter_base = collectives.reduce_scatter_tensor
+    _patch_groups(activity, module, inner)
+    # Both p2p functions are compared with the names that a P2POp accepts.
+    module.isend.__func__.__name__, module.irecv.__func__.__name__ = "isend", "irecv"
+
+
+def _patch_groups(activity: Activity, module: Any, inner: Any) -> None:
+    start, make = module.init_process_group, module.new_group
+
+    def init_process_group(backend: Any = None, *, rank: int = -1, world_size: int = -1, **_: Any) -> None:
+        own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        start("fake", store=FakeStore(), rank=own[0], world_size=own[1])
+
+    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *_: Any, **more: Any) -> Any:
+        activity.groups += 1
+        kept = {name: more[name] for name in ("group_desc", "use_local_synchronization") if name in more}
+        return make(ranks, backend="fake", **kept)
+
+    module.init_process_group = inner.init_process_group = init_process_group
+    module.new_group = inner.new_group = new_group
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

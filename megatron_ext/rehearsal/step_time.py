@@ -1,0 +1,91 @@
+"""Estimates the time of a step from what a rehearsed rank did in it and from its device's rates.
+
+    products         FLOPs of matrix products and attention / peak FLOP rate
+    other            bytes that other operations read and write / memory bandwidth
+    communication    bytes that a ring sends / rate of the host's links, or of the network for groups on several hosts
+    step             (products + other + communication that is waited for) x (1 + bubble) + update
+
+It is what the rates allow. A real step is slower: kernels reach a part of these rates, and launching them takes time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ext.platform.peak_rate import known_tflops
+from megatron_ext.platform.run_phases import UPDATE
+from megatron_ext.rehearsal.recording.activity import Activity, Call, Total
+from megatron_ext.rehearsal.recording.recorder import Recorder
+from megatron_ext.rehearsal.simulated.devices import Device
+
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16"}
+BETWEEN_TWO = ("send", "receive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one step, by cause."""
+
+    products: float
+    other: float
+    waited: float
+    """Communication that the rank waits for."""
+
+    hidden: float
+    """Asynchronous communication, which is assumed to overlap with computation."""
+
+    update: float
+    bubble: float
+    """Time that the pipeline is idle, as a share of the time that it computes."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return (self.products + self.other + self.waited) * (1 + self.bubble) + self.update
+
+
+def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> StepTime:
+    """Returns the estimated time of the step `scope`."""
+    products, update = 0.0, recorder.traffic[scope, UPDATE] / device.bandwidth
+    for (of_scope, _, dtype), flops in recorder.flops.items():
+        if of_scope == scope:
+            products += flops / peak_flops(device, dtype)
+    other = sum(
+        size / device.bandwidth
+        for (of_scope, phase), size in recorder.traffic.items()
+        if of_scope == scope and phase != UPDATE
+    )
+    calls = calls_in(recorder.activity, scope)
+    waited = sum(seconds(call, total, device) for call, total in calls.items() if is_waited_for(call))
+    hidden = sum(seconds(call, total, device) for call, total in calls.items() if not is_waited_for(call))
+    return StepTime(
+        products=products, other=other, waited=waited, hidden=hidden, update=update, bubble=bubble
+    )
+
+
+def peak_flops(device: Device, dtype: torch.dtype) -> float:
+    """Returns the device's FLOP rate for matrix products of this type."""
+    precision = _PRECISIONS.get(dtype, "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
+    known = known_tflops(device.name, precision)
+    assert known is not None  # every device of the rehearsal is in the table
+    return known * 1e12
+
+
+def calls_in(activity: Activity, scope: str) -> Mapping[Call, Total]:
+    """Returns the communication of a scope."""
+    return {call: total for (of_scope, call), total in activity.communication.items() if of_scope == scope}
+
+
+def is_waited_for(call: Call) -> bool:
+    """Returns whether the rank waits for the communication: the pipeline's is asynchronous, but waited for at once."""
+    return not call.asynchronous or call.operation in BETWEEN_TWO
+
+
+def seconds(call: Call, total: Total, device: Device) -> float:
+    """Returns the time of all these calls at the rate of the slowest link between the group's ranks."""
+    if call.device != "cuda" or call.size == 1:
+        return 0.0
+    ring = (call.size - 1) / call.size
+    factor = {"all-reduce": 2 * ring, "all-gather": ring, "reduce-scatter": ring}.get(call.operation, 1.0)
+    return factor * total.bytes / (device.link if call.hosts == 1 else device.network)

@@ -1,0 +1,76 @@
+"""Turns a run into its rehearsal: two steps and an evaluation on made-up batches; nothing is read or written.
+
+The package `rehearsal` runs it on a simulated GPU, as a dry run: model families then need no base model and no
+directory. Schedules and curricula are those of the real run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
+from megatron_ext.config.run_config import C, RunConfig
+from megatron_ext.training.interface.family_interface import Batch, Family
+from megatron_ext.training.loop import Data
+from megatron_ext.training.run_options import PLAIN, RunOptions
+
+STEPS = 2
+
+
+def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tuple[C, RunOptions]:
+    """Returns configuration and options of a run's rehearsal.
+
+    Args:
+        config: the run's configuration, resolved.
+        families: the run's model families.
+        options: the run's options; a base model is not loaded, because its values do not matter.
+    """
+    last = options.first_iteration + STEPS
+    training = replace(
+        config.training,
+        exit_interval=last,
+        exit_duration_in_mins=None,
+        eval_interval=last,
+        eval_iters=min(config.training.eval_iters, 1),
+    )
+    logging = replace(
+        config.logging,
+        tensorboard_dir=None,
+        wandb_project=None,
+        wandb_exp_name=None,
+        wandb_tags=None,
+        wandb_save_dir=None,
+    )
+    data = made_up_data(config, families)
+    changed = replace(config, training=training, checkpoint=CheckpointConfig(), logging=logging)
+    return changed, replace(options, base=None, data=data, finish=PLAIN.finish)
+
+
+def made_up_data(config: RunConfig, families: list[Family]) -> Data:
+    """Returns batches with the fields, shapes and types of the run's datasets; their values mean nothing."""
+    aligned = any(family.dataset_options().get("per_layer_data_path") for family in families)
+
+    def batches(consumed_samples: int) -> Iterator[Batch]:
+        while True:
+            yield _batch(config, aligned)
+
+    valid = batches if config.training.eval_iters else None
+    return Data(train=batches, valid=valid, test=None)
+
+
+def _batch(config: RunConfig, aligned: bool) -> Batch:
+    rows, length = config.training.micro_batch_size, config.model.seq_length
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    batch = {
+        "epoch": torch.zeros(rows, dtype=torch.int64),
+        "tokens": ids,
+        "labels": ids.clone(),
+        "loss_mask": torch.ones(rows, length),
+        "position_ids": torch.arange(length).repeat(rows, 1),
+    }
+    if config.data.reset_attention_mask:
+        batch["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=torch.bool)
+    if aligned:
+        batch["per_layer_ids"] = ids.clone()
+    return batch

@@ -1,0 +1,97 @@
+"""Mistakes that a run on the CPU does not show, and that a rehearsal finds; each is made in the rehearsal's process."""
+
+from typing import Any
+
+import pytest
+
+from megatron_ext.testing.rehearsing.rehearsals import Rehearsed, rehearse
+from tests.integration.rehearsal.rehearsal_flags import PLAIN, PP, SHARDED, SP, TP, needs_device
+
+pytestmark = needs_device
+
+FLAGS = ("--bf16 " + PLAIN + TP + PP + SP + SHARDED).split()
+
+
+def rehearsed_with(mistake: Any, rank: int = 7) -> Rehearsed:
+    return rehearse("pretrain_gpt_per_layer.py", *FLAGS, processes=8, rank=rank, before=mistake)
+
+
+def mask_on_the_cpu() -> None:
+    from megatron_ext.training.interface.output_losses import OutputLoss
+
+    loss: Any = OutputLoss
+    loss.of_tokens = lambda self, model, batch, output: {"lm loss": (output, batch["loss_mask"].cpu())}
+
+
+def cpu_tensor_in_a_collective() -> None:
+    import torch
+
+    from megatron_ext.platform import process_groups
+    from megatron_ext.training import stop_signals
+
+    module: Any = stop_signals
+    module.process_groups = type(
+        "OnTheCPU", (), {**vars(process_groups), "device": lambda: torch.device("cpu")}
+    )
+
+
+def gradients_not_reduced() -> None:
+    from megatron.core.distributed import DistributedDataParallel
+
+    wrapper: Any = DistributedDataParallel
+    wrapper.start_grad_sync = wrapper.finish_grad_sync = lambda self, *_, **__: None
+
+
+def wait_in_every_layer() -> None:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    layer: Any = TransformerLayer
+    correct = layer.forward
+
+    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        assert float(hidden_states.sum()) == float(hidden_states.sum())
+        return correct(self, hidden_states, *args, **kwargs)
+
+    layer.forward = forward
+
+
+def test_a_mask_on_the_cpu_is_an_error() -> None:
+    error = rehearsed_with(mask_on_the_cpu).error
+    assert error is not None
+    assert "cpu" in error
+    assert "cuda:0" in error
+
+
+def test_a_cpu_tensor_in_a_collective_is_named_with_its_place() -> None:
+    rehearsed = rehearsed_with(cpu_tensor_in_a_collective)
+    assert rehearsed.error is None
+    (note,) = (note for note in rehearsed.notes if "step" in note)
+    assert "all-reduce of a CPU tensor over all" in note
+    assert "training/stop_signals.py" in note
+
+
+def test_gradients_that_no_step_reduces_are_named() -> None:
+    rehearsed = rehearsed_with(gradients_not_reduced)
+    assert rehearsed.error is None
+    assert rehearsed.notes == ["no step reduces gradients over DP (size 2)"]
+
+
+def test_a_wait_in_the_layers_is_counted_for_each_micro_batch_and_layer() -> None:
+    rehearsed, correct = rehearsed_with(wait_in_every_layer), rehearsed_with(None)
+    more = sum(rehearsed.waits().values()) - sum(correct.waits().values())
+    micro_batches, layers = 2, 2
+    assert more == 2 * micro_batches * layers
+    assert not any("transformer_layer" in place for place in correct.waits())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-layers", "5"], "--num-layers 5: must be divisible by --pipeline-model-parallel-size 2"),
+        (["--global-batch-size", "7"], "--global-batch-size 7: must be divisible"),
+    ],
+)
+def test_a_contradiction_is_the_error_of_a_real_run(flags: list[str], words: str) -> None:
+    rehearsed = rehearse("pretrain_gpt_per_layer.py", *FLAGS, *flags, processes=8)
+    assert rehearsed.error is not None
+    assert words in rehearsed.error
