@@ -79,7 +79,7 @@ class TensorFiles(Protocol):
     """A model's tensors in files, by their Hugging Face names; a tensor is read when it is accessed."""
 
     folder: Path
-    """The directory or file that the user named."""
+    """The path that the user gave: a directory, or a single GGUF file."""
 
     described_in: str
     """Name of the part that describes the model, such as config.json; used in error messages."""

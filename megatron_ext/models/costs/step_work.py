@@ -75,7 +75,7 @@ class StepWork:
 
     @property
     def head_passes(self) -> int:
-        """FLOPs of the output layer, in units of one forward pass."""
+        """FLOPs of the output layer in a training step, as a multiple of those of its own forward pass."""
         return self.head_forwards + self.head.weight_passes - 1 if self.head_forwards else 0
 
 

@@ -58,7 +58,8 @@ def visit_layers(
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation.
         layers: indices of the layers to visit, from 0, on any stage.
-        batches: this data-parallel rank's micro-batches, of consecutive samples over the ranks.
+        batches: this data-parallel rank's micro-batches; the ranks' n-th micro-batches, in the order of the ranks, hold
+            consecutive samples.
         samples: number of samples to use.
         visit: called for every layer and micro-batch.
     """

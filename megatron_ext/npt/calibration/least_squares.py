@@ -1,4 +1,4 @@
-"""Least squares from sums over tokens: the linear map of x to y with the smallest squared error, without the tokens.
+"""Least squares from sums over tokens: finds the linear map from x to y with the smallest error, keeping no token.
 
     X = sum x x^T [k, k],  Y = sum x y^T [k, j],  |y|^2 summed        x [k] and y [j] of each token
     R = (X + penalties)^-1 Y                                          y' = x R

@@ -83,7 +83,8 @@ def collect_moments(
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation; their parameters are frozen.
         layers: indices of layers, from 0, on any stage.
-        batches: this data-parallel rank's micro-batches, of consecutive samples over the ranks.
+        batches: this data-parallel rank's micro-batches; the ranks' n-th micro-batches, in the order of the ranks, hold
+            consecutive samples.
         samples: number of samples to use.
         gradients: whether to compute `metric` and `output`, which stay zero otherwise.
         seed: seed of the sampled labels.

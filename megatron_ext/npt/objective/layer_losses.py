@@ -73,7 +73,7 @@ class LayerStepLosses(LayerStep):
 
     @property
     def ignores_student(self) -> bool:
-        """Whether neither attention's nor the MLP's input contains the student's hidden states."""
+        """Whether the inputs of attention and MLP contain nothing of the student's hidden states."""
         return max(self.attention_share, self.mlp_share) == 0
 
     def inputs(

@@ -50,7 +50,15 @@ def layer_of_name(name: str) -> int | None:
 
 
 def renamed(name: str, sources: Mapping[int, int]) -> str | None:
-    """Returns the global name of a tensor in the checkpoint; None if its layer is not in `sources`."""
+    """Returns the global name under which the trunk's checkpoint stores a tensor of the grown model.
+
+    Args:
+        name: the tensor's global name in the grown model.
+        sources: maps layers of the grown model to those of the checkpoint.
+
+    Returns:
+        The name; None if the tensor belongs to a layer that is not in `sources`.
+    """
     layer = layer_of_name(name)
     if layer is None:
         return name

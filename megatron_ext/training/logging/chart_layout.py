@@ -95,7 +95,7 @@ def _entry(chart: ScalarChart, *, over_samples: bool = False) -> _Entry:
 
 
 def _earlier_entries(folder: Path) -> set[_Entry]:
-    """Returns the charts of all layouts in a directory's event files."""
+    """Returns the charts of every chart layout that earlier runs wrote to the event files in a directory."""
     marker = CONFIG_SUMMARY_TAG.encode()
     found = set[_Entry]()
     for file in folder.glob("events.out.tfevents.*"):
