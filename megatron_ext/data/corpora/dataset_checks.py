@@ -92,7 +92,7 @@ def _check_tokens(index: Index, vocab_size: int | None) -> str:
 
 
 def _check_per_layer(index: Index, source: str, per_layer: dict[str, Any]) -> list[str]:
-    """Checks a per-layer dataset: its documents are those of the main dataset, its ids what the table maps tokens to."""
+    """Checks per-layer data: its documents are those of the main dataset, its ids what the table maps tokens to."""
     if not Path(idx_path(source)).is_file():
         return [
             f"alignment: not checked, because the main data {source} was not found (give its prefix with --source)"

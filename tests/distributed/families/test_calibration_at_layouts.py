@@ -80,7 +80,7 @@ def _by_hand() -> dict[int, list[torch.Tensor]]:
             rows = (u, of_normed * norm.weight, attention, of_output)
             for total, row in zip(totals[number], rows, strict=True):
                 row = row.detach()[:, 0].double()
-                total += row.t() @ row
+                total += row.t() @ row / (SAMPLES * MODEL.seq_length)
     return totals
 
 
