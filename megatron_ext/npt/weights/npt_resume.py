@@ -72,6 +72,7 @@ def stored_run(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]
     sections = {
         section: {name: value for name, value in stored[section].items() if name not in left_out}
         for section in groups_of(NPTRunConfig)
+        if section in stored  # no run stores whether it was a rehearsal
     }
     done = files.read_json(folder / files.STATE)["progress"]["iteration"]
     sections["training"] |= {"train_iters": done + steps, "train_samples": None, "num_epochs": None}

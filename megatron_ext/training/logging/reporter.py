@@ -99,7 +99,8 @@ class Reporter:
         self._wandb = WandbRun(logging, texts) if logging.wandb_project is not None else None
         stream = stream or sys.stdout
         self._progress = open_progress(stream, total_iterations, iteration)
-        if self._peak is not None and stream not in _WITH_BASELINE:
+        # A process without standard output, such as a service, has None for it.
+        if self._peak is not None and stream is not None and stream not in _WITH_BASELINE:
             _WITH_BASELINE.add(stream)
             rate = f"{self._peak.flops_per_second / 1e12:.4g} TFLOP/s per process ({self._peak.source})"
             self.message(f"MFU baseline: {rate}")
