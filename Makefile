@@ -4,7 +4,7 @@
 # make npt-toy     NPT layer by layer, then with a curriculum, on a small Llama pretrained for it; six minutes
 # make progressive one model grown and trained five ways on the same tokens, compared; seven minutes
 # make test-fast   the unit tests, which start no process: under a minute on two cores
-# make test        lint, types and all tests: about seven minutes on two cores
+# make test        lint, types and all tests: about eight minutes on two cores
 # make check       lint and types only
 # make bench       every benchmark, one table each
 # make docs        the documentation site, in site/index.html; fails on any warning
