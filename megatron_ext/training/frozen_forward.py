@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.ops.output_with_bias import output_with_bias
 from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import NoLoss
@@ -77,10 +78,7 @@ def run_frozen(
     ]
     hooks += [
         module.register_forward_hook(
-            # Copied, because the engine adds the residual to a module's output in place.
-            lambda _, args, result, kept=found[name]: kept.append(
-                result[0].clone() if result[1] is None else result[0] + result[1]
-            )
+            lambda _, args, returned, kept=found[name]: kept.append(output_with_bias(returned))
         )
         for name, module in watched_outputs.items()
     ]

@@ -27,7 +27,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.calibration.document_forms import calibrate_form
-from megatron_ext.npt.calibration.factors import Spectrum, choose_ranks, decompose
+from megatron_ext.npt.calibration.factors import DOWN, FC1, Place, Spectrum, choose_ranks, decompose, place_of
 from megatron_ext.npt.calibration.moments import LayerMoments, collect_moments
 from megatron_ext.npt.modules.np_ranks import Limit, described, format_ranks, limit
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -46,11 +46,6 @@ from megatron_ext.training.run_options import RunOptions
 
 FOLDER, SPECTRUM = "calibrated", "spectrum.json"
 _FORMAT = "megatron_ext.npt_spectrum/1"
-
-_FC1, _DOWN = "fc1", "down"
-
-Place = tuple[int, str]
-"""A layer, from 0, and a target, fc1 or down."""
 
 
 def calibrated_start(config: NPTRunConfig, base: BaseCheckpoint, tokenizer: Tokenizer) -> Path:
@@ -181,7 +176,7 @@ def _with_ranks(
         local = {place: _gains(config, found) for place, found in spectra.items()}
         gains = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
         ranks = _chosen_ranks(config, allowed, gains)
-    text = format_ranks((ranks[n, _FC1], ranks.get((n, _DOWN), ranks[n, _FC1])) for n in layers)
+    text = format_ranks((ranks[n, FC1], ranks.get((n, DOWN), ranks[n, FC1])) for n in layers)
     return replace(settings, np_rank=text), {place: (found, ranks[place]) for place, found in spectra.items()}
 
 
@@ -204,9 +199,8 @@ def _chosen_ranks(
 
 
 def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -> dict[Place, int]:
-    # gate and up of the documents' forms have the directions of fc1.
     ranks = {
-        (layer, _DOWN if target == _DOWN else _FC1): settings.rank(layer, target, num_layers)
+        place_of(layer, target): settings.rank(layer, target, num_layers)
         for layer in settings.layers(num_layers)
         for target in settings.targets
     }
@@ -232,17 +226,17 @@ def _gains(config: NPTRunConfig, found: Spectrum) -> list[float]:
 def _spectra(config: NPTRunConfig, layer: Any, moments: LayerMoments) -> dict[str, Spectrum]:
     fisher = config.npt.calibration_metric == "fisher"
     metric = moments.metric if fisher else _output_metric(layer)
-    spectra = {_FC1: decompose(moments.inputs, metric)}
-    if _DOWN in config.np.targets:
+    spectra = {FC1: decompose(moments.inputs, metric)}
+    if DOWN in config.np.targets:
         residual = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-        spectra[_DOWN] = decompose(moments.attention, moments.output if fisher else residual)
+        spectra[DOWN] = decompose(moments.attention, moments.output if fisher else residual)
     return spectra
 
 
 def _output_metric(layer: Any) -> torch.Tensor:
     """Returns diag(g) W^T W diag(g), summed over tensor-parallel ranks; [h, h] in fp64."""
     weight = (
-        target_weight(_FC1, layer.mlp).detach().double() * layer.pre_mlp_layernorm.weight.detach().double()
+        target_weight(FC1, layer.mlp).detach().double() * layer.pre_mlp_layernorm.weight.detach().double()
     )
     metric = weight.t() @ weight
     dist.all_reduce(metric, group=layer.pg_collection.tp)
@@ -272,7 +266,7 @@ def _found_by_target(
 ) -> dict[Place, dict[str, Any]]:
     """Returns what the report says of each target of the documents' forms; `errors` are those of m - n, and of a."""
     return {
-        (number, target): _entry(*spectra[number, _DOWN if target == _DOWN else _FC1], error)
+        (number, target): _entry(*spectra[place_of(number, target)], error)
         for (number, target), error in errors.items()
     }
 

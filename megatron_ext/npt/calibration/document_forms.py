@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.calibration.factors import Spectrum
+from megatron_ext.npt.calibration.calibration_run import sum_over_ranks
+from megatron_ext.npt.calibration.factors import DOWN, FC1, Place, Spectrum, place_of
 from megatron_ext.npt.calibration.layer_pass import LayerTokens, visit_layers
 from megatron_ext.npt.calibration.least_squares import LeastSquares
-from megatron_ext.npt.calibration.moments import sum_over_ranks
 from megatron_ext.npt.modules.key_value import centred
 from megatron_ext.npt.modules.modulation import LowRankModulation, Modulation, OuterProductModulation
 from megatron_ext.npt.modules.npt_feed_forward import FORMS
@@ -41,8 +41,6 @@ from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.modules.vector_norms import target_weight
 from megatron_ext.npt.weights.np_factors import whole_factors
 from megatron_ext.training.interface.family_interface import Batch
-
-DOWN = "down"
 
 _SIZE = 0.2
 """Root mean square of a A for low_rank: small enough for tanh to be nearly linear, large enough for Adam's steps."""
@@ -55,9 +53,6 @@ _ORTHOGONAL = 2.0
 
 _CONSTANT = 3.0
 """How much larger a . omega is than z without it."""
-
-Place = tuple[int, str]
-"""A layer, from 0, and fc1 (for gate and up too) or down."""
 
 Target = tuple[int, str]
 """A layer, from 0, and a target."""
@@ -139,10 +134,6 @@ def _share(chunks: list[GPTModel], sums: Iterator[LeastSquares]) -> None:
     sum_over_ranks(parts, chunks[0].config.sequence_parallel)
 
 
-def _kind(target: str) -> str:
-    return DOWN if target == DOWN else "fc1"
-
-
 @torch.no_grad()
 def _with_reads(
     settings: NPTModuleConfig, layer: Any, reads: _Reads, spectra: Mapping[Place, tuple[Spectrum, int]]
@@ -151,7 +142,7 @@ def _with_reads(
     number, group = layer.layer_number - 1, layer.pg_collection.tp
     parts: dict[Target, Modulation] = {}
     for target in settings.targets:
-        found, rank = spectra[number, _kind(target)]
+        found, rank = spectra[place_of(number, target)]
         part = FORMS[settings.np_form](layer.config, layer.pg_collection, settings, target, rank)
         directions = _directions(found, part.total_rank, reads, layer, target)
         if target == DOWN:
@@ -240,7 +231,7 @@ def _fits(
     fits: dict[Place, LeastSquares] = {}
     readers: dict[Place, Modulation] = {}
     for (number, target), part in parts.items():
-        place = number, _kind(target)
+        place = place_of(number, target)
         if place in readers or (target == DOWN and settings.np_residual == "keep"):
             continue  # gate and up have the same u
         readers[place] = part
@@ -248,7 +239,7 @@ def _fits(
 
     def add(number: int, layer: Any, tokens: LayerTokens) -> None:
         for kind, x, wanted in (
-            ("fc1", tokens.normed, tokens.mlp_input.float() - tokens.normed.float()),
+            (FC1, tokens.normed, tokens.mlp_input.float() - tokens.normed.float()),
             (DOWN, tokens.activated, tokens.attention),
         ):
             if (number, kind) in fits:
@@ -269,7 +260,7 @@ def _write_outputs(
     errors: dict[Target, float] = {}
     by_number = {layer.layer_number - 1: layer for layer in layers}
     for (number, target), part in parts.items():
-        fit = fits.get((number, _kind(target)))
+        fit = fits.get(place_of(number, target))
         if fit is None:
             continue
         layer = by_number[number]

@@ -21,6 +21,17 @@ from dataclasses import dataclass
 
 import torch
 
+FC1, DOWN = "fc1", "down"
+
+Place = tuple[int, str]
+"""A layer, from 0, and fc1 or down. The documents' forms use fc1's directions for gate and up."""
+
+
+def place_of(layer: int, target: str) -> Place:
+    """Returns the place of a target, `gate`, `up`, `fc1` or `down`, of a layer."""
+    return layer, DOWN if target == DOWN else FC1
+
+
 _SMALLEST = 3e-7
 """Smallest eigenvalue of C, relative to the largest, that is inverted as it is; smaller ones are raised to it."""
 
@@ -71,8 +82,8 @@ def _with_ridge(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def choose_ranks(
-    gains: Mapping[tuple[int, str], list[float]], total: int | None = None, error: float = 0.0
-) -> dict[tuple[int, str], int]:
+    gains: Mapping[Place, list[float]], total: int | None = None, error: float = 0.0
+) -> dict[Place, int]:
     """Returns the ranks with the smallest total error for their sum, or with the smallest sum for an error.
 
     Args:

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 
 from megatron_ext.models.gpt_model import GPTModel
-from megatron_ext.npt.calibration.moments import calibration_step
-from megatron_ext.npt.modules.key_value import centred
+from megatron_ext.npt.calibration.calibration_run import LayerHooks, MLPInput, calibration_steps
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.interface.output_losses import NoLoss
@@ -63,65 +61,40 @@ def visit_layers(
         samples: number of samples to use.
         visit: called for every layer and micro-batch.
     """
-    hooks = _Hooks(visit)
+    hooks = _Hooks(chunks, layers, visit)
     for chunk in chunks:
         chunk.eval()
-    for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
-        if layer.layer_number - 1 in layers:
-            hooks.add(layer)
-    first = 0
     try:
-        while first < samples:
-            step, hooks.kept, count = calibration_step(batches, first, samples, 0)
-            hooks.passes = {}
-            run_microbatches(chunks, [], step, NoLoss(), forward_only=True)
-            first += count
+        for step in calibration_steps(batches, samples):
+            hooks.begin(step)
+            run_microbatches(chunks, [], step.batches, NoLoss(), forward_only=True)
     finally:
-        for handle in hooks.handles:
-            handle.remove()
+        hooks.remove()
 
 
-class _Hooks:
+class _Hooks(LayerHooks):
     """Hooks that collect the tensors of a layer and hand them on when its MLP has run."""
 
-    def __init__(self, visit: Visit) -> None:
-        self.kept: list[torch.Tensor] = []
-        """For each micro-batch, which of its samples count, [b]."""
-        self.passes: dict[int, int] = {}
-        """Maps each layer to the number of micro-batches that it has begun; a stage runs them in order."""
-        self.handles: list[Any] = []
+    def __init__(self, chunks: list[GPTModel], layers: Collection[int], visit: Visit) -> None:
+        super().__init__(chunks, layers)
         self._visit = visit
-        self._attention: torch.Tensor
         self._tokens: LayerTokens
+        for layer in self.layers:
+            self.handles.append(
+                layer.mlp.linear_fc2.register_forward_hook(
+                    lambda fc2, args, output, layer=layer: self._after_fc2(layer, args[0], output[0])
+                )
+            )
 
-    def add(self, layer: Any) -> None:
-        """Adds the hooks of one layer."""
-        self.handles += [
-            layer.self_attention.register_forward_hook(self._after_attention),
-            layer.pre_mlp_layernorm.register_forward_hook(
-                lambda norm, args, normed: self._after_norm(layer, args[0], normed)
-            ),
-            layer.mlp.linear_fc2.register_forward_hook(
-                lambda fc2, args, output: self._after_fc2(layer, args[0], output[0])
-            ),
-        ]
-
-    def _after_attention(self, _: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        values, bias = output
-        # A copy: without gradients the engine adds the residual in place.
-        self._attention = values.clone() if bias is None else values + bias
-
-    def _after_norm(self, layer: Any, x: torch.Tensor, normed: torch.Tensor) -> None:
-        number = layer.layer_number - 1
-        self.passes[number] = self.passes.get(number, -1) + 1
-        square = centred(x.float(), layer.config).square().mean(-1, keepdim=True)
+    def before_mlp(self, layer: Any, seen: MLPInput) -> None:
+        """Begins the layer's tokens."""
         self._tokens = LayerTokens(
-            kept=self.kept[self.passes[number]],
-            attention=self._attention,
-            # `forward`, because calling the module would call this hook.
-            normed=layer.pre_mlp_layernorm.forward(x - self._attention),
-            mlp_input=normed,
-            inverse_rms=torch.rsqrt(square + layer.config.layernorm_epsilon),
+            kept=seen.kept,
+            attention=seen.attention,
+            # `forward`, because calling the module would call its hooks.
+            normed=layer.pre_mlp_layernorm.forward(seen.residual - seen.attention),
+            mlp_input=seen.normed,
+            inverse_rms=seen.inverse_rms,
         )
 
     def _after_fc2(self, layer: Any, activated: torch.Tensor, output: torch.Tensor) -> None:

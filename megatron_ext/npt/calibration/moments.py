@@ -14,8 +14,8 @@ all tensor-parallel ranks. Ranks hold the moments of their own stage's layers. W
 sample and the seed, not on the parallel layout.
 """
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -24,15 +24,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.npt.calibration.calibration_run import (
+    UNIFORM,
+    LayerHooks,
+    MLPInput,
+    calibration_steps,
+    sum_over_ranks,
+)
 from megatron_ext.npt.modules.key_value import centred
 from megatron_ext.npt.objective.fidelity_loss import log_probabilities
 from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.microbatches import run_microbatches
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.interface.output_losses import NoLoss, OutputLoss
-
-UNIFORM = "calibration_uniform"
-"""Name of the batch field with a uniform random number per token, [b, s] in fp64, from which its label is sampled."""
 
 _ROWS_AT_ONCE = 1 << 24
 """Number of probabilities that a rank sums up at a time."""
@@ -58,17 +62,6 @@ class LayerMoments:
         return [self.inputs, self.metric, self.attention, self.output]
 
 
-@dataclass
-class _Pass:
-    """What the hooks know about the micro-batches that are being run."""
-
-    kept: list[torch.Tensor] = field(default_factory=list)
-    """For each micro-batch, which of its samples count, [b]."""
-
-    scale: float = 1.0
-    """Factor that turns gradients of the run's loss into those of the sum over tokens."""
-
-
 def collect_moments(
     chunks: list[GPTModel],
     layers: Collection[int],
@@ -89,23 +82,18 @@ def collect_moments(
         gradients: whether to compute `metric` and `output`, which stay zero otherwise.
         seed: seed of the sampled labels.
     """
-    run = _Pass()
-    hooks = _Hooks(chunks, layers, run, gradients)
+    hooks = _Hooks(chunks, layers, gradients)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
-    first = tokens = 0
+    tokens = 0
     try:
-        while first < samples:
-            step, run.kept, count = calibration_step(batches, first, samples, seed)
+        for step in calibration_steps(batches, samples, seed):
+            hooks.begin(step)
             # The loss of `run_microbatches` is a mean over tokens of a data-parallel rank, on average.
-            copies = parallel_state.get_data_parallel_world_size()
-            counted = min(count, samples - first) * step[0]["tokens"].size(1)
-            run.scale = counted / copies
-            hooks.begin()
+            hooks.scale = step.tokens / parallel_state.get_data_parallel_world_size()
             loss = _SampledLoss() if gradients else NoLoss()
-            run_microbatches(chunks, [], step, loss, forward_only=not gradients)
-            first += count
-            tokens += counted
+            run_microbatches(chunks, [], step.batches, loss, forward_only=not gradients)
+            tokens += step.tokens
     finally:
         hooks.remove()
     parts = list(chain.from_iterable(moments.parts() for moments in hooks.moments.values()))
@@ -115,104 +103,47 @@ def collect_moments(
     return hooks.moments
 
 
-def calibration_step(
-    batches: Iterator[Batch], first: int, samples: int, seed: int
-) -> tuple[list[Batch], list[torch.Tensor], int]:
-    """Returns one micro-batch per pipeline stage, which of their samples count, and the number of samples of all ranks.
+class _Hooks(LayerHooks):
+    """Hooks that add to the moments of the layers."""
 
-    Args:
-        batches: this data-parallel rank's micro-batches.
-        first: number of the first sample.
-        samples: number of samples to use; those after them get a loss of zero.
-        seed: seed of the sampled labels.
-    """
-    rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    step, kept, count = [], [], 0
-    for _ in range(parallel_state.get_pipeline_model_parallel_world_size()):
-        batch = next(batches)
-        size, length = batch["tokens"].shape
-        numbers = [first + count + rank * size + row for row in range(size)]
-        counts = torch.tensor([number < samples for number in numbers])
-        uniform = [
-            torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + number))
-            for number in numbers
-        ]
-        names = ("tokens", "labels", "position_ids")
-        step.append(
-            {
-                **{name: batch[name] for name in names},
-                "loss_mask": counts.float().unsqueeze(1).expand(size, length),
-                UNIFORM: torch.stack(uniform),
-            }
-        )
-        kept.append(counts.to(process_groups.device()))
-        count += size * copies
-    return step, kept, count
+    def __init__(self, chunks: list[GPTModel], layers: Collection[int], gradients: bool) -> None:
+        super().__init__(chunks, layers)
+        self.scale = 1.0
+        """Factor that turns gradients of the run's loss into those of the sum over tokens."""
+        self.moments = {
+            layer.layer_number - 1: LayerMoments.zeros(layer.config.hidden_size) for layer in self.layers
+        }
+        self._gradients = gradients
+        if gradients:
+            self._follow_gradients(chunks)
 
-
-class _Hooks:
-    """Hooks on the layers of one rank that add to their moments."""
-
-    def __init__(self, chunks: list[GPTModel], layers: Collection[int], run: _Pass, gradients: bool) -> None:
-        self.moments: dict[int, LayerMoments] = {}
-        self._run, self._gradients = run, gradients
-        self._attention: torch.Tensor | None = None
-        self._passes: dict[int, int] = {}
-        """Maps each layer to the number of micro-batches that it has begun; a stage runs them in order."""
-        self._handles: list[Any] = []
+    def _follow_gradients(self, chunks: list[GPTModel]) -> None:
         for chunk in chunks:
-            for place, layer in enumerate(chunk.decoder.layers):
-                if place == 0 and gradients:
-                    self._handles.append(layer.register_forward_pre_hook(_need_gradient, with_kwargs=True))
-                if layer.layer_number - 1 in layers:
-                    self._add(layer)
+            first = chunk.decoder.layers[0]
+            self.handles.append(first.register_forward_pre_hook(_need_gradient, with_kwargs=True))
+        for layer in self.layers:
+            number = layer.layer_number - 1
+            self.handles.append(
+                layer.register_forward_hook(
+                    lambda _, args, output, number=number: self._after_layer(number, output[0])
+                )
+            )
 
-    def begin(self) -> None:
-        """Begins a run over new micro-batches."""
-        self._passes = {}
-
-    def remove(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _add(self, layer: Any) -> None:
-        number = layer.layer_number - 1
-        self.moments[number] = LayerMoments.zeros(layer.config.hidden_size)
-        self._handles += [
-            layer.self_attention.register_forward_hook(self._after_attention),
-            layer.pre_mlp_layernorm.register_forward_hook(
-                lambda norm, args, normed: self._after_norm(layer, args[0], normed)
-            ),
-            layer.register_forward_hook(lambda _, args, output: self._after_layer(number, output[0])),
-        ]
-
-    def _after_attention(self, _: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        values, bias = output
-        # A copy: without gradients the engine adds the residual in place.
-        self._attention = values.detach().clone() if bias is None else (values + bias).detach()
-
-    def _after_norm(self, layer: Any, x: torch.Tensor, normed: torch.Tensor) -> None:
-        number = layer.layer_number - 1
-        index = self._passes[number] = self._passes.get(number, -1) + 1
-        moments, kept = self.moments[number], self._run.kept[index]
-        assert self._attention is not None, "attention runs before the norm"
-        attention = self._attention.float()
-        square = centred(x.detach().float(), layer.config).square().mean(-1, keepdim=True)
-        inverse_rms = torch.rsqrt(square + layer.config.layernorm_epsilon)
-        _add_products(moments.inputs, centred(attention, layer.config) * inverse_rms, kept)
+    def before_mlp(self, layer: Any, seen: MLPInput) -> None:
+        """Adds what the layer's MLP reads, and will add its gradient."""
+        moments, kept = self.moments[layer.layer_number - 1], seen.kept
+        attention = seen.attention.float()
+        _add_products(moments.inputs, centred(attention, layer.config) * seen.inverse_rms, kept)
         _add_products(moments.attention, attention, kept)
         if self._gradients:
-            weight, scale = layer.pre_mlp_layernorm.weight.detach().float(), self._run.scale
-            normed.register_hook(
+            weight, scale = layer.pre_mlp_layernorm.weight.detach().float(), self.scale
+            seen.normed.register_hook(
                 lambda grad: _add_products(moments.metric, grad.float() * (weight * scale), kept)
             )
 
     def _after_layer(self, number: int, output: torch.Tensor) -> None:
-        if self._gradients:
-            moments, scale = self.moments[number], self._run.scale
-            kept = self._run.kept[self._passes[number]]
-            output.register_hook(lambda grad: _add_products(moments.output, grad.float() * scale, kept))
+        moments, scale, kept = self.moments[number], self.scale, self.kept(number)
+        output.register_hook(lambda grad: _add_products(moments.output, grad.float() * scale, kept))
 
 
 def _need_gradient(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -230,16 +161,6 @@ def _add_products(total: torch.Tensor, values: torch.Tensor, kept: torch.Tensor)
     """Adds the sum of x x^T over the tokens of the samples that count; values [s, b, h], kept [b]."""
     rows = values.detach()[:, kept].reshape(-1, values.size(-1)).double()
     total.addmm_(rows.t(), rows)
-
-
-def sum_over_ranks(parts: Iterable[torch.Tensor], sequence_parallel: bool) -> None:
-    """Adds up sums over tokens, of which every rank has seen its own; in place, collective."""
-    groups = [parallel_state.get_data_parallel_group()]
-    if sequence_parallel:
-        groups.append(parallel_state.get_tensor_model_parallel_group())
-    for part in parts:
-        for group in groups:
-            dist.all_reduce(part, group=group)
 
 
 class _SampledLoss(OutputLoss):

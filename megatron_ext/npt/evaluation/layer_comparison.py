@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.ops.output_with_bias import output_with_bias
 from megatron_ext.models.transformer_layer import ExtendedTransformerLayer
 from megatron_ext.npt.evaluation.layer_errors import Squares
-from megatron_ext.npt.evaluation.replaced_mlp import MLPOutput, plain_mlp, replaced_mlp
+from megatron_ext.npt.evaluation.replaced_mlp import MLPOutput, replaced_mlp
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
-from megatron_ext.npt.modules.npt_layers import deactivated
+from megatron_ext.npt.modules.npt_layers import base_mlp, deactivated
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms
 from megatron_ext.npt.objective.fidelity_loss import log_probabilities
 from megatron_ext.platform import process_groups
@@ -168,8 +169,7 @@ class _Observer:
         add_to(self._findings.layers, (how, number), sums)
 
     def _after_base_mlp(self, mlp: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        # A copy, because the layer adds the residual in place.
-        self._base_mlp = output[0].clone() if output[1] is None else output[0] + output[1]
+        self._base_mlp = output_with_bias(output)
 
     def _before_fc2(self, linear: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         self._activated = inputs[0]
@@ -204,7 +204,7 @@ class _Observer:
         target = self._base_mlp[mask].double()
         if module.settings.np_residual == "drop":
             target = target + attention_output[mask].double()
-        untrained = plain_mlp(layer, hidden_states)
+        untrained = base_mlp(layer, hidden_states)
         squares = [target, output[mask].double() - target, untrained[mask].double() - target]
         values = torch.stack([square.square().sum(-1) for square in squares], dim=-1)
         self._findings.errors.setdefault(module.layer_number - 1, []).append(values.float().cpu().numpy())

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
-from megatron_ext.npt.modules.npt_layers import np_modules
+from megatron_ext.npt.modules.npt_layers import base_mlp, np_modules
 
 MLPOutput = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 """Has the arguments and the result of `NPFeedForward.mlp_output`."""
@@ -38,12 +38,4 @@ def replaced_mlp(chunks: list[GPTModel], make: Callable[[NPFeedForward], MLPOutp
 
 def without_deltas(chunks: list[GPTModel]) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which the NPT layers compute MLP(LN2(h)), without any delta."""
-    return replaced_mlp(
-        chunks, lambda module: lambda layer, hidden_states, _: plain_mlp(layer, hidden_states)
-    )
-
-
-def plain_mlp(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Returns MLP(LN2(x)) of a layer, with bias, [s, b, h]."""
-    output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states))
-    return output if bias is None else output + bias
+    return replaced_mlp(chunks, lambda module: lambda layer, hidden_states, _: base_mlp(layer, hidden_states))

@@ -1,4 +1,4 @@
-"""Finds the NPT layers of a model, and deactivates them temporarily.
+"""Finds the NPT layers of a model, deactivates them temporarily, and runs the MLP of a layer without NP components.
 
 The output of an inactive NPT layer equals that of the base layer bit for bit. With all NPT layers inactive, the model
 is the base model, which serves as the teacher in training.
@@ -6,6 +6,9 @@ is the base model, which serves as the teacher in training.
 
 import contextlib
 from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.npt.modules.npt_feed_forward import NPFeedForward
@@ -41,3 +44,9 @@ def deactivated(chunks: list[GPTModel], layers: Collection[int] | None = None) -
     finally:
         for module, active in zip(chosen, before, strict=True):
             module.active = active
+
+
+def base_mlp(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Returns MLP(LN2(x)) of a layer without NP components, with bias, [s, b, h]."""
+    output, bias = layer.mlp(layer.pre_mlp_layernorm(x))
+    return output if bias is None else output + bias

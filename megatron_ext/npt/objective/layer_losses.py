@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.auxiliary_inputs import LayerInputs
 from megatron_ext.npt.modules.layer_step import LayerStep
+from megatron_ext.npt.modules.npt_layers import base_mlp
 from megatron_ext.npt.modules.teacher_inputs import TEACHER
 from megatron_ext.npt.modules.vector_norms import GeneratedVectors, delta_norms, factor_norm
 from megatron_ext.npt.objective.step_objective import LayerWeights
@@ -157,9 +158,7 @@ class LayerStepLosses(LayerStep):
         """Returns the target of MLP*(n); see the formulas at the top of this file."""
         output = self.teacher_mlp
         if output is None:
-            output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states + attention_output))
-            if bias is not None:
-                output = output + bias
+            output = base_mlp(layer, hidden_states + attention_output)
         return output if module.settings.np_residual == "keep" else output + attention_output
 
     def _output_terms(

@@ -246,7 +246,11 @@ def make_families(
 
 def total_steps(training: TrainingConfig, parallel: ParallelConfig) -> int:
     """Returns the number of steps of the run."""
-    return training.resolved_train_iters(training.resolved_global_batch_size(_copies(parallel)))
+    return training.resolved_train_iters(_samples_per_step(training, parallel))
+
+
+def _samples_per_step(training: TrainingConfig, parallel: ParallelConfig) -> int:
+    return training.resolved_global_batch_size(_copies(parallel))
 
 
 def _copies(parallel: ParallelConfig) -> int:
@@ -258,9 +262,7 @@ def _with_repeats(config: NPTRunConfig, options: RunOptions) -> RunOptions:
     training = config.npt
     if training.teacher_cache_steps is None:
         return options
-    samples = training.teacher_cache_steps * config.training.resolved_global_batch_size(
-        _copies(config.parallel)
-    )
+    samples = training.teacher_cache_steps * _samples_per_step(config.training, config.parallel)
     return replace(options, epoch_samples=samples, epoch_repeats=training.teacher_cache_passes)
 
 
@@ -269,9 +271,7 @@ def _check_cache(config: NPTRunConfig) -> None:
     training, steps = config.npt, config.npt.teacher_cache_steps
     if steps is None:
         return
-    tokens = (
-        steps * config.training.resolved_global_batch_size(_copies(config.parallel)) * config.model.seq_length
-    )
+    tokens = steps * _samples_per_step(config.training, config.parallel) * config.model.seq_length
     tokens //= _copies(config.parallel) * config.parallel.context_parallel_size
     per_token = states_bytes(config.model, config.parallel, config.np.layers(config.model.num_layers))
     needed = tokens * per_token / 2**30

@@ -95,16 +95,11 @@ def _components(
 
 def _whole(part: Modulation, name: str, local: torch.Tensor) -> torch.Tensor:
     group = part.groups.tp
-    return gather_split(local, part.split_dims[name], group) if name in part.split_dims else local
-
-
-def gather_split(local: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Returns the whole tensor, of which each rank of `group` has an equal part along `dim`; collective."""
-    if group.size() == 1:
+    if name not in part.split_dims or group.size() == 1:
         return local
     pieces = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(pieces, local.contiguous(), group=group)
-    return torch.cat(pieces, dim=dim)
+    return torch.cat(pieces, dim=part.split_dims[name])
 
 
 def _split_dim(part: Modulation, name: str, place: torch.Tensor) -> int | None:

@@ -1,20 +1,18 @@
 """`--np-init-strategy calibrated` for low_rank and outer_product: their start, layouts, and training from it."""
 
-import contextlib
 import json
 import unittest.mock
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext.npt.runs.npt_model import NPTModel
-from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, write_np_weights
+from megatron_ext.npt.weights.np_weight_files import read_np_weight_file
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
-from tests.integration.npt.npt_run_helpers import DATA, MODEL, make_base, train, write_data
+from tests.integration.npt.calibration_runs import LAYOUTS, Prepared, killed_calibration
+from tests.integration.npt.npt_run_helpers import DATA, MODEL, make_base, train
 
 COMMON = [
     *("--np-init-strategy", "calibrated", "--calibration-tokens", "800", "--npt-layers", "1,3"),
@@ -32,33 +30,9 @@ FORMS = {
 }
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A base model and data."""
-
-    root: Path
-    base: str
-    data: str
-
-    def flags(self, name: str, *more: str) -> list[str]:
-        """The flags of a run in the directory `name`."""
-        return [
-            "--load",
-            self.base,
-            "--data-path",
-            self.data,
-            "--save",
-            str(self.root / name),
-            *COMMON,
-            *more,
-        ]
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    root = tmp_path_factory.mktemp("forms")
-    data = write_data(root)
-    return Prepared(root, run_single(make_base, str(root), data), data)
+    return Prepared.make(tmp_path_factory.mktemp("forms"), COMMON)
 
 
 def _divergences(base: str, *files: str) -> list[float]:
@@ -143,14 +117,6 @@ def test_a_model_with_layer_norm_biases_and_no_gate_is_calibrated(
     assert calibrated < 0.7 * random, (calibrated, random)
 
 
-LAYOUTS = {
-    "TP2": ["--tensor-model-parallel-size", "2"],
-    "TP2+SP": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
-    "PP2": ["--pipeline-model-parallel-size", "2"],
-    "DP2": [],
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["low_rank", "outer_product normalized"])
 def test_every_layout_gives_the_factors_of_one_process(layout: str, form: str, prepared: Prepared) -> None:
@@ -168,26 +134,12 @@ def test_every_layout_gives_the_factors_of_one_process(layout: str, form: str, p
         assert float(difference) < 2e-3, (key, float(difference))
 
 
-def _killed(*flags: str) -> None:
-    """A calibration that ends when its first files are written."""
-
-    def die(*arguments: Any, **options: Any) -> None:
-        write_np_weights(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with (
-        unittest.mock.patch("megatron_ext.npt.weights.state_files.write_np_weights", die),
-        contextlib.suppress(KeyboardInterrupt),
-    ):
-        train(*flags)
-
-
 def test_a_killed_calibration_leaves_nothing_and_the_repeated_command_trains_from_its_result(
     prepared: Prepared,
 ) -> None:
     flags = prepared.flags("killed", *FORMS["low_rank"], *KEEP, "--train-iters", "2")
     folder = prepared.root / "killed"
-    run_single(_killed, *flags)
+    run_single(killed_calibration, *flags)
     assert not (folder / "calibrated").exists()
     code, output = run_single(train, *flags)
     assert code == 0 and "calibrating on 800 tokens" in output and "NP weights: calibrated, " in output

@@ -1,11 +1,6 @@
 """`pretrain_npt.py --np-init-strategy calibrated`: the files, the ranks, training from them, resuming, the layouts."""
 
-import contextlib
 import json
-import unittest.mock
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +10,12 @@ from megatron_ext.config.serialize import group_in
 from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.npt.npt_cost import np_parameters
 from megatron_ext.npt.runs.npt_model import NPTModel
-from megatron_ext.npt.weights.np_weight_files import read_np_weight_file, write_np_weights
+from megatron_ext.npt.weights.np_weight_files import read_np_weight_file
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
-from tests.integration.npt.npt_run_helpers import DATA, make_base, train, write_data
+from tests.integration.npt.calibration_runs import LAYOUTS, Prepared, killed_calibration
+from tests.integration.npt.npt_run_helpers import DATA, train
 
 HIDDEN = 32
 FORM = [
@@ -29,24 +25,9 @@ FORM = [
 DROP = ["--np-target", "gate+up+down", "--np-residual", "drop"]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A base model and data."""
-
-    root: Path
-    base: str
-    data: str
-
-    def flags(self, name: str, *more: str) -> list[str]:
-        """The flags of a run in the directory `name`."""
-        return ["--load", self.base, "--data-path", self.data, "--save", str(self.root / name), *FORM, *more]
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    root = tmp_path_factory.mktemp("calibrated")
-    data = write_data(root)
-    return Prepared(root, run_single(make_base, str(root), data), data)
+    return Prepared.make(tmp_path_factory.mktemp("calibrated"), FORM)
 
 
 def _losses(base: str, weights: str) -> tuple[float, float]:
@@ -128,25 +109,11 @@ def test_a_bound_on_the_predicted_kl_takes_the_fewest_ranks_that_keep_it(prepare
     assert 0.5 < measured / left < 2
 
 
-def _killed(*flags: str) -> None:
-    """A calibration that ends when its first files are written."""
-
-    def die(*arguments: Any, **options: Any) -> None:
-        write_np_weights(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with (
-        unittest.mock.patch("megatron_ext.npt.weights.state_files.write_np_weights", die),
-        contextlib.suppress(KeyboardInterrupt),
-    ):
-        train(*flags)
-
-
 def test_a_killed_calibration_leaves_nothing_and_a_finished_one_is_kept(prepared: Prepared) -> None:
     target = ["--np-target", "gate+up", "--np-rank", "4"]
     flags = prepared.flags("killed", *target, "--train-iters", "0")
     folder = prepared.root / "killed"
-    run_single(_killed, *flags)
+    run_single(killed_calibration, *flags)
     assert not (folder / "calibrated").exists()
     _, first = run_single(train, *flags)
     before = (folder / "calibrated/npt_weights.pt").read_bytes()
@@ -158,14 +125,6 @@ def test_a_killed_calibration_leaves_nothing_and_a_finished_one_is_kept(prepared
     _, again = run_single(train, *flags)
     assert "calibrating on" in again, "the directory now belongs to other settings"
     assert (folder / "calibrated/npt_weights.pt").read_bytes() == before, "the same command, the same bits"
-
-
-LAYOUTS = {
-    "TP2": ["--tensor-model-parallel-size", "2"],
-    "TP2+SP": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
-    "PP2": ["--pipeline-model-parallel-size", "2"],
-    "DP2": [],
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
