@@ -195,3 +195,21 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(grads[0]), None
+
+
+@contextlib.contextmanager
+def only_layers(chunks: list[GPTModel], *, start: int = 0, end: int | None = None) -> Iterator[None]:
+    """Returns a context in which only the layers of `range(start, end)` run; see `GPTModel.run_layers`.
+
+    Args:
+        chunks: a rank's model chunks, unwrapped.
+        start: first layer, numbered over the whole model from 0.
+        end: first layer that does not run; None for the end of the model.
+    """
+    for chunk in chunks:
+        chunk.run_layers(start, end)
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.run_layers()

@@ -27,9 +27,7 @@ from megatron_ext.training.logging.progress_line import binary_size, compact
 
 _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 _PLACES = 12
-_SCALAR_BYTES = (
-    1024  # a smaller message is a loss, a norm or a signal, not the tensors that a group is made for
-)
+_SCALAR_BYTES = 1024  # a smaller message is a loss, a norm or a signal, not what a group is made for
 _ROOM = 0.1  # share of the memory that CUDA, NCCL and fragmentation may take: a rule of thumb
 
 

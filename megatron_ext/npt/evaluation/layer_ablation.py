@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel, only_layers
 from megatron_ext.npt.evaluation.layer_comparison import CompareOutputs, Sums
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.platform import process_groups
@@ -54,7 +54,7 @@ def ablate_layers(
             known = step
             if layer in inputs:
                 known = [batch | {HIDDEN_STATES: h} for batch, h in zip(step, inputs[layer], strict=True)]
-            with deactivated(chunks, [layer]), _starting_at(chunks, layer):
+            with deactivated(chunks, [layer]), only_layers(chunks, start=layer):
                 compare = CompareOutputs(base, sums[row])
                 run_microbatches(chunks, families, known, compare, forward_only=True)
     tokens, kl = _mean_kl(sums)
@@ -135,14 +135,3 @@ def _recorded_inputs(
 
                     undo.callback(layer.register_forward_pre_hook(take, with_kwargs=True).remove)
         yield
-
-
-@contextlib.contextmanager
-def _starting_at(chunks: list[GPTModel], layer: int) -> Iterator[None]:
-    for chunk in chunks:
-        chunk.run_layers(start=layer)
-    try:
-        yield
-    finally:
-        for chunk in chunks:
-            chunk.run_layers()

@@ -9,15 +9,14 @@ A cache can keep these hidden states in host memory, so that later passes over t
 by the tokens of each sequence and has a size limit; states that do not fit are computed again.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import Id, sample_ids
-from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.gpt_model import GPTModel, only_layers
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name, state_names
 from megatron_ext.training.frozen_forward import FrozenForward, run_frozen
@@ -159,26 +158,13 @@ def _states(
             _, attention, mlp = state_names(number)
             inner |= {attention: layer.self_attention, mlp: layer.mlp}
     outputs = HiddenStates()
-    with deactivated(chunks), _without_layers_above(chunks, wanted):
+    # Without the output, the layers above the last one whose states are wanted need not run.
+    end = None if wanted.output else max(wanted.layers) + 1
+    with deactivated(chunks), only_layers(chunks, end=end):
         states = run_frozen(chunks, families, batches, inputs, outputs if wanted.output else NoLoss(), inner)
     if outputs.values:
         states = [known | {OUTPUT: value} for known, value in zip(states, outputs.values, strict=True)]
     return states
-
-
-@contextlib.contextmanager
-def _without_layers_above(chunks: list[GPTModel], wanted: Wanted) -> Iterator[None]:
-    """Returns a context in which the layers above the last one whose states are wanted do not run."""
-    if wanted.output:
-        yield
-        return
-    for chunk in chunks:
-        chunk.run_layers(0, max(wanted.layers) + 1)
-    try:
-        yield
-    finally:
-        for chunk in chunks:
-            chunk.run_layers()
 
 
 def _keys(batch: Batch) -> list[Id]:

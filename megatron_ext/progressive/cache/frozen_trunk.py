@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.data.datasets.sample_ids import digest
 from megatron_ext.lora.trainable_layers import adapted_linears
-from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel
+from megatron_ext.models.gpt_model import HIDDEN_STATES, GPTModel, only_layers
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import merge_over_ranks
 from megatron_ext.training.frozen_forward import run_frozen
@@ -144,11 +144,6 @@ def run_trunk(
         holds this layer; an empty list on other stages.
     """
     above = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 == layers]
-    for chunk in chunks:
-        chunk.run_layers(0, layers)
-    try:
+    with only_layers(chunks, end=layers):
         states = run_frozen(chunks, families, batches, {HIDDEN_STATES: above[0]} if above else {}, NoLoss())
-    finally:
-        for chunk in chunks:
-            chunk.run_layers()
     return [of_batch[HIDDEN_STATES] for of_batch in states if of_batch]

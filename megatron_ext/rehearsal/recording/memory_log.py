@@ -53,9 +53,8 @@ class MemoryLog:
         self.allocations: list[Allocation] = []
         self.live = 0
         self.peak = 0
-        self._events = array(
-            "q"
-        )  # number of an allocation + 1 where it is made, its negative where it is freed
+        # The number of an allocation + 1 where it is made, the negative of that where it is freed.
+        self._events = array("q")
         self._known: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
