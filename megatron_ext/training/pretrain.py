@@ -94,7 +94,7 @@ def resolve(config: C) -> C:
     """
     training, in_epochs = config.training, config.training.num_epochs is not None
     training.check_has_steps()
-    world_size = planned_world_size(config.parallel) if training.dry_run else process_groups.world_size()
+    world_size = planned_world_size(config) if training.dry_run else process_groups.world_size()
     samples = epoch_samples(config.data, config.model.seq_length) if in_epochs else None
     return config.resolved(world_size, epoch_samples=samples)
 
