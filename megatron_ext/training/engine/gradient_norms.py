@@ -1,13 +1,33 @@
-"""Clips gradients by their global norm, and computes the norms of individual gradients for statistics.
+"""Computes the gradients' global norm, clips by it, and computes the norms of individual gradients for statistics.
 
 Without the distributed optimizer every data-parallel rank has the whole reduced gradient in `main_grad`. With it a rank
 has only its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
 """
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_ext.platform import process_groups
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Returns the global L2 norm of the gradients on the device, a scalar in float64. Collective.
+
+    Equal to `optimizer.get_grad_norm()`, but the engine waits for the device once per
+    tensor where neither Transformer Engine nor Apex is installed.
+    """
+    # Only the parts know which gradients count: not those of shared and of duplicated parameters.
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    square = torch.zeros((), device=process_groups.device())
+    if gradients:
+        square = torch.stack(torch._foreach_norm(gradients)).norm().square()
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.double().sqrt()
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:

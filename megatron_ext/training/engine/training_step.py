@@ -25,7 +25,7 @@ from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.run_phases import EVALUATION, FORWARD_BACKWARD, STEP, UPDATE, in_phase
 from megatron_ext.training.engine.data_parallel import unwrap_models
-from megatron_ext.training.engine.gradient_norms import clip_gradients
+from megatron_ext.training.engine.gradient_norms import clip_gradients, gradient_norm
 from megatron_ext.training.engine.microbatches import accumulate_gradients, run_microbatches
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import select_output_loss
@@ -204,7 +204,7 @@ class Stepper:
     @in_phase(UPDATE)
     def _update(self, losses: dict[str, float]) -> tuple[float, bool]:
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        norm = float(gradient_norm(self.optimizer))
         if not all(math.isfinite(value) for value in (*losses.values(), norm)):
             return norm, True
         if self.clip_grad > 0:
