@@ -57,7 +57,10 @@ def build_optimizer(
     for family in families:
         overrides.update(family.parameter_overrides(settings))
     optimizer = get_megatron_optimizer(
-        config, chunks, config_overrides=overrides, use_gloo_process_groups=process_groups.use_gloo_twins()
+        config,
+        chunks,
+        config_overrides=overrides,
+        use_gloo_process_groups=process_groups.needs_gloo_twins(parallel),
     )
     _use_fused_kernel(optimizer)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
