@@ -75,11 +75,10 @@ CASES = {
         1,
         PLAIN + BF16 + TP + SP + FROZEN + "--np-form key_value --np-target gate+up+down ",
     ),
-    # The teacher's cache is looked up by the batch's digests.
     "NPT, curriculum": (
         NPT,
         1,
-        2,
+        1,
         PLAIN
         + BF16
         + TP
