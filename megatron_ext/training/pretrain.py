@@ -187,7 +187,7 @@ def train(
     data = options.data or build_data(config, tokenizer, families, global_batch_size, options)
     if options.data is None:
         tell_of_other_order(config.checkpoint, run_config, progress)
-    with _build_reporter(config, tokenizer, families, progress, global_batch_size) as reporter:
+    with _build_reporter(config, families, progress, global_batch_size) as reporter:
         loop = Loop(
             training,
             config.checkpoint,
@@ -196,6 +196,7 @@ def train(
             reporter,
             data,
             sequence_length=config.model.seq_length,
+            flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
         )
         if training.skip_train:
             return loop.evaluate_only(progress)
@@ -255,7 +256,6 @@ def _build_stepper(
 
 def _build_reporter(
     config: RunConfig,
-    tokenizer: Tokenizer,
     families: list[Family],
     progress: TrainingProgress,
     global_batch_size: int,
@@ -263,7 +263,6 @@ def _build_reporter(
     return Reporter(
         config.logging,
         total_iterations=config.training.resolved_train_iters(global_batch_size),
-        flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
         charts=[chart for family in families for chart in family.charts],
         bf16=config.training.bf16,
         iteration=progress.iteration,
