@@ -5,6 +5,7 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 from megatron_ext.config.command_line.error_lines import exit_with_error
 from megatron_ext.rehearsal.simulated import device_library
@@ -17,6 +18,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         exit_with_error(str(error))
     sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -84,6 +84,10 @@ class MemoryLog:
         self._known.pop(address, None)
         self._watched.pop(number, None)
 
+    def reset_peak(self) -> None:
+        """Makes `peak` the largest size from now on."""
+        self.peak = self.live
+
     def mark(self, tensors: Iterable[torch.Tensor], kind: str, place: str | None = None) -> None:
         """Sets the kind of memory of the given tensors."""
         for tensor in tensors:
