@@ -18,6 +18,7 @@ from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.platform import process_groups
+from megatron_ext.platform.hosts import rank_progress
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import Stepper, StepResult, parameters_norm
 from megatron_ext.training.interface.family_interface import Batch
@@ -118,6 +119,7 @@ class Loop:
 
     def _step(self, progress: TrainingProgress, batches: Iterator[Batch]) -> tuple[TrainingProgress, bool]:
         iteration = progress.iteration + 1
+        rank_progress.reach(iteration)
         # Read the learning rate before the step, because the schedule advances at the end of the step.
         learning_rate = get_canonical_lr_for_logging(self.stepper.optimizer.param_groups) or 0.0
         started = time.perf_counter()
