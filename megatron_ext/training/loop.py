@@ -19,6 +19,7 @@ import torch
 from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.platform.hosts import rank_progress
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import ReadStep, Stepper, StepResult, parameters_norm
 from megatron_ext.training.interface.family_interface import Batch
@@ -174,6 +175,7 @@ class Loop:
         self, progress: TrainingProgress, batches: Iterator[Batch], shared: Callable[[], torch.Tensor]
     ) -> _Step:
         iteration = progress.iteration + 1
+        rank_progress.reach(iteration)
         started = time.perf_counter()
         read = self.stepper.start(batches, iteration, shared)
         consumed = progress.consumed_samples + self.stepper.global_batch_size

@@ -31,6 +31,7 @@ from megatron_ext.models.costs.model_cost import training_flops_per_token
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
 from megatron_ext.platform.collectives import on_every_rank, on_first_rank
+from megatron_ext.platform.hosts.rank_progress import watch_ranks
 from megatron_ext.platform.run_phases import MODEL, in_phase
 from megatron_ext.training.checkpoint import scheduler_state
 from megatron_ext.training.checkpoint.checkpoint_files import BEGIN, check_writable
@@ -128,7 +129,11 @@ def process_group(
     np.random.seed(training.seed)
     process_groups.initialize(parallel, training.seed)
     try:
-        with run_lock(None if training.skip_train else checkpoint.save), loader_failures():
+        with (
+            watch_ranks(parallel.distributed_timeout_minutes),
+            run_lock(None if training.skip_train else checkpoint.save),
+            loader_failures(),
+        ):
             yield
     finally:
         process_groups.shutdown()
