@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,16 @@ class Data:
     """Test batches, or None; evaluated once after the last step."""
 
 
+@dataclass
+class _Saving:
+    """A save that runs beside training."""
+
+    progress: TrainingProgress
+    started: float
+    waited: float
+    """Seconds in which training has waited for it."""
+
+
 class Loop:
     """Runs training steps until the run is complete or has to stop."""
 
@@ -70,6 +81,7 @@ class Loop:
         self.reporter = reporter
         self.data = data
         self.sequence_length = sequence_length
+        self._saving: _Saving | None = None
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
 
     def run(self, progress: TrainingProgress) -> tuple[int, TrainingProgress]:
@@ -82,10 +94,11 @@ class Loop:
             self._report_complete(progress)
         started = time.monotonic()
         not_finite_in_a_row = 0
-        with SignalWatcher() as signals:
+        with SignalWatcher() as signals, self._running_save():
             batches = self.data.train(progress.consumed_samples)
             while not self.is_complete(progress):
                 progress, skipped = self._step(progress, batches)
+                self._proceed_with_save(wait=False)
                 not_finite_in_a_row = not_finite_in_a_row + 1 if skipped else 0
                 if not_finite_in_a_row >= self.training.max_consecutive_nan_steps:
                     self._note_stop(
@@ -98,8 +111,9 @@ class Loop:
                     self._evaluate(progress)
                 reason, code = self._reason_to_stop(progress, started, signals)
                 due = self._is_due(progress.iteration, self.checkpoint.save_interval)
-                if due or reason is not None or self.is_complete(progress):
-                    self._save(progress, skipped)
+                is_last = reason is not None or self.is_complete(progress)
+                if due or is_last:
+                    self._save(progress, skipped, is_last=is_last)
                 if reason is not None:
                     self._note_stop(f"stopped after step {progress.iteration}: {reason}", code)
                     return code, progress
@@ -191,17 +205,46 @@ class Loop:
             return f"--exit-interval {interval}", EXIT_OK
         return None, EXIT_OK
 
-    def _save(self, progress: TrainingProgress, skipped: bool) -> None:
+    def _save(self, progress: TrainingProgress, skipped: bool, *, is_last: bool) -> None:
         # A skipped step has changed nothing, but the parameters may already have been non-finite before it.
         if self.checkpoint.save is None or (
             skipped and not math.isfinite(parameters_norm(self.stepper.models))
         ):
             return
+        self._proceed_with_save(wait=True)
         started = time.perf_counter()
+        if self.checkpoint.async_save and not is_last:
+            self.checkpointer.begin_save(progress)
+            self._saving = _Saving(progress, started, time.perf_counter() - started)
+            return
         path = self.checkpointer.save(progress)
         self.reporter.message(
             f"saved step {progress.iteration} to {path} in {time.perf_counter() - started:.1f} s"
         )
+
+    def _proceed_with_save(self, *, wait: bool) -> None:
+        """Completes a save that runs beside training, if it has come that far or if `wait` is set."""
+        if self._saving is None:
+            return
+        started = time.perf_counter()
+        complete = self.checkpointer.proceed_with_save(wait=wait)
+        self._saving.waited += time.perf_counter() - started
+        if complete:
+            saved, self._saving = self._saving, None
+            self.reporter.message(
+                f"saved step {saved.progress.iteration} to {self.checkpointer.path(saved.progress)} in "
+                f"{time.perf_counter() - saved.started:.1f} s (--async-save: training waited {saved.waited:.1f} s)"
+            )
+
+    @contextmanager
+    def _running_save(self) -> Iterator[None]:
+        """Context manager of training: waits at its end for a save that still runs, or gives it up after an error."""
+        try:
+            yield
+        except BaseException:
+            self.checkpointer.give_up_save()
+            raise
+        self._proceed_with_save(wait=True)
 
     def _evaluate(self, progress: TrainingProgress) -> None:
         if self.data.valid is not None and self.training.eval_iters > 0:

@@ -19,6 +19,9 @@ class CheckpointConfig:
     save_interval: Annotated[int | None, flag(aliases=("--save_steps",))] = None
     """Optimizer steps between two checkpoints. Default: save only at the end."""
 
+    async_save: bool = False
+    """Write checkpoints while training continues, from a copy in host memory. Only the copy holds training up."""
+
     ckpt_step: int | None = None
     """Step of the checkpoint to load. Default: the newest complete checkpoint."""
 
@@ -50,8 +53,12 @@ class CheckpointConfig:
         for name, value in (("--save-interval", self.save_interval), ("--keep-last", self.keep_last)):
             if value is not None and self.save is None:
                 raise ValueError(f"{name} {value}: requires --save")
-        if self.overwrite_checkpoints and self.save is None:
-            raise ValueError("--overwrite-checkpoints: requires --save")
+        for name, is_given in (
+            ("overwrite-checkpoints", self.overwrite_checkpoints),
+            ("async-save", self.async_save),
+        ):
+            if is_given and self.save is None:
+                raise ValueError(f"--{name}: requires --save")
         if self.ckpt_step is not None and self.load is None:
             raise ValueError(f"--ckpt-step {self.ckpt_step}: requires --load")
         if self.finetune and self.load is None:

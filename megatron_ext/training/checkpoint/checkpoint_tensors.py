@@ -1,34 +1,24 @@
-"""Saves and loads model and optimizer tensors in megatron-core's `torch_dist` format.
+"""Loads model and optimizer tensors from megatron-core's `torch_dist` format, with megatron-core's reader.
 
-megatron-core's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model,
-does not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the
-state dict and planner of megatron-core, writes the same files in this process and reports a failure to every rank.
-Reading uses megatron-core's reader.
+`saving.tensor_writer` writes them.
 """
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedStateDict,
     ShardedTensor,
     ShardedTensorFactory,
-    is_main_replica,
 )
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
@@ -132,47 +122,6 @@ def _load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict
         assert not (strict and wrong), (
             f"{wrong[0]}: not in both model and checkpoint, although `check` found them equal"
         )
-
-
-def write(state: ShardedStateDict, folder: Path) -> None:
-    """Writes all tensors of a sharded state dict; collective.
-
-    Raises:
-        OSError: some rank could not write; raised on every rank.
-    """
-    sharded, common = save_preprocess(state)
-    groups: dict[str, list[Any]] = defaultdict(list)
-    for shard in nested_values(sharded):
-        if is_main_replica(shard.replica_id):
-            groups[shard.unique_key if isinstance(shard, ShardedObject) else shard.key].append(shard)
-    try:
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(groups),
-            storage_writer=_Writer(folder, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-    except torch_checkpoint.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise OSError(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__) from cause
-
-    def write_rest() -> None:
-        if dist.get_rank() == 0:
-            files.write_tensors(folder / "common.pt", common)
-            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-    on_every_rank(write_rest)
-
-
-class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's writer, changed so that it raises the operating system's errors."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        """Writes this rank's files."""
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            # torch hides the system's error ("No space left on device") behind its own `RuntimeError`.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
