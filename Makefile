@@ -23,7 +23,7 @@ EXTRAS := test,dev,data,hf,models,eval,lora,quantization,docs
 WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 # A file's tests stay in one worker, where they share what its fixtures have trained. Files start in the order of their
 # paths: those that start processes first, the short ones of tests/unit last, so that no worker waits long for another.
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Each worker and each process that a test starts computes on one core.
 export OMP_NUM_THREADS ?= 1
@@ -63,7 +63,7 @@ progressive: install
 # One target after the other, whatever -j says: pytest's summary line comes last.
 test: install
 	@$(MAKE) --no-print-directory check
-	$(PYTEST)
+	$(PYTEST) --durations=25
 
 test-fast: install
 	$(PYTEST) tests/unit

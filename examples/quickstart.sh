@@ -36,7 +36,7 @@ run "${torchrun[@]}" "${train[@]}" --exit-interval 100
 echo "== 5. The same run continues from its checkpoint"
 run "${torchrun[@]}" "${train[@]}" --load "$out/checkpoint"
 
-echo "== 6. Loss and perplexity on held-out text, compared with the unigram entropy of the corpus"
+echo "== 6. Loss and perplexity on held-out text, compared with the unigram baseline (token frequencies alone)"
 run "${torchrun[@]}" tools/evaluate.py --load "$out/checkpoint" --data-path "$out/held_out_text_document" \
     --unigram-from "$out/train_text_document" --output "$out/evaluation.json"
 

@@ -24,7 +24,7 @@ class PlotConfig:
     """Picture file to write; its suffix chooses the format (png, svg, pdf)."""
 
     evaluation: str | None = None
-    """JSON file written by tools/evaluate.py, to draw its held-out loss and unigram entropy too."""
+    """JSON file written by tools/evaluate.py, to draw its held-out loss and unigram baseline too."""
 
     statistic: str = "per-layer/update-ratio"
     """TensorBoard tag of the per-layer statistic to draw, without /layer_NN; not drawn if the run does not have it."""
@@ -78,7 +78,7 @@ def _draw_losses(axes: Any, config: PlotConfig, curves: dict[str, Curve]) -> Non
         axes.plot(step, found["loss"], "s", color="tab:red", label="held out")
         if "unigram_cross_entropy" in found:
             axes.axhline(
-                found["unigram_cross_entropy"], color="grey", linestyle="--", label="unigram entropy"
+                found["unigram_cross_entropy"], color="grey", linestyle="--", label="unigram baseline"
             )
     axes.set(xlabel="step", ylabel="cross-entropy, nats per token")
     axes.legend(fontsize=8)

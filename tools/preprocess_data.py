@@ -83,7 +83,7 @@ def main() -> int:
         return 128 + int(stop.args[0])
     totals = summary.totals
     if summary.choice is not None:
-        print(f"tokenized by {summary.choice.encoder}: {summary.choice.reason}")
+        print(f"encoded with {summary.choice.encoder} ({summary.choice.reason})")
     if summary.message is not None:
         print(f"note: {summary.message}")
     if summary.resumed_shards:

@@ -109,7 +109,7 @@ def _describe(prefix: str, found: dict[str, float]) -> str:
     line = f"held-out {prefix}{step}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
     if "unigram_cross_entropy" in found:
         entropy = found["unigram_cross_entropy"]
-        line += f"; unigram entropy {entropy:.4f} (perplexity {math.exp(entropy):.2f})"
+        line += f"; unigram baseline {entropy:.4f} (perplexity {math.exp(entropy):.2f})"
     return line
 
 

@@ -18,11 +18,11 @@ fresh_directory "$out" base
 find_or_make_text "$out"
 length=${SEQ_LENGTH:-256}
 
-quietly() { # FILE COMMAND...: runs the command with its output in FILE
-    printf '\n$'
-    printf ' %q' "${@:2}"
-    printf ' > %q\n' "$1"
+quietly() { # FILE COMMAND...: prints the command, then runs it with its output in FILE
+    echo
+    print_command "${@:2}"
     "${@:2}" > "$1"
+    echo "(printed to $1)"
 }
 
 echo "== 1. Import the pretrained model, with its tokenizer"

@@ -1,7 +1,7 @@
 """Halves the time that a process needs to import torch and megatron-core, and to end.
 
-- Both make half a million objects that live as long as the process. The garbage collector would look through them again
-  and again while they are made, and once more when the process ends.
+- Both create half a million objects that live as long as the process. The garbage collector would scan them again and
+  again while they are created, and once more when the process ends.
 - megatron-core hands some sixty functions to `torch.compile` while it is imported, which imports torch's compiler. Here
   each function is compiled when it is first called; with the layers of this package on a CPU, that is never.
 """
@@ -19,13 +19,13 @@ _LARGE = ("torch", "megatron.core")
 
 
 def install() -> None:
-    """Lets every later import of torch and megatron-core, wherever it stands, go through this file."""
+    """Makes every later import of torch and megatron-core, from any file, go through this module."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds the modules concerned as Python does, and gives them another loader."""
+    """Finds torch and megatron-core modules as Python does, and gives them another loader."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -2,7 +2,7 @@
 
 PyTorch uses as many threads as there are cores unless OMP_NUM_THREADS is set. In its OpenMP library, libgomp, a thread
 that waits for the others spins up to 300,000 times. On a machine that also does other work, the thread it waits for is
-often not running, and the spinning takes the core that it needs.
+often not running, and the spinning occupies the core that the other thread needs.
 """
 
 import os

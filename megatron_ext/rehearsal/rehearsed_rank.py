@@ -21,9 +21,9 @@ from megatron_ext.rehearsal.simulated.devices import Device, device_named
 
 
 def simulate(device: Device) -> Recorder:
-    """Gives this process the simulated device and the process group; returns the recorder of what is done with them.
+    """Installs the simulated device and process group in this process; returns the recorder that observes them.
 
-    The engine takes some functions of torch by name when it is imported, so call this before.
+    Call this before the engine is imported, because the engine then imports some functions of torch by name.
     """
     recorder = Recorder(Activity())
     fake_cuda.install(device, recorder.activity, recorder.memory)

@@ -71,7 +71,7 @@ class Rehearsal:
         return any(each.kind == GRADIENT_MEMORY for each in self.recorder.memory.allocations)
 
     def peak(self) -> Peak:
-        """What is allocated when memory is largest."""
+        """The allocations at the moment of largest memory."""
         return self.recorder.memory.at_peak()
 
     def time(self) -> StepTime:
@@ -109,7 +109,7 @@ def place_of(rank: int, processes: int, parallel: ParallelConfig) -> tuple[int, 
 
 
 def oddities(rehearsal: Rehearsal) -> list[str]:
-    """Returns what a rank should not do in a step: CPU tensors in collectives, groups that no step uses."""
+    """Returns lines about suspicious behaviour in a step: CPU tensors in collectives, groups that no step uses."""
     activity = rehearsal.recorder.activity
     found = [
         f"{text} ({count} times in {scope})"
@@ -120,7 +120,7 @@ def oddities(rehearsal: Rehearsal) -> list[str]:
 
 
 def _unused_groups(rehearsal: Rehearsal) -> list[str]:
-    """Returns what a step should do over the rank's parallel groups but does not."""
+    """Returns lines about parallel groups of the rank over which a step should communicate but does not."""
     parallel, copies = rehearsal.parallel, rehearsal.parallel.data_parallel_size(rehearsal.processes)
     calls = [
         call

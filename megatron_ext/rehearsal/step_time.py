@@ -5,7 +5,7 @@
     communication    bytes that a ring sends / rate of the host's links, or of the network for groups on several hosts
     step             (products + other + communication that is waited for) x (1 + bubble) + update
 
-It is what the rates allow. A real step is slower: kernels reach a part of these rates, and launching them takes time.
+This is a lower bound. A real step is slower: kernels reach only a part of these rates, and launching them takes time.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ def calls_in(activity: Activity, scope: str) -> Mapping[Call, Total]:
 
 
 def is_waited_for(call: Call) -> bool:
-    """Returns whether the rank waits for the communication: the pipeline's is asynchronous, but waited for at once."""
+    """Returns whether the rank waits for this communication; the pipeline's is asynchronous but awaited at once."""
     return not call.asynchronous or call.operation in BETWEEN_TWO
 
 

@@ -8,7 +8,7 @@ from megatron_ext.config.command_line.field_checks import Switch, check_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Flags for which step is loaded from a checkpoint, and how the model is sharded over the processes."""
+    """Flags that choose the checkpoint step to load, and how the model is sharded over the processes."""
 
     ckpt_step: int | None = None
     """Step of the checkpoint to load. Default: the newest complete checkpoint."""
@@ -41,7 +41,7 @@ class LoadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Flags for how tokens are sampled; `inference.Sampling` checks the values."""
+    """Flags that control how tokens are sampled; `inference.Sampling` checks the values."""
 
     max_new_tokens: int = 64
     """Number of tokens to generate after each prompt."""

@@ -74,8 +74,8 @@ class PreprocessConfig:
     """Skip documents that have no tokens under any key. Default: keep them as empty documents."""
 
     encoder: Literal["auto", "gigatoken", "reference"] = "auto"
-    """Tokenizer implementation: gigatoken (fast) or the reference; auto uses gigatoken if both give the same token ids
-    on a sample of the input."""
+    """Library that encodes: gigatoken (fast) or the tokenizer's own (reference); auto uses gigatoken if both give the
+    same ids on a sample of the input."""
 
     resume: bool = False
     """Continue an earlier run that was killed, and reuse the pieces it has finished."""

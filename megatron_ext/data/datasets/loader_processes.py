@@ -75,8 +75,8 @@ class LoaderContext(ForkContext):
 def deaths_told_later() -> Iterator[None]:
     """Delays the error that torch raises, anywhere in this process, when a loader process has died.
 
-    Python prints and drops an error that is raised in one of its hooks around a fork, and torch prints a second error
-    when its iterator is left half made. So neither may be interrupted: the error is raised at the end of the block or,
+    The error must not interrupt a fork (Python prints and drops an error raised in its hooks around a fork) or the
+    creation of torch's iterator (torch prints a second error). It is therefore raised at the end of the block or,
     if multiprocessing has already collected the process, when the next batch of that process is awaited.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -117,9 +117,9 @@ def loader_failures() -> Iterator[None]:
 
 
 def _death(error: Exception) -> str | None:
-    """Returns torch's message about the dead loader process that caused an error; None if there is none.
+    """Returns torch's message about the dead loader process that caused an error; None if none has died.
 
-    If there is one, later deaths raise no error: raised while the run ends, it would hide this one.
+    If one has died, later deaths raise no error, because an error raised while the run ends would hide the first.
     """
     message, handler = str(error).strip(), signal.getsignal(signal.SIGCHLD)
     if isinstance(error, RuntimeError):

@@ -95,7 +95,7 @@ def choose_encoder(
     fast, refusal = _load_or_refuse(tokenizer)
     refusal = refusal or _difference(tokenizer, fast, sample)
     if refusal is None:
-        reason = f"ids equal the reference's on {len(sample)} sampled documents"
+        reason = f"a fast library; its ids equal {name}'s on {len(sample)} sampled documents"
         return Encoder(tokenizer, "gigatoken", fast), Choice("gigatoken", reason)
     if wanted == "gigatoken":
         raise ValueError(f"--encoder gigatoken: {refusal}")
@@ -122,7 +122,7 @@ def _difference(tokenizer: Tokenizer, fast: Any, sample: list[str]) -> str | Non
     """Describes the first difference between gigatoken's ids and the reference's; None if they are equal."""
     for text in chain(sample, PROBE_TEXTS, ("",), added_token_texts(tokenizer)):
         if fast.encode(text).tolist() != tokenizer.tokenize(text):
-            return f"gigatoken's ids differ from the reference's on a sampled text that begins {text[:40]!r}"
+            return f"gigatoken's ids differ on a sampled text that begins {text[:40]!r}"
     return None
 
 

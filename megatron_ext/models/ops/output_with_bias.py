@@ -6,7 +6,7 @@ import torch
 def output_with_bias(returned: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
     """Returns output + bias; a copy of the output if there is no bias.
 
-    A copy, because in a pass without gradients the engine adds the residual to the module's output in place.
+    The copy is needed because, in a pass without gradients, the engine adds the residual to the output in place.
 
     Args:
         returned: what the engine's attention or MLP returns, its output [s, b, h] and its bias [h] or None.

@@ -158,7 +158,7 @@ def _samples(config: NPTRunConfig) -> int:
 def _with_ranks(
     config: NPTRunConfig, chunks: list[GPTModel], moments: dict[int, LayerMoments]
 ) -> tuple[NPTModuleConfig, dict[Place, tuple[Spectrum, int]]]:
-    """Returns the settings with numbers as ranks, and the spectrum and rank of each of this stage's places."""
+    """Returns the settings with the chosen ranks, and the spectrum and rank of each layer and target of this stage."""
     settings, model = config.np, config.model
     spectra: dict[Place, Spectrum] = {}
     for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
@@ -214,7 +214,7 @@ def _given_ranks(settings: NPTModuleConfig, num_layers: int, hidden_size: int) -
 
 
 def _gains(config: NPTRunConfig, found: Spectrum) -> list[float]:
-    """Returns by how much each rank lowers the error: of the loss, or without gradients of the target, relatively."""
+    """Returns how much each further rank lowers the error: of the loss, or relative to the target without gradients."""
     squares = found.squares
     if config.npt.calibration_metric == "output":
         # Sizes of different layers' outputs say nothing about their effect; shares of their own size are comparable.
@@ -253,7 +253,7 @@ def _factors(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[str, torch.T
 
 
 def _found(spectra: Mapping[Place, tuple[Spectrum, int]]) -> dict[Place, dict[str, Any]]:
-    """Returns what the report says of each target of key_value; the errors are in the calibration's metric."""
+    """Returns the report's entries for key_value, one for each target; errors are in the calibration's metric."""
     return {
         place: _entry(found, rank, float(found.squares[rank:].sum() / found.squares.sum()))
         for place, (found, rank) in spectra.items()
@@ -264,7 +264,7 @@ def _found_by_target(
     spectra: Mapping[Place, tuple[Spectrum, int]],
     errors: Mapping[tuple[int, str], float],
 ) -> dict[Place, dict[str, Any]]:
-    """Returns what the report says of each target of the documents' forms; `errors` are those of m - n, and of a."""
+    """Returns the report's entries for low_rank and outer_product, one for each target."""
     return {
         (number, target): _entry(*spectra[place_of(number, target)], error)
         for (number, target), error in errors.items()

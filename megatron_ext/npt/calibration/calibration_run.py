@@ -1,4 +1,4 @@
-"""Runs over calibration tokens: which samples each step holds, and hooks that see what the base model's layers compute.
+"""Runs the base model over calibration tokens: chooses the samples of each step, and observes the layers through hooks.
 
 Each of the calibration's passes reads the same samples, the first ones of the data.
 """
@@ -27,25 +27,25 @@ class Step:
     """Micro-batches of one run through the model."""
 
     batches: list[Batch]
-    """One micro-batch per pipeline stage."""
+    """The step's micro-batches, as many as there are pipeline stages."""
 
     kept: list[torch.Tensor]
     """For each micro-batch, which of its samples count, [b]."""
 
     samples: int
-    """Number of samples of all data-parallel ranks, with those that do not count."""
+    """Number of samples over all data-parallel ranks, including those that do not count."""
 
     tokens: int
-    """Number of tokens of all data-parallel ranks that count."""
+    """Number of tokens that count, over all data-parallel ranks."""
 
 
 def calibration_steps(batches: Iterator[Batch], samples: int, seed: int = 0) -> Iterator[Step]:
-    """Yields steps until the first samples are read; the last samples of the last step may not count.
+    """Yields steps until `samples` samples are read; further samples in the last step do not count.
 
     Args:
         batches: this data-parallel rank's micro-batches; the ranks' n-th micro-batches, in the order of the ranks, hold
             consecutive samples.
-        samples: number of samples to use; those after them get a loss of zero.
+        samples: number of samples to use; further samples get a loss of zero.
         seed: seed of the sampled labels.
     """
     first = 0
@@ -82,16 +82,16 @@ def _step(batches: Iterator[Batch], first: int, samples: int, seed: int) -> Step
 
 @dataclass
 class MLPInput:
-    """What one layer of the base model has computed when its MLP begins. Shapes [s, b, h] ([s/t, b, h] under SP)."""
+    """Values in one layer of the base model when its MLP begins; [s, b, h] ([s/t, b, h] under SP) unless stated."""
 
     kept: torch.Tensor
     """Which of the micro-batch's samples count, [b]."""
 
     attention: torch.Tensor
-    """a."""
+    """The attention output a."""
 
     residual: torch.Tensor
-    """h + a."""
+    """h + a, the input of the MLP's norm."""
 
     normed: torch.Tensor
     """m = LN2(h + a)."""
@@ -101,9 +101,9 @@ class MLPInput:
 
 
 class LayerHooks:
-    """Hooks on the chosen layers of one rank; subclasses use what they see.
+    """Hooks on the chosen layers of one rank; a subclass defines what is done with the observed values.
 
-    A layer of a stage runs its micro-batches in order, and its attention before its MLP.
+    Every layer runs the micro-batches in order; within a layer, attention runs before the MLP.
     """
 
     def __init__(self, chunks: list[GPTModel], layers: Collection[int]) -> None:
@@ -125,7 +125,7 @@ class LayerHooks:
             self._add(layer)
 
     def begin(self, step: Step) -> None:
-        """Must be called before the step is run."""
+        """Prepares for a step; must be called before the step runs."""
         self._kept, self._passes = step.kept, {}
 
     def kept(self, number: int) -> torch.Tensor:

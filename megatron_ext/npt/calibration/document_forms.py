@@ -16,9 +16,9 @@ a. So the first factor is made a scalar, and u linear in a, as nearly as the for
                       division by rms(W_a_up x) is one by |x . kappa|.  Requires --np-affine
 
 Then B follows from u by least squares, for the form as it is. gate, up, fc1: B = R W^T, where u R = m - n. down, for
---np-residual drop: u B = a; for keep B is 0. What no form can write is the other part of m - n, (rho - 1) n.
+--np-residual drop: u B = a; for keep B is 0. Neither form can represent the other part of m - n, (rho - 1) n.
 
-It takes three passes over the tokens: `moments`, from which D follows; kappa and omega; R and B.
+The calibration reads the tokens three times: for the `moments`, which give D; for kappa and omega; for R and B.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -60,16 +60,16 @@ Target = tuple[int, str]
 
 @dataclass
 class _Reads:
-    """From these sums follow kappa and omega of one layer."""
+    """Sums over tokens for three least-squares fits, which give kappa and omega of one layer."""
 
     gain: LeastSquares
-    """n to 1 / rms(h + a)."""
+    """Fit of 1 / rms(h + a) by a linear map of n."""
 
     attention: LeastSquares
-    """a to 1."""
+    """Fit of the constant 1 by a linear map of a."""
 
     output: LeastSquares
-    """W_down x to 1."""
+    """Fit of the constant 1 by a linear map of W_down x."""
 
     @classmethod
     def zeros(cls, size: int) -> "_Reads":
@@ -98,7 +98,7 @@ def calibrate_form(
     batches: Callable[[], Iterator[Batch]],
     samples: int,
 ) -> tuple[dict[str, torch.Tensor], dict[Target, float]]:
-    """Returns the whole factors of this stage's layers by key, and the relative squared errors; collective.
+    """Returns the calibrated factors of this stage's layers, as whole tensors by key, and their errors; collective.
 
     Args:
         chunks: this rank's chunks of the base model, unwrapped, without recomputation.
@@ -106,6 +106,10 @@ def calibrate_form(
         spectra: the directions of this stage's layers, and ranks of one component.
         batches: returns this data-parallel rank's micro-batches, from the first on.
         samples: number of samples to use.
+
+    Returns:
+        The factors; and for each layer and target the squared error that the fit of B leaves, relative to the square
+        of what is fitted.
     """
     layers = {number for number, _ in spectra}
     chosen = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 in layers]

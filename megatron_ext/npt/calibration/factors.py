@@ -44,7 +44,7 @@ class Spectrum:
     """The best maps of every rank, for one target of one layer."""
 
     squares: torch.Tensor
-    """s^2 [h], in descending order: by how much each further rank lowers the error."""
+    """s^2 [h], in descending order: how much each further rank lowers the error."""
 
     reads: torch.Tensor
     """C^-1/2 Y, [h, h]."""
@@ -60,7 +60,7 @@ class Spectrum:
 
 
 def decompose(covariance: torch.Tensor, metric: torch.Tensor) -> Spectrum:
-    """Returns the best maps of x in a metric of its errors.
+    """Returns the best maps of x of every rank, where `metric` measures the error of x.
 
     Args:
         covariance: C, [h, h] in fp64.
@@ -84,12 +84,12 @@ def _with_ridge(matrix: torch.Tensor) -> torch.Tensor:
 def choose_ranks(
     gains: Mapping[Place, list[float]], total: int | None = None, error: float = 0.0
 ) -> dict[Place, int]:
-    """Returns the ranks with the smallest total error for their sum, or with the smallest sum for an error.
+    """Chooses ranks: those with the smallest error among all with the sum `total`, or the smallest that reach `error`.
 
     Args:
         gains: maps (layer, target) to the gain of each further rank, in descending order.
-        total: the sum of the ranks, at least one per place; None for no limit.
-        error: an error that need not be lowered further.
+        total: largest sum of the ranks, at least 1 per layer and target; None for no limit.
+        error: total error at which no further rank is added.
 
     Returns:
         The ranks, each at least 1.

@@ -1,4 +1,4 @@
-"""One forward pass of the base model over calibration tokens, in which a function sees what each layer computes."""
+"""Runs the base model over calibration tokens and calls a function with the values that each layer computes."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from megatron_ext.training.interface.output_losses import NoLoss
 
 @dataclass
 class LayerTokens:
-    """What one layer of the base model computes of a micro-batch."""
+    """Values that one layer of the base model computes for a micro-batch."""
 
     kept: torch.Tensor
     """Which of the samples count, [b]."""
@@ -24,10 +24,10 @@ class LayerTokens:
     """a, [s, b, h] ([s/t, b, h] with sequence parallelism)."""
 
     normed: torch.Tensor
-    """n = LN2(h), like a."""
+    """n = LN2(h); same shape as a."""
 
     mlp_input: torch.Tensor
-    """m = LN2(h + a), like a."""
+    """m = LN2(h + a); same shape as a."""
 
     inverse_rms: torch.Tensor
     """1 / rms(h + a), [.., 1]."""
@@ -36,7 +36,7 @@ class LayerTokens:
     """Input of `down` in the base layer, [s, b, f/t]."""
 
     mlp_output: torch.Tensor | None = None
-    """Output of `down` without bias, like a."""
+    """Output of `down` without bias; same shape as a."""
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the values of the tokens that count, [n, ..]."""

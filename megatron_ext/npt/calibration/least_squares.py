@@ -33,7 +33,7 @@ class LeastSquares:
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int) -> "LeastSquares":
-        """Returns the sums of no tokens, for x of `inputs` values and y of `outputs`."""
+        """Returns sums over zero tokens, for x with `inputs` values and y with `outputs` values."""
         shapes = ((inputs, inputs), (inputs, outputs), (1,))
         device = process_groups.device()
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))

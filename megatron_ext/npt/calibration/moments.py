@@ -53,7 +53,7 @@ class LayerMoments:
 
     @classmethod
     def zeros(cls, size: int) -> "LayerMoments":
-        """Returns moments of no tokens."""
+        """Returns moments over zero tokens."""
         device = process_groups.device()
         return cls(*(torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(4)))
 
@@ -130,7 +130,7 @@ class _Hooks(LayerHooks):
             )
 
     def before_mlp(self, layer: Any, seen: MLPInput) -> None:
-        """Adds what the layer's MLP reads, and will add its gradient."""
+        """Adds the products of the MLP's input; adds those of its gradient in the backward pass."""
         moments, kept = self.moments[layer.layer_number - 1], seen.kept
         attention = seen.attention.float()
         _add_products(moments.inputs, centred(attention, layer.config) * seen.inverse_rms, kept)

@@ -10,7 +10,7 @@ _BINS = 50
 
 
 def distribution(values: npt.NDArray[Any], *, histogram: bool = False) -> dict[str, Any]:
-    """Returns the count of values, and mean, deviation, extremes, percentiles (and histogram) of the finite ones."""
+    """Returns the number of values; and mean, deviation, extremes, percentiles and histogram of the finite values."""
     values = values.astype(np.float64)
     good = values[np.isfinite(values)]
     found: dict[str, Any] = {"count": len(values), "not_finite": len(values) - len(good)}

@@ -42,22 +42,22 @@ def print_summary(report: dict[str, Any]) -> None:
 
 
 def untrained_state(perplexity: dict[str, Any]) -> str:
-    """Says what the untrained model is; `perplexity` is the report's section."""
+    """Describes the untrained model in words; `perplexity` is the section of the report."""
     seed = perplexity["untrained_seed"]
     return "without deltas" if seed is None else f"initial NP weights, seed {seed}"
 
 
 def delta_expectation(delta: dict[str, Any]) -> str:
-    """Says what is expected of the mean delta norm; `delta` is the report's section.
+    """Describes the expected mean delta norm in words; `delta` is the section of the report.
 
-    Empty for a run without regularization, of which nothing is expected.
+    Returns "" for a run without regularization, for which nothing is expected.
     """
     regularized = bool(delta["regularization_weight"])
     return f"with regularization, expected below {delta['expected_below']}" if regularized else ""
 
 
 def held_back(ablation: dict[str, Any]) -> str:
-    """Returns a sentence that names the layers that hold the model back; `ablation` is the report's section."""
+    """Returns a sentence that names the layers that hold the model back; `ablation` is the section of the report."""
     found, tokens = ablation["holding_back"], f"on {ablation['tokens']:,} tokens"
     if not found["layers"]:
         return f"KL(base || NPT) {_four(ablation['kl'])} {tokens}: no layer holds the model back."

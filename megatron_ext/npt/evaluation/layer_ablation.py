@@ -4,7 +4,7 @@
     KL without j      the same with layer j as its base layer; the other layers stay converted
     reduction         KL - KL without j: how much of the model's distance from the base model goes with layer j
 
-The error of a layer by itself does not say that: it does not know what the layers above make of it. The layers that
+A layer's own error does not tell this, because the layers above may enlarge or remove it. The layers that
 hold the model back are the fewest whose reductions add up to half of all reductions. To check them, they run as base
 layers together.
 
@@ -113,7 +113,7 @@ class _KnownInputs(Family):
     name = "layer_ablation"
 
     def auxiliary_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Returns the input, if the batch has one."""
+        """Returns the known input under its name, or nothing if the batch has none."""
         return {HIDDEN_STATES: batch[HIDDEN_STATES]} if HIDDEN_STATES in batch else {}
 
 

@@ -175,7 +175,7 @@ class _Observer:
         self._activated = inputs[0]
 
     def _observed(self, module: NPFeedForward) -> MLPOutput:
-        """Returns the module's `mlp_output`, which then also adds to the findings."""
+        """Returns a function that calls the module's `mlp_output` and also records findings."""
         compute, number = module.mlp_output, module.layer_number - 1
 
         def observe(layer: Any, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:

@@ -83,10 +83,10 @@ class NPTTrainingConfig:
     starts with new weights. Form, rank, target and (except in single_layer) layers default to those of the file."""
 
     calibration_tokens: int = 8192
-    """--np-init-strategy calibrated: number of training tokens that the base model reads; rounded up to sequences."""
+    """With --np-init-strategy calibrated: number of training tokens to read, rounded up to sequences."""
 
     calibration_metric: Literal["fisher", "output"] = "fisher"
-    """--np-init-strategy calibrated: measure of the factors' error. fisher: its effect on the loss, which takes a
+    """With --np-init-strategy calibrated: measure of the factors' error. fisher: its effect on the loss, which takes a
     backward pass; output: its size in the first matrix product of the MLP, and for down in the residual stream."""
 
     allow_layer_mismatch: bool = False

@@ -89,7 +89,7 @@ class Wanted:
     """Whether the output layer's input is read."""
 
     dtype: torch.dtype | None = None
-    """Type in which the states are stored; None for the model's."""
+    """Type in which the states are stored; None for the model's own type."""
 
     def names(self, chunks: list[GPTModel]) -> list[str]:
         """Returns the names of the batch fields that this pipeline stage adds."""

@@ -26,7 +26,7 @@ _KINDS = {
 }
 _HELD_OUT = {
     "loss": "held-out loss",
-    "unigram_cross_entropy": "unigram entropy",
+    "unigram_cross_entropy": "unigram baseline",
     "masked_token_accuracy": "masked-token accuracy",
     "unigram_accuracy": "unigram guess",
 }

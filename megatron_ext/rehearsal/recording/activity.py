@@ -1,4 +1,4 @@
-"""What a rehearsed rank does besides computing: collectives, waits of the host for the device, and oddities."""
+"""Records what a rehearsed rank does apart from computing: collectives, waits of the host for the device, oddities."""
 
 import sys
 from collections import Counter
@@ -47,7 +47,7 @@ class Activity:
 
     step: int = 0
     groups: int = 0
-    """Number of process groups that the rank has created, of which it is in few."""
+    """Number of process groups that the rank has created; it is a member of only a few of them."""
 
     phases: list[str] = field(default_factory=list)
     communication: dict[tuple[str, Call], Total] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Activity:
     """Copies between host and device, by scope, direction and place."""
 
     oddities: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Things that work but should not happen, by scope and description."""
+    """Counts of things that work but should not happen, by scope and description."""
 
     @property
     def phase(self) -> str:
@@ -98,12 +98,12 @@ class Activity:
         total.bytes += size
 
     def is_odd(self, text: str) -> None:
-        """Records an oddity at the present place."""
+        """Records an oddity at the current line of code."""
         self.oddities[self.scope, f"{text}, at {place()}"] += 1
 
 
 def place() -> str:
-    """Returns the line of this package, or of the engine and of this package, that is being executed."""
+    """Returns the current line of code of this package; inside the engine, also the engine's line."""
     frame: FrameType | None = sys._getframe(1)
     engine = ""
     while frame is not None:

@@ -38,7 +38,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest memory of a phase, and what is allocated then."""
+    """The largest memory of a phase, and the allocations that are live then."""
 
     size: int
     kinds: Counter[str]
@@ -82,7 +82,7 @@ class MemoryLog:
         self._watched.pop(number, None)
 
     def mark(self, tensors: Iterable[torch.Tensor], kind: str, place: str | None = None) -> None:
-        """Says of which kind the given tensors are."""
+        """Sets the kind of memory of the given tensors."""
         for tensor in tensors:
             number = self._known.get(tensor.untyped_storage()._cdata)
             if number is not None:
@@ -90,17 +90,17 @@ class MemoryLog:
                 allocation.kind, allocation.place = kind, place or allocation.place
 
     def keep(self, phase: str, kind: str) -> None:
-        """Says of which kind the temporary allocations of a phase are that are live after it."""
+        """Sets the kind of those temporary allocations of a phase that are still live after it."""
         for allocation in self.allocations:
             if allocation.is_live and allocation.phase == phase and allocation.kind == TEMPORARY:
                 allocation.kind, allocation.place = kind, "kept by the first update"
 
     def at_peak(self, scopes: Iterable[str] | None = None, phase: str | None = None) -> Peak:
-        """Returns what is live when memory is largest, of all times or of a phase.
+        """Returns the live allocations at the moment of largest memory, in the whole run or in a phase.
 
         Args:
-            scopes: only times at which something is allocated in one of these scopes.
-            phase: only times at which something is allocated in this phase.
+            scopes: consider only moments at which something is allocated in one of these scopes.
+            phase: consider only moments at which something is allocated in this phase.
         """
         wanted = None if scopes is None else set(scopes)
         live = best = end = 0

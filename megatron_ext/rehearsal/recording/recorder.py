@@ -1,7 +1,7 @@
 """Watches every operation of a rehearsed rank: its memory, FLOPs and traffic, and whether the host waits for it.
 
-Operations that return a value to the host have none to return here. They give 1 (0 for integers, True for booleans), so
-that a loss is finite and a step is not skipped, and are counted as a wait.
+Operations that return a value to the host have no value here. They return 1 (0 for integers, True for booleans), so
+that a loss is finite and no step is skipped, and each counts as a wait.
 """
 
 import re
@@ -115,7 +115,7 @@ class Recorder(TorchDispatchMode):
         return constant.item() if constant is not None else value_on_host(value.dtype)
 
     def _dynamic(self, func: Any, value: torch.Tensor) -> torch.Tensor:
-        """Stands for an operation whose result's size depends on values: all values count as chosen."""
+        """Replaces an operation whose result has a size that depends on values, as if all values were chosen."""
         self.activity.waits_for_device(f"size of the result of {func}")
         if func is aten.nonzero.default:
             return value.new_zeros((value.numel(), value.dim()), dtype=torch.int64)
@@ -168,7 +168,7 @@ def _tensors(parts: Iterable[Iterable[Any]]) -> Iterator[torch.Tensor]:
 
 
 def value_on_host(dtype: torch.dtype) -> Any:
-    """Returns the value that a fake tensor of this type seems to have."""
+    """Returns the value that the host gets when it reads a fake tensor of this type."""
     return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
 
 

@@ -1,1 +1,1 @@
-"""The simulated device: what torch asks of a GPU and of other processes, without either."""
+"""The simulated device and process group: they answer torch as a GPU and other processes would."""

@@ -1,4 +1,4 @@
-"""Stands for torch.distributed with a process group of one process that counts as a rank of many.
+"""Replaces torch.distributed: the process group has one process, which acts as one rank of many.
 
 Every collective checks what NCCL would check (sizes, types, devices), is counted, and leaves its tensors as they are.
 """
@@ -94,7 +94,7 @@ class Collectives:
             activity.is_odd(f"{operation} of a CPU tensor over {name} (by gloo, not by NCCL)")
 
     def _compare(self, operation: str, whole: Tensors, part: torch.Tensor, group: Any) -> None:
-        """Checks tensors of an all-gather or reduce-scatter: the whole is one part for each rank."""
+        """Checks the tensors of an all-gather or reduce-scatter: the whole tensor must hold one part for each rank."""
         ranks = dist.get_world_size(group)
         of_whole = whole.numel() if isinstance(whole, torch.Tensor) else sum(each.numel() for each in whole)
         first = whole if isinstance(whole, torch.Tensor) else whole[0]

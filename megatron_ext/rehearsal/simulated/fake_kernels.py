@@ -1,4 +1,4 @@
-"""Replaces operations whose CUDA kernels keep other tensors than the formulas that torch would run on a fake device.
+"""Replaces operations whose CUDA kernels save different tensors than torch's formulas, which a fake device would run.
 
     attention    flash, memory-efficient or unfused, as torch chooses on a GPU; saves what that kernel saves
     rms_norm     one kernel, which saves its input and 1 / rms

@@ -46,7 +46,7 @@ def test_the_picture_holds_the_losses_and_the_statistic_if_there_is_one(run: Pat
     draw(config, read_curves(config.tensorboard_dir))
     picture = Path(config.output).read_text()
     # matplotlib leaves the text of every label as a comment in an SVG.
-    for label in ("training", "validation", "held out", "unigram entropy"):
+    for label in ("training", "validation", "held out", "unigram baseline"):
         assert f"<!-- {label} -->" in picture
     assert ("<!-- layer 01 -->" in picture) == (statistic == "per-layer/update-ratio")
 

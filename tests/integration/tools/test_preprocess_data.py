@@ -104,7 +104,7 @@ def test_result_is_mcores_whatever_the_workers(
     assert result.returncode == 0, result.stderr
     assert outputs(tmp_path / "new" / "c") == expected
     assert left_behind(tmp_path / "new") == [f"c_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
-    assert ("tokenized by reference" if "reference" in more else "tokenized by gigatoken") in result.stdout
+    assert ("encoded with reference" if "reference" in more else "encoded with gigatoken") in result.stdout
     prefix = str(tmp_path / "new" / "c_text_document")
     tokenizer = build_tokenizer(TokenizerConfig(vocab_file=tokenizer_flags[1], merge_file=tokenizer_flags[3]))
     index = check_dataset(prefix, tokenizer.fingerprint())
