@@ -34,13 +34,13 @@ class HashedFile(io.FileIO):
         """Appends all of `data`, and returns its size in bytes."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _BLOCK):
+            if self._cancelled.is_set():
+                raise WritingCancelled
             block = view[start : start + _BLOCK]
             self._sha.update(block)
+            self._size += len(block)
             while block:  # the system may write a part only
-                if self._cancelled.is_set():
-                    raise WritingCancelled
                 block = block[super().write(block) :]
-        self._size += len(view)
         return len(view)
 
     def digest(self) -> dict[str, Any]:
