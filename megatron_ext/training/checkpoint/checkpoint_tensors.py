@@ -5,6 +5,7 @@
 
 import warnings
 from collections.abc import Callable, Container
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,22 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
 
     def own() -> dict[str, tuple[int, ...]]:
-        tensors = dist_checkpointing.load_tensors_metadata(str(folder))
-        return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+        stored = _stored(folder).values()
+        return {value.key: tuple(value.global_shape) for value in stored if isinstance(value, ShardedTensor)}
 
     return on_every_rank(own)
+
+
+def _stored(folder: Path) -> dict[str, ShardedTensor | ShardedObject]:
+    """Returns what a checkpoint contains, without the data."""
+    status = (folder / ".metadata").stat()
+    return _parsed(folder, (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1)
+def _parsed(folder: Path, identity: tuple[int, ...]) -> dict[str, ShardedTensor | ShardedObject]:
+    # The file of a large model takes seconds to parse, and a load needs it for the model and for the optimizer.
+    return dict(load_sharded_metadata(str(folder)))
 
 
 def check(
@@ -212,8 +225,7 @@ def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDi
     """Returns the state dict without the `_extra_state` objects that the checkpoint does not contain."""
     if not any(isinstance(value, ShardedObject) for value in nested_values(state)):
         return state
-    stored = load_sharded_metadata(str(folder)).values()
-    objects = {value.unique_key for value in stored if isinstance(value, ShardedObject)}
+    objects = {value.unique_key for value in _stored(folder).values() if isinstance(value, ShardedObject)}
 
     def is_there(name: object, value: object) -> bool:
         return not (isinstance(value, ShardedObject) and _is_extra(str(name))) or value.unique_key in objects

@@ -9,7 +9,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.integration.scripts.kill_helpers import snapshots
 
+_TP2 = ParallelConfig(tensor_model_parallel_size=2)
 _SINGLE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())
 
 BOTH_WAYS = pytest.mark.parametrize("beside", [False, True], ids=["waited for", "beside training"])
@@ -275,6 +278,46 @@ def test_a_checkpoint_that_is_not_complete_is_not_loaded(tmp_path: Path) -> None
     (tmp_path / files.TRACKER).write_text("3")
     with pytest.raises(ValueError, match="iter_0000003: not a complete checkpoint"):
         files.find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_every_file_is_checked_by_one_rank_and_a_ranks_own_files_by_itself(ranks: int) -> None:
+    written = [f"__{rank}_0.distcp" for rank in range(4)] + [f"rng/rank_0000{rank}.pt" for rank in range(4)]
+    names = [*written, ".metadata", "common.pt", files.RUN_CONFIG, files.STATE]
+    shares = [files.share(names, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for part in shares for name in part) == sorted(names)
+    for rank in range(min(ranks, 4)):
+        assert {f"__{rank}_0.distcp", f"rng/rank_0000{rank}.pt"} <= set(shares[rank])
+
+
+def _save_at_tp2(folder: str) -> None:
+    run = TinyRun(replace(_SINGLE, parallel=_TP2, checkpoint=CheckpointConfig(save=folder)))
+    run.train(1)
+    run.save()
+
+
+def _opened_in_a_load(folder: str) -> Counter[str]:
+    run = TinyRun(replace(_SINGLE, parallel=_TP2))
+    run.checkpointer.config = CheckpointConfig(load=folder)
+    opened: Counter[str] = Counter()
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(folder):
+            opened[Path(str(arguments[0])).name] += 1
+
+    sys.addaudithook(count)
+    run.checkpointer.load()
+    return opened
+
+
+def test_a_load_reads_a_ranks_file_once_for_its_checksum_and_once_for_model_and_optimizer_each(
+    tmp_path: Path,
+) -> None:
+    run_distributed(_save_at_tp2, 2, str(tmp_path))
+    for rank, opened in enumerate(run_distributed(_opened_in_a_load, 2, str(tmp_path))):
+        assert opened[f"__{rank}_0.distcp"] == 3
+        # The engine parses the metadata in both loads, and we once; one rank checks it.
+        assert opened[".metadata"] == 3 + (rank == 0)
 
 
 def test_checksums_are_those_of_the_system_tool(saved: Path) -> None:
