@@ -20,7 +20,6 @@ _ALWAYS_ON = [
 _SPEED = [
     "--DDP-impl",
     "--apply-query-key-layer-scaling",
-    "--async-save",
     "--async-tensor-model-parallel-allreduce",
     "--ckpt-format",
     "--ckpt-assume-constant-structure",

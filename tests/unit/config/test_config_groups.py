@@ -158,6 +158,8 @@ BAD = [
     (OptimizerSettings, {"adam_beta2": 1.0}, ["--adam-beta2 1.0"]),
     (CheckpointConfig, {"save_interval": 5}, ["--save-interval 5", "--save"]),
     (CheckpointConfig, {"finetune": True}, ["--finetune", "--load"]),
+    (CheckpointConfig, {"async_save": True}, ["--async-save", "--save"]),
+    (CheckpointConfig, {"save": "s3://bucket/run"}, ["--save s3://bucket/run", "mount"]),
     (LoggingConfig, {"wandb_exp_name": "x"}, ["--wandb-exp-name x", "--wandb-project"]),
     (LoggingConfig, {"log_interval": 0}, ["--log-interval 0"]),
     (DataConfig, {"data_path": ("0.3", "a", "0.7")}, ["--data-path 0.3 a 0.7"]),
