@@ -7,6 +7,7 @@ import runpy
 import sys
 
 from megatron_ext.config.command_line.error_lines import exit_with_error
+from megatron_ext.platform.engine_imports import hide_transformer_engine
 from megatron_ext.rehearsal.simulated import device_library
 
 
@@ -16,6 +17,8 @@ def main() -> None:
         device_library.load()
     except (OSError, ValueError) as error:
         exit_with_error(str(error))
+    # Its kernels cannot run on fake tensors; `auto` then chooses megatron-core's linear layers.
+    hide_transformer_engine("Transformer Engine is not rehearsed")
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
