@@ -69,6 +69,9 @@ def _modules(chunk: GPTModel, layer: int) -> dict[str, str]:
     }
 
 
+FUSED_GRADIENTS = "classes whose gradients are fused"
+
+
 def _examine() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for layout in ("TP2", "TP2+SP"):
@@ -78,6 +81,9 @@ def _examine() -> dict[str, Any]:
             found[f"{name} {layout}"] = _describe(ours), _describe(theirs)
             if layout == "TP2":
                 found[name] = _modules(theirs, 3)
+    parallel = replace(LAYOUTS["TP2"], gradient_accumulation_fusion=True)
+    fused = _build("LoRA", with_te(LLAMA), parallel).modules()
+    found[FUSED_GRADIENTS] = {type(m).__name__ for m in fused if getattr(m, "fuse_wgrad_accumulation", False)}
     return found
 
 
@@ -120,6 +126,11 @@ def test_norms_are_fused_into_linear_layers_where_no_family_reads_them(
     examined: list[dict[str, Any]], name: str, modules: dict[str, str]
 ) -> None:
     assert examined[0][name] == modules
+
+
+def test_gradients_are_summed_by_te_in_its_own_linear_layers_only(examined: list[dict[str, Any]]) -> None:
+    # Of the four layers the upper two are adapted; the output layer is the engine's.
+    assert examined[0][FUSED_GRADIENTS] == {"TELayerNormColumnParallelLinear", "TERowParallelLinear"}
 
 
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])
