@@ -14,6 +14,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.models.ops.plain_strides import plain_strides
 from megatron_ext.models.ops.rotary import rotate
 
 
@@ -102,7 +103,7 @@ class SDPAttention(torch.nn.Module):
                 scale=self.softmax_scale,
                 enable_gqa=query.size(1) != key.size(1),
             )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return plain_strides(context.permute(2, 0, 1, 3).flatten(2))
 
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, kind: AttnMaskType

@@ -42,6 +42,13 @@ def gradients_not_reduced() -> None:
     wrapper.start_grad_sync = wrapper.finish_grad_sync = lambda self, *_, **__: None
 
 
+def strides_of_a_transposed_batch_of_one() -> None:
+    from megatron_ext.models.ops import attention
+
+    module: Any = attention
+    module.plain_strides = lambda tensor: tensor
+
+
 def wait_in_every_layer() -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -74,6 +81,16 @@ def test_gradients_that_no_step_reduces_are_named() -> None:
     rehearsed = rehearsed_with(gradients_not_reduced)
     assert rehearsed.error is None
     assert rehearsed.notes == ["no step reduces gradients over DP (size 2)"]
+
+
+def test_a_product_that_is_computed_row_by_row_is_named() -> None:
+    flags = f"--mode lm --npt-layers upper_half {PLAIN} --num-query-groups 8".split()
+    slow, correct = (
+        rehearse("pretrain_npt.py", *flags, processes=1, before=mistake)
+        for mistake in (strides_of_a_transposed_batch_of_one, None)
+    )
+    assert correct.notes == []
+    assert any("computed row by row" in note and "in step 2" in note for note in slow.notes)
 
 
 def test_a_wait_in_the_layers_is_counted_for_each_micro_batch_and_layer() -> None:
