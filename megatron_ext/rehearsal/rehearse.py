@@ -46,6 +46,14 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
         )
     if config.training.skip_train:
         raise ValueError("--skip-train: --rehearse runs training steps; omit one of them")
+    flags = [*config.model.requires_te]
+    if config.parallel.gradient_accumulation_fusion:
+        flags.append("--gradient-accumulation-fusion")
+    if flags:
+        raise ValueError(
+            f"{flags[0]}: --rehearse cannot run Transformer Engine's kernels; "
+            "rehearse with --transformer-impl local and --attention-backend sdpa"
+        )
     device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
     if int(os.environ.get("RANK") or 0) != 0:
         return 0  # under torchrun, one process rehearses

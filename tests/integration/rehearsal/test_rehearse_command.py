@@ -61,6 +61,12 @@ def test_all_kinds_reports_a_rank_of_each_kind_and_writes_nothing(tmp_path: Path
             "error: --rehearsal-device abacus: must be one of H100, H200, B200, A100, A100-40GB, L40S, A10, L4",
         ),
         (
+            ["--rehearse", "--transformer-impl", "transformer_engine"],
+            {},
+            "error: --transformer-impl transformer_engine: --rehearse cannot run Transformer Engine's kernels; "
+            "rehearse with --transformer-impl local and --attention-backend sdpa",
+        ),
+        (
             ["--rehearse", "--skip-train"],
             {},
             "error: --skip-train: --rehearse runs training steps; omit one of them",
