@@ -7,10 +7,12 @@ The host reads a step's values while the device computes the next step, so that 
 depends on them (a progress line, an evaluation, a save, the end of the run), it reads them at once, and waits.
 """
 
+import gc
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +23,7 @@ from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import ReadStep, Stepper, StepResult, parameters_norm
+from megatron_ext.training.garbage_collection import manual_collection
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.logging.step_metrics import StepMetrics
@@ -113,11 +116,13 @@ class Loop:
         if progress.iteration >= self.total_iterations:
             self._report_complete(progress)
         self._skipped_steps = progress.skipped_steps
-        with SignalWatcher() as signals:
+        with SignalWatcher() as signals, manual_collection() if self.training.manual_gc else nullcontext():
             batches = self.data.train(progress.consumed_samples)
             shared = partial(self._shared, signals, time.monotonic())
             while not self.is_complete(progress):
                 progress = self._advance(progress, batches, shared)
+                if self._is_due(progress.iteration, self.training.manual_gc_interval or None):
+                    gc.collect()
                 if self._is_diverged:
                     self._note_stop(
                         f"stopped at step {progress.iteration}: the loss or gradient norm was not finite in "
