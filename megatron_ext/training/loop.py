@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +21,7 @@ import torch
 from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.platform.hosts import rank_progress
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import ReadStep, Stepper, StepResult, parameters_norm
 from megatron_ext.training.garbage_collection import manual_collection
@@ -68,6 +69,16 @@ class _Step:
     """Time until the step was queued, including the time in which the host waited for the step before."""
 
 
+@dataclass
+class _Saving:
+    """A save that runs beside training."""
+
+    progress: TrainingProgress
+    started: float
+    waited: float
+    """Seconds in which training has waited for it."""
+
+
 class Loop:
     """Runs training steps until the run is complete or has to stop."""
 
@@ -102,6 +113,7 @@ class Loop:
         self.data = data
         self.sequence_length = sequence_length
         self.flops_per_token = flops_per_token
+        self._saving: _Saving | None = None
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
         self._unread: _Step | None = None
         self._last: StepResult | None = None
@@ -116,11 +128,13 @@ class Loop:
         if progress.iteration >= self.total_iterations:
             self._report_complete(progress)
         self._skipped_steps = progress.skipped_steps
-        with SignalWatcher() as signals, manual_collection() if self.training.manual_gc else nullcontext():
+        collection = manual_collection() if self.training.manual_gc else nullcontext()
+        with SignalWatcher() as signals, self._running_save(), collection:
             batches = self.data.train(progress.consumed_samples)
             shared = partial(self._shared, signals, time.monotonic())
             while not self.is_complete(progress):
                 progress = self._advance(progress, batches, shared)
+                self._proceed_with_save(wait=False)
                 if self._is_due(progress.iteration, self.training.manual_gc_interval or None):
                     gc.collect()
                 if self._is_diverged:
@@ -134,8 +148,9 @@ class Loop:
                     self._evaluate(progress)
                 reason, code = self._reason_to_stop(progress)
                 due = self._is_due(progress.iteration, self.checkpoint.save_interval)
-                if due or reason is not None or self.is_complete(progress):
-                    self._save(progress)
+                is_last = reason is not None or self.is_complete(progress)
+                if due or is_last:
+                    self._save(progress, is_last=is_last)
                 if reason is not None:
                     self._note_stop(f"stopped after step {progress.iteration}: {reason}", code)
                     return code, progress
@@ -179,6 +194,7 @@ class Loop:
         self, progress: TrainingProgress, batches: Iterator[Batch], shared: Callable[[], torch.Tensor]
     ) -> _Step:
         iteration = progress.iteration + 1
+        rank_progress.reach(iteration)
         started = time.perf_counter()
         read = self.stepper.start(batches, iteration, shared)
         consumed = progress.consumed_samples + self.stepper.global_batch_size
@@ -277,18 +293,47 @@ class Loop:
             return f"--exit-interval {self.training.exit_interval}", EXIT_OK
         return None, EXIT_OK
 
-    def _save(self, progress: TrainingProgress) -> None:
+    def _save(self, progress: TrainingProgress, *, is_last: bool) -> None:
         # A skipped step has changed nothing, but the parameters may already have been non-finite before it.
         skipped = self._last is not None and self._last.skipped
         if self.checkpoint.save is None or (
             skipped and not math.isfinite(parameters_norm(self.stepper.models))
         ):
             return
+        self._proceed_with_save(wait=True)
         started = time.perf_counter()
+        if self.checkpoint.async_save and not is_last:
+            self.checkpointer.begin_save(progress)
+            self._saving = _Saving(progress, started, time.perf_counter() - started)
+            return
         path = self.checkpointer.save(progress)
         self.reporter.message(
             f"saved step {progress.iteration} to {path} in {time.perf_counter() - started:.1f} s"
         )
+
+    def _proceed_with_save(self, *, wait: bool) -> None:
+        """Completes a save that runs beside training, if it has come that far or if `wait` is set."""
+        if self._saving is None:
+            return
+        started = time.perf_counter()
+        complete = self.checkpointer.proceed_with_save(wait=wait)
+        self._saving.waited += time.perf_counter() - started
+        if complete:
+            saved, self._saving = self._saving, None
+            self.reporter.message(
+                f"saved step {saved.progress.iteration} to {self.checkpointer.path(saved.progress)} in "
+                f"{time.perf_counter() - saved.started:.1f} s (--async-save: training waited {saved.waited:.1f} s)"
+            )
+
+    @contextmanager
+    def _running_save(self) -> Iterator[None]:
+        """Context manager of training: waits at its end for a save that still runs, or gives it up after an error."""
+        try:
+            yield
+        except BaseException:
+            self.checkpointer.give_up_save()
+            raise
+        self._proceed_with_save(wait=True)
 
     def _evaluate(self, progress: TrainingProgress) -> None:
         if self.data.valid is not None and self.training.eval_iters > 0:

@@ -98,7 +98,7 @@ def _patch_device_calls(device: Device, activity: Activity, memory: MemoryLog) -
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
     for name in ("set_device", "_lazy_init", "init", "set_stream", "empty_cache", "ipc_collect"):
         setattr(cuda, name, nothing)
-    for name in ("reset_peak_memory_stats", "manual_seed", "manual_seed_all"):
+    for name in ("manual_seed", "manual_seed_all"):
         setattr(cuda, name, nothing)
     for name in ("current_stream", "default_stream", "stream"):
         setattr(cuda, name, lambda *_: _Stream())
@@ -114,6 +114,7 @@ def _patch_device_calls(device: Device, activity: Activity, memory: MemoryLog) -
     cuda.get_device_properties = lambda *_: _Properties(device)
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: memory.live
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: memory.peak
+    cuda.reset_peak_memory_stats = lambda *_: memory.reset_peak()
     cuda.memory_stats = lambda *_: defaultdict(int)
     cuda.mem_get_info = lambda *_: (device.memory - memory.live, device.memory)
 
