@@ -41,8 +41,6 @@ _SPEED = [
     "--log-progress",
     "--log-timers-to-tensorboard",
     "--log-world-size-to-tensorboard",
-    "--manual-gc",
-    "--manual-gc-interval",
     "--no-async-tensor-model-parallel-allreduce",
     "--no-bias-dropout-fusion",
     "--no-bias-gelu-fusion",
