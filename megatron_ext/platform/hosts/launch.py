@@ -26,6 +26,9 @@ from megatron_ext.platform.hosts.rendezvous import (
 )
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_LATER_SECONDS = 15
+"""Seconds that the other hosts wait longer than the host of the store for those that are missing."""
+
 _FIRST_REPORT, _LATER_REPORTS = 10.0, 60.0
 """Seconds until the host of the rendezvous reports which hosts are missing, and between later reports."""
 
@@ -68,7 +71,9 @@ def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, so
 def rendezvous_options(settings: LaunchSettings, place: Place) -> list[str]:
     """Returns `torchrun`'s options for the rendezvous; what PET_RDZV_CONF and PET_LOCAL_ADDR give has precedence."""
     assert settings.endpoint is not None
-    values = {"join_timeout": str(settings.join_timeout)} | _given_configuration()
+    # The host of the store gives up first: it knows who is missing, and the first one to give up ends the others.
+    timeout = settings.join_timeout + (0 if place.is_host else _LATER_SECONDS)
+    values = {"join_timeout": str(timeout)} | _given_configuration()
     if place.is_host is not None:
         values["is_host"] = str(place.is_host).lower()
     options = [
