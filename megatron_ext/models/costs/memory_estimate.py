@@ -230,9 +230,11 @@ def layer_activation_bytes(layout: ParallelLayout) -> float:
 def head_activation_bytes(layout: ParallelLayout) -> float:
     """Returns the bytes that final norm, logits and loss save for the backward pass of one micro-batch."""
     hidden = 2 * layout.model.hidden_size * layout.element_bytes / _sequence_split(layout.parallel)
-    # The logits in the run's precision, and an fp32 softmax for the backward pass.
-    logits = (4 + layout.element_bytes) * layout.padded_vocab / layout.parallel.tensor_model_parallel_size
-    return layout.tokens * (hidden + logits)
+    # The logits in the run's precision, and the softmax for the backward pass: megatron-core's is in fp32, the one of
+    # `cross_entropy` (without tensor parallelism) in the run's precision.
+    ranks = layout.parallel.tensor_model_parallel_size
+    softmax = 4 if ranks > 1 else layout.element_bytes
+    return layout.tokens * (hidden + (layout.element_bytes + softmax) * layout.padded_vocab / ranks)
 
 
 def _score_bytes(layout: ParallelLayout) -> float:

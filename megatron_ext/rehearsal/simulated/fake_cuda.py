@@ -145,7 +145,7 @@ def _patch_transfers(activity: Activity) -> None:
             to_device = self.device.type == "cpu"
             size = moved.numel() * moved.element_size()
             activity.copies_between("to device" if to_device else "to host", size)
-            if waits or not to_device:
+            if waits:
                 activity.waits_for_device(f"copy {'to the device' if to_device else 'to the host'}")
         return moved
 
@@ -171,6 +171,8 @@ def _patch_transfers(activity: Activity) -> None:
         return self
 
     tensor_class.to, tensor_class.tolist, tensor_class.numpy = to, tolist, numpy
+    fake_class: Any = FakeTensor
+    fake_class.tolist = tolist  # its own reads the values one by one, a GPU's all at once
     tensor_class.pin_memory = pin_memory
     tensor_class.cpu = lambda self, *_, **__: self.to("cpu")
     tensor_class.cuda = lambda self, device=None, non_blocking=False, **_: self.to(
@@ -191,6 +193,8 @@ def _patch_tensor(activity: Activity) -> None:
 
     def tensor(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         made: torch.Tensor = make(values(data), *args, **kwargs)
+        if made.is_cuda:
+            activity.waits_for_device("copy to the device by torch.tensor")
         return made
 
     torch.tensor = tensor
