@@ -141,6 +141,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs["device"] = _CPU
+        kwargs.pop(
+            "pin_memory", None
+        )  # memory is pinned for copies to a GPU, and torch refuses it without one
         return factory(*args, **kwargs)
 
     return call

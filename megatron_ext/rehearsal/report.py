@@ -137,8 +137,13 @@ def _unused_groups(rehearsal: Rehearsal) -> list[str]:
         f"sends activations over PP (size {parallel.pipeline_model_parallel_size})": (
             parallel.pipeline_model_parallel_size == 1 or between_stages
         ),
-        f"reduces gradients over DP (size {copies})": (
-            copies == 1 or not rehearsal.has_gradients or _over("DP", reduced)
+        f"sends keys and values over CP (size {parallel.context_parallel_size})": (
+            parallel.context_parallel_size == 1 or any(call.group == "CP" for call in calls)
+        ),
+        f"reduces gradients over DP (size {copies * parallel.context_parallel_size})": (
+            copies * parallel.context_parallel_size == 1
+            or not rehearsal.has_gradients
+            or _over("DP", reduced)
         ),
     }
     return [what for what, is_done in done.items() if not is_done]

@@ -19,7 +19,7 @@ from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.models.gpt_model import GPTModel, only_layers
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name, state_names
-from megatron_ext.training.frozen_forward import FrozenForward, run_frozen
+from megatron_ext.training.frozen_forward import FrozenForward, ids_of_parts, run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
@@ -168,5 +168,7 @@ def _states(
 
 
 def _keys(batch: Batch) -> list[Id]:
-    """Returns an id for each sequence: a digest of its tokens and positions."""
-    return sample_ids(torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1))
+    """Returns an id for each sequence: a digest of its tokens and positions. Collective over context-parallel ranks."""
+    tokens = batch["tokens"]
+    read = torch.cat([tokens, batch["position_ids"].expand_as(tokens)], dim=1)
+    return ids_of_parts(sample_ids(read), tokens.device)
