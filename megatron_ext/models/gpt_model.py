@@ -24,6 +24,7 @@ from megatron_ext.config.groups.model_config import check_fits_window
 from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.model_extension import StageInfo, StageModule
 from megatron_ext.models.ops.cross_entropy import cross_entropy
+from megatron_ext.models.ops.plain_strides import plain_strides
 
 WORD_EMBEDDING = "word_embedding"
 """Name of the travelling stream that holds the first layer's input, the word embedding [s, b, h]."""
@@ -53,6 +54,13 @@ class GPTModel(EngineGPTModel):
         self._received: dict[str, torch.Tensor] = {}
         self._starts_from_known = False
         self._runs_none = False
+        # The engine transposes the word embedding, and the gradient of logits that a loss reads.
+        if self.pre_process:
+            self.embedding.register_forward_hook(lambda _, __, output: plain_strides(output))
+        if self.post_process:
+            self.output_layer.register_forward_hook(
+                lambda _, __, output: (plain_strides(output[0]), output[1])
+            )
 
     def add_stage_module(self, name: str, module: StageModule) -> None:
         """Registers a model family's module under its own attribute, so that its parameters are named `{name}.*`."""

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.models.ops.causal_attention import allowed_keys, attend_at_end
 from megatron_ext.models.ops.context_parallel import chunks_of_rank, gather_sequence
+from megatron_ext.models.ops.plain_strides import plain_strides
 from megatron_ext.models.ops.rotary import rotate
 
 
@@ -110,10 +111,8 @@ class SDPAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         with self._random_stream(dropout):
             if group is not None and attention_mask is None and kind is not AttnMaskType.no_mask:
-                context = self._of_two_chunks(group, query, key, value, dropout)
-            else:
-                context = self._of_all(query, key, value, attention_mask, kind, dropout)
-        return context.permute(2, 0, 1, 3).flatten(2)
+                return self._of_two_chunks(group, query, key, value, dropout)
+            return self._of_all(query, key, value, attention_mask, kind, dropout)
 
     def _of_all(
         self,
@@ -125,7 +124,7 @@ class SDPAttention(torch.nn.Module):
         dropout: float,
     ) -> torch.Tensor:
         mask, causal = self._mask(query, key, attention_mask, kind)
-        return F.scaled_dot_product_attention(
+        context = F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -135,6 +134,7 @@ class SDPAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )
+        return plain_strides(_by_position(context))
 
     def _of_two_chunks(
         self,
@@ -150,8 +150,9 @@ class SDPAttention(torch.nn.Module):
         for number, of_chunk in zip(numbers, query.chunk(2, dim=2), strict=True):
             end = (number + 1) * of_chunk.size(2)
             known = key[:, :, :end], value[:, :, :end]
-            outputs.append(attend_at_end(of_chunk, *known, dropout=dropout, scale=self.softmax_scale))
-        return torch.cat(outputs, dim=2)
+            context = attend_at_end(of_chunk, *known, dropout=dropout, scale=self.softmax_scale)
+            outputs.append(_by_position(context))
+        return torch.cat(outputs)
 
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, kind: AttnMaskType
@@ -176,3 +177,8 @@ class SDPAttention(torch.nn.Module):
             )  # under sequence parallel the engine has already entered this stream
         # Each tensor-parallel rank has different heads, so each needs a different dropout mask.
         return tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+def _by_position(context: torch.Tensor) -> torch.Tensor:
+    """Reorders [b, n, s_q, d] to [s_q, b, n * d]."""
+    return context.permute(2, 0, 1, 3).flatten(2)

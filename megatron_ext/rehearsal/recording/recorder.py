@@ -144,8 +144,10 @@ class Recorder(TorchDispatchMode):
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, values: list[Any]) -> None:
         scope, phase = self.activity.scope, self.activity.phase
-        if scope == START or func.is_view:
+        if scope == START or func.is_view or func.namespace == "prim":
             return
+        if func is aten.bmm.default and args[0].size(1) == 1 and args[1].stride(0) == 0:
+            self.activity.is_odd("a matrix product is computed row by row; see models/ops/plain_strides.py")
         first = next((v for v in values if isinstance(v, torch.Tensor)), None)
         count = flop_registry.get(func._overloadpacket)
         if count is not None and first is not None:

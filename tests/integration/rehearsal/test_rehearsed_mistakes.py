@@ -49,6 +49,13 @@ def keys_not_gathered() -> None:
     module.gather_sequence = lambda part, group: part
 
 
+def strides_of_a_transposed_batch_of_one() -> None:
+    from megatron_ext.models.ops import attention
+
+    module: Any = attention
+    module.plain_strides = lambda tensor: tensor
+
+
 def wait_in_every_layer() -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -88,6 +95,16 @@ def test_keys_that_no_step_gathers_are_named() -> None:
     rehearsed = rehearse("pretrain_gpt_per_layer.py", *flags, processes=8, before=keys_not_gathered)
     assert rehearsed.error is None
     assert rehearsed.notes == ["no step sends keys and values over CP (size 2)"]
+
+
+def test_a_product_that_is_computed_row_by_row_is_named() -> None:
+    flags = f"--mode lm --npt-layers upper_half {PLAIN} --num-query-groups 8".split()
+    slow, correct = (
+        rehearse("pretrain_npt.py", *flags, processes=1, before=mistake)
+        for mistake in (strides_of_a_transposed_batch_of_one, None)
+    )
+    assert correct.notes == []
+    assert any("computed row by row" in note and "in step 2" in note for note in slow.notes)
 
 
 def test_a_wait_in_the_layers_is_counted_for_each_micro_batch_and_layer() -> None:
