@@ -64,7 +64,7 @@ def ids_of_parts(ids: list[Id], device: torch.device) -> list[Id]:
     parts = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(parts, own, group=group)
     place = group.rank().to_bytes(8, "little")
-    return [digest([place, *map(bytes, of_sequence)]) for of_sequence in torch.stack(parts, 1).tolist()]
+    return [digest([place, of_sequence.tobytes()]) for of_sequence in torch.stack(parts, 1).cpu().numpy()]
 
 
 @torch.no_grad()

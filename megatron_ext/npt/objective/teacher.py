@@ -59,6 +59,8 @@ class TeacherCache(FrozenForward):
 
     def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
         """Stores a micro-batch's states, sequence by sequence, until the size limit is reached."""
+        if not self.max_bytes:
+            return
         for row, key in enumerate(_keys(batch)):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:

@@ -37,9 +37,9 @@ CASES = {
     "fp32, last stage": (GPT, 7, 13, PLAIN + TP + PP + SP),
     "overlap": (GPT, 0, 14, PLAIN + BF16 + TP + SHARDED + OVERLAP),
     "interleaved": (GPT, 7, 11, PLAIN + BF16 + TP + PP + SP + SHARDED + INTERLEAVED),
-    "context parallel": (GPT, 0, 99, PLAIN + BF16 + CP + PP + SHARDED),
-    "context parallel, fp32, last stage": (GPT, 7, 99, PLAIN + CP + TP + PP + SP + FULL),
-    "context parallel, masks of documents": (GPT, 3, 99, PLAIN + BF16 + CP + TP + "--reset-attention-mask "),
+    "context parallel": (GPT, 0, 8, PLAIN + BF16 + CP + PP + SHARDED),
+    "context parallel, fp32, last stage": (GPT, 7, 13, PLAIN + CP + TP + PP + SP + FULL),
+    "context parallel, masks of documents": (GPT, 3, 22, PLAIN + BF16 + CP + TP + "--reset-attention-mask "),
     "full recomputation": (GPT, 0, 31, PLAIN + BF16 + TP + FULL),
     "unfused attention, dropout": (
         GPT,
@@ -71,7 +71,7 @@ CASES = {
         + PLE
         + "--log-per-layer-stats --log-per-layer-gradients --per-layer-stats-interval 1 ",
     ),
-    "PLE, context parallel": (GPT, 0, 99, PLAIN + BF16 + CP + TP + SP + PLE),
+    "PLE, context parallel": (GPT, 0, 52, PLAIN + BF16 + CP + TP + SP + PLE),
     "NPT, from scratch": (NPT, 7, 20, PLAIN + BF16 + TP + PP + SP + SHARDED + FROM_SCRATCH),
     "NPT, key_value": (
         NPT,
@@ -92,7 +92,7 @@ CASES = {
     "NPT, context parallel, teacher": (
         NPT,
         1,
-        99,
+        35,
         PLAIN
         + BF16
         + CP
@@ -117,7 +117,7 @@ CASES = {
     "progressive, context parallel": (
         PROGRESSIVE,
         1,
-        99,
+        38,
         GROWN + BF16 + CP + TP + SP + "--training-objective mlm --trunk-strategy qlora ",
     ),
     "progressive, LoRA": (

@@ -113,8 +113,17 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_tha
 def test_a_context_parallel_run_under_torchrun_continues_in_a_single_process_and_back(
     data: str, tmp_path: Path
 ) -> None:
-    flags = ["--data-path", data, "--train-iters", "6", "--num-workers", "2", "--eval-interval", "2"]
-    flags += ["--eval-iters", "1", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    flags = ["--data-path", data, "--train-iters", "6", "--num-workers", "2", "--split", "80,20,0"]
+    flags += [
+        "--eval-interval",
+        "2",
+        "--eval-iters",
+        "1",
+        "--hidden-dropout",
+        "0",
+        "--attention-dropout",
+        "0",
+    ]
     straight = run(*flags, "--tensorboard-dir", str(tmp_path / "straight"))
     assert straight.returncode == 0, straight.stderr
     checkpoint, parts = str(tmp_path / "checkpoint"), str(tmp_path / "parts")
