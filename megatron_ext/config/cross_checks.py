@@ -45,6 +45,8 @@ def validate(
     if data is not None:
         _check_resets(model, data)
     if training is not None:
+        if model.fp8_format is not None:
+            _check_fp8(model, parallel, training)
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
             _check_schedule(training, optimizer)
@@ -117,6 +119,27 @@ def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"--seq-length {length}: with --sequence-parallel and --context-parallel-size {size} it must be divisible "
             f"by {size * tensor}, their product with --tensor-model-parallel-size {tensor}"
         )
+
+
+def _check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+    """Rejects matrices whose sizes Transformer Engine cannot multiply in FP8."""
+    flag = f"--fp8-format {model.fp8_format}"
+    if not training.bf16:
+        raise ValueError(f"{flag}: requires --bf16")
+    unit, tensor = 32 if model.fp8_recipe == "mxfp8" else 16, parallel.tensor_model_parallel_size
+    channels = model.resolved_kv_channels
+    split = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
+    rows = training.micro_batch_size * model.seq_length // split
+    sizes = (
+        ("--hidden-size", model.hidden_size),
+        ("--ffn-hidden-size", model.resolved_ffn_hidden_size // tensor),
+        ("--num-attention-heads x --kv-channels", model.num_attention_heads * channels // tensor),
+        ("--num-query-groups x --kv-channels", model.resolved_num_query_groups * channels // tensor),
+        ("--micro-batch-size x --seq-length", rows),
+    )
+    for name, size in sizes:
+        if size % unit:
+            raise ValueError(f"{flag}: {name}, {size} on each rank, must be a multiple of {unit}")
 
 
 def _check_resets(model: ModelConfig, data: DataConfig) -> None:

@@ -140,15 +140,18 @@ def _parallel(layout: str) -> ParallelConfig:
 
 def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]:
     return {
-        layout: {name: _train(variant, _parallel(layout)) for name, variant in variants.items()}
+        layout: {name: train_variant(variant, _parallel(layout)) for name, variant in variants.items()}
         for layout, variants in runs.items()
     }
 
 
-def _train(variant: Variant, parallel: ParallelConfig) -> Run:
+def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
+    """Trains a variant in a parallel layout; call it in every process of the layout."""
     trace = train_tiny(parallel, variant.steps, variant.make_families, variant.model, variant.bf16)
     extensions = [family.extension() for family in variant.make_families()]
-    chunks = build_model(variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions)
+    chunks = build_model(
+        variant.model, parallel, vocab_size=VOCAB_SIZE, seed=1, extensions=extensions, fuses_norms=True
+    )
     examined = variant.examine(chunks) if variant.examine else None
     return Run(trace, saved_tensors(chunks), examined)
 

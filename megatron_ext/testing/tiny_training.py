@@ -137,7 +137,15 @@ def train_tiny(
     initialize(parallel, seed=1)
     families = make_families()
     extensions = [family.extension() for family in families]
-    chunks = build_model(model, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=extensions)
+    chunks = build_model(
+        model,
+        parallel,
+        vocab_size=VOCAB_SIZE,
+        seed=1,
+        bf16=bf16,
+        extensions=extensions,
+        fuses_norms=True,
+    )
     for family in families:
         family.prepare_model(chunks)
     wrapped = wrap_model(chunks, parallel, bf16=bf16)

@@ -21,6 +21,7 @@ from megatron_ext.progressive.settings.progressive_run_config import Progressive
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.pretrain import MakeFamilies
 from tests.integration.progressive.progressive_run_helpers import FLAGS, losses_of, stored, write_data
 
 GROWTH = (
@@ -51,13 +52,15 @@ def others(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> list[Family]:
     return [PerLayerFamily(per_layer, tokenizer.vocab_size), NPTFamily(plastic)]
 
 
-def train(data: str, save: str, *flags: str) -> list[float]:
+def train(
+    data: str, save: str, *flags: str, make_others: MakeFamilies[ProgressiveRunConfig] = others
+) -> list[float]:
     process_groups.shutdown = lambda: None
     arguments = [*FLAGS, "--data-path", data, "--save", save, *GROWTH, *flags]
     config = parse(ProgressiveRunConfig, arguments, find=lambda given: [stack_defaults(given)])
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert run_progressive(config, others) == 0
+        assert run_progressive(config, make_others) == 0
     return losses_of(output.getvalue())
 
 

@@ -47,6 +47,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Overlap the distributed optimizer's gathering of parameters with the forward pass."""
 
+    gradient_accumulation_fusion: bool = False
+    """Let Transformer Engine's linear layers add their weight gradients to the sum over micro-batches themselves."""
+
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
 

@@ -110,6 +110,14 @@ BAD = [
     (ModelConfig, {"seq_length": 2**63}, ["--seq-length 9223372036854775808", "64 bits"]),
     (ModelConfig, {"kv_channels": 15}, ["--rotary-percent", "15"]),
     (ModelConfig, {"attention_backend": "te", "transformer_impl": "local"}, ["--attention-backend te"]),
+    (ModelConfig, {"fp8_format": "e4m3", "transformer_impl": "local"}, ["--fp8-format e4m3", "(got local)"]),
+    (ModelConfig, {"fp8_recipe": "mxfp8"}, ["--fp8-recipe mxfp8: has no effect", "--fp8-format"]),
+    (
+        ModelConfig,
+        {"fp8_format": "e4m3", "fp8_recipe": "tensorwise", "fp8_amax_history_len": 8},
+        ["--fp8-amax-history-len 8: has no effect", "--fp8-recipe delayed"],
+    ),
+    (ModelConfig, {"fp8_format": "e4m3", "fp8_amax_history_len": 0}, ["--fp8-amax-history-len 0"]),
     (ParallelConfig, {"tensor_model_parallel_size": 0}, ["--tensor-model-parallel-size 0"]),
     (
         ParallelConfig,
@@ -158,6 +166,8 @@ BAD = [
     (OptimizerSettings, {"adam_beta2": 1.0}, ["--adam-beta2 1.0"]),
     (CheckpointConfig, {"save_interval": 5}, ["--save-interval 5", "--save"]),
     (CheckpointConfig, {"finetune": True}, ["--finetune", "--load"]),
+    (CheckpointConfig, {"async_save": True}, ["--async-save", "--save"]),
+    (CheckpointConfig, {"save": "s3://bucket/run"}, ["--save s3://bucket/run", "mount"]),
     (LoggingConfig, {"wandb_exp_name": "x"}, ["--wandb-exp-name x", "--wandb-project"]),
     (LoggingConfig, {"log_interval": 0}, ["--log-interval 0"]),
     (DataConfig, {"data_path": ("0.3", "a", "0.7")}, ["--data-path 0.3 a 0.7"]),

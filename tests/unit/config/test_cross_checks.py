@@ -34,6 +34,8 @@ TP, PP, VP = (
     "num_layers_per_virtual_pipeline_stage",
 )
 
+FP8 = {"fp8_format": "e4m3", "bf16": True}
+
 BAD: list[tuple[int, dict[str, Any], str]] = [
     (3, {TP: 2}, "world size 3: must be divisible by --tensor-model-parallel-size 2"),
     (3, {TP: 3}, "--num-attention-heads 4: must be divisible by --tensor-model-parallel-size 3"),
@@ -117,6 +119,23 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11},
         "--lr-wsd-decay-iters 11: must be at most the length of the schedule, 10",
     ),
+    (1, {"fp8_format": "hybrid"}, "--fp8-format hybrid: requires --bf16"),
+    (
+        1,
+        {**FP8, "ffn_hidden_size": 104},
+        "--fp8-format e4m3: --ffn-hidden-size, 104 on each rank, must be a multiple of 16",
+    ),
+    (
+        2,
+        {**FP8, TP: 2, "ffn_hidden_size": 80},
+        "--ffn-hidden-size, 40 on each rank, must be a multiple of 16",
+    ),
+    (
+        2,
+        {**FP8, TP: 2, "sequence_parallel": True, "seq_length": 16},
+        "--micro-batch-size x --seq-length, 8 on each rank, must be a multiple of 16",
+    ),
+    (1, {**FP8, "fp8_recipe": "mxfp8", "seq_length": 16}, "16 on each rank, must be a multiple of 32"),
 ]
 
 
@@ -148,6 +167,7 @@ def test_what_cannot_run_is_refused(world_size: int, changes: dict[str, Any], me
             },
         ),
         (1, {"reset_position_ids": True, "reset_attention_mask": True}),
+        (2, {**FP8, TP: 2, "sequence_parallel": True}),
         (1, {"reset_position_ids": True, "position_embedding_type": "learned_absolute"}),
         (1, {"train_iters": None, "train_samples": 50, "lr_warmup_samples": 5, "lr_decay_samples": 40}),
     ],

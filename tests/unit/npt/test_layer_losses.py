@@ -82,7 +82,7 @@ def _step(stage: str, residual: str, kind: str, losses: str) -> dict[str, float]
         forward_only=False, prepare=lambda batches: family.prepare_batches(chunks, [family], batches),
     )  # fmt: skip
     means = {name: float(total / weight) for name, (total, weight) in outputs[0].items()}
-    found = means | LayerLosses.collect()
+    found = means | {name: float(value) for name, value in LayerLosses.take().items()}
     family.begin_step(chunks, None)
     return found | _expected(chunks[0], batch, stage, residual, kind, losses)
 
@@ -205,7 +205,7 @@ def _gradients(form: str, losses: str, weights: str) -> dict[int, torch.Tensor]:
     output_loss = family.output_loss()
     assert output_loss is not None
     run_microbatches(list(chunks), [family], [batch], output_loss, forward_only=False)
-    LayerLosses.collect()
+    LayerLosses.take()
     return {
         number: torch.cat([p.grad.flatten() for p in slot.parameters() if p.grad is not None])
         for number, slot in np_modules(chunks).items()
