@@ -121,10 +121,15 @@ def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
     """Returns this rank's part of the micro-batches, on the device; checks that the model supports their length."""
     unwrap_model(chunks[0]).check_length(batches[0]["tokens"].size(1))
     device, group = process_groups.device(), parallel_state.get_context_parallel_group()
-    moved = (
-        {name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches
-    )
+    moved = ({name: _moved(value, device) for name, value in batch.items()} for batch in batches)
     return [part_of_batch(batch, group) for batch in moved]
+
+
+def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and value.device.type == "cpu":
+        # From other memory the copy would make the host wait. The loader pins its tensors, but families add their own.
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def _mean_weight(batches: list[Batch]) -> torch.Tensor:

@@ -73,6 +73,19 @@ def wait_in_every_layer() -> None:
     layer.forward = forward
 
 
+def batches_not_pinned() -> None:
+    from megatron_ext.training.engine import microbatches
+
+    module: Any = microbatches
+    module._moved = lambda value, device: value.to(device, non_blocking=True)
+
+
+def test_a_copy_from_memory_that_is_not_pinned_is_a_wait() -> None:
+    (copies,) = (n for place, n in rehearsed_with(batches_not_pinned).waits().items() if "copy" in place)
+    micro_batches, fields = 2, 5
+    assert copies == micro_batches * fields
+
+
 def test_a_mask_on_the_cpu_is_an_error() -> None:
     error = rehearsed_with(mask_on_the_cpu).error
     assert error is not None
