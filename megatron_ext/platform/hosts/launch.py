@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 from megatron_ext.config.command_line.error_lines import ProcessLost, run_main
 from megatron_ext.platform.hosts.host_addresses import Endpoint, interfaces_by_address
@@ -147,7 +148,7 @@ def _run_torchrun(
         rank, failure = error.get_first_failure()
         raise ProcessLost(
             f"rank {rank} on host {socket.gethostname()} ended with exit code {failure.exitcode}: "
-            f"{_last_line(failure.message)}"
+            f"{_reason(failure.message)}"
         ) from error
     except SignalException as error:
         raise ProcessLost(f"stopped by {signal.Signals(error.sigval).name}") from error
@@ -172,6 +173,12 @@ def _explain(error: Exception, settings: LaunchSettings | None, joined: JoinedHo
         f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended, another program has its "
         "port, or a run of this RDZV_ID is over there; see the launcher's output on that host"
     )
+
+
+def _reason(message: Any) -> str:
+    """Returns what a training process has told `torchrun`: as `error_lines.tell_launcher` writes it, or a text."""
+    text = message.get("message", message) if isinstance(message, dict) else message
+    return _last_line(text).removeprefix("error: ")
 
 
 def _last_line(text: object) -> str:

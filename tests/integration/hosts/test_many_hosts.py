@@ -79,7 +79,7 @@ def test_when_a_host_dies_the_others_end_soon_with_one_line(outcome: Outcome) ->
     assert "Traceback" not in text
     last = runs.error_lines(text)[-1]
     assert last.startswith("error: rank ") and "on host host1 ended with exit code 1" in last
-    assert "stops because another process of the run on 10.77.2." in last
+    assert "exit code 1: rank " in last and " stops because another process of the run on 10.77.2." in last
 
 
 def test_the_same_command_resumes_from_the_last_checkpoint(outcome: Outcome) -> None:
