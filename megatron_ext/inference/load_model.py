@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.groups.model_config import ModelConfig, on_this_machine
+from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.serialize import group_in
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
@@ -17,6 +17,7 @@ from megatron_ext.inference.choose_layout import choose_layout, describe_layout
 from megatron_ext.inference.stopping import stop_tokens
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.transformer_engine import on_this_machine
 from megatron_ext.platform import process_groups
 from megatron_ext.training.checkpoint.checkpoint_files import BEGIN
 from megatron_ext.training.checkpoint.checkpointer import load_weights, read_run_config, read_step

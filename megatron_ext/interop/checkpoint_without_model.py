@@ -19,6 +19,7 @@ from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import checkpoint_tensors
 from megatron_ext.training.checkpoint.checkpointer import TrainingProgress
 from megatron_ext.training.checkpoint.optimizer_state import PREFIX
+from megatron_ext.training.checkpoint.saving import tensor_writer
 
 
 def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: dict[str, Any]) -> Path:
@@ -39,7 +40,7 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
     name = files.checkpoint_name(0)
     folder = files.begin(root, name)
     shards = {name: ShardedTensor.from_rank_offsets(name, state[name]) for name in state}
-    checkpoint_tensors.write({**shards, **_extra_states(state)}, folder)
+    digests = tensor_writer.write({**shards, **_extra_states(state)}, folder)
     progress: dict[str, Any] = {
         "progress": asdict(TrainingProgress()),
         "optimizer_step": None,
@@ -48,8 +49,8 @@ def write_checkpoint(root: Path, state: Mapping[str, torch.Tensor], run_config: 
     files.write_text(folder / files.STATE, json.dumps({**progress, "families": {}, "cut": {}}, indent=1))
     files.write_text(folder / files.RUN_CONFIG, json.dumps(run_config, indent=1))
     # Checksums come last, so that they cover all files; a checkpoint counts as complete only when it is published.
-    written = [path.name for path in folder.iterdir() if path.is_file()]
-    files.write_checksums(folder, files.digests(folder, written))
+    rest = [path.name for path in folder.iterdir() if path.is_file() and path.name not in digests]
+    files.write_checksums(folder, {**digests, **files.digests(folder, rest)})
     files.publish(root, name)
     return root / name
 

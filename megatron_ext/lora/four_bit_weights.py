@@ -58,7 +58,7 @@ class NF4:
 
     def __init__(self) -> None:
         self._library = _load("bitsandbytes.functional", "qlora", "bitsandbytes")
-        self._code = self._library.get_4bit_type("nf4", device=torch.device("cpu"))
+        self._codes: dict[torch.device, torch.Tensor] = {}
 
     def pack(self, weight: torch.Tensor) -> PackedTensors:
         """Packs a matrix [output, input]; scales are fp32."""
@@ -72,12 +72,18 @@ class NF4:
         state = self._library.QuantState(
             absmax=packed.scales.view(torch.float32),
             shape=torch.Size([shape.numel()]),
-            code=self._code.to(packed.codes.device),
+            code=self._code_on(packed.codes.device),
             blocksize=self.block_size,
             quant_type="nf4",
             dtype=dtype,
         )
         return self._library.dequantize_4bit(packed.codes, state).view(shape)
+
+    def _code_on(self, device: torch.device) -> torch.Tensor:
+        """Returns the 16 values of the format; they are copied to a device once."""
+        if device not in self._codes:
+            self._codes[device] = self._library.get_4bit_type("nf4", device=device)
+        return self._codes[device]
 
 
 class NVFP4:

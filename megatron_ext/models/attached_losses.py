@@ -6,17 +6,12 @@ layer's output: the output passes through unchanged, and in the backward pass th
     d(total)/d(loss) = loss scale / number of micro-batches,
 
 which the output loss gets too. This is the pattern of the engine's `MoEAuxLossAutoScaler`. The stage that owns the
-layer records the value; `LayerLosses.collect` returns the means of all stages on every rank.
+layer records the value; the training step reduces the values of all stages (`training.engine.step_values`).
 """
 
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-
-from megatron_ext.platform import process_groups
-from megatron_ext.platform.collectives import merge_over_ranks
 
 
 class _Attach(torch.autograd.Function):
@@ -52,7 +47,8 @@ class LayerLosses:
 
         Args:
             hidden_states: the layer's output, [s, b, h].
-            loss: scalar, the mean over this micro-batch; under sequence parallelism this rank's share of that mean.
+            loss: scalar, the mean over this micro-batch (under context parallelism over this rank's part of it); under
+                sequence parallelism this rank's share of that mean.
             name: tag for logging, for example `mlp_direct_loss/layer_3`; None logs nothing.
         """
         if name is not None:
@@ -61,27 +57,23 @@ class LayerLosses:
 
     @classmethod
     def record(cls, name: str, value: torch.Tensor) -> None:
-        """Records a scalar without gradient under the tag `name`; `value` is a mean over this micro-batch."""
+        """Records a scalar without gradient under the tag `name`; `value` is a mean over the tokens as in `attach`."""
         # With activation recomputation a layer runs twice, first without gradients: count only the second run.
         if torch.is_grad_enabled() or cls.evaluating:
-            total = cls._sums.get(name, torch.zeros((), device=value.device))
-            cls._sums[name] = total + value.detach().float()
+            value = value.detach().float()
+            cls._sums[name] = cls._sums[name] + value if name in cls._sums else value
             cls._counts[name] = cls._counts.get(name, 0) + 1
 
     @classmethod
-    def collect(cls) -> dict[str, float]:
-        """Returns every recorded value, averaged over micro-batches and data-parallel ranks, and clears the records.
+    def take(cls) -> dict[str, torch.Tensor]:
+        """Returns this rank's recorded values, each averaged over its micro-batches, and clears the records.
 
-        Collective over the pipeline and data-parallel groups: every rank must call it, and every rank gets all values.
+        The values are fp32 scalars on the device; a layer's values are recorded by the stage that owns the layer.
         """
-        local = {name: float(total) / cls._counts[name] for name, total in cls._sums.items()}
-        cls._sums, cls._counts = {}, {}
-        merged = merge_over_ranks(local, parallel_state.get_pipeline_model_parallel_group())
-        if not merged:
+        if not cls._sums:
             return {}
-        # Sorted: the reduction below adds by position, and ranks may have recorded in different order.
-        names = sorted(merged)
-        values = torch.tensor([merged[name] for name in names], device=process_groups.device())
-        data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        dist.all_reduce(values, group=data_parallel)
-        return dict(zip(names, (values / dist.get_world_size(data_parallel)).tolist(), strict=True))
+        # Division by Python numbers copies nothing to the device.
+        means = torch._foreach_div(list(cls._sums.values()), [float(count) for count in cls._counts.values()])
+        found = dict(zip(cls._sums, means, strict=True))
+        cls._sums, cls._counts = {}, {}
+        return found

@@ -19,6 +19,7 @@ from megatron_ext.models.initialization import initialize_parameters
 from megatron_ext.models.layer_spec import block_spec, layer_spec
 from megatron_ext.models.model_extension import Extension, StageInfo
 from megatron_ext.models.ops.rotary import rotary_frequencies
+from megatron_ext.models.transformer_engine import check_te, fuse_gradient_accumulation, uses_te
 from megatron_ext.platform import process_groups
 
 
@@ -43,6 +44,7 @@ def build_model(
     seed: int,
     bf16: bool = False,
     extensions: list[Extension] | None = None,
+    fuses_norms: bool = False,
 ) -> list[GPTModel]:
     """Builds this rank's model chunks on its device, and initializes them.
 
@@ -53,27 +55,52 @@ def build_model(
         seed: the initial weights depend only on this seed and the parameters' names.
         bf16: whether parameters are in bfloat16 instead of fp32.
         extensions: what the model families add to the model.
+        fuses_norms: with Transformer Engine, whether a norm is computed inside the linear layer that follows, where no
+            family reads its output; names of parameters do not change.
 
     Returns:
         The chunks in the order of their virtual pipeline stages.
 
     Raises:
         ValueError: two families use the same slot or replace the same linear module of a layer, or declare different
-            streams with the same name.
+            streams with the same name; or a flag requires Transformer Engine, which cannot be used here.
     """
     extensions = extensions or []
+    check_te(model, parallel)
     config = build_transformer_config(model, parallel, bf16=bf16)
     sequence_parallel_size = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
     auxiliary = AuxiliaryInputs(_merged_streams(config, extensions), sequence_parallel_size)
+    fuses_norms = fuses_norms and uses_te(model) and not _keeps_norms(config, extensions)
+    if parallel.gradient_accumulation_fusion:
+        _check_fused_gradients(extensions)
     virtual = config.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
     vocab = padded_vocab_size(vocab_size, model, parallel.tensor_model_parallel_size)
     chunks = []
     for vp_stage in range(virtual or 1):
-        chunk = _build_chunk(model, config, auxiliary, extensions, vocab, vp_stage if virtual else None)
+        chunk = _build_chunk(
+            model, config, auxiliary, extensions, vocab, vp_stage if virtual else None, fuses_norms
+        )
+        if parallel.gradient_accumulation_fusion:
+            fuse_gradient_accumulation(chunk)
         initialize_parameters(chunk, seed, model.init_method_std, model.num_layers)
         chunks.append(chunk)
     return chunks
+
+
+def _keeps_norms(config: TransformerConfig, extensions: list[Extension]) -> bool:
+    recomputes = config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
+    return recomputes or any(extension.reads_layers for extension in extensions)
+
+
+def _check_fused_gradients(extensions: list[Extension]) -> None:
+    # A gradient that reaches a weight on another way than through its layer would be dropped.
+    for extension in extensions:
+        if extension.reads_layers:
+            raise ValueError(
+                f"--gradient-accumulation-fusion: the model family '{extension.name}' may use weights outside of their "
+                "layers; omit the flag"
+            )
 
 
 def _merged_streams(config: TransformerConfig, extensions: list[Extension]) -> list[AuxiliaryStream]:
@@ -89,6 +116,7 @@ def _build_chunk(
     extensions: list[Extension],
     vocab_size: int,
     vp_stage: int | None,
+    fuses_norms: bool,
 ) -> GPTModel:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stage = _stage_info(config, vp_stage)
@@ -99,6 +127,7 @@ def _build_chunk(
             _merged("slot", number, [(e.name, e.slots(config, number)) for e in extensions]),
             _merged("linear layer", number, [(e.name, e.linears(config, number)) for e in extensions]),
             bidirectional=any(extension.bidirectional for extension in extensions),
+            fuses_norms=fuses_norms,
         )
         for number in stage.layer_numbers
     ]

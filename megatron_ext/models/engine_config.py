@@ -3,8 +3,6 @@
 No other module does this. The settings of model families are not part of `TransformerConfig`.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,9 +21,6 @@ def build_transformer_config(
         model: size and architecture of the base model.
         parallel: the parallel layout, and which activations are recomputed.
         bf16: whether parameters and activations are in bfloat16 instead of fp32; the optimizer then keeps fp32 copies.
-
-    Raises:
-        ValueError: `--recompute-modules layernorm` is given, but Transformer Engine is not installed.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     pipeline = parallel.pipeline_model_parallel_size
@@ -71,6 +66,10 @@ def build_transformer_config(
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=pipeline > 1,
+        fp8=model.fp8_format,
+        fp8_recipe=model.fp8_recipe,
+        fp8_amax_history_len=model.fp8_amax_history_len,
+        fp8_amax_compute_algo=model.fp8_amax_compute_algo,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=use_cuda(),
         masked_softmax_fusion=False,
@@ -85,12 +84,6 @@ def build_transformer_config(
 def _recompute_modules(parallel: ParallelConfig) -> list[str] | None:
     if parallel.recompute_granularity != "selective":
         return None
-    # The engine's recomputation of a norm reads Transformer Engine's FP8 state even when FP8 is off.
-    if "layernorm" in parallel.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError(
-            "--recompute-modules layernorm requires Transformer Engine, which is not installed "
-            "(pip install 'megatron-ext[te]')"
-        )
     return list(parallel.recompute_modules)
 
 

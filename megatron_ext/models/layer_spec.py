@@ -1,12 +1,11 @@
 """Builds the layer spec, which chooses the modules of a transformer layer.
 
 Attention and linear layers are megatron-core's, or Transformer Engine's on a GPU where it is installed; norm and core
-attention are this project's by default. The MLP's norm is always a separate module, because model families read its
-output; Transformer Engine's own specs would fuse it into the first linear layer.
+attention are this project's by default. Norms are modules of their own, because model families read their output; where
+none does, Transformer Engine's linear layer computes the norm before it.
 """
 
 import functools
-import importlib.util
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -23,8 +22,8 @@ from megatron_ext.models.auxiliary_inputs import AuxiliaryInputs
 from megatron_ext.models.ops.attention import SDPAttention
 from megatron_ext.models.ops.norm import Norm
 from megatron_ext.models.ops.swiglu import SwiGLU
+from megatron_ext.models.transformer_engine import uses_te
 from megatron_ext.models.transformer_layer import ExtendedLayerSubmodules, ExtendedTransformerLayer
-from megatron_ext.platform.process_groups import use_cuda
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """Names of a layer's linear modules; the first and third are column-parallel, the second and fourth row-parallel."""
@@ -36,6 +35,7 @@ def layer_spec(
     slots: dict[str, ModuleSpec],
     linears: dict[str, ModuleSpec],
     bidirectional: bool = False,
+    fuses_norms: bool = False,
 ) -> ModuleSpec:
     """Returns the spec of one layer.
 
@@ -45,14 +45,14 @@ def layer_spec(
         slots: maps slot name to the module that a model family puts into that slot.
         linears: maps a name in `LINEARS` to the module with which a model family replaces that linear layer.
         bidirectional: whether every position attends to all others; False for causal attention.
-
-    Raises:
-        ValueError: Transformer Engine is requested, but it is not installed or there is no CUDA device.
+        fuses_norms: whether Transformer Engine's column-parallel layers compute the norms before them.
     """
     backend = _backend(model)
-    norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
+    norm = backend.layer_norm(rms_norm=model.normalization == "RMSNorm") if uses_te(model) else Norm
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     own: dict[str, type | ModuleSpec] = dict(zip(LINEARS, (column, row, column, row), strict=True))
+    if fuses_norms:
+        own |= dict.fromkeys(LINEARS[::2], backend.column_parallel_layer_norm_linear())
     own |= linears
     attention = SelfAttentionSubmodules(
         linear_qkv=own["linear_qkv"],
@@ -84,7 +84,7 @@ def layer_spec(
 
 def block_spec(model: ModelConfig, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
     """Returns the spec of one stage: its layers and, on the last stage, the final norm."""
-    norm = _backend(model).layer_norm(rms_norm=model.normalization == "RMSNorm") if _uses_te(model) else Norm
+    norm = _backend(model).layer_norm(rms_norm=model.normalization == "RMSNorm") if uses_te(model) else Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
@@ -106,16 +106,9 @@ def _biased(linear: type) -> type:
     return Biased
 
 
-def _uses_te(model: ModelConfig) -> bool:
-    if model.transformer_impl == "auto":
-        return use_cuda() and importlib.util.find_spec("transformer_engine") is not None
-    return model.transformer_impl == "transformer_engine"
-
-
 def _backend(model: ModelConfig) -> BackendSpecProvider:
-    if not _uses_te(model):
+    if not uses_te(model):
         return LocalSpecProvider()
-    _require_te(f"--transformer-impl {model.transformer_impl}")
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()
@@ -123,15 +116,7 @@ def _backend(model: ModelConfig) -> BackendSpecProvider:
 
 def _core_attention(model: ModelConfig) -> type:
     if model.attention_backend == "te":
-        _require_te("--attention-backend te")
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
     return SDPAttention if model.attention_backend == "sdpa" else LocalSpecProvider().core_attention()
-
-
-def _require_te(asked_by: str) -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError(f"{asked_by}: Transformer Engine is not installed (pip install 'megatron-ext[te]')")
-    if not use_cuda():
-        raise ValueError(f"{asked_by}: Transformer Engine requires a CUDA device, and none was found")

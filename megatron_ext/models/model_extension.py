@@ -73,6 +73,11 @@ class Extension:
     bidirectional: bool = False
     """Whether every position attends to all others instead of only to earlier ones."""
 
+    reads_layers: bool = True
+    """Whether the family reads the outputs of a layer's norms, or uses its weights outside of its linear layers.
+
+    If not, Transformer Engine may compute norms inside linear layers, and sum gradients outside of autograd."""
+
     def streams(self, config: TransformerConfig) -> list[AuxiliaryStream]:
         """Returns the model family's streams. The model itself supplies a travelling stream named `word_embedding`."""
         return []

@@ -45,6 +45,25 @@ class ExtendedLayerSubmodules(TransformerLayerSubmodules):
     """`forward(hidden_states, streams) -> hidden_states`, called on the layer's output."""
 
 
+class NormInLinear(torch.nn.Module):
+    """Holds the weights of a norm that Transformer Engine's linear layer computes; returns its input unchanged.
+
+    Parameters thus have the names that they have with a separate norm, in checkpoints and everywhere else.
+    """
+
+    def __init__(self, linear: torch.nn.Module) -> None:
+        super().__init__()
+        for name in ("weight", "bias"):
+            parameter = linear._parameters.pop(f"layer_norm_{name}", None)
+            if parameter is not None:
+                self.register_parameter(name, parameter)
+                # Transformer Engine reads the attribute. Unlike an entry of `_parameters`, it is not listed.
+                linear.__dict__[f"layer_norm_{name}"] = parameter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 class ExtendedTransformerLayer(TransformerLayer):
     """megatron-core's layer with the slots of `ExtendedLayerSubmodules`."""
 
@@ -53,6 +72,8 @@ class ExtendedTransformerLayer(TransformerLayer):
     ) -> None:
         super().__init__(*args, submodules=submodules, **kwargs)
         self.auxiliary = auxiliary
+        self._separate_norm("input_layernorm", self.self_attention.linear_qkv)
+        self._separate_norm("pre_mlp_layernorm", self.mlp.linear_fc1)
         for slot in SLOTS:
             module = build_module(
                 getattr(submodules, slot),
@@ -98,6 +119,11 @@ class ExtendedTransformerLayer(TransformerLayer):
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
         return hidden_states, layer_inputs.packed
+
+    def _separate_norm(self, name: str, linear: torch.nn.Module) -> None:
+        """Puts a `NormInLinear` in the place of a norm that the linear layer computes."""
+        if hasattr(linear, "layer_norm_weight"):
+            setattr(self, name, NormInLinear(linear))
 
     def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Returns `Attention(LN1(x))` [s, b, h], with output projection, bias and dropout but without the residual."""

@@ -184,9 +184,16 @@ class NPTFamily(Family):
         base = self._base_losses[split]
         return {"base lm loss": base, "npt/perplexity_ratio": math.exp(loss - base)}
 
-    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, iteration: int, values: Mapping[str, float]) -> dict[str, float]:
         """Returns the total of all losses, the mean of each layer loss over the layers, and the curriculum's state."""
-        return summarize(values, self._objective) if self._objective is not None else {}
+        if self.training is None:
+            return {}
+        return summarize(values, self.training.objective(iteration, self.total_steps))
+
+    def needs_values(self, iteration: int) -> bool:
+        """Returns whether a text sample of the model after this step is due."""
+        every = self.training.generation_steps if self.training is not None else None
+        return every is not None and every > 0 and iteration % every == 0
 
     def after_step(
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]

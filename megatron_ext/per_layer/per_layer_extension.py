@@ -20,6 +20,7 @@ class PerLayerExtension(Extension):
     """Adds per-layer embedding to every layer."""
 
     name = "per_layer"
+    reads_layers = False
 
     def __init__(self, settings: PerLayerConfig, rows: int) -> None:
         """Args:

@@ -29,17 +29,21 @@ class AllocationCounter(TorchDispatchMode):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
-        super().__enter__()
+        else:
+            super().__enter__()
         return self
 
+    def __exit__(self, *raised: Any) -> None:
+        # The mode is not entered on a GPU: torch runs compiled functions uncompiled under one.
+        if not use_cuda():
+            super().__exit__(*raised)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not use_cuda():
-            self._skip(args, kwargs)
+        self._skip(args, kwargs)
         result = func(*args, **(kwargs or {}))
-        if not use_cuda():
-            for value in tree_leaves(result):
-                if isinstance(value, torch.Tensor):
-                    self._add(value.untyped_storage())
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._add(value.untyped_storage())
         return result
 
     @property

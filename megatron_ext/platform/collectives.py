@@ -6,6 +6,7 @@ Without a process group, the process counts as the only rank.
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_ext.config.command_line.error_lines import describe
@@ -59,6 +60,15 @@ def on_every_rank(action: Callable[[], T]) -> T:
     kept: list[T] = []
     gather_or_raise(lambda: kept.append(action()))
     return kept[0]
+
+
+def holds_on_every_rank(condition: bool) -> bool:
+    """Returns whether a condition holds on every rank. Collective."""
+    # Over gloo where the run has it: then the host does not wait for the GPU.
+    device = "cpu" if "gloo" in dist.get_backend_config() else torch.cuda.current_device()
+    value = torch.tensor([condition], dtype=torch.int32, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return bool(value.item())
 
 
 def merge_over_ranks(local: Mapping[K, T], group: dist.ProcessGroup | None = None) -> dict[K, T]:

@@ -4,7 +4,6 @@
 `torchrun` sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them, the run is a single process.
 """
 
-import contextlib
 import os
 import signal
 from datetime import timedelta
@@ -16,7 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform import cpu
-from megatron_ext.platform import shared_gloo_groups as groups
+from megatron_ext.platform import shared_groups as groups
 from megatron_ext.platform.parent_process import signal_at_parents_end
 
 
@@ -65,21 +64,21 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     set_parallel_state(parallel, seed)
 
 
-def use_gloo_twins() -> bool:
-    """Returns whether megatron-core needs gloo groups in addition to NCCL's, to gather checkpoints in CPU memory."""
-    return use_cuda()
+def needs_gloo_twins(parallel: ParallelConfig) -> bool:
+    """Returns whether megatron-core must create gloo groups beside its own, to gather checkpoints in CPU memory."""
+    return _backend(parallel.distributed_backend) == "nccl"  # the other backends handle tensors of the CPU
 
 
 def set_parallel_state(parallel: ParallelConfig, seed: int) -> None:
     """Sets megatron-core's parallel state and random streams; the process group must exist. Collective."""
     parallel_state.destroy_model_parallel()  # mcore refuses to set a state that is set already
-    with contextlib.nullcontext() if use_cuda() else groups.shared_groups():
+    with groups.shared_groups():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-            create_gloo_process_groups=use_gloo_twins(),
+            create_gloo_process_groups=needs_gloo_twins(parallel),
         )
     seed_streams(seed)
 

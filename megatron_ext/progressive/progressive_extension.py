@@ -14,6 +14,7 @@ class ProgressiveExtension(Extension):
     """Gives linear layers adapters or another precision, and adds to the model what the objective requires."""
 
     name = "progressive"
+    reads_layers = False
 
     def __init__(self, plan: SettingsByLayer, config: ProgressiveConfig) -> None:
         """Args:

@@ -135,7 +135,6 @@ class ProgressiveFamily(Family):
                 mask_token_id=mask_token_id,
                 fixed_masks=caches,
             )
-        self._iteration = 0
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> "ProgressiveFamily":
@@ -213,8 +212,7 @@ class ProgressiveFamily(Family):
         return {name: batch[name] for name in wanted if name in batch}
 
     def begin_step(self, chunks: list[GPTModel], iteration: int | None) -> None:
-        """Records the step number; before an evaluation, makes the model run all layers instead of using the cache."""
-        self._iteration = iteration or self._iteration
+        """Makes the model run all layers before an evaluation, instead of using the cache."""
         if self.cache is not None and iteration is None:
             self.cache.release(chunks)
 
@@ -254,13 +252,17 @@ class ProgressiveFamily(Family):
         written = rack_export.write_adapters(chunks, model, directory, base_model, overwrite=overwrite)
         return [*written, *rack_export.precision_notes(self.rack, self.plan)]
 
-    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, iteration: int, values: Mapping[str, float]) -> dict[str, float]:
         """Returns the loss under a name that contains the stack, and the number of tokens so far."""
         name = "joint" if self.trains == "all" else f"stack_{self.rack.newest.index}"
-        found = {"progressive/total_tokens": float(self._iteration * self.tokens_per_step)}
+        found = {"progressive/total_tokens": float(iteration * self.tokens_per_step)}
         if "lm loss" in values:
             found[f"progressive/loss_{name}"] = values["lm loss"]
         return found
+
+    def needs_values(self, iteration: int) -> bool:
+        """Returns whether a plateau may end the phase after this step."""
+        return self.plateau.patience is not None
 
     def after_step(
         self, chunks: list[GPTModel], families: list[Family], iteration: int, values: Mapping[str, float]

@@ -19,6 +19,9 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, device_named
 
 _ROOT = Path(__file__).parents[2]
 
+DOES_NOT_FIT = 1
+"""Exit code of a rehearsal whose peak exceeds the device's memory."""
+
 
 def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
     """Calls `run(config)`, or rehearses it if --rehearse was given; returns the process's exit code.
@@ -27,6 +30,11 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
         ValueError, OSError: a user error; the message is one line.
     """
     if not config.rehearsal.is_on:
+        if config.rehearsal.world_size and not config.training.dry_run:
+            raise ValueError(
+                f"--world-size {config.rehearsal.world_size}: requires --rehearse or --dry-run; in a run that trains, "
+                "torchrun sets the number of processes"
+            )
         return run(config)
     if device_library.is_loaded():
         # Imported late: this imports torch, which must find the device.
@@ -38,13 +46,26 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
         )
     if config.training.skip_train:
         raise ValueError("--skip-train: --rehearse runs training steps; omit one of them")
+    flags = [*config.model.requires_te]
+    if config.parallel.gradient_accumulation_fusion:
+        flags.append("--gradient-accumulation-fusion")
+    if flags:
+        raise ValueError(
+            f"{flags[0]}: --rehearse cannot run Transformer Engine's kernels; "
+            "rehearse with --transformer-impl local and --attention-backend sdpa"
+        )
     device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
     if int(os.environ.get("RANK") or 0) != 0:
         return 0  # under torchrun, one process rehearses
     processes = _processes(config.rehearsal, config.parallel)
-    codes = [
-        _start(rank, processes) for rank in ranks_to_rehearse(config.rehearsal, config.parallel, processes)
-    ]
+    ranks = ranks_to_rehearse(config.rehearsal, config.parallel, processes)
+    device_library.library()  # an error in compiling it is the command's first line
+    print(
+        f"rehearsing rank {', '.join(map(str, ranks))} of {processes} on simulated GPUs: seconds to minutes, "
+        "in proportion to layers x micro-batches",
+        flush=True,
+    )
+    codes = [_start(rank, processes) for rank in ranks]
     return next((code for code in codes if code), 0)
 
 

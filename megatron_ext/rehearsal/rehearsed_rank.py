@@ -15,7 +15,8 @@ from megatron_ext.config.run_config import C
 from megatron_ext.platform import run_phases
 from megatron_ext.rehearsal.recording.activity import Activity
 from megatron_ext.rehearsal.recording.recorder import Recorder
-from megatron_ext.rehearsal.report import Rehearsal, print_report
+from megatron_ext.rehearsal.rehearse import DOES_NOT_FIT
+from megatron_ext.rehearsal.report import Rehearsal, fits, print_report
 from megatron_ext.rehearsal.simulated import fake_collectives, fake_cuda, fake_kernels
 from megatron_ext.rehearsal.simulated.devices import Device, device_named
 
@@ -33,7 +34,10 @@ def simulate(device: Device) -> Recorder:
 
 
 def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
-    """Runs the run on the simulated device, as the rank in the environment; returns the exit code."""
+    """Runs the run on the simulated device, as the rank in the environment; returns the exit code.
+
+    The code is that of the run if it is not 0, otherwise `DOES_NOT_FIT` or 0.
+    """
     device = device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
     recorder = simulate(device)
     run_phases.observer = recorder
@@ -47,17 +51,18 @@ def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
         code = run(config)
     recorder.close()
     run_phases.observer = None
-    if code == 0:
-        print_report(
-            Rehearsal(
-                rank=int(os.environ["RANK"]),
-                processes=int(os.environ["WORLD_SIZE"]),
-                parallel=config.parallel,
-                training=config.training,
-                device=device,
-                recorder=recorder,
-                seconds=time.process_time(),
-                host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            )
-        )
-    return code
+    if code:
+        return code
+    rehearsal = Rehearsal(
+        rank=int(os.environ["RANK"]),
+        processes=int(os.environ["WORLD_SIZE"]),
+        parallel=config.parallel,
+        training=config.training,
+        sequence_length=config.model.seq_length,
+        device=device,
+        recorder=recorder,
+        seconds=time.process_time(),
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    print_report(rehearsal)
+    return DOES_NOT_FIT if fits(rehearsal.peak().size, device) == "does not fit" else 0

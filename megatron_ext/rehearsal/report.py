@@ -22,12 +22,24 @@ from megatron_ext.rehearsal.recording.memory_log import GRADIENTS as GRADIENT_ME
 from megatron_ext.rehearsal.recording.memory_log import KINDS, Peak
 from megatron_ext.rehearsal.recording.recorder import Recorder
 from megatron_ext.rehearsal.simulated.devices import Device
-from megatron_ext.rehearsal.step_time import BETWEEN_TWO, StepTime, calls_in, is_waited_for, step_time
+from megatron_ext.rehearsal.step_time import (
+    BETWEEN_TWO,
+    StepTime,
+    calls_in,
+    is_waited_for,
+    seconds,
+    step_time,
+    traffic_of,
+)
 from megatron_ext.training.logging.progress_line import binary_size, compact
 
 _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 _PLACES = 12
 _SCALAR_BYTES = 1024  # a smaller message is a loss, a norm or a signal, not what a group is made for
+_LESS_MEMORY = (
+    "To lower the peak: more tensor or pipeline stages, --use-distributed-optimizer, --sequence-parallel, "
+    "--recompute-granularity full, a smaller micro-batch; see docs/parallelism.md."
+)
 _ROOM = 0.1  # share of the memory that CUDA, NCCL and fragmentation may take: a rule of thumb
 
 
@@ -39,6 +51,7 @@ class Rehearsal:
     processes: int
     parallel: ParallelConfig
     training: TrainingConfig
+    sequence_length: int
     device: Device
     recorder: Recorder
     seconds: float
@@ -74,6 +87,12 @@ class Rehearsal:
         """The allocations at the moment of largest memory."""
         return self.recorder.memory.at_peak()
 
+    def peak_of_steps(self) -> Peak:
+        """The allocations at the moment of largest memory in the training steps."""
+        return self.recorder.memory.at_peak(
+            [f"step {number + 1}" for number in range(self.recorder.activity.step)]
+        )
+
     def time(self) -> StepTime:
         """The estimated time of a step."""
         return step_time(self.recorder, self.device, self.step, self.bubble)
@@ -87,11 +106,14 @@ def print_report(rehearsal: Rehearsal) -> None:
     peak = rehearsal.peak()
     console.print(_header(rehearsal))
     console.print(_phase_table(rehearsal.recorder))
-    console.print(_place_table(peak))
+    in_steps = rehearsal.peak_of_steps()
+    for each in (peak,) if peak.size == in_steps.size else (peak, in_steps):
+        console.print(_place_table(each))
     console.print(_verdict(peak, rehearsal.device))
-    console.print(_communication_table(rehearsal.recorder.activity, rehearsal.step))
+    console.print(_communication_table(rehearsal))
     console.print(_wait_table(rehearsal.recorder.activity, rehearsal.step))
     console.print(_time_text(rehearsal))
+    console.print(_traffic_table(rehearsal))
     for line in oddities(rehearsal):
         console.print(f"note: {line}")
 
@@ -122,6 +144,7 @@ def oddities(rehearsal: Rehearsal) -> list[str]:
 def _unused_groups(rehearsal: Rehearsal) -> list[str]:
     """Returns lines about parallel groups of the rank over which a step should communicate but does not."""
     parallel, copies = rehearsal.parallel, rehearsal.parallel.data_parallel_size(rehearsal.processes)
+    context = parallel.context_parallel_size
     calls = [
         call
         for call, total in calls_in(rehearsal.recorder.activity, rehearsal.step).items()
@@ -137,8 +160,14 @@ def _unused_groups(rehearsal: Rehearsal) -> list[str]:
         f"sends activations over PP (size {parallel.pipeline_model_parallel_size})": (
             parallel.pipeline_model_parallel_size == 1 or between_stages
         ),
-        f"reduces gradients over DP (size {copies})": (
-            copies == 1 or not rehearsal.has_gradients or _over("DP", reduced)
+        f"sends keys and values over CP (size {context})": (
+            context == 1 or _over("CP", [call for call in calls if call.operation == "all-gather"])
+        ),
+        # With one copy of the model, its context-parallel ranks share their group with the gradients.
+        f"reduces gradients over DP (size {copies * context})": (
+            copies * context == 1
+            or not rehearsal.has_gradients
+            or _over("DP" if copies > 1 else "CP", reduced)
         ),
     }
     return [what for what, is_done in done.items() if not is_done]
@@ -193,7 +222,7 @@ def _phase_table(recorder: Recorder) -> Table:
 
 
 def _place_table(peak: Peak) -> Table:
-    table = _table("Allocated at the peak, by place", "kind", "MiB", "place")
+    table = _table(f"Allocated at the peak of {', '.join(peak.moment)}, by place", "kind", "MiB", "place")
     table.columns[2].justify = "left"
     common = peak.places.most_common()
     for (kind, place), size in common[:_PLACES]:
@@ -213,23 +242,44 @@ def fits(peak: int, device: Device) -> str:
 
 
 def _verdict(peak: Peak, device: Device) -> str:
+    found = fits(peak.size, device)
     return (
-        f"Peak of torch's tensors: {binary_size(peak.size)} of {binary_size(device.memory)} "
-        f"({peak.size / device.memory:.0%}): {fits(peak.size, device)}. Not counted: the CUDA context, NCCL's and "
-        "cuBLAS's buffers, fragmentation."
+        f"Peak of torch's tensors: {_gib(peak.size)} of {_gib(device.memory)} GiB ({peak.size / device.memory:.0%}): "
+        f"{found}. Not counted: the CUDA context, NCCL's and cuBLAS's buffers, fragmentation."
+        + ("" if found == "fits" else f"\n{_LESS_MEMORY}")
     )
 
 
-def _communication_table(activity: Activity, scope: str) -> Table:
-    table = _table(f"Communication in {scope}", "group", "ranks", "operation", "calls", "MiB", "overlaps")
-    merged: dict[tuple[str, int, str, bool], Total] = defaultdict(Total)
-    for call, total in calls_in(activity, scope).items():
+def _communication_table(rehearsal: Rehearsal) -> Table:
+    columns = ("group", "ranks", "on hosts", "operation", "calls", "MiB", "s", "overlaps")
+    table = _table(f"Communication in {rehearsal.step}", *columns)
+    merged: dict[tuple[str, int, int, str, bool], Total] = defaultdict(Total)
+    times: dict[tuple[str, int, int, str, bool], float] = defaultdict(float)
+    for call, total in calls_in(rehearsal.recorder.activity, rehearsal.step).items():
         sort = f"{call.operation}{'' if call.device == 'cuda' else f' ({call.device})'}"
-        into = merged[call.group, call.size, sort, not is_waited_for(call)]
-        into.calls += total.calls
-        into.bytes += total.bytes
-    for (group, size, sort, hidden), total in sorted(merged.items()):
-        table.add_row(group, str(size), sort, str(total.calls), _mib(total.bytes), "yes" if hidden else "no")
+        key = (call.group, call.size, call.hosts, sort, not is_waited_for(call))
+        merged[key].calls += total.calls
+        merged[key].bytes += total.bytes
+        times[key] += seconds(call, total, rehearsal.device)
+    for key, total in sorted(merged.items()):
+        group, size, hosts, sort, hidden = key
+        amount = (str(total.calls), _mib(total.bytes), f"{times[key]:.4f}")
+        table.add_row(group, str(size), str(hosts), sort, *amount, "yes" if hidden else "no")
+    return table
+
+
+def _traffic_table(rehearsal: Rehearsal) -> Table:
+    table = _table(f"Other operations in {rehearsal.step}, by place", "s", "GiB", "place")
+    table.columns[2].justify = "left"
+    places: Counter[str] = Counter()
+    for (_, place), size in traffic_of(rehearsal.recorder, rehearsal.step).items():
+        places[place] += size
+    common = places.most_common()
+    rows = [(place, size) for place, size in common[:_PLACES]]
+    if len(common) > _PLACES:
+        rows.append((f"{len(common) - _PLACES} more places", sum(size for _, size in common[_PLACES:])))
+    for place, size in rows:
+        table.add_row(f"{size / rehearsal.device.bandwidth:.4f}", _gib(size), place)
     return table
 
 
@@ -253,8 +303,18 @@ def _time_text(rehearsal: Rehearsal) -> str:
         f"update {time.update:.3f} s",
     )
     listed = "".join(f"\n  {part}" for part in parts)
-    return f"Step: at least {time.total:.3f} s, if every kernel reached the device's rates:{listed}"
+    copies = rehearsal.parallel.data_parallel_size(rehearsal.processes)
+    tokens = rehearsal.training.resolved_global_batch_size(copies) * rehearsal.sequence_length
+    return (
+        f"Step: at least {time.total:.3f} s, if every kernel reached the device's rates; at most "
+        f"{tokens / time.total / rehearsal.processes:,.0f} tokens/s per GPU, of which products take "
+        f"{time.products / time.total:.0%} of the time:{listed}"
+    )
 
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:,.1f}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f}"

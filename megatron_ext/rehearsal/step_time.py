@@ -47,21 +47,28 @@ class StepTime:
 
 def step_time(recorder: Recorder, device: Device, scope: str, bubble: float) -> StepTime:
     """Returns the estimated time of the step `scope`."""
-    products, update = 0.0, recorder.traffic[scope, UPDATE] / device.bandwidth
+    products = 0.0
     for (of_scope, _, dtype), flops in recorder.flops.items():
         if of_scope == scope:
             products += flops / peak_flops(device, dtype)
-    other = sum(
-        size / device.bandwidth
-        for (of_scope, phase), size in recorder.traffic.items()
-        if of_scope == scope and phase != UPDATE
-    )
+    moved = traffic_of(recorder, scope)
+    update = sum(size for (phase, _), size in moved.items() if phase == UPDATE) / device.bandwidth
+    other = sum(size for (phase, _), size in moved.items() if phase != UPDATE) / device.bandwidth
     calls = calls_in(recorder.activity, scope)
     waited = sum(seconds(call, total, device) for call, total in calls.items() if is_waited_for(call))
     hidden = sum(seconds(call, total, device) for call, total in calls.items() if not is_waited_for(call))
     return StepTime(
         products=products, other=other, waited=waited, hidden=hidden, update=update, bubble=bubble
     )
+
+
+def traffic_of(recorder: Recorder, scope: str) -> dict[tuple[str, str], int]:
+    """Returns the bytes that a scope's other operations read and write, by phase and place."""
+    return {
+        (phase, place): size
+        for (of_scope, phase, place), size in recorder.traffic.items()
+        if of_scope == scope
+    }
 
 
 def peak_flops(device: Device, dtype: torch.dtype) -> float:

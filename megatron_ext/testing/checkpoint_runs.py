@@ -66,6 +66,7 @@ class TinyRun:
             seed=1,
             bf16=bf16,
             extensions=[family.extension() for family in families],
+            fuses_norms=True,
         )
         for family in families:
             family.prepare_model(self.chunks)

@@ -23,7 +23,7 @@ context.set_forkserver_preload(["megatron_ext.testing.preload"])
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, start: Any = context
 ) -> list[Any]:
     """Calls `function(*args)` in `world_size` processes that form one gloo group.
 
@@ -33,6 +33,7 @@ def run_distributed(
         function: a module-level function; its result must be picklable (tensors are).
         world_size: number of processes.
         timeout: seconds after which all processes are killed.
+        start: multiprocessing context that starts the processes.
 
     Returns:
         The results, ordered by rank.
@@ -40,7 +41,7 @@ def run_distributed(
     Raises:
         RuntimeError: a process failed (the message contains its traceback), or the time ran out.
     """
-    with _started(function, world_size, args) as (processes, results):
+    with _started(function, world_size, args, start) as (processes, results):
         return _collect(processes, results, world_size, timeout)
 
 
@@ -65,13 +66,13 @@ def run_and_kill(function: Callable[..., Any], world_size: int, *args: Any, seco
 
 @contextlib.contextmanager
 def _started(
-    function: Callable[..., Any], world_size: int, args: tuple[Any, ...]
+    function: Callable[..., Any], world_size: int, args: tuple[Any, ...], start: Any = context
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yields the running processes and the queue of their results; kills those still running when the block ends."""
-    results: Any = context.Queue()
+    results: Any = start.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(
+            start.Process(
                 target=_run_rank, args=(function, rank, world_size, folder, args, results), daemon=False
             )
             for rank in range(world_size)

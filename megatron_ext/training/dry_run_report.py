@@ -1,9 +1,9 @@
 """`--dry-run`: prints parameters, memory and FLOPs of a run, computed from its configuration.
 
 No process group and no model are built. The tokenizer is built, because the size of its vocabulary is needed; if there
-is no tokenizer yet, pass --tokenizer-type NullTokenizer and --vocab-size. The number of processes is the environment
-variable WORLD_SIZE, which `torchrun` sets; set it yourself to plan for a cluster. Without it, as many processes are
-assumed as one copy of the model needs. If the trained part of the model changes during the run, as under a curriculum,
+is no tokenizer yet, pass --tokenizer-type NullTokenizer and --vocab-size. The number of processes is --world-size, or
+the environment variable WORLD_SIZE, which `torchrun` sets. Without them, as many processes are assumed as one copy of
+the model needs. If the trained part of the model changes during the run, as under a curriculum,
 all figures are for the last step.
 """
 
@@ -17,9 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.run_config import C
+from megatron_ext.config.run_config import C, RunConfig
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.costs.memory_estimate import ParallelLayout, StageMemory
 from megatron_ext.models.costs.model_cost import (
@@ -35,9 +34,10 @@ from megatron_ext.training.planned_memory import plan_memory
 _PLAIN_WIDTH = 110  # columns where the output is not a terminal
 
 
-def planned_world_size(parallel: ParallelConfig) -> int:
-    """Returns the number of processes: WORLD_SIZE from the environment, or as many as one copy of the model needs."""
-    return int(os.environ.get("WORLD_SIZE") or parallel.model_parallel_size)
+def planned_world_size(config: RunConfig) -> int:
+    """Returns the number of processes: --world-size, else WORLD_SIZE, else as many as one copy of the model needs."""
+    given = config.rehearsal.world_size or os.environ.get("WORLD_SIZE")
+    return int(given or config.parallel.model_parallel_size)
 
 
 def print_dry_run(
@@ -62,7 +62,7 @@ def print_dry_run(
     families = make_families(config, tokenizer)
     for family in families:
         family.check(model, parallel)
-    copies = parallel.data_parallel_size(planned_world_size(parallel))
+    copies = parallel.data_parallel_size(planned_world_size(config))
     layout, cost, memory = plan_memory(config, tokenizer, families, copies)
     _print(layout, training, cost.parts, memory, Console(file=stream or sys.stdout))
 
@@ -130,7 +130,7 @@ def _parameter_table(costs: dict[str, ModelCost]) -> Table:
 
 def _memory_table(stages: list[StageMemory]) -> Table:
     table = _table(
-        "Memory per rank (estimate; see models/costs/memory_estimate.py)",
+        "Memory per rank (estimate; --rehearse also counts temporary tensors and the model families' activations)",
         "stage",
         "parameters",
         "weights",

@@ -1,29 +1,34 @@
 """The training loop: steps, evaluations, checkpoints, and the conditions under which a run ends.
 
 Everything the loop calls is collective, so all ranks must take the same decisions. Each decision therefore uses values
-that are equal on all ranks: losses and norms are reduced during a step, clocks and signals are reduced after it.
+that are equal on all ranks: losses, norms, clocks and signals are reduced during a step.
+
+The host reads a step's values while the device computes the next step, so that the device never idles. Where something
+depends on them (a progress line, an evaluation, a save, the end of the run), it reads them at once, and waits.
 """
 
+import gc
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-import torch.distributed as dist
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.platform import process_groups
+from megatron_ext.platform.hosts import rank_progress
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
-from megatron_ext.training.engine.training_step import Stepper, StepResult, parameters_norm
+from megatron_ext.training.engine.training_step import ReadStep, Stepper, StepResult, parameters_norm
+from megatron_ext.training.garbage_collection import manual_collection
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.logging.step_metrics import StepMetrics
-from megatron_ext.training.stop_signals import SignalWatcher
+from megatron_ext.training.stop_signals import EXIT_CODES, NO_SIGNAL, SignalWatcher
 
 EXIT_OK = 0
 """The run is complete, or `--exit-interval` or `--exit-duration-in-mins` has stopped it."""
@@ -49,6 +54,31 @@ class Data:
     """Test batches, or None; evaluated once after the last step."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step that was started."""
+
+    progress: TrainingProgress
+    """Progress after the step, except that the number of skipped steps may not be known yet."""
+
+    read: ReadStep
+
+    flops_per_token: float
+
+    seconds: float
+    """Time until the step was queued, including the time in which the host waited for the step before."""
+
+
+@dataclass
+class _Saving:
+    """A save that runs beside training."""
+
+    progress: TrainingProgress
+    started: float
+    waited: float
+    """Seconds in which training has waited for it."""
+
+
 class Loop:
     """Runs training steps until the run is complete or has to stop."""
 
@@ -62,7 +92,19 @@ class Loop:
         data: Data,
         *,
         sequence_length: int,
+        flops_per_token: Callable[[int], float],
     ) -> None:
+        """Args:
+        training: when the run evaluates and ends.
+        checkpoint: whether and when it saves.
+        stepper: runs the steps.
+        checkpointer: saves checkpoints.
+        reporter: reports the steps.
+        data: the run's batches.
+        sequence_length: tokens per sequence.
+        flops_per_token: called with a step's number after the step has run; returns the step's model FLOPs per token
+            (forward and backward, model families included), for throughput and MFU.
+        """
         self.training = training
         self.checkpoint = checkpoint
         self.stepper = stepper
@@ -70,7 +112,12 @@ class Loop:
         self.reporter = reporter
         self.data = data
         self.sequence_length = sequence_length
+        self.flops_per_token = flops_per_token
+        self._saving: _Saving | None = None
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
+        self._unread: _Step | None = None
+        self._last: StepResult | None = None
+        self._not_finite_in_a_row = self._skipped_steps = 0
 
     def run(self, progress: TrainingProgress) -> tuple[int, TrainingProgress]:
         """Trains from `progress` until the run ends. Collective.
@@ -80,31 +127,39 @@ class Loop:
         """
         if progress.iteration >= self.total_iterations:
             self._report_complete(progress)
-        started = time.monotonic()
-        not_finite_in_a_row = 0
-        with SignalWatcher() as signals:
+        self._skipped_steps = progress.skipped_steps
+        collection = manual_collection() if self.training.manual_gc else nullcontext()
+        with SignalWatcher() as signals, self._running_save(), collection:
             batches = self.data.train(progress.consumed_samples)
+            shared = partial(self._shared, signals, time.monotonic())
             while not self.is_complete(progress):
-                progress, skipped = self._step(progress, batches)
-                not_finite_in_a_row = not_finite_in_a_row + 1 if skipped else 0
-                if not_finite_in_a_row >= self.training.max_consecutive_nan_steps:
+                progress = self._advance(progress, batches, shared)
+                self._proceed_with_save(wait=False)
+                if self._is_due(progress.iteration, self.training.manual_gc_interval or None):
+                    gc.collect()
+                if self._is_diverged:
                     self._note_stop(
                         f"stopped at step {progress.iteration}: the loss or gradient norm was not finite in "
-                        f"{not_finite_in_a_row} steps in a row; no checkpoint of these steps was saved",
+                        f"{self._not_finite_in_a_row} steps in a row; no checkpoint of these steps was saved",
                         EXIT_NOT_FINITE,
                     )
                     return EXIT_NOT_FINITE, progress
                 if self._is_due(progress.iteration, self.training.eval_interval):
                     self._evaluate(progress)
-                reason, code = self._reason_to_stop(progress, started, signals)
+                reason, code = self._reason_to_stop(progress)
                 due = self._is_due(progress.iteration, self.checkpoint.save_interval)
-                if due or reason is not None or self.is_complete(progress):
-                    self._save(progress, skipped)
+                is_last = reason is not None or self.is_complete(progress)
+                if due or is_last:
+                    self._save(progress, is_last=is_last)
                 if reason is not None:
                     self._note_stop(f"stopped after step {progress.iteration}: {reason}", code)
                     return code, progress
         self._evaluate_at_end(progress)
         return EXIT_OK, progress
+
+    def _shared(self, signals: SignalWatcher, started: float) -> torch.Tensor:
+        limit = self.training.exit_duration_in_mins
+        return signals.shared(time_is_left=limit is None or time.monotonic() - started <= 60 * limit)
 
     def is_complete(self, progress: TrainingProgress) -> bool:
         """Returns whether the last step is done, or a model family ends the run early."""
@@ -116,24 +171,71 @@ class Loop:
         self._evaluate_at_end(progress)
         return EXIT_OK
 
-    def _step(self, progress: TrainingProgress, batches: Iterator[Batch]) -> tuple[TrainingProgress, bool]:
+    def _advance(
+        self, progress: TrainingProgress, batches: Iterator[Batch], shared: Callable[[], torch.Tensor]
+    ) -> TrainingProgress:
+        """Starts a step; finishes the step before, and this one too if its values are needed now.
+
+        Returns:
+            The progress after this step. After too many steps that were not finite, that of the last of them.
+        """
+        step = self._start(progress, batches, shared)
+        before, self._unread = self._unread, step
+        if before is not None:
+            progress = self._finish(before)
+            if self._is_diverged:
+                return progress  # this step is dropped, as if it had not been started
+        if self._needs_values(step.progress):
+            self._unread = None
+            return self._finish(step)
+        return step.progress
+
+    def _start(
+        self, progress: TrainingProgress, batches: Iterator[Batch], shared: Callable[[], torch.Tensor]
+    ) -> _Step:
         iteration = progress.iteration + 1
-        # Read the learning rate before the step, because the schedule advances at the end of the step.
-        learning_rate = get_canonical_lr_for_logging(self.stepper.optimizer.param_groups) or 0.0
+        rank_progress.reach(iteration)
         started = time.perf_counter()
-        result = self.stepper.train(batches, iteration)
-        seconds = time.perf_counter() - started
-        progress = replace(
-            progress,
-            iteration=iteration,
-            consumed_samples=progress.consumed_samples + self.stepper.global_batch_size,
-            skipped_steps=progress.skipped_steps + int(result.skipped),
+        read = self.stepper.start(batches, iteration, shared)
+        consumed = progress.consumed_samples + self.stepper.global_batch_size
+        return _Step(
+            progress=replace(progress, iteration=iteration, consumed_samples=consumed),
+            read=read,
+            flops_per_token=self.flops_per_token(iteration),
+            seconds=time.perf_counter() - started,
         )
-        self.reporter.step(iteration, self._metrics(result, progress, learning_rate, seconds))
+
+    def _needs_values(self, progress: TrainingProgress) -> bool:
+        """Returns whether the step that was started last must be finished before the next one starts."""
+        iteration = progress.iteration
+        intervals = (self.training.eval_interval, self.checkpoint.save_interval)
+        return (
+            self._last is None  # after the first step all ranks exchange the names of the layers' values
+            or self.reporter.ends_interval(iteration)
+            or any(self._is_due(iteration, interval) for interval in intervals)
+            or any(family.needs_values(iteration) for family in self.stepper.families)
+            or self._reason_to_stop(progress)[0] is not None
+            or self.is_complete(progress)
+        )
+
+    def _finish(self, step: _Step) -> TrainingProgress:
+        """Reads and reports a step that was started; returns the progress after it."""
+        began = time.perf_counter()
+        result = self._last = step.read()
+        seconds = step.seconds + time.perf_counter() - began
+        self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if result.skipped else 0
+        self._skipped_steps += int(result.skipped)
+        progress = replace(step.progress, skipped_steps=self._skipped_steps)
+        iteration = progress.iteration
+        self.reporter.step(iteration, self._metrics(result, progress, step.flops_per_token, seconds))
         if result.statistics:
             self.reporter.statistics(iteration, result.statistics)
         self._report_messages(iteration, {**result.losses, **result.layer_losses})
-        return progress, result.skipped
+        return progress
+
+    @property
+    def _is_diverged(self) -> bool:
+        return self._not_finite_in_a_row >= self.training.max_consecutive_nan_steps
 
     def _report_complete(self, progress: TrainingProgress) -> None:
         """Reports that there is no step left, and how to continue."""
@@ -163,45 +265,75 @@ class Loop:
                     self.reporter.text(message.tag, message.text, iteration)
 
     def _metrics(
-        self, result: StepResult, progress: TrainingProgress, learning_rate: float, seconds: float
+        self, result: StepResult, progress: TrainingProgress, flops_per_token: float, seconds: float
     ) -> StepMetrics:
         return StepMetrics(
             losses={**result.losses, **result.layer_losses},
-            learning_rate=learning_rate,
+            learning_rate=result.learning_rate,
             grad_norm=result.grad_norm,
             batch_size=self.stepper.global_batch_size,
             tokens=self.stepper.global_batch_size * self.sequence_length,
             consumed_samples=progress.consumed_samples,
             seconds=seconds,
+            flops_per_token=flops_per_token,
             skipped=result.skipped,
             params_norm=result.params_norm,
         )
 
-    def _reason_to_stop(
-        self, progress: TrainingProgress, started: float, signals: SignalWatcher
-    ) -> tuple[str | None, int]:
+    def _reason_to_stop(self, progress: TrainingProgress) -> tuple[str | None, int]:
         """Returns why the run stops after this step (None to continue) and the exit code; equal on every rank."""
-        code = signals.agreed_exit_code()
-        if code is not None:
-            return f"received {signal.Signals(code - 128).name}, exit code {code}", code
-        limit, interval = self.training.exit_duration_in_mins, self.training.exit_interval
-        if limit is not None and _on_any_rank(time.monotonic() - started > 60 * limit):
-            return f"--exit-duration-in-mins {limit}", EXIT_OK
-        if self._is_due(progress.iteration, interval):
-            return f"--exit-interval {interval}", EXIT_OK
+        signal_or_none, time_is_left = self._last.shared if self._last is not None else (NO_SIGNAL, True)
+        if signal_or_none != NO_SIGNAL:
+            received = signal.Signals(int(-signal_or_none))
+            code = EXIT_CODES[received]
+            return f"received {received.name}, exit code {code}", code
+        if not time_is_left:
+            return f"--exit-duration-in-mins {self.training.exit_duration_in_mins}", EXIT_OK
+        if self._is_due(progress.iteration, self.training.exit_interval):
+            return f"--exit-interval {self.training.exit_interval}", EXIT_OK
         return None, EXIT_OK
 
-    def _save(self, progress: TrainingProgress, skipped: bool) -> None:
+    def _save(self, progress: TrainingProgress, *, is_last: bool) -> None:
         # A skipped step has changed nothing, but the parameters may already have been non-finite before it.
+        skipped = self._last is not None and self._last.skipped
         if self.checkpoint.save is None or (
             skipped and not math.isfinite(parameters_norm(self.stepper.models))
         ):
             return
+        self._proceed_with_save(wait=True)
         started = time.perf_counter()
+        if self.checkpoint.async_save and not is_last:
+            self.checkpointer.begin_save(progress)
+            self._saving = _Saving(progress, started, time.perf_counter() - started)
+            return
         path = self.checkpointer.save(progress)
         self.reporter.message(
             f"saved step {progress.iteration} to {path} in {time.perf_counter() - started:.1f} s"
         )
+
+    def _proceed_with_save(self, *, wait: bool) -> None:
+        """Completes a save that runs beside training, if it has come that far or if `wait` is set."""
+        if self._saving is None:
+            return
+        started = time.perf_counter()
+        complete = self.checkpointer.proceed_with_save(wait=wait)
+        self._saving.waited += time.perf_counter() - started
+        if complete:
+            saved, self._saving = self._saving, None
+            self.reporter.message(
+                f"saved step {saved.progress.iteration} to {self.checkpointer.path(saved.progress)} in "
+                f"{time.perf_counter() - saved.started:.1f} s (--async-save: training waited {saved.waited:.1f} s)"
+            )
+
+    @contextmanager
+    def _running_save(self) -> Iterator[None]:
+        """Context manager of training: waits at its end for a save that still runs, or gives it up after an error."""
+        try:
+            yield
+        except BaseException:
+            self.checkpointer.give_up_save()
+            raise
+        self._proceed_with_save(wait=True)
 
     def _evaluate(self, progress: TrainingProgress) -> None:
         if self.data.valid is not None and self.training.eval_iters > 0:
@@ -235,11 +367,3 @@ class Loop:
     @staticmethod
     def _is_due(iteration: int, interval: int | None) -> bool:
         return interval is not None and iteration % interval == 0
-
-
-def _on_any_rank(condition: bool) -> bool:
-    """Returns whether the condition holds on any rank. Collective."""
-    # Clocks differ between ranks, but all ranks must leave the loop in the same step.
-    value = torch.tensor([condition], dtype=torch.int32, device=process_groups.device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())

@@ -62,8 +62,17 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
     # per rank the smallest stage: then a run that fits is never refused.
     totals = [stage.total_bytes for stage in stages]
     needed = ranks * sum(totals) / len(totals) if is_shared else min(totals)
-    if needed <= limit:
+    copied = (
+        ranks / copies * _saved_bytes(config, stages) if is_shared and config.checkpoint.async_save else 0.0
+    )
+    if needed + copied <= limit:
         return
+    if needed <= limit:
+        raise ValueError(
+            f"--async-save: a step and the copy of what is saved need about {binary_size(needed + copied)} "
+            f"({binary_size(copied)} of this for the copy), but this machine has only "
+            f"{binary_size(limit)}; omit the flag"
+        )
     largest = max(stages, key=lambda stage: stage.total_bytes)
     held = largest.activation_bytes
     model = layout.model
@@ -77,3 +86,9 @@ def check_memory(config: RunConfig, tokenizer: Tokenizer, families: list[Family]
         f"{'this machine' if is_shared else 'the device'} has only {binary_size(limit)}; reduce these sizes "
         "(--dry-run lists the memory by kind)"
     )
+
+
+def _saved_bytes(config: RunConfig, stages: list[StageMemory]) -> float:
+    """Returns the size of a rank's parameters and optimizer state; the mean over the pipeline stages."""
+    optimizer = 0.0 if config.checkpoint.no_save_optim else 1.0
+    return sum(stage.parameter_bytes + optimizer * stage.optimizer_bytes for stage in stages) / len(stages)

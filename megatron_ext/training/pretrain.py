@@ -29,8 +29,10 @@ from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.costs.model_cost import training_flops_per_token
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.transformer_engine import check_te, note_without_te
 from megatron_ext.platform import process_groups
-from megatron_ext.platform.collectives import on_every_rank, on_first_rank
+from megatron_ext.platform.collectives import on_every_rank, on_first_rank, print_on_first_rank
+from megatron_ext.platform.hosts.rank_progress import watch_ranks
 from megatron_ext.platform.run_phases import MODEL, in_phase
 from megatron_ext.training.checkpoint import scheduler_state
 from megatron_ext.training.checkpoint.checkpoint_files import BEGIN, check_writable
@@ -94,7 +96,7 @@ def resolve(config: C) -> C:
     """
     training, in_epochs = config.training, config.training.num_epochs is not None
     training.check_has_steps()
-    world_size = planned_world_size(config.parallel) if training.dry_run else process_groups.world_size()
+    world_size = planned_world_size(config) if training.dry_run else process_groups.world_size()
     samples = epoch_samples(config.data, config.model.seq_length) if in_epochs else None
     return config.resolved(world_size, epoch_samples=samples)
 
@@ -111,6 +113,7 @@ def check_run(
     Raises:
         ValueError, OSError: a user error; the message is one line.
     """
+    check_te(config.model, config.parallel)
     tokenizer = build_tokenizer(config.tokenizer)
     if not config.rehearsal.is_on:
         check_others(tokenizer)
@@ -128,7 +131,11 @@ def process_group(
     np.random.seed(training.seed)
     process_groups.initialize(parallel, training.seed)
     try:
-        with run_lock(None if training.skip_train else checkpoint.save), loader_failures():
+        with (
+            watch_ranks(parallel.distributed_timeout_minutes),
+            run_lock(None if training.skip_train else checkpoint.save),
+            loader_failures(),
+        ):
             yield
     finally:
         process_groups.shutdown()
@@ -187,7 +194,7 @@ def train(
     data = options.data or build_data(config, tokenizer, families, global_batch_size, options)
     if options.data is None:
         tell_of_other_order(config.checkpoint, run_config, progress)
-    with _build_reporter(config, tokenizer, families, progress, global_batch_size) as reporter:
+    with _build_reporter(config, families, progress, global_batch_size) as reporter:
         loop = Loop(
             training,
             config.checkpoint,
@@ -196,6 +203,7 @@ def train(
             reporter,
             data,
             sequence_length=config.model.seq_length,
+            flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
         )
         if training.skip_train:
             return loop.evaluate_only(progress)
@@ -210,6 +218,9 @@ def _build_model(
     config: RunConfig, run_config: dict[str, Any], families: list[Family], options: RunOptions
 ) -> list[GPTModel]:
     """Builds this rank's chunks, loads the base model's weights, and lets the model families freeze parameters."""
+    note = note_without_te(config.model)
+    if note is not None:
+        print_on_first_rank(note)
     chunks = build_model(
         config.model,
         config.parallel,
@@ -217,6 +228,7 @@ def _build_model(
         seed=config.training.seed,
         bf16=config.training.bf16,
         extensions=[family.extension() for family in families],
+        fuses_norms=True,
     )
     if options.base is not None:
         named = {**run_config, "families": {family.name: family.configuration() for family in families}}
@@ -255,7 +267,6 @@ def _build_stepper(
 
 def _build_reporter(
     config: RunConfig,
-    tokenizer: Tokenizer,
     families: list[Family],
     progress: TrainingProgress,
     global_batch_size: int,
@@ -263,7 +274,6 @@ def _build_reporter(
     return Reporter(
         config.logging,
         total_iterations=config.training.resolved_train_iters(global_batch_size),
-        flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
         charts=[chart for family in families for chart in family.charts],
         bf16=config.training.bf16,
         iteration=progress.iteration,

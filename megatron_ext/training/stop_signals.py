@@ -2,9 +2,10 @@
 
     exit code = 128 + number of the signal (the shell's convention): SIGHUP 129, SIGINT 130, SIGUSR1 138, SIGTERM 143
 
-A handler only sets a flag. At the end of a step all ranks combine their flags, because a signal may reach one rank a
-step earlier than another, and saving is collective. A second Ctrl-C ends the process at once. Loader processes get the
-same signals and ignore them; see `data.datasets.loader_processes`.
+A handler only sets a flag. In every step all ranks combine their flags, because a signal may reach one rank a step
+earlier than another, and saving is collective. The host reads the result with the step's values, perhaps during the
+next step; then the run stops after that one. A second Ctrl-C ends the process at once. Loader processes get the same
+signals and ignore them; see `data.datasets.loader_processes`.
 """
 
 import signal
@@ -37,6 +38,9 @@ EXIT_CODES = {
 }
 """Maps each handled signal to its exit code."""
 
+NO_SIGNAL = 1
+"""What `SignalWatcher.shared` returns where no rank has received a signal."""
+
 
 # `torchrun` forwards a SIGINT that the terminal has already sent to every process: one Ctrl-C arrives twice.
 _SAME_INTERRUPT_SECONDS = 2.0
@@ -61,15 +65,24 @@ class SignalWatcher:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed_exit_code(self) -> int | None:
-        """Returns the exit code if any rank has received a signal, else None; equal on every rank. Collective.
+    def shared(self, *, time_is_left: bool) -> torch.Tensor:
+        """Shares among all ranks whether the run has to stop; the host waits for nothing. Collective.
 
-        If ranks have received different signals, the signal with the highest number counts.
+        Args:
+            time_is_left: whether the run may go on by this rank's clock.
+
+        Returns:
+            float64 on the device, equal on every rank: NO_SIGNAL, or minus the number of a signal that a rank has
+            received (the highest, if there are several); and whether time is left on every rank, 1 or 0.
         """
-        received = torch.tensor([self._received], dtype=torch.int32, device=process_groups.device())
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        number = int(received.item())
-        return EXIT_CODES[signal.Signals(number)] if number else None
+        numbers = (float(-self._received if self._received else NO_SIGNAL), float(time_is_left))
+        # `torch.tensor` would make the host wait for a copy to the device.
+        device = process_groups.device()
+        found = torch.stack(
+            [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
+        )
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return found
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

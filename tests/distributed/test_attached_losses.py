@@ -26,6 +26,7 @@ from megatron_ext.testing.tiny_training import (
     synthetic_batches,
     train_tiny,
 )
+from megatron_ext.training.engine.step_values import LayerNames, StepValues
 from megatron_ext.training.interface.family_interface import Family
 
 WEIGHT = 30.0
@@ -146,16 +147,20 @@ def test_collected_losses_are_forgotten_and_evaluation_counts_without_gradients(
     assert outside == {}
 
 
+def _values() -> dict[str, float]:
+    return StepValues([], (), LayerNames(), of_nothing=0.0).read()[1]
+
+
 def _collect_modes() -> list[dict[str, float]]:
     initialize(ParallelConfig(), seed=1)
     states = torch.zeros(2, requires_grad=True)
     for value in (1.0, 3.0):
         LayerLosses.attach(states, torch.tensor(value), "loss")
-    found = [LayerLosses.collect()]
+    found = [_values()]
     with torch.no_grad():
         LayerLosses.evaluating = True
         LayerLosses.attach(states, torch.tensor(5.0), "loss")
-        found.append(LayerLosses.collect())
+        found.append(_values())
         LayerLosses.evaluating = False
         LayerLosses.attach(states, torch.tensor(7.0), "loss")
-    return [*found, LayerLosses.collect()]
+    return [*found, _values()]

@@ -40,8 +40,8 @@ def _poisoned(parallel: ParallelConfig, poison: str) -> tuple[Any, ...]:
         weight.data[0, 0] = float("nan")
     poisoned = _with_nan(batches) if last and poison == "mask" else batches
     skipped.append(stepper.train(poisoned, 2).skipped)
-    if last:
-        weight.data[0, 0] = kept
+    # On every rank: with the distributed optimizer a rank's part of a weight is the weight, and the others have got it.
+    weight.data[0, 0] = kept
     after = snapshot(chunks, stepper)
     skipped.append(stepper.train(batches, 3).skipped)
     return before, after, [n for n in before if "exp_avg" in n], skipped, snapshot(chunks, stepper)

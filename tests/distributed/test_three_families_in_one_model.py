@@ -21,6 +21,7 @@ from megatron_ext.progressive.settings.progressive_run_config import Progressive
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.interface.family_interface import Family
+from megatron_ext.training.pretrain import MakeFamilies
 from tests.integration.progressive.progressive_run_helpers import FLAGS, losses_of, stored, write_data
 
 GROWTH = (
@@ -36,6 +37,7 @@ LAYOUTS = {
     "TP1": (),
     "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "PP2": ("--pipeline-model-parallel-size", "2"),
+    "CP2": ("--context-parallel-size", "2"),
 }
 Result = tuple[list[float], dict[str, torch.Tensor]]
 
@@ -50,13 +52,15 @@ def others(config: ProgressiveRunConfig, tokenizer: Tokenizer) -> list[Family]:
     return [PerLayerFamily(per_layer, tokenizer.vocab_size), NPTFamily(plastic)]
 
 
-def train(data: str, save: str, *flags: str) -> list[float]:
+def train(
+    data: str, save: str, *flags: str, make_others: MakeFamilies[ProgressiveRunConfig] = others
+) -> list[float]:
     process_groups.shutdown = lambda: None
     arguments = [*FLAGS, "--data-path", data, "--save", save, *GROWTH, *flags]
     config = parse(ProgressiveRunConfig, arguments, find=lambda given: [stack_defaults(given)])
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert run_progressive(config, others) == 0
+        assert run_progressive(config, make_others) == 0
     return losses_of(output.getvalue())
 
 
@@ -77,10 +81,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("composition")
     data = write_data(Path(folder))
     single: dict[str, Result] = run_single(at_layouts, data, str(folder), ["TP1"])
-    return single | run_distributed(at_layouts, 2, data, str(folder), ["TP2", "PP2"])[0]
+    return single | run_distributed(at_layouts, 2, data, str(folder), list(LAYOUTS)[1:])[0]
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2"])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
     results: dict[str, Result], layout: str
 ) -> None:
@@ -95,7 +99,7 @@ def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
         assert any(name.startswith(part) for name in names), part
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2"])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_their_resumed_training_ends_with_the_same_bits(results: dict[str, Result], layout: str) -> None:
     whole, resumed = results[layout][1], results[f"{layout} resumed"][1]
     assert whole.keys() == resumed.keys()

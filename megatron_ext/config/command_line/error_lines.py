@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -107,20 +108,23 @@ def main_guard(main: Main) -> Main:
             exit_with_error(describe(error))
         except Exception as error:
             if isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_LOST):
-                _follow_lost_peer()
+                _follow_lost_peer(str(error))
             tell_launcher(traceback.format_exc())
             raise
 
     return guarded
 
 
-def _follow_lost_peer() -> NoReturn:
-    """Exits because another process of the run has died."""
+def _follow_lost_peer(message: str) -> NoReturn:
+    """Exits because another process of the run has died; gloo's message contains that process's address."""
     # torchrun reports the first process that exits; wait, so that it reports the process that failed.
     time.sleep(_LAUNCHER_SECONDS)
     rank = os.environ.get("RANK", "0")
+    address = re.search(r"\[(?:::ffff:)?([0-9a-f.:]+)\]:\d+", message)
+    place = f" on {address[1]}" if address and not address[1].startswith(("127.", "::1")) else ""
     exit_with_error(
-        f"rank {rank} stops because another process of the run failed or was killed; see the output of that process",
+        f"rank {rank} stops because another process of the run{place} failed or was killed; "
+        "see the output of that process",
         EXIT_UNEXPECTED,
         on_every_rank=True,
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag
+from megatron_ext.config.command_line.field_checks import Switch, check_at_least, flag, flag_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,9 @@ class CheckpointConfig:
 
     save_interval: Annotated[int | None, flag(aliases=("--save_steps",))] = None
     """Optimizer steps between two checkpoints. Default: save only at the end."""
+
+    async_save: bool = False
+    """Write checkpoints while training continues, from a copy in host memory. Only the copy holds training up."""
 
     ckpt_step: int | None = None
     """Step of the checkpoint to load. Default: the newest complete checkpoint."""
@@ -50,8 +53,14 @@ class CheckpointConfig:
         for name, value in (("--save-interval", self.save_interval), ("--keep-last", self.keep_last)):
             if value is not None and self.save is None:
                 raise ValueError(f"{name} {value}: requires --save")
-        if self.overwrite_checkpoints and self.save is None:
-            raise ValueError("--overwrite-checkpoints: requires --save")
+        for name in ("overwrite_checkpoints", "async_save"):
+            if getattr(self, name) and self.save is None:
+                raise ValueError(f"{flag_name(name)}: requires --save")
+        for name in ("save", "load"):
+            if "://" in (path := getattr(self, name) or ""):
+                raise ValueError(
+                    f"{flag_name(name)} {path}: addresses are not supported; mount the storage, and pass a directory"
+                )
         if self.ckpt_step is not None and self.load is None:
             raise ValueError(f"--ckpt-step {self.ckpt_step}: requires --load")
         if self.finetune and self.load is None:

@@ -4,10 +4,8 @@ Names and defaults are Megatron's, with three exceptions: rotary positions and R
 `--num-query-groups` alone turns on grouped-query attention. Each model family configures its modules in its own group.
 """
 
-import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     Switch,
@@ -156,6 +154,19 @@ class ModelConfig:
     """Implementation of linear layers: mcore's (local) or Transformer Engine's; auto uses Transformer Engine if it is
     installed and there is a GPU."""
 
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Multiply the linear layers' matrices in FP8 with Transformer Engine: e4m3, or hybrid, which keeps gradients in
+    e5m2. Requires --bf16."""
+
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """With --fp8-format: how values are scaled to FP8."""
+
+    fp8_amax_history_len: int = 1
+    """With --fp8-recipe delayed: number of steps whose largest values determine the scale."""
+
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """With --fp8-recipe delayed: which of these values determines the scale."""
+
     def __post_init__(self) -> None:
         check_choices(self)
         check_numbers(self)
@@ -179,10 +190,19 @@ class ModelConfig:
                 f"--max-position-embeddings {self.max_position_embeddings}: must be at least --seq-length "
                 f"{self.seq_length}"
             )
-        if self.attention_backend == "te" and self.transformer_impl == "local":
+        self._check_te()
+
+    def _check_te(self) -> None:
+        if self.requires_te and self.transformer_impl == "local":
             raise ValueError(
-                "--attention-backend te: requires --transformer-impl auto or transformer_engine (got local)"
+                f"{self.requires_te[0]}: requires --transformer-impl auto or transformer_engine (got local)"
             )
+        check_at_least(self, 1, "fp8_amax_history_len")
+        if self.fp8_format is None:
+            self._require_default("fp8_recipe", "--fp8-format")
+        if self.fp8_format is None or self.fp8_recipe != "delayed":
+            for name in ("fp8_amax_history_len", "fp8_amax_compute_algo"):
+                self._require_default(name, "--fp8-format with --fp8-recipe delayed")
 
     def _check_mlp(self) -> None:
         if self.resolved_ffn_hidden_size < 1:
@@ -256,6 +276,20 @@ class ModelConfig:
             )
 
     @property
+    def requires_te(self) -> list[str]:
+        """The flags, with their values, that only Transformer Engine can follow."""
+        required = {
+            "fp8_format": ["e4m3", "hybrid"],
+            "attention_backend": ["te"],
+            "transformer_impl": ["transformer_engine"],
+        }
+        return [
+            f"{flag_name(name)} {getattr(self, name)}"
+            for name, values in required.items()
+            if getattr(self, name) in values
+        ]
+
+    @property
     def has_qkv_bias(self) -> bool:
         """Whether the query/key/value projection has a bias."""
         return self.add_qkv_bias or not self.disable_bias_linear
@@ -295,18 +329,3 @@ class ModelConfig:
     def resolved_max_position_embeddings(self) -> int:
         """Largest number of positions; without --max-position-embeddings, the sequence length."""
         return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
-
-
-def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's `model` section, without Transformer Engine if this machine does not have it installed.
-
-    This is safe: the implementations used instead have the same weights and compute the same function.
-    """
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return dict(section)
-    others = {"transformer_engine": "auto", "te": "sdpa"}
-    names = ("transformer_impl", "attention_backend")
-    return {
-        **section,
-        **{name: others.get(section[name], section[name]) for name in names if name in section},
-    }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_ext.config.command_line.field_checks import Spelling, check_at_least, check_positive, flag_name
+from megatron_ext.config.command_line.field_checks import Spelling, check_at_least, check_positive
 
 ALL_KINDS = "all-kinds"
 
@@ -17,7 +17,8 @@ class RehearsalConfig:
     exit. Default rank: 0. all-kinds rehearses a rank of the first, of an inner and of the last pipeline stage."""
 
     world_size: int | None = None
-    """With --rehearse: number of processes of the run. Default: WORLD_SIZE, else as many as one model copy needs."""
+    """With --rehearse or --dry-run: number of processes of the run. Default: WORLD_SIZE, else as many as one model copy
+    needs."""
 
     rehearsal_device: str = "H100"
     """With --rehearse: name of the simulated GPU, which sets its memory and its rates."""
@@ -30,9 +31,8 @@ class RehearsalConfig:
         check_positive(self, "device_memory_gb")
         if self.rehearse is not None and self.rehearse != ALL_KINDS and not self.rehearse.isdigit():
             raise ValueError(f"--rehearse {self.rehearse}: must be a rank or {ALL_KINDS}")
-        for name in ("world_size", "device_memory_gb"):
-            if getattr(self, name) is not None and self.rehearse is None:
-                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: requires --rehearse")
+        if self.device_memory_gb is not None and self.rehearse is None:
+            raise ValueError(f"--device-memory-gb {self.device_memory_gb}: requires --rehearse")
 
     @property
     def is_on(self) -> bool:

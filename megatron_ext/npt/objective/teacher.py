@@ -19,7 +19,7 @@ from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.models.gpt_model import GPTModel, only_layers
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name, state_names
-from megatron_ext.training.frozen_forward import FrozenForward, run_frozen
+from megatron_ext.training.frozen_forward import FrozenForward, ids_of_parts, run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
@@ -43,13 +43,18 @@ class TeacherCache(FrozenForward):
         self.states: dict[Id, dict[str, torch.Tensor]] = {}
         """Maps the digest of a sequence's tokens to the teacher's hidden states by name, each [s, h]."""
 
-    def find(self, batches: list[Batch], names: list[str]) -> list[dict[str, torch.Tensor]] | None:
-        """Returns the micro-batches' states; None unless every model-parallel rank has all of them. Collective."""
-        if not self.max_bytes:
-            return None
-        rows = [[self.states.get(key) for key in _keys(batch)] for batch in batches]
+    def find(
+        self, keys: list[list[Id]], names: list[str], device: torch.device
+    ) -> list[dict[str, torch.Tensor]] | None:
+        """Returns states on `device`; None unless every model-parallel rank has all of them. Collective.
+
+        Args:
+            keys: for each micro-batch, the ids of its sequences.
+            names: names of the states.
+            device: where the states are needed.
+        """
+        rows = [[self.states.get(key) for key in of_batch] for of_batch in keys]
         found = [all(row is not None and row.keys() >= set(names) for row in of_batch) for of_batch in rows]
-        device = batches[0]["tokens"].device
         if not all(self.agree(found, device)):
             return None
         return [
@@ -57,9 +62,9 @@ class TeacherCache(FrozenForward):
             for of_batch in rows
         ]
 
-    def add(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
+    def add(self, keys: list[Id], states: dict[str, torch.Tensor]) -> None:
         """Stores a micro-batch's states, sequence by sequence, until the size limit is reached."""
-        for row, key in enumerate(_keys(batch)):
+        for row, key in enumerate(keys):
             size = sum(state[:, row].nbytes for state in states.values())
             if self.bytes + size > self.max_bytes:
                 return
@@ -129,14 +134,16 @@ class Teacher:
     def _with_states(
         self, chunks: list[GPTModel], families: list[Family], batches: list[Batch], wanted: Wanted
     ) -> list[Batch]:
-        states = self.cache.find(batches, wanted.names(chunks))
+        # Without a cache no digests: the host would wait for the tokens.
+        keys = _keys(batches) if self.cache.max_bytes else []
+        states = self.cache.find(keys, wanted.names(chunks), batches[0]["tokens"].device) if keys else None
         if states is None:
             states = [
                 {name: state.to(wanted.dtype or state.dtype) for name, state in of_batch.items()}
                 for of_batch in _states(chunks, families, batches, wanted)
             ]
-            for batch, of_batch in zip(batches, states, strict=True):
-                self.cache.add(batch, of_batch)
+            for of_batch, computed in zip(keys, states, strict=False):
+                self.cache.add(of_batch, computed)
         return [batch | of_batch for batch, of_batch in zip(batches, states, strict=True)]
 
 
@@ -167,6 +174,15 @@ def _states(
     return states
 
 
-def _keys(batch: Batch) -> list[Id]:
-    """Returns an id for each sequence: a digest of its tokens and positions."""
-    return sample_ids(torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1))
+def _keys(batches: list[Batch]) -> list[list[Id]]:
+    """Returns, for each micro-batch, an id for each sequence: a digest of its tokens and positions.
+
+    Collective over the context-parallel ranks.
+    """
+    device = batches[0]["tokens"].device
+    read = [
+        torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1)
+        for batch in batches
+    ]
+    rows = torch.stack(read).cpu()  # one copy from the device for all
+    return [ids_of_parts(sample_ids(of_batch), device) for of_batch in rows]

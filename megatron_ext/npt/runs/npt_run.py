@@ -16,12 +16,12 @@ from typing import Any
 from megatron_ext.config.command_line.field_checks import flag_name
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
-from megatron_ext.config.groups.model_config import on_this_machine
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.config.serialize import group_to_dict
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.transformer_engine import on_this_machine
 from megatron_ext.npt.calibration.calibrated_start import calibrated_start, chosen_settings
 from megatron_ext.npt.evaluation.training_samples import check_sample_length, check_samples
 from megatron_ext.npt.modules.np_ranks import limit

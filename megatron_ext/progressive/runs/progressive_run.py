@@ -73,7 +73,7 @@ def run_progressive(
         ValueError, OSError: a user error; the message is one line.
     """
     if config.training.dry_run:
-        phases = _phases(config, planned_world_size(config.parallel))
+        phases = _phases(config, planned_world_size(config))
         if process_groups.rank() == 0:
             print(f"Dry run of the last phase: {phases[-1].title}, {phases[-1].steps} steps.")
         return pretrain(config_of(config, phases[-1]), partial(_planned_families, phases[-1]))

@@ -45,6 +45,9 @@ class Peak:
     places: Counter[tuple[str, str]]
     """Bytes by kind and place."""
 
+    moment: tuple[str, str]
+    """Scope and phase at the peak."""
+
 
 class MemoryLog:
     """The allocations of a rehearsed rank, in order."""
@@ -81,6 +84,10 @@ class MemoryLog:
         self._known.pop(address, None)
         self._watched.pop(number, None)
 
+    def reset_peak(self) -> None:
+        """Makes `peak` the largest size from now on."""
+        self.peak = self.live
+
     def mark(self, tensors: Iterable[torch.Tensor], kind: str, place: str | None = None) -> None:
         """Sets the kind of memory of the given tensors."""
         for tensor in tensors:
@@ -93,7 +100,7 @@ class MemoryLog:
         """Sets the kind of those temporary allocations of a phase that are still live after it."""
         for allocation in self.allocations:
             if allocation.is_live and allocation.phase == phase and allocation.kind == TEMPORARY:
-                allocation.kind, allocation.place = kind, "kept by the first update"
+                allocation.kind, allocation.place = kind, "made by the first update, such as Adam's moments"
 
     def at_peak(self, scopes: Iterable[str] | None = None, phase: str | None = None) -> Peak:
         """Returns the live allocations at the moment of largest memory, in the whole run or in a phase.
@@ -104,12 +111,13 @@ class MemoryLog:
         """
         wanted = None if scopes is None else set(scopes)
         live = best = end = 0
+        moment = ("", "")
         for index, event in enumerate(self._events):
             allocation = self.allocations[abs(event) - 1]
             live += allocation.size if event > 0 else -allocation.size
             counts = wanted is None or allocation.scope in wanted
             if event > 0 and live > best and counts and (phase is None or allocation.phase == phase):
-                best, end = live, index + 1
+                best, end, moment = live, index + 1, (allocation.scope, allocation.phase)
         kinds: Counter[str] = Counter()
         places: Counter[tuple[str, str]] = Counter()
         for event in self._events[:end]:
@@ -117,4 +125,4 @@ class MemoryLog:
             signed = allocation.size if event > 0 else -allocation.size
             kinds[allocation.kind] += signed
             places[allocation.kind, allocation.place] += signed
-        return Peak(best, +kinds, +places)
+        return Peak(best, +kinds, +places, moment)

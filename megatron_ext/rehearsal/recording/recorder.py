@@ -24,9 +24,9 @@ aten = torch.ops.aten
 
 _DYNAMIC = (aten.nonzero.default, aten.masked_select.default)
 _KIND_OF_PHASE = {
-    MODEL: memory_log.WEIGHTS,
-    GRADIENTS: memory_log.GRADIENTS,
-    OPTIMIZER: memory_log.OPTIMIZER,
+    MODEL: (memory_log.WEIGHTS, "as the model was built"),
+    GRADIENTS: (memory_log.GRADIENTS, "gradient buffers"),
+    OPTIMIZER: (memory_log.OPTIMIZER, "main weights"),
 }
 
 
@@ -40,8 +40,8 @@ class Recorder(TorchDispatchMode):
         self.flops: Counter[tuple[str, str, torch.dtype]] = Counter()
         """FLOPs of matrix products by scope, phase and precision."""
 
-        self.traffic: Counter[tuple[str, str]] = Counter()
-        """Bytes that other operations read and write, by scope and phase."""
+        self.traffic: Counter[tuple[str, str, str]] = Counter()
+        """Bytes that other operations read and write, by scope, phase and place."""
 
         self.modules: list[str] = []
         """Names of the modules whose forward pass is running, from the outermost."""
@@ -75,7 +75,7 @@ class Recorder(TorchDispatchMode):
         elif phase == GRADIENTS and result is not None:
             for chunk in result:
                 # The distributed optimizer has moved the weights into one buffer.
-                self.memory.mark(chunk.parameters(), memory_log.WEIGHTS, "parameters")
+                self.memory.mark(chunk.parameters(), memory_log.WEIGHTS, "in the parameter buffer")
         elif phase == UPDATE and self.activity.step == 1:
             self.memory.keep(UPDATE, memory_log.OPTIMIZER)
 
@@ -133,14 +133,18 @@ class Recorder(TorchDispatchMode):
         phase = self.activity.phase
         known = _KIND_OF_PHASE.get(phase)
         if known is not None:
-            return known, known
-        module = re.sub(r"\b\d+\b", "*", self.modules[-1]) if self.modules else ""
+            return known
+        module = self._module()
         backward = torch._C._current_graph_task_id() != -1
         if phase == FORWARD_BACKWARD and not backward:
             return memory_log.ACTIVATIONS, module or place()
         if backward:
             return memory_log.TEMPORARY, f"backward: {module or 'gradients of activations'}"
         return memory_log.TEMPORARY, place()
+
+    def _module(self) -> str:
+        """Returns the innermost module whose forward pass is running, with * for layer numbers; "" outside modules."""
+        return re.sub(r"\b\d+\b", "*", self.modules[-1]) if self.modules else ""
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, values: list[Any]) -> None:
         scope, phase = self.activity.scope, self.activity.phase
@@ -156,7 +160,14 @@ class Recorder(TorchDispatchMode):
         if func in (aten.empty.memory_format, aten.empty_like.default, aten.detach.default):
             return
         moved = {id(v): v for v in _tensors((args, kwargs.values(), values))}
-        self.traffic[scope, phase] += sum(v.numel() * v.element_size() for v in moved.values() if v.is_cuda)
+        size = sum(v.numel() * v.element_size() for v in moved.values() if v.is_cuda)
+        self.traffic[scope, phase, self._module() or _backward() or phase] += size
+
+
+def _backward() -> str:
+    """Returns the operation whose gradient is being computed; "" outside the backward pass."""
+    node = torch._C._current_autograd_node() if torch._C._current_graph_task_id() != -1 else None
+    return "" if node is None else f"backward: {node.name().rsplit('::')[-1]}"
 
 
 def _tensors(parts: Iterable[Iterable[Any]]) -> Iterator[torch.Tensor]:

@@ -36,7 +36,7 @@ GROUPS = {
 
 def group_name(group: Any) -> str:
     """Returns the short name of a process group."""
-    if group is None or group is dist.group.WORLD:
+    if group is None:
         return "all"
     # Imported late: the engine takes some functions from torch.distributed by name, which must be replaced by then.
     from megatron.core import parallel_state
@@ -45,7 +45,7 @@ def group_name(group: Any) -> str:
         held = getattr(parallel_state, attribute, None)
         if held is group or (isinstance(held, list) and any(each is group for each in held)):
             return name
-    return f"{dist.get_world_size(group)} ranks"
+    return "all" if group is dist.group.WORLD else f"{dist.get_world_size(group)} ranks"
 
 
 class _Work:

@@ -98,7 +98,7 @@ def _patch_device_calls(device: Device, activity: Activity, memory: MemoryLog) -
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
     for name in ("set_device", "_lazy_init", "init", "set_stream", "empty_cache", "ipc_collect"):
         setattr(cuda, name, nothing)
-    for name in ("reset_peak_memory_stats", "manual_seed", "manual_seed_all"):
+    for name in ("manual_seed", "manual_seed_all"):
         setattr(cuda, name, nothing)
     for name in ("current_stream", "default_stream", "stream"):
         setattr(cuda, name, lambda *_: _Stream())
@@ -114,6 +114,7 @@ def _patch_device_calls(device: Device, activity: Activity, memory: MemoryLog) -
     cuda.get_device_properties = lambda *_: _Properties(device)
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: memory.live
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: memory.peak
+    cuda.reset_peak_memory_stats = lambda *_: memory.reset_peak()
     cuda.memory_stats = lambda *_: defaultdict(int)
     cuda.mem_get_info = lambda *_: (device.memory - memory.live, device.memory)
 
@@ -144,7 +145,7 @@ def _patch_transfers(activity: Activity) -> None:
             to_device = self.device.type == "cpu"
             size = moved.numel() * moved.element_size()
             activity.copies_between("to device" if to_device else "to host", size)
-            if waits or not to_device:
+            if waits:
                 activity.waits_for_device(f"copy {'to the device' if to_device else 'to the host'}")
         return moved
 
@@ -170,6 +171,8 @@ def _patch_transfers(activity: Activity) -> None:
         return self
 
     tensor_class.to, tensor_class.tolist, tensor_class.numpy = to, tolist, numpy
+    fake_class: Any = FakeTensor
+    fake_class.tolist = tolist  # its own reads the values one by one, a GPU's all at once
     tensor_class.pin_memory = pin_memory
     tensor_class.cpu = lambda self, *_, **__: self.to("cpu")
     tensor_class.cuda = lambda self, device=None, non_blocking=False, **_: self.to(
@@ -190,6 +193,8 @@ def _patch_tensor(activity: Activity) -> None:
 
     def tensor(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         made: torch.Tensor = make(values(data), *args, **kwargs)
+        if made.is_cuda:
+            activity.waits_for_device("copy to the device by torch.tensor")
         return made
 
     torch.tensor = tensor

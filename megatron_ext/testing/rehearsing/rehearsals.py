@@ -30,7 +30,7 @@ class Rehearsed:
     """Name and message of the exception; None if the rehearsal ended well."""
 
     activity: Activity = field(default_factory=Activity)
-    peak: Peak = field(default_factory=lambda: Peak(0, Counter(), Counter()))
+    peak: Peak = field(default_factory=lambda: Peak(0, Counter(), Counter(), ("", "")))
     parameters: int = 0
     flops: int = 0
     bubble: float = 0.0

@@ -316,7 +316,7 @@ def verify_checkpoint(
     files = read_json(folder / CHECKSUMS).get("files")
     if not isinstance(files, dict):
         raise ValueError(f"{folder / CHECKSUMS}: damaged; the list of files is missing")
-    for name in sorted(files if names is None else names)[part::parts]:
+    for name in share(files if names is None else names, part, parts):
         path, expected = folder / name, files.get(name)
         if expected is None or not path.is_file():
             raise ValueError(f"{path}: the file is missing; the checkpoint is damaged")
@@ -327,6 +327,23 @@ def verify_checkpoint(
             )
         if _digest(path, sync=False) != expected:
             raise ValueError(f"{path}: its content does not match {CHECKSUMS}; the checkpoint is damaged")
+
+
+def share(names: Iterable[str], part: int, parts: int) -> list[str]:
+    """Returns the files that one of `parts` ranks compares with the manifest.
+
+    A rank takes the files that a rank of its number has written: at the same parallel layout it reads their tensors
+    afterwards, then from the system's cache. The others are divided evenly.
+    """
+    writers = {name: _writer(name) for name in sorted(names)}
+    rest = [name for name, writer in writers.items() if writer is None or writer >= parts]
+    return [name for name, writer in writers.items() if writer == part] + rest[part::parts]
+
+
+def _writer(name: str) -> int | None:
+    """Returns the rank that has written a file, or None for a file that is not one rank's."""
+    match = re.fullmatch(r"__(\d+)_\d+\.distcp|rng/rank_(\d+)\.pt", name)
+    return int(match[1] or match[2]) if match else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,34 +1,25 @@
-"""Saves and loads model and optimizer tensors in megatron-core's `torch_dist` format.
+"""Loads model and optimizer tensors from megatron-core's `torch_dist` format, with megatron-core's reader.
 
-megatron-core's own writer is not used: it starts a process manager and forks, which takes seconds for a tiny model,
-does not work in daemonic processes, and hangs the other ranks when rank 0's disk is full. torch's writer, with the
-state dict and planner of megatron-core, writes the same files in this process and reports a failure to every rank.
-Reading uses megatron-core's reader.
+`saving.tensor_writer` writes them.
 """
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Container
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedStateDict,
     ShardedTensor,
     ShardedTensorFactory,
-    is_main_replica,
 )
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
@@ -134,47 +125,6 @@ def _load_model_state(models: list[GPTModel], state: ShardedStateDict, *, strict
         )
 
 
-def write(state: ShardedStateDict, folder: Path) -> None:
-    """Writes all tensors of a sharded state dict; collective.
-
-    Raises:
-        OSError: some rank could not write; raised on every rank.
-    """
-    sharded, common = save_preprocess(state)
-    groups: dict[str, list[Any]] = defaultdict(list)
-    for shard in nested_values(sharded):
-        if is_main_replica(shard.replica_id):
-            groups[shard.unique_key if isinstance(shard, ShardedObject) else shard.key].append(shard)
-    try:
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(groups),
-            storage_writer=_Writer(folder, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-    except torch_checkpoint.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise OSError(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__) from cause
-
-    def write_rest() -> None:
-        if dist.get_rank() == 0:
-            files.write_tensors(folder / "common.pt", common)
-            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-    on_every_rank(write_rest)
-
-
-class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's writer, changed so that it raises the operating system's errors."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        """Writes this rank's files."""
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            # torch hides the system's error ("No space left on device") behind its own `RuntimeError`.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
 def read(state: ShardedStateDict, folder: Path) -> dict[Any, Any]:
     """Returns a sharded state dict filled with the checkpoint's tensors; collective. Call `check` first.
 
@@ -207,10 +157,22 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
 
     def own() -> dict[str, tuple[int, ...]]:
-        tensors = dist_checkpointing.load_tensors_metadata(str(folder))
-        return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+        stored = _stored(folder).values()
+        return {value.key: tuple(value.global_shape) for value in stored if isinstance(value, ShardedTensor)}
 
     return on_every_rank(own)
+
+
+def _stored(folder: Path) -> dict[str, ShardedTensor | ShardedObject]:
+    """Returns what a checkpoint contains, without the data."""
+    status = (folder / ".metadata").stat()
+    return _parsed(folder, (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1)
+def _parsed(folder: Path, identity: tuple[int, ...]) -> dict[str, ShardedTensor | ShardedObject]:
+    # The file of a large model takes seconds to parse, and a load needs it for the model and for the optimizer.
+    return dict(load_sharded_metadata(str(folder)))
 
 
 def check(
@@ -263,8 +225,7 @@ def _with_stored_extras(state: ShardedStateDict, folder: Path) -> ShardedStateDi
     """Returns the state dict without the `_extra_state` objects that the checkpoint does not contain."""
     if not any(isinstance(value, ShardedObject) for value in nested_values(state)):
         return state
-    stored = load_sharded_metadata(str(folder)).values()
-    objects = {value.unique_key for value in stored if isinstance(value, ShardedObject)}
+    objects = {value.unique_key for value in _stored(folder).values() if isinstance(value, ShardedObject)}
 
     def is_there(name: object, value: object) -> bool:
         return not (isinstance(value, ShardedObject) and _is_extra(str(name))) or value.unique_key in objects

@@ -22,6 +22,7 @@ from megatron_ext.models.base_parameters import base_parameter_ids
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform.collectives import (
     gather_or_raise,
+    is_first_rank,
     on_every_rank,
     on_first_rank,
     print_on_first_rank,
@@ -33,6 +34,8 @@ from megatron_ext.training.checkpoint.base_checkpoint import BaseCheckpoint
 from megatron_ext.training.checkpoint.optimizer_state import OptimizerState
 from megatron_ext.training.checkpoint.run_directory import checkpoint_to_load, later_steps, step_to_go_on_from
 from megatron_ext.training.checkpoint.same_run_checks import check_same_model
+from megatron_ext.training.checkpoint.saving.running_save import Parts, RunningSave, run_parts
+from megatron_ext.training.checkpoint.saving.tensor_writer import Digests, HostCopies, TensorWriter
 from megatron_ext.training.engine.data_parallel import gather_parameters, unwrap_models
 from megatron_ext.training.interface.family_interface import Family
 
@@ -107,6 +110,8 @@ class Checkpointer:
         """The step from which the run resumed, if that checkpoint is in --save; None if the run is new there."""
 
         self._has_saved = False
+        self._copies = HostCopies()
+        self._running: RunningSave | None = None
         if base is not None:
             self._keep_import(base.run_config())
 
@@ -124,29 +129,51 @@ class Checkpointer:
         Raises:
             OSError: the checkpoint could not be written; raised on every rank. Earlier checkpoints are intact.
         """
-        assert self.config.save is not None, "saving needs --save"
-        gather_parameters(self.chunks)
-        root, iteration = Path(self.config.save), progress.iteration
-        name = self.name(iteration)
+        assert self._running is None, "a save is still running"
+        run_parts(self._saving(progress, copies=None))
+        return self.path(progress)
+
+    def begin_save(self, progress: TrainingProgress) -> None:
+        """Copies what a save needs, and writes it while training continues; otherwise as `save`. Collective.
+
+        Call `proceed_with_save` between steps, and `give_up_save` if training fails.
+        """
+        assert self._running is None, "a save is still running"
+        self._running = RunningSave(self._saving(progress, self._copies))
+
+    def proceed_with_save(self, *, wait: bool) -> bool:
+        """Takes a save that `begin_save` has begun as far as it has come. Collective.
+
+        Args:
+            wait: whether to wait for its end.
+
+        Returns:
+            Whether the checkpoint has been completed in this call; False if no save is running.
+
+        Raises:
+            OSError: as `save`.
+        """
+        if self._running is None:
+            return False
         try:
-            on_first_rank(lambda: files.begin(root, name))
-            self._write(files.writing_folder(root, name), progress)
-            on_first_rank(lambda: files.publish(root, name))
-        except BaseException as error:
-            if dist.get_rank() == 0:
-                files.discard(root, name)
-            if isinstance(error, OSError):
-                dist.barrier()  # no rank may end the run while rank 0 still removes files
-                left = "its files were removed"
-                if (root / name).is_dir():
-                    left = f"it is complete, but {files.TRACKER} does not name it: --ckpt-step {iteration} loads it"
-                raise OSError(
-                    f"--save {root}: the checkpoint of step {iteration} could not be written ({error}); "
-                    f"{left}; earlier checkpoints are intact"
-                ) from error
+            complete = self._running.proceed(wait=wait)
+        except Exception:
+            self._running = None  # it has removed its files
             raise
-        self._remove_older(root, name)
-        return root / name
+        if complete:
+            self._running = None
+        return complete
+
+    def give_up_save(self) -> None:
+        """Ends a running save on this rank, because training has failed; leaves what a kill would. Not collective."""
+        if self._running is not None:
+            self._running.give_up()
+            self._running = None
+
+    def path(self, progress: TrainingProgress) -> Path:
+        """Returns the directory of a step's checkpoint."""
+        assert self.config.save is not None, "saving needs --save"
+        return Path(self.config.save) / self.name(progress.iteration)
 
     def load(self) -> TrainingProgress | None:
         """Loads the checkpoint that the configuration names; collective.
@@ -231,7 +258,54 @@ class Checkpointer:
                 "resume with the same base checkpoint"
             )
 
-    def _write(self, folder: Path, progress: TrainingProgress) -> None:
+    def _saving(self, progress: TrainingProgress, copies: HostCopies | None) -> Parts:
+        """Yields the parts of a save; with `copies` they may run while training changes the model."""
+        path = self.path(progress)
+        root, name = path.parent, path.name
+        try:
+            yield from self._writing(path, progress, copies)
+        except GeneratorExit:
+            raise  # the save is given up: other ranks may still write, so that nothing is removed
+        except BaseException as error:
+            if is_first_rank():
+                files.discard(root, name)
+            if isinstance(error, OSError):
+                dist.barrier()  # no rank may end the run while rank 0 still removes files
+                left = "its files were removed"
+                if path.is_dir():
+                    step = progress.iteration
+                    left = (
+                        f"it is complete, but {files.TRACKER} does not name it: --ckpt-step {step} loads it"
+                    )
+                raise OSError(
+                    f"--save {root}: the checkpoint of step {progress.iteration} could not be written ({error}); "
+                    f"{left}; earlier checkpoints are intact"
+                ) from error
+            raise
+        problem, *_ = yield lambda: self._remove_older(root, name) if is_first_rank() else None
+        if problem is not None:
+            self.message(problem)
+
+    def _writing(self, path: Path, progress: TrainingProgress, copies: HostCopies | None) -> Parts:
+        """Yields the parts in which a checkpoint is written and published."""
+        gather_parameters(self.chunks)
+        folder = on_first_rank(lambda: files.begin(path.parent, path.name))
+        writer = self._prepare(folder, progress, copies)
+
+        def publish(written: list[Digests]) -> None:
+            digests = {name: digest for part in written for name, digest in part.items()}
+            files.write_checksums(folder, {**digests, **writer.write_metadata()})
+            files.publish(path.parent, path.name)
+
+        try:
+            written = yield lambda: {**writer.write(), **files.digests(folder, _small_files(folder))}
+            writer.gather()
+            yield lambda: publish(written) if is_first_rank() else None
+        finally:
+            writer.cancelled.set()  # if the save is given up, this ends `write` in its thread
+
+    def _prepare(self, folder: Path, progress: TrainingProgress, copies: HostCopies | None) -> TensorWriter:
+        """Writes everything but this rank's tensors, and prepares to write those. Collective."""
         state = tensors.model_state(self.models, self._keeps())
         step = None
         if not self.config.no_save_optim:
@@ -240,22 +314,20 @@ class Checkpointer:
             held = optimizer.sharded(is_loading=False)
             # A rank that saves no optimizer state needs no entry: megatron-core does not accept an empty one.
             state |= {"optimizer": held} if held else {}
-        tensors.write(state, folder)
-        rank, random_file = dist.get_rank(), random_state.file_name(dist.get_rank())
+        writer = TensorWriter(state, folder, copies)
+        told = self._state(progress, step)
 
         def write_rest() -> None:
             if not self.config.no_save_rng:
-                random_state.save(folder / random_file)
-            if rank == 0:
+                random_state.save(folder / random_state.file_name(dist.get_rank()))
+            if is_first_rank():
                 files.write_text(folder / files.RUN_CONFIG, json.dumps(self.run_config, indent=1))
-                files.write_text(folder / files.STATE, json.dumps(self._state(progress, step), indent=1))
+                files.write_text(folder / files.STATE, json.dumps(told, indent=1))
 
         on_every_rank(write_rest)
         for family in self.families:
-            told = {**self._state(progress, step), "run_config": self.run_config}
-            family.write_files(self.models, folder, told)
-        own = gather_or_raise(lambda: files.digests(folder, _files_of(folder, rank)))
-        on_first_rank(lambda: files.write_checksums(folder, {k: v for part in own for k, v in part.items()}))
+            family.write_files(self.models, folder, {**told, "run_config": self.run_config})
+        return writer
 
     def _state(self, progress: TrainingProgress, optimizer_step: int | None) -> dict[str, Any]:
         return {
@@ -293,24 +365,24 @@ class Checkpointer:
             random_state.reseed(self.run_config["training"]["seed"], progress.iteration)
             self.message(f"random generators are re-seeded at step {progress.iteration}: {why}")
 
-    def _remove_older(self, root: Path, name: str) -> None:
-        """Removes old checkpoints after a save, as --keep-last and --overwrite-checkpoints require. Collective.
+    def _remove_older(self, root: Path, name: str) -> str | None:
+        """Removes old checkpoints after a save, as --keep-last and --overwrite-checkpoints require.
 
-        If a checkpoint cannot be removed, the run reports this and continues.
+        Returns:
+            Why a checkpoint could not be removed, with which the run continues; None if there is no such problem.
         """
         keep, iteration = self.config.keep_last, files.step_of(name) or 0
         overwrites = self.config.overwrite_checkpoints and not self._has_saved
         self._has_saved = True
-        if dist.get_rank() == 0:
-            try:
-                if overwrites:
-                    files.remove_overwritten(root, name, self._goes_on_from)
-                if keep is not None:
-                    files.prune(root, keep, iteration)
-            except OSError as error:
-                flag = f"--keep-last {keep}" if keep is not None else "--overwrite-checkpoints"
-                self.message(f"{flag}: an old checkpoint could not be removed: {error}")
-        dist.barrier()
+        try:
+            if overwrites:
+                files.remove_overwritten(root, name, self._goes_on_from)
+            if keep is not None:
+                files.prune(root, keep, iteration)
+        except OSError as error:
+            flag = f"--keep-last {keep}" if keep is not None else "--overwrite-checkpoints"
+            return f"{flag}: an old checkpoint could not be removed: {error}"
+        return None
 
 
 def load_weights(
@@ -395,11 +467,14 @@ def _read_verified(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def _files_of(folder: Path, rank: int) -> list[str]:
-    """Returns the relative paths of the files that a rank has written; rank 0 also lists the files shared by all."""
-    names = [str(path.relative_to(folder)) for path in folder.glob(f"__{rank}_*.distcp")]
-    names += [name for name in [random_state.file_name(rank)] if (folder / name).is_file()]
-    if rank == 0:
+def _small_files(folder: Path) -> list[str]:
+    """Returns the relative paths of the files that this rank has written, except for its tensors.
+
+    On rank 0 they include the files shared by all ranks.
+    """
+    own = random_state.file_name(dist.get_rank())
+    names = [own] if (folder / own).is_file() else []
+    if is_first_rank():
         names += [p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(".distcp")]
     return names
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ext.config.command_line.merge import Found
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
-from megatron_ext.config.groups.model_config import on_this_machine
+from megatron_ext.models.transformer_engine import on_this_machine
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from megatron_ext.training.checkpoint import incomplete_checkpoints as kinds
 

@@ -1,29 +1,50 @@
-"""Clips gradients by their global norm, and computes the norms of individual gradients for statistics.
+"""Computes the gradients' global norm, clips by it, and computes the norms of individual gradients for statistics.
 
 Without the distributed optimizer every data-parallel rank has the whole reduced gradient in `main_grad`. With it a rank
 has only its own part of every bucket; the rest of `main_grad` is not reduced and must not be read.
 """
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_ext.platform import process_groups
 
-def clip_gradients(optimizer: MegatronOptimizer, norm: float, largest: float) -> None:
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Returns the global L2 norm of the gradients on the device, a scalar in float64. Collective.
+
+    Equal to `optimizer.get_grad_norm()`, but the engine waits for the device once per tensor where neither Transformer
+    Engine nor Apex is installed.
+    """
+    # Only the parts know which gradients count: not those of shared and of duplicated parameters.
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    square = torch.zeros((), device=process_groups.device())
+    if gradients:
+        square = torch.stack(torch._foreach_norm(gradients)).norm().square()
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.double().sqrt()
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: torch.Tensor, largest: float) -> None:
     """Scales this rank's gradients in place so that their global norm does not exceed `largest`.
 
     Args:
         optimizer: the optimizer that holds the gradients.
-        norm: the gradients' global L2 norm.
+        norm: the gradients' global L2 norm, from `gradient_norm`.
         largest: the largest norm that is allowed.
     """
     # megatron-core's clipping is not used: without Apex and Transformer Engine it allocates a scaled copy of all
     # gradients.
-    factor = largest / (norm + 1.0e-6)
+    factor = (largest / (norm + 1.0e-6)).clamp(max=1.0)
     gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
-    if factor < 1.0 and gradients:
-        torch._foreach_mul_(gradients, factor)
+    # A factor of 1 changes nothing. On the CPU it costs nothing to see that, on a GPU the host would wait.
+    if gradients and (factor.is_cuda or factor < 1.0):
+        torch._foreach_mul_(gradients, factor.float())
 
 
 def mark_reduced_ranges(wrapped: list[DistributedDataParallel]) -> None:

@@ -57,7 +57,10 @@ def build_optimizer(
     for family in families:
         overrides.update(family.parameter_overrides(settings))
     optimizer = get_megatron_optimizer(
-        config, chunks, config_overrides=overrides, use_gloo_process_groups=process_groups.use_gloo_twins()
+        config,
+        chunks,
+        config_overrides=overrides,
+        use_gloo_process_groups=process_groups.needs_gloo_twins(parallel),
     )
     _use_fused_kernel(optimizer)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
@@ -70,3 +73,24 @@ def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
     if isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
+
+
+@torch.no_grad()
+def update_if(condition: torch.Tensor, optimizer: MegatronOptimizer) -> None:
+    """Updates the parameters with the gradients that `prepare_grads` has set, or changes nothing.
+
+    Args:
+        condition: whether to update: a boolean scalar on the device, equal on every rank.
+        optimizer: the optimizer of the parameters.
+    """
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    if all(isinstance(each, torch.optim.AdamW) for each in inner if each is not None):
+        # The fused kernel reads this flag on the device, and leaves parameters, moments and step counts as they are.
+        for each in inner:
+            if each is not None:
+                each.found_inf = (~condition).float()
+    elif not bool(
+        condition
+    ):  # Transformer Engine's and Apex's Adam have no such flag: the host has to read it
+        return
+    optimizer.step_with_ready_grads()

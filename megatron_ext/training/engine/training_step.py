@@ -3,12 +3,16 @@
     loss of a step = weighted mean over the tokens of the global batch; see `output_losses`
 
 A step whose loss or gradient norm is not finite is skipped: it changes no parameter, no optimizer state, no schedule.
+
+The host only queues a step's work. The device decides whether the step is skipped, and the host reads the step's values
+when it needs them, at the latest before the next update: the learning rate depends on whether the step was skipped. By
+then it has queued the next step's forward and backward passes, so the device does not idle while the host waits.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -16,17 +20,20 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.platform import process_groups
+from megatron_ext.platform.host_copy import HostCopy
 from megatron_ext.platform.run_phases import EVALUATION, FORWARD_BACKWARD, STEP, UPDATE, in_phase
 from megatron_ext.training.engine.data_parallel import unwrap_models
-from megatron_ext.training.engine.gradient_norms import clip_gradients
+from megatron_ext.training.engine.gradient_norms import clip_gradients, gradient_norm
 from megatron_ext.training.engine.microbatches import accumulate_gradients, run_microbatches
+from megatron_ext.training.engine.optimizer import update_if
+from megatron_ext.training.engine.step_values import LayerNames, StepValues
 from megatron_ext.training.interface.family_interface import Batch, Family, make_batch
 from megatron_ext.training.interface.output_losses import select_output_loss
 
@@ -51,6 +58,12 @@ class StepResult:
     skipped: bool
     """Whether the update was skipped because the loss or gradient norm is not finite."""
 
+    learning_rate: float
+    """Learning rate of this step."""
+
+    shared: list[float]
+    """What the argument `shared` of `Stepper.start` returned."""
+
     statistics: dict[str, float]
     """The model families' statistics of this step; empty if none are due. They are complete only on rank 0."""
 
@@ -58,6 +71,10 @@ class StepResult:
     def loss(self) -> float:
         """Mean cross-entropy in nats per token; nan if a model family's output loss does not compute it."""
         return self.losses.get("lm loss", math.nan)
+
+
+ReadStep = Callable[[], StepResult]
+"""Returns the results of a step that was started; waits until the device has done the step. Collective."""
 
 
 class Stepper:
@@ -95,45 +112,83 @@ class Stepper:
         self.log_params_norm = log_params_norm
         copies = parallel_state.get_data_parallel_world_size()
         self.num_microbatches = global_batch_size // (micro_batch_size * copies)
+        self._layer_names = LayerNames()
+        self._read_last: ReadStep | None = None
+
+    def train(self, batches: Iterator[Batch], iteration: int) -> StepResult:
+        """Runs one step and returns its results; arguments as for `start`. Collective."""
+        return self.start(batches, iteration)()
 
     @in_phase(STEP)
-    def train(self, batches: Iterator[Batch], iteration: int) -> StepResult:
-        """Runs one step: forward, backward and update on the next micro-batches. Collective.
+    def start(
+        self, batches: Iterator[Batch], iteration: int, shared: Callable[[], torch.Tensor] | None = None
+    ) -> ReadStep:
+        """Queues one step on the device: forward, backward and update on the next micro-batches. Collective.
+
+        The schedule advances when the results are read, at the latest in the next step.
 
         Args:
             batches: endless iterator, from which the step takes `num_microbatches` micro-batches.
             iteration: number of this step, from 1. A model family's statistics are due at multiples of its
                 `statistics_interval`.
+            shared: returns further values to read with the step's, float64 on the device, equal on every rank.
         """
         for family in self.families:
             family.begin_step(self.models, iteration)
         due = [f for f in self.families if f.statistics_interval and iteration % f.statistics_interval == 0]
         for family in due:
             family.begin_statistics(self.models)
-        losses, layer_losses = self.forward_backward(batches)
+        values = self.forward_backward(batches)
         statistics = {tag: value for family in due for tag, value in family.statistics(self.models).items()}
-        params_norm = parameters_norm(self.models) if self.log_params_norm else None
-        grad_norm, skipped = self._update(losses)
-        values = losses | layer_losses
-        summaries = {
-            name: value for family in self.families for name, value in family.summary(values).items()
-        }
+        params_norm = [parameters_norm(self.models)] if self.log_params_norm else []
+        norm, is_finite = self._update(values)
+        of_step = torch.stack((norm, is_finite.double(), *params_norm))
+        further = [shared()] if shared is not None else []
+        self._read_last = cache(
+            partial(
+                self._read,
+                iteration,
+                values,
+                HostCopy(torch.cat((of_step, *further, values.rows.flatten()))),
+                learning_rate=get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0,
+                statistics=statistics,
+            )
+        )
+        return self._read_last
+
+    def _read(
+        self,
+        iteration: int,
+        values: StepValues,
+        copied: HostCopy,
+        *,
+        learning_rate: float,
+        statistics: dict[str, float],
+    ) -> StepResult:
+        numbers: list[float] = copied.tolist()
+        first_row = len(numbers) - values.rows.numel()
+        norm, is_finite, *others = numbers[:first_row]
+        rows = [numbers[place : place + 2] for place in range(first_row, len(numbers), 2)]
+        if is_finite:
+            self.scheduler.step(increment=self.global_batch_size)
+        losses, layer_losses = values.named(rows)
+        by_name = losses | layer_losses
+        for family in self.families:
+            losses |= family.summary(iteration, by_name)
         return StepResult(
-            losses=losses | summaries,
+            losses=losses,
             layer_losses=layer_losses,
-            grad_norm=grad_norm,
-            params_norm=params_norm,
-            skipped=skipped,
+            grad_norm=norm,
+            params_norm=others.pop(0) if self.log_params_norm else None,
+            skipped=not is_finite,
+            learning_rate=learning_rate,
+            shared=others,
             statistics=statistics,
         )
 
     @in_phase(FORWARD_BACKWARD)
-    def forward_backward(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, float]]:
-        """Computes the gradients of one step's micro-batches, without an update.
-
-        Returns:
-            The mean losses, and the means of the layers' values, both by name.
-        """
+    def forward_backward(self, batches: Iterator[Batch]) -> StepValues:
+        """Computes the gradients of one step's micro-batches, without an update; returns the step's values."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -143,12 +198,12 @@ class Stepper:
         apart = [family for family in self.families if family.trains_apart()]
         if apart:
             accumulate_gradients(self.chunks, taken, partial(apart[0].backward, self.models), self._prepare)
-            return {}, LayerLosses.collect()
+            return StepValues([], (), self._layer_names, of_nothing=0.0)
         output_loss = select_output_loss(family.output_loss() for family in self.families)
         outputs = run_microbatches(
             self.chunks, self.families, taken, output_loss, forward_only=False, prepare=self._prepare
         )
-        return _means(outputs, output_loss.names, of_nothing=0.0), LayerLosses.collect()
+        return StepValues(outputs, output_loss.names, self._layer_names, of_nothing=0.0)
 
     @in_phase(EVALUATION)
     def evaluate(
@@ -190,7 +245,8 @@ class Stepper:
                     )
         finally:
             LayerLosses.evaluating = False
-        return _means(outputs, loss.names, of_nothing=math.nan) | LayerLosses.collect()
+        losses, layer_values = StepValues(outputs, loss.names, self._layer_names, of_nothing=math.nan).read()
+        return losses | layer_values
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         return [make_batch(self.families, batch) for batch in islice(batches, self.num_microbatches)]
@@ -202,47 +258,32 @@ class Stepper:
         return prepared
 
     @in_phase(UPDATE)
-    def _update(self, losses: dict[str, float]) -> tuple[float, bool]:
+    def _update(self, values: StepValues) -> tuple[torch.Tensor, torch.Tensor]:
+        """Updates the parameters if the step is finite.
+
+        Returns:
+            The gradients' norm (float64) and whether loss and norm are finite: scalars on the device.
+        """
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not all(math.isfinite(value) for value in (*losses.values(), norm)):
-            return norm, True
+        norm = gradient_norm(self.optimizer)
+        is_finite = values.are_finite() & norm.isfinite()
         if self.clip_grad > 0:
             clip_gradients(self.optimizer, norm, self.clip_grad)
-        self.optimizer.step_with_ready_grads()
-        self.scheduler.step(increment=self.global_batch_size)
-        return norm, False
+        if self._read_last is not None:
+            self._read_last()  # sets this step's learning rate
+        update_if(is_finite, self.optimizer)
+        return norm, is_finite
 
 
-def parameters_norm(models: list[GPTModel]) -> float:
-    """Returns the global L2 norm of all parameters, each replicated parameter counted once. Collective."""
+def parameters_norm(models: list[GPTModel]) -> torch.Tensor:
+    """Returns the global L2 norm of all parameters, each replicated parameter counted once. Collective.
+
+    The result is a float64 scalar on the device.
+    """
     squares = torch.zeros((), dtype=torch.float64, device=process_groups.device())
     for model in models:
         for parameter in model.parameters():
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
                 squares += parameter.detach().double().square().sum()
     dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
-    return math.sqrt(float(squares))
-
-
-def _means(
-    outputs: list[dict[str, torch.Tensor]], names: tuple[str, ...], *, of_nothing: float
-) -> dict[str, float]:
-    """Returns weighted means over the tokens of all micro-batches and data-parallel ranks, by name. Collective.
-
-    Args:
-        outputs: one mapping per micro-batch, from name to a tensor [weighted sum, sum of weights]; on stages other than
-            the last an empty list.
-        names: the names of the values, in the same order on every rank.
-        of_nothing: the mean to return for a value whose weights are all 0.
-    """
-    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=process_groups.device())
-    for output in outputs:
-        sums += torch.stack([output[name] for name in names]) if names else 0.0
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    # The other stages contribute zeros, so the sum over the stages is the last stage's value.
-    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    return {
-        name: total / weight if weight else of_nothing
-        for name, (total, weight) in zip(names, sums.tolist(), strict=True)
-    }
+    return squares.sqrt()

@@ -168,12 +168,24 @@ class Family:
         """
         return {}
 
-    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, iteration: int, values: Mapping[str, float]) -> dict[str, float]:
         """Returns additional values of a training step by name, computed from its losses and its layers' values.
 
-        The values must be equal on every rank. A value whose name has no `/` is shown in the progress line.
+        The values must be equal on every rank. A value whose name has no `/` is shown in the progress line. The host
+        may read a step's values during the next step, so the result must not depend on the model family's state.
+
+        Args:
+            iteration: number of the step, from 1.
+            values: the step's losses and its layers' values, by name.
         """
         return {}
+
+    def needs_values(self, iteration: int) -> bool:
+        """Returns whether `after_step` must be called before the next step starts, which makes the host wait.
+
+        Otherwise it is called while the device computes the next step. Must be equal on every rank.
+        """
+        return False
 
     def after_step(
         self, chunks: list[GPTModel], families: list["Family"], iteration: int, values: Mapping[str, float]

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 from weakref import WeakSet
@@ -52,7 +52,6 @@ class Reporter:
         logging: LoggingConfig,
         *,
         total_iterations: int,
-        flops_per_token: Callable[[int], float],
         charts: Sequence[ScalarChart] = (),
         bf16: bool = False,
         iteration: int = 0,
@@ -67,8 +66,6 @@ class Reporter:
         Args:
             logging: what to write, and where.
             total_iterations: optimizer steps of the whole run.
-            flops_per_token: called with a step's number; returns the step's model FLOPs per token (forward and
-                backward, model families included), for throughput and MFU.
             charts: the model families' charts for TensorBoard's Custom Scalars page.
             bf16: whether the run uses bfloat16; the device's peak rate depends on the precision.
             iteration: number of the last step before this run; 0 for a new run.
@@ -85,7 +82,6 @@ class Reporter:
         self._logging = logging
         self._total = total_iterations
         self._devices = process_groups.world_size() if world_size is None else world_size
-        self._flops_per_token = flops_per_token
         self._peak: DevicePeak | None = None
         if logging.log_throughput:
             self._peak = device_peak(bf16, logging.device_peak_tflops)
@@ -112,15 +108,15 @@ class Reporter:
         self.close()
 
     def step(self, iteration: int, metrics: StepMetrics) -> None:
-        """Reports one optimizer step; must be called for every step."""
+        """Reports one optimizer step; must be called for every step, in order."""
         if self._is_silent:
             return
-        self._interval.add(metrics, self._flops_per_token(iteration))
+        self._interval.add(metrics)
         self._skipped += metrics.skipped
         self._nan += metrics.has_nan
         if iteration % self._logging.tensorboard_log_interval == 0:
             self._write_step(iteration, metrics)
-        interval_ends = iteration % self._logging.log_interval == 0 or iteration == self._total
+        interval_ends = self.ends_interval(iteration)
         if interval_ends:
             self._raise_peak()
         self._progress.update(iteration, self._fields(iteration, metrics), interval_ends)
@@ -128,6 +124,10 @@ class Reporter:
             self._write_interval(iteration, metrics.consumed_samples)
             self._interval = Interval()
             self._flush()
+
+    def ends_interval(self, iteration: int) -> bool:
+        """Returns whether a step is the last of a log interval; equal on every rank."""
+        return iteration % self._logging.log_interval == 0 or iteration == self._total
 
     def validation(
         self, iteration: int, losses: Mapping[str, float], *, consumed_samples: int, split: str = "validation"

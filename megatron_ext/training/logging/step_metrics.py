@@ -33,6 +33,9 @@ class StepMetrics:
     seconds: float
     """Wall time of the step, without evaluation and checkpoints."""
 
+    flops_per_token: float
+    """Model FLOPs per token of this step, forward and backward, model families included."""
+
     skipped: bool = False
     """Whether the step was skipped, so that the parameters are unchanged."""
 
@@ -59,12 +62,12 @@ class Interval:
     _sums: dict[str, float] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, metrics: StepMetrics, flops_per_token: float) -> None:
-        """Adds one step with the given model FLOPs per token."""
+    def add(self, metrics: StepMetrics) -> None:
+        """Adds one step."""
         self.steps += 1
         self.seconds += metrics.seconds
         self.tokens += metrics.tokens
-        self.flops += metrics.tokens * flops_per_token
+        self.flops += metrics.tokens * metrics.flops_per_token
         self.skipped += metrics.skipped
         self.nan += metrics.has_nan
         for name, value in metrics.losses.items():

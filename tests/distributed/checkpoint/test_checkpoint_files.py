@@ -1,4 +1,7 @@
-"""What is on the disk: complete or not there, whatever kills the save; damage is found before it is read."""
+"""What is on the disk: complete or not there, whatever kills the save; damage is found before it is read.
+
+Each of it holds for a save that training waits for, and for one beside training (`--async-save`).
+"""
 
 import json
 import multiprocessing
@@ -6,7 +9,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,10 @@ from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint import checkpoint_files as files
 from tests.integration.scripts.kill_helpers import snapshots
 
+_TP2 = ParallelConfig(tensor_model_parallel_size=2)
 _SINGLE = RunSettings(parallel=ParallelConfig(), checkpoint=CheckpointConfig())
+
+BOTH_WAYS = pytest.mark.parametrize("beside", [False, True], ids=["waited for", "beside training"])
 
 
 def _run(**checkpoint: Any) -> TinyRun:
@@ -32,7 +40,17 @@ def _names(folder: str | Path) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def _states_during_a_save(folder: str) -> tuple[list[str], dict[int, float]]:
+def _save(run: TinyRun, beside: bool) -> None:
+    """Saves a run; `beside`: while it trains one more step, which the checkpoint does not hold."""
+    if not beside:
+        run.save()
+        return
+    run.checkpointer.begin_save(replace(run.progress))
+    run.train(1)
+    run.checkpointer.proceed_with_save(wait=True)
+
+
+def _states_during_a_save(folder: str, beside: bool) -> tuple[list[str], dict[int, float]]:
     """Copies the directory before each change that a save makes to it: that is what a kill at that moment leaves.
 
     The save is the hardest one: it replaces a checkpoint of the same step, and removes an older one.
@@ -47,7 +65,8 @@ def _states_during_a_save(folder: str) -> tuple[list[str], dict[int, float]]:
     (Path(place) / files.TRACKER).write_text("1")
     second = _run(load=place, save=place, keep_last=1)
     second.train(1)
-    return snapshots(place, folder, second.save), expected | {2: _checksum(second)}
+    expected[2] = _checksum(second)
+    return snapshots(place, folder, lambda: _save(second, beside)), expected
 
 
 def _checksum(run: TinyRun) -> float:
@@ -63,8 +82,11 @@ def _load_and_save_again(folders: list[str]) -> list[tuple[int, float, list[str]
     return [(*result, _names(folder)) for result, folder in zip(found, folders, strict=True)]
 
 
-def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint_loadable(tmp_path: Path) -> None:
-    folders, expected = run_single(_states_during_a_save, str(tmp_path))
+@BOTH_WAYS
+def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint_loadable(
+    beside: bool, tmp_path: Path
+) -> None:
+    folders, expected = run_single(_states_during_a_save, str(tmp_path), beside)
     assert len(folders) > 20
     results = run_single(_load_and_save_again, folders)
     for iteration, checksum, names in results:
@@ -75,23 +97,24 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint_loadable(tm
     assert steps == sorted(steps) and set(steps) == {1, 2}
 
 
-def _save_for_ever(folder: str) -> None:
+def _save_for_ever(folder: str, beside: bool) -> None:
     run = _run(save=folder)
     run.train(1)
     while True:
-        run.save()
-        run.progress.iteration += 1
+        _save(run, beside)
+        run.progress.iteration += not beside
 
 
 def _load_progress(folder: str) -> int:
     return _run(load=folder).progress.iteration
 
 
-def test_a_run_killed_while_saving_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
+@BOTH_WAYS
+def test_a_run_killed_while_saving_goes_on_from_the_newest_checkpoint(beside: bool, tmp_path: Path) -> None:
     for milliseconds in (10, 60, 110):
         folder = tmp_path / str(milliseconds)
         process = multiprocessing.get_context("forkserver").Process(
-            target=_save_for_ever, args=(str(folder),)
+            target=_save_for_ever, args=(str(folder), beside)
         )
         process.start()
         try:
@@ -164,7 +187,9 @@ def test_a_damaged_file_is_refused_in_one_line_that_names_it(saved: Path, tmp_pa
         assert "\n" not in error
 
 
-def _save_without_space(folder: str, limit: int | None, limited_rank: int) -> tuple[str, list[str]]:
+def _save_without_space(
+    folder: str, limit: int | None, limited_rank: int, beside: bool
+) -> tuple[str, list[str]]:
     import resource
 
     world_size = int(os.environ["WORLD_SIZE"])
@@ -176,17 +201,18 @@ def _save_without_space(folder: str, limit: int | None, limited_rank: int) -> tu
     if limit is not None and int(os.environ["RANK"]) == limited_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     with pytest.raises(OSError) as caught:  # noqa: PT011
-        run.save()
+        _save(run, beside)
     return str(caught.value), _names(folder)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("limited_rank", [0, 1])
 @pytest.mark.parametrize("limit", [100, 100_000])
 def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_leaves_nothing(
-    limited_rank: int, limit: int, tmp_path: Path
+    limited_rank: int, limit: int, beside: bool, tmp_path: Path
 ) -> None:
     for error, names in run_distributed(
-        _save_without_space, 2, str(tmp_path), limit, limited_rank, timeout=60
+        _save_without_space, 2, str(tmp_path), limit, limited_rank, beside, timeout=60
     ):
         assert error.startswith(f"--save {tmp_path}: the checkpoint of step 2 could not be written (")
         assert "\n" not in error
@@ -194,12 +220,13 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_leaves_nothin
     assert run_single(_load_progress, str(tmp_path)) == 1
 
 
-def test_a_full_disk_fails_the_save_and_leaves_nothing(tmp_path: Path) -> None:
+@BOTH_WAYS
+def test_a_full_disk_fails_the_save_and_leaves_nothing(beside: bool, tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small file system")
     try:
-        error, names = run_distributed(_save_without_space, 1, str(tmp_path), None, 0, timeout=60)[0]
+        error, names = run_distributed(_save_without_space, 1, str(tmp_path), None, 0, beside, timeout=60)[0]
         assert "No space left on device" in error
         assert names == ["iter_0000001", files.TRACKER]
     finally:
@@ -251,6 +278,46 @@ def test_a_checkpoint_that_is_not_complete_is_not_loaded(tmp_path: Path) -> None
     (tmp_path / files.TRACKER).write_text("3")
     with pytest.raises(ValueError, match="iter_0000003: not a complete checkpoint"):
         files.find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_every_file_is_checked_by_one_rank_and_a_ranks_own_files_by_itself(ranks: int) -> None:
+    written = [f"__{rank}_0.distcp" for rank in range(4)] + [f"rng/rank_0000{rank}.pt" for rank in range(4)]
+    names = [*written, ".metadata", "common.pt", files.RUN_CONFIG, files.STATE]
+    shares = [files.share(names, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for part in shares for name in part) == sorted(names)
+    for rank in range(min(ranks, 4)):
+        assert {f"__{rank}_0.distcp", f"rng/rank_0000{rank}.pt"} <= set(shares[rank])
+
+
+def _save_at_tp2(folder: str) -> None:
+    run = TinyRun(replace(_SINGLE, parallel=_TP2, checkpoint=CheckpointConfig(save=folder)))
+    run.train(1)
+    run.save()
+
+
+def _opened_in_a_load(folder: str) -> Counter[str]:
+    run = TinyRun(replace(_SINGLE, parallel=_TP2))
+    run.checkpointer.config = CheckpointConfig(load=folder)
+    opened: Counter[str] = Counter()
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(folder):
+            opened[Path(str(arguments[0])).name] += 1
+
+    sys.addaudithook(count)
+    run.checkpointer.load()
+    return opened
+
+
+def test_a_load_reads_a_ranks_file_once_for_its_checksum_and_once_for_model_and_optimizer_each(
+    tmp_path: Path,
+) -> None:
+    run_distributed(_save_at_tp2, 2, str(tmp_path))
+    for rank, opened in enumerate(run_distributed(_opened_in_a_load, 2, str(tmp_path))):
+        assert opened[f"__{rank}_0.distcp"] == 3
+        # The engine parses the metadata in both loads, and we once; one rank checks it.
+        assert opened[".metadata"] == 3 + (rank == 0)
 
 
 def test_checksums_are_those_of_the_system_tool(saved: Path) -> None:

@@ -25,11 +25,15 @@ def test_all_kinds_reports_a_rank_of_each_kind_and_writes_nothing(tmp_path: Path
     done = run(
         tmp_path, *flags, "--world-size", "8", "--rehearsal-device", "a100", "--device-memory-gb", "0.001"
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # it does not fit
     assert "Rehearsal of rank 0 of 8 (tensor 0 of 2, pipeline stage 0 of 2, data 0 of 2)" in done.stdout
     assert "Rehearsal of rank 4 of 8 (tensor 0 of 2, pipeline stage 1 of 2, data 0 of 2)" in done.stdout
     assert done.stdout.count("does not fit") == 2
+    assert done.stdout.startswith("rehearsing rank 0, 4 of 8 on simulated GPUs")
+    assert done.stdout.count("To lower the peak: ") == 2
     assert "Largest memory of each phase" in done.stdout
+    assert "Other operations in step 2, by place" in done.stdout
+    assert "tokens/s per GPU" in done.stdout
     assert "Communication in step 2" in done.stdout
     assert "Host waits for the device" in done.stdout
     assert "pipeline bubble 50.0%" in done.stdout
@@ -57,11 +61,22 @@ def test_all_kinds_reports_a_rank_of_each_kind_and_writes_nothing(tmp_path: Path
             "error: --rehearsal-device abacus: must be one of H100, H200, B200, A100, A100-40GB, L40S, A10, L4",
         ),
         (
+            ["--rehearse", "--transformer-impl", "transformer_engine"],
+            {},
+            "error: --transformer-impl transformer_engine: --rehearse cannot run Transformer Engine's kernels; "
+            "rehearse with --transformer-impl local and --attention-backend sdpa",
+        ),
+        (
             ["--rehearse", "--skip-train"],
             {},
             "error: --skip-train: --rehearse runs training steps; omit one of them",
         ),
-        (["--world-size", "8"], {}, "error: --world-size 8: requires --rehearse"),
+        (
+            ["--world-size", "8"],
+            {},
+            "error: --world-size 8: requires --rehearse or --dry-run; in a run that trains, torchrun sets the number "
+            "of processes",
+        ),
         (
             ["--rehearse"],
             {"CXX": "no-such-compiler", "XDG_CACHE_HOME": "."},

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.testing.rehearsing.rehearsals import Rehearsed, rehearse
-from tests.integration.rehearsal.rehearsal_flags import PLAIN, PP, SHARDED, SP, TP, needs_device
+from tests.integration.rehearsal.rehearsal_flags import CP, PLAIN, PP, SHARDED, SP, TP, needs_device
 
 pytestmark = needs_device
 
@@ -26,13 +26,17 @@ def mask_on_the_cpu() -> None:
 def cpu_tensor_in_a_collective() -> None:
     import torch
 
-    from megatron_ext.platform import process_groups
     from megatron_ext.training import stop_signals
 
-    module: Any = stop_signals
-    module.process_groups = type(
-        "OnTheCPU", (), {**vars(process_groups), "device": lambda: torch.device("cpu")}
-    )
+    watcher: Any = stop_signals.SignalWatcher
+    correct = watcher.shared
+
+    def shared(self: Any, *, time_is_left: bool) -> Any:
+        module: Any = stop_signals
+        module.dist.all_reduce(torch.zeros(2))
+        return correct(self, time_is_left=time_is_left)
+
+    watcher.shared = shared
 
 
 def gradients_not_reduced() -> None:
@@ -40,6 +44,13 @@ def gradients_not_reduced() -> None:
 
     wrapper: Any = DistributedDataParallel
     wrapper.start_grad_sync = wrapper.finish_grad_sync = lambda self, *_, **__: None
+
+
+def keys_not_gathered() -> None:
+    from megatron_ext.models.ops import attention
+
+    module: Any = attention
+    module.gather_sequence = lambda part, group: part
 
 
 def strides_of_a_transposed_batch_of_one() -> None:
@@ -74,13 +85,20 @@ def test_a_cpu_tensor_in_a_collective_is_named_with_its_place() -> None:
     assert rehearsed.error is None
     (note,) = (note for note in rehearsed.notes if "step" in note)
     assert "all-reduce of a CPU tensor over all" in note
-    assert "training/stop_signals.py" in note
+    assert "training/loop.py" in note
 
 
 def test_gradients_that_no_step_reduces_are_named() -> None:
     rehearsed = rehearsed_with(gradients_not_reduced)
     assert rehearsed.error is None
     assert rehearsed.notes == ["no step reduces gradients over DP (size 2)"]
+
+
+def test_keys_that_no_step_gathers_are_named() -> None:
+    flags = f"--bf16 {PLAIN} {CP}".split()
+    rehearsed = rehearse("pretrain_gpt_per_layer.py", *flags, processes=8, before=keys_not_gathered)
+    assert rehearsed.error is None
+    assert rehearsed.notes == ["no step sends keys and values over CP (size 2)"]
 
 
 def test_a_product_that_is_computed_row_by_row_is_named() -> None:

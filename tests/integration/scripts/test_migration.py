@@ -193,11 +193,10 @@ def _reporter_tags(directory: Path) -> set[str]:
         tokens=8,
         consumed_samples=1,
         seconds=0.1,
+        flops_per_token=1.0,
         params_norm=1.0,
     )
-    with Reporter(
-        logging, total_iterations=1, flops_per_token=lambda _: 1.0, rank=0, world_size=1
-    ) as reporter:
+    with Reporter(logging, total_iterations=1, rank=0, world_size=1) as reporter:
         reporter.step(1, metrics)
         reporter.validation(1, {"lm loss": 2.0}, consumed_samples=1)
     return set(EventAccumulator(str(directory)).Reload().Tags()["scalars"])

@@ -1,9 +1,11 @@
 """A run that cannot fit into the machine is refused within seconds, before anything large is allocated."""
 
 import resource
+from pathlib import Path
 
 import pytest
 
+from megatron_ext.platform.device_memory import host_memory
 from megatron_ext.testing.forked_scripts import run_script
 from megatron_ext.testing.tiny_datasets import write_dataset
 
@@ -51,3 +53,22 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2_without_allocating_it(
     assert "this machine has" in errors[0]
     for word in words:
         assert word in errors[0]
+
+
+def test_a_copy_for_saves_that_does_not_fit_beside_the_run_is_one_line_that_names_the_flag(
+    prefix: str, tmp_path: Path
+) -> None:
+    # In a step the word embedding and the output layer need 16 bytes per weight, and 12 more in the copy.
+    hidden, matrices = 128, 2
+    rows = int(0.8 * host_memory() / 16 / hidden / matrices)
+    shape = (
+        f"--vocab-size {rows} --hidden-size {hidden} --untie-embeddings-and-output-weights --seq-length 16"
+    )
+    given = [*FLAGS.split(), *shape.split(), "--train-iters", "9", "--data-path", prefix]
+    given += ["--save", str(tmp_path), "--async-save"]
+    done = run_script("pretrain_gpt_per_layer.py", *given, before=_limit)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(
+        "error: --async-save: a step and the copy of what is saved need"
+    )

@@ -19,10 +19,9 @@ from megatron_ext.config.groups.logging_config import LoggingConfig
 from megatron_ext.platform.peak_rate import DevicePeak
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.logging.tensorboard_writer import SAMPLES_FOLDER
-from tests.unit.training.reporting_helpers import BATCH, TOKENS, Terminal, metrics
+from tests.unit.training.reporting_helpers import BATCH, FLOPS_PER_TOKEN, TOKENS, Terminal, metrics
 
 PEAK_TFLOPS = 0.5
-FLOPS_PER_TOKEN = 1e6
 
 
 def reporter(stream: io.StringIO, total: int = 4, **options: Any) -> Reporter:
@@ -32,7 +31,6 @@ def reporter(stream: io.StringIO, total: int = 4, **options: Any) -> Reporter:
     return Reporter(
         LoggingConfig(**settings),
         total_iterations=total,
-        flops_per_token=lambda _: FLOPS_PER_TOKEN,
         stream=stream,
         **options,
     )
@@ -143,7 +141,7 @@ def test_a_killed_run_keeps_its_finished_intervals(tmp_path: Path) -> None:
         "from megatron_ext.training.logging.reporter import Reporter;"
         "from tests.unit.training.reporting_helpers import metrics;"
         "logging = LoggingConfig(log_interval=2, tensorboard_dir=sys.argv[1], device_peak_tflops=1);"
-        "report = Reporter(logging, total_iterations=9, flops_per_token=lambda _: 1.0);"
+        "report = Reporter(logging, total_iterations=9);"
         "[report.step(i, metrics(i)) for i in range(1, 6)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True)

@@ -351,6 +351,7 @@ def test_a_run_that_asked_for_transformer_engine_is_read_where_that_is_missing(
     shutil.copytree(run / "iter_0000006", folder)
     stored = json.loads((folder / files.RUN_CONFIG).read_text())
     stored["model"] |= {"transformer_impl": "transformer_engine", "attention_backend": "te"}
+    stored["model"] |= {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"}
     (folder / files.RUN_CONFIG).write_text(json.dumps(stored))
     manifest = json.loads((folder / files.CHECKSUMS).read_text())["files"]
     files.write_checksums(folder, manifest | files.digests(folder, [files.RUN_CONFIG]))

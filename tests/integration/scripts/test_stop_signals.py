@@ -7,11 +7,11 @@ import time
 import pytest
 
 from megatron_ext.testing.run_distributed import run_distributed
-from megatron_ext.training.stop_signals import EXIT_CODES, SignalWatcher
+from megatron_ext.training.stop_signals import EXIT_CODES, NO_SIGNAL, SignalWatcher
 
 
-def _codes(number: int, rank: int) -> list[int | None]:
-    """What the ranks agree on before and after one of them gets a signal."""
+def _shared(number: int, rank: int) -> list[list[float]]:
+    """What the ranks share before and after one of them gets a signal, and when another's time is over."""
     from megatron_ext.config.groups.parallel_config import ParallelConfig
     from megatron_ext.platform.process_groups import initialize
 
@@ -19,20 +19,21 @@ def _codes(number: int, rank: int) -> list[int | None]:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would ignore it
     before = signal.getsignal(number)
     with SignalWatcher() as signals:
-        codes = [signals.agreed_exit_code()]
-        if int(os.environ["RANK"]) == rank:
+        shared = [signals.shared(time_is_left=True).tolist()]
+        is_signalled = int(os.environ["RANK"]) == rank
+        if is_signalled:
             os.kill(os.getpid(), number)
-        codes.append(signals.agreed_exit_code())
+        shared.append(signals.shared(time_is_left=is_signalled).tolist())
     assert signal.getsignal(number) is before
-    return codes
+    return shared
 
 
 @pytest.mark.parametrize(
-    ("number", "rank", "code"),
-    [(signal.SIGTERM, 1, 143), (signal.SIGUSR1, 0, 138), (signal.SIGINT, 1, 130), (signal.SIGHUP, 0, 129)],
+    ("number", "rank"),
+    [(signal.SIGTERM, 1), (signal.SIGUSR1, 0), (signal.SIGINT, 1), (signal.SIGHUP, 0)],
 )
-def test_all_ranks_leave_with_the_code_of_a_signal_to_one_of_them(number: int, rank: int, code: int) -> None:
-    assert run_distributed(_codes, 2, number, rank) == [[None, code]] * 2
+def test_all_ranks_know_of_a_signal_to_one_and_of_the_end_of_anothers_time(number: int, rank: int) -> None:
+    assert run_distributed(_shared, 2, number, rank) == [[[NO_SIGNAL, 1], [-number, 0]]] * 2
 
 
 def test_a_second_interrupt_ends_the_process_at_once_but_not_torchruns_copy_of_the_first(

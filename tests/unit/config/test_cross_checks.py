@@ -4,14 +4,12 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.command_line.parse import parse
 from megatron_ext.config.cross_checks import validate
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
-from megatron_ext.config.run_config import RunConfig
 
 
 def check(world_size: int = 1, **changes: Any) -> None:
@@ -35,6 +33,8 @@ TP, PP, VP = (
     "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage",
 )
+
+FP8 = {"fp8_format": "e4m3", "bf16": True}
 
 BAD: list[tuple[int, dict[str, Any], str]] = [
     (3, {TP: 2}, "world size 3: must be divisible by --tensor-model-parallel-size 2"),
@@ -66,7 +66,22 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {"global_batch_size": 3},
         "--global-batch-size 3: must be divisible by --micro-batch-size 1 x data-parallel size 2",
     ),
-    (2, {"context_parallel_size": 2}, "--context-parallel-size 2: must be 1"),
+    (
+        2,
+        {"context_parallel_size": 2, "seq_length": 30},
+        "--seq-length 30: with --context-parallel-size 2 it must be divisible by 4",
+    ),
+    (
+        8,
+        {"context_parallel_size": 2, TP: 4, "sequence_parallel": True, "seq_length": 36},
+        "--seq-length 36: with --sequence-parallel and --context-parallel-size 2 it must be divisible by 8",
+    ),
+    (
+        2,
+        {"context_parallel_size": 2, "attention_backend": "local"},
+        "--context-parallel-size 2: requires --attention-backend sdpa or te (got local)",
+    ),
+    (3, {"context_parallel_size": 2}, "world size 3: must be divisible by --tensor-model-parallel-size 1 x"),
     (
         1,
         {"reset_position_ids": True},
@@ -104,6 +119,23 @@ BAD: list[tuple[int, dict[str, Any], str]] = [
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11},
         "--lr-wsd-decay-iters 11: must be at most the length of the schedule, 10",
     ),
+    (1, {"fp8_format": "hybrid"}, "--fp8-format hybrid: requires --bf16"),
+    (
+        1,
+        {**FP8, "ffn_hidden_size": 104},
+        "--fp8-format e4m3: --ffn-hidden-size, 104 on each rank, must be a multiple of 16",
+    ),
+    (
+        2,
+        {**FP8, TP: 2, "ffn_hidden_size": 80},
+        "--ffn-hidden-size, 40 on each rank, must be a multiple of 16",
+    ),
+    (
+        2,
+        {**FP8, TP: 2, "sequence_parallel": True, "seq_length": 16},
+        "--micro-batch-size x --seq-length, 8 on each rank, must be a multiple of 16",
+    ),
+    (1, {**FP8, "fp8_recipe": "mxfp8", "seq_length": 16}, "16 on each rank, must be a multiple of 32"),
 ]
 
 
@@ -135,6 +167,7 @@ def test_what_cannot_run_is_refused(world_size: int, changes: dict[str, Any], me
             },
         ),
         (1, {"reset_position_ids": True, "reset_attention_mask": True}),
+        (2, {**FP8, TP: 2, "sequence_parallel": True}),
         (1, {"reset_position_ids": True, "position_embedding_type": "learned_absolute"}),
         (1, {"train_iters": None, "train_samples": 50, "lr_warmup_samples": 5, "lr_decay_samples": 40}),
     ],
@@ -154,16 +187,3 @@ def test_virtual_stages_are_counted_and_a_single_one_is_no_interleaving() -> Non
     parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert parallel.virtual_pipeline_size(8) == 2
     assert parallel.virtual_pipeline_size(4) is None
-
-
-@pytest.mark.parametrize("has_cuda", [False, True])
-def test_context_parallelism_is_refused_on_every_machine_also_in_a_dry_run(
-    has_cuda: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)
-    shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1 --train-iters 1"
-    rest = "--tokenizer-type ByteLevelTokenizer --context-parallel-size 2 --dry-run"
-    with pytest.raises(SystemExit) as caught:
-        parse(RunConfig, f"{shape} {rest}".split())
-    assert caught.value.code == 2
-    assert "--context-parallel-size 2: must be 1" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def _steps(settings: NPTModuleConfig, training: NPTTrainingConfig, steps: int = 
     for iteration in range(1, steps + 1):
         family.begin_step(chunks, iteration)
         counts[:] = [0] * MODEL.num_layers
-        found.values.append(stepper.forward_backward(batches)[1])
+        found.values.append(stepper.forward_backward(batches).read()[1])
         found.gradients.append(
             {name: p.main_grad.clone() for name, p in chunks[0].named_parameters() if p.requires_grad}
         )

@@ -34,6 +34,7 @@ class AdaptedExtension(Extension):
     """The plan's linear layers."""
 
     name = "adapted"
+    reads_layers = False
 
     def __init__(self, plan: Mapping[int, LayerSettings]) -> None:
         self.plan = plan

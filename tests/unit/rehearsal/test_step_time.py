@@ -38,8 +38,8 @@ def test_a_step_is_the_sum_of_its_parts_with_the_bubble_on_what_the_pipeline_doe
     recorder.activity.begin(STEP)
     recorder.flops["step 1", FORWARD_BACKWARD, torch.bfloat16] = int(2 * 989.4e12)
     recorder.flops["evaluation", FORWARD_BACKWARD, torch.bfloat16] = 10**18
-    recorder.traffic["step 1", FORWARD_BACKWARD] = int(3350e9)
-    recorder.traffic["step 1", UPDATE] = int(0.5 * 3350e9)
+    recorder.traffic["step 1", FORWARD_BACKWARD, "a layer"] = int(3350e9)
+    recorder.traffic["step 1", UPDATE, UPDATE] = int(0.5 * 3350e9)
     recorder.activity.communicates(call("send"), int(450e9))
     recorder.activity.communicates(call("all-gather", size=2, waits=False), int(450e9))
     time = step_time(recorder, H100, "step 1", bubble=0.5)

@@ -5,6 +5,7 @@ import io
 from megatron_ext.training.logging.step_metrics import StepMetrics
 
 BATCH, TOKENS = 4, 3000
+FLOPS_PER_TOKEN = 1e6
 
 
 class Terminal(io.StringIO):
@@ -31,6 +32,7 @@ def metrics(
         tokens=TOKENS,
         consumed_samples=iteration * BATCH,
         seconds=0.1 if iteration % 2 else 0.2,
+        flops_per_token=FLOPS_PER_TOKEN,
         skipped=skipped,
         params_norm=params_norm,
     )

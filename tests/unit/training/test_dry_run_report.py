@@ -10,6 +10,7 @@ import pytest
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.rehearsal_config import RehearsalConfig
 from megatron_ext.config.groups.tokenizer_config import TokenizerConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.config.run_config import RunConfig
@@ -56,15 +57,20 @@ def dry_run(
 ) -> str:
     monkeypatch.setenv("WORLD_SIZE", "1024")
     stream = stream or io.StringIO()
-    config = RunConfig(
+    print_dry_run(run_config(model, parallel, training), lambda *_: list(families), stream)
+    return stream.getvalue()
+
+
+def run_config(
+    model: ModelConfig = GPT3, parallel: ParallelConfig = LAYOUT, training: TrainingConfig = TRAINED
+) -> RunConfig:
+    return RunConfig(
         model=model,
         parallel=parallel,
         training=training,
         optimizer=OptimizerSettings(lr=1e-4),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=51199),
     )
-    print_dry_run(config, lambda *_: list(families), stream)
-    return stream.getvalue()
 
 
 def rows(text: str, name: str) -> list[list[str]]:
@@ -139,11 +145,15 @@ def test_memory_is_listed_for_every_stage_that_differs(monkeypatch: pytest.Monke
     assert float(last[6].split()[0]) > gib[4]
 
 
-def test_without_world_size_one_model_copy_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_processes_is_the_flag_the_environment_or_one_model_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert planned_world_size(LAYOUT) == 128
+    given = run_config()
+    assert planned_world_size(given) == 128
     monkeypatch.setenv("WORLD_SIZE", "256")
-    assert planned_world_size(LAYOUT) == 256
+    assert planned_world_size(given) == 256
+    assert planned_world_size(replace(given, rehearsal=RehearsalConfig(world_size=512))) == 512
 
 
 def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,9 @@
-"""Makes megatron-core share one gloo process group per set of ranks.
+"""Makes megatron-core share one process group per set of ranks.
 
-megatron-core creates about twenty groups, and every gloo group costs each process three threads, one of which wakes a
-hundred times per second. With few processes, most groups consist of the same ranks. Sharing them is safe with gloo: all
-ranks issue the collectives of a set of ranks in the same order, and gloo keeps point-to-point messages separate.
-
-NCCL groups are not shared: each is a communicator with its own stream, created at its first use.
+megatron-core creates groups of about twenty kinds, many of which consist of the same ranks: groups of experts, and
+groups with context parallelism where there is none. All processes take part in creating each of them, and a gloo group
+costs each of its ranks three threads, one of which wakes a hundred times per second. Sharing is
+safe: all ranks issue the collectives of a set of ranks in the same order, and point-to-point messages are separate.
 """
 
 import contextlib
@@ -37,7 +36,12 @@ def shared_groups() -> Iterator[None]:
         _groups = _Groups(dist.group.WORLD)
     made, make = _groups.made, parallel_state.create_group
 
-    def create_group(ranks: list[int], timeout: timedelta | None = None, **_: Any) -> Any:
+    def create_group(
+        ranks: list[int], timeout: timedelta | None = None, backend: str | None = None, **_: Any
+    ) -> Any:
+        if backend is not None:
+            # A gloo group beside an NCCL group; mcore destroys it with its state.
+            return make(ranks, timeout=timeout, backend=backend)
         key = tuple(sorted(ranks))
         if key not in made:
             made[key] = make(ranks, timeout=timeout, group_desc=f"ranks {', '.join(map(str, key))}")

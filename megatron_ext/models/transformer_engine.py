@@ -1,0 +1,89 @@
+"""Chooses whether a run uses Transformer Engine, and says in one line why it does not.
+
+`--transformer-impl auto` uses it wherever it can be used; whatever names it explicitly requires it. Where it cannot be
+used (not installed, another version, not importable, no GPU) megatron-core does not see it either.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.platform.engine_imports import transformer_engine_problem
+from megatron_ext.platform.process_groups import use_cuda
+
+
+def uses_te(model: ModelConfig) -> bool:
+    """Returns whether linear layers and norms are Transformer Engine's."""
+    if model.transformer_impl == "auto":
+        return transformer_engine_problem() is None
+    return model.transformer_impl == "transformer_engine"
+
+
+def check_te(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises `ValueError` if a flag requires Transformer Engine, or FP8, and it cannot be used here."""
+    flags = [*model.requires_te]
+    # The engine's recomputation of a norm reads Transformer Engine's FP8 state even when FP8 is off.
+    if parallel.recompute_granularity == "selective" and "layernorm" in parallel.recompute_modules:
+        flags.append("--recompute-modules layernorm")
+    if parallel.gradient_accumulation_fusion:
+        flags.append("--gradient-accumulation-fusion")
+        if model.transformer_impl == "local":
+            raise ValueError(
+                f"{flags[-1]}: requires --transformer-impl auto or transformer_engine (got local)"
+            )
+    problem = transformer_engine_problem() if flags else None
+    if problem is None and model.fp8_format is not None:
+        problem = _fp8_problem(model.fp8_recipe)
+    if problem is not None:
+        raise ValueError(f"{flags[0]}: {problem}")
+
+
+def _fp8_problem(recipe: str) -> str | None:
+    """Returns why this GPU cannot compute with an FP8 recipe, in Transformer Engine's words; None if it can."""
+    from transformer_engine.pytorch import fp8
+
+    checks = {
+        "mxfp8": fp8.check_mxfp8_support,
+        "blockwise": fp8.check_fp8_block_scaling_support,
+    }
+    supported, reason = checks.get(recipe, fp8.check_fp8_support)()
+    return None if supported else reason
+
+
+def fuse_gradient_accumulation(chunk: torch.nn.Module) -> None:
+    """Lets Transformer Engine's linear layers add their weight gradients to `main_grad`, and autograd none."""
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    # The engine's own switch is for all linear layers, and its output layer would then require Apex.
+    for module in chunk.modules():
+        if isinstance(module, TransformerEngineBaseModule):
+            module.fuse_wgrad_accumulation = True
+
+
+def note_without_te(model: ModelConfig) -> str | None:
+    """Returns a line for a run on a GPU whose `--transformer-impl auto` does not use Transformer Engine; else None."""
+    if model.transformer_impl != "auto" or not use_cuda() or transformer_engine_problem() is None:
+        return None
+    return f"linear layers: megatron-core's ({transformer_engine_problem()})"
+
+
+def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint's `model` section, without Transformer Engine if it cannot be used on this machine.
+
+    This is safe: the implementations used instead have the same weights and compute the same function, FP8's rounding
+    aside.
+    """
+    if transformer_engine_problem() is None:
+        return dict(section)
+    others: dict[str, dict[Any, Any]] = {
+        "transformer_impl": {"transformer_engine": "auto"},
+        "attention_backend": {"te": "sdpa"},
+        "fp8_format": dict.fromkeys(("e4m3", "hybrid")),
+    }
+    found = {name: others.get(name, {}).get(value, value) for name, value in section.items()}
+    if found.get("fp8_format") is None:  # its details would be refused without it
+        found = {name: value for name, value in found.items() if not name.startswith("fp8_")}
+    return found

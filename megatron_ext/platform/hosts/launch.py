@@ -1,0 +1,186 @@
+"""Starts a script on this host with `torchrun`, after finding out how the hosts of the run reach each other.
+
+    python -m megatron_ext.platform.hosts.launch [TORCHRUN'S OPTIONS] SCRIPT FLAGS ...
+
+examples/multi_node/launch.sh calls it and lists the environment variables that it reads.
+"""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from types import FrameType
+
+from megatron_ext.config.command_line.error_lines import ProcessLost, run_main
+from megatron_ext.platform.hosts.host_addresses import Endpoint, interfaces_by_address
+from megatron_ext.platform.hosts.launch_settings import LaunchSettings, read_settings
+from megatron_ext.platform.hosts.rendezvous import (
+    JoinedHosts,
+    Place,
+    await_endpoint,
+    find_place,
+    hold_port,
+    print_line,
+)
+
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_LATER_SECONDS = 15
+"""Seconds that the other hosts wait longer than the host of the store for those that are missing."""
+
+_FIRST_REPORT, _LATER_REPORTS = 10.0, 60.0
+"""Seconds until the host of the rendezvous reports which hosts are missing, and between later reports."""
+
+
+def main() -> int:
+    """Launches what the command line names; returns the exit code, `torchrun`'s 0 or 1."""
+    signal.signal(signal.SIGTERM, _stop)  # torch replaces it once the training processes run
+    # Slurm signals every process of a step. The training processes save and end; this one waits for them.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    settings = read_settings(os.environ)
+    if settings.processes != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Without this torch prints C++ stack traces as warnings where another host has ended.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    options = ["--nnodes", settings.nodes, "--nproc-per-node", settings.processes]
+    if settings.endpoint is None:
+        return _run_torchrun([*options, "--standalone", *sys.argv[1:]])
+    place, port = _take_place(settings, settings.endpoint)
+    return _run_torchrun([*options, *rendezvous_options(settings, place), *sys.argv[1:]], settings, port)
+
+
+def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, socket.socket | None]:
+    """Finds this host's place in the rendezvous; waits for the endpoint, or takes its port and returns that."""
+    held = interfaces_by_address()
+    _check_interfaces(set(held.values()))
+    place = find_place(endpoint, held)
+    chosen = _given_configuration().get("is_host")
+    if chosen is not None:
+        place = replace(place, is_host=chosen.lower() in ("1", "true", "t", "yes", "y"))
+    port = None if place.is_host is False else hold_port(endpoint)
+    if place.is_host and port is None:
+        place = replace(place, is_host=False)  # another launcher on this host has it
+    _set_interfaces(place)
+    _report(settings, place)
+    if place.is_host is False:
+        await_endpoint(endpoint, settings.wait, print_line)
+    return place, port
+
+
+def rendezvous_options(settings: LaunchSettings, place: Place) -> list[str]:
+    """Returns `torchrun`'s options for the rendezvous; what PET_RDZV_CONF and PET_LOCAL_ADDR give has precedence."""
+    assert settings.endpoint is not None
+    # The host of the store gives up first: it knows who is missing, and the first one to give up ends the others.
+    timeout = settings.join_timeout + (0 if place.is_host else _LATER_SECONDS)
+    values = {"join_timeout": str(timeout)} | _given_configuration()
+    if place.is_host is not None:
+        values["is_host"] = str(place.is_host).lower()
+    options = [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        settings.endpoint.text,
+        "--rdzv-id",
+        settings.run_id,
+    ]
+    options += ["--rdzv-conf", ",".join(f"{name}={value}" for name, value in values.items())]
+    if place.address is not None and not os.environ.get("PET_LOCAL_ADDR"):
+        options += ["--local-addr", place.address]
+    return options
+
+
+def _given_configuration() -> dict[str, str]:
+    """Returns what the user has set in `torchrun`'s PET_RDZV_CONF."""
+    pairs = (pair.split("=", 1) for pair in os.environ.get("PET_RDZV_CONF", "").split(",") if "=" in pair)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def _check_interfaces(known: set[str]) -> None:
+    """Refuses a GLOO_SOCKET_IFNAME that this host does not have: gloo would fail late and not name it."""
+    given = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    for name in filter(None, given.split(",")):
+        if name not in known:
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME={given}: host {socket.gethostname()} has no interface {name} with an address; "
+                f"it has {', '.join(sorted(known))}"
+            )
+
+
+def _set_interfaces(place: Place) -> None:
+    """Makes gloo and NCCL use the interface that leads to the endpoint, unless the user has chosen one."""
+    if place.interface is not None:
+        for name in _INTERFACE_VARIABLES:
+            os.environ.setdefault(name, place.interface)
+
+
+def _report(settings: LaunchSettings, place: Place) -> None:
+    does = {True: "hosts", False: "joins", None: "meets at"}[place.is_host]
+    host = f"host {socket.gethostname()}"
+    if place.address is not None:
+        host += f", {place.address} on {place.interface},"
+    print_line(f"{host} {does} the rendezvous {settings.endpoint} of {settings.nodes} hosts")
+
+
+def _run_torchrun(
+    arguments: Sequence[str], settings: LaunchSettings | None = None, port: socket.socket | None = None
+) -> int:
+    """Runs `torchrun` in this process, so that the port is given up only in the moment in which it takes it.
+
+    Raises:
+        ProcessLost: a training process has ended with another code than 0, or the hosts have not met.
+    """
+    # Imported late: torch takes seconds, and what can be said before should be said at once.
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    joined = None
+    if port is not None and settings is not None:
+        joined = JoinedHosts(settings, first=_FIRST_REPORT, every=_LATER_REPORTS)
+        joined.start()
+        port.close()
+    try:
+        run.main(list(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise ProcessLost(
+            f"rank {rank} on host {socket.gethostname()} ended with exit code {failure.exitcode}: "
+            f"{_last_line(failure.message)}"
+        ) from error
+    except SignalException as error:
+        raise ProcessLost(f"stopped by {signal.Signals(error.sigval).name}") from error
+    except RendezvousError as error:
+        raise ProcessLost(_explain(error, settings, joined)) from error
+    return 0
+
+
+def _explain(error: Exception, settings: LaunchSettings | None, joined: JoinedHosts | None) -> str:
+    """Returns in one line why the hosts have not met."""
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+
+    if settings is None:
+        return _last_line(error)
+    if isinstance(error, RendezvousTimeoutError):
+        who = "the host of the rendezvous reports which" if joined is None else joined.describe()
+        return (
+            f"{settings.endpoint}: not all of NNODES={settings.nodes} hosts joined within {settings.join_timeout} s "
+            f"(RDZV_JOIN_TIMEOUT): {who}"
+        )
+    return (
+        f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended, another program has its "
+        "port, or a run of this RDZV_ID is over there; see the launcher's output on that host"
+    )
+
+
+def _last_line(text: object) -> str:
+    return str(text).strip().rpartition("\n")[2]
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise ProcessLost(f"stopped by {signal.Signals(number).name} before the training processes started")
+
+
+if __name__ == "__main__":
+    run_main(main)

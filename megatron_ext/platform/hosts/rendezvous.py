@@ -1,0 +1,180 @@
+"""This host's part in a rendezvous: whether it hosts the store, its address for the others, and who has joined.
+
+`torchrun` lets a host take itself for the endpoint only if its own name resolves to the endpoint's address. A host with
+several interfaces has a name for one of them at most. So the addresses of the interfaces are compared instead.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+
+from megatron_ext.platform.hosts.host_addresses import Address, Endpoint, source_address
+from megatron_ext.platform.hosts.launch_settings import LaunchSettings
+
+_ATTEMPT_SECONDS = 5.0
+"""Seconds of one attempt to connect, where a packet is dropped without an answer."""
+
+_PATIENCE_SECONDS = 2.0
+"""Seconds without a word: hosts of one run start a moment apart."""
+
+_BACKLOG = 4096
+"""Connections that wait on the listening socket: every host connects once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This host's place in a rendezvous."""
+
+    is_host: bool | None
+    """Whether this host hosts the store; None leaves it to `torchrun`: the endpoint is a loopback address, or this
+    host's name without one of its addresses."""
+
+    address: str | None
+    """The address of this host in the network of the endpoint; None if it is not known."""
+
+    interface: str | None
+    """The interface with that address."""
+
+
+def find_place(endpoint: Endpoint, held: dict[str, str]) -> Place:
+    """Returns this host's place in the rendezvous at an endpoint.
+
+    Args:
+        endpoint: where the hosts meet.
+        held: this host's interfaces by their addresses.
+
+    Raises:
+        ValueError: the endpoint's name does not resolve.
+        OSError: no route leads to the endpoint.
+    """
+    found = endpoint.addresses()
+    own = [address for address in found if address.text in held or address.is_loopback]
+    outside = [address.text for address in own if not address.is_loopback]
+    if outside:
+        return Place(is_host=True, address=outside[0], interface=held[outside[0]])
+    if own or endpoint.host in (socket.gethostname(), socket.getfqdn()):
+        return Place(is_host=None, address=None, interface=None)
+    sources = [source_address(address, endpoint.port) for address in found]
+    address = next((source for source in sources if source is not None), None)
+    if address is None:
+        raise OSError(
+            f"{endpoint}: host {socket.gethostname()} has no route to {found[0].text}; its addresses: "
+            f"{', '.join(sorted(held)) or 'none'}"
+        )
+    return Place(is_host=False, address=address, interface=held.get(address))
+
+
+def hold_port(endpoint: Endpoint) -> socket.socket | None:
+    """Listens at the endpoint's port until `torchrun` does, so that other hosts see at once that this one is there.
+
+    Returns:
+        The listening socket; None if the port is in use: by another launcher on this host, which then hosts the store.
+    """
+    family = endpoint.addresses()[0].family
+    try:
+        return socket.create_server(("", endpoint.port), family=family, backlog=_BACKLOG)
+    except OSError:
+        return None
+
+
+def await_endpoint(endpoint: Endpoint, seconds: float, tell: Callable[[str], None]) -> None:
+    """Waits until something listens at the endpoint.
+
+    Args:
+        endpoint: where to connect.
+        seconds: how long to wait.
+        tell: prints a line; called once if nothing answers soon.
+
+    Raises:
+        OSError: nothing has answered in that time.
+    """
+    started, told = time.monotonic(), False
+    deadline = started + seconds
+    while True:
+        reason = _try_connecting(endpoint.addresses(), endpoint.port, deadline)
+        if reason is None:
+            return
+        if time.monotonic() >= deadline:
+            raise OSError(
+                f"{endpoint}: cannot be reached from host {socket.gethostname()} within {seconds:g} s (RDZV_WAIT): "
+                f"{reason}; start the launcher on the host that has this address, with the same variable"
+            )
+        if not told and time.monotonic() > started + _PATIENCE_SECONDS:
+            tell(f"waiting up to {seconds:g} s for {endpoint}: {reason}")
+            told = True
+        time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
+
+
+def _try_connecting(addresses: list[Address], port: int, deadline: float) -> str | None:
+    """Connects to the first address that answers; returns None, or why none has answered."""
+    reasons = []
+    for address in addresses:
+        remaining = max(0.1, min(_ATTEMPT_SECONDS, deadline - time.monotonic()))
+        try:
+            socket.create_connection((address.text, port), timeout=remaining).close()
+        except OSError as error:
+            reasons.append(f"{address.text} port {port}: {(error.strerror or str(error)).lower()}")
+        else:
+            return None
+    return "; ".join(reasons)
+
+
+class JoinedHosts:
+    """On the host of the store: prints which hosts have joined, until the training processes run."""
+
+    def __init__(self, settings: LaunchSettings, *, first: float, every: float) -> None:
+        """Args:
+        settings: the launch; it has an endpoint.
+        first: seconds until the first line.
+        every: seconds between lines.
+        """
+        self._settings, self._first, self._every = settings, first, every
+
+    def start(self) -> None:
+        """Starts the thread that prints; it ends by itself."""
+        threading.Thread(target=self._run, name="joined hosts", daemon=True).start()
+
+    def describe(self) -> str:
+        """Returns how many hosts have joined, and which."""
+        joined = self._joined()
+        text = f"{len(joined)} of {self._settings.nodes} hosts have joined"
+        if joined:
+            text += f" ({', '.join(sorted(set(joined)))})"
+        missing = [name for name in self._settings.hosts if not _addresses_of(name) & set(joined)]
+        return text + (f"; missing: {', '.join(missing)}" if missing else "")
+
+    def _joined(self) -> list[str]:
+        """Returns the addresses of the launchers that are connected to the store, one for each launcher."""
+        endpoint = self._settings.endpoint
+        assert endpoint is not None
+        return [
+            connection.raddr.ip.removeprefix("::ffff:")
+            for connection in psutil.net_connections("tcp")
+            if connection.pid == os.getpid()
+            and connection.status == psutil.CONN_ESTABLISHED
+            and connection.laddr.port == endpoint.port
+        ]
+
+    def _run(self) -> None:
+        time.sleep(self._first)
+        while not psutil.Process().children():
+            print_line(f"{self._settings.endpoint}: {self.describe()}; waiting for the others")
+            time.sleep(self._every)
+
+
+def print_line(text: str) -> None:
+    """Prints a line of the launcher."""
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def _addresses_of(name: str) -> set[str]:
+    with contextlib.suppress(OSError):
+        return {str(found[4][0]) for found in socket.getaddrinfo(name, None)}
+    return set()

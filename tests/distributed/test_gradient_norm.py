@@ -1,0 +1,67 @@
+"""The gradients' global norm on the device is the engine's, which reads every tensor's norm on the host."""
+
+import pytest
+
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
+from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.models.build_model import build_model
+from megatron_ext.per_layer.per_layer_config import PerLayerConfig
+from megatron_ext.per_layer.per_layer_family import PerLayerFamily
+from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.run_distributed import run_distributed
+from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
+from megatron_ext.training.engine.data_parallel import wrap_model
+from megatron_ext.training.engine.gradient_norms import gradient_norm
+from megatron_ext.training.engine.lr_schedule import build_scheduler
+from megatron_ext.training.engine.optimizer import build_optimizer
+from megatron_ext.training.engine.training_step import Stepper
+
+
+def _norms(parallel: ParallelConfig, bf16: bool) -> tuple[float, float, int]:
+    """The two norms of one step's gradients, and how many of this rank's gradients do not count.
+
+    TINY ties the embedding to the output layer, so under pipeline parallelism two stages have it.
+    """
+    initialize(parallel, seed=1)
+    per_layer = PerLayerConfig(
+        use_per_layer_embedding=True,
+        per_layer_hidden_size=8,
+        per_layer_strategy="identity",
+        per_layer_vocab_size=VOCAB_SIZE,
+    )
+    family = PerLayerFamily(per_layer, VOCAB_SIZE)
+    chunks = wrap_model(
+        build_model(
+            TINY, parallel, vocab_size=VOCAB_SIZE, seed=1, bf16=bf16, extensions=[family.extension()]
+        ),
+        parallel,
+        bf16=bf16,
+    )
+    settings = OptimizerSettings(lr=1e-2)
+    optimizer = build_optimizer(settings, parallel, chunks, [family], bf16=bf16)
+    stepper = Stepper(
+        chunks,
+        [family],
+        optimizer,
+        build_scheduler(settings, TrainingConfig(train_iters=2), optimizer, 4),
+        global_batch_size=4,
+        micro_batch_size=1,
+        clip_grad=0.0,
+    )
+    stepper.forward_backward(synthetic_batches(TINY.seq_length))
+    optimizer.prepare_grads()
+    parts = optimizer.chained_optimizers
+    left_out = sum(len(p.get_parameters()) - len(p.get_main_grads_for_grad_norm()) for p in parts)
+    return float(gradient_norm(optimizer)), float(optimizer.get_grad_norm()), left_out
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_norm_is_the_engines_at_every_layout(layout: str, bf16: bool) -> None:
+    found = run_distributed(_norms, WORLD_SIZES[layout], LAYOUTS[layout], bf16)
+    ours, engines, left_out = zip(*found, strict=True)
+    assert len(set(ours)) == 1 and ours[0] > 0
+    assert ours == pytest.approx(engines, rel=1e-6)
+    if "TP2" in layout or "PP2" in layout:
+        assert max(left_out) > 0, "duplicates were to be left out"
