@@ -57,10 +57,10 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     seq_length: Annotated[int | None, flag(aliases=("--max_length",))] = None
     """Tokens per window. Default: the sequence length used in training."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: Annotated[tuple[str, ...], flag(aliases=("--prompt",))] = ()
     """Texts for both models to continue. Default: the beginnings of three held-out documents."""
 
-    prompts_file: str | None = None
+    prompts_file: Annotated[str | None, flag(aliases=("--prompt-file",))] = None
     """File with one prompt per line; they follow those of --prompts."""
 
     max_new_tokens: int = 64

@@ -11,6 +11,7 @@ neither flag                          trains a model from scratch (requires --no
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
@@ -370,7 +371,8 @@ def weights_defaults(given: Mapping[str, Any]) -> Found:
 
 def _no_checkpoint(given: Mapping[str, Any]) -> FileNotFoundError:
     name = "base_checkpoint" if "base_checkpoint" in given else "load"
-    return FileNotFoundError(f"{flag_name(name)} {given[name]}: contains no checkpoint")
+    reason = "contains no checkpoint" if Path(given[name]).exists() else "no such directory"
+    return FileNotFoundError(f"{flag_name(name)} {given[name]}: {reason}")
 
 
 def _has_other_layers(
