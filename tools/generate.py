@@ -71,9 +71,11 @@ def main() -> None:
     from megatron_ext.inference.load_model import load_model
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES
+    from megatron_ext.registry.loaded_path import check_holds_checkpoint
 
     Sampling(**config.sampling_options())  # checks the values before the model is loaded
     texts = _prompts(config)
+    check_holds_checkpoint("--load", config.load, config.ckpt_step)
     loaded = load_model(
         config.load,
         FAMILIES,
