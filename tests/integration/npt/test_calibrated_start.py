@@ -1,6 +1,8 @@
 """`pretrain_npt.py --np-init-strategy calibrated`: the files, the ranks, training from them, resuming, the layouts."""
 
 import json
+import signal
+import unittest.mock
 
 import pytest
 import torch
@@ -144,6 +146,25 @@ def test_a_killed_calibration_leaves_nothing_and_a_finished_one_is_kept(prepared
     _, again = run_single(train, *flags)
     assert "calibrating on" in again, "the directory now belongs to other settings"
     assert (folder / "calibrated/npt_weights.pt").read_bytes() == before, "the same command, the same bits"
+
+
+def _terminated(*flags: str) -> object:
+    def end(*arguments: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with unittest.mock.patch("megatron_ext.npt.calibration.calibrated_start.collect_moments", end):
+        try:
+            return train(*flags)
+        except SystemExit as ended:
+            return ended.code
+
+
+def test_a_terminated_calibration_leaves_neither_a_lock_nor_the_directory_that_it_made(
+    prepared: Prepared,
+) -> None:
+    flags = prepared.flags("terminated", *DROP, "--np-rank", "4", "--train-iters", "0")
+    assert run_single(_terminated, *flags) == 143
+    assert not (prepared.root / "terminated").exists()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
