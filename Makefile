@@ -55,6 +55,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps --upgrade \
 		--target $(TE_PYTHON) transformer_engine
 	@touch $@
+	@echo "installed into $(VENV); next: make quickstart, make npt or make progressive; for a shell: . $(BIN)/activate"
 
 quickstart: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh

@@ -59,6 +59,7 @@ def main() -> None:
     from megatron_ext.inference.load_model import load_model
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES
+    from megatron_ext.registry.loaded_path import check_holds_checkpoint
     from megatron_ext.reports.report_files import check_report_writable, write_report
 
     if config.output is not None:
@@ -66,6 +67,7 @@ def main() -> None:
     refuse_same_dataset("--data-path", config.data_path)
     for prefix in (*config.data_path, *([config.unigram_from] if config.unigram_from else [])):
         check_dataset(prefix)
+    check_holds_checkpoint("--load", config.load, config.ckpt_step)
     loaded = load_model(
         config.load,
         FAMILIES,

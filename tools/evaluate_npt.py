@@ -57,10 +57,10 @@ class EvaluateNPTConfig(LoadConfig, SamplingConfig):
     seq_length: Annotated[int | None, flag(aliases=("--max_length",))] = None
     """Tokens per window. Default: the sequence length used in training."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: Annotated[tuple[str, ...], flag(aliases=("--prompt",))] = ()
     """Texts for both models to continue. Default: the beginnings of three held-out documents."""
 
-    prompts_file: str | None = None
+    prompts_file: Annotated[str | None, flag(aliases=("--prompt-file",))] = None
     """File with one prompt per line; they follow those of --prompts."""
 
     max_new_tokens: int = 64
@@ -133,8 +133,10 @@ def _evaluate(config: EvaluateNPTConfig) -> dict[str, Any] | None:
         held_out_prompts,
         paired_generations,
     )
+    from megatron_ext.registry.loaded_path import check_holds_checkpoint
     from megatron_ext.training.checkpoint.checkpointer import read_run_config
 
+    check_holds_checkpoint("--checkpoint", config.checkpoint, config.ckpt_step)
     stored = read_run_config(config.checkpoint, config.ckpt_step)
     check_dataset(config.data_path, stored["tokenizer_fingerprint"])
     sampling = None
@@ -217,7 +219,8 @@ def _measure(
         few = on | {"max_tokens": min(config.ablation_tokens, total)}
         ablation = _ablation(model, families, settings.layers(loaded.config.num_layers), prefix, few)
     # The untrained baseline comes last, because its weights may replace the trained ones.
-    with token_progress("untrained NPT", total, shown=rank() == 0) as progress:
+    name = "NPT without deltas" if settings.np_init_strategy == "calibrated" else "untrained NPT"
+    with token_progress(name, total, shown=rank() == 0) as progress:
         loss, initial = _untrained(model, families, settings, seed, prefix, on | {"progress": progress})
     if report is None:
         return None

@@ -7,11 +7,12 @@ trained on masked tokens, the continuation begins as masks, which are replaced b
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_ext.config.command_line.field_checks import (
     Repeated,
     check_at_least,
+    flag,
     flag_name,
 )
 from megatron_ext.config.command_line.flag_text import argument_text, read_lines
@@ -30,7 +31,7 @@ class GenerateConfig(LoadConfig, SamplingConfig):
     load: str
     """Directory of checkpoints, or the directory of one checkpoint."""
 
-    prompt: tuple[str, ...] = ()
+    prompt: Annotated[tuple[str, ...], flag(aliases=("--prompts",))] = ()
     """Texts to continue."""
 
     stop: Repeated[str] = ()
@@ -39,7 +40,7 @@ class GenerateConfig(LoadConfig, SamplingConfig):
     stop_id: Repeated[int] = ()
     """Token id that ends a continuation, in addition to the model's own stop ids; repeat the flag for several ids."""
 
-    prompt_file: str | None = None
+    prompt_file: Annotated[str | None, flag(aliases=("--prompts-file",))] = None
     """File with one prompt per line, or - for standard input (single process only)."""
 
     sampler: Literal["autoregressive", "diffusion"] | None = None
@@ -70,9 +71,11 @@ def main() -> None:
     from megatron_ext.inference.load_model import load_model
     from megatron_ext.platform import process_groups
     from megatron_ext.registry.known_families import FAMILIES
+    from megatron_ext.registry.loaded_path import check_holds_checkpoint
 
     Sampling(**config.sampling_options())  # checks the values before the model is loaded
     texts = _prompts(config)
+    check_holds_checkpoint("--load", config.load, config.ckpt_step)
     loaded = load_model(
         config.load,
         FAMILIES,

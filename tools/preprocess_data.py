@@ -89,7 +89,8 @@ def main() -> int:
     if summary.resumed_shards:
         print(f"resumed: {summary.resumed_shards} finished pieces reused")
     for prefix, tokens, empty in zip(summary.prefixes, totals.tokens, totals.empty, strict=True):
-        print(f"{prefix}: {totals.documents:,} documents ({empty:,} empty), {tokens:,} tokens")
+        documents = f"{totals.documents:,} document{'s' if totals.documents != 1 else ''}"
+        print(f"{prefix}: {documents} ({empty:,} empty), {tokens:,} tokens")
     if totals.skipped_empty:
         print(f"skipped: {totals.skipped_empty:,} empty documents")
     if totals.rejected:

@@ -17,6 +17,8 @@ from megatron_ext.config.command_line.parse import run_main
 
 def main() -> None:
     """Registers the model type `megatron_ext` and runs the harness; only rank 0 prints and writes results."""
+    for word in sys.argv[1:]:
+        _check_path(word)
     try:
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging
@@ -43,6 +45,16 @@ def main() -> None:
             stack.enter_context(contextlib.redirect_stdout(silent))
         cli.execute(arguments)
     process_groups.shutdown()
+
+
+def _check_path(word: str) -> None:
+    """Checks the checkpoint that `load=...` in a word of the command line names, before the slow import of lm_eval."""
+    given = dict(part.partition("=")[::2] for part in word.removeprefix("--model_args=").split(","))
+    if "load" in given:
+        from megatron_ext.registry.loaded_path import check_holds_checkpoint
+
+        step = given.get("ckpt_step", "")
+        check_holds_checkpoint("--model_args load=", given["load"], int(step) if step.isdecimal() else None)
 
 
 if __name__ == "__main__":

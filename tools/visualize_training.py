@@ -56,34 +56,44 @@ def main() -> None:
     from megatron_ext.reports.charts import require_matplotlib
     from megatron_ext.reports.events import find_runs, read_curves
     from megatron_ext.reports.report_files import check_report_writable, write_report
-    from megatron_ext.reports.training_charts import training_charts
+    from megatron_ext.reports.training_charts import constant_values, training_charts
 
     target = config.html if config.html is not None else str(Path(config.output_dir or "", "x.svg"))
     check_report_writable("--html" if config.html is not None else "--output-dir", target)
     require_matplotlib("tools/visualize_training.py")
-    found = {}
+    found, constant = {}, {}
+
+    def wanted(tag: str) -> bool:
+        return re.search(config.tags, tag) is not None
+
     for name, folder in find_runs(config.tensorboard_dir).items():
         curves = read_curves(folder)
-        found[name] = training_charts(
-            curves, KNOWN_CHARTS, lambda tag: re.search(config.tags, tag) is not None
-        )
+        found[name] = training_charts(curves, KNOWN_CHARTS, wanted)
+        constant[name] = _sentence(constant_values(curves, wanted))
     count = sum(map(len, found.values()))
-    if not count:
+    if not count and not any(constant.values()):
         raise ValueError(
             f"--tensorboard-dir {config.tensorboard_dir}: the TensorBoard files have no scalars"
             + f" that match --tags {config.tags}" * bool(config.tags)
         )
     if config.html is not None:
-        write_report(config.html, _page(f"Training: {config.tensorboard_dir}", found))
+        write_report(config.html, _page(f"Training: {config.tensorboard_dir}", found, constant))
     for name, charts in found.items() if config.output_dir is not None else ():
         for chart in charts:
             ending = "_layers" if chart.is_heat_map else ""
             file = f"{_file_name(chart.name)}{ending}.svg"
             write_report(Path(config.output_dir or "", name, file), chart.svg)
+    for name, sentence in constant.items():
+        if sentence:
+            print(f"{name}: {sentence}" if name else sentence)
     print(f"{config.html or config.output_dir}: {count} charts")
 
 
-def _page(title: str, found: "Mapping[str, Sequence[Chart]]") -> str:
+def _sentence(constant: "Mapping[str, float]") -> str:
+    return "Constant: " + ", ".join(f"{tag} {value:g}" for tag, value in constant.items()) if constant else ""
+
+
+def _page(title: str, found: "Mapping[str, Sequence[Chart]]", constant: "Mapping[str, str]") -> str:
     from megatron_ext.reports.page import Page
 
     page = Page(title, has_contents=True)
@@ -91,6 +101,9 @@ def _page(title: str, found: "Mapping[str, Sequence[Chart]]") -> str:
         for section, of_section in groupby(charts, key=lambda chart: chart.section):
             page.heading(f"{run}: {section}" if run else section)
             page.pictures([(chart.svg, chart.caption) for chart in of_section], in_columns=True)
+        if constant[run]:
+            page.heading(f"{run}: Constant values" if run else "Constant values")
+            page.paragraph(constant[run])
     return page.html()
 
 

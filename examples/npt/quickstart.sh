@@ -45,6 +45,7 @@ echo "== 3. Convert in closed form: the NP factors follow from one pass of the b
 run "${convert[@]}" --lr 1e-4 --train-iters 0
 
 echo "== 4. Refine these factors by training: the next-token distribution should equal the base model's (loss: KL)"
+echo "   (each step has other text, so the loss of single steps may rise; perplexity may move by 0.1% while the KL falls)"
 run "${convert[@]}" --direct-mlp-weight 0 --curriculum-stages student:1 --lr 3e-5 --min-lr 0 --lr-decay-style cosine \
     --lr-warmup-iters 2 --weight-decay 0 --train-iters "${STEPS:-25}" --eval-interval 1000 --eval-iters 0 --log-interval 5 \
     --tensorboard-dir "$out/tensorboard"
@@ -58,6 +59,7 @@ run "${evaluate[@]}" --checkpoint "$out/npt" --data-path "$out/held_out_text_doc
 
 echo "== 6. The same figures for the novel, and for the closed form alone"
 figures() { # NAME TEXT FLAGS...: evaluates on TEXT, without generations
+    echo "-- $1: on $2.jsonl"
     quietly "$out/reports/$1.txt" "${evaluate[@]}" --data-path "$out/$2_text_document" --output "$out/reports/$1.json" \
         --ablation-tokens 0 --max-new-tokens 0 "${@:3}"
 }

@@ -14,6 +14,20 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
 
+def launched_processes() -> int | None:
+    """Returns the number of processes that `torchrun` has set in the environment; None without `torchrun`.
+
+    Raises:
+        ValueError: WORLD_SIZE is not a number.
+    """
+    given = os.environ.get("WORLD_SIZE")
+    if not given:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"WORLD_SIZE={given} in the environment: must be a number of processes, at least 1")
+    return int(given)
+
+
 def validate(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -36,7 +50,7 @@ def validate(
         world_size: number of processes; the default is the environment variable WORLD_SIZE set by `torchrun`, or 1.
     """
     if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE") or 1)
+        world_size = launched_processes() or 1
     data_parallel_size = parallel.data_parallel_size(world_size)
     _check_tensor_parallel(model, parallel)
     _check_pipeline(model, parallel)

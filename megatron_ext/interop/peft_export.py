@@ -32,6 +32,7 @@ from megatron_ext.models.base_parameters import ADAPTERS
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.platform.collectives import gather_or_raise, merge_over_ranks, on_first_rank
+from megatron_ext.training.checkpoint.checkpoint_files import write_safetensors_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -106,13 +107,11 @@ def export_peft(
     factors = gather_lora_factors(chunks, name)
 
     def write() -> None:
-        from safetensors.torch import save_file  # installed by the extra `hf`
-
         check_free(directory, ADAPTER_FLAG, overwrite=overwrite)
         with complete_directory(directory, ADAPTER_FLAG, overwrite=overwrite) as folder:
             config = peft_config(shapes, model.num_layers, base_model)
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(peft_tensors(factors, model), str(folder / TENSORS_FILE), metadata={"format": "pt"})
+            write_safetensors_file(folder / TENSORS_FILE, peft_tensors(factors, model), {"format": "pt"})
 
     on_first_rank(write)
 

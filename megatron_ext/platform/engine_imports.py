@@ -95,7 +95,8 @@ def hide_transformer_engine(reason: str) -> None:
 def transformer_engine_problem() -> str | None:
     """Returns why Transformer Engine cannot be used in this process, as a clause; None if it can be used."""
     if importlib.util.find_spec(_TE) is None:
-        return "Transformer Engine is not installed (pip install 'megatron-ext[te]')"
+        # Where there is no device, installing it would not help.
+        return _missing_device() or "Transformer Engine is not installed (pip install 'megatron-ext[te]')"
     try:
         importlib.import_module(_TE)
     except ImportError as error:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_ext.config.cross_checks import launched_processes
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform import cpu
 from megatron_ext.platform import shared_groups as groups
@@ -31,7 +32,7 @@ def device() -> torch.device:
 
 def world_size() -> int:
     """Returns the number of processes of the run, from `torchrun`'s environment; 1 without `torchrun`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_processes() or 1
 
 
 def rank() -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_ext.config.cross_checks import launched_processes
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.rehearsal_config import ALL_KINDS, RehearsalConfig
 from megatron_ext.config.run_config import C
@@ -70,7 +71,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
 
 
 def _processes(rehearsal: RehearsalConfig, parallel: ParallelConfig) -> int:
-    return rehearsal.world_size or int(os.environ.get("WORLD_SIZE") or parallel.model_parallel_size)
+    return rehearsal.world_size or launched_processes() or parallel.model_parallel_size
 
 
 def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, processes: int) -> list[int]:
@@ -86,7 +87,9 @@ def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, proc
         return [stage * (processes // stages) for stage in sorted({0, stages // 2, stages - 1})]
     rank = int(rehearsal.rehearse or 0)
     if rank >= processes:
-        raise ValueError(f"--rehearse {rank}: must be less than the number of processes, {processes}")
+        raise ValueError(
+            f"--rehearse {rank}: must be less than the number of processes, {processes}: ranks are 0 to {processes - 1}"
+        )
     return [rank]
 
 

@@ -38,17 +38,34 @@ def training_charts(
     Args:
         curves: steps and values of each TensorBoard tag.
         declared: charts of known tags; a tag that belongs to none of them gets a separate chart.
-        wanted: returns whether a tag is to be drawn. Curriculum stages are always shaded.
+        wanted: returns whether a tag is to be drawn. Several curriculum stages are always shaded.
     """
     bands = [(name, float(first), float(last)) for name, first, last in stages(curves)]
+    if len(bands) == 1:
+        bands = []  # a name over the whole chart would say nothing
+    constant = constant_values(curves, wanted)
     groups: dict[ScalarChart, dict[str, Curve]] = {}
     # Short tags first: a training loss before the same loss in validation.
     for tag, curve in sorted(curves.items(), key=lambda item: (len(item[0]), item[0])):
-        if wanted(tag) and tag != STAGE_TAG and curve[0]:
+        if wanted(tag) and tag != STAGE_TAG and curve[0] and tag not in constant:
             groups.setdefault(chart_of(tag, declared), {})[tag] = curve
     place = {chart: number for number, chart in enumerate(declared)}
     ordered = sorted(groups, key=lambda chart: place.get(chart, len(place)))
     return _in_sections([drawn for chart in ordered for drawn in _draw(chart, groups[chart], bands)])
+
+
+def constant_values(
+    curves: dict[str, Curve], wanted: Callable[[str], bool] = lambda tag: True
+) -> dict[str, float]:
+    """Returns the wanted tags with the same value at every one of several steps; `training_charts` leaves them out.
+
+    Values of layers are not among them: their heat map shows all layers together.
+    """
+    return {
+        tag: values[0]
+        for tag, (_, values) in sorted(plain_curves(curves).items())
+        if wanted(tag) and len(values) > 1 and len(set(values)) == 1
+    }
 
 
 def _draw(chart: ScalarChart, curves: dict[str, Curve], bands: Sequence[Band]) -> list[Chart]:

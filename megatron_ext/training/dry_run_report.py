@@ -7,7 +7,6 @@ the model needs. If the trained part of the model changes during the run, as und
 all figures are for the last step.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from itertools import groupby
@@ -17,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.config.cross_checks import launched_processes
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.config.run_config import C, RunConfig
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
@@ -36,8 +36,7 @@ _PLAIN_WIDTH = 110  # columns where the output is not a terminal
 
 def planned_world_size(config: RunConfig) -> int:
     """Returns the number of processes: --world-size, else WORLD_SIZE, else as many as one copy of the model needs."""
-    given = config.rehearsal.world_size or os.environ.get("WORLD_SIZE")
-    return int(given or config.parallel.model_parallel_size)
+    return config.rehearsal.world_size or launched_processes() or config.parallel.model_parallel_size
 
 
 def print_dry_run(
@@ -93,9 +92,10 @@ def _describe(layout: ParallelLayout) -> str:
     if parallel.context_parallel_size > 1:
         sizes += f" x context {parallel.context_parallel_size}"
     batch = layout.micro_batch_size * layout.num_microbatches * layout.data_parallel_size
+    micro_batches = f"{layout.num_microbatches} micro-batch{'es' if layout.num_microbatches > 1 else ''}"
     return (
         f"{processes} processes = {sizes}; {'bf16' if layout.bf16 else 'fp32'}\n"
-        f"one step = {batch} sequences of {model.seq_length} tokens; {layout.num_microbatches} micro-batches of "
+        f"one step = {batch} sequences of {model.seq_length} tokens; {micro_batches} of "
         f"{layout.micro_batch_size} per data-parallel rank"
     )
 

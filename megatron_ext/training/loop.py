@@ -21,6 +21,7 @@ import torch
 from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.config.groups.checkpoint_config import CheckpointConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
+from megatron_ext.data.files.console import ProgressLines
 from megatron_ext.platform.hosts import rank_progress
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import ReadStep, Stepper, StepResult, parameters_norm
@@ -28,7 +29,7 @@ from megatron_ext.training.garbage_collection import manual_collection
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.logging.step_metrics import StepMetrics
-from megatron_ext.training.stop_signals import EXIT_CODES, NO_SIGNAL, SignalWatcher
+from megatron_ext.training.stop_signals import EXIT_CODES, NO_SIGNAL, SignalWatcher, ending_at_once
 
 EXIT_OK = 0
 """The run is complete, or `--exit-interval` or `--exit-duration-in-mins` has stopped it."""
@@ -93,6 +94,7 @@ class Loop:
         *,
         sequence_length: int,
         flops_per_token: Callable[[int], float],
+        after_last_step: Callable[[TrainingProgress], None] = lambda progress: None,
     ) -> None:
         """Args:
         training: when the run evaluates and ends.
@@ -104,6 +106,7 @@ class Loop:
         sequence_length: tokens per sequence.
         flops_per_token: called with a step's number after the step has run; returns the step's model FLOPs per token
             (forward and backward, model families included), for throughput and MFU.
+        after_last_step: called when the last step is done, before the final evaluation.
         """
         self.training = training
         self.checkpoint = checkpoint
@@ -113,6 +116,8 @@ class Loop:
         self.data = data
         self.sequence_length = sequence_length
         self.flops_per_token = flops_per_token
+        self._after_last_step = after_last_step
+        self._has_noted_clipping = False
         self._saving: _Saving | None = None
         self.total_iterations = training.resolved_train_iters(stepper.global_batch_size)
         self._unread: _Step | None = None
@@ -127,6 +132,15 @@ class Loop:
         """
         if progress.iteration >= self.total_iterations:
             self._report_complete(progress)
+        code, progress = self._train(progress)
+        if self.is_complete(progress):
+            self._after_last_step(progress)
+        if code is None:
+            self._evaluate_at_end(progress)
+        return EXIT_OK if code is None else code, progress
+
+    def _train(self, progress: TrainingProgress) -> tuple[int | None, TrainingProgress]:
+        """Runs the steps; returns the exit code, or None after the last step, and the progress."""
         self._skipped_steps = progress.skipped_steps
         collection = manual_collection() if self.training.manual_gc else nullcontext()
         with SignalWatcher() as signals, self._running_save(), collection:
@@ -154,8 +168,7 @@ class Loop:
                 if reason is not None:
                     self._note_stop(f"stopped after step {progress.iteration}: {reason}", code)
                     return code, progress
-        self._evaluate_at_end(progress)
-        return EXIT_OK, progress
+        return None, progress
 
     def _shared(self, signals: SignalWatcher, started: float) -> torch.Tensor:
         limit = self.training.exit_duration_in_mins
@@ -230,8 +243,20 @@ class Loop:
         self.reporter.step(iteration, self._metrics(result, progress, step.flops_per_token, seconds))
         if result.statistics:
             self.reporter.statistics(iteration, result.statistics)
+        self._note_clipping(result.grad_norm)
         self._report_messages(iteration, {**result.losses, **result.layer_losses})
         return progress
+
+    def _note_clipping(self, norm: float) -> None:
+        """Reports once that clipping couples layers that otherwise train by themselves."""
+        limit = self.stepper.clip_grad
+        apart = any(family.trains_apart() for family in self.stepper.families)
+        if apart and 0 < limit < norm and not self._has_noted_clipping:
+            self._has_noted_clipping = True
+            self.reporter.message(
+                f"note: the gradient norm {norm:.3g} exceeds --clip-grad {limit:g}; the clipping scales the gradients "
+                "of all layers together, so in such steps the layers do not train independently"
+            )
 
     @property
     def _is_diverged(self) -> bool:
@@ -353,16 +378,22 @@ class Loop:
             self.reporter.message(
                 f"evaluating on {' and '.join(remaining)} data, {steps} each (--eval-iters)"
             )
-        for name, batches in remaining.items():
-            self._report(progress, batches, name)
+        saved = f"; step {progress.iteration} is saved" if self.checkpoint.save is not None else ""
+        with ending_at_once(f"stopped in the evaluation{saved}"):
+            for name, batches in remaining.items():
+                self._report(progress, batches, name)
 
     def _report(self, progress: TrainingProgress, batches: Batches, split: str) -> None:
         self.reporter.validation(
             progress.iteration,
-            self.stepper.evaluate(lambda: batches(0), self.training.eval_iters, split),
+            self.stepper.evaluate(lambda: batches(0), self.training.eval_iters, split, self._progress_lines),
             consumed_samples=progress.consumed_samples,
             split=split,
         )
+
+    def _progress_lines(self, name: str) -> Callable[[int], None]:
+        total = self.training.eval_iters
+        return ProgressLines(name, total, unit="steps", write=self.reporter.message).advance
 
     @staticmethod
     def _is_due(iteration: int, interval: int | None) -> bool:

@@ -204,6 +204,7 @@ def train(
             data,
             sequence_length=config.model.seq_length,
             flops_per_token=partial(_flops_per_token, config, tokenizer.vocab_size, families),
+            after_last_step=partial(options.after_last_step, chunks),
         )
         if training.skip_train:
             return loop.evaluate_only(progress)

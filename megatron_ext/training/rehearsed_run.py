@@ -44,7 +44,9 @@ def as_rehearsal(config: C, families: list[Family], options: RunOptions) -> tupl
     )
     data = made_up_data(config, families)
     changed = replace(config, training=training, checkpoint=CheckpointConfig(), logging=logging)
-    return changed, replace(options, base=None, data=data, finish=PLAIN.finish)
+    return changed, replace(
+        options, base=None, data=data, finish=PLAIN.finish, after_last_step=PLAIN.after_last_step
+    )
 
 
 def made_up_data(config: RunConfig, families: list[Family]) -> Data:

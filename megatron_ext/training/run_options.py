@@ -33,7 +33,10 @@ class RunOptions:
     """Called before the first step of a run that does not resume from a checkpoint; collective."""
 
     finish: Callable[[list[GPTModel], TrainingProgress], None] = lambda chunks, progress: None
-    """Called after the last step; collective."""
+    """Called after the last step and the final evaluation; collective."""
+
+    after_last_step: Callable[[list[GPTModel], TrainingProgress], None] = lambda chunks, progress: None
+    """Called after the last step, before the final evaluation; collective."""
 
     first_sample: int = 0
     """Number of training sequences that earlier runs of a series have consumed; this run begins after them."""

@@ -10,12 +10,15 @@ signals and ignore them; see `data.datasets.loader_processes`.
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_ext.config.command_line.error_lines import tell_launcher
 from megatron_ext.platform import process_groups
 
 EXIT_SIGHUP = 128 + signal.SIGHUP
@@ -44,6 +47,32 @@ NO_SIGNAL = 1
 
 # `torchrun` forwards a SIGINT that the terminal has already sent to every process: one Ctrl-C arrives twice.
 _SAME_INTERRUPT_SECONDS = 2.0
+
+
+@contextmanager
+def ending_at_once(text: str) -> Iterator[None]:
+    """Context manager in which a signal ends the process at once, with its exit code and after a line on rank 0.
+
+    The process leaves through `SystemExit`, so that locks and temporary files are removed.
+    """
+    ended_at: list[float] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if ended_at and time.monotonic() - ended_at[0] < _SAME_INTERRUPT_SECONDS:
+            return
+        ended_at.append(time.monotonic())
+        if process_groups.rank() == 0:
+            print(text, flush=True)
+        tell_launcher(text)
+        raise SystemExit(EXIT_CODES[signal.Signals(number)])
+
+    ignored = {number for number in EXIT_CODES if signal.getsignal(number) == signal.SIG_IGN}  # `nohup`
+    previous = {number: signal.signal(number, end) for number in EXIT_CODES if number not in ignored}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class SignalWatcher:

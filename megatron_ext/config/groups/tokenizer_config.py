@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_ext.config.command_line.field_checks import (
     check_at_least,
@@ -29,6 +29,15 @@ _NEEDS = {
     "TikTokenizer": ("tokenizer_model",),
     "NullTokenizer": ("vocab_size",),
 }
+
+
+def tokenizer_flags(kind: str) -> str | None:
+    """Returns the flags that choose a type of tokenizer, for a message; None if there is no such type."""
+    if kind not in get_args(TokenizerType):
+        return None
+    return " ".join(
+        [f"--tokenizer-type {kind}", *(f"{flag_name(name)} ..." for name in _NEEDS.get(kind, ()))]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Shows the progress of the tools that read token ids, on standard error: a bar on a terminal, otherwise lines."""
+"""Shows progress: a bar on a terminal, otherwise lines. Tools that read token ids show theirs on standard error."""
 
 import sys
 import time
@@ -35,7 +35,7 @@ def token_progress(description: str, total: int, *, shown: bool = True) -> Itera
         yield lambda tokens: None
         return
     if not sys.stderr.isatty():
-        yield _Lines(description, total).advance
+        yield ProgressLines(description, total).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -43,29 +43,45 @@ def token_progress(description: str, total: int, *, shown: bool = True) -> Itera
         yield lambda tokens: bar.advance(task, tokens)
 
 
-class _Lines:
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class ProgressLines:
     """Prints a line from time to time, for a log file."""
 
-    def __init__(self, description: str, total: int) -> None:
-        self._description, self._total = description, total
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        *,
+        unit: str = "tokens",
+        write: Callable[[str], None] = _print_error,
+    ) -> None:
+        """Args:
+        description: what is being done, at the beginning of every line.
+        total: how much there is to do.
+        unit: what is counted.
+        write: prints a line.
+        """
+        self._description, self._total, self._unit, self._write = description, total, unit, write
         self._begin = self._last_line = time.monotonic()
         self._done, self._has_printed = 0, False
 
-    def advance(self, tokens: int) -> None:
-        """Counts the tokens, and prints a line if the last one is old enough.
+    def advance(self, count: int) -> None:
+        """Counts what is done, and prints a line if the last one is old enough.
 
-        The last tokens get a line if there was one before, so that a finished run does not look interrupted.
+        The end gets a line if there was one before, so that a finished run does not look interrupted.
         """
-        self._done += tokens
+        self._done += count
         now = time.monotonic()
         is_last = self._has_printed and self._done >= self._total
         if (now - self._last_line < _LINE_SECONDS and not is_last) or not self._done:
             return
         self._last_line, self._has_printed = now, True
         share, rate = self._done / self._total, self._done / (now - self._begin)
-        print(
-            f"{self._description}: {self._done:,} of {self._total:,} tokens ({100 * share:.0f}%)  "
-            f"{rate:,.0f} tokens/s  ETA {timedelta(seconds=round((self._total - self._done) / rate))}",
-            file=sys.stderr,
-            flush=True,
+        self._write(
+            f"{self._description}: {self._done:,} of {self._total:,} {self._unit} ({100 * share:.0f}%)  "
+            f"{rate:,.{0 if rate >= 10 else 2}f} {self._unit}/s  "
+            f"ETA {timedelta(seconds=round((self._total - self._done) / rate))}"
         )

@@ -18,6 +18,7 @@ and written in chunks, so memory use does not grow with the dataset. The optiona
 ignored.
 """
 
+import glob
 import mmap
 import os
 import struct
@@ -134,6 +135,15 @@ def optimal_dtype(vocab_size: int | None) -> type[np.generic]:
     return np.uint16 if vocab_size is not None and vocab_size < 65500 else np.int32
 
 
+def _hint(prefix: str) -> str:
+    """Returns what to give instead of a prefix that names no dataset, or ""."""
+    if prefix.endswith((".bin", ".idx")):
+        return "; give the prefix without .bin and .idx"
+    # Preprocessing appends the key of the text and the level to --output-prefix.
+    longer = sorted(glob.glob(f"{glob.escape(prefix)}_*_document.idx"))
+    return f"; did you mean {' or '.join(path.removesuffix('.idx') for path in longer)}?" if longer else ""
+
+
 def open_index(prefix: str) -> Index:
     """Memory-maps `PREFIX.idx` and makes all checks that take constant time.
 
@@ -144,8 +154,7 @@ def open_index(prefix: str) -> Index:
     idx, binary = idx_path(prefix), bin_path(prefix)
     for path in (idx, binary):
         if not os.path.isfile(path):
-            hint = "; give the prefix without .bin and .idx" if prefix.endswith((".bin", ".idx")) else ""
-            raise FileNotFoundError(f"data file not found: {path}{hint}")
+            raise FileNotFoundError(f"data file not found: {path}{_hint(prefix)}")
     dtype, sequences, documents = _read_header(idx)
     expected = _HEADER_BYTES + 12 * sequences + 8 * documents
     actual = os.path.getsize(idx)

@@ -13,10 +13,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.config.groups.tokenizer_config import tokenizer_flags
 from megatron_ext.data.indexed.indexed_files import Index, bin_path, idx_path, open_index
 from megatron_ext.data.tokenizers.tokenizer import Tokenizer, in_words
 
@@ -193,6 +194,17 @@ def check_dataset(prefix: str, tokenizer: Tokenizer | str | None = None) -> Inde
         if isinstance(tokenizer, Tokenizer):
             run_tokenizer = in_words({**tokenizer.describe(), "files": tokenizer.files})
         raise ValueError(
-            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run uses {run_tokenizer}"
+            f"{prefix} was made with the tokenizer {in_words(made_with)}, but this run uses {run_tokenizer}; "
+            + _remedy(made_with, tokenizer)
         )
     return index
+
+
+def _remedy(made_with: Mapping[str, Any], tokenizer: Tokenizer | str | None) -> str:
+    """Returns what the user can do about a dataset of another tokenizer."""
+    again = "tokenize the text again with this tokenizer (tools/preprocess_data.py)"
+    flags = tokenizer_flags(str(made_with.get("class")))
+    # A run names its tokenizer by flags; a tool has that of a checkpoint, given as a fingerprint.
+    return (
+        f"pass the dataset's ({flags}), or {again}" if flags and isinstance(tokenizer, Tokenizer) else again
+    )

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.interop.formats.directory_diagnosis import (
@@ -21,6 +20,7 @@ from megatron_ext.interop.formats.directory_diagnosis import (
     what_is_there,
 )
 from megatron_ext.interop.formats.weight_layout import Entry, Shape, join
+from megatron_ext.training.checkpoint.checkpoint_files import write_safetensors_file
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -43,8 +43,9 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
             f"--model-dir {model_dir}: is a file; give a Hugging Face directory or a GGUF file"
         )
     if not folder.is_dir():
+        what = "file or directory" if folder.suffix.lower() == ".gguf" else "directory"
         raise FileNotFoundError(
-            f"--model-dir {model_dir}: no such directory; download the model first (hub names are not looked up)"
+            f"--model-dir {model_dir}: no such {what}; download the model first (hub names are not looked up)"
         )
     there = None if (folder / CONFIG).is_file() else what_is_there(folder)
     return read_object(
@@ -302,7 +303,7 @@ def write_safetensors(
         for parts, read in shard:
             held |= {name: tensor.contiguous() for (name, _), tensor in zip(parts, read(), strict=True)}
         weight_map |= dict.fromkeys(held, file)
-        save_file(held, str(folder / file), metadata={"format": "pt"})
+        write_safetensors_file(folder / file, held, {"format": "pt"})
     if len(names) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -148,6 +148,7 @@ def _moments(config: NPTRunConfig, chunks: list[GPTModel], data: Data) -> dict[i
         _samples(config),
         gradients=config.npt.calibration_metric == "fisher",
         seed=config.training.seed,
+        name="calibration" if config.np.np_form == "key_value" else "calibration, pass 1 of 3",
     )
 
 
@@ -292,13 +293,27 @@ def _report(
 
 
 def _print_report(report: Mapping[str, Any], settings: NPTModuleConfig) -> None:
+    predicts_kl = settings.np_form == "key_value" and report["metric"] == "fisher"
+    of_what = (
+        "predicted KL of a layer without deltas" if predicts_kl else "square of what the deltas should write"
+    )
+    print_on_first_rank(f"rank of each layer, and the share of the {of_what} that it leaves:")
     for number, targets in report["layers"].items():
         parts = [
-            f"{target} rank {found['rank']}, {found['error_left']:.2%} of the error left"
-            for target, found in targets.items()
+            f"{name} rank {found['rank']}, {found['error_left']:.2%} left"
+            for name, found in _named_entries(targets, settings)
         ]
         print_on_first_rank(f"  layer {number}: {'; '.join(parts)}")
     print_on_first_rank(f"calibrated: rank {described(settings.np_rank)}")
+
+
+def _named_entries(
+    targets: Mapping[str, Mapping[str, Any]], settings: NPTModuleConfig
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns the entries of one layer by the run's names of the targets; gate and up share a rank and an error."""
+    of_fc1 = next(found for target, found in targets.items() if target != DOWN)
+    entries = [of_fc1, *(found for target, found in targets.items() if target == DOWN)]
+    return list(zip(settings.named_targets, entries, strict=True))
 
 
 def chosen_settings(weights: Path, requested: NPTModuleConfig) -> NPTModuleConfig:

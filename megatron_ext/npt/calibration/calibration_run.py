@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.data.files.console import ProgressLines
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.ops.output_with_bias import output_with_bias
 from megatron_ext.npt.modules.key_value import centred
 from megatron_ext.platform import process_groups
+from megatron_ext.platform.collectives import print_on_first_rank
 from megatron_ext.training.interface.family_interface import Batch
 
 UNIFORM = "calibration_uniform"
@@ -39,7 +41,9 @@ class Step:
     """Number of tokens that count, over all data-parallel ranks."""
 
 
-def calibration_steps(batches: Iterator[Batch], samples: int, seed: int = 0) -> Iterator[Step]:
+def calibration_steps(
+    batches: Iterator[Batch], samples: int, seed: int = 0, *, name: str = "calibration"
+) -> Iterator[Step]:
     """Yields steps until `samples` samples are read; further samples in the last step do not count.
 
     Args:
@@ -47,12 +51,15 @@ def calibration_steps(batches: Iterator[Batch], samples: int, seed: int = 0) -> 
             consecutive samples.
         samples: number of samples to use; further samples get a loss of zero.
         seed: seed of the sampled labels.
+        name: name of this pass over the samples, for its progress.
     """
+    lines = ProgressLines(name, samples, unit="samples", write=print_on_first_rank)
     first = 0
     while first < samples:
         step = _step(batches, first, samples, seed)
         yield step
         first += step.samples
+        lines.advance(min(step.samples, samples - first + step.samples))
 
 
 def _step(batches: Iterator[Batch], first: int, samples: int, seed: int) -> Step:

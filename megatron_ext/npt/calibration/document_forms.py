@@ -118,7 +118,7 @@ def calibrate_form(
     def read(number: int, layer: Any, tokens: LayerTokens) -> None:
         reads[number].add(tokens, DOWN in settings.targets)
 
-    visit_layers(chunks, layers, batches(), samples, read)
+    visit_layers(chunks, layers, batches(), samples, read, name="calibration, pass 2 of 3")
     sums = chain.from_iterable((of.gain, of.attention, of.output) for of in reads.values())
     _share(chunks, sums)
     parts: dict[Target, Modulation] = {}
@@ -251,7 +251,8 @@ def _fits(
                 u = readers[number, kind].coefficients(x, tokens.attention)
                 fits[number, kind].add(tokens.rows(u), tokens.rows(wanted))
 
-    visit_layers(chunks, {number for number, _ in parts}, batches(), samples, add)
+    numbers = {number for number, _ in parts}
+    visit_layers(chunks, numbers, batches(), samples, add, name="calibration, pass 3 of 3")
     _share(chunks, iter(fits.values()))
     return fits
 

@@ -49,7 +49,13 @@ Visit = Callable[[int, Any, LayerTokens], None]
 
 @torch.no_grad()
 def visit_layers(
-    chunks: list[GPTModel], layers: Collection[int], batches: Iterator[Batch], samples: int, visit: Visit
+    chunks: list[GPTModel],
+    layers: Collection[int],
+    batches: Iterator[Batch],
+    samples: int,
+    visit: Visit,
+    *,
+    name: str,
 ) -> None:
     """Runs the base model over the first samples; collective.
 
@@ -60,12 +66,13 @@ def visit_layers(
             consecutive samples.
         samples: number of samples to use.
         visit: called for every layer and micro-batch.
+        name: name of this pass, for its progress.
     """
     hooks = _Hooks(chunks, layers, visit)
     for chunk in chunks:
         chunk.eval()
     try:
-        for step in calibration_steps(batches, samples):
+        for step in calibration_steps(batches, samples, name=name):
             hooks.begin(step)
             run_microbatches(chunks, [], step.batches, NoLoss(), forward_only=True)
     finally:

@@ -70,6 +70,7 @@ def collect_moments(
     *,
     gradients: bool,
     seed: int,
+    name: str = "calibration",
 ) -> dict[int, LayerMoments]:
     """Returns the moments of this stage's layers; collective.
 
@@ -81,13 +82,14 @@ def collect_moments(
         samples: number of samples to use.
         gradients: whether to compute `metric` and `output`, which stay zero otherwise.
         seed: seed of the sampled labels.
+        name: name of this pass, for its progress.
     """
     hooks = _Hooks(chunks, layers, gradients)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
     tokens = 0
     try:
-        for step in calibration_steps(batches, samples, seed):
+        for step in calibration_steps(batches, samples, seed, name=name):
             hooks.begin(step)
             # The loss of `run_microbatches` is on average a mean over the tokens of a data-parallel rank.
             # megatron-core multiplies it by the context-parallel size.

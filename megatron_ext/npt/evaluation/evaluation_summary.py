@@ -19,7 +19,14 @@ def print_summary(report: dict[str, Any]) -> None:
     )
     table.add_row("perplexity ratio", "1", _four(ratio, 6), _verdict(perplexity["as_expected"], "1 ± 0.05"))
     untrained = _four(perplexity["untrained_ratio"], 6)
-    table.add_row("  converted, not trained", "1", untrained, untrained_state(perplexity))
+    is_calibrated = perplexity["untrained_seed"] is None
+    # A calibrated model is converted without training, too; its reference has no deltas.
+    row = (
+        ("  without deltas", "1", untrained, "")
+        if is_calibrated
+        else ("  converted, not trained", "1", untrained, untrained_state(perplexity))
+    )
+    table.add_row(*row)
     table.add_row("KL(base || NPT)", "0", _four(kl), "nats per token")
     average = delta["average_frobenius_norm"]
     table.add_row(
@@ -33,8 +40,13 @@ def print_summary(report: dict[str, Any]) -> None:
     table.add_row("parameters", f"{counts['converted_layers']:,}", f"{counts['np']:,}", share)
     console = Console(width=100)
     console.print(table)
+    console.print(
+        "delta: what attention adds to an MLP's weights for a token. Explained in docs/npt_evaluation.md."
+    )
     console.print(_layer_table(report))
+    console.print("same input: both layers read the base model's; free-running: each reads its own model's.")
     console.print(_error_table(report))
+    console.print(_ERROR_LEGEND)
     if report["layer_ablation"] is not None:
         console.print(held_back(report["layer_ablation"]))
     if report["generations"]:
@@ -74,7 +86,7 @@ def _layer_table(report: dict[str, Any]) -> Table:
     layers.add_column("layer", justify="right")
     for how in ("same input", "free-running"):
         for column in ("MSE", "1 - cosine", "relative error"):
-            layers.add_column(f"{how}:\n{column}", justify="right")
+            layers.add_column(f"{how}:\n{column.replace(' error', chr(10) + 'error')}", justify="right")
     modes = [report["layer_wise_equivalence"][how]["layers"] for how in ("same_input", "free_running")]
     for number in modes[0]:
         cells = [
@@ -102,15 +114,20 @@ def _error_table(report: dict[str, Any]) -> Table:
 
 ERROR_COLUMNS = (
     "layer",
-    "untrained: median",
-    "untrained: p99",
-    "trained: median",
-    "trained: p99",
+    "without deltas: median",
+    "without deltas: p99",
+    "NPT: median",
+    "NPT: p99",
     "massive tokens",
     "their share",
     "KL without, less by",
 )
 """Headings of `error_rows`; `their share` is the massive tokens' share of the targets' sum of squares."""
+
+_ERROR_LEGEND = (
+    "massive tokens: those whose squared target is above 100 times the median; their share of all squared targets. "
+    "KL without, less by: how much KL(base || NPT) falls if this layer is the base model's again."
+)
 
 
 def error_rows(report: dict[str, Any]) -> list[list[str | float | None]]:

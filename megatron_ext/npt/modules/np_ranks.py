@@ -79,7 +79,7 @@ def limit(value: int | str) -> Limit | None:
     """Returns the limit of `auto:`; None for ranks that are given as numbers.
 
     Raises:
-        ValueError: the limit is not a number above 0.
+        ValueError: the limit is not a number above 0, or a share is above 1.
     """
     if not str(value).startswith(_AUTO):
         return None
@@ -92,7 +92,12 @@ def limit(value: int | str) -> Limit | None:
         raise ValueError(
             f"--np-rank {value}: the limit must be a number above 0, such as auto:0.15 or auto:kl=0.01"
         )
-    return Limit(None, number) if text.startswith(_KL) else Limit(number, None)
+    if text.startswith(_KL):
+        return Limit(None, number)
+    if number > 1:
+        example = number / 100 if number <= 100 else 0.15
+        raise ValueError(f"--np-rank {value}: the share is a fraction of 1, such as auto:{example:g}")
+    return Limit(number, None)
 
 
 def rank_of(value: int | str, place: int, count: int, target: str) -> int:

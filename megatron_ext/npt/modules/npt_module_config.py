@@ -131,6 +131,13 @@ class NPTModuleConfig:
         return targets
 
     @property
+    def named_targets(self) -> tuple[str, ...]:
+        """The targets for a message, those of fc1 as one, because they share a rank: `gate+up` and `down`."""
+        targets = _TARGETS[self.np_target]
+        of_fc1 = "+".join(target for target in targets if target != "down")
+        return (of_fc1, *(target for target in targets if target == "down"))
+
+    @property
     def is_gated(self) -> bool:
         """Whether `np_target` is for an MLP with a gate."""
         return self.np_target != "fc1"

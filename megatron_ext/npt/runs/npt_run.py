@@ -11,6 +11,7 @@ neither flag                          trains a model from scratch (requires --no
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.command_line.field_checks import flag_name
@@ -48,6 +49,7 @@ from megatron_ext.training.interface.family_interface import Family
 from megatron_ext.training.loop import EXIT_OK
 from megatron_ext.training.pretrain import check_run, pretrain, process_group, resolve, train
 from megatron_ext.training.run_options import RunOptions
+from megatron_ext.training.stop_signals import ending_at_once
 
 
 def run_npt(config: NPTRunConfig) -> int:
@@ -81,7 +83,7 @@ def run_npt(config: NPTRunConfig) -> int:
         checkpoint_name=npt_checkpoint_name,
         loads_what_fits=takes_what_fits,
         prepare=partial(_prepare, config, base, load, words, trains),
-        finish=partial(write_final, config),
+        after_last_step=partial(write_final, config),
     )
     return pretrain(config, partial(make_families, trains=trains), _with_repeats(config, options))
 
@@ -135,9 +137,11 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
     config = resolve(config if trains else replace(config, training=replace(config.training, train_iters=1)))
     tokenizer = check_run(config, lambda _: check_directories(config.checkpoint, writes=True))
     with process_group(config.parallel, config.training, config.checkpoint):
-        path = calibrated_start(config, base, tokenizer)
+        with ending_at_once("stopped in the calibration, of which nothing is kept"):
+            path = calibrated_start(config, base, tokenizer)
         if not trains:
             print_on_first_rank(f"written: {path.parent}")
+            print_on_first_rank(_next_steps(base, path))
             return EXIT_OK
         config = replace(config, np=chosen_settings(path, config.np))
         weights = read_np_weights(str(path), config.np)
@@ -146,12 +150,21 @@ def _run_calibrated(config: NPTRunConfig, base: BaseCheckpoint | None) -> int:
             base=base,
             checkpoint_name=npt_checkpoint_name,
             prepare=partial(_prepare, config, base, load, f"calibrated, {path}", None),
-            finish=partial(write_final, config),
+            after_last_step=partial(write_final, config),
         )
         families = make_families(config, tokenizer)
         for family in families:
             family.check(config.model, config.parallel)
         return train(config, tokenizer, families, _with_repeats(config, options))
+
+
+def _next_steps(base: BaseCheckpoint, weights: Path) -> str:
+    """Returns the commands that use calibrated weights, which are no checkpoint of their own."""
+    loads = f"--npt-weights {weights.with_suffix('.safetensors')}"
+    return (
+        f"next: python tools/evaluate_npt.py --checkpoint {base.folder} {loads} --data-path HELD_OUT_PREFIX; "
+        "the same command with --train-iters above 0 trains from these weights"
+    )
 
 
 Load = Callable[[list[GPTModel]], None]
@@ -370,7 +383,8 @@ def weights_defaults(given: Mapping[str, Any]) -> Found:
 
 def _no_checkpoint(given: Mapping[str, Any]) -> FileNotFoundError:
     name = "base_checkpoint" if "base_checkpoint" in given else "load"
-    return FileNotFoundError(f"{flag_name(name)} {given[name]}: contains no checkpoint")
+    reason = "contains no checkpoint" if Path(given[name]).exists() else "no such directory"
+    return FileNotFoundError(f"{flag_name(name)} {given[name]}: {reason}")
 
 
 def _has_other_layers(

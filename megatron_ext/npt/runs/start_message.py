@@ -64,7 +64,7 @@ def conversion(settings: NPTModuleConfig, num_layers: int) -> str:
         f"affine {'on' if settings.np_affine else 'off'}, " if settings.np_form == "outer_product" else ""
     )
     return (
-        f"layers {layers} of {num_layers}, {settings.np_form} on {'+'.join(settings.targets)}, "
+        f"layers {layers} of {num_layers}, {settings.np_form} on {'+'.join(settings.named_targets)}, "
         f"rank {described(settings.np_rank)}, k {settings.num_np_components}, {affine}residual {settings.np_residual}"
     )
 

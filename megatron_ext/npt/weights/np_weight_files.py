@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_ext.config.serialize import group_from_dict, group_to_dict
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
@@ -52,7 +51,8 @@ def write_np_weights(
     weights, safe_weights = f"{stem}.pt", f"{stem}.safetensors"
     parts = {name: folder / f".{name}.part" for name in (weights, safe_weights, CONFIG)}
     files.write_tensors(parts[weights], contiguous)
-    save_file(contiguous, parts[safe_weights], metadata={"format": "pt", "np": json.dumps(config["np"])})
+    metadata = {"format": "pt", "np": json.dumps(config["np"])}
+    files.write_safetensors_file(parts[safe_weights], contiguous, metadata)
     files.write_text(parts[CONFIG], json.dumps({**config, **(more or {})}, indent=1))
     files.digests(folder, [part.name for part in parts.values()])  # flushes them to the disk
     for name, part in parts.items():

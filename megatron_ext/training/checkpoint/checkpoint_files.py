@@ -278,6 +278,16 @@ def write_tensors(path: Path, value: Any) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
+def write_safetensors_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors in the safetensors format; the file gets the mode of other new files (see umask)."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata=metadata)  # replaces the file by one that only its owner may read
+    path.chmod(mode)
+
+
 def fsync_path(path: Path) -> None:
     """Flushes a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

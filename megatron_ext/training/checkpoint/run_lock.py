@@ -37,6 +37,7 @@ def run_lock(save: str | None) -> Iterator[None]:
         ValueError: another run holds the lock; raised on every rank.
     """
     held: list[TextIO] = []
+    made = save is not None and not Path(save).exists()
     if save is not None:
         on_first_rank(lambda: held.extend(take_lock(Path(save))))
     try:
@@ -44,6 +45,9 @@ def run_lock(save: str | None) -> Iterator[None]:
     finally:
         for file in held:
             release_lock(file)
+        if held and made:  # a refused run leaves no empty directory behind
+            with contextlib.suppress(OSError):
+                Path(str(save)).rmdir()
 
 
 def take_lock(directory: Path) -> list[TextIO]:

@@ -207,7 +207,11 @@ class Stepper:
 
     @in_phase(EVALUATION)
     def evaluate(
-        self, make_batches: Callable[[], Iterator[Batch]], num_steps: int, split: str = "validation"
+        self,
+        make_batches: Callable[[], Iterator[Batch]],
+        num_steps: int,
+        split: str = "validation",
+        progress: Callable[[str], Callable[[int], None]] = lambda name: lambda steps: None,
     ) -> dict[str, float]:
         """Computes mean losses over `num_steps` global batches without gradients. Collective.
 
@@ -215,23 +219,26 @@ class Stepper:
             make_batches: returns an iterator over the batches, the same ones at every call.
             num_steps: number of global batches.
             split: `validation` or `test`, passed on to the model families.
+            progress: called with the name of a pass over the batches; returns what is called after each step.
 
         Returns:
             Values by name: `lm loss` in nats per token, values recorded by layers, and values of the model families.
         """
         for family in self.families:
             family.begin_step(self.models, None)
-        losses = self._evaluate(make_batches(), num_steps)
+        losses = self._evaluate(make_batches(), num_steps, progress(split))
         for family in self.families:
             losses |= family.evaluation(
                 self.models,
                 split,
                 losses["lm loss"],
-                lambda: self._evaluate(make_batches(), num_steps)["lm loss"],
+                lambda: self._evaluate(make_batches(), num_steps, progress(f"{split}, base"))["lm loss"],
             )
         return losses
 
-    def _evaluate(self, batches: Iterator[Batch], num_steps: int) -> dict[str, float]:
+    def _evaluate(
+        self, batches: Iterator[Batch], num_steps: int, done: Callable[[int], None]
+    ) -> dict[str, float]:
         for chunk in self.chunks:
             chunk.eval()
         outputs: list[dict[str, torch.Tensor]] = []
@@ -243,6 +250,7 @@ class Stepper:
                     outputs += run_microbatches(
                         self.chunks, self.families, self._take(batches), loss, forward_only=True
                     )
+                    done(1)
         finally:
             LayerLosses.evaluating = False
         losses, layer_values = StepValues(outputs, loss.names, self._layer_names, of_nothing=math.nan).read()

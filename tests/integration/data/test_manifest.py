@@ -69,6 +69,19 @@ def test_tokenizers_are_told_apart_by_class_size_and_files(prefix: Any) -> None:
     assert "this run uses NullTokenizer, 10 ids, words/vocab.json, fingerprint " in str(error.value)
 
 
+def test_a_run_is_told_the_flags_of_the_datasets_tokenizer(prefix: Any) -> None:
+    made_with = {"class": "HuggingFaceTokenizer", "vocab_size": 9, "eod": 0, "fingerprint": "made"}
+    write_manifest(prefix, tool="t", tokenizer=made_with, inputs=[])
+    again = "tokenize the text again with this tokenizer (tools/preprocess_data.py)"
+    with pytest.raises(ValueError, match="was made with the tokenizer") as error:
+        check_dataset(prefix, ByteLevelTokenizer())
+    flags = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model ..."
+    assert str(error.value).endswith(f"; pass the dataset's ({flags}), or {again}")
+    with pytest.raises(ValueError, match="was made with the tokenizer") as error:
+        check_dataset(prefix, "the fingerprint of a checkpoint's tokenizer")
+    assert str(error.value).endswith(f"; {again}")
+
+
 def test_files_replaced_under_a_manifest_are_refused(prefix: Any) -> None:
     write_manifest(prefix, tool="t", tokenizer=None, inputs=[])
     write_dataset(prefix, [[[1, 2]]])

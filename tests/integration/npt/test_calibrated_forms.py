@@ -79,10 +79,9 @@ def test_a_calibrated_form_starts_nearer_to_the_base_than_random_factors(
         assert set(of_layer) == {"gate", "up", "down"} - ({"down"} if residual == "keep" else set())
         assert of_layer["gate"]["error_left"] == of_layer["up"]["error_left"] < 0.6
         assert residual == "keep" or of_layer["down"]["error_left"] < 0.3
-        printed = (
-            f"gate rank {of_layer['gate']['rank']}, {of_layer['gate']['error_left']:.2%} of the error left"
-        )
+        printed = f": gate+up rank {of_layer['gate']['rank']}, {of_layer['gate']['error_left']:.2%} left"
         assert printed in output
+    assert "share of the square of what the deltas should write that it leaves" in output
 
 
 def _plain_base(folder: str, data: str) -> str:

@@ -1,6 +1,8 @@
 """`pretrain_npt.py --np-init-strategy calibrated`: the files, the ranks, training from them, resuming, the layouts."""
 
 import json
+import signal
+import unittest.mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megatron_ext.models.costs.model_cost import layer_parameters
 from megatron_ext.npt.npt_cost import np_parameters
 from megatron_ext.npt.runs.npt_model import NPTModel
 from megatron_ext.npt.weights.np_weight_files import read_np_weight_file
+from megatron_ext.registry.loaded_path import check_holds_checkpoint
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.training.checkpoint.checkpointer import read_run_config
@@ -51,6 +54,9 @@ def test_at_full_rank_the_calibrated_model_is_the_base_model(
     code, output = run_single(train, *prepared.flags(name, *target, *rank, "--train-iters", "0"))
     folder = prepared.root / name
     assert code == 0 and "calibrating on 208 tokens" in output and f"written: {folder}/calibrated" in output
+    assert f"--npt-weights {folder}/calibrated/npt_weights.safetensors --data-path" in output
+    assert f"gate+up rank {HIDDEN}, 0.00% left" in output
+    assert ("predicted KL of a layer without deltas" in output) == (metric == "fisher")
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["calibrated"]
     base, converted = run_single(_losses, prepared.base, str(folder / "calibrated/npt_weights.safetensors"))
     assert converted == pytest.approx(base, abs=2e-5)
@@ -82,6 +88,21 @@ def test_a_budget_becomes_numbers_which_are_trained_from_stored_and_resumed(prep
     assert code == 0 and "calibrating on" not in output
     assert read_run_config(str(folder))["families"]["npt"]["settings"] == settings
     assert (folder / "checkpoint-4").is_dir()
+
+
+def _refused(folder: str) -> str:
+    with pytest.raises(FileNotFoundError) as error:
+        check_holds_checkpoint("--load", folder)
+    return str(error.value)
+
+
+def test_a_directory_with_calibrated_weights_only_says_what_takes_them(prepared: Prepared) -> None:
+    folder = prepared.root / "only"
+    run_single(train, *prepared.flags("only", *DROP, "--np-rank", "4", "--train-iters", "0"))
+    refused = run_single(_refused, str(folder))
+    assert refused.startswith(f"--load {folder}: no checkpoint found; the calibrated NP weights in it")
+    assert f"--npt-weights {folder}/calibrated/npt_weights.safetensors" in refused
+    assert run_single(_refused, f"{folder}/none") == f"--load {folder}/none: no such directory"
 
 
 def _kl(base: str, weights: str) -> float:
@@ -125,6 +146,25 @@ def test_a_killed_calibration_leaves_nothing_and_a_finished_one_is_kept(prepared
     _, again = run_single(train, *flags)
     assert "calibrating on" in again, "the directory now belongs to other settings"
     assert (folder / "calibrated/npt_weights.pt").read_bytes() == before, "the same command, the same bits"
+
+
+def _terminated(*flags: str) -> object:
+    def end(*arguments: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with unittest.mock.patch("megatron_ext.npt.calibration.calibrated_start.collect_moments", end):
+        try:
+            return train(*flags)
+        except SystemExit as ended:
+            return ended.code
+
+
+def test_a_terminated_calibration_leaves_neither_a_lock_nor_the_directory_that_it_made(
+    prepared: Prepared,
+) -> None:
+    flags = prepared.flags("terminated", *DROP, "--np-rank", "4", "--train-iters", "0")
+    assert run_single(_terminated, *flags) == 143
+    assert not (prepared.root / "terminated").exists()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,7 +1,9 @@
 """A layer-parallel run: killed, stopped and continued, and at several parallel layouts."""
 
+import contextlib
 import random
 import time
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from megatron_ext.testing.run_distributed import run_and_kill, run_distributed
 from megatron_ext.testing.run_single import run_single
+from megatron_ext.training.engine.training_step import Stepper
 from tests.integration.npt.kill_and_resume import differences, flags_of, weights_of
 from tests.integration.npt.npt_run_helpers import make_base, train, write_data
 
@@ -46,6 +49,31 @@ def test_a_run_that_is_killed_twice_at_random_times_ends_with_the_same_weights_b
     run_distributed(train, 1, *flags)
     expected = weights_of(whole)
     assert expected and not differences(weights_of(killed), expected), times
+
+
+def _stopped_in_the_evaluation(*flags: str) -> None:
+    with (
+        unittest.mock.patch.object(Stepper, "evaluate", side_effect=SystemExit(143)),
+        contextlib.suppress(SystemExit),
+    ):
+        train(*flags)
+
+
+def test_a_run_that_ends_in_the_final_evaluation_has_written_its_weights(
+    data: str, base: str, tmp_path: Path
+) -> None:
+    flags = flags_of("layer_parallel", str(tmp_path), base, data)
+    run_single(_stopped_in_the_evaluation, *flags, "--eval-iters", "1", "--eval-interval", "1000")
+    assert (tmp_path / "final/npt_weights.safetensors").is_file()
+
+
+def test_clipping_that_couples_the_layers_is_noted_once(data: str, base: str, tmp_path: Path) -> None:
+    flags = flags_of("layer_parallel", str(tmp_path), base, data)
+    _, output = run_single(train, *flags, "--clip-grad", "1e-9")
+    assert (
+        output.count("exceeds --clip-grad 1e-09; the clipping scales the gradients of all layers together")
+        == 1
+    )
 
 
 def _straight_and_stopped(folder: str, base: str, data: str, layout: list[str]) -> list[str]:

@@ -47,7 +47,7 @@ def test_all_kinds_reports_a_rank_of_each_kind_and_writes_nothing(tmp_path: Path
         (
             ["--rehearse", "8", "--world-size", "8"],
             {},
-            "error: --rehearse 8: must be less than the number of processes, 8",
+            "error: --rehearse 8: must be less than the number of processes, 8: ranks are 0 to 7",
         ),
         (
             ["--rehearse", "--world-size", "3", *TP.split()],

@@ -95,3 +95,23 @@ def test_a_file_that_a_killed_run_has_left_is_no_lock(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
     assert "longer" not in (tmp_path / LOCK_FILE).read_text()
     release_lock(held)
+
+
+def _left_by_a_refused_run(folder: str) -> list[bool]:
+    process_groups.shutdown = lambda: None
+    left = []
+    for writes in (False, True):
+        try:
+            with process_group(
+                ParallelConfig(), TrainingConfig(train_iters=1), CheckpointConfig(save=folder)
+            ):
+                if writes:
+                    (Path(folder) / "file").touch()
+                raise ValueError("refused")
+        except ValueError:
+            left.append(os.path.exists(folder))
+    return left
+
+
+def test_a_refused_run_removes_the_directory_that_it_made_if_it_is_empty(tmp_path: Path) -> None:
+    assert run_distributed(_left_by_a_refused_run, 1, str(tmp_path / "new")) == [[False, True]]

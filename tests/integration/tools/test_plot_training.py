@@ -51,6 +51,18 @@ def test_the_picture_holds_the_losses_and_the_statistic_if_there_is_one(run: Pat
     assert ("<!-- layer 01 -->" in picture) == (statistic == "per-layer/update-ratio")
 
 
+def test_an_npt_run_shows_the_loss_that_it_minimizes_beside_the_cross_entropy_if_there_is_one(
+    tmp_path: Path,
+) -> None:
+    minimized: dict[str, Any] = {"npt loss": ([1, 2], [0.4, 0.2]), "fidelity_loss": ([1, 2], [0.3, 0.1])}
+    config = PlotConfig(tensorboard_dir="none", output=str(tmp_path / "picture.svg"))
+    for curves in ({**minimized, "lm loss": ([1, 2], [3.0, 2.0])}, minimized):
+        draw(config, curves)
+        picture = Path(config.output).read_text()
+        assert all(f"<!-- {tag} -->" in picture for tag in minimized)
+        assert ("<!-- training -->" in picture) == ("lm loss" in curves)
+
+
 @pytest.mark.parametrize(("told", "step"), [({"step": 2}, 2), ({}, 3)])
 def test_the_held_out_mark_stands_at_the_step_that_was_evaluated(
     run: Path, told: dict[str, int], step: int, monkeypatch: pytest.MonkeyPatch

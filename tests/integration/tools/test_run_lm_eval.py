@@ -53,3 +53,12 @@ def test_a_wrong_checkpoint_ends_in_one_line() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: nowhere")
+
+
+def test_a_path_without_a_checkpoint_is_named_before_the_harness_is_imported(tmp_path: Path) -> None:
+    wrong = str(tmp_path / "none")
+    done = run_script(
+        "tools/run_lm_eval.py", "--model", "megatron_ext", "--model_args", f"bf16=True,load={wrong}"
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"error: --model_args load={wrong}: no such directory"]

@@ -72,6 +72,21 @@ def test_a_page_lists_its_sections_and_its_captions_explain_the_values(
     assert "Tag: per-layer/update-ratio/layer_N." in text
 
 
+def test_constant_values_are_one_line_and_a_single_stage_is_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensorboard, page = TensorBoard(str(tmp_path / "run")), tmp_path / "page.html"
+    for step in (1, 2, 3):
+        for tag, value in (("lm loss", 1.0 / step), ("batch-size", 4.0), ("curriculum/stage", 0.0)):
+            tensorboard.scalar(tag, value, step, step)
+    tensorboard.close()
+    _run(monkeypatch, "--logdir", tmp_path / "run", "--html", page)
+    (picture,) = _pictures(page)
+    assert "stage 0" not in picture
+    assert "<p>Constant: batch-size 4</p>" in page.read_text()
+    assert capsys.readouterr().out.splitlines() == ["Constant: batch-size 4", f"{page}: 1 charts"]
+
+
 def test_several_runs_give_a_folder_of_pictures_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("layer_0", "layer_1"):
         _write(tmp_path / "logs" / name, "v_a_norm")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.cross_checks import validate
+from megatron_ext.config.cross_checks import launched_processes, validate
 from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
@@ -181,6 +181,17 @@ def test_the_number_of_processes_is_read_from_torchruns_environment(monkeypatch:
     model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32)
     with pytest.raises(ValueError, match="world size 3"):
         validate(model, ParallelConfig(tensor_model_parallel_size=2))
+
+
+@pytest.mark.parametrize("given", ["abc", "0", "-2", "1.5"])
+def test_a_wrong_number_of_processes_in_the_environment_is_named(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(
+        ValueError, match=f"^WORLD_SIZE={given} in the environment: must be a number of processes"
+    ):
+        launched_processes()
 
 
 def test_virtual_stages_are_counted_and_a_single_one_is_no_interleaving() -> None:

@@ -107,8 +107,16 @@ def test_damaged_files_are_refused_with_the_file_and_both_sizes(tmp_path: Path) 
         with pytest.raises(ValueError, match=message):
             open_index(prefix)
     index.unlink()
-    with pytest.raises(FileNotFoundError, match=r"data file not found: .*d\.idx"):
+    with pytest.raises(FileNotFoundError, match=r"data file not found: .*d\.idx$"):
         open_index(prefix)
+
+
+def test_the_prefix_given_to_preprocessing_suggests_the_datasets_it_made(tmp_path: Path) -> None:
+    made = str(tmp_path / "train_text_document")
+    write_dataset(made, [[[1, 2]]])
+    with pytest.raises(FileNotFoundError) as error:
+        open_index(str(tmp_path / "train"))
+    assert str(error.value).endswith(f"train.idx; did you mean {made}?")
 
 
 @pytest.mark.parametrize(

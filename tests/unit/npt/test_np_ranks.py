@@ -55,6 +55,8 @@ def test_ranks_are_stored_in_one_form_and_come_back_from_json(given: str | int, 
         ("auto:", "the limit must be a number above 0"),
         ("auto:-1", "the limit must be a number above 0"),
         ("auto:kl=0", "the limit must be a number above 0"),
+        ("auto:8", "--np-rank auto:8: the share is a fraction of 1, such as auto:0.08$"),
+        ("auto:800", "the share is a fraction of 1, such as auto:0.15$"),
         ("auto:0.1", "--np-rank auto:0.1 requires --np-init-strategy calibrated \\(got improved\\)"),
     ],
 )
