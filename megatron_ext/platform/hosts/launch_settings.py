@@ -120,4 +120,4 @@ def _count_gpus() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return len(listed.stdout.split("\n")) if listed.returncode == 0 else 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.split("\n")) if listed.returncode == 0 else 0
