@@ -109,7 +109,7 @@ ifeq ($(findstring --device cpu,$(GPU_FLAGS)),)
 		|| { echo "error: make gpu: $(PYTHON) has no torch that finds a CUDA device" >&2; exit 2; }
 endif
 	@$(PYTHON) -m venv --without-pip --clear $(GPU_VENV)
-	@$(PYTHON) -c 'import site; print("\n".join(site.getsitepackages()))' > "$$(echo $(GPU_VENV)/lib/python3*/site-packages)/machine.pth"
+	@$(PYTHON) -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' > "$$(echo $(GPU_VENV)/lib/python3*/site-packages)/machine.pth"
 	@$(PYTHON) -m pip --disable-pip-version-check --python $(GPU_VENV)/bin/python install -q --no-index --find-links $(GPU_WHEELS) "megatron-ext[hf]"
 	$(GPU_VENV)/bin/python benchmarks/gpu/check.py --rehearsed $(GPU_WHEELS)/rehearsed.json $(GPU_FLAGS)
 

@@ -55,6 +55,7 @@ def validate(
     _check_tensor_parallel(model, parallel)
     _check_pipeline(model, parallel)
     _check_sequence(model, parallel)
+    _check_context(model, parallel)
     if data is not None:
         _check_resets(model, data)
     if training is not None:
@@ -113,6 +114,27 @@ def _check_sequence(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
+def _check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Checks that each sequence can be divided among the context-parallel processes."""
+    size, length = parallel.context_parallel_size, model.seq_length
+    if size == 1:
+        return
+    if model.attention_backend == "local":
+        raise ValueError(
+            f"--context-parallel-size {size}: requires --attention-backend sdpa or te (got local)"
+        )
+    if length % (2 * size):
+        raise ValueError(
+            f"--seq-length {length}: with --context-parallel-size {size} it must be divisible by {2 * size}"
+        )
+    tensor = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and length // size % tensor:
+        raise ValueError(
+            f"--seq-length {length}: with --sequence-parallel and --context-parallel-size {size} it must be divisible "
+            f"by {size * tensor}, their product with --tensor-model-parallel-size {tensor}"
+        )
+
+
 def _check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
     """Rejects matrices whose sizes Transformer Engine cannot multiply in FP8."""
     flag = f"--fp8-format {model.fp8_format}"
@@ -120,7 +142,8 @@ def _check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingC
         raise ValueError(f"{flag}: requires --bf16")
     unit, tensor = 32 if model.fp8_recipe == "mxfp8" else 16, parallel.tensor_model_parallel_size
     channels = model.resolved_kv_channels
-    rows = training.micro_batch_size * model.seq_length // (tensor if parallel.sequence_parallel else 1)
+    split = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
+    rows = training.micro_batch_size * model.seq_length // split
     sizes = (
         ("--hidden-size", model.hidden_size),
         ("--ffn-hidden-size", model.resolved_ffn_hidden_size // tensor),

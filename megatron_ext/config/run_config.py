@@ -40,7 +40,7 @@ class RunConfig:
 
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
     """Maps each field that differs from its default to the source of its value (a flag, the YAML file, a checkpoint).
-    It is not a config group."""
+    Unlike the other fields, `sources` is not a config group."""
 
     def resolved(self: C, world_size: int, *, epoch_samples: int | None = None) -> C:
         """Checks the config groups against each other, and converts a run length in epochs to optimizer steps.

@@ -47,7 +47,8 @@ class LayerLosses:
 
         Args:
             hidden_states: the layer's output, [s, b, h].
-            loss: scalar, the mean over this micro-batch; under sequence parallelism this rank's share of that mean.
+            loss: scalar, the mean over this micro-batch (under context parallelism over this rank's part of it); under
+                sequence parallelism this rank's share of that mean.
             name: tag for logging, for example `mlp_direct_loss/layer_3`; None logs nothing.
         """
         if name is not None:
@@ -56,7 +57,7 @@ class LayerLosses:
 
     @classmethod
     def record(cls, name: str, value: torch.Tensor) -> None:
-        """Records a scalar without gradient under the tag `name`; `value` is a mean over this micro-batch."""
+        """Records a scalar without gradient under the tag `name`; `value` is a mean over the tokens as in `attach`."""
         # With activation recomputation a layer runs twice, first without gradients: count only the second run.
         if torch.is_grad_enabled() or cls.evaluating:
             value = value.detach().float()

@@ -119,7 +119,7 @@ class AuxiliaryInputs:
         return (flat[0] if len(flat) == 1 else torch.cat(flat)) if flat else None
 
     def open(self, packed: torch.Tensor | None, hidden_states: torch.Tensor) -> "LayerInputs":
-        """Returns an object with which one layer reads `packed`; the sizes s and b are those of `hidden_states`."""
+        """Returns an object that a layer uses to read `packed`; the sizes s and b are those of `hidden_states`."""
         rows, batch = hidden_states.shape[:2]
         return LayerInputs(self._to_layers, packed, rows, batch, self._sequence_parallel_size)
 

@@ -9,6 +9,7 @@ What each part of a stage's forward pass does:
     output      joins hidden states with the travelling streams; the last stage returns logits or losses
 
 Shapes: tokens [b, s], hidden states [s, b, h] ([s/t, b, h] under sequence parallel), losses [b, s], logits [b, s, V/t].
+Under context parallelism `s` is the number of this rank's tokens of each sequence.
 Without streams the forward pass equals megatron-core's to the bit.
 """
 

@@ -78,7 +78,7 @@ def on_this_machine(section: Mapping[str, Any]) -> dict[str, Any]:
     """
     if transformer_engine_problem() is None:
         return dict(section)
-    others = {
+    others: dict[str, dict[Any, Any]] = {
         "transformer_impl": {"transformer_engine": "auto"},
         "attention_backend": {"te": "sdpa"},
         "fp8_format": dict.fromkeys(("e4m3", "hybrid")),

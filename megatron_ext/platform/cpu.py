@@ -141,6 +141,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs["device"] = _CPU
+        # Memory is pinned for copies to a GPU; without one, torch refuses to.
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return call

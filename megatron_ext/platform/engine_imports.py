@@ -126,7 +126,7 @@ def _named(package: str) -> str:
 
 
 def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that calls `torch.compile(function)`, and compiles it when it is first called."""
+    """Returns a wrapper of `function` that compiles it with `torch.compile` on the first call."""
     compiled: Callable[..., Any] | None = None
 
     @functools.wraps(function)

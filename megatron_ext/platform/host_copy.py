@@ -6,10 +6,10 @@ import torch
 
 
 class HostCopy:
-    """A copy of a tensor in host memory, which is complete when the device has done the work that was queued before."""
+    """A copy of a tensor in host memory; complete once the device has finished the work queued before it."""
 
     def __init__(self, value: torch.Tensor) -> None:
-        """Orders the copy; on the CPU it is the tensor itself."""
+        """Starts the copy without waiting for it; a CPU tensor is not copied but used itself."""
         self._value = value.to("cpu", non_blocking=True)  # into pinned memory
         self._copied = torch.cuda.Event() if value.is_cuda else None
         if self._copied is not None:

@@ -144,6 +144,7 @@ def oddities(rehearsal: Rehearsal) -> list[str]:
 def _unused_groups(rehearsal: Rehearsal) -> list[str]:
     """Returns lines about parallel groups of the rank over which a step should communicate but does not."""
     parallel, copies = rehearsal.parallel, rehearsal.parallel.data_parallel_size(rehearsal.processes)
+    context = parallel.context_parallel_size
     calls = [
         call
         for call, total in calls_in(rehearsal.recorder.activity, rehearsal.step).items()
@@ -159,8 +160,14 @@ def _unused_groups(rehearsal: Rehearsal) -> list[str]:
         f"sends activations over PP (size {parallel.pipeline_model_parallel_size})": (
             parallel.pipeline_model_parallel_size == 1 or between_stages
         ),
-        f"reduces gradients over DP (size {copies})": (
-            copies == 1 or not rehearsal.has_gradients or _over("DP", reduced)
+        f"sends keys and values over CP (size {context})": (
+            context == 1 or _over("CP", [call for call in calls if call.operation == "all-gather"])
+        ),
+        # With one copy of the model, its context-parallel ranks share their group with the gradients.
+        f"reduces gradients over DP (size {copies * context})": (
+            copies * context == 1
+            or not rehearsal.has_gradients
+            or _over("DP" if copies > 1 else "CP", reduced)
         ),
     }
     return [what for what, is_done in done.items() if not is_done]

@@ -20,6 +20,7 @@ from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import (
+    CONTEXT_LAYOUTS,
     LAYOUTS,
     TINY,
     VOCAB_SIZE,
@@ -36,9 +37,12 @@ RECOMPUTED, MLP_RECOMPUTED = " recomputed", " MLP recomputed"
 
 OVERLAPPED = "DP2 overlapped distributed optimizer"
 OVERLAPPED_PIPELINE = "DP2xPP2 interleaved, overlapped distributed optimizer"
+OVERLAPPED_CONTEXT = "DP2xCP2 overlapped distributed optimizer"
 _OVERLAP = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 _MORE_LAYOUTS = {
+    **CONTEXT_LAYOUTS,
     OVERLAPPED: (_OVERLAP, 2),
+    OVERLAPPED_CONTEXT: (replace(_OVERLAP, context_parallel_size=2), 4),
     # With DP2 each rank has two micro-batches for two stages, so the same two ranks exchange two kinds of messages at
     # once.
     OVERLAPPED_PIPELINE: (

@@ -58,6 +58,20 @@ LAYOUTS: dict[str, ParallelConfig] = {
 
 WORLD_SIZES = {name: 4 if name == "TP2xPP2" else 1 if name == "TP1" else 2 for name in LAYOUTS}
 
+CONTEXT_LAYOUTS: dict[str, tuple[ParallelConfig, int]] = {
+    "CP2": (ParallelConfig(context_parallel_size=2), 2),
+    "CP4": (ParallelConfig(context_parallel_size=4), 4),
+    "TP2+SPxCP2": (replace(LAYOUTS["TP2+SP"], context_parallel_size=2), 4),
+    "PP2xCP2": (replace(LAYOUTS["PP2"], context_parallel_size=2), 4),
+    "PP2xCP2 interleaved": (replace(LAYOUTS["PP2 interleaved"], context_parallel_size=2), 4),
+    "DP2xCP2": (ParallelConfig(context_parallel_size=2), 4),
+    "DP2xCP2 distributed optimizer": (
+        replace(LAYOUTS["DP2 distributed optimizer"], context_parallel_size=2),
+        4,
+    ),
+}
+"""Layouts that divide sequences, with their numbers of processes."""
+
 
 def with_full_recompute(parallel: ParallelConfig) -> ParallelConfig:
     """Returns the same layout, but with every layer recomputed in the backward pass."""

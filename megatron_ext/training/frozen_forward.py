@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.data.datasets.sample_ids import Id, digest
 from megatron_ext.models.gpt_model import GPTModel
 from megatron_ext.models.ops.output_with_bias import output_with_bias
-from megatron_ext.training.engine.microbatches import run_directly, run_microbatches
+from megatron_ext.training.engine.microbatches import run_directly, run_forward
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import NoLoss
 
@@ -28,7 +29,7 @@ class FrozenForward:
         """Whether the last lookup found cached values for all micro-batches, so that the pass was not run."""
 
     def agree(self, found: list[bool], device: torch.device) -> list[bool]:
-        """Returns, for each micro-batch, whether every model-parallel rank has cached its values; collective.
+        """Returns, for each micro-batch, whether all ranks of a model copy have cached its values; collective.
 
         Args:
             found: for each micro-batch, whether this rank has cached its values.
@@ -36,11 +37,34 @@ class FrozenForward:
         """
         agreed = torch.tensor(found, dtype=torch.int32, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
+        # megatron-core's model-parallel group does not include the context-parallel ranks.
+        if parallel_state.get_context_parallel_world_size() > 1:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=parallel_state.get_context_parallel_group())
         hits: list[bool] = agreed.bool().tolist()
         self.hits += sum(hits)
         self.misses += len(hits) - sum(hits)
         self.was_skipped = all(hits)
         return hits
+
+
+def ids_of_parts(ids: list[Id], device: torch.device) -> list[Id]:
+    """Returns ids of this rank's parts of whole sequences, for ids of the parts' own inputs; collective.
+
+    Under context parallelism a rank's results also depend on the other ranks' parts of a sequence. Its ids are digests
+    of all parts' ids and of its rank.
+
+    Args:
+        ids: one id for each sequence, of the inputs on this rank.
+        device: device of the tensor that the ranks exchange.
+    """
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1 or not ids:
+        return ids
+    own = torch.tensor([list(each) for each in ids], dtype=torch.uint8, device=device)
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(parts, own, group=group)
+    place = group.rank().to_bytes(8, "little")
+    return [digest([place, of_sequence.tobytes()]) for of_sequence in torch.stack(parts, 1).cpu().numpy()]
 
 
 @torch.no_grad()
@@ -57,7 +81,7 @@ def run_frozen(
     Args:
         chunks: this rank's model chunks, unwrapped.
         families: all model families of the run.
-        batches: micro-batches on the device; the pipeline schedule must accept their number.
+        batches: micro-batches from `Family.prepare_batches`; the pipeline schedule must accept their number.
         watched: the modules whose inputs are recorded, by name: layers or norms of this rank.
         output: called with the output layer's input, on the last stage.
         watched_outputs: the modules whose outputs are recorded, by name: attentions or MLPs of this rank, which return
@@ -87,7 +111,7 @@ def run_frozen(
         chunk.eval()
     try:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            run_microbatches(chunks, families, batches, output, forward_only=True)
+            run_forward(chunks, families, batches, output)
         else:
             # Not through the schedule: this pass may run while the schedule fetches its next batch.
             for batch in batches:

@@ -7,11 +7,12 @@ The host reads a step's values while the device computes the next step, so that 
 depends on them (a progress line, an evaluation, a save, the end of the run), it reads them at once, and waits.
 """
 
+import gc
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +25,7 @@ from megatron_ext.data.files.console import ProgressLines
 from megatron_ext.platform.hosts import rank_progress
 from megatron_ext.training.checkpoint.checkpointer import Checkpointer, TrainingProgress
 from megatron_ext.training.engine.training_step import ReadStep, Stepper, StepResult, parameters_norm
+from megatron_ext.training.garbage_collection import manual_collection
 from megatron_ext.training.interface.family_interface import Batch
 from megatron_ext.training.logging.reporter import Reporter
 from megatron_ext.training.logging.step_metrics import StepMetrics
@@ -140,12 +142,15 @@ class Loop:
     def _train(self, progress: TrainingProgress) -> tuple[int | None, TrainingProgress]:
         """Runs the steps; returns the exit code, or None after the last step, and the progress."""
         self._skipped_steps = progress.skipped_steps
-        with SignalWatcher() as signals, self._running_save():
+        collection = manual_collection() if self.training.manual_gc else nullcontext()
+        with SignalWatcher() as signals, self._running_save(), collection:
             batches = self.data.train(progress.consumed_samples)
             shared = partial(self._shared, signals, time.monotonic())
             while not self.is_complete(progress):
                 progress = self._advance(progress, batches, shared)
                 self._proceed_with_save(wait=False)
+                if self._is_due(progress.iteration, self.training.manual_gc_interval or None):
+                    gc.collect()
                 if self._is_diverged:
                     self._note_stop(
                         f"stopped at step {progress.iteration}: the loss or gradient norm was not finite in "

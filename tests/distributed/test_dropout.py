@@ -11,6 +11,7 @@ from megatron_ext.models.build_model import build_model
 from megatron_ext.platform.process_groups import initialize, seed_streams
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.tiny_training import (
+    CONTEXT_LAYOUTS,
     LAYOUTS,
     TINY,
     VOCAB_SIZE,
@@ -21,11 +22,12 @@ from megatron_ext.testing.tiny_training import (
 )
 
 WITH_DROPOUT = replace(TINY, hidden_dropout=0.5, attention_dropout=0.5)
+PARALLEL = LAYOUTS | {name: parallel for name, (parallel, _) in CONTEXT_LAYOUTS.items()}
 SHARED, OWN = "the stream of replicated activations", "the stream of split activations"
 
 
 def _drawn(layout: str, reseeded: bool) -> dict[str, torch.Tensor]:
-    initialize(LAYOUTS[layout], seed=1)
+    initialize(PARALLEL[layout], seed=1)
     if reseeded:  # as a run does that goes on at another parallel layout
         seed_streams(5)
     with get_cuda_rng_tracker().fork():
@@ -35,7 +37,14 @@ def _drawn(layout: str, reseeded: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("reseeded", [False, True])
 @pytest.mark.parametrize(
-    ("layout", "equal"), [("TP2", {SHARED}), ("PP2", set[str]()), ("DP2", set[str]()), ("TP2xPP2", {SHARED})]
+    ("layout", "equal"),
+    [
+        ("TP2", {SHARED}),
+        ("PP2", set[str]()),
+        ("DP2", set[str]()),
+        ("CP2", set[str]()),
+        ("TP2xPP2", {SHARED}),
+    ],
 )
 def test_stages_and_model_copies_draw_apart_and_tensor_parallel_ranks_share_one_stream(
     layout: str, equal: set[str], reseeded: bool
@@ -63,11 +72,11 @@ def test_masks_agree_where_activations_are_replicated_and_differ_elsewhere(layou
 
 @functools.cache
 def _trained(layout: str, recompute: bool) -> list[TrainingTrace]:
-    parallel = with_full_recompute(LAYOUTS[layout]) if recompute else LAYOUTS[layout]
+    parallel = with_full_recompute(PARALLEL[layout]) if recompute else PARALLEL[layout]
     return run_distributed(train_tiny, 1 if layout == "TP1" else 2, parallel, 2, list, WITH_DROPOUT)
 
 
-@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2 interleaved"])
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2 interleaved", "CP2"])
 def test_recomputed_layers_draw_the_masks_of_their_forward_pass(layout: str) -> None:
     kept, recomputed = _trained(layout, False), _trained(layout, True)
     assert recomputed[0].losses == pytest.approx(kept[0].losses, rel=1e-6)

@@ -5,8 +5,14 @@ import torch
 
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
-from megatron_ext.testing.layout_runs import OVERLAPPED_PIPELINE, LayoutRuns, Variant, assert_same_run
-from megatron_ext.testing.tiny_training import LAYOUTS, VOCAB_SIZE, assemble
+from megatron_ext.testing.layout_runs import (
+    OVERLAPPED_CONTEXT,
+    OVERLAPPED_PIPELINE,
+    LayoutRuns,
+    Variant,
+    assert_same_run,
+)
+from megatron_ext.testing.tiny_training import CONTEXT_LAYOUTS, LAYOUTS, VOCAB_SIZE, assemble
 from megatron_ext.training.interface.family_interface import Family
 
 STEPS = 5
@@ -24,10 +30,17 @@ VARIANTS = {
 }
 RUNS = LayoutRuns(
     VARIANTS,
-    [*LAYOUTS, *(f"{layout} recomputed" for layout in LAYOUTS), OVERLAPPED_PIPELINE],
-    {f"{layout} MLP recomputed": ["base model"] for layout in ("TP1", "TP2+SP", "PP2 interleaved")},
+    [
+        *LAYOUTS,
+        *(f"{layout} recomputed" for layout in LAYOUTS),
+        *(OVERLAPPED_PIPELINE, OVERLAPPED_CONTEXT),
+        *CONTEXT_LAYOUTS,
+        *("CP2 recomputed", "PP2xCP2 recomputed"),
+    ],
+    {f"{layout} MLP recomputed": ["base model"] for layout in ("TP1", "TP2+SP", "PP2 interleaved", "CP2")},
 )
-BF16 = LayoutRuns({"base model": Variant(steps=STEPS, bf16=True)}, LAYOUTS)
+ROUNDED = (*LAYOUTS, "CP2")
+BF16 = LayoutRuns({"base model": Variant(steps=STEPS, bf16=True)}, ROUNDED)
 
 
 @pytest.mark.parametrize(("layout", "variant"), RUNS.cases())
@@ -42,7 +55,7 @@ def test_the_compared_training_moves_every_parameter(variant: str) -> None:
     assert all(torch.linalg.norm(gradient) > 0 for gradient in assemble([trace]).values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ROUNDED)
 def test_bf16_follows_fp32_within_its_rounding(layout: str) -> None:
     # bf16 keeps 8 bits. The norms of later steps are those of other weights, and say less.
     rounded, exact = BF16.at(layout, "base model"), RUNS.single("base model")

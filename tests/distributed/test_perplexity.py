@@ -16,7 +16,7 @@ from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_datasets import write_dataset
-from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
+from megatron_ext.testing.tiny_training import CONTEXT_LAYOUTS, LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES
 
 MODEL = replace(TINY, init_method_std=0.2, hidden_dropout=0.5)
 LENGTHS = [[30, 1], [], [25, 16], [3]]
@@ -72,12 +72,13 @@ def _measured(
     )
 
 
-@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2"])
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2", "CP2"])
 def test_perplexity_equals_cross_entropy_at_every_parallel_layout(
     layout: str, prefix: str, direct: list[float]
 ) -> None:
     assert len(direct) == TOKENS - 1
-    for found in run_distributed(_measured, WORLD_SIZES[layout], LAYOUTS[layout], prefix, 2, None):
+    parallel, size = CONTEXT_LAYOUTS.get(layout) or (LAYOUTS[layout], WORLD_SIZES[layout])
+    for found in run_distributed(_measured, size, parallel, prefix, 2, None):
         assert found.tokens == TOKENS - 1
         assert found.loss == pytest.approx(math.fsum(direct) / len(direct), rel=1e-6)
         assert found.perplexity == pytest.approx(math.exp(math.fsum(direct) / len(direct)), rel=1e-5)

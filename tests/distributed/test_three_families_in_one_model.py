@@ -37,6 +37,7 @@ LAYOUTS = {
     "TP1": (),
     "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "PP2": ("--pipeline-model-parallel-size", "2"),
+    "CP2": ("--context-parallel-size", "2"),
 }
 Result = tuple[list[float], dict[str, torch.Tensor]]
 
@@ -80,10 +81,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("composition")
     data = write_data(Path(folder))
     single: dict[str, Result] = run_single(at_layouts, data, str(folder), ["TP1"])
-    return single | run_distributed(at_layouts, 2, data, str(folder), ["TP2", "PP2"])[0]
+    return single | run_distributed(at_layouts, 2, data, str(folder), list(LAYOUTS)[1:])[0]
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2"])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
     results: dict[str, Result], layout: str
 ) -> None:
@@ -98,7 +99,7 @@ def test_the_three_families_train_in_one_grown_model_as_in_a_single_process(
         assert any(name.startswith(part) for name in names), part
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2"])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_their_resumed_training_ends_with_the_same_bits(results: dict[str, Result], layout: str) -> None:
     whole, resumed = results[layout][1], results[f"{layout} resumed"][1]
     assert whole.keys() == resumed.keys()

@@ -32,7 +32,7 @@ class ParallelConfig:
     """Layers per virtual stage; turns on the interleaved pipeline schedule."""
 
     context_parallel_size: int = 1
-    """Number of processes that share each sequence; must be 1 (context parallelism is not supported)."""
+    """Number of processes that share each sequence; every one of them holds two of its 2 x N equal chunks."""
 
     sequence_parallel: bool = False
     """Split the sequence over the tensor-parallel processes in norms and dropout; no effect without tensor
@@ -78,18 +78,9 @@ class ParallelConfig:
         check_at_least(self, 1, "num_layers_per_virtual_pipeline_stage", "recompute_num_layers")
         check_positive(self, "distributed_timeout_minutes")
         check_at_most(self, _MINUTES_OF_A_YEAR, "distributed_timeout_minutes")
-        self._check_context()
         self._check_pipeline()
         self._check_overlap()
         self._check_recompute()
-
-    def _check_context(self) -> None:
-        # mcore would slice the rotary table but our batch and core attention stay unsliced: positions would be wrong.
-        if self.context_parallel_size > 1:
-            raise ValueError(
-                f"--context-parallel-size {self.context_parallel_size}: must be 1 (no context parallelism); "
-                "for long sequences use --tensor-model-parallel-size with --sequence-parallel, or recomputation"
-            )
 
     def _check_pipeline(self) -> None:
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size < 2:

@@ -59,6 +59,12 @@ class TrainingConfig:
     max_consecutive_nan_steps: int = 3
     """End the run after this many consecutive steps whose loss or gradient is not finite; each such step is skipped."""
 
+    manual_gc: bool = False
+    """Collect Python's garbage only every --manual-gc-interval steps, in the same step on every rank."""
+
+    manual_gc_interval: int = 0
+    """With --manual-gc: steps between two collections; 0 never collects during training."""
+
     skip_train: bool = False
     """Evaluate without training, then exit."""
 
@@ -71,7 +77,9 @@ class TrainingConfig:
         check_at_least(self, 1, "train_samples", "eval_interval", "exit_interval")
         check_at_least(self, 1, "max_consecutive_nan_steps")
         # A run of 0 steps only prepares a model, where a script offers that; `check_has_steps` refuses it elsewhere.
-        check_at_least(self, 0, "train_iters", "eval_iters", "seed")
+        check_at_least(self, 0, "train_iters", "eval_iters", "seed", "manual_gc_interval")
+        if self.manual_gc_interval and not self.manual_gc:
+            raise ValueError(f"--manual-gc-interval {self.manual_gc_interval}: requires --manual-gc")
         check_at_most(self, 2**32 - 1, "seed")  # numpy accepts no larger seed
         check_positive(self, "exit_duration_in_mins", "num_epochs")
         lengths = (self.train_iters, self.train_samples, self.num_epochs)

@@ -6,8 +6,9 @@ With d data-parallel ranks and micro-batches of b samples, step k of rank r hold
 
 so all ranks together read b * d consecutive samples in each step, and a global batch holds the same samples whatever
 d is. The dataset's own shuffle index makes the order random; this file uses no random numbers, so a run can
-resume at any point from its count of consumed samples, even with another d. After the last sample of the dataset,
-sample 0 follows again (this happens only in a blend without weights; others hold all samples that the run needs).
+resume at any point from its count of consumed samples, even with another d. After the last sample of the dataset, the
+sampler starts again at sample 0. This happens only for a blend without weights; every other dataset is built with all
+the samples that the run needs.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Finds settings of a tokenizer.json that `gigatoken`, a fast tokenizer library, ignores.
 
-gigatoken refuses most of what it does not implement when it loads a file, but version 0.10.0 ignores the settings
-below, as a comparison with the library `tokenizers` showed. They change the ids of rare texts only, which a sample may
-not contain, so this module looks for them in the file itself.
+When it loads a file, gigatoken refuses most settings that it does not implement, but version 0.10.0 ignores those
+below, as a comparison with the library `tokenizers` showed. They change the ids of rare texts only. A comparison on sampled
+text could miss these, so this module looks for the settings in the file itself.
 """
 
 import json

@@ -95,7 +95,7 @@ class Preprocessor:
             )
         self.tokenizer: Tokenizer = build_tokenizer(tokenizer_config)
         if config.prepend_bos and self.tokenizer.bos is None:
-            raise ValueError("--prepend-bos: the tokenizer's files name no begin-of-text token (bos_token)")
+            raise ValueError("--prepend-bos: the tokenizer's files define no begin-of-text token (bos_token)")
         self.chunk_bytes = chunk_size(self.sources)
         self.prefixes = [dataset_prefix(config.output_prefix, key) for key in inputs.json_keys]
         self._refuse_own_output()
@@ -150,7 +150,7 @@ class Preprocessor:
             for source in self.sources:
                 if source.path != "-" and os.path.samefile(source.path, path):
                     raise ValueError(
-                        f"--input {source.path}: --output-prefix {prefix} writes that file; give another prefix"
+                        f"--input {source.path}: --output-prefix {prefix} would overwrite this file; give another prefix"
                     )
 
     def _plan(self) -> dict[str, Any]:

@@ -208,16 +208,17 @@ def layer_activation_bytes(layout: ParallelLayout) -> float:
     inputs and outputs of the two norms (4h); output of the fused query-key-value projection ((n + 2g) d); queries and
     keys again if they are rotated or normalized ((n + g) d, and n d more for grouped queries that are normalized);
     attention output (n d); the MLP's inner tensors (GELU: 2f, SwiGLU: 3f); dropout masks of one byte per value (as on
-    a GPU). Unfused core attention adds its scores (n s): in fp32, a second time in bf16 runs, and twice with dropout.
+    a GPU). With C context-parallel ranks a rank keeps all keys and values (2 C g d per token of its own). Unfused core
+    attention adds its scores (n s): in fp32, a second time in bf16 runs, and twice with dropout.
     """
     model, parallel = layout.model, layout.parallel
     size, tensor = layout.element_bytes, parallel.tensor_model_parallel_size
     again = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
     norms = 2 * model.hidden_size * (1 if "layernorm" in again else 2)
     whole = norms * size + 2 * model.hidden_size * (model.hidden_dropout > 0)
-    attention = qkv_width(model) + attention_width(model)
-    if model.position_embedding_type == "rope" or model.qk_layernorm:
-        attention += (qkv_width(model) + attention_width(model)) // 2
+    attention = (
+        _context_attention_width(layout) if parallel.context_parallel_size > 1 else _attention_width(model)
+    )
     if model.qk_layernorm and model.resolved_num_query_groups < model.num_attention_heads:
         attention += attention_width(model)  # grouped queries are copied out of the projection's output
     mlp = 0 if "mlp" in again else (3 if model.swiglu else 2) * model.resolved_ffn_hidden_size
@@ -227,12 +228,36 @@ def layer_activation_bytes(layout: ParallelLayout) -> float:
     return layout.tokens * (whole / _sequence_split(parallel) + shared / tensor)
 
 
+def _attention_width(model: ModelConfig) -> int:
+    """Returns the number of values per token that attention saves, without context parallelism."""
+    width = qkv_width(model) + attention_width(model)
+    if model.position_embedding_type == "rope" or model.qk_layernorm:
+        width += (qkv_width(model) + attention_width(model)) // 2
+    return width
+
+
+def _context_attention_width(layout: ParallelLayout) -> int:
+    """Returns the number of values per token of this rank that attention saves under context parallelism."""
+    model, ranks = layout.model, layout.parallel.context_parallel_size
+    rotates = model.position_embedding_type == "rope"
+    keys_and_values = qkv_width(model) - attention_width(model)
+    # The keys and values of all ranks, and the outputs of the two chunks, which are then joined.
+    width = ranks * keys_and_values + 2 * attention_width(model)
+    if rotates or model.qk_layernorm:
+        width += attention_width(model)  # the queries
+    if model.qk_layernorm or not rotates:
+        width += qkv_width(model)  # the projection's output, which a rotation does not keep
+    return width
+
+
 def head_activation_bytes(layout: ParallelLayout) -> float:
     """Returns the bytes that final norm, logits and loss save for the backward pass of one micro-batch."""
     hidden = 2 * layout.model.hidden_size * layout.element_bytes / _sequence_split(layout.parallel)
-    # The logits in the run's precision, and an fp32 softmax for the backward pass.
-    logits = (4 + layout.element_bytes) * layout.padded_vocab / layout.parallel.tensor_model_parallel_size
-    return layout.tokens * (hidden + logits)
+    # The logits in the run's precision, and the softmax for the backward pass: megatron-core's is in fp32, the one of
+    # `cross_entropy` (without tensor parallelism) in the run's precision.
+    ranks = layout.parallel.tensor_model_parallel_size
+    softmax = 4 if ranks > 1 else layout.element_bytes
+    return layout.tokens * (hidden + (layout.element_bytes + softmax) * layout.padded_vocab / ranks)
 
 
 def _score_bytes(layout: ParallelLayout) -> float:

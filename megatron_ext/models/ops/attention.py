@@ -3,17 +3,24 @@
 Letters: `s_q`, `s_k` query and key lengths, `b` micro-batch size, `n` query heads and `g` key/value heads of this
 tensor-parallel rank, `d` head size. Inputs are [s_q, b, n, d] and [s_k, b, g, d], the output is [s_q, b, n * d].
 With a KV cache the queries are the last `s_q` of the `s_k` positions.
+
+Under context parallelism a rank has two chunks of every sequence (`context_parallel`). Rotated keys and values are
+gathered over the ranks; each of the two chunks of queries attends to the keys up to its own end.
 """
 
 import contextlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.models.ops.causal_attention import allowed_keys, attend_at_end
+from megatron_ext.models.ops.context_parallel import chunks_of_rank, gather_sequence
 from megatron_ext.models.ops.plain_strides import plain_strides
 from megatron_ext.models.ops.rotary import rotate
 
@@ -29,6 +36,7 @@ class SDPAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -36,6 +44,9 @@ class SDPAttention(torch.nn.Module):
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        group = None if pg_collection is None else pg_collection.cp
+        self.context_group = group if group is not None and group.size() > 1 else None
+        """The ranks that share each sequence; None if there is one."""
         self._angles: torch.Tensor | None = None
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -76,7 +87,8 @@ class SDPAttention(torch.nn.Module):
             query: [s_q, b, n, d].
             key: [s_k, b, g, d]; `g` must divide `n`.
             value: [s_k, b, g, d].
-            attention_mask: [b, 1, s_q, s_k], True where attention is forbidden, or None.
+            attention_mask: [b, 1, s_q, s_k], True where attention is forbidden, or None. Under context parallelism it
+                covers the keys of all ranks.
             attn_mask_type: overrides the module's own mask type; the engine passes `no_mask` when decoding with a KV
                 cache.
             attention_bias: not supported, must be None.
@@ -88,22 +100,59 @@ class SDPAttention(torch.nn.Module):
         assert attention_bias is None and packed_seq_params is None, (
             "SDPAttention supports neither attention_bias nor packed_seq_params; use --attention-backend te"
         )
+        kind = attn_mask_type or self.attn_mask_type
         query, key = self._rotated(query, key)
+        group = self.context_group
+        if group is not None:
+            # Joined, so that both are gathered by one collective.
+            whole = gather_sequence(torch.cat([key, value], dim=-1), group)
+            key, value = whole.split([key.size(-1), value.size(-1)], dim=-1)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        mask, causal = self._mask(query, key, attention_mask, attn_mask_type or self.attn_mask_type)
         dropout = self.dropout if self.training else 0.0
         with self._random_stream(dropout):
-            context = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=causal,
-                scale=self.softmax_scale,
-                enable_gqa=query.size(1) != key.size(1),
-            )
-        return plain_strides(context.permute(2, 0, 1, 3).flatten(2))
+            if group is not None and attention_mask is None and kind is not AttnMaskType.no_mask:
+                return self._of_two_chunks(group, query, key, value, dropout)
+            return self._of_all(query, key, value, attention_mask, kind, dropout)
+
+    def _of_all(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        kind: AttnMaskType,
+        dropout: float,
+    ) -> torch.Tensor:
+        mask, causal = self._mask(query, key, attention_mask, kind)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return plain_strides(_by_position(context))
+
+    def _of_two_chunks(
+        self,
+        group: dist.ProcessGroup,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Returns the causal attention of this rank's two chunks of queries to the keys of all ranks."""
+        numbers = chunks_of_rank(group.rank(), group.size())
+        outputs = []
+        for number, of_chunk in zip(numbers, query.chunk(2, dim=2), strict=True):
+            end = (number + 1) * of_chunk.size(2)
+            known = key[:, :, :end], value[:, :, :end]
+            context = attend_at_end(of_chunk, *known, dropout=dropout, scale=self.softmax_scale)
+            outputs.append(_by_position(context))
+        return torch.cat(outputs)
 
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, kind: AttnMaskType
@@ -114,13 +163,12 @@ class SDPAttention(torch.nn.Module):
         decoding = kind is AttnMaskType.no_mask and self.attn_mask_type is not AttnMaskType.no_mask
         if attention_mask is not None and not decoding:
             return attention_mask.logical_not(), False
-        if queries == keys:
+        if queries == keys or self.context_group is not None:
             return None, kind is not AttnMaskType.no_mask
         if queries == 1:
             return None, False
         # torch aligns `is_causal` at the first key; with a KV cache the queries end at the last one.
-        allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        return allowed.tril(diagonal=keys - queries), False
+        return allowed_keys(queries, keys, query.device), False
 
     def _random_stream(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
         if dropout == 0.0 or self.config.sequence_parallel:
@@ -129,3 +177,8 @@ class SDPAttention(torch.nn.Module):
             )  # under sequence parallel the engine has already entered this stream
         # Each tensor-parallel rank has different heads, so each needs a different dropout mask.
         return tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+def _by_position(context: torch.Tensor) -> torch.Tensor:
+    """Reorders [b, n, s_q, d] to [s_q, b, n * d]."""
+    return context.permute(2, 0, 1, 3).flatten(2)

@@ -2,17 +2,30 @@
 
     loss = log(sum_v exp(z_v)) - z_label,   d loss / d z = softmax(z) - onehot(label)
 
-The forward pass processes blocks of rows that fit into the CPU's cache, computes in fp32, and saves the softmax in the
-logits' precision for the backward pass. With tensor parallelism the vocabulary is split over ranks and megatron-core's
-vocabulary-parallel cross-entropy is used instead. Shapes: logits [..., V], labels [...], losses [...] in fp32.
+The forward pass processes blocks of rows, computes in fp32, and saves the softmax in the logits' precision for the
+backward pass. With tensor parallelism the vocabulary is split over ranks and megatron-core's vocabulary-parallel
+cross-entropy is used instead. Shapes: logits [..., V], labels [...], losses [...] in fp32.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-_BLOCK_BYTES = 1 << 21
-"""Size of one block's fp32 values on a CPU, in bytes; a GPU processes all rows at once."""
+_BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+"""Size of one block's fp32 values in bytes: what a CPU's cache holds, or a small part of a GPU's memory."""
+
+
+def blocks(rows: torch.Tensor, device: str | None = None) -> Iterator[slice]:
+    """Yields slices that divide rows of logits, [n, V], into blocks, so that temporary fp32 values stay small.
+
+    Args:
+        rows: the logits.
+        device: `cpu` or `cuda`, whose block size is used; None for the device of `rows`.
+    """
+    step = max(1, _BLOCK_BYTES[device or rows.device.type] // (4 * rows.size(1)))
+    for start in range(0, len(rows), step):
+        yield slice(start, start + step)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -22,9 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
         index = labels.reshape(-1, 1)
         softmax = torch.empty_like(rows)
         losses = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
-        step = len(rows) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * rows.size(1)))
-        for start in range(0, len(rows), step):
-            block = slice(start, start + step)
+        for block in blocks(rows):
             log_probabilities = torch.log_softmax(rows[block], dim=-1, dtype=torch.float32)
             losses[block] = log_probabilities.gather(-1, index[block]).squeeze(-1).neg_()
             softmax[block] = log_probabilities.exp_()

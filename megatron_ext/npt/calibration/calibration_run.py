@@ -169,7 +169,7 @@ class LayerHooks:
 
 def sum_over_ranks(parts: Iterable[torch.Tensor], sequence_parallel: bool) -> None:
     """Adds up sums over tokens, of which every rank has seen its own; in place, collective."""
-    groups = [parallel_state.get_data_parallel_group()]
+    groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
     if sequence_parallel:
         groups.append(parallel_state.get_tensor_model_parallel_group())
     for part in parts:

@@ -91,8 +91,11 @@ def collect_moments(
     try:
         for step in calibration_steps(batches, samples, seed, name=name):
             hooks.begin(step)
-            # The loss of `run_microbatches` is a mean over tokens of a data-parallel rank, on average.
-            hooks.scale = step.tokens / parallel_state.get_data_parallel_world_size()
+            # The loss of `run_microbatches` is on average a mean over the tokens of a data-parallel rank.
+            # megatron-core multiplies it by the context-parallel size.
+            hooks.scale = step.tokens / parallel_state.get_data_parallel_world_size(
+                with_context_parallel=True
+            )
             loss = _SampledLoss() if gradients else NoLoss()
             run_microbatches(chunks, [], step.batches, loss, forward_only=not gradients)
             tokens += step.tokens

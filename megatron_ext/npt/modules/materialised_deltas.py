@@ -60,10 +60,10 @@ def materialised_deltas(
 
     Args:
         modulation: the factors of the weight matrix's deltas, in any form.
-        x: input of the weight matrix, [n, input]. Only key_value, and outer_product on `down`, depend on it.
+        x: input of the weight matrix, [n, input]. Used by the form key_value, and by outer_product on `down`.
         attention_output: a, [n, h].
-        hidden_states: h, [n, h]; key_value depends on it.
-        layer: the transformer layer; key_value depends on its norm and weights.
+        hidden_states: h, [n, h]. Used by the form key_value only.
+        layer: the transformer layer; the form key_value uses its norm and weights.
 
     Returns:
         [n, output, input], differentiable.

@@ -64,6 +64,7 @@ class NPFeedForward(MegatronModule):
         self.settings = settings
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
+        self.context_group = pg_collection.cp
         self.active = True
         """Whether the layer uses this module; if False, it runs as the base layer, on megatron-core's own code path."""
         self.step: LayerStep | None = None

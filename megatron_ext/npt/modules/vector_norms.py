@@ -81,7 +81,7 @@ class GeneratedVectors:
         return squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def attention_square(self) -> torch.Tensor:
-        """Returns, for each sequence, the mean of a^2 over its tokens and h, [b]."""
+        """Returns, for each sequence, the mean of a^2 over its tokens and over the hidden dimension, [b]."""
         return self._attention_squares.mean((0, 2)) / self._attention_output.size(-1)
 
     def similarity(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.ops.cross_entropy import blocks
 from megatron_ext.npt.objective.layer_losses import attach_zero_gradient
 from megatron_ext.npt.objective.teacher import OUTPUT
 from megatron_ext.training.interface.family_interface import Batch
@@ -73,6 +74,8 @@ class NPTOutputLoss(OutputLoss):
 def kl_divergence(base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
     """Computes KL(base || model) of every token; no gradient flows to `base`.
 
+    The backward pass overwrites what the forward pass has saved, so it can run only once.
+
     Args:
         base: logits of the reference, [s, b, V/t].
         model: logits of the model, [s, b, V/t].
@@ -102,17 +105,23 @@ def log_probabilities(logits: torch.Tensor, group: Group) -> torch.Tensor:
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: torch.Tensor, model: torch.Tensor, group: Group) -> torch.Tensor:
-        log_p, log_q = log_probabilities(base, group), log_probabilities(model, group)
-        p = log_p.exp()
-        divergence = _summed((p * (log_p - log_q)).sum(-1), group)
-        ctx.dtype = model.dtype
-        ctx.save_for_backward(log_q.exp_().sub_(p))
-        return divergence
+        base_rows, rows = (logits.reshape(-1, logits.size(-1)) for logits in (base, model))
+        difference = torch.empty_like(rows)
+        divergence = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        # Every block is reduced over the ranks: with several of them, few large blocks.
+        for block in blocks(rows, "cuda" if group.size() > 1 else None):
+            log_p, log_q = log_probabilities(base_rows[block], group), log_probabilities(rows[block], group)
+            p = log_p.exp()
+            divergence[block] = log_p.sub_(log_q).mul_(p).sum(-1)
+            difference[block] = log_q.exp_().sub_(p)
+        ctx.save_for_backward(difference)
+        return _summed(divergence, group).view(model.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
         (difference,) = ctx.saved_tensors
-        return None, (difference * grads[0].unsqueeze(-1)).to(ctx.dtype), None
+        # In place, because it is as large as the logits; the backward pass runs once.
+        return None, difference.mul_(grads[0].reshape(-1, 1)).view(*grads[0].shape, -1), None
 
 
 class _LogitsMSE(torch.autograd.Function):

@@ -262,9 +262,14 @@ def _blended(teacher: torch.Tensor, student: torch.Tensor, share: float) -> torc
 
 
 def _mean_over_ranks(module: Any, value: torch.Tensor) -> torch.Tensor:
-    """Returns `value`, a mean over this rank's tokens, averaged over the sequence-parallel ranks; without gradient."""
+    """Returns `value`, a mean over this rank's tokens, averaged over the ranks that share its sequences.
+
+    These are the sequence-parallel and the context-parallel ranks. No gradient flows through the result.
+    """
     value = value.detach().clone()
-    if module.config.sequence_parallel:
-        dist.all_reduce(value, group=module.tp_group)
-        value /= module.tp_group.size()
+    groups = [module.tp_group] if module.config.sequence_parallel else []
+    for group in (*groups, module.context_group):
+        if group.size() > 1:
+            dist.all_reduce(value, group=group)
+            value /= group.size()
     return value

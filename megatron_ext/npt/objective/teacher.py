@@ -19,7 +19,7 @@ from megatron_ext.data.datasets.sample_ids import Id, sample_ids
 from megatron_ext.models.gpt_model import GPTModel, only_layers
 from megatron_ext.npt.modules.npt_layers import deactivated
 from megatron_ext.npt.modules.teacher_inputs import TEACHER, input_name, state_names
-from megatron_ext.training.frozen_forward import FrozenForward, run_frozen
+from megatron_ext.training.frozen_forward import FrozenForward, ids_of_parts, run_frozen
 from megatron_ext.training.interface.family_interface import Batch, Family
 from megatron_ext.training.interface.output_losses import HiddenStates, NoLoss
 
@@ -175,9 +175,14 @@ def _states(
 
 
 def _keys(batches: list[Batch]) -> list[list[Id]]:
-    """Returns, for each micro-batch, an id for each sequence: a digest of its tokens and positions."""
+    """Returns, for each micro-batch, an id for each sequence: a digest of its tokens and positions.
+
+    Collective over the context-parallel ranks.
+    """
+    device = batches[0]["tokens"].device
     read = [
         torch.cat([batch["tokens"], batch["position_ids"].expand_as(batch["tokens"])], dim=1)
         for batch in batches
     ]
-    return [sample_ids(rows) for rows in torch.stack(read).cpu()]  # one copy from the device for all
+    rows = torch.stack(read).cpu()  # one copy from the device for all
+    return [ids_of_parts(sample_ids(of_batch), device) for of_batch in rows]

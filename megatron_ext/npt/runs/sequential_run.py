@@ -278,8 +278,8 @@ def _check(config: NPTRunConfig) -> None:
         )
     if checkpoint.overwrite_checkpoints:
         raise ValueError(
-            "--overwrite-checkpoints is not supported by --mode sequential, which continues the run in "
-            "--checkpoint-dir; omit it"
+            "--overwrite-checkpoints is not supported by --mode sequential, because it continues the run "
+            "in --checkpoint-dir; omit --overwrite-checkpoints"
         )
     if training.skip_train:
         raise ValueError(

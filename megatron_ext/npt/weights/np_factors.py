@@ -44,7 +44,7 @@ def whole_factors(number: int, target: str, part: Modulation) -> dict[str, torch
     Args:
         number: index of the layer, from 0.
         target: `gate`, `up`, `down` or `fc1`.
-        part: the factors.
+        part: the target's factors as this rank holds them, possibly split over the ranks.
     """
     prefix = f"layer_{number}_np.{target}"
     return {

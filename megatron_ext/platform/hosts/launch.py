@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 from megatron_ext.config.command_line.error_lines import ProcessLost, run_main
 from megatron_ext.platform.hosts.host_addresses import Endpoint, interfaces_by_address
@@ -26,6 +27,9 @@ from megatron_ext.platform.hosts.rendezvous import (
 )
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_LATER_SECONDS = 15
+"""Seconds that the other hosts wait longer than the host of the store for those that are missing."""
+
 _FIRST_REPORT, _LATER_REPORTS = 10.0, 60.0
 """Seconds until the host of the rendezvous reports which hosts are missing, and between later reports."""
 
@@ -68,7 +72,9 @@ def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, so
 def rendezvous_options(settings: LaunchSettings, place: Place) -> list[str]:
     """Returns `torchrun`'s options for the rendezvous; what PET_RDZV_CONF and PET_LOCAL_ADDR give has precedence."""
     assert settings.endpoint is not None
-    values = {"join_timeout": str(settings.join_timeout)} | _given_configuration()
+    # The host of the store gives up first: it knows who is missing, and the first one to give up ends the others.
+    timeout = settings.join_timeout + (0 if place.is_host else _LATER_SECONDS)
+    values = {"join_timeout": str(timeout)} | _given_configuration()
     if place.is_host is not None:
         values["is_host"] = str(place.is_host).lower()
     options = [
@@ -142,7 +148,7 @@ def _run_torchrun(
         rank, failure = error.get_first_failure()
         raise ProcessLost(
             f"rank {rank} on host {socket.gethostname()} ended with exit code {failure.exitcode}: "
-            f"{_last_line(failure.message)}"
+            f"{_reason(failure.message)}"
         ) from error
     except SignalException as error:
         raise ProcessLost(f"stopped by {signal.Signals(error.sigval).name}") from error
@@ -167,6 +173,12 @@ def _explain(error: Exception, settings: LaunchSettings | None, joined: JoinedHo
         f"{settings.endpoint}: {type(error).__name__}: the host of the rendezvous has ended, another program has its "
         "port, or a run of this RDZV_ID is over there; see the launcher's output on that host"
     )
+
+
+def _reason(message: Any) -> str:
+    """Returns what a training process has told `torchrun`: as `error_lines.tell_launcher` writes it, or a text."""
+    text = message.get("message", message) if isinstance(message, dict) else message
+    return _last_line(text).removeprefix("error: ")
 
 
 def _last_line(text: object) -> str:

@@ -8,10 +8,10 @@ A key identifies the sample, its masks and the trunk. Other weights, masks or da
 out of date. A training step always starts at the end of the trunk, from cached hidden states or from those of a
 separate forward pass of the trunk. The losses are equal to the bit in both cases, and also without a cache.
 
-The pipeline stage that holds the first layer above the trunk stores that layer's input; each of its tensor-parallel
-ranks stores its own copy or part. A micro-batch is a hit if all ranks of a model-parallel group have all its samples. A
-cache in memory contains only what its own process has stored; a cache on disk also contains what other processes and
-earlier runs have stored. A cache on disk has these files:
+The pipeline stage that holds the first layer above the trunk stores that layer's input; each of its tensor-parallel and
+context-parallel ranks stores its own copy or part. A micro-batch is a hit if all ranks of a model copy have all its
+samples. A cache in memory contains only what its own process has stored; a cache on disk also contains what other
+processes and earlier runs have stored. A cache on disk has these files:
 
     cache_dir/cache.json                      identifies the run to which the cache belongs
     cache_dir/{fingerprint}/tp{rank}/*        the entries, see `activation_store`; those of other trunks are removed
@@ -41,7 +41,7 @@ from megatron_ext.progressive.cache.frozen_trunk import (
     trunk_version,
 )
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
-from megatron_ext.training.frozen_forward import FrozenForward
+from megatron_ext.training.frozen_forward import FrozenForward, ids_of_parts
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
 
 IDENTITY_FILE = "cache.json"
@@ -208,7 +208,7 @@ class ActivationCache(FrozenForward):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _keys(self, families: list[Family], batch: Batch) -> list[bytes]:
-        """Returns a key for each sequence of a micro-batch."""
+        """Returns a key for each sequence of a micro-batch. Collective over context-parallel ranks."""
         read = {"tokens": batch["tokens"], "positions": batch["position_ids"]} | auxiliary_inputs(
             families, batch
         )
@@ -223,7 +223,7 @@ class ActivationCache(FrozenForward):
                 by_row = value.size(0) == rows and not value.is_floating_point()
                 parts += [name.encode(), value[row] if by_row else value]
             keys.append(digest(parts))
-        return keys
+        return ids_of_parts(keys, batch["tokens"].device)
 
     def _find(self, keys: list[bytes]) -> torch.Tensor | None:
         """Returns the stored activations of a micro-batch, [s, b, h] in host memory, or None if one is missing."""

@@ -19,6 +19,7 @@ from megatron_ext.rehearsal.simulated.devices import GPUS_PER_HOST, Device
 
 _DEVICE = torch.device("cuda", 0)
 _RANDOM_STATE_BYTES = 16
+_PINNED = "is_pinned_in_rehearsal"  # attribute of a tensor that `pin_memory` was called for
 
 
 def install(device: Device, activity: Activity, memory: MemoryLog) -> None:
@@ -136,13 +137,13 @@ def _patch_random_state() -> None:
 def _patch_transfers(activity: Activity) -> None:
     tensor_class: Any = torch.Tensor
     move, to_list, to_numpy = tensor_class.to, tensor_class.tolist, tensor_class.numpy
-    pinned: set[int] = set()
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         moved: torch.Tensor = move(self, *args, **kwargs)
         if moved.device.type != self.device.type:
             waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             to_device = self.device.type == "cpu"
+            waits = waits or (to_device and not getattr(self, _PINNED, False))
             size = moved.numel() * moved.element_size()
             activity.copies_between("to device" if to_device else "to host", size)
             if waits:
@@ -167,7 +168,7 @@ def _patch_transfers(activity: Activity) -> None:
         return np.zeros(tuple(self.shape), dtype=str(self.dtype).removeprefix("torch."))
 
     def pin_memory(self: torch.Tensor, *_: Any) -> torch.Tensor:
-        pinned.add(id(self))
+        setattr(self, _PINNED, True)
         return self
 
     tensor_class.to, tensor_class.tolist, tensor_class.numpy = to, tolist, numpy

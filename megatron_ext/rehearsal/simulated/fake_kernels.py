@@ -10,15 +10,19 @@ The results have the right shapes and types, and no values.
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import CausalBias
 
 aten = torch.ops.aten
 _LARGEST_FLASH_HEAD = 256
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def install() -> None:
     """Replaces the functions, for the rest of this process."""
     functional: Any = torch.nn.functional
     functional.scaled_dot_product_attention = _attention(functional.scaled_dot_product_attention)
+    biased: Any = CausalBias
+    biased._dispatch = _at_the_last_key
     functional.rms_norm = _rms_norm(functional.rms_norm)
     module: Any = torch
     module.compile = lambda function, **_: function
@@ -40,7 +44,7 @@ def _attention(otherwise: Any) -> Any:
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
             return result
-        half = query.dtype in (torch.float16, torch.bfloat16)
+        half = query.dtype in _HALF
         if half and attn_mask is None and query.size(-1) <= _LARGEST_FLASH_HEAD:
             flash = aten._scaled_dot_product_flash_attention
             return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
@@ -49,6 +53,24 @@ def _attention(otherwise: Any) -> Any:
         return _unfused(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
     return attention
+
+
+def _at_the_last_key(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: Any,
+    dropout: float,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Stands for attention with torch's `causal_lower_right`."""
+    is_fused = query.dtype in _HALF or not enable_gqa
+    mask = None if is_fused else bias._materialize(query.device)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_fused, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _efficient(

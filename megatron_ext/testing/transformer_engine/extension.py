@@ -16,7 +16,7 @@ import torch.nn.functional as F
 Tensors = list[list[torch.Tensor]]
 
 
-class DType(enum.IntEnum):
+class DTypeNumber(enum.IntEnum):
     """Numbers of the dtypes, in the order of `transformer_engine.h`."""
 
     kByte = 0
@@ -33,9 +33,9 @@ class DType(enum.IntEnum):
 
 
 _TORCH = {
-    DType.kFloat32: torch.float32,
-    DType.kFloat16: torch.float16,
-    DType.kBFloat16: torch.bfloat16,
+    DTypeNumber.kFloat32: torch.float32,
+    DTypeNumber.kFloat16: torch.float16,
+    DTypeNumber.kBFloat16: torch.bfloat16,
 }
 
 
@@ -51,7 +51,7 @@ class FusedAttentionBackend(enum.IntEnum):
 class Extension(ModuleType):
     """The module `transformer_engine_torch`; names that it does not define are mocks."""
 
-    DType = DType
+    DType = DTypeNumber
     NVTE_Fused_Attn_Backend = FusedAttentionBackend
     __version__ = "3.6.0"  # as triton, for which this also stands in
 
@@ -83,9 +83,9 @@ class Extension(ModuleType):
         transposes_b: bool,
         out: torch.Tensor | None,
         quantizer: Any,
-        dtype: DType | None,
+        dtype: DTypeNumber | None,
         bias: torch.Tensor | None,
-        bias_dtype: DType,
+        bias_dtype: DTypeNumber,
         gelu: bool,
         gelu_in: Any,
         is_gradient: bool,
@@ -121,7 +121,13 @@ class Extension(ModuleType):
 
     @staticmethod
     def rmsnorm_fwd(
-        x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: Any, quantizer: Any, dtype: DType, *_: Any
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        out: Any,
+        quantizer: Any,
+        dtype: DTypeNumber,
+        *_: Any,
     ) -> tuple[torch.Tensor, None, torch.Tensor]:
         inverse = torch.rsqrt(x.float().pow(2).mean(-1) + epsilon)
         return (x.float() * inverse[:, None] * weight.float()).to(_TORCH[dtype]), None, inverse
@@ -143,7 +149,7 @@ class Extension(ModuleType):
         epsilon: float,
         out: Any,
         quantizer: Any,
-        dtype: DType,
+        dtype: DTypeNumber,
         *_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mean = x.float().mean(-1)

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.ops.context_parallel import part_of_batch
 from megatron_ext.platform import process_groups
 from megatron_ext.training.engine.data_parallel import unwrap_model
 from megatron_ext.training.interface.family_interface import Batch, Family, auxiliary_inputs
@@ -40,7 +41,7 @@ def run_microbatches(
     Args:
         chunks: this rank's model chunks, wrapped or unwrapped.
         families: the run's model families, which supply the model's auxiliary inputs.
-        batches: micro-batches of equal shape, `tokens` [b, s].
+        batches: micro-batches of equal shape, `tokens` [b, s]; each context-parallel rank takes its part of them.
         output_loss: computes the loss on the last stage.
         forward_only: whether to omit the backward pass.
         prepare: adds fields to the micro-batches once they are on the device.
@@ -49,21 +50,46 @@ def run_microbatches(
         On the last stage, the sums that `output_loss` logs, one mapping per micro-batch; on other stages an empty list.
     """
     moved = _on_device(chunks, batches)
-    micro_batch_size, sequence_length = moved[0]["tokens"].shape
     divisor = None if forward_only else _mean_weight(moved)
     prepared = prepare(moved)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         # Under pipeline parallelism the stages run different micro-batches at a time. If `prepare` ran lazily, the
         # collectives in it would block the communication between stages.
         prepared = list(prepared)
+    forward_step = partial(_forward_step, families, output_loss, divisor)
+    return _run_schedule(chunks, forward_step, moved, prepared, forward_only)
+
+
+def run_forward(
+    chunks: list[GPTModel], families: list[Family], batches: list[Batch], output_loss: OutputLoss
+) -> list[dict[str, torch.Tensor]]:
+    """Runs the forward pass as `run_microbatches` does, on micro-batches that it has passed to `prepare`. Collective.
+
+    They are on the device, and under context parallelism they are this rank's part of the sequences.
+    """
+    forward_step = partial(_forward_step, families, output_loss, None)
+    return _run_schedule(chunks, forward_step, batches, batches, forward_only=True)
+
+
+def _run_schedule(
+    chunks: list[Any],
+    forward_step: Callable[..., tuple[torch.Tensor, Any]],
+    moved: list[Batch],
+    prepared: Iterable[Batch],
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    """Runs megatron-core's schedule on the micro-batches `moved`, with the fields of `prepared`."""
+    micro_batch_size, rows = moved[0]["tokens"].shape
+    # Auxiliary streams are sent as further rows of the hidden states, so stages exchange longer sequences. The schedule
+    # divides their length by the context-parallel size.
+    rows *= parallel_state.get_context_parallel_world_size() * _pipeline_factor(unwrap_model(chunks[0]))
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, families, output_loss, divisor),
+        forward_step_func=forward_step,
         # Every virtual stage processes the same micro-batches.
         data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(moved),
-        # Auxiliary streams are sent as further rows of the hidden states, so stages exchange longer sequences.
-        seq_length=sequence_length * _pipeline_factor(unwrap_model(chunks[0])),
+        seq_length=rows,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
@@ -76,7 +102,7 @@ def accumulate_gradients(
 
     Args:
         chunks: this rank's model chunks, wrapped by `wrap_model`.
-        batches: micro-batches of equal shape, `tokens` [b, s].
+        batches: micro-batches of equal shape, `tokens` [b, s]; each context-parallel rank takes its part of them.
         backward: adds the gradients of one prepared micro-batch; see `Family.backward`.
         prepare: adds fields to the micro-batches once they are on the device.
     """
@@ -92,10 +118,18 @@ def accumulate_gradients(
 
 
 def _on_device(chunks: list[Any], batches: list[Batch]) -> list[Batch]:
-    """Returns the micro-batches on the device; checks that the model supports their length."""
+    """Returns this rank's part of the micro-batches, on the device; checks that the model supports their length."""
     unwrap_model(chunks[0]).check_length(batches[0]["tokens"].size(1))
-    device = process_groups.device()
-    return [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
+    device, group = process_groups.device(), parallel_state.get_context_parallel_group()
+    moved = ({name: _moved(value, device) for name, value in batch.items()} for batch in batches)
+    return [part_of_batch(batch, group) for batch in moved]
+
+
+def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and value.device.type == "cpu":
+        # From other memory the copy would make the host wait. The loader pins its tensors, but families add their own.
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def _mean_weight(batches: list[Batch]) -> torch.Tensor:

@@ -12,18 +12,28 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.testing.checkpoint_runs import TINY_WITH_DROPOUT, RunSettings, TinyRun, read_plain
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.testing.tiny_training import LAYOUTS, TINY, WORLD_SIZES
+from megatron_ext.testing.tiny_training import CONTEXT_LAYOUTS, LAYOUTS, TINY, WORLD_SIZES
 
 _DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True)
 _DISTRIBUTED_PP2 = ParallelConfig(use_distributed_optimizer=True, pipeline_model_parallel_size=2)
-_LAYOUTS = {**LAYOUTS, "DP2xPP2 distributed optimizer": _DISTRIBUTED_PP2}
-_SIZES = {**WORLD_SIZES, "DP2xPP2 distributed optimizer": 4}
+_DIVIDED = {name: CONTEXT_LAYOUTS[name] for name in ("CP2", "PP2xCP2", "DP2xCP2 distributed optimizer")}
+_LAYOUTS = {
+    **LAYOUTS,
+    "DP2xPP2 distributed optimizer": _DISTRIBUTED_PP2,
+    **{name: parallel for name, (parallel, _) in _DIVIDED.items()},
+}
+_SIZES = {
+    **WORLD_SIZES,
+    "DP2xPP2 distributed optimizer": 4,
+    **{name: size for name, (_, size) in _DIVIDED.items()},
+}
 _RESUMED = {
     "TP1": (LAYOUTS["TP1"], 1, False),
     "TP2": (LAYOUTS["TP2"], 2, False),
     "PP2": (LAYOUTS["PP2"], 2, False),
     "PP2 interleaved": (LAYOUTS["PP2 interleaved"], 2, False),
     "DP2 distributed optimizer": (_DISTRIBUTED, 2, False),
+    "CP2": (*CONTEXT_LAYOUTS["CP2"], False),
     "TP1 bf16": (LAYOUTS["TP1"], 1, True),
     "DP2 distributed optimizer bf16": (_DISTRIBUTED, 2, True),
 }
@@ -150,6 +160,8 @@ def test_a_single_process_checkpoint_goes_on_at_every_parallel_layout(
         ("DP2 distributed optimizer", False),
         ("DP2 distributed optimizer", True),
         ("TP2", True),
+        ("CP2", False),
+        ("DP2xCP2 distributed optimizer", False),
     ],
 )
 def test_a_checkpoint_of_a_layout_goes_on_in_a_single_process(

@@ -26,7 +26,7 @@ from megatron_ext.platform.process_groups import initialize
 from megatron_ext.progressive.settings.progressive_config import ProgressiveConfig
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, synthetic_batches
+from megatron_ext.testing.tiny_training import CONTEXT_LAYOUTS, LAYOUTS, TINY, VOCAB_SIZE, synthetic_batches
 from megatron_ext.training.engine.data_parallel import wrap_model
 from megatron_ext.training.engine.lr_schedule import build_scheduler
 from megatron_ext.training.engine.optimizer import build_optimizer
@@ -67,8 +67,14 @@ DIVISIONS = {
     "TP2+SP micro-batch 4": (2, "TP2+SP", 4),
     "PP2 micro-batch 2": (2, "PP2", 2),
     "PP2 interleaved micro-batch 4": (2, "PP2 interleaved", 4),
+    **{f"CP2 micro-batch {size}": (2, "CP2", size) for size in (1, 4)},
+    "CP4 micro-batch 2": (4, "CP4", 2),
+    "PP2xCP2 micro-batch 2": (4, "PP2xCP2", 2),
+    "DP2xCP2 micro-batch 2": (4, "DP2xCP2", 2),
 }
 """Name -> processes, parallel layout, micro-batch size."""
+
+PARALLEL = LAYOUTS | {name: parallel for name, (parallel, _) in CONTEXT_LAYOUTS.items()}
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def _measure(cases: dict[str, tuple[int, str, int]]) -> dict[tuple[str, str], Fo
     found = {}
     for name, (_, layout, micro_batch_size) in cases.items():
         for objective in OBJECTIVES:
-            stepper = make_stepper(LAYOUTS[layout], micro_batch_size, objective)
+            stepper = make_stepper(PARALLEL[layout], micro_batch_size, objective)
             validation = stepper.evaluate(lambda size=micro_batch_size: masked_batches(size), 2)["lm loss"]  # type: ignore[misc]
             step = stepper.train(masked_batches(micro_batch_size), 1)
             found[name, objective] = Found(step.loss, step.grad_norm, step.layer_losses, validation)

@@ -16,7 +16,7 @@ from megatron_ext.progressive.cache.activation_cache import ActivationCache, che
 from megatron_ext.progressive.cache.frozen_trunk import trunk_fingerprint
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.testing.tiny_training import LAYOUTS, WORLD_SIZES, with_full_recompute
+from megatron_ext.testing.tiny_training import CONTEXT_LAYOUTS, LAYOUTS, WORLD_SIZES, with_full_recompute
 from tests.unit.progressive.objective_helpers import (
     MLM,
     MODEL,
@@ -50,6 +50,8 @@ class Case:
 
 CASES = {
     **{layout: Case(LAYOUTS[layout], WORLD_SIZES[layout]) for layout in LAYOUTS if layout != "TP2xPP2"},
+    "CP2": Case(*CONTEXT_LAYOUTS["CP2"]),
+    "CP2, clm": Case(*CONTEXT_LAYOUTS["CP2"], config=CLM),
     "one layer above": Case(ParallelConfig(), 1, trunk=3),
     "time embedding": Case(ParallelConfig(), 1, config=INPUT),
     "clm": Case(ParallelConfig(), 1, config=CLM),

@@ -16,12 +16,19 @@ from megatron_ext.platform.collectives import merge_over_ranks
 from megatron_ext.platform.process_groups import initialize
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
-from megatron_ext.testing.tiny_training import LAYOUTS, TINY, VOCAB_SIZE, WORLD_SIZES, synthetic_batches
+from megatron_ext.testing.tiny_training import (
+    CONTEXT_LAYOUTS,
+    LAYOUTS,
+    TINY,
+    VOCAB_SIZE,
+    WORLD_SIZES,
+    synthetic_batches,
+)
 
 MODEL = replace(TINY, init_method_std=0.2, hidden_dropout=0.5, attention_dropout=0.5)
 LAYERS, SAMPLES, SEED = (1, 3), 6, 11
 """6 samples: with four stages or two data-parallel ranks the last group is not full."""
-CHECKED = ("TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2", "TP2xPP2")
+CHECKED = ("TP2", "TP2+SP", "PP2", "PP2 interleaved", "DP2", "TP2xPP2", "CP2", "PP2xCP2")
 
 
 def _chunks(parallel: ParallelConfig) -> list[GPTModel]:
@@ -101,7 +108,8 @@ def by_hand() -> dict[int, list[torch.Tensor]]:
 def test_moments_are_those_of_a_plain_computation_at_every_layout(
     layout: str, by_hand: dict[int, list[torch.Tensor]]
 ) -> None:
-    for found in run_distributed(_collected, WORLD_SIZES[layout], LAYOUTS[layout], True):
+    parallel, size = CONTEXT_LAYOUTS.get(layout) or (LAYOUTS[layout], WORLD_SIZES[layout])
+    for found in run_distributed(_collected, size, parallel, True):
         _assert_equal(found, by_hand)
 
 

@@ -68,7 +68,8 @@ def _round_trip(chunks: list[GPTModel]) -> dict[str, tuple[tuple[int, ...], list
 RECOMPUTED = ["TP1 recomputed", "TP2+SP recomputed", "PP2 interleaved recomputed", "TP2+SP MLP recomputed"]
 RUNS = LayoutRuns(
     {name: Variant(make_families=_Make(name), model=MODEL, examine=_round_trip) for name in VARIANTS},
-    [*LAYOUTS, *RECOMPUTED],
+    [*LAYOUTS, *RECOMPUTED, "CP2", "CP2 MLP recomputed"],
+    {layout: ["outer", "key_value", "with PLE"] for layout in ("TP2+SPxCP2", "PP2xCP2", "DP2xCP2")},
 )
 BF16 = LayoutRuns(
     {name: Variant(make_families=_Make(name), model=MODEL, bf16=True) for name in VARIANTS},

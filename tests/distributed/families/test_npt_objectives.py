@@ -71,11 +71,17 @@ class _Make:
         return [NPTFamily(*VARIANTS[self.variant], total_steps=STEPS)]
 
 
+DIVIDED = ["multi_layer, the documents' losses", "equivalence, the document's losses", "layer_parallel"]
+"""Variants whose losses divide by the size of a whole sequence, or that keep a teacher's states."""
+
 RECOMPUTED = ["TP1 recomputed", "TP2+SP recomputed", "PP2 interleaved recomputed"]
 RUNS = LayoutRuns(
     {name: Variant(make_families=_Make(name), model=MODEL, steps=STEPS) for name in VARIANTS},
-    [*LAYOUTS, *RECOMPUTED],
-    {layout: ["layer_parallel", "multi_layer"] for layout in (OVERLAPPED, OVERLAPPED_PIPELINE)},
+    [*LAYOUTS, *RECOMPUTED, "CP2", "CP2 recomputed"],
+    {
+        **{layout: ["layer_parallel", "multi_layer"] for layout in (OVERLAPPED, OVERLAPPED_PIPELINE)},
+        **dict.fromkeys(("CP4", "TP2+SPxCP2", "PP2xCP2", "PP2xCP2 interleaved"), DIVIDED),
+    },
 )
 
 

@@ -41,7 +41,12 @@ class _Make:
 
 RUNS = LayoutRuns(
     {name: Variant(make_families=_Make(name)) for name in VARIANTS},
-    [*LAYOUTS, OVERLAPPED, "TP2+SP recomputed", "PP2 interleaved recomputed"],
+    [
+        *LAYOUTS,
+        OVERLAPPED,
+        *("TP2+SP recomputed", "PP2 interleaved recomputed"),
+        *("CP2", "TP2+SPxCP2", "PP2xCP2 recomputed", "DP2xCP2 distributed optimizer"),
+    ],
 )
 BF16 = LayoutRuns({name: Variant(make_families=_Make(name), bf16=True) for name in VARIANTS}, ["TP2+SP"])
 

@@ -27,6 +27,9 @@ PLANS_OF = {
     "DP2": ["adapters"],
     "DP2 distributed optimizer": ["trunk frozen, base and adapters above"],
     "TP2xPP2": ["trunk frozen, base and adapters above"],
+    "CP2": ["adapters", "trunk frozen, base and adapters above"],
+    "PP2xCP2": ["trunk frozen, base and adapters above"],
+    "TP2+SPxCP2": ["adapters"],
     "TP2+SP recomputed": ["adapters"],
     "TP2+SP MLP recomputed": ["adapters"],
 }

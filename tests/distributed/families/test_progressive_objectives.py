@@ -23,7 +23,7 @@ class _Make:
 
 RUNS = LayoutRuns(
     {name: Variant(make_families=_Make(config), model=MODEL) for name, config in CONFIGS.items()},
-    ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP1 recomputed"],
+    ["TP2", "PP2", "PP2 interleaved", "TP2+SP", "TP1 recomputed", "CP2", "PP2xCP2", "TP2+SPxCP2 recomputed"],
 )
 
 

@@ -21,6 +21,7 @@ from megatron_ext.testing.transformer_engine.run_with_te import needs_te, run_wi
 from megatron_ext.training.interface.family_interface import Family
 from tests.distributed import test_three_families_in_one_model as grown
 from tests.distributed.transformer_engine.te_variants import VARIANTS, with_te
+from tests.integration.progressive.progressive_run_helpers import stored, write_data
 
 pytestmark = needs_te
 
@@ -84,15 +85,15 @@ def _grow(data: str, folder: str, *flags: str) -> dict[str, tuple[list[float], d
     found = {}
     for name, families in GROWN.items():
         losses = grown.train(data, f"{folder}/{name}", *flags, make_others=families)
-        tensors = grown.stored(f"{folder}/{name}", "progressive_rack")
+        tensors = stored(f"{folder}/{name}", "progressive_rack")
         found[name] = losses, {key: tensor.shape for key, tensor in tensors.items()}
     return found
 
 
 def test_a_model_that_grows_trains_with_te_as_with_the_engines_own_layers(tmp_path: Path) -> None:
-    data = grown.write_data(tmp_path)
+    data = write_data(tmp_path)
     flags = (*grown.LAYOUTS["TP2"], "--transformer-impl", "transformer_engine")
     own = run_single(_grow, data, str(tmp_path / "own"))
-    for of_rank in run_with_te(_grow, 2, data, str(tmp_path / "te"), *flags):
-        for name, (losses, shapes) in own.items():
-            assert len(losses) == 4 and of_rank[name] == (pytest.approx(losses, rel=2e-4), shapes), name
+    found = run_with_te(_grow, 2, data, str(tmp_path / "te"), *flags)[0]
+    for name, (losses, shapes) in own.items():
+        assert len(losses) == 4 and found[name] == (pytest.approx(losses, rel=2e-4), shapes), name

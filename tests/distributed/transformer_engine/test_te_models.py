@@ -173,7 +173,7 @@ MOVED = ("Llama", "Llama, sharded optimizer", "GPT-2", "PLE, sharded optimizer")
 
 
 def _settings(
-    case: str, layout: str, model: Callable[[ModelConfig], ModelConfig], **checkpoint: str
+    case: str, layout: str, model: Callable[[ModelConfig], ModelConfig], **checkpoint: Any
 ) -> RunSettings:
     variant = VARIANTS[case.split(",")[0]]
     return RunSettings(
@@ -238,14 +238,15 @@ def test_a_run_moves_from_the_engines_layers_to_te_and_back_at_another_layout(
     assert back[0] == pytest.approx(expected, rel=1e-5) and back[1].startswith("torch.")
 
 
-def _fp8_context(recipe: str) -> tuple[str, Any, str]:
+def _fp8_context(recipe: Any) -> tuple[str, Any, str]:
     """What megatron-core hands to Transformer Engine's autocast, and why this device, of capability 8.0, refuses."""
     import transformer_engine.pytorch
     from megatron.core.fp8_utils import get_fp8_context
 
     given: dict[str, Any] = {}
     vars(transformer_engine.pytorch)["fp8_autocast"] = lambda **arguments: given.update(arguments)
-    details = {"fp8_amax_history_len": 7, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
+    details: dict[str, Any] = {"fp8_amax_history_len": 7, "fp8_amax_compute_algo": "max"}
+    details = details if recipe == "delayed" else {}
     model = replace(with_te(LLAMA), fp8_format="hybrid", fp8_recipe=recipe, **details)
     initialize(ParallelConfig(), seed=1)
     with warnings.catch_warnings():

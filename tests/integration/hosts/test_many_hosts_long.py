@@ -78,11 +78,11 @@ def test_max_restarts_starts_all_processes_again_from_the_last_checkpoint(data: 
         command = ["--max-restarts", "1", SCRIPT]
         command += runs.flags(data, tmp_path / "save", *TENSOR, *PIPELINE, *lasting)
         started = runs.launch(hosts, tmp_path, command, processes=2)
-        runs.wait_for(lambda: "step 30/" in started[0].output(), started)
+        runs.wait_for(lambda: 30 in runs.steps(started[0].output()), started)
         before = {rank: process.pid for host in hosts for rank, process in host.ranks().items()}
         os.kill(before[3], signal.SIGKILL)
         runs.wait_for(lambda: len([rank for host in hosts for rank in host.ranks()]) < 4, started)
-        runs.wait_for(lambda: started[0].output().count("step 30/") == 2, started)
+        runs.wait_for(lambda: len(re.findall(r"^step +30/", started[0].output(), re.MULTILINE)) == 2, started)
         after = {rank: process.pid for host in hosts for rank, process in host.ranks().items()}
         assert before.keys() == after.keys() == set(range(4))
         assert not set(before.values()) & set(after.values()), "every process is a new one"
@@ -97,7 +97,7 @@ def _hang(data: str, folder: Path, rank: int, *, cut: bool) -> tuple[list[Starte
     with network(2) as hosts:
         command = [SCRIPT, *runs.flags(data, folder / "save", *TENSOR, *PIPELINE, "--train-iters", "100000")]
         started = runs.launch(hosts, folder, command, processes=2)
-        runs.wait_for(lambda: "step 20/" in started[0].output(), started)
+        runs.wait_for(lambda: 20 in runs.steps(started[0].output()), started)
         begin = time.monotonic()
         if cut:
             hosts[1].cut_off()

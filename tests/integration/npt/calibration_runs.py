@@ -15,6 +15,7 @@ LAYOUTS = {
     "TP2+SP": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
     "PP2": ["--pipeline-model-parallel-size", "2"],
     "DP2": [],
+    "CP2": ["--context-parallel-size", "2"],
 }
 
 

@@ -20,6 +20,7 @@ LAYOUTS = {
     "TP1": (1, []),
     "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "CP2": (2, ["--context-parallel-size", "2"]),
 }
 
 

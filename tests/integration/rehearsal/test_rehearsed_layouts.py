@@ -8,6 +8,7 @@ import pytest
 
 from megatron_ext.testing.rehearsing.rehearsals import rehearse
 from tests.integration.rehearsal.rehearsal_flags import (
+    CP,
     FULL,
     GROWN,
     INTERLEAVED,
@@ -36,6 +37,9 @@ CASES = {
     "fp32, last stage": (GPT, 7, 1, PLAIN + TP + PP + SP),
     "overlap": (GPT, 0, 1, PLAIN + BF16 + TP + SHARDED + OVERLAP),
     "interleaved": (GPT, 7, 1, PLAIN + BF16 + TP + PP + SP + SHARDED + INTERLEAVED),
+    "context parallel": (GPT, 0, 1, PLAIN + BF16 + CP + PP + SHARDED),
+    "context parallel, fp32, last stage": (GPT, 7, 1, PLAIN + CP + TP + PP + SP + FULL),
+    "context parallel, masks of documents": (GPT, 3, 1, PLAIN + BF16 + CP + TP + "--reset-attention-mask "),
     "full recomputation": (GPT, 0, 1, PLAIN + BF16 + TP + FULL),
     "unfused attention, dropout": (
         GPT,
@@ -68,6 +72,7 @@ CASES = {
         + PLE
         + "--log-per-layer-stats --log-per-layer-gradients --per-layer-stats-interval 1 ",
     ),
+    "PLE, context parallel": (GPT, 0, 1, PLAIN + BF16 + CP + TP + SP + PLE),
     "NPT, from scratch": (NPT, 7, 1, PLAIN + BF16 + TP + PP + SP + SHARDED + FROM_SCRATCH),
     "NPT, key_value": (
         NPT,
@@ -85,6 +90,18 @@ CASES = {
         + FROZEN
         + "--mode multi_layer --npt-layers all --curriculum-stages teacher:1,mixed:1,student:98 ",
     ),
+    "NPT, context parallel, teacher": (
+        NPT,
+        1,
+        1,
+        PLAIN
+        + BF16
+        + CP
+        + TP
+        + FROZEN
+        + "--mode multi_layer --npt-layers all --curriculum-stages teacher:1,mixed:1,student:98 "
+        + "--layer-losses document ",
+    ),
     # The second step begins a stage with other losses, whose names the ranks exchange.
     "NPT, one layer": (
         NPT,
@@ -98,6 +115,12 @@ CASES = {
         1,
         1,
         GROWN + BF16 + TP + SP + "--training-objective clm --no-qlora-enabled ",
+    ),
+    "progressive, context parallel": (
+        PROGRESSIVE,
+        1,
+        1,
+        GROWN + BF16 + CP + TP + SP + "--training-objective mlm --trunk-strategy qlora ",
     ),
     "progressive, LoRA": (
         PROGRESSIVE,

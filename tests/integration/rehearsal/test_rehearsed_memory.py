@@ -33,3 +33,12 @@ def test_the_rehearsed_peak_is_within_5_percent_of_the_measured(name: str) -> No
     rehearsed = rehearse(script, *given, processes=1)
     assert rehearsed.error is None
     assert rehearsed.peak.size == pytest.approx(measured, rel=0.05)
+
+
+def test_the_loss_of_a_large_vocabulary_needs_little_more_than_logits_and_softmax() -> None:
+    length, vocabulary = 4096, 128_000
+    flags = f"--bf16 --vocab-size {vocabulary} --seq-length {length} --global-batch-size 1".split()
+    rehearsed = rehearse("pretrain_gpt_per_layer.py", *PLAIN.split(), *flags, processes=1)
+    assert rehearsed.error is None
+    # Both have two bytes per value; the fp32 values of all tokens at once would be four more, and their softmax too.
+    assert 4 * length * vocabulary < rehearsed.peak.kinds["activations"] < 6 * length * vocabulary

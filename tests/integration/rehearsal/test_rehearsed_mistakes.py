@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.testing.rehearsing.rehearsals import Rehearsed, rehearse
-from tests.integration.rehearsal.rehearsal_flags import PLAIN, PP, SHARDED, SP, TP, needs_device
+from tests.integration.rehearsal.rehearsal_flags import CP, PLAIN, PP, SHARDED, SP, TP, needs_device
 
 pytestmark = needs_device
 
@@ -46,6 +46,13 @@ def gradients_not_reduced() -> None:
     wrapper.start_grad_sync = wrapper.finish_grad_sync = lambda self, *_, **__: None
 
 
+def keys_not_gathered() -> None:
+    from megatron_ext.models.ops import attention
+
+    module: Any = attention
+    module.gather_sequence = lambda part, group: part
+
+
 def strides_of_a_transposed_batch_of_one() -> None:
     from megatron_ext.models.ops import attention
 
@@ -64,6 +71,19 @@ def wait_in_every_layer() -> None:
         return correct(self, hidden_states, *args, **kwargs)
 
     layer.forward = forward
+
+
+def batches_not_pinned() -> None:
+    from megatron_ext.training.engine import microbatches
+
+    module: Any = microbatches
+    module._moved = lambda value, device: value.to(device, non_blocking=True)
+
+
+def test_a_copy_from_memory_that_is_not_pinned_is_a_wait() -> None:
+    (copies,) = (n for place, n in rehearsed_with(batches_not_pinned).waits().items() if "copy" in place)
+    micro_batches, fields = 2, 5
+    assert copies == micro_batches * fields
 
 
 def test_a_mask_on_the_cpu_is_an_error() -> None:
@@ -85,6 +105,13 @@ def test_gradients_that_no_step_reduces_are_named() -> None:
     rehearsed = rehearsed_with(gradients_not_reduced)
     assert rehearsed.error is None
     assert rehearsed.notes == ["no step reduces gradients over DP (size 2)"]
+
+
+def test_keys_that_no_step_gathers_are_named() -> None:
+    flags = f"--bf16 {PLAIN} {CP}".split()
+    rehearsed = rehearse("pretrain_gpt_per_layer.py", *flags, processes=8, before=keys_not_gathered)
+    assert rehearsed.error is None
+    assert rehearsed.notes == ["no step sends keys and values over CP (size 2)"]
 
 
 def test_a_product_that_is_computed_row_by_row_is_named() -> None:

@@ -60,10 +60,10 @@ def run_under_torchrun(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*flags), env=environment(), capture_output=True, text=True, timeout=240)
 
 
-def losses(directory: Path) -> dict[int, float]:
+def losses(directory: Path, tag: str = "lm loss") -> dict[int, float]:
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("lm loss")}
+    return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_that_never_stopped(
@@ -108,6 +108,45 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on_to_the_losses_of_the_run_tha
     assert resumed.returncode == 0, resumed.stderr
     assert f"the run continues after step {stopped_at}" in resumed.stdout
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+def test_a_context_parallel_run_under_torchrun_continues_in_a_single_process_and_back(
+    data: str, tmp_path: Path
+) -> None:
+    flags = ["--data-path", data, "--train-iters", "6", "--num-workers", "2", "--split", "80,20,0"]
+    flags += [
+        "--eval-interval",
+        "2",
+        "--eval-iters",
+        "1",
+        "--hidden-dropout",
+        "0",
+        "--attention-dropout",
+        "0",
+    ]
+    straight = run(*flags, "--tensorboard-dir", str(tmp_path / "straight"))
+    assert straight.returncode == 0, straight.stderr
+    checkpoint, parts = str(tmp_path / "checkpoint"), str(tmp_path / "parts")
+    flags += ["--save", checkpoint, "--load", checkpoint, "--tensorboard-dir", parts, "--exit-interval", "2"]
+    divided = [*MODEL, *flags, "--context-parallel-size", "2"]
+    results = [
+        subprocess.run(
+            torchrun("pretrain_gpt_per_layer.py", *divided),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        ),
+        run(*flags),
+        run_script("pretrain_gpt_per_layer.py", *divided, processes=2),
+    ]
+    for result, before in zip(results, (0, 2, 4), strict=True):
+        assert result.returncode == 0, result.stderr
+        assert not before or f"the run continues after step {before}" in result.stdout
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+    evaluated = [losses(tmp_path / name, "lm loss validation") for name in ("parts", "straight")]
+    assert evaluated[0].keys() == {2, 4, 6}
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("more", [[], ["--bf16"], ["--bf16", "--use-distributed-optimizer"]])

@@ -346,7 +346,7 @@ def test_a_quarantine_is_not_read_and_removed_by_the_same_prefix(
     assert run("--input", tmp_path / "in.jsonl", *quarantine).returncode == 0
     result = run("--input", tmp_path / "c_quarantined.jsonl", *quarantine)
     assert result.returncode == 2
-    assert f"--output-prefix {tmp_path}/c writes that file; give another prefix" in result.stderr
+    assert f"--output-prefix {tmp_path}/c would overwrite this file; give another prefix" in result.stderr
     assert (tmp_path / "c_quarantined.jsonl").read_text() == "oops\n"
 
 

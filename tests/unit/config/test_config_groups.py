@@ -145,7 +145,7 @@ BAD = [
         {"recompute_modules": ("mlp",)},
         ["--recompute-modules mlp: requires --recompute-granularity selective (got None)"],
     ),
-    (ParallelConfig, {"context_parallel_size": 2}, ["--context-parallel-size 2: must be 1"]),
+    (ParallelConfig, {"context_parallel_size": 0}, ["--context-parallel-size 0: must be at least 1"]),
     (ParallelConfig, {"distributed_timeout_minutes": 10**9}, ["--distributed-timeout-minutes 1000000000"]),
     (TrainingConfig, {"seed": 2**32}, ["--seed 4294967296", "at most 4294967295"]),
     (TrainingConfig, {"train_iters": None, "num_epochs": float("inf")}, ["--num-epochs inf", "finite"]),

@@ -82,15 +82,17 @@ def saved_bytes_of_all() -> dict[str, tuple[float, float]]:
     initialize(ParallelConfig(), 1)
     result = {}
     for name, (model, parallel, bf16) in SAVED.items():
-        layer = _saved_bytes(replace(model, num_layers=2), parallel, bf16)
-        layer -= _saved_bytes(replace(model, num_layers=1), parallel, bf16)
-        full = _saved_bytes(replace(model, num_layers=2), FULL, bf16)
-        full -= _saved_bytes(replace(model, num_layers=1), FULL, bf16)
+        layer = saved_bytes(replace(model, num_layers=2), parallel, bf16)
+        layer -= saved_bytes(replace(model, num_layers=1), parallel, bf16)
+        full = saved_bytes(replace(model, num_layers=2), FULL, bf16)
+        full -= saved_bytes(replace(model, num_layers=1), FULL, bf16)
         result[name] = (layer, full)
     return result
 
 
-def _saved_bytes(model: ModelConfig, parallel: ParallelConfig, bf16: bool) -> float:
+def saved_bytes(model: ModelConfig, parallel: ParallelConfig, bf16: bool) -> float:
+    """Bytes that autograd keeps for a micro-batch."""
+    length = SEQUENCE // parallel.context_parallel_size
     (chunk,) = build_model(model, parallel, vocab_size=VOCAB, seed=1, bf16=bf16)
     chunk.train()
     owned = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
@@ -102,8 +104,8 @@ def _saved_bytes(model: ModelConfig, parallel: ParallelConfig, bf16: bool) -> fl
             kept[storage.data_ptr()] = tensor
         return tensor
 
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE))
-    positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+    tokens = torch.randint(0, VOCAB, (BATCH, length))
+    positions = torch.arange(length).expand(BATCH, length)
     mask = None
     if model.attention_backend == "local":
         mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)

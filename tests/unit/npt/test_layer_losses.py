@@ -12,6 +12,7 @@ from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.attached_losses import LayerLosses
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
+from megatron_ext.models.ops import cross_entropy
 from megatron_ext.npt.modules.npt_layers import deactivated, np_modules
 from megatron_ext.npt.modules.npt_module_config import NPTModuleConfig
 from megatron_ext.npt.npt_family import NPTFamily
@@ -266,5 +267,9 @@ def _divergences() -> list[float]:
     return found
 
 
-def test_divergences_and_their_gradients_equal_torch_in_float64() -> None:
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_divergences_and_their_gradients_equal_torch_in_float64(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cross_entropy._BLOCK_BYTES, "cpu", rows * 40 * 4)  # 15 tokens: four blocks, and one
     assert max(run_single(_divergences)) < 1e-5

@@ -1,0 +1,61 @@
+"""Context parallelism: each of C ranks holds a part of every sequence, as two of its 2 C equal chunks.
+
+    rank r holds chunk r, then chunk 2 C - 1 - r
+
+Under causal attention a later chunk attends to more keys than an earlier one; all these pairs attend to equally many.
+megatron-core uses the same order: it slices its rotary table by itself, and a batch must be sliced alike.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+_SEQUENCE_DIMENSIONS = {"attention_mask": 2}
+"""Dimensions along which batch fields are sliced, other than the second one: a mask [b, 1, s, s] keeps all keys."""
+
+
+def chunks_of_rank(rank: int, ranks: int) -> tuple[int, int]:
+    """Returns the numbers of the two chunks that a rank holds."""
+    return rank, 2 * ranks - 1 - rank
+
+
+def part_of_batch(batch: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    """Returns this rank's part of a micro-batch of whole sequences.
+
+    Fields with one value per sequence, [b], stay as they are.
+
+    Raises:
+        ValueError: the length of the sequences is not divisible by 2 C.
+    """
+    if group.size() == 1:
+        return batch
+    length = batch["tokens"].size(1)
+    if length % (2 * group.size()):
+        raise ValueError(
+            f"a sequence of {length} tokens cannot be divided by --context-parallel-size {group.size()}; its length "
+            f"must be divisible by {2 * group.size()}"
+        )
+    return {
+        name: _part(value, _SEQUENCE_DIMENSIONS.get(name, 1), group) if value.dim() > 1 else value
+        for name, value in batch.items()
+    }
+
+
+def _part(whole: torch.Tensor, dimension: int, group: dist.ProcessGroup) -> torch.Tensor:
+    chunks = whole.chunk(2 * group.size(), dimension)
+    return torch.cat([chunks[number] for number in chunks_of_rank(group.rank(), group.size())], dimension)
+
+
+def gather_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Gathers the ranks' parts [s / C, ...] to whole sequences [s, ...], in the order of their positions. Collective.
+
+    In the backward pass, which is collective too, the ranks' gradients of a part are summed.
+    """
+    ranks = group.size()
+    gathered = gather_from_sequence_parallel_region(part, group=group)
+    # Of rank r's two chunks the first is at place 2 r, the second at 2 r + 1.
+    chunks = gathered.view(2 * ranks, -1, *part.shape[1:]).unbind()
+    places = [
+        2 * number if number < ranks else 2 * (2 * ranks - 1 - number) + 1 for number in range(2 * ranks)
+    ]
+    return torch.cat([chunks[place] for place in places])

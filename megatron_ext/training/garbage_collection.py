@@ -1,0 +1,22 @@
+"""Collects Python's garbage in the same steps on every rank (`--manual-gc`), instead of whenever a rank's counters ask.
+
+An automatic collection takes long in a large process. Each rank would do it in another step, and all others would wait
+for it there.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def manual_collection() -> Iterator[None]:
+    """Context manager: collects once and then only on demand, until the block ends."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.collect()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
