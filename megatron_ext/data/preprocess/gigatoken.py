@@ -1,8 +1,8 @@
 """Finds settings of a tokenizer.json that `gigatoken`, a fast tokenizer library, ignores.
 
 When it loads a file, gigatoken refuses most settings that it does not implement, but version 0.10.0 ignores those
-below, as a comparison with the library `tokenizers` showed. They change the ids of rare texts only. A comparison on sampled
-text could miss these, so this module looks for the settings in the file itself.
+below, as a comparison with the library `tokenizers` showed. They change the ids of rare texts only. A comparison on
+sampled text could miss these, so this module looks for the settings in the file itself.
 """
 
 import json

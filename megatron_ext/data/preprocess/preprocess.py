@@ -150,7 +150,8 @@ class Preprocessor:
             for source in self.sources:
                 if source.path != "-" and os.path.samefile(source.path, path):
                     raise ValueError(
-                        f"--input {source.path}: --output-prefix {prefix} would overwrite this file; give another prefix"
+                        f"--input {source.path}: --output-prefix {prefix} would overwrite this file; give another "
+                        "prefix"
                     )
 
     def _plan(self) -> dict[str, Any]:

@@ -117,7 +117,9 @@ def expand_inputs(config: InputConfig) -> list[TextSource]:
 def _source(path: str, config: InputConfig) -> TextSource:
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise ValueError(f"--input {path}: is a directory; to read its files, pass a pattern such as {path}/*.jsonl")
+        raise ValueError(
+            f"--input {path}: is a directory; to read its files, pass a pattern such as {path}/*.jsonl"
+        )
     if not os.access(path, os.R_OK):
         raise PermissionError(f"--input {path}: this process may not read the file")
     name, suffix = os.path.splitext(path)

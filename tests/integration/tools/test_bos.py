@@ -266,7 +266,9 @@ def test_a_model_trained_here_begins_texts_as_its_data_did(folder: Path) -> None
 
 def test_what_cannot_be_begun_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--input", str(folder / "in.jsonl"), "--output-prefix", str(folder / "none"), "--prepend-bos"]
-    with pytest.raises(ValueError, match="--prepend-bos: the tokenizer's files define no begin-of-text token"):
+    with pytest.raises(
+        ValueError, match="--prepend-bos: the tokenizer's files define no begin-of-text token"
+    ):
         _run(preprocess_data.main, *common, "--tokenizer-type", "ByteLevelTokenizer")
     with pytest.raises(SystemExit) as ended:
         _run(generate.main, "--load", str(folder), "--prompt", "x", "--bos", "--no-bos")
