@@ -41,20 +41,6 @@ def test_two_processes_print_one_table_and_write_the_results_of_one(task: Path, 
     assert 100 < one < 300  # an untrained model of bytes
 
 
-def test_a_wrong_checkpoint_ends_in_one_line() -> None:
-    done = run_script(
-        "tools/run_lm_eval.py",
-        "--model",
-        "megatron_ext",
-        "--model_args",
-        "load=nowhere",
-        "--tasks",
-        "hellaswag",
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: nowhere")
-
-
 def test_a_path_without_a_checkpoint_is_named_before_the_harness_is_imported(tmp_path: Path) -> None:
     wrong = str(tmp_path / "none")
     done = run_script(
