@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from megatron_ext.platform.parent_process import signal_at_parents_end
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,6 +123,7 @@ def run(command: Sequence[str], *, until: float, on_cpu: bool, fp32: bool = Fals
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(signal_at_parents_end, signal.SIGTERM),
     )
     name = next((Path(word).name for word in command if word.endswith(".py")), command[0])
     try:

@@ -1,4 +1,7 @@
-"""`make gpu` on a CPU: every row that needs no GPU is measured, and one that fails leaves the others as they are."""
+"""`make gpu` on a CPU: every row that needs no GPU is measured, and one that fails leaves the others as they are.
+
+GPU_CHECK=all pytest -q tests/integration/scripts/test_gpu_check.py    # with the whole table: minutes
+"""
 
 import json
 import os
@@ -6,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.integration.rehearsal.rehearsal_flags import needs_device
 
@@ -29,6 +34,7 @@ def python(*command: str, path: Path = ROOT) -> "subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.skipif(os.environ.get("GPU_CHECK") != "all", reason="takes minutes; GPU_CHECK=all runs it")
 @needs_device
 def test_every_row_that_needs_no_gpu_is_measured_on_a_cpu(tmp_path: Path) -> None:
     figures = str(tmp_path / "rehearsed.json")
