@@ -44,11 +44,19 @@ def main() -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Without this torch prints C++ stack traces as warnings where another host has ended.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if ":" in settings.nodes or os.environ.get("PET_MAX_RESTARTS") or _has_option("--max-restarts"):
+        # Otherwise restarted processes use the same store again, and find the addresses of those that have ended.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--nnodes", settings.nodes, "--nproc-per-node", settings.processes]
     if settings.endpoint is None:
         return _run_torchrun([*options, "--standalone", *sys.argv[1:]])
     place, port = _take_place(settings, settings.endpoint)
     return _run_torchrun([*options, *rendezvous_options(settings, place), *sys.argv[1:]], settings, port)
+
+
+def _has_option(name: str) -> bool:
+    given = (argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:])
+    return name in given
 
 
 def _take_place(settings: LaunchSettings, endpoint: Endpoint) -> tuple[Place, socket.socket | None]:
