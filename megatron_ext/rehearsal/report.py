@@ -193,7 +193,7 @@ def _header(rehearsal: Rehearsal) -> str:
         f"on a simulated {device.name} with {binary_size(device.memory)}, "
         f"{'bf16' if rehearsal.training.bf16 else 'fp32'}; tensors have no values, so losses mean nothing\n"
         f"{recorder.parameters:,} parameters on this rank; "
-        f"{rehearsal.micro_batches} x {rehearsal.training.micro_batch_size} sequences in a step (micro-batches x size), "
+        f"{rehearsal.micro_batches} x {rehearsal.training.micro_batch_size} sequences a step (micro-batches x size), "
         f"{compact(flops)} FLOPs on this rank\n"
         f"{recorder.activity.groups:,} process groups are created at the start, which takes time on a large cluster\n"
         f"rehearsed with {rehearsal.seconds:.1f} s of processor time and {binary_size(rehearsal.host_bytes)} of memory"
