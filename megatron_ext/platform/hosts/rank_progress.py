@@ -82,6 +82,7 @@ class RankProgress:
         self._store, self._rank, self._world_size, self._patience = store, rank, world_size, patience
         self._begun, self._step, self._since = 0, 0, time.monotonic()
         self._answered, self._finding = self._since, ""
+        self._before: tuple[int, float, dict[int, RankStatus]] | None = None
         self._seen: tuple[int, int, float] = (0, 0, self._since)
         self._main = threading.main_thread().ident
         self._news, self._ended = threading.Event(), False
@@ -116,9 +117,10 @@ class RankProgress:
                 self._news.clear()
                 self._store.set(str(self._rank), json.dumps(asdict(self._status(beat))))
                 periods = int((time.monotonic() - self._since) / self._patience)
-                if periods not in (0, compared) and self._claim(periods):
-                    self._compare()
+                if periods not in (0, compared) and self._before is None and self._claim(periods):
+                    self._before = self._begun, time.monotonic(), self._statuses()
                 compared = periods
+                self._compare()
                 self._finding = (self._read("finding") or "") if periods else ""
                 self._answered = time.monotonic()
                 self._news.wait(_SECONDS)
@@ -128,10 +130,14 @@ class RankProgress:
         return bool(self._store.add(f"claim/{self._begun}/{period}", 1) == 1)
 
     def _compare(self) -> None:
-        before = self._statuses()
-        if self._news.wait(3 * _SECONDS):
-            return  # this rank goes on
-        culprits = find_culprits(before, self._statuses(), self._patience / 2, self._rank)
+        """Compares what all ranks have written with what they had some seconds ago, if this rank has read that."""
+        if self._before is None:
+            return
+        begun, taken, before = self._before
+        if self._begun == begun and time.monotonic() - taken < 3 * _SECONDS:
+            return  # meanwhile this rank gives signs of life: another one may be comparing too
+        self._before = None
+        culprits = find_culprits(before, self._statuses(), self._patience / 2) if self._begun == begun else []
         if culprits:
             text = "; ".join(culprits)
             self._store.set("finding", json.dumps(text))
@@ -164,23 +170,20 @@ class RankProgress:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
 
-def find_culprits(
-    before: Mapping[int, RankStatus], now: Mapping[int, RankStatus], stuck: float, reader: int
-) -> list[str]:
+def find_culprits(before: Mapping[int, RankStatus], now: Mapping[int, RankStatus], stuck: float) -> list[str]:
     """Returns a text for each rank that the others wait for.
 
     Args:
         before: every rank's status some seconds ago.
         now: every rank's status.
         stuck: seconds after which a rank that waits in one place counts as waiting for another.
-        reader: the rank that has read them, which is alive although its thread has not written in between.
     """
     newest = max(status.begun for status in now.values())
     step = next(status.step for status in now.values() if status.begun == newest)
     behind, still = [], []
     for rank, status in now.items():
         who = f"rank {rank} ({status.host}, process {status.pid})"
-        silent = rank in before and before[rank].beat == status.beat and rank != reader
+        silent = rank in before and before[rank].beat == status.beat
         place = "it gives no sign of life" if silent else f"it is in step {status.step}, at {status.place}"
         if status.begun < newest:
             behind.append(f"{who} has not reached step {step}: {place}")

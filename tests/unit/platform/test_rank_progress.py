@@ -15,8 +15,8 @@ LATER = replace(WAITING, beat=10)
 def culprits(**changes: int | bool | str | float) -> list[str]:
     """What rank 0 finds about rank 1, which differs from the waiting ranks 0 and 2 in these values."""
     other = replace(WAITING, host="host2", pid=8)
-    now = {0: WAITING, 1: replace(other, **{"beat": 10, **changes}), 2: LATER}  # type: ignore[arg-type]
-    return find_culprits({0: WAITING, 1: other, 2: WAITING}, now, stuck=30.0, reader=0)
+    now = {0: LATER, 1: replace(other, **{"beat": 10, **changes}), 2: LATER}  # type: ignore[arg-type]
+    return find_culprits({0: WAITING, 1: other, 2: WAITING}, now, stuck=30.0)
 
 
 def test_ranks_that_all_wait_for_each_other_are_not_blamed() -> None:
@@ -52,7 +52,7 @@ def test_a_rank_that_computes_while_others_wait_is_named_with_its_place() -> Non
 def test_a_long_evaluation_in_which_no_rank_waits_for_long_blames_nobody() -> None:
     status = {rank: replace(WAITING, waits=rank == 0, still=2.0, beat=rank) for rank in range(2)}
     now = {rank: replace(one, beat=one.beat + 1) for rank, one in status.items()}
-    assert find_culprits(status, now, stuck=30.0, reader=0) == []
+    assert find_culprits(status, now, stuck=30.0) == []
 
 
 def test_steps_that_begin_again_from_one_in_a_later_phase_count_as_later() -> None:
