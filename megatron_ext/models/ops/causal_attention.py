@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -52,7 +51,12 @@ def attend_on_gpu(
 
     Where a shape or type has no fused kernel, torch builds the mask.
     """
-    bias: Any = _LowerRight(query.size(2), key.size(2))
+    from torch.nn.attention.bias import (  # imports torch's compiler, which takes seconds
+        CausalBias,
+        CausalVariant,
+    )
+
+    bias: Any = _LowerRight(query.size(2), key.size(2), CausalVariant.LOWER_RIGHT)
     is_grouped = query.size(1) != key.size(1)
     return CausalBias._dispatch(query, key, value, bias, dropout, scale=scale, enable_gqa=is_grouped)
 
@@ -68,7 +72,7 @@ class _LowerRight:
 
     seq_len_q: int
     seq_len_kv: int
-    variant = CausalVariant.LOWER_RIGHT
+    variant: Any
 
     def _materialize(self, device: torch.device) -> torch.Tensor:
         return allowed_keys(self.seq_len_q, self.seq_len_kv, device)

@@ -313,7 +313,8 @@ def _named_entries(
     """Returns the entries of one layer by the run's names of the targets; gate and up share a rank and an error."""
     of_fc1 = next(found for target, found in targets.items() if target != DOWN)
     entries = [of_fc1, *(found for target, found in targets.items() if target == DOWN)]
-    return list(zip(settings.named_targets, entries, strict=True))
+    # The documents' forms have no entry for `down` if the residual is kept.
+    return list(zip(settings.named_targets, entries, strict=False))
 
 
 def chosen_settings(weights: Path, requested: NPTModuleConfig) -> NPTModuleConfig:

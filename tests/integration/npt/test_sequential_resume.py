@@ -19,11 +19,11 @@ from tests.integration.npt.conftest import SequentialRun
 from tests.integration.npt.kill_and_resume import differences, weights_of
 from tests.integration.npt.npt_run_helpers import train
 
-POINTS = (5, 22, 6, 13, 12, 2)
+POINTS = (5, 14, 6, 13, 12, 2)
 """Operations at which the processes, one after the other, are killed; before odd ones, after even ones."""
 
 KILLED = [
-    "before rename checkpoint-2",
+    "before replace latest_checkpointed_iteration.txt",  # checkpoint-2 has its name, and the tracker does not name it
     "after replace accumulated_npt_weights.pt",
     "after rename final",
     "before replace training_info.json",  # the first layer is trained, and not yet counted as such
@@ -40,6 +40,8 @@ def _train_until(point: int, flags: list[str], told: str) -> None:
     def counted(operation: Callable[..., Any], name: str) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
             nonlocal count
+            if name != "step" and Path(args[-1]).name == ".metadata":
+                return operation(*args, **options)  # inside a checkpoint that is not complete yet
             count += 1
             if count == point:
                 what = "step" if name == "step" else f"{name} {Path(args[-1]).name}"
@@ -57,7 +59,7 @@ def _train_until(point: int, flags: list[str], told: str) -> None:
     os.replace = counted(os.replace, "replace")
     os.rename = counted(os.rename, "rename")
     shutil.rmtree = counted(shutil.rmtree, "remove")  # type: ignore[assignment]
-    Stepper.train = counted(Stepper.train, "step")  # type: ignore[method-assign]
+    Stepper.start = counted(Stepper.start, "step")  # type: ignore[method-assign]
     train(*flags)
 
 
