@@ -69,11 +69,11 @@ class Round:
     plain_step: float
     sync_save: float
     copy: float
-    """How long training waits at the beginning of a save beside it."""
+    """Seconds that training waits while the tensors are copied, at the beginning of a save beside it."""
     steps: list[float]
     """The steps beside the save, each with what the save does on the main thread after it."""
     async_save: float
-    """From its beginning to the complete checkpoint."""
+    """Seconds from the beginning of a save beside training to the complete checkpoint."""
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class Worker:
 
 @dataclass
 class Measured:
-    """What was measured in one precision."""
+    """The measured values of one precision."""
 
     times: dict[str, list[float]]
     """Seconds by `VARIANT PART`, and of one FLOP of a large matrix product as `gemm`; one value for each round."""

@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where the jobs run, and what is known before."""
+    """The machine on which the jobs run, and figures that are known beforehand."""
 
     device: str
     """cuda or cpu."""
@@ -70,7 +70,7 @@ class Job:
     """Names of the rows, for the case that the job fails."""
 
     seconds: float
-    """Its budget on a GPU; a CPU gets three times as much."""
+    """Time limit of the job on a GPU, in seconds; on a CPU it is three times as long."""
 
     work: Callable[[Machine, float], Sequence[Row]]
     """Called with the machine and the time at which it must end."""

@@ -11,6 +11,7 @@ from megatron_ext.config.groups.data_config import DataConfig
 from megatron_ext.config.groups.model_config import ModelConfig
 from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
+from megatron_ext.config.groups.rehearsal_config import RehearsalConfig
 from megatron_ext.config.groups.training_config import TrainingConfig
 
 
@@ -26,6 +27,11 @@ def launched_processes() -> int | None:
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"WORLD_SIZE={given} in the environment: must be a number of processes, at least 1")
     return int(given)
+
+
+def planned_processes(rehearsal: RehearsalConfig, parallel: ParallelConfig) -> int:
+    """Returns the number of processes to plan for: --world-size, else WORLD_SIZE, else those of one model copy."""
+    return rehearsal.world_size or launched_processes() or parallel.model_parallel_size
 
 
 def validate(

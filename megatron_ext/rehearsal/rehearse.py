@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ext.config.cross_checks import launched_processes
+from megatron_ext.config.cross_checks import planned_processes
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.config.groups.rehearsal_config import ALL_KINDS, RehearsalConfig
 from megatron_ext.config.run_config import C
@@ -58,7 +58,7 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
     device_named(config.rehearsal.rehearsal_device, config.rehearsal.device_memory_gb)
     if int(os.environ.get("RANK") or 0) != 0:
         return 0  # under torchrun, one process rehearses
-    processes = _processes(config.rehearsal, config.parallel)
+    processes = planned_processes(config.rehearsal, config.parallel)
     ranks = ranks_to_rehearse(config.rehearsal, config.parallel, processes)
     device_library.library()  # an error in compiling it is the command's first line
     print(
@@ -68,10 +68,6 @@ def run_or_rehearse(config: C, run: Callable[[C], int]) -> int:
     )
     codes = [_start(rank, processes) for rank in ranks]
     return next((code for code in codes if code), 0)
-
-
-def _processes(rehearsal: RehearsalConfig, parallel: ParallelConfig) -> int:
-    return rehearsal.world_size or launched_processes() or parallel.model_parallel_size
 
 
 def ranks_to_rehearse(rehearsal: RehearsalConfig, parallel: ParallelConfig, processes: int) -> list[int]:

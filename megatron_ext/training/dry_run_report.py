@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config.cross_checks import launched_processes
+from megatron_ext.config.cross_checks import planned_processes
 from megatron_ext.config.groups.training_config import TrainingConfig
 from megatron_ext.config.run_config import C, RunConfig
 from megatron_ext.data.tokenizers import Tokenizer, build_tokenizer
@@ -36,7 +36,7 @@ _PLAIN_WIDTH = 110  # columns where the output is not a terminal
 
 def planned_world_size(config: RunConfig) -> int:
     """Returns the number of processes: --world-size, else WORLD_SIZE, else as many as one copy of the model needs."""
-    return config.rehearsal.world_size or launched_processes() or config.parallel.model_parallel_size
+    return planned_processes(config.rehearsal, config.parallel)
 
 
 def print_dry_run(

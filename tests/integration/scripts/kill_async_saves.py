@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.torchrun import Running, run_until
 from megatron_ext.training.checkpoint import checkpoint_files as files
+from tests.integration.npt.kill_and_resume import differences
 from tests.integration.npt.npt_run_helpers import make_base, write_data
 from tests.integration.scripts import test_stop_signals_of_scripts as runs
 
@@ -69,15 +70,6 @@ def kill(prepared: Prepared, save: Path, step: int, seconds: float) -> list[str]
     result = run_until(prepared.command(save), rf"step +{step}/", act)
     assert not result.still_running, result.output
     return [path.name for path in save.rglob(f"{files.WRITING}*")]
-
-
-def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names whose tensors are not equal to the bit, or are missing in one."""
-    return [
-        name
-        for name in sorted(one.keys() | other.keys())
-        if name not in one or name not in other or not torch.equal(one[name], other[name])
-    ]
 
 
 def main() -> int:

@@ -10,9 +10,10 @@ import pytest
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.torchrun import Running, environment, run_until
 from megatron_ext.training.checkpoint import checkpoint_files as files
+from tests.integration.npt.kill_and_resume import differences
 from tests.integration.npt.npt_run_helpers import make_base, write_data
 from tests.integration.scripts import test_stop_signals_of_scripts as runs
-from tests.integration.scripts.kill_async_saves import ASYNC, MORE, Prepared, differences, kill
+from tests.integration.scripts.kill_async_saves import ASYNC, MORE, Prepared, kill
 
 HIDDEN = f"{files.WRITING}iter_0000003"
 
