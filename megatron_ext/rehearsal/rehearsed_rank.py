@@ -65,4 +65,4 @@ def rehearse_rank(config: C, run: Callable[[C], int]) -> int:
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     print_report(rehearsal)
-    return DOES_NOT_FIT if fits(rehearsal.peak().size, device) == "does not fit" else 0
+    return DOES_NOT_FIT if fits(rehearsal.peak.size, device) == "does not fit" else 0

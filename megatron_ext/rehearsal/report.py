@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 from rich import box
 from rich.console import Console
@@ -83,8 +84,9 @@ class Rehearsal:
         """Whether the rank trains parameters."""
         return any(each.kind == GRADIENT_MEMORY for each in self.recorder.memory.allocations)
 
+    @cached_property
     def peak(self) -> Peak:
-        """The allocations at the moment of largest memory."""
+        """The allocations at the moment of largest memory; found by going through all of them."""
         return self.recorder.memory.at_peak()
 
     def peak_of_steps(self) -> Peak:
@@ -103,7 +105,7 @@ def print_report(rehearsal: Rehearsal) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
-    peak = rehearsal.peak()
+    peak = rehearsal.peak
     console.print(_header(rehearsal))
     console.print(_phase_table(rehearsal.recorder))
     in_steps = rehearsal.peak_of_steps()

@@ -64,7 +64,7 @@ def _outcome(rehearsal: Rehearsal) -> Rehearsed:
     recorder = rehearsal.recorder
     return Rehearsed(
         activity=recorder.activity,
-        peak=rehearsal.peak(),
+        peak=rehearsal.peak,
         parameters=recorder.parameters,
         flops=sum(n for (scope, _, _), n in recorder.flops.items() if scope == rehearsal.step),
         bubble=rehearsal.bubble,
