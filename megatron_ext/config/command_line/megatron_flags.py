@@ -79,7 +79,6 @@ _INSTEAD = {
     "--checkpoint-num-layers": "use --recompute-num-layers with --recompute-granularity full",
     "--num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",
     "--model-parallel-size": "use --tensor-model-parallel-size",
-    "--rampup-batch-size": "not supported: use --global-batch-size",
     "--step-batch-size-schedule": "not supported: use --global-batch-size",
     "--warmup": "use --lr-warmup-fraction",
     "--optimizer": "leave it out: AdamW is the only optimizer",
