@@ -180,6 +180,9 @@ IGNORED = {
     "--sample-rate": _one(_ALREADY, "1", "1.0"),
     # Tokenizer
     "--vocab-extra-ids": _one(_ALREADY, "0"),
+    "--tokenizer-hf-no-include-special-tokens": Ignored(_ALREADY),
+    "--tokenizer-hf-use-fast": Ignored("Hugging Face tokenizers are always the fast ones"),
+    "--tokenizer-hf-no-use-fast": Ignored("Hugging Face tokenizers are always the fast ones"),
     "--trust-remote-code": Ignored("a tokenizer's own code is never executed"),
     # Checkpoints
     "--ckpt-format": _one("checkpoints are torch_dist", "torch_dist"),

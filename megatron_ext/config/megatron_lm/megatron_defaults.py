@@ -24,6 +24,7 @@ KEPT = {
     "num_query_groups": ("1", "it has an effect only with --group-query-attention, see below"),
     "recompute_modules": ("None", "it stands for core_attn, the default here"),
     "split": ("None", "it stands for 969, 30, 1, the default here"),
+    "tiktoken_pattern": ("None", "it stands for v2, the default here"),
     "tokenizer_type": ("None", "pretrain_gpt.py sets GPT2BPETokenizer, the default here"),
     "transformer_impl": (
         "transformer_engine",

@@ -148,6 +148,16 @@ REFUSED = {
     # Tokenizer
     "--tokenizer-name-or-path": "use --tokenizer-model",
     "--tokenizer-metadata": "use --tokenizer-type and --tokenizer-model",
+    "--metadata-path": "use --tokenizer-type and --tokenizer-model",
+    "--tokenizer-sentencepiece-legacy": "not supported: see --legacy-tokenizer",
+    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": "not supported: the file's own rule for white space holds",
+    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces": "not supported: the file's own rule for white space "
+    "holds",
+    "--null-tokenizer-eod-id": "not supported: the end of a document is id --vocab-size",
+    "--null-tokenizer-pad-id": "not supported: no token of a dataset is padding",
+    "--tokenizer-prompt-format": _VISION,
+    "--image-tag-type": _VISION,
+    "--force-system-message": _VISION,
     "--chat-template": "not supported: documents are trained on as they are",
     "--use-gigatoken": "leave it out: the tokenizer reads no text in a training run",
     # Checkpoints
