@@ -180,8 +180,8 @@ def test_the_place_in_a_yaml_file_that_is_not_utf8_is_named(
         ("--num-layer 2", ["unknown flag --num-layer ", "did you mean --num-layers?"]),
         ("--swiglu --frobnicate", ["unknown flag --frobnicate"]),
         (
-            "--frobnicate --fp16 --num-layer 2",
-            ["unknown flags --frobnicate, --fp16 (use --bf16), --num-layer (did you mean"],
+            "--frobnicate --warmup --num-layer 2",
+            ["unknown flags --frobnicate, --warmup (use --lr-warmup-fraction), --num-layer (did you mean"],
         ),
         (
             "--num-layers 2",
