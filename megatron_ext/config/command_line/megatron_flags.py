@@ -65,7 +65,6 @@ _INSTEAD = {
     "--use-flash-attn": "leave it out: --attention-backend sdpa, the default, uses flash kernels",
     "--use-rotary-position-embeddings": "leave it out: --position-embedding-type rope is the default",
     "--no-position-embedding": "leave it out: --position-embedding-type rope is the default",
-    "--use-checkpoint-args": "not supported: give the model's flags, or the model.yaml of an import with --config",
     "--log-validation-ppl-to-tensorboard": "leave it out: --log-validation-ppl is the default",
     "--squared-relu": "use --swiglu, or GELU without it",
     "--recompute-activations": "use --recompute-granularity selective",
