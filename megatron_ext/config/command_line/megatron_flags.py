@@ -84,7 +84,6 @@ _INSTEAD = {
     "--window-size": "not supported: attention has no window, sequences must fit into --sliding-window",
     "--cp-comm-type": "leave it out: --context-parallel-size all-gathers keys and values",
     "--hierarchical-context-parallel-sizes": "not supported: use --context-parallel-size",
-    "--mock-data": "not supported: tools/build_corpus.py makes a corpus of real text",
     "--data-args-path": "use --data-path, or a YAML file with --config",
     "--per-split-data-args-path": "use --train-data-path, --valid-data-path and --test-data-path",
     "--data-impl": "leave it out: data is always memory-mapped",
