@@ -63,7 +63,6 @@ BUILT_NEXT = {
     "--grad-reduce-in-bf16",
     "--log-num-zeros-in-grad",
     "--memory-snapshot-path",
-    "--mock-data",
     "--no-overlap-p2p-communication",
     "--nvtx-ranges",
     "--overlap-p2p-communication-warmup-flush",
