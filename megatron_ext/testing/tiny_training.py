@@ -30,8 +30,8 @@ from megatron_ext.training.interface.family_interface import Batch, Family
 VOCAB_SIZE = 96
 GLOBAL_BATCH_SIZE = 4
 
-FP16: dict[str, Any] = {"initial_loss_scale": 2.0**12, "loss_scale_window": 2, "hysteresis": 1}
-"""Settings of a loss scale that soon rises and overflows."""
+FP16: dict[str, Any] = {"initial_loss_scale": 2.0**6, "loss_scale_window": 2, "hysteresis": 1}
+"""Settings of a loss scale that soon rises, from a value at which no gradient of the tiny models overflows."""
 
 TINY = ModelConfig(
     num_layers=4,

@@ -15,7 +15,14 @@ from megatron_ext.training.interface.family_interface import Family
 from tests.unit.progressive.progressive_helpers import DUAL, MakeAdapted
 
 LAYOUTS = ("TP2+SP", "PP2 interleaved", "DP2 distributed optimizer")
-NP = NPTModuleConfig(npt_layers="all", np_form="low_rank", np_rank=8, np_residual="keep", freeze_base=False)
+NP = NPTModuleConfig(
+    npt_layers="all",
+    np_form="low_rank",
+    np_rank=8,
+    np_residual="keep",
+    np_init_scale=0.5,  # with a smaller one, gradients are too small for fp16 without a large loss scale
+    freeze_base=False,
+)
 
 
 def per_layer() -> list[Family]:

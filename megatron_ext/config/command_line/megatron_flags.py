@@ -8,7 +8,6 @@ _ALWAYS_ON = [
     "--use-mcore-models",
     "--accumulate-allreduce-grads-in-fp32",
     "--attention-softmax-in-fp32",
-    "--calculate-per-token-loss",
     "--log-batch-size-to-tensorboard",
     "--log-learning-rate-to-tensorboard",
     "--tensorboard-log-learning-rate",
