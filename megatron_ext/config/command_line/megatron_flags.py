@@ -74,8 +74,6 @@ _INSTEAD = {
     "--step-batch-size-schedule": "not supported: use --global-batch-size",
     "--warmup": "use --lr-warmup-fraction",
     "--optimizer": "leave it out: AdamW is the only optimizer",
-    "--decoupled-lr": "not supported: --lr applies to all weights",
-    "--decoupled-min-lr": "not supported: --min-lr applies to all weights",
     "--apply-layernorm-1p": "not supported: it changes the meaning of a norm's weight",
     "--layernorm-epsilon": "use --norm-epsilon",
     "--rotary-scaling-factor": "use --rope-scaling-factor with --use-rope-scaling",
