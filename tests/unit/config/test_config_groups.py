@@ -171,6 +171,7 @@ BAD = [
         {"decoupled_lr": 0.1, "decoupled_min_lr": 0.2},
         ["--decoupled-min-lr 0.2: must be at most --decoupled-lr 0.1"],
     ),
+    (ModelConfig, {"squared_relu": True, "swiglu": True}, ["--squared-relu", "--swiglu"]),
     (OptimizerSettings, {"lr": 0.0}, ["--lr 0.0"]),
     (OptimizerSettings, {"lr": float("nan")}, ["--lr nan"]),
     (OptimizerSettings, {"lr": 1e300}, ["--lr 1e+300", "fp32"]),
