@@ -65,7 +65,6 @@ _INSTEAD = {
     "--use-rotary-position-embeddings": "leave it out: --position-embedding-type rope is the default",
     "--no-position-embedding": "leave it out: --position-embedding-type rope is the default",
     "--log-validation-ppl-to-tensorboard": "leave it out: --log-validation-ppl is the default",
-    "--recompute-activations": "use --recompute-granularity selective",
     "--checkpoint-activations": "use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--checkpoint-num-layers": "use --recompute-num-layers with --recompute-granularity full",
     "--num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",
