@@ -96,7 +96,7 @@ class PerLayerFamily(Family):
                 settings.per_layer_strategy, tokenizer=tokenizer, vocab_file=settings.per_layer_vocab_file
             )
         elif mock_data and not settings.uses_token_ids:
-            table = np.arange(tokenizer.vocab_size) % settings.rows(tokenizer.vocab_size)
+            table = np.arange(tokenizer.vocab_size, dtype=np.int32) % settings.rows(tokenizer.vocab_size)
         aligned = settings.per_layer_data_path is not None
         if aligned and mock_data:
             raise ValueError("--per-layer-data-path: cannot be given together with --mock-data")

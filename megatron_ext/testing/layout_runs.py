@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_ext.config.groups.model_config import ModelConfig
+from megatron_ext.config.groups.optimizer_config import OptimizerSettings
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.models.build_model import build_model
 from megatron_ext.models.gpt_model import GPTModel
@@ -20,6 +21,7 @@ from megatron_ext.models.initialization import CHECKPOINT_METADATA
 from megatron_ext.testing.run_distributed import run_distributed
 from megatron_ext.testing.run_single import run_single
 from megatron_ext.testing.tiny_training import (
+    CONSTANT,
     CONTEXT_LAYOUTS,
     LAYOUTS,
     TINY,
@@ -64,6 +66,7 @@ class Variant:
     steps: int = 2
     bf16: bool = False
     fp16: bool = False
+    settings: OptimizerSettings = CONSTANT
     examine: Callable[[list[GPTModel]], Any] | None = None
     """Function to call on the untrained model, or None; its results in all layouts are compared, too."""
 
@@ -149,7 +152,13 @@ def _train_all(runs: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Run]]
 def train_variant(variant: Variant, parallel: ParallelConfig) -> Run:
     """Trains a variant in a parallel layout; call it in every process of the layout."""
     trace = train_tiny(
-        parallel, variant.steps, variant.make_families, variant.model, variant.bf16, variant.fp16
+        parallel,
+        variant.steps,
+        variant.make_families,
+        variant.model,
+        variant.bf16,
+        variant.fp16,
+        variant.settings,
     )
     extensions = [family.extension() for family in variant.make_families()]
     chunks = build_model(

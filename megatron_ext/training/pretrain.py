@@ -266,6 +266,7 @@ def _build_stepper(
         micro_batch_size=training.micro_batch_size,
         clip_grad=config.optimizer.clip_grad,
         log_params_norm=config.logging.log_params_norm,
+        per_token_loss=training.calculate_per_token_loss,
     )
 
 

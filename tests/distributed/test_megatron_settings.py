@@ -10,12 +10,19 @@ from megatron_ext.npt.npt_family import NPTFamily
 from megatron_ext.per_layer.per_layer_config import PerLayerConfig
 from megatron_ext.per_layer.per_layer_family import PerLayerFamily
 from megatron_ext.testing.layout_runs import LayoutRuns, Variant, assert_same_run
-from megatron_ext.testing.tiny_training import TINY, VOCAB_SIZE
+from megatron_ext.testing.tiny_training import CONSTANT, TINY, VOCAB_SIZE
 from megatron_ext.training.interface.family_interface import Family
 from tests.unit.progressive.progressive_helpers import DUAL, MakeAdapted
 
 LAYOUTS = ("TP2+SP", "PP2 interleaved", "DP2 distributed optimizer")
-NP = NPTModuleConfig(npt_layers="all", np_form="low_rank", np_rank=8, np_residual="keep", freeze_base=False)
+NP = NPTModuleConfig(
+    npt_layers="all",
+    np_form="low_rank",
+    np_rank=8,
+    np_residual="keep",
+    np_init_scale=0.5,  # with a smaller one, gradients are too small for fp16 without a large loss scale
+    freeze_base=False,
+)
 
 
 def per_layer() -> list[Family]:
@@ -35,16 +42,39 @@ def npt() -> list[Family]:
     return [NPTFamily(NP)]
 
 
+def npt_without_gate() -> list[Family]:
+    """NPT's layers on an MLP that has no gate."""
+    return [NPTFamily(replace(NP, np_target="fc1"))]
+
+
 adapted = MakeAdapted(dict.fromkeys(range(TINY.num_layers), replace(DUAL, trains_base=True)))
 """A rack of adapted layers, as progressive growth has them."""
 
 FAMILIES: dict[str, Callable[[], list[Family]]] = {"PLE": per_layer, "NPT": npt, "adapters": adapted}
 EXACT = {name: Variant(make_families=make) for name, make in FAMILIES.items()}
 FP16 = {f"{name}, fp16": replace(variant, fp16=True, steps=5) for name, variant in EXACT.items()}
-RUNS = LayoutRuns({**EXACT, **FP16}, (), {layout: [*FP16] for layout in LAYOUTS})
+RELU = {
+    f"{name}, squared ReLU, decoupled rates": Variant(
+        make_families=make,
+        model=replace(TINY, swiglu=False, squared_relu=True),
+        settings=replace(CONSTANT, decoupled_lr=2e-2),
+        steps=3,
+    )
+    for name, make in {**FAMILIES, "NPT": npt_without_gate}.items()
+}
+RUNS = LayoutRuns({**EXACT, **FP16, **RELU}, (), {layout: [*FP16, *RELU] for layout in LAYOUTS})
 
 
-@pytest.mark.parametrize(("layout", "variant"), RUNS.cases())
+@pytest.mark.parametrize("variant", RELU)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squared_relu_and_decoupled_rates_train_at_every_layout_as_in_a_single_process(
+    layout: str, variant: str
+) -> None:
+    assert_same_run(RUNS.at(layout, variant), RUNS.single(variant), norms=1e-3)
+
+
+@pytest.mark.parametrize("variant", FP16)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp16_follows_fp32_and_the_single_process_within_its_rounding(layout: str, variant: str) -> None:
     # fp16 keeps 11 bits. The scale doubles every second step, and with it nothing else changes.
     runs, exact = RUNS.at(layout, variant), RUNS.single(variant.removesuffix(", fp16"))

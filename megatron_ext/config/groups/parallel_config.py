@@ -53,6 +53,9 @@ class ParallelConfig:
     recompute_granularity: Literal["full", "selective"] | None = None
     """To save memory, recompute whole layers (full) or only --recompute-modules (selective) in the backward pass."""
 
+    recompute_activations: bool = False
+    """The same as --recompute-granularity selective: recompute the core attention in the backward pass."""
+
     recompute_method: Literal["uniform", "block"] | None = None
     """With full recompute: recompute all layers, in groups of --recompute-num-layers (uniform), or only the first
     --recompute-num-layers of each pipeline stage (block)."""
@@ -96,6 +99,12 @@ class ParallelConfig:
             raise ValueError("--overlap-param-gather: requires --overlap-grad-reduce")
 
     def _check_recompute(self) -> None:
+        if self.recompute_activations:
+            if self.recompute_granularity == "full":
+                raise ValueError(
+                    "--recompute-activations: cannot be given together with --recompute-granularity full"
+                )
+            object.__setattr__(self, "recompute_granularity", "selective")  # the class is frozen
         known = ("core_attn", "mlp", "layernorm")
         for module in self.recompute_modules:
             if module not in known:

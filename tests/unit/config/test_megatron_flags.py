@@ -55,10 +55,7 @@ OLDER = {
 
 BUILT_NEXT = {
     "--accumulate-allreduce-grads-in-fp32",
-    "--calculate-per-token-loss",
     "--cross-entropy-loss-fusion",
-    "--decoupled-lr",
-    "--decoupled-min-lr",
     "--empty-unused-memory-level",
     "--grad-reduce-in-bf16",
     "--log-num-zeros-in-grad",
@@ -73,10 +70,8 @@ BUILT_NEXT = {
     "--pytorch-profiler-collect-callstack",
     "--pytorch-profiler-collect-chakra",
     "--pytorch-profiler-collect-shapes",
-    "--recompute-activations",
     "--record-memory-history",
     "--record-shapes",
-    "--squared-relu",
     "--use-pytorch-profiler",
 }
 """Flags that are being built or put into a class on other branches; each may be in one class or none yet."""
