@@ -112,12 +112,13 @@ _ENGINE_ROPE_FACTOR = 8.0
 
 
 def read_model(
-    arguments: Mapping[str, Any], rows: int, source: str, *, seq_length: int | None = None
+    arguments: Mapping[str, Any], vocab_size: int, rows: int, source: str, *, seq_length: int | None = None
 ) -> tuple[ModelConfig, list[str]]:
     """Returns the model that a checkpoint's arguments describe, and messages for the user.
 
     Args:
         arguments: the arguments by name.
+        vocab_size: the tokenizer's vocabulary size.
         rows: number of rows of the word embedding.
         source: path of the file with the arguments, for error messages.
         seq_length: tokens per training sequence; the default is the checkpoint's.
@@ -132,12 +133,8 @@ def read_model(
     positions = given("max_position_embeddings", length)
     if seq_length is not None and seq_length > positions:
         raise ValueError(f"--seq-length {seq_length}: must be at most {positions}, the maximum position in {source}")
-    multiple = given("make_vocab_size_divisible_by", 128) * given("tensor_model_parallel_size", 1)
-    fields |= {
-        "seq_length": length,
-        "max_position_embeddings": max(positions, length),
-        "make_vocab_size_divisible_by": multiple if rows % multiple == 0 else rows,
-    }
+    fields |= {"seq_length": length, "max_position_embeddings": max(positions, length)}
+    fields["make_vocab_size_divisible_by"] = _divisor(given, vocab_size, rows)
     try:
         return ModelConfig(**fields), messages
     except (TypeError, ValueError) as error:
@@ -208,6 +205,13 @@ def _fields(given: _Arguments) -> tuple[dict[str, Any], list[str]]:
                 "whatever this argument says, and so does the imported model"
             )
     return fields, messages
+
+
+def _divisor(given: _Arguments, vocab_size: int, rows: int) -> int:
+    """Returns the number to whose multiples the vocabulary is padded, so that the embedding has `rows` rows."""
+    # Megatron-LM pads to a multiple of this product; the rows that it adds are trained like all others.
+    product: int = given("make_vocab_size_divisible_by", 128) * given("tensor_model_parallel_size", 1)
+    return product if -(-vocab_size // product) * product == rows else rows
 
 
 def export_arguments(model: ModelConfig, vocab_size: int, rows: int) -> dict[str, Any]:

@@ -32,8 +32,9 @@ class MegatronState(Mapping[str, torch.Tensor]):
     def __init__(self, files: TorchDistFiles, tensors: list[Named], *, with_optimizer: bool = False) -> None:
         self._files = files
         self._model = {tensor.name: tensor for tensor in tensors}
+        num_layers = 1 + max((tensor.layer for tensor in tensors if tensor.layer is not None), default=0)
         for tensor in tensors:
-            _check(files, tensor)
+            _check(files, tensor, num_layers)
         self._kinds = self._optimizer_kinds(tensors) if with_optimizer else {}
 
     def _optimizer_kinds(self, tensors: list[Named]) -> dict[str, str]:
@@ -108,18 +109,15 @@ def _from_blocks(blocks: torch.Tensor, shape: Shape) -> torch.Tensor:
     return split.permute(order).reshape(shape)
 
 
-def _check(files: TorchDistFiles, tensor: Named) -> None:
+def _check(files: TorchDistFiles, tensor: Named, num_layers: int) -> None:
     stored = files.tensors[tensor.theirs]
     if stored.dtype not in _DTYPES:
         raise ValueError(f"{files.folder}: tensor {tensor.theirs} is of type {stored.dtype}; save the model in bf16")
-    found = stored.shape if tensor.layer is None else stored.shape[1:]
-    if found != tensor.shape or (tensor.layer is not None and tensor.layer >= stored.shape[0]):
+    expected = tensor.shape if tensor.layer is None else (num_layers, *tensor.shape)
+    if stored.shape != expected:
         raise ValueError(
-            f"{files.folder}: tensor {tensor.theirs} has shape {list(stored.shape)}, but its arguments describe "
-            f"{list(tensor.shape)} per layer"
-            if tensor.layer is not None
-            else f"{files.folder}: tensor {tensor.theirs} has shape {list(stored.shape)}, but its arguments describe "
-            f"{list(tensor.shape)}"
+            f"{files.folder}: tensor {tensor.theirs} has shape {list(stored.shape)}, but the checkpoint's arguments "
+            f"describe {list(expected)}"
         )
 
 

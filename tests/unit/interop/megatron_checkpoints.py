@@ -26,11 +26,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config.groups.parallel_config import ParallelConfig
 from megatron_ext.platform.process_groups import initialize
+from megatron_ext.testing.tiny_training import GLOBAL_BATCH_SIZE, synthetic_batches
+from megatron_ext.training.interface.family_interface import Batch
 
-LENGTH = 32
-VOCABULARY = 90
-ROWS = 96  # of the embedding: the vocabulary, padded
-BATCH = 2
+LENGTH = 16
+VOCABULARY = 97  # 96 numbers, and the end of a document
+ROWS = 104  # of the embedding: the vocabulary, padded
 STEPS = 3
 RATES = {"lr": 1e-2, "min_lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 2, "train_iters": 10}
 
@@ -84,9 +85,9 @@ DEFAULTS: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "init_method_std": 0.02,
-    "make_vocab_size_divisible_by": 32,
+    "make_vocab_size_divisible_by": 8,
     "padded_vocab_size": ROWS,
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCABULARY - 1,  # as Megatron-LM counts for this tokenizer
     "tokenizer_type": "NullTokenizer",
     "tokenizer_model": None,
     "vocab_file": None,
@@ -137,7 +138,7 @@ class Run:
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
         self.chunks = [DistributedDataParallel(self.config, ddp, model)]
         config = OptimizerConfig(
-            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, bf16=case.bf16,
+            lr=RATES["lr"], min_lr=RATES["min_lr"], weight_decay=0.1, bf16=case.bf16, clip_grad=1.0,
             params_dtype=self.config.params_dtype, use_distributed_optimizer=distributed,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(
@@ -146,34 +147,37 @@ class Run:
             config_overrides=get_standard_config_overrides(config),
             use_gloo_process_groups=False,
         )
-        steps = RATES["train_iters"] * BATCH
+        self._batches = synthetic_batches(LENGTH)
+        steps = RATES["train_iters"] * GLOBAL_BATCH_SIZE
         self.scheduler = OptimizerParamScheduler(
             self.optimizer, init_lr=0.0, max_lr=RATES["lr"], min_lr=RATES["min_lr"],
-            lr_warmup_steps=RATES["lr_warmup_iters"] * BATCH, lr_decay_steps=steps, lr_decay_style="cosine",
+            lr_warmup_steps=RATES["lr_warmup_iters"] * GLOBAL_BATCH_SIZE, lr_decay_steps=steps, lr_decay_style="cosine",
             start_wd=0.1, end_wd=0.1, wd_incr_steps=steps, wd_incr_style="constant",
         )  # fmt: skip
 
-    def train(self, steps: int, first: int = 0) -> list[float]:
-        """Trains, and returns the loss of every step (on the last stage)."""
-        return [self._step(number) for number in range(first, first + steps)]
+    def train(self, steps: int) -> list[float]:
+        """Trains, and returns the loss of every step."""
+        return [self._step() for _ in range(steps)]
 
-    def _step(self, number: int) -> float:
+    def _step(self) -> float:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        size = parallel_state.get_data_parallel_world_size()
         reduced = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=iter(list(batches(number))[rank::size]),
+            data_iterator=self._batches,
             model=self.chunks,
-            num_microbatches=BATCH // size,
+            num_microbatches=GLOBAL_BATCH_SIZE // size,
             seq_length=LENGTH,
             micro_batch_size=1,
         )
         finalize_model_grads(self.chunks)
         self.optimizer.step()
-        self.scheduler.step(BATCH)
-        return sum(float(part["loss"]) for part in reduced) / len(reduced) if reduced else 0.0
+        self.scheduler.step(GLOBAL_BATCH_SIZE)
+        total = torch.tensor([sum(float(part["loss"]) for part in reduced), len(reduced)])
+        torch.distributed.all_reduce(total)
+        return float(total[0] / total[1])
 
     def save(self, folder: Path, iteration: int) -> None:
         """Writes the checkpoint, as Megatron-LM does."""
@@ -189,8 +193,8 @@ class Run:
         groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         state: dict[str, Any] = {
             "args": Namespace(
-                **self.arguments, **RATES, iteration=iteration, consumed_train_samples=iteration * BATCH,
-                global_batch_size=BATCH, micro_batch_size=1, bf16=self.case.bf16, fp16=False, optimizer="adam",
+                **self.arguments, **RATES, iteration=iteration, consumed_train_samples=iteration * GLOBAL_BATCH_SIZE,
+                global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1, bf16=self.case.bf16, fp16=False, optimizer="adam",
                 tensor_model_parallel_size=self.parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=self.parallel.pipeline_model_parallel_size,
                 params_dtype=self.config.params_dtype, use_distributed_optimizer=self.sharding is not None,
@@ -223,18 +227,6 @@ class Run:
 def token_ids() -> torch.Tensor:
     """Returns token ids, [2, LENGTH]."""
     return torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
-
-
-def batches(step: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields the micro-batches of one global batch, each of one sequence."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for tokens in torch.randint(0, VOCABULARY, (BATCH, 1, LENGTH + 1), generator=generator):
-        yield {
-            "tokens": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": torch.ones(1, LENGTH),
-            "position_ids": torch.arange(LENGTH).expand(1, -1),
-        }
 
 
 @torch.no_grad()
@@ -287,7 +279,7 @@ def _model(config: TransformerConfig, given: dict[str, Any], case: Case) -> GPTM
     ).to(config.params_dtype)
 
 
-def _forward_step(data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward_step(data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
     batch = next(data)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
