@@ -244,7 +244,7 @@ def _base_names(model: ModelConfig) -> set[str]:
 
 
 def check_families(
-    families: dict[str, Any], load: str, *, base_only: bool, target: str = "Llama-like model"
+    families: dict[str, Any], load: str, *, base_only: bool, target: str = "Llama-like"
 ) -> None:
     """Raises `ValueError` if a model with these families cannot be exported.
 
@@ -257,8 +257,9 @@ def check_families(
     for name, configuration in families.items():
         if not base_only:
             raise ValueError(
-                f"--load {load}: no {target} can express the model family {name}; use --base-only to "
-                "export the frozen base without it, or --merge-adapters for a progressive model with adapters"
+                f"--load {load}: no {target} model can express the model family {name}; use --base-only to "
+                "export the frozen base without it"
+                + ("" if target == "Megatron-LM" else ", or --merge-adapters for a progressive model with adapters")
             )
         if not _value(configuration, "freeze_base"):
             raise ValueError(

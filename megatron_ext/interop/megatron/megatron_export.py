@@ -62,7 +62,7 @@ def export_megatron(
     check_free(model_dir, "--model-dir", overwrite=overwrite)
     run_config = read_run_config(load, ckpt_step)
     model = group_in(ModelConfig, run_config, "model")
-    check_families(run_config["families"], load, base_only=base_only, target="Megatron-LM model")
+    check_families(run_config["families"], load, base_only=base_only, target="Megatron-LM")
     export_arguments(model, 1, 1)  # refuses what Megatron-LM lacks before the checkpoint is read
     folder = find_checkpoint(load, ckpt_step)
     assert folder is not None, "its configuration has been read"
@@ -180,8 +180,10 @@ def _shards(
 
 
 def _extra_states(model: ModelConfig) -> dict[str, ShardedObject]:
-    """Returns the `_extra_state` objects that the engine's layers ask for, with and without Transformer Engine."""
+    """Returns the empty `_extra_state` objects that the engine's layers require, with and without TE."""
     names = [*LINEARS, "self_attention.core_attention"]
+    if model.qk_layernorm:
+        names += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
     keys = [f"decoder.layers.{name}._extra_state" for name in names]
     layers = range(model.num_layers)
     objects = [ShardedObject(key, None, (len(layers),), (layer,)) for key in keys for layer in layers]

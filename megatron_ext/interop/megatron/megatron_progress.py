@@ -99,7 +99,7 @@ def _scheduler(schedule: Mapping[str, Any], optimizer: Any, arguments: Mapping[s
         "init_lr": arguments.get("lr_warmup_init") or 0.0,
         **{name: value for name, value in schedule.items() if name != "num_steps"},
         "wsd_decay_steps": decay,
-        "lr_wsd_decay_style": arguments.get("lr_wsd_decay_style"),
+        "lr_wsd_decay_style": arguments.get("lr_wsd_decay_style") or "exponential",  # the default
     }
     rates = [{name: group.get(name) for name in ("max_lr", "min_lr")} for group in _groups(optimizer)]
     return {"num_steps": schedule["num_steps"], "shape": shape, "groups": rates}

@@ -285,6 +285,6 @@ def _forward_step(data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]
 
     def loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mean = losses.float().mean()
-        return mean, {"loss": mean.detach()}
+        return mean, {"loss": mean.detach().clone()}  # the engine scales it in place
 
     return output, loss
